@@ -1,0 +1,39 @@
+"""Gemma-2 2B with the paper's setting (section 3): 1024 texts of 2048 tokens, 128 traces, N_A = 16.
+
+The paper names neither optimiser nor learning rate nor precision; those below are ours. Data are
+the user's: give --config.data.name, .data_dir, and .vocabulary_path for Gemma's own model.
+"""
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.jobs.experiment import (
+  Computation,
+  EvaluationConfig,
+  Experiment,
+  TrainingConfig,
+  as_config,
+)
+from latent_deliberation.model.config import PRESETS
+from latent_deliberation.sharding import MeshConfig
+from latent_deliberation.training.loop import LoopConfig
+from latent_deliberation.training.optimizer import OptimizerConfig
+
+
+def get_config():
+  """For a v5e-256 pod slice: 16 x 16 chips, data parallel over one axis, fsdp over the other."""
+  training = TrainingConfig(
+      batch_size=1024, optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
+      loop=LoopConfig(num_steps=100_000, log_every=50, eval_every=1000, save_every=1000, keep=3))
+  return as_config(Experiment(
+      decoder=PRESETS['gemma2_2b'],
+      data=DataConfig(source='tfds', name='c4/en:3.1.0', vocabulary_size=256_000, length=2048,
+                      mode='online'),
+      computation=Computation(dtype='bfloat16', frozen_dtype='bfloat16', remat='full',
+                              loss_chunk=128),
+      mesh=MeshConfig(data=-1, fsdp=16),
+      pretraining=training,
+      deliberation=DeliberationConfig(num_latents=16, num_ahead=16, num_traces=128),
+      training=training,
+      evaluation=EvaluationConfig(
+          num_texts=1024, batch_size=256, num_traces=128, num_ahead=32,
+          positions=(1, 2, 4, 8, 16, 32), watch_batches=4)))

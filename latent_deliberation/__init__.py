@@ -1,0 +1,1 @@
+"""Deliberation in latent space: a frozen decoder, and a coprocessor that augments its kv-cache."""

@@ -1,0 +1,1 @@
+"""Text to batches: sources, vocabularies, seqio tasks, packed rows, streams."""

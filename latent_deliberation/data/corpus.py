@@ -1,0 +1,223 @@
+"""Local text as an indexed, checked list of documents; no TensorFlow here.
+
+Opening a corpus reads all of it once: every file is decoded and every line parsed, so that a bad
+byte is named before any long work, and the contents are hashed for the manifest of what is packed.
+Afterwards a document is read by its number, which makes shuffling and sharding exact and cheap. The
+index costs about 30 bytes a document; beyond some 10^8 documents use a TFDS data set.
+"""
+
+import array
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import io
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.progress import Progress
+
+STDLIB_SUFFIXES = ('.py', '.rst', '.txt')
+STDLIB_LEFT_OUT = frozenset(
+    ('test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+  """Attributes: name: path within the corpus, the same on every machine; path: where it lies."""
+  name: str
+  path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Documents by number.
+
+  Attributes:
+    files: sorted by name.
+    text_key: field of a .jsonl line that holds its text.
+    file_of: int32 [documents], index into files.
+    start: int64 [documents], first byte of the document in its file.
+    size: int64 [documents], bytes of the document in its file (of the whole line in .jsonl).
+    held_out: bool [documents], True for validation.
+    fingerprint: hash of the names and contents of all files.
+  """
+  files: tuple[TextFile, ...]
+  text_key: str
+  file_of: np.ndarray
+  start: np.ndarray
+  size: np.ndarray
+  held_out: np.ndarray
+  fingerprint: str
+
+  def numbers(self, split: str) -> np.ndarray:
+    """Numbers of the documents of 'train' or 'validation', int64."""
+    return np.flatnonzero(self.held_out == (split == 'validation'))
+
+  def read(self, number: int) -> str:
+    """The text of one document."""
+    file = self.files[self.file_of[number]]
+    with file.path.open('rb') as stream:
+      stream.seek(self.start[number])
+      content = stream.read(self.size[number])
+    if file.path.suffix == '.jsonl':
+      return json.loads(content)[self.text_key]
+    return _decode(content, file.path)
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+  """Lists, checks, hashes and splits the documents of a 'stdlib' or 'text' configuration.
+
+  A document is held out when the hash of its name says so: the same documents on every machine,
+  and adding files moves none of the old ones. When no document (or every one) falls to validation,
+  the one that is nearest to doing so changes sides. Empty documents are left out.
+
+  Raises:
+    FileNotFoundError: a glob or directory without a file to read.
+    ValueError: a file that is not UTF-8 text, a line that is not JSON or has no text, or fewer than
+      two documents. The message names the file, and the byte or line in it.
+  """
+  files = _stdlib_files() if config.source == 'stdlib' else _text_files(config.files)
+  # Packed arrays, since a corpus may have millions of documents.
+  name_hashes, places = bytearray(), array.array('q')
+  corpus_hash = hashlib.sha256()
+  progress = Progress('Checking the corpus', 'files', len(files))
+  for index, file in enumerate(files):
+    file_hash = hashlib.sha256()
+    for name, start, size in _index_file(file, config.text_key, file_hash):
+      name_hashes += hashlib.sha256(name.encode()).digest()[:8]
+      places.extend((index, start, size))
+    corpus_hash.update(f'{file.name}\0{file_hash.hexdigest()}\0'.encode())
+    progress.update(index + 1)
+  file_of, start, size = np.array(places, np.int64).reshape(-1, 3).T
+  if len(size) < 2:
+    raise ValueError(
+        f'the corpus has {len(size)} documents that are not empty in {len(files)} files, and needs '
+        'at least 2, one to train on and one to validate on: give more files, or cut the text into '
+        'several (split -C 64k --additional-suffix=.txt all.txt part-)')
+  corpus = Corpus(files, config.text_key, file_of.astype(np.int32), start, size,
+                  _hold_out(np.frombuffer(name_hashes, '>u8'), config.validation_percent),
+                  corpus_hash.hexdigest())
+  logging.info('The corpus has %d documents in %d files, %.1f MB, %d documents held out.',
+               len(size), len(files), size.sum() / 1e6, corpus.held_out.sum())
+  return corpus
+
+
+def _hold_out(hashes: np.ndarray, percent: int) -> np.ndarray:
+  held_out = hashes < np.uint64(2**64 * percent // 100)
+  if not held_out.any():
+    held_out[hashes.argmin()] = True
+  if held_out.all():
+    held_out[hashes.argmax()] = False
+  return held_out
+
+
+def _stdlib_files() -> tuple[TextFile, ...]:
+  """Sources and text documentation of the interpreter, without its tests and what pip put in."""
+  root = Path(sysconfig.get_path('stdlib'))
+  files = []
+  for folder, folders, names in os.walk(root):
+    folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT]
+    for name in names:
+      path = Path(folder, name)
+      if path.suffix in STDLIB_SUFFIXES and path.is_file():
+        try:
+          _decode(path.read_bytes(), path)
+        except ValueError as error:
+          logging.info('Left out of the standard library: %s', error)
+        else:
+          files.append(TextFile(path.relative_to(root).as_posix(), path))
+  if not files:
+    raise FileNotFoundError(
+        f'the standard library at {root} has no file {", ".join(STDLIB_SUFFIXES)}: this '
+        "interpreter comes without its sources, use source = 'text' with files of your own")
+  return tuple(sorted(files, key=lambda file: file.name))
+
+
+def _text_files(patterns: tuple[str, ...]) -> tuple[TextFile, ...]:
+  files = {}
+  for pattern in patterns:
+    pattern = os.path.expanduser(pattern)
+    if os.path.isdir(pattern):
+      root = Path(pattern)
+      paths = [path for suffix in ('txt', 'jsonl') for path in root.rglob(f'*.{suffix}')]
+    else:
+      parts = Path(pattern).parts[:-1]
+      fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+      root = Path(*parts[:fixed])
+      paths = [Path(path) for path in glob.glob(pattern, recursive=True)]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+      raise FileNotFoundError(
+          f'no file matches {pattern!r} (seen from {os.getcwd()}): give existing files, a glob, or '
+          'a directory with .txt or .jsonl files')
+    # A file that two patterns match is one file.
+    files.update((path.resolve(), TextFile(path.relative_to(root).as_posix(), path))
+                 for path in paths)
+  return tuple(sorted(files.values(), key=lambda file: (file.name, str(file.path))))
+
+
+def _index_file(file: TextFile, text_key: str,
+                file_hash: 'hashlib._Hash') -> Iterator[tuple[str, int, int]]:
+  """Yields (name, first byte, bytes) of a file's documents, checked; feeds the file to its hash."""
+  if file.path.suffix != '.jsonl':
+    content = file.path.read_bytes()
+    file_hash.update(content)
+    _decode(content, file.path)
+    if content:
+      yield file.name, 0, len(content)
+    return
+  start = 0
+  with file.path.open('rb') as lines:
+    for number, line in enumerate(lines, 1):
+      file_hash.update(line)
+      if line.strip() and _parse_line(line, start, number, file.path, text_key):
+        yield f'{file.name}:{number}', start, len(line)
+      start += len(line)
+
+
+def _parse_line(line: bytes, start: int, number: int, path: Path, text_key: str) -> str:
+  """The text of a line of .jsonl, or an error that says where and what is wrong."""
+  where = f'{path}:{number}'
+  try:
+    record = json.loads(_decode(line, path, start))
+  except json.JSONDecodeError as error:
+    raise ValueError(
+        f'{where}: not JSON ({error}): a .jsonl file has one JSON object a line') from error
+  if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+    found = sorted(record) if isinstance(record, dict) else type(record).__name__
+    raise ValueError(f'{where}: no text under text_key = {text_key!r}, found {found}: set text_key '
+                     'to the field that holds the text')
+  text = record[text_key]
+  if '\0' in text:
+    raise ValueError(f'{where}: the text holds a NUL character: it is binary, leave the line out')
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f'{where}: half a surrogate pair at character {error.start}, which is not '
+                     'Unicode text: repair the line or leave it out') from error
+  return text
+
+
+def _decode(content: bytes, path: Path, start: int = 0) -> str:
+  """Text of a file, or of its part from byte `start` on; Python sources may name an encoding."""
+  nul = content.find(b'\0')
+  if nul >= 0:
+    raise ValueError(f'{path}: NUL at byte {start + nul}: a binary file, not text; leave it out')
+  encoding = 'utf-8'
+  if path.suffix == '.py':
+    with contextlib.suppress(SyntaxError):
+      encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+  try:
+    return content.decode(encoding)
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path}: not {encoding} text at byte {start + error.start} ({error.reason}): '
+                     'convert it (iconv -t utf-8) or leave it out') from error

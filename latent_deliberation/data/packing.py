@@ -1,0 +1,133 @@
+"""Packs the documents of a task into fixed rows, once; training then reads rows at random.
+
+filling.py says how rows are filled, rows.py how they are read.
+"""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.files import write_whole
+from latent_deliberation.data.filling import RowFiles, fill_rows
+from latent_deliberation.data.host_tensorflow import seqio
+from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, Recipe
+from latent_deliberation.data.progress import Progress
+from latent_deliberation.data.rows import PackedRows
+from latent_deliberation.data.tasks import Documents, iterate
+from latent_deliberation.data.vocabularies import bytes_per_token
+
+ROWS_FOLDER = 'rows'
+TOKENS_PER_FILE = 1 << 24  # 32 to 64 MB a file; packing needs about 200 MB of memory
+
+
+def prepare(config: DataConfig, workdir: Path) -> Path:
+  """Makes sure that a work directory holds the vocabulary and the packed rows of a configuration.
+
+  What is there is checked and kept, what is missing is made: <workdir>/vocabulary.model, and
+  <workdir>/rows/train and /validation, each a folder for `PackedRows`. In mode 'online' only
+  validation is packed. On several hosts that share the directory, one of them calls this.
+
+  Returns: <workdir>/rows.
+
+  Raises:
+    FileNotFoundError, ValueError: see `Documents.open` and `pack`; or the rows that are there were
+      made from something else, with each difference named.
+  """
+  workdir = Path(workdir)
+  documents = Documents.open(config, workdir)
+  directory = workdir / ROWS_FOLDER
+  recipes = [documents.recipe(config, split)
+             for split in (('train', 'validation') if config.mode == 'packed' else ('validation',))]
+  missing = [recipe for recipe in recipes if not (directory / recipe.split).exists()]
+  for recipe in recipes:
+    if recipe not in missing:
+      _check_recipe(directory / recipe.split, recipe)
+  for recipe in missing:
+    pack(documents, recipe, directory)
+  return directory
+
+
+def _check_recipe(directory: Path, recipe: Recipe) -> None:
+  found = PackedRows(directory).manifest.recipe
+  different = [f'{key}: packed {getattr(found, key)!r}, configured {value!r}'
+               for key, value in vars(recipe).items() if getattr(found, key) != value]
+  if different:
+    raise ValueError(f'{directory} was packed from something else ({"; ".join(different)}): use '
+                     'another work directory, or delete this folder to pack again')
+
+
+def pack(documents: Documents, recipe: Recipe, directory: Path,
+         tokens_per_file: int = TOKENS_PER_FILE) -> Path:
+  """Writes <directory>/<split> whole or not at all, and returns it.
+
+  Args:
+    documents: what to pack.
+    recipe: split, length, seed and limit; see `Documents.recipe`.
+    directory: where the folder of the split goes; it must not be there yet.
+    tokens_per_file: size of one .npy file.
+
+  Raises:
+    FileExistsError: the folder is there.
+    ValueError: the split has no token, or a document holds the padding id.
+  """
+  final, partial = directory / recipe.split, directory / f'.{recipe.split}.partial'
+  if final.exists():
+    raise FileExistsError(f'{final} is there already: delete it to pack again')
+  if partial.exists():
+    logging.warning('Starting anew where an earlier run was stopped: %s', partial)
+    shutil.rmtree(partial)
+  partial.mkdir(parents=True)
+  try:
+    manifest = _write_rows(documents, recipe, partial, tokens_per_file)
+    write_whole(partial / MANIFEST_FILE, manifest.to_json())
+    partial.rename(final)
+  except BaseException:
+    shutil.rmtree(partial)
+    raise
+  logging.info('Packed %s: %d documents, %d tokens, %d rows of %d, %.2f bytes of text a token.',
+               recipe.split, manifest.documents, manifest.tokens, manifest.rows, recipe.length,
+               manifest.text_bytes / manifest.tokens)
+  return final
+
+
+def _write_rows(documents: Documents, recipe: Recipe, directory: Path,
+                tokens_per_file: int) -> Manifest:
+  """Runs the task once, up to the limit of the recipe, and writes its rows."""
+  limit = recipe.max_tokens // recipe.length or None
+  provider, begun = documents.provider, 0
+  is_mixture = isinstance(provider, seqio.Mixture)
+  # Training text up to a limit repeats, or a mixture could not keep its rates; nothing else does.
+  repeat = is_mixture and limit is not None and recipe.split == 'train'
+  stream = documents.stream(recipe.split, recipe.seed, repeat=repeat)
+
+  def count(stream: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    nonlocal begun
+    for document in stream:
+      begun += 1
+      yield document
+
+  rows = itertools.islice(
+      fill_rows(count(iterate(stream)), recipe.length, documents.vocabulary.bos_id), limit)
+  files = RowFiles(directory, recipe, bytes_per_token(documents.vocabulary))
+  total = None if is_mixture else provider.num_input_examples(recipe.split)
+  progress = Progress(f'Packing {recipe.split}', 'rows' if limit else 'documents', limit or total)
+  rows_per_file, chunk = max(1, tokens_per_file // recipe.length), []
+  for number, row in enumerate(rows, 1):
+    chunk.append(row)
+    progress.update(number if limit else begun)
+    if len(chunk) == rows_per_file:
+      files.write(chunk)
+      chunk = []
+  if chunk:
+    files.write(chunk)
+  if not files.rows:
+    raise ValueError(f'{recipe.task} has no token in split {recipe.split!r}: give more documents, '
+                     'or change validation_percent')
+  return Manifest(
+      recipe=recipe, rows=files.rows, tokens=files.tokens, documents=begun,
+      text_bytes=files.text_bytes, rows_per_file=rows_per_file, content_hash=files.content_hash)

@@ -1,0 +1,166 @@
+"""Packed rows on disk, and batches of them by permutation; needs neither TensorFlow nor seqio.
+
+A split is a folder with manifest.json and pairs of files tokens-00000.npy, segments-00000.npy, each
+[rows, T]. Plain .npy, since a memory map gives any row at once, needs no library but numpy, and is
+read where TensorFlow is not installed. Row k of training is permutation(seed, k // N)[k % N]: the
+order is a formula, so resuming reads nothing and does not depend on the number of hosts.
+"""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from latent_deliberation.batch import Batch
+from latent_deliberation.data.files import write_whole
+from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, row_dtypes
+from latent_deliberation.data.state import check_state, fingerprint_of, host_slice, state_to_json
+
+
+class PackedRows:
+  """One split of packed rows, opened for reading at random.
+
+  Attributes:
+    manifest: see Manifest.
+    fingerprint: sha256 of the manifest; names the contents, since that holds their hash.
+
+  Raises:
+    FileNotFoundError: no manifest, or a file is missing.
+    ValueError: a file is truncated, or is not the one that the manifest speaks of.
+  """
+
+  def __init__(self, directory: Path):
+    path = Path(directory) / MANIFEST_FILE
+    if not path.is_file():
+      raise FileNotFoundError(f'no packed rows in {directory}: {MANIFEST_FILE} is missing. Pack '
+                              'the data first, or name the folder of one split (.../train)')
+    self.manifest = Manifest.from_json(path.read_bytes(), path)
+    self.fingerprint = hashlib.sha256(self.manifest.to_json()).hexdigest()
+    self._files = {
+        kind: [_open_file(path.parent / f'{kind}-{first // self.manifest.rows_per_file:05d}.npy',
+                          min(self.manifest.rows_per_file, len(self) - first), self.length, dtype)
+               for first in range(0, len(self), self.manifest.rows_per_file)]
+        for kind, dtype in row_dtypes(self.manifest.recipe).items()}
+
+  def __len__(self) -> int:
+    return self.manifest.rows
+
+  @property
+  def length(self) -> int:
+    """T, tokens of a row."""
+    return self.manifest.recipe.length
+
+  @property
+  def vocabulary_size(self) -> int:
+    """V."""
+    return self.manifest.recipe.vocabulary_size
+
+  def take(self, indices: np.ndarray) -> Batch:
+    """The rows of these numbers as numpy int32 [B, T]. Raises IndexError outside 0 .. N - 1."""
+    indices = np.asarray(indices, np.int64)
+    if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
+      raise IndexError(f'rows {indices.min()} to {indices.max()} asked for, there are {len(self)}')
+    segments = self._gather('segments', indices)
+    return Batch(tokens=self._gather('tokens', indices), segments=segments,
+                 positions=positions_in_segments(segments))
+
+  def _gather(self, kind: str, indices: np.ndarray) -> np.ndarray:
+    gathered = np.empty((len(indices), self.length), np.int32)
+    numbers, places = np.divmod(indices, self.manifest.rows_per_file)
+    for number in np.unique(numbers):
+      chosen = numbers == number
+      gathered[chosen] = self._files[kind][number][places[chosen]]
+    return gathered
+
+
+def _open_file(path: Path, rows: int, length: int, dtype: np.dtype) -> np.ndarray:
+  """Maps a file and checks that it is whole and has the shape that the manifest promises."""
+  try:
+    array = np.load(path, mmap_mode='r', allow_pickle=False)
+  except FileNotFoundError:
+    raise FileNotFoundError(f'{path} is missing, though {MANIFEST_FILE} counts on it: copy the '
+                            'folder again, or delete it and pack the data again') from None
+  except (ValueError, OSError, EOFError) as error:
+    raise ValueError(f'{path} ({path.stat().st_size} bytes) is truncated or not an .npy file '
+                     f'({error}): copy the folder again, or delete it and pack again') from error
+  if array.shape != (rows, length) or array.dtype != dtype:
+    raise ValueError(f'{path} has {array.dtype} {list(array.shape)}, {MANIFEST_FILE} promises '
+                     f'{dtype} {[rows, length]}: a file of another packing. Copy the folder again, '
+                     'or delete it and pack again')
+  return array
+
+
+def positions_in_segments(segments: np.ndarray) -> np.ndarray:
+  """Index of every token in its run of equal segment ids, int32 [B, T]; 0 on padding."""
+  index = np.arange(segments.shape[1], dtype=np.int32)
+  starts = np.diff(segments, axis=1, prepend=-1) != 0
+  first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+  return np.where(segments > 0, index - first, 0).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+  """The order of `size` rows in an epoch, int64 [size]."""
+  # RandomState, since numpy promises that its stream never changes; Generator's may.
+  order = np.random.RandomState([seed, epoch]).permutation(size).astype(np.int64)
+  order.setflags(write=False)  # the cache hands out the same array again
+  return order
+
+
+class PermutedBatches:
+  """This host's slices of an endless sequence of global batches.
+
+  The global batch of a step is fixed before hosts take their slices: the same step gives the same
+  global batch on any number of hosts. Every epoch holds each row once; a batch may span epochs.
+
+  Args:
+    rows: N rows.
+    batch_size: B, rows of a global batch; may exceed N.
+    seed: of the order, 0 to 2**32 - 1.
+    process_index: this host; hosts take contiguous slices in their order.
+    process_count: number of hosts.
+
+  Attributes:
+    fingerprint: of rows, batch size and seed.
+
+  Raises:
+    ValueError: process_count does not divide batch_size, or there are no rows.
+  """
+
+  def __init__(self, rows: PackedRows, batch_size: int, seed: int, process_index: int = 0,
+               process_count: int = 1):
+    self._slice = host_slice(batch_size, process_index, process_count)
+    if not len(rows):
+      raise ValueError('0 packed rows: there is nothing to make batches of; pack some text')
+    self._rows, self._batch_size, self._seed = rows, batch_size, seed
+    self._identity = {'rows': rows.fingerprint, 'batch_size': batch_size, 'seed': seed}
+    self.fingerprint = fingerprint_of(self._identity)
+
+  def __call__(self, step: int) -> Batch:
+    """This host's rows of the global batch of a step, numpy int32 [B / process_count, T]."""
+    size = len(self._rows)
+    numbers = np.arange(step * self._batch_size, (step + 1) * self._batch_size)[self._slice]
+    epochs, places = np.divmod(numbers, size)
+    indices = np.empty_like(places)
+    for epoch in np.unique(epochs):
+      chosen = epochs == epoch
+      indices[chosen] = permutation(self._seed, int(epoch), size)[places[chosen]]
+    return self._rows.take(indices)
+
+  def save(self, directory: Path, step: int) -> None:
+    """Writes the state with which `step` comes next."""
+    write_whole(_state_file(directory, step), state_to_json(self._identity, step))
+
+  def restore(self, directory: Path, step: int) -> None:
+    """Checks that `save` was called for this step and for this very sequence.
+
+    Raises:
+      FileNotFoundError: nothing was saved for the step.
+      ValueError: other rows, seed or batch size; names both.
+    """
+    check_state(_state_file(directory, step), self._identity, step)
+
+
+def _state_file(directory: Path, step: int) -> Path:
+  return Path(directory) / f'batches-{step}.json'

@@ -1,0 +1,121 @@
+"""Documents as seqio data sources: local text, and prepared TFDS data sets."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.corpus import Corpus, open_corpus
+from latent_deliberation.data.host_tensorflow import seqio, tf
+
+SPLITS = ('train', 'validation')
+
+
+class CorpusSource(seqio.DataSource):
+  """A corpus of local documents, with examples {text_key: string}.
+
+  Shuffles all documents anew each epoch. Shards by document, and a host reads only its own ones
+  (seqio's FunctionDataSource makes every host read everything). Its iterators can be checkpointed,
+  since documents are looked up by number and not drawn from a Python generator.
+  """
+
+  def __init__(self, corpus: Corpus):
+    self.corpus = corpus
+    super().__init__(
+        splits=SPLITS, num_input_examples={split: len(corpus.numbers(split)) for split in SPLITS},
+        performs_internal_shuffling=True)
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [split]
+
+  def get_dataset(self, split: str = 'train', shuffle: bool = True, seed: int | None = None,
+                  shard_info: seqio.ShardInfo | None = None, *, sequence_length=None,
+                  use_cached: bool = False, num_epochs: int | None = 1) -> tf.data.Dataset:
+    """The documents of a split. Raises ValueError when there are fewer documents than shards."""
+    numbers = self.corpus.numbers(split)
+    if shard_info:
+      if len(numbers) < shard_info.num_shards:
+        raise ValueError(f'split {split!r} has {len(numbers)} documents for '
+                         f'{shard_info.num_shards} hosts: use fewer hosts, or packed rows')
+      numbers = numbers[shard_info.index::shard_info.num_shards]
+    dataset = tf.data.Dataset.from_tensor_slices(numbers)
+    if shuffle:
+      dataset = dataset.shuffle(len(numbers), seed=seed)
+    return dataset.map(self._read, num_parallel_calls=tf.data.AUTOTUNE)
+
+  def _read(self, number: tf.Tensor) -> dict[str, tf.Tensor]:
+    # Called stateless, or tf.data would refuse to checkpoint the iterator.
+    text = tf.numpy_function(lambda i: self.corpus.read(i).encode(), [number], tf.string,
+                             stateful=False)
+    return {self.corpus.text_key: tf.ensure_shape(text, ())}
+
+
+def build_source(config: DataConfig) -> seqio.DataSource:
+  """The documents of any configuration but a mixture, which brings its own.
+
+  Raises:
+    FileNotFoundError, ValueError: see `open_corpus` and `_open_tfds`.
+  """
+  if config.source == 'mixture':
+    raise ValueError(f'the mixture {config.name!r} brings its own sources: take it from its task')
+  if config.source == 'tfds':
+    return _open_tfds(config)
+  return CorpusSource(open_corpus(config))
+
+
+def _open_tfds(config: DataConfig) -> seqio.TfdsDataSource:
+  """A data set that is prepared already; without a 'validation' split the start of 'train' is it.
+
+  Raises:
+    FileNotFoundError: no such prepared data set.
+    ValueError: it has no split 'train', or no string feature text_key.
+  """
+  place = config.data_dir or "TFDS's default directory"
+  try:
+    info = seqio.TfdsDataSource(config.name, config.data_dir or None).tfds_dataset.info
+    splits = sorted(info.splits)
+  except Exception as error:  # TFDS raises half a dozen unrelated classes here
+    raise FileNotFoundError(f'TFDS cannot open {config.name!r} in {place}: {error}') from error
+  if not splits:
+    raise FileNotFoundError(f'TFDS knows {config.name!r}, but {place} does not hold it prepared: '
+                            'run tfds build, or set data_dir to the folder above the data set')
+  if 'train' not in splits:
+    raise ValueError(f"{config.name!r} has the splits {splits} and no 'train'")
+  feature = info.features[config.text_key] if config.text_key in info.features else None
+  if feature is None or feature.tf_dtype != tf.string:
+    raise ValueError(f'{config.name!r} has no text under text_key = {config.text_key!r}, its '
+                     f'features are {sorted(info.features)}: set text_key to the one with the text')
+  held_out = f'{config.validation_percent}%'
+  slices = {'train': 'train', 'validation': 'validation'}
+  if 'validation' not in splits:
+    slices = {'train': f'train[{held_out}:]', 'validation': f'train[:{held_out}]'}
+  # Read-only: nothing is ever downloaded or built behind the user's back.
+  return seqio.TfdsDataSource(config.name, config.data_dir or None, splits=slices, read_only=True)
+
+
+def source_fingerprint(source: seqio.DataSource) -> str:
+  """A hash of a source's documents: of their contents for local text, else of what is known.
+
+  For TFDS that is the name and the size of every shard. Of other sources seqio knows a name, and no
+  change behind it can be seen.
+  """
+  if isinstance(source, CorpusSource):
+    return source.corpus.fingerprint
+  if isinstance(source, seqio.TfdsDataSource):
+    info = source.tfds_dataset.info
+    known = [source.tfds_dataset.name, {
+        name: [split.num_bytes, split.shard_lengths] for name, split in info.splits.items()}]
+  else:
+    known = repr(source)
+  return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def read_texts(source: seqio.DataSource, split: str, text_key: str, seed: int) -> Iterator[str]:
+  """The texts of a split in shuffled order."""
+  dataset = source.get_dataset(split, shuffle=True, seed=seed)
+  for example in dataset.as_numpy_iterator():
+    yield example[text_key].decode()

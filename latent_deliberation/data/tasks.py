@@ -1,0 +1,153 @@
+"""seqio tasks over documents, and the stream that packing and online batches both start from."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.host_tensorflow import seqio, tf
+from latent_deliberation.data.manifest import Recipe
+from latent_deliberation.data.sources import (
+  SPLITS,
+  build_source,
+  read_texts,
+  source_fingerprint,
+)
+from latent_deliberation.data.vocabularies import (
+  PAD_ID,
+  Vocabulary,
+  check_vocabulary,
+  open_vocabulary,
+  vocabulary_hash,
+)
+
+SHUFFLED_DOCUMENTS = 1000  # of sources that can only shuffle their files
+
+
+def build_task(config: DataConfig, source: seqio.DataSource, vocabulary: Vocabulary) -> seqio.Task:
+  """The task that reads and tokenises documents, one example {'targets': int32 [n]} each.
+
+  Its name carries a hash of the source and the vocabulary. It is not registered, so that nothing
+  outlives a change of the files behind it; seqio.TaskRegistry.add_provider(task.name, task) puts
+  it into a mixture.
+  """
+  identity = json.dumps([source_fingerprint(source), config.text_key, config.validation_percent,
+                         vocabulary_hash(vocabulary)])
+  return seqio.Task(
+      f'{config.source}_{hashlib.sha256(identity.encode()).hexdigest()[:12]}', source,
+      output_features={'targets': seqio.Feature(vocabulary, add_eos=False)},
+      preprocessors=[
+          functools.partial(seqio.preprocessors.rekey, key_map={'targets': config.text_key}),
+          functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+      ],
+      shuffle_buffer_size=None if source.performs_internal_shuffling else SHUFFLED_DOCUMENTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+  """The tokenised documents of a configuration.
+
+  Attributes:
+    provider: the task, or the registered task or mixture.
+    vocabulary: of its targets.
+    source_fingerprint: hash of what it reads.
+  """
+  provider: seqio.Task | seqio.Mixture
+  vocabulary: Vocabulary
+  source_fingerprint: str
+
+  @classmethod
+  def open(cls, config: DataConfig, workdir: Path) -> 'Documents':
+    """Checks the source, then trains or loads the vocabulary kept in the work directory.
+
+    Raises:
+      FileNotFoundError, ValueError: see `build_source`, `open_vocabulary`, `check_vocabulary`; or
+        no such mixture is registered, or it lacks targets or a split.
+    """
+    if config.source == 'mixture':
+      return cls._of_mixture(config.name)
+    source = build_source(config)
+    vocabulary = open_vocabulary(
+        config, workdir, lambda: read_texts(source, 'train', config.text_key, config.seed))
+    return cls(build_task(config, source, vocabulary), vocabulary, source_fingerprint(source))
+
+  @classmethod
+  def _of_mixture(cls, name: str) -> 'Documents':
+    registered = sorted([*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()])
+    if name not in registered:
+      raise ValueError(f'no seqio task or mixture {name!r}, registered are {registered}: import '
+                       'the module that registers it')
+    provider = seqio.get_mixture_or_task(name)
+    missing = sorted(set(SPLITS) - set(provider.splits))
+    if missing:
+      raise ValueError(f'{name!r} has the splits {sorted(provider.splits)}, and lacks {missing}: '
+                       "give its source both, for instance by slicing, {'train': 'train[5%:]', "
+                       "'validation': 'train[:5%]'}")
+    if 'targets' not in provider.output_features:
+      raise ValueError(f'{name!r} has the features {sorted(provider.output_features)} and no '
+                       "'targets', which is what a decoder reads")
+    vocabulary = provider.output_features['targets'].vocabulary
+    check_vocabulary(vocabulary, name)
+    parts = [[task.name, source_fingerprint(task.source)] for task in seqio.get_subtasks(provider)]
+    if isinstance(provider, seqio.Mixture):
+      parts.append([provider.get_rate(task) for task in provider.tasks])
+    return cls(provider, vocabulary, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+
+  def recipe(self, config: DataConfig, split: str) -> Recipe:
+    """What rows packed from these documents are made from."""
+    return Recipe(
+        task=self.provider.name, split=split, source_fingerprint=self.source_fingerprint,
+        vocabulary_hash=vocabulary_hash(self.vocabulary),
+        vocabulary_size=self.vocabulary.vocab_size, length=config.length, seed=config.seed,
+        max_tokens=config.max_tokens)
+
+  def stream(self, split: str, seed: int, shard: seqio.ShardInfo | None = None,
+             repeat: bool = False) -> tf.data.Dataset:
+    """Whole documents in shuffled order, int32 [n] each, with BOS first and EOS last.
+
+    No length is given to seqio, which would cut documents to it and throw the rest away, and
+    nothing is cached in memory, which breaks symbolic checkpoints of small data sets. BOS and EOS
+    are added where the task has not done so; documents without a token are left out. A document
+    with a 0 stops the stream (tf.errors.InvalidArgumentError), since packing would take the 0 for
+    padding and lose it.
+
+    Args:
+      split: 'train' or 'validation'.
+      seed: of the order.
+      shard: this host's share of the documents.
+      repeat: go on forever, a mixture at its rates. Otherwise every document comes once, and a
+        mixture keeps its rates only until a part of it runs out.
+    """
+    tasks = [task for task in seqio.get_subtasks(self.provider) if split in task.splits]
+    rates = ([self.provider.get_rate(task) for task in tasks]
+             if isinstance(self.provider, seqio.Mixture) else None)
+    # Mixed here, since a seqio mixture ends with the first task that runs out.
+    dataset = tf.data.Dataset.sample_from_datasets([
+        task.get_dataset(
+            sequence_length=None, split=split, shuffle=True, seed=seed, shard_info=shard,
+            num_epochs=None if repeat else 1, trim_output_features=False, try_in_mem_cache=False,
+        ).map(lambda example: tf.cast(example['targets'], tf.int32)) for task in tasks
+    ], rates, seed)
+    return dataset.filter(lambda tokens: tf.size(tokens) > 0).map(self._frame)
+
+  def _frame(self, tokens: tf.Tensor) -> tf.Tensor:
+    tf.debugging.assert_none_equal(tokens, PAD_ID, message=(
+        f'{self.provider.name}: a document contains id {PAD_ID}, which is padding: its task must '
+        'not pad, and its vocabulary must not use the id'))
+    bos_id, eos_id = self.vocabulary.bos_id, self.vocabulary.eos_id
+    bos = tf.fill([tf.cast(tokens[0] != bos_id, tf.int32)], bos_id)
+    eos = tf.fill([tf.cast(tokens[-1] != eos_id, tf.int32)], eos_id)
+    return tf.concat([bos, tokens, eos], axis=0)
+
+
+def iterate(dataset: tf.data.Dataset) -> Iterator[np.ndarray]:
+  """The elements of a dataset as numpy arrays; bad documents raise ValueError."""
+  try:
+    yield from dataset.as_numpy_iterator()
+  except tf.errors.InvalidArgumentError as error:
+    raise ValueError(error.message) from error

@@ -1,0 +1,208 @@
+"""Vocabularies with Gemma's special ids: padding 0, end 1, beginning 2, unknown 3."""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from absl import logging
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.files import write_whole
+from latent_deliberation.data.host_tensorflow import seqio, tf
+
+PAD_ID, EOS_ID, BOS_ID, UNK_ID = 0, 1, 2, 3
+SPECIAL_IDS = 4
+
+VOCABULARY_FILE = 'vocabulary.model'
+
+# Merges of a few thousand pieces settle on less text than this, which trains in about ten seconds.
+TRAINING_BYTES = 16 << 20
+# SentencePiece leaves lines of more than 4192 bytes out; a character has at most 4.
+LONGEST_LINE = 1000
+
+
+class ByteVocabulary(seqio.Vocabulary):
+  """UTF-8 bytes as ids from 4 on, behind Gemma's special ids: 260 in all."""
+
+  @property
+  def bos_id(self) -> int:
+    return BOS_ID
+
+  @property
+  def eos_id(self) -> int:
+    return EOS_ID
+
+  @property
+  def unk_id(self) -> int:
+    return UNK_ID
+
+  @property
+  def _base_vocab_size(self) -> int:
+    return SPECIAL_IDS + 256
+
+  def _encode(self, s: str) -> list[int]:
+    return [SPECIAL_IDS + byte for byte in s.encode()]
+
+  def _decode(self, ids: Sequence[int]) -> str:
+    return bytes(i - SPECIAL_IDS for i in ids if i >= SPECIAL_IDS).decode(errors='replace')
+
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    return SPECIAL_IDS + tf.cast(tf.io.decode_raw(s, tf.uint8), tf.int32)
+
+  def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    pieces = tf.constant([b''] * SPECIAL_IDS + [bytes([byte]) for byte in range(256)])
+    return tf.strings.reduce_join(tf.gather(pieces, ids), axis=-1)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, ByteVocabulary)
+
+  def __hash__(self) -> int:
+    return hash(ByteVocabulary)
+
+
+Vocabulary = ByteVocabulary | seqio.SentencePieceVocabulary
+
+
+def train_sentencepiece(texts: Iterable[str], path: Path, size: int) -> None:
+  """Trains `size` BPE pieces on the first 16 MB of `texts` and writes the model whole to `path`.
+
+  As in Gemma: digits stand alone, unknown characters fall back to bytes, nothing is normalised, and
+  spaces are kept, runs of them as pieces of their own, so that text comes back unchanged (but for
+  U+2581, SentencePiece's own sign for a space). A newline is always one piece.
+
+  Raises:
+    ValueError: the text has too few or too many characters and pairs for `size` pieces.
+  """
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_lines(texts), model_writer=model, model_type='bpe', vocab_size=size,
+        pad_id=PAD_ID, eos_id=EOS_ID, bos_id=BOS_ID, unk_id=UNK_ID,
+        pad_piece='<pad>', eos_piece='<eos>', bos_piece='<bos>', unk_piece='<unk>',
+        byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+        user_defined_symbols=['\n'], normalization_rule_name='identity', add_dummy_prefix=False,
+        remove_extra_whitespaces=False, minloglevel=2)
+  except RuntimeError as error:
+    reason = str(error).rpartition('] ')[2]
+    raise ValueError(f'vocabulary_size = {size} does not fit the text: {reason} Change '
+                     "vocabulary_size, give more text, or set vocabulary = 'byte'") from error
+  write_whole(path, model.getvalue())
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+  """Lines to train on, long ones cut, until there are enough bytes."""
+  room = TRAINING_BYTES
+  for text in texts:
+    for line in text.split('\n'):
+      for start in range(0, len(line), LONGEST_LINE):
+        yield line[start:start + LONGEST_LINE]
+    room -= len(text.encode())
+    if room <= 0:
+      return
+
+
+def load_vocabulary(path: Path) -> seqio.SentencePieceVocabulary:
+  """Opens a SentencePiece model.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: not a SentencePiece model, or `check_vocabulary` refuses it.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f'no vocabulary at {path}: give the path of a SentencePiece model, or '
+                            "vocabulary_path = '' to train one")
+  vocabulary = seqio.SentencePieceVocabulary(str(path))
+  try:
+    vocabulary.load_model()
+  except Exception as error:  # protobuf and SentencePiece have no error class in common
+    raise ValueError(f'{path} ({path.stat().st_size} bytes) is not a SentencePiece model: {error}. '
+                     'Give another vocabulary_path, or delete a damaged file') from error
+  check_vocabulary(vocabulary, str(path))
+  return vocabulary
+
+
+def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
+  """Refuses a vocabulary in which padding, beginning or end is missing or is a real token.
+
+  Rows are padded with 0, and packing takes every 0 for padding: a vocabulary that gives id 0 to a
+  token (Llama and Mistral: <unk>) would lose tokens silently.
+
+  Raises:
+    ValueError: as above, or a kind of vocabulary other than SentencePiece and ByteVocabulary.
+  """
+  if not isinstance(vocabulary, Vocabulary):
+    raise ValueError(f'{origin}: vocabulary of type {type(vocabulary).__name__}; rows need a '
+                     'SentencePieceVocabulary or the ByteVocabulary of this package')
+  pad_id = vocabulary.pad_id
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    pad_id = vocabulary.tokenizer.pad_id()
+  if pad_id != PAD_ID:
+    raise ValueError(
+        f'{origin}: id 0 is the token {vocabulary.tokenizer.id_to_piece(0)!r} and the pad id is '
+        f'{pad_id}, but rows are padded with 0. Train the vocabulary with --pad_id=0 --eos_id=1 '
+        '--bos_id=2 --unk_id=3, or take one that has <pad> at 0, as Gemma does')
+  if vocabulary.bos_id in (None, -1) or vocabulary.eos_id in (None, -1):
+    raise ValueError(
+        f'{origin}: bos id {vocabulary.bos_id}, eos id {vocabulary.eos_id}: every document begins '
+        'and ends with one. Train the vocabulary with --eos_id=1 --bos_id=2, or take another')
+
+
+def open_vocabulary(config: DataConfig, workdir: Path,
+                    texts: Callable[[], Iterable[str]]) -> Vocabulary:
+  """The vocabulary of a work directory; a SentencePiece model is kept there and never overwritten.
+
+  Args:
+    config: says which kind, and the path or size.
+    workdir: holds, or will hold, vocabulary.model.
+    texts: the training split, asked for only when a vocabulary must be trained.
+
+  Raises:
+    FileNotFoundError, ValueError: see `load_vocabulary` and `train_sentencepiece`; or the work
+      directory holds another vocabulary than the configuration asks for.
+  """
+  if config.vocabulary == 'byte':
+    return ByteVocabulary()
+  kept = workdir / VOCABULARY_FILE
+  if config.vocabulary_path:
+    given = load_vocabulary(Path(config.vocabulary_path).expanduser())
+    if not kept.exists():
+      write_whole(kept, Path(given.sentencepiece_model_file).read_bytes())
+    vocabulary = load_vocabulary(kept)
+    asked, found = vocabulary_hash(given), vocabulary_hash(vocabulary)
+  else:
+    if not kept.exists():
+      logging.info('Training a vocabulary of %d pieces.', config.vocabulary_size)
+      train_sentencepiece(texts(), kept, config.vocabulary_size)
+    vocabulary = load_vocabulary(kept)
+    asked, found = f'{config.vocabulary_size} pieces', f'{vocabulary.vocab_size} pieces'
+  if asked != found:
+    raise ValueError(f'{kept} has {found}, the configuration asks for {asked}: use another work '
+                     'directory, or configure the vocabulary that is there')
+  return vocabulary
+
+
+def vocabulary_hash(vocabulary: Vocabulary) -> str:
+  """sha256 of all that decides how text becomes ids."""
+  if isinstance(vocabulary, ByteVocabulary):
+    return hashlib.sha256(b'bytes from 4 on').hexdigest()
+  return hashlib.sha256(vocabulary.sp_model).hexdigest()
+
+
+def bytes_per_token(vocabulary: Vocabulary) -> np.ndarray:
+  """UTF-8 bytes of text that each id stands for, int32 [V]; 0 for special ids.
+
+  Exact for a vocabulary that leaves text as it is, like those trained here and Gemma's.
+  """
+  if isinstance(vocabulary, ByteVocabulary):
+    return (np.arange(vocabulary.vocab_size) >= SPECIAL_IDS).astype(np.int32)
+  tokenizer = vocabulary.tokenizer
+
+  def width(i: int) -> int:
+    if tokenizer.is_control(i) or tokenizer.is_unknown(i):
+      return 0
+    return 1 if tokenizer.is_byte(i) else len(tokenizer.id_to_piece(i).replace('▁', ' ').encode())
+
+  return np.array([width(i) for i in range(vocabulary.vocab_size)], np.int32)

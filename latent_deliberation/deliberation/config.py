@@ -1,0 +1,78 @@
+"""The choices of an experiment on latents. Those the paper leaves open say so."""
+
+import dataclasses
+
+LATENTS = ('paper', 'anchored', 'refining')
+POSITIONS = ('shift', 'share')
+INITIALISATIONS = ('decoder', 'scratch')
+TRAINABLES = ('full', 'lora', 'constant')
+GATES = ('channel', 'matrix')
+SOFT_TOKENS = ('free', 'rested')
+
+
+@dataclasses.dataclass(frozen=True)
+class DeliberationConfig:
+  """How latents are made, where they enter the decoder, and how many of what there are.
+
+  Attributes:
+    num_latents: Z, latents of a trace (N_L in the paper).
+    num_ahead: A, true tokens after the anchor that the loss is on (N_A).
+    num_traces: M, traces drawn from each text.
+    latents: what the decoder is fed (its choice of parametrisation is ours, section 3 of
+      BUILD_NOTES.md compares them). With o_i the coprocessor's output at soft token i:
+      'paper':    z_i = o_i, behind the anchor.
+      'anchored': z_i = embedding of the anchor token + gate * o_i, behind the anchor.
+      'refining': z_i = embedding of trunk token (anchor - Z + i) + gate * o_i, in that token's
+                  place: with the gate at zero this is the frozen decoder.
+    positions: position ids of latents that stand behind the anchor (not stated in the paper):
+      'shift' counts on from the anchor and moves the ahead tokens by Z; 'share' puts all of them
+      at the anchor's own position and leaves the ahead tokens where they are. Refining latents
+      always have the positions of the tokens that they replace.
+    initialisation: of the coprocessor's transformer, the 'decoder's weights or 'scratch'.
+    trainable: 'full' transformer; 'lora' adapters on the decoder's frozen weights; or 'constant',
+      soft tokens alone, fed to the decoder as they are (pause tokens).
+    gate: what multiplies o, zero at the start: one factor a 'channel', or a [D, D] 'matrix'.
+    soft_tokens: what the coprocessor is fed (the paper: learned embeddings, 'free' of the text);
+      'rested' ones are added to the embedding of the token that the latent rests on, so that a
+      coprocessor initialised from the decoder begins with the decoder's own reading of it.
+    lora_rank, lora_alpha: of the adapters; unused otherwise.
+  """
+  num_latents: int
+  num_ahead: int
+  num_traces: int
+  latents: str = 'refining'
+  positions: str = 'share'
+  initialisation: str = 'decoder'
+  trainable: str = 'full'
+  gate: str = 'matrix'
+  soft_tokens: str = 'rested'
+  lora_rank: int = 128
+  lora_alpha: float = 128.0
+
+  def __post_init__(self):
+    for name, allowed in (('latents', LATENTS), ('positions', POSITIONS),
+                          ('initialisation', INITIALISATIONS), ('trainable', TRAINABLES),
+                          ('gate', GATES), ('soft_tokens', SOFT_TOKENS)):
+      if getattr(self, name) not in allowed:
+        raise ValueError(f'{name} = {getattr(self, name)!r}: must be one of {allowed}')
+    for name in ('num_latents', 'num_ahead', 'num_traces', 'lora_rank'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
+
+  def check_trunk(self, length: int) -> None:
+    """Raises ValueError where a trunk of `length` tokens cannot hold the traces asked for."""
+    anchors = length - self.first_anchor - 1
+    if self.num_ahead >= length:
+      raise ValueError(
+          f'num_ahead = {self.num_ahead} tokens do not fit behind an anchor in a trunk of '
+          f'{length} tokens: lower num_ahead or raise data.length')
+    if self.num_traces > anchors:
+      raise ValueError(
+          f'num_traces = {self.num_traces}, but a trunk of {length} tokens has {anchors} places '
+          f'for an anchor of {self.num_latents} {self.latents} latents: lower num_traces or '
+          'num_latents, or raise data.length')
+
+  @property
+  def first_anchor(self) -> int:
+    """Least index in its document that an anchor may have."""
+    return self.num_latents - 1 if self.latents == 'refining' else 0

@@ -1,0 +1,114 @@
+"""The coprocessor: soft tokens read the decoder's kv-cache and come out as thoughts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from latent_deliberation.array_types import Array, Latents, Params, typed
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.placement import Placement
+from latent_deliberation.model.attention import Visibility
+from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.layers import LowRank
+from latent_deliberation.model.transformer import Transformer
+
+RESTED_SPREAD = 0.1  # of soft tokens that are added to an embedding, over that embedding's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Coprocessor:
+  """Maps a kv-cache to Z thoughts, and those to latents, in one forward pass (paper, section 2.1).
+
+  Its parameters are {'soft_tokens': [Z, D]}, a 'gate' ([D] or [D, D]; not for 'paper' latents),
+  and a full 'transformer', or 'lora' adapters on the decoder's own, or neither of the two.
+
+  Attributes:
+    model: sizes, those of the decoder.
+    config: the experiment's choices.
+    dtype: of the computation.
+    remat, scan: see Transformer.
+  """
+  model: TransformerConfig
+  config: DeliberationConfig
+  dtype: str = 'float32'
+  remat: str = 'none'
+  scan: bool = True
+
+  @property
+  def transformer(self) -> Transformer:
+    """The stack, without weights."""
+    lora = None
+    if self.config.trainable == 'lora':
+      lora = LowRank(self.config.lora_rank, self.config.lora_alpha)
+    return Transformer(self.model, lora=lora, remat=self.remat, scan=self.scan)
+
+  def init(self, key: Array, decoder_params: Params) -> Params:
+    """Trainable parameters, boxed with their logical axes.
+
+    Soft tokens start with the spread of the decoder's own input embeddings, the gate at zero.
+    """
+    soft_key, transformer_key = jax.random.split(key)
+    width = self.model.embed_dim
+    table = decoder_params['embedder']['table'].astype(jnp.float32)
+    spread = jnp.sqrt(jnp.mean(table ** 2) * width)
+    if self.config.soft_tokens == 'rested':
+      spread = spread * RESTED_SPREAD
+    soft = spread * jax.random.normal(soft_key, (self.config.num_latents, width))
+    params = {'soft_tokens': nn.LogicallyPartitioned(soft, ('latent', 'embed'))}
+    if self.config.latents != 'paper':
+      axes = {'channel': ('norm',), 'matrix': ('embed', 'gated')}[self.config.gate]
+      params['gate'] = nn.LogicallyPartitioned(jnp.zeros((width,) * len(axes)), axes)
+    if self.config.trainable != 'constant':
+      params |= self._init_transformer(transformer_key, decoder_params)
+    return params
+
+  def _init_transformer(self, key: Array, decoder_params: Params) -> Params:
+    rows = jnp.zeros((1, 1, 1, self.model.embed_dim))
+    index = jnp.zeros((1, 1, 1), jnp.int32)
+    variables = self.transformer.init(key, rows, index, Visibility(index, index[0]))
+    if self.config.trainable == 'lora':
+      return {'lora': variables['lora']}
+    boxed = variables['params']
+    if self.config.initialisation == 'decoder':
+      boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight), boxed,
+                           decoder_params['transformer'],
+                           is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    return {'transformer': boxed}
+
+  @typed
+  def think(self, params: Params, decoder_params: Params, rest: Latents, placement: Placement,
+            cache: KVCache) -> Latents:
+    """Outputs o [B, M, Z, D] of the final layer at the soft tokens.
+
+    Args:
+      params: of the coprocessor.
+      decoder_params: the frozen weights that 'lora' adapts.
+      rest: [B, M, Z, D] embeddings of the tokens that the latents rest on.
+      placement: where the soft tokens stand, and how much of the cache they read.
+      cache: the decoder's, of the trunks.
+    """
+    soft = jnp.broadcast_to(params['soft_tokens'].astype(self.dtype), rest.shape)
+    if self.config.trainable == 'constant':
+      return soft
+    if self.config.soft_tokens == 'rested':
+      soft = soft + rest
+    segments = jnp.broadcast_to(placement.segments[..., None], placement.latent_positions.shape)
+    if self.config.trainable == 'lora':
+      variables = {'params': decoder_params['transformer'], 'lora': params['lora']}
+    else:
+      variables = {'params': params['transformer']}
+    hidden, _ = self.transformer.apply(
+        variables, soft, placement.latent_positions,
+        Visibility(segments, placement.coprocessor_horizon), cache)
+    return hidden
+
+  @typed
+  def compose(self, params: Params, thoughts: Latents, rest: Latents) -> Latents:
+    """Latents z for thoughts o: o itself, or o through the gate on top of what it rests on."""
+    if self.config.latents == 'paper':
+      return thoughts
+    gate = params['gate'].astype(thoughts.dtype)
+    return rest + (thoughts * gate if self.config.gate == 'channel' else thoughts @ gate)

@@ -1,0 +1,59 @@
+"""Where latents stand: their positions, the tokens they rest on, and what their trace may see.
+
+The three parametrisations and two position schemes differ in these few integers and in nothing
+else; the forward pass that uses them is one and the same.
+"""
+
+import jax.numpy as jnp
+from flax import struct
+
+from latent_deliberation.array_types import Array
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.traces import take_from_trunk
+
+
+@struct.dataclass
+class Placement:
+  """Attributes, all int32:
+    segments: [B, M] document of the trace.
+    latent_positions: [B, M, Z].
+    ahead_positions: [B, M, A].
+    base_tokens: [B, M, Z] token whose embedding a latent starts from (unused by 'paper').
+    coprocessor_horizon: [B, M] trunk tokens that the coprocessor reads.
+    decoder_horizon: [B, M] trunk tokens that the decoder's second pass reads.
+  """
+  segments: Array
+  latent_positions: Array
+  ahead_positions: Array
+  base_tokens: Array
+  coprocessor_horizon: Array
+  decoder_horizon: Array
+
+
+def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: int) -> Placement:
+  """Placement of the traces that start at `anchors` [B, M]."""
+  latents = jnp.arange(config.num_latents)
+  anchor_positions = take_from_trunk(batch.positions, anchors)[..., None]
+  ahead_positions = anchor_positions + 1 + jnp.arange(num_ahead)
+  horizon = anchors + 1
+  decoder_horizon = horizon
+  base = jnp.broadcast_to(anchors[..., None], (*anchors.shape, config.num_latents))
+  if config.latents == 'refining':
+    base = anchors[..., None] + 1 - config.num_latents + latents
+    latent_positions = anchor_positions + 1 - config.num_latents + latents
+    decoder_horizon = horizon - config.num_latents
+  elif config.positions == 'share':
+    latent_positions = anchor_positions + 0 * latents
+  else:
+    latent_positions = anchor_positions + 1 + latents
+    ahead_positions = ahead_positions + config.num_latents
+  # Traces that do not exist have arbitrary anchors; their indices must still be indices.
+  base = jnp.maximum(base, 0)
+  return Placement(
+      segments=take_from_trunk(batch.segments, anchors),
+      latent_positions=latent_positions,
+      ahead_positions=ahead_positions,
+      base_tokens=take_from_trunk(batch.tokens, base),
+      coprocessor_horizon=horizon,
+      decoder_horizon=decoder_horizon)

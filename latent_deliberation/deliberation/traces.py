@@ -1,0 +1,67 @@
+"""Traces: where in a trunk to deliberate, and which true tokens follow (paper, section 2.3)."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from latent_deliberation.array_types import Array
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.config import DeliberationConfig
+
+
+@struct.dataclass
+class Traces:
+  """M traces of each of B texts, in the order of their anchors.
+
+  Attributes:
+    anchors: int32 [B, M] trunk index of the last token that a trace may see.
+    valid: bool [B, M] False where a text had fewer than M places left.
+    ahead_tokens: int32 [B, M, A] the tokens behind the anchor.
+    ahead_valid: bool [B, M, A] False past the end of the anchor's document.
+  """
+  anchors: Array
+  valid: Array
+  ahead_tokens: Array
+  ahead_valid: Array
+
+
+def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig) -> Traces:
+  """Draws M distinct anchors from every text, uniformly among those that can hold a trace.
+
+  An anchor needs a next token in its own document and `config.first_anchor` tokens before it.
+  The draw depends on a text's own key alone, so neither the mesh nor gradient accumulation
+  changes it.
+
+  Args:
+    keys: [B] PRNG keys, one a text.
+    batch: packed texts.
+  """
+  following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
+  allowed = ((batch.segments > 0) & (following == batch.segments)
+             & (batch.positions >= config.first_anchor))
+  length = batch.tokens.shape[1]
+  score = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+  score, anchors = jax.lax.top_k(jnp.where(allowed, score, -1.0), config.num_traces)
+  # Sorted, so that a kernel can skip the blocks of keys beyond a group's last anchor.
+  order = jnp.argsort(jnp.where(score >= 0, anchors, length), axis=-1)
+  anchors = jnp.take_along_axis(anchors, order, axis=-1).astype(jnp.int32)
+  valid = jnp.take_along_axis(score, order, axis=-1) >= 0
+  return gather_traces(batch, anchors, valid, config.num_ahead)
+
+
+def gather_traces(batch: Batch, anchors: Array, valid: Array, num_ahead: int) -> Traces:
+  """The traces of given anchors [B, M]; ahead tokens of another document are marked invalid."""
+  length = batch.tokens.shape[1]
+  index = anchors[..., None] + 1 + jnp.arange(num_ahead)
+  inside = index < length
+  index = jnp.minimum(index, length - 1)
+  ahead_tokens = take_from_trunk(batch.tokens, index)
+  same = take_from_trunk(batch.segments, index) == take_from_trunk(
+      batch.segments, anchors[..., None])
+  return Traces(anchors=anchors, valid=valid, ahead_tokens=ahead_tokens,
+                ahead_valid=inside & same & valid[..., None])
+
+
+def take_from_trunk(trunk: Array, index: Array) -> Array:
+  """trunk [B, T] at indices [B, M, ...]."""
+  return jax.vmap(lambda row, at: row[at])(trunk, index)

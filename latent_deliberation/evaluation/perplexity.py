@@ -1,0 +1,89 @@
+"""Negative log-likelihood by ahead position, of a frozen decoder with and without latents."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from latent_deliberation.array_types import Array, Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
+from latent_deliberation.deliberation.placement import place
+from latent_deliberation.deliberation.traces import Traces, sample_traces, take_from_trunk
+from latent_deliberation.evaluation.bootstrap import AheadNLL
+from latent_deliberation.evaluation.controls import CONTROLS
+from latent_deliberation.evaluation.report import BASELINE
+
+# (params, decoder_params, batch, index of the batch) -> {arm: [B, A] summed nats}, [B, A] targets
+Scorer = Callable[[Params, Params, Batch, int], tuple[Mapping[str, Array], Array]]
+
+
+def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: int, num_ahead: int,
+                loss_chunk: int, seed: int, mesh: Mesh,
+                rules: Mapping[str, Sequence[str]]) -> Scorer:
+  """Compiles the scoring of one batch under several arms, on the same traces.
+
+  Args:
+    deliberator: decoder and coprocessor.
+    arms: 'frozen' (the decoder alone) and names of CONTROLS.
+    num_traces: M; traces are drawn from fold_in(seed, index of the batch), so that two
+      deliberators with the same kind of latents are scored on the same targets.
+    num_ahead: A; may exceed what the coprocessor was trained with.
+  """
+  scored = deliberator.with_traces(num_traces, num_ahead)
+
+  def score(params: Params, decoder_params: Params, batch: Batch,
+            index: Array) -> tuple[dict[str, Array], Array]:
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index),
+                            batch.tokens.shape[0])
+    with nn.logical_axis_rules(tuple(rules.items())):
+      traces = sample_traces(keys, batch, scored.config)
+      states = arm_states(scored, arms, params, decoder_params, batch, traces)
+      nll = {arm: ahead_nll(hidden, traces, decoder_params,
+                            scored.decoder.config.final_softcap, loss_chunk)
+             for arm, hidden in states.items()}
+    valid = traces.ahead_valid
+    return {arm: jnp.sum(values * valid, axis=1) for arm, values in nll.items()}, valid.sum(axis=1)
+
+  compiled = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  def scorer(params: Params, decoder_params: Params, batch: Batch, index: int):
+    with mesh:
+      return compiled(params, decoder_params, batch, jnp.asarray(index))
+
+  return scorer
+
+
+def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
+               decoder_params: Params, batch: Batch, traces: Traces) -> dict[str, Array]:
+  """Hidden states [B, M, A, D] that predict the ahead tokens, for each arm; prefilled once."""
+  num_ahead = traces.ahead_tokens.shape[-1]
+  trunk, cache = deliberator.prefill(decoder_params, batch)
+  placement = place(batch, traces.anchors, deliberator.config, num_ahead)
+  thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
+  states = {}
+  for arm in arms:
+    if arm == BASELINE:
+      index = traces.anchors[..., None] + jnp.arange(num_ahead)
+      states[arm] = take_from_trunk(trunk, jnp.minimum(index, batch.tokens.shape[1] - 1))
+    else:
+      latents = deliberator.latents(params, decoder_params, placement, CONTROLS[arm](thoughts))
+      states[arm] = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
+  return states
+
+
+def score_texts(scorer: Scorer, params: Params, decoder_params: Params,
+                batches: Iterable[Batch]) -> dict[str, AheadNLL]:
+  """Sums by text and ahead position over all batches, for each arm of the scorer."""
+  totals: dict[str, list[np.ndarray]] = {}
+  counts = []
+  for index, batch in enumerate(batches):
+    sums, count = jax.device_get(scorer(params, decoder_params, batch, index))
+    for arm, total in sums.items():
+      totals.setdefault(arm, []).append(total.astype(np.float64))
+    counts.append(count)
+  count = np.concatenate(counts)
+  return {arm: AheadNLL(np.concatenate(total), count) for arm, total in totals.items()}

@@ -1,0 +1,134 @@
+"""Scores a trained coprocessor against its controls and writes the report."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.evaluation import page, plots
+from latent_deliberation.evaluation.bootstrap import AheadNLL
+from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
+from latent_deliberation.evaluation.report import (
+  BASELINE,
+  Report,
+  git_commit,
+  peak_memory_bytes,
+  summarise,
+)
+from latent_deliberation.evaluation.visibility import plot_visibility
+from latent_deliberation.jobs.experiment import Experiment
+from latent_deliberation.jobs.fit import restore_trained
+from latent_deliberation.jobs.models import build_deliberator, count_parameters, load_frozen
+from latent_deliberation.jobs.prepared import validation_batches
+from latent_deliberation.jobs.train import describe_run
+from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.sharding import make_mesh, place_batch
+from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
+from latent_deliberation.training.metrics import format_duration, read_metrics
+
+PICTURES = {
+    'changes.png': 'Change of perplexity by ahead position, with 95% intervals.',
+    'losses.png': 'Losses in training.',
+    'visibility.png': 'Who may attend to whom: a small trunk of two documents with three traces.',
+}
+
+
+def constant_variant(experiment: Experiment) -> Experiment:
+  """The pause-token baseline: soft tokens alone, as many and trained as long."""
+  deliberation = dataclasses.replace(experiment.deliberation, trainable='constant')
+  return dataclasses.replace(experiment, deliberation=deliberation)
+
+
+def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: Path, output: Path,
+             constant: Path | None = None, seconds: Mapping[str, float] | None = None,
+             runs: Mapping[str, Path] | None = None) -> dict[str, Any]:
+  """Scores all arms on the same traces of held-out text; writes report.json, report.md, PNGs.
+
+  Args:
+    decoder: directory of the frozen decoder.
+    coprocessor: work directory in which it was trained.
+    data: directory of prepared data.
+    output: where the report goes; created.
+    constant: work directory of the constant soft tokens; their arm is left out without it.
+    seconds: wall-clock time of earlier phases, for the report.
+    runs: work directories whose losses are drawn, by name; default the coprocessor's.
+
+  Returns: the content of report.json.
+  """
+  begun = time.perf_counter()
+  mesh = make_mesh(experiment.mesh)
+  frozen, digest = load_frozen(experiment, decoder, mesh)
+  before = fingerprint(frozen)
+  held_out = validation_batches(
+      experiment, data, experiment.evaluation.num_texts // experiment.evaluation.batch_size)
+  arms, parameters = _score(experiment, coprocessor, data, (BASELINE, 'own', 'shuffled', 'zero'),
+                            frozen, digest, held_out, mesh)
+  counts = {'frozen decoder': count_parameters(frozen), 'coprocessor': parameters}
+  if constant is not None:
+    scores, parameters = _score(constant_variant(experiment), constant, data, ('own',), frozen,
+                                digest, held_out, mesh)
+    arms['constant'], counts['constant soft tokens'] = scores['own'], parameters
+  report = Report(
+      arms=arms, positions=experiment.evaluation.positions,
+      num_ahead=experiment.deliberation.num_ahead,
+      decoder_fingerprints=(before, fingerprint(load_frozen(experiment, decoder, mesh)[0])),
+      parameters=counts,
+      seconds={**(seconds or {}), 'evaluation': time.perf_counter() - begun},
+      peak_memory_bytes=peak_memory_bytes(), git_commit=git_commit(),
+      config=dataclasses.asdict(experiment), pictures=PICTURES)
+  summary = summarise(report, experiment.evaluation.bootstrap_samples)
+  if jax.process_index() == 0:
+    output.mkdir(parents=True, exist_ok=True)
+    plots.plot_changes(summary, output / 'changes.png')
+    plots.plot_losses(_curves(runs or {'coprocessor': coprocessor}), output / 'losses.png')
+    plot_visibility(output / 'visibility.png', experiment.deliberation.latents)
+    page.write_report(summary, output)
+  return summary
+
+
+def _score(experiment: Experiment, workdir: Path, data: Path, arms: tuple[str, ...],
+           frozen: Params, digest: str, held_out: list[Batch],
+           mesh: Mesh) -> tuple[dict[str, AheadNLL], int]:
+  """Scores of the arms under what was trained in `workdir`, and its number of parameters."""
+  deliberator = build_deliberator(experiment)
+  params = restore_trained(
+      describe_run(experiment, deliberator, workdir, data, frozen, digest, mesh))
+  scorer = make_scorer(
+      deliberator, arms, num_traces=experiment.evaluation.num_traces,
+      num_ahead=experiment.evaluation.num_ahead, loss_chunk=experiment.computation.loss_chunk,
+      seed=experiment.seed, mesh=mesh, rules=experiment.rules)
+  scores = score_texts(scorer, params, frozen, _placed(experiment, held_out, arms, mesh))
+  return scores, count_parameters(params)
+
+
+def _placed(experiment: Experiment, held_out: list[Batch], arms: tuple[str, ...],
+            mesh: Mesh) -> Iterator[Batch]:
+  """The batches on devices, one at a time, with a line of progress every ten seconds."""
+  begun = said = time.perf_counter()
+  for done, batch in enumerate(held_out):
+    now = time.perf_counter()
+    if done and now - said > 10 and jax.process_index() == 0:
+      said = now
+      left = (now - begun) / done * (len(held_out) - done)
+      logging.info('scoring %s: batch %d/%d  ETA %s', ', '.join(arms), done, len(held_out),
+                   format_duration(left))
+    yield place_batch(batch, mesh, experiment.rules)
+
+
+def _curves(runs: Mapping[str, Path]) -> dict[str, dict[str, tuple[list, list]]]:
+  """Training and validation losses of each run, as (steps, values)."""
+  curves = {}
+  for name, workdir in runs.items():
+    rows = read_metrics(workdir / METRICS_FILE)
+    curves[name] = {
+        label: ([row['step'] for row in rows if key in row],
+                [row[key] for row in rows if key in row])
+        for label, key in (('training', 'loss'), ('validation', 'validation/loss'))}
+  return curves

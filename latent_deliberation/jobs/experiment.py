@@ -1,0 +1,171 @@
+"""An experiment as typed values, bound from a config file and checked before anything runs."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.transformer import REMAT_POLICIES
+from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, check_rules
+from latent_deliberation.training.loop import LoopConfig
+from latent_deliberation.training.optimizer import OptimizerConfig
+
+DTYPES = ('float32', 'bfloat16')
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+  """How the same mathematics is computed.
+
+  Attributes:
+    dtype: of activations, and of the weights inside matrix products.
+    frozen_dtype: what the frozen decoder's weights are kept in. What learns is always float32.
+    remat: what the backward pass keeps of a block ('none' keeps all, 'full' nothing).
+    scan: loop over stacked layers (compiles fast at any depth) or unroll them (runs faster on CPU).
+    loss_chunk: targets of a text whose logits exist at the same time.
+  """
+  dtype: str = 'float32'
+  frozen_dtype: str = 'float32'
+  remat: str = 'none'
+  scan: bool = True
+  loss_chunk: int = 256
+
+  def __post_init__(self):
+    for name in ('dtype', 'frozen_dtype'):
+      if getattr(self, name) not in DTYPES:
+        raise ValueError(f'computation.{name} = {getattr(self, name)!r}: must be one of {DTYPES}')
+    if self.remat not in REMAT_POLICIES:
+      raise ValueError(f'computation.remat = {self.remat!r}: must be one of '
+                       f'{sorted(REMAT_POLICIES)}')
+    if self.loss_chunk < 1:
+      raise ValueError(f'computation.loss_chunk = {self.loss_chunk}: at least 1 is needed')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+  """One training run.
+
+  Attributes:
+    batch_size: B, texts of a global batch.
+    optimizer: see OptimizerConfig.
+    loop: see LoopConfig.
+    accumulation: microbatches that a batch is split into, one after the other.
+    multipliers: top-level key of the trainable parameters -> factor on its learning rate.
+  """
+  batch_size: int
+  optimizer: OptimizerConfig
+  loop: LoopConfig
+  accumulation: int = 1
+  multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for name in ('batch_size', 'accumulation'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """Attributes:
+    num_texts: validation rows of the report.
+    batch_size: rows at a time.
+    num_traces: M, traces of a row.
+    num_ahead: ahead positions scored; may exceed what training had a loss on.
+    positions: ahead positions of the table, from 1.
+    watch_batches: batches that training looks at every eval_every steps.
+    bootstrap_samples: resamplings behind an interval.
+  """
+  num_texts: int
+  batch_size: int
+  num_traces: int
+  num_ahead: int
+  positions: tuple[int, ...]
+  watch_batches: int
+  bootstrap_samples: int = 2000
+
+  def __post_init__(self):
+    object.__setattr__(self, 'positions', tuple(self.positions))
+    if not self.positions or not 1 <= min(self.positions) <= max(self.positions) <= self.num_ahead:
+      raise ValueError(f'evaluation.positions = {self.positions}: must lie in 1 to num_ahead = '
+                       f'{self.num_ahead}')
+    if self.batch_size < 2:
+      raise ValueError('evaluation.batch_size = 1: latents of another text of the batch are one of '
+                       'the controls; at least 2 is needed')
+    if self.num_texts < self.batch_size:
+      raise ValueError(f'evaluation.num_texts = {self.num_texts} is less than one batch_size = '
+                       f'{self.batch_size}: raise it')
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Everything that a run depends on, beside its directories. See configs/quickstart.py."""
+  decoder: TransformerConfig
+  data: DataConfig
+  pretraining: TrainingConfig
+  deliberation: DeliberationConfig
+  training: TrainingConfig
+  evaluation: EvaluationConfig
+  computation: Computation = Computation()
+  mesh: MeshConfig = MeshConfig()
+  rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
+      default_factory=lambda: dict(DEFAULT_RULES))
+  seed: int = 0
+
+  def __post_init__(self):
+    object.__setattr__(self, 'rules', check_rules(self.rules))
+    self.deliberation.check_trunk(self.data.length)
+    scored = dataclasses.replace(self.deliberation, num_ahead=self.evaluation.num_ahead,
+                                 num_traces=self.evaluation.num_traces)
+    try:
+      scored.check_trunk(self.data.length)
+    except ValueError as error:
+      raise ValueError(f'evaluation: {error}') from error
+
+
+def as_config(experiment: Experiment) -> ConfigDict:
+  """Every key of an experiment with its value, locked, for flags to override."""
+
+  def fill(tree: Mapping[str, Any]) -> dict[str, Any]:
+    # A bare None could not be overridden by a flag; all our optional values are floats.
+    return {key: fill(value) if isinstance(value, Mapping)
+            else config_dict.placeholder(float) if value is None else value
+            for key, value in tree.items()}
+
+  return ConfigDict(fill(dataclasses.asdict(experiment))).lock()
+
+
+def bind(config: Mapping[str, Any], kind: type = Experiment, where: str = 'config') -> Any:
+  """A frozen dataclass of `kind` from a nested mapping such as a ConfigDict.
+
+  Raises:
+    ValueError: a key is unknown (the nearest known one is suggested) or missing, or a value is not
+      allowed; names the key by its dotted path.
+  """
+  fields = {field.name: field for field in dataclasses.fields(kind)}
+  for key in config:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(fields)}'
+      raise ValueError(f'{where}.{key} is not a key of this project: {hint}')
+  missing = sorted(name for name, field in fields.items() if name not in config
+                   and field.default is dataclasses.MISSING
+                   and field.default_factory is dataclasses.MISSING)
+  if missing:
+    raise ValueError(f'{where} has no {missing}: give a value, as configs/quickstart.py does')
+  values = {}
+  for key in config:
+    value, field = config[key], fields[key]
+    if dataclasses.is_dataclass(field.type):
+      value = bind(value, field.type, f'{where}.{key}')
+    elif isinstance(value, Mapping) or hasattr(value, 'to_dict'):
+      value = {name: value[name] for name in value}
+    values[key] = value
+  try:
+    return kind(**values)
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}') from error

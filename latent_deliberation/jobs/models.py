@@ -1,0 +1,53 @@
+"""The modules that an experiment describes, and the weights that it has on disk."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.jobs.experiment import Experiment
+from latent_deliberation.model import weights
+from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.sharding import shardings_of
+
+
+def build_decoder(experiment: Experiment) -> Decoder:
+  """The decoder, without weights."""
+  how = experiment.computation
+  return Decoder(experiment.decoder, dtype=how.dtype, remat=how.remat, scan=how.scan)
+
+
+def build_deliberator(experiment: Experiment) -> Deliberator:
+  """The decoder and its coprocessor, without weights."""
+  how = experiment.computation
+  coprocessor = Coprocessor(experiment.decoder, experiment.deliberation, dtype=how.dtype,
+                            remat=how.remat, scan=how.scan)
+  return Deliberator(build_decoder(experiment), coprocessor)
+
+
+def load_frozen(experiment: Experiment, directory: Path, mesh: Mesh) -> tuple[Params, str]:
+  """The frozen decoder on its shards, and its fingerprint.
+
+  Raises:
+    ValueError: the decoder in `directory` has other sizes than the experiment's.
+  """
+  config, params, digest = weights.load(
+      directory, lambda boxed: shardings_of(boxed, mesh, experiment.rules),
+      dtype=experiment.computation.frozen_dtype)
+  if config != experiment.decoder:
+    there, here = dataclasses.asdict(config), dataclasses.asdict(experiment.decoder)
+    lines = [f'  decoder.{key}: {there[key]!r} there, {here[key]!r} in the config'
+             for key in there if there[key] != here[key]]
+    raise ValueError('\n'.join([f'the decoder in {directory} is another one:', *lines,
+                                'Change the config, or pass the decoder that it means.']))
+  return params, digest
+
+
+def count_parameters(params: Params) -> int:
+  """Number of scalars in a tree of arrays, boxed or not."""
+  return sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(params)))

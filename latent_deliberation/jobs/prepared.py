@@ -1,0 +1,67 @@
+"""Data of an experiment: prepared where seqio is installed, read anywhere."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from latent_deliberation.data.rows import PackedRows, PermutedBatches
+from latent_deliberation.jobs.experiment import Experiment
+from latent_deliberation.training.checkpoint import Batches
+
+ROWS = 'rows'
+
+
+def prepare_data(experiment: Experiment, directory: Path) -> None:
+  """Makes vocabulary and packed rows in `directory`, or checks those that are there.
+
+  Without seqio, rows that are there are taken as they are. Process 0 works, the others wait.
+  """
+  if importlib.util.find_spec('seqio') is None:
+    if not (directory / ROWS).is_dir():
+      raise FileNotFoundError(
+          f'{directory / ROWS} does not exist, and seqio, which would make it, is not installed: '
+          'prepare the data on another machine and copy the directory here')
+  elif jax.process_index() == 0:
+    from latent_deliberation.data.packing import prepare  # imports TensorFlow, which not all have
+    prepare(experiment.data, directory)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('data prepared')
+
+
+def open_rows(experiment: Experiment, directory: Path, split: str) -> PackedRows:
+  """Packed rows of a split, checked against the decoder and the trunk length."""
+  rows = PackedRows(directory / ROWS / split)
+  if rows.vocabulary_size > experiment.decoder.vocab_size:
+    raise ValueError(
+        f'the rows in {directory} have a vocabulary of {rows.vocabulary_size} pieces, the decoder '
+        f'has {experiment.decoder.vocab_size} embeddings: set decoder.vocab_size to at least '
+        f'{rows.vocabulary_size}, or use the vocabulary that the decoder was trained with')
+  if rows.length != experiment.data.length:
+    raise ValueError(f'the rows in {directory} have {rows.length} tokens, data.length is '
+                     f'{experiment.data.length}: prepare the data in another directory')
+  return rows
+
+
+def open_stream(experiment: Experiment, directory: Path, batch_size: int) -> Batches:
+  """Endless training batches of this process, packed or online as the experiment says."""
+  place = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+  if experiment.data.mode == 'online':
+    from latent_deliberation.data.online import OnlineBatches  # imports TensorFlow
+    return OnlineBatches(experiment.data, directory, batch_size, experiment.seed, **place)
+  return PermutedBatches(open_rows(experiment, directory, 'train'), batch_size, experiment.seed,
+                         **place)
+
+
+def validation_batches(experiment: Experiment, directory: Path, num_batches: int) -> list:
+  """The same validation batches at every call, neighbours in different documents as a rule."""
+  size = experiment.evaluation.batch_size
+  rows = open_rows(experiment, directory, 'validation')
+  if num_batches * size > len(rows):
+    raise ValueError(
+        f'{num_batches} validation batches of evaluation.batch_size = {size} need '
+        f'{num_batches * size} rows, {directory} has {len(rows)}: lower evaluation.num_texts or '
+        'watch_batches, or hold out more text (data.validation_percent)')
+  stream = PermutedBatches(rows, size, 0, jax.process_index(), jax.process_count())
+  return [stream(index) for index in range(num_batches)]

@@ -1,0 +1,75 @@
+"""Trains a coprocessor (or constant soft tokens) on the kv-cache of a frozen decoder."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
+from latent_deliberation.evaluation.report import BASELINE
+from latent_deliberation.jobs.experiment import Experiment
+from latent_deliberation.jobs.fit import Run, fit, identify
+from latent_deliberation.jobs.models import build_deliberator, load_frozen
+from latent_deliberation.jobs.prepared import open_stream, prepare_data, validation_batches
+from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.sharding import make_mesh, place_batch
+from latent_deliberation.training.objectives import augmentation
+
+
+def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data: Path) -> Params:
+  """Trains what `experiment.deliberation.trainable` says, or goes on where it stopped.
+
+  Args:
+    decoder: directory of the frozen decoder.
+    workdir: of this run.
+    data: directory of prepared data; prepared now if it is not.
+
+  Returns: the trained parameters, float32.
+
+  Raises:
+    RuntimeError: the decoder's weights changed, which nothing here may do.
+  """
+  mesh = make_mesh(experiment.mesh)
+  frozen, digest = load_frozen(experiment, decoder, mesh)
+  prepare_data(experiment, data)
+  watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
+  deliberator = build_deliberator(experiment)
+  run = describe_run(experiment, deliberator, workdir, data, frozen, digest, mesh)
+  before = fingerprint(frozen)
+  params = fit(run, augmentation(deliberator, experiment.computation.loss_chunk),
+               {'validation': _validation(experiment, deliberator, frozen, watched, mesh)})
+  after = fingerprint(frozen)
+  if after != before:
+    raise RuntimeError(f'the frozen decoder had fingerprint {before} before training and has '
+                       f'{after} now: this is a bug, and its coprocessor is not to be trusted')
+  return params
+
+
+def describe_run(experiment: Experiment, deliberator: Deliberator, workdir: Path, data: Path,
+                 frozen: Params, digest: str, mesh: Mesh) -> Run:
+  """The run of `train_coprocessor` in `workdir`, to train or to read."""
+  batches = open_stream(experiment, data, experiment.training.batch_size)
+  return Run(experiment, experiment.training, workdir,
+             identify('train', experiment, batches.fingerprint, digest), batches=batches,
+             init=deliberator.coprocessor.init, frozen=frozen, mesh=mesh)
+
+
+def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params, watched: list,
+                mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
+  """Mean loss on ahead tokens, and what latents and their content change about it."""
+  config = deliberator.config
+  scorer = make_scorer(
+      deliberator, (BASELINE, 'own', 'shuffled'), num_traces=config.num_traces,
+      num_ahead=config.num_ahead, loss_chunk=experiment.computation.loss_chunk, seed=0, mesh=mesh,
+      rules=experiment.rules)
+
+  def evaluate(params: Params) -> Mapping[str, float]:
+    placed = (place_batch(batch, mesh, experiment.rules) for batch in watched)
+    scores = score_texts(scorer, params, frozen, placed)
+    mean = {arm: score.total.sum() / score.count.sum() for arm, score in scores.items()}
+    return {'loss': mean['own'], 'gain': mean[BASELINE] - mean['own'],
+            'content': mean['shuffled'] - mean['own']}
+
+  return evaluate

@@ -1,0 +1,103 @@
+"""Shared-prefix attention: rows of fresh tokens attend jointly to a common cache and to themselves.
+
+M traces of a text share the trunk's cached keys. Their scores are computed as
+    (fresh queries) x (cached keys)            [M * Q, S] per head and text, one matrix product,
+    (fresh queries) x (own fresh keys)         [Q, Q] per trace,
+and normalised by ONE softmax over both. The dense mask of the paper's figure would have
+(S + M * Q)^2 scores, nearly all of them masked out.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from latent_deliberation.array_types import Array, Bool, Float, Int, RowTokens, typed
+
+MASKED = -1e30  # finite, so that a query with nothing to see gives zeros and no NaN
+
+
+@struct.dataclass
+class Visibility:
+  """What rows of fresh tokens may see, beyond causality and the sliding window.
+
+  Attributes:
+    segments: [B, M, Q] document of each fresh token; a token sees its own document only.
+    horizon: [B, M] number of leading cached tokens that a row may see (a trace: up to its anchor).
+  """
+  segments: Array
+  horizon: Array
+
+
+@typed
+def fresh_mask(positions: RowTokens, visibility: Visibility,
+               window: Int[Array, '']) -> Bool[Array, 'B M Q P']:
+  """Who sees whom within a row: causal by order in the row, own segment, inside the window."""
+  order = jnp.arange(positions.shape[-1])
+  causal = order[:, None] >= order
+  same = visibility.segments[..., :, None] == visibility.segments[..., None, :]
+  near = positions[..., :, None] - positions[..., None, :] < window
+  real = visibility.segments[..., None, :] > 0
+  return causal & same & near & real
+
+
+@typed
+def cached_mask(positions: RowTokens, visibility: Visibility, cached_positions: Int[Array, 'B S'],
+                cached_segments: Int[Array, 'B S'],
+                window: Int[Array, '']) -> Bool[Array, 'B M Q S']:
+  """Which cached tokens a fresh token sees: up to the horizon, own segment, inside the window."""
+  order = jnp.arange(cached_positions.shape[-1])
+  before = order < visibility.horizon[..., None, None]
+  segments = cached_segments[:, None, None, :]
+  same = visibility.segments[..., None] == segments
+  near = positions[..., None] - cached_positions[:, None, None, :] < window
+  return before & same & near & (segments > 0)
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+  """cap * tanh(x / cap), or x where cap is None (Gemma 2, arXiv 2408.00118, section 2)."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+@typed
+def attend(
+    queries: Float[Array, 'B M Q N H'],
+    fresh_keys: Float[Array, 'B M Q K H'],
+    fresh_values: Float[Array, 'B M Q K H'],
+    fresh_visible: Bool[Array, 'B M Q Q'],
+    cached_keys: Float[Array, 'B S K H'] | None = None,
+    cached_values: Float[Array, 'B S K H'] | None = None,
+    cached_visible: Bool[Array, 'B M Q S'] | None = None,
+    cap: float | None = None,
+) -> Float[Array, 'B M Q N H']:
+  """Attention of fresh tokens to (cached tokens, fresh tokens of their own row), one softmax.
+
+  Scores, softmax and accumulation are float32; the result has the queries' dtype. Queries come
+  scaled. A query that sees nothing gets zeros.
+  """
+  batch, traces, length, heads, width = queries.shape
+  kv_heads = fresh_keys.shape[-2]
+  grouped = queries.reshape(batch, traces, length, kv_heads, heads // kv_heads, width)
+
+  def scores(equation: str, keys: Array, visible: Array) -> Array:
+    raw = jnp.einsum(equation, grouped, keys, preferred_element_type=jnp.float32)
+    return jnp.where(visible[:, None, None], softcap(raw, cap), MASKED)
+
+  parts = [(scores('BMQKGH,BMPKH->BKGMQP', fresh_keys, fresh_visible),
+            fresh_values, 'BKGMQP,BMPKH->BMQKGH')]
+  if cached_keys is not None:
+    parts.append((scores('BMQKGH,BSKH->BKGMQS', cached_keys, cached_visible),
+                  cached_values, 'BKGMQS,BSKH->BMQKGH'))
+
+  peak = jax.lax.stop_gradient(
+      jnp.max(jnp.stack([part.max(axis=-1) for part, _, _ in parts]), axis=0))
+  # A row of nothing but MASKED has that as its peak; raised, its weights vanish instead of being 1.
+  peak = jnp.maximum(peak, MASKED / 2)[..., None]
+  weights = [jnp.exp(part - peak) for part, _, _ in parts]
+  total = sum(weight.sum(axis=-1) for weight in weights)
+  mixed = sum(
+      jnp.einsum(equation, weight.astype(values.dtype), values,
+                 preferred_element_type=jnp.float32)
+      for weight, (_, values, equation) in zip(weights, parts, strict=True))
+  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+  mixed = mixed / jnp.moveaxis(total, (1, 2), (3, 4))[..., None]
+  return mixed.reshape(queries.shape).astype(queries.dtype)

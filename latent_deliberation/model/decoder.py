@@ -1,0 +1,75 @@
+"""A language model: embed, transform, unembed."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from latent_deliberation.array_types import Array, Float, Rows, RowTokens, Tokens, typed
+from latent_deliberation.model.attention import Visibility, softcap
+from latent_deliberation.model.cache import KeysValues, KVCache
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.layers import Embedder
+from latent_deliberation.model.transformer import Transformer
+
+
+class Decoder(nn.Module):
+  """A Gemma-style decoder. Its parameters are {'embedder': ..., 'transformer': ...}.
+
+  Attributes:
+    config: sizes.
+    dtype: of the computation; the weights keep theirs.
+    remat, scan: see Transformer.
+  """
+  config: TransformerConfig
+  dtype: str = 'float32'
+  remat: str = 'none'
+  scan: bool = True
+
+  def setup(self):
+    self.embedder = Embedder(self.config.vocab_size, self.config.embed_dim)
+    self.transformer = Transformer(self.config, remat=self.remat, scan=self.scan)
+
+  @typed
+  def __call__(self, tokens: Tokens, positions: Tokens | None = None,
+               segments: Tokens | None = None,
+               ) -> tuple[Float[Array, 'B T V'], KVCache]:
+    """Logits of whole texts, float32, and their kv-cache.
+
+    Args:
+      tokens: ids; positions: default 0..T-1; segments: default one document a row.
+    """
+    hidden, cache = self.prefill(tokens, positions, segments)
+    return self.logits(hidden), cache
+
+  @typed
+  def prefill(self, tokens: Tokens, positions: Tokens | None = None,
+              segments: Tokens | None = None) -> tuple[Float[Array, 'B T D'], KVCache]:
+    """Hidden states [B, T, D] of whole texts, and the kv-cache that holds them."""
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segments is None:
+      segments = jnp.ones_like(tokens)
+    positions, segments = positions[:, None], segments[:, None]
+    nothing = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+    hidden, fresh = self.transform(
+        self.embed(tokens[:, None]), positions, Visibility(segments, nothing))
+    return hidden[:, 0], KVCache.empty(fresh).append(fresh, positions, segments)
+
+  @typed
+  def embed(self, tokens: RowTokens) -> Rows:
+    """Input embeddings, scaled, in the compute dtype."""
+    return self.embedder.encode(tokens).astype(self.dtype)
+
+  def transform(self, x: Array, positions: Array, visibility: Visibility,
+                cache: KVCache | None = None) -> tuple[Array, KeysValues]:
+    """The stack on given input embeddings: where latents enter. See Transformer."""
+    return self.transformer(x, positions, visibility, cache)
+
+  def unembedding(self) -> Float[Array, 'V D']:
+    """The tied output head, for losses that do not want all logits at once."""
+    return self.embedder.table
+
+  def logits(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
+    """Soft-capped next-token logits, float32."""
+    raw = jnp.einsum('...D,VD->...V', hidden, self.embedder.table.astype(hidden.dtype),
+                     preferred_element_type=jnp.float32)
+    return softcap(raw, self.config.final_softcap)

@@ -1,0 +1,124 @@
+"""The parts of a block that are not attention: norms, projections, embeddings, feed-forward."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from latent_deliberation.array_types import Array, Float, Int, Rows, RowTokens, typed
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """LoRA (arXiv 2106.09685): y = x W + (alpha / rank) x A B, with B zero at the start.
+
+  A and B live in the variable collection 'lora', so that W stays in 'params' and stays frozen.
+  """
+  rank: int
+  alpha: float
+
+  def __post_init__(self):
+    if self.rank < 1:
+      raise ValueError(f'lora rank = {self.rank}: at least 1 is needed')
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * (1 + scale), computed in float32; the scale is stored as Gemma stores it."""
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '... C'],
+               ) -> Float[Array, '... C']:
+    scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
+                       (x.shape[-1],))
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide ** 2, axis=-1, keepdims=True) + self.epsilon)
+    return (normed * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+class Projection(nn.Module):
+  """A linear map from the last `inputs` axes of x to the axes `shape[inputs:]`, without bias.
+
+  Attributes:
+    shape: sizes of the weight, input axes first.
+    axes: logical names of the same axes.
+    inputs: how many leading axes of the weight are contracted.
+    lora: adds a low-rank term beside the weight.
+  """
+  shape: Sequence[int]
+  axes: Sequence[str]
+  inputs: int = 1
+  lora: LowRank | None = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    shape, axes, inputs = tuple(self.shape), tuple(self.axes), self.inputs
+    contracted = tuple(range(inputs))
+    init = nn.initializers.variance_scaling(
+        1.0, 'fan_in', 'truncated_normal', in_axis=contracted,
+        out_axis=tuple(range(inputs, len(shape))))
+    weight = self.param('w', nn.with_logical_partitioning(init, axes), shape)
+    y = jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
+    if self.lora is None:
+      return y
+    rank = self.lora.rank
+    down = self.variable('lora', 'a', lambda: nn.with_logical_partitioning(
+        nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', in_axis=contracted, out_axis=-1),
+        axes[:inputs] + ('rank',))(self.make_rng('params'), shape[:inputs] + (rank,)))
+    up = self.variable('lora', 'b', lambda: nn.with_logical_partitioning(
+        nn.initializers.zeros, ('rank',) + axes[inputs:])(
+            self.make_rng('params'), (rank,) + shape[inputs:]))
+    low = jnp.tensordot(x, down.value.astype(x.dtype), axes=inputs)
+    low = jnp.tensordot(low, up.value.astype(x.dtype), axes=1)
+    return y + low * (self.lora.alpha / rank)
+
+
+class FeedForward(nn.Module):
+  """Gated feed-forward: (gelu(x W_gate) * x W_up) W_down, with the tanh form of gelu."""
+  hidden_dim: int
+  lora: LowRank | None = None
+
+  @nn.compact
+  @typed
+  def __call__(self, x: Rows) -> Rows:
+    width = x.shape[-1]
+    into = dict(shape=(width, self.hidden_dim), axes=('embed', 'mlp'), lora=self.lora)
+    gate = Projection(**into, name='gate')(x)
+    up = Projection(**into, name='up')(x)
+    hidden = nn.gelu(gate, approximate=True) * up
+    hidden = nn.with_logical_constraint(hidden, ('batch', 'trace', 'length', 'mlp'))
+    return Projection((self.hidden_dim, width), ('mlp', 'embed'), lora=self.lora,
+                      name='down')(hidden)
+
+
+class Embedder(nn.Module):
+  """One [V, D] table, read as input embeddings (times sqrt(D)) and as output head."""
+  vocab_size: int
+  embed_dim: int
+
+  def setup(self):
+    self.table = self.param(
+        'table', nn.with_logical_partitioning(
+            nn.initializers.normal(self.embed_dim ** -0.5), ('vocab', 'embed')),
+        (self.vocab_size, self.embed_dim))
+
+  @typed
+  def encode(self, tokens: RowTokens) -> Rows:
+    """Input embeddings of tokens, in the table's dtype, scaled by sqrt(D) as Gemma does."""
+    # Gemma rounds the factor to the compute dtype; at D = 2304 that is 48 in either.
+    return self.table[tokens] * jnp.asarray(self.embed_dim ** 0.5, self.table.dtype)
+
+
+@typed
+def rotate(x: Float[Array, 'B M Q J H'], positions: Int[Array, 'B M Q'],
+           base: float) -> Float[Array, 'B M Q J H']:
+  """Rotary position embedding (arXiv 2104.09864) on halves, as Gemma pairs them; J heads."""
+  half = x.shape[-1] // 2
+  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies
+  sin, cos = jnp.sin(angles), jnp.cos(angles)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)

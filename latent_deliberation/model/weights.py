@@ -1,0 +1,97 @@
+"""A decoder on disk: its sizes and fingerprint in decoder.json, its weights beside it."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import linen as nn
+
+from latent_deliberation.array_types import Params, PyTree
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.fingerprint import fingerprint
+
+_DESCRIPTION, _WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1
+
+
+def boxed_shapes(config: TransformerConfig) -> PyTree:
+  """Shapes of a decoder's parameters, boxed with their logical axes; nothing is allocated."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)['params']
+
+
+def save(directory: Path, config: TransformerConfig, params: Params) -> str:
+  """Writes a decoder, whole or not at all, and returns its fingerprint.
+
+  Raises:
+    FileExistsError: `directory` exists already; nothing is overwritten.
+  """
+  directory = Path(directory).absolute()
+  if directory.exists():
+    raise FileExistsError(f'{directory} exists already: a decoder is not written over anything')
+  partial = directory.with_name(directory.name + '.partial')
+  if jax.process_index() == 0:
+    shutil.rmtree(partial, ignore_errors=True)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(partial / _WEIGHTS, params)
+  digest = fingerprint(params)
+  if jax.process_index() == 0:
+    description = {'format': _FORMAT, 'fingerprint': digest, 'config': dataclasses.asdict(config)}
+    (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
+    os.replace(partial, directory)
+  return digest
+
+
+def load(directory: Path, shardings: Callable[[PyTree], PyTree] | None = None,
+         dtype: str | None = None) -> tuple[TransformerConfig, Params, str]:
+  """A decoder's sizes, its parameters and its fingerprint.
+
+  Args:
+    directory: written by `save`.
+    shardings: maps boxed shapes to shardings, onto which the weights are read directly; default
+      is the first device.
+    dtype: what to keep the weights in; default as stored.
+
+  Raises:
+    FileNotFoundError: there is no decoder in `directory`.
+    ValueError: the weights are not those that decoder.json describes.
+  """
+  directory = Path(directory).absolute()
+  description = directory / _DESCRIPTION
+  if not description.is_file():
+    raise FileNotFoundError(
+        f'{directory} holds no {_DESCRIPTION}: pass the decoder/ folder that launch/pretrain.py '
+        'wrote')
+  try:
+    stored = json.loads(description.read_text())
+    config, expected = TransformerConfig(**stored['config']), stored['fingerprint']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{description} is damaged or of another format ({error}); write the decoder '
+                     'again') from error
+  boxed = boxed_shapes(config)
+  if shardings is None:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda _: device, nn.unbox(boxed))
+  else:
+    placed = shardings(boxed)
+  target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      params = checkpointer.restore(directory / _WEIGHTS, target)
+  except Exception as error:  # orbax raises many kinds for files that are cut short or missing
+    raise ValueError(f'the weights in {directory / _WEIGHTS} cannot be read ({error}); they are '
+                     'truncated or foreign: write the decoder again') from error
+  actual = fingerprint(params)
+  if actual != expected:
+    raise ValueError(f'{directory}: the weights have fingerprint {actual}, {_DESCRIPTION} says '
+                     f'{expected}: one of the two was replaced; write the decoder again')
+  if dtype is not None:
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+  return config, params, actual

@@ -1,0 +1,137 @@
+"""One mesh, one table of rules: which mesh axes carry which logical axis of a tensor.
+
+The model names the logical axes of its weights and activations and knows no mesh. Everything that
+decides where a tensor lives is here: the rules, the mesh, and the shardings that follow from both.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from latent_deliberation.array_types import PyTree
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+
+# Logical axis -> mesh axes. Texts go over data and fsdp; weights are stored in fsdp shards and
+# split over tensor; what is not named here is replicated.
+DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
+    'batch': ('data', 'fsdp'),
+    'embed': ('fsdp',),
+    'vocab': ('tensor',),
+    'heads': ('tensor',),
+    'kv_heads': ('tensor',),
+    'mlp': ('tensor',),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1, on one axis at most, takes all that are left."""
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """The (data, fsdp, tensor) mesh over `devices`, by default all of them.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = [config.data, config.fsdp, config.tensor]
+  if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+    raise ValueError(f'mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes are positive, or -1 '
+                     'on one axis for all devices that are left')
+  known = math.prod(size for size in sizes if size != -1)
+  rest, left_over = divmod(len(devices), known)
+  sizes = [rest if size == -1 else size for size in sizes]
+  if left_over or math.prod(sizes) != len(devices):
+    raise ValueError(
+        f'mesh {dict(zip(MESH_AXES, sizes, strict=True))} has {math.prod(sizes)} places for '
+        f'{len(devices)} devices: the sizes must multiply to the number of devices')
+  return jax.make_mesh(sizes, MESH_AXES, devices=devices,
+                       axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+
+
+def check_rules(rules: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+  """The rules as a plain dict of tuples; raises ValueError on an axis that no mesh has."""
+  rules = {name: tuple(axes) for name, axes in rules.items()}
+  for name, axes in rules.items():
+    unknown = sorted(set(axes) - set(MESH_AXES))
+    if unknown:
+      raise ValueError(f'rule {name!r} -> {axes}: {unknown} are not mesh axes; those are '
+                       f'{MESH_AXES}')
+  return rules
+
+
+def partition_spec(names: Sequence[str | None], rules: Mapping[str, Sequence[str]],
+                   where: str = 'tensor') -> PartitionSpec:
+  """The mesh axes of each axis of a tensor whose logical axes are `names`.
+
+  Raises:
+    ValueError: two axes of the tensor would be split over the same mesh axis.
+  """
+  entries = [tuple(rules.get(name, ())) for name in names]
+  used = [axis for entry in entries for axis in entry]
+  twice = sorted({axis for axis in used if used.count(axis) > 1})
+  if twice:
+    raise ValueError(f'{where} {tuple(names)}: the rules use mesh axis {twice[0]!r} for more than '
+                     'one of its axes; change the rule of one of them')
+  return PartitionSpec(*(entry or None for entry in entries))
+
+
+def shardings_of(boxed: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> PyTree:
+  """A NamedSharding for every leaf of a tree whose leaves are boxed with logical axes.
+
+  Leaves without a box (step counters) are replicated.
+
+  Raises:
+    ValueError: two axes of a leaf collide, or an axis does not divide over its mesh axes.
+  """
+
+  def of_leaf(path: Any, leaf: Any) -> NamedSharding:
+    if not isinstance(leaf, nn.Partitioned):
+      return NamedSharding(mesh, PartitionSpec())
+    where = jax.tree_util.keystr(path)
+    spec = partition_spec(leaf.names, rules, where)
+    for name, size in zip(leaf.names, leaf.value.shape, strict=True):
+      axes = tuple(rules.get(name, ()))
+      shards = math.prod(mesh.shape[axis] for axis in axes)
+      if size % shards:
+        raise ValueError(
+            f'{where}: its axis {name!r} of {size} does not divide by the {shards} shards of mesh '
+            f'axes {axes}; change the mesh or the rule of {name!r}')
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(
+      of_leaf, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def batch_sharding(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> NamedSharding:
+  """Sharding of any array whose first axis is the texts of a batch."""
+  return NamedSharding(mesh, partition_spec(('batch',), rules))
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh,
+                rules: Mapping[str, Sequence[str]]) -> None:
+  """Raises ValueError where a batch does not divide into microbatches and over the mesh."""
+  shards = math.prod(mesh.shape[axis] for axis in rules.get('batch', ()))
+  if batch_size % (shards * accumulation):
+    raise ValueError(
+        f'batch_size = {batch_size} does not divide into {accumulation} microbatches over '
+        f'{shards} shards of mesh {dict(mesh.shape)}: it must be a multiple of '
+        f'{shards * accumulation}')
+
+
+def place_batch(batch: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> PyTree:
+  """Global device arrays from the slices [B / processes, ...] that each process holds."""
+  sharding = batch_sharding(mesh, rules)
+  return jax.tree.map(
+      lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)

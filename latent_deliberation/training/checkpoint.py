@@ -1,0 +1,180 @@
+"""Checkpoints of what learns and of the data's position: whole, asynchronous, of one run only."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import orbax.checkpoint as ocp
+
+from latent_deliberation.batch import Batch
+from latent_deliberation.training.identity import MISSING, RunIdentity, check_same_run
+from latent_deliberation.training.state import TrainState
+
+
+class Batches(Protocol):
+  """An endless, restorable stream: the batch of step s is the input of update s + 1.
+
+  Attributes: fingerprint: identifies the rows and their order.
+  """
+  fingerprint: str
+
+  def __call__(self, step: int) -> Batch:
+    """This process's slice of the global batch for `step` = 0, 1, ..., as numpy arrays."""
+
+  def save(self, directory: Path, step: int) -> None:
+    """Writes into `directory`, which exists and is empty, all that the batch of `step` needs."""
+
+  def restore(self, directory: Path, step: int) -> None:
+    """Makes `step` the next batch; raises ValueError when `directory` does not fit this stream."""
+
+
+class Checkpointer:
+  """The checkpoints of one run: <directory>/<step> from orbax, <directory>/data/<step> beside it.
+
+  A checkpoint is there as a whole or not at all: orbax renames it into place when every process has
+  written all its files, and the data's position is written before that.
+  """
+
+  def __init__(self, directory: Path, keep: int):
+    """Opens or creates `directory`, which keeps the newest `keep` checkpoints."""
+    if keep < 1:
+      raise ValueError(f'keep is {keep}; it must be 1 or more, or nothing could be resumed.')
+    self.directory = directory.absolute()
+    self._saving: int | None = None
+    self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=True))
+
+  def latest_step(self) -> int | None:
+    """The newest checkpoint, counting one that is still being written; None when there is none."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: TrainState, batches: Batches, identity: RunIdentity) -> None:
+    """Starts writing a checkpoint. `state` may be donated as soon as this returns.
+
+    Raises:
+      ValueError: there is a checkpoint of this step, or of a later one, already.
+      RuntimeError: this save, or the one before it, could not be written.
+    """
+    self.wait()
+    latest = self.latest_step()
+    if latest is not None and latest >= step:
+      raise ValueError(f'cannot save step {step}: {self.directory} has one of step {latest}. '
+                       'Restore that one first, or use another --workdir.')
+    self._saving = step
+    with self._failure_named():
+      self._save_data(step, batches)
+      about = {'run': identity.to_json(), 'state': _describe(state)}
+      self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
+
+  def wait(self) -> None:
+    """Returns when the checkpoint being written is whole. Raises: RuntimeError if it cannot be."""
+    with self._failure_named():
+      self._manager.wait_until_finished()
+    self._saving = None
+    self._prune_data()
+
+  def close(self) -> None:
+    """Waits, then frees the threads. Raises: RuntimeError as `wait` does."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def restore(self, abstract_state: TrainState, batches: Batches, identity: RunIdentity,
+              free: tuple[str, ...] = ()) -> TrainState | None:
+    """The state of the newest checkpoint, with `batches` set to its position; None without any.
+
+    Args:
+      abstract_state: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have.
+      batches: the stream to set to the next batch.
+      identity: the run that wants to resume.
+      free: parts of the config that may differ, as in `claim`.
+
+    Raises: ValueError when the checkpoint is of another run, has other leaves or is damaged.
+    """
+    step = self.latest_step()
+    if step is None:
+      return None
+    place = f'the checkpoint {self.directory / str(step)}'
+    if not (self.directory / str(step) / 'about').is_dir():
+      raise ValueError(f"{place} was not written by this project (it has no 'about'): use another "
+                       '--workdir.')
+    with self._damage_explained(step):
+      about = self._manager.restore(
+          step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+      run, leaves = about['run'], about['state']
+    check_same_run(place, run, identity, free)
+    _check_same_leaves(place, leaves, _describe(abstract_state))
+    with self._damage_explained(step):
+      state = self._manager.restore(
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))['state']
+    batches.restore(self._data_directory(step), step)
+    return state
+
+  def _data_directory(self, step: int) -> Path:
+    return self.directory / 'data' / str(step) / f'process_{jax.process_index()}'
+
+  def _save_data(self, step: int, batches: Batches) -> None:
+    directory = self._data_directory(step)
+    shutil.rmtree(directory, ignore_errors=True)  # left by a save that never became whole
+    directory.mkdir(parents=True)
+    batches.save(directory, step)
+
+  def _prune_data(self) -> None:
+    """Removes the data's positions at steps whose checkpoint is gone."""
+    # Later steps stay: another process may already be writing the next one.
+    latest = self.latest_step()
+    if jax.process_index() == 0 and latest is not None:
+      for folder in self.directory.glob('data/*'):
+        if int(folder.name) < latest and not (self.directory / folder.name).exists():
+          shutil.rmtree(folder, ignore_errors=True)
+
+  @contextlib.contextmanager
+  def _failure_named(self) -> Iterator[None]:
+    """Turns an error of the save in progress into one that says what is lost and what is not."""
+    try:
+      yield
+    except Exception as error:
+      step, self._saving = self._saving, None
+      self._manager.reload()  # forgets the failed step, and lists again those it was to replace
+      raise RuntimeError(
+          f'the checkpoint of step {step} could not be written to {self.directory}: {error}\n'
+          f'{self._describe_whole_steps()} Make it writable or free some space: the same command '
+          'then goes on from the newest of them.') from error
+
+  @contextlib.contextmanager
+  def _damage_explained(self, step: int) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      folder = self.directory / str(step)
+      raise ValueError(
+          f'the checkpoint {folder} cannot be read ({type(error).__name__}: {error}).\n'
+          f'{self._describe_whole_steps(before=step)} If its files are damaged, remove {folder}: '
+          'the same command then goes on from the newest that is left.') from error
+
+  def _describe_whole_steps(self, before: float = float('inf')) -> str:
+    steps = [step for step in self._manager.all_steps() if step < before]
+    return f'Other checkpoints there: {", ".join(map(str, sorted(steps))) or "none"}.'
+
+
+def _describe(state: TrainState) -> dict[str, str]:
+  """Path of each leaf -> its dtype and shape, such as 'float32[2, 8]'."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): f'{leaf.dtype}{list(leaf.shape)}'
+          for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _check_same_leaves(place: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+  lines = [f'  {path}: {there.get(path, MISSING)} there, {here.get(path, MISSING)} now'
+           for path in sorted(there | here) if there.get(path) != here.get(path)]
+  if lines:
+    raise ValueError('\n'.join([
+        f'{place} holds another model or optimizer:', *lines[:20],
+        f'{len(lines)} leaves differ. Use another --workdir, or the code that wrote it.']))

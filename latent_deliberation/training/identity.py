@@ -1,0 +1,100 @@
+"""Which run a directory belongs to, and what may change when the run is resumed."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from latent_deliberation.files import write_whole
+
+RUN_FILE = 'run.json'
+CHECKPOINTS = 'checkpoints'
+MISSING = '(nothing)'
+
+
+@dataclasses.dataclass(frozen=True)
+class RunIdentity:
+  """What must stay the same for a run to be resumed.
+
+  Attributes:
+    job: name of the job, such as 'pretrain'.
+    config: the whole configuration, as nested dicts of what JSON can hold.
+    decoder: fingerprint of the frozen decoder; '' where there is none.
+    data: fingerprint of the data.
+  """
+  job: str
+  config: Mapping[str, Any]
+  decoder: str
+  data: str
+
+  def __post_init__(self):
+    try:
+      self.to_json()
+    except TypeError as error:
+      raise ValueError(f'the config of job {self.job!r} cannot be written as JSON ({error}): '
+                       'use dicts, lists, strings, numbers, booleans and None.') from error
+
+  def to_json(self) -> dict[str, Any]:
+    """The identity as it reads back from a JSON file (tuples are lists, keys are strings)."""
+    return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def claim(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = ()) -> None:
+  """Makes `workdir` the directory of this run, or checks that it already is.
+
+  Process 0 writes run.json. Other files, such as a vocabulary or data, may be there already.
+
+  Args:
+    workdir: a directory on a mounted file system; created if missing.
+    identity: the run that wants it.
+    free: dotted paths of the config, or of whole sections, that may differ from the earlier launch.
+
+  Raises: ValueError when the directory holds another run, or checkpoints that no run.json explains.
+  """
+  if ':/' in str(workdir):
+    raise ValueError(f'--workdir is {str(workdir)!r}, which is a URL; it must be a path: mount the '
+                     'bucket (gcsfuse, for instance) and give the path under the mount.')
+  path = workdir / RUN_FILE
+  if path.exists():
+    try:
+      saved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+      raise ValueError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
+                       'the file, or use another --workdir.') from error
+    check_same_run(str(workdir), saved, identity, free)
+  elif (workdir / CHECKPOINTS).exists():
+    raise ValueError(f'{workdir / CHECKPOINTS} exists, but {path} does not: these checkpoints are '
+                     'of an unknown run. Restore the file, or use another --workdir.')
+  elif jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(identity.to_json(), indent=2).encode() + b'\n')
+
+
+def check_same_run(place: str, saved: Mapping[str, Any], identity: RunIdentity,
+                   free: tuple[str, ...]) -> None:
+  """Checks that `saved`, the identity found at `place`, is that of this run.
+
+  Raises: ValueError with each key that differs, its two values and the remedy.
+  """
+  there, here = dict(_leaves(saved)), dict(_leaves(identity.to_json()))
+  prefixes = tuple(f'config.{path}.' for path in free)
+  lines = [f'  {key}: {there.get(key, MISSING)!r} there, {here.get(key, MISSING)!r} now'
+           for key in sorted(there | here)
+           if there.get(key, MISSING) != here.get(key, MISSING)
+           and not f'{key}.'.startswith(prefixes)]
+  if lines:
+    raise ValueError('\n'.join([
+        f'{place} belongs to another run:', *lines,
+        'Use another --workdir, or go back to the values that are there.']))
+
+
+def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+  """Leaves of nested dicts, with their dotted paths."""
+  if isinstance(tree, Mapping) and tree:
+    for key, child in tree.items():
+      yield from _leaves(child, f'{path}.{key}' if path else key)
+  else:
+    yield path, tree

@@ -1,0 +1,232 @@
+"""The training loop: step, look, save, evaluate; stops cleanly when told to, and on NaN."""
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import jax
+from absl import logging
+from orbax.checkpoint import utils as orbax_utils
+
+from latent_deliberation.array_types import Array, Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.training.checkpoint import Batches, Checkpointer
+from latent_deliberation.training.identity import RunIdentity
+from latent_deliberation.training.metrics import MetricsWriter, Progress, format_duration
+from latent_deliberation.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+  """Length and cadences of a run, in steps; the last step is always logged, saved and evaluated.
+
+  Attributes: num_steps; log_every; eval_every; save_every; keep: newest checkpoints that are kept.
+  """
+  num_steps: int
+  log_every: int
+  eval_every: int
+  save_every: int
+  keep: int
+
+  def __post_init__(self):
+    for name, value in dataclasses.asdict(self).items():
+      if value < 1:
+        raise ValueError(f'{name} is {value}; it must be 1 or more.')
+
+
+class Preempted(SystemExit):
+  """A signal asked the run to stop, and it is saved. Uncaught, it ends the process with code 0."""
+
+  def __init__(self, message: str):
+    super().__init__(message)
+    self.code = 0
+
+
+def train(state: TrainState,
+          train_step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Array]]],
+          batches: Batches,
+          *,
+          config: LoopConfig,
+          place: Callable[[Batch], Any],
+          checkpointer: Checkpointer | None,
+          identity: RunIdentity,
+          metrics: MetricsWriter,
+          evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]]) -> TrainState:
+  """Trains from `state.step` to `config.num_steps`.
+
+  A resumed run first repeats the evaluation due at its step: each save comes before the evaluation
+  of the same step, so that a stop in between loses neither.
+
+  Args:
+    state: where to start; donated.
+    train_step: one update; its scalars hold 'loss' and 'grad_norm', replicated on every process.
+    batches: the stream, already at the batch of `state.step`.
+    config: length and cadences.
+    place: puts this process's slice of a batch on the devices.
+    checkpointer: None saves nothing.
+    identity: the run, kept in each checkpoint.
+    metrics: takes the scalars at `log_every`, and the evaluators' as 'name/key'.
+    evaluators: name -> function of the parameters.
+
+  Raises:
+    Preempted: after SIGTERM or SIGINT, with the finished step saved.
+    FloatingPointError: the loss or the gradient's norm is not finite; such a state is never saved.
+    ValueError: the state is past the end of the run.
+    RuntimeError: a checkpoint could not be written.
+  """
+  start = int(state.step)
+  if start > config.num_steps:
+    raise ValueError(f'the state is at step {start}, past num_steps {config.num_steps}: '
+                     'raise num_steps, or use another --workdir.')
+  logbook = _Logbook(config, metrics, checkpointer)
+  evaluating = start > 0 and _is_due(start, config.eval_every, config)
+  unseen = None  # the last step's scalars: read while the next step runs, so devices never wait
+
+  with _StopRequests() as stop:
+    if evaluating:
+      logbook.evaluate(start, evaluators, state.params)
+    for step in range(start, config.num_steps):
+      batch = batches(step)
+      if step == start:
+        logbook.begin(step, batch)
+      state, scalars = train_step(state, place(batch))
+      if unseen is not None:
+        logbook.record(*unseen)
+      done, unseen = step + 1, (step + 1, scalars)
+
+      stopping = stop.requested(done)
+      saving = stopping or _is_due(done, config.save_every, config)
+      evaluating = _is_due(done, config.eval_every, config)
+      if saving or evaluating:
+        logbook.record(*unseen)
+        unseen = None
+      if saving and checkpointer is not None:
+        checkpointer.save(done, state, batches, identity)
+      if stopping:
+        raise _preempted(stop, done, config, checkpointer)
+      if evaluating:
+        logbook.evaluate(done, evaluators, state.params)
+    if checkpointer is not None:
+      checkpointer.wait()
+    if stop.requested(config.num_steps):
+      raise _preempted(stop, config.num_steps, config, checkpointer)
+  return state
+
+
+def _is_due(step: int, every: int, config: LoopConfig) -> bool:
+  return step % every == 0 or step == config.num_steps
+
+
+def _preempted(stop: '_StopRequests', step: int, config: LoopConfig,
+               checkpointer: Checkpointer | None) -> Preempted:
+  if checkpointer is None:
+    saved = 'Nothing was saved.'
+  else:
+    checkpointer.wait()
+    saved = f'Saved in {checkpointer.directory}: the same command goes on from there.'
+  message = f'stopped by {stop.reason} at step {step}/{config.num_steps}. {saved}'
+  logging.warning('%s', message)
+  return Preempted(message)
+
+
+class _Logbook:
+  """Reads the scalars of finished steps: stops the run on NaN, logs, and keeps the pace."""
+
+  def __init__(self, config: LoopConfig, metrics: MetricsWriter,
+               checkpointer: Checkpointer | None):
+    self._config, self._metrics, self._checkpointer = config, metrics, checkpointer
+    self._first: int | None = None
+    self._progress: Progress | None = None
+
+  def begin(self, start: int, batch: Batch) -> None:
+    """Learns the size of a step from the first batch."""
+    self._first = start + 1
+    self._progress = Progress(self._config.num_steps, batch.tokens.size * jax.process_count())
+
+  def record(self, step: int, scalars: Mapping[str, Array]) -> None:
+    """Waits for the step, and logs it when it is due. Raises: FloatingPointError."""
+    values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
+    for name in ('loss', 'grad_norm'):
+      if not math.isfinite(values[name]):
+        raise FloatingPointError(
+            f'{name} is {values[name]} at step {step}. {self._describe_last_good()} The same '
+            'command would meet it again: lower the learning rate or clip_norm, in another '
+            '--workdir.')
+    if _is_due(step, self._config.log_every, self._config):
+      speed = self._progress.tokens_per_second(step)
+      if speed is not None:
+        values['tokens_per_second'] = speed
+      self._metrics.write(step, values)
+      _log(self._progress.line(step, values))
+    if step == self._first:
+      self._progress.start(step)
+
+  def evaluate(self, step: int, evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]],
+               params: Params) -> None:
+    begun = time.perf_counter()
+    values = {f'{name}/{key}': float(value) for name, evaluator in evaluators.items()
+              for key, value in evaluator(params).items()}
+    if values:
+      self._metrics.write(step, values)
+      shown = '  '.join(f'{name} {value:.4f}' for name, value in values.items())
+      _log(f'step {step}/{self._config.num_steps}  {shown}  '
+           f'({format_duration(time.perf_counter() - begun)})')
+    if self._progress is not None:
+      self._progress.start(step)
+
+  def _describe_last_good(self) -> str:
+    if self._checkpointer is None:
+      return 'No checkpoints are kept.'
+    self._checkpointer.wait()
+    step = self._checkpointer.latest_step()
+    if step is None:
+      return f'There is no checkpoint in {self._checkpointer.directory} yet.'
+    return f'The last good checkpoint is {self._checkpointer.directory / str(step)}.'
+
+
+def _log(line: str) -> None:
+  if jax.process_index() == 0:
+    logging.info('%s', line)
+
+
+class _StopRequests:
+  """Makes SIGTERM and SIGINT a request that the loop reads between steps.
+
+  A second SIGINT acts at once. With several processes, the runtime of jax.distributed catches
+  SIGTERM, and agrees on the step at which all of them stop. Outside the main thread, where Python
+  allows no handlers, signals act as before.
+  """
+
+  def __init__(self):
+    self.reason = 'preemption'
+    self._received = False
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self) -> '_StopRequests':
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._previous[number] = signal.signal(number, self._receive)
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    for number in list(self._previous):
+      self._restore(number)
+
+  def requested(self, step: int) -> bool:
+    if jax.process_count() > 1:
+      return orbax_utils.reached_preemption(step)
+    return self._received
+
+  def _receive(self, number: int, frame: FrameType | None) -> None:
+    self._received, self.reason = True, signal.Signals(number).name
+    if number == signal.SIGINT:
+      self._restore(number)
+
+  def _restore(self, number: int) -> None:
+    # None stands for a handler that was not set from Python.
+    signal.signal(number, self._previous.pop(number) or signal.SIG_DFL)

@@ -1,0 +1,44 @@
+"""The two losses: next-token prediction for a decoder, ahead-token prediction for a coprocessor."""
+
+import jax.numpy as jnp
+
+from latent_deliberation.array_types import Array, Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
+from latent_deliberation.deliberation.loss import token_nll
+from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.training.step import LossFn
+
+
+def language_modelling(decoder: Decoder, loss_chunk: int) -> LossFn:
+  """Next-token loss of a decoder that learns; its `frozen` is empty and its keys unused."""
+
+  def loss(params: Params, frozen: Params, batch: Batch, keys: Array) -> tuple[Array, Array]:
+    del frozen, keys
+    hidden, _ = decoder.apply({'params': params}, batch.tokens, batch.positions, batch.segments,
+                              method='prefill')
+    nll = token_nll(hidden[:, :-1], batch.tokens[:, 1:], params['embedder']['table'],
+                    decoder.config.final_softcap, loss_chunk)
+    valid = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
+    return jnp.sum(nll * valid), jnp.sum(valid)
+
+  return loss
+
+
+def augmentation(deliberator: Deliberator, loss_chunk: int) -> LossFn:
+  """-log p(ahead tokens | trunk up to the anchor, latents), paper section 2.2.
+
+  The frozen argument is the decoder's parameters: gradients flow through its second pass into the
+  latents, and stop at its weights because it is not what the loss is differentiated by.
+  """
+
+  def loss(params: Params, decoder_params: Params, batch: Batch,
+           keys: Array) -> tuple[Array, Array]:
+    traces = sample_traces(keys, batch, deliberator.config)
+    hidden = deliberator.forward(params, decoder_params, batch, traces)
+    nll = ahead_nll(hidden, traces, decoder_params, deliberator.decoder.config.final_softcap,
+                    loss_chunk)
+    return jnp.sum(nll * traces.ahead_valid), jnp.sum(traces.ahead_valid)
+
+  return loss

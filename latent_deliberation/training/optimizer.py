@@ -1,0 +1,123 @@
+"""AdamW with warm-up, a schedule, clipping, and another learning rate for chosen parameters."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from latent_deliberation.array_types import Array, Params
+
+_SHAPES = {
+    'constant': jnp.ones_like,
+    'linear': lambda progress: 1 - progress,
+    'cosine': lambda progress: (1 + jnp.cos(jnp.pi * progress)) / 2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW (Loshchilov and Hutter, arXiv 1711.05101) behind a clip by global norm.
+
+  Attributes:
+    learning_rate: the peak, reached after warm-up.
+    warmup_steps: steps of linear warm-up; the very first step already moves.
+    schedule: 'cosine', 'linear' or 'constant', from the end of warm-up to the last step.
+    final_fraction: learning rate at the end over its peak; unused by 'constant'.
+    b1, b2, eps: Adam's.
+    weight_decay: per unit of learning rate, on leaves of two or more axes.
+    clip_norm: largest global norm of a gradient; inf clips nothing.
+  """
+  learning_rate: float
+  warmup_steps: int = 0
+  schedule: str = 'cosine'
+  final_fraction: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    demands = {
+        'learning_rate': ('a finite number above 0', 0 < self.learning_rate < math.inf),
+        'warmup_steps': ('0 or more', self.warmup_steps >= 0),
+        'schedule': (f'one of {sorted(_SHAPES)}', self.schedule in _SHAPES),
+        'final_fraction': ('within [0, 1]', 0 <= self.final_fraction <= 1),
+        'b1': ('within [0, 1)', 0 <= self.b1 < 1),
+        'b2': ('within [0, 1)', 0 <= self.b2 < 1),
+        'eps': ('above 0', self.eps > 0),
+        'weight_decay': ('a finite number, 0 or more', 0 <= self.weight_decay < math.inf),
+        'clip_norm': ('above 0 (inf clips nothing)', self.clip_norm > 0),
+    }
+    for name, (demand, met) in demands.items():
+      if not met:
+        raise ValueError(f'optimizer.{name} is {getattr(self, name)!r}; it must be {demand}.')
+
+
+def build_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+  """The learning rate of each step, as a function of the steps already done.
+
+  Raises: ValueError when warm-up is longer than the run.
+  """
+  if config.warmup_steps > num_steps:
+    raise ValueError(f'optimizer.warmup_steps is {config.warmup_steps}, but the run has only '
+                     f'{num_steps} steps: shorten the warm-up or train longer.')
+  decay_steps = max(1, num_steps - config.warmup_steps)
+  floor = 1.0 if config.schedule == 'constant' else config.final_fraction
+
+  def learning_rate(step: Array) -> Array:
+    warmth = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
+    progress = jnp.clip((step - config.warmup_steps) / decay_steps, 0.0, 1.0)
+    height = floor + (1 - floor) * _SHAPES[config.schedule](progress)
+    return config.learning_rate * warmth * height
+
+  return learning_rate
+
+
+def build_optimizer(config: OptimizerConfig, num_steps: int,
+                    multipliers: Mapping[str, float] | None = None
+                    ) -> optax.GradientTransformation:
+  """Clip by global norm, Adam, decoupled weight decay, learning rate, in that order.
+
+  Args:
+    config: the settings.
+    num_steps: length of the run, which the schedule spans.
+    multipliers: top-level key of the parameters -> factor on its learning rate.
+
+  Raises: ValueError when warm-up is longer than the run; from `init`, when the parameters lack the
+    key of a multiplier.
+  """
+  return optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+      optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
+      optax.scale_by_learning_rate(build_schedule(config, num_steps)),
+      _scale_by_key(multipliers or {}),
+  )
+
+
+def _is_matrix(params: Params) -> Params:
+  return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+
+def _scale_by_key(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
+  """Multiplies the updates below each top-level key by its factor (1 where none is given)."""
+
+  def init(params: Mapping[str, Params]) -> optax.EmptyState:
+    unknown = sorted(set(multipliers) - set(params))
+    if unknown:
+      raise ValueError(f'learning-rate multipliers name {unknown}, but the trainable parameters '
+                       f'are {sorted(params)}: drop or rename those multipliers.')
+    return optax.EmptyState()
+
+  def update(updates: Mapping[str, Params], state: optax.EmptyState,
+             params: Params | None = None) -> tuple[Params, optax.EmptyState]:
+    del params
+    scaled = {key: jax.tree.map(lambda leaf, factor=factor: factor * leaf, updates[key])
+              for key, factor in multipliers.items()}
+    return {**updates, **scaled}, state
+
+  return optax.GradientTransformation(init, update)

@@ -1,0 +1,109 @@
+"""The jitted train step: gradients for what learns, and for nothing else."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.batch import Batch
+from latent_deliberation.sharding import batch_sharding, shardings_of
+from latent_deliberation.training.state import TrainState
+
+# (trainable, frozen, batch, keys [B]) -> (loss summed over targets, number of targets)
+LossFn = Callable[[Params, Params, Batch, Array], tuple[Array, Array]]
+
+
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
+                    schedule: optax.Schedule, *, state_shardings: PyTree, frozen: Params,
+                    mesh: Mesh, rules: Mapping[str, Sequence[str]], seed: int,
+                    accumulation: int = 1):
+  """train_step(state, batch) -> (state, metrics), compiled for `mesh`; the state is donated.
+
+  The frozen parameters are an argument of their own that is never donated and has no gradient.
+  Each text gets the key fold_in(seed, step) split by its place in the global batch, so that a
+  step draws the same traces on any mesh and in any number of microbatches.
+
+  Args:
+    loss_fn: sums, so that microbatches with unequal numbers of targets weigh what they should.
+    optimizer: of the trainable parameters.
+    schedule: for the metric 'learning_rate'.
+    state_shardings: of the TrainState.
+    frozen: on devices already; their shardings are kept.
+    accumulation: microbatches that a batch is processed in, one after the other.
+  """
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step),
+                            batch.tokens.shape[0])
+    with nn.logical_axis_rules(tuple(rules.items())):
+      total, targets, gradients = _accumulate(loss_fn, state.params, frozen, batch, keys,
+                                              accumulation)
+    gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(targets, 1), gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    metrics = {
+        'loss': total / jnp.maximum(targets, 1),
+        'targets': targets,
+        'grad_norm': optax.global_norm(gradients),
+        'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+    }
+    return state.replace(step=state.step + 1, opt_state=opt_state,
+                         params=optax.apply_updates(state.params, updates)), metrics
+
+  compiled = jax.jit(
+      step, donate_argnums=0,
+      in_shardings=(state_shardings, jax.tree.map(lambda leaf: leaf.sharding, frozen),
+                    batch_sharding(mesh, rules)),
+      out_shardings=(state_shardings, replicated))
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    with mesh:
+      return compiled(state, frozen, batch)
+
+  return train_step
+
+
+def _accumulate(loss_fn: LossFn, params: Params, frozen: Params, batch: Batch, keys: Array,
+                accumulation: int) -> tuple[Array, Array, Params]:
+  """Summed loss, number of targets and summed gradients of all microbatches."""
+  gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def of_microbatch(micro: tuple[Batch, Array]) -> tuple[Array, Array, Params]:
+    (total, targets), gradients = gradient(params, frozen, *micro)
+    return total, targets, gradients
+
+  if accumulation == 1:
+    return of_microbatch((batch, keys))
+
+  def split(leaf: Array) -> Array:
+    # Strided, so that every microbatch spans all the shards of the batch.
+    leaf = leaf.reshape(-1, accumulation, *leaf.shape[1:])
+    return jnp.moveaxis(leaf, 1, 0)
+
+  micros = jax.tree.map(split, (batch, keys))
+  first = jax.eval_shape(of_microbatch, jax.tree.map(lambda leaf: leaf[0], micros))
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+
+  def add(sums, micro):
+    return jax.tree.map(jnp.add, sums, of_microbatch(micro)), None
+
+  return jax.lax.scan(add, zeros, micros)[0]
+
+
+def abstract_state(boxed_params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh,
+                   rules: Mapping[str, Sequence[str]]) -> TrainState:
+  """Shapes, dtypes and shardings of a TrainState, without making one.
+
+  Args:
+    boxed_params: trainable parameters (or their shapes) boxed with logical axes; the optimiser's
+      moments inherit the boxes, and so the shardings.
+  """
+  boxed = jax.eval_shape(lambda params: TrainState.create(params, optimizer), boxed_params)
+  shardings = shardings_of(boxed, mesh, rules)
+  return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      nn.unbox(boxed), shardings)

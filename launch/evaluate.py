@@ -1,0 +1,36 @@
+"""Measures what a coprocessor gains, against controls, on held-out text.
+
+  python launch/evaluate.py --config=configs/quickstart.py --decoder=runs/decoder/decoder \\
+      --coprocessor=runs/coprocessor --data=runs/decoder --output=runs/report
+
+The config is that of the training, except for its section `evaluation`. With --constant, a run of
+train.py with deliberation.trainable=constant (pause tokens) joins the table. Open report.md next.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.evaluation.page import format_table, state_bar
+from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs.evaluate import evaluate
+
+command_line.define_config(__file__)
+_DECODER = command_line.define_directory('decoder', 'Of the frozen decoder.')
+_COPROCESSOR = command_line.define_directory('coprocessor', 'In which train.py trained one.')
+_DATA = command_line.define_directory('data', 'Of prepared data.')
+_OUTPUT = command_line.define_directory('output', 'For the report.')
+_CONSTANT = command_line.define_directory(
+    'constant', 'In which train.py trained constant soft tokens.', '')
+
+
+def main() -> None:
+  summary = evaluate(
+      command_line.experiment_from_flags(), decoder=Path(_DECODER.value),
+      coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value),
+      constant=Path(_CONSTANT.value) if _CONSTANT.value else None)
+  print(format_table(summary))
+  print(state_bar(summary))
+  print(f'Report: {Path(_OUTPUT.value) / "report.md"}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

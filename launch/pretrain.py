@@ -1,0 +1,27 @@
+"""Pretrains a decoder from scratch.
+
+  python launch/pretrain.py --config=configs/quickstart.py --workdir=runs/decoder
+
+Text is tokenised and packed first, in --data, where there is none yet. The same command goes on
+where it was stopped. Next, train a coprocessor on <workdir>/decoder with launch/train.py.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs.pretrain import pretrain
+
+command_line.define_config(__file__)
+_WORKDIR = command_line.define_directory('workdir', 'Of the run.')
+_DATA = command_line.define_directory('data', 'Of prepared data; default is --workdir.', '')
+
+
+def main() -> None:
+  workdir = Path(_WORKDIR.value)
+  decoder = pretrain(command_line.experiment_from_flags(), workdir, Path(_DATA.value or workdir))
+  print(f'Decoder: {decoder}\nNext: python launch/train.py --decoder={decoder} '
+        f'--data={_DATA.value or workdir} --config=... --workdir=...')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

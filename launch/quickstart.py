@@ -1,0 +1,33 @@
+"""Pretrains a small decoder, trains a coprocessor on its kv-cache, and shows what it gained.
+
+  python launch/quickstart.py
+
+takes about a quarter of an hour on two cores. Everything is kept in --workdir (open report.md
+there), and the same command goes on where it was stopped. On your own text:
+
+  python launch/quickstart.py --workdir=runs/mine --config.data.source=text \\
+      --config.data.files="('notes/*.txt',)"
+
+Next: launch/pretrain.py, train.py and evaluate.py are its steps, for other sizes and machines.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.evaluation.page import format_table, state_bar
+from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs.quickstart import quickstart
+
+command_line.define_config(__file__, 'configs/quickstart.py')
+_WORKDIR = command_line.define_directory('workdir', 'Of the run.', 'runs/quickstart')
+
+
+def main() -> None:
+  workdir = Path(_WORKDIR.value)
+  summary = quickstart(command_line.experiment_from_flags(), workdir)
+  print(format_table(summary))
+  print(state_bar(summary))
+  print(f'Report: {workdir / "report.md"}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,31 @@
+"""Trains a coprocessor on the kv-cache of a frozen decoder.
+
+  python launch/train.py --config=configs/quickstart.py --decoder=runs/decoder/decoder \\
+      --data=runs/decoder --workdir=runs/coprocessor
+
+The config says what learns (deliberation.trainable: 'full', 'lora' or 'constant'), and how latents
+are made. The same command goes on where it was stopped. Next, measure what was gained with
+launch/evaluate.py.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs.train import train_coprocessor
+
+command_line.define_config(__file__)
+_DECODER = command_line.define_directory('decoder', 'Of the frozen decoder.')
+_WORKDIR = command_line.define_directory('workdir', 'Of the run.')
+_DATA = command_line.define_directory('data', 'Of prepared data; default is --workdir.', '')
+
+
+def main() -> None:
+  data = _DATA.value or _WORKDIR.value
+  train_coprocessor(command_line.experiment_from_flags(), Path(_DECODER.value),
+                    Path(_WORKDIR.value), Path(data))
+  print(f'Next: python launch/evaluate.py --coprocessor={_WORKDIR.value} '
+        f'--decoder={_DECODER.value} --data={data} --config=... --output=...')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,33 @@
+"""Installs the library; launch/ and configs/ are run from the source tree."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name='latent_deliberation',
+    version='0.1.0',
+    description='Deliberation in latent space via differentiable cache augmentation, in JAX',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['latent_deliberation', 'latent_deliberation.*']),
+    install_requires=[
+        'absl-py>=2.1',
+        'beartype>=0.19',
+        'flax>=0.12',
+        'jax>=0.10',
+        'jaxtyping>=0.3',
+        'matplotlib>=3.9',
+        'ml-collections>=1.0',
+        'numpy>=2.0',
+        'optax>=0.2.5',
+        'orbax-checkpoint>=0.11',
+        'sentencepiece>=0.2',
+        'seqio>=0.0.20',
+        'tensorflow>=2.19',
+        'tensorflow-datasets>=4.9.8',
+    ],
+    extras_require={
+        'test': ['pytest>=8', 'ruff>=0.6'],
+        'tensorboard': ['tensorboardX>=2.6'],
+        'tpu': ['jax[tpu]'],
+    },
+)

@@ -1,0 +1,140 @@
+import json
+
+import numpy as np
+import pytest
+
+from latent_deliberation.data import online
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.online import OnlineBatches
+from latent_deliberation.data.sources import build_source, read_texts
+from latent_deliberation.data.vocabularies import ByteVocabulary
+
+
+@pytest.fixture
+def config(corpus_directory):
+  return DataConfig(source='text', files=(str(corpus_directory),), vocabulary='byte', length=32,
+                    mode='online')
+
+
+def assert_equal(first, second):
+  for part in ('tokens', 'segments', 'positions'):
+    np.testing.assert_array_equal(getattr(first, part), getattr(second, part))
+
+
+def test_batches_have_the_form_of_packed_rows(config, tmp_path):
+  batch = OnlineBatches(config, tmp_path, 4, seed=0)(0)
+  for part in (batch.tokens, batch.segments, batch.positions):
+    assert (type(part), part.dtype, part.shape) == (np.ndarray, np.int32, (4, 32))
+  starts = (batch.positions == 0) & (batch.segments > 0)
+  assert starts[:, 0].all()
+  np.testing.assert_array_equal(starts, batch.tokens == 2)
+  assert ((batch.tokens == 0) == (batch.segments == 0)).all()
+
+
+def test_the_stream_holds_every_token_of_the_training_split_and_repeats(config, tmp_path):
+  texts = read_texts(build_source(config), 'train', 'text', 0)
+  epoch = sum(np.bincount(ByteVocabulary().encode(text), minlength=260) for text in texts)
+  batches = OnlineBatches(config, tmp_path, 8, seed=0)
+  seen = sum(np.bincount(batches(step).tokens.ravel(), minlength=260) for step in range(400))
+  # Only about, since the shuffle buffer holds back some rows of the latest epochs.
+  epochs = seen[4:].sum() / epoch[4:].sum()
+  assert epochs > 10
+  np.testing.assert_allclose(seen[4:], epochs * epoch[4:], rtol=0.1, atol=epochs)
+
+
+def test_the_same_seed_gives_the_same_stream_and_another_seed_another(config, tmp_path):
+  first, same, other = (OnlineBatches(config, tmp_path, 4, seed) for seed in (0, 0, 1))
+  assert first.fingerprint == same.fingerprint != other.fingerprint
+  batch = first(0)
+  assert_equal(batch, same(0))
+  assert (batch.tokens != other(0).tokens).any()
+
+
+def test_a_restored_stream_goes_on_with_exactly_the_same_batches(config, tmp_path):
+  batches = OnlineBatches(config, tmp_path, 4, seed=0)
+  for step in range(3):
+    batches(step)
+  batches.save(tmp_path / 'state', 3)
+  expected = [batches(step) for step in range(3, 60)]
+  restored = OnlineBatches(config, tmp_path, 4, seed=0)
+  restored.restore(tmp_path / 'state', 3)
+  for step, batch in enumerate(expected, 3):
+    assert_equal(restored(step), batch)
+
+
+def test_each_host_restores_its_own_share(config, tmp_path):
+  hosts = [OnlineBatches(config, tmp_path, 4, 0, index, 2) for index in range(2)]
+  firsts = [host(0) for host in hosts]
+  assert firsts[0].tokens.shape == (2, 32)
+  assert (firsts[0].tokens != firsts[1].tokens).any()
+  assert hosts[0].fingerprint == hosts[1].fingerprint
+  for host in hosts:
+    host.save(tmp_path / 'state', 1)
+  for index, host in enumerate(hosts):
+    restored = OnlineBatches(config, tmp_path, 4, 0, index, 2)
+    restored.restore(tmp_path / 'state', 1)
+    assert_equal(restored(1), host(1))
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ((8, 0), 'batch_size: saved 4, now 8'),
+    ((4, 1), 'seed: saved 0, now 1'),
+    ((4, 0, 0, 2), 'process_count: saved 1, now 2'),
+])
+def test_a_state_of_another_stream_is_refused_with_both(config, tmp_path, arguments, message):
+  batches = OnlineBatches(config, tmp_path, 4, 0)
+  batches(0)
+  batches.save(tmp_path / 'state', 1)
+  with pytest.raises(ValueError, match=message):
+    OnlineBatches(config, tmp_path, *arguments).restore(tmp_path / 'state', 1)
+
+
+def test_a_missing_state_is_named(config, tmp_path):
+  with pytest.raises(FileNotFoundError, match='no data state for step 5'):
+    OnlineBatches(config, tmp_path, 4, 0).restore(tmp_path / 'state', 5)
+
+
+def test_steps_come_in_order(config, tmp_path):
+  batches = OnlineBatches(config, tmp_path, 4, 0)
+  with pytest.raises(ValueError, match='step 1 asked for, but the stream stands at 0'):
+    batches(1)
+  batches(0)
+  with pytest.raises(ValueError, match='step 0 asked for, but the stream stands at 1'):
+    batches(0)
+  with pytest.raises(ValueError, match='step 5 cannot be saved, the stream stands at 1'):
+    batches.save(tmp_path / 'state', 5)
+
+
+def test_saving_a_step_again_changes_nothing_and_never_overwrites_another_run(config, tmp_path):
+  batches = OnlineBatches(config, tmp_path, 4, 0)
+  batches(0)
+  batches.save(tmp_path / 'state', 1)
+  before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'state').rglob('*')}
+  batches.save(tmp_path / 'state', 1)
+  assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'state').rglob('*')} == before
+  other = OnlineBatches(config, tmp_path, 4, 1)
+  other(0)
+  with pytest.raises(ValueError, match='seed: saved 0, now 1'):
+    other.save(tmp_path / 'state', 1)
+
+
+def test_a_saved_state_is_whole_or_absent(config, tmp_path, monkeypatch):
+  batches = OnlineBatches(config, tmp_path, 4, 0)
+
+  def full(path, content):
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(online, 'write_whole', full)
+    with pytest.raises(OSError, match='No space'):
+      batches.save(tmp_path / 'state', 0)
+  with pytest.raises(FileNotFoundError, match='no data state for step 0'):
+    batches.restore(tmp_path / 'state', 0)
+  batches.save(tmp_path / 'state', 0)
+  batches.restore(tmp_path / 'state', 0)
+  assert json.loads((tmp_path / 'state/stream-0-host-0/state.json').read_text())['step'] == 0
+
+
+def test_a_batch_that_hosts_cannot_share_is_refused(config, tmp_path):
+  with pytest.raises(ValueError, match='batch_size = 4 cannot be divided among 3 hosts'):
+    OnlineBatches(config, tmp_path, 4, 0, 0, 3)

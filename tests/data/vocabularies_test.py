@@ -1,0 +1,151 @@
+import io
+
+import numpy as np
+import pytest
+import sentencepiece
+import seqio
+import tensorflow as tf
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.vocabularies import (
+  VOCABULARY_FILE,
+  ByteVocabulary,
+  bytes_per_token,
+  load_vocabulary,
+  open_vocabulary,
+  train_sentencepiece,
+  vocabulary_hash,
+)
+
+LINES = 'def größe(x):\n    if x > 10:\n        return [x, "ab", 2025]\n\n\n\tpass  # done\r\n'
+TEXTS = [LINES * 4, 'the quick brown fox jumps over the lazy dog\n' * 4,
+         ' 2025' * 50]
+SAMPLES = [LINES, '', ' ', '\n', '  two  spaces  ', 'tab\there', 'ends\n\n', 'unseen: ☃ 漢字 🎉',
+           '<eos> <pad> <0x0A> </s>', 'no-newline']
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  path = tmp_path_factory.mktemp('vocabulary') / 'v.model'
+  train_sentencepiece(TEXTS, path, 320)
+  return load_vocabulary(path)
+
+
+def train_foreign(path, **options):
+  """A SentencePiece model as others train them."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(TEXTS * 2), model_writer=model, vocab_size=60, model_type='bpe',
+      minloglevel=2, **options)
+  path.write_bytes(model.getvalue())
+  return path
+
+
+@pytest.mark.parametrize('sample', SAMPLES)
+@pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
+def test_text_comes_back_unchanged(kind, sample, trained):
+  vocabulary = ByteVocabulary() if kind == 'byte' else trained
+  ids = vocabulary.encode(sample)
+  assert vocabulary.decode(ids) == sample
+  assert all(4 <= i < vocabulary.vocab_size for i in ids)
+
+
+@pytest.mark.parametrize('sample', SAMPLES)
+@pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
+def test_tensorflow_gives_the_same_ids_and_text(kind, sample, trained):
+  vocabulary = ByteVocabulary() if kind == 'byte' else trained
+  ids = vocabulary.encode_tf(tf.constant(sample))
+  assert ids.dtype == tf.int32
+  assert ids.numpy().tolist() == list(vocabulary.encode(sample))
+  assert vocabulary.decode_tf(ids).numpy().decode() == sample
+
+
+@pytest.mark.parametrize('sample', SAMPLES)
+@pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
+def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(kind, sample, trained):
+  vocabulary = ByteVocabulary() if kind == 'byte' else trained
+  ids = [vocabulary.bos_id, *vocabulary.encode(sample), vocabulary.eos_id, 0]
+  assert bytes_per_token(vocabulary)[np.array(ids)].sum() == len(sample.encode())
+
+
+def test_special_ids_are_gemmas(trained):
+  for vocabulary in (trained, ByteVocabulary()):
+    assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.unk_id) == (
+        0, 1, 2, 3)
+  assert trained.tokenizer.pad_id() == 0
+  assert ByteVocabulary().vocab_size == 260
+
+
+def test_indentation_and_newlines_are_pieces_and_digits_stand_alone(trained):
+  pieces = trained.tokenizer.encode('\n    2025', out_type=str)
+  assert pieces == ['\n', '▁' * 4, '2', '0', '2', '5']
+
+
+def test_a_size_that_the_text_cannot_fill_is_named(tmp_path):
+  with pytest.raises(ValueError, match=r'vocabulary_size = 4096 does not fit .* <= \d+'):
+    train_sentencepiece(TEXTS, tmp_path / 'v.model', 4096)
+  with pytest.raises(ValueError, match='vocabulary_size = 262 does not fit .* 262 vs'):
+    train_sentencepiece(TEXTS, tmp_path / 'v.model', 262)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_whose_id_0_is_a_real_token_is_refused(tmp_path):
+  path = train_foreign(tmp_path / 'llama.model')
+  with pytest.raises(ValueError, match=r"id 0 is the token '<unk>' and the pad id is -1.*--pad_id"):
+    load_vocabulary(path)
+
+
+def test_a_vocabulary_without_bos_is_refused(tmp_path):
+  path = train_foreign(tmp_path / 't5.model', pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+  with pytest.raises(ValueError, match='bos id -1, eos id 1'):
+    load_vocabulary(path)
+
+
+def test_a_missing_vocabulary_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no vocabulary at .*absent.model'):
+    load_vocabulary(tmp_path / 'absent.model')
+
+
+def test_a_file_that_is_no_vocabulary_is_named(tmp_path):
+  for content in (b'', b'not a model'):
+    (tmp_path / 'v.model').write_bytes(content)
+    with pytest.raises(ValueError, match=rf'v.model \({len(content)} bytes\) is not a Sentence'):
+      load_vocabulary(tmp_path / 'v.model')
+
+
+def test_hashes_tell_vocabularies_apart(trained, tmp_path):
+  train_sentencepiece(TEXTS, tmp_path / 'v.model', 319)
+  hashes = {vocabulary_hash(v) for v in (trained, ByteVocabulary(),
+                                         load_vocabulary(tmp_path / 'v.model'))}
+  assert len(hashes) == 3
+  train_sentencepiece(TEXTS, tmp_path / 'same.model', 320)
+  assert vocabulary_hash(load_vocabulary(tmp_path / 'same.model')) == vocabulary_hash(trained)
+
+
+def test_a_trained_vocabulary_is_kept_and_not_trained_again(tmp_path):
+  config = DataConfig(vocabulary_size=320)
+  first = open_vocabulary(config, tmp_path, lambda: TEXTS)
+
+  def forbidden():
+    raise AssertionError('trained a second time')
+
+  assert vocabulary_hash(open_vocabulary(config, tmp_path, forbidden)) == vocabulary_hash(first)
+
+
+def test_a_work_directory_with_another_vocabulary_is_refused(tmp_path, trained):
+  open_vocabulary(DataConfig(vocabulary_size=319), tmp_path, lambda: TEXTS)
+  kept = (tmp_path / VOCABULARY_FILE).read_bytes()
+  with pytest.raises(ValueError, match='has 319 pieces, the configuration asks for 320 pieces'):
+    open_vocabulary(DataConfig(vocabulary_size=320), tmp_path, lambda: TEXTS)
+  with pytest.raises(ValueError, match='the configuration asks for .*another work directory'):
+    open_vocabulary(DataConfig(vocabulary_path=trained.sentencepiece_model_file), tmp_path,
+                    lambda: TEXTS)
+  assert (tmp_path / VOCABULARY_FILE).read_bytes() == kept
+
+
+def test_a_given_vocabulary_is_copied_into_the_work_directory(tmp_path, trained):
+  config = DataConfig(vocabulary_path=trained.sentencepiece_model_file)
+  for _ in range(2):
+    vocabulary = open_vocabulary(config, tmp_path, lambda: TEXTS)
+  assert isinstance(vocabulary, seqio.SentencePieceVocabulary)
+  assert vocabulary_hash(load_vocabulary(tmp_path / VOCABULARY_FILE)) == vocabulary_hash(trained)

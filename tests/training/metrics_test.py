@@ -1,0 +1,123 @@
+"""Metrics survive crashes and resumption; the progress line measures what it says."""
+
+import json
+
+import pytest
+
+from latent_deliberation.training import metrics
+from latent_deliberation.training.metrics import (
+    FILE_NAME,
+    MetricsWriter,
+    Progress,
+    format_duration,
+    read_metrics,
+)
+
+
+@pytest.fixture(autouse=True)
+def without_tensorboard(monkeypatch):
+  monkeypatch.setattr(metrics, 'SummaryWriter', None)
+
+
+def write(directory, *rows):
+  writer = MetricsWriter(directory)
+  for step, values in rows:
+    writer.write(step, values)
+  writer.close()
+  return directory / FILE_NAME
+
+
+def test_each_line_is_a_json_object_with_step_and_seconds(tmp_path):
+  path = write(tmp_path / 'run', (10, {'loss': 2.5}), (20, {'loss': 2.25}))
+  first, second = map(json.loads, path.read_text().splitlines())
+  assert (first['step'], first['loss']) == (10, 2.5)
+  assert second['seconds'] >= first['seconds'] > 1.7e9
+
+
+def test_a_line_is_on_disk_before_the_writer_is_closed(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {'loss': 2.0})
+  assert read_metrics(tmp_path / FILE_NAME)[0]['loss'] == 2.0
+  writer.close()
+
+
+def test_a_line_torn_by_a_crash_is_skipped_and_later_lines_are_kept(tmp_path):
+  path = write(tmp_path, (1, {'loss': 3.0}), (2, {'loss': 2.0}))
+  path.write_bytes(path.read_bytes()[:-5])
+  assert [row['step'] for row in read_metrics(path)] == [1]
+  write(tmp_path, (2, {'loss': 2.0}), (3, {'loss': 1.0}))
+  assert [row['loss'] for row in read_metrics(path)] == [3.0, 2.0, 1.0]
+
+
+def test_lines_of_a_step_are_joined_and_a_resumed_run_overwrites_its_steps(tmp_path):
+  path = write(tmp_path, (1, {'loss': 3.0}), (1, {'validation/nll': 5.0}), (2, {'loss': 2.0}))
+  write(tmp_path, (1, {'loss': 4.0}))
+  rows = read_metrics(path)
+  assert [row['step'] for row in rows] == [1, 2]
+  assert (rows[0]['loss'], rows[0]['validation/nll']) == (4.0, 5.0)
+
+
+def test_only_process_zero_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics.jax, 'process_index', lambda: 1)
+  assert not write(tmp_path / 'run', (1, {'loss': 3.0})).parent.exists()
+
+
+def test_tensorboard_gets_the_same_scalars_where_it_is_installed(tmp_path, monkeypatch):
+  events = []
+
+  class FakeSummaryWriter:
+    def __init__(self, directory):
+      events.append(directory)
+
+    def add_scalar(self, *event):
+      events.append(event)
+
+    def flush(self):
+      pass
+
+    def close(self):
+      events.append('closed')
+
+  monkeypatch.setattr(metrics, 'SummaryWriter', FakeSummaryWriter)
+  write(tmp_path, (7, {'loss': 3.0}))
+  assert events == [str(tmp_path / 'tensorboard'), ('loss', 3.0, 7), 'closed']
+
+
+class Clock:
+  now = 0.0
+
+  def __call__(self):
+    return self.now
+
+
+def test_the_line_leaves_compilation_out_of_speed_and_eta():
+  clock = Clock()
+  progress = Progress(num_steps=1000, tokens_per_step=100, clock=clock)
+  clock.now = 60.0  # the first step, nearly all of it compilation
+  progress.start(1)
+  clock.now = 62.0
+  assert progress.line(11, {'loss': 3.21009}) == (
+      'step 11/1000  loss 3.2101  tokens/s 500  ETA 3m18s')
+
+
+def test_speed_covers_the_last_window_and_eta_every_pause():
+  clock = Clock()
+  progress = Progress(num_steps=40, tokens_per_step=1000, clock=clock)
+  progress.start(0)
+  clock.now = 10.0
+  assert progress.line(10, {'loss': 1.0}).endswith('tokens/s 1,000  ETA 30s')
+  clock.now = 50.0  # an evaluation
+  progress.start(10)
+  clock.now = 55.0
+  assert progress.tokens_per_second(20) == pytest.approx(2000)
+  assert progress.line(20, {'loss': 1.0}).endswith('tokens/s 2,000  ETA 55s')
+
+
+def test_before_anything_is_measured_the_line_has_no_numbers_for_it():
+  assert Progress(9, 10).line(1, {'loss': 1.0}) == 'step 1/9  loss 1.0000  tokens/s -  ETA -'
+
+
+@pytest.mark.parametrize('seconds, text', [
+    (0.4, '0s'), (59.6, '1m00s'), (192, '3m12s'), (7500, '2h05m'), (100_800, '1d04h')])
+def test_durations_show_their_two_largest_units(seconds, text):
+  assert format_duration(seconds) == text

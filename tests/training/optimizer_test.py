@@ -1,0 +1,106 @@
+"""The optimizer does AdamW's arithmetic, and its schedule ends where the config says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from latent_deliberation.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    build_schedule,
+)
+
+CONFIG = OptimizerConfig(learning_rate=0.1, schedule='constant', clip_norm=float('inf'))
+
+
+def parameters():
+  matrix, vector = jax.random.normal(jax.random.key(0), (2, 3, 3))
+  return {'body': {'kernel': matrix, 'bias': vector[0]}, 'gate': vector[1:2]}
+
+
+def gradients(step):
+  return jax.tree.map(lambda leaf: jnp.cos(leaf + step), parameters())
+
+
+def run(optimizer, steps=3):
+  params = parameters()
+  state = optimizer.init(params)
+  for step in range(steps):
+    updates, state = optimizer.update(gradients(step), state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+def assert_trees_close(actual, expected):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), actual, expected)
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'constant'])
+def test_warm_up_rises_to_the_peak_and_the_end_is_the_final_fraction(schedule):
+  config = OptimizerConfig(2.0, warmup_steps=4, schedule=schedule, final_fraction=0.25)
+  rates = [float(build_schedule(config, 20)(step)) for step in range(21)]
+  np.testing.assert_allclose(rates[:5], [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
+  middle, end = {'cosine': (1.25, 0.5), 'linear': (1.25, 0.5), 'constant': (2.0, 2.0)}[schedule]
+  np.testing.assert_allclose([rates[12], rates[20]], [middle, end], rtol=1e-6)
+
+
+def test_cosine_equals_optax():
+  config = OptimizerConfig(learning_rate=0.3, schedule='cosine', final_fraction=0.1)
+  oracle = optax.cosine_decay_schedule(0.3, 17, alpha=0.1)
+  for step in range(20):
+    np.testing.assert_allclose(build_schedule(config, 17)(step), oracle(step), rtol=1e-5)
+
+
+def test_equals_optax_adamw_with_decay_on_matrices_only():
+  config = dataclasses.replace(CONFIG, weight_decay=0.5)
+  is_matrix = {'body': {'kernel': True, 'bias': False}, 'gate': True}
+  oracle = optax.adamw(0.1, b1=config.b1, b2=config.b2, weight_decay=0.5, mask=is_matrix)
+  assert_trees_close(run(build_optimizer(config, 10)), run(oracle))
+
+
+def test_clips_by_the_norm_of_all_gradients_together():
+  clipped = build_optimizer(dataclasses.replace(CONFIG, clip_norm=0.5, eps=1.0), 10)
+  oracle = optax.chain(optax.clip_by_global_norm(0.5),
+                       optax.adam(0.1, b1=CONFIG.b1, b2=CONFIG.b2, eps=1.0))
+  assert_trees_close(run(clipped), run(oracle))
+  unclipped = run(build_optimizer(dataclasses.replace(CONFIG, eps=1.0), 10))
+  assert not np.allclose(run(clipped)['gate'], unclipped['gate'])
+
+
+def test_a_multiplier_scales_the_updates_below_its_key_and_no_others():
+  start, plain = parameters(), run(build_optimizer(CONFIG, 10), 1)
+  scaled = run(build_optimizer(CONFIG, 10, {'gate': 10.0}), 1)
+  np.testing.assert_allclose(scaled['gate'] - start['gate'], 10 * (plain['gate'] - start['gate']),
+                             rtol=1e-5)
+  np.testing.assert_array_equal(scaled['body']['kernel'], plain['body']['kernel'])
+
+
+def test_a_multiplier_for_an_unknown_key_is_refused_with_the_keys_there_are():
+  with pytest.raises(ValueError, match=r"\['gates'\].*\['body', 'gate'\]"):
+    build_optimizer(CONFIG, 10, {'gates': 10.0}).init(parameters())
+
+
+def test_moments_keep_the_logical_axes_of_boxed_parameters():
+  boxed = {'kernel': nn.LogicallyPartitioned(jnp.ones((2, 3)), ('embed', 'heads'))}
+  moments = build_optimizer(CONFIG, 10, {'kernel': 2.0}).init(boxed)[1].mu
+  assert moments['kernel'].names == ('embed', 'heads')
+
+
+@pytest.mark.parametrize('field, value', [
+    ('learning_rate', -0.1), ('learning_rate', float('nan')), ('warmup_steps', -1),
+    ('schedule', 'cosin'), ('final_fraction', 1.5), ('b1', 1.0), ('b2', -0.1), ('eps', 0.0),
+    ('weight_decay', -1.0), ('clip_norm', 0.0),
+])
+def test_a_bad_setting_is_refused_by_name(field, value):
+  with pytest.raises(ValueError, match=f'optimizer.{field} is {value!r}; it must be'):
+    dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+  with pytest.raises(ValueError, match='warmup_steps is 11, but the run has only 10'):
+    build_optimizer(dataclasses.replace(CONFIG, warmup_steps=11), 10)
