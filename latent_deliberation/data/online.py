@@ -12,12 +12,12 @@ import numpy as np
 
 from latent_deliberation.batch import Batch
 from latent_deliberation.data.config import DataConfig
-from latent_deliberation.data.files import write_whole
 from latent_deliberation.data.filling import fill_rows
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.rows import positions_in_segments
 from latent_deliberation.data.state import check_state, fingerprint_of, host_slice, state_to_json
 from latent_deliberation.data.tasks import Documents
+from latent_deliberation.files import write_whole
 
 GROUP_DOCUMENTS = 128  # filled together; only the last row of a group has padding to speak of
 SHUFFLED_ROWS = 512  # enough to part the rows of one document; they make up most of a saved state

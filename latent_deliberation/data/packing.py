@@ -12,7 +12,6 @@ import numpy as np
 from absl import logging
 
 from latent_deliberation.data.config import DataConfig
-from latent_deliberation.data.files import write_whole
 from latent_deliberation.data.filling import RowFiles, fill_rows
 from latent_deliberation.data.host_tensorflow import seqio
 from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, Recipe
@@ -20,6 +19,7 @@ from latent_deliberation.data.progress import Progress
 from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import bytes_per_token
+from latent_deliberation.files import write_whole
 
 ROWS_FOLDER = 'rows'
 TOKENS_PER_FILE = 1 << 24  # 32 to 64 MB a file; packing needs about 200 MB of memory

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from latent_deliberation.batch import Batch
-from latent_deliberation.data.files import write_whole
 from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, row_dtypes
 from latent_deliberation.data.state import check_state, fingerprint_of, host_slice, state_to_json
+from latent_deliberation.files import write_whole
 
 
 class PackedRows:

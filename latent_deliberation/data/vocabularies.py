@@ -10,8 +10,8 @@ import sentencepiece
 from absl import logging
 
 from latent_deliberation.data.config import DataConfig
-from latent_deliberation.data.files import write_whole
 from latent_deliberation.data.host_tensorflow import seqio, tf
+from latent_deliberation.files import write_whole
 
 PAD_ID, EOS_ID, BOS_ID, UNK_ID = 0, 1, 2, 3
 SPECIAL_IDS = 4

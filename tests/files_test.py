@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from latent_deliberation.data.files import write_whole
+from latent_deliberation.files import write_whole
 
 
 def test_a_new_content_replaces_the_old_one(tmp_path):
