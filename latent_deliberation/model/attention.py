@@ -98,6 +98,7 @@ def attend(
       jnp.einsum(equation, weight.astype(values.dtype), values,
                  preferred_element_type=jnp.float32)
       for weight, (_, values, equation) in zip(weights, parts, strict=True))
-  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+  # Nothing seen: 0 / 1, not 0 / tiny, whose gradient overflows. Anything seen: the total is >= 1.
+  total = jnp.where(total > 0, total, 1.0)
   mixed = mixed / jnp.moveaxis(total, (1, 2), (3, 4))[..., None]
   return mixed.reshape(queries.shape).astype(queries.dtype)

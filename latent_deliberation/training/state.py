@@ -17,6 +17,9 @@ class TrainState:
 
   @classmethod
   def create(cls, params: Params, optimizer: optax.GradientTransformation) -> 'TrainState':
-    """A state at step 0, with master weights in float32 whatever the dtype they came in."""
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    """A state at step 0, with master weights in float32 whatever the dtype they came in.
+
+    They are copies: a train step donates them, and some may have come from the frozen decoder.
+    """
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
     return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))

@@ -1,0 +1,186 @@
+"""The paper's forward pass as its figure draws it: one sequence, one dense mask. Slow and plain.
+
+Written from the definition, one text at a time, and sharing nothing with the library but the names
+of its weights: the trunk and all traces stand in ONE sequence of T + M (Z + A - 1) tokens, and
+`sees` says of any two of them whether the one may attend to the other.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_deliberation.array_types import Array, Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.model.config import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a token of the long sequence stands.
+
+  Attributes:
+    trace: number of its trace; None for a token of the trunk.
+    order: index in the trunk, or in its trace.
+    segment: its document; 0 for padding.
+    position: for the rotary embedding and the sliding window.
+    trunk_seen: how many trunk tokens it may see at most.
+  """
+  trace: int | None
+  order: int
+  segment: int
+  position: int
+  trunk_seen: int
+
+
+def sees(query: Place, key: Place, window: float) -> bool:
+  """Whether `query` attends to `key` in a layer that reaches `window` positions."""
+  if query.segment == 0 or query.segment != key.segment:
+    return False
+  if query.position - key.position >= window:
+    return False
+  if key.trace is None:
+    return key.order < query.trunk_seen
+  return key.trace == query.trace and key.order <= query.order
+
+
+def masks(queries: list[Place], keys: list[Place], config: TransformerConfig) -> list[np.ndarray]:
+  """The dense mask [queries, keys] of every layer."""
+  windows = [config.window if kind == 'local' else np.inf for kind in config.layer_kinds]
+  return [np.array([[sees(q, k, window) for k in keys] for q in queries]) for window in windows]
+
+
+def text_forward(config: TransformerConfig, choices: DeliberationConfig, params: Params,
+                 decoder_params: Params, tokens: np.ndarray, segments: np.ndarray,
+                 positions: np.ndarray, anchors: np.ndarray, num_ahead: int) -> Array:
+  """Hidden states [M, A, D] that predict the ahead tokens of one packed text [T]."""
+  latents, length = choices.num_latents, len(tokens)
+  trunk = [Place(None, i, segments[i], positions[i], i + 1) for i in range(length)]
+  soft_places, fed_places, rest_tokens, ahead_tokens = [], [], [], []
+  for trace, anchor in enumerate(anchors):
+    here, shown, ahead_from = positions[anchor], anchor + 1, positions[anchor] + 1
+    if choices.latents == 'refining':
+      stand = [here - latents + 1 + i for i in range(latents)]
+      rest = [anchor - latents + 1 + i for i in range(latents)]
+      shown = anchor + 1 - latents
+    else:
+      rest = [anchor] * latents
+      if choices.positions == 'share':
+        stand = [here] * latents
+      else:
+        stand = [here + 1 + i for i in range(latents)]
+        ahead_from += latents
+    fed_positions = stand + [ahead_from + i for i in range(num_ahead - 1)]
+    segment = segments[anchor]
+    soft_places += [Place(trace, i, segment, p, anchor + 1) for i, p in enumerate(stand)]
+    fed_places += [Place(trace, i, segment, p, shown) for i, p in enumerate(fed_positions)]
+    rest_tokens.append(tokens[rest])
+    ahead_tokens.append(tokens[np.minimum(anchor + 1 + np.arange(num_ahead - 1), length - 1)])
+
+  table = decoder_params['embedder']['table'] * np.sqrt(config.embed_dim)
+  rest = table[np.stack(rest_tokens)]  # [M, Z, D]
+
+  # First pass: the trunk alone, for the keys and values that the coprocessor reads.
+  _, cached = transformer(config, decoder_params['transformer'], table[tokens], positions,
+                          masks(trunk, trunk, config))
+
+  # The coprocessor: the soft tokens of all traces behind the cached trunk.
+  soft = jnp.broadcast_to(params['soft_tokens'], rest.shape)
+  if choices.trainable == 'constant':
+    thoughts = soft
+  else:
+    if choices.soft_tokens == 'rested':
+      soft = soft + rest
+    weights = params['transformer'] if choices.trainable == 'full' else merged(
+        decoder_params['transformer'], params['lora'], choices.lora_alpha / choices.lora_rank)
+    thoughts, _ = transformer(
+        config, weights, soft.reshape(-1, config.embed_dim),
+        np.array([place.position for place in soft_places]),
+        masks(soft_places, trunk + soft_places, config), cached)
+    thoughts = thoughts.reshape(rest.shape)
+  if choices.latents == 'paper':
+    z = thoughts
+  elif choices.gate == 'channel':
+    z = rest + params['gate'] * thoughts
+  else:
+    z = rest + jnp.einsum('MZD,DE->MZE', thoughts, params['gate'])
+
+  # Second pass: the trunk, again, and behind it the latents and ahead tokens of every trace.
+  fed = jnp.concatenate([z, table[np.stack(ahead_tokens)]], axis=1)
+  places = trunk + fed_places
+  hidden, _ = transformer(
+      config, decoder_params['transformer'],
+      jnp.concatenate([table[tokens], fed.reshape(-1, config.embed_dim)]),
+      np.array([place.position for place in places]), masks(places, places, config))
+  return hidden[length:].reshape(fed.shape)[:, latents - 1:]
+
+
+def forward(config: TransformerConfig, choices: DeliberationConfig, params: Params,
+            decoder_params: Params, batch: Batch, anchors: np.ndarray, num_ahead: int) -> Array:
+  """Hidden states [B, M, A, D]; `batch` and `anchors` [B, M] are concrete."""
+  rows = zip(*map(np.asarray, (batch.tokens, batch.segments, batch.positions, anchors)),
+             strict=True)
+  return jnp.stack([text_forward(config, choices, params, decoder_params, *row, num_ahead)
+                    for row in rows])
+
+
+def transformer(config: TransformerConfig, weights: Params, x: Array, positions: np.ndarray,
+                layer_masks: list[np.ndarray], cached: list[tuple[Array, Array]] | None = None,
+                ) -> tuple[Array, list[tuple[Array, Array]]]:
+  """Gemma 2 over one sequence x [Q, D]; keys of `cached` come before its own."""
+  kept = []
+  for layer, mask in enumerate(layer_masks):
+    w = jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights['blocks'])
+    norm = lambda name, x, w=w: rms_norm(x, w[name]['scale'], config.norm_epsilon)  # noqa: E731
+    read = norm('attention_in', x)
+    project = {name: jnp.einsum('QD,DNH->QNH', read, w['attention'][name]['w'])
+               for name in ('query', 'key', 'value')}
+    keys, values = rotated(project['key'], positions, config.rope_base), project['value']
+    kept.append((keys, values))
+    if cached is not None:
+      keys = jnp.concatenate([cached[layer][0], keys])
+      values = jnp.concatenate([cached[layer][1], values])
+    queries = rotated(project['query'], positions, config.rope_base) * config.query_scale
+    mixed = attention(queries, keys, values, mask, config.attention_softcap)
+    x = x + norm('attention_out', jnp.einsum('QNH,NHD->QD', mixed, w['attention']['out']['w']))
+    read = norm('feed_forward_in', x)
+    gate, up = (read @ w['feed_forward'][name]['w'] for name in ('gate', 'up'))
+    gelu = 0.5 * gate * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate ** 3)))
+    x = x + norm('feed_forward_out', (gelu * up) @ w['feed_forward']['down']['w'])
+  return rms_norm(x, weights['final_norm']['scale'], config.norm_epsilon), kept
+
+
+def attention(queries: Array, keys: Array, values: Array, mask: np.ndarray, cap: float) -> Array:
+  """Softmax over every key of one sequence, one query head after the other."""
+  group = queries.shape[1] // keys.shape[1]
+  heads = []
+  for head in range(queries.shape[1]):
+    scores = cap * jnp.tanh(queries[:, head] @ keys[:, head // group].T / cap)
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1) * mask
+    heads.append(weights @ values[:, head // group])
+  return jnp.stack(heads, axis=1)
+
+
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+  return x / jnp.sqrt(jnp.mean(x ** 2, axis=-1, keepdims=True) + epsilon) * (1 + scale)
+
+
+def rotated(x: Array, positions: np.ndarray, base: float) -> Array:
+  """x [Q, N, H] with (x_i, x_{i + H/2}) taken as complex numbers and turned."""
+  half = x.shape[-1] // 2
+  turn = np.exp(1j * positions[:, None, None] * base ** (-np.arange(half) / half))
+  turned = (x[..., :half] + 1j * x[..., half:]) * turn.astype(np.complex64)
+  return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def merged(weights: Params, lora: Params, factor: float) -> Params:
+  """Weights W + factor x A B: what low-rank adapters amount to."""
+  if 'w' in weights:
+    axes = lora['a'].ndim - 1  # of A, without the layers' and the rank's
+    low = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1))(lora['a'], lora['b'])
+    assert axes >= 1 and low.shape == weights['w'].shape
+    return {'w': weights['w'] + factor * low}
+  return {name: merged(branch, lora[name], factor) if name in lora else branch
+          for name, branch in weights.items()}

@@ -1,0 +1,69 @@
+"""A decoder of a few thousand weights in which every feature of the architecture matters.
+
+Caps are small, windows shorter than documents, norms off zero, sizes all different, so that a
+mistake in any of them moves the outputs by far more than rounding: decoder_test.py checks that.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.decoder import Decoder
+
+LENGTH = 19  # T
+CONFIG = TransformerConfig(
+    vocab_size=38, embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
+    hidden_dim=20, window=4, attention_softcap=2.0, final_softcap=3.0, query_scale=0.7,
+    rope_base=50.0)
+CHOICES = DeliberationConfig(num_latents=3, num_ahead=4, num_traces=4, lora_rank=2, lora_alpha=3.0)
+
+
+def randomised(params: Params, seed: int, spread: float = 0.3) -> Params:
+  """The same tree with every leaf drawn anew, zeros of an initialisation included; unboxed."""
+  leaves, structure = jax.tree.flatten(nn.unbox(params))
+  random = np.random.default_rng(seed)
+  return jax.tree.unflatten(structure, [
+      jnp.asarray(spread * random.standard_normal(leaf.shape), jnp.float32) for leaf in leaves])
+
+
+def decoder_params(config: TransformerConfig = CONFIG, seed: int = 0) -> Params:
+  """Weights of a decoder."""
+  shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  return randomised(shapes['params'], seed)
+
+
+def packed_batch(documents: Sequence[Sequence[int]], seed: int = 0, length: int = LENGTH) -> Batch:
+  """Texts of documents of the given lengths, padded to `length`."""
+  random = np.random.default_rng(seed)
+  tokens, segments, positions = np.zeros((3, len(documents), length), np.int32)
+  for text, lengths in enumerate(documents):
+    start = 0
+    for number, size in enumerate(lengths, start=1):
+      inside = slice(start, start + size)
+      tokens[text, inside] = random.integers(1, CONFIG.vocab_size, size)
+      segments[text, inside] = number
+      positions[text, inside] = np.arange(size)
+      start += size
+  return Batch(*map(jnp.asarray, (tokens, segments, positions)))
+
+
+def deliberator(model: TransformerConfig = CONFIG, **choices) -> Deliberator:
+  """A deliberator with CHOICES, some of them replaced."""
+  config = dataclasses.replace(CHOICES, **choices)
+  return Deliberator(Decoder(model), Coprocessor(model, config))
+
+
+def coprocessor_params(deliberator: Deliberator, decoder_params: Params, seed: int = 1) -> Params:
+  """Weights of its coprocessor as if trained: no gate and no adapter is zero."""
+  shapes = jax.eval_shape(deliberator.coprocessor.init, jax.random.key(0), decoder_params)
+  return randomised(shapes, seed)
