@@ -5,6 +5,7 @@ mistake in any of them moves the outputs by far more than rounding: decoder_test
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from latent_deliberation.array_types import Params
+from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.model.attention import Visibility
+from latent_deliberation.model.cache import KVCache
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import Decoder
 
@@ -67,3 +70,36 @@ def coprocessor_params(deliberator: Deliberator, decoder_params: Params, seed: i
   """Weights of its coprocessor as if trained: no gate and no adapter is zero."""
   shapes = jax.eval_shape(deliberator.coprocessor.init, jax.random.key(0), decoder_params)
   return randomised(shapes, seed)
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def read(decoder_params: Params, tokens: Array, positions: Array | None = None,
+         segments: Array | None = None, config: TransformerConfig = CONFIG,
+         ) -> tuple[Array, Array, KVCache]:
+  """Hidden states, logits and cache of whole texts [B, T]."""
+  variables = {'params': decoder_params}
+  hidden, cache = Decoder(config).apply(variables, tokens, positions, segments, method='prefill')
+  return hidden, Decoder(config).apply(variables, hidden, method='logits'), cache
+
+
+@jax.jit
+def read_on(decoder_params: Params, x: Array, positions: Array, cache: KVCache,
+            ) -> tuple[Array, Array, KVCache]:
+  """Hidden states, logits and longer cache for embeddings x [B, Q, D] behind a cache.
+
+  Args:
+    positions: [Q]; all of the cache, and all of x, is one document a text.
+  """
+  variables, decoder = {'params': decoder_params}, Decoder(CONFIG)
+  positions = jnp.broadcast_to(positions, (len(x), 1, x.shape[1]))
+  visibility = Visibility(jnp.ones_like(positions), jnp.full((len(x), 1), cache.length))
+  hidden, fresh = decoder.apply(variables, x[:, None], positions, visibility, cache,
+                                method='transform')
+  hidden = hidden[:, 0]
+  logits = decoder.apply(variables, hidden, method='logits')
+  return hidden, logits, cache.append(fresh, positions, visibility.segments)
+
+
+def embed(decoder_params: Params, tokens: Array) -> Array:
+  """Input embeddings [B, Q, D] of tokens [B, Q]."""
+  return Decoder(CONFIG).apply({'params': decoder_params}, tokens[:, None], method='embed')[:, 0]

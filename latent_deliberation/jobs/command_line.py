@@ -1,6 +1,7 @@
 """What every launch script does before and around its job: flags, logging, errors for people."""
 
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,11 @@ from ml_collections import config_flags
 
 from latent_deliberation.jobs.experiment import Experiment, bind
 
+# --help of a launch script shows the flags that are defined through this module as its own.
+flags.disclaim_key_flags()
+
 CONFIG_HELP = 'Config file. Override any key of it, as in --config.training.batch_size=16.'
+_PACKAGE = Path(__file__).parents[1]
 
 
 def define_config(launch_script: str, default: str | None = None) -> None:
@@ -24,7 +29,18 @@ def define_config(launch_script: str, default: str | None = None) -> None:
 
 def define_directory(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
   """Defines a flag that names a directory; required where there is no default."""
-  return flags.DEFINE_string(name, default, meaning, required=default is None)
+  flag = flags.DEFINE_string(name, default, meaning, required=default is None)
+  flags.register_validator(name, _check_directory)
+  return flag
+
+
+def _check_directory(path: str | None) -> bool:
+  if path and ':/' in path:
+    raise flags.ValidationError('it is a URL, and must be a path: mount the bucket (gcsfuse, for '
+                                'instance) and give the path under the mount.')
+  if path and Path(path).exists() and not Path(path).is_dir():
+    raise flags.ValidationError('it is a file, and must be a directory: give another path.')
+  return True
 
 
 def experiment_from_flags() -> Experiment:
@@ -38,22 +54,52 @@ def run(job: Callable[[], None]) -> None:
   Bad input ends the process with its message and code 1, without a traceback (--verbosity=1 logs
   it); anything unforeseen keeps its traceback.
   """
-
-  def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-      raise app.UsageError(f'{argv[1:]} are not flags: write --name=value')
-    logging.set_verbosity(max(flags.FLAGS.verbosity, logging.INFO))
-    # orbax logs a dozen lines a checkpoint; its warnings and errors come back as exceptions.
-    logging.get_absl_logger().addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in
-                                        record.pathname)
-    logging.info('%d %s devices, process %d of %d', jax.device_count(), jax.default_backend(),
-                 jax.process_index(), jax.process_count())
-    try:
-      job()
-    except jax.errors.JaxRuntimeError:
+  # Otherwise an error inside of jax would seem to come from the line of ours that called it.
+  jax.config.update('jax_traceback_filtering', 'off')
+  try:
+    app.run(lambda argv: _main(job, argv), flags_parser=_parse_flags)
+  except KeyboardInterrupt:
+    logging.debug('interrupted here:', exc_info=True)
+    raise SystemExit('Interrupted: the same command goes on from what is complete.') from None
+  except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    if not _is_foreseen(error):
       raise
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-      logging.debug('the error below, with its traceback:', exc_info=True)
-      raise SystemExit(f'{type(error).__name__}: {error}') from None
+    logging.debug('the error below, with its traceback:', exc_info=True)
+    raise SystemExit(f'{type(error).__name__}: {error}') from None
 
-  app.run(main)
+
+def _main(job: Callable[[], None], argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'{argv[1:]} are not flags: write --name=value')
+  logging.set_verbosity(max(flags.FLAGS.verbosity, logging.INFO))
+  # orbax logs a dozen lines a checkpoint; its warnings and errors come back as exceptions.
+  logging.get_absl_logger().addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in
+                                      record.pathname)
+  logging.info('%d %s devices, process %d of %d', jax.device_count(), jax.default_backend(),
+               jax.process_index(), jax.process_count())
+  job()
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """As app.parse_flags_with_usage, but for what ml_collections raises with a traceback."""
+  try:
+    return flags.FLAGS(argv)
+  except (KeyError, AttributeError) as error:
+    while error.args and isinstance(error.args[0], Exception):
+      error = error.args[0]
+    raise ValueError(f'the config has no key {error.args[0]}\nKeys are declared in '
+                     f'{_PACKAGE}/jobs/experiment.py and what it imports.') from error
+  except flags.Error as error:
+    # "Error whilst parsing config file" holds a traceback, of which the last line is the error.
+    lines = str(error).strip().splitlines()
+    message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1].strip()}'
+    raise ValueError(f'{message}\n--help lists the flags.') from error
+
+
+def _is_foreseen(error: Exception) -> bool:
+  """Whether an error is a message for people: from the file system, or raised by this project."""
+  if isinstance(error, OSError):
+    return True
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  is_ours = _PACKAGE in Path(frame.f_code.co_filename).parents
+  return is_ours and not isinstance(error, jax.errors.JaxRuntimeError)

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,8 @@ def load(directory: Path, shardings: Callable[[PyTree], PyTree] | None = None,
         'wrote')
   try:
     stored = json.loads(description.read_text())
+    if stored['format'] != _FORMAT:
+      raise ValueError(f'format {stored["format"]}, expected {_FORMAT}')
     config, expected = TransformerConfig(**stored['config']), stored['fingerprint']
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{description} is damaged or of another format ({error}); write the decoder '
@@ -80,13 +84,14 @@ def load(directory: Path, shardings: Callable[[PyTree], PyTree] | None = None,
     placed = jax.tree.map(lambda _: device, nn.unbox(boxed))
   else:
     placed = shardings(boxed)
-  target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
+      kept = dict(checkpointer.metadata(directory / _WEIGHTS).item_metadata)
+      target = jax.tree_util.tree_map_with_path(_as_kept, nn.unbox(boxed), placed, kept)
       params = checkpointer.restore(directory / _WEIGHTS, target)
   except Exception as error:  # orbax raises many kinds for files that are cut short or missing
-    raise ValueError(f'the weights in {directory / _WEIGHTS} cannot be read ({error}); they are '
+    short = textwrap.shorten(str(error), 200)
+    raise ValueError(f'the weights in {directory / _WEIGHTS} cannot be read ({short}); they are '
                      'truncated or foreign: write the decoder again') from error
   actual = fingerprint(params)
   if actual != expected:
@@ -95,3 +100,11 @@ def load(directory: Path, shardings: Callable[[PyTree], PyTree] | None = None,
   if dtype is not None:
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
   return config, params, actual
+
+
+def _as_kept(path: Any, leaf: Any, placed: jax.sharding.Sharding, kept: Any) -> Any:
+  """What to restore a leaf as: in the dtype that it was saved in."""
+  if kept.shape != leaf.shape:
+    raise ValueError(f'{jax.tree_util.keystr(path)} has shape {kept.shape} there, '
+                     f'{leaf.shape} by {_DESCRIPTION}')
+  return jax.ShapeDtypeStruct(leaf.shape, kept.dtype, sharding=placed)

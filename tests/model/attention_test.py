@@ -1,0 +1,190 @@
+"""Joint attention over cached and fresh keys, and the masks that say who sees whom."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_deliberation.model.attention import (
+  Visibility,
+  attend,
+  cached_mask,
+  fresh_mask,
+  softcap,
+)
+
+GLOBAL = jnp.array(jnp.iinfo(jnp.int32).max)
+
+
+def draw(mask):
+  return [''.join('.x'[int(cell)] for cell in row) for row in np.asarray(mask)]
+
+
+def index(*values):
+  return jnp.array(values, jnp.int32)
+
+
+def fresh(positions, segments, window=GLOBAL):
+  allowed = Visibility(index(*segments)[None, None], index(0)[None])
+  return draw(fresh_mask(index(*positions)[None, None], allowed, jnp.asarray(window))[0, 0])
+
+
+def cached(positions, segments, horizon, window=GLOBAL):
+  """Fresh tokens (positions, segments) over a cache of documents of 3 and 3 tokens and padding."""
+  allowed = Visibility(index(*segments)[None, None], index(horizon)[None])
+  return draw(cached_mask(
+      index(*positions)[None, None], allowed, index(0, 1, 2, 0, 1, 2, 0)[None],
+      index(1, 1, 1, 2, 2, 2, 0)[None], jnp.asarray(window))[0, 0])
+
+
+def test_fresh_tokens_see_their_own_document_causally_and_padding_sees_nothing():
+  assert fresh([0, 1, 2, 0, 1, 0], [1, 1, 1, 2, 2, 0]) == [
+      'x.....',
+      'xx....',
+      'xxx...',
+      '...x..',
+      '...xx.',
+      '......',
+  ]
+
+
+def test_a_window_counts_the_query_itself():
+  assert fresh([0, 1, 2, 3], [1] * 4, window=2) == ['x...', 'xx..', '.xx.', '..xx']
+  assert fresh([0, 1, 2, 3], [1] * 4, window=1) == ['x...', '.x..', '..x.', '...x']
+
+
+def test_a_row_is_causal_by_order_where_its_tokens_share_a_position():
+  # Three latents at the anchor's position 5, two ahead tokens behind it.
+  assert fresh([5, 5, 5, 6, 7], [1] * 5, window=2) == ['x....', 'xx...', 'xxx..', 'xxxx.', '...xx']
+
+
+def test_cached_tokens_are_seen_up_to_the_horizon_in_the_own_document():
+  assert cached([2, 3], [1, 1], horizon=2) == ['xx.....', 'xx.....']
+  assert cached([2, 3], [2, 2], horizon=5) == ['...xx..', '...xx..']
+  assert cached([2, 3], [2, 0], horizon=7) == ['...xxx.', '.......']
+
+
+@pytest.mark.parametrize('horizon', [0, -2])
+def test_an_empty_horizon_shows_nothing(horizon):
+  assert cached([2], [1], horizon) == ['.......']
+
+
+def test_a_window_reaches_into_the_cache_exactly_as_far_as_it_says():
+  assert cached([2, 3, 4], [2] * 3, horizon=6, window=3) == ['...xxx.', '....xx.', '.....x.']
+
+
+def example(seed=0, cached_length=5, length=3):
+  """Arguments of `attend`, what is differentiable and what is visible: B = 2, M = 3, N = 4, K = 2.
+
+  One query of the twelve sees nothing, the others see some of both parts at random.
+  """
+  random = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
+  inputs = dict(
+      queries=normal(2, 3, length, 4, 6), fresh_keys=normal(2, 3, length, 2, 6),
+      fresh_values=normal(2, 3, length, 2, 6), cached_keys=normal(2, cached_length, 2, 6),
+      cached_values=normal(2, cached_length, 2, 6))
+  seen = lambda keys: jnp.asarray(random.random((2, 3, length, keys)) < 0.6)  # noqa: E731
+  visible = dict(fresh_visible=seen(length).at[0, 1, 2].set(False),
+                 cached_visible=seen(cached_length).at[0, 1, 2].set(False))
+  return inputs, visible
+
+
+def joined(inputs, visible):
+  """Keys, values [B, M, P, K, H] and visibility [B, M, Q, P], the cache behind the fresh tokens."""
+
+  def join(name):
+    cached = inputs[f'cached_{name}'][:, None]
+    fresh = inputs[f'fresh_{name}']
+    return jnp.concatenate(
+        [fresh, jnp.broadcast_to(cached, (*fresh.shape[:2], *cached.shape[2:]))], axis=2)
+
+  return join('keys'), join('values'), jnp.concatenate(
+      [visible['fresh_visible'], visible['cached_visible']], axis=-1)
+
+
+def slow_attention(queries, keys, values, visible, cap):
+  """One query, head and key after the other, in float64."""
+  queries, keys, values = (np.asarray(x, np.float64) for x in (queries, keys, values))
+  group = queries.shape[3] // keys.shape[3]
+  out = np.zeros(queries.shape)
+  for b, m, q, n in np.ndindex(queries.shape[:-1]):
+    total = 0.0
+    for p in np.flatnonzero(visible[b, m, q]):
+      score = queries[b, m, q, n] @ keys[b, m, p, n // group]
+      weight = np.exp(score if cap is None else cap * np.tanh(score / cap))
+      total += weight
+      out[b, m, q, n] += weight * values[b, m, p, n // group]
+    out[b, m, q, n] /= total or 1
+  return out
+
+
+@pytest.mark.parametrize('cap', [None, 0.8])
+def test_attention_equals_a_slow_one_over_cached_and_fresh_keys_together(cap):
+  inputs, visible = example()
+  expected = slow_attention(inputs['queries'], *joined(inputs, visible), cap)
+  np.testing.assert_allclose(attend(**inputs, **visible, cap=cap), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_cache_only_fresh_keys_count():
+  inputs, visible = ({name: value for name, value in part.items() if 'cached' not in name}
+                     for part in example())
+  expected = slow_attention(*inputs.values(), visible['fresh_visible'], cap=None)
+  np.testing.assert_allclose(attend(**inputs, **visible), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_of_any_size_pick_the_best_key_and_do_not_overflow():
+  inputs, visible = example()
+  inputs['queries'] *= 1e4
+  result = attend(**inputs, **visible)
+  keys, values, seen = map(np.asarray, joined(inputs, visible))
+  for b, m, q, n in np.ndindex(result.shape[:-1]):
+    if seen[b, m, q].any():
+      scores = keys[b, m, :, n // 2] @ np.asarray(inputs['queries'][b, m, q, n])
+      best = np.where(seen[b, m, q], scores, -np.inf).argmax()
+      np.testing.assert_allclose(result[b, m, q, n], values[b, m, best, n // 2], rtol=1e-3)
+
+
+def test_gradients_equal_those_of_one_plain_softmax():
+  inputs, visible = example()
+  weight = jax.random.normal(jax.random.key(1), inputs['queries'].shape)
+
+  def split(inputs):
+    return jnp.sum(weight * attend(**inputs, **visible, cap=0.8))
+
+  def plain(inputs):
+    keys, values, seen = joined(inputs, visible)
+    queries = inputs['queries'].reshape(2, 3, 3, 2, 2, 6)
+    scores = 0.8 * jnp.tanh(jnp.einsum('BMQKGH,BMPKH->BMKGQP', queries, keys) / 0.8)
+    seen = seen[:, :, None, None]
+    shares = jax.nn.softmax(jnp.where(seen, scores, -1e9), axis=-1) * seen
+    mixed = jnp.einsum('BMKGQP,BMPKH->BMQKGH', shares, values)
+    return jnp.sum(weight * mixed.reshape(weight.shape))
+
+  gradients, expected = (jax.jit(jax.grad(total))(inputs) for total in (split, plain))
+  for name, gradient in gradients.items():
+    np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients():
+  inputs, visible = example()
+  nothing = jax.tree.map(jnp.zeros_like, visible)
+  result, pull = jax.vjp(jax.jit(lambda inputs: attend(**inputs, **nothing)), inputs)
+  assert np.all(result == 0)
+  for gradient in jax.tree.leaves(pull(jnp.full_like(result, 1e6))):
+    assert np.all(gradient == 0)
+
+
+def test_the_result_has_the_dtype_of_the_queries():
+  inputs, visible = example()
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
+  result = attend(**rounded, **visible)
+  exact = attend(**jax.tree.map(lambda x: x.astype(jnp.float32), rounded), **visible)
+  assert result.dtype == jnp.bfloat16
+  np.testing.assert_allclose(result.astype(jnp.float32), exact, atol=0.02)
+
+
+def test_a_softcap_bounds_and_none_does_not():
+  x = jnp.array([-1e6, -0.01, 0.0, 1e6])
+  np.testing.assert_allclose(softcap(x, 5.0), [-5, -0.01, 0, 5], rtol=1e-5)
+  assert softcap(x, None) is x

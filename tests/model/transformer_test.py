@@ -1,0 +1,95 @@
+"""One stack serves every pass; how it is computed changes nothing, and nothing leaks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_deliberation.model.attention import Visibility
+from latent_deliberation.model.transformer import REMAT_POLICIES, Transformer
+from tests import tiny
+
+
+def trunk_rows(batch, seed=0):
+  """Random embeddings for a batch, its positions and what its tokens may see."""
+  segments = batch.segments[:, None]
+  x = jax.random.normal(jax.random.key(seed), (*segments.shape, tiny.CONFIG.embed_dim))
+  return x, batch.positions[:, None], Visibility(segments, jnp.zeros(segments.shape[:2], jnp.int32))
+
+
+def values_and_gradients(batch, params, **how):
+  """Hidden states and keys, and gradients of both, with the stack computed in some way."""
+  transformer = Transformer(tiny.CONFIG, **how)
+  x, positions, visibility = trunk_rows(batch)
+
+  @jax.jit
+  def compute(params, x):
+    outputs, pull = jax.vjp(
+        lambda *given: transformer.apply({'params': given[0]}, given[1], positions, visibility),
+        params, x)
+    return outputs, pull(jax.tree.map(jnp.cos, outputs))
+
+  return compute(params, x)
+
+
+@pytest.fixture(scope='module')
+def plain(batch, decoder_params):
+  return values_and_gradients(batch, decoder_params['transformer'])
+
+
+@pytest.mark.parametrize('how', [
+    {'scan': False}, *({'remat': remat} for remat in REMAT_POLICIES if remat != 'none'),
+    {'scan': False, 'remat': 'full'}])
+def test_unrolling_and_recomputing_change_neither_values_nor_gradients(
+    batch, decoder_params, plain, how):
+  other = values_and_gradients(batch, decoder_params['transformer'], **how)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), other, plain)
+
+
+def influence(transformer, params, x, *where):
+  """By gradient: [B, M, Q, B, M, Q] whether a hidden state (first) depends on x (last)."""
+
+  @jax.jit
+  @jax.vmap
+  def gradient(text, row, query):
+    def hidden(x):
+      return transformer.apply({'params': params}, x, *where)[0][text, row, query].sum()
+    return jax.grad(hidden)(x)
+
+  indices = (jnp.asarray(part.ravel()) for part in np.indices(x.shape[:3]))
+  return (np.abs(gradient(*indices)).max(axis=-1) > 0).reshape(x.shape[:3] * 2)
+
+
+def test_a_token_sees_its_own_document_up_to_itself_and_nothing_sees_padding(
+    decoder_params, batch):
+  touched = influence(Transformer(tiny.CONFIG), decoder_params['transformer'], *trunk_rows(batch))
+  segments, order = np.asarray(batch.segments), np.arange(tiny.LENGTH)
+  for text in range(2):
+    assert not touched[text, 0, :, 1 - text].any()
+    expected = ((segments[text][:, None] == segments[text]) & (order[:, None] >= order)
+                & (segments[text] > 0) | np.eye(tiny.LENGTH, dtype=bool))
+    np.testing.assert_array_equal(touched[text, 0, :, text, 0], expected)
+
+
+@pytest.mark.parametrize('layers, window, reach', [(1, 4, 3), (3, 2, 3), (1, 1, 0)])
+def test_local_layers_reach_exactly_as_far_as_their_window(decoder_params, layers, window, reach):
+  config = dataclasses.replace(tiny.CONFIG, num_layers=layers, window=window,
+                               layer_pattern=('local',))
+  params = decoder_params['transformer']
+  params = {**params, 'blocks': jax.tree.map(lambda leaf: leaf[:layers], params['blocks'])}
+  touched = influence(Transformer(config), params, *trunk_rows(tiny.packed_batch([(8,)], length=8)))
+  distance = np.arange(8)[:, None] - np.arange(8)
+  np.testing.assert_array_equal(touched[0, 0, :, 0, 0], (0 <= distance) & (distance <= reach))
+
+
+def test_rows_that_share_a_cache_do_not_see_each_other(decoder_params, batch):
+  _, _, cache = tiny.read(decoder_params, batch.tokens, batch.positions, batch.segments)
+  x = jax.random.normal(jax.random.key(0), (2, 3, 2, tiny.CONFIG.embed_dim))
+  positions = jnp.broadcast_to(jnp.array([4, 5]), x.shape[:3])
+  visibility = Visibility(jnp.ones_like(positions), jnp.full((2, 3), 4))
+  touched = influence(Transformer(tiny.CONFIG), decoder_params['transformer'], x, positions,
+                      visibility, cache)
+  own = np.einsum('BC,MN,PQ->BMPCNQ', np.eye(2), np.eye(3), np.tri(2))
+  np.testing.assert_array_equal(touched, own > 0)
