@@ -9,7 +9,7 @@ train.py with deliberation.trainable=constant (pause tokens) joins the table. Op
 
 from pathlib import Path
 
-from latent_deliberation.evaluation.page import format_table, state_bar
+from latent_deliberation.evaluation.page import format_table
 from latent_deliberation.jobs import command_line
 from latent_deliberation.jobs.evaluate import evaluate
 
@@ -28,7 +28,6 @@ def main() -> None:
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value),
       constant=Path(_CONSTANT.value) if _CONSTANT.value else None)
   print(format_table(summary))
-  print(state_bar(summary))
   print(f'Report: {Path(_OUTPUT.value) / "report.md"}')
 
 

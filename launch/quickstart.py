@@ -13,7 +13,7 @@ Next: launch/pretrain.py, train.py and evaluate.py are its steps, for other size
 
 from pathlib import Path
 
-from latent_deliberation.evaluation.page import format_table, state_bar
+from latent_deliberation.evaluation.page import format_table
 from latent_deliberation.jobs import command_line
 from latent_deliberation.jobs.quickstart import quickstart
 
@@ -25,7 +25,6 @@ def main() -> None:
   workdir = Path(_WORKDIR.value)
   summary = quickstart(command_line.experiment_from_flags(), workdir)
   print(format_table(summary))
-  print(state_bar(summary))
   print(f'Report: {workdir / "report.md"}')
 
 

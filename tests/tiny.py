@@ -18,6 +18,7 @@ from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.deliberation.traces import Traces
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
 from latent_deliberation.model.config import TransformerConfig
@@ -70,6 +71,28 @@ def coprocessor_params(deliberator: Deliberator, decoder_params: Params, seed: i
   """Weights of its coprocessor as if trained: no gate and no adapter is zero."""
   shapes = jax.eval_shape(deliberator.coprocessor.init, jax.random.key(0), decoder_params)
   return randomised(shapes, seed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def start(deliberator: Deliberator, key: Array, decoder_params: Params) -> Params:
+  """The parameters that a coprocessor starts with, boxed."""
+  return deliberator.coprocessor.init(key, decoder_params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(deliberator: Deliberator, params: Params, decoder_params: Params, batch: Batch,
+            traces: Traces) -> Array:
+  """The hidden states [B, M, A, D] of Deliberator.forward."""
+  return deliberator.forward(params, decoder_params, batch, traces)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward_and_gradient(deliberator: Deliberator, params: Params, decoder_params: Params,
+                         batch: Batch, traces: Traces, weight: Array) -> tuple[Array, Params]:
+  """The same, and the gradient of their sum weighted by [B, M, A, D]."""
+  hidden, pull = jax.vjp(
+      lambda params: deliberator.forward(params, decoder_params, batch, traces), params)
+  return hidden, pull(weight)[0]
 
 
 @functools.partial(jax.jit, static_argnames='config')

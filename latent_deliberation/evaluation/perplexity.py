@@ -51,7 +51,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
   compiled = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def scorer(params: Params, decoder_params: Params, batch: Batch, index: int):
-    with mesh:
+    with jax.set_mesh(mesh):
       return compiled(params, decoder_params, batch, jnp.asarray(index))
 
   return scorer

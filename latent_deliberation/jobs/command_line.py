@@ -1,5 +1,6 @@
 """What every launch script does before and around its job: flags, logging, errors for people."""
 
+import logging as python_logging
 import os
 import traceback
 from collections.abc import Callable
@@ -72,6 +73,8 @@ def _main(job: Callable[[], None], argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'{argv[1:]} are not flags: write --name=value')
   logging.set_verbosity(max(flags.FLAGS.verbosity, logging.INFO))
+  # jax logs each kind of device that a machine does not have.
+  python_logging.getLogger('jax').setLevel(python_logging.WARNING)
   # orbax logs a dozen lines a checkpoint; its warnings and errors come back as exceptions.
   logging.get_absl_logger().addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in
                                       record.pathname)
@@ -87,7 +90,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except (KeyError, AttributeError) as error:
     while error.args and isinstance(error.args[0], Exception):
       error = error.args[0]
-    raise ValueError(f'the config has no key {error.args[0]}\nKeys are declared in '
+    raise ValueError(f'--config names what is not there: {error.args[0]}\nKeys are declared in '
                      f'{_PACKAGE}/jobs/experiment.py and what it imports.') from error
   except flags.Error as error:
     # "Error whilst parsing config file" holds a traceback, of which the last line is the error.

@@ -23,11 +23,12 @@ from latent_deliberation.evaluation.report import (
   summarise,
 )
 from latent_deliberation.evaluation.visibility import plot_visibility
+from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
-from latent_deliberation.jobs.fit import restore_trained
+from latent_deliberation.jobs.fit import check_divides, restore_trained
 from latent_deliberation.jobs.models import build_deliberator, count_parameters, load_frozen
-from latent_deliberation.jobs.prepared import validation_batches
-from latent_deliberation.jobs.train import describe_run
+from latent_deliberation.jobs.prepared import open_stream, validation_batches
+from latent_deliberation.jobs.train import describe_training
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
@@ -43,7 +44,10 @@ PICTURES = {
 def constant_variant(experiment: Experiment) -> Experiment:
   """The pause-token baseline: soft tokens alone, as many and trained as long."""
   deliberation = dataclasses.replace(experiment.deliberation, trainable='constant')
-  return dataclasses.replace(experiment, deliberation=deliberation)
+  multipliers = {key: factor for key, factor in experiment.training.multipliers.items()
+                 if key not in ('transformer', 'lora')}
+  training = dataclasses.replace(experiment.training, multipliers=multipliers)
+  return dataclasses.replace(experiment, deliberation=deliberation, training=training)
 
 
 def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: Path, output: Path,
@@ -64,17 +68,26 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   """
   begun = time.perf_counter()
   mesh = make_mesh(experiment.mesh)
+  check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
+  make_writable(output)
   frozen, digest = load_frozen(experiment, decoder, mesh)
   before = fingerprint(frozen)
-  held_out = validation_batches(
-      experiment, data, experiment.evaluation.num_texts // experiment.evaluation.batch_size)
-  arms, parameters = _score(experiment, coprocessor, data, (BASELINE, 'own', 'shuffled', 'zero'),
-                            frozen, digest, held_out, mesh)
-  counts = {'frozen decoder': count_parameters(frozen), 'coprocessor': parameters}
-  if constant is not None:
-    scores, parameters = _score(constant_variant(experiment), constant, data, ('own',), frozen,
-                                digest, held_out, mesh)
-    arms['constant'], counts['constant soft tokens'] = scores['own'], parameters
+  held_out = scored_batches(experiment, data)
+
+  def restore(variant: Experiment, workdir: Path) -> Params:
+    return restore_trained(describe_training(variant, workdir, frozen, digest, mesh),
+                           open_stream(variant, data, variant.training.batch_size))
+
+  # All that is read is read before anything is scored.
+  params = restore(experiment, coprocessor)
+  soft_tokens = restore(constant_variant(experiment), constant) if constant else None
+  curves = _curves(runs or {'coprocessor': coprocessor})
+  arms = _score(experiment, (BASELINE, 'own', 'shuffled', 'zero'), params, frozen, held_out, mesh)
+  counts = {'frozen decoder': count_parameters(frozen), 'coprocessor': count_parameters(params)}
+  if constant:
+    arms['constant'] = _score(constant_variant(experiment), ('own',), soft_tokens, frozen, held_out,
+                              mesh)['own']
+    counts['constant soft tokens'] = count_parameters(soft_tokens)
   report = Report(
       arms=arms, positions=experiment.evaluation.positions,
       num_ahead=experiment.deliberation.num_ahead,
@@ -85,27 +98,27 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
       config=dataclasses.asdict(experiment), pictures=PICTURES)
   summary = summarise(report, experiment.evaluation.bootstrap_samples)
   if jax.process_index() == 0:
-    output.mkdir(parents=True, exist_ok=True)
     plots.plot_changes(summary, output / 'changes.png')
-    plots.plot_losses(_curves(runs or {'coprocessor': coprocessor}), output / 'losses.png')
+    plots.plot_losses(curves, output / 'losses.png')
     plot_visibility(output / 'visibility.png', experiment.deliberation.latents)
     page.write_report(summary, output)
   return summary
 
 
-def _score(experiment: Experiment, workdir: Path, data: Path, arms: tuple[str, ...],
-           frozen: Params, digest: str, held_out: list[Batch],
-           mesh: Mesh) -> tuple[dict[str, AheadNLL], int]:
-  """Scores of the arms under what was trained in `workdir`, and its number of parameters."""
-  deliberator = build_deliberator(experiment)
-  params = restore_trained(
-      describe_run(experiment, deliberator, workdir, data, frozen, digest, mesh))
+def scored_batches(experiment: Experiment, data: Path) -> list[Batch]:
+  """The held-out text of the report. Raises: ValueError when there is less than it asks for."""
+  wanted = experiment.evaluation
+  return validation_batches(experiment, data, wanted.num_texts // wanted.batch_size)
+
+
+def _score(experiment: Experiment, arms: tuple[str, ...], params: Params, frozen: Params,
+           held_out: list[Batch], mesh: Mesh) -> dict[str, AheadNLL]:
+  """Scores of the arms with these parameters, on the same traces for any parameters."""
   scorer = make_scorer(
-      deliberator, arms, num_traces=experiment.evaluation.num_traces,
+      build_deliberator(experiment), arms, num_traces=experiment.evaluation.num_traces,
       num_ahead=experiment.evaluation.num_ahead, loss_chunk=experiment.computation.loss_chunk,
       seed=experiment.seed, mesh=mesh, rules=experiment.rules)
-  scores = score_texts(scorer, params, frozen, _placed(experiment, held_out, arms, mesh))
-  return scores, count_parameters(params)
+  return score_texts(scorer, params, frozen, _placed(experiment, held_out, arms, mesh))
 
 
 def _placed(experiment: Experiment, held_out: list[Batch], arms: tuple[str, ...],

@@ -16,6 +16,7 @@ from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 
 DTYPES = ('float32', 'bfloat16')
+BYTE_PIECES = 260  # of the byte vocabulary; its own module imports TensorFlow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +91,20 @@ class EvaluationConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'positions', tuple(self.positions))
-    if not self.positions or not 1 <= min(self.positions) <= max(self.positions) <= self.num_ahead:
-      raise ValueError(f'evaluation.positions = {self.positions}: must lie in 1 to num_ahead = '
-                       f'{self.num_ahead}')
+    increasing = list(self.positions) == sorted(set(self.positions))
+    if not self.positions or not increasing or not (
+        1 <= self.positions[0] <= self.positions[-1] <= self.num_ahead):
+      raise ValueError(f'evaluation.positions = {self.positions}: must increase, from 1 on up to '
+                       f'num_ahead = {self.num_ahead}')
     if self.batch_size < 2:
-      raise ValueError('evaluation.batch_size = 1: latents of another text of the batch are one of '
-                       'the controls; at least 2 is needed')
-    if self.num_texts < self.batch_size:
-      raise ValueError(f'evaluation.num_texts = {self.num_texts} is less than one batch_size = '
-                       f'{self.batch_size}: raise it')
+      raise ValueError(f'evaluation.batch_size = {self.batch_size}: latents of another text of the '
+                       'batch are one of the controls; at least 2 is needed')
+    if self.num_texts < self.batch_size or self.num_texts % self.batch_size:
+      raise ValueError(f'evaluation.num_texts = {self.num_texts} is not a multiple of batch_size = '
+                       f'{self.batch_size}: change one of the two')
+    for name in ('num_traces', 'watch_batches', 'bootstrap_samples'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'evaluation.{name} = {getattr(self, name)}: at least 1 is needed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +124,9 @@ class Experiment:
 
   def __post_init__(self):
     object.__setattr__(self, 'rules', check_rules(self.rules))
+    if not 0 <= self.seed < 2**31 - 1:
+      raise ValueError(f'seed = {self.seed}: it must lie between 0 and {2**31 - 2}')
+    self._check_vocabulary()
     self.deliberation.check_trunk(self.data.length)
     scored = dataclasses.replace(self.deliberation, num_ahead=self.evaluation.num_ahead,
                                  num_traces=self.evaluation.num_traces)
@@ -125,6 +134,17 @@ class Experiment:
       scored.check_trunk(self.data.length)
     except ValueError as error:
       raise ValueError(f'evaluation: {error}') from error
+
+  def _check_vocabulary(self) -> None:
+    """Compares sizes where that of the vocabulary is known before the data are there."""
+    data = self.data
+    if data.source == 'mixture' or data.vocabulary_path:
+      return
+    pieces = BYTE_PIECES if data.vocabulary == 'byte' else data.vocabulary_size
+    if pieces > self.decoder.vocab_size:
+      raise ValueError(
+          f'the {data.vocabulary} vocabulary has {pieces} pieces, decoder.vocab_size is '
+          f'{self.decoder.vocab_size}: raise it to {pieces}, or take a smaller vocabulary')
 
 
 def as_config(experiment: Experiment) -> ConfigDict:

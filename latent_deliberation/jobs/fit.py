@@ -3,19 +3,28 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import optax
+from absl import logging
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment, TrainingConfig
 from latent_deliberation.sharding import check_batch, place_batch
 from latent_deliberation.training.checkpoint import Batches, Checkpointer
-from latent_deliberation.training.identity import CHECKPOINTS, RunIdentity, claim
+from latent_deliberation.training.identity import (
+  CHECKPOINTS,
+  RUN_FILE,
+  RunIdentity,
+  check_same_run,
+  claim,
+)
 from latent_deliberation.training.loop import train
 from latent_deliberation.training.metrics import MetricsWriter
 from latent_deliberation.training.optimizer import build_optimizer, build_schedule
@@ -28,39 +37,47 @@ FREE = ('mesh', 'rules', 'evaluation') + tuple(
     for key in ('log_every', 'eval_every', 'save_every', 'keep'))
 
 
-def identify(job: str, experiment: Experiment, data: str, decoder: str = '') -> RunIdentity:
-  """The identity of a job's run, for its directory and its checkpoints.
-
-  A job is not another one because of settings that only the other job reads.
-  """
-  config = dataclasses.asdict(experiment)
-  unread = {'pretrain': ('deliberation', 'training'), 'train': ('pretraining',)}[job]
-  for section in unread:
-    del config[section]
-  return RunIdentity(job=job, config=config, decoder=decoder, data=data)
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training run, described: what `fit` trains and `restore_trained` reads back.
+  """One training run, described before there are data: what `fit` trains and others read back.
 
   Attributes:
-    experiment, settings: the whole, and the section of it that this run follows.
+    job: 'pretrain' or 'train'.
+    experiment: the whole configuration.
     workdir: claimed for this run; holds run.json, checkpoints/ and metrics.jsonl.
-    identity: see `identify`.
-    batches: the training stream.
     init: (key, frozen) -> trainable parameters boxed with logical axes.
-    frozen: parameters that the loss reads and nothing changes.
+    frozen: parameters that the loss reads and nothing changes; their shapes suffice to `check`.
+    decoder: fingerprint of the frozen decoder; '' where there is none.
     mesh: to run on.
   """
+  job: str
   experiment: Experiment
-  settings: TrainingConfig
   workdir: Path
-  identity: RunIdentity
-  batches: Batches
   init: Callable[[Array, Params], PyTree]
   frozen: Params
+  decoder: str
   mesh: Mesh
+
+  @property
+  def section(self) -> str:
+    """Name of the section of the experiment that this run follows."""
+    return {'pretrain': 'pretraining', 'train': 'training'}[self.job]
+
+  @property
+  def settings(self) -> TrainingConfig:
+    """That section."""
+    return getattr(self.experiment, self.section)
+
+  def identity(self, data: str) -> RunIdentity:
+    """The identity on data of this fingerprint, for the directory and its checkpoints.
+
+    A run is not another one because of settings that only the other job reads.
+    """
+    config = dataclasses.asdict(self.experiment)
+    unread = {'pretrain': ('deliberation', 'training'), 'train': ('pretraining',)}[self.job]
+    for section in unread:
+      del config[section]
+    return RunIdentity(job=self.job, config=config, decoder=self.decoder, data=data)
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
@@ -81,30 +98,66 @@ class Run:
     return jax.jit(create, out_shardings=shardings)(
         jax.random.key(self.experiment.seed), self.frozen)
 
+  def check(self) -> None:
+    """Raises ValueError for settings that cannot be trained with; needs no data and no weights.
 
-def fit(run: Run, loss_fn: LossFn,
+    Those are batches and sizes that do not divide over the mesh, a multiplier of no parameter, and
+    a warm-up longer than the run.
+    """
+    check_divides(self.section, self.settings.batch_size, self.settings.accumulation, self.mesh,
+                  self.experiment)
+    check_divides('evaluation', self.experiment.evaluation.batch_size, 1, self.mesh,
+                  self.experiment)
+    try:
+      _ = self.abstract
+    except ValueError as error:
+      raise ValueError(f'{self.section}: {error}') from error
+
+  def check_workdir(self) -> None:
+    """Raises unless the directory can be written to, and holds this run or none."""
+    make_writable(self.workdir)
+    path = self.workdir / RUN_FILE
+    if path.exists():
+      with contextlib.suppress(json.JSONDecodeError):  # which `claim` will speak of
+        saved = json.loads(path.read_text())
+        # The data may not be there yet; `claim` compares them, too.
+        check_same_run(str(self.workdir), saved, self.identity(saved['data']), FREE)
+
+
+def check_divides(section: str, batch_size: int, accumulation: int, mesh: Mesh,
+                  experiment: Experiment) -> None:
+  """`check_batch`, with the section of the config named in the error."""
+  try:
+    check_batch(batch_size, accumulation, mesh, experiment.rules)
+  except ValueError as error:
+    raise ValueError(f'{section}: {error}') from error
+
+
+def fit(run: Run, batches: Batches, loss_fn: LossFn,
         evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]]) -> Params:
   """Trains, or goes on where the directory's newest checkpoint stands.
 
   Returns: the trained parameters, float32.
   """
   settings, rules = run.settings, run.experiment.rules
-  check_batch(settings.batch_size, settings.accumulation, run.mesh, rules)
+  identity = run.identity(batches.fingerprint)
+  claim(run.workdir, identity, FREE)
   train_step = make_train_step(
       loss_fn, run.optimizer, build_schedule(settings.optimizer, settings.loop.num_steps),
       state_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract), frozen=run.frozen,
       mesh=run.mesh, rules=rules, seed=run.experiment.seed, accumulation=settings.accumulation)
-  claim(run.workdir, run.identity, FREE)
   with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
         contextlib.closing(MetricsWriter(run.workdir)) as metrics):
-    state = saved.restore(run.abstract, run.batches, run.identity, FREE) or run.create_state()
+    state = saved.restore(run.abstract, batches, identity, FREE) or run.create_state()
+    logging.info('%s: at step %d of %d; the first step of a launch compiles', run.workdir,
+                 state.step, settings.loop.num_steps)
     return train(
-        state, train_step, run.batches, config=settings.loop,
+        state, train_step, batches, config=settings.loop,
         place=lambda batch: place_batch(batch, run.mesh, rules), checkpointer=saved,
-        identity=run.identity, metrics=metrics, evaluators=evaluators).params
+        identity=identity, metrics=metrics, evaluators=evaluators).params
 
 
-def restore_trained(run: Run) -> Params:
+def restore_trained(run: Run, batches: Batches) -> Params:
   """The parameters of the newest checkpoint of a run.
 
   Raises:
@@ -114,7 +167,7 @@ def restore_trained(run: Run) -> Params:
   directory = run.workdir / CHECKPOINTS
   if directory.is_dir():
     with contextlib.closing(Checkpointer(directory, run.settings.loop.keep)) as saved:
-      state = saved.restore(run.abstract, run.batches, run.identity, FREE)
+      state = saved.restore(run.abstract, batches, run.identity(batches.fingerprint), FREE)
     if state is not None:
       return state.params
   raise FileNotFoundError(f'{directory} holds no checkpoint: name a directory in which '

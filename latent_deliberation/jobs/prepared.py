@@ -7,6 +7,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from latent_deliberation.data.rows import PackedRows, PermutedBatches
+from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.training.checkpoint import Batches
 
@@ -24,6 +25,8 @@ def prepare_data(experiment: Experiment, directory: Path) -> None:
           f'{directory / ROWS} does not exist, and seqio, which would make it, is not installed: '
           'prepare the data on another machine and copy the directory here')
   elif jax.process_index() == 0:
+    if not (directory / ROWS).is_dir():  # those that are there may be read-only
+      make_writable(directory)
     from latent_deliberation.data.packing import prepare  # imports TensorFlow, which not all have
     prepare(experiment.data, directory)
   if jax.process_count() > 1:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.jobs.experiment import Experiment
-from latent_deliberation.jobs.fit import Run, fit, identify
+from latent_deliberation.jobs.fit import Run, fit
 from latent_deliberation.jobs.models import build_decoder
 from latent_deliberation.jobs.prepared import open_stream, prepare_data, validation_batches
 from latent_deliberation.model import weights
@@ -30,24 +30,30 @@ def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
   Returns: <workdir>/decoder, for `weights.load`.
   """
   mesh = make_mesh(experiment.mesh)
+  run = describe_pretraining(experiment, workdir, mesh)
+  run.check()
+  run.check_workdir()
   prepare_data(experiment, data)
-  settings = experiment.pretraining
-  batches = open_stream(experiment, data, settings.batch_size)
+  batches = open_stream(experiment, data, run.settings.batch_size)
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
+  loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)
+  params = fit(run, batches, loss_fn,
+               {'validation': _validation(experiment, loss_fn, watched, mesh)})
+  target = workdir / DECODER
+  if not target.exists():
+    weights.save(target, experiment.decoder, params)
+  return target
+
+
+def describe_pretraining(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:
+  """The run of `pretrain` in `workdir`."""
   decoder = build_decoder(experiment)
-  loss_fn = language_modelling(decoder, experiment.computation.loss_chunk)
 
   def init(key: Array, frozen: Params) -> PyTree:
     del frozen
     return decoder.init(key, jnp.zeros((1, 1), jnp.int32))['params']
 
-  run = Run(experiment, settings, workdir, identify('pretrain', experiment, batches.fingerprint),
-            batches=batches, init=init, frozen={}, mesh=mesh)
-  params = fit(run, loss_fn, {'validation': _validation(experiment, loss_fn, watched, mesh)})
-  target = workdir / DECODER
-  if not target.exists():
-    weights.save(target, experiment.decoder, params)
-  return target
+  return Run('pretrain', experiment, workdir, init=init, frozen={}, decoder='', mesh=mesh)
 
 
 def _validation(experiment: Experiment, loss_fn: Callable, watched: list,
@@ -60,7 +66,7 @@ def _validation(experiment: Experiment, loss_fn: Callable, watched: list,
       return loss_fn(params, {}, batch, jax.random.split(jax.random.key(0), len(batch.tokens)))
 
   def evaluate(params: Params) -> Mapping[str, float]:
-    with mesh:
+    with jax.set_mesh(mesh):
       scored = [sums(params, place_batch(batch, mesh, experiment.rules)) for batch in watched]
     return {'loss': float(sum(total for total, _ in scored) / sum(count for _, count in scored))}
 

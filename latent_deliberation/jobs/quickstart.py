@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from flax import linen as nn
 
 from latent_deliberation.files import write_whole
-from latent_deliberation.jobs.evaluate import constant_variant, evaluate
+from latent_deliberation.jobs.directories import make_writable
+from latent_deliberation.jobs.evaluate import constant_variant, evaluate, scored_batches
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.prepared import prepare_data
-from latent_deliberation.jobs.pretrain import pretrain
-from latent_deliberation.jobs.train import train_coprocessor
+from latent_deliberation.jobs.pretrain import describe_pretraining, pretrain
+from latent_deliberation.jobs.train import describe_training, train_coprocessor
+from latent_deliberation.model.weights import boxed_shapes
+from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.metrics import format_duration
 
 
@@ -23,15 +27,18 @@ def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
 
   Returns: the content of <workdir>/report.json.
   """
-  clock = PhaseClock(workdir / 'seconds.json')
+  check_phases(experiment, workdir)
+  clock = PhaseClock(workdir / 'phases.json')
   with clock.phase('data'):
     prepare_data(experiment, workdir)
+    scored_batches(experiment, workdir)  # there must be enough of them, hours later
   with clock.phase('decoder'):
     decoder = pretrain(experiment, workdir / 'pretraining', workdir)
   with clock.phase('coprocessor'):
     train_coprocessor(experiment, decoder, workdir / 'coprocessor', workdir)
   with clock.phase('constant soft tokens'):
     train_coprocessor(constant_variant(experiment), decoder, workdir / 'constant', workdir)
+  logging.info('=== evaluation')
   return evaluate(
       experiment, decoder=decoder, coprocessor=workdir / 'coprocessor',
       constant=workdir / 'constant', data=workdir, output=workdir, seconds=clock.seconds,
@@ -39,21 +46,38 @@ def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
             'constant soft tokens': workdir / 'constant'})
 
 
+def check_phases(experiment: Experiment, workdir: Path) -> None:
+  """Raises before the first phase what would stop a later one."""
+  make_writable(workdir)
+  mesh = make_mesh(experiment.mesh)
+  describe_pretraining(experiment, workdir, mesh).check()
+  shapes = nn.unbox(boxed_shapes(experiment.decoder))
+  for variant in (experiment, constant_variant(experiment)):
+    describe_training(variant, workdir, shapes, '', mesh).check()
+
+
 class PhaseClock:
-  """Seconds of each phase, summed over the launches of a run that was interrupted."""
+  """Seconds of each phase, summed over the launches that it took to complete it."""
 
   def __init__(self, path: Path):
     self._path = path
-    self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    kept = json.loads(path.read_text()) if path.exists() else {'seconds': {}, 'complete': []}
+    self.seconds: dict[str, float] = kept['seconds']
+    self._complete: list[str] = kept['complete']
 
   @contextmanager
   def phase(self, name: str) -> Iterator[None]:
     """Times a phase and keeps what it took, also when it is stopped."""
     logging.info('=== %s', name)
+    if name in self._complete:
+      yield
+      return
     begun = time.perf_counter()
     try:
       yield
+      self._complete.append(name)
     finally:
       self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-      write_whole(self._path, json.dumps(self.seconds, indent=2).encode())
+      kept = {'seconds': self.seconds, 'complete': self._complete}
+      write_whole(self._path, json.dumps(kept, indent=2).encode())
       logging.info('=== %s: %s', name, format_duration(self.seconds[name]))

@@ -10,7 +10,7 @@ from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
 from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.jobs.experiment import Experiment
-from latent_deliberation.jobs.fit import Run, fit, identify
+from latent_deliberation.jobs.fit import Run, fit
 from latent_deliberation.jobs.models import build_deliberator, load_frozen
 from latent_deliberation.jobs.prepared import open_stream, prepare_data, validation_batches
 from latent_deliberation.model.fingerprint import fingerprint
@@ -33,12 +33,15 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   """
   mesh = make_mesh(experiment.mesh)
   frozen, digest = load_frozen(experiment, decoder, mesh)
-  prepare_data(experiment, data)
-  watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
   deliberator = build_deliberator(experiment)
-  run = describe_run(experiment, deliberator, workdir, data, frozen, digest, mesh)
+  run = describe_training(experiment, workdir, frozen, digest, mesh)
+  run.check()
+  run.check_workdir()
+  prepare_data(experiment, data)
+  batches = open_stream(experiment, data, run.settings.batch_size)
+  watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
   before = fingerprint(frozen)
-  params = fit(run, augmentation(deliberator, experiment.computation.loss_chunk),
+  params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
                {'validation': _validation(experiment, deliberator, frozen, watched, mesh)})
   after = fingerprint(frozen)
   if after != before:
@@ -47,13 +50,11 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   return params
 
 
-def describe_run(experiment: Experiment, deliberator: Deliberator, workdir: Path, data: Path,
-                 frozen: Params, digest: str, mesh: Mesh) -> Run:
-  """The run of `train_coprocessor` in `workdir`, to train or to read."""
-  batches = open_stream(experiment, data, experiment.training.batch_size)
-  return Run(experiment, experiment.training, workdir,
-             identify('train', experiment, batches.fingerprint, digest), batches=batches,
-             init=deliberator.coprocessor.init, frozen=frozen, mesh=mesh)
+def describe_training(experiment: Experiment, workdir: Path, frozen: Params, digest: str,
+                      mesh: Mesh) -> Run:
+  """The run of `train_coprocessor` in `workdir`, to train, to check or to read."""
+  return Run('train', experiment, workdir, init=build_deliberator(experiment).coprocessor.init,
+             frozen=frozen, decoder=digest, mesh=mesh)
 
 
 def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params, watched: list,

@@ -89,7 +89,7 @@ def attend(
                   cached_values, 'BKGMQS,BSKH->BMQKGH'))
 
   peak = jax.lax.stop_gradient(
-      jnp.max(jnp.stack([part.max(axis=-1) for part, _, _ in parts]), axis=0))
+      jnp.max(jnp.stack([part.max(axis=-1, initial=MASKED) for part, _, _ in parts]), axis=0))
   # A row of nothing but MASKED has that as its peak; raised, its weights vanish instead of being 1.
   peak = jnp.maximum(peak, MASKED / 2)[..., None]
   weights = [jnp.exp(part - peak) for part, _, _ in parts]

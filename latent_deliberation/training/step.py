@@ -61,7 +61,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
       out_shardings=(state_shardings, replicated))
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    with mesh:
+    with jax.set_mesh(mesh):
       return compiled(state, frozen, batch)
 
   return train_step

@@ -153,14 +153,11 @@ def transformer(config: TransformerConfig, weights: Params, x: Array, positions:
 
 
 def attention(queries: Array, keys: Array, values: Array, mask: np.ndarray, cap: float) -> Array:
-  """Softmax over every key of one sequence, one query head after the other."""
-  group = queries.shape[1] // keys.shape[1]
-  heads = []
-  for head in range(queries.shape[1]):
-    scores = cap * jnp.tanh(queries[:, head] @ keys[:, head // group].T / cap)
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1) * mask
-    heads.append(weights @ values[:, head // group])
-  return jnp.stack(heads, axis=1)
+  """One softmax over every key of the sequence; each key head is repeated for its query heads."""
+  keys, values = (jnp.repeat(x, queries.shape[1] // x.shape[1], axis=1) for x in (keys, values))
+  scores = cap * jnp.tanh(jnp.einsum('QNH,KNH->NQK', queries, keys) / cap)
+  weights = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1) * mask
+  return jnp.einsum('NQK,KNH->QNH', weights, values)
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
@@ -178,9 +175,7 @@ def rotated(x: Array, positions: np.ndarray, base: float) -> Array:
 def merged(weights: Params, lora: Params, factor: float) -> Params:
   """Weights W + factor x A B: what low-rank adapters amount to."""
   if 'w' in weights:
-    axes = lora['a'].ndim - 1  # of A, without the layers' and the rank's
-    low = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1))(lora['a'], lora['b'])
-    assert axes >= 1 and low.shape == weights['w'].shape
-    return {'w': weights['w'] + factor * low}
+    return {'w': weights['w'] + factor * jax.vmap(
+        lambda a, b: jnp.tensordot(a, b, axes=1))(lora['a'], lora['b'])}
   return {name: merged(branch, lora[name], factor) if name in lora else branch
           for name, branch in weights.items()}

@@ -133,6 +133,13 @@ def test_without_a_cache_only_fresh_keys_count():
   np.testing.assert_allclose(attend(**inputs, **visible), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_empty_cache_is_no_cache():
+  inputs, visible = example(cached_length=0)
+  fresh_alone = {name: value for part in (inputs, visible) for name, value in part.items()
+                 if 'cached' not in name}
+  np.testing.assert_array_equal(attend(**inputs, **visible), attend(**fresh_alone))
+
+
 def test_scores_of_any_size_pick_the_best_key_and_do_not_overflow():
   inputs, visible = example()
   inputs['queries'] *= 1e4

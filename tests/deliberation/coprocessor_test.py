@@ -1,0 +1,101 @@
+"""What a coprocessor is made of, and what it does before it has learnt anything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from latent_deliberation.deliberation.config import GATES, LATENTS
+from latent_deliberation.deliberation.placement import place
+from tests import tiny
+
+
+def started(decoder_params, seed=0, **choices):
+  """A new deliberator and the parameters that its coprocessor starts with."""
+  deliberator = tiny.deliberator(**choices)
+  return deliberator, tiny.start(deliberator, jax.random.key(seed), decoder_params)
+
+
+def thoughts_and_latents(deliberator, params, decoder_params, batch):
+  @jax.jit
+  def compute(params):
+    _, cache = deliberator.prefill(decoder_params, batch)
+    placement = place(batch, jnp.array([[2, 5, 9], [3, 7, 13]]), deliberator.config, 1)
+    thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
+    return thoughts, deliberator.latents(params, decoder_params, placement, thoughts), (
+        tiny.embed(decoder_params, placement.base_tokens.reshape(2, -1)).reshape(thoughts.shape))
+
+  return compute(params)
+
+
+@pytest.mark.parametrize('latents', LATENTS)
+@pytest.mark.parametrize('trainable, part', [
+    ('full', {'transformer'}), ('lora', {'lora'}), ('constant', set())])
+def test_only_what_learns_is_among_the_parameters(decoder_params, latents, trainable, part):
+  _, boxed = started(decoder_params, latents=latents, trainable=trainable)
+  gate = set() if latents == 'paper' else {'gate'}
+  assert set(boxed) == {'soft_tokens'} | gate | part
+
+
+def test_every_parameter_names_its_axes(decoder_params):
+  for trainable in ('full', 'lora'):
+    _, boxed = started(decoder_params, trainable=trainable)
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    for leaf in leaves:
+      assert isinstance(leaf, nn.Partitioned) and len(leaf.names) == leaf.value.ndim
+
+
+def test_a_full_coprocessor_starts_as_the_decoder_or_from_scratch(decoder_params):
+  _, boxed = started(decoder_params)
+  jax.tree.map(np.testing.assert_array_equal, nn.unbox(boxed)['transformer'],
+               decoder_params['transformer'])
+  _, boxed = started(decoder_params, initialisation='scratch')
+  same = jax.tree.map(lambda a, b: bool(np.all(a == b)), nn.unbox(boxed)['transformer'],
+                      decoder_params['transformer'])
+  assert not any(jax.tree.leaves(same))
+
+
+def test_adapters_start_as_the_decoder(batch, decoder_params):
+  params, thoughts = {}, {}
+  for trainable in ('full', 'lora'):
+    deliberator, boxed = started(decoder_params, trainable=trainable)
+    params[trainable] = nn.unbox(boxed)
+    thoughts[trainable], _, _ = thoughts_and_latents(
+        deliberator, params[trainable], decoder_params, batch)
+  np.testing.assert_array_equal(params['full']['soft_tokens'], params['lora']['soft_tokens'])
+  np.testing.assert_allclose(thoughts['lora'], thoughts['full'], atol=2e-5)
+
+
+@pytest.mark.parametrize('soft_tokens, share', [('free', 1.0), ('rested', 0.1)])
+def test_soft_tokens_start_with_the_spread_of_embeddings_or_a_tenth_of_it(
+    decoder_params, soft_tokens, share):
+  _, boxed = started(decoder_params, num_latents=200, soft_tokens=soft_tokens)
+  embeddings = tiny.embed(decoder_params, jnp.arange(38)[None])
+  assert np.std(nn.unbox(boxed)['soft_tokens']) == pytest.approx(
+      share * np.sqrt(np.mean(embeddings ** 2)), rel=0.05)
+
+
+@pytest.mark.parametrize('latents', [each for each in LATENTS if each != 'paper'])
+@pytest.mark.parametrize('gate', GATES)
+def test_latents_start_as_the_embeddings_that_they_rest_on(batch, decoder_params, latents, gate):
+  deliberator, boxed = started(decoder_params, latents=latents, gate=gate)
+  thoughts, latents, rest = thoughts_and_latents(
+      deliberator, nn.unbox(boxed), decoder_params, batch)
+  assert np.abs(thoughts).max() > 0.1
+  np.testing.assert_array_equal(latents, rest)
+
+
+def test_the_latents_of_the_paper_are_the_thoughts_themselves(batch, decoder_params):
+  deliberator, boxed = started(decoder_params, latents='paper')
+  thoughts, latents, _ = thoughts_and_latents(
+      deliberator, nn.unbox(boxed), decoder_params, batch)
+  np.testing.assert_array_equal(latents, thoughts)
+
+
+def test_constant_thoughts_are_the_soft_tokens_wherever_they_are_put(batch, decoder_params):
+  deliberator, boxed = started(decoder_params, trainable='constant')
+  params = nn.unbox(boxed)
+  thoughts, _, _ = thoughts_and_latents(deliberator, params, decoder_params, batch)
+  np.testing.assert_array_equal(
+      thoughts, np.broadcast_to(params['soft_tokens'], thoughts.shape))

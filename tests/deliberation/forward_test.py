@@ -1,0 +1,212 @@
+"""The heart: many traces at once are what the paper draws, and what inference does one by one."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.config import GATES, LATENTS, SOFT_TOKENS, TRAINABLES
+from latent_deliberation.deliberation.placement import place
+from latent_deliberation.deliberation.traces import gather_traces
+from tests import tiny
+from tests.deliberation import dense_reference
+
+# In the first text documents begin at 0, 7 and 11, in the second at 0 and 9, padding at 15: every
+# trace has 3 or 5 tokens of its own document up to its anchor.
+ANCHORS = jnp.array([[4, 9, 13, 15], [2, 4, 11, 13]])
+WEIGHT = jax.random.normal(jax.random.key(0), (*ANCHORS.shape, tiny.CHOICES.num_ahead, 16))
+SCHEMES = [('refining', 'share'), *itertools.product(('paper', 'anchored'), ('shift', 'share'))]
+VARIANTS = [dict(latents=latents, positions=positions, trainable=trainable)
+            for (latents, positions), trainable in itertools.product(SCHEMES, TRAINABLES)]
+OTHER_PARTS = [dict(gate=gate, soft_tokens=soft_tokens) for gate, soft_tokens in zip(
+    GATES, SOFT_TOKENS, strict=True) if gate != tiny.CHOICES.gate]
+name = lambda choices: '-'.join(choices.values())  # noqa: E731
+
+
+def traces_at(batch, anchors=ANCHORS, num_ahead=tiny.CHOICES.num_ahead):
+  return gather_traces(batch, anchors, jnp.ones_like(anchors, bool), num_ahead)
+
+
+def many_traces(deliberator, params, decoder_params, batch):
+  """Hidden states [B, M, A, D] at ANCHORS, and the gradient of their sum weighted by WEIGHT."""
+  return tiny.forward_and_gradient(
+      deliberator, params, decoder_params, batch, traces_at(batch), WEIGHT)
+
+
+@pytest.mark.parametrize('choices', VARIANTS + OTHER_PARTS, ids=name)
+def test_many_traces_equal_one_long_sequence_under_a_dense_mask(decoder_params, batch, choices):
+  deliberator = tiny.deliberator(**choices)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  hidden, gradients = many_traces(deliberator, params, decoder_params, batch)
+  expected, pull = jax.vjp(
+      lambda params: dense_reference.forward(
+          tiny.CONFIG, deliberator.config, params, decoder_params, batch, ANCHORS,
+          tiny.CHOICES.num_ahead), params)
+  np.testing.assert_allclose(hidden, expected, atol=3e-5)
+  for (path, gradient), dense in zip(jax.tree.leaves_with_path(gradients),
+                                     jax.tree.leaves(pull(WEIGHT)[0]), strict=True):
+    size = np.abs(dense).max()
+    assert size > 0.01, f'{jax.tree_util.keystr(path)} does not learn'
+    # In float32 either one may be 1e-4 away from the gradient in float64.
+    np.testing.assert_allclose(gradient, dense, atol=5e-4 * size,
+                               err_msg=jax.tree_util.keystr(path))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def think(deliberator, params, decoder_params, text, cache, num_ahead):
+  """Latents for texts that end at their anchors, and where they and the ahead tokens stand."""
+  last = jnp.full((len(text.tokens), 1), text.tokens.shape[1] - 1)
+  placement = place(text, last, deliberator.config, len(num_ahead))
+  thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
+  return deliberator.latents(params, decoder_params, placement, thoughts), placement
+
+
+def inferred(deliberator, params, decoder_params, tokens, ahead_tokens):
+  """Hidden states [b, A, D] as a server computes them: prefill, think, decode token by token.
+
+  Args:
+    tokens: [b, n] documents up to their anchors.
+    ahead_tokens: [b, A] what is then decoded, teacher-forced.
+  """
+  length, num_ahead = tokens.shape[1], ahead_tokens.shape[1]
+  _, _, cache = tiny.read(decoder_params, tokens)
+  text = Batch(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(length), tokens.shape))
+  latents, placement = think(
+      deliberator, params, decoder_params, text, cache, tuple(range(num_ahead)))
+  if deliberator.config.latents == 'refining':
+    cache = cache.truncate(length - deliberator.config.num_latents)
+  hidden, _, cache = tiny.read_on(
+      decoder_params, latents[:, 0], placement.latent_positions[0, 0], cache)
+  states = [hidden[:, -1]]
+  for ahead in range(num_ahead - 1):
+    x = tiny.embed(decoder_params, ahead_tokens[:, ahead:ahead + 1])
+    hidden, _, cache = tiny.read_on(
+        decoder_params, x, placement.ahead_positions[0, 0, ahead:ahead + 1], cache)
+    states.append(hidden[:, -1])
+  return jnp.stack(states, axis=1)
+
+
+@pytest.mark.parametrize('choices', VARIANTS, ids=name)
+def test_each_trace_equals_inference_on_its_document_alone(decoder_params, batch, choices):
+  deliberator = tiny.deliberator(**choices)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  traces = traces_at(batch)
+  hidden, _ = many_traces(deliberator, params, decoder_params, batch)
+  lengths = np.take_along_axis(np.asarray(batch.positions), np.asarray(ANCHORS), axis=1) + 1
+  for length in (3, 5):
+    text, trace = np.nonzero(lengths == length)
+    inside = np.asarray(ANCHORS)[text, trace, None] + 1 - length + np.arange(length)
+    # Tokens behind the end of a document are decoded too, and what follows is not compared.
+    expected = inferred(deliberator, params, decoder_params, batch.tokens[text[:, None], inside],
+                        traces.ahead_tokens[text, trace])
+    valid = traces.ahead_valid[text, trace]
+    assert valid.sum() >= 4
+    np.testing.assert_allclose(hidden[text, trace][valid], expected[valid], atol=5e-5)
+
+
+@pytest.mark.parametrize('trainable', TRAINABLES)
+def test_refining_through_a_closed_gate_is_the_frozen_decoder(decoder_params, batch, trainable):
+  deliberator = tiny.deliberator(latents='refining', trainable=trainable)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  params['gate'] = jnp.zeros_like(params['gate'])
+  traces = traces_at(batch)
+  hidden, _ = many_traces(deliberator, params, decoder_params, batch)
+  frozen, _, _ = tiny.read(decoder_params, batch.tokens, batch.positions, batch.segments)
+  for text, trace, ahead in np.argwhere(traces.ahead_valid):
+    np.testing.assert_allclose(hidden[text, trace, ahead],
+                               frozen[text, ANCHORS[text, trace] + ahead], atol=3e-5)
+
+
+def test_detached_latents_leave_no_bit_behind(decoder_params, batch):
+  tokens = batch.tokens[:, :7]
+  _, _, cache = tiny.read(decoder_params, tokens)
+  before = jax.tree.map(np.array, cache)
+  token, latents = tiny.embed(decoder_params, tokens[:, :1]), jnp.ones((2, 3, 16))
+  _, plain, _ = tiny.read_on(decoder_params, token, jnp.array([7]), cache)
+  _, _, augmented = tiny.read_on(decoder_params, latents, jnp.array([6, 6, 6]), cache)
+  _, other, _ = tiny.read_on(decoder_params, token, jnp.array([7]), augmented)
+  _, detached, _ = tiny.read_on(decoder_params, token, jnp.array([7]), augmented.truncate(7))
+  assert np.abs(other - plain).max() > 0.01
+  np.testing.assert_array_equal(detached, plain)
+  jax.tree.map(np.testing.assert_array_equal, cache, before)
+
+
+@pytest.mark.parametrize('latents', LATENTS)
+def test_a_trace_depends_on_its_document_up_to_the_anchor_and_on_its_ahead_tokens(
+    decoder_params, batch, latents):
+  deliberator = tiny.deliberator(latents=latents)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  for text in range(2):
+    # As many copies of a text as it has tokens, each with another of its tokens exchanged.
+    copies = jax.tree.map(lambda leaf, at=text: jnp.repeat(leaf[at:at + 1], tiny.LENGTH, axis=0),
+                          batch)
+    other = (copies.tokens + 1) % tiny.CONFIG.vocab_size
+    changed = copies.replace(tokens=jnp.where(np.eye(tiny.LENGTH), other, copies.tokens))
+    anchors = jnp.repeat(ANCHORS[text:text + 1], tiny.LENGTH, axis=0)
+    hidden, reference = (tiny.forward(deliberator, params, decoder_params, each,
+                                      traces_at(each, anchors)) for each in (changed, copies))
+    depends = (hidden != reference).any(axis=-1)  # [token, M, A]
+    token, ahead = np.arange(tiny.LENGTH)[:, None, None], np.arange(tiny.CHOICES.num_ahead)
+    anchor = np.asarray(ANCHORS[text])[:, None]
+    segments = np.asarray(batch.segments[text])
+    read = (token <= anchor) & (segments[:, None, None] == segments[anchor])
+    fed = (token > anchor) & (token <= anchor + ahead)
+    inside = np.broadcast_to(traces_at(batch).ahead_valid[text], depends.shape)
+    np.testing.assert_array_equal(depends[inside], (read | fed)[inside])
+
+
+def test_no_trace_depends_on_the_latents_of_another(decoder_params, batch):
+  deliberator, traces = tiny.deliberator(), traces_at(batch)
+  placement = place(batch, ANCHORS, deliberator.config, tiny.CHOICES.num_ahead)
+
+  @jax.jit
+  @jax.vmap
+  def gradient(text, trace):
+    _, cache = deliberator.prefill(decoder_params, batch)
+    return jax.grad(lambda latents: deliberator.second_pass(
+        decoder_params, latents, traces, placement, cache)[text, trace].sum())(
+            jnp.ones((2, 4, 3, 16)))
+
+  text, trace = (jnp.asarray(part.ravel()) for part in np.indices((2, 4)))
+  depends = np.abs(gradient(text, trace)).max(axis=-1) > 0
+  np.testing.assert_array_equal(depends.all(axis=-1).reshape(8, 8), np.eye(8, dtype=bool))
+  np.testing.assert_array_equal(depends.any(axis=-1).reshape(8, 8), np.eye(8, dtype=bool))
+
+
+@pytest.mark.parametrize('latents', LATENTS)
+def test_a_coprocessor_can_leave_its_start(decoder_params, batch, latents):
+  deliberator = tiny.deliberator(latents=latents)
+  params = nn.unbox(tiny.start(deliberator, jax.random.key(0), decoder_params))
+  _, gradients = many_traces(deliberator, params, decoder_params, batch)
+  moves = {key: any(np.any(leaf != 0) for leaf in jax.tree.leaves(branch))
+           for key, branch in gradients.items()}
+  # Behind a closed gate nothing learns but the gate itself; every latent of the paper does.
+  opens = latents == 'paper'
+  assert moves == {key: opens or key == 'gate' for key in params}
+
+
+def test_the_trunk_is_a_constant(decoder_params, batch):
+  deliberator = tiny.deliberator()
+
+  def total(decoder_params):
+    _, cache = deliberator.prefill(decoder_params, batch)
+    return jnp.sum(cache.keys) + jnp.sum(cache.values)
+
+  gradients = jax.jit(jax.grad(total))(decoder_params)
+  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients))
+
+
+def test_traces_that_do_not_exist_are_finite_and_so_are_their_gradients(decoder_params):
+  batch = tiny.packed_batch([(7, 4), ()])
+  anchors = jnp.array([[4, 0, 12, 18], [0, 5, 12, 18]])
+  traces = traces_at(batch, anchors)
+  deliberator = tiny.deliberator(latents='refining')
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  hidden, gradients = tiny.forward_and_gradient(
+      deliberator, params, decoder_params, batch, traces, 100 * WEIGHT)
+  assert all(np.isfinite(leaf).all() for leaf in [hidden, *jax.tree.leaves(gradients)])

@@ -1,0 +1,74 @@
+"""The chunked cross-entropy is the cross-entropy, and never holds all the logits."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from latent_deliberation.deliberation.loss import token_nll
+
+B, N, D, V = 2, 10, 4, 501
+
+
+@pytest.fixture(scope='module')
+def inputs():
+  random = np.random.default_rng(0)
+  hidden, table = random.normal(size=(B, N, D)), random.normal(size=(V, D))
+  return (jnp.asarray(hidden, jnp.float32), jnp.asarray(random.integers(0, V, (B, N))),
+          jnp.asarray(table, jnp.float32))
+
+
+def optax_nll(hidden, targets, table, cap):
+  logits = hidden @ table.T
+  if cap is not None:
+    logits = cap * jnp.tanh(logits / cap)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def with_gradients(nll, hidden, targets, table, cap):
+  """Loss of each target, and gradients of a weighted sum for hidden states and the table."""
+  weight = jnp.arange(1.0, 1 + targets.size).reshape(targets.shape)
+
+  def total(hidden, table):
+    values = nll(hidden, targets, table, cap)
+    return jnp.sum(values * weight), values
+
+  return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(hidden, table)
+
+
+@pytest.mark.parametrize('cap', [None, 2.0])
+@pytest.mark.parametrize('chunk', [1, 3, 5, 9, 10, 64])
+def test_values_and_gradients_are_those_of_optax_for_any_chunk(inputs, cap, chunk):
+  chunked = with_gradients(functools.partial(token_nll, chunk=chunk), *inputs, cap)
+  plain = with_gradients(optax_nll, *inputs, cap)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), chunked, plain)
+
+
+def test_the_loss_of_bfloat16_states_is_computed_in_float32(inputs):
+  hidden, targets, table = inputs
+  rounded = hidden.astype(jnp.bfloat16), targets, table.astype(jnp.bfloat16)
+  nll = token_nll(*rounded, cap=2.0, chunk=4)
+  assert nll.dtype == jnp.float32
+  exact = optax_nll(rounded[0].astype(jnp.float32), targets, rounded[2].astype(jnp.float32), 2.0)
+  np.testing.assert_allclose(nll, exact, atol=1e-4)
+
+
+def largest(jaxpr):
+  """Elements of the largest array that a jaxpr makes, in the loops and calls inside it too."""
+  sizes = [math.prod(variable.aval.shape) for equation in jaxpr.eqns
+           for variable in equation.outvars]
+  parameters = [parameter for equation in jaxpr.eqns for parameter in equation.params.values()]
+  inner = [getattr(parameter, 'jaxpr', parameter) for parameter in parameters]
+  return max(sizes + [largest(each) for each in inner if hasattr(each, 'eqns')], default=0)
+
+
+@pytest.mark.parametrize('chunk, largest_logits', [(3, B * 3 * V), (64, B * N * V)])
+def test_no_more_logits_exist_at_a_time_than_a_chunk_has_forward_or_backward(
+    inputs, chunk, largest_logits):
+  jaxpr = jax.make_jaxpr(functools.partial(
+      with_gradients, functools.partial(token_nll, chunk=chunk), cap=2.0))(*inputs)
+  assert largest(jaxpr.jaxpr) == largest_logits

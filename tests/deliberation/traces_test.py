@@ -1,0 +1,91 @@
+"""Anchors are drawn from all the places that can hold a trace, evenly, and for each text alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.config import LATENTS
+from latent_deliberation.deliberation.traces import gather_traces, sample_traces
+from tests import tiny
+
+# Documents of 7, 4 and 8 tokens; of 9, 6 and four of padding; of 2, 1 and sixteen of padding.
+DOCUMENTS = [(7, 4, 8), (9, 6), (2, 1)]
+PLACES = {  # that have a next token in their document, and two before them where latents refine
+    'behind': [[*range(6), *range(7, 10), *range(11, 18)], [*range(8), *range(9, 14)], [0]],
+    'refining': [[*range(2, 6), 9, *range(13, 18)], [*range(2, 8), *range(11, 14)], []],
+}
+
+
+draw = jax.jit(sample_traces, static_argnames='config')
+
+
+def keys(count, seed=0):
+  return jax.random.split(jax.random.key(seed), count)
+
+
+def sample(latents, num_traces, seed=0):
+  batch = tiny.packed_batch(DOCUMENTS)
+  config = dataclasses.replace(tiny.CHOICES, latents=latents, num_traces=num_traces)
+  return draw(keys(3, seed), batch, config)
+
+
+@pytest.mark.parametrize('latents', LATENTS)
+def test_all_places_are_drawn_once_in_order_when_there_are_traces_enough(latents):
+  traces = sample(latents, num_traces=18)
+  for text, places in enumerate(PLACES['refining' if latents == 'refining' else 'behind']):
+    assert traces.valid[text].tolist() == [True] * len(places) + [False] * (18 - len(places))
+    assert traces.anchors[text, :len(places)].tolist() == places
+    assert not traces.ahead_valid[text, len(places):].any()
+
+
+def test_fewer_traces_are_distinct_sorted_and_change_with_the_key():
+  draws = [sample('refining', 4, seed) for seed in range(5)]
+  for traces in draws:
+    anchors = np.asarray(traces.anchors)[:2]
+    assert traces.valid[:2].all() and not traces.valid[2].any()
+    assert (np.diff(anchors, axis=1) > 0).all()
+  assert len({draw.anchors.tobytes() for draw in map(jax.device_get, draws)}) == 5
+
+
+def test_ahead_tokens_end_with_the_document_and_with_the_trunk():
+  batch = tiny.packed_batch(DOCUMENTS)
+  anchors = jnp.array([[0, 4, 15], [7, 12, 13], [0, 0, 0]])
+  valid = jnp.array([[True] * 3, [True] * 3, [True, True, False]])
+  traces = gather_traces(batch, anchors, valid, num_ahead=4)
+  assert traces.ahead_valid.sum(axis=-1).tolist() == [[4, 2, 3], [1, 2, 1], [1, 1, 0]]
+  for text, trace, ahead in np.argwhere(traces.ahead_valid):
+    assert (traces.ahead_tokens[text, trace, ahead]
+            == batch.tokens[text, anchors[text, trace] + 1 + ahead])
+  # A prefix of the ahead tokens is valid, never a later one behind an invalid one.
+  assert (np.diff(traces.ahead_valid.astype(int), axis=-1) <= 0).all()
+
+
+def test_a_text_of_padding_alone_has_no_trace():
+  nothing = jnp.zeros((1, tiny.LENGTH), jnp.int32)
+  traces = draw(keys(1), Batch(nothing, nothing, nothing), tiny.CHOICES)
+  assert not traces.valid.any() and not traces.ahead_valid.any()
+
+
+def test_a_draw_depends_on_the_text_and_its_key_alone():
+  batch = tiny.packed_batch(DOCUMENTS)
+  whole = draw(keys(3), batch, tiny.CHOICES)
+  for text in range(3):
+    alone = draw(keys(3)[text:text + 1],
+                 jax.tree.map(lambda leaf, at=text: leaf[at:at + 1], batch), tiny.CHOICES)
+    jax.tree.map(lambda a, b, at=text: np.testing.assert_array_equal(a, b[at:at + 1]), alone, whole)
+
+
+def test_every_place_is_drawn_equally_often_whatever_its_document():
+  draws, num_traces = 3000, 4
+  batch = tiny.packed_batch(DOCUMENTS[:1] * draws)
+  anchors = draw(keys(draws), batch, tiny.CHOICES).anchors
+  places = PLACES['refining'][0]
+  counts = np.bincount(np.ravel(anchors), minlength=tiny.LENGTH)[places]
+  expected = draws * num_traces / len(places)
+  assert counts.sum() == draws * num_traces
+  # Chi-square with 9 degrees of freedom: 27.9 once in a thousand seeds.
+  assert ((counts - expected) ** 2 / expected).sum() < 27.9

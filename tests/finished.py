@@ -1,0 +1,81 @@
+"""One tiny quickstart, run once by its launch script for all tests that look at a finished run."""
+
+import functools
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from latent_deliberation.jobs.experiment import Experiment, bind
+
+ROOT = Path(__file__).parents[1]
+_PLACE = tempfile.TemporaryDirectory(prefix='finished-')  # removed when the tests end
+TEXTS = Path(_PLACE.name, 'texts')
+QUICKSTART = Path(_PLACE.name, 'run')
+COMPILED = Path(_PLACE.name, 'compiled')  # shared by this process and those that it starts
+
+# Keys by which the runs of these tests differ from configs/tiny.py.
+OVERRIDES = {
+    'data.source': 'text',
+    'data.files': (str(TEXTS),),
+    'data.validation_percent': 30,
+    'training.loop.num_steps': 2,
+    'training.loop.save_every': 1,
+}
+
+
+def environment() -> dict[str, str]:
+  """For processes that tests start: this source tree, one device, compilations shared."""
+  return {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(COMPILED),
+          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+
+
+def command(script: str, *arguments: str) -> list[str]:
+  """A launch script on the configuration of `experiment()`, as a user would type it."""
+  overrides = [f'--config.{key}={value}' for key, value in OVERRIDES.items()]
+  return [sys.executable, f'launch/{script}.py', '--config=configs/tiny.py', *overrides, *arguments]
+
+
+def launch(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
+  """Runs a launch script to its end."""
+  return subprocess.run(command(script, *arguments), cwd=ROOT, env=environment(), text=True,
+                        capture_output=True, timeout=300, **options)
+
+
+def config_of(name: str) -> Any:
+  """What get_config() of configs/<name>.py returns."""
+  return runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
+
+
+def experiment(**overrides: Any) -> Experiment:
+  """The experiment of the finished quickstart, with other values for some dotted keys ('__')."""
+  config = config_of('tiny')
+  config.update_from_flattened_dict(
+      OVERRIDES | {key.replace('__', '.'): value for key, value in overrides.items()})
+  return bind(config)
+
+
+def write_texts(directory: Path, documents: Sequence[str]) -> None:
+  """Half of the documents as .txt files, the other half as lines of one .jsonl."""
+  directory.mkdir(parents=True)
+  half = len(documents) // 2
+  for number, text in enumerate(documents[:half]):
+    (directory / f'{number}.txt').write_text(text)
+  lines = ''.join(json.dumps({'text': text}) + '\n' for text in documents[half:])
+  (directory / 'more.jsonl').write_text(lines)
+
+
+@functools.cache
+def quickstart() -> tuple[Path, str]:
+  """The work directory of the finished quickstart, and what it printed."""
+  write_texts(TEXTS, [f'Document {number}: ' + f'the {number}th of the forty. ' * 25
+                      for number in range(40)])
+  process = launch('quickstart', f'--workdir={QUICKSTART}')
+  if process.returncode:
+    raise RuntimeError(f'the quickstart failed:\n{process.stderr}')
+  return QUICKSTART, process.stdout

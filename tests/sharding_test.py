@@ -1,0 +1,100 @@
+"""The mesh, the rules, and the shardings that follow; what cannot be sharded is named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from latent_deliberation.model import weights
+from latent_deliberation.sharding import (
+  DEFAULT_RULES,
+  MeshConfig,
+  check_batch,
+  check_rules,
+  make_mesh,
+  partition_spec,
+  place_batch,
+  shardings_of,
+)
+from tests import tiny
+
+
+@pytest.mark.parametrize('config, shape', [
+    (MeshConfig(), (8, 1, 1)), (MeshConfig(2, 2, 2), (2, 2, 2)),
+    (MeshConfig(data=2, fsdp=-1), (2, 4, 1)), (MeshConfig(1, -1, 8), (1, 1, 8))])
+def test_a_mesh_spans_all_devices_and_one_axis_takes_what_is_left(config, shape):
+  assert tuple(make_mesh(config).shape.items()) == tuple(
+      zip(('data', 'fsdp', 'tensor'), shape, strict=True))
+
+
+@pytest.mark.parametrize('config, message', [
+    (MeshConfig(4), "'data': 4, 'fsdp': 1, 'tensor': 1} has 4 places for 8 devices"),
+    (MeshConfig(8, 2), 'has 16 places for 8 devices'),
+    (MeshConfig(-1, 3), 'for 8 devices: the sizes must multiply to the number of devices'),
+    (MeshConfig(-1, 16), 'for 8 devices'),
+    (MeshConfig(-1, -1), "'data': -1, 'fsdp': -1, .* -1 on one axis"),
+    (MeshConfig(0), "'data': 0, .*sizes are positive")])
+def test_a_mesh_that_the_devices_do_not_fill_is_refused(config, message):
+  with pytest.raises(ValueError, match=message):
+    make_mesh(config)
+
+
+def test_a_mesh_may_take_some_of_the_devices():
+  assert make_mesh(MeshConfig(tensor=2), jax.devices()[:2]).size == 2
+
+
+def test_a_rule_for_an_unknown_mesh_axis_is_refused():
+  with pytest.raises(ValueError, match=r"rule 'embed' -> \('model',\): \['model'\] are not mesh"):
+    check_rules({**DEFAULT_RULES, 'embed': ['model']})
+  assert check_rules({'embed': ['fsdp', 'tensor']}) == {'embed': ('fsdp', 'tensor')}
+
+
+def test_a_tensor_is_split_by_the_rules_of_its_axes():
+  assert partition_spec(('layers', 'embed', 'heads', None), DEFAULT_RULES) == PartitionSpec(
+      None, 'fsdp', 'tensor', None)
+  assert partition_spec(('batch',), DEFAULT_RULES) == PartitionSpec(('data', 'fsdp'))
+
+
+def test_two_axes_of_a_tensor_cannot_share_a_mesh_axis():
+  rules = {**DEFAULT_RULES, 'head_dim': ('tensor',)}
+  with pytest.raises(ValueError, match="weight .*'head_dim'.*mesh axis 'tensor' for more than one"):
+    partition_spec(('embed', 'heads', 'head_dim'), rules, where='weight')
+
+
+def test_an_axis_that_does_not_divide_is_named_with_its_size():
+  boxed = {'norm': nn.Partitioned(jnp.zeros((6,)), ('embed',))}
+  with pytest.raises(ValueError, match=r"\['norm'\]: its axis 'embed' of 6 does not divide by the 4 "
+                     r"shards of mesh axes \('fsdp',\)"):
+    shardings_of(boxed, make_mesh(MeshConfig(2, 4)), DEFAULT_RULES)
+
+
+def test_a_decoder_lies_in_shards_and_what_has_no_axes_lies_everywhere():
+  mesh = make_mesh(MeshConfig(2, 2, 2))
+  boxed = {**weights.boxed_shapes(tiny.CONFIG), 'step': jax.ShapeDtypeStruct((), jnp.int32)}
+  shards = jax.tree.map(lambda sharding, leaf: sharding.shard_shape(leaf.shape),
+                        shardings_of(boxed, mesh, DEFAULT_RULES), nn.unbox(boxed))
+  assert shards['step'] == ()
+  assert shards['embedder']['table'] == (19, 8)
+  blocks = shards['transformer']['blocks']
+  assert blocks['attention']['query']['w'] == (3, 8, 2, 6)
+  assert blocks['attention']['key']['w'] == (3, 8, 1, 6)
+  assert blocks['attention']['out']['w'] == (3, 2, 6, 8)
+  assert blocks['feed_forward']['down']['w'] == (3, 10, 8)
+  assert blocks['attention_in']['scale'] == (3, 16)
+
+
+def test_a_batch_divides_into_microbatches_over_the_mesh():
+  mesh = make_mesh(MeshConfig(2, 2, 2))
+  check_batch(16, accumulation=4, mesh=mesh, rules=DEFAULT_RULES)
+  with pytest.raises(ValueError, match='batch_size = 8 does not divide into 4 microbatches over 4 '
+                     'shards .* multiple of 16'):
+    check_batch(8, accumulation=4, mesh=mesh, rules=DEFAULT_RULES)
+
+
+def test_a_batch_is_placed_with_its_texts_over_data_and_fsdp():
+  batch = jax.tree.map(np.asarray, tiny.packed_batch([(7, 4, 8)] * 8))
+  placed = place_batch(batch, make_mesh(MeshConfig(2, 2, 2)), DEFAULT_RULES)
+  jax.tree.map(np.testing.assert_array_equal, placed, batch)
+  assert {shard.data.shape for shard in placed.tokens.addressable_shards} == {(2, tiny.LENGTH)}
