@@ -24,20 +24,20 @@ def get_config():
       decoder=TransformerConfig(
           vocab_size=2048, embed_dim=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
           hidden_dim=512, window=64),
-      data=DataConfig(source='stdlib', vocabulary_size=2048, length=256, validation_percent=6),
+      data=DataConfig(source='stdlib', vocabulary_size=2048, length=256, validation_percent=10),
       computation=Computation(scan=False, loss_chunk=256),
       pretraining=TrainingConfig(
           batch_size=16,
           optimizer=OptimizerConfig(
               learning_rate=8e-3, warmup_steps=50, final_fraction=0.02, b2=0.98,
               weight_decay=0.01),
-          loop=LoopConfig(num_steps=600, log_every=20, eval_every=100, save_every=300, keep=2)),
+          loop=LoopConfig(num_steps=500, log_every=20, eval_every=100, save_every=250, keep=2)),
       deliberation=DeliberationConfig(num_latents=2, num_ahead=8, num_traces=64),
       training=TrainingConfig(
           batch_size=8,
           optimizer=OptimizerConfig(
               learning_rate=3e-3, warmup_steps=20, final_fraction=0.02, b2=0.98),
-          multipliers={'soft_tokens': 0.3, 'gate': 0.3},
+          multipliers={'soft_tokens': 0.03, 'gate': 0.3},
           loop=LoopConfig(num_steps=600, log_every=20, eval_every=100, save_every=300, keep=2)),
       evaluation=EvaluationConfig(
           num_texts=1024, batch_size=16, num_traces=16, num_ahead=32,

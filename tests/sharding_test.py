@@ -65,8 +65,8 @@ def test_two_axes_of_a_tensor_cannot_share_a_mesh_axis():
 
 def test_an_axis_that_does_not_divide_is_named_with_its_size():
   boxed = {'norm': nn.Partitioned(jnp.zeros((6,)), ('embed',))}
-  with pytest.raises(ValueError, match=r"\['norm'\]: its axis 'embed' of 6 does not divide by the 4 "
-                     r"shards of mesh axes \('fsdp',\)"):
+  with pytest.raises(ValueError, match=r"\['norm'\]: its axis 'embed' of 6 does not divide by the "
+                     r"4 shards of mesh axes \('fsdp',\)"):
     shardings_of(boxed, make_mesh(MeshConfig(2, 4)), DEFAULT_RULES)
 
 

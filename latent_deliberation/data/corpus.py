@@ -28,6 +28,7 @@ from latent_deliberation.data.progress import Progress
 STDLIB_SUFFIXES = ('.py', '.rst', '.txt')
 STDLIB_LEFT_OUT = frozenset(
     ('test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'))
+GIANT = 4  # no document held out is more than this part of the text to hold out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,8 @@ def open_corpus(config: DataConfig) -> Corpus:
 
   A document is held out when the hash of its name says so: the same documents on every machine,
   and adding files moves none of the old ones. When no document (or every one) falls to validation,
-  the one that is nearest to doing so changes sides. Empty documents are left out.
+  the one that is nearest to doing so changes sides. A document of more than a quarter of the text
+  to hold out is trained on, while there are smaller ones. Empty documents are left out.
 
   Raises:
     FileNotFoundError: a glob or directory without a file to read.
@@ -104,15 +106,20 @@ def open_corpus(config: DataConfig) -> Corpus:
         'at least 2, one to train on and one to validate on: give more files, or cut the text into '
         'several (split -C 64k --additional-suffix=.txt all.txt part-)')
   corpus = Corpus(files, config.text_key, file_of.astype(np.int32), start, size,
-                  _hold_out(np.frombuffer(name_hashes, '>u8'), config.validation_percent),
+                  _hold_out(np.frombuffer(name_hashes, '>u8'), size, config.validation_percent),
                   corpus_hash.hexdigest())
   logging.info('The corpus has %d documents in %d files, %.1f MB, %d documents held out.',
                len(size), len(files), size.sum() / 1e6, corpus.held_out.sum())
   return corpus
 
 
-def _hold_out(hashes: np.ndarray, percent: int) -> np.ndarray:
+def _hold_out(hashes: np.ndarray, size: np.ndarray, percent: int) -> np.ndarray:
   held_out = hashes < np.uint64(2**64 * percent // 100)
+  # One document that filled most of the validation text would be all that it says something about
+  # (in the standard library, the language reference of pydoc_data is 6% of everything).
+  giant = size > size.sum() * percent / 100 / GIANT
+  if (held_out & ~giant).any():
+    held_out &= ~giant
   if not held_out.any():
     held_out[hashes.argmin()] = True
   if held_out.all():

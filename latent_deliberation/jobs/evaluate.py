@@ -76,7 +76,7 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
 
   def restore(variant: Experiment, workdir: Path) -> Params:
     return restore_trained(describe_training(variant, workdir, frozen, digest, mesh),
-                           open_stream(variant, data, variant.training.batch_size))
+                           open_stream(variant, data, 'training'))
 
   # All that is read is read before anything is scored.
   params = restore(experiment, coprocessor)

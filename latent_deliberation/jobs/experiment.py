@@ -124,8 +124,8 @@ class Experiment:
 
   def __post_init__(self):
     object.__setattr__(self, 'rules', check_rules(self.rules))
-    if not 0 <= self.seed < 2**31 - 1:
-      raise ValueError(f'seed = {self.seed}: it must lie between 0 and {2**31 - 2}')
+    if not 0 <= self.seed < 2**30 - 1:
+      raise ValueError(f'seed = {self.seed}: it must lie between 0 and {2**30 - 2}')
     self._check_vocabulary()
     self.deliberation.check_trunk(self.data.length)
     scored = dataclasses.replace(self.deliberation, num_ahead=self.evaluation.num_ahead,

@@ -31,8 +31,10 @@ from latent_deliberation.training.optimizer import build_optimizer, build_schedu
 from latent_deliberation.training.state import TrainState
 from latent_deliberation.training.step import LossFn, abstract_state, make_train_step
 
-# A run may be resumed on other devices and with other cadences; everything else is the run.
-FREE = ('mesh', 'rules', 'evaluation') + tuple(
+# A run may be resumed on other devices, with other cadences, and with its files elsewhere (the
+# fingerprint of the data holds their contents); everything else is the run.
+FREE = ('mesh', 'rules', 'evaluation',
+        'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
     f'{section}.loop.{key}' for section in ('pretraining', 'training')
     for key in ('log_every', 'eval_every', 'save_every', 'keep'))
 

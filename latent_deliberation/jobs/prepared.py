@@ -47,14 +47,20 @@ def open_rows(experiment: Experiment, directory: Path, split: str) -> PackedRows
   return rows
 
 
-def open_stream(experiment: Experiment, directory: Path, batch_size: int) -> Batches:
-  """Endless training batches of this process, packed or online as the experiment says."""
+def open_stream(experiment: Experiment, directory: Path, section: str) -> Batches:
+  """Endless training batches of this process, packed or online as the experiment says.
+
+  Args:
+    section: 'pretraining' or 'training', whose batch size it has. The two have different orders:
+      a coprocessor is not to begin with the very rows that its decoder has begun with.
+  """
+  batch_size = getattr(experiment, section).batch_size
+  seed = 2 * experiment.seed + ('pretraining', 'training').index(section)
   place = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
   if experiment.data.mode == 'online':
     from latent_deliberation.data.online import OnlineBatches  # imports TensorFlow
-    return OnlineBatches(experiment.data, directory, batch_size, experiment.seed, **place)
-  return PermutedBatches(open_rows(experiment, directory, 'train'), batch_size, experiment.seed,
-                         **place)
+    return OnlineBatches(experiment.data, directory, batch_size, seed, **place)
+  return PermutedBatches(open_rows(experiment, directory, 'train'), batch_size, seed, **place)
 
 
 def validation_batches(experiment: Experiment, directory: Path, num_batches: int) -> list:

@@ -34,7 +34,7 @@ def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
   run.check()
   run.check_workdir()
   prepare_data(experiment, data)
-  batches = open_stream(experiment, data, run.settings.batch_size)
+  batches = open_stream(experiment, data, run.section)
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
   loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)
   params = fit(run, batches, loss_fn,

@@ -38,7 +38,7 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   run.check()
   run.check_workdir()
   prepare_data(experiment, data)
-  batches = open_stream(experiment, data, run.settings.batch_size)
+  batches = open_stream(experiment, data, run.section)
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
   before = fingerprint(frozen)
   params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),

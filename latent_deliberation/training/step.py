@@ -48,7 +48,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
     metrics = {
         'loss': total / jnp.maximum(targets, 1),
         'targets': targets,
-        'grad_norm': optax.global_norm(gradients),
+        'grad_norm': optax.tree.norm(gradients),
         'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
     }
     return state.replace(step=state.step + 1, opt_state=opt_state,

@@ -1,8 +1,6 @@
-"""Runs stop, go on and are refused as one run; two jobs that go through all the code at once."""
+"""A run that was stopped goes on as if it had not been, and nothing else goes on in its place."""
 
-import dataclasses
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -25,7 +23,10 @@ from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
-pytestmark = pytest.mark.usefixtures('one_device')
+pytestmark = [
+    pytest.mark.usefixtures('one_device'),
+    # Tensorstore's threads outlive the event loop of a read that failed.
+    pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')]
 
 
 def losses(workdir: Path) -> list[dict[str, float]]:
@@ -82,7 +83,7 @@ def test_a_coprocessor_whose_training_was_stopped_is_bit_for_bit_that_of_one_tha
     mesh = make_mesh(experiment.mesh)
     frozen, digest = load_frozen(experiment, decoder, mesh)
     run = describe_training(experiment, workdir, frozen, digest, mesh)
-    return restore_trained(run, open_stream(experiment, quickstart, 8))
+    return restore_trained(run, open_stream(experiment, quickstart, 'training'))
 
   check_stopping_changes_nothing(
       lambda workdir: train_coprocessor(experiment, decoder, workdir, quickstart), trained,
@@ -116,7 +117,7 @@ def test_what_only_the_other_job_reads_may_change(coprocessor, quickstart):
                                make_mesh(experiment.mesh))
   run = describe_training(experiment, coprocessor, frozen, digest, make_mesh(experiment.mesh))
   run.check_workdir()
-  assert restore_trained(run, open_stream(experiment, quickstart, 8))
+  assert restore_trained(run, open_stream(experiment, quickstart, 'training'))
 
 
 def test_another_decoder_is_refused(coprocessor, quickstart, tmp_path):
@@ -127,25 +128,10 @@ def test_another_decoder_is_refused(coprocessor, quickstart, tmp_path):
     resume(coprocessor, quickstart, decoder=tmp_path / 'decoder')
 
 
-def test_a_decoder_of_other_sizes_is_refused(tmp_path, quickstart):
-  experiment = finished.experiment(decoder__window=9)
-  with pytest.raises(ValueError, match='decoder.window: 8 there, 9 in the config\nChange the con'):
-    resume(tmp_path / 'new', quickstart, experiment=experiment)
-
-
-def test_a_truncated_decoder_is_refused(tmp_path, quickstart):
-  decoder = shutil.copytree(quickstart / 'pretraining/decoder', tmp_path / 'decoder')
-  largest = max((path for path in decoder.rglob('*') if path.is_file()), key=os.path.getsize)
-  largest.write_bytes(largest.read_bytes()[:100])
-  with pytest.raises(ValueError, match=f'(?s){decoder}/weights cannot be read.*write the decoder'):
-    resume(tmp_path / 'new', quickstart, decoder=decoder)
-
-
 def test_other_data_are_refused(coprocessor, quickstart, tmp_path):
   finished.write_texts(tmp_path / 'texts', [f'{n} other words. ' * 60 for n in range(40)])
   experiment = finished.experiment(data__files=(str(tmp_path / 'texts'),))
-  with pytest.raises(ValueError, match="config.data.files.0: .*texts' there, .*texts' now|"
-                     'config.data.files: '):
+  with pytest.raises(ValueError, match="another run:\n  data: '[0-9a-f]+' there, '[0-9a-f]+' now"):
     resume(coprocessor, quickstart, tmp_path / 'data', experiment=experiment)
   with pytest.raises(ValueError, match='rows/train was packed from something else .*source_finger'):
     resume(coprocessor, quickstart, experiment=experiment)
@@ -156,7 +142,7 @@ def test_the_same_files_with_other_contents_are_refused(coprocessor, quickstart,
   data = shutil.copytree(quickstart, tmp_path / 'data', ignore=lambda *_: ['coprocessor'])
   manifest['content_hash'] = 'other'
   (data / 'rows/train/manifest.json').write_text(json.dumps(manifest))
-  with pytest.raises(ValueError, match="coprocessor belongs to another run:\n  data: '"):
+  with pytest.raises(ValueError, match="another run:\n  data: '"):
     resume(coprocessor, quickstart, data)
 
 
@@ -181,40 +167,3 @@ def test_the_directory_of_another_job_is_refused(quickstart, tmp_path):
   workdir = shutil.copytree(quickstart / 'pretraining', tmp_path / 'pretraining')
   with pytest.raises(ValueError, match="job: 'pretrain' there, 'train' now"):
     resume(workdir, quickstart)
-
-
-class Reached(Exception):
-  """The job went as far as making data."""
-
-
-@pytest.fixture
-def no_data(monkeypatch) -> None:
-  """Raises where a job would begin to make its data."""
-  def stop(*unused: object) -> None:
-    raise Reached
-
-  for job in ('pretrain', 'train', 'quickstart'):
-    monkeypatch.setattr(f'latent_deliberation.jobs.{job}.prepare_data', stop)
-
-
-@pytest.mark.usefixtures('no_data')
-@pytest.mark.parametrize('change, message', [
-    ({'pretraining__batch_size': 6, 'pretraining__accumulation': 4},
-     'pretraining: batch_size = 6 does not divide into 4 microbatches over 1 shards of mesh'),
-    ({'training__batch_size': 9, 'training__accumulation': 2},
-     'training: batch_size = 9 .* must be a multiple of 2'),
-    ({'training__optimizer__warmup_steps': 3},
-     'training: optimizer.warmup_steps is 3, but the run has only 2 steps'),
-    ({'mesh__data': 2}, r"mesh \{'data': 2, 'fsdp': 1, 'tensor': 1\} has 2 places for 1 devices"),
-])
-def test_what_cannot_be_trained_with_is_refused_before_there_are_data(
-    change, message, tmp_path, quickstart):
-  from latent_deliberation.jobs.quickstart import quickstart as run_quickstart
-  with pytest.raises(ValueError, match=message):
-    run_quickstart(finished.experiment(**change), tmp_path / 'new')
-  if 'training: ' in message and 'pretraining: ' not in message:
-    with pytest.raises(ValueError, match=message):
-      resume(tmp_path / 'new', quickstart, experiment=finished.experiment(**change))
-  else:
-    with pytest.raises(ValueError, match=message):
-      pretrain(finished.experiment(**change), tmp_path / 'new', tmp_path)

@@ -1,4 +1,4 @@
-"""The decoder is Gemma 2: against a plain reference, with and without a cache, at its real sizes."""
+"""The decoder is Gemma 2: equal to a plain reference, with a cache or without, of its real sizes."""
 
 import dataclasses
 

@@ -1,5 +1,8 @@
 """A step changes what learns and nothing else, and is the same on any mesh, in any microbatches."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.fingerprint import fingerprint
@@ -26,41 +30,41 @@ BATCH = tiny.packed_batch([(7, 4, 8), (9, 6), (19,), (3, 3, 3), (5, 5, 5), (10, 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)  # linear: the update shows the gradient as it is
 
 
+@functools.cache
 class Trainer:
-  """A coprocessor on a mesh: its frozen decoder, the compiled step and a state to start from."""
+  """A coprocessor on a mesh: its frozen decoder and the compiled step. Compiled once for all tests.
 
-  def __init__(self, mesh=None, accumulation=1, optimizer=OPTIMIZER, dtype='float32', seed=0,
-               **choices):
-    self.mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    deliberator = tiny.deliberator(**choices)
+  Args:
+    sizes: of the mesh, over as many devices.
+  """
+
+  def __init__(self, sizes=(1, 1, 1), accumulation=1, dtype='float32', seed=0, trainable='full'):
+    self.mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:math.prod(sizes)])
+    self.deliberator = tiny.deliberator(trainable=trainable)
     frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny.decoder_params())
     self.frozen = jax.device_put(frozen, shardings_of(
         weights.boxed_shapes(tiny.CONFIG), self.mesh, DEFAULT_RULES))
-    boxed = jax.eval_shape(deliberator.coprocessor.init, jax.random.key(0), self.frozen)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(
-        boxed, optimizer, self.mesh, DEFAULT_RULES))
-    self.state = jax.device_put(TrainState.create(
-        tiny.coprocessor_params(deliberator, frozen), optimizer), shardings)
+    boxed = jax.eval_shape(self.deliberator.coprocessor.init, jax.random.key(0), self.frozen)
+    self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(
+        boxed, OPTIMIZER, self.mesh, DEFAULT_RULES))
     self.step = make_train_step(
-        augmentation(deliberator, loss_chunk=5), optimizer, lambda step: 0.1 / (1 + step),
-        state_shardings=shardings, frozen=self.frozen, mesh=self.mesh, rules=DEFAULT_RULES,
+        augmentation(self.deliberator, loss_chunk=5), OPTIMIZER, lambda step: 0.1 / (1 + step),
+        state_shardings=self.shardings, frozen=self.frozen, mesh=self.mesh, rules=DEFAULT_RULES,
         seed=seed, accumulation=accumulation)
 
-  def train(self, steps, batch=BATCH):
-    """The state and the metrics of each step after some steps on one batch."""
-    state, metrics = self.state, []
+  def start(self):
+    """A state on the mesh, the same for all trainers of one trainable part."""
+    params = tiny.coprocessor_params(self.deliberator, self.frozen)
+    return jax.device_put(TrainState.create(params, OPTIMIZER), self.shardings)
+
+  def train(self, steps, state=None, batch=BATCH):
+    """The state after some steps on one batch, and the metrics of each, on the host."""
+    state, metrics = state or self.start(), []
+    placed = place_batch(jax.tree.map(np.asarray, batch), self.mesh, DEFAULT_RULES)
     for _ in range(steps):
-      state, scalars = self.step(
-          state, place_batch(jax.tree.map(np.asarray, batch), self.mesh, DEFAULT_RULES))
+      state, scalars = self.step(state, placed)
       metrics.append(jax.device_get(scalars))
-    self.state = state
     return jax.device_get(state), metrics
-
-
-@pytest.fixture(scope='module')
-def alone():
-  """Two steps on one device."""
-  return Trainer().train(2)
 
 
 def check_equal(trained, expected):
@@ -68,91 +72,121 @@ def check_equal(trained, expected):
                trained, expected)
 
 
-@pytest.mark.parametrize('config, devices', [
-    (MeshConfig(8, 1, 1), 8), (MeshConfig(2, 2, 2), 8), (MeshConfig(1, 4, 2), 8),
-    (MeshConfig(1, 1, 2), 2)], ids=lambda value: '-'.join(map(str, vars(value).values())) if
-    isinstance(value, MeshConfig) else str(value))
-def test_any_mesh_gives_the_loss_gradient_and_parameters_of_one_device(alone, config, devices):
-  trainer = Trainer(make_mesh(config, jax.devices()[:devices]))
-  check_equal(trainer.train(2), alone)
-  gate = trainer.state.params['gate']
-  assert gate.addressable_shards[0].data.shape == (16 // config.fsdp, 16)
-  query = trainer.state.params['transformer']['blocks']['attention']['query']['w']
-  assert query.addressable_shards[0].data.size * config.fsdp * config.tensor == query.size
-  jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim) or pytest.fail(
-      'the momentum lies elsewhere than its parameter'),
-      trainer.state.opt_state[0].trace, trainer.state.params)
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 2)],
+                         ids=lambda sizes: '-'.join(map(str, sizes)))
+def test_any_mesh_gives_the_loss_gradient_and_parameters_of_one_device(sizes):
+  check_equal(Trainer(sizes).train(2), Trainer().train(2))
 
 
-@pytest.mark.parametrize('mesh, accumulation', [
-    (None, 2), (None, 4), (MeshConfig(2, 2, 1), 2)], ids=['2', '4', '2 on a mesh'])
-def test_microbatches_add_up_to_the_whole_batch(alone, mesh, accumulation):
-  mesh = mesh and make_mesh(mesh, jax.devices()[:4])
-  check_equal(Trainer(mesh, accumulation).train(2), alone)
+def test_low_rank_adapters_are_the_same_on_a_mesh_too():
+  check_equal(Trainer((2, 2, 2), trainable='lora').train(2), Trainer(trainable='lora').train(2))
 
 
-@pytest.mark.parametrize('trainable', ['lora', 'constant'])
-def test_other_trainable_parts_are_the_same_on_a_mesh_too(trainable):
-  mesh = make_mesh(MeshConfig(2, 2, 2))
-  check_equal(Trainer(mesh, trainable=trainable).train(1), Trainer(trainable=trainable).train(1))
+@pytest.mark.parametrize('sizes, accumulation', [((1, 1, 1), 4), ((2, 2, 1), 2)])
+def test_microbatches_add_up_to_the_whole_batch(sizes, accumulation):
+  check_equal(Trainer(sizes, accumulation).train(2), Trainer().train(2))
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_the_decoder_keeps_every_bit_and_the_coprocessor_learns_in_float32(dtype):
-  trainer = Trainer(make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2]), dtype=dtype)
-  before = fingerprint(trainer.frozen), jax.tree.map(
+def test_what_learns_and_its_momentum_lie_in_shards():
+  trainer = Trainer((1, 4, 2))
+  before = trainer.start()
+  after, _ = trainer.step(before, place_batch(
+      jax.tree.map(np.asarray, BATCH), trainer.mesh, DEFAULT_RULES))
+  for tree in (after.params, after.opt_state[0].trace):
+    shard = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.shape, tree)
+    assert shard['gate'] == (4, 16) and shard['soft_tokens'] == (3, 4)
+    assert shard['transformer']['blocks']['attention']['query']['w'] == (3, 4, 2, 6)
+
+
+def test_the_loss_is_traced_under_the_mesh_and_the_rules():
+  mesh, seen = make_mesh(MeshConfig(2, 2, 2)), []
+
+  def loss(params, frozen, batch, keys):
+    x = nn.with_logical_constraint(params['w'] * batch.tokens, ('batch', 'mlp'))
+    jax.debug.inspect_array_sharding(x, callback=seen.append)
+    return jnp.sum(x), jnp.sum(batch.segments)
+
+  boxed = {'w': nn.LogicallyPartitioned(jnp.ones(()), ())}
+  abstract = abstract_state(boxed, OPTIMIZER, mesh, DEFAULT_RULES)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  step = make_train_step(
+      loss, OPTIMIZER, lambda step: 0.1, state_shardings=shardings, frozen={}, mesh=mesh,
+      rules=DEFAULT_RULES, seed=0)
+  batch = jax.tree.map(lambda leaf: np.asarray(leaf)[:, :18], BATCH)
+  step(jax.device_put(TrainState.create(nn.unbox(boxed), OPTIMIZER), shardings),
+       place_batch(batch, mesh, DEFAULT_RULES))
+  assert {sharding.shard_shape((8, 18)) for sharding in seen} == {(2, 9)}
+
+
+@pytest.mark.parametrize('trainer', [Trainer, functools.partial(Trainer, dtype='bfloat16')],
+                         ids=['float32', 'bfloat16'])
+def test_the_decoder_keeps_every_bit_and_the_coprocessor_learns_in_float32(trainer):
+  trainer = trainer()
+  start = jax.device_get(trainer.start().params)
+  bits = lambda: jax.tree.map(  # noqa: E731
       lambda leaf: np.asarray(leaf).tobytes(), trainer.frozen)
-  start = jax.device_get(trainer.state.params)
+  before = bits(), fingerprint(trainer.frozen)
   state, _ = trainer.train(3)
-  after = fingerprint(trainer.frozen), jax.tree.map(
-      lambda leaf: np.asarray(leaf).tobytes(), trainer.frozen)
-  assert after == before
+  assert (bits(), fingerprint(trainer.frozen)) == before
   assert jax.tree.all(jax.tree.map(lambda leaf: leaf.dtype == np.float32, state.params))
   assert jax.tree.all(jax.tree.map(lambda a, b: np.any(a != b), state.params, start))
 
 
 def test_a_step_reports_what_it_did_and_repeats_itself_exactly():
   trainer = Trainer()
-  start = jax.device_get(trainer.state)
-  state, metrics = trainer.train(2)
-  assert state.step == 2
-  assert [float(each['learning_rate']) for each in metrics] == pytest.approx([0.1, 0.05])
-  # Sgd from a fresh state: the first step is 0.1 times the gradient.
-  again, (first,) = Trainer().train(1)
-  moved = jax.tree.map(lambda a, b: (a - b) / 0.1, start.params, again.params)
-  assert optax.global_norm(moved) == pytest.approx(first['grad_norm'], rel=1e-3)
-  assert metrics[0] == first
-  assert metrics[1]['targets'] > 0 and metrics[1]['loss'] != first['loss']
+  start = jax.device_get(trainer.start().params)
+  state, (first, second) = trainer.train(2)
+  after, (again,) = trainer.train(1)
+  assert (after.step, state.step) == (1, 2)
+  assert first == again and first['loss'] != second['loss']
+  assert (first['learning_rate'], second['learning_rate']) == (np.float32(0.1), np.float32(0.05))
+  # The first step is 0.1 times the gradient.
+  moved = jax.tree.map(lambda a, b: (a - b) / 0.1, start, after.params)
+  assert optax.tree.norm(moved) == pytest.approx(first['grad_norm'], rel=1e-3)
+
+
+def test_the_loss_is_the_mean_over_valid_targets(decoder_params):
+  trainer = Trainer()
+  deliberator, config = trainer.deliberator, trainer.deliberator.config
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 8)
+  traces = sample_traces(keys, BATCH, config)
+  hidden = tiny.forward(deliberator, tiny.coprocessor_params(deliberator, decoder_params),
+                        decoder_params, BATCH, traces)
+  logits = 3 * np.tanh(hidden @ decoder_params['embedder']['table'].T / 3)
+  nll = optax.softmax_cross_entropy_with_integer_labels(logits, traces.ahead_tokens)
+  _, (metrics,) = trainer.train(1)
+  assert metrics['targets'] == traces.ahead_valid.sum()
+  assert metrics['loss'] == pytest.approx(np.asarray(nll)[traces.ahead_valid].mean(), rel=1e-5)
 
 
 def test_a_seed_and_a_step_draw_traces_of_their_own():
-  trainer = Trainer(optimizer=optax.sgd(0.0))
-  _, (first, second) = trainer.train(2)
-  _, (other,) = Trainer(optimizer=optax.sgd(0.0), seed=1).train(1)
-  assert len({float(each['loss']) for each in (first, second, other)}) == 3
+  trainer = Trainer()
+  later = trainer.start()
+  later = later.replace(step=later.step + 1)
+  losses = {float(metrics['loss']) for _, (metrics,) in (
+      trainer.train(1), trainer.train(1, later), Trainer(seed=1).train(1))}
+  assert len(losses) == 3
 
 
 def test_the_state_is_donated_and_the_decoder_is_not():
   trainer = Trainer()
-  before = trainer.state
-  trainer.train(1)
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+  state = trainer.start()
+  trainer.train(1, state)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainer.frozen))
 
 
-def test_a_state_owns_its_weights_even_if_the_decoder_lent_them(decoder_params):
-  deliberator = tiny.deliberator()
-  params = nn.unbox(deliberator.coprocessor.init(jax.random.key(0), decoder_params))
-  state = TrainState.create(params, OPTIMIZER)
+def test_a_state_owns_its_weights_even_where_the_decoder_lent_them():
+  lent = {'w': jnp.ones(3)}
+  state = TrainState.create(lent, OPTIMIZER)
   jax.jit(lambda state: jax.tree.map(jnp.negative, state), donate_argnums=0)(state)
-  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(decoder_params))
+  assert state.params['w'].is_deleted() and not lent['w'].is_deleted()
 
 
 def test_a_batch_without_a_single_target_changes_nothing():
-  nothing = tiny.packed_batch([()] * 8)
-  trainer = Trainer(optimizer=optax.sgd(0.1))
-  before = jax.device_get(trainer.state.params)
-  state, (metrics,) = trainer.train(1, nothing)
+  trainer = Trainer()
+  before = jax.device_get(trainer.start().params)
+  state, (metrics,) = trainer.train(1, batch=tiny.packed_batch([()] * 8))
   assert (metrics['loss'], metrics['targets'], metrics['grad_norm']) == (0, 0, 0)
   jax.tree.map(np.testing.assert_array_equal, state.params, before)
 

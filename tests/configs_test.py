@@ -1,0 +1,74 @@
+"""Every file in configs/ gives a whole experiment, whose keys can be set and are the only ones."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import pytest
+from flax import linen as nn
+from jax.sharding import AbstractMesh
+
+from latent_deliberation.jobs.experiment import Experiment, as_config, bind
+from latent_deliberation.jobs.models import count_parameters
+from latent_deliberation.jobs.pretrain import describe_pretraining
+from latent_deliberation.jobs.train import describe_training
+from latent_deliberation.model.config import PRESETS
+from latent_deliberation.model.weights import boxed_shapes
+from latent_deliberation.sharding import MESH_AXES
+from tests import finished
+
+CONFIGS = sorted(path.stem for path in (finished.ROOT / 'configs').glob('*.py'))
+
+
+def leaves(tree: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
+  for key in tree:
+    if isinstance(tree[key], Mapping) or hasattr(tree[key], 'to_dict'):
+      yield from leaves(tree[key], f'{path}{key}.')
+    else:
+      yield f'{path}{key}', tree[key]
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_binds_and_comes_back_with_every_key(name):
+  config = finished.config_of(name)
+  experiment = bind(config)
+  assert isinstance(experiment, Experiment)
+  assert bind(as_config(experiment)) == experiment
+  assert dict(leaves(as_config(experiment))) == dict(leaves(config))
+  assert {key.split('.')[0] for key, _ in leaves(config)} == {
+      field.name for field in dataclasses.fields(Experiment)}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_key_can_be_set_and_no_other(name):
+  config = finished.config_of(name)
+  for key, value in leaves(config):
+    config.update_from_flattened_dict({key: value})
+  config.update_from_flattened_dict({'decoder.query_scale': 0.5})  # None by default
+  assert bind(config).decoder.query_scale == 0.5
+  with pytest.raises(AttributeError, match='learning_rat'):
+    config.training.optimizer.learning_rat = 1.0
+  with pytest.raises(KeyError, match='trainin'):
+    config['trainin'] = {}
+  with pytest.raises(TypeError, match='batch_size'):
+    config.training.batch_size = 'eight'
+
+
+def test_gemma2_2b_has_the_setting_of_the_paper_and_fits_its_mesh():
+  """Everything but arrays is made: 2.6 billion parameters, their optimiser and their shardings."""
+  experiment = bind(finished.config_of('gemma2_2b'))
+  assert experiment.decoder == PRESETS['gemma2_2b']
+  assert (experiment.deliberation.num_latents, experiment.deliberation.num_ahead,
+          experiment.deliberation.num_traces) == (16, 16, 128)
+  assert (experiment.training.batch_size, experiment.data.length) == (1024, 2048)
+  assert experiment.training.loop.num_steps == 100_000
+  shapes = nn.unbox(boxed_shapes(experiment.decoder))
+  assert count_parameters(shapes) == 2_614_341_888
+  mesh = AbstractMesh((16, 16, 1), MESH_AXES)
+  run = describe_training(experiment, None, shapes, '', mesh)
+  run.check()
+  describe_pretraining(experiment, None, mesh).check()
+  embed = run.abstract.params['transformer']['blocks']['attention']['query']
+  assert 'fsdp' in str(jax.tree.leaves(embed)[0].sharding.spec)
+  assert 1.9e9 < count_parameters(run.abstract.params) < 2.1e9  # without the embedder

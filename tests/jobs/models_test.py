@@ -1,0 +1,60 @@
+"""A decoder is loaded whole and as configured, or not at all."""
+
+import dataclasses
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from latent_deliberation.jobs.models import build_decoder, count_parameters, load_frozen
+from latent_deliberation.model.weights import boxed_shapes
+from latent_deliberation.sharding import MeshConfig, make_mesh
+from tests import finished
+
+
+@pytest.fixture
+def mesh():
+  return make_mesh(MeshConfig())
+
+
+def test_the_decoder_that_was_pretrained_is_loaded_in_the_dtype_that_it_is_kept_in(
+    quickstart, mesh):
+  decoder = quickstart / 'pretraining/decoder'
+  params, digest = load_frozen(finished.experiment(), decoder, mesh)
+  rounded, same = load_frozen(
+      finished.experiment(computation__frozen_dtype='bfloat16'), decoder, mesh)
+  assert digest == same  # it identifies what is on disk
+  for leaf, short in zip(jax.tree.leaves(params), jax.tree.leaves(rounded), strict=True):
+    assert short.dtype == jnp.bfloat16
+    assert jnp.array_equal(leaf.astype(jnp.bfloat16), short)
+
+
+def test_a_decoder_of_other_sizes_is_refused_with_both(quickstart, mesh):
+  with pytest.raises(ValueError, match='decoder.window: 8 there, 9 in the config\nChange the con'):
+    load_frozen(finished.experiment(decoder__window=9), quickstart / 'pretraining/decoder', mesh)
+
+
+def test_a_truncated_decoder_is_refused(tmp_path, quickstart, mesh):
+  decoder = shutil.copytree(quickstart / 'pretraining/decoder', tmp_path / 'decoder')
+  largest = max((path for path in decoder.rglob('*') if path.is_file()), key=os.path.getsize)
+  largest.write_bytes(largest.read_bytes()[:100])
+  with pytest.raises(ValueError, match=f'(?s){decoder}/weights cannot be read.*write the decoder'):
+    load_frozen(finished.experiment(), decoder, mesh)
+
+
+def test_a_directory_without_a_decoder_is_refused(tmp_path, mesh):
+  with pytest.raises(FileNotFoundError, match='no decoder.json: pass the decoder/ folder that'):
+    load_frozen(finished.experiment(), tmp_path, mesh)
+
+
+def test_the_computation_does_not_change_the_parameters():
+  experiment = finished.experiment()
+  computation = dataclasses.replace(
+      experiment.computation, dtype='bfloat16', remat='full', scan=False)
+  other = build_decoder(dataclasses.replace(experiment, computation=computation))
+  shapes = jax.eval_shape(other.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  expected = boxed_shapes(experiment.decoder)
+  assert jax.tree.map(jax.typeof, shapes) == jax.tree.map(jax.typeof, expected)
+  assert count_parameters(shapes) == count_parameters(expected) == 27_040

@@ -1,0 +1,114 @@
+"""Data are made once from what the config names, and refused where they do not fit it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latent_deliberation.jobs import prepared
+from latent_deliberation.jobs.prepared import (
+  open_rows,
+  open_stream,
+  prepare_data,
+  validation_batches,
+)
+from latent_deliberation.jobs.pretrain import pretrain
+from latent_deliberation.jobs.train import train_coprocessor
+from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from tests import finished
+
+
+def files_of(directory: Path) -> dict[Path, int]:
+  return {path: path.stat().st_mtime_ns for path in directory.rglob('*') if path.is_file()}
+
+
+def test_data_that_are_there_are_not_made_again(quickstart):
+  before = files_of(quickstart / 'rows')
+  assert before
+  prepare_data(finished.experiment(), quickstart)
+  assert files_of(quickstart / 'rows') == before
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'', 'corpus has 0 documents that are not empty in 2 files'),
+    (b'ab\0cd', 'bad.txt: NUL at byte 2: a binary file, not text'),
+    (b'abc\xff\xfe', 'bad.txt: not utf-8 text at byte 3 .*convert it'),
+])
+def test_a_corpus_that_is_not_text_is_refused_before_anything_is_trained(
+    content, message, tmp_path):
+  texts = tmp_path / 'texts'
+  texts.mkdir()
+  (texts / 'bad.txt').write_bytes(content)
+  (texts / 'empty.txt').write_bytes(b'')
+  experiment = finished.experiment(data__files=(str(texts),))
+  with pytest.raises(ValueError, match=message):
+    pretrain(experiment, tmp_path / 'run', tmp_path / 'run')
+  assert not (tmp_path / 'run/rows').exists()
+
+
+def test_files_that_are_not_there_are_named(tmp_path):
+  experiment = finished.experiment(data__files=('nothing/*.txt',))
+  with pytest.raises(FileNotFoundError, match="no file matches 'nothing/.*.txt' .*seen from"):
+    prepare_data(experiment, tmp_path)
+
+
+def test_a_vocabulary_that_pads_with_a_token_is_refused(tmp_path, quickstart):
+  import sentencepiece
+  model = tmp_path / 'llama.model'
+  with model.open('wb') as file:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(['one two three four five'] * 20), model_writer=file,
+        model_type='char', vocab_size=17, unk_id=0, bos_id=1, eos_id=2, minloglevel=2)
+  experiment = finished.experiment(
+      data__vocabulary='sentencepiece', data__vocabulary_path=str(model))
+  with pytest.raises(ValueError, match=f"{model}: id 0 is the token '<unk>' and the pad id is -1"):
+    prepare_data(experiment, tmp_path)
+
+
+def test_rows_of_another_length_or_a_larger_vocabulary_are_refused(quickstart):
+  with pytest.raises(ValueError, match='rows in .* have 64 tokens, data.length is 32: prepare'):
+    open_rows(finished.experiment(data__length=32), quickstart, 'train')
+  experiment = finished.experiment(  # whose size is not known before
+      decoder__vocab_size=200, data__vocabulary='sentencepiece', data__vocabulary_path='some.model')
+  with pytest.raises(ValueError, match='vocabulary of 260 pieces, the decoder has 200 embeddings'):
+    open_rows(experiment, quickstart, 'train')
+
+
+def test_more_validation_text_than_there_is_is_refused(quickstart):
+  with pytest.raises(ValueError, match=r'100 validation batches of evaluation.batch_size = 8 need '
+                     r'800 rows, .* has \d+: lower evaluation.num_texts'):
+    validation_batches(finished.experiment(), quickstart, 100)
+
+
+def test_validation_is_the_same_at_every_call(quickstart):
+  first, again = (validation_batches(finished.experiment(), quickstart, 2) for _ in range(2))
+  for one, other in zip(first, again, strict=True):
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+  assert not np.array_equal(first[0].tokens, first[1].tokens)
+
+
+def test_rows_are_read_where_seqio_is_not_installed(quickstart, tmp_path, monkeypatch):
+  monkeypatch.setattr(prepared.importlib.util, 'find_spec', lambda name: None)
+  prepare_data(finished.experiment(), quickstart)
+  assert open_stream(finished.experiment(), quickstart, 'training')(0).tokens.shape == (8, 64)
+  with pytest.raises(FileNotFoundError, match='seqio, which would make it, is not installed'):
+    prepare_data(finished.experiment(), tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_to_is_named_before_the_text_is_read(tmp_path):
+  (tmp_path / 'file').write_text('')
+  experiment = finished.experiment(data__files=('nothing/*.txt',))
+  with pytest.raises(OSError, match='file/data cannot be written to .*: name another directory'):
+    prepare_data(experiment, tmp_path / 'file/data')
+
+
+@pytest.mark.usefixtures('one_device')
+def test_a_decoder_and_a_coprocessor_are_trained_on_a_stream(tmp_path, quickstart):
+  experiment = finished.experiment(data__mode='online')
+  decoder = pretrain(experiment, tmp_path / 'decoder', tmp_path)
+  train_coprocessor(experiment, decoder, tmp_path / 'coprocessor', tmp_path)
+  assert not (tmp_path / 'rows/train').exists()
+  for run, steps in (('decoder', 4), ('coprocessor', 2)):
+    losses = [row['loss'] for row in read_metrics(tmp_path / run / FILE_NAME)]
+    assert len(losses) == steps and np.isfinite(losses).all()
+  assert list((tmp_path / 'coprocessor/checkpoints/data/2').rglob('iterator*'))

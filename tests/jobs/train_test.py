@@ -1,0 +1,53 @@
+"""Kinds of coprocessors, precisions and meshes that the quickstart does not go through."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_deliberation.jobs import train
+from latent_deliberation.jobs.train import train_coprocessor
+from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from tests import finished
+
+
+def losses(workdir):
+  rows = read_metrics(workdir / FILE_NAME)
+  return np.array([[row['loss'], row['grad_norm'], row['validation/loss']] for row in rows[1:]])
+
+
+@pytest.mark.usefixtures('one_device')
+def test_low_rank_adapters_are_trained_and_nothing_else(tmp_path, quickstart):
+  experiment = finished.experiment(deliberation__trainable='lora', deliberation__lora_rank=2)
+  params = train_coprocessor(
+      experiment, quickstart / 'pretraining/decoder', tmp_path / 'lora', quickstart)
+  assert set(params) == {'soft_tokens', 'gate', 'lora'}
+  assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(params))
+  assert np.isfinite(losses(tmp_path / 'lora')).all()
+
+
+def test_bfloat16_rematerialisation_and_accumulation_train_on_a_mesh(tmp_path, quickstart):
+  """Two of each axis; the loss stays near that of float32 on one device."""
+  experiment = finished.experiment(
+      computation__dtype='bfloat16', computation__frozen_dtype='bfloat16',
+      computation__remat='full', mesh__data=2, mesh__fsdp=2, mesh__tensor=2,
+      training__accumulation=2)
+  params = train_coprocessor(
+      experiment, quickstart / 'pretraining/decoder', tmp_path / 'run', quickstart)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+  query = params['transformer']['blocks']['attention']['query']
+  assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(query))
+  assert not any(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(query))
+  np.testing.assert_allclose(
+      losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
+      rtol=0.02)
+
+
+@pytest.mark.usefixtures('one_device')
+def test_a_decoder_that_changed_in_training_is_reported(tmp_path, quickstart, monkeypatch):
+  digests = iter(['one', 'two'])
+  monkeypatch.setattr(train, 'fingerprint', lambda params: next(digests))
+  monkeypatch.setattr(train, 'fit', lambda *unused: {})
+  with pytest.raises(RuntimeError, match='fingerprint one before training and has two now: this'):
+    train_coprocessor(finished.experiment(), quickstart / 'pretraining/decoder',
+                      tmp_path / 'run', quickstart)
