@@ -1,4 +1,4 @@
-"""The quickstart: a decoder of 0.75 M parameters on the standard library's text, minutes on two cores.
+"""The quickstart: a decoder of 0.75 M parameters on the standard library's text, on two cores.
 
 Keys are explained where they are declared, in the dataclasses named here. Any of them can be set
 from the command line, as in --config.training.optimizer.learning_rate=1e-3.

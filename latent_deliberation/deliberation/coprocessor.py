@@ -15,6 +15,8 @@ from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.layers import LowRank
 from latent_deliberation.model.transformer import Transformer
 
+# Top-level keys that a coprocessor's parameters may have; which ones, its config decides.
+PARTS = ('soft_tokens', 'gate', 'transformer', 'lora')
 RESTED_SPREAD = 0.1  # of soft tokens that are added to an embedding, over that embedding's own
 
 

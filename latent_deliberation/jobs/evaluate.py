@@ -44,10 +44,7 @@ PICTURES = {
 def constant_variant(experiment: Experiment) -> Experiment:
   """The pause-token baseline: soft tokens alone, as many and trained as long."""
   deliberation = dataclasses.replace(experiment.deliberation, trainable='constant')
-  multipliers = {key: factor for key, factor in experiment.training.multipliers.items()
-                 if key not in ('transformer', 'lora')}
-  training = dataclasses.replace(experiment.training, multipliers=multipliers)
-  return dataclasses.replace(experiment, deliberation=deliberation, training=training)
+  return dataclasses.replace(experiment, deliberation=deliberation)
 
 
 def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: Path, output: Path,

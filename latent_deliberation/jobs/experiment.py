@@ -9,6 +9,7 @@ from ml_collections import ConfigDict, config_dict
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.coprocessor import PARTS
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.transformer import REMAT_POLICIES
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, check_rules
@@ -56,7 +57,8 @@ class TrainingConfig:
     optimizer: see OptimizerConfig.
     loop: see LoopConfig.
     accumulation: microbatches that a batch is split into, one after the other.
-    multipliers: top-level key of the trainable parameters -> factor on its learning rate.
+    multipliers: top-level key of the trainable parameters -> factor on its learning rate; a key
+      that this variant's parameters lack (a gate, with 'paper' latents) is without effect.
   """
   batch_size: int
   optimizer: OptimizerConfig
@@ -127,6 +129,7 @@ class Experiment:
     if not 0 <= self.seed < 2**30 - 1:
       raise ValueError(f'seed = {self.seed}: it must lie between 0 and {2**30 - 2}')
     self._check_vocabulary()
+    self._check_multipliers()
     self.deliberation.check_trunk(self.data.length)
     scored = dataclasses.replace(self.deliberation, num_ahead=self.evaluation.num_ahead,
                                  num_traces=self.evaluation.num_traces)
@@ -145,6 +148,13 @@ class Experiment:
       raise ValueError(
           f'the {data.vocabulary} vocabulary has {pieces} pieces, decoder.vocab_size is '
           f'{self.decoder.vocab_size}: raise it to {pieces}, or take a smaller vocabulary')
+
+  def _check_multipliers(self) -> None:
+    for section, parts in (('pretraining', ('embedder', 'transformer')), ('training', PARTS)):
+      unknown = sorted(set(getattr(self, section).multipliers) - set(parts))
+      if unknown:
+        raise ValueError(f'{section}.multipliers names {unknown}: what learns there is among '
+                         f'{parts}')
 
 
 def as_config(experiment: Experiment) -> ConfigDict:

@@ -82,15 +82,20 @@ class Run:
     return RunIdentity(job=self.job, config=config, decoder=self.decoder, data=data)
 
   @functools.cached_property
+  def boxed(self) -> PyTree:
+    """Shapes of the trainable parameters, boxed with logical axes."""
+    return jax.eval_shape(self.init, jax.random.key(self.experiment.seed), self.frozen)
+
+  @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
-    return build_optimizer(self.settings.optimizer, self.settings.loop.num_steps,
-                           self.settings.multipliers)
+    multipliers = {part: factor for part, factor in self.settings.multipliers.items()
+                   if part in self.boxed}
+    return build_optimizer(self.settings.optimizer, self.settings.loop.num_steps, multipliers)
 
   @functools.cached_property
   def abstract(self) -> TrainState:
     """Shapes and shardings of the state."""
-    boxed = jax.eval_shape(self.init, jax.random.key(self.experiment.seed), self.frozen)
-    return abstract_state(boxed, self.optimizer, self.mesh, self.experiment.rules)
+    return abstract_state(self.boxed, self.optimizer, self.mesh, self.experiment.rules)
 
   def create_state(self) -> TrainState:
     """A fresh state, made on its shards."""
@@ -103,8 +108,7 @@ class Run:
   def check(self) -> None:
     """Raises ValueError for settings that cannot be trained with; needs no data and no weights.
 
-    Those are batches and sizes that do not divide over the mesh, a multiplier of no parameter, and
-    a warm-up longer than the run.
+    Those are batches and sizes that do not divide over the mesh, and a warm-up longer than the run.
     """
     check_divides(self.section, self.settings.batch_size, self.settings.accumulation, self.mesh,
                   self.experiment)

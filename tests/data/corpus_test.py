@@ -179,3 +179,13 @@ def test_the_real_standard_library_is_a_corpus():
   corpus = open_corpus(DataConfig())
   assert corpus.size.sum() > 3e6
   assert not [file.name for file in corpus.files if 'site-packages' in file.name]
+
+
+def test_a_document_that_would_fill_the_validation_text_is_trained_on(tmp_path):
+  for number in range(100):
+    (tmp_path / f'{number}.txt').write_text(f'document {number}')
+  config = configure(tmp_path, validation_percent=20)
+  held_out = texts(open_corpus(config), 'validation')
+  giant = tmp_path / f'{held_out[0].split()[1]}.txt'
+  giant.write_text('word ' * 1000)
+  assert texts(open_corpus(config), 'validation') == held_out[1:]

@@ -1,21 +1,19 @@
-"""The launch scripts as their users meet them: help, messages for what is wrong, and signals."""
+"""The launch scripts as their users meet them: help, messages for what is wrong, and bad luck."""
 
 import dataclasses
-import functools
 import json
-import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
 SCRIPTS = ('quickstart', 'pretrain', 'train', 'evaluate')
@@ -23,119 +21,188 @@ SCRIPTS = ('quickstart', 'pretrain', 'train', 'evaluate')
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-  """A command that must end with a message, and with nothing else."""
+  """A command that must end with a message. {run} is a finished quickstart, {new} is empty."""
   script: str
-  arguments: tuple[str, ...]
+  arguments: str
   message: str
 
 
-def config_file(name: str, content: str) -> str:
-  path = Path(tempfile.gettempdir(), f'{name}_{os.getpid()}.py')
-  path.write_text(content)
-  return f'--config={path}'
+BAD = {
+    'misspelt key': Bad(
+        'pretrain', '--workdir={new} --config.training.batchsize=4',
+        r"ValueError: --config names what is not there: 'batchsize'\nDid you mean \"batch_size\""),
+    'misspelt section': Bad(
+        'quickstart', '--workdir={new} --config.trainin.batch_size=4',
+        "'trainin'\nDid you mean \"training\""),
+    'value of another type': Bad(
+        'pretrain', '--workdir={new} --config.training.batch_size=four',
+        "--config.training.batch_size=four: invalid literal for int.*'four'"),
+    'misspelt key in a file': Bad(
+        'pretrain', '--workdir={new} --config={files}/typo.py',
+        "typo.py.*DeliberationConfig.* unexpected keyword argument 'num_latent'"),
+    'impossible value in a file': Bad(
+        'quickstart', '--workdir={new} --config={files}/ahead.py',
+        'ahead.py.*num_ahead = 64 tokens do not fit behind an anchor in a trunk of 64 .*lower'),
+    'impossible value': Bad(
+        'quickstart', '--workdir={new} --config.deliberation.num_traces=63',
+        'num_traces = 63, but a trunk of 64 tokens has 62 places .*: lower num_traces'),
+    'no config': Bad(
+        'pretrain', '--workdir={new} --config=configs/nothing.py',
+        'No such file .*configs/nothing.py'),
+    'no directory': Bad('pretrain', '', '--workdir must have a value'),
+    'misspelt flag': Bad(
+        'train', '--workdi={new}', "Unknown.*'workdi'. Did you mean: workdir"),
+    'no flag': Bad('train', '--workdir={new} --decoder={run} more', r"\['more'\] are not flags"),
+    'a file as directory': Bad(
+        'pretrain', '--workdir={files}/typo.py',
+        'workdir=.*/typo.py: it is a file, and must be a directory: give another'),
+    'a URL as directory': Bad(
+        'pretrain', '--workdir=gs://bucket/run',
+        'workdir=gs://bucket/run: it is a URL, and must be a path: mount'),
+    'an indivisible batch': Bad(
+        'quickstart', '--workdir={new} --config.training.accumulation=3',
+        'ValueError: training: batch_size = 8 does not divide into 3 micro.* a multiple of 3'),
+    'a multiplier of nothing': Bad(
+        'quickstart', "--workdir={new} --config.training.multipliers={{'gat':2.0}}",
+        r"training: learning-rate multipliers name \['gat'\], but the trainable parameters are"),
+    'no decoder': Bad(
+        'train', '--workdir={new} --data={run} --decoder={files}',
+        'holds no decoder.json: pass the decoder/'),
+    'a decoder of other sizes': Bad(
+        'train', '--workdir={new} --data={run} --decoder={run}/pretraining/decoder '
+        '--config.decoder.window=9',
+        'decoder.window: 8 there, 9 in the config\nChange the config'),
+    'another config': Bad(
+        'train', '--workdir={run}/coprocessor --data={run} --decoder={run}/pretraining/decoder '
+        '--config.seed=1',
+        'coprocessor belongs to another run:\n  config.seed: 0 there, 1 now\nUse another'),
+    'another job': Bad(
+        'pretrain', '--workdir={run}/coprocessor --data={run}',
+        "job: 'train' there, 'pretrain' now"),
+    'evaluation of another config': Bad(
+        'evaluate', '--coprocessor={run}/constant --data={run} '
+        '--decoder={run}/pretraining/decoder --output={new}',
+        "trainable: 'constant' there, 'full' now"),
+}
 
 
-@functools.cache
-def bad_commands() -> dict[str, Bad]:
+def arguments_of(bad: Bad, files: Path) -> list[str]:
   run, _ = finished.quickstart()
-  scratch = Path(tempfile.mkdtemp(dir=run.parent))
-  (scratch / 'file').write_text('')
-  decoder, data = f'--decoder={run}/pretraining/decoder', f'--data={run}'
-  new = f'--workdir={scratch}/new'
-  tiny = (finished.ROOT / 'configs/tiny.py').read_text()
-
-  def written(name: str, old: str, new: str) -> str:
-    assert old in tiny
-    (scratch / name).write_text(tiny.replace(old, new))
-    return f'--config={scratch / name}'
-
-  return {
-      'misspelt key': Bad(
-          'pretrain', (new, '--config.training.batchsize=4'),
-          r"ValueError: --config names what is not there: 'batchsize'\nDid you mean \"batch_size\""),
-      'misspelt section': Bad(
-          'quickstart', (new, '--config.trainin.batch_size=4'), "'trainin'\nDid you mean \"train"),
-      'value of another type': Bad(
-          'pretrain', (new, '--config.training.batch_size=four'),
-          "--config.training.batch_size=four: invalid literal for int.*'four'"),
-      'misspelt key in a file': Bad(
-          'pretrain', (written('typo.py', 'num_latents=', 'num_latent='), new),
-          "typo.py.*DeliberationConfig.* unexpected keyword argument 'num_latent'"),
-      'impossible value in a file': Bad(
-          'quickstart', (written('ahead.py', 'num_ahead=4', 'num_ahead=64'), new),
-          'ahead.py.*num_ahead = 64 tokens do not fit behind an anchor in a trunk of 64 .*lower'),
-      'impossible value': Bad(
-          'quickstart', (new, '--config.deliberation.num_traces=63'),
-          'num_traces = 63, but a trunk of 64 tokens has 62 places .*: lower num_traces'),
-      'no config': Bad(
-          'pretrain', ('--config=configs/nothing.py', new), 'No such file .*configs/nothing.py'),
-      'no directory': Bad('pretrain', (), '--workdir must have a value'),
-      'misspelt flag': Bad('train', ('--workdi=x',), "Unknown.*'workdi'. Did you mean: workdir"),
-      'a file as directory': Bad(
-          'pretrain', (f'--workdir={scratch}/file',), 'workdir=.*/file: it is a file, and must be'),
-      'a URL as directory': Bad(
-          'pretrain', ('--workdir=gs://bucket/run',), 'workdir=gs://bucket/run: it is a URL.*mount'),
-      'an indivisible batch': Bad(
-          'quickstart', (new, '--config.training.batch_size=9', '--config.training.accumulation=2'),
-          'ValueError: training: batch_size = 9 does not divide into 2 micro.* a multiple of 2'),
-      'a multiplier of nothing': Bad(
-          'quickstart', (new, "--config.training.multipliers={'gat': 2.0}"),
-          r"training: learning-rate multipliers name \['gat'\], but the trainable parameters are"),
-      'no decoder': Bad(
-          'train', (new, data, f'--decoder={scratch}'), 'holds no decoder.json: pass the decoder/'),
-      'a decoder of other sizes': Bad(
-          'train', (new, data, decoder, '--config.decoder.window=9'),
-          'decoder.window: 8 there, 9 in the config\nChange the config'),
-      'another config': Bad(
-          'train', (f'--workdir={run}/coprocessor', data, decoder, '--config.seed=1'),
-          'coprocessor belongs to another run:\n  config.seed: 0 there, 1 now\nUse another'),
-      'another job': Bad(
-          'pretrain', (f'--workdir={run}/coprocessor', data), "job: 'train' there, 'pretrain' now"),
-      'evaluation of another config': Bad(
-          'evaluate', (f'--coprocessor={run}/constant', data, decoder, f'--output={scratch}/out'),
-          "trainable: 'constant' there, 'full' now"),
-  }
-
-
-NAMES = ('misspelt key', 'misspelt section', 'value of another type', 'misspelt key in a file',
-         'impossible value in a file', 'impossible value', 'no config', 'no directory',
-         'misspelt flag', 'a file as directory', 'a URL as directory', 'an indivisible batch',
-         'a multiplier of nothing', 'no decoder', 'a decoder of other sizes', 'another config',
-         'another job', 'evaluation of another config')
+  return finished.command(bad.script, *bad.arguments.format(
+      run=run, new=files / 'new', files=files).split())
 
 
 @pytest.fixture(scope='module')
-def answers() -> dict[str, tuple[int, str, str]]:
-  """What each script said to --help, and to each bad command."""
-  commands = {script: finished.command(script, '--help')[1:] for script in SCRIPTS}
-  commands |= {name: finished.command(bad.script, *bad.arguments)[1:]
-               for name, bad in bad_commands().items()}
+def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
+  """Exit status and output of each script on --help, and of each bad command."""
+  files = tmp_path_factory.mktemp('files')
+  tiny = (finished.ROOT / 'configs/tiny.py').read_text()
+  (files / 'typo.py').write_text(tiny.replace('num_latents=', 'num_latent='))
+  (files / 'ahead.py').write_text(tiny.replace('num_ahead=4', 'num_ahead=64'))
+  commands = {script: finished.command(script, '--help') for script in SCRIPTS}
+  commands |= {name: arguments_of(bad, files) for name, bad in BAD.items()}
   process = subprocess.run(
       [sys.executable, str(Path(__file__).with_name('forks.py'))], cwd=finished.ROOT, text=True,
-      input=json.dumps(list(commands.values())), capture_output=True, timeout=300,
-      env=finished.environment())
+      input=json.dumps([command[1:] for command in commands.values()]), capture_output=True,
+      timeout=300, env=finished.environment())
   assert process.returncode == 0, process.stderr
   return dict(zip(commands, json.loads(process.stdout), strict=True))
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_help_shows_a_command_the_flags_and_what_comes_next(answers, script):
+def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
-  assert f'python launch/{script}.py' in printed
   own = {'quickstart': 'workdir', 'pretrain': 'workdir', 'train': 'decoder', 'evaluate': 'output'}
+  assert f'python launch/{script}.py' in printed
   for flag in ('config', own[script]):
     assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed
-  assert re.search(r'\b(Next|next)\b', printed)
+  assert re.search(r'\b[Nn]ext\b', printed)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', BAD)
 def test_bad_input_ends_with_a_message_and_no_traceback(answers, name):
   status, printed, said = answers[name]
-  assert re.search(bad_commands()[name].message, said, re.DOTALL), said
+  assert re.search(BAD[name].message, printed + said, re.DOTALL), printed + said
   assert 'Traceback' not in said
-  assert (status, printed) == (1, '')
-  assert 'Packed' not in said and 'The corpus has' not in said  # no work was done before it
+  assert status == 1
+  assert 'The corpus has' not in said  # nothing long came before it
 
 
-def test_all_bad_commands_were_run():
-  assert set(NAMES) == set(bad_commands())
+def test_an_unforeseen_error_keeps_its_traceback(tmp_path):
+  script = tmp_path / 'launch/broken.py'
+  script.parent.mkdir()
+  script.write_text('from latent_deliberation.jobs import command_line\n'
+                    "command_line.run(lambda: int('one'))\n")
+  process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
+                           env=finished.environment(), timeout=60)
+  assert process.returncode == 1
+  assert 'Traceback' in process.stderr and "invalid literal for int" in process.stderr
+
+
+def test_the_quickstart_prints_its_table_once_and_where_the_report_is():
+  run, printed = finished.quickstart()
+  assert printed.count('ahead  perplexity') == printed.count('Bar ') == 1
+  assert printed.endswith(f'Report: {run}/report.md\n')
+
+
+def begin(said: Path, *arguments: str, largest_file: int | None = None) -> subprocess.Popen:
+  """Starts pretraining that goes on for some seconds; what it says goes to a file."""
+  def limit() -> None:
+    if largest_file is not None:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+  run, _ = finished.quickstart()
+  arguments = (f'--data={run}', '--config.pretraining.loop.num_steps=400',
+               '--config.pretraining.loop.eval_every=400', *arguments)
+  with said.open('wb') as file:
+    return subprocess.Popen(
+        finished.command('pretrain', *arguments), cwd=finished.ROOT, env=finished.environment(),
+        stdout=subprocess.DEVNULL, stderr=file, preexec_fn=limit)
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, said: Path) -> None:
+  """Returns once the condition holds; fails when the process ends before."""
+  end = time.monotonic() + 120
+  while not condition():
+    assert process.poll() is None and time.monotonic() < end, said.read_text()
+    time.sleep(0.02)
+
+
+def newest(workdir: Path) -> int:
+  """Step of the newest whole checkpoint, 0 without any."""
+  steps = [int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit()]
+  return max(steps, default=0)
+
+
+def test_a_run_survives_a_kill_a_full_disk_and_a_sigterm_and_then_ends(tmp_path):
+  workdir, said = tmp_path / 'run', tmp_path / 'said'
+  arguments = (f'--workdir={workdir}', '--config.pretraining.loop.save_every=20')
+
+  process = begin(said, *arguments)
+  wait_until(lambda: newest(workdir) >= 40, process, said)
+  process.kill()
+  assert process.wait(60) == -signal.SIGKILL
+  killed_at = newest(workdir)
+
+  process = begin(said, *arguments, largest_file=50_000)
+  assert process.wait(120) == 1
+  assert re.search(rf'RuntimeError: the checkpoint of step {killed_at + 20} could not be written to '
+                   rf'.*Other checkpoints there: .*{killed_at}. Make it writable or free some space',
+                   said.read_text(), re.DOTALL), said.read_text()
+  assert 'Traceback' not in said.read_text()
+  assert newest(workdir) == killed_at
+
+  process = begin(said, *arguments)
+  wait_until(lambda: newest(workdir) > killed_at, process, said)
+  process.terminate()
+  assert process.wait(60) == 0, said.read_text()
+  stopped_at = newest(workdir)
+  assert f'stopped by SIGTERM at step {stopped_at}/400. Saved in' in said.read_text()
+  assert f'at step {killed_at} of 400' in said.read_text()
+
+  process = begin(said, *arguments)
+  assert process.wait(120) == 0, said.read_text()
+  assert f'at step {stopped_at} of 400' in said.read_text()
+  assert newest(workdir) == 400
+  assert (workdir / 'decoder/decoder.json').exists()
+  assert [row['step'] for row in read_metrics(workdir / FILE_NAME)] == list(range(1, 401))

@@ -1,4 +1,4 @@
-"""The decoder is Gemma 2: equal to a plain reference, with a cache or without, of its real sizes."""
+"""The decoder is Gemma 2: equal to a plain reference, cached or not, and of its real sizes."""
 
 import dataclasses
 
