@@ -1,7 +1,8 @@
 """Gemma-2 2B with the paper's setting (section 3): 1024 texts of 2048 tokens, 128 traces, N_A = 16.
 
-The paper names neither optimiser nor learning rate nor precision; those below are ours. Data are
-the user's: give --config.data.name, .data_dir, and .vocabulary_path for Gemma's own model.
+Latents are the paper's, too: appended outputs at free soft tokens. It names neither positions, nor
+optimiser, learning rate and precision; those below are ours. Data are the user's: give
+--config.data.name, .data_dir, and .vocabulary_path for Gemma's own model.
 """
 
 from latent_deliberation.data.config import DataConfig
@@ -32,7 +33,9 @@ def get_config():
                               loss_chunk=128),
       mesh=MeshConfig(data=-1, fsdp=16),
       pretraining=training,
-      deliberation=DeliberationConfig(num_latents=16, num_ahead=16, num_traces=128),
+      deliberation=DeliberationConfig(
+          num_latents=16, num_ahead=16, num_traces=128, latents='paper', positions='shift',
+          soft_tokens='free'),
       training=training,
       evaluation=EvaluationConfig(
           num_texts=1024, batch_size=256, num_traces=128, num_ahead=32,

@@ -61,6 +61,7 @@ def test_gemma2_2b_has_the_setting_of_the_paper_and_fits_its_mesh():
   assert experiment.decoder == PRESETS['gemma2_2b']
   assert (experiment.deliberation.num_latents, experiment.deliberation.num_ahead,
           experiment.deliberation.num_traces) == (16, 16, 128)
+  assert (experiment.deliberation.latents, experiment.deliberation.soft_tokens) == ('paper', 'free')
   assert (experiment.training.batch_size, experiment.data.length) == (1024, 2048)
   assert experiment.training.loop.num_steps == 100_000
   shapes = nn.unbox(boxed_shapes(experiment.decoder))

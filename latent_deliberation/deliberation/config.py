@@ -30,7 +30,7 @@ class DeliberationConfig:
       always have the positions of the tokens that they replace.
     initialisation: of the coprocessor's transformer, the 'decoder's weights or 'scratch'.
     trainable: 'full' transformer; 'lora' adapters on the decoder's frozen weights; or 'constant',
-      soft tokens alone, fed to the decoder as they are (pause tokens).
+      soft tokens alone in the place of o (with 'paper' latents: pause tokens).
     gate: what multiplies o, zero at the start: one factor a 'channel', or a [D, D] 'matrix'.
     soft_tokens: what the coprocessor is fed (the paper: learned embeddings, 'free' of the text);
       'rested' ones are added to the embedding of the token that the latent rests on, so that a

@@ -19,7 +19,7 @@ class Placement:
     segments: [B, M] document of the trace.
     latent_positions: [B, M, Z].
     ahead_positions: [B, M, A].
-    base_tokens: [B, M, Z] token whose embedding a latent starts from (unused by 'paper').
+    base_tokens: [B, M, Z] token whose embedding a latent, or a rested soft token, starts from.
     coprocessor_horizon: [B, M] trunk tokens that the coprocessor reads.
     decoder_horizon: [B, M] trunk tokens that the decoder's second pass reads.
   """

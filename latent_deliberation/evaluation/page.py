@@ -21,13 +21,13 @@ def state_bar(summary: Mapping[str, Any]) -> str:
   """The bar's outcome in one sentence, by position."""
   bar = summary['bar']
   if bar is None:
-    return 'Bar not measured: it needs the own and the shuffled latents.'
+    return 'Gain not measured: it needs the own and the shuffled latents.'
   shuffled = bar['own_below_shuffled']
   frozen = _where(bar['own_below_frozen'], BELOW_FROZEN)
   point = _where({at: below['point'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
   interval = _where({at: below['interval'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
-  return (f'Bar {"passed" if bar["passed"] else "missed"}: below the frozen decoder, with an '
-          f"interval that excludes zero, {frozen}; below another text's latents {point}, with an "
+  return (f'Gain {"shown" if bar["passed"] else "not shown"}: own latents below the frozen '
+          f"decoder, with an interval that excludes zero, {frozen}; below another text's latents {point}, with an "
           f'interval that excludes zero {interval}.')
 
 

@@ -30,7 +30,7 @@ LABELS = {
   'constant': 'constant soft tokens',
   'zero': 'zero latents',
 }
-# The project's bar: ahead positions at which own latents must be below the other arm.
+# Ahead positions at which own latents must be below the other arm for a gain to be called shown.
 BELOW_FROZEN = (1, 2, 4)
 BELOW_SHUFFLED = (1, 2, 4, 8)
 

@@ -26,8 +26,18 @@ from latent_deliberation.evaluation.visibility import plot_visibility
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import check_divides, restore_trained
-from latent_deliberation.jobs.models import build_deliberator, count_parameters, load_frozen
-from latent_deliberation.jobs.prepared import open_stream, validation_batches
+from latent_deliberation.jobs.models import (
+  build_deliberator,
+  count_parameters,
+  describe_frozen,
+  load_frozen,
+)
+from latent_deliberation.jobs.prepared import (
+  check_vocabulary,
+  open_rows,
+  open_stream,
+  validation_batches,
+)
 from latent_deliberation.jobs.train import describe_training
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import make_mesh, place_batch
@@ -67,12 +77,15 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   mesh = make_mesh(experiment.mesh)
   check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
   make_writable(output)
-  frozen, digest = load_frozen(experiment, decoder, mesh)
-  before = fingerprint(frozen)
+  description = describe_frozen(experiment, decoder)
+  check_vocabulary(open_rows(experiment, data, 'validation'), description)
   held_out = scored_batches(experiment, data)
+  frozen = load_frozen(experiment, decoder, mesh)
+  before = fingerprint(frozen)
 
   def restore(variant: Experiment, workdir: Path) -> Params:
-    return restore_trained(describe_training(variant, workdir, frozen, digest, mesh),
+    return restore_trained(describe_training(variant, workdir, frozen, description.fingerprint,
+                                            mesh),
                            open_stream(variant, data, 'training'))
 
   # All that is read is read before anything is scored.
@@ -88,7 +101,7 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   report = Report(
       arms=arms, positions=experiment.evaluation.positions,
       num_ahead=experiment.deliberation.num_ahead,
-      decoder_fingerprints=(before, fingerprint(load_frozen(experiment, decoder, mesh)[0])),
+      decoder_fingerprints=(before, fingerprint(frozen)),
       parameters=counts,
       seconds={**(seconds or {}), 'evaluation': time.perf_counter() - begun},
       peak_memory_bytes=peak_memory_bytes(), git_commit=git_commit(),

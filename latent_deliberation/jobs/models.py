@@ -30,22 +30,28 @@ def build_deliberator(experiment: Experiment) -> Deliberator:
   return Deliberator(build_decoder(experiment), coprocessor)
 
 
-def load_frozen(experiment: Experiment, directory: Path, mesh: Mesh) -> tuple[Params, str]:
-  """The frozen decoder on its shards, and its fingerprint.
+def describe_frozen(experiment: Experiment, directory: Path) -> weights.Description:
+  """What decoder.json says of the frozen decoder, before its weights are read.
 
   Raises:
     ValueError: the decoder in `directory` has other sizes than the experiment's.
   """
-  config, params, digest = weights.load(
-      directory, lambda boxed: shardings_of(boxed, mesh, experiment.rules),
-      dtype=experiment.computation.frozen_dtype)
-  if config != experiment.decoder:
-    there, here = dataclasses.asdict(config), dataclasses.asdict(experiment.decoder)
+  description = weights.describe(directory)
+  if description.config != experiment.decoder:
+    there, here = dataclasses.asdict(description.config), dataclasses.asdict(experiment.decoder)
     lines = [f'  decoder.{key}: {there[key]!r} there, {here[key]!r} in the config'
              for key in there if there[key] != here[key]]
     raise ValueError('\n'.join([f'the decoder in {directory} is another one:', *lines,
                                 'Change the config, or pass the decoder that it means.']))
-  return params, digest
+  return description
+
+
+def load_frozen(experiment: Experiment, directory: Path, mesh: Mesh) -> Params:
+  """The weights of the frozen decoder, on their shards."""
+  _, params, _ = weights.load(
+      directory, lambda boxed: shardings_of(boxed, mesh, experiment.rules),
+      dtype=experiment.computation.frozen_dtype)
+  return params
 
 
 def count_parameters(params: Params) -> int:

@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 from latent_deliberation.data.rows import PackedRows, PermutedBatches
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
+from latent_deliberation.model.weights import Description
 from latent_deliberation.training.checkpoint import Batches
 
 ROWS = 'rows'
@@ -45,6 +46,16 @@ def open_rows(experiment: Experiment, directory: Path, split: str) -> PackedRows
     raise ValueError(f'the rows in {directory} have {rows.length} tokens, data.length is '
                      f'{experiment.data.length}: prepare the data in another directory')
   return rows
+
+
+def check_vocabulary(rows: PackedRows, decoder: Description) -> None:
+  """Raises ValueError where the rows' ids mean other pieces than those the decoder learnt."""
+  there = rows.manifest.recipe.vocabulary_hash
+  if decoder.vocabulary and there != decoder.vocabulary:
+    raise ValueError(
+        f'the rows were made with the vocabulary {there}, the decoder was trained with '
+        f'{decoder.vocabulary}: prepare the text with the vocabulary.model of the decoder '
+        '(data.vocabulary_path), in another directory')
 
 
 def open_stream(experiment: Experiment, directory: Path, section: str) -> Batches:

@@ -12,7 +12,12 @@ from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run, fit
 from latent_deliberation.jobs.models import build_decoder
-from latent_deliberation.jobs.prepared import open_stream, prepare_data, validation_batches
+from latent_deliberation.jobs.prepared import (
+  open_rows,
+  open_stream,
+  prepare_data,
+  validation_batches,
+)
 from latent_deliberation.model import weights
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import language_modelling
@@ -41,7 +46,8 @@ def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
                {'validation': _validation(experiment, loss_fn, watched, mesh)})
   target = workdir / DECODER
   if not target.exists():
-    weights.save(target, experiment.decoder, params)
+    vocabulary = open_rows(experiment, data, 'validation').manifest.recipe.vocabulary_hash
+    weights.save(target, experiment.decoder, params, vocabulary)
   return target
 
 

@@ -1,8 +1,10 @@
 """Trains a coprocessor (or constant soft tokens) on the kv-cache of a frozen decoder."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
@@ -11,8 +13,15 @@ from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
 from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run, fit
-from latent_deliberation.jobs.models import build_deliberator, load_frozen
-from latent_deliberation.jobs.prepared import open_stream, prepare_data, validation_batches
+from latent_deliberation.jobs.models import build_deliberator, describe_frozen, load_frozen
+from latent_deliberation.jobs.prepared import (
+  check_vocabulary,
+  open_rows,
+  open_stream,
+  prepare_data,
+  validation_batches,
+)
+from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
@@ -32,12 +41,16 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
     RuntimeError: the decoder's weights changed, which nothing here may do.
   """
   mesh = make_mesh(experiment.mesh)
-  frozen, digest = load_frozen(experiment, decoder, mesh)
-  deliberator = build_deliberator(experiment)
-  run = describe_training(experiment, workdir, frozen, digest, mesh)
-  run.check()
-  run.check_workdir()
+  description = describe_frozen(experiment, decoder)
+  shapes = nn.unbox(weights.boxed_shapes(experiment.decoder))
+  planned = describe_training(experiment, workdir, shapes, description.fingerprint, mesh)
+  planned.check()
+  planned.check_workdir()
   prepare_data(experiment, data)
+  check_vocabulary(open_rows(experiment, data, 'validation'), description)
+  frozen = load_frozen(experiment, decoder, mesh)
+  run = dataclasses.replace(planned, frozen=frozen)
+  deliberator = build_deliberator(experiment)
   batches = open_stream(experiment, data, run.section)
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
   before = fingerprint(frozen)

@@ -22,14 +22,31 @@ from latent_deliberation.model.fingerprint import fingerprint
 _DESCRIPTION, _WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What decoder.json says.
+
+  Attributes:
+    config: sizes.
+    fingerprint: of the weights.
+    vocabulary: hash of the vocabulary of the training text; '' where it is not known.
+  """
+  config: TransformerConfig
+  fingerprint: str
+  vocabulary: str
+
+
 def boxed_shapes(config: TransformerConfig) -> PyTree:
   """Shapes of a decoder's parameters, boxed with their logical axes; nothing is allocated."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)['params']
 
 
-def save(directory: Path, config: TransformerConfig, params: Params) -> str:
+def save(directory: Path, config: TransformerConfig, params: Params, vocabulary: str = '') -> str:
   """Writes a decoder, whole or not at all, and returns its fingerprint.
+
+  Args:
+    vocabulary: hash of the vocabulary that it was trained with.
 
   Raises:
     FileExistsError: `directory` exists already; nothing is overwritten.
@@ -44,10 +61,34 @@ def save(directory: Path, config: TransformerConfig, params: Params) -> str:
     checkpointer.save(partial / _WEIGHTS, params)
   digest = fingerprint(params)
   if jax.process_index() == 0:
-    description = {'format': _FORMAT, 'fingerprint': digest, 'config': dataclasses.asdict(config)}
+    description = {'format': _FORMAT, 'fingerprint': digest, 'vocabulary': vocabulary,
+                   'config': dataclasses.asdict(config)}
     (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
     os.replace(partial, directory)
   return digest
+
+
+def describe(directory: Path) -> Description:
+  """What is known of a decoder without reading its weights.
+
+  Raises:
+    FileNotFoundError: there is no decoder in `directory`.
+    ValueError: decoder.json is damaged.
+  """
+  description = Path(directory).absolute() / _DESCRIPTION
+  if not description.is_file():
+    raise FileNotFoundError(
+        f'{directory} holds no {_DESCRIPTION}: pass the decoder/ folder that launch/pretrain.py '
+        'wrote')
+  try:
+    stored = json.loads(description.read_text())
+    if stored['format'] != _FORMAT:
+      raise ValueError(f'format {stored["format"]}, expected {_FORMAT}')
+    return Description(TransformerConfig(**stored['config']), stored['fingerprint'],
+                       stored['vocabulary'])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{description} is damaged or of another format ({error}); write the decoder '
+                     'again') from error
 
 
 def load(directory: Path, shardings: Callable[[PyTree], PyTree] | None = None,
@@ -65,19 +106,8 @@ def load(directory: Path, shardings: Callable[[PyTree], PyTree] | None = None,
     ValueError: the weights are not those that decoder.json describes.
   """
   directory = Path(directory).absolute()
-  description = directory / _DESCRIPTION
-  if not description.is_file():
-    raise FileNotFoundError(
-        f'{directory} holds no {_DESCRIPTION}: pass the decoder/ folder that launch/pretrain.py '
-        'wrote')
-  try:
-    stored = json.loads(description.read_text())
-    if stored['format'] != _FORMAT:
-      raise ValueError(f'format {stored["format"]}, expected {_FORMAT}')
-    config, expected = TransformerConfig(**stored['config']), stored['fingerprint']
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{description} is damaged or of another format ({error}); write the decoder '
-                     'again') from error
+  described = describe(directory)
+  config, expected = described.config, described.fingerprint
   boxed = boxed_shapes(config)
   if shardings is None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

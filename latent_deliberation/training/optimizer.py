@@ -27,7 +27,7 @@ class OptimizerConfig:
     schedule: 'cosine', 'linear' or 'constant', from the end of warm-up to the last step.
     final_fraction: learning rate at the end over its peak; unused by 'constant'.
     b1, b2, eps: Adam's.
-    weight_decay: per unit of learning rate, on leaves of two or more axes.
+    weight_decay: per unit of learning rate, on leaves of two or more axes but no norm's scale.
     clip_norm: largest global norm of a gradient; inf clips nothing.
   """
   learning_rate: float
@@ -100,7 +100,9 @@ def build_optimizer(config: OptimizerConfig, num_steps: int,
 
 
 def _is_matrix(params: Params) -> Params:
-  return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+  # The scales of norms in stacked layers have two axes as well, and are no matrices.
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: leaf.ndim >= 2 and 'scale' not in jax.tree_util.keystr(path), params)
 
 
 def _scale_by_key(multipliers: Mapping[str, float]) -> optax.GradientTransformation:

@@ -60,13 +60,13 @@ def test_an_arm_that_was_not_measured_has_no_column():
   del arms['shuffled']
   table = format_table(make_summary(arms=arms, content_effect=None, bar=None))
   assert "another text's" not in table.splitlines()[0]
-  assert table.endswith('Bar not measured: it needs the own and the shuffled latents.')
+  assert table.endswith('Gain not measured: it needs the own and the shuffled latents.')
 
 
 def test_a_missed_bar_is_stated_by_position():
   assert state_bar(make_summary()) == (
-    'Bar missed: below the frozen decoder, with an interval that excludes zero, at 1, 2 but not '
-    "at 4; below another text's latents at 1, 2, 4 (8 not scored), with an interval that "
+    'Gain not shown: own latents below the frozen decoder, with an interval that excludes zero, '
+    "at 1, 2 but not at 4; below another text's latents at 1, 2, 4 (8 not scored), with an interval that "
     'excludes zero at 1 but not at 2, 4 (8 not scored).')
 
 
@@ -79,7 +79,7 @@ def test_a_passed_bar_says_so():
   bar = {'passed': True, 'own_below_frozen': {at: True for at in '124'},
          'own_below_shuffled': {at: {'point': True, 'interval': True} for at in '1248'}}
   text = state_bar(make_summary(bar=bar))
-  assert text.startswith('Bar passed') and 'not' not in text.replace('another', '')
+  assert text.startswith('Gain shown') and 'not' not in text.replace('another', '')
 
 
 def test_the_page_holds_table_pictures_notes_and_the_run():
@@ -116,4 +116,4 @@ def test_a_measured_report_can_be_written(tmp_path):
     peak_memory_bytes=0, git_commit='abc', config={'workdir': tmp_path})
   write_report(summarise(report), tmp_path)
   assert json.loads((tmp_path / 'report.json').read_text())['config'] == {'workdir': str(tmp_path)}
-  assert 'Bar missed' in (tmp_path / 'report.md').read_text()
+  assert 'Gain not shown' in (tmp_path / 'report.md').read_text()

@@ -87,6 +87,13 @@ def test_validation_is_the_same_at_every_call(quickstart):
   assert not np.array_equal(first[0].tokens, first[1].tokens)
 
 
+def test_a_coprocessor_does_not_begin_with_the_rows_that_its_decoder_began_with(quickstart):
+  first = [open_stream(finished.experiment(), quickstart, section)(0).tokens
+           for section in ('pretraining', 'training', 'training')]
+  np.testing.assert_array_equal(first[1], first[2])
+  assert not np.array_equal(first[0], first[1])
+
+
 def test_rows_are_read_where_seqio_is_not_installed(quickstart, tmp_path, monkeypatch):
   monkeypatch.setattr(prepared.importlib.util, 'find_spec', lambda name: None)
   prepare_data(finished.experiment(), quickstart)

@@ -119,8 +119,10 @@ def test_what_does_not_fit_eight_devices_is_refused_before_there_are_data(
 
 
 @pytest.mark.usefixtures('no_data', 'one_device')
-def test_what_can_be_trained_with_goes_on_to_the_data(tmp_path, quickstart):
-  experiment = finished.experiment()
+@pytest.mark.parametrize('change', [
+    {}, {'training__multipliers': {'transformer': 0.1}}])  # which constant soft tokens have not
+def test_what_can_be_trained_with_goes_on_to_the_data(change, tmp_path, quickstart):
+  experiment = finished.experiment(**change)
   for launch in (lambda: run_quickstart(experiment, tmp_path / 'quickstart'),
                  lambda: pretrain(experiment, tmp_path / 'pretrain', tmp_path),
                  lambda: train_coprocessor(experiment, quickstart / 'pretraining/decoder',

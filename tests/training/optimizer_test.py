@@ -104,3 +104,11 @@ def test_a_bad_setting_is_refused_by_name(field, value):
 def test_a_warm_up_longer_than_the_run_is_refused():
   with pytest.raises(ValueError, match='warmup_steps is 11, but the run has only 10'):
     build_optimizer(dataclasses.replace(CONFIG, warmup_steps=11), 10)
+
+
+def test_scales_of_stacked_norms_do_not_decay():
+  optimizer = build_optimizer(dataclasses.replace(CONFIG, weight_decay=0.5), 10)
+  params = {'norm': {'scale': jnp.ones((2, 4))}, 'query': {'w': jnp.ones((2, 4))}}
+  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+  assert not updates['norm']['scale'].any()
+  assert (updates['query']['w'] < 0).all()
