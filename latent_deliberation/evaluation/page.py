@@ -27,8 +27,8 @@ def state_bar(summary: Mapping[str, Any]) -> str:
   point = _where({at: below['point'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
   interval = _where({at: below['interval'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
   return (f'Gain {"shown" if bar["passed"] else "not shown"}: own latents below the frozen '
-          f"decoder, with an interval that excludes zero, {frozen}; below another text's latents {point}, with an "
-          f'interval that excludes zero {interval}.')
+          f'decoder, with an interval that excludes zero, {frozen}; below another text\'s latents '
+          f'{point}, with an interval that excludes zero {interval}.')
 
 
 def _where(below: Mapping[str, bool], wanted: Iterable[int]) -> str:

@@ -66,8 +66,8 @@ def test_an_arm_that_was_not_measured_has_no_column():
 def test_a_missed_bar_is_stated_by_position():
   assert state_bar(make_summary()) == (
     'Gain not shown: own latents below the frozen decoder, with an interval that excludes zero, '
-    "at 1, 2 but not at 4; below another text's latents at 1, 2, 4 (8 not scored), with an interval that "
-    'excludes zero at 1 but not at 2, 4 (8 not scored).')
+    "at 1, 2 but not at 4; below another text's latents at 1, 2, 4 (8 not scored), with an "
+    'interval that excludes zero at 1 but not at 2, 4 (8 not scored).')
 
 
 def test_a_bar_missed_everywhere_says_so():
