@@ -109,6 +109,7 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 def test_scales_of_stacked_norms_do_not_decay():
   optimizer = build_optimizer(dataclasses.replace(CONFIG, weight_decay=0.5), 10)
   params = {'norm': {'scale': jnp.ones((2, 4))}, 'query': {'w': jnp.ones((2, 4))}}
-  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
   assert not updates['norm']['scale'].any()
   assert (updates['query']['w'] < 0).all()
