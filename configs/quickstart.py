@@ -41,4 +41,5 @@ def get_config():
           loop=LoopConfig(num_steps=600, log_every=20, eval_every=100, save_every=300, keep=2)),
       evaluation=EvaluationConfig(
           num_texts=1024, batch_size=16, num_traces=16, num_ahead=32,
-          positions=(1, 2, 4, 8, 16, 32), watch_batches=8)))
+          positions=(1, 2, 4, 8, 16, 32), watch_batches=8,
+          rows_per_text=16)))

@@ -55,7 +55,7 @@ def test_every_key_can_be_set_and_no_other(name):
     config.training.batch_size = 'eight'
 
 
-def test_gemma2_2b_has_the_setting_of_the_paper_and_fits_its_mesh():
+def test_gemma2_2b_has_the_setting_of_the_paper_and_fits_its_mesh(tmp_path):
   """Everything but arrays is made: 2.6 billion parameters, their optimiser and their shardings."""
   experiment = bind(finished.config_of('gemma2_2b'))
   assert experiment.decoder == PRESETS['gemma2_2b']
@@ -67,9 +67,9 @@ def test_gemma2_2b_has_the_setting_of_the_paper_and_fits_its_mesh():
   shapes = nn.unbox(boxed_shapes(experiment.decoder))
   assert count_parameters(shapes) == 2_614_341_888
   mesh = AbstractMesh((16, 16, 1), MESH_AXES)
-  run = describe_training(experiment, None, shapes, '', mesh)
+  run = describe_training(experiment, tmp_path, shapes, '', mesh)
   run.check()
-  describe_pretraining(experiment, None, mesh).check()
+  describe_pretraining(experiment, tmp_path, mesh).check()
   embed = run.abstract.params['transformer']['blocks']['attention']['query']
   assert 'fsdp' in str(jax.tree.leaves(embed)[0].sharding.spec)
   assert 1.9e9 < count_parameters(run.abstract.params) < 2.1e9  # without the embedder

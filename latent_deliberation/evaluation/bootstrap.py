@@ -41,6 +41,13 @@ class AheadNLL:
     """Mean nats per target at each ahead position, [A]."""
     return self.total.sum(axis=0) / self.count.sum(axis=0)
 
+  def merged(self, labels: np.ndarray) -> 'AheadNLL':
+    """The same sums with rows of equal label, int [texts], taken together as one text."""
+    groups, member = np.unique(labels, return_inverse=True)
+    sums = np.zeros((2, len(groups), self.count.shape[1]))
+    np.add.at(sums, (slice(None), member), np.stack([self.total, self.count]))
+    return AheadNLL(sums[0], sums[1].astype(self.count.dtype))
+
 
 @dataclasses.dataclass(frozen=True)
 class Change:

@@ -37,6 +37,7 @@ from latent_deliberation.jobs.prepared import (
   open_rows,
   open_stream,
   validation_batches,
+  validation_texts,
 )
 from latent_deliberation.jobs.train import describe_training
 from latent_deliberation.model.fingerprint import fingerprint
@@ -98,8 +99,9 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
     arms['constant'] = _score(constant_variant(experiment), ('own',), soft_tokens, frozen, held_out,
                               mesh)['own']
     counts['constant soft tokens'] = count_parameters(soft_tokens)
+  texts = validation_texts(experiment, data, len(held_out))
   report = Report(
-      arms=arms, positions=experiment.evaluation.positions,
+      arms={name: scores.merged(texts) for name, scores in arms.items()}, positions=experiment.evaluation.positions,
       num_ahead=experiment.deliberation.num_ahead,
       decoder_fingerprints=(before, fingerprint(frozen)),
       parameters=counts,

@@ -82,6 +82,8 @@ class EvaluationConfig:
     positions: ahead positions of the table, from 1.
     watch_batches: batches that training looks at every eval_every steps.
     bootstrap_samples: resamplings behind an interval.
+    rows_per_text: consecutive packed rows that count as one text when texts are resampled, since
+      rows of one document are no independent witnesses.
   """
   num_texts: int
   batch_size: int
@@ -90,6 +92,7 @@ class EvaluationConfig:
   positions: tuple[int, ...]
   watch_batches: int
   bootstrap_samples: int = 2000
+  rows_per_text: int = 1
 
   def __post_init__(self):
     object.__setattr__(self, 'positions', tuple(self.positions))
@@ -104,7 +107,7 @@ class EvaluationConfig:
     if self.num_texts < self.batch_size or self.num_texts % self.batch_size:
       raise ValueError(f'evaluation.num_texts = {self.num_texts} is not a multiple of batch_size = '
                        f'{self.batch_size}: change one of the two')
-    for name in ('num_traces', 'watch_batches', 'bootstrap_samples'):
+    for name in ('num_traces', 'watch_batches', 'bootstrap_samples', 'rows_per_text'):
       if getattr(self, name) < 1:
         raise ValueError(f'evaluation.{name} = {getattr(self, name)}: at least 1 is needed')
 

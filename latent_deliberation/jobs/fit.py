@@ -106,28 +106,30 @@ class Run:
         jax.random.key(self.experiment.seed), self.frozen)
 
   def check(self) -> None:
-    """Raises ValueError for settings that cannot be trained with; needs no data and no weights.
+    """Raises what would stop this run later, as far as it shows without data and without weights.
 
-    Those are batches and sizes that do not divide over the mesh, and a warm-up longer than the run.
+    Raises:
+      ValueError: batches or sizes do not divide over the mesh, the warm-up is longer than the run,
+        or the directory holds another run.
+      OSError: the directory cannot be written to.
     """
+    experiment = self.experiment
     check_divides(self.section, self.settings.batch_size, self.settings.accumulation, self.mesh,
-                  self.experiment)
-    check_divides('evaluation', self.experiment.evaluation.batch_size, 1, self.mesh,
-                  self.experiment)
+                  experiment)
+    check_divides('evaluation', experiment.evaluation.batch_size, 1, self.mesh, experiment)
     try:
       _ = self.abstract
     except ValueError as error:
       raise ValueError(f'{self.section}: {error}') from error
-
-  def check_workdir(self) -> None:
-    """Raises unless the directory can be written to, and holds this run or none."""
     make_writable(self.workdir)
     path = self.workdir / RUN_FILE
     if path.exists():
-      with contextlib.suppress(json.JSONDecodeError):  # which `claim` will speak of
+      with contextlib.suppress(json.JSONDecodeError, KeyError):  # which `claim` will speak of
         saved = json.loads(path.read_text())
-        # The data may not be there yet; `claim` compares them, too.
-        check_same_run(str(self.workdir), saved, self.identity(saved['data']), FREE)
+        # Data, or a quickstart's decoder, may not be there yet; `claim` compares them, too.
+        identity = dataclasses.replace(
+            self.identity(saved['data']), decoder=self.decoder or saved['decoder'])
+        check_same_run(str(self.workdir), saved, identity, FREE)
 
 
 def check_divides(section: str, batch_size: int, accumulation: int, mesh: Mesh,

@@ -4,15 +4,17 @@ import importlib.util
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from latent_deliberation.data.rows import PackedRows, PermutedBatches
+from latent_deliberation.data.rows import PackedRows, PermutedBatches, permutation
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.model.weights import Description
 from latent_deliberation.training.checkpoint import Batches
 
 ROWS = 'rows'
+VALIDATION_ORDER = 0  # seed of the order of validation rows, the same for every experiment
 
 
 def prepare_data(experiment: Experiment, directory: Path) -> None:
@@ -83,5 +85,13 @@ def validation_batches(experiment: Experiment, directory: Path, num_batches: int
         f'{num_batches} validation batches of evaluation.batch_size = {size} need '
         f'{num_batches * size} rows, {directory} has {len(rows)}: lower evaluation.num_texts or '
         'watch_batches, or hold out more text (data.validation_percent)')
-  stream = PermutedBatches(rows, size, 0, jax.process_index(), jax.process_count())
+  stream = PermutedBatches(rows, size, VALIDATION_ORDER, jax.process_index(), jax.process_count())
   return [stream(index) for index in range(num_batches)]
+
+
+def validation_texts(experiment: Experiment, directory: Path, num_batches: int) -> np.ndarray:
+  """The text that each row of `validation_batches` belongs to, int [rows]; see `rows_per_text`."""
+  rows = open_rows(experiment, directory, 'validation')
+  order = permutation(VALIDATION_ORDER, 0, len(rows))
+  return (order[:num_batches * experiment.evaluation.batch_size]
+          // experiment.evaluation.rows_per_text)

@@ -37,7 +37,6 @@ def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
   mesh = make_mesh(experiment.mesh)
   run = describe_pretraining(experiment, workdir, mesh)
   run.check()
-  run.check_workdir()
   prepare_data(experiment, data)
   batches = open_stream(experiment, data, run.section)
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)

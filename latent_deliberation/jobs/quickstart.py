@@ -27,33 +27,35 @@ def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
 
   Returns: the content of <workdir>/report.json.
   """
-  check_phases(experiment, workdir)
+  runs = {'decoder': workdir / 'pretraining', 'coprocessor': workdir / 'coprocessor',
+          'constant soft tokens': workdir / 'constant'}
+  make_writable(workdir)
+  check_phases(experiment, *runs.values())
   clock = PhaseClock(workdir / 'phases.json')
   with clock.phase('data'):
     prepare_data(experiment, workdir)
     scored_batches(experiment, workdir)  # there must be enough of them, hours later
   with clock.phase('decoder'):
-    decoder = pretrain(experiment, workdir / 'pretraining', workdir)
+    decoder = pretrain(experiment, runs['decoder'], workdir)
   with clock.phase('coprocessor'):
-    train_coprocessor(experiment, decoder, workdir / 'coprocessor', workdir)
+    train_coprocessor(experiment, decoder, runs['coprocessor'], workdir)
   with clock.phase('constant soft tokens'):
-    train_coprocessor(constant_variant(experiment), decoder, workdir / 'constant', workdir)
+    train_coprocessor(constant_variant(experiment), decoder, runs['constant soft tokens'], workdir)
   logging.info('=== evaluation')
   return evaluate(
-      experiment, decoder=decoder, coprocessor=workdir / 'coprocessor',
-      constant=workdir / 'constant', data=workdir, output=workdir, seconds=clock.seconds,
-      runs={'decoder': workdir / 'pretraining', 'coprocessor': workdir / 'coprocessor',
-            'constant soft tokens': workdir / 'constant'})
+      experiment, decoder=decoder, coprocessor=runs['coprocessor'],
+      constant=runs['constant soft tokens'], data=workdir, output=workdir, seconds=clock.seconds,
+      runs=runs)
 
 
-def check_phases(experiment: Experiment, workdir: Path) -> None:
-  """Raises before the first phase what would stop a later one."""
-  make_writable(workdir)
+def check_phases(experiment: Experiment, pretraining: Path, coprocessor: Path,
+                 constant: Path) -> None:
+  """Raises before the first phase what would stop a later one; takes the runs' directories."""
   mesh = make_mesh(experiment.mesh)
-  describe_pretraining(experiment, workdir, mesh).check()
   shapes = nn.unbox(boxed_shapes(experiment.decoder))
-  for variant in (experiment, constant_variant(experiment)):
-    describe_training(variant, workdir, shapes, '', mesh).check()
+  describe_pretraining(experiment, pretraining, mesh).check()
+  describe_training(experiment, coprocessor, shapes, '', mesh).check()
+  describe_training(constant_variant(experiment), constant, shapes, '', mesh).check()
 
 
 class PhaseClock:

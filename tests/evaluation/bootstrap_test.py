@@ -132,3 +132,11 @@ def test_arms_with_different_targets_are_both_named():
   other[2, 1] = 7
   with pytest.raises(ValueError, match='text 2 has 7 targets at ahead position 2 in own and 1 in'):
     check_paired({'frozen': AheadNLL(1.0 * count, count), 'own': AheadNLL(1.0 * count, other)})
+
+
+def test_merged_texts_keep_the_sums_and_count_once():
+  scores = AheadNLL(np.arange(8.0).reshape(4, 2), np.array([[1, 2], [3, 4], [5, 6], [7, 8]]))
+  merged = scores.merged(np.array([7, 2, 7, 2]))
+  np.testing.assert_array_equal(merged.total, [[8, 10], [4, 6]])
+  np.testing.assert_array_equal(merged.count, [[10, 12], [6, 8]])
+  np.testing.assert_allclose(merged.nll, scores.nll)

@@ -118,7 +118,7 @@ def test_what_only_the_other_job_reads_may_change(coprocessor, quickstart):
   frozen = load_frozen(experiment, decoder, make_mesh(experiment.mesh))
   digest = describe_frozen(experiment, decoder).fingerprint
   run = describe_training(experiment, coprocessor, frozen, digest, make_mesh(experiment.mesh))
-  run.check_workdir()
+  run.check()
   assert restore_trained(run, open_stream(experiment, quickstart, 'training'))
 
 

@@ -136,6 +136,11 @@ def test_a_directory_of_another_run_is_refused_before_there_are_data(quickstart,
   changed = finished.experiment(pretraining__optimizer__learning_rate=0.5)
   with pytest.raises(ValueError, match='config.pretraining.*_rate: 0.01 there, 0.5 now'):
     pretrain(changed, quickstart / 'pretraining', tmp_path)
+  with pytest.raises(ValueError, match='pretraining belongs to another run:.*\n.*0.01 there, 0.5'):
+    run_quickstart(changed, quickstart)
+  changed = finished.experiment(deliberation__gate='channel')
+  with pytest.raises(ValueError, match="coprocessor belongs to another run:.*\n.*'matrix' there"):
+    run_quickstart(changed, quickstart)
 
 
 @pytest.mark.usefixtures('no_data', 'one_device')
