@@ -101,7 +101,8 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
     counts['constant soft tokens'] = count_parameters(soft_tokens)
   texts = validation_texts(experiment, data, len(held_out))
   report = Report(
-      arms={name: scores.merged(texts) for name, scores in arms.items()}, positions=experiment.evaluation.positions,
+      arms={name: scores.merged(texts) for name, scores in arms.items()},
+      positions=experiment.evaluation.positions,
       num_ahead=experiment.deliberation.num_ahead,
       decoder_fingerprints=(before, fingerprint(frozen)),
       parameters=counts,

@@ -45,7 +45,6 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   shapes = nn.unbox(weights.boxed_shapes(experiment.decoder))
   planned = describe_training(experiment, workdir, shapes, description.fingerprint, mesh)
   planned.check()
-  planned.check_workdir()
   prepare_data(experiment, data)
   check_vocabulary(open_rows(experiment, data, 'validation'), description)
   frozen = load_frozen(experiment, decoder, mesh)
