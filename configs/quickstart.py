@@ -31,15 +31,15 @@ def get_config():
           optimizer=OptimizerConfig(
               learning_rate=8e-3, warmup_steps=50, final_fraction=0.02, b2=0.98,
               weight_decay=0.01),
-          loop=LoopConfig(num_steps=500, log_every=20, eval_every=100, save_every=250, keep=2)),
+          loop=LoopConfig(num_steps=350, log_every=10, eval_every=50, save_every=175, keep=2)),
       deliberation=DeliberationConfig(num_latents=2, num_ahead=8, num_traces=64),
       training=TrainingConfig(
           batch_size=8,
           optimizer=OptimizerConfig(
               learning_rate=3e-3, warmup_steps=20, final_fraction=0.02, b2=0.98),
           multipliers={'soft_tokens': 0.03, 'gate': 0.3},
-          loop=LoopConfig(num_steps=600, log_every=20, eval_every=100, save_every=300, keep=2)),
+          loop=LoopConfig(num_steps=400, log_every=10, eval_every=100, save_every=200, keep=2)),
       evaluation=EvaluationConfig(
-          num_texts=1024, batch_size=16, num_traces=16, num_ahead=32,
-          positions=(1, 2, 4, 8, 16, 32), watch_batches=8,
+          num_texts=1024, batch_size=16, num_traces=16, num_ahead=16,
+          positions=(1, 2, 4, 8, 16), watch_batches=4,
           rows_per_text=16)))
