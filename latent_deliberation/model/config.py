@@ -1,4 +1,4 @@
-"""The shape of a decoder, and the published sizes by name."""
+"""The architecture of a decoder, and the published sizes by name."""
 
 import dataclasses
 
@@ -7,7 +7,11 @@ LAYER_KINDS = ('local', 'global')
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """A Gemma-style decoder: grouped-query attention, GeGLU, RMS norms around both halves of a block.
+  """A Gemma-style decoder: grouped-query attention, gated feed-forward, RMS norms.
+
+  The defaults are Gemma 2's. Gemma 1 has global layers only, no caps and no post-norms. Gemma 3
+  (its text part) has no caps, but query-key norms, five local layers to a global one, and a rotary
+  base of its own for each of the two kinds.
 
   Attributes:
     vocab_size: V; rows of the embedding, which is also the output head.
@@ -23,7 +27,12 @@ class TransformerConfig:
     attention_softcap: scores become cap * tanh(scores / cap); None for no cap.
     final_softcap: the same for the output logits.
     query_scale: factor on the queries; None for head_dim ** -0.5.
+    qk_norm: RMS norms on every head's query and key, before they are rotated.
+    post_norms: RMS norms behind attention and feed-forward too, not only before them.
     rope_base: wavelength base of the rotary embedding.
+    rope_local_base: the same on local layers; None where it is rope_base.
+    rope_scaling: factor by which global layers' positions are divided (linear scaling, arXiv
+      2306.15595).
     norm_epsilon: added to the mean square in every RMS norm.
   """
   vocab_size: int
@@ -38,7 +47,11 @@ class TransformerConfig:
   attention_softcap: float | None = 50.0
   final_softcap: float | None = 30.0
   query_scale: float | None = None
+  qk_norm: bool = False
+  post_norms: bool = True
   rope_base: float = 10_000.0
+  rope_local_base: float | None = None
+  rope_scaling: float = 1.0
   norm_epsilon: float = 1e-6
 
   def __post_init__(self):
@@ -47,6 +60,11 @@ class TransformerConfig:
                  'hidden_dim', 'window'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} = {getattr(self, name)}: a decoder needs at least 1')
+    for name in ('attention_softcap', 'final_softcap', 'query_scale', 'rope_base',
+                 'rope_local_base', 'rope_scaling', 'norm_epsilon'):
+      value = getattr(self, name)
+      if value is not None and not value > 0:
+        raise ValueError(f'{name} = {value}: it must be above 0')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
           f'num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}: '
@@ -65,10 +83,26 @@ class TransformerConfig:
     return tuple(self.layer_pattern[i % period] for i in range(self.num_layers))
 
 
+def _gemma1(**sizes: int) -> TransformerConfig:
+  return TransformerConfig(
+      vocab_size=256_000, head_dim=256, layer_pattern=('global',), attention_softcap=None,
+      final_softcap=None, post_norms=False, **sizes)
+
+
+def _gemma3(**sizes: float) -> TransformerConfig:
+  return TransformerConfig(
+      **{'head_dim': 256, **sizes}, layer_pattern=('local',) * 5 + ('global',),
+      attention_softcap=None, final_softcap=None, qk_norm=True, rope_base=1e6, rope_local_base=1e4)
+
+
 PRESETS = {
     'tiny': TransformerConfig(
         vocab_size=260, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
         hidden_dim=64, window=8),
+    'gemma1_2b': _gemma1(
+        embed_dim=2048, num_layers=18, num_heads=8, num_kv_heads=1, hidden_dim=16_384),
+    'gemma1_7b': _gemma1(
+        embed_dim=3072, num_layers=28, num_heads=16, num_kv_heads=16, hidden_dim=24_576),
     'gemma2_2b': TransformerConfig(
         vocab_size=256_000, embed_dim=2304, num_layers=26, num_heads=8, num_kv_heads=4,
         head_dim=256, hidden_dim=9216),
@@ -78,4 +112,20 @@ PRESETS = {
     'gemma2_27b': TransformerConfig(
         vocab_size=256_000, embed_dim=4608, num_layers=46, num_heads=32, num_kv_heads=16,
         head_dim=128, hidden_dim=36_864, query_scale=(4608 / 32) ** -0.5),
+    'gemma3_270m': _gemma3(
+        vocab_size=262_144, embed_dim=640, num_layers=18, num_heads=4, num_kv_heads=1,
+        hidden_dim=2048, window=512),
+    'gemma3_1b': _gemma3(
+        vocab_size=262_144, embed_dim=1152, num_layers=26, num_heads=4, num_kv_heads=1,
+        hidden_dim=6912, window=512),
+    'gemma3_4b': _gemma3(
+        vocab_size=262_208, embed_dim=2560, num_layers=34, num_heads=8, num_kv_heads=4,
+        hidden_dim=10_240, window=1024, rope_scaling=8.0),
+    'gemma3_12b': _gemma3(
+        vocab_size=262_208, embed_dim=3840, num_layers=48, num_heads=16, num_kv_heads=8,
+        hidden_dim=15_360, window=1024, rope_scaling=8.0),
+    'gemma3_27b': _gemma3(
+        vocab_size=262_208, embed_dim=5376, num_layers=62, num_heads=32, num_kv_heads=16,
+        head_dim=128, hidden_dim=21_504, window=1024, rope_scaling=8.0,
+        query_scale=(5376 / 32) ** -0.5),
 }

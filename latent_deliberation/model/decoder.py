@@ -57,7 +57,7 @@ class Decoder(nn.Module):
   @typed
   def embed(self, tokens: RowTokens) -> Rows:
     """Input embeddings, scaled, in the compute dtype."""
-    return self.embedder.encode(tokens).astype(self.dtype)
+    return self.embedder.encode(tokens, self.dtype)
 
   def transform(self, x: Array, positions: Array, visibility: Visibility,
                 cache: KVCache | None = None) -> tuple[Array, KeysValues]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Float, Int, Rows, RowTokens, typed
@@ -105,18 +106,25 @@ class Embedder(nn.Module):
         (self.vocab_size, self.embed_dim))
 
   @typed
-  def encode(self, tokens: RowTokens) -> Rows:
-    """Input embeddings of tokens, in the table's dtype, scaled by sqrt(D) as Gemma does."""
-    # Gemma rounds the factor to the compute dtype; at D = 2304 that is 48 in either.
-    return self.table[tokens] * jnp.asarray(self.embed_dim ** 0.5, self.table.dtype)
+  def encode(self, tokens: RowTokens, dtype: str) -> Rows:
+    """Input embeddings of tokens, in `dtype`, scaled by sqrt(D) as Gemma does."""
+    # Gemma rounds the factor to the dtype that it computes in.
+    return self.table[tokens].astype(dtype) * jnp.asarray(self.embed_dim ** 0.5, dtype)
+
+
+def rotary_frequencies(head_dim: int, base: float, scaling: float = 1.0) -> np.ndarray:
+  """Radians that each of the H / 2 pairs turns by from one position to the next, float32 [H / 2].
+
+  Args:
+    scaling: by which positions are divided (arXiv 2306.15595).
+  """
+  return (base ** (-np.arange(0, head_dim, 2) / head_dim) / scaling).astype(np.float32)
 
 
 @typed
 def rotate(x: Float[Array, 'B M Q J H'], positions: Int[Array, 'B M Q'],
-           base: float) -> Float[Array, 'B M Q J H']:
+           frequencies: Float[Array, 'half']) -> Float[Array, 'B M Q J H']:
   """Rotary position embedding (arXiv 2104.09864) on halves, as Gemma pairs them; J heads."""
-  half = x.shape[-1] // 2
-  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
   sin, cos = jnp.sin(angles), jnp.cos(angles)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from flax import struct
 
-from latent_deliberation.array_types import Array, Int, Rows, RowTokens, typed
+from latent_deliberation.array_types import Array, Rows, RowTokens, typed
 from latent_deliberation.model.attention import (
   Visibility,
   attend,
@@ -13,7 +15,14 @@ from latent_deliberation.model.attention import (
 )
 from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
-from latent_deliberation.model.layers import FeedForward, LowRank, Projection, RMSNorm, rotate
+from latent_deliberation.model.layers import (
+  FeedForward,
+  LowRank,
+  Projection,
+  RMSNorm,
+  rotary_frequencies,
+  rotate,
+)
 
 REMAT_POLICIES = {
     'none': None,
@@ -22,13 +31,25 @@ REMAT_POLICIES = {
 }
 
 
+@struct.dataclass
+class LayerTraits:
+  """What distinguishes local and global layers; as arrays, so that both are one scanned body.
+
+  Attributes:
+    window: [] int32, keys that a query sees, its own included.
+    frequencies: [H / 2] float32, of the rotary embedding.
+  """
+  window: Array
+  frequencies: Array
+
+
 class Attention(nn.Module):
   """Grouped-query attention with rotary positions, over a cache and over the fresh tokens."""
   config: TransformerConfig
   lora: LowRank | None = None
 
   @nn.compact
-  def __call__(self, x: Array, positions: Array, visibility: Visibility, window: Array,
+  def __call__(self, x: Array, positions: Array, visibility: Visibility, traits: LayerTraits,
                cache: KVCache | None) -> tuple[Array, KeysValues]:
     c = self.config
     axes = ('batch', 'trace', 'length', 'heads', 'head_dim')
@@ -37,13 +58,18 @@ class Attention(nn.Module):
       return Projection((c.embed_dim, heads, c.head_dim), ('embed', axis, 'head_dim'),
                         lora=self.lora, name=name)(x)
 
-    scale = c.head_dim ** -0.5 if c.query_scale is None else c.query_scale
-    queries = rotate(project('query', c.num_heads, 'heads'), positions, c.rope_base) * scale
-    queries = nn.with_logical_constraint(queries.astype(x.dtype), axes)
-    keys = rotate(project('key', c.num_kv_heads, 'kv_heads'), positions, c.rope_base)
+    queries = project('query', c.num_heads, 'heads')
+    keys = project('key', c.num_kv_heads, 'kv_heads')
     values = project('value', c.num_kv_heads, 'kv_heads')
+    if c.qk_norm:
+      queries = RMSNorm(c.norm_epsilon, name='query_norm')(queries)
+      keys = RMSNorm(c.norm_epsilon, name='key_norm')(keys)
+    scale = c.head_dim ** -0.5 if c.query_scale is None else c.query_scale
+    queries = rotate(queries, positions, traits.frequencies) * scale
+    queries = nn.with_logical_constraint(queries.astype(x.dtype), axes)
+    keys = rotate(keys, positions, traits.frequencies)
 
-    visible = fresh_mask(positions, visibility, window)
+    visible = fresh_mask(positions, visibility, traits.window)
     if cache is None:
       mixed = attend(queries, keys, values, visible, cap=c.attention_softcap)
     else:
@@ -51,7 +77,8 @@ class Attention(nn.Module):
       mixed = attend(
           queries, keys, values, visible, cache.keys.astype(x.dtype),
           cache.values.astype(x.dtype),
-          cached_mask(positions, visibility, cache.positions, cache.segments, window),
+          cached_mask(positions, visibility, cache.positions, cache.segments,
+                      traits.window),
           cap=c.attention_softcap)
     out = Projection((c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed'),
                      inputs=2, lora=self.lora, name='out')(mixed)
@@ -59,21 +86,28 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """x + norm(attention(norm(x))), then x + norm(feed-forward(norm(x)))."""
+  """x + norm(attention(norm(x))), then x + norm(feed-forward(norm(x))).
+
+  The outer norms are absent where the config has no post_norms.
+  """
   config: TransformerConfig
   lora: LowRank | None = None
 
   @nn.compact
-  def __call__(self, x: Array, layer: tuple[Array, KVCache | None], positions: Array,
+  def __call__(self, x: Array, layer: tuple[LayerTraits, KVCache | None], positions: Array,
                visibility: Visibility) -> tuple[Array, KeysValues]:
-    window, cache = layer
+    traits, cache = layer
     norm = lambda name: RMSNorm(self.config.norm_epsilon, name=name)  # noqa: E731
     mixed, fresh = Attention(self.config, self.lora, name='attention')(
-        norm('attention_in')(x), positions, visibility, window, cache)
-    x = x + norm('attention_out')(mixed)
+        norm('attention_in')(x), positions, visibility, traits, cache)
+    if self.config.post_norms:
+      mixed = norm('attention_out')(mixed)
+    x = x + mixed
     fed = FeedForward(self.config.hidden_dim, self.lora, name='feed_forward')(
         norm('feed_forward_in')(x))
-    x = x + norm('feed_forward_out')(fed)
+    if self.config.post_norms:
+      fed = norm('feed_forward_out')(fed)
+    x = x + fed
     return nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation')), fresh
 
 
@@ -112,14 +146,19 @@ class Transformer(nn.Module):
         in_axes=(0, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: 'layers'},
     )(self.config, self.lora, name='blocks')
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
-    x, fresh = blocks(x, (self._windows(), self._per_layer(cache)), positions, visibility)
+    x, fresh = blocks(x, (self._traits(), self._per_layer(cache)), positions, visibility)
     return RMSNorm(self.config.norm_epsilon, name='final_norm')(x), fresh
 
-  def _windows(self) -> Int[Array, 'L']:
-    """Reach of each layer; a global layer's is past any position."""
-    everything = jnp.iinfo(jnp.int32).max
-    return jnp.array([self.config.window if kind == 'local' else everything
-                      for kind in self.config.layer_kinds], jnp.int32)
+  def _traits(self) -> LayerTraits:
+    """Traits of the L layers, stacked; the window of a global layer is past any position."""
+    c = self.config
+    local_base = c.rope_base if c.rope_local_base is None else c.rope_local_base
+    traits = {
+        'local': (c.window, rotary_frequencies(c.head_dim, local_base)),
+        'global': (np.iinfo(np.int32).max,
+                   rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling))}
+    windows, frequencies = zip(*(traits[kind] for kind in c.layer_kinds), strict=True)
+    return LayerTraits(jnp.array(windows, jnp.int32), jnp.array(frequencies))
 
   def _per_layer(self, cache: KVCache | None) -> KVCache | None:
     """The cache with a layer axis on every leaf, since scan slices all of them."""

@@ -39,7 +39,8 @@ def test_logits_equal_those_of_a_dense_reference(batch, decoder_params, logits):
 @pytest.mark.parametrize('change', [
     {'window': 1000}, {'window': 3}, {'layer_pattern': ('global', 'local')},
     {'attention_softcap': None}, {'final_softcap': None}, {'query_scale': None},
-    {'rope_base': 1e4}, {'norm_epsilon': 1e-1}])
+    {'rope_base': 1e4}, {'rope_local_base': 1e4}, {'rope_scaling': 8.0}, {'post_norms': False},
+    {'norm_epsilon': 1e-1}])
 def test_every_setting_of_the_architecture_matters(batch, decoder_params, logits, change):
   # What this test cannot tell apart, no other test here could either.
   other = logits_of(decoder_params, batch, dataclasses.replace(tiny.CONFIG, **change))
@@ -76,8 +77,11 @@ def test_computing_in_bfloat16_rounds_and_keeps_logits_in_float32(batch, decoder
   assert 1e-4 < np.abs(other - logits).mean() < 0.1
 
 
-# Table 2 of arXiv 2408.00118 without embeddings; those there are of 256,128 rows, here 256,000.
+# Without embeddings: table 2 of arXiv 2403.08295 and of arXiv 2408.00118 (whose embeddings have
+# 256,128 rows, here 256,000).
 @pytest.mark.parametrize('name, inner, total', [
+    ('gemma1_2b', 1_981_884_416, 2_506_172_416),
+    ('gemma1_7b', 7_751_248_896, 8_537_680_896),
     ('gemma2_2b', 2_024_517_888, 2_614_341_888),
     ('gemma2_9b', 8_324_201_984, 9_241_705_984),
     ('gemma2_27b', 26_047_480_320, 27_227_128_320)])

@@ -11,6 +11,7 @@ from latent_deliberation.model.layers import (
   LowRank,
   Projection,
   RMSNorm,
+  rotary_frequencies,
   rotate,
 )
 from tests import tiny
@@ -70,12 +71,15 @@ def test_the_feed_forward_gates_with_the_tanh_form_of_gelu():
 def test_embeddings_are_scaled_by_the_root_of_the_width():
   embedder = Embedder(vocab_size=3, embed_dim=4)
   table = jnp.arange(12.0).reshape(3, 4)
-  rows = embedder.apply({'params': {'table': table}}, jnp.array([[[2, 0]]]), method='encode')
+  rows = embedder.apply({'params': {'table': table}}, jnp.array([[[2, 0]]]), 'float32',
+                        method='encode')
   np.testing.assert_array_equal(rows, 2 * table[jnp.array([[[2, 0]]])])
 
 
 def rotated(x, position):
-  return rotate(x[None, None, None, None, :], jnp.full((1, 1, 1), position), base=100.0).reshape(-1)
+  frequencies = jnp.asarray(rotary_frequencies(x.size, base=100.0))
+  return rotate(x[None, None, None, None, :], jnp.full((1, 1, 1), position),
+                frequencies).reshape(-1)
 
 
 def test_position_zero_is_not_rotated_and_no_position_changes_a_length():
