@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from latent_deliberation.data.rows import PackedRows, PermutedBatches, permutation
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
-from latent_deliberation.model.weights import Description
+from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.training.checkpoint import Batches
 
 ROWS = 'rows'
@@ -50,7 +50,7 @@ def open_rows(experiment: Experiment, directory: Path, split: str) -> PackedRows
   return rows
 
 
-def check_vocabulary(rows: PackedRows, decoder: Description) -> None:
+def check_vocabulary(rows: PackedRows, decoder: Checkpoint) -> None:
   """Raises ValueError where the rows' ids mean other pieces than those the decoder learnt."""
   there = rows.manifest.recipe.vocabulary_hash
   if decoder.vocabulary and there != decoder.vocabulary:
