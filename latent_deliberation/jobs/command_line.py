@@ -3,7 +3,7 @@
 import logging as python_logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -33,6 +33,17 @@ def define_directory(name: str, meaning: str, default: str | None = None) -> fla
   flag = flags.DEFINE_string(name, default, meaning, required=default is None)
   flags.register_validator(name, _check_directory)
   return flag
+
+
+def define_choice(name: str, choices: Sequence[str], meaning: str,
+                  required: bool = True) -> flags.FlagHolder:
+  """Defines a flag with one of some values; the first is the default, or None where it may be."""
+  return flags.DEFINE_enum(name, choices[0] if required else None, choices, meaning)
+
+
+def define_switch(name: str, meaning: str) -> flags.FlagHolder:
+  """Defines a flag that is off where it is not given."""
+  return flags.DEFINE_bool(name, False, meaning)
 
 
 def _check_directory(path: str | None) -> bool:

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import boxed_shapes
 
 FORMATS = ('native', 'huggingface')  # that can be written
+TOKENIZER = 'tokenizer.model'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,14 @@ class Checkpoint:
   _padded: tuple[str, ...]
   _is_foreign: Callable[[str], bool]
   _read: Callable[[Mapping[str, Sharding]], Params]
+
+  @property
+  def tokenizer(self) -> Path | None:
+    """The SentencePiece model beside the weights, where there is one."""
+    # The gemma library's downloads hold the checkpoint and its tokenizer side by side.
+    around = [self.source.directory.parent] if self.format == 'google' else []
+    paths = (place / TOKENIZER for place in (self.source.directory, *around))
+    return next(filter(Path.is_file, paths), None)
 
   def check(self) -> None:
     """Raises ValueError where the tensors are not those of the config; names all of them."""
@@ -164,12 +174,13 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
 
 
 def save(directory: str | Path, config: TransformerConfig, params: Params, vocabulary: str = '',
-         format: str = 'native') -> None:
+         format: str = 'native', tokenizer: Path | None = None) -> None:
   """Writes a decoder, whole or not at all, every bit as it is.
 
   Args:
     vocabulary: hash of the vocabulary that it was trained with; kept by our own format.
     format: one of FORMATS.
+    tokenizer: a SentencePiece model to lay beside the weights.
 
   Raises:
     FileExistsError: `directory` exists already; nothing is overwritten.
@@ -178,6 +189,8 @@ def save(directory: str | Path, config: TransformerConfig, params: Params, vocab
   if format not in FORMATS:
     raise ValueError(f'format {format!r}: a decoder is written as one of {FORMATS}')
   with whole_directory(Path(directory)) as partial:
+    if tokenizer is not None and jax.process_index() == 0:
+      shutil.copyfile(tokenizer, partial / TOKENIZER)
     if format == 'native':
       native.write(partial, config, params, vocabulary)
     else:

@@ -31,9 +31,8 @@ def write(directory: Path, config: TransformerConfig, params: Params,
   dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
   content = write_config(config, dtypes.pop() if len(dtypes) == 1 else 'float32')
   layout = find_layout(config)
-  total = len(list(stored_names(layout, config)))
   files = list(_split(_shapes(layout, config, params), file_bytes))
-  progress = Progress('writing weights', 'tensors', total)
+  progress = Progress('writing weights', 'tensors', sum(map(len, files)))
   tensors = _tensors(layout, config, params)
   weight_map, done = {}, 0
   for number, names in enumerate(files, start=1):

@@ -96,7 +96,11 @@ def _header(path: Path) -> dict[str, Stored]:
   try:
     with safe_open(path, 'numpy') as file:
       slices = {name: file.get_slice(name) for name in file.keys()}
-      return {name: Stored(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
+      foreign = {name: part.get_dtype() for name, part in slices.items()
+                 if part.get_dtype() not in _DTYPES}
+      if foreign:
+        raise ValueError(f'{path} holds dtypes that we do not read: {foreign}')
+      return {name: Stored(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
               for name, part in slices.items()}
   except SafetensorError as error:
     raise ValueError(f'{path} ({path.stat().st_size} bytes) is not a whole safetensors file '

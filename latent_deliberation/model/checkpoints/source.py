@@ -1,11 +1,12 @@
 """What every foreign checkpoint offers: named tensors, each read straight into its shards."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-import jax
+import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Array
@@ -24,7 +25,7 @@ class Stored:
   @property
   def nbytes(self) -> int:
     """Size of its values."""
-    return jax.ShapeDtypeStruct(self.shape, self.dtype).nbytes
+    return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 class Source(Protocol):
