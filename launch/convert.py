@@ -7,7 +7,7 @@
 
 Sources are our own directories, Hugging Face's (safetensors) and the orbax checkpoints of Google's
 gemma library; nothing needs converting before it is trained on. Without --target nothing is loaded.
-Next, train a coprocessor with launch/train.py --config=configs/gemma.py:DIRECTORY.
+Next, train a coprocessor with launch/train.py --config=configs/gemma2_2b.py:DIRECTORY.
 """
 
 from pathlib import Path

@@ -45,8 +45,8 @@ def open_frozen(experiment: Experiment, directory: Path) -> weights.Checkpoint:
              for key in there if there[key] != here[key]]
     raise ValueError('\n'.join([
         f'the decoder in {directory} is another one:', *lines,
-        'Change the config (configs/gemma.py:DIRECTORY takes the architecture from there), or pass '
-        'the decoder that it means.']))
+        f'Change the config (configs/gemma2_2b.py:{directory} has this architecture), or pass the '
+        'decoder that it means.']))
   checkpoint.check()
   return checkpoint
 

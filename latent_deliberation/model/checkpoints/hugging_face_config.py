@@ -30,11 +30,17 @@ _DEFAULTS = {
         'rope_theta': 1_000_000.0, 'rope_local_base_freq': 10_000.0},
 }
 FAMILIES = (*_DEFAULTS, 'gemma3')
-# What our decoder does not do; a file that asks for it is refused.
+# What a file may ask for, where our decoder has no choice; anything else is refused.
 _FIXED = {
     'attention_bias': (False,), 'tie_word_embeddings': (True,),
     'use_bidirectional_attention': (False, None), 'quantization_config': (None,),
     'hidden_activation': ('gelu_pytorch_tanh', None)}
+_FIXED_IN = {
+    'gemma': {'hidden_act': ('gelu_pytorch_tanh', 'gelu', None)},  # all of which meant the former
+    'gemma2': {},
+    # transformers reads these and computes without them.
+    'gemma3_text': {'attn_logit_softcapping': (None,)},
+    'gemma3': {'attn_logit_softcapping': (None,), 'final_logit_softcapping': (None,)}}
 
 
 def read_config(directory: Path) -> TransformerConfig:
@@ -54,13 +60,14 @@ def read_config(directory: Path) -> TransformerConfig:
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{path} is damaged or names no model_type ({error}): download it '
                      'again') from error
+  if family not in FAMILIES:
+    raise ValueError(f'{path}: model_type {family!r} is an architecture that we do not have; we '
+                     f'have {", ".join(FAMILIES)}')
+  fixed = _FIXED | _FIXED_IN[family]
   if family == 'gemma3':
     stored = {**stored.get('text_config', {}), 'tie_word_embeddings': True}
     family = 'gemma3_text'
-  if family not in _DEFAULTS:
-    raise ValueError(f'{path}: model_type {family!r} is an architecture that we do not have; we '
-                     f'have {", ".join(FAMILIES)}')
-  for key, allowed in _FIXED.items():
+  for key, allowed in fixed.items():
     if stored.get(key, allowed[0]) not in allowed:
       raise ValueError(f'{path}: {key} = {stored[key]!r} is not supported, only {allowed[0]!r} is')
   try:
@@ -76,7 +83,7 @@ def _config(family: str, stored: Mapping[str, Any]) -> TransformerConfig:
       num_layers=stored['num_hidden_layers'], num_heads=stored['num_attention_heads'],
       num_kv_heads=stored['num_key_value_heads'], head_dim=stored['head_dim'],
       hidden_dim=stored['intermediate_size'], norm_epsilon=stored['rms_norm_eps'],
-      **_rotary(stored))
+      **_rotary(family, stored))
   if family == 'gemma':
     return TransformerConfig(**common, layer_pattern=('global',), attention_softcap=None,
                              final_softcap=None, post_norms=False)
@@ -89,25 +96,30 @@ def _config(family: str, stored: Mapping[str, Any]) -> TransformerConfig:
       qk_norm=family == 'gemma3_text')
 
 
-def _rotary(stored: Mapping[str, Any]) -> dict[str, Any]:
-  """Rotary settings, which transformers 5 keeps in one dictionary and 4 in loose keys."""
-  by_kind = stored.get('rope_parameters')
-  if by_kind is None:
-    scaling = stored.get('rope_scaling')
-    by_kind = {'full_attention': {'rope_theta': stored['rope_theta'], **(scaling or {})},
-               'sliding_attention': {'rope_theta': stored.get('rope_local_base_freq',
-                                                              stored['rope_theta'])}}
-  elif 'full_attention' not in by_kind:
-    by_kind = {kind: by_kind for kind in _KINDS}
-  whole, local = by_kind['full_attention'], by_kind.get('sliding_attention', {})
-  for kind, rope in by_kind.items():
-    form = rope.get('rope_type', rope.get('type', 'default'))
-    if form not in ('default', 'linear') or (form == 'linear' and kind != 'full_attention'):
-      raise ValueError(f'rotary embeddings of {kind} have rope_type {form!r}; we have default, and '
-                       'linear on full attention')
-  base, local_base = whole['rope_theta'], local.get('rope_theta', whole['rope_theta'])
+def _rotary(family: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+  """Rotary settings, which transformers 5 keeps in dictionaries and 4 in loose keys."""
+  parameters = stored.get('rope_parameters') or {}
+  whole = {'rope_theta': stored['rope_theta'], **parameters.get('full_attention', parameters),
+           **(stored.get('rope_scaling') or {})}
+  local = whole
+  if family == 'gemma3_text':
+    local = {'rope_theta': stored['rope_local_base_freq'],
+             **parameters.get('sliding_attention', {})}
+  scaling = _linear_factor(whole)
+  if family != 'gemma' and _linear_factor(local) != 1:
+    raise ValueError('its sliding layers have scaled rotary embeddings; ours have them on full '
+                     'attention alone')
+  base, local_base = whole['rope_theta'], local['rope_theta']
   return {'rope_base': base, 'rope_local_base': None if local_base == base else local_base,
-          'rope_scaling': float(whole.get('factor', 1.0))}
+          'rope_scaling': scaling}
+
+
+def _linear_factor(rope: Mapping[str, Any]) -> float:
+  """By how much positions are divided."""
+  form = rope.get('rope_type', rope.get('type', 'default'))
+  if form not in ('default', 'linear'):
+    raise ValueError(f'rope_type is {form!r}; we have default and linear')
+  return float(rope['factor']) if form == 'linear' else 1.0
 
 
 def _layer_pattern(family: str, stored: Mapping[str, Any]) -> tuple[str, ...]:
@@ -135,10 +147,13 @@ def write_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
   """Content of a config.json that transformers 4 and 5 read.
 
   Raises:
-    ValueError: the config has a combination of features that no Gemma has.
+    ValueError: the config has a combination of features that no Gemma of transformers has.
   """
   family = _family(config)
-  scale = config.head_dim ** -0.5 if config.query_scale is None else config.query_scale
+  scalar = config.head_dim if config.query_scale is None else config.query_scale ** -2
+  if abs(scalar - round(scalar)) > 1e-9 * scalar:
+    raise ValueError(f'query_scale = {config.query_scale} is not 1 / sqrt of an integer, which '
+                     "transformers' query_pre_attn_scalar must be: write it in our own format")
   local_base = config.rope_base if config.rope_local_base is None else config.rope_local_base
   linear = {'rope_type': 'linear', 'factor': config.rope_scaling}
   scaling = {'rope_type': 'default'} if config.rope_scaling == 1 else linear
@@ -157,7 +172,7 @@ def write_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     return content
   names = {kind: name for name, kind in _KINDS.items()}
   content |= {
-      'query_pre_attn_scalar': _as_integer(scale ** -2), 'sliding_window': config.window,
+      'query_pre_attn_scalar': round(scalar), 'sliding_window': config.window,
       'attn_logit_softcapping': config.attention_softcap,
       'final_logit_softcapping': config.final_softcap,
       'layer_types': [names[kind] for kind in config.layer_kinds]}
@@ -175,17 +190,12 @@ def _family(config: TransformerConfig) -> str:
   """model_type of the Gemma that has this config's features."""
   plain_rotary = config.rope_local_base is None and config.rope_scaling == 1
   plain_scale = config.query_scale is None or config.query_scale == config.head_dim ** -0.5
-  if config.post_norms and config.qk_norm:
+  if config.post_norms and config.qk_norm and config.attention_softcap is None:
     return 'gemma3_text'
-  if config.post_norms and plain_rotary:
+  if config.post_norms and not config.qk_norm and plain_rotary:
     return 'gemma2'
   if (not config.post_norms and not config.qk_norm and plain_rotary and plain_scale
       and set(config.layer_kinds) == {'global'}
       and config.attention_softcap is config.final_softcap is None):
     return 'gemma'
   raise ValueError(f'no Gemma has the features of {config}: write it in our own format')
-
-
-def _as_integer(value: float) -> float | int:
-  """What is an integer but for rounding, as one: transformers writes these so."""
-  return round(value) if abs(value - round(value)) < 1e-9 * value else value
