@@ -15,7 +15,7 @@ from latent_deliberation.jobs.evaluate import evaluate
 
 command_line.define_config(__file__)
 _DECODER = command_line.define_directory('decoder', 'Of the frozen decoder.')
-_COPROCESSOR = command_line.define_directory('coprocessor', 'Of a finished train.py, or what it wrote.')
+_COPROCESSOR = command_line.define_directory('coprocessor', 'Of a finished train.py.')
 _DATA = command_line.define_directory('data', 'Of prepared data.')
 _OUTPUT = command_line.define_directory('output', 'For the report.')
 _CONSTANT = command_line.define_directory(

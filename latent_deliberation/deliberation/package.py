@@ -107,7 +107,7 @@ def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = N
   boxed = _boxed_shapes(description)
   source = _open_weights(directory, boxed)
   if shardings is None:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda _: device, nn.unbox(boxed))
   else:
     placed = shardings(boxed)

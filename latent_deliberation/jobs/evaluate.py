@@ -131,7 +131,7 @@ def _score(experiment: Experiment, arms: tuple[str, ...], params: Params, frozen
   scorer = make_scorer(
       build_deliberator(experiment), arms, num_traces=experiment.evaluation.num_traces,
       num_ahead=experiment.evaluation.num_ahead, loss_chunk=experiment.computation.loss_chunk,
-      seed=experiment.seed, mesh=mesh, rules=experiment.rules)
+      seed=experiment.seed, mesh=mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
   return score_texts(scorer, params, frozen, _placed(experiment, held_out, arms, mesh))
 
 

@@ -86,16 +86,19 @@ class Checkpoint:
     self.check()
     boxed = boxed_shapes(self.config)
     if shardings is None:
-      device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
       placed = jax.tree.map(lambda _: device, nn.unbox(boxed))
     else:
       placed = shardings(boxed)
-    params = self._read(traverse_util.flatten_dict(placed, sep='/'))
-    for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
+    flat = traverse_util.flatten_dict(
+        self._read(traverse_util.flatten_dict(placed, sep='/')), sep='/')
+    for path, leaf in flat.items():
       if not _is_finite(leaf):
         logging.warning('%s: %s has values that are not finite (NaN or infinity)',
                         self.source.directory, path)
-    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+      if dtype is not None:  # one at a time, so that there are never two of all
+        flat[path] = leaf.astype(dtype)
+    return traverse_util.unflatten_dict(flat, sep='/')
 
 
 @jax.jit
@@ -116,13 +119,21 @@ def open_checkpoint(path: str | Path, config: TransformerConfig | None = None) -
 
   Args:
     path: a directory.
-    config: the architecture, for orbax checkpoints of sizes that no preset has.
+    config: the architecture, which an orbax checkpoint of sizes that no preset has does not tell.
 
   Raises:
     FileNotFoundError: there is no decoder.
-    ValueError: what is there is damaged, pickled, or of an architecture that we do not have.
+    ValueError: what is there is damaged, pickled, or of an architecture that we do not have, or
+      not of `config`.
   """
-  directory = Path(path)
+  checkpoint = _open(Path(path), config)
+  if config is not None and checkpoint.config != config:
+    raise ValueError(f'{path} describes {checkpoint.config}, but {config} was given: leave it out')
+  return checkpoint
+
+
+def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
+  """The checkpoint in a directory, by what is in it."""
   if not directory.is_dir():
     raise FileNotFoundError(
         f'{directory} is ' + ('a file: give the directory that it lies in' if directory.exists()
@@ -184,10 +195,18 @@ def save(directory: str | Path, config: TransformerConfig, params: Params, vocab
 
   Raises:
     FileExistsError: `directory` exists already; nothing is overwritten.
-    ValueError: an unknown format, or an architecture that the format cannot describe.
+    ValueError: an unknown format, an architecture that the format cannot describe, or parameters
+      of another architecture.
   """
   if format not in FORMATS:
     raise ValueError(f'format {format!r}: a decoder is written as one of {FORMATS}')
+  given = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}
+  expected = native.shapes(config)
+  lines = [f'  {name}: {given.get(name, "missing")}, expected {expected.get(name, "none")}'
+           for name in sorted(given | expected) if given.get(name) != expected.get(name)]
+  if lines:
+    raise ValueError('\n'.join(['these parameters are not of this config:', *lines,
+                                'Give the config that they were made with.']))
   with whole_directory(Path(directory)) as partial:
     if tokenizer is not None and jax.process_index() == 0:
       shutil.copyfile(tokenizer, partial / TOKENIZER)
