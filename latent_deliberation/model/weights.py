@@ -43,12 +43,14 @@ class Checkpoint:
   """A decoder on disk, of which names and shapes have been read.
 
   Attributes:
+    directory: where it lies.
     format: 'native', 'huggingface' or 'google'.
     config: the architecture.
     source: the tensors that are there.
     fingerprint: of the weights as stored; '' where the format does not tell.
     vocabulary: hash of the vocabulary of the training text; '' where it is not known.
   """
+  directory: Path
   format: str
   config: TransformerConfig
   source: Source
@@ -63,8 +65,8 @@ class Checkpoint:
   def tokenizer(self) -> Path | None:
     """The SentencePiece model beside the weights, where there is one."""
     # The gemma library's downloads hold the checkpoint and its tokenizer side by side.
-    around = [self.source.directory.parent] if self.format == 'google' else []
-    paths = (place / TOKENIZER for place in (self.source.directory, *around))
+    around = [self.directory.parent] if self.format == 'google' else []
+    paths = (place / TOKENIZER for place in (self.directory, *around))
     return next(filter(Path.is_file, paths), None)
 
   def check(self) -> None:
@@ -95,7 +97,7 @@ class Checkpoint:
     for path, leaf in flat.items():
       if not _is_finite(leaf):
         logging.warning('%s: %s has values that are not finite (NaN or infinity)',
-                        self.source.directory, path)
+                        self.directory, path)
       if dtype is not None:  # one at a time, so that there are never two of all
         flat[path] = leaf.astype(dtype)
     return traverse_util.unflatten_dict(flat, sep='/')
@@ -157,7 +159,7 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
 def _open_native(directory: Path) -> Checkpoint:
   described, source = native.describe(directory), native.open_weights(directory)
   return Checkpoint(
-      'native', described.config, source, described.fingerprint, described.vocabulary,
+      directory, 'native', described.config, source, described.fingerprint, described.vocabulary,
       native.shapes(described.config), (), lambda name: False,
       lambda shardings: native.read(source, described, shardings))
 
@@ -167,7 +169,7 @@ def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoin
   config = config or google.find_config(source.tensors, str(directory))
   layout = google.find_layout(config, source.tensors)
   return Checkpoint(
-      'google', config, source, '', '', stored_shapes(layout, config), (google.TABLE,),
+      directory, 'google', config, source, '', '', stored_shapes(layout, config), (google.TABLE,),
       google.is_foreign, lambda shardings: assemble(source, layout, config, shardings))
 
 
@@ -180,8 +182,9 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
     hugging_face.check_head(source)
     return assemble(source, layout, config, shardings)
 
-  return Checkpoint('huggingface', config, source, '', '', stored_shapes(layout, config), (),
-                    hugging_face.is_foreign, read)
+  return Checkpoint(
+      directory, 'huggingface', config, source, '', '', stored_shapes(layout, config), (),
+      hugging_face.is_foreign, read)
 
 
 def save(directory: str | Path, config: TransformerConfig, params: Params, vocabulary: str = '',
