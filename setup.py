@@ -28,7 +28,7 @@ setup(
         'tensorflow-datasets>=4.9.8',
     ],
     extras_require={
-        'test': ['pytest>=8', 'ruff>=0.6'],
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.6'],
         'parity': ['torch>=2.6', 'transformers>=4.57'],
         'tensorboard': ['tensorboardX>=2.6'],
         'tpu': ['jax[tpu]'],

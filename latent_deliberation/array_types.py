@@ -12,10 +12,11 @@ Every forward pass works on rows of fresh tokens, [B, M, Q]: a packed trunk is o
 Q = T), M traces of a text are M rows that share its cache, a decode step is one row of one token.
 """
 
+import numpy as np
 from beartype import beartype
 from jaxtyping import Array, Bool, Float, Int, PyTree, jaxtyped
 
-Tokens = Int[Array, 'B T']
+Tokens = Int[Array | np.ndarray, 'B T']
 Rows = Float[Array, 'B M Q D']
 RowTokens = Int[Array, 'B M Q']
 Anchors = Int[Array, 'B M']

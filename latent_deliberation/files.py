@@ -38,7 +38,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
   if directory.exists():
     raise FileExistsError(f'{directory} exists already and is not written over: give another, or '
                           'remove it')
-  partial = directory.with_name(f'{directory.name}.partial')
+  partial = directory.with_name(f'.{directory.name}.partial')  # no user has one of this name
   is_writer = jax.process_index() == 0
   if is_writer:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

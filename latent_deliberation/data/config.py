@@ -2,6 +2,7 @@
 
 import dataclasses
 
+VOCABULARY_FILE = 'vocabulary.model'  # in a directory of prepared data
 SOURCES = ('stdlib', 'text', 'tfds', 'mixture')
 VOCABULARIES = ('sentencepiece', 'byte')
 MODES = ('packed', 'online')

@@ -9,14 +9,12 @@ import numpy as np
 import sentencepiece
 from absl import logging
 
-from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.config import VOCABULARY_FILE, DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.files import write_whole
 
 PAD_ID, EOS_ID, BOS_ID, UNK_ID = 0, 1, 2, 3
 SPECIAL_IDS = 4
-
-VOCABULARY_FILE = 'vocabulary.model'
 
 # Merges of a few thousand pieces settle on less text than this, which trains in about ten seconds.
 TRAINING_BYTES = 16 << 20

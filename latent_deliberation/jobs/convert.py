@@ -21,13 +21,17 @@ def describe(checkpoint: Checkpoint) -> str:
   lines += [f'  {key:<19}{value}' for key, value in dataclasses.asdict(config).items()]
   lines += ['tensors        ' + ', '.join(f'{count} {dtype}' for dtype, count in dtypes.items()),
             f'bytes          {sum(stored.nbytes for stored in tensors.values()):,}']
+  left_out = checkpoint.left_out
+  if left_out:
+    lines.append(f'left out       {len(left_out)} tensors that are no part of the decoder, such as '
+                 f'{left_out[0]}')
   return '\n'.join(lines)
 
 
 def list_tensors(checkpoint: Checkpoint) -> str:
   """Every tensor with its dtype and shape, a line each."""
   tensors = checkpoint.source.tensors
-  width = max(map(len, tensors))
+  width = max(map(len, tensors), default=0)
   return '\n'.join(f'{name:<{width}}  {stored.dtype:<9} {list(stored.shape)}'
                    for name, stored in tensors.items())
 

@@ -17,7 +17,6 @@ from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 
 DTYPES = ('float32', 'bfloat16')
-BYTE_PIECES = 260  # of the byte vocabulary; its own module imports TensorFlow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +135,6 @@ class Experiment:
     object.__setattr__(self, 'rules', check_rules(self.rules))
     if not 0 <= self.seed < 2**30 - 1:
       raise ValueError(f'seed = {self.seed}: it must lie between 0 and {2**30 - 2}')
-    self._check_vocabulary()
     self._check_multipliers()
     self.deliberation.check_trunk(self.data.length)
     scored = dataclasses.replace(self.deliberation, num_ahead=self.evaluation.num_ahead,
@@ -145,17 +143,6 @@ class Experiment:
       scored.check_trunk(self.data.length)
     except ValueError as error:
       raise ValueError(f'evaluation: {error}') from error
-
-  def _check_vocabulary(self) -> None:
-    """Compares sizes where that of the vocabulary is known before the data are there."""
-    data = self.data
-    if data.source == 'mixture' or data.vocabulary_path:
-      return
-    pieces = BYTE_PIECES if data.vocabulary == 'byte' else data.vocabulary_size
-    if pieces > self.decoder.vocab_size:
-      raise ValueError(
-          f'the {data.vocabulary} vocabulary has {pieces} pieces, decoder.vocab_size is '
-          f'{self.decoder.vocab_size}: raise it to {pieces}, or take a smaller vocabulary')
 
   def _check_multipliers(self) -> None:
     for section, parts in (('pretraining', ('embedder', 'transformer')), ('training', PARTS)):

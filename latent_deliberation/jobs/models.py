@@ -1,6 +1,5 @@
 """The modules that an experiment describes, and the weights that it has on disk."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -38,15 +37,7 @@ def open_frozen(experiment: Experiment, directory: Path) -> weights.Checkpoint:
     ValueError: the decoder in `directory` is of another architecture than the experiment's, or
       damaged.
   """
-  checkpoint = weights.open_checkpoint(directory)
-  if checkpoint.config != experiment.decoder:
-    there, here = dataclasses.asdict(checkpoint.config), dataclasses.asdict(experiment.decoder)
-    lines = [f'  decoder.{key}: {there[key]!r} there, {here[key]!r} in the config'
-             for key in there if there[key] != here[key]]
-    raise ValueError('\n'.join([
-        f'the decoder in {directory} is another one:', *lines,
-        f'Change the config (configs/gemma2_2b.py:{directory} has this architecture), or pass the '
-        'decoder that it means.']))
+  checkpoint = weights.open_checkpoint(directory, experiment.decoder)
   checkpoint.check()
   return checkpoint
 
@@ -54,9 +45,12 @@ def open_frozen(experiment: Experiment, directory: Path) -> weights.Checkpoint:
 def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
                 mesh: Mesh) -> tuple[Params, str]:
   """The weights of the frozen decoder, on their shards, and their fingerprint as stored."""
-  stored = checkpoint.load(lambda boxed: shardings_of(boxed, mesh, experiment.rules))
-  digest = checkpoint.fingerprint or fingerprint(stored)
+  place = lambda boxed: shardings_of(boxed, mesh, experiment.rules)  # noqa: E731
   dtype = experiment.computation.frozen_dtype
+  if checkpoint.fingerprint:
+    return checkpoint.load(place, dtype), checkpoint.fingerprint
+  stored = checkpoint.load(place)
+  digest = fingerprint(stored)
   return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), digest
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from sentencepiece import SentencePieceProcessor
 
+from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.data.rows import PackedRows, PermutedBatches, permutation
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
@@ -15,6 +17,7 @@ from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.training.checkpoint import Batches
 
 ROWS = 'rows'
+BYTE_PIECES = 260  # of the byte vocabulary, whose own module imports TensorFlow
 VALIDATION_ORDER = 0  # seed of the order of validation rows, the same for every experiment
 
 
@@ -23,7 +26,7 @@ def prepare_data(experiment: Experiment, directory: Path) -> None:
 
   Without seqio, rows that are there are taken as they are. Process 0 works, the others wait.
   """
-  _check_pieces(experiment)
+  check_pieces(experiment)
   if importlib.util.find_spec('seqio') is None:
     if not (directory / ROWS).is_dir():
       raise FileNotFoundError(
@@ -38,20 +41,48 @@ def prepare_data(experiment: Experiment, directory: Path) -> None:
     multihost_utils.sync_global_devices('data prepared')
 
 
-def _check_pieces(experiment: Experiment) -> None:
-  """Raises ValueError where the tokenizer that is given has more pieces than the decoder."""
-  path = Path(experiment.data.vocabulary_path).expanduser()
-  if experiment.data.vocabulary != 'sentencepiece' or not path.is_file():
+def check_pieces(experiment: Experiment) -> None:
+  """Compares the vocabulary that the data will have with the decoder, as far as it is known now.
+
+  Raises:
+    ValueError: there are more pieces than embeddings, or the tokenizer cannot be read.
+  """
+  data, room = experiment.data, experiment.decoder.vocab_size
+  path = Path(data.vocabulary_path).expanduser()
+  if data.source == 'mixture' or data.vocabulary_path and not path.is_file():
     return  # one that is missing is spoken of where it is needed
+  if data.vocabulary == 'byte':
+    origin, pieces = 'the byte vocabulary', BYTE_PIECES
+  elif data.vocabulary_path:
+    origin, pieces = str(path), _count_pieces(path)
+  else:
+    origin, pieces = 'data.vocabulary_size', data.vocabulary_size
+  if pieces > room:
+    raise ValueError(
+        f'{origin}: {pieces} pieces, but decoder.vocab_size, the number of embeddings, is {room}: '
+        'take the vocabulary that the decoder was trained with, or another decoder')
+  if data.vocabulary_path and pieces < room // 2:
+    logging.warning('%s has %d pieces, the decoder %d embeddings: is it the tokenizer that the '
+                    'decoder was trained with?', origin, pieces, room)
+
+
+def _count_pieces(path: Path) -> int:
   try:
-    pieces = SentencePieceProcessor(model_file=str(path)).vocab_size()
+    return SentencePieceProcessor(model_file=str(path)).vocab_size()
   except RuntimeError as error:
     raise ValueError(f'{path} is not a SentencePiece model: give another data.vocabulary_path'
                      ) from error
-  if pieces > experiment.decoder.vocab_size:
-    raise ValueError(
-        f'{path} has {pieces} pieces, the decoder has {experiment.decoder.vocab_size} embeddings: '
-        'give the tokenizer that the decoder was trained with (data.vocabulary_path)')
+
+
+def check_known_vocabulary(experiment: Experiment, directory: Path, decoder: Checkpoint) -> None:
+  """Raises ValueError where a vocabulary would be made for a decoder that has one already."""
+  data = experiment.data
+  if (decoder.vocabulary or data.source == 'mixture' or data.vocabulary == 'byte'
+      or data.vocabulary_path or (directory / VOCABULARY_FILE).exists()):
+    return
+  raise ValueError(
+      f'{decoder.directory} does not say with which vocabulary it was trained, and a new one means '
+      'nothing to it: give its tokenizer (data.vocabulary_path, or a tokenizer.model beside it)')
 
 
 def open_rows(experiment: Experiment, directory: Path, split: str) -> PackedRows:

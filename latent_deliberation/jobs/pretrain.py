@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run, fit
 from latent_deliberation.jobs.models import build_decoder
@@ -46,7 +47,9 @@ def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
   target = workdir / DECODER
   if not target.exists():
     vocabulary = open_rows(experiment, data, 'validation').manifest.recipe.vocabulary_hash
-    weights.save(target, experiment.decoder, params, vocabulary)
+    tokenizer = data / VOCABULARY_FILE
+    weights.save(target, experiment.decoder, params, vocabulary,
+                 tokenizer=tokenizer if tokenizer.is_file() else None)
   return target
 
 

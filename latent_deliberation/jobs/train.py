@@ -17,6 +17,7 @@ from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run, fit
 from latent_deliberation.jobs.models import build_deliberator, load_frozen, open_frozen
 from latent_deliberation.jobs.prepared import (
+  check_known_vocabulary,
   check_vocabulary,
   open_rows,
   open_stream,
@@ -55,6 +56,7 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   if target.exists() and not (target / package.DESCRIPTION).exists():
     raise FileExistsError(f'{target} is where the trained coprocessor will be written, but holds '
                           'something else: use another --workdir, or move it away')
+  check_known_vocabulary(experiment, data, checkpoint)
   prepare_data(experiment, data)
   rows = open_rows(experiment, data, 'validation')
   check_vocabulary(rows, checkpoint)

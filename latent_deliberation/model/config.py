@@ -58,13 +58,16 @@ class TransformerConfig:
     object.__setattr__(self, 'layer_pattern', tuple(self.layer_pattern))
     for name in ('vocab_size', 'embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim',
                  'hidden_dim', 'window'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name} = {getattr(self, name)}: a decoder needs at least 1')
+      value = getattr(self, name)
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name} = {value!r}: a decoder needs an integer of at least 1')
     for name in ('attention_softcap', 'final_softcap', 'query_scale', 'rope_base',
                  'rope_local_base', 'rope_scaling', 'norm_epsilon'):
       value = getattr(self, name)
-      if value is not None and not value > 0:
-        raise ValueError(f'{name} = {value}: it must be above 0')
+      if value is None and name not in ('rope_base', 'rope_scaling', 'norm_epsilon'):
+        continue
+      if not isinstance(value, int | float) or not 0 < value < float('inf'):
+        raise ValueError(f'{name} = {value!r}: it must be a finite number above 0')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
           f'num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}: '

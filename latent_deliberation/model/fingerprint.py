@@ -9,18 +9,36 @@ import numpy as np
 from latent_deliberation.array_types import Array, Params
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+_BLOCK = 1 << 24  # elements whose hashes exist at the same time
 
 
-@jax.jit
 def _checksums(leaf: Array) -> Array:
   """Two uint32 sums over the bits of a leaf, each element weighted by a hash of its index.
 
-  Integer sums wrap, so they are exact in any order: sharded or not, the result is the same.
+  Integer sums wrap, so they are exact in any order: sharded or not, in blocks or at once, the
+  result is the same.
   """
+  if leaf.ndim == 0 or not _is_whole_along_first_axis(leaf):
+    return _block_checksums(leaf, 0)
+  rows = max(_BLOCK * len(leaf) // max(leaf.size, 1), 1)
+  blocks = [_block_checksums(leaf[start:start + rows], start)
+            for start in range(0, len(leaf), rows)]
+  return sum(blocks[1:], blocks[0])
+
+
+def _is_whole_along_first_axis(leaf: Array) -> bool:
+  """Whether every device has all of the first axis, so that slices of it move nothing."""
+  return leaf.sharding.shard_shape(leaf.shape)[0] == leaf.shape[0] > 0
+
+
+@jax.jit
+def _block_checksums(leaf: Array, start: Array) -> Array:
+  """The sums over a leaf whose first element has index `start` along the first axis."""
   bits = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
   index = jnp.zeros(leaf.shape, jnp.uint32)
   for axis in range(leaf.ndim):
     step = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    step += jnp.uint32(start) if axis == 0 else 0
     index = _mix(index + step + jnp.uint32(0x9E3779B9) * jnp.uint32(axis + 1))
   # Odd weights are invertible mod 2^32: no change of one element can cancel.
   first = jnp.sum(bits * (index | 1), dtype=jnp.uint32)

@@ -30,7 +30,12 @@ from latent_deliberation.model.checkpoints.assemble import assemble
 from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.orbax_source import OrbaxSource, is_orbax
 from latent_deliberation.model.checkpoints.safetensors_source import SafetensorsSource
-from latent_deliberation.model.checkpoints.source import Source, check_tensors, refuse_pickles
+from latent_deliberation.model.checkpoints.source import (
+  READABLE,
+  Source,
+  check_tensors,
+  refuse_pickles,
+)
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import boxed_shapes
 
@@ -69,6 +74,11 @@ class Checkpoint:
     paths = (place / TOKENIZER for place in (self.directory, *around))
     return next(filter(Path.is_file, paths), None)
 
+  @property
+  def left_out(self) -> list[str]:
+    """Tensors that are no part of the decoder, such as those of a vision tower."""
+    return [name for name in self.source.tensors if name not in self._expected]
+
   def check(self) -> None:
     """Raises ValueError where the tensors are not those of the config; names all of them."""
     check_tensors(self.source, self._expected, self._padded, self._is_foreign)
@@ -85,6 +95,8 @@ class Checkpoint:
     Raises:
       ValueError: see `check`; or the tensors are damaged.
     """
+    if dtype is not None and str(jnp.dtype(dtype)) not in READABLE:
+      raise ValueError(f'dtype {dtype!r}: weights are kept in one of {READABLE}')
     self.check()
     boxed = boxed_shapes(self.config)
     if shardings is None:
@@ -95,11 +107,11 @@ class Checkpoint:
     flat = traverse_util.flatten_dict(
         self._read(traverse_util.flatten_dict(placed, sep='/')), sep='/')
     for path, leaf in flat.items():
-      if not _is_finite(leaf):
-        logging.warning('%s: %s has values that are not finite (NaN or infinity)',
-                        self.directory, path)
       if dtype is not None:  # one at a time, so that there are never two of all
         flat[path] = leaf.astype(dtype)
+      if not _is_finite(flat[path]):
+        logging.warning('%s: %s has values that are not finite (NaN or infinity) in %s',
+                        self.directory, path, flat[path].dtype)
     return traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -128,9 +140,13 @@ def open_checkpoint(path: str | Path, config: TransformerConfig | None = None) -
     ValueError: what is there is damaged, pickled, or of an architecture that we do not have, or
       not of `config`.
   """
-  checkpoint = _open(Path(path), config)
+  checkpoint = _open(Path(path).absolute(), config)
   if config is not None and checkpoint.config != config:
-    raise ValueError(f'{path} describes {checkpoint.config}, but {config} was given: leave it out')
+    there, here = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
+    lines = [f'  decoder.{key}: {there[key]!r} there, {here[key]!r} in the config'
+             for key in there if there[key] != here[key]]
+    raise ValueError('\n'.join([f'the decoder in {path} is another one:', *lines,
+                                'Change the config, or give the decoder that it means.']))
   return checkpoint
 
 

@@ -15,7 +15,7 @@ FRACTIONS = (0.0, 0.1, 0.5, 1.0)
 
 
 def synthetic(texts=40, seed=0, signal=1.0):
-  """Places whose gain depends on two of eight hidden channels, and on nothing that entropy knows."""
+  """Places whose gain depends on two of eight hidden channels; entropy knows nothing of it."""
   random = np.random.default_rng(seed)
   hidden = random.normal(3, 2, (texts * 50, 8))
   gain = signal * (hidden[:, 1] - hidden[:, 6]) + random.normal(0.5, 1, len(hidden))

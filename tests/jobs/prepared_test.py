@@ -14,6 +14,7 @@ from latent_deliberation.jobs.prepared import (
 )
 from latent_deliberation.jobs.pretrain import pretrain
 from latent_deliberation.jobs.train import train_coprocessor
+from latent_deliberation.model import weights
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
@@ -121,8 +122,30 @@ def test_a_decoder_and_a_coprocessor_are_trained_on_a_stream(tmp_path, quickstar
   assert list((tmp_path / 'coprocessor/checkpoints/data/2').rglob('iterator*'))
 
 
+@pytest.mark.parametrize('overrides, message', [
+    ({'decoder__vocab_size': 259}, 'the byte vocabulary: 260 pieces, but decoder.vocab_size.* 259'),
+    ({'data__vocabulary': 'sentencepiece', 'data__vocabulary_size': 300},
+     'data.vocabulary_size: 300 pieces, but decoder.vocab_size.* 260')])
+def test_a_vocabulary_that_does_not_fit_the_decoder_is_refused_before_any_work(
+    overrides, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    prepare_data(finished.experiment(**overrides), tmp_path / 'data')
+  assert not (tmp_path / 'data').exists()
+
+
+@pytest.mark.usefixtures('one_device')
+def test_no_vocabulary_is_made_for_a_decoder_that_has_one_already(tmp_path, quickstart):
+  """A Hugging Face directory does not say which; with --data of its own the rows do."""
+  config, params = weights.load(quickstart / 'pretraining/decoder')
+  weights.save(tmp_path / 'decoder', config, params, format='huggingface')
+  experiment = finished.experiment(data__vocabulary='sentencepiece', data__vocabulary_size=262)
+  with pytest.raises(ValueError, match='decoder does not say with which vocabulary it was trained'):
+    train_coprocessor(experiment, tmp_path / 'decoder', tmp_path / 'run', tmp_path / 'data')
+  assert not (tmp_path / 'data').exists()
+
+
 @pytest.mark.parametrize('vocab_size, content, message', [
-    (300, None, 'vocabulary.model has 320 pieces, the decoder has 300 embeddings'),
+    (300, None, 'vocabulary.model: 320 pieces, but decoder.vocab_size.* is 300'),
     (320, b'pieces', 'vocabulary.model is not a SentencePiece model')])
 def test_a_tokenizer_that_does_not_fit_the_decoder_is_refused_before_any_work(
     vocab_size, content, message, tmp_path):

@@ -18,7 +18,7 @@ from latent_deliberation.jobs.pretrain import pretrain
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
-SCRIPTS = ('quickstart', 'pretrain', 'train', 'evaluate')
+SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate')
 WITHOUT_CONFIG = ('convert', 'benchmark_weights')
 
 
@@ -136,7 +136,8 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
 @pytest.mark.parametrize('script', SCRIPTS + WITHOUT_CONFIG)
 def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
-  own = {'quickstart': 'workdir', 'pretrain': 'workdir', 'train': 'decoder', 'evaluate': 'output',
+  own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'gate': 'output',
+         'train': 'decoder', 'evaluate': 'output',
          'convert': 'target', 'benchmark_weights': 'output'}
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:

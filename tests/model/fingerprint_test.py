@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from latent_deliberation.model import fingerprint as module
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import MeshConfig, make_mesh
 
@@ -55,3 +56,11 @@ def test_it_does_not_depend_on_the_sharding(mesh, spec):
 def test_it_is_the_same_for_numpy_and_does_not_depend_on_the_order_of_a_dict():
   reordered = dict(reversed(tree().items()))
   assert fingerprint(jax.tree.map(np.asarray, reordered)) == fingerprint(tree())
+
+
+def test_large_leaves_are_summed_in_blocks_as_they_are_at_once(monkeypatch):
+  leaf = jax.random.normal(jax.random.key(0), (7, 5, 3))
+  at_once = fingerprint({'w': leaf})
+  monkeypatch.setattr(module, '_BLOCK', 31)  # two rows at a time, and one
+  assert fingerprint({'w': leaf}) == at_once
+  assert fingerprint({'w': leaf.at[6, 4, 2].add(1)}) != at_once

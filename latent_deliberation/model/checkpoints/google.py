@@ -74,11 +74,9 @@ def find_layout(config: TransformerConfig, tensors: Mapping[str, Stored]) -> Lay
   in one tensor where their heads are as many.
   """
   if 'layer_0/attn/qkv_einsum' in tensors:
-    names = {'query': ('qkv_einsum', 0), 'key': ('qkv_einsum', 1), 'value': ('qkv_einsum', 2)}
-    attention = {name: Entry(f'layer_{{}}/attn/{stored}', 'N D H', part, 3)
-                 for name, (stored, part) in names.items()}
-    attention = {name: entry if name == 'query' else dataclasses.replace(entry, axes='K D H')
-                 for name, entry in attention.items()}
+    attention = {'query': Entry('layer_{}/attn/qkv_einsum', 'N D H', 0, 3),
+                 'key': Entry('layer_{}/attn/qkv_einsum', 'K D H', 1, 3),
+                 'value': Entry('layer_{}/attn/qkv_einsum', 'K D H', 2, 3)}
   else:
     attention = {'query': Entry('layer_{}/attn/q_einsum', 'N D H'),
                  'key': Entry('layer_{}/attn/kv_einsum', 'K D H', 0, 2),

@@ -76,7 +76,9 @@ def read_config(directory: Path) -> TransformerConfig:
       raise ValueError(f'{path}: {key} = {stored[key]!r} is not supported, only {allowed[0]!r} is')
   try:
     return _config(family, _DEFAULTS[family] | stored)
-  except (TypeError, KeyError, ValueError) as error:
+  except KeyError as error:
+    raise ValueError(f'{path} lacks {error}, or has it with a value that we do not know') from error
+  except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
     raise ValueError(f'{path} describes no decoder of ours: {error}') from error
 
 
@@ -130,6 +132,9 @@ def _layer_pattern(family: str, stored: Mapping[str, Any]) -> tuple[str, ...]:
   """The shortest pattern that gives the kinds of all layers."""
   layers = stored['num_hidden_layers']
   if stored.get('layer_types'):
+    unknown = set(stored['layer_types']) - set(_KINDS)
+    if unknown:
+      raise ValueError(f'layer_types has {sorted(unknown)}; we have {", ".join(_KINDS)}')
     kinds = [_KINDS[kind] for kind in stored['layer_types']]
   else:
     period = stored.get('sliding_window_pattern', 2 if family == 'gemma2' else 6)

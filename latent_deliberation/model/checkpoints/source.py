@@ -64,7 +64,7 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], padde
   Raises:
     ValueError: names every tensor that is missing, too many, or of another shape or dtype.
   """
-  lines = []
+  lines, unreadable = [], []
   for name, shape in expected.items():
     if name not in source.tensors:
       lines.append(f'  {name}: missing, expected {list(shape)}')
@@ -74,12 +74,15 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], padde
     if stored.shape != (rows, *shape[1:]):
       lines.append(f'  {name}: has shape {list(stored.shape)}, expected {list(shape)}')
     if stored.dtype not in READABLE:
-      lines.append(f'  {name}: has dtype {stored.dtype}, expected one of {READABLE}')
+      unreadable.append(f'  {name}: has dtype {stored.dtype}, expected one of {READABLE}')
   lines += [f'  {name}: not expected, has shape {list(stored.shape)}'
             for name, stored in source.tensors.items()
             if name not in expected and not is_foreign(name)]
-  if lines:
+  if lines or unreadable:
+    remedy = ('Its weights and its config belong to different models, or files are missing: '
+              'download or write the directory again.')
+    if not lines:
+      remedy = 'Convert it to one of these with the library that wrote it.'
     raise ValueError('\n'.join([
-        f'{source.directory} does not hold the decoder that its config describes:', *lines,
-        'Its weights and its config belong to different models, or files are missing: download or '
-        'write the directory again.']))
+        f'{source.directory} does not hold the decoder that its config describes:',
+        *lines, *unreadable, remedy]))

@@ -120,6 +120,6 @@ def test_values_that_are_not_finite_are_warned_of_by_path(tmp_path, tensors, cap
   with caplog.at_level(logging.WARNING, logger='absl'):
     _, params = weights.load(write(tmp_path, tensors))
   assert sorted(caplog.messages) == [
-      f'{tmp_path}: {path} has values that are not finite (NaN or infinity)'
+      f'{tmp_path}: {path} has values that are not finite (NaN or infinity) in float32'
       for path in ('transformer/blocks/attention/out/w', 'transformer/final_norm/scale')]
   assert np.isnan(params['transformer']['blocks']['attention']['out']['w']).sum() == 1

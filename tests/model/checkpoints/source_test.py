@@ -26,9 +26,9 @@ def test_every_tensor_that_does_not_fit_is_named_with_both_shapes():
   dtypes = "expected one of ('float32', 'bfloat16', 'float16')"
   assert [line.strip() for line in str(error.value).split('\n')[1:-1]] == [
       'a: has shape [3, 2], expected [2, 3]', 'c: has shape [], expected [1]',
-      f'd: has dtype int8, {dtypes}', 'e: has shape [2, 5], expected [5]',
-      f'e: has dtype int8, {dtypes}', 'f: missing, expected [7, 8]',
-      'b: not expected, has shape [4]']
+      'e: has shape [2, 5], expected [5]', 'f: missing, expected [7, 8]',
+      'b: not expected, has shape [4]',
+      f'd: has dtype int8, {dtypes}', f'e: has dtype int8, {dtypes}']
 
 
 def test_rows_too_many_are_accepted_where_a_tensor_is_padded_and_rows_too_few_never_are():
