@@ -53,6 +53,7 @@ class Decoder(nn.Module):
   def prefill(self, tokens: Tokens, positions: Tokens | None = None,
               segments: Tokens | None = None) -> tuple[Float[Array, 'B T D'], KVCache]:
     """Hidden states [B, T, D] of whole texts, and the kv-cache that holds them."""
+    tokens = jnp.asarray(tokens)
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segments is None:

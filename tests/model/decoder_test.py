@@ -88,3 +88,10 @@ def test_the_published_sizes_have_the_published_numbers_of_parameters(name, inne
   shapes = boxed_shapes(PRESETS[name])
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
   assert (count(shapes['transformer']), count(shapes)) == (inner, total)
+
+
+def test_tokens_may_be_of_numpy(decoder_params):
+  tokens = np.arange(1, 9, dtype=np.int32).reshape(2, 4)
+  logits, _ = Decoder(tiny.CONFIG).apply({'params': decoder_params}, tokens)
+  np.testing.assert_array_equal(
+      logits, Decoder(tiny.CONFIG).apply({'params': decoder_params}, jnp.asarray(tokens))[0])
