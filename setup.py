@@ -12,6 +12,7 @@ setup(
     install_requires=[
         'absl-py>=2.1',
         'beartype>=0.19',
+        'einops>=0.8',
         'flax>=0.12',
         'jax>=0.10',
         'jaxtyping>=0.3',
@@ -20,6 +21,7 @@ setup(
         'numpy>=2.0',
         'optax>=0.2.5',
         'orbax-checkpoint>=0.11',
+        'safetensors>=0.5',
         'sentencepiece>=0.2',
         'seqio>=0.0.20',
         'tensorflow>=2.19',
@@ -27,6 +29,7 @@ setup(
     ],
     extras_require={
         'test': ['pytest>=8', 'ruff>=0.6'],
+        'parity': ['torch>=2.6', 'transformers>=4.57'],
         'tensorboard': ['tensorboardX>=2.6'],
         'tpu': ['jax[tpu]'],
     },

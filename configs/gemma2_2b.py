@@ -2,8 +2,14 @@
 
 Latents are the paper's, too: appended outputs at free soft tokens. It names neither positions, nor
 optimiser, learning rate and precision; those below are ours. Data are the user's: give
---config.data.name, .data_dir, and .vocabulary_path for Gemma's own model.
+--config.data.name and .data_dir.
+
+Another decoder takes its place after a colon: --config=configs/gemma2_2b.py:gemma3_1b, a preset, or
+--config=configs/gemma2_2b.py:DIRECTORY, whose architecture and tokenizer.model are taken from there
+(any format that launch/convert.py reads). Without one, give .vocabulary_path for Gemma's own model.
 """
+
+from pathlib import Path
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.deliberation.config import DeliberationConfig
@@ -14,21 +20,32 @@ from latent_deliberation.jobs.experiment import (
   TrainingConfig,
   as_config,
 )
-from latent_deliberation.model.config import PRESETS
+from latent_deliberation.model import weights
+from latent_deliberation.model.config import find_preset
 from latent_deliberation.sharding import MeshConfig
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 
 
-def get_config():
-  """For a v5e-256 pod slice: 16 x 16 chips, data parallel over one axis, fsdp over the other."""
+def get_config(decoder: str = 'gemma2_2b'):
+  """For a v5e-256 pod slice: 16 x 16 chips, data parallel over one axis, fsdp over the other.
+
+  Args:
+    decoder: name of a preset, or directory of a decoder.
+  """
+  tokenizer = None
+  if Path(decoder).is_dir():
+    checkpoint = weights.open_checkpoint(decoder)
+    architecture, tokenizer = checkpoint.config, checkpoint.tokenizer
+  else:
+    architecture = find_preset(decoder)
   training = TrainingConfig(
       batch_size=1024, optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
       loop=LoopConfig(num_steps=100_000, log_every=50, eval_every=1000, save_every=1000, keep=3))
   return as_config(Experiment(
-      decoder=PRESETS['gemma2_2b'],
+      decoder=architecture,
       data=DataConfig(source='tfds', name='c4/en:3.1.0', vocabulary_size=256_000, length=2048,
-                      mode='online'),
+                      mode='online', vocabulary_path=str(tokenizer or '')),
       computation=Computation(dtype='bfloat16', frozen_dtype='bfloat16', remat='full',
                               loss_chunk=128),
       mesh=MeshConfig(data=-1, fsdp=16),

@@ -1,7 +1,12 @@
-"""Writing a file whole or not at all."""
+"""Writing a file, or a directory, whole or not at all."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+import jax
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -17,3 +22,30 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+  """A directory to write into, which becomes `directory` when the block ends without an error.
+
+  Every process enters; process 0 makes the directory and gives it its name.
+
+  Raises:
+    FileExistsError: `directory` exists already; nothing is overwritten.
+  """
+  directory = directory.absolute()
+  if directory.exists():
+    raise FileExistsError(f'{directory} exists already and is not written over: give another, or '
+                          'remove it')
+  partial = directory.with_name(f'{directory.name}.partial')
+  is_writer = jax.process_index() == 0
+  if is_writer:
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+  try:
+    yield partial
+    if is_writer:
+      os.replace(partial, directory)
+  finally:
+    if is_writer:
+      shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from latent_deliberation.model import weights
+from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.sharding import (
   DEFAULT_RULES,
   MeshConfig,
@@ -72,7 +72,7 @@ def test_an_axis_that_does_not_divide_is_named_with_its_size():
 
 def test_a_decoder_lies_in_shards_and_what_has_no_axes_lies_everywhere():
   mesh = make_mesh(MeshConfig(2, 2, 2))
-  boxed = {**weights.boxed_shapes(tiny.CONFIG), 'step': jax.ShapeDtypeStruct((), jnp.int32)}
+  boxed = {**boxed_shapes(tiny.CONFIG), 'step': jax.ShapeDtypeStruct((), jnp.int32)}
   shards = jax.tree.map(lambda sharding, leaf: sharding.shard_shape(leaf.shape),
                         shardings_of(boxed, mesh, DEFAULT_RULES), nn.unbox(boxed))
   assert shards['step'] == ()

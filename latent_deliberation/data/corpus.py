@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from latent_deliberation.data.config import DataConfig
-from latent_deliberation.data.progress import Progress
+from latent_deliberation.progress import Progress
 
 STDLIB_SUFFIXES = ('.py', '.rst', '.txt')
 STDLIB_LEFT_OUT = frozenset(

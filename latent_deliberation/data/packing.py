@@ -15,11 +15,11 @@ from latent_deliberation.data.config import DataConfig
 from latent_deliberation.data.filling import RowFiles, fill_rows
 from latent_deliberation.data.host_tensorflow import seqio
 from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, Recipe
-from latent_deliberation.data.progress import Progress
 from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import bytes_per_token
 from latent_deliberation.files import write_whole
+from latent_deliberation.progress import Progress
 
 ROWS_FOLDER = 'rows'
 TOKENS_PER_FILE = 1 << 24  # 32 to 64 MB a file; packing needs about 200 MB of memory

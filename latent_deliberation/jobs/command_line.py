@@ -3,7 +3,7 @@
 import logging as python_logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -35,12 +35,36 @@ def define_directory(name: str, meaning: str, default: str | None = None) -> fla
   return flag
 
 
+def define_file(name: str, meaning: str) -> flags.FlagHolder:
+  """Defines a required flag that names a file to write, in a directory that is there."""
+  flag = flags.DEFINE_string(name, None, meaning, required=True)
+  flags.register_validator(name, _check_file)
+  return flag
+
+
+def define_choice(name: str, choices: Sequence[str], meaning: str,
+                  required: bool = True) -> flags.FlagHolder:
+  """Defines a flag with one of some values; the first is the default, or None where it may be."""
+  return flags.DEFINE_enum(name, choices[0] if required else None, choices, meaning)
+
+
+def define_switch(name: str, meaning: str) -> flags.FlagHolder:
+  """Defines a flag that is off where it is not given."""
+  return flags.DEFINE_bool(name, False, meaning)
+
+
 def _check_directory(path: str | None) -> bool:
   if path and ':/' in path:
     raise flags.ValidationError('it is a URL, and must be a path: mount the bucket (gcsfuse, for '
                                 'instance) and give the path under the mount.')
   if path and Path(path).exists() and not Path(path).is_dir():
     raise flags.ValidationError('it is a file, and must be a directory: give another path.')
+  return True
+
+
+def _check_file(path: str | None) -> bool:
+  if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    raise flags.ValidationError('it must be a file in a directory that exists: give another path.')
   return True
 
 

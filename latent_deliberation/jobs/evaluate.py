@@ -29,8 +29,8 @@ from latent_deliberation.jobs.fit import check_divides, restore_trained
 from latent_deliberation.jobs.models import (
   build_deliberator,
   count_parameters,
-  describe_frozen,
   load_frozen,
+  open_frozen,
 )
 from latent_deliberation.jobs.prepared import (
   check_vocabulary,
@@ -78,15 +78,14 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   mesh = make_mesh(experiment.mesh)
   check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
   make_writable(output)
-  description = describe_frozen(experiment, decoder)
-  check_vocabulary(open_rows(experiment, data, 'validation'), description)
+  checkpoint = open_frozen(experiment, decoder)
+  check_vocabulary(open_rows(experiment, data, 'validation'), checkpoint)
   held_out = scored_batches(experiment, data)
-  frozen = load_frozen(experiment, decoder, mesh)
+  frozen, digest = load_frozen(experiment, checkpoint, mesh)
   before = fingerprint(frozen)
 
   def restore(variant: Experiment, workdir: Path) -> Params:
-    return restore_trained(describe_training(variant, workdir, frozen, description.fingerprint,
-                                            mesh),
+    return restore_trained(describe_training(variant, workdir, frozen, digest, mesh),
                            open_stream(variant, data, 'training'))
 
   # All that is read is read before anything is scored.

@@ -13,6 +13,7 @@ from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import shardings_of
 
 
@@ -30,28 +31,33 @@ def build_deliberator(experiment: Experiment) -> Deliberator:
   return Deliberator(build_decoder(experiment), coprocessor)
 
 
-def describe_frozen(experiment: Experiment, directory: Path) -> weights.Description:
-  """What decoder.json says of the frozen decoder, before its weights are read.
+def open_frozen(experiment: Experiment, directory: Path) -> weights.Checkpoint:
+  """The frozen decoder on disk, in any format, checked before its weights are read.
 
   Raises:
-    ValueError: the decoder in `directory` has other sizes than the experiment's.
+    ValueError: the decoder in `directory` is of another architecture than the experiment's, or
+      damaged.
   """
-  description = weights.describe(directory)
-  if description.config != experiment.decoder:
-    there, here = dataclasses.asdict(description.config), dataclasses.asdict(experiment.decoder)
+  checkpoint = weights.open_checkpoint(directory)
+  if checkpoint.config != experiment.decoder:
+    there, here = dataclasses.asdict(checkpoint.config), dataclasses.asdict(experiment.decoder)
     lines = [f'  decoder.{key}: {there[key]!r} there, {here[key]!r} in the config'
              for key in there if there[key] != here[key]]
-    raise ValueError('\n'.join([f'the decoder in {directory} is another one:', *lines,
-                                'Change the config, or pass the decoder that it means.']))
-  return description
+    raise ValueError('\n'.join([
+        f'the decoder in {directory} is another one:', *lines,
+        f'Change the config (configs/gemma2_2b.py:{directory} has this architecture), or pass the '
+        'decoder that it means.']))
+  checkpoint.check()
+  return checkpoint
 
 
-def load_frozen(experiment: Experiment, directory: Path, mesh: Mesh) -> Params:
-  """The weights of the frozen decoder, on their shards."""
-  _, params, _ = weights.load(
-      directory, lambda boxed: shardings_of(boxed, mesh, experiment.rules),
-      dtype=experiment.computation.frozen_dtype)
-  return params
+def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
+                mesh: Mesh) -> tuple[Params, str]:
+  """The weights of the frozen decoder, on their shards, and their fingerprint as stored."""
+  stored = checkpoint.load(lambda boxed: shardings_of(boxed, mesh, experiment.rules))
+  digest = checkpoint.fingerprint or fingerprint(stored)
+  dtype = experiment.computation.frozen_dtype
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), digest
 
 
 def count_parameters(params: Params) -> int:

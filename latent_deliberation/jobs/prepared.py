@@ -6,11 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from sentencepiece import SentencePieceProcessor
 
 from latent_deliberation.data.rows import PackedRows, PermutedBatches, permutation
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
-from latent_deliberation.model.weights import Description
+from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.training.checkpoint import Batches
 
 ROWS = 'rows'
@@ -22,6 +23,7 @@ def prepare_data(experiment: Experiment, directory: Path) -> None:
 
   Without seqio, rows that are there are taken as they are. Process 0 works, the others wait.
   """
+  _check_pieces(experiment)
   if importlib.util.find_spec('seqio') is None:
     if not (directory / ROWS).is_dir():
       raise FileNotFoundError(
@@ -34,6 +36,22 @@ def prepare_data(experiment: Experiment, directory: Path) -> None:
     prepare(experiment.data, directory)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('data prepared')
+
+
+def _check_pieces(experiment: Experiment) -> None:
+  """Raises ValueError where the tokenizer that is given has more pieces than the decoder."""
+  path = Path(experiment.data.vocabulary_path).expanduser()
+  if experiment.data.vocabulary != 'sentencepiece' or not path.is_file():
+    return  # one that is missing is spoken of where it is needed
+  try:
+    pieces = SentencePieceProcessor(model_file=str(path)).vocab_size()
+  except RuntimeError as error:
+    raise ValueError(f'{path} is not a SentencePiece model: give another data.vocabulary_path'
+                     ) from error
+  if pieces > experiment.decoder.vocab_size:
+    raise ValueError(
+        f'{path} has {pieces} pieces, the decoder has {experiment.decoder.vocab_size} embeddings: '
+        'give the tokenizer that the decoder was trained with (data.vocabulary_path)')
 
 
 def open_rows(experiment: Experiment, directory: Path, split: str) -> PackedRows:
@@ -50,7 +68,7 @@ def open_rows(experiment: Experiment, directory: Path, split: str) -> PackedRows
   return rows
 
 
-def check_vocabulary(rows: PackedRows, decoder: Description) -> None:
+def check_vocabulary(rows: PackedRows, decoder: Checkpoint) -> None:
   """Raises ValueError where the rows' ids mean other pieces than those the decoder learnt."""
   there = rows.manifest.recipe.vocabulary_hash
   if decoder.vocabulary and there != decoder.vocabulary:

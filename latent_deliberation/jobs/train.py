@@ -13,7 +13,7 @@ from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
 from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run, fit
-from latent_deliberation.jobs.models import build_deliberator, describe_frozen, load_frozen
+from latent_deliberation.jobs.models import build_deliberator, load_frozen, open_frozen
 from latent_deliberation.jobs.prepared import (
   check_vocabulary,
   open_rows,
@@ -21,7 +21,7 @@ from latent_deliberation.jobs.prepared import (
   prepare_data,
   validation_batches,
 )
-from latent_deliberation.model import weights
+from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
@@ -41,14 +41,14 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
     RuntimeError: the decoder's weights changed, which nothing here may do.
   """
   mesh = make_mesh(experiment.mesh)
-  description = describe_frozen(experiment, decoder)
-  shapes = nn.unbox(weights.boxed_shapes(experiment.decoder))
-  planned = describe_training(experiment, workdir, shapes, description.fingerprint, mesh)
+  checkpoint = open_frozen(experiment, decoder)
+  shapes = nn.unbox(boxed_shapes(experiment.decoder))
+  planned = describe_training(experiment, workdir, shapes, checkpoint.fingerprint, mesh)
   planned.check()
   prepare_data(experiment, data)
-  check_vocabulary(open_rows(experiment, data, 'validation'), description)
-  frozen = load_frozen(experiment, decoder, mesh)
-  run = dataclasses.replace(planned, frozen=frozen)
+  check_vocabulary(open_rows(experiment, data, 'validation'), checkpoint)
+  frozen, digest = load_frozen(experiment, checkpoint, mesh)
+  run = dataclasses.replace(planned, frozen=frozen, decoder=digest)
   deliberator = build_deliberator(experiment)
   batches = open_stream(experiment, data, run.section)
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)

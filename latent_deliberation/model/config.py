@@ -129,3 +129,11 @@ PRESETS = {
         head_dim=128, hidden_dim=21_504, window=1024, rope_scaling=8.0,
         query_scale=(5376 / 32) ** -0.5),
 }
+
+
+def find_preset(name: str) -> TransformerConfig:
+  """A published size by name. Raises: ValueError with the names that there are."""
+  if name not in PRESETS:
+    raise ValueError(f'{name!r} is neither a directory nor a preset; presets are '
+                     f'{", ".join(PRESETS)}')
+  return PRESETS[name]

@@ -1,9 +1,18 @@
 """A language model: embed, transform, unembed."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from latent_deliberation.array_types import Array, Float, Rows, RowTokens, Tokens, typed
+from latent_deliberation.array_types import (
+  Array,
+  Float,
+  PyTree,
+  Rows,
+  RowTokens,
+  Tokens,
+  typed,
+)
 from latent_deliberation.model.attention import Visibility, softcap
 from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
@@ -73,3 +82,9 @@ class Decoder(nn.Module):
     raw = jnp.einsum('...D,VD->...V', hidden, self.embedder.table.astype(hidden.dtype),
                      preferred_element_type=jnp.float32)
     return softcap(raw, self.config.final_softcap)
+
+
+def boxed_shapes(config: TransformerConfig) -> PyTree:
+  """Shapes of a decoder's parameters, boxed with their logical axes; nothing is allocated."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)['params']

@@ -1,140 +1,197 @@
-"""A decoder on disk: its sizes and fingerprint in decoder.json, its weights beside it."""
+"""Weights of a decoder, in and out: our own format, Hugging Face directories, Google's orbax.
+
+  config, params = weights.load('gemma-2-2b', dtype=jnp.float32)
+  logits, cache = Decoder(config).apply({'params': params}, tokens)
+"""
 
 import dataclasses
-import json
-import os
 import shutil
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
+from absl import logging
 from flax import linen as nn
+from flax import traverse_util
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
 
-from latent_deliberation.array_types import Params, PyTree
+from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.files import whole_directory
+from latent_deliberation.model.checkpoints import (
+  google,
+  hugging_face,
+  hugging_face_config,
+  hugging_face_writer,
+  native,
+)
+from latent_deliberation.model.checkpoints.assemble import assemble
+from latent_deliberation.model.checkpoints.layout import stored_shapes
+from latent_deliberation.model.checkpoints.orbax_source import OrbaxSource, is_orbax
+from latent_deliberation.model.checkpoints.safetensors_source import SafetensorsSource
+from latent_deliberation.model.checkpoints.source import Source, check_tensors, refuse_pickles
 from latent_deliberation.model.config import TransformerConfig
-from latent_deliberation.model.decoder import Decoder
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import boxed_shapes
 
-_DESCRIPTION, _WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1
+FORMATS = ('native', 'huggingface')  # that can be written
+TOKENIZER = 'tokenizer.model'
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-  """What decoder.json says.
+class Checkpoint:
+  """A decoder on disk, of which names and shapes have been read.
 
   Attributes:
-    config: sizes.
-    fingerprint: of the weights.
+    format: 'native', 'huggingface' or 'google'.
+    config: the architecture.
+    source: the tensors that are there.
+    fingerprint: of the weights as stored; '' where the format does not tell.
     vocabulary: hash of the vocabulary of the training text; '' where it is not known.
   """
+  format: str
   config: TransformerConfig
+  source: Source
   fingerprint: str
   vocabulary: str
+  _expected: Mapping[str, tuple[int, ...]]
+  _padded: tuple[str, ...]
+  _is_foreign: Callable[[str], bool]
+  _read: Callable[[Mapping[str, Sharding]], Params]
+
+  @property
+  def tokenizer(self) -> Path | None:
+    """The SentencePiece model beside the weights, where there is one."""
+    # The gemma library's downloads hold the checkpoint and its tokenizer side by side.
+    around = [self.source.directory.parent] if self.format == 'google' else []
+    paths = (place / TOKENIZER for place in (self.source.directory, *around))
+    return next(filter(Path.is_file, paths), None)
+
+  def check(self) -> None:
+    """Raises ValueError where the tensors are not those of the config; names all of them."""
+    check_tensors(self.source, self._expected, self._padded, self._is_foreign)
+
+  def load(self, shardings: Callable[[PyTree], PyTree] | None = None,
+           dtype: DTypeLike | None = None) -> Params:
+    """The parameters; values that are not finite are warned of by path.
+
+    Args:
+      shardings: maps boxed shapes to shardings, onto which tensors are read directly, so that a
+        host holds its share and one tensor more; default is the first device.
+      dtype: what to keep the weights in; default as stored.
+
+    Raises:
+      ValueError: see `check`; or the tensors are damaged.
+    """
+    self.check()
+    boxed = boxed_shapes(self.config)
+    if shardings is None:
+      device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      placed = jax.tree.map(lambda _: device, nn.unbox(boxed))
+    else:
+      placed = shardings(boxed)
+    params = self._read(traverse_util.flatten_dict(placed, sep='/'))
+    for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
+      if not _is_finite(leaf):
+        logging.warning('%s: %s has values that are not finite (NaN or infinity)',
+                        self.source.directory, path)
+    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def boxed_shapes(config: TransformerConfig) -> PyTree:
-  """Shapes of a decoder's parameters, boxed with their logical axes; nothing is allocated."""
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)['params']
+@jax.jit
+def _is_finite(leaf: Array) -> Array:
+  return jnp.isfinite(leaf).all()
 
 
-def save(directory: Path, config: TransformerConfig, params: Params, vocabulary: str = '') -> str:
-  """Writes a decoder, whole or not at all, and returns its fingerprint.
+def load(path: str | Path, dtype: DTypeLike | None = None,
+         shardings: Callable[[PyTree], PyTree] | None = None,
+         config: TransformerConfig | None = None) -> tuple[TransformerConfig, Params]:
+  """A decoder's architecture and its parameters; see `open_checkpoint` and `Checkpoint.load`."""
+  checkpoint = open_checkpoint(path, config)
+  return checkpoint.config, checkpoint.load(shardings, dtype)
+
+
+def open_checkpoint(path: str | Path, config: TransformerConfig | None = None) -> Checkpoint:
+  """A decoder on disk, in any format that we read, without reading its weights.
 
   Args:
-    vocabulary: hash of the vocabulary that it was trained with.
+    path: a directory.
+    config: the architecture, for orbax checkpoints of sizes that no preset has.
+
+  Raises:
+    FileNotFoundError: there is no decoder.
+    ValueError: what is there is damaged, pickled, or of an architecture that we do not have.
+  """
+  directory = Path(path)
+  if not directory.is_dir():
+    raise FileNotFoundError(
+        f'{directory} is ' + ('a file: give the directory that it lies in' if directory.exists()
+                              else 'not there: give the directory of a decoder'))
+  if (directory / native.DESCRIPTION).is_file():
+    return _open_native(directory)
+  if is_orbax(directory):
+    return _open_google(directory, config)
+  if (directory / hugging_face_config.CONFIG).is_file() or list(directory.glob('*.safetensors*')):
+    return _open_hugging_face(directory)
+  inner = [child for child in sorted(directory.iterdir()) if child.is_dir() and is_orbax(child)]
+  if len(inner) == 1:  # the library's downloads put the tokenizer beside the checkpoint
+    return _open_google(inner[0], config)
+  refuse_pickles(directory)
+  raise FileNotFoundError(
+      f'{directory} holds no decoder: neither {native.DESCRIPTION}, which launch/pretrain.py '
+      f'writes to <workdir>/decoder, nor {hugging_face_config.CONFIG} and safetensors (Hugging '
+      'Face), nor an orbax checkpoint (Google)')
+
+
+def _open_native(directory: Path) -> Checkpoint:
+  described, source = native.describe(directory), native.open_weights(directory)
+  return Checkpoint(
+      'native', described.config, source, described.fingerprint, described.vocabulary,
+      native.shapes(described.config), (), lambda name: False,
+      lambda shardings: native.read(source, described, shardings))
+
+
+def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoint:
+  source = OrbaxSource(directory, google.plain_name)
+  config = config or google.find_config(source.tensors, str(directory))
+  layout = google.find_layout(config, source.tensors)
+  return Checkpoint(
+      'google', config, source, '', '', stored_shapes(layout, config), (google.TABLE,),
+      google.is_foreign, lambda shardings: assemble(source, layout, config, shardings))
+
+
+def _open_hugging_face(directory: Path) -> Checkpoint:
+  source = SafetensorsSource(directory, hugging_face.plain_name)
+  config = hugging_face_config.read_config(directory)
+  layout = hugging_face.find_layout(config)
+
+  def read(shardings: Mapping[str, Sharding]) -> Params:
+    hugging_face.check_head(source)
+    return assemble(source, layout, config, shardings)
+
+  return Checkpoint('huggingface', config, source, '', '', stored_shapes(layout, config), (),
+                    hugging_face.is_foreign, read)
+
+
+def save(directory: str | Path, config: TransformerConfig, params: Params, vocabulary: str = '',
+         format: str = 'native', tokenizer: Path | None = None) -> None:
+  """Writes a decoder, whole or not at all, every bit as it is.
+
+  Args:
+    vocabulary: hash of the vocabulary that it was trained with; kept by our own format.
+    format: one of FORMATS.
+    tokenizer: a SentencePiece model to lay beside the weights.
 
   Raises:
     FileExistsError: `directory` exists already; nothing is overwritten.
+    ValueError: an unknown format, or an architecture that the format cannot describe.
   """
-  directory = Path(directory).absolute()
-  if directory.exists():
-    raise FileExistsError(f'{directory} exists already: a decoder is not written over anything')
-  partial = directory.with_name(directory.name + '.partial')
-  if jax.process_index() == 0:
-    shutil.rmtree(partial, ignore_errors=True)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(partial / _WEIGHTS, params)
-  digest = fingerprint(params)
-  if jax.process_index() == 0:
-    description = {'format': _FORMAT, 'fingerprint': digest, 'vocabulary': vocabulary,
-                   'config': dataclasses.asdict(config)}
-    (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
-    os.replace(partial, directory)
-  return digest
-
-
-def describe(directory: Path) -> Description:
-  """What is known of a decoder without reading its weights.
-
-  Raises:
-    FileNotFoundError: there is no decoder in `directory`.
-    ValueError: decoder.json is damaged.
-  """
-  description = Path(directory).absolute() / _DESCRIPTION
-  if not description.is_file():
-    raise FileNotFoundError(
-        f'{directory} holds no {_DESCRIPTION}: pass the decoder/ folder that launch/pretrain.py '
-        'wrote')
-  try:
-    stored = json.loads(description.read_text())
-    if stored['format'] != _FORMAT:
-      raise ValueError(f'format {stored["format"]}, expected {_FORMAT}')
-    return Description(TransformerConfig(**stored['config']), stored['fingerprint'],
-                       stored['vocabulary'])
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{description} is damaged or of another format ({error}); write the decoder '
-                     'again') from error
-
-
-def load(directory: Path, shardings: Callable[[PyTree], PyTree] | None = None,
-         dtype: str | None = None) -> tuple[TransformerConfig, Params, str]:
-  """A decoder's sizes, its parameters and its fingerprint.
-
-  Args:
-    directory: written by `save`.
-    shardings: maps boxed shapes to shardings, onto which the weights are read directly; default
-      is the first device.
-    dtype: what to keep the weights in; default as stored.
-
-  Raises:
-    FileNotFoundError: there is no decoder in `directory`.
-    ValueError: the weights are not those that decoder.json describes.
-  """
-  directory = Path(directory).absolute()
-  described = describe(directory)
-  config, expected = described.config, described.fingerprint
-  boxed = boxed_shapes(config)
-  if shardings is None:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = jax.tree.map(lambda _: device, nn.unbox(boxed))
-  else:
-    placed = shardings(boxed)
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      kept = dict(checkpointer.metadata(directory / _WEIGHTS).item_metadata)
-      target = jax.tree_util.tree_map_with_path(_as_kept, nn.unbox(boxed), placed, kept)
-      params = checkpointer.restore(directory / _WEIGHTS, target)
-  except Exception as error:  # orbax raises many kinds for files that are cut short or missing
-    short = textwrap.shorten(str(error), 200)
-    raise ValueError(f'the weights in {directory / _WEIGHTS} cannot be read ({short}); they are '
-                     'truncated or foreign: write the decoder again') from error
-  actual = fingerprint(params)
-  if actual != expected:
-    raise ValueError(f'{directory}: the weights have fingerprint {actual}, {_DESCRIPTION} says '
-                     f'{expected}: one of the two was replaced; write the decoder again')
-  if dtype is not None:
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-  return config, params, actual
-
-
-def _as_kept(path: Any, leaf: Any, placed: jax.sharding.Sharding, kept: Any) -> Any:
-  """What to restore a leaf as: in the dtype that it was saved in."""
-  if kept.shape != leaf.shape:
-    raise ValueError(f'{jax.tree_util.keystr(path)} has shape {kept.shape} there, '
-                     f'{leaf.shape} by {_DESCRIPTION}')
-  return jax.ShapeDtypeStruct(leaf.shape, kept.dtype, sharding=placed)
+  if format not in FORMATS:
+    raise ValueError(f'format {format!r}: a decoder is written as one of {FORMATS}')
+  with whole_directory(Path(directory)) as partial:
+    if tokenizer is not None and jax.process_index() == 0:
+      shutil.copyfile(tokenizer, partial / TOKENIZER)
+    if format == 'native':
+      native.write(partial, config, params, vocabulary)
+    else:
+      hugging_face_writer.write(partial, config, params)

@@ -10,6 +10,7 @@ import pytest
 from latent_deliberation.jobs import evaluate as job
 from latent_deliberation.jobs.evaluate import evaluate
 from latent_deliberation.model import weights
+from latent_deliberation.model.fingerprint import fingerprint
 from tests import finished
 
 pytestmark = [
@@ -49,9 +50,10 @@ def test_without_constant_soft_tokens_their_arm_is_left_out(quickstart, tmp_path
 
 @pytest.mark.usefixtures('no_scoring')
 def test_a_coprocessor_of_another_decoder_is_refused(quickstart, tmp_path):
-  config, params, _ = weights.load(quickstart / 'pretraining/decoder')
-  digest = weights.save(tmp_path / 'decoder', config, jax.tree.map(lambda leaf: -leaf, params))
-  with pytest.raises(ValueError, match=f"decoder: '[0-9a-f]+' there, '{digest}' now"):
+  config, params = weights.load(quickstart / 'pretraining/decoder')
+  other = jax.tree.map(lambda leaf: -leaf, params)
+  weights.save(tmp_path / 'decoder', config, other)
+  with pytest.raises(ValueError, match=f"decoder: '[0-9a-f]+' there, '{fingerprint(other)}' now"):
     score(quickstart, tmp_path / 'out', decoder=tmp_path / 'decoder')
 
 

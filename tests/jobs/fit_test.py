@@ -13,11 +13,12 @@ import pytest
 from latent_deliberation.data.rows import PermutedBatches
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import restore_trained
-from latent_deliberation.jobs.models import describe_frozen, load_frozen
+from latent_deliberation.jobs.models import load_frozen, open_frozen
 from latent_deliberation.jobs.prepared import open_stream
 from latent_deliberation.jobs.pretrain import pretrain
 from latent_deliberation.jobs.train import describe_training, train_coprocessor
 from latent_deliberation.model import weights
+from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
@@ -81,8 +82,7 @@ def test_a_coprocessor_whose_training_was_stopped_is_bit_for_bit_that_of_one_tha
 
   def trained(workdir: Path):
     mesh = make_mesh(experiment.mesh)
-    frozen = load_frozen(experiment, decoder, mesh)
-    digest = describe_frozen(experiment, decoder).fingerprint
+    frozen, digest = load_frozen(experiment, open_frozen(experiment, decoder), mesh)
     run = describe_training(experiment, workdir, frozen, digest, mesh)
     return restore_trained(run, open_stream(experiment, quickstart, 'training'))
 
@@ -115,23 +115,23 @@ def test_what_only_the_other_job_reads_may_change(coprocessor, quickstart):
   experiment = finished.experiment(pretraining__batch_size=16, training__loop__log_every=2,
                                    evaluation__bootstrap_samples=10)
   decoder = quickstart / 'pretraining/decoder'
-  frozen = load_frozen(experiment, decoder, make_mesh(experiment.mesh))
-  digest = describe_frozen(experiment, decoder).fingerprint
-  run = describe_training(experiment, coprocessor, frozen, digest, make_mesh(experiment.mesh))
+  mesh = make_mesh(experiment.mesh)
+  frozen, digest = load_frozen(experiment, open_frozen(experiment, decoder), mesh)
+  run = describe_training(experiment, coprocessor, frozen, digest, mesh)
   run.check()
   assert restore_trained(run, open_stream(experiment, quickstart, 'training'))
 
 
 def test_another_decoder_is_refused(coprocessor, quickstart, tmp_path):
-  config, params, _ = weights.load(quickstart / 'pretraining/decoder')
+  config, params = weights.load(quickstart / 'pretraining/decoder')
   other = jax.tree.map(lambda leaf: 2 * leaf, params)
-  digest = weights.save(tmp_path / 'decoder', config, other)
-  with pytest.raises(ValueError, match=f"decoder: '[0-9a-f]+' there, '{digest}' now"):
+  weights.save(tmp_path / 'decoder', config, other)
+  with pytest.raises(ValueError, match=f"decoder: '[0-9a-f]+' there, '{fingerprint(other)}' now"):
     resume(coprocessor, quickstart, decoder=tmp_path / 'decoder')
 
 
 def test_rows_of_another_vocabulary_than_the_decoders_are_refused(quickstart, tmp_path):
-  config, params, _ = weights.load(quickstart / 'pretraining/decoder')
+  config, params = weights.load(quickstart / 'pretraining/decoder')
   weights.save(tmp_path / 'decoder', config, params, vocabulary='another')
   with pytest.raises(ValueError, match='made with the vocabulary .*, the decoder .* with another'):
     resume(tmp_path / 'run', quickstart, decoder=tmp_path / 'decoder')

@@ -11,10 +11,11 @@ import pytest
 from latent_deliberation.jobs.models import (
   build_decoder,
   count_parameters,
-  describe_frozen,
   load_frozen,
+  open_frozen,
 )
-from latent_deliberation.model.weights import boxed_shapes
+from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests import finished
 
@@ -26,10 +27,11 @@ def mesh():
 
 def test_the_decoder_that_was_pretrained_is_loaded_in_the_dtype_that_it_is_kept_in(
     quickstart, mesh):
-  decoder = quickstart / 'pretraining/decoder'
-  params = load_frozen(finished.experiment(), decoder, mesh)
-  rounded = load_frozen(
-      finished.experiment(computation__frozen_dtype='bfloat16'), decoder, mesh)
+  checkpoint = open_frozen(finished.experiment(), quickstart / 'pretraining/decoder')
+  params, digest = load_frozen(finished.experiment(), checkpoint, mesh)
+  rounded, same = load_frozen(
+      finished.experiment(computation__frozen_dtype='bfloat16'), checkpoint, mesh)
+  assert digest == same == fingerprint(params)
   for leaf, short in zip(jax.tree.leaves(params), jax.tree.leaves(rounded), strict=True):
     assert short.dtype == jnp.bfloat16
     assert jnp.array_equal(leaf.astype(jnp.bfloat16), short)
@@ -37,7 +39,7 @@ def test_the_decoder_that_was_pretrained_is_loaded_in_the_dtype_that_it_is_kept_
 
 def test_a_decoder_of_other_sizes_is_refused_with_both(quickstart):
   with pytest.raises(ValueError, match='decoder.window: 8 there, 9 in the config\nChange the con'):
-    describe_frozen(finished.experiment(decoder__window=9), quickstart / 'pretraining/decoder')
+    open_frozen(finished.experiment(decoder__window=9), quickstart / 'pretraining/decoder')
 
 
 # Tensorstore's threads outlive the event loop of a read that failed.
@@ -46,13 +48,13 @@ def test_a_truncated_decoder_is_refused(tmp_path, quickstart, mesh):
   decoder = shutil.copytree(quickstart / 'pretraining/decoder', tmp_path / 'decoder')
   largest = max((path for path in decoder.rglob('*') if path.is_file()), key=os.path.getsize)
   largest.write_bytes(largest.read_bytes()[:100])
-  with pytest.raises(ValueError, match=f'(?s){decoder}/weights cannot be read.*write the decoder'):
-    load_frozen(finished.experiment(), decoder, mesh)
+  with pytest.raises(ValueError, match=f'{decoder}/weights cannot be read .* write it again'):
+    load_frozen(finished.experiment(), open_frozen(finished.experiment(), decoder), mesh)
 
 
-def test_a_directory_without_a_decoder_is_refused(tmp_path, mesh):
-  with pytest.raises(FileNotFoundError, match='no decoder.json: pass the decoder/ folder that'):
-    load_frozen(finished.experiment(), tmp_path, mesh)
+def test_a_directory_without_a_decoder_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match='holds no decoder: neither decoder.json, which'):
+    open_frozen(finished.experiment(), tmp_path)
 
 
 def test_the_computation_does_not_change_the_parameters():

@@ -119,3 +119,26 @@ def test_a_decoder_and_a_coprocessor_are_trained_on_a_stream(tmp_path, quickstar
     losses = [row['loss'] for row in read_metrics(tmp_path / run / FILE_NAME)]
     assert len(losses) == steps and np.isfinite(losses).all()
   assert list((tmp_path / 'coprocessor/checkpoints/data/2').rglob('iterator*'))
+
+
+@pytest.mark.parametrize('vocab_size, content, message', [
+    (300, None, 'vocabulary.model has 320 pieces, the decoder has 300 embeddings'),
+    (320, b'pieces', 'vocabulary.model is not a SentencePiece model')])
+def test_a_tokenizer_that_does_not_fit_the_decoder_is_refused_before_any_work(
+    vocab_size, content, message, tmp_path):
+  import sentencepiece
+  path = tmp_path / 'vocabulary.model'
+  with path.open('wb') as file:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(['the quick brown fox jumps over'] * 20), model_writer=file,
+        vocab_size=320, model_type='bpe', byte_fallback=True, hard_vocab_limit=False, pad_id=0,
+        eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
+  pieces = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+  if content is not None:
+    path.write_bytes(content)
+  experiment = finished.experiment(
+      data__vocabulary='sentencepiece', data__vocabulary_path=str(path),
+      decoder__vocab_size=vocab_size)
+  with pytest.raises(ValueError, match=message.replace('320', str(pieces))):
+    prepare_data(experiment, tmp_path / 'data')
+  assert not (tmp_path / 'data').exists()

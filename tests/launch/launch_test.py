@@ -69,7 +69,7 @@ BAD = {
         r"training.multipliers names \['gat'\]: what learns there is among"),
     'no decoder': Bad(
         'train', '--workdir={new} --data={run} --decoder={files}',
-        'holds no decoder.json: pass the decoder/'),
+        'holds no decoder: neither decoder.json'),
     'a decoder of other sizes': Bad(
         'train', '--workdir={new} --data={run} --decoder={run}/pretraining/decoder '
         '--config.decoder.window=9',

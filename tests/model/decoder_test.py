@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.model import weights
 from latent_deliberation.model.config import PRESETS
-from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.decoder import Decoder, boxed_shapes
 from tests import tiny
 from tests.deliberation import dense_reference
 
@@ -86,6 +85,6 @@ def test_computing_in_bfloat16_rounds_and_keeps_logits_in_float32(batch, decoder
     ('gemma2_9b', 8_324_201_984, 9_241_705_984),
     ('gemma2_27b', 26_047_480_320, 27_227_128_320)])
 def test_the_published_sizes_have_the_published_numbers_of_parameters(name, inner, total):
-  shapes = weights.boxed_shapes(PRESETS[name])
+  shapes = boxed_shapes(PRESETS[name])
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
   assert (count(shapes['transformer']), count(shapes)) == (inner, total)

@@ -11,8 +11,7 @@ import pytest
 from flax import linen as nn
 
 from latent_deliberation.deliberation.traces import sample_traces
-from latent_deliberation.model import weights
-from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.decoder import Decoder, boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import (
   DEFAULT_RULES,
@@ -43,7 +42,7 @@ class Trainer:
     self.deliberator = tiny.deliberator(trainable=trainable)
     frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny.decoder_params())
     self.frozen = jax.device_put(frozen, shardings_of(
-        weights.boxed_shapes(tiny.CONFIG), self.mesh, DEFAULT_RULES))
+        boxed_shapes(tiny.CONFIG), self.mesh, DEFAULT_RULES))
     boxed = jax.eval_shape(self.deliberator.coprocessor.init, jax.random.key(0), self.frozen)
     self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(
         boxed, OPTIMIZER, self.mesh, DEFAULT_RULES))

@@ -3,7 +3,7 @@ import time
 
 from absl import logging
 
-from latent_deliberation.data.progress import Progress
+from latent_deliberation.progress import Progress
 
 
 def lines_of(monkeypatch, total, seconds_between):

@@ -1,4 +1,4 @@
-"""Progress lines of long work on data."""
+"""Progress lines of long work."""
 
 import math
 import time

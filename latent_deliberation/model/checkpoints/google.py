@@ -1,0 +1,108 @@
+"""The orbax checkpoints of Google's gemma library: names, layouts, and which size they are."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout, stored_shape
+from latent_deliberation.model.checkpoints.source import Stored
+from latent_deliberation.model.config import PRESETS, TransformerConfig
+
+TABLE = 'embedder/input_embedding'  # padded with rows that no token has
+# Parts of a multimodal checkpoint that are no part of the decoder.
+_OTHER_PARTS = ('vision_encoder/', 'SigLiPFromPatches_0/', 'embedder/mm_')
+
+
+def plain_name(name: str) -> str:
+  """The name of an array without what versions of the library differ in.
+
+  Flat trees hold 'transformer/layer_0/attn/q_einsum' as one key, nested ones may lack the first
+  part; some versions keep a matrix under a further key 'w', others do not.
+  """
+  for prefix in ('params/', 'transformer/'):
+    name = name.removeprefix(prefix)
+  return name.removesuffix('/w').replace('/_query_norm', '/query_norm').replace('/_key_norm',
+                                                                              '/key_norm')
+
+
+def is_foreign(name: str) -> bool:
+  """Whether a tensor is no part of the decoder."""
+  return name.startswith(_OTHER_PARTS)
+
+
+def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig:
+  """The preset that has the checkpoint's sizes; what shapes do not show comes from the preset.
+
+  Raises:
+    ValueError: no preset has them; lists those that there are.
+  """
+  found = _sizes(tensors, origin)
+  for config in PRESETS.values():
+    same = all(getattr(config, name) == size for name, size in found.items())
+    if same and config.qk_norm == ('layer_0/attn/query_norm/scale' in tensors):
+      return config
+  known = '\n'.join(
+      f'  {name}: ' + ', '.join(f'{key} {getattr(config, key)}' for key in found)
+      for name, config in PRESETS.items())
+  raise ValueError(
+      f'{origin} holds a decoder of ' + ', '.join(f'{key} {size}' for key, size in found.items())
+      + f', and its format does not tell the rest of the architecture. Sizes known:\n{known}\n'
+      'Pass the config of yours to weights.load(..., config=...)')
+
+
+def _sizes(tensors: Mapping[str, Stored], origin: str) -> dict[str, int]:
+  """Sizes that show in shapes."""
+  out, down = 'layer_0/attn/attn_vec_einsum', 'layer_0/mlp/linear'
+  for name, rank in ((out, 3), (down, 2)):
+    if name not in tensors or len(tensors[name].shape) != rank:
+      raise ValueError(f"{origin} is an orbax checkpoint, but not of Google's gemma library: it "
+                       f'has no {name} of {rank} axes. It holds {sorted(tensors)[:8]} ...')
+  layers = {name.split('/')[0] for name in tensors if name.startswith('layer_')}
+  heads, head_dim, width = tensors[out].shape
+  hidden = tensors[down].shape[0]
+  shared = tensors.get('layer_0/attn/kv_einsum')
+  kv_heads = heads if shared is None else shared.shape[1]
+  return {'embed_dim': width, 'num_layers': len(layers), 'num_heads': heads,
+          'num_kv_heads': kv_heads, 'head_dim': head_dim, 'hidden_dim': hidden}
+
+
+def find_layout(config: TransformerConfig, tensors: Mapping[str, Stored]) -> Layout:
+  """Layout of this checkpoint.
+
+  Versions of the library differ in the order of two axes of the gate, and put query, key and value
+  in one tensor where their heads are as many.
+  """
+  if 'layer_0/attn/qkv_einsum' in tensors:
+    names = {'query': ('qkv_einsum', 0), 'key': ('qkv_einsum', 1), 'value': ('qkv_einsum', 2)}
+    attention = {name: Entry(f'layer_{{}}/attn/{stored}', 'N D H', part, 3)
+                 for name, (stored, part) in names.items()}
+    attention = {name: entry if name == 'query' else dataclasses.replace(entry, axes='K D H')
+                 for name, entry in attention.items()}
+  else:
+    attention = {'query': Entry('layer_{}/attn/q_einsum', 'N D H'),
+                 'key': Entry('layer_{}/attn/kv_einsum', 'K D H', 0, 2),
+                 'value': Entry('layer_{}/attn/kv_einsum', 'K D H', 1, 2)}
+  attention['out'] = Entry('layer_{}/attn/attn_vec_einsum', 'N H D')
+  gate = 'F D' if _gate_is_transposed(config, tensors) else 'D F'
+  block = {f'attention/{name}/w': entry for name, entry in attention.items()} | {
+      'feed_forward/gate/w': Entry('layer_{}/mlp/gating_einsum', gate, 0, 2),
+      'feed_forward/up/w': Entry('layer_{}/mlp/gating_einsum', gate, 1, 2),
+      'feed_forward/down/w': Entry('layer_{}/mlp/linear', 'F D'),
+      'attention_in/scale': Entry('layer_{}/pre_attention_norm/scale', 'D'),
+      'feed_forward_in/scale': Entry('layer_{}/pre_ffw_norm/scale', 'D')}
+  if config.post_norms:
+    block |= {'attention_out/scale': Entry('layer_{}/post_attention_norm/scale', 'D'),
+              'feed_forward_out/scale': Entry('layer_{}/post_ffw_norm/scale', 'D')}
+  if config.qk_norm:
+    block |= {f'attention/{name}_norm/scale': Entry(f'layer_{{}}/attn/{name}_norm/scale', 'H')
+              for name in ('query', 'key')}
+  return {'embedder/table': Entry(TABLE, 'V D'),
+          **{LAYERED + path: entry for path, entry in block.items()},
+          'transformer/final_norm/scale': Entry('final_norm/scale', 'D')}
+
+
+def _gate_is_transposed(config: TransformerConfig, tensors: Mapping[str, Stored]) -> bool:
+  """Whether gates are [2, F, D]; where F = D, the library's Gemma 3 has them so."""
+  gate = tensors.get('layer_0/mlp/gating_einsum')
+  if gate is None or config.hidden_dim == config.embed_dim:
+    return config.qk_norm
+  return gate.shape == stored_shape(Entry('', 'F D', 0, 2), config)

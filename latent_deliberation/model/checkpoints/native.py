@@ -1,0 +1,90 @@
+"""Our own format: the architecture and a fingerprint in decoder.json, orbax weights beside it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from jax.sharding import Sharding
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.model.checkpoints.layout import LAYERED, axis_sizes, parameter_axes
+from latent_deliberation.model.checkpoints.orbax_source import OrbaxSource
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.fingerprint import fingerprint
+
+DESCRIPTION, _WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What decoder.json says.
+
+  Attributes:
+    config: the architecture.
+    fingerprint: of the weights.
+    vocabulary: hash of the vocabulary of the training text; '' where it is not known.
+  """
+  config: TransformerConfig
+  fingerprint: str
+  vocabulary: str
+
+
+def describe(directory: Path) -> Description:
+  """Reads decoder.json. Raises: ValueError where it is damaged."""
+  path = directory / DESCRIPTION
+  try:
+    stored = json.loads(path.read_text())
+    if stored['format'] != _FORMAT:
+      raise ValueError(f'format {stored["format"]}, expected {_FORMAT}')
+    return Description(TransformerConfig(**stored['config']), stored['fingerprint'],
+                       stored['vocabulary'])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{path} is damaged or of another format ({error}); write the decoder '
+                     'again') from error
+
+
+def open_weights(directory: Path) -> OrbaxSource:
+  """The tensors, named by the paths of our parameters. Raises: ValueError for a damaged one."""
+  return OrbaxSource(directory / _WEIGHTS, lambda name: name)
+
+
+def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+  """Path -> shape of every parameter, layers stacked."""
+  sizes = axis_sizes(config)
+  return {path: (config.num_layers,) * path.startswith(LAYERED)
+                + tuple(sizes[letter] for letter in axes.split())
+          for path, axes in parameter_axes(config).items()}
+
+
+def read(source: OrbaxSource, description: Description,
+         shardings: Mapping[str, Sharding]) -> Params:
+  """The parameters as stored, each on its sharding.
+
+  Raises:
+    ValueError: the weights are not those that decoder.json describes.
+  """
+  flat = {path: source.read(path, shape, shardings[path])
+          for path, shape in shapes(description.config).items()}
+  params = traverse_util.unflatten_dict(flat, sep='/')
+  actual = fingerprint(params)
+  if actual != description.fingerprint:
+    raise ValueError(
+        f'{source.directory}: the weights have fingerprint {actual}, {DESCRIPTION} says '
+        f'{description.fingerprint}: one of the two was replaced; write the decoder again')
+  return params
+
+
+def write(directory: Path, config: TransformerConfig, params: Params, vocabulary: str) -> str:
+  """Writes a decoder into an empty directory and returns its fingerprint."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(directory.absolute() / _WEIGHTS, params)
+  digest = fingerprint(params)
+  if jax.process_index() == 0:
+    description = {'format': _FORMAT, 'fingerprint': digest, 'vocabulary': vocabulary,
+                   'config': dataclasses.asdict(config)}
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
+  return digest

@@ -1,0 +1,85 @@
+"""What every foreign checkpoint offers: named tensors, each read straight into its shards."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from latent_deliberation.array_types import Array
+
+READABLE = ('float32', 'bfloat16', 'float16')
+# Weights that were pickled run code when they are read.
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A tensor on disk: its shape, and the name of its dtype."""
+  shape: tuple[int, ...]
+  dtype: str
+
+  @property
+  def nbytes(self) -> int:
+    """Size of its values."""
+    return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+class Source(Protocol):
+  """A checkpoint that is open for reading.
+
+  Attributes:
+    directory: where it lies.
+    tensors: all it has, by name.
+  """
+  directory: Path
+  tensors: Mapping[str, Stored]
+
+  def read(self, name: str, shape: tuple[int, ...], sharding: Sharding) -> Array:
+    """The leading `shape` of a tensor, as stored; each host reads its own shards alone."""
+
+
+def refuse_pickles(directory: Path) -> None:
+  """Raises ValueError where a directory holds pickled weights; call it where no others are."""
+  pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+  if pickles:
+    raise ValueError(
+        f'{directory} holds pickled weights {pickles}, which are not read, since unpickling runs '
+        'code: load them with transformers and write them with save_pretrained, which makes '
+        'safetensors')
+
+
+def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], padded: Collection[str],
+                  is_foreign: Callable[[str], bool]) -> None:
+  """Compares the tensors that are there with those that a decoder has.
+
+  Args:
+    expected: name -> shape.
+    padded: names that may have more rows than expected, which are left out.
+    is_foreign: whether a name belongs to what is no part of the decoder, such as a vision tower.
+
+  Raises:
+    ValueError: names every tensor that is missing, too many, or of another shape or dtype.
+  """
+  lines = []
+  for name, shape in expected.items():
+    if name not in source.tensors:
+      lines.append(f'  {name}: missing, expected {list(shape)}')
+      continue
+    stored = source.tensors[name]
+    rows = max(stored.shape[0], shape[0]) if name in padded and stored.shape else shape[0]
+    if stored.shape != (rows, *shape[1:]):
+      lines.append(f'  {name}: has shape {list(stored.shape)}, expected {list(shape)}')
+    if stored.dtype not in READABLE:
+      lines.append(f'  {name}: has dtype {stored.dtype}, expected one of {READABLE}')
+  lines += [f'  {name}: not expected, has shape {list(stored.shape)}'
+            for name, stored in source.tensors.items()
+            if name not in expected and not is_foreign(name)]
+  if lines:
+    raise ValueError('\n'.join([
+        f'{source.directory} does not hold the decoder that its config describes:', *lines,
+        'Its weights and its config belong to different models, or files are missing: download or '
+        'write the directory again.']))

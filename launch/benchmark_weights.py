@@ -1,0 +1,30 @@
+"""Measures the memory and the time that loading a decoder of a published size takes.
+
+  python launch/benchmark_weights.py --preset=gemma2_2b --output=weights.json
+
+Writes a synthetic Hugging Face directory of that size beside --output (5.2 GB for gemma2_2b in
+bfloat16), loads it in a process of its own, and removes it. Next, see what is in a real one with
+launch/convert.py.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs.benchmark_weights import benchmark
+from latent_deliberation.model.config import PRESETS
+
+_PRESET = command_line.define_choice(
+    'preset', sorted(PRESETS, key='gemma2_2b'.__ne__), 'Size of the decoder.')
+_OUTPUT = command_line.define_file('output', 'JSON file to write.')
+
+
+def main() -> None:
+  measured = benchmark(_PRESET.value, Path(_OUTPUT.value))
+  print(f'{measured["weight_bytes"] / 1e9:.2f} GB of weights in {measured["seconds"]:.0f} s '
+        f'({measured["seconds_over_safetensors_alone"]:.1f} x what safetensors alone takes to read '
+        f'them); peak memory {measured["peak_bytes"] / 1e9:.2f} GB, '
+        f'{measured["peak_over_weights"]:.2f} x the weights')
+
+
+if __name__ == '__main__':
+  command_line.run(main)
