@@ -58,7 +58,6 @@ class Attempt:
     self._timeout = timeout
     self._result: Augmentation | None = None
     self._error: BaseException | None = None
-    self._ended = threading.Event()
     # A daemon: a coprocessor that hangs must not keep the process from ending.
     self._thread = threading.Thread(target=self._run, args=(augment, state), daemon=True)
     self._thread.start()
@@ -68,13 +67,10 @@ class Attempt:
       self._result = jax.block_until_ready(augment(state))
     except BaseException as error:  # whatever it is, it must not stop the decoder
       self._error = error
-    finally:
-      self._ended.set()
 
   def is_ready(self) -> bool:
     """Whether `result` will not wait."""
-    return (self._ended.is_set() or not self._thread.is_alive()
-            or time.monotonic() >= self._deadline)
+    return not self._thread.is_alive() or time.monotonic() >= self._deadline
 
   def result(self) -> Augmentation:
     """The latents.
@@ -82,11 +78,11 @@ class Attempt:
     Raises:
       RuntimeError: there are none; says why.
     """
-    self._ended.wait(max(0.0, self._deadline - time.monotonic()))
+    self._thread.join(max(0.0, self._deadline - time.monotonic()))
     if self._result is not None:
       return self._result
     if self._error is not None:
       raise RuntimeError(f'it raised {type(self._error).__name__}: {self._error}') from self._error
-    if self._ended.is_set() or not self._thread.is_alive():
+    if not self._thread.is_alive():
       raise RuntimeError('its thread ended without a result')
     raise RuntimeError(f'it took longer than {self._timeout:g} s')

@@ -174,6 +174,22 @@ class SlotCache:
       index[kind] = where.replace(segments=jnp.where(hidden, -shown, shown))
     return self.replace(index=index)
 
+  def resized(self, plan: CachePlan) -> 'SlotCache':
+    """The cache in the slots of another plan, where those that only one has are not written yet."""
+
+    def resize(kind: str, array: Array, axis: int) -> Array:
+      tokens, latents = jnp.split(array, [self.plan.slots(kind)], axis)
+      tokens = jax.lax.slice_in_dim(tokens, 0, min(tokens.shape[axis], plan.slots(kind)), axis=axis)
+      widths = [(0, 0)] * array.ndim
+      widths[axis] = (0, plan.slots(kind) - tokens.shape[axis])
+      return jnp.concatenate([jnp.pad(tokens, widths), latents], axis)
+
+    layers = [tuple(resize(kind, array, 2) for kind, array in zip(plan.kinds, arrays, strict=True))
+              for arrays in (self.keys, self.values)]
+    index = {kind: jax.tree.map(functools.partial(resize, kind, axis=1), where)
+             for kind, where in self.index.items()}
+    return SlotCache(*layers, index, self.cursor, plan)
+
   def layer(self, number: int) -> KVCache:
     """What a block reads of one layer."""
     index = self.index[self.plan.kinds[number]]

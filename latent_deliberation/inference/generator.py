@@ -25,6 +25,7 @@ from latent_deliberation.inference.prompts import (
 )
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.fingerprint import fingerprint as compute_fingerprint
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding
 
 
@@ -35,6 +36,7 @@ class Generator:
     model: what is compiled in.
     weights: unstacked; drop the stacked ones to have their memory back.
     worker: makes the latents; itself, or a generator of the same weights on other devices.
+    fingerprint: of the decoder's weights.
     counts: what became of augmentations so far.
   """
 
@@ -42,7 +44,7 @@ class Generator:
                coprocessor: tuple[DeliberationConfig, Params] | None = None,
                dtype: str = 'float32', mesh: Mesh | None = None,
                rules: Mapping[str, Sequence[str]] = DEFAULT_RULES,
-               worker: 'Generator | None' = None):
+               worker: 'Generator | None' = None, fingerprint: str = ''):
     """Takes the weights apart.
 
     Args:
@@ -52,6 +54,7 @@ class Generator:
       dtype: of the computation and the cache.
       mesh, rules: on which the weights lie, and how; without a mesh, on one device.
       worker: see above.
+      fingerprint: of the decoder's weights; computed where it is not given.
 
     Raises:
       ValueError: `length` is not positive, or the coprocessor has other widths.
@@ -70,6 +73,7 @@ class Generator:
         rules=() if mesh is None else tuple((name, tuple(axes)) for name, axes in rules.items()))
     self.weights = _take_apart(params, choices, trained)
     self.worker = worker or self
+    self.fingerprint = fingerprint or compute_fingerprint(params)
     self.counts = Counts()
     self._mesh, self._rules = mesh, rules
     self._warned = False

@@ -67,7 +67,8 @@ def test_whatever_is_written_the_newest_tokens_are_there(counts, width):
   cache, texts = filled(counts, width)
   check(cache, texts)
   append = jax.jit(SlotCache.append)
-  for more, width in (((1, 1, 1), 1), ((0, 3, 2), 4), ((1, 1, 1), 1), ((1, 1, 1), 1), ((1, 0, 0), 2)):
+  step = ((1, 1, 1), 1)
+  for more, width in (step, ((0, 3, 2), 4), step, step, ((1, 0, 0), 2)):
     cache = append(cache, *chunk(texts, more, width))
     check(cache, texts)
 

@@ -12,8 +12,8 @@ from latent_deliberation.inference.generate import Decoding, generate, stream
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import ONCE, Policy
 from latent_deliberation.inference.sampling import Sampling
-from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from latent_deliberation.model import weights
+from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
 from tests.inference.small import (
   LENGTH,
