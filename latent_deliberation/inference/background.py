@@ -4,9 +4,11 @@ Whatever does go wrong, the decoder's own output goes on, bit for bit as it woul
 are no latents, one warning, and a count.
 """
 
+import atexit
 import dataclasses
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import jax
@@ -49,6 +51,16 @@ class Arrival:
       raise ValueError(f'timeout = {self.timeout} s: it must be above 0')
 
 
+_attempts: 'weakref.WeakSet[Attempt]' = weakref.WeakSet()
+
+
+@atexit.register
+def _wait() -> None:
+  """Waits, within their time, for threads that still compute: Python would abort at its end."""
+  for attempt in list(_attempts):
+    attempt.wait()
+
+
 class Attempt:
   """One augmentation in a thread of its own, from the moment on at which it is made."""
 
@@ -60,6 +72,7 @@ class Attempt:
     self._error: BaseException | None = None
     # A daemon: a coprocessor that hangs must not keep the process from ending.
     self._thread = threading.Thread(target=self._run, args=(augment, state), daemon=True)
+    _attempts.add(self)
     self._thread.start()
 
   def _run(self, augment: Callable[[State], Augmentation], state: State) -> None:
@@ -72,13 +85,17 @@ class Attempt:
     """Whether `result` will not wait."""
     return not self._thread.is_alive() or time.monotonic() >= self._deadline
 
+  def wait(self) -> None:
+    """Waits until it has ended or its time is over."""
+    self._thread.join(max(0.0, self._deadline - time.monotonic()))
+
   def result(self) -> Augmentation:
     """The latents.
 
     Raises:
       RuntimeError: there are none; says why.
     """
-    self._thread.join(max(0.0, self._deadline - time.monotonic()))
+    self.wait()
     if self._result is not None:
       return self._result
     if self._error is not None:

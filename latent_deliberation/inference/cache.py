@@ -23,7 +23,9 @@ from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
 
 Writer = Callable[[Array, Array, int], Array]  # (old, new, axis of the slots) -> array
-_AXES = ('batch', 'kv_heads', 'slot', 'head_dim')
+_KEYS, _VALUES = 3, 2  # axes of the slots
+_AXES = {_KEYS: ('batch', 'kv_heads', 'head_dim', 'slot'),
+         _VALUES: ('batch', 'kv_heads', 'slot', 'head_dim')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +78,8 @@ class SlotCache:
   """Keys and values of B texts in fixed slots.
 
   Attributes:
-    keys, values: of each of the L layers, [B, K, slots + Z, H]: the order in which matrix products
-      read them, so that a decode step copies nothing.
+    keys, values: of each of the L layers, [B, K, H, slots + Z] and [B, K, slots + Z, H]: as matrix
+      products read them, so that a decode step copies neither.
     index: kind of layer -> what stands in its slots.
     cursor: int32 [], slots written so far; the newest token of every text is in the one before.
     plan: the number of slots.
@@ -92,11 +94,12 @@ class SlotCache:
   def empty(cls, plan: CachePlan, config: TransformerConfig, batch: int, dtype: str) -> 'SlotCache':
     """A cache of holes."""
     widths = {kind: plan.slots(kind) + plan.latent_slots for kind in plan.kinds}
-    keys = tuple(jnp.zeros((batch, config.num_kv_heads, widths[kind], config.head_dim), dtype)
-                 for kind in plan.kinds)
+    values = tuple(jnp.zeros((batch, config.num_kv_heads, widths[kind], config.head_dim), dtype)
+                   for kind in plan.kinds)
+    keys = tuple(jnp.swapaxes(each, 2, 3) for each in values)
     nothing = {kind: jnp.zeros((batch, width), jnp.int32) for kind, width in widths.items()}
     index = {kind: SlotIndex(hole, hole, hole) for kind, hole in nothing.items()}
-    return cls(keys, keys, index, jnp.zeros((), jnp.int32), plan)
+    return cls(keys, values, index, jnp.zeros((), jnp.int32), plan)
 
   def fill(self, fresh: Sequence[KeysValues], index: SlotIndex) -> 'SlotCache':
     """The cache with the first tokens of every text, as `append` would write them, but faster."""
@@ -184,8 +187,9 @@ class SlotCache:
       widths[axis] = (0, plan.slots(kind) - tokens.shape[axis])
       return jnp.concatenate([jnp.pad(tokens, widths), latents], axis)
 
-    layers = [tuple(resize(kind, array, 2) for kind, array in zip(plan.kinds, arrays, strict=True))
-              for arrays in (self.keys, self.values)]
+    layers = [tuple(resize(kind, array, axis)
+                    for kind, array in zip(plan.kinds, arrays, strict=True))
+              for arrays, axis in ((self.keys, _KEYS), (self.values, _VALUES))]
     index = {kind: jax.tree.map(functools.partial(resize, kind, axis=1), where)
              for kind, where in self.index.items()}
     return SlotCache(*layers, index, self.cursor, plan)
@@ -193,7 +197,7 @@ class SlotCache:
   def layer(self, number: int) -> KVCache:
     """What a block reads of one layer."""
     index = self.index[self.plan.kinds[number]]
-    return KVCache(jnp.swapaxes(self.keys[number], 1, 2), jnp.swapaxes(self.values[number], 1, 2),
+    return KVCache(_outside(self.keys[number], _KEYS), _outside(self.values[number], _VALUES),
                    index.positions, index.segments)
 
   def pop(self) -> tuple['SlotCache', list[KeysValues], SlotIndex]:
@@ -208,8 +212,9 @@ class SlotCache:
       return jax.lax.dynamic_slice_in_dim(array, cursor % self.plan.slots(kind), 1, axis)
 
     fresh = [
-        KeysValues(*(jnp.swapaxes(newest(kind, array, 2), 1, 2)[:, None] for array in layer))
-        for kind, *layer in zip(self.plan.kinds, self.keys, self.values, strict=True)]
+        KeysValues(_outside(newest(kind, keys, _KEYS), _KEYS)[:, None],
+                   _outside(newest(kind, values, _VALUES), _VALUES)[:, None])
+        for kind, keys, values in zip(self.plan.kinds, self.keys, self.values, strict=True)]
     kind = max(self.index, key=self.plan.slots)
     index = jax.tree.map(lambda leaf: newest(kind, leaf, 1), self.index[kind])
     return self.replace(cursor=cursor), fresh, index
@@ -225,16 +230,26 @@ class SlotCache:
     """The cache after the writes of writer(slots) to every layer and to what stands where."""
     writers = {kind: writer(self.plan.slots(kind)) for kind in self.index}
 
-    def layers(old: Sequence[Array], new: Sequence[Array]) -> tuple[Array, ...]:
-      return tuple(
-          nn.with_logical_constraint(
-              writers[kind](before, jnp.swapaxes(after[:, 0], 1, 2).astype(before.dtype), 2), _AXES)
-          for kind, before, after in zip(self.plan.kinds, old, new, strict=True))
+    def layers(old: Sequence[Array], new: Sequence[Array], axis: int) -> tuple[Array, ...]:
+      written = []
+      for kind, before, after in zip(self.plan.kinds, old, new, strict=True):
+        after = _inside(after[:, 0].astype(before.dtype), axis)
+        written.append(nn.with_logical_constraint(writers[kind](before, after, axis), _AXES[axis]))
+      return tuple(written)
 
     return self.replace(
-        keys=layers(self.keys, [each.keys for each in fresh]),
-        values=layers(self.values, [each.values for each in fresh]),
+        keys=layers(self.keys, [each.keys for each in fresh], _KEYS),
+        values=layers(self.values, [each.values for each in fresh], _VALUES),
         index={kind: jax.tree.map(functools.partial(write, axis=1), self.index[kind], index)
                for kind, write in writers.items()},
         cursor=cursor)
 
+
+def _inside(fresh: Array, axis: int) -> Array:
+  """Keys or values [B, Q, K, H] in the order of the slots."""
+  return jnp.moveaxis(fresh, 1, axis)
+
+
+def _outside(slots: Array, axis: int) -> Array:
+  """The other way round, for a block."""
+  return jnp.moveaxis(slots, axis, 1)

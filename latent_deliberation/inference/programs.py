@@ -243,7 +243,7 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
 
   def body(carry: tuple) -> tuple:
     step, cache, newest, logits, position, tokens, log_probabilities, active, _ = carry
-    cache = cache.append(*newest)
+    cache = _with_batch(cache).append(*newest)
     drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + step)
     token, log_probability = sample(drawn, logits, sampling)
     token = jnp.where(active, token, 0)
@@ -258,18 +258,38 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     position = position + active
     if eos is not None:
       active = active & (token != eos)
-    return (step + 1, cache, (fresh, index), logits, position, tokens, log_probabilities, active,
-            uncertain(step + 1, logits, active))
+    return (step + 1, _without_batch(cache), (fresh, index), logits, position, tokens,
+            log_probabilities, active, uncertain(step + 1, logits, active))
 
   with nn.logical_axis_rules(model.rules):
     begun = state.cache.replace(keys=keys_values[0], values=keys_values[1])
     cache, *newest = begun.pop()
     first = jnp.zeros((), jnp.int32)
-    carry = (first, cache, tuple(newest), state.logits, state.position,
+    carry = (first, _without_batch(cache), tuple(newest), state.logits, state.position,
              jnp.zeros((size, len(active)), jnp.int32), jnp.zeros((size, len(active))), active,
              uncertain(first, state.logits, active))
     steps, cache, newest, logits, position, tokens, log_probabilities, active, stop = (
         jax.lax.while_loop(go_on, body, carry))
-    state = state.replace(cache=cache.append(*newest), logits=logits, position=position,
-                          lengths=state.lengths + position - state.position)
+    state = State(_with_batch(cache).append(*newest), logits, position,
+                  state.lengths + position - state.position)
     return state, Decoded(tokens, log_probabilities, steps, active, stop)
+
+
+def _without_batch(cache: SlotCache) -> SlotCache:
+  """A cache of one text without its batch axis, to be carried through a loop.
+
+  XLA leaves an axis of 1 out of matrix products; were it there in what is carried, every step would
+  copy the whole cache to take it away.
+  """
+  if cache.keys[0].shape[0] > 1:
+    return cache
+  return cache.replace(keys=tuple(each[0] for each in cache.keys),
+                       values=tuple(each[0] for each in cache.values))
+
+
+def _with_batch(cache: SlotCache) -> SlotCache:
+  """The way back."""
+  if cache.keys[0].ndim == 4:
+    return cache
+  return cache.replace(keys=tuple(each[None] for each in cache.keys),
+                       values=tuple(each[None] for each in cache.values))
