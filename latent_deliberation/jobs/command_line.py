@@ -53,6 +53,27 @@ def define_switch(name: str, meaning: str) -> flags.FlagHolder:
   return flags.DEFINE_bool(name, False, meaning)
 
 
+def define_text(name: str, default: str, meaning: str) -> flags.FlagHolder:
+  """Defines a flag with any text."""
+  return flags.DEFINE_string(name, default, meaning)
+
+
+def define_texts(name: str, meaning: str) -> flags.FlagHolder:
+  """Defines a flag that may be given several times; a list of texts, empty by default."""
+  return flags.DEFINE_multi_string(name, [], meaning)
+
+
+def define_number(name: str, default: int | float, meaning: str) -> flags.FlagHolder:
+  """Defines a flag with a number of the kind of its default."""
+  define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
+  return define(name, default, meaning)
+
+
+def define_numbers(name: str, default: Sequence[int], meaning: str) -> flags.FlagHolder:
+  """Defines a flag with an integer that may be given several times."""
+  return flags.DEFINE_multi_integer(name, list(default), meaning)
+
+
 def _check_directory(path: str | None) -> bool:
   if path and ':/' in path:
     raise flags.ValidationError('it is a URL, and must be a path: mount the bucket (gcsfuse, for '
