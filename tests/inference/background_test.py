@@ -5,6 +5,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import logging
 
@@ -15,7 +16,13 @@ from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
 from latent_deliberation.inference.sampling import Sampling
 from tests import tiny
-from tests.inference.small import LENGTH, PROMPTS, assert_same, augmented
+from tests.inference.small import (
+  LENGTH,
+  PROMPTS,
+  assert_same,
+  augmented,
+  trained_log_probabilities,
+)
 
 SAMPLED = Sampling(temperature=1.0)
 
@@ -149,6 +156,17 @@ def test_late_latents_are_seen_from_where_they_join_and_not_before(generator, de
     assert after.tokens[:delay + 1] == before.tokens[:delay + 1]
     assert after.log_probabilities[:delay + 1] == before.log_probabilities[:delay + 1]
     assert after.log_probabilities[delay + 1] != before.log_probabilities[delay + 1]
+
+
+@pytest.mark.parametrize('latents, positions', [
+    ('refining', 'share'), ('paper', 'shift'), ('anchored', 'share')])
+def test_late_latents_are_what_training_with_that_delay_knew(decoder_params, latents, positions):
+  late, *trained = augmented(decoder_params, latents=latents, positions=positions)
+  for prompt, completion in zip(
+      PROMPTS, generate(late, PROMPTS, decoding(max_tokens=11, delay=3)), strict=True):
+    expected = trained_log_probabilities(*trained, decoder_params, prompt, completion.tokens, 3)
+    # The first token is predicted by the last latent in training, by the last token here.
+    np.testing.assert_allclose(completion.log_probabilities[1:], expected[1:], atol=5e-5)
 
 
 def test_latents_that_come_when_they_are_ready_join_where_they_would_with_that_delay(

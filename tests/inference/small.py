@@ -39,11 +39,18 @@ def plain_log_probabilities(decoder_params: Params, prompt: Sequence[int],
 
 
 def trained_log_probabilities(deliberator: Deliberator, params: Params, decoder_params: Params,
-                              prompt: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-  """Of tokens behind a prompt with latents at its end, by the forward pass of training."""
+                              prompt: Sequence[int], tokens: Sequence[int],
+                              delay: int | None = None) -> np.ndarray:
+  """Of tokens behind a prompt with latents at its end, by the forward pass of training.
+
+  Args:
+    delay: tokens that have been read when the latents join.
+  """
   text = jnp.asarray([[*prompt, *tokens]])
   batch = Batch(text, jnp.ones_like(text), jnp.arange(text.shape[1])[None])
   traces = gather_traces(batch, jnp.array([[len(prompt) - 1]]), jnp.array([[True]]), len(tokens))
+  if delay is not None:
+    traces = traces.replace(delay=jnp.array([[delay]]))
   hidden = tiny.forward(deliberator, params, decoder_params, batch, traces)[0, 0]
   logits = deliberator.decoder.apply({'params': decoder_params}, hidden, method='logits')
   return chosen(logits, tokens)
