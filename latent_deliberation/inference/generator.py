@@ -92,11 +92,7 @@ class Generator:
       ValueError: there is no prompt, one is empty or too long or has an unknown token, or they do
         not divide over the mesh.
     """
-    check_prompts(prompts, np.zeros(len(prompts)), self.model.decoder.config.vocab_size)
-    check_room(np.array([len(prompt) for prompt in prompts]), 0, self.model.plan.global_slots)
-    if len(prompts) % self.shards:
-      raise ValueError(f'{len(prompts)} prompts do not divide over the {self.shards} shards of the '
-                       'mesh: give a multiple')
+    self._check_texts(prompts)
     return self._call(programs.read, *self.place(align(prompts)))
 
   def read_on(self, state: State, prompts: Prompts) -> State:
@@ -137,6 +133,17 @@ class Generator:
     with self._context():
       return programs.attach(self.model, state, augmentation, self.place(rows))
 
+  def entropies(self, prompts: Prompts) -> list[np.ndarray]:
+    """Entropy of the next token behind every token of each prompt, nats; for `policy.calibrate`.
+
+    Raises:
+      ValueError: see `read`.
+    """
+    self._check_texts(prompts)
+    tokens, count = align(prompts)
+    found = np.asarray(self._call(programs.entropies, *self.place((tokens, count))))
+    return [row[len(row) - size:] for row, size in zip(found, count, strict=True)]
+
   def choose(self, rows: np.ndarray, chosen: State, other: State) -> State:
     """`chosen` for the texts `rows`, `other` for the rest; both have written as many slots."""
     with self._context():
@@ -163,6 +170,13 @@ class Generator:
       logging.warning('No latents: %s. The decoder goes on without them; this is said once, '
                       'Generator.counts has the number of times.', reason)
     self._warned = True
+
+  def _check_texts(self, prompts: Prompts) -> None:
+    check_prompts(prompts, np.zeros(len(prompts)), self.model.decoder.config.vocab_size)
+    check_room(np.array([len(prompt) for prompt in prompts]), 0, self.model.plan.global_slots)
+    if len(prompts) % self.shards:
+      raise ValueError(f'{len(prompts)} prompts do not divide over the {self.shards} shards of the '
+                       'mesh: give a multiple')
 
   def _call(self, program: Callable[..., PyTree], *arguments: PyTree, **how: object) -> PyTree:
     with self._context():

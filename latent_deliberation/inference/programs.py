@@ -119,6 +119,18 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def entropies(model: Model, weights: Weights, tokens: Array, count: Array) -> Array:
+  """Entropy of the next token behind every token, nats [B, T]; see `read`."""
+  with nn.logical_axis_rules(model.rules):
+    index = _index(tokens, count, jnp.zeros_like(count))
+    hidden, _ = stack.run(model.decoder.config, weights.layers, embed(model, weights, tokens),
+                          index.positions, index.segments)
+    # One position of every text at a time: all logits at once would be [B, T, V].
+    return jax.lax.map(lambda states: entropy(_logits(model, weights, states)),
+                       jnp.swapaxes(hidden, 0, 1)).T
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def read_on(model: Model, weights: Weights, state: State, tokens: Array, count: Array) -> State:
   """Reads more of the same texts in one pass; see `read`. A text of no more tokens is as before."""
   with nn.logical_axis_rules(model.rules):

@@ -74,8 +74,9 @@ def test_adapters_and_constant_soft_tokens_too(decoder_params, trainable):
 def test_latents_at_several_places_are_each_what_training_knew_there(
     decoder_params, latents, policy, stops):
   generator, *trained = augmented(decoder_params, latents=latents, positions='shift')
+  # Two prompts, as every length of text is compiled by itself in training's forward pass.
   for prompt, completion in zip(
-      PROMPTS, generate(generator, PROMPTS, Decoding(14, policy=policy)), strict=True):
+      PROMPTS[1:], generate(generator, PROMPTS[1:], Decoding(14, policy=policy)), strict=True):
     assert completion.latents_at == list(stops)
     tokens, found = completion.tokens, completion.log_probabilities
     np.testing.assert_allclose(found[:stops[0]], plain_log_probabilities(
@@ -104,6 +105,12 @@ def test_only_uncertain_texts_deliberate_and_where_they_are_uncertain(decoder_pa
       trained_says = trained_log_probabilities(
           *trained, decoder_params, prompt + after.tokens[:at], after.tokens[at:])
       np.testing.assert_allclose(after.log_probabilities[at:], trained_says, atol=5e-5)
+
+
+def test_entropies_are_those_of_the_uncached_decoder(refining, decoder_params):
+  for prompt, found in zip(PROMPTS, refining.entropies(PROMPTS), strict=True):
+    expected = entropies_of(decoder_params, prompt[:1], prompt[1:] + [0])
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def entropies_of(decoder_params, prompt, tokens):
