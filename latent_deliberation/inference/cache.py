@@ -6,7 +6,7 @@ rows. Layers of one kind share an index of what stands where. The slots of a kin
 global layers have as many as a text has tokens, local layers only those that a window reaches.
 
 Behind the ring stand the slots of latents. Refining latents hide the tokens that they replace and
-overwrite nothing, so the keys and values of tokens are those of the plain decoder for ever.
+overwrite nothing, so that other latents, or none, may follow them.
 """
 
 import dataclasses

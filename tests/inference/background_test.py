@@ -125,8 +125,12 @@ def test_parameters_that_are_not_numbers_are_noticed(made, decoder_params, warni
   params = {**params, 'gate': params['gate'].at[0, 0].set(jnp.nan)}
   broken = Generator(tiny.CONFIG, decoder_params, length=LENGTH,
                      coprocessor=(deliberator.config, params))
-  assert_same(generate(broken, PROMPTS, decoding()), generate(broken, PROMPTS, decoding(NEVER)))
+  plain = generate(broken, PROMPTS, decoding(NEVER))
+  assert_same(generate(broken, PROMPTS, decoding()), plain)
   assert broken.counts == Counts(begun=1, failed=1)
+  state = broken.read(PROMPTS)
+  by_hand = broken.attach(state, broken.augment(state))
+  assert_same(generate(broken, by_hand, decoding(NEVER)), plain)
 
 
 def test_a_missing_coprocessor_is_the_plain_decoder(decoder_params, warnings):

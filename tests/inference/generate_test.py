@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.deliberation.config import LATENTS, TRAINABLES
-from latent_deliberation.inference import generate as module
+from latent_deliberation.inference import programs
 from latent_deliberation.inference.generate import Decoding, generate, stream
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import ONCE, Policy
@@ -219,7 +219,6 @@ def test_a_stream_begins_with_one_token_and_only_grows(plain):
 
 
 def test_nothing_is_compiled_again_for_other_prompts_and_numbers_of_tokens(plain):
-  programs = module.Generator.__init__.__globals__['programs']
   generate(plain, PROMPTS, Decoding(3))
   compiled = programs.decode._cache_size(), programs.read._cache_size()
   generate(plain, [prompt[:-1] for prompt in PROMPTS[:2]] + [PROMPTS[1]], Decoding(20))

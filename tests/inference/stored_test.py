@@ -7,6 +7,7 @@ import pytest
 from latent_deliberation.inference import stored
 from latent_deliberation.inference.generate import Decoding, generate
 from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.policy import ONCE
 from tests import tiny
 from tests.inference.small import LENGTH, PROMPTS, assert_same, augmented
 
@@ -46,17 +47,12 @@ def test_a_cache_fits_a_generator_of_another_length(generator, saved, decoder_pa
   longer, *_ = augmented(decoder_params, length=2 * LENGTH)
   loaded, latents = stored.load(directory, longer)
   for one, other in zip(generate(longer, longer.attach(loaded, latents), Decoding(40)),
-                        generate(generator, PROMPTS, Decoding(12, policy=stored_policy())),
+                        generate(generator, PROMPTS, Decoding(12, policy=ONCE)),
                         strict=True):
     assert one.tokens[:12] == other.tokens
   shorter, *_ = augmented(decoder_params, length=20)
   with pytest.raises(ValueError, match='global_slots = 48, this generator has 20, and 24 slots'):
     stored.load(directory, shorter)
-
-
-def stored_policy():
-  from latent_deliberation.inference.policy import ONCE
-  return ONCE
 
 
 def test_slots_that_were_not_reached_take_no_room(generator, saved):
