@@ -132,10 +132,10 @@ def _score(experiment: Experiment, arms: tuple[str, ...], params: Params, frozen
       build_deliberator(experiment), arms, num_traces=experiment.evaluation.num_traces,
       num_ahead=experiment.evaluation.num_ahead, loss_chunk=experiment.computation.loss_chunk,
       seed=experiment.seed, mesh=mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
-  return score_texts(scorer, params, frozen, _placed(experiment, held_out, arms, mesh))
+  return score_texts(scorer, params, frozen, placed(experiment, held_out, arms, mesh))
 
 
-def _placed(experiment: Experiment, held_out: list[Batch], arms: tuple[str, ...],
+def placed(experiment: Experiment, held_out: list[Batch], arms: tuple[str, ...],
             mesh: Mesh) -> Iterator[Batch]:
   """The batches on devices, one at a time, with a line of progress every ten seconds."""
   begun = said = time.perf_counter()

@@ -1,0 +1,171 @@
+"""When is it worth to deliberate? Gates that say so before the coprocessor runs, and what they buy.
+
+A gate gives every place in a text a score, from what the plain decoder knows there. With a budget
+of a fraction of all places, those of the highest scores are augmented; the gain is the fall of the
+negative log-likelihood of the tokens ahead, measured at all places and counted where augmented.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from latent_deliberation.array_types import Array, Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
+from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.evaluation.perplexity import arm_states
+from latent_deliberation.evaluation.report import BASELINE
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of the features
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """Places in texts at which both the plain decoder and the augmented one were scored.
+
+  Attributes:
+    hidden: float32 [n, D] the decoder's hidden state there.
+    entropy: float64 [n] of its next token, nats.
+    gain: float64 [n] nats that latents save on the tokens ahead, all together.
+    text: int [n] the text that a place is in.
+  """
+  hidden: np.ndarray
+  entropy: np.ndarray
+  gain: np.ndarray
+  text: np.ndarray
+
+  def where(self, chosen: np.ndarray) -> 'Places':
+    """Some of the places."""
+    return Places(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
+
+def measure_places(deliberator: Deliberator, params: Params, decoder_params: Params,
+                   batches: Iterable[Batch], labels: np.ndarray, *, loss_chunk: int, seed: int,
+                   mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Places:
+  """Scores plain and own latents at places drawn from every text.
+
+  Args:
+    labels: int [rows] the text of each row of all batches, in order.
+  """
+  def measure(params: Params, decoder_params: Params, batch: Batch, index: Array) -> tuple:
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index), len(batch.tokens))
+    cap = deliberator.decoder.config.final_softcap
+    with nn.logical_axis_rules(tuple(rules.items())):
+      traces = sample_traces(keys, batch, deliberator.config).replace(delay=None)
+      states = arm_states(deliberator, (BASELINE, 'own'), params, decoder_params, batch, traces)
+      plain, own = (ahead_nll(states[arm], traces, decoder_params, cap, loss_chunk)
+                    for arm in (BASELINE, 'own'))
+      hidden = states[BASELINE][:, :, 0]  # at the anchor
+      entropy = jax.lax.map(  # a trace at a time: all logits at once would be too many
+          lambda states: _entropy(deliberator, decoder_params, states), jnp.swapaxes(hidden, 0, 1))
+    gain = jnp.sum((plain - own) * traces.ahead_valid, axis=-1)
+    return hidden.astype(jnp.float32), jnp.swapaxes(entropy, 0, 1), gain, traces.valid
+
+  compiled = jax.jit(measure, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  found, row = [], 0
+  for index, batch in enumerate(batches):
+    with jax.set_mesh(mesh):
+      hidden, entropy, gain, valid = jax.device_get(
+          compiled(params, decoder_params, batch, jnp.asarray(index)))
+    text = np.broadcast_to(labels[row:row + len(valid), None], valid.shape)
+    found.append((hidden[valid], entropy[valid].astype(np.float64),
+                  gain[valid].astype(np.float64), text[valid]))
+    row += len(valid)
+  return Places(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def _entropy(deliberator: Deliberator, decoder_params: Params, hidden: Array) -> Array:
+  logits = deliberator.decoder.apply({'params': decoder_params}, hidden, method='logits')
+  log_p = jax.nn.log_softmax(logits, axis=-1)
+  return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedGate:
+  """A linear prediction of the gain from the decoder's hidden state. Attributes: weight: [D]."""
+  weight: np.ndarray
+  bias: float
+
+  def score(self, hidden: np.ndarray) -> np.ndarray:
+    """Nats that latents are expected to save, [n]."""
+    return hidden.astype(np.float64) @ self.weight + self.bias
+
+
+def fit_gate(places: Places, seed: int = 0) -> LearnedGate:
+  """Ridge regression of the gain; its strength is chosen on a fifth of the texts, held out.
+
+  Raises:
+    ValueError: there are fewer than five texts.
+  """
+  texts = np.unique(places.text)
+  if len(texts) < 5:
+    raise ValueError(f'{len(texts)} texts: a gate is fitted on 5 at least, a fifth of them held '
+                     'out: evaluate on more (evaluation.num_texts)')
+  held_out = np.isin(places.text, np.random.default_rng(seed).permutation(texts)[:len(texts) // 5])
+  kept, rest = places.where(~held_out), places.where(held_out)
+
+  def error(ridge: float) -> float:
+    return float(np.mean((_ridge(kept, ridge).score(rest.hidden) - rest.gain) ** 2))
+
+  return _ridge(places, min(RIDGES, key=error))
+
+
+def _ridge(places: Places, ridge: float) -> LearnedGate:
+  hidden = places.hidden.astype(np.float64)
+  mean, level = hidden.mean(axis=0), places.gain.mean()
+  centred = hidden - mean
+  gram = centred.T @ centred / len(hidden)
+  gram += ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
+  weight = np.linalg.solve(gram, centred.T @ (places.gain - level) / len(hidden))
+  return LearnedGate(weight, float(level - mean @ weight))
+
+
+@dataclasses.dataclass(frozen=True)
+class GainCurve:
+  """Mean gain of a place, over all places, when some are augmented.
+
+  Attributes, one value a fraction each:
+    fractions: of places that are augmented.
+    thresholds: score that these have at least.
+    gain: nats.
+    low, high: ends of its 95% interval (bootstrap over texts).
+  """
+  fractions: np.ndarray
+  thresholds: np.ndarray
+  gain: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+
+
+def gain_curve(places: Places, scores: np.ndarray, fractions: Sequence[float], samples: int,
+               seed: int = 0) -> GainCurve:
+  """What augmenting the places of the highest scores gains, at each fraction of all places."""
+  order = np.argsort(-scores, kind='stable')
+  taken = np.round(np.asarray(fractions) * len(scores)).astype(int)
+  rank = np.empty(len(scores), int)
+  rank[order] = np.arange(len(scores))
+  texts, member = np.unique(places.text, return_inverse=True)
+  sums = np.zeros((len(texts), len(taken)))
+  for column, count in enumerate(taken):
+    np.add.at(sums[:, column], member, places.gain * (rank < count))
+  counts = np.bincount(member)
+  drawn = np.random.default_rng(seed).multinomial(
+      len(texts), np.full(len(texts), 1 / len(texts)), samples)
+  resampled = (drawn @ sums) / (drawn @ counts)[:, None]
+  low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
+  thresholds = np.where(taken > 0, scores[order[np.maximum(taken - 1, 0)]], np.inf)
+  return GainCurve(np.asarray(fractions), thresholds, sums.sum(axis=0) / counts.sum(), low, high)
+
+
+def compare_gates(fitted: LearnedGate, places: Places, fractions: Sequence[float], samples: int,
+                  seed: int = 0) -> dict[str, GainCurve]:
+  """Curves of the learned gate, of the decoder's own uncertainty, and of chance."""
+  random = np.random.default_rng(seed).random(len(places.gain))
+  scores = {'learned': fitted.score(places.hidden), 'entropy': places.entropy, 'random': random}
+  return {name: gain_curve(places, values, fractions, samples, seed)
+          for name, values in scores.items()}

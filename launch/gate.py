@@ -1,0 +1,38 @@
+"""Fits a gate that tells where latents are worth their time, and draws what it buys.
+
+  python launch/gate.py --config=configs/quickstart.py --decoder=runs/decoder/decoder \\
+      --coprocessor=runs/coprocessor --data=runs/decoder --output=runs/gate
+
+Held-out text is scored with and without latents; half of the texts fit a gate on the decoder's
+hidden state, the others compare it with the decoder's uncertainty and with chance: gain against the
+fraction of places that are augmented. The config is that of the training. Next, look at gate.png.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs.gate import PICTURE, fit_gate
+
+command_line.define_config(__file__)
+_DECODER = command_line.define_directory('decoder', 'Of the frozen decoder.')
+_COPROCESSOR = command_line.define_directory('coprocessor', 'Of a finished train.py.')
+_DATA = command_line.define_directory('data', 'Of prepared data.')
+_OUTPUT = command_line.define_directory('output', 'To be written; must not exist yet.')
+
+
+def main() -> None:
+  result = fit_gate(
+      command_line.experiment_from_flags(), decoder=Path(_DECODER.value),
+      coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value))
+  print('fraction augmented, and mean gain of a place in millinats (95% interval) by gate')
+  for number, fraction in enumerate(result['curves']['random']['fractions']):
+    if number % 4 == 0:
+      cells = (f'{name} {1e3 * curve["gain"][number]:6.2f} '
+               f'[{1e3 * curve["low"][number]:6.2f}, {1e3 * curve["high"][number]:6.2f}]'
+               for name, curve in result['curves'].items())
+      print(f'{fraction:4.0%}  ' + '  '.join(cells))
+  print(f'Picture: {Path(_OUTPUT.value) / PICTURE}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

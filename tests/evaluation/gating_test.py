@@ -1,0 +1,79 @@
+"""A gate finds the places where latents gain, if what it sees tells; chance does not."""
+
+import jax
+import numpy as np
+import pytest
+
+from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.evaluation import gating
+from latent_deliberation.evaluation.gating import Places, compare_gates, fit_gate, gain_curve
+from latent_deliberation.evaluation.perplexity import make_scorer
+from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
+from tests import tiny
+
+FRACTIONS = (0.0, 0.1, 0.5, 1.0)
+
+
+def synthetic(texts=40, seed=0, signal=1.0):
+  """Places whose gain depends on two of eight hidden channels, and on nothing that entropy knows."""
+  random = np.random.default_rng(seed)
+  hidden = random.normal(3, 2, (texts * 50, 8))
+  gain = signal * (hidden[:, 1] - hidden[:, 6]) + random.normal(0.5, 1, len(hidden))
+  return Places(hidden.astype(np.float32), random.random(len(hidden)), gain,
+                np.repeat(np.arange(texts), 50))
+
+
+def test_a_learned_gate_beats_entropy_and_chance_where_the_hidden_state_tells():
+  curves = compare_gates(fit_gate(synthetic()), synthetic(seed=1), FRACTIONS, samples=200)
+  for name in ('entropy', 'random'):
+    assert curves['learned'].low[1] > curves[name].high[1]
+  assert curves['learned'].gain[2] > 0.9 * np.sort(synthetic(seed=1).gain)[1000:].sum() / 2000
+
+
+def test_all_gates_agree_at_nothing_and_at_everything():
+  places = synthetic(seed=2)
+  for curve in compare_gates(fit_gate(synthetic()), places, FRACTIONS, samples=50).values():
+    assert curve.gain[0] == curve.low[0] == curve.high[0] == 0
+    np.testing.assert_allclose(curve.gain[-1], places.gain.mean())
+    assert curve.low[-1] < curve.gain[-1] < curve.high[-1]
+
+
+def test_a_gate_of_noise_is_no_better_than_chance():
+  curves = compare_gates(fit_gate(synthetic(signal=0.0)), synthetic(seed=3, signal=0.0), FRACTIONS,
+                         samples=200)
+  assert abs(curves['learned'].gain[2] - curves['random'].gain[2]) < 0.1
+
+
+def test_a_threshold_takes_the_fraction_that_it_stands_for():
+  places = synthetic()
+  curve = gain_curve(places, places.entropy, FRACTIONS, samples=10)
+  taken = [(places.entropy >= threshold).mean() for threshold in curve.thresholds]
+  np.testing.assert_allclose(taken, FRACTIONS)
+  assert gain_curve(places, places.gain, (0.5,), 10).gain > curve.gain[2]
+
+
+def test_too_few_texts_are_refused():
+  with pytest.raises(ValueError, match='4 texts: a gate is fitted on 5 at least'):
+    fit_gate(synthetic(texts=4))
+
+
+def test_places_hold_what_scoring_says_of_them(decoder_params):
+  batch = tiny.packed_batch([(7, 4, 8), (9, 6), (19,), (3, 16)])
+  deliberator = tiny.deliberator(num_traces=5)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  how = dict(loss_chunk=7, seed=3, mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+             rules=DEFAULT_RULES)
+  places = gating.measure_places(deliberator, params, decoder_params, [batch],
+                                 np.array([4, 4, 5, 6]), **how)
+  scorer = make_scorer(deliberator, ('frozen', 'own'), num_traces=5, num_ahead=4, **how)
+  sums, _ = scorer(params, decoder_params, batch, 0)
+  gain = np.asarray(sums['frozen'] - sums['own']).sum(axis=1)
+  for label, rows in ((4, [0, 1]), (5, [2]), (6, [3])):
+    np.testing.assert_allclose(places.gain[places.text == label].sum(), gain[rows].sum(), atol=1e-4)
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(3), 0), 4)
+  traces = jax.device_get(sample_traces(keys, batch, deliberator.config))
+  hidden, logits, _ = tiny.read(decoder_params, batch.tokens, batch.positions, batch.segments)
+  at = traces.anchors[0][traces.valid[0]]
+  np.testing.assert_allclose(places.hidden[:len(at)], hidden[0, at], atol=1e-5)
+  log_p = jax.nn.log_softmax(logits[0, at])
+  np.testing.assert_allclose(places.entropy[:len(at)], -(np.exp(log_p) * log_p).sum(-1), atol=1e-4)
