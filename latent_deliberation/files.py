@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -42,10 +43,19 @@ def whole_directory(directory: Path) -> Iterator[Path]:
   if is_writer:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
+  _wait_for_all(f'{directory} begun')
   try:
     yield partial
+    _wait_for_all(f'{directory} written')
     if is_writer:
       os.replace(partial, directory)
+    _wait_for_all(f'{directory} named')
   finally:
     if is_writer:
       shutil.rmtree(partial, ignore_errors=True)
+
+
+def _wait_for_all(name: str) -> None:
+  """Returns once every process has come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

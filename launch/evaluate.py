@@ -15,11 +15,11 @@ from latent_deliberation.jobs.evaluate import evaluate
 
 command_line.define_config(__file__)
 _DECODER = command_line.define_directory('decoder', 'Of the frozen decoder.')
-_COPROCESSOR = command_line.define_directory('coprocessor', 'In which train.py trained one.')
+_COPROCESSOR = command_line.define_directory('coprocessor', 'Of a finished train.py.')
 _DATA = command_line.define_directory('data', 'Of prepared data.')
 _OUTPUT = command_line.define_directory('output', 'For the report.')
 _CONSTANT = command_line.define_directory(
-    'constant', 'In which train.py trained constant soft tokens.', '')
+    'constant', 'The same, for constant soft tokens.', '')
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ def main() -> None:
   data = _DATA.value or _WORKDIR.value
   train_coprocessor(command_line.experiment_from_flags(), Path(_DECODER.value),
                     Path(_WORKDIR.value), Path(data))
-  print(f'Next: python launch/evaluate.py --coprocessor={_WORKDIR.value} '
+  print(f'Coprocessor: {_WORKDIR.value}/coprocessor\n'
+        f'Next: python launch/evaluate.py --coprocessor={_WORKDIR.value} '
         f'--decoder={_DECODER.value} --data={data} --config=... --output=...')
 
 

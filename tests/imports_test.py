@@ -21,7 +21,7 @@ BELOW = {
     'sharding': ('array_types',),
     'progress': (),
     'model': ('array_types', 'files', 'progress'),
-    'deliberation': ('array_types', 'batch', 'model'),
+    'deliberation': ('array_types', 'batch', 'files', 'model', 'progress'),
     'data': ('array_types', 'batch', 'files', 'progress'),
     'training': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
     'evaluation': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),

@@ -37,6 +37,9 @@ class DeliberationConfig:
       'rested' ones are added to the embedding of the token that the latent rests on, so that a
       coprocessor initialised from the decoder begins with the decoder's own reading of it.
     lora_rank, lora_alpha: of the adapters; unused otherwise.
+    max_delay: ahead tokens that the decoder may have read before latents join its cache; training
+      draws a delay for every trace, uniformly from 0 to this, and has its loss on tokens that are
+      predicted once latents are there. The paper trains without delay (0).
   """
   num_latents: int
   num_ahead: int
@@ -49,6 +52,7 @@ class DeliberationConfig:
   soft_tokens: str = 'rested'
   lora_rank: int = 128
   lora_alpha: float = 128.0
+  max_delay: int = 0
 
   def __post_init__(self):
     for name, allowed in (('latents', LATENTS), ('positions', POSITIONS),
@@ -59,6 +63,11 @@ class DeliberationConfig:
     for name in ('num_latents', 'num_ahead', 'num_traces', 'lora_rank'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
+
+    if not 0 <= self.max_delay <= max(self.num_ahead - 2, 0):
+      raise ValueError(
+          f'max_delay = {self.max_delay}, num_ahead = {self.num_ahead}: a delay is at least 0, and '
+          'leaves an ahead token to be predicted after it: lower max_delay to num_ahead - 2')
 
   def check_trunk(self, length: int) -> None:
     """Raises ValueError where a trunk of `length` tokens cannot hold the traces asked for."""

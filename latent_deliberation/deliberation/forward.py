@@ -45,7 +45,8 @@ class Deliberator:
       traces: where to deliberate.
     """
     _, cache = self.prefill(decoder_params, batch)
-    placement = place(batch, traces.anchors, self.config, traces.ahead_tokens.shape[-1])
+    placement = place(batch, traces.anchors, self.config, traces.ahead_tokens.shape[-1],
+                      traces.delay)
     thoughts = self.coprocess(params, decoder_params, placement, cache)
     latents = self.latents(params, decoder_params, placement, thoughts)
     return self.second_pass(decoder_params, latents, traces, placement, cache)
@@ -73,7 +74,8 @@ class Deliberator:
     """The decoder reads [latents, ahead tokens] behind the trunk's cache.
 
     The last latent predicts the first ahead token, ahead token i predicts ahead token i + 1; the
-    last ahead token predicts nothing that the loss is on and is not fed.
+    last ahead token predicts nothing that the loss is on and is not fed. Ahead tokens that were
+    read before the latents came see the trunk as it was, and no latents.
     """
     ahead = self.decoder.apply(
         {'params': decoder_params}, traces.ahead_tokens[..., :-1], method='embed')
@@ -82,8 +84,17 @@ class Deliberator:
     segments = jnp.broadcast_to(placement.segments[..., None], positions.shape)
     hidden, _ = self.decoder.apply(
         {'params': decoder_params}, jnp.concatenate([latents, ahead], axis=2), positions,
-        Visibility(segments, placement.decoder_horizon), cache, method='transform')
+        self._decoder_visibility(placement, segments), cache, method='transform')
     return hidden[:, :, self.config.num_latents - 1:]
+
+  def _decoder_visibility(self, placement: Placement, segments: Array) -> Visibility:
+    """What the second pass may see, [B, M, Z + A - 1]."""
+    if placement.late is None:
+      return Visibility(segments, placement.decoder_horizon)
+    late = jnp.pad(placement.late[..., :-1], ((0, 0), (0, 0), (self.config.num_latents, 0)))
+    horizon = jnp.where(late, placement.coprocessor_horizon[..., None],
+                        placement.decoder_horizon[..., None])
+    return Visibility(segments, horizon, jnp.where(late, self.config.num_latents, 0))
 
   def _rest(self, decoder_params: Params, placement: Placement) -> Latents:
     """Embeddings [B, M, Z, D] of the tokens that the latents rest on."""

@@ -21,7 +21,8 @@ class Placement:
     ahead_positions: [B, M, A].
     base_tokens: [B, M, Z] token whose embedding a latent, or a rested soft token, starts from.
     coprocessor_horizon: [B, M] trunk tokens that the coprocessor reads.
-    decoder_horizon: [B, M] trunk tokens that the decoder's second pass reads.
+    decoder_horizon: [B, M] trunk tokens that the decoder's second pass reads beside latents.
+    late: bool [B, M, A] ahead tokens that were read before the latents came; None for none.
   """
   segments: Array
   latent_positions: Array
@@ -29,13 +30,20 @@ class Placement:
   base_tokens: Array
   coprocessor_horizon: Array
   decoder_horizon: Array
+  late: Array | None = None
 
 
-def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: int) -> Placement:
-  """Placement of the traces that start at `anchors` [B, M]."""
+def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: int,
+          delay: Array | None = None) -> Placement:
+  """Placement of the traces that start at `anchors` [B, M].
+
+  Args:
+    delay: [B, M] ahead tokens that are read before the latents come; None for none.
+  """
   latents = jnp.arange(config.num_latents)
   anchor_positions = take_from_trunk(batch.positions, anchors)[..., None]
   ahead_positions = anchor_positions + 1 + jnp.arange(num_ahead)
+  late = None if delay is None else jnp.arange(num_ahead) < delay[..., None]
   horizon = anchors + 1
   decoder_horizon = horizon
   base = jnp.broadcast_to(anchors[..., None], (*anchors.shape, config.num_latents))
@@ -47,7 +55,8 @@ def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: i
     latent_positions = anchor_positions + 0 * latents
   else:
     latent_positions = anchor_positions + 1 + latents
-    ahead_positions = ahead_positions + config.num_latents
+    shifted = ahead_positions + config.num_latents
+    ahead_positions = shifted if late is None else jnp.where(late, ahead_positions, shifted)
   # Traces that do not exist have arbitrary anchors; their indices must still be indices.
   base = jnp.maximum(base, 0)
   return Placement(
@@ -56,4 +65,5 @@ def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: i
       ahead_positions=ahead_positions,
       base_tokens=take_from_trunk(batch.tokens, base),
       coprocessor_horizon=horizon,
-      decoder_horizon=decoder_horizon)
+      decoder_horizon=decoder_horizon,
+      late=late)

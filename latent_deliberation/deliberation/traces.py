@@ -18,11 +18,25 @@ class Traces:
     valid: bool [B, M] False where a text had fewer than M places left.
     ahead_tokens: int32 [B, M, A] the tokens behind the anchor.
     ahead_valid: bool [B, M, A] False past the end of the anchor's document.
+    delay: int32 [B, M] ahead tokens that have been read when the latents join; None for none.
   """
   anchors: Array
   valid: Array
   ahead_tokens: Array
   ahead_valid: Array
+  delay: Array | None = None
+
+  @property
+  def counted(self) -> Array:
+    """bool [B, M, A] valid ahead tokens that the latents had a chance to predict.
+
+    The token after a delay of d is predicted by the d-th, which had not seen them.
+    """
+    if self.delay is None:
+      return self.ahead_valid
+    index = jnp.arange(self.ahead_tokens.shape[-1])
+    delay = self.delay[..., None]
+    return self.ahead_valid & ((delay == 0) | (index > delay))
 
 
 def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig) -> Traces:
@@ -46,7 +60,12 @@ def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig) -> Trac
   order = jnp.argsort(jnp.where(score >= 0, anchors, length), axis=-1)
   anchors = jnp.take_along_axis(anchors, order, axis=-1).astype(jnp.int32)
   valid = jnp.take_along_axis(score, order, axis=-1) >= 0
-  return gather_traces(batch, anchors, valid, config.num_ahead)
+  traces = gather_traces(batch, anchors, valid, config.num_ahead)
+  if config.max_delay:
+    draw = lambda key: jax.random.randint(  # noqa: E731
+        jax.random.fold_in(key, 1), (config.num_traces,), 0, config.max_delay + 1)
+    traces = traces.replace(delay=jax.vmap(draw)(keys))
+  return traces
 
 
 def gather_traces(batch: Batch, anchors: Array, valid: Array, num_ahead: int) -> Traces:

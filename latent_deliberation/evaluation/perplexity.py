@@ -22,8 +22,8 @@ Scorer = Callable[[Params, Params, Batch, int], tuple[Mapping[str, Array], Array
 
 
 def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: int, num_ahead: int,
-                loss_chunk: int, seed: int, mesh: Mesh,
-                rules: Mapping[str, Sequence[str]]) -> Scorer:
+                loss_chunk: int, seed: int, mesh: Mesh, rules: Mapping[str, Sequence[str]],
+                delay: int = 0) -> Scorer:
   """Compiles the scoring of one batch under several arms, on the same traces.
 
   Args:
@@ -32,6 +32,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
     num_traces: M; traces are drawn from fold_in(seed, index of the batch), so that two
       deliberators with the same kind of latents are scored on the same targets.
     num_ahead: A; may exceed what the coprocessor was trained with.
+    delay: ahead tokens that are read before latents join the cache.
   """
   scored = deliberator.with_traces(num_traces, num_ahead)
 
@@ -41,6 +42,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
                             batch.tokens.shape[0])
     with nn.logical_axis_rules(tuple(rules.items())):
       traces = sample_traces(keys, batch, scored.config)
+      traces = traces.replace(delay=jnp.full_like(traces.anchors, delay) if delay else None)
       states = arm_states(scored, arms, params, decoder_params, batch, traces)
       nll = {arm: ahead_nll(hidden, traces, decoder_params,
                             scored.decoder.config.final_softcap, loss_chunk)
@@ -62,7 +64,7 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
   """Hidden states [B, M, A, D] that predict the ahead tokens, for each arm; prefilled once."""
   num_ahead = traces.ahead_tokens.shape[-1]
   trunk, cache = deliberator.prefill(decoder_params, batch)
-  placement = place(batch, traces.anchors, deliberator.config, num_ahead)
+  placement = place(batch, traces.anchors, deliberator.config, num_ahead, traces.delay)
   thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
   states = {}
   for arm in arms:
@@ -71,7 +73,12 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
       states[arm] = take_from_trunk(trunk, jnp.minimum(index, batch.tokens.shape[1] - 1))
     else:
       latents = deliberator.latents(params, decoder_params, placement, CONTROLS[arm](thoughts))
-      states[arm] = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
+      hidden = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
+      if traces.delay is not None:  # the first token is predicted before latents come
+        alone = take_from_trunk(trunk, traces.anchors)
+        hidden = hidden.at[:, :, 0].set(
+            jnp.where((traces.delay == 0)[..., None], hidden[:, :, 0], alone))
+      states[arm] = hidden
   return states
 
 

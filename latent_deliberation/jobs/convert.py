@@ -16,7 +16,7 @@ def describe(checkpoint: Checkpoint) -> str:
   config, tensors = checkpoint.config, checkpoint.source.tensors
   names = [name for name, preset in PRESETS.items() if preset == config]
   dtypes = Counter(stored.dtype for stored in tensors.values())
-  lines = [f'{checkpoint.source.directory}: {checkpoint.format}',
+  lines = [f'{checkpoint.directory}: {checkpoint.format}',
            'architecture   ' + (names[0] if names else 'of its own')]
   lines += [f'  {key:<19}{value}' for key, value in dataclasses.asdict(config).items()]
   lines += ['tensors        ' + ', '.join(f'{count} {dtype}' for dtype, count in dtypes.items()),

@@ -23,9 +23,10 @@ from latent_deliberation.evaluation.report import (
   summarise,
 )
 from latent_deliberation.evaluation.visibility import plot_visibility
+from latent_deliberation.jobs.coprocessors import find_coprocessor, load_coprocessor
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
-from latent_deliberation.jobs.fit import check_divides, restore_trained
+from latent_deliberation.jobs.fit import check_divides
 from latent_deliberation.jobs.models import (
   build_deliberator,
   count_parameters,
@@ -35,19 +36,18 @@ from latent_deliberation.jobs.models import (
 from latent_deliberation.jobs.prepared import (
   check_vocabulary,
   open_rows,
-  open_stream,
   validation_batches,
   validation_texts,
 )
-from latent_deliberation.jobs.train import describe_training
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
 from latent_deliberation.training.metrics import format_duration, read_metrics
 
+LOSSES = 'losses.png'
 PICTURES = {
     'changes.png': 'Change of perplexity by ahead position, with 95% intervals.',
-    'losses.png': 'Losses in training.',
+    LOSSES: 'Losses in training.',
     'visibility.png': 'Who may attend to whom: a small trunk of two documents with three traces.',
 }
 
@@ -65,12 +65,13 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
 
   Args:
     decoder: directory of the frozen decoder.
-    coprocessor: work directory in which it was trained.
-    data: directory of prepared data.
+    coprocessor: work directory in which it was trained, or the package that was written there.
+    data: directory of prepared data; its text need not be that of the training.
     output: where the report goes; created.
-    constant: work directory of the constant soft tokens; their arm is left out without it.
+    constant: the same for the constant soft tokens; their arm is left out without it.
     seconds: wall-clock time of earlier phases, for the report.
-    runs: work directories whose losses are drawn, by name; default the coprocessor's.
+    runs: work directories whose losses are drawn, by name; default that of the coprocessor, where
+      its package still lies in one.
 
   Returns: the content of report.json.
   """
@@ -79,24 +80,23 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
   make_writable(output)
   checkpoint = open_frozen(experiment, decoder)
-  check_vocabulary(open_rows(experiment, data, 'validation'), checkpoint)
+  rows = open_rows(experiment, data, 'validation')
+  check_vocabulary(rows, checkpoint)
+  pauses = constant_variant(experiment)
+  vocabulary = rows.manifest.recipe.vocabulary_hash
+  coprocessor = find_coprocessor(experiment, coprocessor, vocabulary)
+  constant = find_coprocessor(pauses, constant, vocabulary) if constant else None
+  curves = _curves(runs or {'coprocessor': coprocessor.parent})
   held_out = scored_batches(experiment, data)
+  # All that is read is read before anything is scored.
   frozen, digest = load_frozen(experiment, checkpoint, mesh)
   before = fingerprint(frozen)
-
-  def restore(variant: Experiment, workdir: Path) -> Params:
-    return restore_trained(describe_training(variant, workdir, frozen, digest, mesh),
-                           open_stream(variant, data, 'training'))
-
-  # All that is read is read before anything is scored.
-  params = restore(experiment, coprocessor)
-  soft_tokens = restore(constant_variant(experiment), constant) if constant else None
-  curves = _curves(runs or {'coprocessor': coprocessor})
+  params = load_coprocessor(experiment, coprocessor, digest, mesh)
+  soft_tokens = load_coprocessor(pauses, constant, digest, mesh) if constant else None
   arms = _score(experiment, (BASELINE, 'own', 'shuffled', 'zero'), params, frozen, held_out, mesh)
   counts = {'frozen decoder': count_parameters(frozen), 'coprocessor': count_parameters(params)}
   if constant:
-    arms['constant'] = _score(constant_variant(experiment), ('own',), soft_tokens, frozen, held_out,
-                              mesh)['own']
+    arms['constant'] = _score(pauses, ('own',), soft_tokens, frozen, held_out, mesh)['own']
     counts['constant soft tokens'] = count_parameters(soft_tokens)
   texts = validation_texts(experiment, data, len(held_out))
   report = Report(
@@ -107,11 +107,13 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
       parameters=counts,
       seconds={**(seconds or {}), 'evaluation': time.perf_counter() - begun},
       peak_memory_bytes=peak_memory_bytes(), git_commit=git_commit(),
-      config=dataclasses.asdict(experiment), pictures=PICTURES)
+      config=dataclasses.asdict(experiment),
+      pictures={name: caption for name, caption in PICTURES.items() if curves or name != LOSSES})
   summary = summarise(report, experiment.evaluation.bootstrap_samples)
   if jax.process_index() == 0:
     plots.plot_changes(summary, output / 'changes.png')
-    plots.plot_losses(curves, output / 'losses.png')
+    if curves:
+      plots.plot_losses(curves, output / LOSSES)
     plot_visibility(output / 'visibility.png', experiment.deliberation.latents)
     page.write_report(summary, output)
   return summary
@@ -129,7 +131,7 @@ def _score(experiment: Experiment, arms: tuple[str, ...], params: Params, frozen
   scorer = make_scorer(
       build_deliberator(experiment), arms, num_traces=experiment.evaluation.num_traces,
       num_ahead=experiment.evaluation.num_ahead, loss_chunk=experiment.computation.loss_chunk,
-      seed=experiment.seed, mesh=mesh, rules=experiment.rules)
+      seed=experiment.seed, mesh=mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
   return score_texts(scorer, params, frozen, _placed(experiment, held_out, arms, mesh))
 
 
@@ -148,9 +150,11 @@ def _placed(experiment: Experiment, held_out: list[Batch], arms: tuple[str, ...]
 
 
 def _curves(runs: Mapping[str, Path]) -> dict[str, dict[str, tuple[list, list]]]:
-  """Training and validation losses of each run, as (steps, values)."""
+  """Training and validation losses of each run that has any, as (steps, values)."""
   curves = {}
   for name, workdir in runs.items():
+    if not (workdir / METRICS_FILE).exists():  # a package that was moved to another place
+      continue
     rows = read_metrics(workdir / METRICS_FILE)
     curves[name] = {
         label: ([row['step'] for row in rows if key in row],

@@ -82,6 +82,7 @@ class EvaluationConfig:
     positions: ahead positions of the table, from 1.
     watch_batches: batches that training looks at every eval_every steps.
     bootstrap_samples: resamplings behind an interval.
+    delay: ahead tokens that are read before latents join the cache, in the report.
     rows_per_text: consecutive packed rows that count as one text when texts are resampled, since
       rows of one document are no independent witnesses.
   """
@@ -93,6 +94,7 @@ class EvaluationConfig:
   watch_batches: int
   bootstrap_samples: int = 2000
   rows_per_text: int = 1
+  delay: int = 0
 
   def __post_init__(self):
     object.__setattr__(self, 'positions', tuple(self.positions))
@@ -107,6 +109,9 @@ class EvaluationConfig:
     if self.num_texts < self.batch_size or self.num_texts % self.batch_size:
       raise ValueError(f'evaluation.num_texts = {self.num_texts} is not a multiple of batch_size = '
                        f'{self.batch_size}: change one of the two')
+    if not 0 <= self.delay < self.num_ahead:
+      raise ValueError(f'evaluation.delay = {self.delay}: it must lie between 0 and num_ahead - 1, '
+                       f'{self.num_ahead - 1}')
     for name in ('num_traces', 'watch_batches', 'bootstrap_samples', 'rows_per_text'):
       if getattr(self, name) < 1:
         raise ValueError(f'evaluation.{name} = {getattr(self, name)}: at least 1 is needed')

@@ -41,7 +41,7 @@ FREE = ('mesh', 'rules', 'evaluation',
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training run, described before there are data: what `fit` trains and others read back.
+  """One training run, described before there are data.
 
   Attributes:
     job: 'pretrain' or 'train'.
@@ -163,20 +163,3 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
         state, train_step, batches, config=settings.loop,
         place=lambda batch: place_batch(batch, run.mesh, rules), checkpointer=saved,
         identity=identity, metrics=metrics, evaluators=evaluators).params
-
-
-def restore_trained(run: Run, batches: Batches) -> Params:
-  """The parameters of the newest checkpoint of a run.
-
-  Raises:
-    FileNotFoundError: there is none.
-    ValueError: the directory holds another run.
-  """
-  directory = run.workdir / CHECKPOINTS
-  if directory.is_dir():
-    with contextlib.closing(Checkpointer(directory, run.settings.loop.keep)) as saved:
-      state = saved.restore(run.abstract, batches, run.identity(batches.fingerprint), FREE)
-    if state is not None:
-      return state.params
-  raise FileNotFoundError(f'{directory} holds no checkpoint: name a directory in which '
-                          'launch/train.py has trained')

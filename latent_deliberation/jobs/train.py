@@ -8,9 +8,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
+from latent_deliberation.deliberation import package
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
 from latent_deliberation.evaluation.report import BASELINE
+from latent_deliberation.jobs.coprocessors import PACKAGE
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run, fit
 from latent_deliberation.jobs.models import build_deliberator, load_frozen, open_frozen
@@ -30,6 +32,9 @@ from latent_deliberation.training.objectives import augmentation
 def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data: Path) -> Params:
   """Trains what `experiment.deliberation.trainable` says, or goes on where it stopped.
 
+  At the end it writes <workdir>/coprocessor, for `package.load`; one that is there already is left
+  alone.
+
   Args:
     decoder: directory of the frozen decoder.
     workdir: of this run.
@@ -38,6 +43,7 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   Returns: the trained parameters, float32.
 
   Raises:
+    FileExistsError: there is something else at <workdir>/coprocessor.
     RuntimeError: the decoder's weights changed, which nothing here may do.
   """
   mesh = make_mesh(experiment.mesh)
@@ -45,8 +51,13 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   shapes = nn.unbox(boxed_shapes(experiment.decoder))
   planned = describe_training(experiment, workdir, shapes, checkpoint.fingerprint, mesh)
   planned.check()
+  target = workdir / PACKAGE
+  if target.exists() and not (target / package.DESCRIPTION).exists():
+    raise FileExistsError(f'{target} is where the trained coprocessor will be written, but holds '
+                          'something else: use another --workdir, or move it away')
   prepare_data(experiment, data)
-  check_vocabulary(open_rows(experiment, data, 'validation'), checkpoint)
+  rows = open_rows(experiment, data, 'validation')
+  check_vocabulary(rows, checkpoint)
   frozen, digest = load_frozen(experiment, checkpoint, mesh)
   run = dataclasses.replace(planned, frozen=frozen, decoder=digest)
   deliberator = build_deliberator(experiment)
@@ -59,12 +70,17 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   if after != before:
     raise RuntimeError(f'the frozen decoder had fingerprint {before} before training and has '
                        f'{after} now: this is a bug, and its coprocessor is not to be trusted')
+  if not target.exists():
+    package.save(target, package.Package(
+        model=experiment.decoder, config=experiment.deliberation, decoder=digest,
+        vocabulary=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
+        params=params))
   return params
 
 
 def describe_training(experiment: Experiment, workdir: Path, frozen: Params, digest: str,
                       mesh: Mesh) -> Run:
-  """The run of `train_coprocessor` in `workdir`, to train, to check or to read."""
+  """The run of `train_coprocessor` in `workdir`, to train or to check."""
   return Run('train', experiment, workdir, init=build_deliberator(experiment).coprocessor.init,
              frozen=frozen, decoder=digest, mesh=mesh)
 

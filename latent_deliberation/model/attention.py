@@ -22,10 +22,13 @@ class Visibility:
 
   Attributes:
     segments: [B, M, Q] document of each fresh token; a token sees its own document only.
-    horizon: [B, M] number of leading cached tokens that a row may see (a trace: up to its anchor).
+    horizon: [B, M], or [B, M, Q] where tokens of a row differ, number of leading cached tokens that
+      are seen (by a trace: up to its anchor).
+    first: [B, M, Q] index in its row of the first fresh token that each token sees; None for 0.
   """
   segments: Array
   horizon: Array
+  first: Array | None = None
 
 
 @typed
@@ -37,7 +40,10 @@ def fresh_mask(positions: RowTokens, visibility: Visibility,
   same = visibility.segments[..., :, None] == visibility.segments[..., None, :]
   near = positions[..., :, None] - positions[..., None, :] < window
   real = visibility.segments[..., None, :] > 0
-  return causal & same & near & real
+  visible = causal & same & near & real
+  if visibility.first is not None:
+    visible &= order >= visibility.first[..., None]
+  return visible
 
 
 @typed
@@ -46,7 +52,8 @@ def cached_mask(positions: RowTokens, visibility: Visibility, cached_positions: 
                 window: Int[Array, '']) -> Bool[Array, 'B M Q S']:
   """Which cached tokens a fresh token sees: up to the horizon, own segment, inside the window."""
   order = jnp.arange(cached_positions.shape[-1])
-  before = order < visibility.horizon[..., None, None]
+  horizon = visibility.horizon
+  before = order < (horizon if horizon.ndim == 3 else horizon[..., None])[..., None]
   segments = cached_segments[:, None, None, :]
   same = visibility.segments[..., None] == segments
   near = positions[..., None] - cached_positions[:, None, None, :] < window

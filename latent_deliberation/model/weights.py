@@ -43,12 +43,14 @@ class Checkpoint:
   """A decoder on disk, of which names and shapes have been read.
 
   Attributes:
+    directory: where it lies.
     format: 'native', 'huggingface' or 'google'.
     config: the architecture.
     source: the tensors that are there.
     fingerprint: of the weights as stored; '' where the format does not tell.
     vocabulary: hash of the vocabulary of the training text; '' where it is not known.
   """
+  directory: Path
   format: str
   config: TransformerConfig
   source: Source
@@ -63,8 +65,8 @@ class Checkpoint:
   def tokenizer(self) -> Path | None:
     """The SentencePiece model beside the weights, where there is one."""
     # The gemma library's downloads hold the checkpoint and its tokenizer side by side.
-    around = [self.source.directory.parent] if self.format == 'google' else []
-    paths = (place / TOKENIZER for place in (self.source.directory, *around))
+    around = [self.directory.parent] if self.format == 'google' else []
+    paths = (place / TOKENIZER for place in (self.directory, *around))
     return next(filter(Path.is_file, paths), None)
 
   def check(self) -> None:
@@ -86,16 +88,19 @@ class Checkpoint:
     self.check()
     boxed = boxed_shapes(self.config)
     if shardings is None:
-      device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
       placed = jax.tree.map(lambda _: device, nn.unbox(boxed))
     else:
       placed = shardings(boxed)
-    params = self._read(traverse_util.flatten_dict(placed, sep='/'))
-    for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
+    flat = traverse_util.flatten_dict(
+        self._read(traverse_util.flatten_dict(placed, sep='/')), sep='/')
+    for path, leaf in flat.items():
       if not _is_finite(leaf):
         logging.warning('%s: %s has values that are not finite (NaN or infinity)',
-                        self.source.directory, path)
-    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+                        self.directory, path)
+      if dtype is not None:  # one at a time, so that there are never two of all
+        flat[path] = leaf.astype(dtype)
+    return traverse_util.unflatten_dict(flat, sep='/')
 
 
 @jax.jit
@@ -116,13 +121,21 @@ def open_checkpoint(path: str | Path, config: TransformerConfig | None = None) -
 
   Args:
     path: a directory.
-    config: the architecture, for orbax checkpoints of sizes that no preset has.
+    config: the architecture, which an orbax checkpoint of sizes that no preset has does not tell.
 
   Raises:
     FileNotFoundError: there is no decoder.
-    ValueError: what is there is damaged, pickled, or of an architecture that we do not have.
+    ValueError: what is there is damaged, pickled, or of an architecture that we do not have, or
+      not of `config`.
   """
-  directory = Path(path)
+  checkpoint = _open(Path(path), config)
+  if config is not None and checkpoint.config != config:
+    raise ValueError(f'{path} describes {checkpoint.config}, but {config} was given: leave it out')
+  return checkpoint
+
+
+def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
+  """The checkpoint in a directory, by what is in it."""
   if not directory.is_dir():
     raise FileNotFoundError(
         f'{directory} is ' + ('a file: give the directory that it lies in' if directory.exists()
@@ -146,7 +159,7 @@ def open_checkpoint(path: str | Path, config: TransformerConfig | None = None) -
 def _open_native(directory: Path) -> Checkpoint:
   described, source = native.describe(directory), native.open_weights(directory)
   return Checkpoint(
-      'native', described.config, source, described.fingerprint, described.vocabulary,
+      directory, 'native', described.config, source, described.fingerprint, described.vocabulary,
       native.shapes(described.config), (), lambda name: False,
       lambda shardings: native.read(source, described, shardings))
 
@@ -156,7 +169,7 @@ def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoin
   config = config or google.find_config(source.tensors, str(directory))
   layout = google.find_layout(config, source.tensors)
   return Checkpoint(
-      'google', config, source, '', '', stored_shapes(layout, config), (google.TABLE,),
+      directory, 'google', config, source, '', '', stored_shapes(layout, config), (google.TABLE,),
       google.is_foreign, lambda shardings: assemble(source, layout, config, shardings))
 
 
@@ -169,8 +182,9 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
     hugging_face.check_head(source)
     return assemble(source, layout, config, shardings)
 
-  return Checkpoint('huggingface', config, source, '', '', stored_shapes(layout, config), (),
-                    hugging_face.is_foreign, read)
+  return Checkpoint(
+      directory, 'huggingface', config, source, '', '', stored_shapes(layout, config), (),
+      hugging_face.is_foreign, read)
 
 
 def save(directory: str | Path, config: TransformerConfig, params: Params, vocabulary: str = '',
@@ -184,10 +198,18 @@ def save(directory: str | Path, config: TransformerConfig, params: Params, vocab
 
   Raises:
     FileExistsError: `directory` exists already; nothing is overwritten.
-    ValueError: an unknown format, or an architecture that the format cannot describe.
+    ValueError: an unknown format, an architecture that the format cannot describe, or parameters
+      of another architecture.
   """
   if format not in FORMATS:
     raise ValueError(f'format {format!r}: a decoder is written as one of {FORMATS}')
+  given = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}
+  expected = native.shapes(config)
+  lines = [f'  {name}: {given.get(name, "missing")}, expected {expected.get(name, "none")}'
+           for name in sorted(given | expected) if given.get(name) != expected.get(name)]
+  if lines:
+    raise ValueError('\n'.join(['these parameters are not of this config:', *lines,
+                                'Give the config that they were made with.']))
   with whole_directory(Path(directory)) as partial:
     if tokenizer is not None and jax.process_index() == 0:
       shutil.copyfile(tokenizer, partial / TOKENIZER)

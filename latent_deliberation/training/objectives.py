@@ -39,6 +39,6 @@ def augmentation(deliberator: Deliberator, loss_chunk: int) -> LossFn:
     hidden = deliberator.forward(params, decoder_params, batch, traces)
     nll = ahead_nll(hidden, traces, decoder_params, deliberator.decoder.config.final_softcap,
                     loss_chunk)
-    return jnp.sum(nll * traces.ahead_valid), jnp.sum(traces.ahead_valid)
+    return jnp.sum(nll * traces.counted), jnp.sum(traces.counted)
 
   return loss

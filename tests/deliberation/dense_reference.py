@@ -27,12 +27,14 @@ class Place:
     segment: its document; 0 for padding.
     position: for the rotary embedding and the sliding window.
     trunk_seen: how many trunk tokens it may see at most.
+    first_seen: order of the first token of its own trace that it may see.
   """
   trace: int | None
   order: int
   segment: int
   position: int
   trunk_seen: int
+  first_seen: int = 0
 
 
 def sees(query: Place, key: Place, window: float) -> bool:
@@ -43,7 +45,7 @@ def sees(query: Place, key: Place, window: float) -> bool:
     return False
   if key.trace is None:
     return key.order < query.trunk_seen
-  return key.trace == query.trace and key.order <= query.order
+  return key.trace == query.trace and query.first_seen <= key.order <= query.order
 
 
 def masks(queries: list[Place], keys: list[Place], config: TransformerConfig) -> list[np.ndarray]:
@@ -54,12 +56,13 @@ def masks(queries: list[Place], keys: list[Place], config: TransformerConfig) ->
 
 def text_forward(config: TransformerConfig, choices: DeliberationConfig, params: Params,
                  decoder_params: Params, tokens: np.ndarray, segments: np.ndarray,
-                 positions: np.ndarray, anchors: np.ndarray, num_ahead: int) -> Array:
+                 positions: np.ndarray, anchors: np.ndarray, delays: np.ndarray,
+                 num_ahead: int) -> Array:
   """Hidden states [M, A, D] that predict the ahead tokens of one packed text [T]."""
   latents, length = choices.num_latents, len(tokens)
   trunk = [Place(None, i, segments[i], positions[i], i + 1) for i in range(length)]
   soft_places, fed_places, rest_tokens, ahead_tokens = [], [], [], []
-  for trace, anchor in enumerate(anchors):
+  for trace, (anchor, delay) in enumerate(zip(anchors, delays, strict=True)):
     here, shown, ahead_from = positions[anchor], anchor + 1, positions[anchor] + 1
     if choices.latents == 'refining':
       stand = [here - latents + 1 + i for i in range(latents)]
@@ -75,7 +78,10 @@ def text_forward(config: TransformerConfig, choices: DeliberationConfig, params:
     fed_positions = stand + [ahead_from + i for i in range(num_ahead - 1)]
     segment = segments[anchor]
     soft_places += [Place(trace, i, segment, p, anchor + 1) for i, p in enumerate(stand)]
-    fed_places += [Place(trace, i, segment, p, shown) for i, p in enumerate(fed_positions)]
+    places = [Place(trace, i, segment, p, shown) for i, p in enumerate(fed_positions)]
+    for i in range(min(delay, num_ahead - 1)):  # read when there were no latents
+      places[latents + i] = Place(trace, latents + i, segment, here + 1 + i, anchor + 1, latents)
+    fed_places += places
     rest_tokens.append(tokens[rest])
     ahead_tokens.append(tokens[np.minimum(anchor + 1 + np.arange(num_ahead - 1), length - 1)])
 
@@ -118,9 +124,11 @@ def text_forward(config: TransformerConfig, choices: DeliberationConfig, params:
 
 
 def forward(config: TransformerConfig, choices: DeliberationConfig, params: Params,
-            decoder_params: Params, batch: Batch, anchors: np.ndarray, num_ahead: int) -> Array:
-  """Hidden states [B, M, A, D]; `batch` and `anchors` [B, M] are concrete."""
-  rows = zip(*map(np.asarray, (batch.tokens, batch.segments, batch.positions, anchors)),
+            decoder_params: Params, batch: Batch, anchors: np.ndarray, num_ahead: int,
+            delays: np.ndarray | None = None) -> Array:
+  """Hidden states [B, M, A, D]; `batch`, `anchors` and `delays` [B, M] are concrete."""
+  delays = np.zeros_like(anchors) if delays is None else delays
+  rows = zip(*map(np.asarray, (batch.tokens, batch.segments, batch.positions, anchors, delays)),
              strict=True)
   return jnp.stack([text_forward(config, choices, params, decoder_params, *row, num_ahead)
                     for row in rows])

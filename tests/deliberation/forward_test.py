@@ -28,8 +28,9 @@ OTHER_PARTS = [dict(gate=gate, soft_tokens=soft_tokens) for gate, soft_tokens in
 name = lambda choices: '-'.join(choices.values())  # noqa: E731
 
 
-def traces_at(batch, anchors=ANCHORS, num_ahead=tiny.CHOICES.num_ahead):
-  return gather_traces(batch, anchors, jnp.ones_like(anchors, bool), num_ahead)
+def traces_at(batch, anchors=ANCHORS, num_ahead=tiny.CHOICES.num_ahead, delay=None):
+  traces = gather_traces(batch, anchors, jnp.ones_like(anchors, bool), num_ahead)
+  return traces.replace(delay=delay)
 
 
 def many_traces(deliberator, params, decoder_params, batch):
@@ -55,6 +56,28 @@ def test_many_traces_equal_one_long_sequence_under_a_dense_mask(decoder_params, 
     # In float32 either one may be 1e-4 away from the gradient in float64.
     np.testing.assert_allclose(gradient, dense, atol=5e-4 * size,
                                err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize('latents, positions', SCHEMES)
+def test_latents_that_come_late_are_seen_by_later_tokens_alone(
+    decoder_params, batch, latents, positions):
+  delay = jnp.array([[0, 1, 2, 3], [2, 0, 1, 1]])
+  deliberator = tiny.deliberator(latents=latents, positions=positions, max_delay=2)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  hidden, gradients = tiny.forward_and_gradient(
+      deliberator, params, decoder_params, batch, traces_at(batch, delay=delay), WEIGHT)
+  expected, pull = jax.vjp(
+      lambda params: dense_reference.forward(
+          tiny.CONFIG, deliberator.config, params, decoder_params, batch, ANCHORS,
+          tiny.CHOICES.num_ahead, delay), params)
+  np.testing.assert_allclose(hidden, expected, atol=3e-5)
+  jax.tree.map(lambda gradient, dense: np.testing.assert_allclose(
+      gradient, dense, atol=5e-4 * np.abs(dense).max()), gradients, pull(WEIGHT)[0])
+  # What has not seen them is the frozen decoder's: the tokens after the first, up to the delay.
+  alone, _, _ = tiny.read(decoder_params, batch.tokens, batch.positions, batch.segments)
+  for (text, trace), late in np.ndenumerate(delay):
+    ahead = slice(ANCHORS[text, trace] + 1, ANCHORS[text, trace] + 1 + late)
+    np.testing.assert_allclose(hidden[text, trace, 1:1 + late], alone[text, ahead], atol=3e-5)
 
 
 @functools.partial(jax.jit, static_argnums=0)

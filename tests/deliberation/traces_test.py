@@ -64,6 +64,26 @@ def test_ahead_tokens_end_with_the_document_and_with_the_trunk():
   assert (np.diff(traces.ahead_valid.astype(int), axis=-1) <= 0).all()
 
 
+def test_delays_are_drawn_evenly_and_change_no_anchor():
+  batch = tiny.packed_batch(DOCUMENTS[:1] * 300)
+  late = draw(keys(300), batch, dataclasses.replace(tiny.CHOICES, max_delay=2))
+  at_once = draw(keys(300), batch, tiny.CHOICES)
+  assert at_once.delay is None
+  np.testing.assert_array_equal(late.anchors, at_once.anchors)
+  counts = np.bincount(np.ravel(late.delay))
+  assert counts.shape == (3,) and counts.min() > 300 and counts.sum() == 1200
+
+
+def test_what_latents_had_no_chance_to_predict_is_not_counted():
+  batch = tiny.packed_batch([(12,)])
+  anchors = jnp.array([[0, 1, 2, 8]])
+  traces = gather_traces(batch, anchors, jnp.ones_like(anchors, bool), num_ahead=4)
+  assert (traces.counted == traces.ahead_valid).all()
+  delayed = traces.replace(delay=jnp.array([[0, 1, 2, 1]]))
+  assert delayed.counted.astype(int)[0].tolist() == [
+      [1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 1, 0]]
+
+
 def test_a_text_of_padding_alone_has_no_trace():
   nothing = jnp.zeros((1, tiny.LENGTH), jnp.int32)
   traces = draw(keys(1), Batch(nothing, nothing, nothing), tiny.CHOICES)

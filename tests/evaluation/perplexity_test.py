@@ -107,3 +107,17 @@ def test_texts_of_all_batches_are_listed_in_order(refining, params, decoder_para
       np.testing.assert_array_equal(result[arm].total[texts], sums[arm])
       np.testing.assert_array_equal(result[arm].count[texts], counts)
   assert result['own'].total.dtype == np.float64
+
+
+def test_late_latents_change_nothing_up_to_the_first_token_that_can_see_them(
+    refining, scores, params, decoder_params):
+  late = make_scorer(
+      tiny.deliberator(), ('frozen', 'own'), num_traces=NUM_TRACES, num_ahead=NUM_AHEAD,
+      loss_chunk=7, seed=3, mesh=make_mesh(MeshConfig(), jax.devices()[:1]), rules=DEFAULT_RULES,
+      delay=2)
+  sums, counts = late(params, decoder_params, BATCH, 0)
+  at_once, same = scores
+  np.testing.assert_array_equal(counts, same)
+  np.testing.assert_allclose(sums['frozen'], at_once['frozen'], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(sums['own'][:, :3], sums['frozen'][:, :3], rtol=1e-5, atol=1e-4)
+  assert np.abs(sums['own'] - sums['frozen'])[:, 3:].max() > 0.1

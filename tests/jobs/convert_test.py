@@ -44,6 +44,8 @@ def test_there_and_back_is_the_same_decoder_with_its_tokenizer(exported, quickst
   said = job.convert(weights.open_checkpoint(source), tmp_path / 'back', 'native')
   assert f'{tmp_path}/back: native, ' in said and f', with {source}/tokenizer.model' in said
   assert (tmp_path / 'back' / weights.TOKENIZER).read_bytes() == b'pieces'
+  checkpoint = weights.open_checkpoint(tmp_path / 'back')
+  assert checkpoint.tokenizer == tmp_path / 'back' / weights.TOKENIZER
   config, params = weights.load(tmp_path / 'back')
   assert config == weights.open_checkpoint(original).config
   assert fingerprint(params) == weights.open_checkpoint(original).fingerprint

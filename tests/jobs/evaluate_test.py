@@ -13,10 +13,7 @@ from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from tests import finished
 
-pytestmark = [
-    pytest.mark.usefixtures('one_device'),
-    # Tensorstore's threads outlive the event loop of a read that failed.
-    pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')]
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.fixture
@@ -41,11 +38,19 @@ def test_an_evaluation_alone_repeats_the_figures_of_the_quickstart(quickstart, t
       'report.json', 'report.md', 'changes.png', 'losses.png', 'visibility.png'}
 
 
-def test_without_constant_soft_tokens_their_arm_is_left_out(quickstart, tmp_path):
-  experiment = finished.experiment(evaluation__positions=(1, 3))
-  summary = score(quickstart, tmp_path, experiment)
+def test_a_coprocessor_alone_is_scored_on_text_without_its_run_and_its_training_data(
+    quickstart, tmp_path):
+  """Constant soft tokens and the drawing of losses are then left out."""
+  package = shutil.copytree(quickstart / 'coprocessor/coprocessor', tmp_path / 'mine/package')
+  shutil.copytree(quickstart / 'rows/validation', tmp_path / 'data/rows/validation')
+  experiment = finished.experiment(
+      evaluation__positions=(1, 3), data__mode='online', data__files=('gone.txt',))
+  summary = score(quickstart, tmp_path / 'report', experiment, coprocessor=package,
+                  data=tmp_path / 'data')
   assert set(summary['arms']) == {'frozen', 'own', 'shuffled', 'zero'}
   assert summary['positions'] == [1, 3]
+  assert set(summary['pictures']) == {'changes.png', 'visibility.png'}
+  assert not (tmp_path / 'report/losses.png').exists()
 
 
 @pytest.mark.usefixtures('no_scoring')
@@ -53,7 +58,8 @@ def test_a_coprocessor_of_another_decoder_is_refused(quickstart, tmp_path):
   config, params = weights.load(quickstart / 'pretraining/decoder')
   other = jax.tree.map(lambda leaf: -leaf, params)
   weights.save(tmp_path / 'decoder', config, other)
-  with pytest.raises(ValueError, match=f"decoder: '[0-9a-f]+' there, '{fingerprint(other)}' now"):
+  with pytest.raises(ValueError, match='coprocessor was trained on a decoder with fingerprint '
+                     f'{fingerprint(params)}, this one has {fingerprint(other)}: give the decoder'):
     score(quickstart, tmp_path / 'out', decoder=tmp_path / 'decoder')
 
 
@@ -71,7 +77,7 @@ def test_a_full_coprocessor_in_the_place_of_constant_soft_tokens_is_refused(quic
 
 
 @pytest.mark.usefixtures('no_scoring')
-def test_a_directory_without_a_checkpoint_is_refused(quickstart, tmp_path):
+def test_a_directory_without_a_coprocessor_is_refused(quickstart, tmp_path):
   with pytest.raises(FileNotFoundError, match='name a directory in which launch/train.py has'):
     score(quickstart, tmp_path, coprocessor=tmp_path / 'nothing')
   assert not (tmp_path / 'nothing').exists()
@@ -80,9 +86,9 @@ def test_a_directory_without_a_checkpoint_is_refused(quickstart, tmp_path):
 @pytest.mark.usefixtures('no_scoring')
 def test_a_truncated_coprocessor_is_refused(quickstart, tmp_path):
   coprocessor = shutil.copytree(quickstart / 'coprocessor', tmp_path / 'coprocessor')
-  damaged = next((coprocessor / 'checkpoints/2/state/d').iterdir())
+  damaged = coprocessor / 'coprocessor/coprocessor.safetensors'
   damaged.write_bytes(damaged.read_bytes()[:100])
-  with pytest.raises(ValueError, match='checkpoints/2 cannot be read'):
+  with pytest.raises(ValueError, match='coprocessor.safetensors .100 bytes. is not a whole'):
     score(quickstart, tmp_path / 'out', coprocessor=coprocessor)
 
 

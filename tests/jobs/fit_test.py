@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data.rows import PermutedBatches
+from latent_deliberation.deliberation import package
 from latent_deliberation.jobs.experiment import Experiment
-from latent_deliberation.jobs.fit import restore_trained
-from latent_deliberation.jobs.models import load_frozen, open_frozen
-from latent_deliberation.jobs.prepared import open_stream
 from latent_deliberation.jobs.pretrain import pretrain
-from latent_deliberation.jobs.train import describe_training, train_coprocessor
+from latent_deliberation.jobs.train import train_coprocessor
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
-from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
@@ -62,6 +59,7 @@ def check_stopping_changes_nothing(job: Callable[[Path], object], result: Callab
   assert stopped.value.code == 0
   assert 'SIGTERM at step 2/4' in str(stopped.value.args)
   assert (tmp_path / 'stopped/checkpoints/2').is_dir()
+  assert not {'decoder', 'coprocessor'} & {path.name for path in (tmp_path / 'stopped').iterdir()}
   job(tmp_path / 'stopped')
   assert_identical(result(tmp_path / 'stopped'), result(tmp_path / 'straight'))
   assert losses(tmp_path / 'stopped') == losses(tmp_path / 'straight')
@@ -79,16 +77,9 @@ def test_a_coprocessor_whose_training_was_stopped_is_bit_for_bit_that_of_one_tha
     tmp_path, quickstart, monkeypatch):
   experiment = finished.experiment(training__loop__num_steps=4, training__loop__save_every=4)
   decoder = quickstart / 'pretraining/decoder'
-
-  def trained(workdir: Path):
-    mesh = make_mesh(experiment.mesh)
-    frozen, digest = load_frozen(experiment, open_frozen(experiment, decoder), mesh)
-    run = describe_training(experiment, workdir, frozen, digest, mesh)
-    return restore_trained(run, open_stream(experiment, quickstart, 'training'))
-
   check_stopping_changes_nothing(
-      lambda workdir: train_coprocessor(experiment, decoder, workdir, quickstart), trained,
-      tmp_path, monkeypatch)
+      lambda workdir: train_coprocessor(experiment, decoder, workdir, quickstart),
+      lambda workdir: package.load(workdir / 'coprocessor').params, tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -114,12 +105,8 @@ def test_what_only_the_other_job_reads_may_change(coprocessor, quickstart):
   """So may cadences and the evaluation; a finished run is then still the same run."""
   experiment = finished.experiment(pretraining__batch_size=16, training__loop__log_every=2,
                                    evaluation__bootstrap_samples=10)
-  decoder = quickstart / 'pretraining/decoder'
-  mesh = make_mesh(experiment.mesh)
-  frozen, digest = load_frozen(experiment, open_frozen(experiment, decoder), mesh)
-  run = describe_training(experiment, coprocessor, frozen, digest, mesh)
-  run.check()
-  assert restore_trained(run, open_stream(experiment, quickstart, 'training'))
+  resume(coprocessor, quickstart, experiment=experiment)
+  assert losses(coprocessor) == losses(quickstart / 'coprocessor')
 
 
 def test_another_decoder_is_refused(coprocessor, quickstart, tmp_path):

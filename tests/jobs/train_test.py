@@ -1,12 +1,18 @@
 """Kinds of coprocessors, precisions and meshes that the quickstart does not go through."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_deliberation.deliberation import package
 from latent_deliberation.jobs import train
+from latent_deliberation.jobs.evaluate import constant_variant
 from latent_deliberation.jobs.train import train_coprocessor
+from latent_deliberation.model import weights
+from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
@@ -23,6 +29,9 @@ def test_low_rank_adapters_are_trained_and_nothing_else(tmp_path, quickstart):
       experiment, quickstart / 'pretraining/decoder', tmp_path / 'lora', quickstart)
   assert set(params) == {'soft_tokens', 'gate', 'lora'}
   assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(params))
+  written = package.load(tmp_path / 'lora/coprocessor')
+  assert fingerprint(written.params) == fingerprint(params)
+  assert written.config == experiment.deliberation
   assert np.isfinite(losses(tmp_path / 'lora')).all()
 
 
@@ -38,9 +47,42 @@ def test_bfloat16_rematerialisation_and_accumulation_train_on_a_mesh(tmp_path, q
   query = params['transformer']['blocks']['attention']['query']
   assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(query))
   assert not any(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(query))
+  assert fingerprint(package.load(tmp_path / 'run/coprocessor').params) == fingerprint(params)
   np.testing.assert_allclose(
       losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
       rtol=0.02)
+
+
+def test_what_was_trained_says_on_which_decoder_and_vocabulary_and_how_long(quickstart):
+  said = package.describe(quickstart / 'coprocessor/coprocessor')
+  decoder = weights.open_checkpoint(quickstart / 'pretraining/decoder')
+  assert (said.decoder, said.vocabulary) == (decoder.fingerprint, decoder.vocabulary)
+  assert said.steps == 2
+  assert said.model == decoder.config
+
+
+@pytest.mark.usefixtures('one_device')
+def test_a_finished_run_writes_its_coprocessor_where_it_is_gone_and_nothing_over_it(
+    tmp_path, quickstart):
+  run = shutil.copytree(quickstart / 'constant', tmp_path / 'run')
+  experiment = constant_variant(finished.experiment())
+  written = run / 'coprocessor'
+  trained = package.load(written)
+
+  def go_on():
+    train_coprocessor(experiment, quickstart / 'pretraining/decoder', run, quickstart)
+
+  (written / 'note').touch()
+  go_on()
+  assert (written / 'note').exists()
+  shutil.rmtree(written)
+  go_on()
+  again = package.load(written)
+  assert fingerprint(again.params) == fingerprint(trained.params)
+  assert package.describe(written) == package.describe(quickstart / 'constant/coprocessor')
+  (written / 'coprocessor.json').unlink()
+  with pytest.raises(FileExistsError, match=f'{written} is where the trained .*: use another'):
+    go_on()
 
 
 @pytest.mark.usefixtures('one_device')

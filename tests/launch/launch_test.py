@@ -19,6 +19,7 @@ from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
 SCRIPTS = ('quickstart', 'pretrain', 'train', 'evaluate')
+WITHOUT_CONFIG = ('convert', 'benchmark_weights')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +86,32 @@ BAD = {
         'evaluate', '--coprocessor={run}/constant --data={run} '
         '--decoder={run}/pretraining/decoder --output={new}',
         "trainable: 'constant' there, 'full' now"),
+    'a target that exists': Bad(
+        'convert', '--source={run}/pretraining/decoder --target={files}',
+        'files[0-9]* exists already and is not written over'),
+    'a source without a decoder': Bad(
+        'convert', '--source={run}/rows', 'rows holds no decoder: neither decoder.json'),
+    'an unknown format': Bad(
+        'convert', '--source={run}/pretraining/decoder --target={new} --format=pickle',
+        "pickle.* should be one of <native|huggingface>"),
+    'an unknown size': Bad(
+        'benchmark_weights', '--preset=gemma9 --output={new}', 'gemma9.* should be one of .*gemma'),
+    'an output in no directory': Bad(
+        'benchmark_weights', '--preset=tiny --output={files}/typo.py/weights.json',
+        'must be a file in a directory that exists'),
 }
 
 
 def arguments_of(bad: Bad, files: Path) -> list[str]:
   run, _ = finished.quickstart()
-  return finished.command(bad.script, *bad.arguments.format(
-      run=run, new=files / 'new', files=files).split())
+  arguments = bad.arguments.format(run=run, new=files / 'new', files=files).split()
+  return command(bad.script, *arguments)
+
+
+def command(script: str, *arguments: str) -> list[str]:
+  if script in WITHOUT_CONFIG:
+    return [sys.executable, f'launch/{script}.py', *arguments]
+  return finished.command(script, *arguments)
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +121,9 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
   tiny = (finished.ROOT / 'configs/tiny.py').read_text()
   (files / 'typo.py').write_text(tiny.replace('num_latents=', 'num_latent='))
   (files / 'ahead.py').write_text(tiny.replace('num_ahead=4', 'num_ahead=64'))
-  commands = {script: finished.command(script, '--help') for script in SCRIPTS}
+  commands = {script: command(script, '--help') for script in SCRIPTS + WITHOUT_CONFIG}
+  run, _ = finished.quickstart()
+  commands['a list'] = command('convert', f'--source={run}/pretraining/decoder', '--list')
   commands |= {name: arguments_of(bad, files) for name, bad in BAD.items()}
   process = subprocess.run(
       [sys.executable, str(Path(__file__).with_name('forks.py'))], cwd=finished.ROOT, text=True,
@@ -111,14 +133,22 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
   return dict(zip(commands, json.loads(process.stdout), strict=True))
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('script', SCRIPTS + WITHOUT_CONFIG)
 def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
-  own = {'quickstart': 'workdir', 'pretrain': 'workdir', 'train': 'decoder', 'evaluate': 'output'}
+  own = {'quickstart': 'workdir', 'pretrain': 'workdir', 'train': 'decoder', 'evaluate': 'output',
+         'convert': 'target', 'benchmark_weights': 'output'}
   assert f'python launch/{script}.py' in printed
-  for flag in ('config', own[script]):
+  for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
     assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed
   assert re.search(r'\b[Nn]ext\b', printed)
+
+
+def test_convert_says_what_is_there_and_lists_tensors_without_a_target(answers):
+  status, printed, _ = answers['a list']
+  assert status == 0
+  assert 'decoder: native\narchitecture   tiny' in printed
+  assert re.search(r'^embedder/table +float32 +\[\d+, \d+\]$', printed, re.MULTILINE), printed
 
 
 @pytest.mark.parametrize('name', BAD)

@@ -1,5 +1,6 @@
 """A decoder's parameters from the tensors of a foreign checkpoint, one tensor at a time."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -48,28 +49,35 @@ def _read_parameter(source: Source, entry: Entry, path: str, axes: str, config: 
   """One of our parameters, layer by layer into a stack where it has layers."""
   shape = stored_shape(entry, config)
   stored = stored_sharding(entry, path, axes, sharding)
-  pattern = f'{entry.axes} -> {axes}'
-  sizes = {'H': config.head_dim} if '(' in pattern else {}
-
-  def arrange(piece: Array) -> Array:
-    return rearrange(piece if entry.part is None else piece[entry.part], pattern, **sizes)
-
-  def read(layer: int) -> Array:
-    return source.read(entry.name.format(layer), shape, stored)
-
+  arranged = {'pattern': f'{entry.axes} -> {axes}', 'part': entry.part,
+              'head_dim': config.head_dim}
   if not path.startswith(LAYERED):
-    return jax.jit(arrange, out_shardings=sharding, donate_argnums=0)(read(0))
-
-  def put(stack: Array, piece: Array, layer: Array) -> Array:
-    # In place, unlike stack.at[layer].set(...), of which XLA makes a copy on CPU in bfloat16.
-    return jax.lax.dynamic_update_index_in_dim(stack, arrange(piece).astype(stack.dtype), layer, 0)
-
+    return _arrange(source.read(entry.name, shape, stored), **arranged)
   names = [entry.name.format(layer) for layer in range(config.num_layers)]
   dtype = jnp.result_type(*{source.tensors[name].dtype for name in names})
-  one = jax.eval_shape(arrange, jax.ShapeDtypeStruct(shape, dtype)).shape
-  stack = jax.jit(lambda: jnp.zeros((config.num_layers, *one), dtype), out_shardings=sharding)()
-  put = jax.jit(put, out_shardings=sharding, donate_argnums=0)
-  for layer in range(config.num_layers):
+  one = jax.eval_shape(functools.partial(_arrange, **arranged), jax.ShapeDtypeStruct(shape, dtype))
+  stack = jnp.zeros((config.num_layers, *one.shape), dtype, device=sharding)
+  for layer, name in enumerate(names):
     # One at a time: pieces that wait to be put would pile up.
-    stack = jax.block_until_ready(put(stack, read(layer), layer))
+    stack = jax.block_until_ready(
+        _put(stack, source.read(name, shape, stored), layer, **arranged))
   return stack
+
+
+_STATIC = ('pattern', 'part', 'head_dim')
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _arrange(piece: Array, pattern: str, part: int | None, head_dim: int) -> Array:
+  """A stored tensor, or a part of it, with its axes in our order."""
+  merged = {'H': head_dim} if '(' in pattern else {}
+  return rearrange(piece if part is None else piece[part], pattern, **merged)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames='stack')
+def _put(stack: Array, piece: Array, layer: Array, pattern: str, part: int | None,
+         head_dim: int) -> Array:
+  """The stack with one more layer in it."""
+  value = _arrange(piece, pattern, part, head_dim).astype(stack.dtype)
+  # In place, unlike stack.at[layer].set(...), of which XLA makes a copy on CPU in bfloat16.
+  return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)

@@ -39,7 +39,8 @@ def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig
   for config in PRESETS.values():
     same = all(getattr(config, name) == size for name, size in found.items())
     if same and config.qk_norm == ('layer_0/attn/query_norm/scale' in tensors):
-      return config
+      rows = tensors[TABLE].shape[0] if TABLE in tensors else config.vocab_size
+      return dataclasses.replace(config, vocab_size=min(config.vocab_size, rows))
   known = '\n'.join(
       f'  {name}: ' + ', '.join(f'{key} {getattr(config, key)}' for key in found)
       for name, config in PRESETS.items())
@@ -52,15 +53,16 @@ def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig
 def _sizes(tensors: Mapping[str, Stored], origin: str) -> dict[str, int]:
   """Sizes that show in shapes."""
   out, down = 'layer_0/attn/attn_vec_einsum', 'layer_0/mlp/linear'
-  for name, rank in ((out, 3), (down, 2)):
+  shared = 'layer_0/attn/kv_einsum'
+  ranks = {out: 3, down: 2} | ({shared: 4} if shared in tensors else {})
+  for name, rank in ranks.items():
     if name not in tensors or len(tensors[name].shape) != rank:
       raise ValueError(f"{origin} is an orbax checkpoint, but not of Google's gemma library: it "
                        f'has no {name} of {rank} axes. It holds {sorted(tensors)[:8]} ...')
   layers = {name.split('/')[0] for name in tensors if name.startswith('layer_')}
   heads, head_dim, width = tensors[out].shape
   hidden = tensors[down].shape[0]
-  shared = tensors.get('layer_0/attn/kv_einsum')
-  kv_heads = heads if shared is None else shared.shape[1]
+  kv_heads = tensors[shared].shape[1] if shared in tensors else heads
   return {'embed_dim': width, 'num_layers': len(layers), 'num_heads': heads,
           'num_kv_heads': kv_heads, 'head_dim': head_dim, 'hidden_dim': hidden}
 

@@ -64,7 +64,7 @@ def check_head(source: Source) -> None:
   if _HEAD not in source.tensors or _TABLE not in source.tensors:
     return
   head, table = source.tensors[_HEAD], source.tensors[_TABLE]
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   if head != table or not jnp.array_equal(*(
       source.read(name, table.shape, device) for name in (_HEAD, _TABLE)), equal_nan=True):
     raise ValueError(f'{source.directory}: {_HEAD} {list(head.shape)} is not equal to {_TABLE} '

@@ -65,7 +65,11 @@ def read_config(directory: Path) -> TransformerConfig:
                      f'have {", ".join(FAMILIES)}')
   fixed = _FIXED | _FIXED_IN[family]
   if family == 'gemma3':
-    stored = {**stored.get('text_config', {}), 'tie_word_embeddings': True}
+    text = stored.get('text_config', {})
+    if not isinstance(text, dict):
+      raise ValueError(f'{path}: text_config is {text!r}, expected a dictionary: download it again')
+    # What the file says of the whole model holds for its text part.
+    stored = text | {key: stored[key] for key in fixed if key in stored}
     family = 'gemma3_text'
   for key, allowed in fixed.items():
     if stored.get(key, allowed[0]) not in allowed:

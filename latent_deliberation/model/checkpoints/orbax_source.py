@@ -34,13 +34,16 @@ class OrbaxSource:
     self.directory = Path(directory).absolute()
     self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     try:
-      tree = self._checkpointer.metadata(self.directory).item_metadata.tree
+      metadata = self._checkpointer.metadata(self.directory).item_metadata
     except Exception as error:  # orbax raises many kinds for files that are cut short or missing
       raise ValueError(f'{directory} is not a whole orbax checkpoint ({_short(error)}): download '
                        'or write it again') from error
+    if metadata is None:  # orbax only logs what it could not read
+      raise ValueError(f'{directory} is not a whole orbax checkpoint (its _METADATA is missing or '
+                       'damaged): download or write it again')
     self.tensors: dict[str, Stored] = {}
     self._keys: dict[str, tuple[str, ...]] = {}
-    for keys, leaf in traverse_util.flatten_dict(tree).items():
+    for keys, leaf in traverse_util.flatten_dict(metadata.tree).items():
       name = rename('/'.join(map(str, keys)))
       if name in self.tensors:
         raise ValueError(f'{directory} has {name} twice, under {self._keys[name]} and {keys}: '

@@ -1,0 +1,197 @@
+"""config.json gives the architecture of every published Gemma; what it asks in vain is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from latent_deliberation.model.checkpoints.hugging_face_config import (
+  read_config,
+  shortest_period,
+  write_config,
+)
+from latent_deliberation.model.config import PRESETS
+from tests.model.checkpoints import foreign
+
+# As on the hub: what decides the architecture, and what might be mistaken for it.
+_GEMMA1 = {'model_type': 'gemma', 'head_dim': 256, 'hidden_act': 'gelu', 'vocab_size': 256000,
+           'hidden_activation': None, 'rms_norm_eps': 1e-6, 'rope_scaling': None,
+           'rope_theta': 10000.0, 'attention_bias': False, 'torch_dtype': 'bfloat16'}
+_GEMMA2 = {'model_type': 'gemma2', 'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0,
+           'hidden_act': 'gelu_pytorch_tanh', 'hidden_activation': 'gelu_pytorch_tanh',
+           'query_pre_attn_scalar': 256, 'head_dim': 256, 'sliding_window': 4096,
+           'rope_theta': 10000.0, 'vocab_size': 256000, 'cache_implementation': 'hybrid'}
+_GEMMA3 = {'model_type': 'gemma3_text', 'attn_logit_softcapping': None, 'head_dim': 256,
+           'final_logit_softcapping': None, 'query_pre_attn_scalar': 256, 'rope_theta': 1000000,
+           'rope_local_base_freq': 10000, 'rope_scaling': None, 'sliding_window': 512,
+           'vocab_size': 262144, 'num_attention_heads': 4, 'num_key_value_heads': 1}
+_GEMMA3_TEXT = {'model_type': 'gemma3_text', 'sliding_window': 1024,
+                'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'}}
+
+
+def _sizes(width, hidden, layers, heads=None, kv_heads=None):
+  heads = {} if heads is None else {'num_attention_heads': heads, 'num_key_value_heads': kv_heads}
+  return {'hidden_size': width, 'intermediate_size': hidden, 'num_hidden_layers': layers, **heads}
+
+
+def _multimodal(text):
+  return {'model_type': 'gemma3', 'architectures': ['Gemma3ForConditionalGeneration'],
+          'text_config': {**_GEMMA3_TEXT, **text}, 'torch_dtype': 'bfloat16',
+          'vision_config': {'hidden_size': 1152, 'model_type': 'siglip_vision_model'}}
+
+
+PUBLISHED = {
+    'gemma1_2b': {**_GEMMA1, **_sizes(2048, 16384, 18, 8, 1)},
+    'gemma1_7b': {**_GEMMA1, **_sizes(3072, 24576, 28, 16, 16)},
+    'gemma2_2b': {**_GEMMA2, **_sizes(2304, 9216, 26, 8, 4)},
+    'gemma2_9b': {**_GEMMA2, **_sizes(3584, 14336, 42, 16, 8), 'sliding_window_size': 4096},
+    'gemma2_27b': {**_GEMMA2, **_sizes(4608, 36864, 46, 32, 16), 'head_dim': 128,
+                   'query_pre_attn_scalar': 144},
+    'gemma3_270m': {
+        **_GEMMA3, **_sizes(640, 2048, 18), '_sliding_window_pattern': 6,
+        'use_bidirectional_attention': False,
+        'layer_types': (['sliding_attention'] * 5 + ['full_attention']) * 3},
+    'gemma3_1b': {**_GEMMA3, **_sizes(1152, 6912, 26), 'sliding_window_pattern': 6},
+    'gemma3_4b': _multimodal(_sizes(2560, 10240, 34)),
+    'gemma3_12b': _multimodal(_sizes(3840, 15360, 48, 16, 8)),
+    'gemma3_27b': _multimodal(
+        {**_sizes(5376, 21504, 62, 32, 16), 'head_dim': 128, 'query_pre_attn_scalar': 168}),
+}
+
+
+def read(directory, content):
+  text = content if isinstance(content, str) else json.dumps(content)
+  (directory / 'config.json').write_text(text)
+  return read_config(directory)
+
+
+def test_every_published_size_is_asked_for():
+  assert {*PUBLISHED, 'tiny'} == {*PRESETS}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_the_config_of_a_published_checkpoint_gives_its_preset(tmp_path, name):
+  assert read(tmp_path, PUBLISHED[name]) == PRESETS[name]
+
+
+@pytest.mark.parametrize('config', [*PRESETS.values(), *foreign.FAMILIES.values()])
+def test_a_config_that_was_written_reads_back_equal(tmp_path, config):
+  assert read(tmp_path, write_config(config, 'bfloat16')) == config
+
+
+@pytest.mark.parametrize('family', foreign.FAMILIES)
+def test_what_is_written_holds_what_transformers_reads(family):
+  written, expected = (write_config(foreign.FAMILIES[family], 'float16'),
+                       dict(foreign.HF_CONFIGS[family]))
+  if expected.pop('sliding_window_pattern', None):
+    expected['layer_types'] = ['sliding_attention', 'full_attention', 'sliding_attention']
+  assert {key: written[key] for key in expected} == expected
+  assert written['dtype'] == written['torch_dtype'] == 'float16'
+
+
+def test_bases_by_kind_of_layer_are_read_in_the_words_of_transformers_5(tmp_path):
+  content = {key: value for key, value in foreign.HF_CONFIGS['gemma3'].items()
+             if not key.startswith('rope')}
+  content['rope_parameters'] = {
+      'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 50.0},
+      'sliding_attention': {'rope_type': 'default', 'rope_theta': 20.0}}
+  assert read(tmp_path, content) == foreign.FAMILIES['gemma3']
+  content = {key: value for key, value in foreign.HF_CONFIGS['gemma2'].items()
+             if not key.startswith('rope')}
+  content['rope_parameters'] = {'rope_type': 'default', 'rope_theta': 50.0}
+  assert read(tmp_path, content) == foreign.FAMILIES['gemma2']
+
+
+def test_an_unknown_architecture_is_named_with_those_we_have(tmp_path):
+  with pytest.raises(ValueError, match="model_type 'llama' is an architecture that we do not have; "
+                     'we have gemma, gemma2, gemma3_text, gemma3$'):
+    read(tmp_path, {'model_type': 'llama'})
+
+
+@pytest.mark.parametrize('family', foreign.FAMILIES)
+@pytest.mark.parametrize('key, value', [
+    ('attention_bias', True), ('use_bidirectional_attention', True),
+    ('tie_word_embeddings', False), ('quantization_config', {'quant_method': 'bitsandbytes'}),
+    ('hidden_activation', 'relu'), ('rope_scaling', {'type': 'dynamic', 'factor': 2.0})])
+def test_what_our_decoder_does_not_do_is_refused(tmp_path, family, key, value):
+  with pytest.raises(ValueError, match=f'{tmp_path}/config.json.*{key[:4]}'):
+    read(tmp_path, {**foreign.HF_CONFIGS[family], key: value})
+
+
+@pytest.mark.parametrize('family, key, value', [
+    ('gemma1', 'hidden_act', 'relu'), ('gemma3', 'attn_logit_softcapping', 50.0),
+    ('gemma1', 'rope_parameters', {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 2.0}),
+    ('gemma2', 'rope_parameters', {'rope_type': 'llama3', 'rope_theta': 1e4, 'factor': 2.0})])
+def test_what_no_decoder_of_a_family_does_is_refused(tmp_path, family, key, value):
+  with pytest.raises(ValueError, match=f'{tmp_path}/config.json.*{key[:4]}'):
+    read(tmp_path, {**foreign.HF_CONFIGS[family], key: value})
+
+
+@pytest.mark.parametrize('key, value', [
+    ('quantization_config', {'quant_method': 'bitsandbytes'}), ('tie_word_embeddings', False)])
+def test_what_a_multimodal_config_asks_for_all_its_parts_is_refused_too(tmp_path, key, value):
+  with pytest.raises(ValueError, match=key):
+    read(tmp_path, {**PUBLISHED['gemma3_4b'], key: value})
+
+
+def test_scaled_positions_are_refused_where_local_layers_would_have_them_too(tmp_path):
+  # One rotary embedding serves all layers of a Gemma 2; ours scales global layers alone.
+  with pytest.raises(ValueError, match='sliding layers have scaled rotary embeddings'):
+    read(tmp_path, {**foreign.HF_CONFIGS['gemma2'],
+                    'rope_scaling': {'type': 'linear', 'factor': 2.0}})
+  with pytest.raises(ValueError, match='sliding layers have scaled rotary embeddings'):
+    read(tmp_path, {**foreign.HF_CONFIGS['gemma3'], 'rope_parameters': {
+        'full_attention': {'rope_type': 'default', 'rope_theta': 50.0},
+        'sliding_attention': {'rope_type': 'linear', 'rope_theta': 20.0, 'factor': 2.0}}})
+
+
+def test_scaled_positions_of_a_gemma_of_global_layers_are_read(tmp_path):
+  content = {**foreign.HF_CONFIGS['gemma1'], 'rope_scaling': {'type': 'linear', 'factor': 2.0}}
+  assert read(tmp_path, content) == dataclasses.replace(
+      foreign.FAMILIES['gemma1'], rope_scaling=2.0)
+
+
+@pytest.mark.parametrize('content', [
+    '{"model_type": "gemma2", ', '[]', 'null', '{}', '{"model_type": ["gemma2"]}',
+    '{"model_type": "gemma3", "text_config": [1]}'])
+def test_a_damaged_file_is_refused(tmp_path, content):
+  with pytest.raises(ValueError, match=f'{tmp_path}/config.json'):
+    read(tmp_path, content)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'num_key_value_heads': 3}, 'num_heads = 4 is not a multiple of num_kv_heads = 3'),
+    ({'sliding_window': None}, 'sliding_window|window|None'),
+    ({'hidden_size': '16'}, 'embed_dim|str'),
+    ({'layer_types': ['full_attention'] * 2}, 'layer_types has 2 entries, num_hidden_layers is 3'),
+    ({'layer_types': ['full_attention', 'chunked_attention', 'full_attention']}, 'chunked')])
+def test_impossible_values_are_refused(tmp_path, change, message):
+  with pytest.raises(ValueError, match=f'{tmp_path}/config.json .*({message})'):
+    read(tmp_path, {**foreign.HF_CONFIGS['gemma2'], **change})
+
+
+def test_weights_without_a_config_are_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match=f'{tmp_path} holds weights but no config.json'):
+    read_config(tmp_path)
+
+
+@pytest.mark.parametrize('change', [
+    {'qk_norm': True, 'post_norms': False}, {'rope_scaling': 2.0}, {'rope_local_base': 7.0},
+    {'post_norms': False}])
+def test_a_combination_that_no_gemma_has_is_not_written(change):
+  config = dataclasses.replace(foreign.FAMILIES['gemma2'], **change)
+  with pytest.raises(ValueError, match='no Gemma has the features of'):
+    write_config(config, 'float32')
+
+
+def test_a_query_scale_that_transformers_cannot_hold_is_not_written():
+  config = dataclasses.replace(foreign.FAMILIES['gemma2'], query_scale=0.7)
+  with pytest.raises(ValueError, match='query_scale = 0.7 is not 1 / sqrt of an integer'):
+    write_config(config, 'float32')
+
+
+@pytest.mark.parametrize('kinds, period', [
+    ('aaaa', 'a'), ('abab', 'ab'), ('aba', 'ab'), ('aab', 'aab'), ('aaaaabaa', 'aaaaab'),
+    ('abba', 'abb')])
+def test_a_pattern_is_as_short_as_it_can_be(kinds, period):
+  assert shortest_period(kinds) == tuple(period)
