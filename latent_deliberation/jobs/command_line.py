@@ -48,6 +48,11 @@ def define_choice(name: str, choices: Sequence[str], meaning: str,
   return flags.DEFINE_enum(name, choices[0] if required else None, choices, meaning)
 
 
+def define_count(name: str, default: int, meaning: str) -> flags.FlagHolder:
+  """Defines a flag that is an integer of at least 1."""
+  return flags.DEFINE_integer(name, default, meaning, lower_bound=1)
+
+
 def define_switch(name: str, meaning: str) -> flags.FlagHolder:
   """Defines a flag that is off where it is not given."""
   return flags.DEFINE_bool(name, False, meaning)
