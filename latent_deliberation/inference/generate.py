@@ -83,7 +83,7 @@ def stream(generator: Generator, texts: Prompts | State, how: Decoding,
 
   Raises:
     ValueError: a prompt is bad (see `Generator.read`), too short for latents, or too long for what
-      is to be decoded; or there is not one seed for each.
+      is to be decoded; the gate is of another width; or there is not one seed for each.
   """
   given = isinstance(texts, State)
   lengths = np.asarray(texts.lengths) if given else np.array([len(prompt) for prompt in texts])
@@ -92,6 +92,10 @@ def stream(generator: Generator, texts: Prompts | State, how: Decoding,
   check_room(lengths, how.max_tokens, generator.model.plan.global_slots)
   if generator.model.coprocessor is not None and how.policy != NEVER:
     check_anchors(lengths, generator.model.coprocessor.config.first_anchor)
+  width, gate = generator.model.decoder.config.embed_dim, how.policy.gate
+  if gate is not None and gate.weight.shape != (width,):
+    raise ValueError(f'the weight of the gate has shape {gate.weight.shape}, the decoder asks for '
+                     f'{(width,)}: give a gate that was fitted on this decoder')
   seeds = list(range(len(lengths))) if seeds is None else list(seeds)
   if len(seeds) != len(lengths) or not all(0 <= seed < 2**32 for seed in seeds):
     raise ValueError(f'{len(seeds)} seeds {seeds[:4]} for {len(lengths)} texts: give one for each, '
@@ -113,7 +117,7 @@ class _Session:
     base: the plain state that latents were last made from, after `base_count` decoded tokens.
     attached: bool [B] texts that hold latents.
     asked: bool [B] texts whose latents are awaited.
-    uncertain: bool [B] texts at whose next token the decoder asks for latents.
+    opened: bool [B] texts whose gate opens at their next token.
   """
 
   def __init__(self, generator: Generator, state: State, how: Decoding, seeds: list[int]):
@@ -129,7 +133,7 @@ class _Session:
     self.keys = jax.vmap(jax.random.key)(generator.place(seeds))
     self.count = 0
     self.base, self.base_count, self.attempt = None, 0, None
-    self.attached, self.asked, self.uncertain = np.zeros((3, batch), bool)
+    self.attached, self.asked, self.opened = np.zeros((3, batch), bool)
     self.gate_from = np.zeros(batch, np.int32)
 
   def run(self) -> Iterator[list[Completion]]:
@@ -149,7 +153,7 @@ class _Session:
   def _ask(self) -> None:
     """Takes the plain states of the texts that are to deliberate now, if there are any."""
     everywhere = self.policy.next_stop(self.count) == self.count
-    self.asked = self.active & (everywhere | self.uncertain)
+    self.asked = self.active & (everywhere | self.opened)
     if not self.asked.any():
       return
     plain = self.state
@@ -218,15 +222,17 @@ class _Session:
 
   def _decode(self) -> int:
     """Decodes a block for the active texts; returns the number of tokens of each."""
-    waits = self.policy.threshold is None or self.asked.any()
+    threshold = self.policy.threshold
+    if threshold is not None:
+      threshold = np.float32(math.inf if self.asked.any() else threshold)
     self.state, decoded = self.generator.decode(
         self.state, self.keys, np.int32(self.count), self.generator.place(self.active),
-        np.int32(self._limit()), np.float32(math.inf if waits else self.policy.threshold),
+        np.int32(self._limit()), threshold, self.policy.gate,
         self.generator.place(self.gate_from), sampling=self.how.sampling, size=BLOCK,
-        eos=self.how.eos, gated=self.policy.threshold is not None)
+        eos=self.how.eos)
     decoded = jax.device_get(decoded)
     self.count += int(decoded.steps)
-    self.uncertain = decoded.uncertain
+    self.opened = decoded.opened
     for number, completion in enumerate(self.completions):
       for step in range(decoded.steps):
         if completion.ended:

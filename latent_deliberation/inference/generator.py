@@ -15,6 +15,7 @@ from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.inference import programs, stack
 from latent_deliberation.inference.background import Counts
 from latent_deliberation.inference.cache import plan_cache
+from latent_deliberation.inference.decode import Decoded, decode
 from latent_deliberation.inference.programs import Augmentation, Model, State, Weights
 from latent_deliberation.inference.prompts import (
   Prompts,
@@ -133,6 +134,19 @@ class Generator:
     with self._context():
       return programs.attach(self.model, state, augmentation, self.place(rows))
 
+  def warm_up(self, batch: int) -> None:
+    """Compiles what makes latents for so many texts, so that the first do not wait for it.
+
+    Raises:
+      RuntimeError: there is no coprocessor.
+      ValueError: the cache has no room for latents.
+    """
+    if self.model.coprocessor is None:
+      raise RuntimeError('this generator has no coprocessor: there is nothing to compile')
+    shortest = [0] * (self.model.coprocessor.config.first_anchor + 1)
+    state = self.read([shortest] * (batch + -batch % self.shards))
+    jax.block_until_ready(self.attach(state, self.augment(state)))
+
   def entropies(self, prompts: Prompts) -> list[np.ndarray]:
     """Entropy of the next token behind every token of each prompt, nats; for `policy.calibrate`.
 
@@ -149,12 +163,11 @@ class Generator:
     with self._context():
       return programs.choose(self.place(rows), chosen, other)
 
-  def decode(self, state: State, *arguments: PyTree, **how: object,
-             ) -> tuple[State, programs.Decoded]:
-    """See `programs.decode`; the keys and values of `state` are overwritten."""
+  def decode(self, state: State, *arguments: PyTree, **how: object) -> tuple[State, Decoded]:
+    """See `inference.decode`; the keys and values of `state` are overwritten."""
     cache = state.cache
     bare = state.replace(cache=cache.replace(keys=(), values=()))
-    return self._call(programs.decode, (cache.keys, cache.values), bare, *arguments, **how)
+    return self._call(decode, (cache.keys, cache.values), bare, *arguments, **how)
 
   def place(self, tree: PyTree) -> PyTree:
     """Arrays whose first axis is the texts, on the devices of this generator; scalars, too."""

@@ -1,10 +1,31 @@
-"""When to deliberate: at set places, or where the decoder is uncertain of its next token."""
+"""When to deliberate: at set places, or where a gate opens on what the decoder knows there."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
+
+from latent_deliberation.array_types import Array
+
+
+@struct.dataclass(eq=False)
+class Gate:
+  """A linear prediction of what latents gain, from the decoder's hidden state.
+
+  Attributes:
+    weight: float32 [D].
+    bias: float32 [].
+  """
+  weight: Array
+  bias: Array
+
+  def score(self, hidden: Array) -> Array:
+    """Nats that latents are expected to save behind tokens with these hidden states, [B, D]."""
+    # Not a matrix product, which some devices would round to bfloat16.
+    return jnp.sum(hidden.astype(jnp.float32) * self.weight, axis=-1) + self.bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,12 +36,14 @@ class Policy:
     at: numbers of decoded tokens after which all texts deliberate; 0 is the end of the prompt, as
       in the paper's benchmarks.
     every: deliberate again and again, after every so many tokens from the end of the prompt on.
-    threshold: entropy of the next token, nats, above which a text deliberates; see `calibrate`.
-    apart: tokens that a text decodes before its uncertainty is asked for latents again.
+    threshold: score of the gate, nats, above which a text deliberates.
+    gate: what gives the score; None for the entropy of the next token, see `calibrate`.
+    apart: tokens that a text decodes before its gate may open again.
   """
   at: tuple[int, ...] = ()
   every: int | None = None
   threshold: float | None = None
+  gate: Gate | None = None
   apart: int = 8
 
   def __post_init__(self):
@@ -31,8 +54,13 @@ class Policy:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'{name} = {value}: there must be at least 1 token in between')
-    if self.threshold is not None and not 0 <= self.threshold < math.inf:
-      raise ValueError(f'threshold = {self.threshold}: an entropy in nats is 0 or above')
+    if self.gate is not None and self.threshold is None:
+      raise ValueError('a gate without a threshold: give the score above which it opens')
+    if self.threshold is not None:
+      if math.isnan(self.threshold):
+        raise ValueError(f'threshold = {self.threshold}: give a number of nats')
+      if self.gate is None and self.threshold < 0:
+        raise ValueError(f'threshold = {self.threshold}: an entropy in nats is 0 or above')
 
   @property
   def repeats(self) -> bool:

@@ -1,8 +1,8 @@
-"""The compiled programs of inference: read, read on, augment, attach, decode. All are pure.
+"""The compiled programs of inference: read, read on, augment, attach; `decode` has the loop.
 
-A `State` is a value, like the caches of training: augmenting leaves it alone, attaching gives
-another one, and detaching is going back to the one before. One base state can so serve many
-coprocessors at once.
+All are pure. A `State` is a value, like the caches of training: augmenting leaves it alone,
+attaching gives another one, and detaching is going back to the one before. One base state can so
+serve many coprocessors at once.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.placement import place
 from latent_deliberation.inference import stack
 from latent_deliberation.inference.cache import CachePlan, SlotCache, SlotIndex
-from latent_deliberation.inference.sampling import Sampling, entropy, sample
+from latent_deliberation.inference.sampling import entropy
 from latent_deliberation.model.cache import KeysValues
 from latent_deliberation.model.decoder import Decoder
 
@@ -59,11 +59,13 @@ class State:
 
   Attributes:
     cache: their keys and values.
+    hidden: [B, D] the decoder's state, after the final norm, that the next token is predicted from.
     logits: [B, V] of the next token.
     position: int32 [B] that the next token will have.
     lengths: int32 [B] tokens of each text, without latents.
   """
   cache: SlotCache
+  hidden: Array
   logits: Array
   position: Array
   lengths: Array
@@ -76,17 +78,19 @@ class Augmentation:
   Attributes:
     latents: keys and values of each layer, [B, 1, Z, K, H].
     positions: int32 [B, Z] of the latents.
-    hidden: int32 [B, Z] positions of the tokens that they stand for; -1 for none.
+    replaced: int32 [B, Z] positions of the tokens that they stand for; -1 for none.
     anchor: int32 [B] position of the next token in the state that was augmented.
     ahead: int32 [B] position of the next token behind the latents.
-    logits: [B, V] of that token.
+    hidden: [B, D] the decoder's state that this token is predicted from.
+    logits: [B, V] of this token.
     finite: bool [B] False where anything of a text's latents is not finite.
   """
   latents: tuple[KeysValues, ...]
   positions: Array
-  hidden: Array
+  replaced: Array
   anchor: Array
   ahead: Array
+  hidden: Array
   logits: Array
   finite: Array
 
@@ -97,7 +101,8 @@ def embed(model: Model, weights: Weights, tokens: Array) -> Array:
   return model.decoder.apply(variables, tokens[:, None], method='embed')[:, 0]
 
 
-def _logits(model: Model, weights: Weights, hidden: Array) -> Array:
+def predict(model: Model, weights: Weights, hidden: Array) -> Array:
+  """Logits [B, V] of the next token, from hidden states [B, D]."""
   return model.decoder.apply({'params': {'embedder': weights.embedder}}, hidden, method='logits')
 
 
@@ -115,7 +120,8 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
     hidden, fresh = stack.run(config, weights.layers, embed(model, weights, tokens),
                               index.positions, index.segments)
     cache = SlotCache.empty(model.plan, config, len(tokens), hidden.dtype).fill(fresh, index)
-    return State(cache, _logits(model, weights, hidden[:, -1]), count, count)
+    last = hidden[:, -1]
+    return State(cache, last, predict(model, weights, last), count, count)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -126,7 +132,7 @@ def entropies(model: Model, weights: Weights, tokens: Array, count: Array) -> Ar
     hidden, _ = stack.run(model.decoder.config, weights.layers, embed(model, weights, tokens),
                           index.positions, index.segments)
     # One position of every text at a time: all logits at once would be [B, T, V].
-    return jax.lax.map(lambda states: entropy(_logits(model, weights, states)),
+    return jax.lax.map(lambda states: entropy(predict(model, weights, states)),
                        jnp.swapaxes(hidden, 0, 1)).T
 
 
@@ -138,9 +144,10 @@ def read_on(model: Model, weights: Weights, state: State, tokens: Array, count: 
     hidden, fresh = stack.run(
         model.decoder.config, weights.layers, embed(model, weights, tokens), index.positions,
         index.segments, state.cache)
-    logits = jnp.where((count > 0)[:, None], _logits(model, weights, hidden[:, -1]), state.logits)
-    return State(state.cache.append(fresh, index), logits, state.position + count,
-                 state.lengths + count)
+    last, more = hidden[:, -1], (count > 0)[:, None]
+    return State(state.cache.append(fresh, index), jnp.where(more, last, state.hidden),
+                 jnp.where(more, predict(model, weights, last), state.logits),
+                 state.position + count, state.lengths + count)
 
 
 def _index(tokens: Array, count: Array, start: Array) -> SlotIndex:
@@ -173,28 +180,30 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
     replaced = jnp.where(replaces, newest.positions, -1)
     hidden, fresh = stack.run(decoder, weights.layers, latents, positions, seen,
                               state.cache.hide(replaced))
-    logits = _logits(model, weights, hidden[:, -1])
+    logits = predict(model, weights, hidden[:, -1])
     finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
               for leaf in jax.tree.leaves((fresh, logits))]
     return Augmentation(tuple(fresh), positions, replaced, state.position,
-                        placement.ahead_positions[:, 0, 0], logits, jnp.stack(finite).all(axis=0))
+                        placement.ahead_positions[:, 0, 0], hidden[:, -1], logits,
+                        jnp.stack(finite).all(axis=0))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attach(model: Model, state: State, augmentation: Augmentation, rows: Array) -> State:
   """The state with latents in the cache of the texts `rows`, where they are finite.
 
-  Texts that have gone on since they were augmented keep the logits of their next token; what is
-  decoded from there on sees the latents.
+  Texts that have gone on since they were augmented keep what their next token is predicted from;
+  what is decoded from there on sees the latents.
   """
   with nn.logical_axis_rules(model.rules):
     rows = rows & augmentation.finite
-    cache = state.cache.attach(augmentation.latents, augmentation.positions, augmentation.hidden,
-                               rows)
-    in_time = rows & (state.position == augmentation.anchor)
+    cache = state.cache.attach(augmentation.latents, augmentation.positions,
+                               augmentation.replaced, rows)
+    in_time = (rows & (state.position == augmentation.anchor))[:, None]
     shift = augmentation.ahead - augmentation.anchor
     return state.replace(
-        cache=cache, logits=jnp.where(in_time[:, None], augmentation.logits, state.logits),
+        cache=cache, hidden=jnp.where(in_time, augmentation.hidden, state.hidden),
+        logits=jnp.where(in_time, augmentation.logits, state.logits),
         position=jnp.where(rows, state.position + shift, state.position))
 
 
@@ -206,102 +215,3 @@ def choose(rows: Array, chosen: State, other: State) -> State:
       return old
     return jnp.where(jnp.expand_dims(rows, tuple(range(1, old.ndim))), new, old)
   return jax.tree.map(pick, chosen, other)
-
-
-@struct.dataclass
-class Decoded:
-  """What a call of `decode` did.
-
-  Attributes:
-    tokens: int32 [size, B]; 0 where a text has ended. Only the first `steps` rows are filled.
-    log_probabilities: float32 [size, B].
-    steps: int32 [].
-    active: bool [B] texts that have not ended.
-    uncertain: bool [B] texts whose next token is more uncertain than the threshold.
-  """
-  tokens: Array
-  log_probabilities: Array
-  steps: Array
-  active: Array
-  uncertain: Array
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'size', 'eos', 'gated'),
-                   donate_argnames='keys_values')
-def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...], ...],
-           state: State, keys: Array, count: Array, active: Array, limit: Array, threshold: Array,
-           gate_from: Array, *, sampling: Sampling, size: int, eos: int | None,
-           gated: bool) -> tuple[State, Decoded]:
-  """Decodes up to `limit` tokens of every active text in one loop.
-
-  Args:
-    keys_values: the cache's keys and values, which are overwritten; `state` has others or none.
-    keys: [B] PRNG keys.
-    count: int32 [] tokens decoded so far; the token after n others is drawn with fold_in(key, n).
-    limit: at most `size`, which is compiled in.
-    threshold: entropy in nats above which the loop stops, before the token is drawn.
-    gate_from: int32 [B] tokens that must be decoded before a text may do so.
-    eos: id that ends a text.
-    gated: whether there is a threshold.
-  """
-  def uncertain(step: Array, logits: Array, active: Array) -> Array:
-    if not gated:
-      return jnp.zeros_like(active)
-    return active & (count + step >= gate_from) & (entropy(logits) > threshold)
-
-  def go_on(carry: tuple) -> Array:
-    step, *_, active, stop = carry
-    return (step < limit) & active.any() & ~stop.any()
-
-  def body(carry: tuple) -> tuple:
-    step, cache, newest, logits, position, tokens, log_probabilities, active, _ = carry
-    cache = _with_batch(cache).append(*newest)
-    drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + step)
-    token, log_probability = sample(drawn, logits, sampling)
-    token = jnp.where(active, token, 0)
-    index = jax.tree.map(lambda leaf: leaf[:, None], SlotIndex(
-        token, position, active.astype(jnp.int32)))
-    hidden, fresh = stack.run(model.decoder.config, weights.layers,
-                              embed(model, weights, index.tokens), index.positions,
-                              index.segments, cache)
-    logits = _logits(model, weights, hidden[:, -1])
-    tokens = tokens.at[step].set(token)
-    log_probabilities = log_probabilities.at[step].set(log_probability)
-    position = position + active
-    if eos is not None:
-      active = active & (token != eos)
-    return (step + 1, _without_batch(cache), (fresh, index), logits, position, tokens,
-            log_probabilities, active, uncertain(step + 1, logits, active))
-
-  with nn.logical_axis_rules(model.rules):
-    begun = state.cache.replace(keys=keys_values[0], values=keys_values[1])
-    cache, *newest = begun.pop()
-    first = jnp.zeros((), jnp.int32)
-    carry = (first, _without_batch(cache), tuple(newest), state.logits, state.position,
-             jnp.zeros((size, len(active)), jnp.int32), jnp.zeros((size, len(active))), active,
-             uncertain(first, state.logits, active))
-    steps, cache, newest, logits, position, tokens, log_probabilities, active, stop = (
-        jax.lax.while_loop(go_on, body, carry))
-    state = State(_with_batch(cache).append(*newest), logits, position,
-                  state.lengths + position - state.position)
-    return state, Decoded(tokens, log_probabilities, steps, active, stop)
-
-
-def _without_batch(cache: SlotCache) -> SlotCache:
-  """A cache of one text without its batch axis, to be carried through a loop.
-
-  XLA leaves an axis of 1 out of matrix products; were it there in what is carried, every step would
-  copy the whole cache to take it away.
-  """
-  if cache.keys[0].shape[0] > 1:
-    return cache
-  return cache.replace(keys=tuple(each[0] for each in cache.keys),
-                       values=tuple(each[0] for each in cache.values))
-
-
-def _with_batch(cache: SlotCache) -> SlotCache:
-  """The way back."""
-  if cache.keys[0].ndim == 4:
-    return cache
-  return cache.replace(keys=tuple(each[None] for each in cache.keys),
-                       values=tuple(each[None] for each in cache.values))

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from latent_deliberation.deliberation.config import LATENTS, TRAINABLES
-from latent_deliberation.inference import programs
+from latent_deliberation.inference import decode, programs
 from latent_deliberation.inference.generate import Decoding, generate, stream
-from latent_deliberation.inference.generator import Generator
-from latent_deliberation.inference.policy import ONCE, Policy
+from latent_deliberation.inference.generator import Generator, copied
+from latent_deliberation.inference.policy import ONCE, Gate, Policy
 from latent_deliberation.inference.sampling import Sampling
 from latent_deliberation.model import weights
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
@@ -25,6 +25,7 @@ from tests.inference.small import (
 )
 
 SCHEMES = [('refining', 'share'), *itertools.product(('paper', 'anchored'), ('shift', 'share'))]
+GATE = Gate(np.random.default_rng(3).standard_normal(16).astype(np.float32), np.float32(-0.5))
 NUCLEUS = Sampling(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02)
 
 
@@ -87,15 +88,17 @@ def test_latents_at_several_places_are_each_what_training_knew_there(
       np.testing.assert_allclose(found[start:end], expected, atol=5e-5)
 
 
-def test_only_uncertain_texts_deliberate_and_where_they_are_uncertain(decoder_params):
+@pytest.mark.parametrize('gate', [None, GATE], ids=['entropy', 'learned'])
+def test_texts_deliberate_where_their_gate_opens_and_nowhere_else(decoder_params, gate):
   generator, *trained = augmented(decoder_params)
   plain = generate(generator, PROMPTS, Decoding(12))
-  entropies = [entropies_of(decoder_params, prompt, completion.tokens)
-               for prompt, completion in zip(PROMPTS, plain, strict=True)]
-  threshold = float(np.quantile(np.concatenate(entropies), 0.8))
-  policy = Policy(threshold=threshold, apart=12)
+  score = entropies_of if gate is None else predictions_of
+  scores = [score(decoder_params, prompt, completion.tokens)
+            for prompt, completion in zip(PROMPTS, plain, strict=True)]
+  threshold = float(np.quantile(np.concatenate(scores), 0.79))  # between two of 36
+  policy = Policy(threshold=threshold, gate=gate, apart=12)
   completions = generate(generator, PROMPTS, Decoding(12, policy=policy))
-  expected = [list(np.flatnonzero(entropy > threshold)[:1]) for entropy in entropies]
+  expected = [list(np.flatnonzero(score > threshold)[:1]) for score in scores]
   assert [completion.latents_at for completion in completions] == expected
   assert sorted(map(len, expected)) != [0, 0, 0]
   for prompt, before, after, at in zip(PROMPTS, plain, completions, expected, strict=True):
@@ -105,6 +108,26 @@ def test_only_uncertain_texts_deliberate_and_where_they_are_uncertain(decoder_pa
       trained_says = trained_log_probabilities(
           *trained, decoder_params, prompt + after.tokens[:at], after.tokens[at:])
       np.testing.assert_allclose(after.log_probabilities[at:], trained_says, atol=5e-5)
+
+
+def test_the_gate_scores_every_step_by_the_hidden_state_of_the_uncached_decoder(
+    plain, decoder_params):
+  state = copied(plain.read(PROMPTS))
+  keys, found, tokens = jax.vmap(jax.random.key)(np.zeros(3, np.uint32)), [], []
+  for count in range(12):
+    found.append(GATE.score(state.hidden))
+    state, decoded = plain.decode(
+        state, keys, np.int32(count), np.ones(3, bool), np.int32(1), None, None,
+        np.zeros(3, np.int32), sampling=Sampling(), size=16, eos=None)
+    tokens.append(decoded.tokens[0])
+  for prompt, scores, chosen in zip(PROMPTS, np.transpose(found), np.transpose(tokens),
+                                    strict=True):
+    np.testing.assert_allclose(scores, predictions_of(decoder_params, prompt, chosen), atol=1e-4)
+
+
+def predictions_of(decoder_params, prompt, tokens):
+  hidden, *_ = tiny.read(decoder_params, np.array([[*prompt, *tokens]]))
+  return np.asarray(hidden[0, len(prompt) - 1:-1]) @ GATE.weight + GATE.bias
 
 
 def test_entropies_are_those_of_the_uncached_decoder(refining, decoder_params):
@@ -220,9 +243,9 @@ def test_a_stream_begins_with_one_token_and_only_grows(plain):
 
 def test_nothing_is_compiled_again_for_other_prompts_and_numbers_of_tokens(plain):
   generate(plain, PROMPTS, Decoding(3))
-  compiled = programs.decode._cache_size(), programs.read._cache_size()
+  compiled = decode.decode._cache_size(), programs.read._cache_size()
   generate(plain, [prompt[:-1] for prompt in PROMPTS[:2]] + [PROMPTS[1]], Decoding(20))
-  assert (programs.decode._cache_size(), programs.read._cache_size()) == compiled
+  assert (decode.decode._cache_size(), programs.read._cache_size()) == compiled
 
 
 def test_any_mesh_decodes_what_one_device_does(refining, decoder_params):
@@ -255,6 +278,8 @@ def test_other_bad_input_is_refused(refining, decoder_params):
   for call, message in (
       (lambda: stream(refining, PROMPTS, Decoding(4), seeds=[1]), '1 seeds .* for 3 texts'),
       (lambda: stream(refining, PROMPTS, Decoding(4), seeds=[1, 2, -1]), 'between 0 and'),
+      (lambda: stream(refining, PROMPTS, Decoding(4, policy=Policy(
+          threshold=0.0, gate=Gate(np.zeros(9), 0.0)))), r'shape \(9,\), .* asks for \(16,'),
       (lambda: Decoding(0), 'max_tokens = 0'),
       (lambda: Generator(tiny.CONFIG, decoder_params, length=0), 'length = 0'),
       (lambda: refining.read_on(state, [[1]]), '1 prompts for a state of 3 texts'),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from latent_deliberation.inference.policy import NEVER, ONCE, Policy, calibrate
+from latent_deliberation.inference.policy import NEVER, ONCE, Gate, Policy, calibrate
 
 
 @pytest.mark.parametrize('policy, stops', [
@@ -35,6 +35,7 @@ def test_a_calibrated_threshold_spends_its_budget(budget):
     (lambda: Policy(at=(-1, 2)), r'at = \(-1, 2\)'), (lambda: Policy(every=0), 'every = 0'),
     (lambda: Policy(apart=0), 'apart = 0'), (lambda: Policy(threshold=-1.0), 'threshold = -1.0'),
     (lambda: Policy(threshold=float('nan')), 'threshold = nan'),
+    (lambda: Policy(gate=Gate(np.zeros(2), 0.0)), 'a gate without a threshold'),
     (lambda: calibrate([1.0], 1.5), 'budget = 1.5'), (lambda: calibrate([], 0.5), '0 entropies'),
     (lambda: calibrate([1.0, float('nan')], 0.5), '2 entropies, 1 of them finite')])
 def test_what_cannot_be_is_refused(call, message):

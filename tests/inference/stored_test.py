@@ -7,7 +7,7 @@ import pytest
 from latent_deliberation.inference import stored
 from latent_deliberation.inference.generate import Decoding, generate
 from latent_deliberation.inference.generator import Generator
-from latent_deliberation.inference.policy import ONCE
+from latent_deliberation.inference.policy import ONCE, Gate, Policy
 from tests import tiny
 from tests.inference.small import LENGTH, PROMPTS, assert_same, augmented
 
@@ -33,6 +33,19 @@ def test_decoding_from_a_loaded_cache_is_decoding_from_a_fresh_one(generator, sa
               generate(generator, generator.attach(state, augmentation), Decoding(12)))
 
 
+def test_a_gate_opens_behind_a_loaded_cache_where_it_does_behind_a_fresh_one(generator, saved):
+  directory, state, _ = saved
+  gate = Gate(np.ones(tiny.CONFIG.embed_dim, np.float32), np.float32(0))
+  least, *_ = sorted(gate.score(state.hidden))  # so that two of three texts deliberate at once
+  how = Decoding(12, policy=Policy(threshold=float(least), gate=gate, apart=4))
+  fresh, loaded = (generate(generator, each, how)
+                   for each in (state, stored.load(directory, generator)[0]))
+  assert_same(fresh, loaded)
+  assert [completion.latents_at for completion in fresh] == [
+      completion.latents_at for completion in loaded]
+  assert sum(completion.latents_at[:1] == [0] for completion in loaded) == 2
+
+
 def test_attached_latents_and_what_was_read_behind_them_are_kept(generator, saved, tmp_path):
   _, state, augmentation = saved
   state = generator.read_on(generator.attach(state, augmentation), [[4, 5], [], [6]])
@@ -55,10 +68,13 @@ def test_a_cache_fits_a_generator_of_another_length(generator, saved, decoder_pa
     stored.load(directory, shorter)
 
 
-def test_slots_that_were_not_reached_take_no_room(generator, saved):
-  directory, state, augmentation = saved
-  reached = sum(leaf.nbytes for leaf in jax.tree.leaves((state, augmentation)))
-  assert (directory / 'cache.safetensors').stat().st_size < 0.8 * reached
+def test_slots_that_were_not_reached_take_no_room(saved, decoder_params, tmp_path):
+  longer, *_ = augmented(decoder_params, length=2 * LENGTH)
+  state = longer.read(PROMPTS)
+  stored.save(tmp_path / 'longer', longer, state, longer.augment(state))
+  sizes = [(directory / 'cache.safetensors').stat().st_size
+           for directory in (saved[0], tmp_path / 'longer')]
+  assert sizes[0] == sizes[1]
 
 
 def test_a_cache_of_another_decoder_is_refused(saved, generator, decoder_params):
