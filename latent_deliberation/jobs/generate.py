@@ -105,7 +105,7 @@ def answer(writer: Writer, prompts: Sequence[str], as_json: bool = False, stream
   """Prints what is written behind prompts; without any, asks for one after the other.
 
   Raises:
-    ValueError: two ways of printing are asked for at once.
+    ValueError: two ways of printing are asked for at once, or a prompt is bad.
   """
   if streamed and (as_json or compared):
     raise ValueError('--stream prints text as it comes, --json and --compare print it when it is '
@@ -124,6 +124,9 @@ def answer(writer: Writer, prompts: Sequence[str], as_json: bool = False, stream
       else:
         print(_side_by_side(result) if compared else result['prompt'] + result['text'])
 
+  if writer.how.arrival.delay is None and writer.how.policy != NEVER:
+    logging.info('compiling the coprocessor')  # else latents would come too late for short texts
+    writer.generator.warm_up(1 if streamed or not prompts else len(prompts))
   if prompts:
     show(prompts)
   for prompt in () if prompts else _ask():

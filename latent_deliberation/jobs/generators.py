@@ -7,6 +7,7 @@ from latent_deliberation.inference import tokenizer as tokenizers
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.jobs.coprocessors import PACKAGE
+from latent_deliberation.jobs.gates import FittedGate
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 
@@ -15,7 +16,8 @@ _VOCABULARY = 'vocabulary.model'  # of prepared data
 
 
 def open_generator(decoder: Path, coprocessor: str = '', vocabulary: str = '',
-                   length: int = 2048) -> tuple[Generator, Tokenizer]:
+                   length: int = 2048,
+                   gate: FittedGate | None = None) -> tuple[Generator, Tokenizer]:
   """A decoder and its coprocessor from disk; all that can be checked without weights is, first.
 
   Args:
@@ -23,6 +25,7 @@ def open_generator(decoder: Path, coprocessor: str = '', vocabulary: str = '',
     coprocessor: a trained package, or the work directory that holds it; '' or 'none' for none.
     vocabulary: path of a SentencePiece model, or 'byte'; '' for the decoder's own.
     length: tokens that a text may have.
+    gate: to be checked against the decoder.
 
   Raises:
     FileNotFoundError: there is no decoder, coprocessor or vocabulary.
@@ -40,12 +43,19 @@ def open_generator(decoder: Path, coprocessor: str = '', vocabulary: str = '',
       raise ValueError(f'the coprocessor in {place} is for a decoder with {trained.model}, the one '
                        f'in {decoder} has {checkpoint.config}: give the decoder that it was '
                        'trained on')
-    if checkpoint.fingerprint:
-      package.check_decoder(trained, checkpoint.fingerprint)
+
+  def check_decoder(digest: str) -> None:
+    if trained is not None:
+      package.check_decoder(trained, digest)
+    if gate is not None:
+      gate.check_decoder(digest)
+
+  if checkpoint.fingerprint:
+    check_decoder(checkpoint.fingerprint)
   params = checkpoint.load()
   digest = checkpoint.fingerprint or fingerprint(params)
+  check_decoder(digest)
   if trained is not None:
-    package.check_decoder(trained, digest)
     trained = (trained.config, package.load(place).params)
   return Generator(checkpoint.config, params, length=length, coprocessor=trained,
                    fingerprint=digest), tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from latent_deliberation.inference import background
+from latent_deliberation.inference import background, programs
 from latent_deliberation.inference.background import Arrival, Counts
 from latent_deliberation.inference.generate import Decoding, generate, stream
 from latent_deliberation.inference.generator import Generator
@@ -138,8 +138,9 @@ def test_a_missing_coprocessor_is_the_plain_decoder(decoder_params, warnings):
   assert_same(generate(plain, PROMPTS, decoding()), generate(plain, PROMPTS, decoding(NEVER)))
   assert plain.counts == Counts(begun=1, failed=1)
   assert 'there is no coprocessor' in warnings[0]
-  with pytest.raises(RuntimeError, match='has no coprocessor'):
-    plain.augment(plain.read(PROMPTS))
+  for call in (lambda: plain.augment(plain.read(PROMPTS)), lambda: plain.warm_up(1)):
+    with pytest.raises(RuntimeError, match='has no coprocessor'):
+      call()
 
 
 def test_in_the_background_without_delay_is_synchronous(generator):
@@ -208,6 +209,15 @@ def test_the_first_token_does_not_wait_for_the_coprocessor(generator, monkeypatc
   following = stream(generator, PROMPTS, decoding(delay=None))
   assert [len(completion.tokens) for completion in next(following)] == [1, 1, 1]
   assert not asked
+
+
+def test_after_warming_up_the_coprocessor_is_not_compiled_again(decoder_params):
+  fresh, *_ = augmented(decoder_params, length=LENGTH - 1)
+  fresh.warm_up(len(PROMPTS))
+  compiled = [program._cache_size() for program in (programs.augment, programs.attach)]
+  generate(fresh, PROMPTS, decoding(delay=3))
+  assert fresh.counts == Counts(begun=1, joined=1)
+  assert compiled == [program._cache_size() for program in (programs.augment, programs.attach)]
 
 
 def test_a_worker_on_another_device_makes_the_same_latents(made, decoder_params):

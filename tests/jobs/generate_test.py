@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data.vocabularies import ByteVocabulary
+from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.generate import Decoding
 from latent_deliberation.inference.policy import ONCE
+from latent_deliberation.jobs.gates import FittedGate
 from latent_deliberation.jobs.generate import Writer, answer, read_prompts
 from latent_deliberation.jobs.generators import open_generator
 from latent_deliberation.model import weights
@@ -88,6 +90,18 @@ def test_prompts_come_from_the_command_line_and_from_files(tmp_path):
     read_prompts([], 'nothing.txt')
 
 
+def test_in_the_background_the_coprocessor_is_compiled_before_the_first_prompt(
+    opened, monkeypatch, capsys):
+  order = []
+  monkeypatch.setattr(opened[0], 'warm_up', order.append)
+  monkeypatch.setattr(Writer, 'write', lambda self, prompts: order.append(prompts) or [])
+  monkeypatch.setattr(Writer, 'write_slowly', lambda self, prompt: iter([prompt]))
+  writer = Writer(*opened, Decoding(4, policy=ONCE, arrival=Arrival(None)))
+  answer(writer, PROMPTS)
+  answer(writer, PROMPTS, streamed=True)
+  assert order == [2, PROMPTS, 1]
+
+
 def test_two_ways_of_printing_are_refused(writer):
   with pytest.raises(ValueError, match='choose one'):
     answer(writer, PROMPTS, as_json=True, streamed=True)
@@ -97,6 +111,9 @@ def test_what_does_not_belong_together_is_refused(quickstart, tmp_path):
   decoder, coprocessor = quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor')
   config, params = weights.load(decoder)
   vocabulary = weights.open_checkpoint(decoder).vocabulary
+  gate = FittedGate(tmp_path, 'abc', ONCE)
+  with pytest.raises(ValueError, match='was fitted on a decoder with fingerprint abc, this one'):
+    open_generator(decoder, coprocessor, gate=gate)
   weights.save(tmp_path / 'negative', config, jax.tree.map(np.negative, params), vocabulary)
   weights.save(tmp_path / 'foreign', config, params, 'abc')
   weights.save(tmp_path / 'unknown', config, params)

@@ -103,6 +103,9 @@ BAD = {
     'a decoder as coprocessor': Bad(
         'generate', '--decoder={run}/pretraining/decoder --prompt=a '
         '--coprocessor={run}/pretraining/decoder', 'holds no trained coprocessor'),
+    'a run as gate': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --prompt=a --gate={run}',
+        'holds no gate.json: give the output of launch/gate.py'),
     'an unknown size': Bad(
         'benchmark_weights', '--preset=gemma9 --output={new}', 'gemma9.* should be one of .*gemma'),
     'an output in no directory': Bad(
