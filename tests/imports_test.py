@@ -25,8 +25,9 @@ BELOW = {
     'data': ('array_types', 'batch', 'files', 'progress'),
     'training': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
     'evaluation': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
-    'jobs': ('array_types', 'batch', 'data', 'deliberation', 'evaluation', 'files', 'model',
-             'sharding', 'training'),
+    'inference': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
+    'jobs': ('array_types', 'batch', 'data', 'deliberation', 'evaluation', 'files', 'inference',
+             'model', 'sharding', 'training'),
 }
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets')
 # Modules that import those, and so may not be imported by a module that must do without.

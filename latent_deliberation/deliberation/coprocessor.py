@@ -92,11 +92,9 @@ class Coprocessor:
       placement: where the soft tokens stand, and how much of the cache they read.
       cache: the decoder's, of the trunks.
     """
-    soft = jnp.broadcast_to(params['soft_tokens'].astype(self.dtype), rest.shape)
+    soft = self.feed(params, rest)
     if self.config.trainable == 'constant':
       return soft
-    if self.config.soft_tokens == 'rested':
-      soft = soft + rest
     segments = jnp.broadcast_to(placement.segments[..., None], placement.latent_positions.shape)
     if self.config.trainable == 'lora':
       variables = {'params': decoder_params['transformer'], 'lora': params['lora']}
@@ -106,6 +104,13 @@ class Coprocessor:
         variables, soft, placement.latent_positions,
         Visibility(segments, placement.coprocessor_horizon), cache)
     return hidden
+
+  @typed
+  def feed(self, params: Params, rest: Latents) -> Latents:
+    """The soft tokens [B, M, Z, D] that the transformer reads; constant ones are the thoughts."""
+    soft = jnp.broadcast_to(params['soft_tokens'].astype(self.dtype), rest.shape)
+    rested = self.config.soft_tokens == 'rested' and self.config.trainable != 'constant'
+    return soft + rest if rested else soft
 
   @typed
   def compose(self, params: Params, thoughts: Latents, rest: Latents) -> Latents:

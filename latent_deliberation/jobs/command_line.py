@@ -48,9 +48,35 @@ def define_choice(name: str, choices: Sequence[str], meaning: str,
   return flags.DEFINE_enum(name, choices[0] if required else None, choices, meaning)
 
 
+def define_count(name: str, default: int, meaning: str) -> flags.FlagHolder:
+  """Defines a flag that is an integer of at least 1."""
+  return flags.DEFINE_integer(name, default, meaning, lower_bound=1)
+
+
 def define_switch(name: str, meaning: str) -> flags.FlagHolder:
   """Defines a flag that is off where it is not given."""
   return flags.DEFINE_bool(name, False, meaning)
+
+
+def define_text(name: str, default: str, meaning: str) -> flags.FlagHolder:
+  """Defines a flag with any text."""
+  return flags.DEFINE_string(name, default, meaning)
+
+
+def define_texts(name: str, meaning: str) -> flags.FlagHolder:
+  """Defines a flag that may be given several times; a list of texts, empty by default."""
+  return flags.DEFINE_multi_string(name, [], meaning)
+
+
+def define_number(name: str, default: int | float, meaning: str) -> flags.FlagHolder:
+  """Defines a flag with a number of the kind of its default."""
+  define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
+  return define(name, default, meaning)
+
+
+def define_numbers(name: str, default: Sequence[int], meaning: str) -> flags.FlagHolder:
+  """Defines a flag with an integer that may be given several times."""
+  return flags.DEFINE_multi_integer(name, list(default), meaning)
 
 
 def _check_directory(path: str | None) -> bool:

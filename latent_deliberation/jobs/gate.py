@@ -14,12 +14,13 @@ from latent_deliberation.files import whole_directory
 from latent_deliberation.jobs.coprocessors import find_coprocessor, load_coprocessor
 from latent_deliberation.jobs.evaluate import placed, scored_batches
 from latent_deliberation.jobs.experiment import Experiment
+from latent_deliberation.jobs.gates import RESULT, WEIGHTS
 from latent_deliberation.jobs.models import build_deliberator, load_frozen, open_frozen
 from latent_deliberation.jobs.prepared import check_vocabulary, open_rows, validation_texts
 from latent_deliberation.sharding import make_mesh
 
 FRACTIONS = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())
-RESULT, WEIGHTS, PICTURE = 'gate.json', 'gate.safetensors', 'gate.png'
+PICTURE = 'gate.png'
 
 
 def fit_gate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: Path,

@@ -83,17 +83,19 @@ def attend(
   """
   batch, traces, length, heads, width = queries.shape
   kv_heads = fresh_keys.shape[-2]
-  grouped = queries.reshape(batch, traces, length, kv_heads, heads // kv_heads, width)
+  # Heads first, as matrix products want them: a decode step then reads a cache as it lies.
+  grouped = jnp.moveaxis(
+      queries.reshape(batch, traces, length, kv_heads, heads // kv_heads, width), (1, 2), (3, 4))
 
   def scores(equation: str, keys: Array, visible: Array) -> Array:
     raw = jnp.einsum(equation, grouped, keys, preferred_element_type=jnp.float32)
     return jnp.where(visible[:, None, None], softcap(raw, cap), MASKED)
 
-  parts = [(scores('BMQKGH,BMPKH->BKGMQP', fresh_keys, fresh_visible),
-            fresh_values, 'BKGMQP,BMPKH->BMQKGH')]
+  parts = [(scores('BKGMQH,BMPKH->BKGMQP', fresh_keys, fresh_visible),
+            fresh_values, 'BKGMQP,BMPKH->BKGMQH')]
   if cached_keys is not None:
-    parts.append((scores('BMQKGH,BSKH->BKGMQS', cached_keys, cached_visible),
-                  cached_values, 'BKGMQS,BSKH->BMQKGH'))
+    parts.append((scores('BKGMQH,BSKH->BKGMQS', cached_keys, cached_visible),
+                  cached_values, 'BKGMQS,BSKH->BKGMQH'))
 
   peak = jax.lax.stop_gradient(
       jnp.max(jnp.stack([part.max(axis=-1, initial=MASKED) for part, _, _ in parts]), axis=0))
@@ -107,5 +109,5 @@ def attend(
       for weight, (_, values, equation) in zip(weights, parts, strict=True))
   # Nothing seen: 0 / 1, not 0 / tiny, whose gradient overflows. Anything seen: the total is >= 1.
   total = jnp.where(total > 0, total, 1.0)
-  mixed = mixed / jnp.moveaxis(total, (1, 2), (3, 4))[..., None]
+  mixed = jnp.moveaxis(mixed / total[..., None], (3, 4), (1, 2))
   return mixed.reshape(queries.shape).astype(queries.dtype)

@@ -43,6 +43,18 @@ class LayerTraits:
   frequencies: Array
 
 
+def layer_traits(config: TransformerConfig) -> LayerTraits:
+  """Traits of the L layers, stacked; the window of a global layer is past any position."""
+  c = config
+  local_base = c.rope_base if c.rope_local_base is None else c.rope_local_base
+  traits = {
+      'local': (c.window, rotary_frequencies(c.head_dim, local_base)),
+      'global': (np.iinfo(np.int32).max,
+                 rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling))}
+  windows, frequencies = zip(*(traits[kind] for kind in c.layer_kinds), strict=True)
+  return LayerTraits(jnp.array(windows, jnp.int32), jnp.array(frequencies))
+
+
 class Attention(nn.Module):
   """Grouped-query attention with rotary positions, over a cache and over the fresh tokens."""
   config: TransformerConfig
@@ -146,19 +158,8 @@ class Transformer(nn.Module):
         in_axes=(0, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: 'layers'},
     )(self.config, self.lora, name='blocks')
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
-    x, fresh = blocks(x, (self._traits(), self._per_layer(cache)), positions, visibility)
+    x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, visibility)
     return RMSNorm(self.config.norm_epsilon, name='final_norm')(x), fresh
-
-  def _traits(self) -> LayerTraits:
-    """Traits of the L layers, stacked; the window of a global layer is past any position."""
-    c = self.config
-    local_base = c.rope_base if c.rope_local_base is None else c.rope_local_base
-    traits = {
-        'local': (c.window, rotary_frequencies(c.head_dim, local_base)),
-        'global': (np.iinfo(np.int32).max,
-                   rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling))}
-    windows, frequencies = zip(*(traits[kind] for kind in c.layer_kinds), strict=True)
-    return LayerTraits(jnp.array(windows, jnp.int32), jnp.array(frequencies))
 
   def _per_layer(self, cache: KVCache | None) -> KVCache | None:
     """The cache with a layer axis on every leaf, since scan slices all of them."""

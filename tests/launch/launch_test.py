@@ -19,7 +19,7 @@ from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
 SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate')
-WITHOUT_CONFIG = ('convert', 'benchmark_weights')
+WITHOUT_CONFIG = ('convert', 'generate', 'benchmark_weights', 'benchmark_inference')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,18 @@ BAD = {
     'an unknown format': Bad(
         'convert', '--source={run}/pretraining/decoder --target={new} --format=pickle',
         "pickle.* should be one of <native|huggingface>"),
+    'a negative temperature': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --prompt=a --temperature=-1',
+        'temperature = -1.0: it must be 0'),
+    'a prompt longer than the cache': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --prompt=abcdef --length=9 --max_tokens=3',
+        'text 0 has 7 tokens, 3 more are asked for, and the cache has room for 9: shorten it'),
+    'a decoder as coprocessor': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --prompt=a '
+        '--coprocessor={run}/pretraining/decoder', 'holds no trained coprocessor'),
+    'a run as gate': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --prompt=a --gate={run}',
+        'holds no gate.json: give the output of launch/gate.py'),
     'an unknown size': Bad(
         'benchmark_weights', '--preset=gemma9 --output={new}', 'gemma9.* should be one of .*gemma'),
     'an output in no directory': Bad(
@@ -136,9 +148,9 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
 @pytest.mark.parametrize('script', SCRIPTS + WITHOUT_CONFIG)
 def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
-  own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'gate': 'output',
-         'train': 'decoder', 'evaluate': 'output',
-         'convert': 'target', 'benchmark_weights': 'output'}
+  own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
+         'evaluate': 'output', 'gate': 'output', 'convert': 'target', 'generate': 'prompt',
+         'benchmark_weights': 'output', 'benchmark_inference': 'output'}
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
     assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed

@@ -1,0 +1,117 @@
+"""The loop that decodes: one compiled program, whatever the prompts, in which nothing is copied."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from latent_deliberation.array_types import Array
+from latent_deliberation.inference import stack
+from latent_deliberation.inference.cache import SlotCache, SlotIndex
+from latent_deliberation.inference.policy import Gate
+from latent_deliberation.inference.programs import Model, State, Weights, embed, predict
+from latent_deliberation.inference.sampling import Sampling, entropy, sample
+
+
+@struct.dataclass
+class Decoded:
+  """What a call of `decode` did.
+
+  Attributes:
+    tokens: int32 [size, B]; 0 where a text has ended. Only the first `steps` rows are filled.
+    log_probabilities: float32 [size, B].
+    steps: int32 [].
+    active: bool [B] texts that have not ended.
+    opened: bool [B] texts whose gate opens at their next token.
+  """
+  tokens: Array
+  log_probabilities: Array
+  steps: Array
+  active: Array
+  opened: Array
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'size', 'eos'),
+                   donate_argnames='keys_values')
+def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...], ...],
+           state: State, keys: Array, count: Array, active: Array, limit: Array,
+           threshold: Array | None, gate: Gate | None, gate_from: Array, *, sampling: Sampling,
+           size: int, eos: int | None) -> tuple[State, Decoded]:
+  """Decodes up to `limit` tokens of every active text in one loop.
+
+  Args:
+    keys_values: the cache's keys and values, which are overwritten; `state` has others or none.
+    keys: [B] PRNG keys.
+    count: int32 [] tokens decoded so far; the token after n others is drawn with fold_in(key, n).
+    limit: at most `size`, which is compiled in.
+    threshold: score in nats above which the loop stops, before the token is drawn; None for never.
+    gate: what gives the score; None for the entropy of the next token.
+    gate_from: int32 [B] tokens that must be decoded before a text's gate may open.
+    eos: id that ends a text.
+  """
+  def opens(step: Array, hidden: Array, logits: Array, active: Array) -> Array:
+    if threshold is None:
+      return jnp.zeros_like(active)
+    score = entropy(logits) if gate is None else gate.score(hidden)
+    return active & (count + step >= gate_from) & (score > threshold)
+
+  def go_on(carry: tuple) -> Array:
+    step, *_, active, opened = carry
+    return (step < limit) & active.any() & ~opened.any()
+
+  def body(carry: tuple) -> tuple:
+    step, cache, newest, _, logits, position, tokens, log_probabilities, active, _ = carry
+    cache = _with_batch(cache).append(*newest)
+    drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + step)
+    token, log_probability = sample(drawn, logits, sampling)
+    token = jnp.where(active, token, 0)
+    index = jax.tree.map(lambda leaf: leaf[:, None], SlotIndex(
+        token, position, active.astype(jnp.int32)))
+    hidden, fresh = stack.run(model.decoder.config, weights.layers,
+                              embed(model, weights, index.tokens), index.positions,
+                              index.segments, cache)
+    hidden = hidden[:, -1]
+    logits = predict(model, weights, hidden)
+    tokens = tokens.at[step].set(token)
+    log_probabilities = log_probabilities.at[step].set(log_probability)
+    position = position + active
+    if eos is not None:
+      active = active & (token != eos)
+    return (step + 1, _without_batch(cache), (fresh, index), hidden, logits, position, tokens,
+            log_probabilities, active, opens(step + 1, hidden, logits, active))
+
+  with nn.logical_axis_rules(model.rules):
+    begun = state.cache.replace(keys=keys_values[0], values=keys_values[1])
+    cache, *newest = begun.pop()
+    first = jnp.zeros((), jnp.int32)
+    carry = (first, _without_batch(cache), tuple(newest), state.hidden, state.logits,
+             state.position, jnp.zeros((size, len(active)), jnp.int32),
+             jnp.zeros((size, len(active))), active,
+             opens(first, state.hidden, state.logits, active))
+    steps, cache, newest, hidden, logits, position, tokens, log_probabilities, active, opened = (
+        jax.lax.while_loop(go_on, body, carry))
+    state = State(_with_batch(cache).append(*newest), hidden, logits, position,
+                  state.lengths + position - state.position)
+    return state, Decoded(tokens, log_probabilities, steps, active, opened)
+
+
+def _without_batch(cache: SlotCache) -> SlotCache:
+  """A cache of one text without its batch axis, to be carried through a loop.
+
+  XLA leaves an axis of 1 out of matrix products; were it there in what is carried, every step would
+  copy the whole cache to take it away.
+  """
+  if cache.keys[0].shape[0] > 1:
+    return cache
+  return cache.replace(keys=tuple(each[0] for each in cache.keys),
+                       values=tuple(each[0] for each in cache.values))
+
+
+def _with_batch(cache: SlotCache) -> SlotCache:
+  """The way back."""
+  if cache.keys[0].ndim == 4:
+    return cache
+  return cache.replace(keys=tuple(each[None] for each in cache.keys),
+                       values=tuple(each[None] for each in cache.values))

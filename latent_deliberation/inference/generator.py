@@ -1,0 +1,227 @@
+"""A decoder with its weights on devices: the programs of inference, checked and called."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from latent_deliberation.array_types import Params, PyTree
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.inference import programs, stack
+from latent_deliberation.inference.background import Counts
+from latent_deliberation.inference.cache import plan_cache
+from latent_deliberation.inference.decode import Decoded, decode
+from latent_deliberation.inference.programs import Augmentation, Model, State, Weights
+from latent_deliberation.inference.prompts import (
+  Prompts,
+  align,
+  check_anchors,
+  check_prompts,
+  check_room,
+)
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.fingerprint import fingerprint as compute_fingerprint
+from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding
+
+
+class Generator:
+  """A frozen decoder, with or without a coprocessor.
+
+  Attributes:
+    model: what is compiled in.
+    weights: unstacked; drop the stacked ones to have their memory back.
+    worker: makes the latents; itself, or a generator of the same weights on other devices.
+    fingerprint: of the decoder's weights.
+    counts: what became of augmentations so far.
+  """
+
+  def __init__(self, config: TransformerConfig, params: Params, *, length: int,
+               coprocessor: tuple[DeliberationConfig, Params] | None = None,
+               dtype: str = 'float32', mesh: Mesh | None = None,
+               rules: Mapping[str, Sequence[str]] = DEFAULT_RULES,
+               worker: 'Generator | None' = None, fingerprint: str = ''):
+    """Takes the weights apart.
+
+    Args:
+      config, params: of the decoder.
+      length: tokens that a text may have, prompt and all.
+      coprocessor: its choices and parameters; None for the plain decoder.
+      dtype: of the computation and the cache.
+      mesh, rules: on which the weights lie, and how; without a mesh, on one device.
+      worker: see above.
+      fingerprint: of the decoder's weights; computed where it is not given.
+
+    Raises:
+      ValueError: `length` is not positive, or the coprocessor has other widths.
+    """
+    if length < 1:
+      raise ValueError(f'length = {length}: a cache needs room for 1 token at least')
+    choices, trained = coprocessor or (None, None)
+    num_latents, refining = 0, False
+    if choices is not None:
+      _check_width(config, choices, trained)
+      num_latents, refining = choices.num_latents, choices.latents == 'refining'
+    self.model = Model(
+        decoder=Decoder(config, dtype=dtype),
+        coprocessor=None if choices is None else Coprocessor(config, choices, dtype=dtype),
+        plan=plan_cache(config, length, num_latents, refining),
+        rules=() if mesh is None else tuple((name, tuple(axes)) for name, axes in rules.items()))
+    self.weights = _take_apart(params, choices, trained)
+    self.worker = worker or self
+    self.fingerprint = fingerprint or compute_fingerprint(params)
+    self.counts = Counts()
+    self._mesh, self._rules = mesh, rules
+    self._warned = False
+
+  @property
+  def shards(self) -> int:
+    """What the number of texts must be a multiple of."""
+    if self._mesh is None:
+      return 1
+    return int(np.prod([self._mesh.shape[axis] for axis in self._rules['batch']]))
+
+  def read(self, prompts: Prompts) -> State:
+    """Reads texts from their beginnings, of any lengths.
+
+    Raises:
+      ValueError: there is no prompt, one is empty or too long or has an unknown token, or they do
+        not divide over the mesh.
+    """
+    self._check_texts(prompts)
+    return self._call(programs.read, *self.place(align(prompts)))
+
+  def read_on(self, state: State, prompts: Prompts) -> State:
+    """Reads more of every text of a state, which stays as it is; empty prompts add nothing.
+
+    Raises:
+      ValueError: as `read`, or there is not one prompt for each text.
+    """
+    lengths = np.asarray(state.lengths)
+    if len(prompts) != len(lengths):
+      raise ValueError(f'{len(prompts)} prompts for a state of {len(lengths)} texts: give one for '
+                       'each, which may be empty')
+    check_prompts(prompts, lengths, self.model.decoder.config.vocab_size)
+    check_room(lengths + [len(prompt) for prompt in prompts], 0, self.model.plan.global_slots)
+    return self._call(programs.read_on, state, *self.place(align(prompts)))
+
+  def augment(self, state: State) -> Augmentation:
+    """Latents for the end of every text of a state, which stays as it is.
+
+    Raises:
+      RuntimeError: there is no coprocessor.
+      ValueError: a text is too short for refining latents.
+    """
+    if self.model.coprocessor is None:
+      raise RuntimeError('this generator has no coprocessor: make one that has, for latents')
+    check_anchors(np.asarray(state.lengths), self.model.coprocessor.config.first_anchor)
+    if self.worker is not self:
+      return self.place(self.worker.augment(self.worker.place(state)))
+    return self._call(programs.augment, state)
+
+  def attach(self, state: State, augmentation: Augmentation,
+             rows: np.ndarray | None = None) -> State:
+    """The state with latents, in the texts `rows` (bool [B]) or in all.
+
+    To detach them again, go back to `state`: it stays as it is.
+    """
+    rows = np.ones(len(state.position), bool) if rows is None else rows
+    with self._context():
+      return programs.attach(self.model, state, augmentation, self.place(rows))
+
+  def warm_up(self, batch: int) -> None:
+    """Compiles what makes latents for so many texts, so that the first do not wait for it.
+
+    Raises:
+      RuntimeError: there is no coprocessor.
+      ValueError: the cache has no room for latents.
+    """
+    if self.model.coprocessor is None:
+      raise RuntimeError('this generator has no coprocessor: there is nothing to compile')
+    shortest = [0] * (self.model.coprocessor.config.first_anchor + 1)
+    state = self.read([shortest] * (batch + -batch % self.shards))
+    jax.block_until_ready(self.attach(state, self.augment(state)))
+
+  def entropies(self, prompts: Prompts) -> list[np.ndarray]:
+    """Entropy of the next token behind every token of each prompt, nats; for `policy.calibrate`.
+
+    Raises:
+      ValueError: see `read`.
+    """
+    self._check_texts(prompts)
+    tokens, count = align(prompts)
+    found = np.asarray(self._call(programs.entropies, *self.place((tokens, count))))
+    return [row[len(row) - size:] for row, size in zip(found, count, strict=True)]
+
+  def choose(self, rows: np.ndarray, chosen: State, other: State) -> State:
+    """`chosen` for the texts `rows`, `other` for the rest; both have written as many slots."""
+    with self._context():
+      return programs.choose(self.place(rows), chosen, other)
+
+  def decode(self, state: State, *arguments: PyTree, **how: object) -> tuple[State, Decoded]:
+    """See `inference.decode`; the keys and values of `state` are overwritten."""
+    cache = state.cache
+    bare = state.replace(cache=cache.replace(keys=(), values=()))
+    return self._call(decode, (cache.keys, cache.values), bare, *arguments, **how)
+
+  def place(self, tree: PyTree) -> PyTree:
+    """Arrays whose first axis is the texts, on the devices of this generator; scalars, too."""
+    if self._mesh is None:
+      return jax.device_put(tree, next(iter(self.weights.embedder['table'].devices())))
+    texts, everywhere = (batch_sharding(self._mesh, self._rules),
+                         NamedSharding(self._mesh, PartitionSpec()))
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, texts if leaf.ndim else everywhere), tree)
+
+  def warn(self, reason: str) -> None:
+    """Says why there are no latents, once in the life of this generator."""
+    if not self._warned:
+      logging.warning('No latents: %s. The decoder goes on without them; this is said once, '
+                      'Generator.counts has the number of times.', reason)
+    self._warned = True
+
+  def _check_texts(self, prompts: Prompts) -> None:
+    check_prompts(prompts, np.zeros(len(prompts)), self.model.decoder.config.vocab_size)
+    check_room(np.array([len(prompt) for prompt in prompts]), 0, self.model.plan.global_slots)
+    if len(prompts) % self.shards:
+      raise ValueError(f'{len(prompts)} prompts do not divide over the {self.shards} shards of the '
+                       'mesh: give a multiple')
+
+  def _call(self, program: Callable[..., PyTree], *arguments: PyTree, **how: object) -> PyTree:
+    with self._context():
+      return program(self.model, self.weights, *arguments, **how)
+
+  def _context(self) -> contextlib.AbstractContextManager:
+    # Entered at every call, since a mesh is set for one thread alone.
+    return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+def copied(state: State) -> State:
+  """The state with keys and values of its own, which may be overwritten."""
+  return state.replace(cache=jax.tree.map(jnp.copy, state.cache))
+
+
+def _check_width(config: TransformerConfig, choices: DeliberationConfig, trained: Params) -> None:
+  expected = (choices.num_latents, config.embed_dim)
+  if trained['soft_tokens'].shape != expected:
+    raise ValueError(
+        f'the soft tokens of the coprocessor have shape {trained["soft_tokens"].shape}, its '
+        f'choices and the decoder ask for {expected}: it belongs to another decoder')
+
+
+def _take_apart(params: Params, choices: DeliberationConfig | None,
+                trained: Params | None) -> Weights:
+  layers = stack.unstack(params['transformer'])
+  if choices is None:
+    return Weights(params['embedder'], layers)
+  thinker = {
+      'full': lambda: stack.unstack(trained['transformer']),
+      'lora': lambda: stack.adapt(layers, trained['lora']),
+      'constant': lambda: None,
+  }[choices.trainable]()
+  own = {name: trained[name] for name in ('soft_tokens', 'gate') if name in trained}
+  return Weights(params['embedder'], layers, own, thinker)

@@ -1,0 +1,101 @@
+"""Text to ids and back, without TensorFlow."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+BYTES = 'byte'  # what stands for the byte vocabulary where a path is asked for
+_BYTE_EOS, _BYTE_BOS, _SPECIAL_IDS = 1, 2, 4  # as in data/vocabularies.py, which needs TensorFlow
+
+
+class Tokenizer(Protocol):
+  """Attributes:
+    size: ids that there are.
+    eos: id that ends a text.
+    hash: of all that decides how text becomes ids; the same as in a decoder's description.
+  """
+  size: int
+  eos: int
+  hash: str
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text, the one that begins every text first."""
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids, without special ones."""
+
+
+class ByteTokenizer:
+  """UTF-8 bytes as ids from 4 on."""
+  size = _SPECIAL_IDS + 256
+  eos = _BYTE_EOS
+  hash = hashlib.sha256(b'bytes from 4 on').hexdigest()
+
+  def encode(self, text: str) -> list[int]:
+    """See Tokenizer."""
+    return [_BYTE_BOS, *(_SPECIAL_IDS + byte for byte in text.encode())]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """See Tokenizer; bytes that are no UTF-8 come out as U+FFFD."""
+    return bytes(i - _SPECIAL_IDS for i in ids if i >= _SPECIAL_IDS).decode(errors='replace')
+
+
+class SentencePieceTokenizer:
+  """A SentencePiece model, such as Gemma's tokenizer.model."""
+
+  def __init__(self, path: Path):
+    """Reads the model.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no SentencePiece model, or it has no ids that begin and end a text.
+    """
+    if not path.is_file():
+      raise FileNotFoundError(f'no vocabulary at {path}: give the path of a SentencePiece model, '
+                              f'or {BYTES!r} for the byte vocabulary')
+    model = path.read_bytes()
+    try:
+      self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except Exception as error:  # SentencePiece raises what its C++ raises
+      raise ValueError(f'{path} ({len(model)} bytes) is not a SentencePiece model: {error}. Give '
+                       'another path, or delete a damaged file') from error
+    self.size = self._model.vocab_size()
+    self.eos = self._model.eos_id()
+    self.hash = hashlib.sha256(model).hexdigest()
+    if self._model.bos_id() < 0 or self.eos < 0:
+      raise ValueError(f'{path}: bos id {self._model.bos_id()}, eos id {self.eos}: a text begins '
+                       'and ends with one. Give the vocabulary that the decoder was trained with')
+
+  def encode(self, text: str) -> list[int]:
+    """See Tokenizer."""
+    return [self._model.bos_id(), *self._model.encode(text)]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """See Tokenizer."""
+    return self._model.decode([int(i) for i in ids if not self._model.is_control(int(i))])
+
+
+def open_tokenizer(vocabulary: str | Path) -> Tokenizer:
+  """The tokenizer of a SentencePiece model's path, or of 'byte'; see there for what is raised."""
+  return ByteTokenizer() if vocabulary == BYTES else SentencePieceTokenizer(Path(vocabulary))
+
+
+def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+  """Whether decoded tokens have just completed one of some strings: `Decoding.stop`.
+
+  Raises:
+    ValueError: a string is empty.
+  """
+  if '' in strings:
+    raise ValueError(f'stop strings {list(strings)}: an empty one would end every text at once')
+  # A token may begin before the string that it completes; a character is 4 tokens (bytes) at most.
+  reach = 4 * max(map(len, strings), default=0) + 4
+
+  def stop(tokens: Sequence[int]) -> bool:
+    text = tokenizer.decode(tokens[-reach:])
+    return any(string in text for string in strings)
+
+  return stop

@@ -1,0 +1,209 @@
+"""Speed of inference: against transformers, and what deliberation costs beside plain decoding.
+
+Everything is measured in one process on the same random weights, alternately, so that a machine that is
+slow for a while is slow for all. Ratios of medians are what may be quoted.
+"""
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import linen as nn
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.evaluation.report import git_commit
+from latent_deliberation.files import write_whole
+from latent_deliberation.inference.background import Arrival
+from latent_deliberation.inference.generate import Decoding, generate, stream
+from latent_deliberation.inference.generator import Generator, copied
+from latent_deliberation.inference.policy import NEVER, ONCE
+from latent_deliberation.inference.programs import State
+from latent_deliberation.model import weights
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.decoder import Decoder
+
+SIZES = {
+    'small': TransformerConfig(vocab_size=4096, embed_dim=256, num_layers=4, num_heads=4,
+                               num_kv_heads=2, head_dim=64, hidden_dim=1024, window=256),
+    'large': TransformerConfig(vocab_size=16_384, embed_dim=1024, num_layers=8, num_heads=8,
+                               num_kv_heads=4, head_dim=128, hidden_dim=4096, window=256),
+}
+BATCHES = (1, 8)
+PROMPT, DECODED = 128, 128  # tokens
+NUM_LATENTS = (8, 32, 64)
+THREADS = 2  # of torch
+
+
+def benchmark(output: Path, repeats: int) -> dict[str, Any]:
+  """Measures every case and writes `output`.
+
+  Args:
+    repeats: alternations of each comparison.
+
+  Raises:
+    ImportError: torch or transformers is not installed.
+  """
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise ImportError("the peer of this benchmark is transformers: pip install -e '.[parity]'"
+                      ) from error
+  torch.set_num_threads(THREADS)
+  result: dict[str, Any] = {
+      'decode_ratio_vs_transformers': {}, 'prefill_ratio_vs_transformers': {},
+      'decode_tokens_per_second': {}, 'prefill_tokens_per_second': {},
+      'augmentation_in_decode_steps': {}, 'cache_bytes': {},
+      'versions': {'torch': torch.__version__, 'transformers': transformers.__version__,
+                   'jax': jax.__version__},
+      'devices': f'{jax.device_count()} {jax.default_backend()}', 'threads_of_torch': THREADS,
+      'repeats': repeats, 'git_commit': git_commit()}
+  for size, config in SIZES.items():
+    params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), int)))[
+        'params']
+    with tempfile.TemporaryDirectory() as place:
+      weights.save(Path(place) / 'decoder', config, params, format='huggingface')
+      peer = transformers.AutoModelForCausalLM.from_pretrained(Path(place) / 'decoder').eval()
+    for batch in BATCHES:
+      case = f'{size}_batch{batch}'
+      logging.info('%s: against transformers', case)
+      _compare(result, case, _prompts(config, batch), config, params, peer, repeats)
+    del peer
+    gc.collect()
+    _measure_augmentation(result, size, config, params, repeats)
+  config = SIZES['large']
+  logging.info('time to the first token')
+  result['first_token_ratio_background_vs_plain'] = _first_token_ratio(config, params, repeats)
+  write_whole(output, json.dumps(result, indent=2).encode() + b'\n')
+  return result
+
+
+def _prompts(config: TransformerConfig, batch: int) -> list[list[int]]:
+  tokens = np.random.default_rng(batch).integers(4, config.vocab_size, (batch, PROMPT))
+  return tokens.tolist()
+
+
+def _compare(result: dict[str, Any], case: str, prompts: list[list[int]],
+             config: TransformerConfig, params: Params, peer: Any, repeats: int) -> None:
+  """Tokens per second of prefill and greedy decoding; transformers in its faster kind of cache."""
+  import torch
+  generator = Generator(config, params, length=PROMPT + DECODED + 1)
+  ids = torch.tensor(prompts)
+
+  def ours_prefill() -> None:
+    jax.block_until_ready(generator.read(prompts).logits)
+
+  def ours_whole() -> None:
+    generate(generator, prompts, Decoding(DECODED))
+
+  def peer_prefill() -> None:
+    with torch.inference_mode():
+      peer(ids, use_cache=True, logits_to_keep=1)
+
+  def peer_whole(cache: str | None) -> None:
+    with torch.inference_mode():
+      peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                    max_new_tokens=DECODED, min_new_tokens=DECODED, cache_implementation=cache)
+
+  seconds = _alternate({
+      'prefill': ours_prefill, 'whole': ours_whole, 'peer prefill': peer_prefill,
+      'peer dynamic': lambda: peer_whole(None), 'peer static': lambda: peer_whole('static')},
+      repeats)
+  whole = min(seconds['peer dynamic'], seconds['peer static'])
+  decode = {'ours': seconds['whole'] - seconds['prefill'],
+            'transformers': whole - seconds['peer prefill']}
+  prefill = {'ours': seconds['prefill'], 'transformers': seconds['peer prefill']}
+  for name, taken, tokens in (('decode', decode, DECODED), ('prefill', prefill, PROMPT)):
+    result[f'{name}_tokens_per_second'][case] = {
+        who: len(prompts) * tokens / time for who, time in taken.items()}
+    result[f'{name}_ratio_vs_transformers'][case] = taken['transformers'] / taken['ours']
+
+
+def _measure_augmentation(result: dict[str, Any], size: str, config: TransformerConfig,
+                          params: Params, repeats: int) -> None:
+  """Time of an augmentation over that of a decode step, and the cache's bytes by its formula."""
+  for num_latents in NUM_LATENTS:
+    for batch in BATCHES:
+      case = f'{size}_batch{batch}_latents{num_latents}'
+      logging.info('%s: an augmentation', case)
+      generator = _augmented(config, params, num_latents)
+      state = generator.read(_prompts(config, batch))
+
+      def augment(generator: Generator = generator, state: State = state) -> None:
+        jax.block_until_ready(generator.attach(state, generator.augment(state)))
+
+      def decode(generator: Generator = generator, state: State = state) -> None:
+        generate(generator, copied(state), Decoding(DECODED))
+
+      seconds = _alternate({'augment': augment, 'decode': decode}, repeats)
+      result['augmentation_in_decode_steps'][case] = (
+          seconds['augment'] / (seconds['decode'] / DECODED))
+      result['cache_bytes'][case] = {
+          'held': sum(leaf.nbytes for leaf in (*state.cache.keys, *state.cache.values)),
+          'formula': _cache_bytes(config, batch, num_latents)}
+
+
+def _augmented(config: TransformerConfig, params: Params, num_latents: int) -> Generator:
+  """A generator with a coprocessor as training begins with it."""
+  choices = DeliberationConfig(num_latents=num_latents, num_ahead=8, num_traces=1)
+  trained = nn.unbox(jax.jit(Coprocessor(config, choices).init)(jax.random.key(1), params))
+  return Generator(config, params, length=PROMPT + DECODED + 1, coprocessor=(choices, trained))
+
+
+def _cache_bytes(config: TransformerConfig, batch: int, num_latents: int) -> int:
+  """2 x sum over layers of min(reach, length) + Z slots, times B x K x H x 4 bytes."""
+  length = PROMPT + DECODED + 1
+  reach = {'local': config.window + num_latents - 1, 'global': length}
+  slots = sum(min(reach[kind], length) + num_latents for kind in config.layer_kinds)
+  return 2 * slots * batch * config.num_kv_heads * config.head_dim * 4
+
+
+def _first_token_ratio(config: TransformerConfig, params: Params, repeats: int) -> float:
+  """Time to the first token with the coprocessor in the background over that without one."""
+  generator = _augmented(config, params, NUM_LATENTS[0])
+  prompts = _prompts(config, 1)
+
+  def first(policy: Any) -> float:
+    begun = time.perf_counter()
+    tokens = stream(generator, prompts, Decoding(16, policy=policy, arrival=Arrival(delay=None)))
+    next(tokens)
+    taken = time.perf_counter() - begun
+    _drain(tokens)
+    return taken
+
+  taken: dict[str, list[float]] = {'plain': [], 'background': []}
+  for number in range(1 + 4 * repeats):
+    for name, policy in (('plain', NEVER), ('background', ONCE)):
+      seconds = first(policy)
+      if number:  # the first one compiles
+        taken[name].append(seconds)
+  return statistics.median(taken['background']) / statistics.median(taken['plain'])
+
+
+def _drain(tokens: Iterator) -> None:
+  for _ in tokens:
+    pass
+
+
+def _alternate(programs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+  """Median seconds of each program, run in turns after each has run once."""
+  for program in programs.values():
+    program()
+  taken: dict[str, list[float]] = {name: [] for name in programs}
+  for _ in range(repeats):
+    for name, program in programs.items():
+      begun = time.perf_counter()
+      program()
+      taken[name].append(time.perf_counter() - begun)
+  return {name: statistics.median(values) for name, values in taken.items()}

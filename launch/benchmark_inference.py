@@ -1,0 +1,30 @@
+"""Measures decoding and prefill against transformers, and what deliberation costs beside them.
+
+  pip install -e '.[parity]' && python launch/benchmark_inference.py --output=inference.json
+
+The same random Gemma-2 weights, in two sizes, on the same devices in one process, alternately. Takes
+about ten minutes on two cores. Next, decode with launch/generate.py.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs.benchmark_inference import benchmark
+
+_OUTPUT = command_line.define_file('output', 'JSON file to write.')
+_REPEATS = command_line.define_count('repeats', 5, 'Alternations of each comparison.')
+
+
+def main() -> None:
+  result = benchmark(Path(_OUTPUT.value), _REPEATS.value)
+  for name in ('decode', 'prefill'):
+    for case, ratio in result[f'{name}_ratio_vs_transformers'].items():
+      print(f'{name:<8} {case:<14} {ratio:5.1f} x transformers')
+  for case, steps in result['augmentation_in_decode_steps'].items():
+    print(f'augment  {case:<24} {steps:5.1f} decode steps')
+  print(f'first token, background over plain: '
+        f'{result["first_token_ratio_background_vs_plain"]:.3f}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,60 @@
+"""Writes on behind prompts: the frozen decoder alone, or with the latents of a coprocessor.
+
+  python launch/generate.py --decoder=runs/quickstart/pretraining/decoder \\
+      --coprocessor=runs/quickstart/coprocessor --prompt='def read(' --compare
+
+Without a prompt it asks for one after the other. Latents come at the end of the prompt (--at=0),
+after every so many tokens (--every), or where a --gate of launch/gate.py opens; with --background
+the text does not wait for them. Next, measure what they gain with launch/evaluate.py.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.inference.background import Arrival
+from latent_deliberation.inference.generate import Decoding
+from latent_deliberation.inference.policy import NEVER, Policy
+from latent_deliberation.inference.sampling import Sampling
+from latent_deliberation.jobs import command_line, gates, generate, generators
+
+_DECODER = command_line.define_directory('decoder', 'Of the decoder, in any format we read.')
+_COPROCESSOR = command_line.define_directory('coprocessor', "Of a trained coprocessor; or 'none'.",
+                                             '')
+_VOCABULARY = command_line.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
+_PROMPT = command_line.define_texts('prompt', 'What to write on behind; may be repeated.')
+_PROMPTS_FILE = command_line.define_text('prompts_file', '', 'With a prompt a line, or .jsonl.')
+_STOP = command_line.define_texts('stop', 'String that ends a text; may be repeated.')
+_MAX_TOKENS = command_line.define_number('max_tokens', 64, 'To decode.')
+_LENGTH = command_line.define_number('length', 2048, 'Tokens of a text, prompt and all.')
+_TEMPERATURE = command_line.define_number('temperature', 0.0, 'Divides logits; 0 is greedy.')
+_TOP_K = command_line.define_number('top_k', 0, 'Likeliest tokens to keep; 0 keeps all.')
+_TOP_P = command_line.define_number('top_p', 1.0, 'Mass of the likeliest tokens to keep.')
+_MIN_P = command_line.define_number('min_p', 0.0, 'Least probability over the greatest.')
+_SEED = command_line.define_number('seed', 0, 'Of the first prompt; the others count on.')
+_AT = command_line.define_numbers('at', [0], 'Decoded tokens after which to deliberate.')
+_EVERY = command_line.define_number('every', 0, 'Deliberate after every so many tokens; 0: not.')
+_GATE = command_line.define_directory('gate', 'Written by gate.py: deliberate where it opens.', '')
+_BUDGET = command_line.define_number('budget', 0.25, 'Fraction of tokens at which it opens.')
+_SCORE = command_line.define_choice('gate_score', gates.SCORES, 'What opens it.')
+_BACKGROUND = command_line.define_switch('background', 'Do not wait for latents.')
+_JSON = command_line.define_switch('json', 'Print a line of JSON for each prompt.')
+_STREAM = command_line.define_switch('stream', 'Print tokens as they come.')
+_COMPARE = command_line.define_switch('compare', 'Print plain and augmented side by side.')
+
+
+def main() -> None:
+  prompts = generate.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
+  gate = gates.open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value) if _GATE.value else None
+  at = () if _EVERY.value else tuple(_AT.value)
+  policy = gate.policy if gate else Policy(at, _EVERY.value or None)
+  sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
+  has_coprocessor = _COPROCESSOR.value not in ('', generators.NONE)
+  how = Decoding(_MAX_TOKENS.value, sampling, policy=policy if has_coprocessor else NEVER,
+                 arrival=Arrival(None if _BACKGROUND.value else 0))
+  generator, tokenizer = generators.open_generator(
+      Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)
+  writer = generate.Writer(generator, tokenizer, how, tuple(_STOP.value), _SEED.value)
+  generate.answer(writer, prompts, _JSON.value, _STREAM.value, _COMPARE.value)
+
+
+if __name__ == '__main__':
+  command_line.run(main)

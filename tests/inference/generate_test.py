@@ -1,0 +1,290 @@
+"""What is decoded is what the decoder says uncached, and with latents what training says."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from latent_deliberation.deliberation.config import LATENTS, TRAINABLES
+from latent_deliberation.inference import decode, programs
+from latent_deliberation.inference.generate import Decoding, generate, stream
+from latent_deliberation.inference.generator import Generator, copied
+from latent_deliberation.inference.policy import ONCE, Gate, Policy
+from latent_deliberation.inference.sampling import Sampling
+from latent_deliberation.model import weights
+from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
+from tests import tiny
+from tests.inference.small import (
+  LENGTH,
+  PROMPTS,
+  assert_same,
+  augmented,
+  plain_log_probabilities,
+  trained_log_probabilities,
+)
+
+SCHEMES = [('refining', 'share'), *itertools.product(('paper', 'anchored'), ('shift', 'share'))]
+GATE = Gate(np.random.default_rng(3).standard_normal(16).astype(np.float32), np.float32(-0.5))
+NUCLEUS = Sampling(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02)
+
+
+@pytest.fixture(scope='module')
+def plain(decoder_params):
+  return Generator(tiny.CONFIG, decoder_params, length=LENGTH)
+
+
+@pytest.fixture(scope='module')
+def refining(decoder_params):
+  return augmented(decoder_params)[0]
+
+
+def test_greedy_decoding_from_the_cache_is_greedy_decoding_without_one(plain, decoder_params):
+  for prompt, completion in zip(PROMPTS, generate(plain, PROMPTS, Decoding(24)), strict=True):
+    assert len(completion.tokens) == 24 and completion.ended == 'length'
+    _, logits, _ = tiny.read(decoder_params, np.array([[*prompt, *completion.tokens]]))
+    np.testing.assert_array_equal(np.argmax(logits[0, len(prompt) - 1:-1], axis=-1),
+                                  completion.tokens)
+    expected = plain_log_probabilities(decoder_params, prompt, completion.tokens)
+    np.testing.assert_allclose(completion.log_probabilities, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize('latents, positions', SCHEMES)
+def test_what_follows_latents_is_what_training_says_of_it(decoder_params, latents, positions):
+  generator, *trained = augmented(decoder_params, latents=latents, positions=positions)
+  before = generate(generator, PROMPTS, Decoding(9))
+  for prompt, completion, other in zip(
+      PROMPTS, generate(generator, PROMPTS, Decoding(9, policy=ONCE)), before, strict=True):
+    expected = trained_log_probabilities(*trained, decoder_params, prompt, completion.tokens)
+    np.testing.assert_allclose(completion.log_probabilities, expected, atol=5e-5)
+    assert np.abs(np.subtract(completion.log_probabilities, other.log_probabilities)).max() > 0.01
+
+
+@pytest.mark.parametrize('trainable', [each for each in TRAINABLES if each != 'full'])
+def test_adapters_and_constant_soft_tokens_too(decoder_params, trainable):
+  generator, *trained = augmented(decoder_params, trainable=trainable, gate='channel')
+  for prompt, completion in zip(
+      PROMPTS, generate(generator, PROMPTS, Decoding(5, policy=ONCE)), strict=True):
+    expected = trained_log_probabilities(*trained, decoder_params, prompt, completion.tokens)
+    np.testing.assert_allclose(completion.log_probabilities, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize('latents', LATENTS)
+@pytest.mark.parametrize('policy, stops', [
+    (Policy(every=5), (0, 5, 10)), (Policy(at=(3, 4, 11)), (3, 4, 11))], ids=['every', 'at'])
+def test_latents_at_several_places_are_each_what_training_knew_there(
+    decoder_params, latents, policy, stops):
+  generator, *trained = augmented(decoder_params, latents=latents, positions='shift')
+  # Two prompts, as every length of text is compiled by itself in training's forward pass.
+  for prompt, completion in zip(
+      PROMPTS[1:], generate(generator, PROMPTS[1:], Decoding(14, policy=policy)), strict=True):
+    assert completion.latents_at == list(stops)
+    tokens, found = completion.tokens, completion.log_probabilities
+    np.testing.assert_allclose(found[:stops[0]], plain_log_probabilities(
+        decoder_params, prompt, tokens[:stops[0]]), atol=5e-5)
+    for start, end in itertools.pairwise((*stops, 14)):
+      expected = trained_log_probabilities(
+          *trained, decoder_params, prompt + tokens[:start], tokens[start:end])
+      np.testing.assert_allclose(found[start:end], expected, atol=5e-5)
+
+
+@pytest.mark.parametrize('gate', [None, GATE], ids=['entropy', 'learned'])
+def test_texts_deliberate_where_their_gate_opens_and_nowhere_else(decoder_params, gate):
+  generator, *trained = augmented(decoder_params)
+  plain = generate(generator, PROMPTS, Decoding(12))
+  score = entropies_of if gate is None else predictions_of
+  scores = [score(decoder_params, prompt, completion.tokens)
+            for prompt, completion in zip(PROMPTS, plain, strict=True)]
+  threshold = float(np.quantile(np.concatenate(scores), 0.79))  # between two of 36
+  policy = Policy(threshold=threshold, gate=gate, apart=12)
+  completions = generate(generator, PROMPTS, Decoding(12, policy=policy))
+  expected = [list(np.flatnonzero(score > threshold)[:1]) for score in scores]
+  assert [completion.latents_at for completion in completions] == expected
+  assert sorted(map(len, expected)) != [0, 0, 0]
+  for prompt, before, after, at in zip(PROMPTS, plain, completions, expected, strict=True):
+    at = at[0] if at else 12
+    assert after.tokens[:at] == before.tokens[:at]
+    if at < 12:
+      trained_says = trained_log_probabilities(
+          *trained, decoder_params, prompt + after.tokens[:at], after.tokens[at:])
+      np.testing.assert_allclose(after.log_probabilities[at:], trained_says, atol=5e-5)
+
+
+def test_the_gate_scores_every_step_by_the_hidden_state_of_the_uncached_decoder(
+    plain, decoder_params):
+  state = copied(plain.read(PROMPTS))
+  keys, found, tokens = jax.vmap(jax.random.key)(np.zeros(3, np.uint32)), [], []
+  for count in range(12):
+    found.append(GATE.score(state.hidden))
+    state, decoded = plain.decode(
+        state, keys, np.int32(count), np.ones(3, bool), np.int32(1), None, None,
+        np.zeros(3, np.int32), sampling=Sampling(), size=16, eos=None)
+    tokens.append(decoded.tokens[0])
+  for prompt, scores, chosen in zip(PROMPTS, np.transpose(found), np.transpose(tokens),
+                                    strict=True):
+    np.testing.assert_allclose(scores, predictions_of(decoder_params, prompt, chosen), atol=1e-4)
+
+
+def predictions_of(decoder_params, prompt, tokens):
+  hidden, *_ = tiny.read(decoder_params, np.array([[*prompt, *tokens]]))
+  return np.asarray(hidden[0, len(prompt) - 1:-1]) @ GATE.weight + GATE.bias
+
+
+def test_entropies_are_those_of_the_uncached_decoder(refining, decoder_params):
+  for prompt, found in zip(PROMPTS, refining.entropies(PROMPTS), strict=True):
+    expected = entropies_of(decoder_params, prompt[:1], prompt[1:] + [0])
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def entropies_of(decoder_params, prompt, tokens):
+  _, logits, _ = tiny.read(decoder_params, np.array([[*prompt, *tokens]]))
+  log_p = np.asarray(jax.nn.log_softmax(logits[0, len(prompt) - 1:-1], axis=-1), np.float64)
+  return -(np.exp(log_p) * log_p).sum(axis=-1)
+
+
+@pytest.mark.parametrize('how', [
+    Decoding(18), Decoding(18, NUCLEUS), Decoding(18, NUCLEUS, policy=Policy(every=7))],
+    ids=['greedy', 'sampled', 'augmented'])
+def test_prompts_in_a_batch_are_the_same_prompts_alone(refining, how):
+  together = generate(refining, PROMPTS, how, seeds=[3, 1, 4])
+  for prompt, seed, completion in zip(PROMPTS, (3, 1, 4), together, strict=True):
+    alone, = generate(refining, [prompt], how, seeds=[seed])
+    assert alone.tokens == completion.tokens
+    np.testing.assert_allclose(alone.log_probabilities, completion.log_probabilities, atol=5e-5)
+
+
+def test_a_seed_decides_and_another_seed_decides_otherwise(plain):
+  how = Decoding(20, NUCLEUS)
+  first, second = generate(plain, [PROMPTS[0]] * 2, how, seeds=[5, 6])
+  again, = generate(plain, [PROMPTS[0]], how, seeds=[6])
+  assert first.tokens != second.tokens and again.tokens == second.tokens
+
+
+def test_latents_that_were_given_up_leave_no_bit_behind(refining):
+  how = Decoding(20, NUCLEUS)
+  base = refining.read(PROMPTS)
+  before = jax.tree.map(np.array, base)
+  never = generate(refining, base, how)
+  augmentation = refining.augment(base)
+  attached = refining.attach(base, augmentation)
+  with_latents = generate(refining, attached, how)
+  assert_same(generate(refining, base, how), never)
+  assert_same(generate(refining, attached, how), with_latents)
+  assert_same(generate(refining, base, Decoding(20, NUCLEUS, policy=ONCE)), with_latents)
+  assert never[0].log_probabilities != with_latents[0].log_probabilities
+  jax.tree.map(np.testing.assert_array_equal, base, before)
+
+
+def test_one_base_serves_several_coprocessors(decoder_params, refining):
+  base = refining.read(PROMPTS)
+  other = Generator(tiny.CONFIG, decoder_params, length=LENGTH, coprocessor=(
+      refining.model.coprocessor.config,
+      tiny.coprocessor_params(tiny.deliberator(), decoder_params, seed=7)))
+  alone = [generate(each, each.attach(base, each.augment(base)), Decoding(6))
+           for each in (refining, other)]
+  both = [each.augment(base) for each in (refining, other)]
+  for each, augmentation, expected in zip((refining, other), both, alone, strict=True):
+    assert_same(generate(each, each.attach(base, augmentation), Decoding(6)), expected)
+  assert alone[0][0].log_probabilities != alone[1][0].log_probabilities
+
+
+def test_texts_without_latents_in_a_batch_with_latents_are_as_before(refining):
+  base = refining.read(PROMPTS)
+  mixed = refining.attach(base, refining.augment(base), np.array([True, False, True]))
+  plain, with_latents = (generate(refining, state, Decoding(8)) for state in (base, mixed))
+  assert_same(plain[1:2], with_latents[1:2])
+  assert plain[0].log_probabilities != with_latents[0].log_probabilities
+
+
+@pytest.mark.parametrize('latents', LATENTS)
+def test_reading_on_behind_latents_is_decoding_behind_them(decoder_params, latents):
+  generator, *_ = augmented(decoder_params, latents=latents, positions='shift')
+  base = generator.read(PROMPTS)
+  state = generator.attach(base, generator.augment(base))
+  completions = generate(generator, state, Decoding(9))
+  more = generator.read_on(state, [completion.tokens[:size] for completion, size in zip(
+      completions, (7, 0, 4), strict=True)])
+  for completion, size, after in zip(completions, (7, 0, 4),
+                                     generate(generator, more, Decoding(2)), strict=True):
+    assert after.tokens == completion.tokens[size:size + 2]
+    np.testing.assert_allclose(after.log_probabilities,
+                               completion.log_probabilities[size:size + 2], atol=5e-5)
+
+
+def test_an_end_ends_its_own_text_and_no_other(plain):
+  whole = generate(plain, PROMPTS, Decoding(24))
+  eos = whole[0].tokens[10]
+  for completion, long in zip(generate(plain, PROMPTS, Decoding(24, eos=eos)), whole, strict=True):
+    end = long.tokens.index(eos) + 1 if eos in long.tokens else 24
+    assert completion.tokens == long.tokens[:end]
+    assert completion.log_probabilities == long.log_probabilities[:end]
+    assert completion.ended == ('eos' if eos in long.tokens else 'length')
+
+
+def test_a_stop_ends_its_own_text_and_no_other(plain):
+  whole = generate(plain, PROMPTS, Decoding(24))
+  last = whole[1].tokens[4:6]
+  how = Decoding(24, stop=lambda tokens: tokens[-2:] == last)
+  for completion, long in zip(generate(plain, PROMPTS, how), whole, strict=True):
+    assert completion.tokens == long.tokens[:len(completion.tokens)]
+    stopped = completion.tokens[-2:] == last
+    assert completion.ended == ('stop' if stopped else 'length')
+  assert generate(plain, PROMPTS, how)[1].ended == 'stop'
+
+
+def test_a_stream_begins_with_one_token_and_only_grows(plain):
+  sizes, last = [], None
+  for completions in stream(plain, PROMPTS, Decoding(24)):
+    sizes.append([len(completion.tokens) for completion in completions])
+    last = completions
+  assert sizes == [[size] * 3 for size in (1, 17, 24)]
+  assert_same(last, generate(plain, PROMPTS, Decoding(24)))
+
+
+def test_nothing_is_compiled_again_for_other_prompts_and_numbers_of_tokens(plain):
+  generate(plain, PROMPTS, Decoding(3))
+  compiled = decode.decode._cache_size(), programs.read._cache_size()
+  generate(plain, [prompt[:-1] for prompt in PROMPTS[:2]] + [PROMPTS[1]], Decoding(20))
+  assert (decode.decode._cache_size(), programs.read._cache_size()) == compiled
+
+
+def test_any_mesh_decodes_what_one_device_does(refining, decoder_params):
+  mesh = make_mesh(MeshConfig(2, 2, 2))
+  place = shardings_of(weights.boxed_shapes(tiny.CONFIG), mesh, DEFAULT_RULES)
+  sharded, *_ = augmented(jax.device_put(decoder_params, place), mesh=mesh)
+  how = Decoding(8, NUCLEUS, policy=Policy(at=(0, 4)))
+  for one, other in zip(generate(refining, PROMPTS, how), generate(sharded, PROMPTS, how),
+                        strict=True):
+    assert one.tokens == other.tokens
+    np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-4)
+
+
+@pytest.mark.parametrize('prompts, more, message', [
+    ([], {}, 'there is no prompt'), ([[1], []], {}, 'prompt 1 is empty'),
+    ([[1, 38]], {}, 'prompt 0 has the token 38, the decoder knows 0 to 37'),
+    ([[1, -1]], {}, 'prompt 0 has the token -1'),
+    ([[1], [1] * 45], {}, 'text 1 has 45 tokens, 4 more are asked for, .* room for 48: shorten'),
+    ([[1, 2]], dict(policy=ONCE), 'text 0 has 2 tokens, but refining latents stand in the place '
+     'of its last 3')])
+def test_a_bad_prompt_is_refused_before_anything_is_read(
+    refining, monkeypatch, prompts, more, message):
+  monkeypatch.setattr(refining, 'read', lambda *unused: pytest.fail('reading began'))
+  with pytest.raises(ValueError, match=message):
+    stream(refining, prompts, Decoding(4, **more))
+
+
+def test_other_bad_input_is_refused(refining, decoder_params):
+  state = refining.read(PROMPTS)
+  for call, message in (
+      (lambda: stream(refining, PROMPTS, Decoding(4), seeds=[1]), '1 seeds .* for 3 texts'),
+      (lambda: stream(refining, PROMPTS, Decoding(4), seeds=[1, 2, -1]), 'between 0 and'),
+      (lambda: stream(refining, PROMPTS, Decoding(4, policy=Policy(
+          threshold=0.0, gate=Gate(np.zeros(9), 0.0)))), r'shape \(9,\), .* asks for \(16,'),
+      (lambda: Decoding(0), 'max_tokens = 0'),
+      (lambda: Generator(tiny.CONFIG, decoder_params, length=0), 'length = 0'),
+      (lambda: refining.read_on(state, [[1]]), '1 prompts for a state of 3 texts'),
+      (lambda: refining.read_on(state, [[], [1] * 30, []]), 'text 1 has 49 tokens'),
+      (lambda: Generator(tiny.CONFIG, decoder_params, length=9, coprocessor=(
+          tiny.CHOICES, {'soft_tokens': np.zeros((3, 5))})), r'shape \(3, 5\), .* \(3, 16\)')):
+    with pytest.raises(ValueError, match=message):
+      call()

@@ -1,0 +1,67 @@
+"""Generators around the tiny decoder, and what the training forward says of what they decoded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.deliberation.traces import gather_traces
+from latent_deliberation.inference.generate import Completion
+from latent_deliberation.inference.generator import Generator
+from tests import tiny
+
+LENGTH = 48
+# Shorter than a window and the latents, longer than both, and the shortest that can hold latents.
+PROMPTS = [np.random.default_rng(size).integers(1, tiny.CONFIG.vocab_size, size).tolist()
+           for size in (5, 19, 3)]
+
+
+def augmented(decoder_params: Params, length: int = LENGTH, mesh: Any = None,
+              **choices: Any) -> tuple[Generator, Deliberator, Params]:
+  """A generator with a coprocessor, and the same as training knows it."""
+  deliberator = tiny.deliberator(**choices)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  generator = Generator(tiny.CONFIG, decoder_params, length=length, mesh=mesh,
+                        coprocessor=(deliberator.config, params))
+  return generator, deliberator, params
+
+
+def plain_log_probabilities(decoder_params: Params, prompt: Sequence[int],
+                            tokens: Sequence[int]) -> np.ndarray:
+  """Of tokens behind a prompt, read all at once without a cache."""
+  _, logits, _ = tiny.read(decoder_params, jnp.asarray([[*prompt, *tokens]]))
+  return chosen(logits[0, len(prompt) - 1:-1], tokens)
+
+
+def trained_log_probabilities(deliberator: Deliberator, params: Params, decoder_params: Params,
+                              prompt: Sequence[int], tokens: Sequence[int],
+                              delay: int | None = None) -> np.ndarray:
+  """Of tokens behind a prompt with latents at its end, by the forward pass of training.
+
+  Args:
+    delay: tokens that have been read when the latents join.
+  """
+  text = jnp.asarray([[*prompt, *tokens]])
+  batch = Batch(text, jnp.ones_like(text), jnp.arange(text.shape[1])[None])
+  traces = gather_traces(batch, jnp.array([[len(prompt) - 1]]), jnp.array([[True]]), len(tokens))
+  if delay is not None:
+    traces = traces.replace(delay=jnp.array([[delay]]))
+  hidden = tiny.forward(deliberator, params, decoder_params, batch, traces)[0, 0]
+  logits = deliberator.decoder.apply({'params': decoder_params}, hidden, method='logits')
+  return chosen(logits, tokens)
+
+
+def chosen(logits: jax.Array, tokens: Sequence[int]) -> np.ndarray:
+  return np.asarray(jax.nn.log_softmax(logits, axis=-1))[np.arange(len(tokens)), list(tokens)]
+
+
+def assert_same(first: list[Completion], second: list[Completion]) -> None:
+  """The same tokens, and log-probabilities to the bit."""
+  for one, other in zip(first, second, strict=True):
+    assert one.tokens == other.tokens
+    assert one.log_probabilities == other.log_probabilities

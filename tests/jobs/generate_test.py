@@ -1,0 +1,132 @@
+"""Text behind prompts, from what the launch scripts left on disk."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from latent_deliberation.data.vocabularies import ByteVocabulary
+from latent_deliberation.inference.background import Arrival
+from latent_deliberation.inference.generate import Decoding
+from latent_deliberation.inference.policy import ONCE
+from latent_deliberation.jobs.gates import FittedGate
+from latent_deliberation.jobs.generate import Writer, answer, read_prompts
+from latent_deliberation.jobs.generators import open_generator
+from latent_deliberation.model import weights
+
+PROMPTS = ['Document 3: the', 'the 7th of the forty. the']
+
+
+@pytest.fixture(scope='module')
+def opened(quickstart):
+  return open_generator(quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor'),
+                        length=200)
+
+
+@pytest.fixture
+def writer(opened):
+  return Writer(*opened, Decoding(24, policy=ONCE))
+
+
+def test_text_is_that_of_the_tokens_and_json_says_all(writer, capsys):
+  answer(writer, PROMPTS, as_json=True)
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  for prompt, line in zip(PROMPTS, lines, strict=True):
+    assert line['prompt'] == prompt and line['latents_at'] == [0]
+    assert line['text'] == ByteVocabulary().decode(line['tokens'])
+    assert len(line['log_probabilities']) == len(line['tokens']) <= 24
+    assert line['ended'] in ('eos', 'length')
+
+
+def test_a_stream_is_the_same_text_in_pieces(writer, capsys):
+  whole, = writer.write(PROMPTS[:1])
+  pieces = list(writer.write_slowly(PROMPTS[0]))
+  assert ''.join(pieces) == whole['text'] and len(pieces) > 1
+  answer(writer, PROMPTS[:1], streamed=True)
+  assert capsys.readouterr().out == PROMPTS[0] + whole['text'] + '\n'
+
+
+def test_a_stop_string_ends_the_text_before_it_streamed_or_not(opened):
+  whole, = Writer(*opened, Decoding(24)).write(PROMPTS[:1])
+  string = whole['text'][6:9]
+  writer = Writer(*opened, Decoding(24), stop=(string, 'never there'))
+  found, = writer.write(PROMPTS[:1])
+  assert found['ended'] == 'stop'
+  assert found['text'] == whole['text'][:whole['text'].index(string)]
+  assert ''.join(writer.write_slowly(PROMPTS[0])) == found['text']
+
+
+def test_comparing_shows_both_with_their_log_probabilities(writer, capsys):
+  result = writer.compare(PROMPTS)[1]
+  assert result['plain']['latents_at'] == [] and result['augmented']['latents_at'] == [0]
+  assert result['plain']['log_probabilities'] != result['augmented']['log_probabilities']
+  answer(writer, PROMPTS, compared=True)
+  shown = capsys.readouterr().out
+  total = sum(result['plain']['log_probabilities'])
+  assert f'plain: {total:.2f} nats' in shown and '| with latents: -' in shown
+
+
+def test_without_a_prompt_it_asks_for_one_after_the_other(writer, capsys, monkeypatch):
+  monkeypatch.setattr('sys.stdin', io.StringIO(f'{PROMPTS[0]}\n\n{"long " * 300}\n{PROMPTS[1]}\n'))
+  answer(writer, [])
+  first, *_, last = capsys.readouterr().out.splitlines()
+  assert first.startswith(PROMPTS[0]) and PROMPTS[1] in last or 'room for 200' in last
+
+
+def test_prompts_come_from_the_command_line_and_from_files(tmp_path):
+  (tmp_path / 'lines.txt').write_text('one\ntwo\n')
+  (tmp_path / 'lines.jsonl').write_text('{"prompt": "a\\nb"}\n')
+  assert read_prompts(['zero'], str(tmp_path / 'lines.txt')) == ['zero', 'one', 'two']
+  assert read_prompts([], str(tmp_path / 'lines.jsonl')) == ['a\nb']
+  (tmp_path / 'bad.jsonl').write_text('{"text": "a"}\n')
+  (tmp_path / 'gap.txt').write_text('a\n\nb\n')
+  for name, message in (('bad.jsonl', 'every line must be an object with a "prompt"'),
+                        ('gap.txt', 'prompt 1 is empty')):
+    with pytest.raises(ValueError, match=message):
+      read_prompts([], str(tmp_path / name))
+  with pytest.raises(FileNotFoundError, match='no file'):
+    read_prompts([], 'nothing.txt')
+
+
+def test_in_the_background_the_coprocessor_is_compiled_before_the_first_prompt(
+    opened, monkeypatch, capsys):
+  order = []
+  monkeypatch.setattr(opened[0], 'warm_up', order.append)
+  monkeypatch.setattr(Writer, 'write', lambda self, prompts: order.append(prompts) or [])
+  monkeypatch.setattr(Writer, 'write_slowly', lambda self, prompt: iter([prompt]))
+  writer = Writer(*opened, Decoding(4, policy=ONCE, arrival=Arrival(None)))
+  answer(writer, PROMPTS)
+  answer(writer, PROMPTS, streamed=True)
+  assert order == [2, PROMPTS, 1]
+
+
+def test_two_ways_of_printing_are_refused(writer):
+  with pytest.raises(ValueError, match='choose one'):
+    answer(writer, PROMPTS, as_json=True, streamed=True)
+
+
+def test_what_does_not_belong_together_is_refused(quickstart, tmp_path):
+  decoder, coprocessor = quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor')
+  config, params = weights.load(decoder)
+  vocabulary = weights.open_checkpoint(decoder).vocabulary
+  gate = FittedGate(tmp_path, 'abc', ONCE)
+  with pytest.raises(ValueError, match='was fitted on a decoder with fingerprint abc, this one'):
+    open_generator(decoder, coprocessor, gate=gate)
+  weights.save(tmp_path / 'negative', config, jax.tree.map(np.negative, params), vocabulary)
+  weights.save(tmp_path / 'foreign', config, params, 'abc')
+  weights.save(tmp_path / 'unknown', config, params)
+  with pytest.raises(ValueError, match='was trained on a decoder with fingerprint'):
+    open_generator(tmp_path / 'negative', coprocessor)
+  with pytest.raises(FileNotFoundError, match='holds no trained coprocessor'):
+    open_generator(decoder, str(tmp_path))
+  with pytest.raises(ValueError, match='was trained with the vocabulary abc, byte is '):
+    open_generator(tmp_path / 'foreign', vocabulary='byte')
+  with pytest.raises(FileNotFoundError, match='no vocabulary beside the decoder'):
+    open_generator(tmp_path / 'unknown')
+  (tmp_path / 'vocabulary.model').write_bytes(b'damaged')
+  with pytest.raises(ValueError, match='is not a SentencePiece model'):
+    open_generator(tmp_path / 'unknown')
+  with pytest.raises(FileNotFoundError, match='no vocabulary at'):
+    open_generator(decoder, vocabulary=str(tmp_path / 'nothing'))
