@@ -2,8 +2,8 @@
 
   pip install -e '.[parity]' && python launch/benchmark_inference.py --output=inference.json
 
-The same random Gemma-2 weights, in two sizes, on the same devices in one process, alternately. Takes
-about ten minutes on two cores. Next, decode with launch/generate.py.
+The same random Gemma-2 weights, in three sizes, on the same devices in one process, alternately;
+the ratios are drawn as a PNG beside the JSON. Next, decode with launch/generate.py.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ from pathlib import Path
 from latent_deliberation.jobs import command_line
 from latent_deliberation.jobs.benchmark_inference import benchmark
 
-_OUTPUT = command_line.define_file('output', 'JSON file to write.')
-_REPEATS = command_line.define_count('repeats', 5, 'Alternations of each comparison.')
+_OUTPUT = command_line.define_file('output', 'JSON file to write, and a PNG beside it.')
+_REPEATS = command_line.define_count('repeats', 3, 'Alternations of each comparison.')
 
 
 def main() -> None:

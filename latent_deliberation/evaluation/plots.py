@@ -126,6 +126,39 @@ def plot_gates(curves: Mapping[str, GainCurve], path: Path) -> None:
   save_figure(figure, path)
 
 
+def plot_speed(result: Mapping[str, Any], path: Path) -> None:
+  """Speed of inference over that of transformers, and what an augmentation costs.
+
+  Args:
+    result: of `benchmark_inference.benchmark`.
+    path: of the PNG.
+  """
+  figure = Figure(figsize=(11, 5), layout='constrained')
+  FigureCanvasAgg(figure)
+  speed, cost = figure.subplots(1, 2)
+  cases = list(result['decode_ratio_vs_transformers'])
+  for name, colour, side in (('decode', COLOURS['own'], -0.2), ('prefill', COLOURS['zero'], 0.2)):
+    ratios = result[f'{name}_ratio_vs_transformers']
+    bars = speed.bar(np.arange(len(cases)) + side, [ratios[case] for case in cases], 0.38,
+                     color=colour, label=name)
+    speed.bar_label(bars, fmt='%.1f', fontsize=8)
+  speed.axhline(1, color='black', linewidth=1, linestyle='--', label='transformers')
+  speed.set_xticks(range(len(cases)), [case.replace('_batch', '\nbatch ') for case in cases])
+  speed.set_ylabel('tokens/s over those of transformers')
+  speed.legend(frameon=False)
+  costs = result['augmentation_in_decode_steps']
+  names = [case.replace('_batch', ', batch ').replace('_latents', ', ') for case in costs]
+  cost.barh(names, list(costs.values()), color=COLOURS['constant'])
+  cost.invert_yaxis()
+  cost.set_xlabel('decode steps that an augmentation takes (size, batch, latents)')
+  cost.tick_params('y', labelsize=8)
+  for axes in (speed, cost):
+    _trim(axes)
+  cost.grid(axis='x', color='#DDDDDD', linewidth=0.6)
+  cost.grid(visible=False, axis='y')
+  save_figure(figure, path)
+
+
 def _trim(axes: Axes) -> None:
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', color='#DDDDDD', linewidth=0.6)

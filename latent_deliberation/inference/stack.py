@@ -1,10 +1,11 @@
 """The blocks of the model, one after the other, each with a cache of its own size.
 
 Training scans over stacked layers; here every layer is called by itself, with weights that were
-unstacked once, so that a decode step reads each weight once and copies none.
+unstacked and turned once, so that a decode step reads each weight once, as fast as it can be read,
+and copies none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ class Layers:
   """Weights of a transformer, unstacked.
 
   Attributes:
-    blocks: variables of each of the L blocks: 'params', and 'lora' where there are adapters.
+    blocks: variables of each of the L blocks: 'params', with projections turned, and 'lora' where
+      there are adapters.
     final_norm: parameters of the norm behind them.
   """
   blocks: tuple[Params, ...]
@@ -33,8 +35,8 @@ class Layers:
 
 
 def unstack(transformer: Params) -> Layers:
-  """The layers of a scanned transformer's parameters."""
-  blocks = tuple({'params': layer} for layer in _slices(transformer['blocks']))
+  """The layers of a scanned transformer's parameters, with projections turned: see `Projection`."""
+  blocks = tuple({'params': _turn(layer)} for layer in _slices(transformer['blocks']))
   return Layers(blocks, transformer['final_norm'])
 
 
@@ -48,6 +50,19 @@ def adapt(layers: Layers, lora: Params) -> Layers:
 def _slices(stacked: Params) -> list[Params]:
   length = len(jax.tree.leaves(stacked)[0])
   return [jax.tree.map(lambda leaf: leaf[number], stacked) for number in range(length)]  # noqa: B023
+
+
+def _turn(params: Params, inputs: int = 1) -> Params:
+  turned = {}
+  for name, child in params.items():
+    if isinstance(child, Mapping):
+      # Only the projection out of the heads has two input axes.
+      turned[name] = _turn(child, inputs=2 if name == 'out' else 1)
+    elif name == 'w':
+      turned['turned'] = jnp.moveaxis(child, range(inputs), range(-inputs, 0))
+    else:
+      turned[name] = child
+  return turned
 
 
 def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, segments: Array,

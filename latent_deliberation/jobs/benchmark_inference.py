@@ -1,7 +1,7 @@
 """Speed of inference: against transformers, and what deliberation costs beside plain decoding.
 
-Everything is measured in one process on the same random weights, alternately, so that a machine that is
-slow for a while is slow for all. Ratios of medians are what may be quoted.
+Everything is measured in one process on the same random weights, alternately, so that a machine
+that is slow for a while is slow for all. Ratios of medians are what may be quoted.
 """
 
 import gc
@@ -22,12 +22,13 @@ from flax import linen as nn
 from latent_deliberation.array_types import Params
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.evaluation.plots import plot_speed
 from latent_deliberation.evaluation.report import git_commit
 from latent_deliberation.files import write_whole
 from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.generate import Decoding, generate, stream
 from latent_deliberation.inference.generator import Generator, copied
-from latent_deliberation.inference.policy import NEVER, ONCE
+from latent_deliberation.inference.policy import ONCE
 from latent_deliberation.inference.programs import State
 from latent_deliberation.model import weights
 from latent_deliberation.model.config import TransformerConfig
@@ -36,17 +37,20 @@ from latent_deliberation.model.decoder import Decoder
 SIZES = {
     'small': TransformerConfig(vocab_size=4096, embed_dim=256, num_layers=4, num_heads=4,
                                num_kv_heads=2, head_dim=64, hidden_dim=1024, window=256),
-    'large': TransformerConfig(vocab_size=16_384, embed_dim=1024, num_layers=8, num_heads=8,
+    'medium': TransformerConfig(vocab_size=8192, embed_dim=512, num_layers=4, num_heads=8,
+                                num_kv_heads=4, head_dim=64, hidden_dim=2048, window=256),
+    'large': TransformerConfig(vocab_size=16_384, embed_dim=1024, num_layers=4, num_heads=8,
                                num_kv_heads=4, head_dim=128, hidden_dim=4096, window=256),
 }
 BATCHES = (1, 8)
-PROMPT, DECODED = 128, 128  # tokens
+PROMPT, DECODED = 128, 64  # tokens
 NUM_LATENTS = (8, 32, 64)
 THREADS = 2  # of torch
+FIRST_TOKENS = 40  # pairs of times to the first token
 
 
 def benchmark(output: Path, repeats: int) -> dict[str, Any]:
-  """Measures every case and writes `output`.
+  """Measures every case and writes `output`, and its ratios as a PNG beside it.
 
   Args:
     repeats: alternations of each comparison.
@@ -65,6 +69,7 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
       'decode_ratio_vs_transformers': {}, 'prefill_ratio_vs_transformers': {},
       'decode_tokens_per_second': {}, 'prefill_tokens_per_second': {},
       'augmentation_in_decode_steps': {}, 'cache_bytes': {},
+      'transformers_seconds': {},
       'versions': {'torch': torch.__version__, 'transformers': transformers.__version__,
                    'jax': jax.__version__},
       'devices': f'{jax.device_count()} {jax.default_backend()}', 'threads_of_torch': THREADS,
@@ -82,10 +87,10 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
     del peer
     gc.collect()
     _measure_augmentation(result, size, config, params, repeats)
-  config = SIZES['large']
-  logging.info('time to the first token')
-  result['first_token_ratio_background_vs_plain'] = _first_token_ratio(config, params, repeats)
+  logging.info('time to the first token')  # of the last size
+  result['first_token_ratio_background_vs_plain'] = _first_token_ratio(config, params)
   write_whole(output, json.dumps(result, indent=2).encode() + b'\n')
+  plot_speed(result, output.with_suffix('.png'))
   return result
 
 
@@ -121,6 +126,8 @@ def _compare(result: dict[str, Any], case: str, prompts: list[list[int]],
       'peer dynamic': lambda: peer_whole(None), 'peer static': lambda: peer_whole('static')},
       repeats)
   whole = min(seconds['peer dynamic'], seconds['peer static'])
+  result['transformers_seconds'][case] = {
+      cache: seconds[f'peer {cache}'] for cache in ('dynamic', 'static')}
   decode = {'ours': seconds['whole'] - seconds['prefill'],
             'transformers': whole - seconds['peer prefill']}
   prefill = {'ours': seconds['prefill'], 'transformers': seconds['peer prefill']}
@@ -169,26 +176,32 @@ def _cache_bytes(config: TransformerConfig, batch: int, num_latents: int) -> int
   return 2 * slots * batch * config.num_kv_heads * config.head_dim * 4
 
 
-def _first_token_ratio(config: TransformerConfig, params: Params, repeats: int) -> float:
-  """Time to the first token with the coprocessor in the background over that without one."""
+def _first_token_ratio(config: TransformerConfig, params: Params) -> float:
+  """Time to the first token with the coprocessor in the background over that without one.
+
+  The median over pairs, whose order alternates. The latents are waited for at the end, so that no
+  coprocessor is at work while the next time is taken.
+  """
   generator = _augmented(config, params, NUM_LATENTS[0])
   prompts = _prompts(config, 1)
+  background = Decoding(8, policy=ONCE, arrival=Arrival(delay=7))
 
-  def first(policy: Any) -> float:
+  def first(how: Decoding) -> float:
     begun = time.perf_counter()
-    tokens = stream(generator, prompts, Decoding(16, policy=policy, arrival=Arrival(delay=None)))
+    tokens = stream(generator, prompts, how)
     next(tokens)
     taken = time.perf_counter() - begun
     _drain(tokens)
     return taken
 
-  taken: dict[str, list[float]] = {'plain': [], 'background': []}
-  for number in range(1 + 4 * repeats):
-    for name, policy in (('plain', NEVER), ('background', ONCE)):
-      seconds = first(policy)
-      if number:  # the first one compiles
-        taken[name].append(seconds)
-  return statistics.median(taken['background']) / statistics.median(taken['plain'])
+  ratios = []
+  pair = (Decoding(8), background)
+  for number in range(2 + FIRST_TOKENS):
+    order = pair if number % 2 else pair[::-1]
+    taken = {how: first(how) for how in order}
+    if number >= 2:  # the first ones compile
+      ratios.append(taken[background] / taken[pair[0]])
+  return statistics.median(ratios)
 
 
 def _drain(tokens: Iterator) -> None:

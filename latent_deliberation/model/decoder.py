@@ -16,7 +16,7 @@ from latent_deliberation.array_types import (
 from latent_deliberation.model.attention import Visibility, softcap
 from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
-from latent_deliberation.model.layers import Embedder
+from latent_deliberation.model.layers import Embedder, contract
 from latent_deliberation.model.transformer import Transformer
 
 
@@ -80,8 +80,8 @@ class Decoder(nn.Module):
 
   def logits(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Soft-capped next-token logits, float32."""
-    raw = jnp.einsum('...D,VD->...V', hidden, self.embedder.table.astype(hidden.dtype),
-                     preferred_element_type=jnp.float32)
+    raw = contract(hidden, self.embedder.table.astype(hidden.dtype),
+                   preferred_element_type='float32')
     return softcap(raw, self.config.final_softcap)
 
 
