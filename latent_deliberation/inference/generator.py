@@ -14,7 +14,7 @@ from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.inference import programs, stack
 from latent_deliberation.inference.background import Counts
-from latent_deliberation.inference.cache import plan_cache
+from latent_deliberation.inference.cache import SlotCache, plan_cache
 from latent_deliberation.inference.decode import Decoded, decode
 from latent_deliberation.inference.programs import Augmentation, Model, State, Weights
 from latent_deliberation.inference.prompts import (
@@ -202,7 +202,12 @@ class Generator:
 
 def copied(state: State) -> State:
   """The state with keys and values of its own, which may be overwritten."""
-  return state.replace(cache=jax.tree.map(jnp.copy, state.cache))
+  return state.replace(cache=_copy(state.cache))
+
+
+@jax.jit
+def _copy(cache: SlotCache) -> SlotCache:
+  return jax.tree.map(jnp.copy, cache)
 
 
 def _check_width(config: TransformerConfig, choices: DeliberationConfig, trained: Params) -> None:

@@ -125,12 +125,14 @@ def _compare(result: dict[str, Any], case: str, prompts: list[list[int]],
       'prefill': ours_prefill, 'whole': ours_whole, 'peer prefill': peer_prefill,
       'peer dynamic': lambda: peer_whole(None), 'peer static': lambda: peer_whole('static')},
       repeats)
-  whole = min(seconds['peer dynamic'], seconds['peer static'])
+  median = {name: statistics.median(taken) for name, taken in seconds.items()}
+  faster = min('dynamic', 'static', key=lambda cache: median[f'peer {cache}'])
   result['transformers_seconds'][case] = {
-      cache: seconds[f'peer {cache}'] for cache in ('dynamic', 'static')}
-  decode = {'ours': seconds['whole'] - seconds['prefill'],
-            'transformers': whole - seconds['peer prefill']}
-  prefill = {'ours': seconds['prefill'], 'transformers': seconds['peer prefill']}
+      cache: median[f'peer {cache}'] for cache in ('dynamic', 'static')}
+  decode = {'ours': _median_difference(seconds['whole'], seconds['prefill']),
+            'transformers': _median_difference(seconds[f'peer {faster}'],
+                                               seconds['peer prefill'])}
+  prefill = {'ours': median['prefill'], 'transformers': median['peer prefill']}
   for name, taken, tokens in (('decode', decode, DECODED), ('prefill', prefill, PROMPT)):
     result[f'{name}_tokens_per_second'][case] = {
         who: len(prompts) * tokens / time for who, time in taken.items()}
@@ -154,8 +156,8 @@ def _measure_augmentation(result: dict[str, Any], size: str, config: Transformer
         generate(generator, copied(state), Decoding(DECODED))
 
       seconds = _alternate({'augment': augment, 'decode': decode}, repeats)
-      result['augmentation_in_decode_steps'][case] = (
-          seconds['augment'] / (seconds['decode'] / DECODED))
+      result['augmentation_in_decode_steps'][case] = DECODED * (
+          statistics.median(seconds['augment']) / statistics.median(seconds['decode']))
       result['cache_bytes'][case] = {
           'held': sum(leaf.nbytes for leaf in (*state.cache.keys, *state.cache.values)),
           'formula': _cache_bytes(config, batch, num_latents)}
@@ -209,8 +211,14 @@ def _drain(tokens: Iterator) -> None:
     pass
 
 
-def _alternate(programs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-  """Median seconds of each program, run in turns after each has run once."""
+def _median_difference(whole: list[float], part: list[float]) -> float:
+  """Of times taken in the same turns, so that a slow turn is slow in both."""
+  return statistics.median(one - other for one, other in zip(whole, part, strict=True))
+
+
+def _alternate(programs: Mapping[str, Callable[[], None]],
+               repeats: int) -> dict[str, list[float]]:
+  """Seconds of each program at every turn, after each has run once."""
   for program in programs.values():
     program()
   taken: dict[str, list[float]] = {name: [] for name in programs}
@@ -219,4 +227,4 @@ def _alternate(programs: Mapping[str, Callable[[], None]], repeats: int) -> dict
       begun = time.perf_counter()
       program()
       taken[name].append(time.perf_counter() - begun)
-  return {name: statistics.median(values) for name, values in taken.items()}
+  return taken
