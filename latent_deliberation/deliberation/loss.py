@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, a slice of the targets at a time."""
+"""Cross-entropy over a large vocabulary, a slice of the targets at a time; entropy."""
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +45,10 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
   if whole == length:
     return nll
   return jnp.concatenate([nll, slice_nll(hidden[:, whole:], targets[:, whole:])], axis=1)
+
+
+@typed
+def entropy(logits: Float[Array, 'B V']) -> Float[Array, 'B']:
+  """Of the next token, nats."""
+  log_p = jax.nn.log_softmax(logits, axis=-1)
+  return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

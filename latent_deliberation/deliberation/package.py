@@ -26,6 +26,7 @@ from latent_deliberation.model.checkpoints.safetensors_writer import (
   gather,
   write_tensors,
 )
+from latent_deliberation.model.checkpoints.source import on_first_device, shape_differences
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
@@ -73,7 +74,8 @@ def save(directory: str | Path, package: Package, file_bytes: int = FILE_BYTES) 
     ValueError: the parameters are not those of the configs.
   """
   flat = traverse_util.flatten_dict(package.params, sep='/')
-  lines = _differences({path: leaf.shape for path, leaf in flat.items()}, _boxed_shapes(package))
+  given = {path: leaf.shape for path, leaf in flat.items()}
+  lines = shape_differences(given, _shapes(_boxed_shapes(package)))
   if lines:
     raise ValueError('\n'.join([
         'these parameters are not those of the coprocessor that `config` and `model` describe:',
@@ -106,11 +108,7 @@ def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = N
   description, expected = _read_description(directory)
   boxed = _boxed_shapes(description)
   source = _open_weights(directory, boxed)
-  if shardings is None:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = jax.tree.map(lambda _: device, nn.unbox(boxed))
-  else:
-    placed = shardings(boxed)
+  placed = (shardings or on_first_device)(boxed)
   params = _read(source, traverse_util.flatten_dict(placed, sep='/'))
   actual = fingerprint(params)
   if actual != expected:
@@ -159,7 +157,8 @@ def _open_weights(directory: Path, boxed: PyTree) -> SafetensorsSource:
     raise FileNotFoundError(f'{directory} has {DESCRIPTION}, but {_STEM}.safetensors is not there. '
                             f'{_REMEDY}')
   source = SafetensorsSource(directory, lambda name: name)
-  lines = _differences({name: stored.shape for name, stored in source.tensors.items()}, boxed)
+  there = {name: stored.shape for name, stored in source.tensors.items()}
+  lines = shape_differences(there, _shapes(boxed))
   if lines:
     raise ValueError('\n'.join([
         f'{directory} does not hold the coprocessor that its {DESCRIPTION} describes:', *lines,
@@ -184,13 +183,6 @@ def _boxed_shapes(description: Description) -> PyTree:
                         nn.unbox(boxed_shapes(description.model)))
 
 
-def _differences(there: Mapping[str, tuple[int, ...]], boxed: PyTree) -> list[str]:
-  """A line for every tensor that is missing, too many, or of another shape."""
-  expected = {path: leaf.shape
-              for path, leaf in traverse_util.flatten_dict(nn.unbox(boxed), sep='/').items()}
-
-  def show(shapes: Mapping[str, tuple[int, ...]], path: str) -> str:
-    return str(list(shapes[path])) if path in shapes else '(nothing)'
-
-  return [f'  {path}: {show(there, path)} there, {show(expected, path)} expected'
-          for path in sorted(there.keys() | expected) if there.get(path) != expected.get(path)]
+def _shapes(boxed: PyTree) -> dict[str, tuple[int, ...]]:
+  return {path: leaf.shape
+          for path, leaf in traverse_util.flatten_dict(nn.unbox(boxed), sep='/').items()}

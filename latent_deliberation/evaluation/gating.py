@@ -6,6 +6,7 @@ negative log-likelihood of the tokens ahead, measured at all places and counted 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
+from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.evaluation.perplexity import arm_states
 from latent_deliberation.evaluation.report import BASELINE
@@ -61,28 +63,25 @@ def measure_places(deliberator: Deliberator, params: Params, decoder_params: Par
       plain, own = (ahead_nll(states[arm], traces, decoder_params, cap, loss_chunk)
                     for arm in (BASELINE, 'own'))
       hidden = states[BASELINE][:, :, 0]  # at the anchor
-      entropy = jax.lax.map(  # a trace at a time: all logits at once would be too many
-          lambda states: _entropy(deliberator, decoder_params, states), jnp.swapaxes(hidden, 0, 1))
+      predict = functools.partial(
+          deliberator.decoder.apply, {'params': decoder_params}, method='logits')
+      # A trace at a time: all logits at once would be too many.
+      uncertainty = jax.lax.map(lambda states: entropy(predict(states)),
+                                jnp.swapaxes(hidden, 0, 1))
     gain = jnp.sum((plain - own) * traces.ahead_valid, axis=-1)
-    return hidden.astype(jnp.float32), jnp.swapaxes(entropy, 0, 1), gain, traces.valid
+    return hidden.astype(jnp.float32), jnp.swapaxes(uncertainty, 0, 1), gain, traces.valid
 
   compiled = jax.jit(measure, out_shardings=NamedSharding(mesh, PartitionSpec()))
   found, row = [], 0
   for index, batch in enumerate(batches):
     with jax.set_mesh(mesh):
-      hidden, entropy, gain, valid = jax.device_get(
+      hidden, uncertainty, gain, valid = jax.device_get(
           compiled(params, decoder_params, batch, jnp.asarray(index)))
     text = np.broadcast_to(labels[row:row + len(valid), None], valid.shape)
-    found.append((hidden[valid], entropy[valid].astype(np.float64),
+    found.append((hidden[valid], uncertainty[valid].astype(np.float64),
                   gain[valid].astype(np.float64), text[valid]))
     row += len(valid)
   return Places(*map(np.concatenate, zip(*found, strict=True)))
-
-
-def _entropy(deliberator: Deliberator, decoder_params: Params, hidden: Array) -> Array:
-  logits = deliberator.decoder.apply({'params': decoder_params}, hidden, method='logits')
-  log_p = jax.nn.log_softmax(logits, axis=-1)
-  return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ from flax import struct
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.placement import place
 from latent_deliberation.inference import stack
 from latent_deliberation.inference.cache import CachePlan, SlotCache, SlotIndex
-from latent_deliberation.inference.sampling import entropy
 from latent_deliberation.model.cache import KeysValues
 from latent_deliberation.model.decoder import Decoder
 

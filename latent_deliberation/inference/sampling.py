@@ -66,10 +66,3 @@ def sample(keys: Array, logits: Float[Array, 'B V'],
     tokens = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-@typed
-def entropy(logits: Float[Array, 'B V']) -> Float[Array, 'B']:
-  """Of the next token, nats."""
-  log_p = jax.nn.log_softmax(logits, axis=-1)
-  return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

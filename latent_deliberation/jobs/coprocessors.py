@@ -13,6 +13,20 @@ from latent_deliberation.sharding import shardings_of
 PACKAGE = 'coprocessor'  # in the work directory of a run
 
 
+def locate_package(directory: Path) -> Path:
+  """The package that `directory` is, or that the run in it wrote.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  for place in (directory, directory / PACKAGE):
+    if (place / package.DESCRIPTION).is_file():
+      return place
+  raise FileNotFoundError(
+      f'{directory} holds no trained coprocessor: name a directory in which launch/train.py has '
+      f'ended (where it was stopped, the same command goes on), or the {PACKAGE}/ that it wrote')
+
+
 def find_coprocessor(experiment: Experiment, directory: Path, vocabulary: str) -> Path:
   """The package that `directory` is, or that the run in it wrote; its weights are not read.
 
@@ -23,12 +37,7 @@ def find_coprocessor(experiment: Experiment, directory: Path, vocabulary: str) -
     FileNotFoundError: there is none.
     ValueError: it is of another config or vocabulary, or damaged.
   """
-  found = next((place for place in (directory, directory / PACKAGE)
-                if (place / package.DESCRIPTION).is_file()), None)
-  if found is None:
-    raise FileNotFoundError(
-        f'{directory} holds no trained coprocessor: name a directory in which launch/train.py has '
-        f'ended (where it was stopped, the same command goes on), or the {PACKAGE}/ that it wrote')
+  found = locate_package(directory)
   description = package.describe(found)
   _check_config(experiment, description, found)
   if description.vocabulary != vocabulary:

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
+from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.deliberation import package
 from latent_deliberation.inference import tokenizer as tokenizers
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.tokenizer import Tokenizer
-from latent_deliberation.jobs.coprocessors import PACKAGE
+from latent_deliberation.jobs.coprocessors import locate_package
 from latent_deliberation.jobs.gates import FittedGate
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 
 NONE = 'none'  # in the place of a coprocessor
-_VOCABULARY = 'vocabulary.model'  # of prepared data
 
 
 def open_generator(decoder: Path, coprocessor: str = '', vocabulary: str = '',
@@ -35,9 +35,7 @@ def open_generator(decoder: Path, coprocessor: str = '', vocabulary: str = '',
   tokenizer = open_tokenizer(checkpoint, vocabulary)
   trained = None
   if coprocessor not in ('', NONE):
-    place = Path(coprocessor)
-    if not (place / package.DESCRIPTION).is_file():
-      place = place / PACKAGE
+    place = locate_package(Path(coprocessor))
     trained = package.describe(place)
     if trained.model != checkpoint.config:
       raise ValueError(f'the coprocessor in {place} is for a decoder with {trained.model}, the one '
@@ -72,7 +70,7 @@ def open_tokenizer(checkpoint: weights.Checkpoint, vocabulary: str = '') -> Toke
     vocabulary = tokenizers.BYTES
   if not vocabulary:
     directory = checkpoint.directory.absolute()
-    places = [place / _VOCABULARY for place in (directory, *directory.parents[:2])]
+    places = [place / VOCABULARY_FILE for place in (directory, *directory.parents[:2])]
     found = checkpoint.tokenizer or next((path for path in places if path.is_file()), None)
     if found is None:
       raise FileNotFoundError(f'no vocabulary beside the decoder in {directory}: give --vocabulary='

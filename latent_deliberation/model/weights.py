@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import logging
-from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
@@ -34,7 +33,9 @@ from latent_deliberation.model.checkpoints.source import (
   READABLE,
   Source,
   check_tensors,
+  on_first_device,
   refuse_pickles,
+  shape_differences,
 )
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import boxed_shapes
@@ -99,11 +100,7 @@ class Checkpoint:
       raise ValueError(f'dtype {dtype!r}: weights are kept in one of {READABLE}')
     self.check()
     boxed = boxed_shapes(self.config)
-    if shardings is None:
-      device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-      placed = jax.tree.map(lambda _: device, nn.unbox(boxed))
-    else:
-      placed = shardings(boxed)
+    placed = (shardings or on_first_device)(boxed)
     flat = traverse_util.flatten_dict(
         self._read(traverse_util.flatten_dict(placed, sep='/')), sep='/')
     for path, leaf in flat.items():
@@ -220,9 +217,7 @@ def save(directory: str | Path, config: TransformerConfig, params: Params, vocab
   if format not in FORMATS:
     raise ValueError(f'format {format!r}: a decoder is written as one of {FORMATS}')
   given = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}
-  expected = native.shapes(config)
-  lines = [f'  {name}: {given.get(name, "missing")}, expected {expected.get(name, "none")}'
-           for name in sorted(given | expected) if given.get(name) != expected.get(name)]
+  lines = shape_differences(given, native.shapes(config))
   if lines:
     raise ValueError('\n'.join(['these parameters are not of this config:', *lines,
                                 'Give the config that they were made with.']))

@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from flax import linen as nn
+from jax.sharding import Sharding, SingleDeviceSharding
 
-from latent_deliberation.array_types import Array
+from latent_deliberation.array_types import Array, PyTree
 
 READABLE = ('float32', 'bfloat16', 'float16')
 # Weights that were pickled run code when they are read.
@@ -86,3 +88,19 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], padde
     raise ValueError('\n'.join([
         f'{source.directory} does not hold the decoder that its config describes:',
         *lines, *unreadable, remedy]))
+
+
+def shape_differences(there: Mapping[str, tuple[int, ...]],
+                      expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+  """A line for every tensor that is missing, too many, or of another shape."""
+  def show(shapes: Mapping[str, tuple[int, ...]], path: str) -> str:
+    return str(list(shapes[path])) if path in shapes else '(nothing)'
+
+  return [f'  {path}: {show(there, path)} there, {show(expected, path)} expected'
+          for path in sorted(there.keys() | expected) if there.get(path) != expected.get(path)]
+
+
+def on_first_device(boxed: PyTree) -> PyTree:
+  """Shardings of boxed shapes where nothing else is asked for."""
+  device = SingleDeviceSharding(jax.local_devices()[0])
+  return jax.tree.map(lambda _: device, nn.unbox(boxed))
