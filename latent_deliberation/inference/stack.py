@@ -1,8 +1,8 @@
 """The blocks of the model, one after the other, each with a cache of its own size.
 
 Training scans over stacked layers; here every layer is called by itself, with weights that were
-unstacked and turned once, so that a decode step reads each weight once, as fast as it can be read,
-and copies none.
+unstacked once (and turned, where they are large), so that a decode step reads each weight once, as
+fast as it can be read, and copies none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,16 @@ from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.layers import LowRank, RMSNorm
 from latent_deliberation.model.transformer import Block, layer_traits
 
+CACHED_BYTES = 2**21  # a weight of fewer stays in a core's own cache, and turning it gains nothing
+
 
 @struct.dataclass
 class Layers:
   """Weights of a transformer, unstacked.
 
   Attributes:
-    blocks: variables of each of the L blocks: 'params', with projections turned, and 'lora' where
-      there are adapters.
+    blocks: variables of each of the L blocks: 'params', with large projections turned, and 'lora'
+      where there are adapters.
     final_norm: parameters of the norm behind them.
   """
   blocks: tuple[Params, ...]
@@ -35,7 +37,7 @@ class Layers:
 
 
 def unstack(transformer: Params) -> Layers:
-  """The layers of a scanned transformer's parameters, with projections turned: see `Projection`."""
+  """The layers of a scanned transformer's parameters; see `Projection` for what is turned."""
   blocks = tuple({'params': _turn(layer)} for layer in _slices(transformer['blocks']))
   return Layers(blocks, transformer['final_norm'])
 
@@ -58,7 +60,7 @@ def _turn(params: Params, inputs: int = 1) -> Params:
     if isinstance(child, Mapping):
       # Only the projection out of the heads has two input axes.
       turned[name] = _turn(child, inputs=2 if name == 'out' else 1)
-    elif name == 'w':
+    elif name == 'w' and child.nbytes >= CACHED_BYTES:
       turned['turned'] = jnp.moveaxis(child, range(inputs), range(-inputs, 0))
     else:
       turned[name] = child
