@@ -12,7 +12,7 @@ from pathlib import Path
 
 from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.generate import Decoding
-from latent_deliberation.inference.policy import NEVER, Policy
+from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.sampling import Sampling
 from latent_deliberation.jobs import command_line, gates, generate, generators
 
@@ -30,7 +30,7 @@ _TOP_K = command_line.define_number('top_k', 0, 'Likeliest tokens to keep; 0 kee
 _TOP_P = command_line.define_number('top_p', 1.0, 'Mass of the likeliest tokens to keep.')
 _MIN_P = command_line.define_number('min_p', 0.0, 'Least probability over the greatest.')
 _SEED = command_line.define_number('seed', 0, 'Of the first prompt; the others count on.')
-_AT = command_line.define_numbers('at', [0], 'Decoded tokens after which to deliberate.')
+_AT = command_line.define_numbers('at', [], 'Tokens after which to deliberate; 0 without a gate.')
 _EVERY = command_line.define_number('every', 0, 'Deliberate after every so many tokens; 0: not.')
 _GATE = command_line.define_directory('gate', 'Written by gate.py: deliberate where it opens.', '')
 _BUDGET = command_line.define_number('budget', 0.25, 'Fraction of tokens at which it opens.')
@@ -44,16 +44,16 @@ _COMPARE = command_line.define_switch('compare', 'Print plain and augmented side
 def main() -> None:
   prompts = generate.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   gate = gates.open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value) if _GATE.value else None
-  at = () if _EVERY.value else tuple(_AT.value)
-  policy = gate.policy if gate else Policy(at, _EVERY.value or None)
+  policy = gates.combine(_AT.value, _EVERY.value, gate)
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
   has_coprocessor = _COPROCESSOR.value not in ('', generators.NONE)
   how = Decoding(_MAX_TOKENS.value, sampling, policy=policy if has_coprocessor else NEVER,
                  arrival=Arrival(None if _BACKGROUND.value else 0))
+  request = generate.Request(how, tuple(_STOP.value), _SEED.value, _JSON.value, _STREAM.value,
+                             _COMPARE.value)
   generator, tokenizer = generators.open_generator(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)
-  writer = generate.Writer(generator, tokenizer, how, tuple(_STOP.value), _SEED.value)
-  generate.answer(writer, prompts, _JSON.value, _STREAM.value, _COMPARE.value)
+  generate.answer(generate.Writer(generator, tokenizer, request), prompts)
 
 
 if __name__ == '__main__':

@@ -95,6 +95,13 @@ class LearnedGate:
     return hidden.astype(np.float64) @ self.weight + self.bias
 
 
+def check_texts(texts: np.ndarray) -> None:
+  """Raises ValueError where a gate cannot be fitted on so few texts, int [n], each once."""
+  if len(texts) < 5:
+    raise ValueError(f'{len(texts)} texts: a gate is fitted on 5 at least, a fifth of them held '
+                     'out, and compared on as many others: evaluate on more (evaluation.num_texts)')
+
+
 def fit_gate(places: Places, seed: int = 0) -> LearnedGate:
   """Ridge regression of the gain; its strength is chosen on a fifth of the texts, held out.
 
@@ -102,9 +109,7 @@ def fit_gate(places: Places, seed: int = 0) -> LearnedGate:
     ValueError: there are fewer than five texts.
   """
   texts = np.unique(places.text)
-  if len(texts) < 5:
-    raise ValueError(f'{len(texts)} texts: a gate is fitted on 5 at least, a fifth of them held '
-                     'out: evaluate on more (evaluation.num_texts)')
+  check_texts(texts)
   held_out = np.isin(places.text, np.random.default_rng(seed).permutation(texts)[:len(texts) // 5])
   kept, rest = places.where(~held_out), places.where(held_out)
 

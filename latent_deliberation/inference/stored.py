@@ -38,6 +38,7 @@ def save(directory: Path, generator: Generator, state: State,
                  **_layout(generator)}
   with whole_directory(Path(directory)) as partial:
     save_file(arrays, partial / _ARRAYS)
+    (partial / _ARRAYS).chmod(0o644)  # safetensors lets the owner alone read it
     (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
 
 

@@ -83,14 +83,20 @@ def open_tokenizer(vocabulary: str | Path) -> Tokenizer:
   return ByteTokenizer() if vocabulary == BYTES else SentencePieceTokenizer(Path(vocabulary))
 
 
+def check_stops(strings: Sequence[str]) -> None:
+  """Raises ValueError where a string that is to end a text is empty."""
+  if '' in strings:
+    raise ValueError(f'stop strings {list(strings)}: an empty one would end every text at once; '
+                     'leave it out')
+
+
 def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], bool]:
   """Whether decoded tokens have just completed one of some strings: `Decoding.stop`.
 
   Raises:
     ValueError: a string is empty.
   """
-  if '' in strings:
-    raise ValueError(f'stop strings {list(strings)}: an empty one would end every text at once')
+  check_stops(strings)
   # A token may begin before the string that it completes; a character is 4 tokens (bytes) at most.
   reach = 4 * max(map(len, strings), default=0) + 4
 

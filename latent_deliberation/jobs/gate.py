@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from latent_deliberation.evaluation import gating, plots
 from latent_deliberation.evaluation.report import git_commit
 from latent_deliberation.files import whole_directory
 from latent_deliberation.jobs.coprocessors import find_coprocessor, load_coprocessor
+from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.evaluate import placed, scored_batches
 from latent_deliberation.jobs.experiment import Experiment
+from latent_deliberation.jobs.fit import check_divides
 from latent_deliberation.jobs.gates import RESULT, WEIGHTS
 from latent_deliberation.jobs.models import build_deliberator, load_frozen, open_frozen
 from latent_deliberation.jobs.prepared import check_vocabulary, open_rows, validation_texts
@@ -34,25 +36,34 @@ def fit_gate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
     output: for gate.json, gate.safetensors and gate.png; must not exist yet.
 
   Returns: the content of gate.json.
+
+  Raises:
+    FileExistsError: there is something at `output`.
+    OSError: it cannot be written.
+    ValueError: the held-out texts are too few, or see `evaluate`.
   """
   if output.exists():
     raise FileExistsError(f'{output} exists already and is not written over: give another')
+  make_writable(output.absolute().parent)
   mesh = make_mesh(experiment.mesh)
+  check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
   checkpoint = open_frozen(experiment, decoder)
   rows = open_rows(experiment, data, 'validation')
   check_vocabulary(rows, checkpoint)
   found = find_coprocessor(experiment, coprocessor, rows.manifest.recipe.vocabulary_hash)
   held_out = scored_batches(experiment, data)
+  texts = validation_texts(experiment, data, len(held_out))
+  fitted_on = np.unique(texts)[::2]
+  gating.check_texts(fitted_on)
   frozen, digest = load_frozen(experiment, checkpoint, mesh)
   params = load_coprocessor(experiment, found, digest, mesh)
   deliberator = build_deliberator(experiment).with_traces(
       experiment.evaluation.num_traces, experiment.deliberation.num_ahead)
   places = gating.measure_places(
       deliberator, params, frozen, placed(experiment, held_out, ('frozen', 'own'), mesh),
-      validation_texts(experiment, data, len(held_out)),
-      loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
+      texts, loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
       rules=experiment.rules)
-  first = np.isin(places.text, np.unique(places.text)[::2])
+  first = np.isin(places.text, fitted_on)
   fitted, others = gating.fit_gate(places.where(first)), places.where(~first)
   curves = gating.compare_gates(fitted, others, FRACTIONS,
                                 experiment.evaluation.bootstrap_samples)
@@ -66,7 +77,7 @@ def fit_gate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   with whole_directory(output) as partial:
     if jax.process_index() == 0:
       plots.plot_gates(curves, partial / PICTURE)
-      save_file({'weight': fitted.weight.astype(np.float32),
-                 'bias': np.array([fitted.bias], np.float32)}, partial / WEIGHTS)
+      (partial / WEIGHTS).write_bytes(save({'weight': fitted.weight.astype(np.float32),
+                                            'bias': np.array([fitted.bias], np.float32)}))
       (partial / RESULT).write_text(json.dumps(result, indent=2) + '\n')
   return result

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from latent_deliberation.inference.policy import Gate, Policy
+from latent_deliberation.inference.policy import NEVER, Gate, Policy
 
 RESULT, WEIGHTS = 'gate.json', 'gate.safetensors'
 SCORES = ('learned', 'entropy')  # curves of gate.json that can be decoded with
@@ -68,3 +69,12 @@ def open_gate(directory: Path, score: str, budget: float) -> FittedGate:
   threshold = float(np.interp(budget, fractions, thresholds))
   return FittedGate(directory, decoder,
                     Policy(threshold=threshold, gate=gate if score == 'learned' else None))
+
+
+def combine(at: Sequence[int], every: int, gate: FittedGate | None) -> Policy:
+  """Deliberates at places, after every so many tokens (0: not), and where a gate opens.
+
+  Where nothing else is asked for: once, at the end of the prompt.
+  """
+  at = tuple(at or (() if gate else (0,)))
+  return dataclasses.replace(gate.policy if gate else NEVER, at=at, every=every or None)

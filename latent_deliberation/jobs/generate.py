@@ -20,27 +20,54 @@ _COLUMN = 46
 
 
 @dataclasses.dataclass(frozen=True)
+class Request:
+  """What is asked for; all that can be wrong with it is, before a decoder is loaded.
+
+  Attributes:
+    how: what to do; its `stop` and `eos` are set from what follows and from the tokenizer.
+    stop: strings that end a text and are not part of it.
+    seed: of the first prompt; the others count on.
+    as_json: print a line of JSON for each prompt.
+    streamed: print text as it comes.
+    compared: write plainly, and with latents beside it.
+  """
+  how: Decoding
+  stop: tuple[str, ...] = ()
+  seed: int = 0
+  as_json: bool = False
+  streamed: bool = False
+  compared: bool = False
+
+  def __post_init__(self):
+    tokenizers.check_stops(self.stop)
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f'seed = {self.seed}: give one between 0 and 2**32 - 1')
+    if self.streamed and (self.as_json or self.compared):
+      raise ValueError('--stream prints text as it comes, --json and --compare print it when it is '
+                       'there: choose one of them')
+    if self.compared and self.how.policy == NEVER:
+      raise ValueError('--compare shows text with latents beside plain text, and none are asked '
+                       'for: give a --coprocessor, or leave --compare out')
+
+
+@dataclasses.dataclass(frozen=True)
 class Writer:
   """What turns prompts into text.
 
   Attributes:
     generator: the decoder, with a coprocessor or without.
     tokenizer: of the decoder.
-    how: what to do; its `stop` and `eos` are set from what follows and from the tokenizer.
-    stop: strings that end a text and are not part of it.
-    seed: of the first prompt; the others count on.
+    request: what is asked for.
   """
   generator: Generator
   tokenizer: Tokenizer
-  how: Decoding
-  stop: tuple[str, ...] = ()
-  seed: int = 0
+  request: Request
 
   def write(self, prompts: Sequence[str], how: Decoding | None = None) -> list[dict[str, Any]]:
     """For each prompt: its text, tokens, log-probabilities, and how it ended."""
     ids = [self.tokenizer.encode(prompt) for prompt in prompts]
-    seeds = range(self.seed, self.seed + len(ids))
-    completions = generate(self.generator, ids, self._complete(how or self.how), seeds)
+    completions = generate(self.generator, ids, self._complete(how or self.request.how),
+                           self._seeds(len(ids)))
     return [{'prompt': prompt, 'text': self._text(completion), **dataclasses.asdict(completion)}
             for prompt, completion in zip(prompts, completions, strict=True)]
 
@@ -48,29 +75,33 @@ class Writer:
     """The text behind one prompt in pieces, as it is decoded."""
     said = ''
     for completion, in stream(self.generator, [self.tokenizer.encode(prompt)],
-                              self._complete(self.how), [self.seed]):
+                              self._complete(self.request.how), self._seeds(1)):
       text = self._text(completion)
       if not completion.ended:
         # What may yet become another character, or the beginning of a stop string, is held back.
         text = text.rstrip('\ufffd')
-        text = text[:len(text) - max(map(len, self.stop), default=1) + 1]
+        text = text[:max(0, len(text) - max(map(len, self.request.stop), default=1) + 1)]
       yield text[len(said):]
       said = max(said, text, key=len)
 
   def compare(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
     """For each prompt, what is written plainly and what with latents."""
-    plain = self.write(prompts, dataclasses.replace(self.how, policy=NEVER))
+    plain = self.write(prompts, dataclasses.replace(self.request.how, policy=NEVER))
     augmented = self.write(prompts)
     return [{'prompt': prompt, 'plain': one, 'augmented': other}
             for prompt, one, other in zip(prompts, plain, augmented, strict=True)]
 
   def _complete(self, how: Decoding) -> Decoding:
-    stop = tokenizers.stop_at(self.tokenizer, self.stop) if self.stop else None
+    strings = self.request.stop
+    stop = tokenizers.stop_at(self.tokenizer, strings) if strings else None
     return dataclasses.replace(how, eos=self.tokenizer.eos, stop=stop)
+
+  def _seeds(self, count: int) -> list[int]:
+    return [(self.request.seed + number) % 2**32 for number in range(count)]
 
   def _text(self, completion: Completion) -> str:
     text = self.tokenizer.decode(completion.tokens)
-    ends = [text.find(string) for string in self.stop if string in text]
+    ends = [text.find(string) for string in self.request.stop if string in text]
     return text[:min(ends)] if completion.ended == 'stop' and ends else text
 
 
@@ -79,61 +110,84 @@ def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: a line of .jsonl has no prompt, or a prompt is empty.
+    ValueError: the file has no prompt, a line of .jsonl has none, or one is empty or no Unicode.
   """
-  prompts = list(prompts)
-  if file:
-    path = Path(file)
-    if not path.is_file():
-      raise FileNotFoundError(f'no file {path}: give one with a prompt a line')
-    lines = path.read_text().splitlines()
-    if path.suffix == '.jsonl':
-      try:
-        lines = [json.loads(line)['prompt'] for line in lines]
-      except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: every line must be an object with a "prompt" '
-                         f'({type(error).__name__}: {error})') from error
-    prompts += lines
+  prompts = [*prompts, *(_read_lines(Path(file)) if file else ())]
   for number, prompt in enumerate(prompts):
     if not prompt:
       raise ValueError(f'prompt {number} is empty: write something, or leave the line out')
+    _check_unicode(prompt, f'prompt {number}')
   return prompts
 
 
-def answer(writer: Writer, prompts: Sequence[str], as_json: bool = False, streamed: bool = False,
-           compared: bool = False) -> None:
+def _read_lines(path: Path) -> list[str]:
+  if not path.is_file():
+    raise FileNotFoundError(f'no file {path}: give one with a prompt a line')
+  try:
+    text = path.read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is not UTF-8 ({error}): convert it') from error
+  # Not splitlines, which takes some characters inside of a text for ends of lines.
+  lines = text.removesuffix('\n').split('\n') if text else []
+  if not lines:
+    raise ValueError(f'{path} is empty: write a prompt a line, or leave --prompts_file out')
+  if path.suffix == '.jsonl':
+    lines = [_read_object(line, f'{path}, line {number}') for number, line in enumerate(lines, 1)]
+  return lines
+
+
+def _read_object(line: str, name: str) -> str:
+  try:
+    prompt = json.loads(line)['prompt']
+    if not isinstance(prompt, str):
+      raise TypeError(f'it is {prompt!r}')
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{name}: every line must be an object with a text as "prompt" '
+                     f'({type(error).__name__}: {error})') from error
+  return prompt
+
+
+def _check_unicode(text: str, name: str) -> None:
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f'{name} is {text!r}, which is no Unicode ({error.reason}): give UTF-8'
+                     ) from error
+
+
+def answer(writer: Writer, prompts: Sequence[str]) -> None:
   """Prints what is written behind prompts; without any, asks for one after the other.
 
   Raises:
-    ValueError: two ways of printing are asked for at once, or a prompt is bad.
+    ValueError: a prompt is bad; where they are asked for, this is said of each and does not end it.
   """
-  if streamed and (as_json or compared):
-    raise ValueError('--stream prints text as it comes, --json and --compare print it when it is '
-                     'there: choose one of them')
+  request = writer.request
+
   def show(batch: Sequence[str]) -> None:
-    if streamed:
+    if request.streamed:
       for prompt in batch:
         print(prompt, end='', flush=True)
         for piece in writer.write_slowly(prompt):
           print(piece, end='', flush=True)
         print()
       return
-    for result in writer.compare(batch) if compared else writer.write(batch):
-      if as_json:
+    for result in writer.compare(batch) if request.compared else writer.write(batch):
+      if request.as_json:
         print(json.dumps(result, ensure_ascii=False))
       else:
-        print(_side_by_side(result) if compared else result['prompt'] + result['text'])
+        print(_side_by_side(result) if request.compared else result['prompt'] + result['text'])
 
-  if writer.how.arrival.delay is None and writer.how.policy != NEVER:
+  if request.how.arrival.delay is None and request.how.policy != NEVER:
     logging.info('compiling the coprocessor')  # else latents would come too late for short texts
-    writer.generator.warm_up(1 if streamed or not prompts else len(prompts))
+    writer.generator.warm_up(1 if request.streamed or not prompts else len(prompts))
   if prompts:
     show(prompts)
   for prompt in () if prompts else _ask():
     try:
+      _check_unicode(prompt, 'the prompt')
       show([prompt])
     except ValueError as error:  # of this prompt; the next may be better
-      print(f'{error}')
+      print(error, file=sys.stderr)
   if writer.generator.counts.begun:
     logging.info('latents: %s', writer.generator.counts)
 

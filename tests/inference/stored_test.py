@@ -77,6 +77,10 @@ def test_slots_that_were_not_reached_take_no_room(saved, decoder_params, tmp_pat
   assert sizes[0] == sizes[1]
 
 
+def test_a_cache_can_be_read_by_others_than_who_wrote_it(saved):
+  assert (saved[0] / 'cache.safetensors').stat().st_mode & 0o777 == 0o644
+
+
 def test_a_cache_of_another_decoder_is_refused(saved, generator, decoder_params):
   directory, *_ = saved
   changed = jax.tree.map(np.array, decoder_params)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from latent_deliberation.evaluation import gating
 from latent_deliberation.inference.generate import Decoding, generate
-from latent_deliberation.inference.policy import Policy
+from latent_deliberation.inference.policy import ONCE, Policy
 from latent_deliberation.jobs.gate import fit_gate
-from latent_deliberation.jobs.gates import open_gate
+from latent_deliberation.jobs.gates import combine, open_gate
 from latent_deliberation.jobs.generators import open_generator
 from tests import finished
 
@@ -56,6 +57,7 @@ def test_a_gate_that_was_fitted_opens_where_it_should(quickstart, tmp_path):
   decoder, coprocessor = quickstart / 'pretraining/decoder', quickstart / 'coprocessor'
   fit_gate(finished.experiment(evaluation__num_texts=16), decoder=decoder, coprocessor=coprocessor,
            data=quickstart, output=tmp_path / 'gate')
+  assert len({path.stat().st_mode for path in (tmp_path / 'gate').iterdir()}) == 1
   fitted = open_gate(tmp_path / 'gate', 'learned', 0.5)
   generator, tokenizer = open_generator(decoder, str(coprocessor), length=64, gate=fitted)
   prompts = [tokenizer.encode(f'Document {number}: the') for number in range(8)]
@@ -64,6 +66,29 @@ def test_a_gate_that_was_fitted_opens_where_it_should(quickstart, tmp_path):
   completions = generate(generator, prompts, Decoding(1, policy=policy))
   opened = [completion.latents_at == [0] for completion in completions]
   assert opened == list(scores > policy.threshold) and sum(opened) == 4
+
+
+@pytest.mark.usefixtures('one_device')
+def test_nothing_is_scored_where_the_texts_are_too_few_or_the_result_has_no_place(
+    quickstart, tmp_path, monkeypatch):
+  monkeypatch.setattr(gating, 'measure_places', lambda *unused, **more: pytest.fail('scoring began'))
+  (tmp_path / 'file').touch()
+  for num_texts, output, error, message in (
+      (8, 'gate', ValueError, '4 texts: a gate is fitted on 5 at least'),
+      (16, 'file', FileExistsError, 'exists already'),
+      (16, 'file/gate', OSError, 'cannot be written to')):
+    with pytest.raises(error, match=message):
+      fit_gate(finished.experiment(evaluation__num_texts=num_texts),
+               decoder=quickstart / 'pretraining/decoder', coprocessor=quickstart / 'coprocessor',
+               data=quickstart, output=tmp_path / output)
+
+
+@pytest.mark.parametrize('at, every, gated, expected', [
+    ([], 0, False, ONCE), ([3], 0, False, Policy(at=(3,))), ([], 4, False, Policy((0,), 4)),
+    ([3], 4, False, Policy((3,), 4)), ([], 0, True, Policy(threshold=2.0)),
+    ([0], 0, True, Policy((0,), threshold=2.0)), ([], 4, True, Policy((), 4, threshold=2.0))])
+def test_places_and_a_gate_are_asked_for_together(directory, at, every, gated, expected):
+  assert combine(at, every, open_gate(directory, 'entropy', 0.75) if gated else None) == expected
 
 
 @pytest.mark.parametrize('name', ['gate.json', 'gate.safetensors'])
