@@ -70,10 +70,22 @@ class Attempt:
     self._timeout = timeout
     self._result: Augmentation | None = None
     self._error: BaseException | None = None
+    # Not Thread.join, which forgets a thread that still computes when Ctrl-C interrupts it.
+    self._ended = threading.Event()
     # A daemon: a coprocessor that hangs must not keep the process from ending.
-    self._thread = threading.Thread(target=self._run, args=(augment, state), daemon=True)
+    thread = threading.Thread(target=self._work, args=(augment, state), daemon=True)
     _attempts.add(self)
-    self._thread.start()
+    try:
+      thread.start()
+    except RuntimeError as error:  # there are too many threads
+      self._error = error
+      self._ended.set()
+
+  def _work(self, augment: Callable[[State], Augmentation], state: State) -> None:
+    try:
+      self._run(augment, state)
+    finally:
+      self._ended.set()
 
   def _run(self, augment: Callable[[State], Augmentation], state: State) -> None:
     try:
@@ -83,11 +95,11 @@ class Attempt:
 
   def is_ready(self) -> bool:
     """Whether `result` will not wait."""
-    return not self._thread.is_alive() or time.monotonic() >= self._deadline
+    return self._ended.is_set() or time.monotonic() >= self._deadline
 
   def wait(self) -> None:
     """Waits until it has ended or its time is over."""
-    self._thread.join(max(0.0, self._deadline - time.monotonic()))
+    self._ended.wait(max(0.0, self._deadline - time.monotonic()))
 
   def result(self) -> Augmentation:
     """The latents.
@@ -100,6 +112,6 @@ class Attempt:
       return self._result
     if self._error is not None:
       raise RuntimeError(f'it raised {type(self._error).__name__}: {self._error}') from self._error
-    if not self._thread.is_alive():
+    if self._ended.is_set():
       raise RuntimeError('its thread ended without a result')
     raise RuntimeError(f'it took longer than {self._timeout:g} s')

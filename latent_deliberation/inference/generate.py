@@ -156,21 +156,29 @@ class _Session:
     self.asked = self.active & (everywhere | self.opened)
     if not self.asked.any():
       return
-    plain = self.state
+    self.generator.counts.begun += 1
+    try:
+      self._part()
+    except RuntimeError as error:  # as where there is no memory for another cache
+      self._fail(f'there is no plain cache to make them from: {error}')
+      self._settle()
+      return
+    if self.how.arrival.delay == 0:
+      self._begin()
+
+  def _part(self) -> None:
+    """Parts the plain state, which latents are made from, from the state that is decoded from."""
+    plain, state, again = self.state, self.state, self.attached & self.asked
     if self.attached.any():
       since = [completion.tokens[self.base_count:] for completion in self.completions]
       since += [[]] * (len(self.active) - len(since))
       plain = self.generator.choose(
-          self.attached, self.generator.read_on(self.base, since), self.state)
-      again = self.attached & self.asked
-      self.state = self.generator.choose(again, plain, self.state)
-      self.attached = self.attached & ~again
+          self.attached, self.generator.read_on(self.base, since), state)
+      state = self.generator.choose(again, plain, state)
+    elif self.how.arrival.delay != 0:
+      state = copied(plain)
+    self.state, self.attached = state, self.attached & ~again
     self.base, self.base_count = plain, self.count
-    self.generator.counts.begun += 1
-    if self.how.arrival.delay == 0:
-      self._begin()
-    elif self.state is plain:
-      self.state = copied(plain)
 
   def _begin(self) -> None:
     self.attempt = Attempt(self.generator.augment, self.base, self.how.arrival.timeout)
@@ -185,19 +193,23 @@ class _Session:
     """Attaches the latents that were awaited, or goes on without."""
     try:
       augmentation = self.attempt.result()
+      rows = self.asked & self.active & np.asarray(augmentation.finite)
+      if rows.any():
+        self.state = self.generator.attach(self.state, augmentation, rows)
     except RuntimeError as error:
       self._fail(f'the coprocessor failed: {error}')
     else:
-      rows = self.asked & self.active & np.asarray(augmentation.finite)
       if (self.asked & self.active & ~rows).any():
         self._fail('some are not finite')
       else:
         self.generator.counts.joined += 1
-      if rows.any():
-        self.state = self.generator.attach(self.state, augmentation, rows)
-        self.attached = self.attached | rows
-        for completion, joins in zip(self.completions, rows, strict=False):
-          completion.latents_at += [self.count] * bool(joins)
+      self.attached = self.attached | rows
+      for completion, joins in zip(self.completions, rows, strict=False):
+        completion.latents_at += [self.count] * bool(joins)
+    self._settle()
+
+  def _settle(self) -> None:
+    """Awaits nothing more."""
     if not (self.policy.repeats and self.attached.any()):
       self.base = None
     self.gate_from[self.asked] = self.count + self.policy.apart

@@ -173,9 +173,10 @@ def answer(writer: Writer, prompts: Sequence[str]) -> None:
       return
     for result in writer.compare(batch) if request.compared else writer.write(batch):
       if request.as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False), flush=True)
       else:
-        print(_side_by_side(result) if request.compared else result['prompt'] + result['text'])
+        print(_side_by_side(result) if request.compared else result['prompt'] + result['text'],
+              flush=True)
 
   if request.how.arrival.delay is None and request.how.policy != NEVER:
     logging.info('compiling the coprocessor')  # else latents would come too late for short texts

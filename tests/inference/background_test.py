@@ -1,5 +1,7 @@
 """Whatever becomes of the coprocessor, and whenever, the decoder's own stream goes on."""
 
+import itertools
+import signal
 import threading
 import time
 
@@ -10,9 +12,10 @@ import pytest
 from absl import logging
 
 from latent_deliberation.inference import background, programs
+from latent_deliberation.inference import generate as decoding_module
 from latent_deliberation.inference.background import Arrival, Counts
 from latent_deliberation.inference.generate import Decoding, generate, stream
-from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
 from latent_deliberation.inference.sampling import Sampling
 from tests import tiny
@@ -101,6 +104,45 @@ def test_a_thread_that_ends_without_a_word_is_a_failure(generator, monkeypatch, 
   monkeypatch.setattr(background.Attempt, '_run', lambda *unused: None)
   assert_same(generate(generator, PROMPTS, decoding(delay=0)), plain)
   assert 'its thread ended without a result' in warnings[0]
+
+
+@pytest.mark.parametrize('place, delay', [
+    *itertools.product(['threading.Thread.start', 'attach'], [0, 3, None]),
+    ('copied', 3), ('copied', None)])
+def test_where_there_is_no_room_for_a_thread_or_a_cache_the_plain_stream_goes_on(
+    generator, monkeypatch, warnings, place, delay):
+  plain = generate(generator, PROMPTS, decoding(NEVER, max_tokens=28))
+  state = generator.read(PROMPTS)
+
+  def fail(*unused):
+    raise RuntimeError('RESOURCE_EXHAUSTED')
+
+  if place == 'copied':
+    # The first copy is of the state that is given, which the plain decoder makes too.
+    monkeypatch.setattr(decoding_module, 'copied', lambda state: (
+        monkeypatch.setattr(decoding_module, 'copied', fail), copied(state))[1])
+  elif place == 'attach':
+    monkeypatch.setattr(generator, 'attach', fail)
+  else:
+    monkeypatch.setattr(place, fail)
+  found = generate(generator, state, decoding(
+      Policy(at=(0,), threshold=0.0), max_tokens=28, delay=delay))
+  assert_same(found, plain)
+  assert generator.counts.joined == 0 and 'RESOURCE_EXHAUSTED' in warnings[0]
+  assert generator.counts.begun == generator.counts.failed + generator.counts.late >= 1
+
+
+def test_an_interruption_of_waiting_does_not_forget_a_thread_that_computes():
+  gate = threading.Event()
+  attempt = background.Attempt(lambda state: gate.wait(60) and state, np.float32(7), 60)
+  interrupt = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+  interrupt.start()
+  with pytest.raises(KeyboardInterrupt):
+    attempt.wait()
+  interrupt.join()
+  assert not attempt.is_ready()
+  gate.set()
+  assert attempt.result() == 7
 
 
 def test_one_text_whose_latents_are_not_finite_stays_plain_alone(generator, monkeypatch, warnings):

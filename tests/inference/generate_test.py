@@ -8,6 +8,7 @@ import pytest
 
 from latent_deliberation.deliberation.config import LATENTS, TRAINABLES
 from latent_deliberation.inference import decode, programs
+from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.generate import Decoding, generate, stream
 from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.policy import ONCE, Gate, Policy
@@ -173,6 +174,19 @@ def test_latents_that_were_given_up_leave_no_bit_behind(refining):
   assert_same(generate(refining, base, Decoding(20, NUCLEUS, policy=ONCE)), with_latents)
   assert never[0].log_probabilities != with_latents[0].log_probabilities
   jax.tree.map(np.testing.assert_array_equal, base, before)
+
+
+@pytest.mark.parametrize('delay', [0, 2])
+def test_a_stream_that_was_given_up_at_any_moment_leaves_no_bit_behind(refining, delay):
+  base = refining.read(PROMPTS)
+  never = generate(refining, base, Decoding(8))
+  for blocks in range(1, 8):
+    following = stream(refining, base, Decoding(20, policy=Policy(every=3), arrival=Arrival(delay)))
+    for _ in range(blocks):
+      *_, last = next(following)
+    following.close()
+    assert_same(generate(refining, base, Decoding(8)), never)
+  assert len(last.latents_at) > 1
 
 
 def test_one_base_serves_several_coprocessors(decoder_params, refining):

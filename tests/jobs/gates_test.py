@@ -71,7 +71,7 @@ def test_a_gate_that_was_fitted_opens_where_it_should(quickstart, tmp_path):
 @pytest.mark.usefixtures('one_device')
 def test_nothing_is_scored_where_the_texts_are_too_few_or_the_result_has_no_place(
     quickstart, tmp_path, monkeypatch):
-  monkeypatch.setattr(gating, 'measure_places', lambda *unused, **more: pytest.fail('scoring began'))
+  monkeypatch.setattr(gating, 'measure_places', lambda *unused, **more: pytest.fail('scored'))
   (tmp_path / 'file').touch()
   for num_texts, output, error, message in (
       (8, 'gate', ValueError, '4 texts: a gate is fitted on 5 at least'),
