@@ -27,7 +27,7 @@ BELOW = {
     'evaluation': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
     'inference': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
     'jobs': ('array_types', 'batch', 'data', 'deliberation', 'evaluation', 'files', 'inference',
-             'model', 'sharding', 'training'),
+             'model', 'progress', 'sharding', 'training'),
 }
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets')
 # Modules that import those, and so may not be imported by a module that must do without.

@@ -1,25 +1,29 @@
-"""Documents as seqio data sources: local text, and prepared TFDS data sets."""
+"""Documents as seqio data sources: local text, synthetic tasks and prepared TFDS data sets."""
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.data.corpus import Corpus, open_corpus
 from latent_deliberation.data.host_tensorflow import seqio, tf
+from latent_deliberation.data.synthetic.corpus import SyntheticCorpus, open_synthetic
 
 SPLITS = ('train', 'validation')
+TOGETHER = 16  # documents; a call from TensorFlow takes longer than to read a short one
 
 
 class CorpusSource(seqio.DataSource):
-  """A corpus of local documents, with examples {text_key: string}.
+  """A corpus of local or synthetic documents, with examples {text_key: string}.
 
   Shuffles all documents anew each epoch. Shards by document, and a host reads only its own ones
   (seqio's FunctionDataSource makes every host read everything). Its iterators can be checkpointed,
   since documents are looked up by number and not drawn from a Python generator.
   """
 
-  def __init__(self, corpus: Corpus):
+  def __init__(self, corpus: Corpus | SyntheticCorpus):
     self.corpus = corpus
     super().__init__(
         splits=SPLITS, num_input_examples={split: len(corpus.numbers(split)) for split in SPLITS},
@@ -45,25 +49,29 @@ class CorpusSource(seqio.DataSource):
     dataset = tf.data.Dataset.from_tensor_slices(numbers)
     if shuffle:
       dataset = dataset.shuffle(len(numbers), seed=seed)
-    return dataset.map(self._read, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.batch(TOGETHER).map(self._read, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
 
-  def _read(self, number: tf.Tensor) -> dict[str, tf.Tensor]:
+  def _read(self, numbers: tf.Tensor) -> dict[str, tf.Tensor]:
     # Called stateless, or tf.data would refuse to checkpoint the iterator.
-    text = tf.numpy_function(lambda i: self.corpus.read(i).encode(), [number], tf.string,
-                             stateful=False)
-    return {self.corpus.text_key: tf.ensure_shape(text, ())}
+    texts = tf.numpy_function(self._read_together, [numbers], tf.string, stateful=False)
+    return {self.corpus.text_key: tf.ensure_shape(texts, (None,))}
+
+  def _read_together(self, numbers: np.ndarray) -> np.ndarray:
+    return np.array([self.corpus.read(number).encode() for number in numbers], object)
 
 
 def build_source(config: DataConfig) -> seqio.DataSource:
   """The documents of any configuration but a mixture, which brings its own.
 
   Raises:
-    FileNotFoundError, ValueError: see `open_corpus` and `_open_tfds`.
+    FileNotFoundError, ValueError: see `open_corpus`, `open_synthetic` and `_open_tfds`.
   """
   if config.source == 'mixture':
     raise ValueError(f'the mixture {config.name!r} brings its own sources: take it from its task')
   if config.source == 'tfds':
     return _open_tfds(config)
+  if config.source == 'synthetic':
+    return CorpusSource(open_synthetic(config))
   return CorpusSource(open_corpus(config))
 
 
@@ -100,8 +108,8 @@ def _open_tfds(config: DataConfig) -> seqio.TfdsDataSource:
 def source_fingerprint(source: seqio.DataSource) -> str:
   """A hash of a source's documents: of their contents for local text, else of what is known.
 
-  For TFDS that is the name and the size of every shard. Of other sources seqio knows a name, and no
-  change behind it can be seen.
+  For synthetic documents that is all that they depend on, for TFDS the name and the size of every
+  shard. Of other sources seqio knows a name, and no change behind it can be seen.
   """
   if isinstance(source, CorpusSource):
     return source.corpus.fingerprint

@@ -40,6 +40,8 @@ class DeliberationConfig:
     max_delay: ahead tokens that the decoder may have read before latents join its cache; training
       draws a delay for every trace, uniformly from 0 to this, and has its loss on tokens that are
       predicted once latents are there. The paper trains without delay (0).
+    anchor_tokens: ids behind which latents may come in training, such as the sign that ends a
+      question; empty for anywhere, as in the paper's training.
   """
   num_latents: int
   num_ahead: int
@@ -53,8 +55,10 @@ class DeliberationConfig:
   lora_rank: int = 128
   lora_alpha: float = 128.0
   max_delay: int = 0
+  anchor_tokens: tuple[int, ...] = ()
 
   def __post_init__(self):
+    object.__setattr__(self, 'anchor_tokens', tuple(self.anchor_tokens))
     for name, allowed in (('latents', LATENTS), ('positions', POSITIONS),
                           ('initialisation', INITIALISATIONS), ('trainable', TRAINABLES),
                           ('gate', GATES), ('soft_tokens', SOFT_TOKENS)):

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from latent_deliberation.array_types import Array, Float, Latents, Params, typed
@@ -52,11 +51,14 @@ class Deliberator:
     return self.second_pass(decoder_params, latents, traces, placement, cache)
 
   def prefill(self, decoder_params: Params, batch: Batch) -> tuple[Array, KVCache]:
-    """First pass: the decoder reads the trunks. Hidden states [B, T, D] and their kv-cache."""
-    hidden, cache = self.decoder.apply(
+    """First pass: the decoder reads the trunks. Hidden states [B, T, D] and their kv-cache.
+
+    Nothing that a coprocessor learns is upstream of the cache, so no gradient flows into it; it
+    does where a study trains the decoder itself.
+    """
+    return self.decoder.apply(
         {'params': decoder_params}, batch.tokens, batch.positions, batch.segments,
         method='prefill')
-    return hidden, jax.lax.stop_gradient(cache)
 
   def coprocess(self, params: Params, decoder_params: Params, placement: Placement,
                 cache: KVCache) -> Latents:

@@ -1,9 +1,11 @@
 """Cross-entropy over a large vocabulary, a slice of the targets at a time; entropy."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from latent_deliberation.array_types import Array, Float, Int, typed
+from latent_deliberation.array_types import Array, Bool, Float, Int, typed
 from latent_deliberation.model.attention import softcap
 
 
@@ -25,26 +27,50 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
     chunk: targets of a text per slice; the last slice may be shorter.
   """
 
+  def nll(logits: Array, targets: Array) -> Array:
+    return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
+
+  return _by_slices(nll, hidden, targets, unembedding, cap, chunk)
+
+
+@typed
+def likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
+              unembedding: Float[Array, 'V D'], cap: float | None,
+              chunk: int) -> Bool[Array, 'B N']:
+  """Whether no token has a higher logit than the target; arguments as for `token_nll`."""
+
+  def is_top(logits: Array, targets: Array) -> Array:
+    return _chosen(logits, targets) >= jnp.max(logits, axis=-1)
+
+  return _by_slices(is_top, hidden, targets, unembedding, cap, chunk)
+
+
+def _chosen(logits: Array, targets: Array) -> Array:
+  return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _by_slices(measure: Callable[[Array, Array], Array], hidden: Array, targets: Array,
+               unembedding: Array, cap: float | None, chunk: int) -> Array:
+  """measure(logits [B, n, V], targets [B, n]) -> [B, n], over slices of the N targets."""
+
   @jax.checkpoint
-  def slice_nll(hidden: Array, targets: Array) -> Array:
+  def of_slice(hidden: Array, targets: Array) -> Array:
     logits = jnp.einsum('BND,VD->BNV', hidden, unembedding.astype(hidden.dtype),
                         preferred_element_type=jnp.float32)
-    logits = softcap(logits, cap)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return measure(softcap(logits, cap), targets)
 
   batch, length, width = hidden.shape
   if length <= chunk:
-    return slice_nll(hidden, targets)
+    return of_slice(hidden, targets)
   whole = length // chunk * chunk
   slices = (
       jnp.moveaxis(hidden[:, :whole].reshape(batch, -1, chunk, width), 1, 0),
       jnp.moveaxis(targets[:, :whole].reshape(batch, -1, chunk), 1, 0))
-  nll = jax.lax.map(lambda pair: slice_nll(*pair), slices)
-  nll = jnp.moveaxis(nll, 0, 1).reshape(batch, whole)
+  measured = jax.lax.map(lambda pair: of_slice(*pair), slices)
+  measured = jnp.moveaxis(measured, 0, 1).reshape(batch, whole)
   if whole == length:
-    return nll
-  return jnp.concatenate([nll, slice_nll(hidden[:, whole:], targets[:, whole:])], axis=1)
+    return measured
+  return jnp.concatenate([measured, of_slice(hidden[:, whole:], targets[:, whole:])], axis=1)
 
 
 @typed

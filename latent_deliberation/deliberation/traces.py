@@ -42,7 +42,8 @@ class Traces:
 def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig) -> Traces:
   """Draws M distinct anchors from every text, uniformly among those that can hold a trace.
 
-  An anchor needs a next token in its own document and `config.first_anchor` tokens before it.
+  An anchor needs a next token in its own document and `config.first_anchor` tokens before it, and
+  is one of `config.anchor_tokens` where there are any.
   The draw depends on a text's own key alone, so neither the mesh nor gradient accumulation
   changes it.
 
@@ -53,6 +54,8 @@ def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig) -> Trac
   following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
   allowed = ((batch.segments > 0) & (following == batch.segments)
              & (batch.positions >= config.first_anchor))
+  if config.anchor_tokens:
+    allowed &= jnp.isin(batch.tokens, jnp.array(config.anchor_tokens))
   length = batch.tokens.shape[1]
   score = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
   score, anchors = jax.lax.top_k(jnp.where(allowed, score, -1.0), config.num_traces)

@@ -28,4 +28,9 @@ def zero(thoughts: Array) -> Array:
   return jnp.zeros_like(thoughts)
 
 
-CONTROLS: Mapping[str, Control] = {'own': own, 'shuffled': shuffled, 'zero': zero}
+def mean(thoughts: Array) -> Array:
+  """The mean over all texts and traces of the batch, at each latent: form without content."""
+  return jnp.broadcast_to(jnp.mean(thoughts, axis=(0, 1), keepdims=True), thoughts.shape)
+
+
+CONTROLS: Mapping[str, Control] = {'own': own, 'shuffled': shuffled, 'zero': zero, 'mean': mean}

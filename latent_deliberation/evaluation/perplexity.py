@@ -61,11 +61,16 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
 
 def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
                decoder_params: Params, batch: Batch, traces: Traces) -> dict[str, Array]:
-  """Hidden states [B, M, A, D] that predict the ahead tokens, for each arm; prefilled once."""
+  """Hidden states [B, M, A, D] that predict the ahead tokens, for each arm; prefilled once.
+
+  Where 'frozen' is the only arm, `params` is not looked at.
+  """
   num_ahead = traces.ahead_tokens.shape[-1]
   trunk, cache = deliberator.prefill(decoder_params, batch)
   placement = place(batch, traces.anchors, deliberator.config, num_ahead, traces.delay)
-  thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
+  thoughts = None
+  if set(arms) - {BASELINE}:
+    thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
   states = {}
   for arm in arms:
     if arm == BASELINE:

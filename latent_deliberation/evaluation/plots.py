@@ -74,7 +74,7 @@ def _draw_changes(axes: Axes, arms: Mapping[str, Any], summary: Mapping[str, Any
   axes.set_xticks(summary['positions'], labels=[str(at) for at in summary['positions']])
   axes.minorticks_off()
   axes.set_xlabel('ahead position')
-  _trim(axes)
+  trim_axes(axes)
 
 
 def plot_losses(panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
@@ -106,7 +106,7 @@ def plot_losses(panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[
     axes.set_ylabel('loss, nats per token')
     if curves:
       axes.legend(frameon=False, fontsize=9)
-    _trim(axes)
+    trim_axes(axes)
   save_figure(figure, path)
 
 
@@ -122,7 +122,7 @@ def plot_gates(curves: Mapping[str, GainCurve], path: Path) -> None:
   axes.set_xlabel('fraction of places that are augmented')
   axes.set_ylabel('mean gain of a place, millinats on the tokens ahead')
   axes.legend(frameon=False)
-  _trim(axes)
+  trim_axes(axes)
   save_figure(figure, path)
 
 
@@ -153,13 +153,14 @@ def plot_speed(result: Mapping[str, Any], path: Path) -> None:
   cost.set_xlabel('decode steps that an augmentation takes (size, batch, latents)')
   cost.tick_params('y', labelsize=8)
   for axes in (speed, cost):
-    _trim(axes)
+    trim_axes(axes)
   cost.grid(axis='x', color='#DDDDDD', linewidth=0.6)
   cost.grid(visible=False, axis='y')
   save_figure(figure, path)
 
 
-def _trim(axes: Axes) -> None:
+def trim_axes(axes: Axes) -> None:
+  """Takes away the frame, and draws a light grid behind the data."""
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', color='#DDDDDD', linewidth=0.6)
   axes.set_axisbelow(True)

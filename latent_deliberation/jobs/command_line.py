@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from latent_deliberation.jobs.experiment import Experiment, bind
+from latent_deliberation.jobs.study_config import Study
 
 # --help of a launch script shows the flags that are defined through this module as its own.
 flags.disclaim_key_flags()
@@ -97,6 +98,11 @@ def _check_file(path: str | None) -> bool:
 def experiment_from_flags() -> Experiment:
   """The experiment that --config and its overrides describe, checked."""
   return bind(flags.FLAGS.config)
+
+
+def study_from_flags() -> Study:
+  """The study that --config and its overrides describe, checked."""
+  return bind(flags.FLAGS.config, Study)
 
 
 def run(job: Callable[[], None]) -> None:

@@ -93,10 +93,11 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   before = fingerprint(frozen)
   params = load_coprocessor(experiment, coprocessor, digest, mesh)
   soft_tokens = load_coprocessor(pauses, constant, digest, mesh) if constant else None
-  arms = _score(experiment, (BASELINE, 'own', 'shuffled', 'zero'), params, frozen, held_out, mesh)
+  arms = score_traces(experiment, (BASELINE, 'own', 'shuffled', 'zero'), params, frozen,
+                      held_out, mesh)
   counts = {'frozen decoder': count_parameters(frozen), 'coprocessor': count_parameters(params)}
   if constant:
-    arms['constant'] = _score(pauses, ('own',), soft_tokens, frozen, held_out, mesh)['own']
+    arms['constant'] = score_traces(pauses, ('own',), soft_tokens, frozen, held_out, mesh)['own']
     counts['constant soft tokens'] = count_parameters(soft_tokens)
   texts = validation_texts(experiment, data, len(held_out))
   report = Report(
@@ -125,8 +126,8 @@ def scored_batches(experiment: Experiment, data: Path) -> list[Batch]:
   return validation_batches(experiment, data, wanted.num_texts // wanted.batch_size)
 
 
-def _score(experiment: Experiment, arms: tuple[str, ...], params: Params, frozen: Params,
-           held_out: list[Batch], mesh: Mesh) -> dict[str, AheadNLL]:
+def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params, frozen: Params,
+                 held_out: list[Batch], mesh: Mesh) -> dict[str, AheadNLL]:
   """Scores of the arms with these parameters, on the same traces for any parameters."""
   scorer = make_scorer(
       build_deliberator(experiment), arms, num_traces=experiment.evaluation.num_traces,

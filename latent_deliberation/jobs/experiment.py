@@ -152,8 +152,8 @@ class Experiment:
                          f'{parts}')
 
 
-def as_config(experiment: Experiment) -> ConfigDict:
-  """Every key of an experiment with its value, locked, for flags to override."""
+def as_config(experiment: Any) -> ConfigDict:
+  """Every key of an experiment, or a study, with its value, locked, for flags to override."""
 
   def fill(tree: Mapping[str, Any]) -> dict[str, Any]:
     # A bare None could not be overridden by a flag; all our optional values are floats.

@@ -44,7 +44,7 @@ class Run:
   """One training run, described before there are data.
 
   Attributes:
-    job: 'pretrain' or 'train'.
+    job: 'pretrain', 'train', or a way to tune a decoder (see jobs/tune.py).
     experiment: the whole configuration.
     workdir: claimed for this run; holds run.json, checkpoints/ and metrics.jsonl.
     init: (key, frozen) -> trainable parameters boxed with logical axes.
@@ -63,7 +63,7 @@ class Run:
   @property
   def section(self) -> str:
     """Name of the section of the experiment that this run follows."""
-    return {'pretrain': 'pretraining', 'train': 'training'}[self.job]
+    return 'pretraining' if self.job == 'pretrain' else 'training'
 
   @property
   def settings(self) -> TrainingConfig:
@@ -76,7 +76,7 @@ class Run:
     A run is not another one because of settings that only the other job reads.
     """
     config = dataclasses.asdict(self.experiment)
-    unread = {'pretrain': ('deliberation', 'training'), 'train': ('pretraining',)}[self.job]
+    unread = ('deliberation', 'training') if self.job == 'pretrain' else ('pretraining',)
     for section in unread:
       del config[section]
     return RunIdentity(job=self.job, config=config, decoder=self.decoder, data=data)

@@ -8,8 +8,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
+from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation import package
 from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.evaluation.diagnostics import make_diagnosis
 from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
 from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.jobs.coprocessors import PACKAGE
@@ -67,7 +69,8 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
   before = fingerprint(frozen)
   params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
-               {'validation': _validation(experiment, deliberator, frozen, watched, mesh)})
+               {'validation': _validation(experiment, deliberator, frozen, watched, mesh),
+                'latents': _diagnosis(experiment, deliberator, frozen, watched[0], mesh)})
   after = fingerprint(frozen)
   if after != before:
     raise RuntimeError(f'the frozen decoder had fingerprint {before} before training and has '
@@ -104,3 +107,10 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
             'content': mean['shuffled'] - mean['own']}
 
   return evaluate
+
+
+def _diagnosis(experiment: Experiment, deliberator: Deliberator, frozen: Params, watched: Batch,
+               mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
+  """Sizes and effective rank of the latents in one validation batch."""
+  diagnose = make_diagnosis(deliberator, mesh, experiment.rules)
+  return lambda params: diagnose(params, frozen, place_batch(watched, mesh, experiment.rules))

@@ -1,4 +1,4 @@
-"""The two losses: next-token prediction for a decoder, ahead-token prediction for a coprocessor."""
+"""What is minimised: next-token loss, a coprocessor's ahead-token loss, and controls of both."""
 
 import jax.numpy as jnp
 
@@ -8,6 +8,8 @@ from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import token_nll
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.layers import LowRank
+from latent_deliberation.model.lora import merge
 from latent_deliberation.training.step import LossFn
 
 
@@ -40,5 +42,31 @@ def augmentation(deliberator: Deliberator, loss_chunk: int) -> LossFn:
     nll = ahead_nll(hidden, traces, decoder_params, deliberator.decoder.config.final_softcap,
                     loss_chunk)
     return jnp.sum(nll * traces.counted), jnp.sum(traces.counted)
+
+  return loss
+
+
+def unification(deliberator: Deliberator, loss_chunk: int) -> LossFn:
+  """The loss of `augmentation`, by the decoder's weights and by constant soft tokens at once.
+
+  The control of arXiv 2510.00494: one model that learns to use its latents, in the place of two.
+  What learns is {'decoder', 'latents'}; the frozen argument is unused.
+  """
+  augmented = augmentation(deliberator, loss_chunk)
+
+  def loss(params: Params, frozen: Params, batch: Batch, keys: Array) -> tuple[Array, Array]:
+    del frozen
+    return augmented(params['latents'], params['decoder'], batch, keys)
+
+  return loss
+
+
+def adaptation(decoder: Decoder, low_rank: LowRank, loss_chunk: int) -> LossFn:
+  """Next-token loss of a frozen decoder, by low-rank adapters on its transformer."""
+  next_token = language_modelling(decoder, loss_chunk)
+
+  def loss(params: Params, frozen: Params, batch: Batch, keys: Array) -> tuple[Array, Array]:
+    adapted = {**frozen, 'transformer': merge(frozen['transformer'], params, low_rank)}
+    return next_token(adapted, {}, batch, keys)
 
   return loss

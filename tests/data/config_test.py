@@ -28,6 +28,13 @@ def test_a_list_of_files_becomes_a_tuple():
     ({'source': 'tfds', 'name': 'c4/en'}, "name = 'c4/en' has no version"),
     ({'source': 'mixture'}, 'needs name'),
     ({'name': 'c4/en:3.1.0'}, "no meaning for source = 'stdlib'"),
+    ({'source': 'synthetic'}, "source = 'synthetic' needs name"),
+    ({'options': {'nodes': 8}}, "options = {'nodes': 8} has no meaning for source = 'stdlib'"),
+    ({'documents': 10}, "documents = 10 has no meaning for source = 'stdlib': leave it at 100000"),
+    ({'questions': 2}, "questions = 2 has no meaning for source = 'stdlib'"),
+    ({'source': 'synthetic', 'name': 'hops', 'options': 'nodes'}, 'write a mapping'),
+    ({'source': 'synthetic', 'name': 'hops', 'documents': 1}, 'documents = 1: it must lie betw'),
+    ({'source': 'synthetic', 'name': 'hops', 'questions': 0}, 'questions = 0: it must lie betw'),
     ({'data_dir': '/data'}, "belongs to source 'tfds', this is 'stdlib'"),
     ({'text_key': ''}, "text_key = ''"),
     ({'vocabulary': 'byte', 'vocabulary_path': 'v.model'}, "vocabulary = 'byte' has no file"),
@@ -44,6 +51,15 @@ def test_a_list_of_files_becomes_a_tuple():
 def test_a_wrong_field_is_named_with_its_value_and_the_remedy(fields, message):
   with pytest.raises(ValueError, match=message):
     DataConfig(**fields)
+
+
+def test_options_of_a_task_are_copied_and_leave_a_configuration_hashable():
+  options = {'nodes': 6}
+  config = DataConfig(source='synthetic', name='hops', options=options)
+  options['nodes'] = 7
+  assert config.options == {'nodes': 6}
+  assert hash(config) == hash(dataclasses.replace(config))
+  assert config != dataclasses.replace(config, options={'nodes': 7})
 
 
 def test_configuring_does_not_import_tensorflow():

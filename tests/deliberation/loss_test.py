@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from latent_deliberation.deliberation.loss import token_nll
+from latent_deliberation.deliberation.loss import likeliest, token_nll
 
 B, N, D, V = 2, 10, 4, 501
 
@@ -72,3 +72,13 @@ def test_no_more_logits_exist_at_a_time_than_a_chunk_has_forward_or_backward(
   jaxpr = jax.make_jaxpr(functools.partial(
       with_gradients, functools.partial(token_nll, chunk=chunk), cap=2.0))(*inputs)
   assert largest(jaxpr.jaxpr) == largest_logits
+
+
+@pytest.mark.parametrize('chunk', [3, 10])
+def test_the_likeliest_target_is_the_one_that_argmax_gives(inputs, chunk):
+  hidden, targets, table = inputs
+  top = jnp.argmax(hidden @ table.T, axis=-1)
+  targets = targets.at[:, ::2].set(top[:, ::2])
+  found = likeliest(hidden, targets, table, 3.0, chunk)
+  np.testing.assert_array_equal(found, targets == top)
+  assert 0 < found.sum() < found.size

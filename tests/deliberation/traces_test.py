@@ -109,3 +109,15 @@ def test_every_place_is_drawn_equally_often_whatever_its_document():
   assert counts.sum() == draws * num_traces
   # Chi-square with 9 degrees of freedom: 27.9 once in a thousand seeds.
   assert ((counts - expected) ** 2 / expected).sum() < 27.9
+
+
+def test_anchors_are_among_the_tokens_that_are_asked_for():
+  batch = tiny.packed_batch(DOCUMENTS)
+  wanted = tuple({int(batch.tokens[0, 3]), int(batch.tokens[1, 2])})
+  config = dataclasses.replace(tiny.CHOICES, latents='anchored', num_traces=18,
+                               anchor_tokens=wanted)
+  traces = draw(keys(3), batch, config)
+  for text, places in enumerate(PLACES['behind']):
+    expected = [place for place in places if int(batch.tokens[text, place]) in wanted]
+    assert traces.anchors[text][traces.valid[text]].tolist() == expected
+  assert traces.valid.any()

@@ -1,0 +1,70 @@
+"""Pointer chasing: does deliberation carry a small decoder further than its layers reach?
+
+  python launch/study.py --config=configs/study/hops.py:quick --workdir=runs/hops    coprocessor, constant
+  python launch/study.py --config=configs/study/hops.py --workdir=runs/hops_all       every arm
+"""
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.synthetic.hops import Hops
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.jobs.experiment import (
+  Computation,
+  EvaluationConfig,
+  Experiment,
+  TrainingConfig,
+  as_config,
+)
+from latent_deliberation.jobs.study_config import ArmConfig, QuestionsConfig, Study
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.training.loop import LoopConfig
+from latent_deliberation.training.optimizer import OptimizerConfig
+
+FIRST_BYTE = 4  # id of byte 0 in the byte vocabulary
+QUESTIONS = 20  # of a training document
+TASK = Hops(nodes=6, hops=5, skew=0.2)
+ARMS = {
+    'own': ArmConfig(),
+    'constant': ArmConfig(changes={'deliberation': {'trainable': 'constant'}}),
+    'lora': ArmConfig(changes={'deliberation': {'trainable': 'lora', 'lora_rank': 8}}),
+    'unified': ArmConfig('unified', {'deliberation': {'trainable': 'constant'}}),
+    'continued': ArmConfig('continued'),
+    'adapted': ArmConfig('adapted', {'deliberation': {'trainable': 'lora', 'lora_rank': 8}}),
+}
+
+
+def get_config(size='full'):
+  """The study; 'quick' has the frozen decoder, the coprocessor and constant soft tokens alone."""
+  names = {'full': tuple(ARMS), 'quick': ('own', 'constant')}[size]
+  return as_config(Study(
+      name='pointer chasing', arms={name: ARMS[name] for name in names},
+      questions=QuestionsConfig(per_difficulty=1000), experiment=_experiment()))
+
+
+def _experiment():
+  return Experiment(
+      decoder=TransformerConfig(
+          vocab_size=260, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16,
+          hidden_dim=128, window=512, attention_softcap=None, final_softcap=None),
+      data=DataConfig(
+          source='synthetic', name='hops', vocabulary='byte', documents=60_000,
+          options={'nodes': TASK.nodes, 'hops': TASK.hops, 'skew': TASK.skew},
+          questions=QUESTIONS, length=3 + 2 * TASK.nodes + 3 * QUESTIONS, validation_percent=2),
+      computation=Computation(scan=False),
+      pretraining=TrainingConfig(
+          batch_size=16,
+          optimizer=OptimizerConfig(
+              learning_rate=3e-3, warmup_steps=50, final_fraction=0.05, b2=0.98,
+              weight_decay=0.01),
+          loop=LoopConfig(num_steps=2500, log_every=50, eval_every=500, save_every=500, keep=2)),
+      deliberation=DeliberationConfig(
+          num_latents=1, num_ahead=1, num_traces=QUESTIONS,
+          anchor_tokens=tuple(FIRST_BYTE + ord(sign) for sign in TASK.anchors)),
+      training=TrainingConfig(
+          batch_size=16,
+          optimizer=OptimizerConfig(
+              learning_rate=3e-3, warmup_steps=20, final_fraction=0.05, b2=0.98),
+          multipliers={'soft_tokens': 0.3, 'gate': 0.3},
+          loop=LoopConfig(num_steps=1500, log_every=50, eval_every=250, save_every=500, keep=2)),
+      evaluation=EvaluationConfig(
+          num_texts=256, batch_size=16, num_traces=QUESTIONS, num_ahead=1, positions=(1,),
+          watch_batches=4))

@@ -1,0 +1,1 @@
+"""Synthetic tasks of known difficulty, generated as documents of questions."""

@@ -1,0 +1,99 @@
+"""Synthetic documents by number; no TensorFlow here."""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.synthetic.arithmetic import Arithmetic
+from latent_deliberation.data.synthetic.graphs import Graphs
+from latent_deliberation.data.synthetic.groups import Groups
+from latent_deliberation.data.synthetic.hops import Hops
+from latent_deliberation.data.synthetic.question import Task, document
+
+TASKS = {'hops': Hops, 'groups': Groups, 'graphs': Graphs, 'arithmetic': Arithmetic}
+VERSION = 1  # of the generators: to be raised when the same options begin to give other documents
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticCorpus:
+  """Documents that are generated when they are read, in any order and on any host alike.
+
+  Attributes:
+    name: of the task, a key of TASKS.
+    task: what asks the questions.
+    seed: of all documents.
+    documents: of both splits.
+    questions: of a document.
+    validation_percent: share of the documents that is for validation, spread evenly.
+    text_key: under which `CorpusSource` offers the text.
+  """
+  name: str
+  task: Task
+  seed: int
+  documents: int
+  questions: int
+  validation_percent: int
+  text_key: str = 'text'
+
+  def numbers(self, split: str) -> np.ndarray:
+    """Numbers of the documents of 'train' or 'validation', int64; more documents move none."""
+    numbers = np.arange(self.documents)
+    # For any percentage, 0 is for validation and 1 for training.
+    held_out = numbers * self.validation_percent % 100 < self.validation_percent
+    return numbers[held_out == (split == 'validation')]
+
+  def read(self, number: int) -> str:
+    """The text of one document."""
+    return document(self.task, self.random(number), self.questions)
+
+  def random(self, number: int) -> np.random.Generator:
+    """The randomness of one document, a function of task name, seed and number alone."""
+    # A stream for each number of the third of four words of the counter: none meets another.
+    counter = np.array([0, 0, number, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(key=self._key, counter=counter))
+
+  @functools.cached_property
+  def _key(self) -> np.ndarray:
+    identity = json.dumps([self.name, self.seed]).encode()
+    return np.frombuffer(hashlib.sha256(identity).digest()[:16], '<u8').astype(np.uint64)
+
+  @property
+  def fingerprint(self) -> str:
+    """Hash of all that the documents depend on."""
+    known = [VERSION, self.name, dataclasses.asdict(self.task), self.seed, self.documents,
+             self.questions]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def open_synthetic(config: DataConfig) -> SyntheticCorpus:
+  """The documents of a 'synthetic' configuration. Raises ValueError as `build` does."""
+  return SyntheticCorpus(config.name, build(config.name, config.options), config.seed,
+                         config.documents, config.questions, config.validation_percent,
+                         config.text_key)
+
+
+def build(name: str, options: Mapping[str, Any]) -> Task:
+  """A task with its options, the others at their defaults.
+
+  Raises:
+    ValueError: no such task or option (the known ones are listed), or a value is not allowed.
+  """
+  if name not in TASKS:
+    raise ValueError(f'no synthetic task {name!r}: choose one of {tuple(TASKS)}')
+  known = [field.name for field in dataclasses.fields(TASKS[name])]
+  for option in options:
+    if option not in known:
+      near = difflib.get_close_matches(str(option), known, n=1)
+      hint = f'did you mean {near[0]!r}? ' if near else ''
+      raise ValueError(f'{name} has no option {option!r}: {hint}known options: {known}')
+  try:
+    return TASKS[name](**options)
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error

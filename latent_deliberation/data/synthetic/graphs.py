@@ -1,0 +1,142 @@
+"""Reachability in directed graphs, in the style of ProsQA; and a reader of ProsQA itself.
+
+ProsQA: Hao et al., Training Large Language Models to Reason in a Continuous Latent Space, 2024.
+"""
+
+import dataclasses
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+
+from latent_deliberation.data.synthetic.question import (
+  Question,
+  check_integer,
+  draw_difficulties,
+  take_turns,
+)
+
+LETTERS = string.ascii_lowercase
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+  """'acbd...;' says a->c, b->d; 'adk?' asks whether d or k can be reached from a, one letter.
+
+  Nodes come in pairs of twins: a graph of nodes / 2 is drawn, every node is doubled, and an arrow
+  leads either from each twin to its own counterpart, or crosswise. To exchange all twins leaves the
+  graph as it is. The two candidates are twins, so that nothing but the arrows from the start on
+  tells them apart: neither degree, nor depth, nor, where arrows cross, being connected at all.
+
+  Attributes:
+    nodes: even; the pairs without arrows among the first steps + 1 have two parents each.
+    steps: difficulties are shortest paths of 1 to steps arrows.
+  """
+  nodes: int = 16
+  steps: int = 4
+
+  def __post_init__(self):
+    check_integer('steps', self.steps, 1, len(LETTERS) // 2 - 2)
+    check_integer('nodes', self.nodes, 2 * self.steps + 4, len(LETTERS),
+                  f', letters enough for steps = {self.steps} and branches')
+    if self.nodes % 2:
+      raise ValueError(f'nodes = {self.nodes} is odd, and nodes come in pairs: take one more')
+
+  @property
+  def difficulties(self) -> tuple[int, ...]:
+    return tuple(range(1, self.steps + 1))
+
+  @property
+  def anchors(self) -> str:
+    return '?'
+
+  def ask(self, rng: np.random.Generator, count: int,
+          difficulty: int | None = None) -> list[Question]:
+    """See `Task.ask`."""
+    lengths = draw_difficulties(rng, count, self.difficulties, difficulty)
+    pairs = self.nodes // 2
+    tails, heads = self._draw_arrows(rng)
+    letters = [LETTERS[node] for node in rng.permutation(self.nodes).tolist()]
+    arrows = rng.permutation(np.stack([tails, heads], axis=1)).ravel().tolist()
+    context = ''.join([letters[node] for node in arrows]) + ';'
+
+    routes = {k: [] for k in self.difficulties}  # from the first twin of a pair, to one twin alone
+    for start, target, length in _find_routes(tails, heads, pairs):
+      if length <= self.steps:
+        routes[length].append((start, target))
+    turns = take_turns(rng, lengths, {k: 2 * len(routes[k]) for k in self.difficulties})
+    questions = []
+    for k, turn, order in zip(lengths, turns, rng.integers(2, size=count).tolist(), strict=True):
+      route, exchanged = divmod(turn, 2)
+      start, target = routes[k][route]
+      start, target, twin = (letters[(node + pairs * twins) % self.nodes] for node, twins in (
+          (start, exchanged), (target, exchanged), (target, 1 - exchanged)))
+      candidates = twin + target if order else target + twin
+      questions.append(Question(context, f'{start}{candidates}?', target, k))
+    return questions
+
+  def _draw_arrows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Tails and heads; nodes are numbered so that the twin of n is n + nodes / 2.
+
+    The first steps + 1 pairs are a path, which gives every graph a question of each difficulty;
+    every later pair has two parents among those before it. Only one of the two needs a chance to
+    cross, since twins have no order.
+    """
+    pairs = self.nodes // 2
+    late = np.arange(self.steps + 1, pairs)
+    first = rng.integers(late)
+    second = (first + rng.integers(1, late)) % late
+    crossed = pairs * rng.integers(2, size=len(late))
+    tails = np.concatenate([np.arange(self.steps), first, second])
+    heads = np.concatenate([np.arange(1, self.steps + 1), late, late + crossed])
+    return (np.concatenate([tails, tails + pairs]),
+            np.concatenate([heads, (heads + pairs) % self.nodes]))
+
+
+def _find_routes(tails: np.ndarray, heads: np.ndarray, pairs: int) -> list[list[int]]:
+  """[start, target, arrows between] where the target can be reached and its twin cannot."""
+  arrows = np.zeros((2 * pairs, 2 * pairs), bool)
+  arrows[tails, heads] = True
+  unreached = pairs  # longer than any path
+  reached = np.eye(pairs, 2 * pairs, dtype=bool)
+  distance = np.where(reached, 0, unreached)
+  for length in range(1, pairs):
+    reached = reached @ arrows
+    np.minimum(distance, length, out=distance, where=reached)
+  twins = distance.reshape(pairs, 2, pairs)[:, ::-1].reshape(pairs, -1)
+  starts, targets = np.nonzero((0 < distance) & (distance < unreached) & (twins == unreached))
+  return np.stack([starts, targets, distance[starts, targets]], axis=1).tolist()
+
+
+def prosqa_questions(path: str | Path) -> list[Question]:
+  """The questions of a JSON file of the ProsQA release; difficulty is the number of its steps.
+
+  Each has a context of its own, '... Every gerpus is a terpus. '; the question ends in '?', the
+  answer, ' Sally is a terpus.', in a full stop. Their vocabulary is English, not single letters.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is not JSON, or an item has not the form of the release.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'no file {path}: give a JSON file of the ProsQA release')
+  try:
+    items = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON ({error}): give a file of the ProsQA release') from error
+  questions = []
+  for number, item in enumerate(items):
+    try:
+      facts, begin, asked = item['question'].rpartition('Is ')
+      answer, steps = ' ' + item['answer'], len(item['steps'])
+      if not (facts and asked.endswith('?') and answer.endswith('.') and steps):
+        raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise ValueError(
+          f"{path}, item {number}: not an object with 'question' ('... Is Sally a hilpus or "
+          "sterpus?'), 'answer' ('Sally is a sterpus.') and 'steps' (a list), but "
+          f'{str(item)[:200]}: give a file of the ProsQA release') from error
+    questions.append(Question(facts, begin + asked, answer, steps))
+  return questions

@@ -1,0 +1,43 @@
+"""What deliberation costs: floating-point operations of an answer, and of a training step."""
+
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.flops import forward_flops, head_flops
+
+
+def answer_flops(model: TransformerConfig, prompt: float, answer: float) -> float:
+  """Of reading a prompt and writing an answer of that many tokens, without latents."""
+  return forward_flops(model, prompt + answer - 1) + answer * head_flops(model)
+
+
+def latents_flops(model: TransformerConfig, config: DeliberationConfig, prompt: float) -> float:
+  """Of one augmentation behind that many tokens: the coprocessor's pass, and the decoder's."""
+  first = prompt - config.num_latents if config.latents == 'refining' else prompt
+  passes = 1 if config.trainable == 'constant' else 2
+  return passes * forward_flops(model, config.num_latents, first + 1)
+
+
+def text_flops(model: TransformerConfig, length: int) -> float:
+  """Of a training step on one text by next-token loss: a forward and twice that backward."""
+  return 3 * (forward_flops(model, length) + length * head_flops(model))
+
+
+def traces_flops(model: TransformerConfig, config: DeliberationConfig, length: int,
+                 tuned: bool = False) -> float:
+  """Of a training step on one text with its traces, whose anchors lie in its middle on average.
+
+  The trunk is read forward only. Through the coprocessor, gradients flow to activations and to
+  weights, which is twice the forward pass; through the frozen decoder to activations alone.
+
+  Args:
+    tuned: the decoder learns as well, so that both of its passes have a whole backward pass.
+  """
+  reads = config.num_latents + config.num_ahead - 1
+  trunk = forward_flops(model, length)
+  second = forward_flops(model, reads, length / 2) + config.num_ahead * head_flops(model)
+  thinking = 0.0
+  if config.trainable != 'constant':
+    thinking = 3 * forward_flops(model, config.num_latents, length / 2)
+  if tuned:
+    return 3 * (trunk + config.num_traces * second)
+  return trunk + config.num_traces * (thinking + 2 * second)

@@ -1,0 +1,66 @@
+"""Are the latents alive? Their size, their gate, and how many directions they use."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Array, Float, Params, typed
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.deliberation.placement import place
+from latent_deliberation.deliberation.traces import sample_traces
+
+Diagnose = Callable[[Params, Params, Batch], Mapping[str, float]]
+
+
+def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
+                   rules: Mapping[str, Sequence[str]]) -> Diagnose:
+  """Compiles diagnose(params, decoder_params, batch) -> figures, on the same traces at every call.
+
+  They are 'norm', root mean square of the latents over that of input embeddings; 'moved', the same
+  of what separates latents from the embeddings that they rest on; 'gate', root mean square of the
+  gate (absent for 'paper' latents); 'effective_rank' of the thoughts.
+  """
+
+  @jax.jit
+  def figures(params: Params, decoder_params: Params, batch: Batch) -> dict[str, Array]:
+    with nn.logical_axis_rules(tuple(rules.items())):
+      traces = sample_traces(jax.random.split(jax.random.key(0), len(batch.tokens)), batch,
+                             deliberator.config)
+      _, cache = deliberator.prefill(decoder_params, batch)
+      placement = place(batch, traces.anchors, deliberator.config, deliberator.config.num_ahead)
+      thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
+      latents = deliberator.latents(params, decoder_params, placement, thoughts)
+      rest = deliberator.latents(params, decoder_params, placement, jnp.zeros_like(thoughts))
+    table = decoder_params['embedder']['table']
+    embedding = _size(table) * table.shape[1] ** 0.5
+    found = {'norm': _size(latents) / embedding, 'moved': _size(latents - rest) / embedding,
+             'effective_rank': effective_rank(thoughts.reshape(-1, thoughts.shape[-1]))}
+    return found | ({'gate': _size(params['gate'])} if 'gate' in params else {})
+
+  def diagnose(params: Params, decoder_params: Params, batch: Batch) -> Mapping[str, float]:
+    with jax.set_mesh(mesh):
+      return {name: float(value)
+              for name, value in figures(params, decoder_params, batch).items()}
+
+  return diagnose
+
+
+def _size(x: Array) -> Array:
+  """Root mean square, float32."""
+  return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+
+@typed
+def effective_rank(rows: Float[Array, 'R D']) -> Float[Array, '']:
+  """exp of the entropy of the spectrum of the rows' covariance (Roy and Vetterli 2007), 1 to D.
+
+  Rows that are all alike have rank 1, as those on a line have.
+  """
+  centred = rows.astype(jnp.float32) - jnp.mean(rows.astype(jnp.float32), axis=0)
+  variance = jnp.maximum(jnp.linalg.eigvalsh(centred.T @ centred), 0)
+  share = variance / jnp.maximum(jnp.sum(variance), jnp.finfo(jnp.float32).tiny)
+  return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0)))

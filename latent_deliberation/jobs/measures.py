@@ -1,0 +1,88 @@
+"""How a study scores an arm: on questions with one right answer, or on text by ahead position."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.data.config import VOCABULARY_FILE
+from latent_deliberation.data.synthetic.corpus import build
+from latent_deliberation.evaluation.bootstrap import AheadNLL
+from latent_deliberation.evaluation.outcomes import Outcomes
+from latent_deliberation.evaluation.questions import (
+  batch_questions,
+  make_question_scorer,
+  score_questions,
+)
+from latent_deliberation.inference.tokenizer import BYTES, open_tokenizer
+from latent_deliberation.jobs.evaluate import score_traces, scored_batches
+from latent_deliberation.jobs.experiment import Experiment
+from latent_deliberation.jobs.models import build_deliberator
+from latent_deliberation.jobs.prepared import validation_texts
+from latent_deliberation.jobs.study_config import Study
+
+
+class QuestionMeasure:
+  """Scores arms on the same questions.
+
+  Attributes:
+    difficulty: int [items].
+    positions: None, as only text has them.
+    prompt, answer: mean number of tokens.
+  """
+  positions = None
+
+  def __init__(self, study: Study, data: Path, mesh: Mesh):
+    self._mesh, asked, config = mesh, study.questions, study.experiment.data
+    byte = config.vocabulary == 'byte'
+    tokenizer = open_tokenizer(
+        BYTES if byte else config.vocabulary_path or data / VOCABULARY_FILE)
+    task, rng = build(config.name, config.options), np.random.default_rng(asked.seed)
+    questions = [task.ask(rng, 1, difficulty)[0] for difficulty in task.difficulties
+                 for _ in range(asked.per_difficulty)]
+    parts = [(tokenizer.encode(each.context), tokenizer.encode(each.question)[1:],
+              tokenizer.encode(each.answer)[1:]) for each in questions]
+    self.difficulty = np.array([question.difficulty for question in questions])
+    self.prompt = float(np.mean([len(context) + len(question) for context, question, _ in parts]))
+    self.answer = float(np.mean([len(answer) for *_, answer in parts]))
+    self._batches = batch_questions(parts, asked.batch_size, asked.offline)
+
+  def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
+               decoder: Params) -> Mapping[str, Outcomes]:
+    """Outcomes by arm, 'frozen' and names of controls; see `make_question_scorer`."""
+    scorer = make_question_scorer(
+        build_deliberator(experiment), arms, loss_chunk=experiment.computation.loss_chunk,
+        mesh=self._mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
+    return score_questions(scorer, params, decoder, self._batches, len(self.difficulty))
+
+
+class TextMeasure:
+  """Scores arms on the same held-out text, by ahead position.
+
+  Attributes:
+    difficulty: None, as text has none.
+    positions: ahead positions of the report.
+    prompt, answer: mean number of tokens before an anchor, and of scored ones behind it.
+  """
+  difficulty = None
+
+  def __init__(self, study: Study, data: Path, mesh: Mesh):
+    self._mesh, experiment = mesh, study.experiment
+    self.positions = experiment.evaluation.positions
+    self.prompt, self.answer = experiment.data.length / 2, float(experiment.evaluation.num_ahead)
+    self._held_out = scored_batches(experiment, data)
+    self._texts = validation_texts(experiment, data, len(self._held_out))
+
+  def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
+               decoder: Params) -> Mapping[str, AheadNLL]:
+    """Sums by text and ahead position for each arm; see `make_scorer`."""
+    scores = score_traces(experiment, arms, params, decoder, self._held_out, self._mesh)
+    return {arm: score.merged(self._texts) for arm, score in scores.items()}
+
+
+def open_measure(study: Study, data: Path, mesh: Mesh) -> QuestionMeasure | TextMeasure:
+  """The measure that a study asks for, on data that are prepared in `data`."""
+  kind = QuestionMeasure if study.questions.per_difficulty else TextMeasure
+  return kind(study, data, mesh)

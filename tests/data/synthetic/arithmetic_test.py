@@ -1,0 +1,37 @@
+import re
+
+import numpy as np
+import pytest
+
+from latent_deliberation.data.synthetic.arithmetic import Arithmetic
+
+
+@pytest.mark.parametrize('operation', ['+', '*'])
+@pytest.mark.parametrize('reverse', [True, False])
+def test_every_answer_is_right_and_ends_once(operation, reverse):
+  task, rng = Arithmetic(operation, digits=9, reverse=reverse), np.random.default_rng(0)
+  for difficulty in (None, *task.difficulties):
+    for asked in task.ask(rng, 30, difficulty):
+      first, second = re.fullmatch(r'(\d+)[+*](\d+)=', asked.question).groups()
+      assert asked.answer[-1] == ';'
+      written = asked.answer[-2::-1] if reverse else asked.answer[:-1]
+      assert written == str(eval(asked.question[:-1]))
+      assert len(first) == len(second) == asked.difficulty
+      assert difficulty in (None, asked.difficulty)
+
+
+def test_all_numbers_of_a_width_are_asked_for():
+  asked = Arithmetic().ask(np.random.default_rng(0), 3000, 2)
+  assert {int(question.question[:2]) for question in asked} == set(range(10, 100))
+  asked = Arithmetic().ask(np.random.default_rng(0), 300, 1)
+  assert {int(question.question[0]) for question in asked} == set(range(10))
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'operation': '-'}, r"operation = '-': choose one of \('\+', '\*'\)"),
+    ({'digits': 10}, 'digits = 10: it must lie between 1 and 9'),
+    ({'reverse': 1}, 'reverse = 1: it must be True or False'),
+])
+def test_a_bad_option_is_named_with_its_bounds(options, message):
+  with pytest.raises(ValueError, match=message):
+    Arithmetic(**options)

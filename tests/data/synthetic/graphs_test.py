@@ -1,0 +1,123 @@
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from latent_deliberation.data.synthetic.graphs import Graphs, prosqa_questions
+
+TASKS = [Graphs(), Graphs(nodes=26, steps=11), Graphs(nodes=26, steps=3), Graphs(nodes=6, steps=1)]
+
+
+def read(asked):
+  """Arrows of a context, the start and the two candidates of a question."""
+  assert asked.context[-1] == ';' and asked.question[-1] == '?'
+  arrows = list(zip(asked.context[:-1:2], asked.context[1:-1:2], strict=True))
+  return arrows, asked.question[0], asked.question[1:3]
+
+
+def distances(arrows, start):
+  """Breadth first: the length of the shortest path to every node that can be reached."""
+  found, front = {start: 0}, [start]
+  for node in front:
+    for tail, head in arrows:
+      if tail == node and head not in found:
+        found[head] = found[node] + 1
+        front.append(head)
+  return found
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_one_candidate_alone_is_reached_by_a_path_of_the_difficulty(task):
+  rng = np.random.default_rng(0)
+  for difficulty in (None, *task.difficulties):
+    for _ in range(8):
+      for asked in task.ask(rng, 6, difficulty):
+        arrows, start, candidates = read(asked)
+        found = distances(arrows, start)
+        assert [node for node in candidates if node in found] == [asked.answer]
+        assert found[asked.answer] == asked.difficulty
+        assert difficulty in (None, asked.difficulty)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_the_two_candidates_have_the_same_arrows_around_them(task):
+  rng = np.random.default_rng(1)
+  for _ in range(40):
+    for asked in task.ask(rng, 4):
+      arrows, _, candidates = read(asked)
+      nodes = {node for arrow in arrows for node in arrow}
+      assert len(nodes) == task.nodes
+      tails, heads = ([tail for tail, _ in arrows], [head for _, head in arrows])
+      depths = [len([n for n in nodes if node in distances(arrows, n)]) for node in candidates]
+      heights = [len(distances(arrows, node)) for node in candidates]
+      assert tails.count(candidates[0]) == tails.count(candidates[1])
+      assert heads.count(candidates[0]) == heads.count(candidates[1]) > 0
+      assert depths[0] == depths[1] and heights[0] == heights[1]
+      assert len(set(arrows)) == len(arrows)
+
+
+def test_neither_order_nor_letter_nor_place_in_the_text_tells_the_candidates_apart():
+  rng, counts, total = np.random.default_rng(2), collections.Counter(), 2000
+  for _ in range(total):
+    asked, = Graphs().ask(rng, 1)
+    _, _, (first, second) = read(asked)
+    other = second if asked.answer == first else first
+    counts['first'] += asked.answer == first
+    counts['smaller'] += asked.answer < other
+    counts['earlier'] += asked.context.index(asked.answer) < asked.context.index(other)
+  for count in counts.values():
+    assert abs(count - total / 2) < 5 * np.sqrt(total) / 2
+
+
+def test_being_connected_does_not_always_tell_the_candidates_apart():
+  rng, connected = np.random.default_rng(3), 0
+  for _ in range(100):
+    asked, = Graphs().ask(rng, 1)
+    arrows, start, candidates = read(asked)
+    both_ways = arrows + [(head, tail) for tail, head in arrows]
+    connected += set(candidates) <= set(distances(both_ways, start))
+  assert connected > 40
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'nodes': 10}, 'nodes = 10: it must lie between 12 and 26, letters enough for steps = 4'),
+    ({'nodes': 17}, 'nodes = 17 is odd'),
+    ({'steps': 12}, 'steps = 12: it must lie between 1 and 11'),
+    ({'steps': '4'}, "steps = '4' is not an integer"),
+])
+def test_a_bad_option_is_named_with_its_bounds(options, message):
+  with pytest.raises(ValueError, match=message):
+    Graphs(**options)
+
+
+def test_prosqa_is_split_into_facts_question_and_answer(tmp_path):
+  path = tmp_path / 'prosqa.json'
+  path.write_text(json.dumps([{
+      'question': 'Every gerpus is a terpus. Sally is a gerpus. Is Sally a hilpus or terpus?',
+      'answer': 'Sally is a terpus.',
+      'steps': ['Sally is a gerpus.', 'Every gerpus is a terpus.'], 'root': 1}]))
+  asked, = prosqa_questions(path)
+  assert asked.context == 'Every gerpus is a terpus. Sally is a gerpus. '
+  assert asked.question == 'Is Sally a hilpus or terpus?'
+  assert asked.answer == ' Sally is a terpus.'
+  assert asked.difficulty == 2
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    ('[{', 'is not JSON'),
+    ('{"a": 1}', 'item 0: not an object'),
+    ('[1]', 'item 0: not an object'),
+    ('[{"question": "Is it a b or c?", "answer": "It is a b.", "steps": ["s"]}]', 'item 0'),
+    ('[{"question": "A is a b. Is A a b or c?", "answer": "A is a b.", "steps": []}]', 'item 0'),
+])
+def test_a_file_that_is_not_prosqa_is_named(tmp_path, content, message):
+  path = tmp_path / 'other.json'
+  path.write_text(content)
+  with pytest.raises(ValueError, match=f'other.json.*{message}'):
+    prosqa_questions(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match='none.json: give a JSON file'):
+    prosqa_questions(tmp_path / 'none.json')
