@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 from latent_deliberation.jobs.experiment import Experiment, as_config, bind
 from latent_deliberation.jobs.models import count_parameters
 from latent_deliberation.jobs.pretrain import describe_pretraining
+from latent_deliberation.jobs.study_config import Study
 from latent_deliberation.jobs.train import describe_training
 from latent_deliberation.model.config import PRESETS
 from latent_deliberation.model.weights import boxed_shapes
@@ -19,6 +20,9 @@ from latent_deliberation.sharding import MESH_AXES
 from tests import finished
 
 CONFIGS = sorted(path.stem for path in (finished.ROOT / 'configs').glob('*.py'))
+
+
+STUDIES = sorted(path.stem for path in (finished.ROOT / 'configs' / 'study').glob('*.py'))
 
 
 def leaves(tree: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
@@ -38,6 +42,16 @@ def test_a_config_binds_and_comes_back_with_every_key(name):
   assert dict(leaves(as_config(experiment))) == dict(leaves(config))
   assert {key.split('.')[0] for key, _ in leaves(config)} == {
       field.name for field in dataclasses.fields(Experiment)}
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_a_study_binds_and_comes_back_with_every_key(name):
+  config = finished.config_of(f'study/{name}')
+  study = bind(config, Study)
+  assert bind(as_config(study), Study) == study
+  for arm in study.arms:
+    for seed in study.seeds:
+      assert study.variant(arm, seed).seed == seed
 
 
 @pytest.mark.parametrize('name', CONFIGS)

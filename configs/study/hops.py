@@ -1,7 +1,9 @@
 """Pointer chasing: does deliberation carry a small decoder further than its layers reach?
 
-  python launch/study.py --config=configs/study/hops.py:quick --workdir=runs/hops    coprocessor, constant
-  python launch/study.py --config=configs/study/hops.py --workdir=runs/hops_all       every arm
+  python launch/study.py --config=configs/study/hops.py:quick --workdir=runs/hops
+  python launch/study.py --config=configs/study/hops.py --workdir=runs/hops_all
+
+The first has a coprocessor and constant soft tokens beside the frozen decoder, the second all arms.
 """
 
 from latent_deliberation.data.config import DataConfig
@@ -21,7 +23,7 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 
 FIRST_BYTE = 4  # id of byte 0 in the byte vocabulary
 QUESTIONS = 20  # of a training document
-TASK = Hops(nodes=6, hops=5, skew=0.2)
+TASK = Hops(nodes=6, hops=4, skew=0.7)
 ARMS = {
     'own': ArmConfig(),
     'constant': ArmConfig(changes={'deliberation': {'trainable': 'constant'}}),

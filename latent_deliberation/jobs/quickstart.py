@@ -1,25 +1,20 @@
 """The main job, end to end: text, decoder, coprocessor, controls, report."""
 
-import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 from flax import linen as nn
 
-from latent_deliberation.files import write_whole
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.evaluate import constant_variant, evaluate, scored_batches
 from latent_deliberation.jobs.experiment import Experiment
+from latent_deliberation.jobs.phases import PhaseClock
 from latent_deliberation.jobs.prepared import prepare_data
 from latent_deliberation.jobs.pretrain import describe_pretraining, pretrain
 from latent_deliberation.jobs.train import describe_training, train_coprocessor
 from latent_deliberation.model.weights import boxed_shapes
 from latent_deliberation.sharding import make_mesh
-from latent_deliberation.training.metrics import format_duration
 
 
 def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
@@ -56,30 +51,3 @@ def check_phases(experiment: Experiment, pretraining: Path, coprocessor: Path,
   describe_pretraining(experiment, pretraining, mesh).check()
   describe_training(experiment, coprocessor, shapes, '', mesh).check()
   describe_training(constant_variant(experiment), constant, shapes, '', mesh).check()
-
-
-class PhaseClock:
-  """Seconds of each phase, summed over the launches that it took to complete it."""
-
-  def __init__(self, path: Path):
-    self._path = path
-    kept = json.loads(path.read_text()) if path.exists() else {'seconds': {}, 'complete': []}
-    self.seconds: dict[str, float] = kept['seconds']
-    self._complete: list[str] = kept['complete']
-
-  @contextmanager
-  def phase(self, name: str) -> Iterator[None]:
-    """Times a phase and keeps what it took, also when it is stopped."""
-    logging.info('=== %s', name)
-    if name in self._complete:
-      yield
-      return
-    begun = time.perf_counter()
-    try:
-      yield
-      self._complete.append(name)
-    finally:
-      self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-      kept = {'seconds': self.seconds, 'complete': self._complete}
-      write_whole(self._path, json.dumps(kept, indent=2).encode())
-      logging.info('=== %s: %s', name, format_duration(self.seconds[name]))

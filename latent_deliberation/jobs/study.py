@@ -21,9 +21,9 @@ from latent_deliberation.evaluation.study_result import CONTROLS, Arm, StudyResu
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.measures import QuestionMeasure, TextMeasure, open_measure
 from latent_deliberation.jobs.models import count_parameters, load_frozen, open_frozen
+from latent_deliberation.jobs.phases import PhaseClock
 from latent_deliberation.jobs.prepared import prepare_data
 from latent_deliberation.jobs.pretrain import describe_pretraining, pretrain
-from latent_deliberation.jobs.quickstart import PhaseClock
 from latent_deliberation.jobs.study_config import LATENTS, OWN, Study
 from latent_deliberation.jobs.train import describe_training, train_coprocessor
 from latent_deliberation.jobs.tune import describe_tuning, tune_decoder
@@ -53,17 +53,14 @@ def run_study(study: Study, workdir: Path) -> dict[str, Any]:
   frozen, digest = load_frozen(study.experiment, open_frozen(study.experiment, decoder), mesh)
   arms = {BASELINE: _frozen_arm(study, measure, frozen, clock.seconds['decoder'])}
   progress = Progress(study.name, 'runs', len(study.arms) * len(study.seeds))
-  done = 0
-  for name in study.arms:
-    runs = []
+  for number, name in enumerate(study.arms):
+    runs, seconds = [], []
     for seed in study.seeds:
-      phase = f'{name}, seed {seed}'
-      with clock.phase(phase):
+      with clock.phase(phase := f'{name}, seed {seed}'):
         runs.append(_run(study, name, seed, decoder, frozen, digest, workdir, measure, mesh))
-      done += 1
-      progress.update(done)
-    arms |= _arms(study, name, runs, measure, frozen,
-                  tuple(clock.seconds[f'{name}, seed {seed}'] for seed in study.seeds))
+      seconds.append(clock.seconds[phase])
+      progress.update(number * len(study.seeds) + len(runs))
+    arms |= _arms(study, name, runs, measure, frozen, tuple(seconds))
   summary = summarise_study(StudyResult(
       name=study.name, arms=arms, config=dataclasses.asdict(study), git_commit=git_commit(),
       command=' '.join(sys.argv), machine=_machine(), seconds=sum(clock.seconds.values()),
@@ -158,16 +155,19 @@ def _scored(scores: list) -> dict[str, tuple]:
 
 
 def _diagnostics(study: Study, workdir: Path) -> dict[str, list[dict[str, float]]]:
-  """What each run of latents logged about them, by arm and seed."""
+  """What each run logged about its latents and their content, by arm and seed."""
+  wanted = {'validation/content': 'content'}
   kept = {}
   for name, arm in study.arms.items():
     for seed in study.seeds if arm.learns == LATENTS else ():
-      rows = read_metrics(_place(workdir, name, seed) / METRICS_FILE)
-      kept[f'{name}, seed {seed}'] = [
-          {'step': row['step'], **{key.removeprefix('latents/'): value
-                                   for key, value in row.items() if key.startswith('latents/')}}
-          for row in rows if any(key.startswith('latents/') for key in row)]
-  return {name: rows for name, rows in kept.items() if rows}
+      rows = {}  # by step: a run that was started again has repeated an evaluation
+      for row in read_metrics(_place(workdir, name, seed) / METRICS_FILE):
+        found = {wanted[key] if key in wanted else key.removeprefix('latents/'): value
+                 for key, value in row.items() if key in wanted or key.startswith('latents/')}
+        if found:
+          rows[row['step']] = {'step': row['step'], **found}
+      kept[f'{name}, seed {seed}'] = list(rows.values())
+  return kept
 
 
 def _machine() -> str:

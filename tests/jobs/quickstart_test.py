@@ -10,7 +10,6 @@ from PIL import Image
 
 from latent_deliberation.jobs import quickstart as job
 from latent_deliberation.jobs.pretrain import pretrain
-from latent_deliberation.jobs.quickstart import PhaseClock
 from latent_deliberation.jobs.quickstart import quickstart as run_quickstart
 from latent_deliberation.jobs.train import train_coprocessor
 from tests import finished
@@ -156,20 +155,3 @@ def test_too_little_validation_text_for_the_report_is_found_before_anything_is_t
   monkeypatch.setattr(job, 'pretrain', lambda *unused: pytest.fail('training began'))
   with pytest.raises(ValueError, match='need 8000 rows, .*: lower evaluation.num_texts'):
     run_quickstart(finished.experiment(evaluation__num_texts=8000), tmp_path)
-
-
-def test_the_clock_sums_over_launches_until_a_phase_is_complete(tmp_path, monkeypatch):
-  now = itertools.count(0, 10)
-  monkeypatch.setattr(job.time, 'perf_counter', lambda: float(next(now)))
-
-  def launch(error=None):
-    clock = PhaseClock(tmp_path / 'phases.json')
-    with clock.phase('decoder'):
-      if error:
-        raise error
-    return clock.seconds
-
-  with pytest.raises(SystemExit):
-    launch(SystemExit(0))
-  assert launch() == {'decoder': 20}
-  assert launch() == {'decoder': 20}

@@ -1,0 +1,36 @@
+"""A study for tests: two steps of every arm, on a mesh of one device."""
+
+import dataclasses
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.study_config import ArmConfig, QuestionsConfig, Study
+from tests import finished
+
+CONSTANT = {'deliberation': {'trainable': 'constant'}}
+ADAPTERS = {'deliberation': {'trainable': 'lora', 'lora_rank': 2}}
+ARMS = {'own': ArmConfig(), 'constant': ArmConfig(changes=CONSTANT),
+        'unified': ArmConfig('unified', CONSTANT), 'continued': ArmConfig('continued'),
+        'adapted': ArmConfig('adapted', ADAPTERS)}
+DATA = DataConfig(source='synthetic', name='hops', options={'nodes': 4, 'hops': 3}, documents=100,
+                  questions=6, vocabulary='byte', length=29, validation_percent=20)
+
+
+def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA):
+  """The study with some arms and seeds; on text where there are no questions."""
+  config = finished.config_of('tiny')
+  config.update_from_flattened_dict({
+      'training.loop.num_steps': 2, 'pretraining.loop.num_steps': 2, 'evaluation.num_texts': 16,
+      'evaluation.num_ahead': 2, 'evaluation.positions': (1, 2), 'deliberation.num_latents': 1,
+      'deliberation.num_ahead': 2, 'deliberation.num_traces': 6})
+  experiment = dataclasses.replace(bind(config), data=data)
+  anchors = dataclasses.replace(
+      experiment.deliberation, anchor_tokens=tuple(4 + ord(sign) for sign in 'ABCD'))
+  return Study(name='test', experiment=dataclasses.replace(experiment, deliberation=anchors),
+               arms=arms, seeds=seeds,
+               questions=QuestionsConfig(per_difficulty=per_difficulty, batch_size=4))
+
+
+def get_config(which='all'):
+  """The study with all arms, or with the coprocessor alone."""
+  return as_config(study({'all': ARMS, 'own': {'own': ARMS['own']}}[which]))
