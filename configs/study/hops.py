@@ -24,22 +24,40 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 FIRST_BYTE = 4  # id of byte 0 in the byte vocabulary
 QUESTIONS = 20  # of a training document
 TASK = Hops(nodes=6, hops=4, skew=0.7)
+
+
+def _latents(**choices):
+  return ArmConfig(changes={'deliberation': choices})
+
+
+CONSTANT = {'trainable': 'constant'}
+ADAPTERS = {'trainable': 'lora', 'lora_rank': 8}
 ARMS = {
-    'own': ArmConfig(),
-    'constant': ArmConfig(changes={'deliberation': {'trainable': 'constant'}}),
-    'lora': ArmConfig(changes={'deliberation': {'trainable': 'lora', 'lora_rank': 8}}),
-    'unified': ArmConfig('unified', {'deliberation': {'trainable': 'constant'}}),
+    'own': _latents(), 'constant': _latents(**CONSTANT), 'lora': _latents(**ADAPTERS),
+    'unified': ArmConfig('unified', {'deliberation': CONSTANT}),
     'continued': ArmConfig('continued'),
-    'adapted': ArmConfig('adapted', {'deliberation': {'trainable': 'lora', 'lora_rank': 8}}),
-}
+    'adapted': ArmConfig('adapted', {'deliberation': ADAPTERS})}
+ABLATIONS = {
+    'own': _latents(),
+    'two latents': _latents(num_latents=2),
+    'four latents': _latents(num_latents=4),
+    'channel gate': _latents(gate='channel'),
+    'free soft tokens': _latents(soft_tokens='free'),
+    'scratch': _latents(initialisation='scratch'),
+    'lora 8': _latents(**ADAPTERS),
+    'anchored, share': _latents(latents='anchored'),
+    'anchored, shift': _latents(latents='anchored', positions='shift'),
+    'paper, share': _latents(latents='paper', soft_tokens='free'),
+    'paper, shift': _latents(latents='paper', soft_tokens='free', positions='shift')}
 
 
 def get_config(size='full'):
-  """The study; 'quick' has the frozen decoder, the coprocessor and constant soft tokens alone."""
-  names = {'full': tuple(ARMS), 'quick': ('own', 'constant')}[size]
+  """'full': every arm; 'quick': the coprocessor and constant soft tokens; 'ablations'."""
+  arms = {'full': ARMS, 'quick': {name: ARMS[name] for name in ('own', 'constant')},
+          'ablations': ABLATIONS}[size]
   return as_config(Study(
-      name='pointer chasing', arms={name: ARMS[name] for name in names},
-      questions=QuestionsConfig(per_difficulty=1000), experiment=_experiment()))
+      name=f'pointer chasing, {size}', arms=arms, experiment=_experiment(),
+      questions=QuestionsConfig(per_difficulty=1000)))
 
 
 def _experiment():
