@@ -23,7 +23,7 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 
 FIRST_BYTE = 4  # id of byte 0 in the byte vocabulary
 QUESTIONS = 20  # of a training document
-TASK = Hops(nodes=6, hops=4, skew=0.7)
+TASK = Hops(nodes=6, hops=4, skew=1.0)
 
 
 def _latents(**choices):
@@ -66,7 +66,7 @@ def _experiment():
           vocab_size=260, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16,
           hidden_dim=128, window=512, attention_softcap=None, final_softcap=None),
       data=DataConfig(
-          source='synthetic', name='hops', vocabulary='byte', documents=60_000,
+          source='synthetic', name='hops', vocabulary='byte', documents=100_000,
           options={'nodes': TASK.nodes, 'hops': TASK.hops, 'skew': TASK.skew},
           questions=QUESTIONS, length=3 + 2 * TASK.nodes + 3 * QUESTIONS, validation_percent=2),
       computation=Computation(scan=False),
@@ -75,7 +75,7 @@ def _experiment():
           optimizer=OptimizerConfig(
               learning_rate=3e-3, warmup_steps=50, final_fraction=0.05, b2=0.98,
               weight_decay=0.01),
-          loop=LoopConfig(num_steps=2500, log_every=50, eval_every=500, save_every=500, keep=2)),
+          loop=LoopConfig(num_steps=8000, log_every=100, eval_every=1000, save_every=1000, keep=2)),
       deliberation=DeliberationConfig(
           num_latents=1, num_ahead=1, num_traces=QUESTIONS,
           anchor_tokens=tuple(FIRST_BYTE + ord(sign) for sign in TASK.anchors)),
@@ -84,7 +84,7 @@ def _experiment():
           optimizer=OptimizerConfig(
               learning_rate=3e-3, warmup_steps=20, final_fraction=0.05, b2=0.98),
           multipliers={'soft_tokens': 0.3, 'gate': 0.3},
-          loop=LoopConfig(num_steps=1500, log_every=50, eval_every=250, save_every=500, keep=2)),
+          loop=LoopConfig(num_steps=3000, log_every=100, eval_every=500, save_every=1000, keep=2)),
       evaluation=EvaluationConfig(
           num_texts=256, batch_size=16, num_traces=QUESTIONS, num_ahead=1, positions=(1,),
           watch_batches=4))

@@ -139,7 +139,9 @@ def _arms(study: Study, name: str, runs: list[_Run], measure: QuestionMeasure | 
     training = flops.traces_flops(model, config, length, tuned=learns == 'unified')
   kind = f'{config.trainable} {config.latents} latents' if learns == LATENTS else learns
   arms = {}
-  for control in runs[0].scores:
+  for control in (BASELINE, OWN, *CONTROLS):  # as the report shows them
+    if control not in runs[0].scores:
+      continue
     label = name if control in (OWN, BASELINE) else control_name(name, control)
     arms[label] = Arm(
         kind=kind, trained=runs[0].trained, total=runs[0].total,

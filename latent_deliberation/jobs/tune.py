@@ -52,10 +52,6 @@ def tune_decoder(experiment: Experiment, how: str, decoder: Params, digest: str,
   Raises:
     ValueError: `deliberation.trainable` is not what this way of tuning needs.
   """
-  needed = {'unified': 'constant', 'adapted': 'lora'}
-  if how in needed and experiment.deliberation.trainable != needed[how]:
-    raise ValueError(f'{how!r} tuning needs deliberation.trainable = {needed[how]!r}, this is '
-                     f'{experiment.deliberation.trainable!r}')
   run = describe_tuning(experiment, how, decoder, digest, workdir, mesh)
   run.check()
   params = fit(run, open_stream(experiment, data, run.section), _loss(experiment, how), {})
@@ -70,7 +66,11 @@ def tune_decoder(experiment: Experiment, how: str, decoder: Params, digest: str,
 
 def describe_tuning(experiment: Experiment, how: str, decoder: Params, digest: str, workdir: Path,
                     mesh: Mesh) -> Run:
-  """The run of `tune_decoder` in `workdir`."""
+  """The run of `tune_decoder` in `workdir`; raises as that does."""
+  needed = {'unified': 'constant', 'adapted': 'lora'}
+  if how in needed and experiment.deliberation.trainable != needed[how]:
+    raise ValueError(f'{how!r} tuning needs deliberation.trainable = {needed[how]!r}, this is '
+                     f'{experiment.deliberation.trainable!r}')
   coprocessor = build_deliberator(experiment).coprocessor
 
   def init(key: Array, decoder: Params) -> PyTree:
