@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from latent_deliberation.distributed import first_does, wait_for_all
 from latent_deliberation.files import write_whole
 
 RUN_FILE = 'run.json'
@@ -68,8 +67,12 @@ def claim(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = ()) -> N
   elif (workdir / CHECKPOINTS).exists():
     raise ValueError(f'{workdir / CHECKPOINTS} exists, but {path} does not: these checkpoints are '
                      'of an unknown run. Restore the file, or use another --workdir.')
-  elif jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
+  wait_for_all(f'{path} looked at')  # before process 0 goes on to make what is refused above
+  first_does(f'write {path}', lambda: _write_once(path, identity))
+
+
+def _write_once(path: Path, identity: RunIdentity) -> None:
+  if not path.exists():
     write_whole(path, json.dumps(identity.to_json(), indent=2).encode() + b'\n')
 
 
