@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging as python_logging
 import os
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ flags.disclaim_key_flags()
 
 CONFIG_HELP = 'Config file. Override any key of it, as in --config.training.batch_size=16.'
 _PACKAGE = Path(__file__).parents[1]
+_GRACE_SECONDS = 20
 
 
 def define_config(launch_script: str, default: str | None = None) -> None:
@@ -154,7 +156,19 @@ def _main(job: Callable[[], None], argv: list[str]) -> None:
                count)
   # Every process logs, and the first reports.
   with contextlib.redirect_stdout(io.StringIO()) if index else contextlib.nullcontext():
-    job()
+    try:
+      job()
+    except (Exception, KeyboardInterrupt):
+      if count > 1:
+        _end_soon()
+      raise
+
+
+def _end_soon() -> None:
+  """Ends this process soon even where the others go on, and so never come to meet it at the end."""
+  end = threading.Timer(_GRACE_SECONDS, os._exit, (1,))
+  end.daemon = True
+  end.start()
 
 
 def _name_process(index: int, count: int) -> None:
