@@ -71,14 +71,14 @@ def _are_others_known() -> bool:
 
 
 def _join_known() -> None:
+  logging.info('waiting for the other processes that jax knows of, if there are any')
   try:
     jax.distributed.initialize()
-  except ValueError as error:  # raised before it waits for anyone
-    if not _is_on_tpu():
+  except ValueError as error:
+    # What jax says where no variable and no metadata server speaks of a pod, as in a notebook.
+    if 'coordinator_address should be defined' not in str(error):
       raise
-    # A single TPU machine outside of Google Cloud; of a pod, devices of the others would be missed.
-    logging.warning('jax does not see whether there are other TPU hosts (%s): this process runs '
-                    'alone', error)
+    logging.warning('jax knows of no other TPU hosts: this process runs alone')
 
 
 def wait_for_all(name: str) -> None:
