@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ ADDRESS = 'JAX_COORDINATOR_ADDRESS'
 # many there are, and one that is there only where jax recognises the launcher.
 LAUNCHERS = (('SLURM_NTASKS', 'SLURM_STEP_NODELIST'),
              ('OMPI_COMM_WORLD_SIZE', 'OMPI_MCA_orte_hnp_uri'))
-PATIENCE = timedelta(days=1)  # for what one process does alone, such as packing a corpus
+PATIENCE_SECONDS = 24 * 3600  # for what one process does alone, such as packing a corpus
 
 
 def join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
@@ -76,7 +75,7 @@ def _join_known() -> None:
     jax.distributed.initialize()
   except ValueError as error:
     # What jax says where no variable and no metadata server speaks of a pod, as in a notebook.
-    if 'coordinator_address should be defined' not in str(error):
+    if not _is_on_tpu() or 'coordinator_address should be defined' not in str(error):
       raise
     logging.warning('jax knows of no other TPU hosts: this process runs alone')
 
@@ -105,9 +104,9 @@ def first_does(what: str, work: Callable[[], None]) -> None:
       work()
     except Exception as error:  # raised below, when the others know
       failure = error
-  # Not by a collective, which would time out.
+  # With all processes named this is no collective, which may time out where the work is long.
   multihost.sync_global_processes(
-      what, timeout=round(PATIENCE.total_seconds()), processes=set(range(jax.process_count())))
+      what, timeout=PATIENCE_SECONDS, processes=set(range(jax.process_count())))
   failed = multihost_utils.broadcast_one_to_all(np.array(failure is not None))
   if failure is not None:
     raise failure
