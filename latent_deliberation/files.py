@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
+
+from latent_deliberation.distributed import wait_for_all
 
 
 def write_whole(path: Path, content: bytes) -> None:
   """Writes `content` to `path`, which holds the old content or the new one, never a part of it."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  # The process id keeps two hosts that write the same state apart.
   partial = path.with_name(f'.{path.name}.partial-{os.getpid()}')
   try:
     with partial.open('wb') as file:
@@ -43,19 +43,13 @@ def whole_directory(directory: Path) -> Iterator[Path]:
   if is_writer:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
-  _wait_for_all(f'{directory} begun')
+  wait_for_all(f'{directory} begun')
   try:
     yield partial
-    _wait_for_all(f'{directory} written')
+    wait_for_all(f'{directory} written')
     if is_writer:
       os.replace(partial, directory)
-    _wait_for_all(f'{directory} named')
+    wait_for_all(f'{directory} named')
   finally:
     if is_writer:
       shutil.rmtree(partial, ignore_errors=True)
-
-
-def _wait_for_all(name: str) -> None:
-  """Returns once every process has come here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)

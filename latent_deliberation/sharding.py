@@ -130,8 +130,52 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh,
         f'{shards * accumulation}')
 
 
+def rows_of_process(batch_size: int, mesh: Mesh, rules: Mapping[str, Sequence[str]],
+                    process: int | None = None) -> np.ndarray:
+  """Rows of a global batch that lie on the devices of a process, int64 [n], ascending.
+
+  They need be no range, since a mesh orders devices by their links and not by their hosts, and two
+  processes may hold the same ones.
+
+  Args:
+    process: index; default is this process.
+
+  Raises:
+    ValueError: the batch does not divide over the mesh.
+  """
+  check_batch(batch_size, 1, mesh, rules)
+  process = jax.process_index() if process is None else process
+  slices = batch_sharding(mesh, rules).devices_indices_map((batch_size,))
+  return np.unique(np.concatenate([
+      np.arange(batch_size)[rows] for device, (rows,) in slices.items()
+      if device.process_index == process]))
+
+
+def check_own_rows(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> None:
+  """Raises ValueError where two processes hold the same rows of a batch."""
+  process = np.vectorize(lambda device: device.process_index)(mesh.devices)
+  shared = [name for axis, name in enumerate(mesh.axis_names)
+            if name not in rules.get('batch', ())
+            and (process != process.take([0], axis)).any()]
+  if shared:
+    raise ValueError(
+        f'mesh {dict(mesh.shape)}: axes {shared} do not divide the batch and span processes, so '
+        "that two of them need the same texts, which data.mode = 'online' cannot give: lay these "
+        f'axes inside of one process ({np.bincount(process.ravel()).max()} devices), or pack the '
+        "text first (data.mode = 'packed')")
+
+
 def place_batch(batch: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> PyTree:
-  """Global device arrays from the slices [B / processes, ...] that each process holds."""
+  """Global device arrays of B rows from the `rows_of_process` that each process gives."""
   sharding = batch_sharding(mesh, rules)
-  return jax.tree.map(
-      lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
+  shards = math.prod(mesh.shape[axis] for axis in rules.get('batch', ()))
+  mine = len(rows_of_process(shards, mesh, rules))  # of the shards: one row each
+
+  def place(leaf: np.ndarray) -> jax.Array:
+    batch_size = len(leaf) * shards // mine
+    rows = rows_of_process(batch_size, mesh, rules)
+    return jax.make_array_from_callback(
+        (batch_size, *leaf.shape[1:]), sharding,
+        lambda index: leaf[np.searchsorted(rows, np.arange(batch_size)[index[0]])])
+
+  return jax.tree.map(place, jax.tree.map(np.asarray, batch))

@@ -16,18 +16,20 @@ PACKAGE = 'latent_deliberation'
 # their own folder.
 BELOW = {
     'array_types': (),
-    'files': (),
+    'distributed': (),
+    'files': ('distributed',),
     'batch': ('array_types',),
     'sharding': ('array_types',),
     'progress': (),
     'model': ('array_types', 'files', 'progress'),
     'deliberation': ('array_types', 'batch', 'files', 'model', 'progress'),
     'data': ('array_types', 'batch', 'files', 'progress'),
-    'training': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
+    'training': ('array_types', 'batch', 'deliberation', 'distributed', 'files', 'model',
+                 'sharding'),
     'evaluation': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
     'inference': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
-    'jobs': ('array_types', 'batch', 'data', 'deliberation', 'evaluation', 'files', 'inference',
-             'model', 'progress', 'sharding', 'training'),
+    'jobs': ('array_types', 'batch', 'data', 'deliberation', 'distributed', 'evaluation', 'files',
+             'inference', 'model', 'progress', 'sharding', 'training'),
 }
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets')
 # Modules that import those, and so may not be imported by a module that must do without.

@@ -1,21 +1,25 @@
 """The mesh, the rules, and the shardings that follow; what cannot be sharded is named."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.sharding import (
   DEFAULT_RULES,
   MeshConfig,
   check_batch,
+  check_own_rows,
   check_rules,
   make_mesh,
   partition_spec,
   place_batch,
+  rows_of_process,
   shardings_of,
 )
 from tests import tiny
@@ -98,3 +102,52 @@ def test_a_batch_is_placed_with_its_texts_over_data_and_fsdp():
   placed = place_batch(batch, make_mesh(MeshConfig(2, 2, 2)), DEFAULT_RULES)
   jax.tree.map(np.testing.assert_array_equal, placed, batch)
   assert {shard.data.shape for shard in placed.tokens.addressable_shards} == {(2, tiny.LENGTH)}
+
+
+@dataclasses.dataclass(frozen=True)
+class HostDevice:
+  """What a mesh needs to know of a device that another process has."""
+  id: int
+  process_index: int
+  platform: str = 'cpu'
+  device_kind: str = 'cpu'
+
+
+def mesh_of_processes(processes):
+  """A mesh whose devices lie in these processes, in an array [data, fsdp, tensor]."""
+  devices = np.empty(np.shape(processes), object)
+  for number, (place, process) in enumerate(np.ndenumerate(processes)):
+    devices[place] = HostDevice(number, int(process))
+  return Mesh(devices, ('data', 'fsdp', 'tensor'))
+
+
+@pytest.mark.parametrize('processes, rows', [
+    ([[[0], [0]], [[1], [1]]], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ([[[0], [1]], [[0], [1]]], [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    ([[[1], [0]], [[0], [1]]], [[2, 3, 4, 5], [0, 1, 6, 7]]),
+    ([[[0, 1], [0, 1]]], [[0, 1, 2, 3, 4, 5, 6, 7]] * 2),
+    ([[[0, 0], [0, 1]], [[1, 1], [2, 2]]], [[0, 1, 2, 3], [2, 3, 4, 5], [6, 7]])])
+def test_the_rows_of_a_process_are_those_of_its_devices_in_any_order(processes, rows):
+  mesh = mesh_of_processes(processes)
+  for process, expected in enumerate(rows):
+    assert rows_of_process(8, mesh, DEFAULT_RULES, process).tolist() == expected
+
+
+def test_rows_of_a_batch_that_does_not_divide_are_refused():
+  with pytest.raises(ValueError, match='batch_size = 6 does not divide .* over 4 shards'):
+    rows_of_process(6, mesh_of_processes([[[0], [0]], [[1], [1]]]), DEFAULT_RULES, 0)
+
+
+def test_a_stream_is_refused_where_an_axis_that_does_not_divide_the_batch_spans_processes():
+  check_own_rows(mesh_of_processes([[[0, 0], [1, 1]]]), DEFAULT_RULES)
+  with pytest.raises(ValueError, match=r"axes \['tensor'\] .* one process \(2 devices\), or pack"):
+    check_own_rows(mesh_of_processes([[[0, 1], [0, 1]]]), DEFAULT_RULES)
+
+
+def test_rows_that_a_batch_rule_repeats_are_placed_on_every_device_that_needs_them():
+  rows = np.arange(8).reshape(4, 2)
+  placed = place_batch(rows, make_mesh(MeshConfig(2, 2, 2)), {'batch': ('tensor',)})
+  np.testing.assert_array_equal(placed, rows)
+  assert len(placed.addressable_shards) == 8
+  for shard in placed.addressable_shards:
+    np.testing.assert_array_equal(shard.data, rows[shard.index])

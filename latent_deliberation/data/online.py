@@ -1,8 +1,9 @@
 """Batches straight from a seqio stream, for corpora that are too large to pack first.
 
 Hosts take their shares of the documents before packing, as seqio does it, so global batches depend
-on the number of hosts, and a resumed run must have the same number. Packed rows are free of that:
-prefer them where there is disk for them.
+on the number of hosts, and a resumed run must have the same number. On another mesh it reads the
+same texts in other places of the batch. Packed rows are free of both: prefer them where there is
+disk for them.
 """
 
 import shutil
@@ -15,7 +16,7 @@ from latent_deliberation.data.config import DataConfig
 from latent_deliberation.data.filling import fill_rows
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.rows import positions_in_segments
-from latent_deliberation.data.state import check_state, fingerprint_of, host_slice, state_to_json
+from latent_deliberation.data.state import check_state, fingerprint_of, state_to_json
 from latent_deliberation.data.tasks import Documents
 from latent_deliberation.files import write_whole
 
@@ -24,7 +25,7 @@ SHUFFLED_ROWS = 512  # enough to part the rows of one document; they make up mos
 
 
 class OnlineBatches:
-  """This host's slices of an endless stream of packed batches from the training split.
+  """This host's shares of an endless stream of packed batches from the training split.
 
   Args:
     config: of the documents; its length is T.
@@ -35,15 +36,16 @@ class OnlineBatches:
     process_count: number of hosts.
 
   Attributes:
-    fingerprint: of everything that shapes the stream but which host this is.
+    fingerprint: of everything that shapes the stream but the hosts.
 
   Raises:
-    FileNotFoundError, ValueError: see `Documents.open` and `host_slice`.
+    ValueError: hosts cannot have equal shares of a batch; or see `Documents.open`.
+    FileNotFoundError: see `Documents.open`.
   """
 
   def __init__(self, config: DataConfig, workdir: Path, batch_size: int, seed: int,
                process_index: int = 0, process_count: int = 1):
-    share = host_slice(batch_size, process_index, process_count)
+    share = _share(batch_size, process_index, process_count)
     documents = Documents.open(config, Path(workdir))
     recipe = documents.recipe(config, 'train')
     # A restored tf.data iterator trusts the pipeline blindly: with another batch size it hangs or
@@ -51,14 +53,15 @@ class OnlineBatches:
     self._identity = {
         'task': recipe.task, 'source_fingerprint': recipe.source_fingerprint,
         'vocabulary_hash': recipe.vocabulary_hash, 'length': recipe.length,
-        'batch_size': batch_size, 'seed': seed, 'process_count': process_count,
+        'batch_size': batch_size, 'seed': seed,
         'tensorflow': tf.__version__, 'seqio': seqio.__version__}
     self.fingerprint = fingerprint_of(self._identity)
-    self._identity = self._identity | {'process_index': process_index}
+    # Apart from the fingerprint, so that another number of hosts is named when it is refused.
+    self._identity |= {'process_count': process_count, 'process_index': process_index}
     shard = seqio.ShardInfo(process_index, process_count) if process_count > 1 else None
     rows = pack_stream(documents.stream('train', seed, shard, repeat=True), config.length,
                        documents.vocabulary.bos_id, seed)
-    self._iterator = iter(rows.batch(share.stop - share.start, drop_remainder=True).prefetch(2))
+    self._iterator = iter(rows.batch(share, drop_remainder=True).prefetch(2))
     self._next_step = 0
 
   def __call__(self, step: int) -> Batch:
@@ -89,7 +92,7 @@ class OnlineBatches:
     if step != self._next_step:
       raise ValueError(f'step {step} cannot be saved, the stream stands at {self._next_step}: save '
                        'before the next batch is asked for')
-    final = self._state_directory(directory, step)
+    final = _state_directory(directory, step, self._identity['process_index'])
     if final.exists():
       check_state(final / 'state.json', self._identity, step)
       return
@@ -107,13 +110,27 @@ class OnlineBatches:
       FileNotFoundError: nothing was saved for the step and this host.
       ValueError: the state is of another stream; names what differs.
     """
-    final = self._state_directory(directory, step)
+    # The first host's tells how many there were: the own state may be missing for that reason.
+    check_state(_state_directory(directory, step, 0) / 'state.json',
+                self._identity | {'process_index': 0}, step)
+    final = _state_directory(directory, step, self._identity['process_index'])
     check_state(final / 'state.json', self._identity, step)
     tf.train.Checkpoint(iterator=self._iterator).read(str(final / 'iterator')).assert_consumed()
     self._next_step = step
 
-  def _state_directory(self, directory: Path, step: int) -> Path:
-    return Path(directory) / f"stream-{step}-host-{self._identity['process_index']}"
+
+def _state_directory(directory: Path, step: int, process_index: int) -> Path:
+  return Path(directory) / f'stream-{step}-host-{process_index}'
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> int:
+  """Rows of a global batch that each host reads."""
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(f'batch_size = {batch_size} cannot be divided among {process_count} hosts: '
+                     f'choose a multiple of {process_count}')
+  if not 0 <= process_index < process_count:
+    raise ValueError(f'process_index = {process_index}: there are {process_count} hosts, from 0 on')
+  return batch_size // process_count
 
 
 def pack_stream(documents: tf.data.Dataset, length: int, bos_id: int, seed: int) -> tf.data.Dataset:

@@ -10,11 +10,12 @@ import functools
 import hashlib
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from latent_deliberation.batch import Batch
 from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, row_dtypes
-from latent_deliberation.data.state import check_state, fingerprint_of, host_slice, state_to_json
+from latent_deliberation.data.state import check_state, fingerprint_of, state_to_json
 from latent_deliberation.files import write_whole
 
 
@@ -109,28 +110,29 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 class PermutedBatches:
-  """This host's slices of an endless sequence of global batches.
+  """An endless sequence of global batches, or of some rows of each.
 
-  The global batch of a step is fixed before hosts take their slices: the same step gives the same
-  global batch on any number of hosts. Every epoch holds each row once; a batch may span epochs.
+  The global batch of a step is fixed before hosts take their rows of it: the same step gives the
+  same global batch on any number of hosts. Every epoch holds each row once; a batch may span
+  epochs.
 
   Args:
     rows: N rows.
     batch_size: B, rows of a global batch; may exceed N.
     seed: of the order, 0 to 2**32 - 1.
-    process_index: this host; hosts take contiguous slices in their order.
-    process_count: number of hosts.
+    mine: places in the global batch that this host reads, int [n]; default is all of them.
 
   Attributes:
-    fingerprint: of rows, batch size and seed.
+    fingerprint: of rows, batch size and seed, and not of `mine`.
 
   Raises:
-    ValueError: process_count does not divide batch_size, or there are no rows.
+    ValueError: the batch is empty, or there are no rows.
   """
 
-  def __init__(self, rows: PackedRows, batch_size: int, seed: int, process_index: int = 0,
-               process_count: int = 1):
-    self._slice = host_slice(batch_size, process_index, process_count)
+  def __init__(self, rows: PackedRows, batch_size: int, seed: int, mine: np.ndarray | None = None):
+    if batch_size < 1:
+      raise ValueError(f'batch_size = {batch_size}: at least 1 is needed')
+    self._mine = np.arange(batch_size) if mine is None else mine
     if not len(rows):
       raise ValueError('0 packed rows: there is nothing to make batches of; pack some text')
     self._rows, self._batch_size, self._seed = rows, batch_size, seed
@@ -138,9 +140,9 @@ class PermutedBatches:
     self.fingerprint = fingerprint_of(self._identity)
 
   def __call__(self, step: int) -> Batch:
-    """This host's rows of the global batch of a step, numpy int32 [B / process_count, T]."""
+    """This host's rows of the global batch of a step, numpy int32 [n, T]."""
     size = len(self._rows)
-    numbers = np.arange(step * self._batch_size, (step + 1) * self._batch_size)[self._slice]
+    numbers = step * self._batch_size + self._mine
     epochs, places = np.divmod(numbers, size)
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):
@@ -149,8 +151,9 @@ class PermutedBatches:
     return self._rows.take(indices)
 
   def save(self, directory: Path, step: int) -> None:
-    """Writes the state with which `step` comes next."""
-    write_whole(_state_file(directory, step), state_to_json(self._identity, step))
+    """Writes the state with which `step` comes next: on process 0, since it is the same on all."""
+    if jax.process_index() == 0:
+      write_whole(_state_file(directory, step), state_to_json(self._identity, step))
 
   def restore(self, directory: Path, step: int) -> None:
     """Checks that `save` was called for this step and for this very sequence.

@@ -1,19 +1,8 @@
-"""What every sequence of batches shares: slices of hosts, and a state that is refused elsewhere."""
+"""The state of a sequence of batches, which another sequence refuses."""
 
 import hashlib
 import json
 from pathlib import Path
-
-
-def host_slice(batch_size: int, process_index: int, process_count: int) -> slice:
-  """Rows of a global batch that belong to a host. Raises ValueError when they cannot be equal."""
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(f'batch_size = {batch_size} cannot be divided among {process_count} hosts: '
-                     f'choose a multiple of {process_count}')
-  if not 0 <= process_index < process_count:
-    raise ValueError(f'process_index = {process_index}: there are {process_count} hosts, from 0 on')
-  share = batch_size // process_count
-  return slice(process_index * share, (process_index + 1) * share)
 
 
 def fingerprint_of(identity: dict[str, str | int]) -> str:

@@ -1,7 +1,10 @@
-"""What every launch script does before and around its job: flags, logging, errors for people."""
+"""What every launch script does around its job: flags, processes, logging, errors for people."""
 
+import contextlib
+import io
 import logging as python_logging
 import os
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from latent_deliberation import distributed
 from latent_deliberation.jobs.experiment import Experiment, bind
 from latent_deliberation.jobs.study_config import Study
 
@@ -18,6 +22,7 @@ flags.disclaim_key_flags()
 
 CONFIG_HELP = 'Config file. Override any key of it, as in --config.training.batch_size=16.'
 _PACKAGE = Path(__file__).parents[1]
+_GRACE_SECONDS = 20
 
 
 def define_config(launch_script: str, default: str | None = None) -> None:
@@ -113,6 +118,7 @@ def run(job: Callable[[], None]) -> None:
   """
   # Otherwise an error inside of jax would seem to come from the line of ours that called it.
   jax.config.update('jax_traceback_filtering', 'off')
+  _define_processes()
   try:
     app.run(lambda argv: _main(job, argv), flags_parser=_parse_flags)
   except KeyboardInterrupt:
@@ -125,6 +131,13 @@ def run(job: Callable[[], None]) -> None:
     raise SystemExit(f'{type(error).__name__}: {error}') from None
 
 
+def _define_processes() -> None:
+  """Defines the flags of a run on several hosts; on a Cloud TPU none of them is needed."""
+  flags.DEFINE_string('coordinator_address', None, 'host:port of process 0, of several processes.')
+  flags.DEFINE_integer('process_count', None, 'Number of processes.', lower_bound=1)
+  flags.DEFINE_integer('process_id', None, 'Of this process, from 0 on.', lower_bound=0)
+
+
 def _main(job: Callable[[], None], argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'{argv[1:]} are not flags: write --name=value')
@@ -134,9 +147,39 @@ def _main(job: Callable[[], None], argv: list[str]) -> None:
   # orbax logs a dozen lines a checkpoint; its warnings and errors come back as exceptions.
   logging.get_absl_logger().addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in
                                       record.pathname)
-  logging.info('%d %s devices, process %d of %d', jax.device_count(), jax.default_backend(),
-               jax.process_index(), jax.process_count())
-  job()
+  values = flags.FLAGS
+  distributed.join(values.coordinator_address, values.process_count, values.process_id)
+  index, count = jax.process_index(), jax.process_count()
+  if count > 1:
+    _name_process(index, count)
+  logging.info('%d %s devices, process %d of %d', jax.device_count(), jax.default_backend(), index,
+               count)
+  # Every process logs, and the first reports.
+  with contextlib.redirect_stdout(io.StringIO()) if index else contextlib.nullcontext():
+    try:
+      job()
+    except (Exception, KeyboardInterrupt):
+      if count > 1:
+        _end_soon()
+      raise
+
+
+def _end_soon() -> None:
+  """Ends this process soon even where the others go on, and so never come to meet it at the end."""
+  end = threading.Timer(_GRACE_SECONDS, os._exit, (1,))
+  end.daemon = True
+  end.start()
+
+
+def _name_process(index: int, count: int) -> None:
+  """Begins every line of the log with the process, since logs of several are often read as one."""
+  handler = logging.get_absl_handler()
+  written = handler.python_handler.format
+
+  def format_line(record: python_logging.LogRecord) -> str:
+    return f'[{index}/{count}] {written(record)}'
+
+  handler.python_handler.format = format_line
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

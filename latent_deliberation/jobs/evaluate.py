@@ -142,7 +142,7 @@ def placed(experiment: Experiment, held_out: list[Batch], arms: tuple[str, ...],
   begun = said = time.perf_counter()
   for done, batch in enumerate(held_out):
     now = time.perf_counter()
-    if done and now - said > 10 and jax.process_index() == 0:
+    if done and now - said > 10:
       said = now
       left = (now - begun) / done * (len(held_out) - done)
       logging.info('scoring %s: batch %d/%d  ETA %s', ', '.join(arms), done, len(held_out),

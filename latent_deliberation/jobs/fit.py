@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment, TrainingConfig
-from latent_deliberation.sharding import check_batch, place_batch
+from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
 from latent_deliberation.training.checkpoint import Batches, Checkpointer
 from latent_deliberation.training.identity import (
   CHECKPOINTS,
@@ -110,13 +110,16 @@ class Run:
 
     Raises:
       ValueError: batches or sizes do not divide over the mesh, the warm-up is longer than the run,
-        or the directory holds another run.
+        the mesh asks two processes for the same texts of a stream, or the directory holds another
+        run.
       OSError: the directory cannot be written to.
     """
     experiment = self.experiment
     check_divides(self.section, self.settings.batch_size, self.settings.accumulation, self.mesh,
                   experiment)
     check_divides('evaluation', experiment.evaluation.batch_size, 1, self.mesh, experiment)
+    if experiment.data.mode == 'online':
+      check_own_rows(self.mesh, experiment.rules)
     try:
       _ = self.abstract
     except ValueError as error:

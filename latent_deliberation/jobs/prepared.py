@@ -6,14 +6,15 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from sentencepiece import SentencePieceProcessor
 
 from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.data.rows import PackedRows, PermutedBatches, permutation
+from latent_deliberation.distributed import first_does
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.model.weights import Checkpoint
+from latent_deliberation.sharding import make_mesh, rows_of_process
 from latent_deliberation.training.checkpoint import Batches
 
 ROWS = 'rows'
@@ -32,13 +33,15 @@ def prepare_data(experiment: Experiment, directory: Path) -> None:
       raise FileNotFoundError(
           f'{directory / ROWS} does not exist, and seqio, which would make it, is not installed: '
           'prepare the data on another machine and copy the directory here')
-  elif jax.process_index() == 0:
-    if not (directory / ROWS).is_dir():  # those that are there may be read-only
-      make_writable(directory)
-    from latent_deliberation.data.packing import prepare  # imports TensorFlow, which not all have
-    prepare(experiment.data, directory)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('data prepared')
+  else:
+    first_does(f'prepare the data in {directory}', lambda: _prepare(experiment, directory))
+
+
+def _prepare(experiment: Experiment, directory: Path) -> None:
+  from latent_deliberation.data.packing import prepare  # imports TensorFlow, which not all have
+  if not (directory / ROWS).is_dir():  # those that are there may be read-only
+    make_writable(directory)
+  prepare(experiment.data, directory)
 
 
 def check_pieces(experiment: Experiment) -> None:
@@ -118,15 +121,24 @@ def open_stream(experiment: Experiment, directory: Path, section: str) -> Batche
   """
   batch_size = getattr(experiment, section).batch_size
   seed = 2 * experiment.seed + ('pretraining', 'training').index(section)
-  place = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
   if experiment.data.mode == 'online':
     from latent_deliberation.data.online import OnlineBatches  # imports TensorFlow
-    return OnlineBatches(experiment.data, directory, batch_size, seed, **place)
-  return PermutedBatches(open_rows(experiment, directory, 'train'), batch_size, seed, **place)
+    return OnlineBatches(experiment.data, directory, batch_size, seed,
+                         jax.process_index(), jax.process_count())
+  return PermutedBatches(open_rows(experiment, directory, 'train'), batch_size, seed,
+                         _own_rows(experiment, batch_size))
+
+
+def _own_rows(experiment: Experiment, batch_size: int) -> np.ndarray:
+  """Places in a global batch that this process reads."""
+  return rows_of_process(batch_size, make_mesh(experiment.mesh), experiment.rules)
 
 
 def validation_batches(experiment: Experiment, directory: Path, num_batches: int) -> list:
-  """The same validation batches at every call, neighbours in different documents as a rule."""
+  """This process's rows of the same validation batches at every call.
+
+  Neighbours are of different documents as a rule.
+  """
   size = experiment.evaluation.batch_size
   rows = open_rows(experiment, directory, 'validation')
   if num_batches * size > len(rows):
@@ -134,7 +146,7 @@ def validation_batches(experiment: Experiment, directory: Path, num_batches: int
         f'{num_batches} validation batches of evaluation.batch_size = {size} need '
         f'{num_batches * size} rows, {directory} has {len(rows)}: lower evaluation.num_texts or '
         'watch_batches, or hold out more text (data.validation_percent)')
-  stream = PermutedBatches(rows, size, VALIDATION_ORDER, jax.process_index(), jax.process_count())
+  stream = PermutedBatches(rows, size, VALIDATION_ORDER, _own_rows(experiment, size))
   return [stream(index) for index in range(num_batches)]
 
 

@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from latent_deliberation.batch import Batch
+from latent_deliberation.distributed import first_does
 from latent_deliberation.training.identity import MISSING, RunIdentity, check_same_run
 from latent_deliberation.training.state import TrainState
 
@@ -22,10 +23,13 @@ class Batches(Protocol):
   fingerprint: str
 
   def __call__(self, step: int) -> Batch:
-    """This process's slice of the global batch for `step` = 0, 1, ..., as numpy arrays."""
+    """This process's rows of the global batch for `step` = 0, 1, ..., as numpy arrays."""
 
   def save(self, directory: Path, step: int) -> None:
-    """Writes into `directory`, which exists and is empty, all that the batch of `step` needs."""
+    """Writes into `directory` all that the batch of `step` needs.
+
+    Every process calls this with the same directory, which exists and was empty.
+    """
 
   def restore(self, directory: Path, step: int) -> None:
     """Makes `step` the next batch; raises ValueError when `directory` does not fit this stream."""
@@ -119,12 +123,16 @@ class Checkpointer:
     return state
 
   def _data_directory(self, step: int) -> Path:
-    return self.directory / 'data' / str(step) / f'process_{jax.process_index()}'
+    return self.directory / 'data' / str(step)
 
   def _save_data(self, step: int, batches: Batches) -> None:
     directory = self._data_directory(step)
-    shutil.rmtree(directory, ignore_errors=True)  # left by a save that never became whole
-    directory.mkdir(parents=True)
+
+    def make_empty() -> None:
+      shutil.rmtree(directory, ignore_errors=True)  # left by a save that never became whole
+      directory.mkdir(parents=True)
+
+    first_does(f'make {directory}', make_empty)
     batches.save(directory, step)
 
   def _prune_data(self) -> None:

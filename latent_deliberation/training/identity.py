@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from latent_deliberation.distributed import first_does, wait_for_all
 from latent_deliberation.files import write_whole
 
 RUN_FILE = 'run.json'
@@ -45,7 +44,8 @@ class RunIdentity:
 def claim(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = ()) -> None:
   """Makes `workdir` the directory of this run, or checks that it already is.
 
-  Process 0 writes run.json. Other files, such as a vocabulary or data, may be there already.
+  Process 0 writes run.json, and all of them compare it. Other files, such as a vocabulary or
+  data, may be there already.
 
   Args:
     workdir: a directory on a mounted file system; created if missing.
@@ -58,18 +58,21 @@ def claim(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = ()) -> N
     raise ValueError(f'--workdir is {str(workdir)!r}, which is a URL; it must be a path: mount the '
                      'bucket (gcsfuse, for instance) and give the path under the mount.')
   path = workdir / RUN_FILE
-  if path.exists():
-    try:
-      saved = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-      raise ValueError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
-                       'the file, or use another --workdir.') from error
-    check_same_run(str(workdir), saved, identity, free)
-  elif (workdir / CHECKPOINTS).exists():
+  if not path.exists() and (workdir / CHECKPOINTS).exists():
     raise ValueError(f'{workdir / CHECKPOINTS} exists, but {path} does not: these checkpoints are '
                      'of an unknown run. Restore the file, or use another --workdir.')
-  elif jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
+  wait_for_all(f'{path} looked at')  # before process 0 goes on to make what is refused above
+  first_does(f'write {path}', lambda: _write_once(path, identity))
+  try:
+    saved = json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
+                     'the file, or use another --workdir.') from error
+  check_same_run(str(workdir), saved, identity, free)  # also by the others of a new run
+
+
+def _write_once(path: Path, identity: RunIdentity) -> None:
+  if not path.exists():
     write_whole(path, json.dumps(identity.to_json(), indent=2).encode() + b'\n')
 
 

@@ -67,7 +67,7 @@ def train(state: TrainState,
     train_step: one update; its scalars hold 'loss' and 'grad_norm', replicated on every process.
     batches: the stream, already at the batch of `state.step`.
     config: length and cadences.
-    place: puts this process's slice of a batch on the devices.
+    place: the global batch on the devices, from this process's rows of it.
     checkpointer: None saves nothing.
     identity: the run, kept in each checkpoint.
     metrics: takes the scalars at `log_every`, and the evaluators' as 'name/key'.
@@ -91,10 +91,10 @@ def train(state: TrainState,
     if evaluating:
       logbook.evaluate(start, evaluators, state.params)
     for step in range(start, config.num_steps):
-      batch = batches(step)
+      batch = place(batches(step))
       if step == start:
         logbook.begin(step, batch)
-      state, scalars = train_step(state, place(batch))
+      state, scalars = train_step(state, batch)
       if unseen is not None:
         logbook.record(*unseen)
       done, unseen = step + 1, (step + 1, scalars)
@@ -144,9 +144,9 @@ class _Logbook:
     self._progress: Progress | None = None
 
   def begin(self, start: int, batch: Batch) -> None:
-    """Learns the size of a step from the first batch."""
+    """Learns the size of a step from the first global batch."""
     self._first = start + 1
-    self._progress = Progress(self._config.num_steps, batch.tokens.size * jax.process_count())
+    self._progress = Progress(self._config.num_steps, batch.tokens.size)
 
   def record(self, step: int, scalars: Mapping[str, Array]) -> None:
     """Waits for the step, and logs it when it is due. Raises: FloatingPointError."""
@@ -162,7 +162,7 @@ class _Logbook:
       if speed is not None:
         values['tokens_per_second'] = speed
       self._metrics.write(step, values)
-      _log(self._progress.line(step, values))
+      logging.info('%s', self._progress.line(step, values))
     if step == self._first:
       self._progress.start(step)
 
@@ -174,8 +174,8 @@ class _Logbook:
     if values:
       self._metrics.write(step, values)
       shown = '  '.join(f'{name} {value:.4f}' for name, value in values.items())
-      _log(f'step {step}/{self._config.num_steps}  {shown}  '
-           f'({format_duration(time.perf_counter() - begun)})')
+      logging.info('step %d/%d  %s  (%s)', step, self._config.num_steps, shown,
+                   format_duration(time.perf_counter() - begun))
     if self._progress is not None:
       self._progress.start(step)
 
@@ -187,11 +187,6 @@ class _Logbook:
     if step is None:
       return f'There is no checkpoint in {self._checkpointer.directory} yet.'
     return f'The last good checkpoint is {self._checkpointer.directory / str(step)}.'
-
-
-def _log(line: str) -> None:
-  if jax.process_index() == 0:
-    logging.info('%s', line)
 
 
 class _StopRequests:

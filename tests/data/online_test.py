@@ -89,6 +89,15 @@ def test_a_state_of_another_stream_is_refused_with_both(config, tmp_path, argume
     OnlineBatches(config, tmp_path, *arguments).restore(tmp_path / 'state', 1)
 
 
+def test_a_state_of_fewer_hosts_is_refused_by_those_that_had_none_too(config, tmp_path):
+  batches = OnlineBatches(config, tmp_path, 4, 0)
+  batches.save(tmp_path / 'state', 0)
+  later = OnlineBatches(config, tmp_path, 4, 0, 1, 2)
+  assert later.fingerprint == batches.fingerprint
+  with pytest.raises(ValueError, match='process_count: saved 1, now 2'):
+    later.restore(tmp_path / 'state', 0)
+
+
 def test_a_missing_state_is_named(config, tmp_path):
   with pytest.raises(FileNotFoundError, match='no data state for step 5'):
     OnlineBatches(config, tmp_path, 4, 0).restore(tmp_path / 'state', 5)

@@ -1,0 +1,114 @@
+"""The processes of one run, one on each host: how they find each other, wait, and agree."""
+
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+ADDRESS = 'JAX_COORDINATOR_ADDRESS'
+# Variables that a launcher sets for each of its processes, and that jax finds the others by: how
+# many there are, and one that is there only where jax recognises the launcher.
+LAUNCHERS = (('SLURM_NTASKS', 'SLURM_STEP_NODELIST'),
+             ('OMPI_COMM_WORLD_SIZE', 'OMPI_MCA_orte_hnp_uri'))
+PATIENCE_SECONDS = 24 * 3600  # for what one process does alone, such as packing a corpus
+
+
+def join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
+  """Makes this process one of several, where there are several; call it before jax has devices.
+
+  On a Cloud TPU, and under srun or mpirun, jax finds out by itself which processes there are;
+  elsewhere all three are to be given. With nothing given, a machine on its own stays one process.
+
+  Args:
+    address: host:port of process 0; default is the variable JAX_COORDINATOR_ADDRESS.
+    count: number of processes.
+    index: of this one, 0 to count - 1.
+
+  Raises:
+    ValueError: some of the three are given and some are not, or they cannot be.
+  """
+  detected = address is None and count is None and index is None and _are_others_known()
+  address = address or os.environ.get(ADDRESS) or None
+  if detected:
+    _join_known()
+  elif not (address is None and count is None and index is None):
+    _check_given(address, count, index)
+    logging.info('process %d of %d: waiting for all of them at %s', index, count, address)
+    jax.distributed.initialize(address, count, index, cluster_detection_method='deactivate')
+
+
+def _check_given(address: str | None, count: int | None, index: int | None) -> None:
+  given = {'--coordinator_address': address, '--process_count': count, '--process_id': index}
+  missing = [name for name, value in given.items() if value is None]
+  if missing:
+    there = ', '.join(f'{name}={value}' for name, value in given.items() if value is not None)
+    raise ValueError(
+        f'{there} (a flag, or {ADDRESS}) without {" and ".join(missing)}: several processes need '
+        'all three, one process none')
+  host, _, port = address.rpartition(':')
+  if not host or not port.isdigit():
+    raise ValueError(f'--coordinator_address={address}: it must be host:port of process 0, such as '
+                     '10.0.0.2:8476')
+  if not 0 <= index < count:
+    raise ValueError(f'--process_id={index} with --process_count={count}: it must lie between 0 '
+                     f'and {count - 1}')
+
+
+def _is_on_tpu() -> bool:
+  """Whether jax will use the TPUs of this machine; it says so itself where it sees their chips."""
+  return (jax.config.jax_platforms or '').split(',')[0] == 'tpu'
+
+
+def _are_others_known() -> bool:
+  """Whether jax can find out by itself which processes there are."""
+  return _is_on_tpu() or any(
+      mark in os.environ and int(os.environ.get(count, 1)) > 1 for count, mark in LAUNCHERS)
+
+
+def _join_known() -> None:
+  logging.info('waiting for the other processes that jax knows of, if there are any')
+  try:
+    jax.distributed.initialize()
+  except ValueError as error:
+    # What jax says where no variable and no metadata server speaks of a pod, as in a notebook.
+    if not _is_on_tpu() or 'coordinator_address should be defined' not in str(error):
+      raise
+    logging.warning('jax knows of no other TPU hosts: this process runs alone')
+
+
+def wait_for_all(name: str) -> None:
+  """Returns once every process has come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def first_does(what: str, work: Callable[[], None]) -> None:
+  """Process 0 works and the others wait; where it fails, all of them raise.
+
+  Args:
+    what: completes "process 0 could not ...".
+
+  Raises:
+    RuntimeError: on the others, where process 0 has raised an error of its own.
+  """
+  if jax.process_count() == 1:
+    work()
+    return
+  failure = None
+  if jax.process_index() == 0:
+    try:
+      work()
+    except Exception as error:  # raised below, when the others know
+      failure = error
+  # With all processes named this is no collective, which may time out where the work is long.
+  multihost.sync_global_processes(
+      what, timeout=PATIENCE_SECONDS, processes=set(range(jax.process_count())))
+  failed = multihost_utils.broadcast_one_to_all(np.array(failure is not None))
+  if failure is not None:
+    raise failure
+  if failed:
+    raise RuntimeError(f'process 0 could not {what}: its own log says why')
