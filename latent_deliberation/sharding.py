@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import PyTree
 
@@ -151,8 +151,10 @@ def rows_of_process(batch_size: int, mesh: Mesh, rules: Mapping[str, Sequence[st
       if device.process_index == process]))
 
 
-def check_own_rows(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> None:
-  """Raises ValueError where two processes hold the same rows of a batch."""
+def check_own_rows(mesh: Mesh | AbstractMesh, rules: Mapping[str, Sequence[str]]) -> None:
+  """Raises ValueError where two processes hold the same rows of a batch; a plan has none."""
+  if isinstance(mesh, AbstractMesh):
+    return
   process = np.vectorize(lambda device: device.process_index)(mesh.devices)
   shared = [name for axis, name in enumerate(mesh.axis_names)
             if name not in rules.get('batch', ())
