@@ -53,10 +53,12 @@ ABLATIONS = {
 
 def get_config(size='full'):
   """'full': every arm; 'quick': the coprocessor and constant soft tokens; 'ablations'."""
-  arms = {'full': ARMS, 'quick': {name: ARMS[name] for name in ('own', 'constant')},
-          'ablations': ABLATIONS}[size]
+  sizes = {'full': ARMS, 'quick': {name: ARMS[name] for name in ('own', 'constant')},
+           'ablations': ABLATIONS}
+  if size not in sizes:
+    raise ValueError(f'hops.py:{size}: choose one of {sorted(sizes)}')
   return as_config(Study(
-      name=f'pointer chasing, {size}', arms=arms, experiment=_experiment(),
+      name=f'pointer chasing, {size}', arms=sizes[size], experiment=_experiment(),
       questions=QuestionsConfig(per_difficulty=1000)))
 
 
