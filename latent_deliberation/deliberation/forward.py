@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from latent_deliberation.array_types import Array, Float, Latents, Params, typed
@@ -18,9 +19,15 @@ from latent_deliberation.model.decoder import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class Deliberator:
-  """A frozen decoder and the coprocessor that augments its cache."""
+  """A frozen decoder and the coprocessor that augments its cache.
+
+  Attributes:
+    decoder, coprocessor: without weights.
+    tuned: gradients flow through the trunk's cache; only for a control in which the decoder learns.
+  """
   decoder: Decoder
   coprocessor: Coprocessor
+  tuned: bool = False
 
   @property
   def config(self) -> DeliberationConfig:
@@ -51,14 +58,11 @@ class Deliberator:
     return self.second_pass(decoder_params, latents, traces, placement, cache)
 
   def prefill(self, decoder_params: Params, batch: Batch) -> tuple[Array, KVCache]:
-    """First pass: the decoder reads the trunks. Hidden states [B, T, D] and their kv-cache.
-
-    Nothing that a coprocessor learns is upstream of the cache, so no gradient flows into it; it
-    does where a study trains the decoder itself.
-    """
-    return self.decoder.apply(
+    """First pass: the decoder reads the trunks. Hidden states [B, T, D] and their kv-cache."""
+    hidden, cache = self.decoder.apply(
         {'params': decoder_params}, batch.tokens, batch.positions, batch.segments,
         method='prefill')
+    return hidden, cache if self.tuned else jax.lax.stop_gradient(cache)
 
   def coprocess(self, params: Params, decoder_params: Params, placement: Placement,
                 cache: KVCache) -> Latents:

@@ -1,5 +1,7 @@
 """What is minimised: next-token loss, a coprocessor's ahead-token loss, and controls of both."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from latent_deliberation.array_types import Array, Params
@@ -52,7 +54,7 @@ def unification(deliberator: Deliberator, loss_chunk: int) -> LossFn:
   The control of arXiv 2510.00494: one model that learns to use its latents, in the place of two.
   What learns is {'decoder', 'latents'}; the frozen argument is unused.
   """
-  augmented = augmentation(deliberator, loss_chunk)
+  augmented = augmentation(dataclasses.replace(deliberator, tuned=True), loss_chunk)
 
   def loss(params: Params, frozen: Params, batch: Batch, keys: Array) -> tuple[Array, Array]:
     del frozen

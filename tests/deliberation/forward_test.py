@@ -1,5 +1,6 @@
 """The heart: many traces at once are what the paper draws, and what inference does one by one."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -217,15 +218,16 @@ def test_a_coprocessor_can_leave_its_start(decoder_params, batch, latents):
   assert moves == {key: opens or key == 'gate' for key in params}
 
 
-def test_the_trunk_is_a_constant(decoder_params, batch):
-  deliberator = tiny.deliberator()
+@pytest.mark.parametrize('tuned', [False, True])
+def test_the_trunk_is_a_constant_unless_the_decoder_learns(decoder_params, batch, tuned):
+  deliberator = dataclasses.replace(tiny.deliberator(), tuned=tuned)
 
   def total(decoder_params):
     _, cache = deliberator.prefill(decoder_params, batch)
     return jnp.sum(cache.keys) + jnp.sum(cache.values)
 
   gradients = jax.jit(jax.grad(total))(decoder_params)
-  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients))
+  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients)) == (not tuned)
 
 
 def test_traces_that_do_not_exist_are_finite_and_so_are_their_gradients(decoder_params):
