@@ -173,11 +173,13 @@ def place_batch(batch: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -
   shards = math.prod(mesh.shape[axis] for axis in rules.get('batch', ()))
   mine = len(rows_of_process(shards, mesh, rules))  # of the shards: one row each
 
+  batch = jax.tree.map(np.asarray, batch)
+  batch_size = len(jax.tree.leaves(batch)[0]) * shards // mine
+  rows = rows_of_process(batch_size, mesh, rules)
+
   def place(leaf: np.ndarray) -> jax.Array:
-    batch_size = len(leaf) * shards // mine
-    rows = rows_of_process(batch_size, mesh, rules)
     return jax.make_array_from_callback(
         (batch_size, *leaf.shape[1:]), sharding,
         lambda index: leaf[np.searchsorted(rows, np.arange(batch_size)[index[0]])])
 
-  return jax.tree.map(place, jax.tree.map(np.asarray, batch))
+  return jax.tree.map(place, batch)

@@ -11,6 +11,7 @@ from pathlib import Path
 from latent_deliberation.evaluation.study_page import format_study
 from latent_deliberation.jobs import command_line
 from latent_deliberation.jobs.study import run_study
+from latent_deliberation.jobs.study_config import Study
 
 command_line.define_config(__file__)
 _WORKDIR = command_line.define_directory('workdir', 'Of the study.')
@@ -18,7 +19,7 @@ _WORKDIR = command_line.define_directory('workdir', 'Of the study.')
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  print(format_study(run_study(command_line.study_from_flags(), workdir)))
+  print(format_study(run_study(command_line.config_from_flags(Study), workdir)))
   print(f'Report: {workdir / "results.md"}')
 
 

@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -15,7 +16,6 @@ from ml_collections import config_flags
 
 from latent_deliberation import distributed
 from latent_deliberation.jobs.experiment import Experiment, bind
-from latent_deliberation.jobs.study_config import Study
 
 # --help of a launch script shows the flags that are defined through this module as its own.
 flags.disclaim_key_flags()
@@ -102,12 +102,12 @@ def _check_file(path: str | None) -> bool:
 
 def experiment_from_flags() -> Experiment:
   """The experiment that --config and its overrides describe, checked."""
-  return bind(flags.FLAGS.config)
+  return config_from_flags(Experiment)
 
 
-def study_from_flags() -> Study:
-  """The study that --config and its overrides describe, checked."""
-  return bind(flags.FLAGS.config, Study)
+def config_from_flags(kind: type) -> Any:
+  """What --config and its overrides describe, as a dataclass of `kind`, checked."""
+  return bind(flags.FLAGS.config, kind)
 
 
 def run(job: Callable[[], None]) -> None:

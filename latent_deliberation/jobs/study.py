@@ -60,7 +60,7 @@ def run_study(study: Study, workdir: Path) -> dict[str, Any]:
         runs.append(_run(study, name, seed, decoder, frozen, digest, workdir, measure, mesh))
       seconds.append(clock.seconds[phase])
       progress.update(number * len(study.seeds) + len(runs))
-    arms |= _arms(study, name, runs, measure, frozen, tuple(seconds))
+    arms |= _arms(study, name, runs, measure, tuple(seconds))
   summary = summarise_study(StudyResult(
       name=study.name, arms=arms, config=dataclasses.asdict(study), git_commit=git_commit(),
       command=' '.join(sys.argv), machine=_machine(), seconds=sum(clock.seconds.values()),
@@ -127,7 +127,7 @@ def _frozen_arm(study: Study, measure: QuestionMeasure | TextMeasure, frozen: Pa
 
 
 def _arms(study: Study, name: str, runs: list[_Run], measure: QuestionMeasure | TextMeasure,
-          frozen: Params, seconds: tuple[float, ...]) -> dict[str, Arm]:
+          seconds: tuple[float, ...]) -> dict[str, Arm]:
   """The arm itself and its controls, as the report has them."""
   experiment, learns = study.variant(name, study.seeds[0]), study.arms[name].learns
   model, config, settings = experiment.decoder, experiment.deliberation, experiment.training
