@@ -19,7 +19,7 @@ from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
 SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate')
-WITHOUT_CONFIG = ('convert', 'generate', 'benchmark_weights', 'benchmark_inference')
+WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,9 @@ BAD = {
     'a run as gate': Bad(
         'generate', '--decoder={run}/pretraining/decoder --prompt=a --gate={run}',
         'holds no gate.json: give the output of launch/gate.py'),
+    'a document that is not there': Bad(
+        'augment', '--decoder={run}/pretraining/decoder --coprocessor={run}/coprocessor '
+        '--document={new}.txt --output={new}.cache', 'no file .*new.txt: give one with the text'),
     'an unknown size': Bad(
         'benchmark_weights', '--preset=gemma9 --output={new}', 'gemma9.* should be one of .*gemma'),
     'an output in no directory': Bad(
@@ -150,6 +153,7 @@ def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
   own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
          'evaluate': 'output', 'gate': 'output', 'convert': 'target', 'generate': 'prompt',
+         'augment': 'document',
          'benchmark_weights': 'output', 'benchmark_inference': 'output'}
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
