@@ -188,6 +188,22 @@ def test_an_unforeseen_error_keeps_its_traceback(tmp_path):
   assert 'Traceback' in process.stderr and "invalid literal for int" in process.stderr
 
 
+def test_ctrl_c_ends_at_once_whatever_other_threads_do(tmp_path):
+  script = tmp_path / 'launch/slow.py'
+  script.parent.mkdir()
+  script.write_text('import threading, time\n'
+                    'from latent_deliberation.jobs import command_line\n'
+                    'def job():\n'
+                    '  threading.Thread(target=time.sleep, args=(600,)).start()\n'
+                    '  raise KeyboardInterrupt\n'
+                    'command_line.run(job)\n')
+  process = subprocess.run([sys.executable, str(script)], cwd=finished.ROOT, text=True,
+                           capture_output=True, timeout=60, env=finished.environment())
+  assert process.returncode == 1
+  assert 'Interrupted: the same command goes on' in process.stderr
+  assert 'Traceback' not in process.stderr
+
+
 def test_the_quickstart_prints_its_table_once_and_where_the_report_is():
   run, printed = finished.quickstart()
   assert printed.count('ahead  perplexity') == printed.count('Gain ') == 1
