@@ -24,8 +24,8 @@ def main() -> None:
   result = fit_gate(
       command_line.experiment_from_flags(), decoder=Path(_DECODER.value),
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value))
-  print('fraction augmented; by gate, mean gain of a place in millinats [95% interval], and what is '
-        'above chance')
+  print('fraction augmented; by gate, mean gain of a place in millinats [95% interval], and what'
+        ' of it is above chance')
   for number, fraction in enumerate(result['curves']['random']['fractions']):
     if number % 4 == 0:
       cells = (
