@@ -29,7 +29,8 @@ def test_a_learned_gate_beats_entropy_and_chance_where_the_hidden_state_tells():
     assert curves['learned'].low[1] > curves[name].high[1]
     assert abs(curves[name].above_chance[1]) < 0.1 * curves['learned'].above_chance[1]
   learned = curves['learned']
-  np.testing.assert_allclose(learned.above_chance, learned.gain - learned.fractions * learned.gain[-1])
+  np.testing.assert_allclose(
+      learned.above_chance, learned.gain - learned.fractions * learned.gain[-1])
   assert 0 < learned.above_low[1] < learned.above_chance[1] < learned.above_high[1]
   # Texts that gain more do so with any gate: paired with chance, they differ less.
   assert learned.above_high[2] - learned.above_low[2] < learned.high[2] - learned.low[2]
