@@ -1,0 +1,314 @@
+"""Pallas kernels of fused attention for TPUs: forward, and backward by queries and own keys.
+
+A block of queries is some whole traces, with the G query heads of one kv head. It meets the shared
+keys block by block, from the first block that any of its queries sees to the last, and its own keys
+in chunks of a few traces; scores never leave the chip. Heads lie side by side in the last axis, as
+projections write them, so that nothing is transposed.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from latent_deliberation.array_types import Array
+from latent_deliberation.model.attention import MASKED
+
+# exp of a score that a soft-cap bounds by this, summed over any number of keys, fits a float32.
+BOUNDED_CAP = 60.0
+VMEM_BYTES = 64 * 2**20  # of 128 MiB on v5e and v6e, the least of today's chips; default is 16
+
+
+class Rows(NamedTuple):
+  """I blocks of R queries, [B, I * R, ...].
+
+  Attributes:
+    queries: [.., N * H].
+    index: int32 [.., 4]: segment (0 sees nothing); position that a key must be beyond to be inside
+      the window; horizon; place in its chunk of the first own key that may be seen.
+    begin, end: int32 [B, I] range of blocks of shared keys that a block of queries sees.
+  """
+  queries: Array
+  index: Array
+  begin: Array
+  end: Array
+
+
+class Keys(NamedTuple):
+  """Shared keys, [B, S, K * H] in S / R blocks, or the rows' own, in chunks.
+
+  Attributes:
+    keys, values: [B, S or I * R, K * H].
+    index: int32 [B, blocks, 2, keys] or [B, I, chunks, 2, keys]: segment (-1 is not seen), position.
+  """
+  keys: Array
+  values: Array
+  index: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Sizes that are compiled in.
+
+  Attributes:
+    kv_heads, group, width: K, G, H.
+    rows: R, queries of a block.
+    keys: shared keys of a block.
+    chunk: queries, and as many own keys, of a chunk; divides R.
+    cap: of the scores; None for no cap.
+    interpret: run as ordinary operations, on any platform.
+  """
+  kv_heads: int
+  group: int
+  width: int
+  rows: int
+  keys: int
+  chunk: int
+  cap: float | None
+  interpret: bool = False
+
+  @property
+  def bounded(self) -> bool:
+    """Scores are small enough for exp without a running maximum."""
+    return self.cap is not None and self.cap <= BOUNDED_CAP
+
+  def head(self, number: int) -> slice:
+    """Columns of one of the G heads of a block."""
+    return slice(number * self.width, (number + 1) * self.width)
+
+  def chunks(self) -> list[slice]:
+    """Rows of each chunk of a block."""
+    return [slice(start, start + self.chunk) for start in range(0, self.rows, self.chunk)]
+
+
+def _product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+  """Matrix product over one axis of each, accumulated in float32."""
+  return jax.lax.dot_general(x, y, (((contract[0],), (contract[1],)), ((), ())),
+                             preferred_element_type=jnp.float32)
+
+
+def _scores(tiles: Tiles, queries: Array, keys: Array, visible: Array) -> tuple[Array, Array]:
+  """Masked scores [rows, keys], and the derivative of the soft-cap at each."""
+  raw = _product(queries, keys, (1, 1))
+  if tiles.cap is None:
+    return jnp.where(visible, raw, MASKED), jnp.ones((), jnp.float32)
+  share = jnp.tanh(raw * (1 / tiles.cap))
+  return jnp.where(visible, tiles.cap * share, MASKED), 1 - share * share
+
+
+def _shared_visible(index: Array, keys: Array, block: Array, tiles: Tiles) -> Array:
+  """[R, keys] which keys of a shared block the rows see; the counterpart of `cached_mask`."""
+  order = jax.lax.broadcasted_iota(jnp.int32, (tiles.rows, tiles.keys), 1)
+  return ((keys[0:1] == index[:, 0:1]) & (keys[1:2] > index[:, 1:2])
+          & (order < index[:, 2:3] - block * tiles.keys))
+
+
+def _own_visible(index: Array, keys: Array, tiles: Tiles) -> Array:
+  """[chunk, chunk] which own keys the rows of a chunk see; the counterpart of `fresh_mask`."""
+  row = jax.lax.broadcasted_iota(jnp.int32, (tiles.chunk, tiles.chunk), 0)
+  order = jax.lax.broadcasted_iota(jnp.int32, (tiles.chunk, tiles.chunk), 1)
+  return ((keys[0:1] == index[:, 0:1]) & (keys[1:2] > index[:, 1:2])
+          & (order >= index[:, 3:4]) & (order <= row))
+
+
+def _place() -> tuple[Array, Array]:
+  return pl.program_id(0), pl.program_id(1)
+
+
+def _forward_kernel(begin, end, queries, index, shared, own, mixed, lse, peak, total, summed, *,
+                    tiles):
+  text, row_block = _place()
+  step = pl.program_id(3)
+
+  def see(keys, values, visible, rows=slice(None)):
+    for g in range(tiles.group):
+      scores, _ = _scores(tiles, queries[0, rows, tiles.head(g)], keys, visible)
+      at = rows, slice(g, g + 1)
+      if not tiles.bounded:
+        highest = jnp.maximum(peak[at], scores.max(axis=-1, keepdims=True))
+        shrink = jnp.exp(peak[at] - highest)
+        peak[at] = highest
+        total[at] *= shrink
+        summed[g, rows] *= shrink
+        scores = scores - highest
+      weights = jnp.exp(scores)
+      total[at] += weights.sum(axis=-1, keepdims=True)
+      summed[g, rows] += _product(weights.astype(values.dtype), values, (1, 0))
+
+  @pl.when(step == 0)
+  def _start():
+    # Above MASKED, so that the weights of a row that sees nothing vanish instead of being 1.
+    peak[...] = jnp.full_like(peak, 0.0 if tiles.bounded else MASKED / 2)
+    total[...] = jnp.zeros_like(total)
+    summed[...] = jnp.zeros_like(summed)
+    for number, rows in enumerate(tiles.chunks() if own else ()):
+      see(own.keys[0, rows], own.values[0, rows],
+          _own_visible(index[0, rows], own.index[0, 0, number], tiles), rows)
+
+  block = begin[text, row_block] + step
+
+  @pl.when(block < end[text, row_block])
+  def _see_shared():
+    see(shared.keys[0], shared.values[0],
+        _shared_visible(index[0], shared.index[0, 0], block, tiles))
+
+  @pl.when(step == pl.num_programs(3) - 1)
+  def _finish():
+    divisor = jnp.where(total[...] > 0, total[...], 1.0)
+    for g in range(tiles.group):
+      mixed[0, :, tiles.head(g)] = (summed[g] / divisor[:, g:g + 1]).astype(mixed.dtype)
+    lse[0, 0, 0] = (peak[...] + jnp.log(divisor)).T
+
+
+def _backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotangent,
+                     query_gradient, own_gradient, column, delta, summed, *, tiles):
+  text, row_block = _place()
+  step = pl.program_id(3)
+
+  def pull(g, keys, values, visible, rows=slice(None)):
+    """Weights [rows, keys] and the gradient of the raw scores; adds to that of the queries."""
+    at = rows, slice(g, g + 1)
+    scores, slope = _scores(tiles, queries[0, rows, tiles.head(g)], keys, visible)
+    weights = jnp.exp(scores - column[at])
+    pulled = _product(cotangent[0, rows, tiles.head(g)], values, (1, 1))
+    gradient = (weights * (pulled - delta[at]) * slope).astype(keys.dtype)
+    summed[g, rows] += _product(gradient, keys, (1, 0))
+    return weights, gradient
+
+  @pl.when(step == 0)
+  def _start():
+    summed[...] = jnp.zeros_like(summed)
+    column[...] = lse[0, 0, 0].T
+    for g in range(tiles.group):
+      product = (cotangent[0, :, tiles.head(g)].astype(jnp.float32)
+                 * mixed[0, :, tiles.head(g)].astype(jnp.float32))
+      delta[:, g:g + 1] = product.sum(axis=-1, keepdims=True)
+    for number, rows in enumerate(tiles.chunks() if own else ()):
+      visible = _own_visible(index[0, rows], own.index[0, 0, number], tiles)
+      by_keys = by_values = jnp.zeros((tiles.chunk, tiles.width), jnp.float32)
+      for g in range(tiles.group):
+        weights, gradient = pull(g, own.keys[0, rows], own.values[0, rows], visible, rows)
+        by_keys += _product(gradient, queries[0, rows, tiles.head(g)], (0, 0))
+        by_values += _product(weights.astype(cotangent.dtype),
+                              cotangent[0, rows, tiles.head(g)], (0, 0))
+      own_gradient[0][0, rows] = by_keys.astype(own_gradient[0].dtype)
+      own_gradient[1][0, rows] = by_values.astype(own_gradient[1].dtype)
+
+  block = begin[text, row_block] + step
+
+  @pl.when(block < end[text, row_block])
+  def _see_shared():
+    visible = _shared_visible(index[0], shared.index[0, 0], block, tiles)
+    for g in range(tiles.group):
+      pull(g, shared.keys[0], shared.values[0], visible)
+
+  @pl.when(step == pl.num_programs(3) - 1)
+  def _finish():
+    for g in range(tiles.group):
+      query_gradient[0, :, tiles.head(g)] = summed[g].astype(query_gradient.dtype)
+
+
+def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
+  """Which block of each array a step of the grid (text, row block, kv head, key block) holds."""
+  group, width, rows = tiles.group, tiles.width, tiles.rows
+
+  def key_block(text, row, step, begin, end):
+    # Past the last block that is seen this stays where it is, and nothing is loaded.
+    last = jnp.maximum(end[text, row] - 1, 0)
+    return jnp.minimum(begin[text, row] + step, last)
+
+  heads = pl.BlockSpec((1, rows, group * width), lambda b, i, k, j, *_: (b, i, k))
+  of_rows = pl.BlockSpec((1, rows, width), lambda b, i, k, j, *_: (b, i, k))
+  keys = pl.BlockSpec((1, tiles.keys, width),
+                      lambda b, i, k, j, begin, end: (b, key_block(b, i, j, begin, end), k))
+  of_shared = Keys(keys, keys, pl.BlockSpec(
+      (1, 1, 2, tiles.keys),
+      lambda b, i, k, j, begin, end: (b, key_block(b, i, j, begin, end), 0, 0)))
+  of_own = own and Keys(of_rows, of_rows, pl.BlockSpec(
+      (1, 1, *own.index.shape[2:]), lambda b, i, k, j, *_: (b, i, 0, 0, 0)))
+  index = pl.BlockSpec((1, rows, 4), lambda b, i, k, j, *_: (b, i, 0))
+  lse = pl.BlockSpec((1, 1, 1, group, rows), lambda b, i, k, j, *_: (b, i, k, 0, 0))
+  return heads, of_rows, index, lse, of_shared, of_own
+
+
+def _cost(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()],
+          products: tuple[int, int], touched: tuple[Array, ...]) -> pl.CostEstimate:
+  """What runs where horizons rise evenly from the beginning of the shared keys to their end.
+
+  Args:
+    products: matrix products with shared and with own keys.
+    touched: arrays that are read or written once.
+  """
+  batch, row_blocks = rows.begin.shape
+  key_blocks = shared.index.shape[1]
+  pairs = batch * tiles.kv_heads * sum(
+      math.ceil((number + 1) / row_blocks * key_blocks) for number in range(row_blocks))
+  scores = pairs * tiles.keys * products[0]
+  own_scores = batch * tiles.kv_heads * row_blocks * tiles.chunk * products[1] if own else 0
+  heads = tiles.group * tiles.rows
+  loaded = pairs * tiles.keys * tiles.width * 2 * shared.keys.dtype.itemsize
+  exponentials = pairs * tiles.keys + own_scores // products[1]
+  return pl.CostEstimate(
+      flops=2 * heads * tiles.width * (scores + own_scores),
+      transcendentals=heads * exponentials * (1 if tiles.cap is None else 2),
+      bytes_accessed=loaded + sum(x.size * x.dtype.itemsize for x in touched))
+
+
+def _call(kernel, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs, out_specs, out_shape,
+          statistics: int, cost: pl.CostEstimate):
+  """A kernel over the grid, with `statistics` columns of scratch a head beside the sums."""
+  batch, row_blocks = rows.begin.shape
+  column = pltpu.VMEM((tiles.rows, tiles.group), jnp.float32)
+  return pl.pallas_call(
+      functools.partial(kernel, tiles=tiles),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=2,
+          grid=(batch, row_blocks, tiles.kv_heads, shared.index.shape[1]),
+          in_specs=in_specs, out_specs=out_specs,
+          scratch_shapes=[column] * statistics + [
+              pltpu.VMEM((tiles.group, tiles.rows, tiles.width), jnp.float32)]),
+      out_shape=out_shape, cost_estimate=cost, interpret=tiles.interpret,
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary'),
+          vmem_limit_bytes=VMEM_BYTES))
+
+
+def forward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()]) -> tuple[Array, Array]:
+  """Attention of all rows, [B, I * R, N * H], and log-sum-exp of their scores [B, I, K, G, R]."""
+  heads, _, index, lse, of_shared, of_own = _specs(tiles, shared, own)
+  batch, row_blocks = rows.begin.shape
+  out_shape = (
+      jax.ShapeDtypeStruct(rows.queries.shape, rows.queries.dtype),
+      jax.ShapeDtypeStruct((batch, row_blocks, tiles.kv_heads, tiles.group, tiles.rows),
+                           jnp.float32))
+  touched = (rows.queries, rows.index, *own, *out_shape)
+  return _call(
+      _forward_kernel, tiles, rows, shared, in_specs=(heads, index, of_shared, of_own),
+      out_specs=(heads, lse), out_shape=out_shape, statistics=2,
+      cost=_cost(tiles, rows, shared, own, (2, 2), touched),
+  )(rows.begin, rows.end, rows.queries, rows.index, shared, own)
+
+
+def backward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys, mixed: Array, lse: Array,
+             cotangent: Array) -> tuple[Array, tuple[Array, Array]]:
+  """Gradients of the queries and of (own keys, own values); the shared keys are constants.
+
+  Args:
+    mixed, lse: results of `forward`.
+    cotangent: gradient of `mixed`.
+  """
+  heads, of_rows, index, of_lse, of_shared, of_own = _specs(tiles, shared, own)
+  out_shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                           (rows.queries, (own.keys, own.values)))
+  touched = (rows.queries, rows.index, *own, mixed, lse, cotangent, *jax.tree.leaves(out_shape))
+  return _call(
+      _backward_kernel, tiles, rows, shared,
+      in_specs=(heads, index, of_shared, of_own, heads, of_lse, heads),
+      out_specs=(heads, (of_rows, of_rows)), out_shape=out_shape, statistics=2,
+      cost=_cost(tiles, rows, shared, own, (3, 5), touched),
+  )(rows.begin, rows.end, rows.queries, rows.index, shared, own, mixed, lse, cotangent)
