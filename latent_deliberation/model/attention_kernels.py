@@ -2,8 +2,8 @@
 
 A block of queries is some whole traces, with the G query heads of one kv head. It meets the shared
 keys block by block, from the first block that any of its queries sees to the last, and its own keys
-in chunks of a few traces; scores never leave the chip. Heads lie side by side in the last axis, as
-projections write them, so that nothing is transposed.
+in chunks of a few traces; scores never leave the chip. Heads come first, a layout that XLA can give
+to the result of a projection, so that nothing need be transposed.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ VMEM_BYTES = 64 * 2**20  # of 128 MiB on v5e and v6e, the least of today's chips
 
 
 class Rows(NamedTuple):
-  """I blocks of R queries, [B, I * R, ...].
+  """I blocks of R queries.
 
   Attributes:
-    queries: [.., N * H].
-    index: int32 [.., 4]: segment (0 sees nothing); position that a key must be beyond to be inside
-      the window; horizon; place in its chunk of the first own key that may be seen.
+    queries: [B, N, I * R, H].
+    index: int32 [B, I * R, 4]: segment (0 sees nothing); position that a key must be beyond to be
+      inside the window; horizon; place in its chunk of the first own key that may be seen.
     begin, end: int32 [B, I] range of blocks of shared keys that a block of queries sees.
   """
   queries: Array
@@ -40,11 +40,11 @@ class Rows(NamedTuple):
 
 
 class Keys(NamedTuple):
-  """Shared keys, [B, S, K * H] in S / R blocks, or the rows' own, in chunks.
+  """Shared keys, in J blocks, or the rows' own, in chunks.
 
   Attributes:
-    keys, values: [B, S or I * R, K * H].
-    index: int32 [B, blocks, 2, keys] or [B, I, chunks, 2, keys]: segment (-1 is not seen), position.
+    keys, values: [B, K, S or I * R, H].
+    index: int32 [B, J, 2, keys] or [B, I, chunks, 2, keys]: segment (-1 is not seen), position.
   """
   keys: Array
   values: Array
@@ -76,10 +76,6 @@ class Tiles:
   def bounded(self) -> bool:
     """Scores are small enough for exp without a running maximum."""
     return self.cap is not None and self.cap <= BOUNDED_CAP
-
-  def head(self, number: int) -> slice:
-    """Columns of one of the G heads of a block."""
-    return slice(number * self.width, (number + 1) * self.width)
 
   def chunks(self) -> list[slice]:
     """Rows of each chunk of a block."""
@@ -127,7 +123,7 @@ def _forward_kernel(begin, end, queries, index, shared, own, mixed, lse, peak, t
 
   def see(keys, values, visible, rows=slice(None)):
     for g in range(tiles.group):
-      scores, _ = _scores(tiles, queries[0, rows, tiles.head(g)], keys, visible)
+      scores, _ = _scores(tiles, queries[0, g, rows], keys, visible)
       at = rows, slice(g, g + 1)
       if not tiles.bounded:
         highest = jnp.maximum(peak[at], scores.max(axis=-1, keepdims=True))
@@ -147,21 +143,21 @@ def _forward_kernel(begin, end, queries, index, shared, own, mixed, lse, peak, t
     total[...] = jnp.zeros_like(total)
     summed[...] = jnp.zeros_like(summed)
     for number, rows in enumerate(tiles.chunks() if own else ()):
-      see(own.keys[0, rows], own.values[0, rows],
+      see(own.keys[0, 0, rows], own.values[0, 0, rows],
           _own_visible(index[0, rows], own.index[0, 0, number], tiles), rows)
 
   block = begin[text, row_block] + step
 
   @pl.when(block < end[text, row_block])
   def _see_shared():
-    see(shared.keys[0], shared.values[0],
+    see(shared.keys[0, 0], shared.values[0, 0],
         _shared_visible(index[0], shared.index[0, 0], block, tiles))
 
   @pl.when(step == pl.num_programs(3) - 1)
   def _finish():
     divisor = jnp.where(total[...] > 0, total[...], 1.0)
     for g in range(tiles.group):
-      mixed[0, :, tiles.head(g)] = (summed[g] / divisor[:, g:g + 1]).astype(mixed.dtype)
+      mixed[0, g] = (summed[g] / divisor[:, g:g + 1]).astype(mixed.dtype)
     lse[0, 0, 0] = (peak[...] + jnp.log(divisor)).T
 
 
@@ -173,9 +169,9 @@ def _backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotang
   def pull(g, keys, values, visible, rows=slice(None)):
     """Weights [rows, keys] and the gradient of the raw scores; adds to that of the queries."""
     at = rows, slice(g, g + 1)
-    scores, slope = _scores(tiles, queries[0, rows, tiles.head(g)], keys, visible)
+    scores, slope = _scores(tiles, queries[0, g, rows], keys, visible)
     weights = jnp.exp(scores - column[at])
-    pulled = _product(cotangent[0, rows, tiles.head(g)], values, (1, 1))
+    pulled = _product(cotangent[0, g, rows], values, (1, 1))
     gradient = (weights * (pulled - delta[at]) * slope).astype(keys.dtype)
     summed[g, rows] += _product(gradient, keys, (1, 0))
     return weights, gradient
@@ -185,19 +181,19 @@ def _backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotang
     summed[...] = jnp.zeros_like(summed)
     column[...] = lse[0, 0, 0].T
     for g in range(tiles.group):
-      product = (cotangent[0, :, tiles.head(g)].astype(jnp.float32)
-                 * mixed[0, :, tiles.head(g)].astype(jnp.float32))
+      product = (cotangent[0, g].astype(jnp.float32)
+                 * mixed[0, g].astype(jnp.float32))
       delta[:, g:g + 1] = product.sum(axis=-1, keepdims=True)
     for number, rows in enumerate(tiles.chunks() if own else ()):
       visible = _own_visible(index[0, rows], own.index[0, 0, number], tiles)
       by_keys = by_values = jnp.zeros((tiles.chunk, tiles.width), jnp.float32)
       for g in range(tiles.group):
-        weights, gradient = pull(g, own.keys[0, rows], own.values[0, rows], visible, rows)
-        by_keys += _product(gradient, queries[0, rows, tiles.head(g)], (0, 0))
+        weights, gradient = pull(g, own.keys[0, 0, rows], own.values[0, 0, rows], visible, rows)
+        by_keys += _product(gradient, queries[0, g, rows], (0, 0))
         by_values += _product(weights.astype(cotangent.dtype),
-                              cotangent[0, rows, tiles.head(g)], (0, 0))
-      own_gradient[0][0, rows] = by_keys.astype(own_gradient[0].dtype)
-      own_gradient[1][0, rows] = by_values.astype(own_gradient[1].dtype)
+                              cotangent[0, g, rows], (0, 0))
+      own_gradient[0][0, 0, rows] = by_keys.astype(own_gradient[0].dtype)
+      own_gradient[1][0, 0, rows] = by_values.astype(own_gradient[1].dtype)
 
   block = begin[text, row_block] + step
 
@@ -205,12 +201,12 @@ def _backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotang
   def _see_shared():
     visible = _shared_visible(index[0], shared.index[0, 0], block, tiles)
     for g in range(tiles.group):
-      pull(g, shared.keys[0], shared.values[0], visible)
+      pull(g, shared.keys[0, 0], shared.values[0, 0], visible)
 
   @pl.when(step == pl.num_programs(3) - 1)
   def _finish():
     for g in range(tiles.group):
-      query_gradient[0, :, tiles.head(g)] = summed[g].astype(query_gradient.dtype)
+      query_gradient[0, g] = summed[g].astype(query_gradient.dtype)
 
 
 def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
@@ -222,10 +218,10 @@ def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
     last = jnp.maximum(end[text, row] - 1, 0)
     return jnp.minimum(begin[text, row] + step, last)
 
-  heads = pl.BlockSpec((1, rows, group * width), lambda b, i, k, j, *_: (b, i, k))
-  of_rows = pl.BlockSpec((1, rows, width), lambda b, i, k, j, *_: (b, i, k))
-  keys = pl.BlockSpec((1, tiles.keys, width),
-                      lambda b, i, k, j, begin, end: (b, key_block(b, i, j, begin, end), k))
+  heads = pl.BlockSpec((1, group, rows, width), lambda b, i, k, j, *_: (b, k, i, 0))
+  of_rows = pl.BlockSpec((1, 1, rows, width), lambda b, i, k, j, *_: (b, k, i, 0))
+  keys = pl.BlockSpec((1, 1, tiles.keys, width),
+                      lambda b, i, k, j, begin, end: (b, k, key_block(b, i, j, begin, end), 0))
   of_shared = Keys(keys, keys, pl.BlockSpec(
       (1, 1, 2, tiles.keys),
       lambda b, i, k, j, begin, end: (b, key_block(b, i, j, begin, end), 0, 0)))
@@ -279,7 +275,7 @@ def _call(kernel, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs, out_specs
 
 
 def forward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()]) -> tuple[Array, Array]:
-  """Attention of all rows, [B, I * R, N * H], and log-sum-exp of their scores [B, I, K, G, R]."""
+  """Attention of all rows, [B, N, I * R, H], and log-sum-exp of their scores [B, I, K, G, R]."""
   heads, _, index, lse, of_shared, of_own = _specs(tiles, shared, own)
   batch, row_blocks = rows.begin.shape
   out_shape = (

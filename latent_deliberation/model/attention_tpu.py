@@ -1,4 +1,4 @@
-"""Fused attention for TPUs: the same function as the plain one, with neither masks nor scores in memory.
+"""Fused attention for TPUs: the same function as the plain one, without scores in memory.
 
 Plain attention writes [M * Q, S] scores of every head. Here a kernel makes them block by block and
 leaves out the blocks of keys that no query of a block sees: beyond its furthest horizon, before its
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from latent_deliberation.array_types import Array, Float, Int, RowTokens, typed
+from latent_deliberation.array_types import Array, Float, Int, PyTree, RowTokens, typed
 from latent_deliberation.model import attention, attention_kernels
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.attention_kernels import Keys, Rows, Tiles
@@ -95,9 +95,9 @@ def attend_visible(
   if platform not in ('cpu', 'tpu'):
     raise ValueError(f"attention = 'fused' on platform {platform!r}: its kernel is for TPUs (and "
                      "interpreted on CPUs, for tests); set attention = 'plain'")
-  if cache is None and queries.shape[1] > 1:
+  if cache is None and (queries.shape[1] > 1 or visibility.first is not None):
     raise ValueError(f"attention = 'fused' on {queries.shape[1]} rows without a cache: it takes "
-                     "rows over a cache, or one row; set attention = 'plain'")
+                     "rows over a cache, or one causal row; set attention = 'plain'")
   inputs = _Inputs(queries, keys, values, positions, visibility, window, cache)
   return _over_mesh(functools.partial(_attend, _Options(cap, blocks)), inputs)(inputs)
 
@@ -106,14 +106,14 @@ def _over_mesh(function, inputs: _Inputs):
   """The function on each device's own texts, traces and heads, where there is a mesh."""
   if jax.sharding.get_abstract_mesh().empty:
     return function
-  batch, trace, heads, kv_heads = nn.logical_to_mesh_axes(('batch', 'trace', 'heads', 'kv_heads'))
-  if heads != kv_heads and inputs.keys.shape[3] > 1:
+  queries = nn.logical_to_mesh_axes(('batch', 'trace', None, 'heads'))
+  fresh = nn.logical_to_mesh_axes(('batch', 'trace', None, 'kv_heads'))
+  batch, trace, _, kv_heads = fresh
+  if queries != fresh and inputs.keys.shape[3] > 1:
     raise ValueError(
-        f"attention = 'fused': the rules split 'heads' over {heads} and 'kv_heads' over {kv_heads}, "
-        'so that a device lacks the keys of its queries; give both the same rule')
+        f"attention = 'fused': the rules split 'heads' over {queries[3]} and 'kv_heads' over "
+        f'{kv_heads}, so that a device lacks the keys of its queries; give both the same rule')
   rows, text = PartitionSpec(batch, trace), PartitionSpec(batch)
-  queries = PartitionSpec(batch, trace, None, heads)
-  fresh = PartitionSpec(batch, trace, None, kv_heads)
   shared = PartitionSpec(batch, None, kv_heads)
   cache = inputs.cache and KVCache(shared, shared, text, text)
   specs = _Inputs(queries, fresh, fresh, rows, rows, PartitionSpec(), cache)
@@ -150,7 +150,7 @@ def _attend_backward(options: _Options, residuals, cotangent: Array | SymbolicZe
     return (_plain_backward(options, residuals, cotangent),)
   operands, mixed, lse = residuals
   shape, kv_heads = cotangent.shape, lse.shape[2]
-  layout = _Layout.of(options, shape, kv_heads, operands.shared.keys.shape[1])
+  layout = _Layout.of(options, shape, kv_heads, operands.shared.keys.shape[2])
   queries, own = _on_platform(
       attention_kernels.backward, layout.tiles, *operands, mixed, lse, layout.flatten(cotangent))
   keys, values = (layout.unflatten(x, (*shape[:3], kv_heads, shape[4])) for x in own)
@@ -215,16 +215,19 @@ class _Layout:
     return cls(traces, length, Tiles(kv_heads, group, width, rows, keys, chunk, options.cap))
 
   def flatten(self, x: Array) -> Array:
-    """[B, M, Q] or [B, M, Q, N or K, H] as rows [B, I * R] or [B, I * R, N * H or K * H]."""
+    """[B, M, Q] as rows [B, I * R]; [B, M, Q, N or K, H] as [B, N or K, I * R, H]."""
     batch, traces, length, *rest = x.shape
     padding = [(0, 0), (0, self.traces - traces), (0, self.length - length)] + [(0, 0)] * len(rest)
-    return jnp.pad(x, padding).reshape(
-        batch, self.traces * self.length, *([-1] if rest else []))
+    rows = jnp.pad(x, padding)
+    if rest:
+      rows = jnp.moveaxis(rows, 3, 1)
+    return rows.reshape(batch, *rest[:-1], self.traces * self.length, *rest[1:])
 
   def unflatten(self, rows: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse; `shape` is that of its result."""
-    batch, traces, length, *rest = shape
-    return rows.reshape(batch, self.traces, self.length, *rest)[:, :traces, :length]
+    """[B, M, Q, N or K, H], which is `shape`, from [B, N or K, I * R, H]."""
+    batch, traces, length, heads, width = shape
+    rows = rows.reshape(batch, heads, self.traces, self.length, width)
+    return jnp.moveaxis(rows, 1, 3)[:, :traces, :length]
 
 
 def _operands(layout: _Layout, inputs: _Inputs) -> _Operands:
@@ -249,12 +252,11 @@ def _operands(layout: _Layout, inputs: _Inputs) -> _Operands:
     index = jnp.stack([jnp.where(segments > 0, segments, -1), positions])
     return jnp.moveaxis(index.reshape(2, batch, *blocks), 0, -2)
 
-  cached = cache.keys.shape[1]
-  excess = -cached % tiles.keys
-  padded = lambda x: jnp.pad(x, [(0, 0), (0, excess)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
-  flat = lambda x: padded(x).reshape(batch, cached + excess, -1)  # noqa: E731
-  shared = Keys(flat(cache.keys), flat(cache.values), numbered(
-      padded(cache.segments), padded(cache.positions), -1, tiles.keys))
+  excess = -cache.keys.shape[1] % tiles.keys
+  cache = jax.tree.map(
+      lambda x: jnp.pad(x, [(0, 0), (0, excess)] + [(0, 0)] * (x.ndim - 2)), cache)
+  shared = Keys(jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2),
+                numbered(cache.segments, cache.positions, -1, tiles.keys))
   own = () if inputs.cache is None else Keys(
       layout.flatten(inputs.keys), layout.flatten(inputs.values), numbered(
           layout.flatten(segments), layout.flatten(inputs.positions),
@@ -286,6 +288,22 @@ def _blocks_seen(rows: Array, keys: Array) -> tuple[Array, Array]:
   begin = jnp.argmax(seen, axis=-1).astype(jnp.int32)
   end = blocks - jnp.argmax(seen[..., ::-1], axis=-1).astype(jnp.int32)
   return begin, jnp.where(seen.any(axis=-1), end, begin)
+
+
+def pad(rows: PyTree) -> PyTree:
+  """Rows of fresh tokens, [B, M, Q, ...], with the length that the kernels work on.
+
+  The additional tokens are of segment 0, which sees nothing. [B, M] leaves are left as they are.
+  """
+
+  def of_leaf(leaf: Array) -> Array:
+    if leaf.ndim < 3:
+      return leaf
+    widths = [(0, 0)] * leaf.ndim
+    widths[2] = (0, -leaf.shape[2] % SUBLANES)
+    return jnp.pad(leaf, widths)
+
+  return jax.tree.map(of_leaf, rows)
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -156,9 +156,14 @@ class Transformer(nn.Module):
         variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
         in_axes=(0, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: 'layers'},
     )(self.config, self.lora, ATTENTIONS[self.attention], name='blocks')
+    length = x.shape[2]
+    if self.attention == 'fused':
+      # Padded once, in place of every layer's queries, keys and values.
+      x, positions, visibility = attention_tpu.pad((x, positions, visibility))
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
     x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, visibility)
-    return RMSNorm(self.config.norm_epsilon, name='final_norm')(x), fresh
+    x = RMSNorm(self.config.norm_epsilon, name='final_norm')(x)
+    return x[:, :, :length], jax.tree.map(lambda leaf: leaf[:, :, :, :length], fresh)
 
   def _per_layer(self, cache: KVCache | None) -> KVCache | None:
     """The cache with a layer axis on every leaf, since scan slices all of them."""
