@@ -255,9 +255,9 @@ def _cost(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()],
       bytes_accessed=loaded + sum(x.size * x.dtype.itemsize for x in touched))
 
 
-def _call(kernel, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs, out_specs, out_shape,
-          statistics: int, cost: pl.CostEstimate):
-  """A kernel over the grid, with `statistics` columns of scratch a head beside the sums."""
+def _call(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs, out_specs,
+          out_shape, cost: pl.CostEstimate):
+  """A kernel over the grid, with scratch for two columns of statistics and for the sums."""
   batch, row_blocks = rows.begin.shape
   column = pltpu.VMEM((tiles.rows, tiles.group), jnp.float32)
   return pl.pallas_call(
@@ -266,9 +266,9 @@ def _call(kernel, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs, out_specs
           num_scalar_prefetch=2,
           grid=(batch, row_blocks, tiles.kv_heads, shared.index.shape[1]),
           in_specs=in_specs, out_specs=out_specs,
-          scratch_shapes=[column] * statistics + [
-              pltpu.VMEM((tiles.group, tiles.rows, tiles.width), jnp.float32)]),
-      out_shape=out_shape, cost_estimate=cost, interpret=tiles.interpret,
+          scratch_shapes=[column, column,
+                          pltpu.VMEM((tiles.group, tiles.rows, tiles.width), jnp.float32)]),
+      out_shape=out_shape, cost_estimate=cost, interpret=tiles.interpret, name=name,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary'),
           vmem_limit_bytes=VMEM_BYTES))
@@ -284,8 +284,9 @@ def forward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()]) -> tu
                            jnp.float32))
   touched = (rows.queries, rows.index, *own, *out_shape)
   return _call(
-      _forward_kernel, tiles, rows, shared, in_specs=(heads, index, of_shared, of_own),
-      out_specs=(heads, lse), out_shape=out_shape, statistics=2,
+      _forward_kernel, 'attention', tiles, rows, shared,
+      in_specs=(heads, index, of_shared, of_own),
+      out_specs=(heads, lse), out_shape=out_shape,
       cost=_cost(tiles, rows, shared, own, (2, 2), touched),
   )(rows.begin, rows.end, rows.queries, rows.index, shared, own)
 
@@ -303,8 +304,8 @@ def backward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys, mixed: Array, ls
                            (rows.queries, (own.keys, own.values)))
   touched = (rows.queries, rows.index, *own, mixed, lse, cotangent, *jax.tree.leaves(out_shape))
   return _call(
-      _backward_kernel, tiles, rows, shared,
+      _backward_kernel, 'attention_gradient', tiles, rows, shared,
       in_specs=(heads, index, of_shared, of_own, heads, of_lse, heads),
-      out_specs=(heads, (of_rows, of_rows)), out_shape=out_shape, statistics=2,
+      out_specs=(heads, (of_rows, of_rows)), out_shape=out_shape,
       cost=_cost(tiles, rows, shared, own, (3, 5), touched),
   )(rows.begin, rows.end, rows.queries, rows.index, shared, own, mixed, lse, cotangent)

@@ -162,15 +162,12 @@ def test_blocks_of_keys_that_no_query_sees_are_not_read(horizon, window, documen
   assert np.isnan(run(seen)[0]).any()
 
 
-@pytest.mark.parametrize('sizes', [(4, 1, 2), (2, 2, 2)])
-def test_on_a_mesh_each_device_works_on_its_own_texts_and_heads(sizes):
+def test_on_a_mesh_each_device_works_on_its_own_texts_and_heads():
   inputs = Case().inputs()
-  twice = lambda x: jnp.concatenate([x, x]) if x.ndim else x  # noqa: E731
-  inputs = jax.tree.map(twice, inputs)
   expected = evaluate(fused, 0.8, *inputs)
-  mesh = make_mesh(MeshConfig(*sizes))
+  mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
   with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(DEFAULT_RULES.items())):
-    sharded = jax.jit(lambda *inputs: evaluate.__wrapped__(fused, 0.8, *inputs))(*inputs)
+    sharded = jax.jit(functools.partial(evaluate.__wrapped__, fused, 0.8))(*inputs)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
                sharded, expected)
   assert sharded[0].sharding.shard_shape(sharded[0].shape) == (1, 5, 3, 2, 6)
@@ -196,8 +193,8 @@ def test_another_platform_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, a compiler')
-@pytest.mark.parametrize('length, traces, cached', [(16, 16, 256), (79, 3, 100)])
-def test_the_kernels_compile_for_a_tpu(length, traces, cached, monkeypatch):
+def test_the_kernels_compile_for_a_tpu_at_sizes_that_fill_no_block(monkeypatch):
+  traces, length, cached = 3, 79, 100
   monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   chip = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices[0]
   on_chip = jax.sharding.SingleDeviceSharding(chip)
@@ -211,4 +208,4 @@ def test_the_kernels_compile_for_a_tpu(length, traces, cached, monkeypatch):
             Visibility(shape(2, traces, length), shape(2, traces)), shape(),
             KVCache(cache, cache, shape(2, cached), shape(2, cached)))
   compiled = evaluate.lower(attention_tpu.attend_visible, 50.0, *inputs).compile()
-  assert compiled.as_text().count('tpu_custom_call') == 2
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
