@@ -13,6 +13,7 @@ from latent_deliberation.model import attention, attention_tpu
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.fused import layout
 from latent_deliberation.model.layers import (
   FeedForward,
   LowRank,
@@ -159,7 +160,7 @@ class Transformer(nn.Module):
     length = x.shape[2]
     if self.attention == 'fused':
       # Padded once, in place of every layer's queries, keys and values.
-      x, positions, visibility = attention_tpu.pad((x, positions, visibility))
+      x, positions, visibility = layout.pad((x, positions, visibility))
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
     x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, visibility)
     x = RMSNorm(self.config.norm_epsilon, name='final_norm')(x)

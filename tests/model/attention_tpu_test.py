@@ -13,8 +13,8 @@ from jax.experimental import topologies
 
 from latent_deliberation.model import attention, attention_tpu
 from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.attention_tpu import Blocks
 from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.fused.layout import Blocks, Layout, Options
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
 GLOBAL = np.iinfo(np.int32).max
@@ -190,6 +190,17 @@ def test_another_platform_is_refused(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   with pytest.raises(ValueError, match="'fused' on platform 'gpu': .* set .* 'plain'"):
     fused(*Case().inputs(), cap=None)
+
+
+@pytest.mark.parametrize('shape, kv_heads, traces, rows, chunk', [
+    ((4, 128, 32, 8, 256), 4, 128, 512, 128),  # 16 latents of Gemma-2 2B: all is filled
+    ((4, 128, 79, 8, 256), 4, 128, 320, 80),  # 64 latents: 4 traces, for 6 do not divide 128
+    ((4, 128, 16, 8, 256), 1, 128, 128, 128),  # 8 heads to a kv head
+    ((4, 5, 16, 8, 256), 4, 5, 80, 80)])
+def test_blocks_are_large_and_padding_is_small(shape, kv_heads, traces, rows, chunk):
+  layout = Layout.of(Options(None, attention_tpu.BLOCKS), shape, kv_heads, 2048)
+  assert (layout.traces, layout.tiles.rows, layout.tiles.chunk) == (traces, rows, chunk)
+  assert layout.tiles.keys == 512
 
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, a compiler')

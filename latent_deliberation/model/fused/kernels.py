@@ -1,4 +1,4 @@
-"""Pallas kernels of fused attention for TPUs: forward, and backward by queries and own keys.
+"""The bodies of two Pallas kernels: forward, and backward by queries and own keys.
 
 A block of queries is some whole traces, with the G query heads of one kv head. It meets the shared
 keys block by block, from the first block that any of its queries sees to the last, and its own keys
@@ -7,21 +7,17 @@ to the result of a projection, so that nothing need be transposed.
 """
 
 import dataclasses
-import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.model.attention import MASKED
 
 # exp of a score that a soft-cap bounds by this, summed over any number of keys, fits a float32.
 BOUNDED_CAP = 60.0
-VMEM_BYTES = 64 * 2**20  # of 128 MiB on v5e and v6e, the least of today's chips; default is 16
 
 
 class Rows(NamedTuple):
@@ -112,14 +108,13 @@ def _own_visible(index: Array, keys: Array, tiles: Tiles) -> Array:
           & (order >= index[:, 3:4]) & (order <= row))
 
 
-def _place() -> tuple[Array, Array]:
-  return pl.program_id(0), pl.program_id(1)
+def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, peak, total, summed, *,
+                   tiles: Tiles):
+  """One step of the grid (text, row block, kv head, key block), over blocks of what `grid` says.
 
-
-def _forward_kernel(begin, end, queries, index, shared, own, mixed, lse, peak, total, summed, *,
-                    tiles):
-  text, row_block = _place()
-  step = pl.program_id(3)
+  Scratch: [R, G] the maximum and the total of the weights so far; [G, R, H] the weighted sum.
+  """
+  text, row_block, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
 
   def see(keys, values, visible, rows=slice(None)):
     for g in range(tiles.group):
@@ -161,10 +156,14 @@ def _forward_kernel(begin, end, queries, index, shared, own, mixed, lse, peak, t
     lse[0, 0, 0] = (peak[...] + jnp.log(divisor)).T
 
 
-def _backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotangent,
-                     query_gradient, own_gradient, column, delta, summed, *, tiles):
-  text, row_block = _place()
-  step = pl.program_id(3)
+def backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotangent,
+                    query_gradient, own_gradient, column, delta, summed, *, tiles: Tiles):
+  """One step of the same grid.
+
+  Scratch: [R, G] log-sum-exp, and the product of the result and its gradient; [G, R, H] the
+  gradient of the queries so far.
+  """
+  text, row_block, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
 
   def pull(g, keys, values, visible, rows=slice(None)):
     """Weights [rows, keys] and the gradient of the raw scores; adds to that of the queries."""
@@ -181,8 +180,7 @@ def _backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotang
     summed[...] = jnp.zeros_like(summed)
     column[...] = lse[0, 0, 0].T
     for g in range(tiles.group):
-      product = (cotangent[0, g].astype(jnp.float32)
-                 * mixed[0, g].astype(jnp.float32))
+      product = cotangent[0, g].astype(jnp.float32) * mixed[0, g].astype(jnp.float32)
       delta[:, g:g + 1] = product.sum(axis=-1, keepdims=True)
     for number, rows in enumerate(tiles.chunks() if own else ()):
       visible = _own_visible(index[0, rows], own.index[0, 0, number], tiles)
@@ -190,8 +188,7 @@ def _backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotang
       for g in range(tiles.group):
         weights, gradient = pull(g, own.keys[0, 0, rows], own.values[0, 0, rows], visible, rows)
         by_keys += _product(gradient, queries[0, g, rows], (0, 0))
-        by_values += _product(weights.astype(cotangent.dtype),
-                              cotangent[0, g, rows], (0, 0))
+        by_values += _product(weights.astype(cotangent.dtype), cotangent[0, g, rows], (0, 0))
       own_gradient[0][0, 0, rows] = by_keys.astype(own_gradient[0].dtype)
       own_gradient[1][0, 0, rows] = by_values.astype(own_gradient[1].dtype)
 
@@ -207,105 +204,3 @@ def _backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotang
   def _finish():
     for g in range(tiles.group):
       query_gradient[0, g] = summed[g].astype(query_gradient.dtype)
-
-
-def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
-  """Which block of each array a step of the grid (text, row block, kv head, key block) holds."""
-  group, width, rows = tiles.group, tiles.width, tiles.rows
-
-  def key_block(text, row, step, begin, end):
-    # Past the last block that is seen this stays where it is, and nothing is loaded.
-    last = jnp.maximum(end[text, row] - 1, 0)
-    return jnp.minimum(begin[text, row] + step, last)
-
-  heads = pl.BlockSpec((1, group, rows, width), lambda b, i, k, j, *_: (b, k, i, 0))
-  of_rows = pl.BlockSpec((1, 1, rows, width), lambda b, i, k, j, *_: (b, k, i, 0))
-  keys = pl.BlockSpec((1, 1, tiles.keys, width),
-                      lambda b, i, k, j, begin, end: (b, k, key_block(b, i, j, begin, end), 0))
-  of_shared = Keys(keys, keys, pl.BlockSpec(
-      (1, 1, 2, tiles.keys),
-      lambda b, i, k, j, begin, end: (b, key_block(b, i, j, begin, end), 0, 0)))
-  of_own = own and Keys(of_rows, of_rows, pl.BlockSpec(
-      (1, 1, *own.index.shape[2:]), lambda b, i, k, j, *_: (b, i, 0, 0, 0)))
-  index = pl.BlockSpec((1, rows, 4), lambda b, i, k, j, *_: (b, i, 0))
-  lse = pl.BlockSpec((1, 1, 1, group, rows), lambda b, i, k, j, *_: (b, i, k, 0, 0))
-  return heads, of_rows, index, lse, of_shared, of_own
-
-
-def _cost(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()],
-          products: tuple[int, int], touched: tuple[Array, ...]) -> pl.CostEstimate:
-  """What runs where horizons rise evenly from the beginning of the shared keys to their end.
-
-  Args:
-    products: matrix products with shared and with own keys.
-    touched: arrays that are read or written once.
-  """
-  batch, row_blocks = rows.begin.shape
-  key_blocks = shared.index.shape[1]
-  pairs = batch * tiles.kv_heads * sum(
-      math.ceil((number + 1) / row_blocks * key_blocks) for number in range(row_blocks))
-  scores = pairs * tiles.keys * products[0]
-  own_scores = batch * tiles.kv_heads * row_blocks * tiles.chunk * products[1] if own else 0
-  heads = tiles.group * tiles.rows
-  loaded = pairs * tiles.keys * tiles.width * 2 * shared.keys.dtype.itemsize
-  exponentials = pairs * tiles.keys + own_scores // products[1]
-  return pl.CostEstimate(
-      flops=2 * heads * tiles.width * (scores + own_scores),
-      transcendentals=heads * exponentials * (1 if tiles.cap is None else 2),
-      bytes_accessed=loaded + sum(x.size * x.dtype.itemsize for x in touched))
-
-
-def _call(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs, out_specs,
-          out_shape, cost: pl.CostEstimate):
-  """A kernel over the grid, with scratch for two columns of statistics and for the sums."""
-  batch, row_blocks = rows.begin.shape
-  column = pltpu.VMEM((tiles.rows, tiles.group), jnp.float32)
-  return pl.pallas_call(
-      functools.partial(kernel, tiles=tiles),
-      grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2,
-          grid=(batch, row_blocks, tiles.kv_heads, shared.index.shape[1]),
-          in_specs=in_specs, out_specs=out_specs,
-          scratch_shapes=[column, column,
-                          pltpu.VMEM((tiles.group, tiles.rows, tiles.width), jnp.float32)]),
-      out_shape=out_shape, cost_estimate=cost, interpret=tiles.interpret, name=name,
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary'),
-          vmem_limit_bytes=VMEM_BYTES))
-
-
-def forward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()]) -> tuple[Array, Array]:
-  """Attention of all rows, [B, N, I * R, H], and log-sum-exp of their scores [B, I, K, G, R]."""
-  heads, _, index, lse, of_shared, of_own = _specs(tiles, shared, own)
-  batch, row_blocks = rows.begin.shape
-  out_shape = (
-      jax.ShapeDtypeStruct(rows.queries.shape, rows.queries.dtype),
-      jax.ShapeDtypeStruct((batch, row_blocks, tiles.kv_heads, tiles.group, tiles.rows),
-                           jnp.float32))
-  touched = (rows.queries, rows.index, *own, *out_shape)
-  return _call(
-      _forward_kernel, 'attention', tiles, rows, shared,
-      in_specs=(heads, index, of_shared, of_own),
-      out_specs=(heads, lse), out_shape=out_shape,
-      cost=_cost(tiles, rows, shared, own, (2, 2), touched),
-  )(rows.begin, rows.end, rows.queries, rows.index, shared, own)
-
-
-def backward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys, mixed: Array, lse: Array,
-             cotangent: Array) -> tuple[Array, tuple[Array, Array]]:
-  """Gradients of the queries and of (own keys, own values); the shared keys are constants.
-
-  Args:
-    mixed, lse: results of `forward`.
-    cotangent: gradient of `mixed`.
-  """
-  heads, of_rows, index, of_lse, of_shared, of_own = _specs(tiles, shared, own)
-  out_shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-                           (rows.queries, (own.keys, own.values)))
-  touched = (rows.queries, rows.index, *own, mixed, lse, cotangent, *jax.tree.leaves(out_shape))
-  return _call(
-      _backward_kernel, 'attention_gradient', tiles, rows, shared,
-      in_specs=(heads, index, of_shared, of_own, heads, of_lse, heads),
-      out_specs=(heads, (of_rows, of_rows)), out_shape=out_shape,
-      cost=_cost(tiles, rows, shared, own, (3, 5), touched),
-  )(rows.begin, rows.end, rows.queries, rows.index, shared, own, mixed, lse, cotangent)
