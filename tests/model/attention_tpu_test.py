@@ -119,6 +119,11 @@ def test_one_row_without_a_cache_equals_plain_attention():
   check_equal(Case(), (queries, keys, values, positions, visibility, window, None))
 
 
+def test_an_empty_cache_shows_nothing():
+  *inputs, cache = Case().inputs()
+  check_equal(Case(), (*inputs, jax.tree.map(lambda x: x[:, :0], cache)))
+
+
 def test_gradients_flow_into_a_cache_that_is_not_constant():
   *inputs, cache = Case().inputs()
 
