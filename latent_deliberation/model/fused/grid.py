@@ -38,7 +38,7 @@ def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
       lambda b, i, k, j, begin, end: (b, key_block(b, i, j, begin, end), 0, 0)))
   of_own = own and Keys(of_rows, of_rows, pl.BlockSpec(
       (1, 1, *own.index.shape[2:]), lambda b, i, k, j, *_: (b, i, 0, 0, 0)))
-  index = pl.BlockSpec((1, rows, 4), lambda b, i, k, j, *_: (b, i, 0))
+  index = pl.BlockSpec((1, 1, 4, rows), lambda b, i, k, j, *_: (b, i, 0, 0))
   lse = pl.BlockSpec((1, 1, 1, group, rows), lambda b, i, k, j, *_: (b, i, k, 0, 0))
   return heads, of_rows, index, lse, of_shared, of_own
 
@@ -68,7 +68,7 @@ def _cost(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()],
 
 def _call(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs, out_specs,
           out_shape, cost: pl.CostEstimate):
-  """A kernel over the grid, with scratch for two columns of statistics and for the sums."""
+  """A kernel over the grid, with scratch for the index, two statistics of each head, and sums."""
   batch, row_blocks = rows.begin.shape
   column = pltpu.VMEM((tiles.rows, tiles.group), jnp.float32)
   return pl.pallas_call(
@@ -77,7 +77,7 @@ def _call(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs
           num_scalar_prefetch=2,
           grid=(batch, row_blocks, tiles.kv_heads, shared.index.shape[1]),
           in_specs=in_specs, out_specs=out_specs,
-          scratch_shapes=[column, column,
+          scratch_shapes=[pltpu.VMEM((tiles.rows, 4), jnp.int32), column, column,
                           pltpu.VMEM((tiles.group, tiles.rows, tiles.width), jnp.float32)]),
       out_shape=out_shape, cost_estimate=cost, interpret=tiles.interpret, name=name,
       compiler_params=pltpu.CompilerParams(

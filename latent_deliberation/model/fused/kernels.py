@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
   Attributes:
     queries: [B, N, I * R, H].
-    index: int32 [B, I * R, 4]: segment (0 sees nothing); position that a key must be beyond to be
+    index: int32 [B, I, 4, R]: segment (0 sees nothing); position that a key must be beyond to be
       inside the window; horizon; place in its chunk of the first own key that may be seen.
     begin, end: int32 [B, I] range of blocks of shared keys that a block of queries sees.
   """
@@ -108,11 +108,12 @@ def _own_visible(index: Array, keys: Array, tiles: Tiles) -> Array:
           & (order >= index[:, 3:4]) & (order <= row))
 
 
-def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, peak, total, summed, *,
-                   tiles: Tiles):
+def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, places, peak, total,
+                   summed, *, tiles: Tiles):
   """One step of the grid (text, row block, kv head, key block), over blocks of what `grid` says.
 
-  Scratch: [R, G] the maximum and the total of the weights so far; [G, R, H] the weighted sum.
+  Scratch: [R, 4] the index as columns; [R, G] the maximum and the total of the weights so far;
+  [G, R, H] the weighted sum.
   """
   text, row_block, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
 
@@ -133,20 +134,21 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, peak, to
 
   @pl.when(step == 0)
   def _start():
+    places[...] = index[0, 0].T
     # Above MASKED, so that the weights of a row that sees nothing vanish instead of being 1.
     peak[...] = jnp.full_like(peak, 0.0 if tiles.bounded else MASKED / 2)
     total[...] = jnp.zeros_like(total)
     summed[...] = jnp.zeros_like(summed)
     for number, rows in enumerate(tiles.chunks() if own else ()):
       see(own.keys[0, 0, rows], own.values[0, 0, rows],
-          _own_visible(index[0, rows], own.index[0, 0, number], tiles), rows)
+          _own_visible(places[rows], own.index[0, 0, number], tiles), rows)
 
   block = begin[text, row_block] + step
 
   @pl.when(block < end[text, row_block])
   def _see_shared():
     see(shared.keys[0, 0], shared.values[0, 0],
-        _shared_visible(index[0], shared.index[0, 0], block, tiles))
+        _shared_visible(places[...], shared.index[0, 0], block, tiles))
 
   @pl.when(step == pl.num_programs(3) - 1)
   def _finish():
@@ -157,11 +159,12 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, peak, to
 
 
 def backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotangent,
-                    query_gradient, own_gradient, column, delta, summed, *, tiles: Tiles):
+                    query_gradient, own_gradient, places, column, delta, summed, *,
+                    tiles: Tiles):
   """One step of the same grid.
 
-  Scratch: [R, G] log-sum-exp, and the product of the result and its gradient; [G, R, H] the
-  gradient of the queries so far.
+  Scratch: [R, 4] the index as columns; [R, G] log-sum-exp, and the product of the result and its
+  gradient; [G, R, H] the gradient of the queries so far.
   """
   text, row_block, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
 
@@ -178,12 +181,13 @@ def backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotange
   @pl.when(step == 0)
   def _start():
     summed[...] = jnp.zeros_like(summed)
+    places[...] = index[0, 0].T
     column[...] = lse[0, 0, 0].T
     for g in range(tiles.group):
       product = cotangent[0, g].astype(jnp.float32) * mixed[0, g].astype(jnp.float32)
       delta[:, g:g + 1] = product.sum(axis=-1, keepdims=True)
     for number, rows in enumerate(tiles.chunks() if own else ()):
-      visible = _own_visible(index[0, rows], own.index[0, 0, number], tiles)
+      visible = _own_visible(places[rows], own.index[0, 0, number], tiles)
       by_keys = by_values = jnp.zeros((tiles.chunk, tiles.width), jnp.float32)
       for g in range(tiles.group):
         weights, gradient = pull(g, own.keys[0, 0, rows], own.values[0, 0, rows], visible, rows)
@@ -196,7 +200,7 @@ def backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotange
 
   @pl.when(block < end[text, row_block])
   def _see_shared():
-    visible = _shared_visible(index[0], shared.index[0, 0], block, tiles)
+    visible = _shared_visible(places[...], shared.index[0, 0], block, tiles)
     for g in range(tiles.group):
       pull(g, shared.keys[0, 0], shared.values[0, 0], visible)
 

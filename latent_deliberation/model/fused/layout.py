@@ -124,8 +124,9 @@ def lay_out(layout: Layout, inputs: Inputs) -> Operands:
   # Own keys are numbered through a chunk; a query sees those of its own trace, up to itself.
   first += jnp.arange(traces)[:, None] % (tiles.chunk // layout.length or 1) * layout.length
   reach = inputs.positions - jnp.minimum(inputs.window, FAR)
-  index = jnp.stack([layout.flatten(jnp.broadcast_to(x, segments.shape))
-                     for x in (segments, reach, shown, first)], axis=-1)
+  index = jnp.stack([
+      layout.flatten(jnp.broadcast_to(x, segments.shape)).reshape(batch, -1, tiles.rows)
+      for x in (segments, reach, shown, first)], axis=2)
 
   def numbered(segments: Array, positions: Array, *blocks: int) -> Array:
     index = jnp.stack([jnp.where(segments > 0, segments, -1), positions])
@@ -141,7 +142,7 @@ def lay_out(layout: Layout, inputs: Inputs) -> Operands:
       layout.flatten(inputs.keys), layout.flatten(inputs.values), numbered(
           layout.flatten(segments), layout.flatten(inputs.positions),
           -1, tiles.rows // tiles.chunk, tiles.chunk))
-  begin, end = _blocks_seen(index.reshape(batch, -1, tiles.rows, 4), shared.index)
+  begin, end = _blocks_seen(index, shared.index)
   return Operands(Rows(layout.flatten(inputs.queries), index, begin, end), shared, own)
 
 
@@ -149,10 +150,10 @@ def _blocks_seen(rows: Array, keys: Array) -> tuple[Array, Array]:
   """Range [B, I] of the blocks of keys outside of which no query of a block sees anything.
 
   Args:
-    rows: [B, I, R, 4] index of the queries.
+    rows: [B, I, 4, R] index of the queries.
     keys: [B, J, 2, keys] index of the shared keys.
   """
-  segment, reach, horizon, _ = jnp.moveaxis(rows, -1, 0)
+  segment, reach, horizon, _ = jnp.moveaxis(rows, 2, 0)
   real = segment > 0
   lowest = jnp.min(segment, axis=-1, where=real, initial=FAR)[..., None]
   highest = jnp.max(segment, axis=-1)[..., None]
