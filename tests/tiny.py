@@ -61,10 +61,11 @@ def packed_batch(documents: Sequence[Sequence[int]], seed: int = 0, length: int 
   return Batch(*map(jnp.asarray, (tokens, segments, positions)))
 
 
-def deliberator(model: TransformerConfig = CONFIG, **choices) -> Deliberator:
+def deliberator(model: TransformerConfig = CONFIG, attention: str = 'plain', remat: str = 'none',
+                **choices) -> Deliberator:
   """A deliberator with CHOICES, some of them replaced."""
-  config = dataclasses.replace(CHOICES, **choices)
-  return Deliberator(Decoder(model), Coprocessor(model, config))
+  config, how = dataclasses.replace(CHOICES, **choices), dict(attention=attention, remat=remat)
+  return Deliberator(Decoder(model, **how), Coprocessor(model, config, **how))
 
 
 def coprocessor_params(deliberator: Deliberator, decoder_params: Params, seed: int = 1) -> Params:

@@ -31,13 +31,14 @@ class Coprocessor:
     model: sizes, those of the decoder.
     config: the experiment's choices.
     dtype: of the computation.
-    remat, scan: see Transformer.
+    remat, scan, attention: see Transformer.
   """
   model: TransformerConfig
   config: DeliberationConfig
   dtype: str = 'float32'
   remat: str = 'none'
   scan: bool = True
+  attention: str = 'plain'
 
   @property
   def transformer(self) -> Transformer:
@@ -45,7 +46,8 @@ class Coprocessor:
     lora = None
     if self.config.trainable == 'lora':
       lora = LowRank(self.config.lora_rank, self.config.lora_alpha)
-    return Transformer(self.model, lora=lora, remat=self.remat, scan=self.scan)
+    return Transformer(self.model, lora=lora, remat=self.remat, scan=self.scan,
+                       attention=self.attention)
 
   def init(self, key: Array, decoder_params: Params) -> Params:
     """Trainable parameters, boxed with their logical axes.

@@ -11,7 +11,7 @@ from latent_deliberation.data.config import DataConfig
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import PARTS
 from latent_deliberation.model.config import TransformerConfig
-from latent_deliberation.model.transformer import REMAT_POLICIES
+from latent_deliberation.model.transformer import ATTENTIONS, REMAT_POLICIES
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, check_rules
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
@@ -29,12 +29,14 @@ class Computation:
     remat: what the backward pass keeps of a block ('none' keeps all, 'full' nothing).
     scan: loop over stacked layers (compiles fast at any depth) or unroll them (runs faster on CPU).
     loss_chunk: targets of a text whose logits exist at the same time.
+    attention: 'plain', or 'fused' in a kernel for TPUs that keeps no scores in memory.
   """
   dtype: str = 'float32'
   frozen_dtype: str = 'float32'
   remat: str = 'none'
   scan: bool = True
   loss_chunk: int = 256
+  attention: str = 'plain'
 
   def __post_init__(self):
     for name in ('dtype', 'frozen_dtype'):
@@ -43,6 +45,9 @@ class Computation:
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f'computation.remat = {self.remat!r}: must be one of '
                        f'{sorted(REMAT_POLICIES)}')
+    if self.attention not in ATTENTIONS:
+      raise ValueError(f'computation.attention = {self.attention!r}: must be one of '
+                       f'{sorted(ATTENTIONS)}')
     if self.loss_chunk < 1:
       raise ValueError(f'computation.loss_chunk = {self.loss_chunk}: at least 1 is needed')
 

@@ -19,14 +19,15 @@ from latent_deliberation.sharding import shardings_of
 def build_decoder(experiment: Experiment) -> Decoder:
   """The decoder, without weights."""
   how = experiment.computation
-  return Decoder(experiment.decoder, dtype=how.dtype, remat=how.remat, scan=how.scan)
+  return Decoder(experiment.decoder, dtype=how.dtype, remat=how.remat, scan=how.scan,
+                 attention=how.attention)
 
 
 def build_deliberator(experiment: Experiment) -> Deliberator:
   """The decoder and its coprocessor, without weights."""
   how = experiment.computation
   coprocessor = Coprocessor(experiment.decoder, experiment.deliberation, dtype=how.dtype,
-                            remat=how.remat, scan=how.scan)
+                            remat=how.remat, scan=how.scan, attention=how.attention)
   return Deliberator(build_decoder(experiment), coprocessor)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, RowTokens, typed
+from latent_deliberation.model.cache import KVCache
 
 MASKED = -1e30  # finite, so that a query with nothing to see gives zeros and no NaN
 
@@ -63,6 +64,32 @@ def cached_mask(positions: RowTokens, visibility: Visibility, cached_positions: 
 def softcap(x: Array, cap: float | None) -> Array:
   """cap * tanh(x / cap), or x where cap is None (Gemma 2, arXiv 2408.00118, section 2)."""
   return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+@typed
+def attend_visible(
+    queries: Float[Array, 'B M Q N H'],
+    keys: Float[Array, 'B M Q K H'],
+    values: Float[Array, 'B M Q K H'],
+    positions: RowTokens,
+    visibility: Visibility,
+    window: Int[Array, ''],
+    cache: KVCache | None = None,
+    cap: float | None = None,
+) -> Float[Array, 'B M Q N H']:
+  """Attention of fresh tokens to what they may see of a cache and of their own row; see `attend`.
+
+  Args:
+    keys, values: of the fresh tokens.
+    window: [] keys that a query sees, its own included.
+    cache: of one layer, [B, S, K, H]; None where rows see nothing but themselves.
+  """
+  visible = fresh_mask(positions, visibility, window)
+  if cache is None:
+    return attend(queries, keys, values, visible, cap=cap)
+  return attend(
+      queries, keys, values, visible, cache.keys, cache.values,
+      cached_mask(positions, visibility, cache.positions, cache.segments, window), cap=cap)
 
 
 @typed

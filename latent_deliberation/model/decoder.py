@@ -26,16 +26,18 @@ class Decoder(nn.Module):
   Attributes:
     config: sizes.
     dtype: of the computation; the weights keep theirs.
-    remat, scan: see Transformer.
+    remat, scan, attention: see Transformer.
   """
   config: TransformerConfig
   dtype: str = 'float32'
   remat: str = 'none'
   scan: bool = True
+  attention: str = 'plain'
 
   def setup(self):
     self.embedder = Embedder(self.config.vocab_size, self.config.embed_dim)
-    self.transformer = Transformer(self.config, remat=self.remat, scan=self.scan)
+    self.transformer = Transformer(self.config, remat=self.remat, scan=self.scan,
+                                   attention=self.attention)
 
   @typed
   def __call__(self, tokens: Tokens, positions: Tokens | None = None,

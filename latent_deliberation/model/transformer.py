@@ -1,5 +1,7 @@
 """The stack of blocks. One call serves every pass: prefill, coprocessor, second pass, decoding."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,11 @@ from flax import linen as nn
 from flax import struct
 
 from latent_deliberation.array_types import Array, Rows, RowTokens, typed
-from latent_deliberation.model.attention import (
-  Visibility,
-  attend,
-  cached_mask,
-  fresh_mask,
-)
+from latent_deliberation.model import attention, attention_tpu
+from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.fused import layout
 from latent_deliberation.model.layers import (
   FeedForward,
   LowRank,
@@ -29,6 +28,9 @@ REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+# The same function, computed in two ways.
+ATTENTIONS = {'plain': attention.attend_visible, 'fused': attention_tpu.attend_visible}
 
 
 @struct.dataclass
@@ -59,6 +61,7 @@ class Attention(nn.Module):
   """Grouped-query attention with rotary positions, over a cache and over the fresh tokens."""
   config: TransformerConfig
   lora: LowRank | None = None
+  attend: Callable[..., Array] = attention.attend_visible
 
   @nn.compact
   def __call__(self, x: Array, positions: Array, visibility: Visibility, traits: LayerTraits,
@@ -81,17 +84,11 @@ class Attention(nn.Module):
     queries = nn.with_logical_constraint(queries.astype(x.dtype), axes)
     keys = rotate(keys, positions, traits.frequencies)
 
-    visible = fresh_mask(positions, visibility, traits.window)
-    if cache is None:
-      mixed = attend(queries, keys, values, visible, cap=c.attention_softcap)
-    else:
-      # A cache may be kept in another dtype than the one this pass computes in.
-      mixed = attend(
-          queries, keys, values, visible, cache.keys.astype(x.dtype),
-          cache.values.astype(x.dtype),
-          cached_mask(positions, visibility, cache.positions, cache.segments,
-                      traits.window),
-          cap=c.attention_softcap)
+    # A cache may be kept in another dtype than the one this pass computes in.
+    cache = cache and cache.replace(
+        keys=cache.keys.astype(x.dtype), values=cache.values.astype(x.dtype))
+    mixed = self.attend(queries, keys, values, positions, visibility, traits.window, cache,
+                        c.attention_softcap)
     out = Projection((c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed'),
                      inputs=2, lora=self.lora, name='out')(mixed)
     return out, KeysValues(keys, values)
@@ -104,13 +101,14 @@ class Block(nn.Module):
   """
   config: TransformerConfig
   lora: LowRank | None = None
+  attend: Callable[..., Array] = attention.attend_visible
 
   @nn.compact
   def __call__(self, x: Array, layer: tuple[LayerTraits, KVCache | None], positions: Array,
                visibility: Visibility) -> tuple[Array, KeysValues]:
     traits, cache = layer
     norm = lambda name: RMSNorm(self.config.norm_epsilon, name=name)  # noqa: E731
-    mixed, fresh = Attention(self.config, self.lora, name='attention')(
+    mixed, fresh = Attention(self.config, self.lora, self.attend, name='attention')(
         norm('attention_in')(x), positions, visibility, traits, cache)
     if self.config.post_norms:
       mixed = norm('attention_out')(mixed)
@@ -131,11 +129,13 @@ class Transformer(nn.Module):
     lora: low-rank adapters on every projection, in the collection 'lora'.
     remat: what the backward pass keeps of a block, a key of REMAT_POLICIES.
     scan: False unrolls the loop over layers (same weights, same result; longer to compile).
+    attention: how it is computed, a key of ATTENTIONS.
   """
   config: TransformerConfig
   lora: LowRank | None = None
   remat: str = 'none'
   scan: bool = True
+  attention: str = 'plain'
 
   @nn.compact
   @typed
@@ -156,10 +156,15 @@ class Transformer(nn.Module):
         block, length=self.config.num_layers, unroll=1 if self.scan else self.config.num_layers,
         variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
         in_axes=(0, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(self.config, self.lora, name='blocks')
+    )(self.config, self.lora, ATTENTIONS[self.attention], name='blocks')
+    length = x.shape[2]
+    if self.attention == 'fused':
+      # Padded once, in place of every layer's queries, keys and values.
+      x, positions, visibility = layout.pad((x, positions, visibility))
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
     x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, visibility)
-    return RMSNorm(self.config.norm_epsilon, name='final_norm')(x), fresh
+    x = RMSNorm(self.config.norm_epsilon, name='final_norm')(x)
+    return x[:, :, :length], jax.tree.map(lambda leaf: leaf[:, :, :, :length], fresh)
 
   def _per_layer(self, cache: KVCache | None) -> KVCache | None:
     """The cache with a layer axis on every leaf, since scan slices all of them."""

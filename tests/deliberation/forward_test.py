@@ -14,6 +14,7 @@ from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.config import GATES, LATENTS, SOFT_TOKENS, TRAINABLES
 from latent_deliberation.deliberation.placement import place
 from latent_deliberation.deliberation.traces import gather_traces
+from latent_deliberation.model import attention_tpu
 from tests import tiny
 from tests.deliberation import dense_reference
 
@@ -228,6 +229,25 @@ def test_the_trunk_is_a_constant_unless_the_decoder_learns(decoder_params, batch
 
   gradients = jax.jit(jax.grad(total))(decoder_params)
   assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients)) == (not tuned)
+
+
+@pytest.mark.parametrize('tuned', [False, True])
+def test_fused_attention_has_its_own_gradient_where_the_trunk_is_a_constant(
+    decoder_params, batch, monkeypatch, tuned):
+  """Through the scan over layers and under remat too, where everything is an argument."""
+  plain = attention_tpu._plain_backward
+  calls = []
+  monkeypatch.setattr(attention_tpu, '_plain_backward',
+                      lambda *args: calls.append(args) or plain(*args))
+  deliberator = dataclasses.replace(
+      tiny.deliberator(attention='fused', remat='full'), tuned=tuned)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+
+  def total(params, decoder_params):
+    return deliberator.forward(params, decoder_params, batch, traces_at(batch)).sum()
+
+  jax.eval_shape(jax.grad(total, argnums=(0, 1) if tuned else 0), params, decoder_params)
+  assert bool(calls) == tuned
 
 
 def test_traces_that_do_not_exist_are_finite_and_so_are_their_gradients(decoder_params):

@@ -56,6 +56,7 @@ def test_a_missing_key_is_named():
     ({'data__source': 'stdlib'}, "files = .* has no meaning for source = 'stdlib'"),
     ({'computation__dtype': 'float16'}, "computation.dtype = 'float16'"),
     ({'computation__remat': 'some'}, "computation.remat = 'some'"),
+    ({'computation__attention': 'flash'}, "computation.attention = 'flash': .*'fused', 'plain'"),
     ({'computation__loss_chunk': 0}, 'computation.loss_chunk = 0'),
     ({'rules__batch': ('date',)}, r"rule 'batch' -> \('date',\): \['date'\] are not mesh axes"),
     ({'seed': -1}, 'seed = -1: it must lie between 0 and'),

@@ -60,7 +60,7 @@ def test_a_directory_without_a_decoder_is_refused(tmp_path):
 def test_the_computation_does_not_change_the_parameters():
   experiment = finished.experiment()
   computation = dataclasses.replace(
-      experiment.computation, dtype='bfloat16', remat='full', scan=False)
+      experiment.computation, dtype='bfloat16', remat='full', scan=False, attention='fused')
   other = build_decoder(dataclasses.replace(experiment, computation=computation))
   shapes = jax.eval_shape(other.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
   expected = boxed_shapes(experiment.decoder)

@@ -37,9 +37,10 @@ class Trainer:
     sizes: of the mesh, over as many devices.
   """
 
-  def __init__(self, sizes=(1, 1, 1), accumulation=1, dtype='float32', seed=0, trainable='full'):
+  def __init__(self, sizes=(1, 1, 1), accumulation=1, dtype='float32', seed=0, trainable='full',
+               attention='plain'):
     self.mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:math.prod(sizes)])
-    self.deliberator = tiny.deliberator(trainable=trainable)
+    self.deliberator = tiny.deliberator(attention=attention, trainable=trainable)
     frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny.decoder_params())
     self.frozen = jax.device_put(frozen, shardings_of(
         boxed_shapes(tiny.CONFIG), self.mesh, DEFAULT_RULES))
@@ -79,6 +80,10 @@ def test_any_mesh_gives_the_loss_gradient_and_parameters_of_one_device(sizes):
 
 def test_low_rank_adapters_are_the_same_on_a_mesh_too():
   check_equal(Trainer((2, 2, 2), trainable='lora').train(2), Trainer(trainable='lora').train(2))
+
+
+def test_fused_attention_on_a_mesh_gives_the_loss_and_parameters_of_plain_on_one_device():
+  check_equal(Trainer((2, 2, 2), attention='fused').train(2), Trainer().train(2))
 
 
 @pytest.mark.parametrize('sizes, accumulation', [((1, 1, 1), 4), ((2, 2, 1), 2)])
