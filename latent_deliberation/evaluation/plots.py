@@ -159,6 +159,29 @@ def plot_speed(result: Mapping[str, Any], path: Path) -> None:
   save_figure(figure, path)
 
 
+def plot_step_ratios(result: Mapping[str, Any], path: Path) -> None:
+  """How many times as long others take for what ours computes.
+
+  Args:
+    result: of `benchmark_step.benchmark`.
+    path: of the PNG.
+  """
+  figure = Figure(figsize=(7, 4), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  bars = [(f'{other}\n{case.replace("_", " + ")}', ratio, COLOURS[colour])
+          for kind, colour in (('step', 'own'), ('decoder', 'zero'))
+          for case, measured in result[kind].items()
+          for other, ratio in measured['over_ours'].items()]
+  names, ratios, colours = zip(*bars, strict=True)
+  axes.bar_label(axes.bar(names, ratios, color=colours), fmt='%.1f', fontsize=8)
+  axes.axhline(1, color='black', linewidth=1, linestyle='--')
+  axes.set_ylabel('time over ours')
+  axes.tick_params('x', labelsize=7)
+  trim_axes(axes)
+  save_figure(figure, path)
+
+
 def trim_axes(axes: Axes) -> None:
   """Takes away the frame, and draws a light grid behind the data."""
   axes.spines[['top', 'right']].set_visible(False)

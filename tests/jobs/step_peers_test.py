@@ -9,8 +9,8 @@ from latent_deliberation.training.objectives import augmentation
 from tests import tiny
 
 
-@pytest.mark.parametrize('peer', [dense_mask, separate_traces])
-@pytest.mark.parametrize('latents', ['paper', 'refining'])
+@pytest.mark.parametrize('peer, latents', [
+    (dense_mask, 'paper'), (dense_mask, 'refining'), (separate_traces, 'paper')])
 def test_a_peer_has_the_loss_and_the_gradient_of_the_train_step(peer, latents, batch,
                                                                 decoder_params):
   deliberator = tiny.deliberator(latents=latents, positions='shift', soft_tokens='free')
