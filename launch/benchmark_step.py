@@ -20,7 +20,7 @@ def main() -> None:
   for kind in ('step', 'decoder'):
     for case, measured in result[kind].items():
       for other, ratio in measured['over_ours'].items():
-        print(f'{kind:<8} {case:<17} {ratio:5.2f} x faster than: {other}')
+        print(f'{kind:<8} {case:<22} {ratio:5.2f} x faster than: {other}')
 
 
 if __name__ == '__main__':

@@ -38,8 +38,8 @@ from latent_deliberation.training.objectives import augmentation, language_model
 
 CONFIG = TransformerConfig(vocab_size=4096, embed_dim=256, num_layers=4, num_heads=4,
                            num_kv_heads=2, head_dim=64, hidden_dim=1024, window=256)
-# The paper's proportions: 128 traces on 2048 tokens.
-TRUNK, TRACES, AHEAD = 256, 16, 16
+TRUNK, AHEAD = 256, 16
+TRACES = (16, 32)  # the paper's proportion, 128 on 2048 tokens, and twice that
 NUM_LATENTS = (16, 64)
 TEXTS, LENGTH = 4, 512  # of the decoder alone
 THREADS = 2  # of torch
@@ -61,10 +61,11 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
   params = nn.unbox(jax.jit(Decoder(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 1), int)))[
       'params']
   result: dict[str, Any] = {
-      'step': {f'{num_latents} latents': _compare_ways(params, num_latents, repeats)
-               for num_latents in NUM_LATENTS},
+      'step': {f'{num_traces} traces, {num_latents} latents':
+               _compare_ways(params, num_traces, num_latents, repeats)
+               for num_traces in TRACES for num_latents in NUM_LATENTS},
       'decoder': _compare_decoders(params, repeats),
-      'sizes': {'trunk': TRUNK, 'traces': TRACES, 'ahead': AHEAD, 'decoder_texts': TEXTS,
+      'sizes': {'trunk': TRUNK, 'ahead': AHEAD, 'decoder_texts': TEXTS,
                 'decoder_length': LENGTH},
       'versions': {name: importlib.metadata.version(name)
                    for name in ('torch', 'transformers', 'jax')},
@@ -75,19 +76,20 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
   return result
 
 
-def _compare_ways(decoder: Params, num_latents: int, repeats: int) -> dict[str, Any]:
+def _compare_ways(decoder: Params, num_traces: int, num_latents: int,
+                  repeats: int) -> dict[str, Any]:
   """Forward and backward of one text's traces, in each of the three ways."""
   choices = DeliberationConfig(
-      num_latents=num_latents, num_ahead=AHEAD, num_traces=TRACES, latents='paper',
+      num_latents=num_latents, num_ahead=AHEAD, num_traces=num_traces, latents='paper',
       positions='shift', soft_tokens='free')
   coprocessor = Coprocessor(CONFIG, choices, scan=False)
   deliberator = Deliberator(Decoder(CONFIG, scan=False), coprocessor)
   params = nn.unbox(jax.jit(coprocessor.init)(jax.random.key(1), decoder))
   batch, keys = _batch(1, TRUNK), jax.random.split(jax.random.key(2), 1)
+  logging.info('%d traces, %d latents', num_traces, num_latents)
   programs = {}
   for way, objective in WAYS.items():
-    logging.info('%d latents: %s', num_latents, way)
-    loss = objective(deliberator, TRACES * AHEAD)
+    loss = objective(deliberator, num_traces * AHEAD)
     programs[way] = _compiled(jax.value_and_grad(loss, has_aux=True), params, decoder, batch, keys)
   return _ratios(programs, repeats)
 
@@ -133,5 +135,6 @@ def _ratios(programs: dict[str, Callable[[], float]], repeats: int) -> dict[str,
   over_ours = {name: statistics.median(one / ours for one, ours in
                                        zip(taken, seconds['ours'], strict=True))
                for name, taken in seconds.items() if name != 'ours'}
+  logging.info('over ours: %s', over_ours)
   return {'seconds': {name: statistics.median(taken) for name, taken in seconds.items()},
           'over_ours': over_ours}
