@@ -166,19 +166,19 @@ def plot_step_ratios(result: Mapping[str, Any], path: Path) -> None:
     result: of `benchmark_step.benchmark`.
     path: of the PNG.
   """
-  figure = Figure(figsize=(7, 4), layout='constrained')
-  FigureCanvasAgg(figure)
-  axes = figure.subplots()
-  bars = [(f'{other}\n{case.replace("_", " + ")}', ratio, COLOURS[colour])
+  bars = [(f'{other}: {case.replace("_", " and ")}', ratio, COLOURS[colour])
           for kind, colour in (('step', 'own'), ('decoder', 'zero'))
           for case, measured in result[kind].items()
           for other, ratio in measured['over_ours'].items()]
   names, ratios, colours = zip(*bars, strict=True)
-  axes.bar_label(axes.bar(names, ratios, color=colours), fmt='%.1f', fontsize=8)
-  axes.axhline(1, color='black', linewidth=1, linestyle='--')
-  axes.set_ylabel('time over ours')
-  axes.tick_params('x', labelsize=7)
-  trim_axes(axes)
+  figure = Figure(figsize=(8, 4.5), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  axes.bar_label(axes.barh(names, ratios, color=colours), fmt='%.1f', fontsize=8, padding=2)
+  axes.axvline(1, color='black', linewidth=1, linestyle='--')
+  axes.invert_yaxis()
+  axes.set_xlabel('time over ours')
+  axes.spines[['top', 'right']].set_visible(False)
   save_figure(figure, path)
 
 

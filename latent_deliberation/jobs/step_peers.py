@@ -35,7 +35,7 @@ def separate_traces(deliberator: Deliberator, loss_chunk: int) -> LossFn:
 
 
 def dense_mask(deliberator: Deliberator, loss_chunk: int) -> LossFn:
-  """Trunk and traces in one sequence of T + M (Z + A - 1) tokens under one mask, as in figure 3."""
+  """Trunk and traces as one sequence of T + M (Z + A - 1) tokens under one mask."""
 
   def loss(params: Params, decoder_params: Params, batch: Batch,
            keys: Array) -> tuple[Array, Array]:
