@@ -30,6 +30,8 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 def get_config(decoder: str = 'gemma2_2b'):
   """For a v5e-256 pod slice: 16 x 16 chips, data parallel over one axis, fsdp over the other.
 
+  With several slices give their number as --config.mesh.replica.
+
   Args:
     decoder: name of a preset, or directory of a decoder.
   """

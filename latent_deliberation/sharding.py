@@ -16,12 +16,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import PyTree
 
-MESH_AXES = ('data', 'fsdp', 'tensor')
+MESH_AXES = ('replica', 'data', 'fsdp', 'tensor')
 
-# Logical axis -> mesh axes. Texts go over data and fsdp; weights are stored in fsdp shards and
-# split over tensor; what is not named here is replicated.
+# Logical axis -> mesh axes. Texts go over replica, data and fsdp; weights are stored in fsdp shards
+# and split over tensor; what is not named here is replicated.
 DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
-    'batch': ('data', 'fsdp'),
+    'batch': ('replica', 'data', 'fsdp'),
     'embed': ('fsdp',),
     'vocab': ('tensor',),
     'heads': ('tensor',),
@@ -32,32 +32,64 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1, on one axis at most, takes all that are left."""
+  """Devices along each mesh axis; -1, on one axis at most, takes all that are left.
+
+  Attributes:
+    replica: slices (on TPUs; nodes, where jax says so), between which the network is slow. Only the
+      sum of gradients crosses it, once a step: texts are divided over it, weights are not.
+    data: texts alone are divided over it, as over replica, but inside of a slice.
+    fsdp: texts, and the shards that weights are stored in.
+    tensor: heads, feed-forward and vocabulary.
+  """
+  replica: int = dataclasses.field(default=1, kw_only=True)
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """The (data, fsdp, tensor) mesh over `devices`, by default all of them.
+  """The (replica, data, fsdp, tensor) mesh over `devices`, by default all of them.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or the devices lie in several
+      slices and replica is not their number.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = [config.data, config.fsdp, config.tensor]
-  if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-    raise ValueError(f'mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes are positive, or -1 '
-                     'on one axis for all devices that are left')
-  known = math.prod(size for size in sizes if size != -1)
-  rest, left_over = divmod(len(devices), known)
-  sizes = [rest if size == -1 else size for size in sizes]
-  if left_over or math.prod(sizes) != len(devices):
+  sizes = _fill_sizes([getattr(config, axis) for axis in MESH_AXES], len(devices))
+  slices: dict[int, list[Any]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, 'slice_index', 0), []).append(device)
+  types = (jax.sharding.AxisType.Auto,) * len(sizes)
+  if len(slices) < 2:
+    return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
+  if sizes[0] != len(slices):
     raise ValueError(
-        f'mesh {dict(zip(MESH_AXES, sizes, strict=True))} has {math.prod(sizes)} places for '
-        f'{len(devices)} devices: the sizes must multiply to the number of devices')
-  return jax.make_mesh(sizes, MESH_AXES, devices=devices,
-                       axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+        f'mesh {_named(sizes)}: replica is {sizes[0]}, but the devices lie in {len(slices)} '
+        f'slices: set mesh.replica to {len(slices)}, so that gradients alone cross the network '
+        'between them')
+  # As a mesh of one slice, each of them: jax orders its devices by their links.
+  inside = [jax.make_mesh(sizes[1:], MESH_AXES[1:], devices=slices[number]).devices
+            for number in sorted(slices)]
+  return Mesh(np.stack(inside), MESH_AXES, axis_types=types)
+
+
+def _fill_sizes(sizes: Sequence[int], num_devices: int) -> list[int]:
+  """The sizes, with the number of devices that are left in the place of -1."""
+  if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+    raise ValueError(f'mesh {_named(sizes)}: sizes are positive, or -1 on one axis for all devices '
+                     'that are left')
+  known = math.prod(size for size in sizes if size != -1)
+  rest, left_over = divmod(num_devices, known)
+  sizes = [rest if size == -1 else size for size in sizes]
+  if left_over or math.prod(sizes) != num_devices:
+    raise ValueError(
+        f'mesh {_named(sizes)} has {math.prod(sizes)} places for {num_devices} devices: the sizes '
+        'must multiply to the number of devices')
+  return sizes
+
+
+def _named(sizes: Sequence[int]) -> dict[str, int]:
+  return dict(zip(MESH_AXES, sizes, strict=True))
 
 
 def check_rules(rules: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:

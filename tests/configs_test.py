@@ -80,7 +80,7 @@ def test_gemma2_2b_has_the_setting_of_the_paper_and_fits_its_mesh(tmp_path):
   assert experiment.training.loop.num_steps == 100_000
   shapes = nn.unbox(boxed_shapes(experiment.decoder))
   assert count_parameters(shapes) == 2_614_341_888
-  mesh = AbstractMesh((16, 16, 1), MESH_AXES)
+  mesh = AbstractMesh((1, 16, 16, 1), MESH_AXES)
   run = describe_training(experiment, tmp_path, shapes, '', mesh)
   run.check()
   describe_pretraining(experiment, tmp_path, mesh).check()

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.sharding import (
   DEFAULT_RULES,
+  MESH_AXES,
   MeshConfig,
   check_batch,
   check_own_rows,
@@ -26,16 +27,18 @@ from tests import tiny
 
 
 @pytest.mark.parametrize('config, shape', [
-    (MeshConfig(), (8, 1, 1)), (MeshConfig(2, 2, 2), (2, 2, 2)),
-    (MeshConfig(data=2, fsdp=-1), (2, 4, 1)), (MeshConfig(1, -1, 8), (1, 1, 8))])
+    (MeshConfig(), (1, 8, 1, 1)), (MeshConfig(2, 2, 2), (1, 2, 2, 2)),
+    (MeshConfig(data=2, fsdp=-1), (1, 2, 4, 1)), (MeshConfig(1, -1, 8), (1, 1, 1, 8)),
+    (MeshConfig(replica=2, fsdp=2), (2, 2, 2, 1))])
 def test_a_mesh_spans_all_devices_and_one_axis_takes_what_is_left(config, shape):
   assert tuple(make_mesh(config).shape.items()) == tuple(
-      zip(('data', 'fsdp', 'tensor'), shape, strict=True))
+      zip(('replica', 'data', 'fsdp', 'tensor'), shape, strict=True))
 
 
 @pytest.mark.parametrize('config, message', [
     (MeshConfig(4), "'data': 4, 'fsdp': 1, 'tensor': 1} has 4 places for 8 devices"),
     (MeshConfig(8, 2), 'has 16 places for 8 devices'),
+    (MeshConfig(8, replica=2), "'replica': 2, 'data': 8, .* has 16 places for 8 devices"),
     (MeshConfig(-1, 3), 'for 8 devices: the sizes must multiply to the number of devices'),
     (MeshConfig(-1, 16), 'for 8 devices'),
     (MeshConfig(-1, -1), "'data': -1, 'fsdp': -1, .* -1 on one axis"),
@@ -58,7 +61,8 @@ def test_a_rule_for_an_unknown_mesh_axis_is_refused():
 def test_a_tensor_is_split_by_the_rules_of_its_axes():
   assert partition_spec(('layers', 'embed', 'heads', None), DEFAULT_RULES) == PartitionSpec(
       None, 'fsdp', 'tensor', None)
-  assert partition_spec(('batch',), DEFAULT_RULES) == PartitionSpec(('data', 'fsdp'))
+  assert partition_spec(('batch',), DEFAULT_RULES) == PartitionSpec(
+      ('replica', 'data', 'fsdp'))
 
 
 def test_two_axes_of_a_tensor_cannot_share_a_mesh_axis():
@@ -97,9 +101,10 @@ def test_a_batch_divides_into_microbatches_over_the_mesh():
     check_batch(8, accumulation=4, mesh=mesh, rules=DEFAULT_RULES)
 
 
-def test_a_batch_is_placed_with_its_texts_over_data_and_fsdp():
+@pytest.mark.parametrize('config', [MeshConfig(2, 2, 2), MeshConfig(1, 2, 2, replica=2)])
+def test_a_batch_is_placed_with_its_texts_over_replica_data_and_fsdp(config):
   batch = jax.tree.map(np.asarray, tiny.packed_batch([(7, 4, 8)] * 8))
-  placed = place_batch(batch, make_mesh(MeshConfig(2, 2, 2)), DEFAULT_RULES)
+  placed = place_batch(batch, make_mesh(config), DEFAULT_RULES)
   jax.tree.map(np.testing.assert_array_equal, placed, batch)
   assert {shard.data.shape for shard in placed.tokens.addressable_shards} == {(2, tiny.LENGTH)}
 
@@ -111,6 +116,15 @@ class HostDevice:
   process_index: int
   platform: str = 'cpu'
   device_kind: str = 'cpu'
+  slice_index: int = 0
+  coords: tuple[int, int, int] = (0, 0, 0)
+  core_on_chip: int = 0
+
+
+def chips(slices):
+  """Four chips, 2 x 2, of each of some slices, which take turns in the list."""
+  return [HostDevice(4 * number + x + 2 * y, number, 'tpu', 'TPU v5 lite', number, (x, y, 0))
+          for y in range(2) for x in range(2) for number in range(slices)]
 
 
 def mesh_of_processes(processes):
@@ -118,7 +132,24 @@ def mesh_of_processes(processes):
   devices = np.empty(np.shape(processes), object)
   for number, (place, process) in enumerate(np.ndenumerate(processes)):
     devices[place] = HostDevice(number, int(process))
-  return Mesh(devices, ('data', 'fsdp', 'tensor'))
+  return Mesh(devices[None], MESH_AXES)
+
+
+@pytest.mark.parametrize('config, inside', [
+    (MeshConfig(replica=2), (4, 1, 1)), (MeshConfig(1, 2, 2, replica=-1), (1, 2, 2))])
+def test_only_the_replica_axis_goes_from_slice_to_slice(config, inside):
+  mesh = make_mesh(config, chips(slices=2))
+  assert mesh.devices.shape == (2, *inside)
+  for number, devices in enumerate(mesh.devices):
+    assert {device.slice_index for device in devices.flat} == {number}
+
+
+@pytest.mark.parametrize('config, given', [
+    (MeshConfig(), 1), (MeshConfig(replica=4, data=2), 4), (MeshConfig(fsdp=8), 1)])
+def test_a_replica_axis_that_is_not_the_slices_is_refused(config, given):
+  with pytest.raises(ValueError, match=f'replica is {given}, but the devices lie in 2 slices: set '
+                     'mesh.replica to 2'):
+    make_mesh(config, chips(slices=2))
 
 
 @pytest.mark.parametrize('processes, rows', [

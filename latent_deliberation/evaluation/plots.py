@@ -159,6 +159,29 @@ def plot_speed(result: Mapping[str, Any], path: Path) -> None:
   save_figure(figure, path)
 
 
+def plot_step_ratios(result: Mapping[str, Any], path: Path) -> None:
+  """How many times as long others take for what ours computes.
+
+  Args:
+    result: of `benchmark_step.benchmark`.
+    path: of the PNG.
+  """
+  bars = [(f'{other}: {case.replace("_", " and ")}', ratio, COLOURS[colour])
+          for kind, colour in (('step', 'own'), ('decoder', 'zero'))
+          for case, measured in result[kind].items()
+          for other, ratio in measured['over_ours'].items()]
+  names, ratios, colours = zip(*bars, strict=True)
+  figure = Figure(figsize=(8, 4.5), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  axes.bar_label(axes.barh(names, ratios, color=colours), fmt='%.1f', fontsize=8, padding=2)
+  axes.axvline(1, color='black', linewidth=1, linestyle='--')
+  axes.invert_yaxis()
+  axes.set_xlabel('time over ours')
+  axes.spines[['top', 'right']].set_visible(False)
+  save_figure(figure, path)
+
+
 def trim_axes(axes: Axes) -> None:
   """Takes away the frame, and draws a light grid behind the data."""
   axes.spines[['top', 'right']].set_visible(False)

@@ -19,7 +19,12 @@ from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
 SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate')
+<<<<<<< HEAD
 WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference')
+=======
+WITHOUT_CONFIG = ('convert', 'generate', 'benchmark_weights', 'benchmark_inference',
+                  'benchmark_step')
+>>>>>>> recipes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +158,13 @@ def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
   own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
          'evaluate': 'output', 'gate': 'output', 'convert': 'target', 'generate': 'prompt',
+<<<<<<< HEAD
          'augment': 'document',
          'benchmark_weights': 'output', 'benchmark_inference': 'output'}
+=======
+         'benchmark_weights': 'output', 'benchmark_inference': 'output',
+         'benchmark_step': 'output'}
+>>>>>>> recipes
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
     assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed

@@ -34,12 +34,13 @@ class Trainer:
   """A coprocessor on a mesh: its frozen decoder and the compiled step. Compiled once for all tests.
 
   Args:
-    sizes: of the mesh, over as many devices.
+    sizes: of the mesh, over as many devices, beside its replica axis.
   """
 
   def __init__(self, sizes=(1, 1, 1), accumulation=1, dtype='float32', seed=0, trainable='full',
-               attention='plain'):
-    self.mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:math.prod(sizes)])
+               attention='plain', replica=1):
+    self.mesh = make_mesh(MeshConfig(*sizes, replica=replica),
+                          jax.devices()[:replica * math.prod(sizes)])
     self.deliberator = tiny.deliberator(attention=attention, trainable=trainable)
     frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny.decoder_params())
     self.frozen = jax.device_put(frozen, shardings_of(
@@ -76,6 +77,14 @@ def check_equal(trained, expected):
                          ids=lambda sizes: '-'.join(map(str, sizes)))
 def test_any_mesh_gives_the_loss_gradient_and_parameters_of_one_device(sizes):
   check_equal(Trainer(sizes).train(2), Trainer().train(2))
+
+
+def test_replicas_of_a_sharded_mesh_give_those_of_one_device_too():
+  trainer = Trainer((2, 2, 1), replica=2)
+  check_equal(trainer.train(2), Trainer().train(2))
+  weight = trainer.start().params['transformer']['blocks']['attention']['query']['w']
+  copies = {str(shard.index) for shard in weight.addressable_shards}
+  assert len(weight.addressable_shards) == 8 and len(copies) == 2  # in two fsdp shards
 
 
 def test_low_rank_adapters_are_the_same_on_a_mesh_too():

@@ -1,0 +1,134 @@
+"""The loss of training in the ways that shared-prefix attention replaces; for benchmarks only.
+
+Both have the value and the gradient of `objectives.augmentation`, to rounding.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from latent_deliberation.array_types import Array, Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
+from latent_deliberation.deliberation.placement import Placement, place
+from latent_deliberation.deliberation.traces import Traces, sample_traces
+from latent_deliberation.model.attention import Visibility, attend
+from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.layers import FeedForward, RMSNorm, rotate
+from latent_deliberation.model.transformer import layer_traits
+from latent_deliberation.training.step import LossFn
+
+
+def separate_traces(deliberator: Deliberator, loss_chunk: int) -> LossFn:
+  """Each trace as a text of its own: its trunk is read again for every trace."""
+  alone = deliberator.with_traces(1, deliberator.config.num_ahead)
+
+  def loss(params: Params, decoder_params: Params, batch: Batch,
+           keys: Array) -> tuple[Array, Array]:
+    traces = sample_traces(keys, batch, deliberator.config)
+    texts = jax.tree.map(lambda leaf: jnp.repeat(leaf, traces.anchors.shape[1], axis=0), batch)
+    traces = jax.tree.map(lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:]), traces)
+    hidden = alone.forward(params, decoder_params, texts, traces)
+    return _summed(deliberator, hidden, traces, decoder_params, loss_chunk)
+
+  return loss
+
+
+def dense_mask(deliberator: Deliberator, loss_chunk: int) -> LossFn:
+  """Trunk and traces as one sequence of T + M (Z + A - 1) tokens under one mask."""
+
+  def loss(params: Params, decoder_params: Params, batch: Batch,
+           keys: Array) -> tuple[Array, Array]:
+    config = deliberator.config
+    traces = sample_traces(keys, batch, config)
+    placement = place(batch, traces.anchors, config, config.num_ahead)
+    _, cache = deliberator.prefill(decoder_params, batch)
+    latents = _dense_latents(deliberator, params, decoder_params, placement, cache)
+    hidden = _dense_second_pass(deliberator, decoder_params, latents, batch, traces, placement)
+    return _summed(deliberator, hidden, traces, decoder_params, loss_chunk)
+
+  return loss
+
+
+def _summed(deliberator: Deliberator, hidden: Array, traces: Traces, decoder_params: Params,
+            loss_chunk: int) -> tuple[Array, Array]:
+  nll = ahead_nll(hidden, traces, decoder_params, deliberator.decoder.config.final_softcap,
+                  loss_chunk)
+  return jnp.sum(nll * traces.counted), jnp.sum(traces.counted)
+
+
+def _embed(deliberator: Deliberator, decoder_params: Params, tokens: Array) -> Array:
+  return deliberator.decoder.apply({'params': decoder_params}, tokens, method='embed')
+
+
+def _dense_latents(deliberator: Deliberator, params: Params, decoder_params: Params,
+                   placement: Placement, cache: KVCache) -> Array:
+  """Latents [B, M, Z, D]; the soft tokens of all traces are one row of M Z tokens."""
+  coprocessor = deliberator.coprocessor
+  batch, num_traces, num_latents = placement.latent_positions.shape
+  rest = _embed(deliberator, decoder_params, placement.base_tokens)
+  row = lambda leaf: jnp.repeat(leaf, num_latents, axis=1)[:, None]  # noqa: E731
+  first = jnp.broadcast_to(jnp.arange(num_traces) * num_latents, (batch, num_traces))
+  thoughts, _ = coprocessor.transformer.apply(
+      {'params': params['transformer']},
+      coprocessor.feed(params, rest).reshape(batch, 1, num_traces * num_latents, -1),
+      placement.latent_positions.reshape(batch, 1, -1),
+      Visibility(row(placement.segments), row(placement.coprocessor_horizon), row(first)), cache)
+  return coprocessor.compose(params, thoughts.reshape(rest.shape), rest)
+
+
+def _dense_second_pass(deliberator: Deliberator, decoder_params: Params, latents: Array,
+                       batch: Batch, traces: Traces, placement: Placement) -> Array:
+  """Hidden states [B, M, A, D] that predict the ahead tokens."""
+  num_texts, num_traces, num_latents, width = latents.shape
+  length = batch.tokens.shape[1]
+  trunk = _embed(deliberator, decoder_params, batch.tokens[:, None])
+  ahead = _embed(deliberator, decoder_params, traces.ahead_tokens[..., :-1])
+  fed = jnp.concatenate([latents, ahead], axis=2)
+  queries = fed.shape[2]
+  x = jnp.concatenate([trunk, fed.reshape(num_texts, 1, -1, width)], axis=2)
+
+  behind = lambda ours, theirs: jnp.concatenate(  # noqa: E731
+      [ours, theirs.reshape(num_texts, -1)], axis=1)
+  spread = lambda leaf: jnp.repeat(leaf, queries, axis=1)  # noqa: E731
+  positions = behind(batch.positions, jnp.concatenate(
+      [placement.latent_positions, placement.ahead_positions[..., :-1]], axis=-1))
+  segments = behind(batch.segments, spread(placement.segments))
+  order = jnp.arange(positions.shape[1])
+  horizon = behind(jnp.broadcast_to(order[:length] + 1, batch.tokens.shape),
+                   spread(placement.decoder_horizon))
+  trace = jnp.where(order < length, -1, (order - length) // queries)
+
+  in_trunk = (order < length) & (order < horizon[..., None])
+  in_trace = (trace >= 0) & (trace[:, None] == trace) & (order <= order[:, None])
+  same = (segments[..., None] == segments[:, None]) & (segments[:, None] > 0)
+  visible = (in_trunk | in_trace) & same
+  hidden = _transform(deliberator.decoder.config, decoder_params['transformer'], x,
+                      positions[:, None], visible[:, None])
+  hidden = hidden[:, 0, length:].reshape(num_texts, num_traces, queries, width)
+  return hidden[:, :, num_latents - 1:]
+
+
+def _transform(config: TransformerConfig, weights: Params, x: Array, positions: Array,
+               visible: Array) -> Array:
+  """Gemma 2's stack over one row a text, [B, 1, S, D], under a mask [B, 1, S, S]."""
+  traits, blocks = layer_traits(config), weights['blocks']
+  apart = positions[..., :, None] - positions[..., None, :]
+  scale = config.head_dim ** -0.5 if config.query_scale is None else config.query_scale
+  norm = lambda weight, x: RMSNorm(config.norm_epsilon).apply({'params': weight}, x)  # noqa: E731
+  for layer in range(config.num_layers):
+    block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks)
+    read = norm(block['attention_in'], x)
+    queries, keys, values = (
+        jnp.tensordot(read, block['attention'][name]['w'], axes=1)
+        for name in ('query', 'key', 'value'))
+    frequencies = traits.frequencies[layer]
+    mixed = attend(rotate(queries, positions, frequencies) * scale,
+                   rotate(keys, positions, frequencies), values,
+                   visible & (apart < traits.window[layer]), cap=config.attention_softcap)
+    mixed = jnp.tensordot(mixed, block['attention']['out']['w'], axes=2)
+    x = x + norm(block['attention_out'], mixed)
+    fed = FeedForward(config.hidden_dim).apply(
+        {'params': block['feed_forward']}, norm(block['feed_forward_in'], x))
+    x = x + norm(block['feed_forward_out'], fed)
+  return norm(weights['final_norm'], x)

@@ -1,0 +1,27 @@
+"""Measures a train step against one dense mask, a text a trace, and transformers' Gemma 2.
+
+  pip install -e '.[parity]' && python launch/benchmark_step.py --output=step.json
+
+The same random weights in alternating turns, transformers in a process of its own; the ratios are
+drawn as a PNG beside the JSON. Next, train with launch/train.py.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs.benchmark_step import benchmark
+
+_OUTPUT = command_line.define_file('output', 'JSON file to write, and a PNG beside it.')
+_REPEATS = command_line.define_count('repeats', 15, 'Turns of each comparison.')
+
+
+def main() -> None:
+  result = benchmark(Path(_OUTPUT.value), _REPEATS.value)
+  for kind in ('step', 'decoder'):
+    for case, measured in result[kind].items():
+      for other, ratio in measured['over_ours'].items():
+        print(f'{kind:<8} {case:<22} {ratio:5.2f} x faster than: {other}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# A run on TPU slices of a GKE cluster, by xpk (pip install xpk); one slice, or several.
+#
+#   export RECIPE_CLUSTER=tpus RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project RECIPE_BUCKET=my-bucket
+#   export RECIPE_TYPE=v5litepod-256 RECIPE_IMAGE=us-docker.pkg.dev/my-project/images/latents
+#   gke.sh cluster --slices=2 --capacity=spot
+#   gke.sh storage
+#   gke.sh image
+#   gke.sh run --name=first --slices=2 -- launch/train.py --config=configs/gemma2_2b.py \
+#       --config.mesh.replica=2 --config.data.mode=packed \
+#       --decoder=bucket/gemma-2-2b --data=/tmp/data --workdir=bucket/runs/coprocessor
+#   gke.sh logs --name=first
+#   gke.sh stop --name=first
+#   gke.sh delete
+#
+# With several slices the mesh needs --config.mesh.replica of their number: gradients alone cross the
+# network between slices then, once a step. --capacity is spot, on-demand or the name of a
+# reservation. --dry_run prints the commands, one a line, and runs none.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$root/launch/recipes/common.sh"
+
+action=${1:-}
+cluster=${RECIPE_CLUSTER:-} zone=${RECIPE_ZONE:-} project=${RECIPE_PROJECT:-}
+bucket=${RECIPE_BUCKET:-} type=${RECIPE_TYPE:-} image=${RECIPE_IMAGE:-}
+name='' slices=1 capacity='' data=data
+read_flags 'cluster zone project bucket type image name slices capacity data' "${@:2}"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices: the number of slices, 1 or more"
+
+# Calls xpk on the cluster.
+on_cluster() {
+  run xpk "$@" --cluster="$cluster" --zone="$zone" --project="$project"
+}
+
+make_cluster() {
+  require type
+  local how
+  case $capacity in
+    '') fail 'cluster needs --capacity: spot, on-demand or the name of a reservation' ;;
+    spot | on-demand) how=--$capacity ;;
+    *) how=--reservation=$capacity ;;
+  esac
+  on_cluster cluster create --tpu-type="$type" --num-slices="$slices" "$how" --enable-gcsfuse-csi-driver
+}
+
+attach_storage() {
+  require bucket
+  # Beside the sources of the image, so that paths are the same as on a TPU VM; without caches, for
+  # the reason that host.sh gives.
+  on_cluster storage attach "$bucket" --type=gcsfuse --bucket="$bucket" --size=1 --auto-mount=true \
+    --mount-point=/latent_deliberation/bucket --readonly=false \
+    --mount-options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
+}
+
+make_image() {
+  require image
+  run docker build --file="$root/launch/recipes/Dockerfile" --tag="$image" "$root"
+  run docker push "$image"
+}
+
+start() {
+  require type image
+  ((${#rest[@]})) || fail 'run needs a script and its flags behind --: run -- launch/train.py ...'
+  local command='cd /latent_deliberation'
+  if [[ -n $data ]]; then
+    command+=" && bash launch/recipes/host.sh stage --from=bucket/$(quote "$data") --to=/tmp/data"
+  fi
+  # exec, so that the signal with which a pod is ended comes to python, which saves. A pod that was
+  # lost makes all of them start again, from the newest checkpoint.
+  command+=" && exec $(quote python "${rest[@]}")"
+  on_cluster workload create --workload="$name" --tpu-type="$type" --num-slices="$slices" \
+    --docker-image="$image" --env-file="$root/launch/recipes/tpu.env" --max-restarts=50 \
+    --termination-grace-period-seconds=300 --command="$command"
+}
+
+# What process 0 of every slice says.
+follow() {
+  run gcloud container clusters get-credentials "$cluster" --location="${zone%-*}" --project="$project"
+  run kubectl logs --follow --prefix --all-containers --tail=100 \
+    --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
+}
+
+case $action in
+  image) ;;
+  cluster | storage | delete) require cluster zone project ;;
+  run | logs | stop)
+    require cluster zone project
+    [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+      fail "--name=$name: small letters, digits and -, beginning with a letter, as Kubernetes asks"
+    ;;
+  *) fail "'$action' is not an action: cluster, storage, image, run, logs, stop or delete" ;;
+esac
+case $action in
+  cluster) make_cluster ;;
+  storage) attach_storage ;;
+  image) make_image ;;
+  run) start ;;
+  logs) follow ;;
+  stop) on_cluster workload delete --workload="$name" ;;
+  delete) on_cluster cluster delete ;;
+esac

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# What is done on each TPU host; tpu_vm.sh and gke.sh call it there, from the root of the sources.
+#
+#   host.sh install                                  a virtual environment, and gcsfuse
+#   host.sh mount --bucket=my-bucket                 at ./bucket
+#   host.sh stage --from=bucket/data --to=/tmp/data  a copy of the rows on a local disk
+#   host.sh start -- launch/train.py ...             in the background, into ~/run.log
+#   host.sh stop                                     SIGTERM: the run saves and ends
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+source "$here/common.sh"
+
+action=${1:-}
+bucket=${RECIPE_BUCKET:-} from='' to=''
+read_flags 'bucket from to' "${@:2}"
+fuse_key=/usr/share/keyrings/cloud.google.asc
+
+install() {
+  # The images have Python 3.10, and this project needs 3.11, which uv brings.
+  run bash -c 'curl -LsSf https://astral.sh/uv/install.sh | sh'
+  run "$HOME/.local/bin/uv" venv --clear --python=3.11 "$HOME/venv"
+  run "$HOME/.local/bin/uv" pip install --python="$HOME/venv" -r requirements.txt -e '.[tpu]'
+  # jax asks for it on v5e and later: the runtime starts and stops faster.
+  run sudo bash -c 'echo always >/sys/kernel/mm/transparent_hugepage/enabled'
+  run bash -c "curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee $fuse_key >/dev/null"
+  run bash -c "echo deb [signed-by=$fuse_key] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main | sudo tee /etc/apt/sources.list.d/gcsfuse.list"
+  run sudo apt-get update
+  run sudo apt-get install --yes gcsfuse
+}
+
+mount_bucket() {
+  require bucket
+  if mountpoint --quiet bucket; then
+    echo 'bucket is mounted already' >&2
+    return
+  fi
+  run mkdir -p bucket
+  # No cache of what is there: a host that remembered a directory as missing, or as not yet renamed,
+  # would not see a checkpoint that another one has just made.
+  run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+    "$bucket" bucket
+}
+
+stage() {
+  [[ -n $from && -n $to ]] || fail 'stage needs --from=DIRECTORY and --to=DIRECTORY'
+  if [[ -d $to ]]; then
+    echo "$to is there already" >&2
+    return
+  fi
+  # Rows are read at random through memory maps: over a network each page would be a request.
+  run rm -rf "$to.partial"
+  run cp -r "$from" "$to.partial"
+  run mv "$to.partial" "$to"
+}
+
+start() {
+  ((${#rest[@]})) || fail 'start needs a script and its flags behind --'
+  local pid_file=$HOME/run.pid variables
+  if [[ -e $pid_file ]] && kill -0 "$(<"$pid_file")" 2>/dev/null; then
+    fail "process $(<"$pid_file") still runs, and a chip has one user: stop it first"
+  fi
+  mapfile -t variables < <(grep --extended-regexp '^[A-Z]' "$here/tpu.env")
+  run bash -c "$(quote env "${variables[@]}" nohup "$HOME/venv/bin/python" "${rest[@]}") \
+>$HOME/run.log 2>&1 </dev/null & echo \$! >$pid_file"
+}
+
+case $action in
+  install) install ;;
+  mount) mount_bucket ;;
+  stage) stage ;;
+  start) start ;;
+  stop) run bash -c "kill \$(cat $HOME/run.pid)" ;;
+  *) fail "'$action' is not an action: install, mount, stage, start or stop" ;;
+esac

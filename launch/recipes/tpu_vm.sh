@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# A run on a Cloud TPU VM pod slice. Every host runs the same command, and jax finds the others.
+#
+#   export RECIPE_NAME=pod RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project RECIPE_BUCKET=my-bucket
+#   tpu_vm.sh create --type=v5litepod-256 --version=v2-alpha-tpuv5-lite
+#   tpu_vm.sh install
+#   tpu_vm.sh run -- launch/train.py --config=configs/gemma2_2b.py --config.data.mode=packed \
+#       --decoder=bucket/gemma-2-2b --data=/tmp/data --workdir=bucket/runs/coprocessor
+#   tpu_vm.sh logs [--worker=3]
+#   tpu_vm.sh stop
+#   tpu_vm.sh delete
+#
+# Before training every host copies the rows of --data=data in the bucket to its own /tmp/data; with
+# --data= nothing is copied. --spot=yes asks for capacity that may be taken away.
+#
+# --dry_run prints the commands, one a line, and runs none; no cloud tool is needed then. Versions of
+# the runtime: v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p (whose types count two cores a
+# chip: v5p-256 has 128 chips), v2-alpha-tpuv6e for v6e.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$root/launch/recipes/common.sh"
+
+action=${1:-}
+name=${RECIPE_NAME:-} zone=${RECIPE_ZONE:-} project=${RECIPE_PROJECT:-} bucket=${RECIPE_BUCKET:-}
+type='' version='' worker=0 spot=no data=data
+read_flags 'name zone project bucket type version worker spot data' "${@:2}"
+
+tpu_vm() {
+  run gcloud compute tpus tpu-vm "$@" --zone="$zone" --project="$project"
+}
+
+# Runs a command in the root of the sources, on all hosts or one.
+on_hosts() {
+  tpu_vm ssh "$name" --worker="$1" --command="cd latent_deliberation && $(quote "${@:2}")"
+}
+
+create() {
+  [[ -n $type && -n $version ]] || fail 'create needs --type=v5litepod-256 and --version=v2-alpha-tpuv5-lite, or others'
+  [[ $spot == yes || $spot == no ]] || fail "--spot=$spot: yes or no"
+  local wanted=(--accelerator-type="$type" --version="$version" --scopes=cloud-platform)
+  if [[ $spot == yes ]]; then
+    wanted+=(--spot)
+  fi
+  tpu_vm create "$name" "${wanted[@]}"
+}
+
+install() {
+  require bucket
+  # What is committed, and nothing else, so that a run can be repeated.
+  local archive=${TMPDIR:-/tmp}/latent_deliberation.tgz
+  run git -C "$root" archive --prefix=latent_deliberation/ --output="$archive" HEAD
+  tpu_vm scp "$archive" "$name:" --worker=all
+  tpu_vm ssh "$name" --worker=all --command='tar xzf latent_deliberation.tgz'
+  on_hosts all bash launch/recipes/host.sh install
+  on_hosts all bash launch/recipes/host.sh mount --bucket="$bucket"
+}
+
+case $action in
+  create | install | run | logs | stop | delete) require name zone project ;;
+  *) fail "'$action' is not an action: create, install, run, logs, stop or delete" ;;
+esac
+case $action in
+  create) create ;;
+  install) install ;;
+  run)
+    ((${#rest[@]})) || fail 'run needs a script and its flags behind --: run -- launch/train.py ...'
+    if [[ -n $data ]]; then
+      on_hosts all bash launch/recipes/host.sh stage --from="bucket/$data" --to=/tmp/data
+    fi
+    on_hosts all bash launch/recipes/host.sh start -- "${rest[@]}"
+    ;;
+  logs) on_hosts "$worker" tail --lines=100 --follow ../run.log ;;
+  stop) on_hosts all bash launch/recipes/host.sh stop ;;
+  delete) tpu_vm delete "$name" --quiet ;;
+esac

@@ -1,0 +1,183 @@
+"""The recipes for TPU pods: what they would run, without a cloud, and what they refuse."""
+
+import os
+import re
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import finished
+
+RECIPES = finished.ROOT / 'launch/recipes'
+SCRIPTS = ('bucket', 'gke', 'host', 'tpu_vm')
+TOOLS = ('gcloud', 'git', 'xpk', 'docker', 'kubectl', 'mkdir')
+KNOWN = {
+    'RECIPE_NAME': 'pod', 'RECIPE_ZONE': 'us-west4-b', 'RECIPE_PROJECT': 'money',
+    'RECIPE_BUCKET': 'store', 'RECIPE_CLUSTER': 'tpus', 'RECIPE_TYPE': 'v5litepod-256',
+    'RECIPE_IMAGE': 'registry/image', 'RECIPE_LOCATION': 'us-west4'}
+TRAIN = "-- launch/train.py --config.data.mode=packed '--config.data.name=my task'"
+
+
+def recipe(script: str, arguments: str, variables: dict[str, str] = KNOWN,
+           path: str = os.environ['PATH']) -> subprocess.CompletedProcess:
+  """Runs a recipe with these variables of its own and no others."""
+  environment = {'PATH': path, 'HOME': '/home/user', **variables}
+  return subprocess.run(['bash', RECIPES / f'{script}.sh', *shlex.split(arguments)], text=True,
+                        env=environment, cwd=finished.ROOT, capture_output=True, timeout=60)
+
+
+def shown(script: str, arguments: str, variables: dict[str, str] = KNOWN) -> list[list[str]]:
+  """The commands of a dry run, each as its words."""
+  action, _, others = arguments.partition(' ')
+  process = recipe(script, f'{action} --dry_run {others}', variables)
+  assert process.returncode == 0, process.stderr
+  return [shlex.split(line) for line in process.stdout.splitlines()]
+
+
+@pytest.mark.parametrize('script', sorted(RECIPES.glob('*.sh')), ids=lambda path: path.stem)
+def test_every_recipe_is_bash_that_stops_at_errors(script):
+  subprocess.run(['bash', '-n', script], check=True)
+  if script.stem in SCRIPTS:
+    assert '\nset -euo pipefail\n' in script.read_text()
+    assert script.stat().st_mode & stat.S_IXUSR
+
+
+def test_every_tool_is_called_as_the_dry_run_says(tmp_path):
+  """Runs whole recipes with tools that only write down how they were called."""
+  called = tmp_path / 'called'
+  for tool in TOOLS:
+    (tmp_path / tool).write_text(
+        f'#!/bin/bash\nprintf "%s\\0" {tool} "$@" >>{called}\nprintf "\\n\\0" >>{called}\n')
+    (tmp_path / tool).chmod(0o755)
+  for script, arguments in [
+      ('tpu_vm', 'create --type=v5litepod-256 --version=v2 --spot=yes'), ('tpu_vm', 'install'),
+      ('tpu_vm', f'run {TRAIN}'), ('tpu_vm', 'logs --worker=3'), ('tpu_vm', 'stop'),
+      ('tpu_vm', 'delete'), ('gke', 'cluster --slices=2 --capacity=spot'), ('gke', 'storage'),
+      ('gke', 'image'), ('gke', f'run --name=first --slices=2 {TRAIN}'),
+      ('gke', 'logs --name=first'), ('gke', 'stop --name=first'), ('gke', 'delete'),
+      ('bucket', 'create'), ('bucket', 'upload --from=data --to=data'),
+      ('bucket', 'download --from=runs --to=runs')]:
+    called.unlink(missing_ok=True)
+    process = recipe(script, arguments, path=f'{tmp_path}:{os.environ["PATH"]}')
+    assert process.returncode == 0, process.stderr
+    expected = ''.join(word + '\0' for words in shown(script, arguments) for word in [*words, '\n'])
+    assert called.read_text() == expected
+
+
+def test_a_pod_slice_is_made_for_its_type_and_may_write_to_buckets():
+  (command,) = shown('tpu_vm', 'create --type=v5p-256 --version=v2-alpha-tpuv5')
+  assert command[:6] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'create', 'pod']
+  assert set(command[6:]) == {
+      '--accelerator-type=v5p-256', '--version=v2-alpha-tpuv5', '--scopes=cloud-platform',
+      '--zone=us-west4-b', '--project=money'}
+
+
+def test_training_begins_on_all_hosts_once_the_rows_are_on_their_disks():
+  stage, start = shown('tpu_vm', f'run {TRAIN}')
+  for command in (stage, start):
+    assert command[:6] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'pod']
+    assert '--worker=all' in command
+  inside = [shlex.split(word.removeprefix('--command=')) for word in (stage[7], start[7])]
+  assert inside[0][-4:] == ['launch/recipes/host.sh', 'stage', '--from=bucket/data',
+                            '--to=/tmp/data']
+  assert inside[1][-6:] == ['launch/recipes/host.sh', 'start', *shlex.split(TRAIN)]
+  (alone,) = shown('tpu_vm', f'run --data= {TRAIN}')
+  assert alone == start
+
+
+def test_a_host_trains_with_the_flags_of_the_environment_file():
+  (command,) = shown('host', f'start {TRAIN}')
+  line, _, _ = command[2].partition(' >')
+  words = shlex.split(line)
+  variables = [line for line in (RECIPES / 'tpu.env').read_text().splitlines()
+               if line and not line.startswith('#')]
+  assert words == ['env', *variables, 'nohup', '/home/user/venv/bin/python',
+                   *shlex.split(TRAIN)[1:]]
+
+
+def test_rows_are_copied_once_and_whole(tmp_path):
+  (tmp_path / 'bucket').mkdir()
+  (tmp_path / 'bucket/rows').write_text('rows')
+  (tmp_path / 'disk.partial').mkdir()  # of a copy that was cut short
+  arguments = f'stage --from={tmp_path}/bucket --to={tmp_path}/disk'
+  assert recipe('host', arguments).returncode == 0
+  (tmp_path / 'bucket/rows').write_text('others')
+  assert recipe('host', arguments).returncode == 0
+  assert {path.name for path in tmp_path.iterdir()} == {'bucket', 'disk'}
+  assert [path.read_text() for path in (tmp_path / 'disk').iterdir()] == ['rows']
+
+
+def test_slices_of_a_cluster_train_as_one_workload():
+  (command,) = shown('gke', f'run --name=first --slices=2 {TRAIN}')
+  assert command[:3] == ['xpk', 'workload', 'create']
+  assert {'--workload=first', '--tpu-type=v5litepod-256', '--num-slices=2', '--cluster=tpus',
+          '--docker-image=registry/image', f'--env-file={RECIPES}/tpu.env'} < set(command)
+  (inside,) = [word for word in command if word.startswith('--command=')]
+  *_, last = inside.split(' && ')
+  assert shlex.split(last) == ['exec', 'python', *shlex.split(TRAIN)[1:]]
+
+
+@pytest.mark.parametrize('capacity, flag', [
+    ('spot', '--spot'), ('on-demand', '--on-demand'), ('mine', '--reservation=mine')])
+def test_a_cluster_has_as_many_slices_and_the_capacity_asked_for(capacity, flag):
+  (command,) = shown('gke', f'cluster --slices=4 --capacity={capacity}')
+  assert {'--num-slices=4', flag, '--enable-gcsfuse-csi-driver'} < set(command)
+
+
+def test_a_bucket_renames_directories_in_one_step():
+  (command,) = shown('bucket', 'create')
+  assert '--enable-hierarchical-namespace' in command and 'gs://store' in command
+
+
+@pytest.mark.parametrize('script, arguments, missing', [
+    ('tpu_vm', 'delete', 'RECIPE_ZONE'), ('tpu_vm', 'install', 'RECIPE_BUCKET'),
+    ('tpu_vm', f'run {TRAIN}', 'RECIPE_NAME'), ('gke', 'delete', 'RECIPE_CLUSTER'),
+    ('gke', 'cluster --capacity=spot', 'RECIPE_TYPE'), ('gke', 'storage', 'RECIPE_BUCKET'),
+    ('gke', 'image', 'RECIPE_IMAGE'), ('bucket', 'create', 'RECIPE_LOCATION'),
+    ('host', 'mount', 'RECIPE_BUCKET')])
+def test_what_is_missing_is_named_as_flag_and_variable(script, arguments, missing):
+  others = {name: value for name, value in KNOWN.items() if name != missing}
+  process = recipe(script, arguments, others)
+  flag = missing.removeprefix('RECIPE_').lower()
+  assert process.returncode == 2 and not process.stdout
+  assert process.stderr == f'{script}.sh: --{flag} is missing: give it, or set {missing}\n'
+  assert shown(script, f'{arguments.split()[0]} --{flag}=given '
+               f'{" ".join(shlex.quote(word) for word in shlex.split(arguments)[1:])}', others)
+
+
+@pytest.mark.parametrize('script, arguments, message', [
+    ('tpu_vm', 'delete --nam=pod', '--nam is not a flag; those are: name zone'),
+    ('gke', 'delete pod', 'pod: flags are --name=value, of: cluster zone'),
+    ('gke', 'run --name=first', 'run needs a script and its flags behind --'),
+    ('gke', f'run --name=My_run {TRAIN}', '--name=My_run: small letters, digits and -'),
+    ('gke', 'run --slices=two', '--slices=two: the number of slices, 1 or more'),
+    ('gke', 'cluster', 'cluster needs --capacity: spot, on-demand or the name of a reservation'),
+    ('tpu_vm', 'create', 'create needs --type=v5litepod-256 and --version='),
+    ('tpu_vm', 'create --type=a --version=b --spot=maybe', '--spot=maybe: yes or no'),
+    ('tpu_vm', 'run', 'run needs a script and its flags behind --'),
+    ('bucket', 'upload --from=data', 'upload needs --from=DIRECTORY and --to=PATH'),
+    *((script, 'begin', "'begin' is not an action: ") for script in SCRIPTS),
+    *((script, '', "'' is not an action: ") for script in SCRIPTS)])
+def test_what_a_recipe_does_not_know_is_refused(script, arguments, message):
+  process = recipe(script, arguments)
+  assert process.returncode == 2 and not process.stdout
+  assert process.stderr.startswith(f'{script}.sh: {message}')
+
+
+def test_every_variable_for_a_tpu_has_its_reason_above_it():
+  lines = (RECIPES / 'tpu.env').read_text().splitlines()
+  variables = [number for number, line in enumerate(lines)
+               if line and not line.startswith('#')]
+  for number in variables:
+    assert re.fullmatch(r'[A-Z_]+=\S.*', lines[number]) and lines[number - 1].startswith('# ')
+
+
+def test_the_image_is_built_from_files_that_are_there():
+  copied = re.findall(r'^COPY (\S+) \.$', (RECIPES / 'Dockerfile').read_text(), re.MULTILINE)
+  kept = re.findall(r'^!(\S+)$', (RECIPES / 'Dockerfile.dockerignore').read_text(), re.MULTILINE)
+  assert copied == ['requirements.txt', '.']
+  for name in kept:
+    assert Path(finished.ROOT, name).exists()
