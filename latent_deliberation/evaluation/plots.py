@@ -159,6 +159,44 @@ def plot_speed(result: Mapping[str, Any], path: Path) -> None:
   save_figure(figure, path)
 
 
+def plot_plans(plans: Sequence[Mapping[str, Any]], path: Path) -> None:
+  """Estimated seconds and memory of several plans, a bar each.
+
+  Args:
+    plans: as in a plan.json of several; seconds are missing where there is no estimate.
+    path: of the PNG.
+  """
+  figure = Figure(figsize=(11, 1.6 + 0.5 * len(plans)), layout='constrained')
+  FigureCanvasAgg(figure)
+  seconds, memory = figure.subplots(1, 2, sharey=True)
+  names = [f'{number}: ' + ', '.join(f'{axis} {size}' for axis, size in plan['mesh'].items())
+           for number, plan in enumerate(plans, 1)]
+  _draw_bars(seconds, names, {
+      'compute': [plan['compute_seconds'] or 0 for plan in plans],
+      'exposed collectives': [plan['exposed_seconds'] or 0 for plan in plans]})
+  seconds.set_xlabel('estimated seconds of a step')
+  _draw_bars(memory, names, {
+      part: [plan['memory'][part] / 1e9 for plan in plans]
+      for part in ('frozen', 'trainable', 'optimizer', 'activations', 'temporary')})
+  memory.set_xlabel('GB on a chip')
+  if plans[0]['hbm_capacity']:
+    memory.axvline(plans[0]['hbm_capacity'] / 1e9, color='black', linestyle='--', linewidth=1)
+  save_figure(figure, path)
+
+
+def _draw_bars(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
+  """Horizontal bars of stacked parts, the first name on top."""
+  left = np.zeros(len(names))
+  for (part, sizes), colour in zip(parts.items(), (*COLOURS.values(), '#E69F00'), strict=False):
+    axes.barh(names, sizes, left=left, color=colour, label=part)
+    left = left + sizes
+  axes.yaxis.set_inverted(True)
+  axes.legend(frameon=False, fontsize=8)
+  trim_axes(axes)
+  axes.grid(axis='x', color='#DDDDDD', linewidth=0.6)
+  axes.grid(visible=False, axis='y')
+
+
 def trim_axes(axes: Axes) -> None:
   """Takes away the frame, and draws a light grid behind the data."""
   axes.spines[['top', 'right']].set_visible(False)
