@@ -1,8 +1,9 @@
 """What chips send each other: along which mesh axis, how much, how long, and whether they wait."""
 
+import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -42,6 +43,22 @@ class Collective:
   op_name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """A collective in an instruction, or one of several that carry it on.
+
+  Attributes:
+    place: of the instruction in the schedule.
+    kind: one of KINDS.
+    is_async: computation goes on meanwhile.
+    collective: itself.
+  """
+  place: int
+  kind: str
+  is_async: bool
+  collective: Instruction
+
+
 def find_collectives(program: Program, mesh: Mesh, topology: Topology) -> list[Collective]:
   """All of a step's, those that take longest first.
 
@@ -51,54 +68,61 @@ def find_collectives(program: Program, mesh: Mesh, topology: Topology) -> list[C
   """
   found = []
   for name, times in program.runs.items():
-    for spans in _spans(program, program.computations[name]).values():
-      first, _, collective = spans[0]
-      last, is_async = spans[-1][0], any(span[1] for span in spans)
-      found.append(_describe(collective, program.computations[name][first:last], times, is_async,
-                             mesh, topology))
+    instructions = program.computations[name]
+    for parts in _by_channel(program, instructions).values():
+      meanwhile = instructions[parts[0].place:parts[-1].place]
+      found.append(_describe(parts, meanwhile, times, mesh, topology))
   return sorted(found, key=lambda row: (row.seconds or 0, row.count * row.bytes), reverse=True)
 
 
-def _spans(program: Program, instructions: Sequence[Instruction]
-           ) -> Mapping[str, list[tuple[int, bool, Instruction]]]:
-  """(index in the schedule, is asynchronous, collective) of all that have the same channel."""
-  spans = {}
-  for index, instruction in enumerate(instructions):
-    inside, is_async = [instruction], False
-    for callee in instruction.called('calls') if instruction.opcode != 'call' else ():
-      inside += program.computations[callee]
-      is_async = instruction.opcode.startswith('async')
-    is_async |= any('AsyncCollective' in part.attributes for part in inside)
-    for part in inside:
-      kind = part.opcode.removesuffix('-start')
-      if kind in KINDS:
-        channel = _CHANNEL.search(part.attributes)
-        key = channel[1] if channel else part.name
-        spans.setdefault(key, []).append((index, is_async or kind != part.opcode, part))
-      elif part.opcode.removesuffix('-done') in KINDS:
-        for span in spans.values():
-          if span[0][2].name in part.operands:
-            span.append((index, True, span[0][2]))
-            break
-  return spans
+def _by_channel(program: Program, instructions: Sequence[Instruction]
+                ) -> Mapping[str, list[_Part]]:
+  channels = collections.defaultdict(list)
+  starts = {}
+  for place, instruction in enumerate(instructions):
+    kind = instruction.opcode.removesuffix('-done')
+    if kind in KINDS and kind != instruction.opcode:
+      key = starts[instruction.operands[0]]
+      channels[key].append(dataclasses.replace(channels[key][0], place=place))
+      continue
+    for collective, kind, is_async in _collectives_in(program, instruction):
+      channel = _CHANNEL.search(collective.attributes)
+      key = channel[1] if channel else collective.name
+      starts[instruction.name] = key
+      channels[key].append(_Part(place, kind, is_async, collective))
+  return channels
 
 
-def _describe(collective: Instruction, meanwhile: Sequence[Instruction], times: int,
-              is_async: bool, mesh: Mesh, topology: Topology) -> Collective:
-  kind = collective.opcode.removesuffix('-start')
+def _collectives_in(program: Program, instruction: Instruction
+                    ) -> Iterator[tuple[Instruction, str, bool]]:
+  """(collective, kind, is asynchronous) of an instruction, or of those fused into it."""
+  callees = () if instruction.opcode == 'call' else instruction.called('calls')
+  inside = [instruction, *(part for callee in callees for part in program.computations[callee])]
+  is_async = any('AsyncCollective' in part.attributes for part in inside)
+  for part in inside:
+    kind = part.opcode.removesuffix('-start')
+    if kind in KINDS:
+      scatters = any(callee.startswith('all-reduce-scatter') for callee in callees)
+      yield part, 'reduce-scatter' if scatters else kind, is_async or kind != part.opcode
+
+
+def _describe(parts: Sequence[_Part], meanwhile: Sequence[Instruction], times: int, mesh: Mesh,
+              topology: Topology) -> Collective:
+  first, is_async = parts[0], any(part.is_async for part in parts)
+  collective = first.collective
   groups = read_groups(collective.attributes, mesh.size)
   sizes = array_bytes(collective.shape)
   # The result of a start holds its operands as well.
-  whole = max(sizes) if collective.opcode != kind else sum(sizes)
-  if kind == 'reduce-scatter':
+  whole = max(sizes) if collective.opcode.endswith('-start') else sum(sizes)
+  if collective.opcode == 'reduce-scatter':
     whole *= len(groups[0])
   seconds = exposed = None
   if topology.chip:
-    once = _seconds(kind, whole, groups[0], mesh, topology)
+    once = _seconds(first.kind, whole, groups[0], mesh, topology)
     hidden = sum(part.cycles or 0 for part in meanwhile) / topology.chip.clock if is_async else 0.0
     seconds, exposed = times * once, times * max(once - hidden, 0.0)
-  return Collective(kind=kind, axis='+'.join(_axes_of(groups, mesh)), bytes=whole, count=times,
-                    overlapped=is_async, seconds=seconds, exposed_seconds=exposed,
+  return Collective(kind=first.kind, axis='+'.join(_axes_of(groups, mesh)), bytes=whole,
+                    count=times, overlapped=is_async, seconds=seconds, exposed_seconds=exposed,
                     op_name=collective.op_name)
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 ITEM_BYTES = {'pred': 1, 'token': 0}
 
 _HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
-_LINE = re.compile(r'  (ROOT )?%?([\w.\-]+) = (.*)$')
+_LINE = re.compile(r'  (?:ROOT )?%?([\w.\-]+) = (.*)$')
 _NAME = re.compile(r'%([\w.\-]+)')
 _ARRAY = re.compile(r'([a-z]\w*)\[([\d,]*)\]((?:\{[^}]*\})?)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_COST = re.compile(r'"cost_estimate":\{"flops":"?(\d+)"?.*?"bytes_accessed":"?(\d+)')
+_COST = re.compile(r'"cost_estimate": ?\{"flops":"?(\d+)"?.*?"bytes_accessed":"?(\d+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +130,16 @@ def parse(text: str) -> Program:
       if header:
         current = computations.setdefault(header[2], [])
         entry = header[2] if header[1] else entry
-    elif line == '}':  # the metadata of kernels has lines of more braces
+    elif line == '}':
       current = None
-    else:
-      found = _LINE.match(line)
-      if found:
-        current.append(_parse_instruction(found[2], found[3]))
+    elif _LINE.match(line):
+      current.append(line)
+    elif current:  # the metadata of a kernel spans several lines, braces among them
+      current[-1] += line
   if entry is None:
     raise ValueError(f'this is no HLO module, for it has no ENTRY: {text[:60]!r}')
-  return Program(computations, entry)
+  return Program({name: [_parse_instruction(*_LINE.match(line).groups()) for line in lines]
+                  for name, lines in computations.items()}, entry)
 
 
 def _parse_instruction(name: str, rest: str) -> Instruction:

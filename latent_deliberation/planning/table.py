@@ -20,8 +20,8 @@ def describe(plan: Plan) -> str:
   capacity = f' of {plan.hbm_capacity / 1e9:.0f} GB' if plan.hbm_capacity else ''
   lines = [
       f'{plan.topology}, mesh {name_mesh(plan)}: {fits}', '',
-      f'Memory of a chip: {peak / 1e9:.3f} GB{capacity}',
-      *(f'  {name:<12}{size / 1e9:10.3f} GB' for name, size in memory.items()),
+      f'Memory of a chip: {_size(peak)}{capacity}',
+      *(f'  {name:<12}{_size(size):>12}' for name, size in memory.items()),
       *([plan.remedy] if plan.remedy else []), '',
       f'Model FLOPs of a chip and step: {plan.model_flops_per_chip / 1e12:.3g} T']
   if plan.estimated_step_seconds is not None:
@@ -35,7 +35,7 @@ def describe(plan: Plan) -> str:
   if plan.unknown_loops:
     lines.append(f'Loops of unknown length, counted as one run: {", ".join(plan.unknown_loops)}')
   if plan.collectives:
-    lines += ['', f'{"collective":<20}{"axis":<18}{"":<12}{"count":>7}{"GB":>10}{"seconds":>10}'
+    lines += ['', f'{"collective":<20}{"axis":<18}{"":<12}{"count":>7}{"bytes":>12}{"seconds":>10}'
               f'{"exposed":>10}', *_sum_collectives(plan)]
   if plan.operations:
     lines += ['', 'Largest operations, seconds of a step:']
@@ -43,6 +43,10 @@ def describe(plan: Plan) -> str:
               for operation in plan.operations]
   lines.append(f'\nCompiled in {plan.compile_seconds:.0f} s.')
   return '\n'.join(lines)
+
+
+def _size(num_bytes: float) -> str:
+  return f'{num_bytes / 1e9:.2f} GB' if num_bytes >= 1e8 else f'{num_bytes / 1e6:.2f} MB'
 
 
 def _sum_collectives(plan: Plan) -> list[str]:
@@ -56,13 +60,13 @@ def _sum_collectives(plan: Plan) -> list[str]:
         f'{sum(row.exposed_seconds for row in rows):.4f}']
     lines.append(f'{kind:<20}{axis:<18}{"overlapped" if overlapped else "exposed":<12}'
                  f'{sum(row.count for row in rows):>7}'
-                 f'{sum(row.count * row.bytes for row in rows) / 1e9:>10.3f}'
+                 f'{_size(sum(row.count * row.bytes for row in rows)):>12}'
                  f'{sums[0]:>10}{sums[1]:>10}')
   return lines[:_ROWS]
 
 
 def name_mesh(plan: Plan) -> str:
-  """'data=16,fsdp=16,tensor=1', with the rules that a comparison changes behind it."""
+  """Such as 'data=16,fsdp=16,tensor=1'."""
   return ','.join(f'{axis}={size}' for axis, size in plan.mesh.items())
 
 

@@ -18,7 +18,7 @@ from latent_deliberation.jobs.pretrain import pretrain
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
-SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate')
+SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'compile')
 WITHOUT_CONFIG = ('convert', 'generate', 'benchmark_weights', 'benchmark_inference')
 
 
@@ -108,6 +108,21 @@ BAD = {
         'holds no gate.json: give the output of launch/gate.py'),
     'an unknown size': Bad(
         'benchmark_weights', '--preset=gemma9 --output={new}', 'gemma9.* should be one of .*gemma'),
+    'an unknown topology': Bad(
+        'compile', '--topology=v9:2x2 --output={new}',
+        'topology=v9:2x2: a topology is .*\n  v5e: 2x2, .*v5p: .*v6e: '),
+    'a mesh of no devices': Bad(
+        'compile', '--topology=cpu:2 --mesh=fsdp=3 --output={new}',
+        "'fsdp': 3, 'tensor': 1} has .* for 2 devices: the sizes must multiply"),
+    'a misspelt mesh': Bad(
+        'compile', '--topology=cpu:2 --mesh=fdsp=2 --output={new}',
+        "mesh=fdsp=2: 'fdsp=2' must be AXIS=SIZE"),
+    'a rule for no axis of a mesh': Bad(
+        'compile', '--topology=cpu:2 --rules=embed=rows --output={new}',
+        r"rule 'embed' -> \('rows',\): \['rows'\] are not mesh axes"),
+    'heads that do not divide': Bad(
+        'compile', '--topology=cpu:8 --mesh=tensor=8 --output={new}',
+        "its axis 'heads' of 4 does not divide by the 8 shards .*change the mesh or the rule"),
     'an output in no directory': Bad(
         'benchmark_weights', '--preset=tiny --output={files}/typo.py/weights.json',
         'must be a file in a directory that exists'),
@@ -149,7 +164,7 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
 def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
   own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
-         'evaluate': 'output', 'gate': 'output', 'convert': 'target', 'generate': 'prompt',
+         'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target', 'generate': 'prompt',
          'benchmark_weights': 'output', 'benchmark_inference': 'output'}
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
