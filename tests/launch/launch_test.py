@@ -109,20 +109,20 @@ BAD = {
     'an unknown size': Bad(
         'benchmark_weights', '--preset=gemma9 --output={new}', 'gemma9.* should be one of .*gemma'),
     'an unknown topology': Bad(
-        'compile', '--topology=v9:2x2 --output={new}',
+        'compile', '--topology=v9:2x2 --output={files}/plan.json',
         'topology=v9:2x2: a topology is .*\n  v5e: 2x2, .*v5p: .*v6e: '),
     'a mesh of no devices': Bad(
-        'compile', '--topology=cpu:2 --mesh=fsdp=3 --output={new}',
+        'compile', '--topology=cpu:2 --mesh=fsdp=3 --output={files}/plan.json',
         "'fsdp': 3, 'tensor': 1} has .* for 2 devices: the sizes must multiply"),
     'a misspelt mesh': Bad(
-        'compile', '--topology=cpu:2 --mesh=fdsp=2 --output={new}',
+        'compile', '--topology=cpu:2 --mesh=fdsp=2 --output={files}/plan.json',
         "mesh=fdsp=2: 'fdsp=2' must be AXIS=SIZE"),
     'a rule for no axis of a mesh': Bad(
-        'compile', '--topology=cpu:2 --rules=embed=rows --output={new}',
+        'compile', '--topology=cpu:2 --rules=embed=rows --output={files}/plan.json',
         r"rule 'embed' -> \('rows',\): \['rows'\] are not mesh axes"),
     'heads that do not divide': Bad(
-        'compile', '--topology=cpu:8 --mesh=tensor=8 --output={new}',
-        "its axis 'heads' of 4 does not divide by the 8 shards .*change the mesh or the rule"),
+        'compile', '--topology=cpu:8 --mesh=tensor=4 --output={files}/plan.json',
+        "its axis 'kv_heads' of 2 does not divide by the 4 shards .*change the mesh or the rule"),
     'an output in no directory': Bad(
         'benchmark_weights', '--preset=tiny --output={files}/typo.py/weights.json',
         'must be a file in a directory that exists'),
