@@ -39,7 +39,8 @@ from latent_deliberation.planning.topology import Topology
 from latent_deliberation.sharding import MeshConfig, batch_sharding, make_mesh
 from latent_deliberation.training.objectives import augmentation
 
-_NEEDED = re.compile(r'\(([\d.]+)([KMG])\) exceeds available HBM')
+# The compiler refuses in two ways, before it assigns memory and afterwards.
+_NEEDED = re.compile(r'\(([\d.]+)([KMG])\) exceeds available HBM|Used ([\d.]+)([KMG]) of .* hbm')
 
 
 def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[MeshConfig],
@@ -149,7 +150,8 @@ def _needed_bytes(error: jax.errors.JaxRuntimeError) -> int:
   found = _NEEDED.search(str(error))
   if found is None:
     raise error
-  return int(float(found[1]) * 1024 ** (1 + 'KMG'.index(found[2])))
+  size, unit = found[1] or found[3], found[2] or found[4]
+  return int(float(size) * 1024 ** (1 + 'KMG'.index(unit)))
 
 
 def read_mesh(text: str) -> MeshConfig:

@@ -147,8 +147,7 @@ def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
             'larger mesh.fsdp or mesh.tensor.')
   work = memory.peak - memory.state
   ways = [] if remat == 'full' else [
-      'computation.remat=full keeps the inputs of blocks alone, and not '
-      f'{memory.activations / 1e9:.1f} GB of activations']
+      'computation.remat=full keeps nothing of a block but its input']
   # Summed gradients live from one microbatch to the next.
   room = capacity - memory.state - memory.trainable
   factors = [factor for factor in range(2, texts_per_chip + 1) if texts_per_chip % factor == 0
@@ -158,4 +157,4 @@ def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
                 f'needs by {factors[0]}')
   more = -(-memory.peak // int(capacity))
   ways.append(f'{more} times as many chips, with the same batch')
-  return f'{over} Any of these would fix it, by arithmetic: ' + '; '.join(ways) + '.'
+  return f'{over} These would help, by arithmetic: ' + '; '.join(ways) + '.'

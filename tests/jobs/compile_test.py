@@ -16,7 +16,7 @@ from latent_deliberation.jobs.experiment import Computation, Experiment
 from latent_deliberation.jobs.models import build_decoder, frozen_shapes
 from latent_deliberation.jobs.train import describe_training
 from latent_deliberation.planning.table import compare, describe
-from latent_deliberation.planning.topology import find_topology
+from latent_deliberation.planning.topology import CHIPS, find_topology
 from latent_deliberation.sharding import MeshConfig, make_mesh, shardings_of
 from tests import finished
 
@@ -47,19 +47,17 @@ def test_virtual_devices_give_memory_and_collectives_and_say_why_no_seconds(plan
 
 
 def test_the_parts_of_memory_are_those_of_the_arrays_that_training_puts_there(planned):
-  experiment = small()
-  for plan, mesh_config in zip(planned[0], MESHES, strict=True):
-    mesh = make_mesh(mesh_config)
-    key = jax.random.key(0)
-    boxed = build_decoder(experiment).init(key, jnp.zeros((1, 1), jnp.int32))['params']
-    frozen = jax.device_put(nn.unbox(boxed), shardings_of(boxed, mesh, experiment.rules))
-    run = describe_training(experiment, Path(), frozen, '', mesh)
-    state = run.create_state()
-    on_first = lambda tree: sum(  # noqa: E731
-        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-    assert plan.memory.frozen == on_first(frozen)
-    assert plan.memory.trainable == on_first(state.params)
-    assert plan.memory.optimizer == on_first(state.opt_state)
+  experiment, mesh = small(), make_mesh(MESHES[0])
+  boxed = build_decoder(experiment).init(
+      jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  frozen = jax.device_put(nn.unbox(boxed), shardings_of(boxed, mesh, experiment.rules))
+  state = describe_training(experiment, Path(), frozen, '', mesh).create_state()
+  on_first = lambda tree: sum(  # noqa: E731
+      leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+  memory = planned[0][0].memory
+  assert memory.frozen == on_first(frozen)
+  assert memory.trainable == on_first(state.params)
+  assert memory.optimizer == on_first(state.opt_state)
 
 
 def test_weights_are_planned_as_they_are_loaded():
@@ -102,6 +100,35 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_compiled(
                       lambda run, topology: pytest.fail('too late'))
   with pytest.raises(ValueError, match=message):
     plan_training(small(), EIGHT, [MeshConfig(), mesh], [rules], tmp_path / 'plan.json')
+
+
+@pytest.mark.parametrize('said', [
+    'the total memory required for HLO temporaries (24.00G) exceeds available HBM (15.75G).',
+    'Ran out of memory in memory space hbm. Used 24.00G of 15.75G hbm. Exceeded hbm capacity.'])
+def test_a_step_that_the_compiler_finds_too_large_is_a_plan_that_does_not_fit(
+    said, tmp_path, monkeypatch):
+
+  def refuse(lowered):
+    raise jax.errors.JaxRuntimeError(f'RESOURCE_EXHAUSTED: {said}')
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+  topology = dataclasses.replace(EIGHT, chip=CHIPS['v5e'])
+  plan, = plan_training(small(training__batch_size=32), topology, [], [], tmp_path / 'plan.json')
+  assert plan.fits is False
+  assert plan.hbm_bytes_per_chip == 24 * 2 ** 30
+  assert plan.mfu is plan.estimated_step_seconds is None
+  assert 'the largest part is temporary' in plan.remedy and 'accumulation=2' in plan.remedy
+  assert 'DOES NOT FIT' in describe(plan)
+
+
+def test_another_error_of_the_compiler_is_not_hidden(tmp_path, monkeypatch):
+
+  def break_down(lowered):
+    raise jax.errors.JaxRuntimeError('INTERNAL: a bug')
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', break_down)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL: a bug'):
+    plan_training(small(), EIGHT, [], [], tmp_path / 'plan.json')
 
 
 def test_a_mesh_and_rules_are_read_from_flags():

@@ -151,6 +151,8 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
   commands = {script: command(script, '--help') for script in SCRIPTS + WITHOUT_CONFIG}
   run, _ = finished.quickstart()
   commands['a list'] = command('convert', f'--source={run}/pretraining/decoder', '--list')
+  commands['a plan'] = command('compile', '--topology=cpu:2', f'--output={files}/plan.json',
+                               '--config.decoder.num_layers=1')
   commands |= {name: arguments_of(bad, files) for name, bad in BAD.items()}
   process = subprocess.run(
       [sys.executable, str(Path(__file__).with_name('forks.py'))], cwd=finished.ROOT, text=True,
@@ -164,8 +166,8 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
 def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
   own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
-         'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target', 'generate': 'prompt',
-         'benchmark_weights': 'output', 'benchmark_inference': 'output'}
+         'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
+         'generate': 'prompt', 'benchmark_weights': 'output', 'benchmark_inference': 'output'}
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
     assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed
@@ -177,6 +179,15 @@ def test_convert_says_what_is_there_and_lists_tensors_without_a_target(answers):
   assert status == 0
   assert 'decoder: native\narchitecture   tiny' in printed
   assert re.search(r'^embedder/table +float32 +\[\d+, \d+\]$', printed, re.MULTILINE), printed
+
+
+def test_compile_plans_the_step_on_virtual_devices_and_says_where(answers):
+  status, printed, said = answers['a plan']
+  assert status == 0, said
+  path, = re.findall('^Plan: (.*)$', printed, re.MULTILINE)
+  plan = json.loads(Path(path).read_text())
+  assert (plan['topology'], plan['mesh']['data'], plan['mfu']) == ('cpu:2', 2, None)
+  assert plan['hbm_bytes_per_chip'] > plan['memory']['frozen'] > 0
 
 
 @pytest.mark.parametrize('name', BAD)

@@ -51,7 +51,7 @@ def test_nothing_is_advised_for_what_fits():
 def test_what_does_not_fit_names_its_largest_part_and_the_ways_out():
   text = advice('none')
   assert '20.0 GB do not fit into 16 GB; the largest part is activations (9.0 GB)' in text
-  assert 'computation.remat=full' in text
+  assert 'computation.remat=full keeps' in text
   assert 'training.accumulation=2 ' in text
   assert '2 times as many chips' in text
 
