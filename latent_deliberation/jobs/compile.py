@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,8 @@ def plan_step(run: Run, topology: Topology) -> Plan:
       topology=topology.name, mesh=dict(mesh.shape), rules=experiment.rules,
       settings={'batch_size': settings.batch_size, 'accumulation': settings.accumulation,
                 'num_latents': experiment.deliberation.num_latents,
-                **dataclasses.asdict(experiment.computation)},
+                **dataclasses.asdict(experiment.computation),
+                'libtpu_init_args': os.environ.get('LIBTPU_INIT_ARGS', '')},
       fits=None if chip is None else compiled is not None and memory.peak <= capacity,
       hbm_bytes_per_chip=memory.peak, hbm_capacity=capacity, memory=memory,
       remedy=advise(memory, capacity, experiment.computation.remat, settings.accumulation,

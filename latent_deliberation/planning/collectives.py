@@ -80,9 +80,9 @@ def _by_channel(program: Program, instructions: Sequence[Instruction]
   channels = collections.defaultdict(list)
   starts = {}
   for place, instruction in enumerate(instructions):
-    kind = instruction.opcode.removesuffix('-done')
-    if kind in KINDS and kind != instruction.opcode:
-      key = starts[instruction.operands[0]]
+    begun = instruction.operands[0] if instruction.operands else ''
+    if instruction.opcode.endswith('-done') and begun in starts:
+      key = starts[begun]
       channels[key].append(dataclasses.replace(channels[key][0], place=place))
       continue
     for collective, kind, is_async in _collectives_in(program, instruction):
@@ -98,7 +98,8 @@ def _collectives_in(program: Program, instruction: Instruction
   """(collective, kind, is asynchronous) of an instruction, or of those fused into it."""
   callees = () if instruction.opcode == 'call' else instruction.called('calls')
   inside = [instruction, *(part for callee in callees for part in program.computations[callee])]
-  is_async = any('AsyncCollective' in part.attributes for part in inside)
+  is_async = instruction.opcode.startswith('async') or any(
+      'AsyncCollective' in part.attributes for part in inside)
   for part in inside:
     kind = part.opcode.removesuffix('-start')
     if kind in KINDS:

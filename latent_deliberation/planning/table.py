@@ -93,19 +93,19 @@ def write_csv(plans: Sequence[Plan]) -> bytes:
 
 
 def compare(plans: Sequence[Plan]) -> str:
-  """Several plans, a line each; what all of them share is left out."""
+  """Several plans, a line each, numbered as in the plot; settings that all share are left out."""
   rows = [flatten(plan) for plan in plans]
   fixed = ('topology', *plans[0].mesh)
   differing = [key for key in rows[0] if key in plans[0].settings or key.startswith('rule_')
                if len({str(row.get(key)) for row in rows}) > 1]
-  heads = [*fixed, *differing, 'fits', 'GB', 'seconds', 'compute', 'exposed', 'MFU']
+  heads = ['', *fixed, *differing, 'fits', 'GB', 'seconds', 'compute', 'exposed', 'MFU']
   lines = []
-  for row, plan in zip(rows, plans, strict=True):
-    numbers = [plan.estimated_step_seconds, plan.compute_seconds, plan.exposed_seconds]
+  for number, (row, plan) in enumerate(zip(rows, plans, strict=True), 1):
+    seconds = [plan.estimated_step_seconds, plan.compute_seconds, plan.exposed_seconds]
     lines.append([
-        *(str(row.get(key, '')) for key in (*fixed, *differing)),
+        f'{number}:', *(str(row.get(key, '')) for key in (*fixed, *differing)),
         {True: 'yes', False: 'no', None: '?'}[plan.fits], f'{plan.hbm_bytes_per_chip / 1e9:.2f}',
-        *('-' if number is None else f'{number:.3g}' for number in numbers),
+        *('-' if each is None else f'{each:.3g}' for each in seconds),
         '-' if plan.mfu is None else f'{plan.mfu:.1%}'])
   widths = [max(len(line[column]) for line in [heads, *lines]) for column in range(len(heads))]
   return '\n'.join('  '.join(f'{cell:>{width}}' for cell, width in zip(line, widths, strict=True))

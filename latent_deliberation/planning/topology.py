@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +38,9 @@ class Chip:
   shapes: tuple[str, ...]
 
 
-# https://cloud.google.com/tpu/docs (v5e, v5p, v6e) for operations, memory and links; the clocks
-# are those at which the peak is reached by as many multipliers as a chip has.
+# https://cloud.google.com/tpu/docs (v5e, v5p, v6e) for operations and memory; what a link gives
+# one way is from https://jax-ml.github.io/scaling-book/tpus, somewhat less than is published there.
+# At these clocks all of a chip's multipliers make its peak.
 CHIPS = {
     'v5e': Chip(197e12, 16e9, 819e9, 1.5e9, 45e9, 16, _FLAT),
     'v5p': Chip(459e12, 95e9, 2765e9, 1.75e9, 90e9, 4, _CUBIC),
@@ -62,7 +64,7 @@ class Topology:
     """Chips along each physical axis; (N,) where there are no links."""
     if self.chip is None:
       return (len(self.devices),)
-    return tuple(int(size) for size in self.name.split(':')[1].split('x'))
+    return tuple(int(size) for size in re.findall(r'\d+', self.name.split(':')[1]))
 
 
 def prepare(name: str) -> None:

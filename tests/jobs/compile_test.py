@@ -79,7 +79,7 @@ def test_several_plans_are_a_list_a_table_and_a_plot(planned):
   assert [int(row['hbm_bytes_per_chip']) for row in rows] == [
       plan.hbm_bytes_per_chip for plan in plans]
   assert output.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
-  assert compare(plans).splitlines()[1].split()[:4] == ['cpu:8', '1', '4', '2']
+  assert compare(plans).splitlines()[1].split()[:5] == ['1:', 'cpu:8', '1', '4', '2']
 
 
 def test_a_plan_is_printed_with_its_memory_and_its_collectives(planned):

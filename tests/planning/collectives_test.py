@@ -107,6 +107,15 @@ def test_a_start_and_its_done_are_one():
   assert found.exposed_seconds == pytest.approx(found.seconds - 1e-6)
 
 
+def test_a_wrapped_collective_lasts_until_its_done():
+  found = only(step(
+      '%s = (f32[64,1024]{1,0}, f32[1024,1024]{1,0}) async-start(%p), calls=%wrapped',
+      '%n = f32[8]{0} negate(%p), ' + CYCLES % 1500,
+      '%d = f32[1024,1024]{1,0} async-done(%s)', fused=FUSED.replace('%work', '%wrapped')))
+  assert found.overlapped
+  assert found.exposed_seconds == pytest.approx(found.seconds - 1e-6)
+
+
 def test_a_reduction_that_keeps_its_share_alone_is_a_reduce_scatter():
   found = only(step('%f = f32[64,1024]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1',
                     fused='''%all-reduce-scatter.1 (q: f32[1024,1024]) -> f32[64,1024] {

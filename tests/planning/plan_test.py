@@ -9,7 +9,7 @@ from latent_deliberation.planning.memory import Memory
 from latent_deliberation.planning.plan import advise, estimate_times, largest_operations
 from latent_deliberation.planning.program import parse
 from latent_deliberation.planning.topology import CHIPS
-from tests.planning.program_test import LOOPS
+from tests.planning.programs import LOOPS
 
 GB = 10**9
 MEMORY = Memory(frozen=2 * GB, trainable=2 * GB, optimizer=4 * GB, batch=0, activations=9 * GB,
