@@ -2,7 +2,7 @@
 
   pip install -e '.[parity]' && python launch/benchmark_inference.py --output=inference.json
 
-The same random Gemma-2 weights, in three sizes, on the same devices in one process, alternately;
+The same random Gemma-2 weights, in three sizes, transformers in a process of its own, in turns;
 the ratios are drawn as a PNG beside the JSON. Next, decode with launch/generate.py.
 """
 
@@ -12,7 +12,7 @@ from latent_deliberation.jobs import command_line
 from latent_deliberation.jobs.benchmark_inference import benchmark
 
 _OUTPUT = command_line.define_file('output', 'JSON file to write, and a PNG beside it.')
-_REPEATS = command_line.define_count('repeats', 3, 'Alternations of each comparison.')
+_REPEATS = command_line.define_count('repeats', 5, 'Alternations of each comparison.')
 
 
 def main() -> None:

@@ -24,12 +24,15 @@ def main() -> None:
   result = fit_gate(
       command_line.experiment_from_flags(), decoder=Path(_DECODER.value),
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value))
-  print('fraction augmented, and mean gain of a place in millinats (95% interval) by gate')
+  print('fraction augmented; by gate, mean gain of a place in millinats [95% interval], and what'
+        ' of it is above chance')
   for number, fraction in enumerate(result['curves']['random']['fractions']):
     if number % 4 == 0:
-      cells = (f'{name} {1e3 * curve["gain"][number]:6.2f} '
-               f'[{1e3 * curve["low"][number]:6.2f}, {1e3 * curve["high"][number]:6.2f}]'
-               for name, curve in result['curves'].items())
+      cells = (
+          f'{name} ' + ', '.join(
+              '{:6.2f} [{:6.2f}, {:6.2f}]'.format(*(1e3 * curve[key][number] for key in keys))
+              for keys in (('gain', 'low', 'high'), ('above_chance', 'above_low', 'above_high')))
+          for name, curve in result['curves'].items())
       print(f'{fraction:4.0%}  ' + '  '.join(cells))
   print(f'Picture: {Path(_OUTPUT.value) / PICTURE}')
 

@@ -1,11 +1,10 @@
 """Writes on behind prompts: the frozen decoder alone, or with the latents of a coprocessor.
 
-  python launch/generate.py --decoder=runs/quickstart/pretraining/decoder \\
-      --coprocessor=runs/quickstart/coprocessor --prompt='def read(' --compare
+  python launch/generate.py --decoder=runs/decoder/decoder --coprocessor=runs/coprocessor --compare
 
 Without a prompt it asks for one after the other. Latents come at the end of the prompt (--at=0),
-after every so many tokens (--every), or where a --gate of launch/gate.py opens; with --background
-the text does not wait for them. Next, measure what they gain with launch/evaluate.py.
+after every so many tokens (--every), where a --gate opens, or with a --cache of launch/augment.py;
+with --background the text does not wait for them. Next, measure their gain with launch/evaluate.py.
 """
 
 from pathlib import Path
@@ -14,11 +13,10 @@ from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.generate import Decoding
 from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.sampling import Sampling
-from latent_deliberation.jobs import command_line, gates, generate, generators
+from latent_deliberation.jobs import command_line, context, gates, generate, generators
 
 _DECODER = command_line.define_directory('decoder', 'Of the decoder, in any format we read.')
-_COPROCESSOR = command_line.define_directory('coprocessor', "Of a trained coprocessor; or 'none'.",
-                                             '')
+_COPROCESSOR = command_line.define_directory('coprocessor', "Of a trained one; or 'none'.", '')
 _VOCABULARY = command_line.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
 _PROMPT = command_line.define_texts('prompt', 'What to write on behind; may be repeated.')
 _PROMPTS_FILE = command_line.define_text('prompts_file', '', 'With a prompt a line, or .jsonl.')
@@ -35,6 +33,7 @@ _EVERY = command_line.define_number('every', 0, 'Deliberate after every so many 
 _GATE = command_line.define_directory('gate', 'Written by gate.py: deliberate where it opens.', '')
 _BUDGET = command_line.define_number('budget', 0.25, 'Fraction of tokens at which it opens.')
 _SCORE = command_line.define_choice('gate_score', gates.SCORES, 'What opens it.')
+_CACHE = command_line.define_directory('cache', 'Of augment.py: prompts go on behind it.', '')
 _BACKGROUND = command_line.define_switch('background', 'Do not wait for latents.')
 _JSON = command_line.define_switch('json', 'Print a line of JSON for each prompt.')
 _STREAM = command_line.define_switch('stream', 'Print tokens as they come.')
@@ -44,16 +43,17 @@ _COMPARE = command_line.define_switch('compare', 'Print plain and augmented side
 def main() -> None:
   prompts = generate.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   gate = gates.open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value) if _GATE.value else None
-  policy = gates.combine(_AT.value, _EVERY.value, gate)
+  policy = gates.combine(_AT.value, _EVERY.value, gate, () if _CACHE.value else (0,))
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
-  has_coprocessor = _COPROCESSOR.value not in ('', generators.NONE)
-  how = Decoding(_MAX_TOKENS.value, sampling, policy=policy if has_coprocessor else NEVER,
-                 arrival=Arrival(None if _BACKGROUND.value else 0))
+  policy = NEVER if _COPROCESSOR.value in ('', generators.NONE) else policy
+  arrival = Arrival(None if _BACKGROUND.value else 0)
+  how = Decoding(_MAX_TOKENS.value, sampling, policy=policy, arrival=arrival)
   request = generate.Request(how, tuple(_STOP.value), _SEED.value, _JSON.value, _STREAM.value,
-                             _COMPARE.value)
+                             _COMPARE.value, _CACHE.value)
   generator, tokenizer = generators.open_generator(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)
-  generate.answer(generate.Writer(generator, tokenizer, request), prompts)
+  behind = context.open_context(Path(_CACHE.value), generator) if _CACHE.value else None
+  generate.answer(generate.Writer(generator, tokenizer, request, behind), prompts)
 
 
 if __name__ == '__main__':

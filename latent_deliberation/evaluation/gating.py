@@ -138,12 +138,18 @@ class GainCurve:
     thresholds: score that these have at least.
     gain: nats.
     low, high: ends of its 95% interval (bootstrap over texts).
+    above_chance: nats beyond what as many places by chance are expected to gain, which is the
+      fraction of what all places do.
+    above_low, above_high: ends of its 95% interval, paired.
   """
   fractions: np.ndarray
   thresholds: np.ndarray
   gain: np.ndarray
   low: np.ndarray
   high: np.ndarray
+  above_chance: np.ndarray
+  above_low: np.ndarray
+  above_high: np.ndarray
 
 
 def gain_curve(places: Places, scores: np.ndarray, fractions: Sequence[float], samples: int,
@@ -160,10 +166,16 @@ def gain_curve(places: Places, scores: np.ndarray, fractions: Sequence[float], s
   counts = np.bincount(member)
   drawn = np.random.default_rng(seed).multinomial(
       len(texts), np.full(len(texts), 1 / len(texts)), samples)
-  resampled = (drawn @ sums) / (drawn @ counts)[:, None]
-  low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
+  fractions = np.asarray(fractions)
+  all_places = np.bincount(member, places.gain)[:, None]
+
+  def mean_and_interval(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    resampled = (drawn @ sums) / (drawn @ counts)[:, None]
+    return sums.sum(axis=0) / counts.sum(), *np.percentile(resampled, (2.5, 97.5), axis=0)
+
   thresholds = np.where(taken > 0, scores[order[np.maximum(taken - 1, 0)]], np.inf)
-  return GainCurve(np.asarray(fractions), thresholds, sums.sum(axis=0) / counts.sum(), low, high)
+  return GainCurve(fractions, thresholds, *mean_and_interval(sums),
+                   *mean_and_interval(sums - fractions * all_places))
 
 
 def compare_gates(fitted: LearnedGate, places: Places, fractions: Sequence[float], samples: int,

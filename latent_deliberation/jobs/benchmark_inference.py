@@ -1,10 +1,11 @@
 """Speed of inference: against transformers, and what deliberation costs beside plain decoding.
 
-Everything is measured in one process on the same random weights, alternately, so that a machine
-that is slow for a while is slow for all. Ratios of medians are what may be quoted.
+The same random weights on both sides, transformers in a process of its own, in alternating turns.
 """
 
-import gc
+import functools
+import importlib.metadata
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -30,6 +31,8 @@ from latent_deliberation.inference.generate import Decoding, generate, stream
 from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.policy import ONCE
 from latent_deliberation.inference.programs import State
+from latent_deliberation.jobs.peer import Peer, alternate, seconds_of
+from latent_deliberation.jobs.transformers_peer import CACHES, build_programs
 from latent_deliberation.model import weights
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import Decoder
@@ -44,6 +47,7 @@ SIZES = {
 }
 BATCHES = (1, 8)
 PROMPT, DECODED = 128, 64  # tokens
+LENGTH = PROMPT + DECODED + 1  # of a cache
 NUM_LATENTS = (8, 32, 64)
 THREADS = 2  # of torch
 FIRST_TOKENS = 40  # pairs of times to the first token
@@ -58,34 +62,22 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
   Raises:
     ImportError: torch or transformers is not installed.
   """
-  try:
-    import torch
-    import transformers
-  except ImportError as error:
-    raise ImportError("the peer of this benchmark is transformers: pip install -e '.[parity]'"
-                      ) from error
-  torch.set_num_threads(THREADS)
+  missing = [name for name in ('torch', 'transformers') if not importlib.util.find_spec(name)]
+  if missing:
+    raise ImportError(f"the peer of this benchmark needs {missing}: pip install -e '.[parity]'")
   result: dict[str, Any] = {
       'decode_ratio_vs_transformers': {}, 'prefill_ratio_vs_transformers': {},
       'decode_tokens_per_second': {}, 'prefill_tokens_per_second': {},
       'augmentation_in_decode_steps': {}, 'cache_bytes': {},
       'transformers_seconds': {},
-      'versions': {'torch': torch.__version__, 'transformers': transformers.__version__,
-                   'jax': jax.__version__},
+      'versions': {name: importlib.metadata.version(name)
+                   for name in ('torch', 'transformers', 'jax')},
       'devices': f'{jax.device_count()} {jax.default_backend()}', 'threads_of_torch': THREADS,
       'repeats': repeats, 'git_commit': git_commit()}
   for size, config in SIZES.items():
     params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), int)))[
         'params']
-    with tempfile.TemporaryDirectory() as place:
-      weights.save(Path(place) / 'decoder', config, params, format='huggingface')
-      peer = transformers.AutoModelForCausalLM.from_pretrained(Path(place) / 'decoder').eval()
-    for batch in BATCHES:
-      case = f'{size}_batch{batch}'
-      logging.info('%s: against transformers', case)
-      _compare(result, case, _prompts(config, batch), config, params, peer, repeats)
-    del peer
-    gc.collect()
+    _compare(result, size, config, params, repeats)
     _measure_augmentation(result, size, config, params, repeats)
   logging.info('time to the first token')  # of the last size
   result['first_token_ratio_background_vs_plain'] = _first_token_ratio(config, params)
@@ -99,40 +91,40 @@ def _prompts(config: TransformerConfig, batch: int) -> list[list[int]]:
   return tokens.tolist()
 
 
-def _compare(result: dict[str, Any], case: str, prompts: list[list[int]],
-             config: TransformerConfig, params: Params, peer: Any, repeats: int) -> None:
+def _compare(result: dict[str, Any], size: str, config: TransformerConfig, params: Params,
+             repeats: int) -> None:
   """Tokens per second of prefill and greedy decoding; transformers in its faster kind of cache."""
-  import torch
-  generator = Generator(config, params, length=PROMPT + DECODED + 1)
-  ids = torch.tensor(prompts)
+  prompts = {f'{size}_batch{batch}': _prompts(config, batch) for batch in BATCHES}
+  with tempfile.TemporaryDirectory() as place:
+    weights.save(Path(place) / 'decoder', config, params, format='huggingface')
+    with Peer(build_programs, Path(place) / 'decoder', prompts, DECODED, THREADS) as peer:
+      for case, batch in prompts.items():
+        logging.info('%s: against transformers', case)
+        theirs = {program: functools.partial(peer.seconds, f'{case} {program}')
+                  for program in ('prefill', *CACHES)}
+        _compare_batch(result, case, batch, Generator(config, params, length=LENGTH), theirs,
+                       repeats)
 
-  def ours_prefill() -> None:
+
+def _compare_batch(result: dict[str, Any], case: str, prompts: list[list[int]],
+                   generator: Generator, theirs: Mapping[str, Callable[[], float]],
+                   repeats: int) -> None:
+
+  def read() -> None:
     jax.block_until_ready(generator.read(prompts).logits)
 
-  def ours_whole() -> None:
+  def whole() -> None:
     generate(generator, prompts, Decoding(DECODED))
 
-  def peer_prefill() -> None:
-    with torch.inference_mode():
-      peer(ids, use_cache=True, logits_to_keep=1)
-
-  def peer_whole(cache: str | None) -> None:
-    with torch.inference_mode():
-      peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                    max_new_tokens=DECODED, min_new_tokens=DECODED, cache_implementation=cache)
-
-  seconds = _alternate({
-      'prefill': ours_prefill, 'whole': ours_whole, 'peer prefill': peer_prefill,
-      'peer dynamic': lambda: peer_whole(None), 'peer static': lambda: peer_whole('static')},
-      repeats)
+  seconds = alternate({
+      'our prefill': functools.partial(seconds_of, read),
+      'our whole': functools.partial(seconds_of, whole), **theirs}, repeats)
   median = {name: statistics.median(taken) for name, taken in seconds.items()}
-  faster = min('dynamic', 'static', key=lambda cache: median[f'peer {cache}'])
-  result['transformers_seconds'][case] = {
-      cache: median[f'peer {cache}'] for cache in ('dynamic', 'static')}
-  decode = {'ours': _median_difference(seconds['whole'], seconds['prefill']),
-            'transformers': _median_difference(seconds[f'peer {faster}'],
-                                               seconds['peer prefill'])}
-  prefill = {'ours': median['prefill'], 'transformers': median['peer prefill']}
+  result['transformers_seconds'][case] = {cache: median[cache] for cache in CACHES}
+  faster = min(CACHES, key=median.__getitem__)
+  decode = {'ours': _median_difference(seconds['our whole'], seconds['our prefill']),
+            'transformers': _median_difference(seconds[faster], seconds['prefill'])}
+  prefill = {'ours': median['our prefill'], 'transformers': median['prefill']}
   for name, taken, tokens in (('decode', decode, DECODED), ('prefill', prefill, PROMPT)):
     result[f'{name}_tokens_per_second'][case] = {
         who: len(prompts) * tokens / time for who, time in taken.items()}
@@ -155,7 +147,8 @@ def _measure_augmentation(result: dict[str, Any], size: str, config: Transformer
       def decode(generator: Generator = generator, state: State = state) -> None:
         generate(generator, copied(state), Decoding(DECODED))
 
-      seconds = _alternate({'augment': augment, 'decode': decode}, repeats)
+      seconds = alternate({'augment': functools.partial(seconds_of, augment),
+                           'decode': functools.partial(seconds_of, decode)}, repeats)
       result['augmentation_in_decode_steps'][case] = DECODED * (
           statistics.median(seconds['augment']) / statistics.median(seconds['decode']))
       result['cache_bytes'][case] = {
@@ -167,14 +160,13 @@ def _augmented(config: TransformerConfig, params: Params, num_latents: int) -> G
   """A generator with a coprocessor as training begins with it."""
   choices = DeliberationConfig(num_latents=num_latents, num_ahead=8, num_traces=1)
   trained = nn.unbox(jax.jit(Coprocessor(config, choices).init)(jax.random.key(1), params))
-  return Generator(config, params, length=PROMPT + DECODED + 1, coprocessor=(choices, trained))
+  return Generator(config, params, length=LENGTH, coprocessor=(choices, trained))
 
 
 def _cache_bytes(config: TransformerConfig, batch: int, num_latents: int) -> int:
   """2 x sum over layers of min(reach, length) + Z slots, times B x K x H x 4 bytes."""
-  length = PROMPT + DECODED + 1
-  reach = {'local': config.window + num_latents - 1, 'global': length}
-  slots = sum(min(reach[kind], length) + num_latents for kind in config.layer_kinds)
+  reach = {'local': config.window + num_latents - 1, 'global': LENGTH}
+  slots = sum(min(reach[kind], LENGTH) + num_latents for kind in config.layer_kinds)
   return 2 * slots * batch * config.num_kv_heads * config.head_dim * 4
 
 
@@ -214,17 +206,3 @@ def _drain(tokens: Iterator) -> None:
 def _median_difference(whole: list[float], part: list[float]) -> float:
   """Of times taken in the same turns, so that a slow turn is slow in both."""
   return statistics.median(one - other for one, other in zip(whole, part, strict=True))
-
-
-def _alternate(programs: Mapping[str, Callable[[], None]],
-               repeats: int) -> dict[str, list[float]]:
-  """Seconds of each program at every turn, after each has run once."""
-  for program in programs.values():
-    program()
-  taken: dict[str, list[float]] = {name: [] for name in programs}
-  for _ in range(repeats):
-    for name, program in programs.items():
-      begun = time.perf_counter()
-      program()
-      taken[name].append(time.perf_counter() - begun)
-  return taken

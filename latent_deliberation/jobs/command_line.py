@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging as python_logging
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -130,7 +131,7 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
     app.run(lambda argv: _main(job, prepare, argv), flags_parser=_parse_flags)
   except KeyboardInterrupt:
     logging.debug('interrupted here:', exc_info=True)
-    raise SystemExit('Interrupted: the same command goes on from what is complete.') from None
+    _end_at_once('Interrupted: the same command goes on from what is complete.')
   except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
     if not _is_foreseen(error):
       raise
@@ -170,6 +171,14 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
       if count > 1:
         _end_soon()
       raise
+
+
+def _end_at_once(message: str) -> None:
+  """Ends the process without the interpreter's shutdown, in which a compiling thread crashes."""
+  logging.flush()
+  sys.stdout.flush()
+  print(message, file=sys.stderr, flush=True)
+  os._exit(1)
 
 
 def _end_soon() -> None:

@@ -71,10 +71,12 @@ def open_gate(directory: Path, score: str, budget: float) -> FittedGate:
                     Policy(threshold=threshold, gate=gate if score == 'learned' else None))
 
 
-def combine(at: Sequence[int], every: int, gate: FittedGate | None) -> Policy:
+def combine(at: Sequence[int], every: int, gate: FittedGate | None,
+            otherwise: Sequence[int] = (0,)) -> Policy:
   """Deliberates at places, after every so many tokens (0: not), and where a gate opens.
 
-  Where nothing else is asked for: once, at the end of the prompt.
+  Args:
+    otherwise: places where neither `at` nor a gate is given; default is the end of the prompt.
   """
-  at = tuple(at or (() if gate else (0,)))
+  at = tuple(at or (() if gate else otherwise))
   return dataclasses.replace(gate.policy if gate else NEVER, at=at, every=every or None)

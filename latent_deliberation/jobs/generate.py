@@ -14,7 +14,10 @@ from latent_deliberation.inference import tokenizer as tokenizers
 from latent_deliberation.inference.generate import Completion, Decoding, generate, stream
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import NEVER
+from latent_deliberation.inference.programs import State
+from latent_deliberation.inference.prompts import Prompts
 from latent_deliberation.inference.tokenizer import Tokenizer
+from latent_deliberation.jobs.context import Context, read_behind
 
 _COLUMN = 46
 
@@ -30,6 +33,7 @@ class Request:
     as_json: print a line of JSON for each prompt.
     streamed: print text as it comes.
     compared: write plainly, and with latents beside it.
+    cache: directory of launch/augment.py, behind whose text prompts go on; '' for none.
   """
   how: Decoding
   stop: tuple[str, ...] = ()
@@ -37,6 +41,7 @@ class Request:
   as_json: bool = False
   streamed: bool = False
   compared: bool = False
+  cache: str = ''
 
   def __post_init__(self):
     tokenizers.check_stops(self.stop)
@@ -45,7 +50,11 @@ class Request:
     if self.streamed and (self.as_json or self.compared):
       raise ValueError('--stream prints text as it comes, --json and --compare print it when it is '
                        'there: choose one of them')
-    if self.compared and self.how.policy == NEVER:
+    if self.cache and self.how.policy != NEVER:
+      raise ValueError(f'--cache={self.cache} brings its latents with it, and --at, --every or '
+                       '--gate ask for more, which would have to be made from a cache without: '
+                       'choose one of them')
+    if self.compared and self.how.policy == NEVER and not self.cache:
       raise ValueError('--compare shows text with latents beside plain text, and none are asked '
                        'for: give a --coprocessor, or leave --compare out')
 
@@ -58,24 +67,25 @@ class Writer:
     generator: the decoder, with a coprocessor or without.
     tokenizer: of the decoder.
     request: what is asked for.
+    context: the cache that the request names, opened.
   """
   generator: Generator
   tokenizer: Tokenizer
   request: Request
+  context: Context | None = None
 
-  def write(self, prompts: Sequence[str], how: Decoding | None = None) -> list[dict[str, Any]]:
+  def write(self, prompts: Sequence[str], plain: bool = False) -> list[dict[str, Any]]:
     """For each prompt: its text, tokens, log-probabilities, and how it ended."""
-    ids = [self.tokenizer.encode(prompt) for prompt in prompts]
-    completions = generate(self.generator, ids, self._complete(how or self.request.how),
-                           self._seeds(len(ids)))
+    completions = generate(self.generator, self._texts(prompts, plain), self._decoding(plain),
+                           self._seeds(len(prompts)))
     return [{'prompt': prompt, 'text': self._text(completion), **dataclasses.asdict(completion)}
             for prompt, completion in zip(prompts, completions, strict=True)]
 
   def write_slowly(self, prompt: str) -> Iterator[str]:
     """The text behind one prompt in pieces, as it is decoded."""
     said = ''
-    for completion, in stream(self.generator, [self.tokenizer.encode(prompt)],
-                              self._complete(self.request.how), self._seeds(1)):
+    for completion, in stream(self.generator, self._texts([prompt]), self._decoding(),
+                              self._seeds(1)):
       text = self._text(completion)
       if not completion.ended:
         # What may yet become another character, or the beginning of a stop string, is held back.
@@ -86,15 +96,23 @@ class Writer:
 
   def compare(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
     """For each prompt, what is written plainly and what with latents."""
-    plain = self.write(prompts, dataclasses.replace(self.request.how, policy=NEVER))
+    plain = self.write(prompts, plain=True)
     augmented = self.write(prompts)
     return [{'prompt': prompt, 'plain': one, 'augmented': other}
             for prompt, one, other in zip(prompts, plain, augmented, strict=True)]
 
-  def _complete(self, how: Decoding) -> Decoding:
-    strings = self.request.stop
+  def _texts(self, prompts: Sequence[str], plain: bool = False) -> Prompts | State:
+    ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+    if self.context is None:
+      return ids
+    # Without the token that begins a text, which the context has.
+    return read_behind(self.generator, self.context, [more[1:] for more in ids], plain)
+
+  def _decoding(self, plain: bool = False) -> Decoding:
+    how, strings = self.request.how, self.request.stop
     stop = tokenizers.stop_at(self.tokenizer, strings) if strings else None
-    return dataclasses.replace(how, eos=self.tokenizer.eos, stop=stop)
+    return dataclasses.replace(how, eos=self.tokenizer.eos, stop=stop,
+                               policy=NEVER if plain else how.policy)
 
   def _seeds(self, count: int) -> list[int]:
     return [(self.request.seed + number) % 2**32 for number in range(count)]

@@ -27,6 +27,13 @@ def test_a_learned_gate_beats_entropy_and_chance_where_the_hidden_state_tells():
   curves = compare_gates(fit_gate(synthetic()), synthetic(seed=1), FRACTIONS, samples=200)
   for name in ('entropy', 'random'):
     assert curves['learned'].low[1] > curves[name].high[1]
+    assert abs(curves[name].above_chance[1]) < 0.1 * curves['learned'].above_chance[1]
+  learned = curves['learned']
+  np.testing.assert_allclose(
+      learned.above_chance, learned.gain - learned.fractions * learned.gain[-1])
+  assert 0 < learned.above_low[1] < learned.above_chance[1] < learned.above_high[1]
+  # Texts that gain more do so with any gate: paired with chance, they differ less.
+  assert learned.above_high[2] - learned.above_low[2] < learned.high[2] - learned.low[2]
   assert curves['learned'].gain[2] > 0.9 * np.sort(synthetic(seed=1).gain)[1000:].sum() / 2000
 
 

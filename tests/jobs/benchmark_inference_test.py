@@ -15,7 +15,7 @@ def test_every_ratio_is_written_and_drawn(tmp_path, monkeypatch):
       benchmark_inference.SIZES['small'], vocab_size=64, embed_dim=16, num_layers=2, num_heads=2,
       num_kv_heads=1, head_dim=8, hidden_dim=32, window=8)
   for name, value in {'SIZES': {'tiny': small}, 'BATCHES': (1, 2), 'PROMPT': 12, 'DECODED': 8,
-                      'NUM_LATENTS': (2,), 'FIRST_TOKENS': 2}.items():
+                      'LENGTH': 21, 'NUM_LATENTS': (2,), 'FIRST_TOKENS': 2}.items():
     monkeypatch.setattr(benchmark_inference, name, value)
   output = tmp_path / 'speed.json'
   benchmark_inference.benchmark(output, 1)

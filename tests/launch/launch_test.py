@@ -19,7 +19,7 @@ from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
 SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'compile')
-WITHOUT_CONFIG = ('convert', 'generate', 'benchmark_weights', 'benchmark_inference')
+WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,9 @@ BAD = {
     'a run as gate': Bad(
         'generate', '--decoder={run}/pretraining/decoder --prompt=a --gate={run}',
         'holds no gate.json: give the output of launch/gate.py'),
+    'a document that is not there': Bad(
+        'augment', '--decoder={run}/pretraining/decoder --coprocessor={run}/coprocessor '
+        '--document={new}.txt --output={new}.cache', 'no file .*new.txt: give one with the text'),
     'an unknown size': Bad(
         'benchmark_weights', '--preset=gemma9 --output={new}', 'gemma9.* should be one of .*gemma'),
     'an unknown topology': Bad(
@@ -167,7 +170,8 @@ def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
   own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
          'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
-         'generate': 'prompt', 'benchmark_weights': 'output', 'benchmark_inference': 'output'}
+         'augment': 'document', 'generate': 'prompt', 'benchmark_weights': 'output',
+         'benchmark_inference': 'output'}
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
     assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed
@@ -208,6 +212,22 @@ def test_an_unforeseen_error_keeps_its_traceback(tmp_path):
                            env=finished.environment(), timeout=60)
   assert process.returncode == 1
   assert 'Traceback' in process.stderr and "invalid literal for int" in process.stderr
+
+
+def test_ctrl_c_ends_at_once_whatever_other_threads_do(tmp_path):
+  script = tmp_path / 'launch/slow.py'
+  script.parent.mkdir()
+  script.write_text('import threading, time\n'
+                    'from latent_deliberation.jobs import command_line\n'
+                    'def job():\n'
+                    '  threading.Thread(target=time.sleep, args=(600,)).start()\n'
+                    '  raise KeyboardInterrupt\n'
+                    'command_line.run(job)\n')
+  process = subprocess.run([sys.executable, str(script)], cwd=finished.ROOT, text=True,
+                           capture_output=True, timeout=60, env=finished.environment())
+  assert process.returncode == 1
+  assert 'Interrupted: the same command goes on' in process.stderr
+  assert 'Traceback' not in process.stderr
 
 
 def test_the_quickstart_prints_its_table_once_and_where_the_report_is():

@@ -1,0 +1,90 @@
+"""Programs timed in turns: ours, and those of another library in a process of its own.
+
+Two libraries in one process disturb each other: threads that wait by spinning take the cores of the
+other's. In turns, a machine that is slow for a while is slow for all. Only ratios may be quoted.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any, Self
+
+Program = Callable[[], None]
+
+
+class Peer:
+  """Programs in a process of their own, which ends with the `with` block.
+
+  Args:
+    build: called there with the arguments, returns the programs by name. A function that can be
+      imported, since it is sent by its name; so are the arguments, as values.
+
+  Raises:
+    RuntimeError: `build` failed.
+  """
+
+  def __init__(self, build: Callable[..., Mapping[str, Program]], *arguments: Any):
+    context = multiprocessing.get_context('spawn')  # a fork would take our threads' locks with it
+    self._pipe, other_end = context.Pipe()
+    self._process = context.Process(
+        target=_serve, args=(other_end, build, arguments), daemon=True)
+    self._process.start()
+    other_end.close()
+    self._receive()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._pipe.close()
+    self._process.join()
+
+  def seconds(self, name: str) -> float:
+    """Time that one run of the program takes; RuntimeError where it fails."""
+    self._pipe.send(name)
+    return self._receive()
+
+  def _receive(self) -> float:
+    try:
+      answer = self._pipe.recv()
+    except EOFError:
+      self._process.join()
+      raise RuntimeError('the process of the peer ended without an answer, exit code '
+                         f'{self._process.exitcode}: is there memory for it?') from None
+    if isinstance(answer, str):
+      raise RuntimeError(f'the peer failed: {answer}')
+    return answer
+
+
+def _serve(pipe: Connection, build: Callable[..., Mapping[str, Program]],
+           arguments: tuple[Any, ...]) -> None:
+  try:
+    programs = build(*arguments)
+    pipe.send(0.0)
+    while True:
+      pipe.send(seconds_of(programs[pipe.recv()]))
+  except EOFError:
+    pass  # the other end is closed: no more is wanted
+  except Exception as error:  # whatever it is, it is told over there
+    pipe.send(f'{type(error).__name__}: {error}')
+
+
+def seconds_of(program: Program) -> float:
+  """Wall-clock time of one run."""
+  begun = time.perf_counter()
+  program()
+  return time.perf_counter() - begun
+
+
+def alternate(programs: Mapping[str, Callable[[], float]],
+              repeats: int) -> dict[str, list[float]]:
+  """Seconds of each program at every turn, after each has run once.
+
+  Args:
+    programs: by name, each runs once and returns what it took.
+  """
+  for run in programs.values():
+    run()
+  turns = [{name: run() for name, run in programs.items()} for _ in range(repeats)]
+  return {name: [turn[name] for turn in turns] for name in programs}

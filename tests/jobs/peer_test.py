@@ -1,0 +1,46 @@
+"""Programs in a process of their own, and turns."""
+
+import os
+import time
+
+import pytest
+
+from latent_deliberation.jobs.peer import Peer, alternate
+
+
+def build_sleepers(short: float, long: float):
+  return {'short': lambda: time.sleep(short), 'long': lambda: time.sleep(long)}
+
+
+def build_faults():
+  return {'raise': lambda: [][0], 'end': lambda: os._exit(3)}
+
+
+def refuse():
+  raise OSError('no such weights')
+
+
+def test_a_program_is_timed_where_it_runs():
+  with Peer(build_sleepers, 0.0, 0.3) as peer:
+    assert peer.seconds('short') < 0.2 < 0.3 <= peer.seconds('long')
+
+
+def test_what_fails_over_there_is_told_here():
+  with pytest.raises(RuntimeError, match='OSError: no such weights'):
+    Peer(refuse)
+  with Peer(build_faults) as peer, pytest.raises(RuntimeError, match='IndexError'):
+    peer.seconds('raise')
+  with Peer(build_faults) as peer, pytest.raises(RuntimeError, match='exit code 3'):
+    peer.seconds('end')
+
+
+def test_turns_alternate_after_a_first_run_of_each():
+  runs = []
+
+  def program(name: str):
+    runs.append(name)
+    return float(len(runs))
+
+  seconds = alternate({'a': lambda: program('a'), 'b': lambda: program('b')}, 2)
+  assert runs == ['a', 'b'] * 3
+  assert seconds == {'a': [3.0, 5.0], 'b': [4.0, 6.0]}
