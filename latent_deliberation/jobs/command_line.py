@@ -117,12 +117,12 @@ def config_from_flags(kind: type) -> Any:
 def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
   """Parses the flags and runs the job.
 
+  Bad input ends the process with its message and code 1, without a traceback (--verbosity=1 logs
+  it); anything unforeseen keeps its traceback.
+
   Args:
     job: the work.
     prepare: what flags change about jax, before it has devices.
-
-  Bad input ends the process with its message and code 1, without a traceback (--verbosity=1 logs
-  it); anything unforeseen keeps its traceback.
   """
   # Otherwise an error inside of jax would seem to come from the line of ours that called it.
   jax.config.update('jax_traceback_filtering', 'off')

@@ -19,12 +19,14 @@ ESTIMATE = (
 NO_ESTIMATE = ('Virtual CPU devices have no clock, no links and no memory of their own: only a TPU '
                'topology gives seconds.')
 DOES_NOT_FIT = "TPU's compiler gives no program for what does not fit, and so no seconds."
-NUM_OPERATIONS = 12
+NUM_OPERATIONS = 16
+# Parts of an op_name that tell nothing of the model.
+_UNTOLD = ('jit(step)', 'while', 'body', 'closed_call', 'checkpoint', 'transformer', 'blocks')
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-  """Attributes: what: call of ours; seconds: all runs together; count: runs in a step."""
+  """Attributes: what: part of the model; seconds: all runs together; count: runs in a step."""
   what: str
   seconds: float
   count: int
@@ -114,16 +116,22 @@ def operation_seconds(instruction: Instruction, chip: Chip) -> float:
 
 
 def largest_operations(program: Program, chip: Chip) -> list[Operation]:
-  """The calls of ours that take longest, all of their instructions together."""
+  """The parts of the model that take longest, all of their instructions together."""
   seconds, counts = collections.Counter(), collections.Counter()
   for instruction, times in program:
     once = operation_seconds(instruction, chip)
     if once:
-      what = instruction.op_name or instruction.opcode
+      what = _name_part(instruction)
       seconds[what] += times * once
       counts[what] += times
   return [Operation(what, total, counts[what])
           for what, total in seconds.most_common(NUM_OPERATIONS)]
+
+
+def _name_part(instruction: Instruction) -> str:
+  """The module and the pass that an instruction belongs to: its op_name without loops and calls."""
+  parts = [part for part in instruction.op_name.split('/')[:-1] if part not in _UNTOLD]
+  return '/'.join(parts) or instruction.op_name or instruction.opcode
 
 
 def advise(memory: Memory, capacity: float, remat: str, accumulation: int,

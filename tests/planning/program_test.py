@@ -28,7 +28,7 @@ def test_a_kernel_spans_lines_and_costs_what_its_author_states():
 
 def test_an_instruction_says_where_it_comes_from():
   fusion, = (each for each, _ in parse(LOOPS) if each.name == 'fusion.1')
-  assert fusion.op_name == 'jit(step)/mul'
+  assert fusion.op_name == 'jit(step)/jvp(Decoder)/while/body/blocks/feed_forward/mul'
   assert fusion.called('calls') == ('fused',)
   assert fusion.shape == '(s32[], f32[8]{0})'
 

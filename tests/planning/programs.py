@@ -12,7 +12,8 @@ LOOPS = '''HloModule jit_step, is_scheduled=true
   %p.1 = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) parameter(0)
   %g.1 = f32[8]{0} get-tuple-element(%p.1), index=1
   ROOT %fusion.1 = (s32[], f32[8]{0}) fusion(%g.1), kind=kLoop, calls=%fused,
- metadata={op_name="jit(step)/mul"}, backend_config={"window_config":{"estimated_cycles":"7"}}
+ metadata={op_name="jit(step)/jvp(Decoder)/while/body/blocks/feed_forward/mul"},
+ backend_config={"window_config":{"estimated_cycles":"7"}}
 }
 
 %inner_condition (p.2: (s32[], f32[8])) -> pred[] {
