@@ -136,7 +136,7 @@ def plan_step(run: Run, topology: Topology) -> Plan:
       remedy=advise(memory, capacity, experiment.computation.remat, settings.accumulation,
                     shards // settings.accumulation) if chip else '',
       model_flops_per_chip=flops, **dataclasses.asdict(times),
-      estimate=NO_ESTIMATE if chip is None else ESTIMATE if compiled else DOES_NOT_FIT,
+      estimate=NO_ESTIMATE if chip is None else DOES_NOT_FIT if compiled is None else ESTIMATE,
       collectives=found, operations=operations, unknown_loops=unknown, compile_seconds=seconds)
 
 
