@@ -27,9 +27,10 @@ BELOW = {
     'training': ('array_types', 'batch', 'deliberation', 'distributed', 'files', 'model',
                  'sharding'),
     'evaluation': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
+    'planning': ('array_types',),
     'inference': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
     'jobs': ('array_types', 'batch', 'data', 'deliberation', 'distributed', 'evaluation', 'files',
-             'inference', 'model', 'progress', 'sharding', 'training'),
+             'inference', 'model', 'planning', 'progress', 'sharding', 'training'),
 }
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets')
 # Modules that import those, and so may not be imported by a module that must do without.

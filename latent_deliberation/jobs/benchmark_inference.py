@@ -23,7 +23,7 @@ from flax import linen as nn
 from latent_deliberation.array_types import Params
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
-from latent_deliberation.evaluation.plots import plot_speed
+from latent_deliberation.evaluation.cost_plots import plot_speed
 from latent_deliberation.evaluation.report import git_commit
 from latent_deliberation.files import write_whole
 from latent_deliberation.inference.background import Arrival

@@ -25,7 +25,7 @@ from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
-from latent_deliberation.evaluation.plots import plot_step_ratios
+from latent_deliberation.evaluation.cost_plots import plot_step_ratios
 from latent_deliberation.evaluation.report import git_commit
 from latent_deliberation.files import write_whole
 from latent_deliberation.jobs.peer import Peer, alternate, seconds_of

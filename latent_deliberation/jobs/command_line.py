@@ -42,9 +42,12 @@ def define_directory(name: str, meaning: str, default: str | None = None) -> fla
   return flag
 
 
-def define_file(name: str, meaning: str) -> flags.FlagHolder:
-  """Defines a required flag that names a file to write, in a directory that is there."""
-  flag = flags.DEFINE_string(name, None, meaning, required=True)
+def define_file(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
+  """Defines a flag that names a file to write, in a directory that is there.
+
+  It is required where there is no default.
+  """
+  flag = flags.DEFINE_string(name, default, meaning, required=default is None)
   flags.register_validator(name, _check_file)
   return flag
 
@@ -111,17 +114,21 @@ def config_from_flags(kind: type) -> Any:
   return bind(flags.FLAGS.config, kind)
 
 
-def run(job: Callable[[], None]) -> None:
+def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
   """Parses the flags and runs the job.
 
   Bad input ends the process with its message and code 1, without a traceback (--verbosity=1 logs
   it); anything unforeseen keeps its traceback.
+
+  Args:
+    job: the work.
+    prepare: what flags change about jax, before it has devices.
   """
   # Otherwise an error inside of jax would seem to come from the line of ours that called it.
   jax.config.update('jax_traceback_filtering', 'off')
   _define_processes()
   try:
-    app.run(lambda argv: _main(job, argv), flags_parser=_parse_flags)
+    app.run(lambda argv: _main(job, prepare, argv), flags_parser=_parse_flags)
   except KeyboardInterrupt:
     logging.debug('interrupted here:', exc_info=True)
     _end_at_once('Interrupted: the same command goes on from what is complete.')
@@ -139,7 +146,7 @@ def _define_processes() -> None:
   flags.DEFINE_integer('process_id', None, 'Of this process, from 0 on.', lower_bound=0)
 
 
-def _main(job: Callable[[], None], argv: list[str]) -> None:
+def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'{argv[1:]} are not flags: write --name=value')
   logging.set_verbosity(max(flags.FLAGS.verbosity, logging.INFO))
@@ -148,6 +155,7 @@ def _main(job: Callable[[], None], argv: list[str]) -> None:
   # orbax logs a dozen lines a checkpoint; its warnings and errors come back as exceptions.
   logging.get_absl_logger().addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in
                                       record.pathname)
+  prepare()
   values = flags.FLAGS
   distributed.join(values.coordinator_address, values.process_count, values.process_id)
   index, count = jax.process_index(), jax.process_count()

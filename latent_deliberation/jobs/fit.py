@@ -29,7 +29,12 @@ from latent_deliberation.training.loop import train
 from latent_deliberation.training.metrics import MetricsWriter
 from latent_deliberation.training.optimizer import build_optimizer, build_schedule
 from latent_deliberation.training.state import TrainState
-from latent_deliberation.training.step import LossFn, abstract_state, make_train_step
+from latent_deliberation.training.step import (
+  LossFn,
+  TrainStep,
+  abstract_state,
+  make_train_step,
+)
 
 # A run may be resumed on other devices, with other cadences, and with its files elsewhere (the
 # fingerprint of the data holds their contents); everything else is the run.
@@ -105,14 +110,20 @@ class Run:
     return jax.jit(create, out_shardings=shardings)(
         jax.random.key(self.experiment.seed), self.frozen)
 
-  def check(self) -> None:
-    """Raises what would stop this run later, as far as it shows without data and without weights.
+  def make_step(self, loss_fn: LossFn) -> TrainStep:
+    """The train step of this run."""
+    settings = self.settings
+    return make_train_step(
+        loss_fn, self.optimizer, build_schedule(settings.optimizer, settings.loop.num_steps),
+        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
+        frozen=self.frozen, mesh=self.mesh, rules=self.experiment.rules,
+        seed=self.experiment.seed, accumulation=settings.accumulation)
 
-    Raises:
-      ValueError: batches or sizes do not divide over the mesh, the warm-up is longer than the run,
-        the mesh asks two processes for the same texts of a stream, or the directory holds another
-        run.
-      OSError: the directory cannot be written to.
+  def check_sizes(self) -> None:
+    """Raises ValueError where this run does not fit its mesh.
+
+    Batches or sizes do not divide over it, it asks two processes for the same texts of a stream, or
+    the warm-up is longer than the run.
     """
     experiment = self.experiment
     check_divides(self.section, self.settings.batch_size, self.settings.accumulation, self.mesh,
@@ -124,6 +135,15 @@ class Run:
       _ = self.abstract
     except ValueError as error:
       raise ValueError(f'{self.section}: {error}') from error
+
+  def check(self) -> None:
+    """Raises what would stop this run later, as far as it shows without data and without weights.
+
+    Raises:
+      ValueError: see `check_sizes`; or the directory holds another run.
+      OSError: the directory cannot be written to.
+    """
+    self.check_sizes()
     make_writable(self.workdir)
     path = self.workdir / RUN_FILE
     if path.exists():
@@ -150,13 +170,10 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
 
   Returns: the trained parameters, float32.
   """
-  settings, rules = run.settings, run.experiment.rules
+  settings = run.settings
   identity = run.identity(batches.fingerprint)
   claim(run.workdir, identity, FREE)
-  train_step = make_train_step(
-      loss_fn, run.optimizer, build_schedule(settings.optimizer, settings.loop.num_steps),
-      state_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract), frozen=run.frozen,
-      mesh=run.mesh, rules=rules, seed=run.experiment.seed, accumulation=settings.accumulation)
+  train_step = run.make_step(loss_fn)
   with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
         contextlib.closing(MetricsWriter(run.workdir)) as metrics):
     state = saved.restore(run.abstract, batches, identity, FREE) or run.create_state()
@@ -164,5 +181,5 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
                  state.step, settings.loop.num_steps)
     return train(
         state, train_step, batches, config=settings.loop,
-        place=lambda batch: place_batch(batch, run.mesh, rules), checkpointer=saved,
+        place=lambda batch: place_batch(batch, run.mesh, run.experiment.rules), checkpointer=saved,
         identity=identity, metrics=metrics, evaluators=evaluators).params

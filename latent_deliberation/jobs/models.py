@@ -11,7 +11,7 @@ from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.model import weights
-from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.decoder import Decoder, boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import shardings_of
 
@@ -53,6 +53,15 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   stored = checkpoint.load(place)
   digest = fingerprint(stored)
   return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), digest
+
+
+def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Params:
+  """Shapes, dtypes and shardings of what `load_frozen` gives, without any weights."""
+  boxed = boxed_shapes(experiment.decoder)
+  return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+          leaf.shape, experiment.computation.frozen_dtype, sharding=sharding),
+      nn.unbox(boxed), shardings_of(boxed, mesh, experiment.rules))
 
 
 def count_parameters(params: Params) -> int:

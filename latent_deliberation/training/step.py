@@ -1,5 +1,6 @@
 """The jitted train step: gradients for what learns, and for nothing else."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -17,11 +18,34 @@ from latent_deliberation.training.state import TrainState
 LossFn = Callable[[Params, Params, Batch, Array], tuple[Array, Array]]
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+  """train_step(state, batch) -> (state, metrics), compiled for `mesh`; the state is donated.
+
+  Attributes:
+    jitted: (state, frozen, batch) -> (state, metrics).
+    frozen: parameters, or their shapes with shardings, of which a step can only be lowered.
+    mesh: that it runs on.
+  """
+  jitted: jax.stages.Wrapped
+  frozen: Params
+  mesh: Mesh
+
+  def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    with jax.set_mesh(self.mesh):
+      return self.jitted(state, self.frozen, batch)
+
+  def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+    """The program of this step, from shapes with shardings."""
+    with jax.set_mesh(self.mesh):
+      return self.jitted.lower(state, self.frozen, batch)
+
+
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
                     schedule: optax.Schedule, *, state_shardings: PyTree, frozen: Params,
                     mesh: Mesh, rules: Mapping[str, Sequence[str]], seed: int,
-                    accumulation: int = 1):
-  """train_step(state, batch) -> (state, metrics), compiled for `mesh`; the state is donated.
+                    accumulation: int = 1) -> TrainStep:
+  """The step that trains by this loss.
 
   The frozen parameters are an argument of their own that is never donated and has no gradient.
   Each text gets the key fold_in(seed, step) split by its place in the global batch, so that a
@@ -32,7 +56,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
     optimizer: of the trainable parameters.
     schedule: for the metric 'learning_rate'.
     state_shardings: of the TrainState.
-    frozen: on devices already; their shardings are kept.
+    frozen: on devices already, or their shapes with shardings; their shardings are kept.
     accumulation: microbatches that a batch is processed in, one after the other.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -54,17 +78,13 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
     return state.replace(step=state.step + 1, opt_state=opt_state,
                          params=optax.apply_updates(state.params, updates)), metrics
 
-  compiled = jax.jit(
+  jitted = jax.jit(
       step, donate_argnums=0,
       in_shardings=(state_shardings, jax.tree.map(lambda leaf: leaf.sharding, frozen),
                     batch_sharding(mesh, rules)),
       out_shardings=(state_shardings, replicated))
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    with jax.set_mesh(mesh):
-      return compiled(state, frozen, batch)
-
-  return train_step
+  return TrainStep(jitted, frozen, mesh)
 
 
 def _accumulate(loss_fn: LossFn, params: Params, frozen: Params, batch: Batch, keys: Array,

@@ -18,13 +18,9 @@ from latent_deliberation.jobs.pretrain import pretrain
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
-SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate')
-<<<<<<< HEAD
-WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference')
-=======
-WITHOUT_CONFIG = ('convert', 'generate', 'benchmark_weights', 'benchmark_inference',
+SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'compile')
+WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference',
                   'benchmark_step')
->>>>>>> recipes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +112,21 @@ BAD = {
         '--document={new}.txt --output={new}.cache', 'no file .*new.txt: give one with the text'),
     'an unknown size': Bad(
         'benchmark_weights', '--preset=gemma9 --output={new}', 'gemma9.* should be one of .*gemma'),
+    'an unknown topology': Bad(
+        'compile', '--topology=v9:2x2 --output={files}/plan.json',
+        'topology=v9:2x2: a topology is .*\n  v5e: 2x2, .*v5p: .*v6e: '),
+    'a mesh of no devices': Bad(
+        'compile', '--topology=cpu:2 --mesh=fsdp=3 --output={files}/plan.json',
+        "'fsdp': 3, 'tensor': 1} has .* for 2 devices: the sizes must multiply"),
+    'a misspelt mesh': Bad(
+        'compile', '--topology=cpu:2 --mesh=fdsp=2 --output={files}/plan.json',
+        "mesh=fdsp=2: 'fdsp=2' must be AXIS=SIZE"),
+    'a rule for no axis of a mesh': Bad(
+        'compile', '--topology=cpu:2 --rules=embed=rows --output={files}/plan.json',
+        r"rule 'embed' -> \('rows',\): \['rows'\] are not mesh axes"),
+    'heads that do not divide': Bad(
+        'compile', '--topology=cpu:8 --mesh=tensor=4 --output={files}/plan.json',
+        "its axis 'kv_heads' of 2 does not divide by the 4 shards .*change the mesh or the rule"),
     'an output in no directory': Bad(
         'benchmark_weights', '--preset=tiny --output={files}/typo.py/weights.json',
         'must be a file in a directory that exists'),
@@ -144,6 +155,8 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
   commands = {script: command(script, '--help') for script in SCRIPTS + WITHOUT_CONFIG}
   run, _ = finished.quickstart()
   commands['a list'] = command('convert', f'--source={run}/pretraining/decoder', '--list')
+  commands['a plan'] = command('compile', '--topology=cpu:2', f'--output={files}/plan.json',
+                               '--config.decoder.num_layers=1')
   commands |= {name: arguments_of(bad, files) for name, bad in BAD.items()}
   process = subprocess.run(
       [sys.executable, str(Path(__file__).with_name('forks.py'))], cwd=finished.ROOT, text=True,
@@ -157,14 +170,9 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
 def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   _, printed, _ = answers[script]
   own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
-         'evaluate': 'output', 'gate': 'output', 'convert': 'target', 'generate': 'prompt',
-<<<<<<< HEAD
-         'augment': 'document',
-         'benchmark_weights': 'output', 'benchmark_inference': 'output'}
-=======
-         'benchmark_weights': 'output', 'benchmark_inference': 'output',
-         'benchmark_step': 'output'}
->>>>>>> recipes
+         'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
+         'augment': 'document', 'generate': 'prompt', 'benchmark_weights': 'output',
+         'benchmark_inference': 'output', 'benchmark_step': 'output'}
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
     assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed
@@ -176,6 +184,15 @@ def test_convert_says_what_is_there_and_lists_tensors_without_a_target(answers):
   assert status == 0
   assert 'decoder: native\narchitecture   tiny' in printed
   assert re.search(r'^embedder/table +float32 +\[\d+, \d+\]$', printed, re.MULTILINE), printed
+
+
+def test_compile_plans_the_step_on_virtual_devices_and_says_where(answers):
+  status, printed, said = answers['a plan']
+  assert status == 0, said
+  path, = re.findall('^Plan: (.*)$', printed, re.MULTILINE)
+  plan = json.loads(Path(path).read_text())
+  assert (plan['topology'], plan['mesh']['data'], plan['mfu']) == ('cpu:2', 2, None)
+  assert plan['hbm_bytes_per_chip'] > plan['memory']['frozen'] > 0
 
 
 @pytest.mark.parametrize('name', BAD)

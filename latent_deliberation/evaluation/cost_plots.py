@@ -1,0 +1,106 @@
+"""What things cost, drawn: speed against others, and plans of a training step."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
+
+
+def plot_speed(result: Mapping[str, Any], path: Path) -> None:
+  """Speed of inference over that of transformers, and what an augmentation costs.
+
+  Args:
+    result: of `benchmark_inference.benchmark`.
+    path: of the PNG.
+  """
+  figure = Figure(figsize=(11, 5), layout='constrained')
+  FigureCanvasAgg(figure)
+  speed, cost = figure.subplots(1, 2)
+  cases = list(result['decode_ratio_vs_transformers'])
+  for name, colour, side in (('decode', COLOURS['own'], -0.2), ('prefill', COLOURS['zero'], 0.2)):
+    ratios = result[f'{name}_ratio_vs_transformers']
+    bars = speed.bar(np.arange(len(cases)) + side, [ratios[case] for case in cases], 0.38,
+                     color=colour, label=name)
+    speed.bar_label(bars, fmt='%.1f', fontsize=8)
+  speed.axhline(1, color='black', linewidth=1, linestyle='--', label='transformers')
+  speed.set_xticks(range(len(cases)), [case.replace('_batch', '\nbatch ') for case in cases])
+  speed.set_ylabel('tokens/s over those of transformers')
+  speed.legend(frameon=False)
+  costs = result['augmentation_in_decode_steps']
+  names = [case.replace('_batch', ', batch ').replace('_latents', ', ') for case in costs]
+  cost.barh(names, list(costs.values()), color=COLOURS['constant'])
+  cost.invert_yaxis()
+  cost.set_xlabel('decode steps that an augmentation takes (size, batch, latents)')
+  cost.tick_params('y', labelsize=8)
+  for axes in (speed, cost):
+    trim_axes(axes)
+  cost.grid(axis='x', color='#DDDDDD', linewidth=0.6)
+  cost.grid(visible=False, axis='y')
+  save_figure(figure, path)
+
+
+def plot_step_ratios(result: Mapping[str, Any], path: Path) -> None:
+  """How many times as long others take for what ours computes.
+
+  Args:
+    result: of `benchmark_step.benchmark`.
+    path: of the PNG.
+  """
+  bars = [(f'{other}: {case.replace("_", " and ")}', ratio, COLOURS[colour])
+          for kind, colour in (('step', 'own'), ('decoder', 'zero'))
+          for case, measured in result[kind].items()
+          for other, ratio in measured['over_ours'].items()]
+  names, ratios, colours = zip(*bars, strict=True)
+  figure = Figure(figsize=(8, 4.5), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  axes.bar_label(axes.barh(names, ratios, color=colours), fmt='%.1f', fontsize=8, padding=2)
+  axes.axvline(1, color='black', linewidth=1, linestyle='--')
+  axes.invert_yaxis()
+  axes.set_xlabel('time over ours')
+  axes.spines[['top', 'right']].set_visible(False)
+  save_figure(figure, path)
+
+
+def plot_plans(plans: Sequence[Mapping[str, Any]], path: Path) -> None:
+  """Estimated seconds and memory of several plans, a bar each.
+
+  Args:
+    plans: as in a plan.json of several; seconds are missing where there is no estimate.
+    path: of the PNG.
+  """
+  figure = Figure(figsize=(11, 1.6 + 0.5 * len(plans)), layout='constrained')
+  FigureCanvasAgg(figure)
+  seconds, memory = figure.subplots(1, 2, sharey=True)
+  names = [f'{number}: ' + ', '.join(f'{axis} {size}' for axis, size in plan['mesh'].items())
+           for number, plan in enumerate(plans, 1)]
+  _draw_bars(seconds, names, {
+      'compute': [plan['compute_seconds'] or 0 for plan in plans],
+      'exposed collectives': [plan['exposed_seconds'] or 0 for plan in plans]})
+  seconds.set_xlabel('estimated seconds of a step')
+  _draw_bars(memory, names, {
+      part: [plan['memory'][part] / 1e9 for plan in plans]
+      for part in ('frozen', 'trainable', 'optimizer', 'activations', 'temporary')})
+  memory.set_xlabel('GB on a chip')
+  if plans[0]['hbm_capacity']:
+    memory.axvline(plans[0]['hbm_capacity'] / 1e9, color='black', linestyle='--', linewidth=1)
+  save_figure(figure, path)
+
+
+def _draw_bars(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
+  """Horizontal bars of stacked parts, the first name on top."""
+  left = np.zeros(len(names))
+  for (part, sizes), colour in zip(parts.items(), (*COLOURS.values(), '#E69F00'), strict=False):
+    axes.barh(names, sizes, left=left, color=colour, label=part)
+    left = left + sizes
+  axes.yaxis.set_inverted(True)
+  axes.legend(frameon=False, fontsize=8)
+  trim_axes(axes)
+  axes.grid(axis='x', color='#DDDDDD', linewidth=0.6)
+  axes.grid(visible=False, axis='y')

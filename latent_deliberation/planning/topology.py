@@ -1,0 +1,116 @@
+"""Machines to plan for: TPU slices that nobody here owns, and virtual CPU devices."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+_CPU = 'cpu'
+_FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_CUBIC = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16',
+          '8x16x16', '16x16x16')
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a chip can do at most, as its maker publishes it.
+
+  Attributes:
+    flops: bfloat16 operations a second.
+    hbm_bytes: memory.
+    hbm_bandwidth: bytes a second.
+    clock: cycles a second, of the cycles that the compiler estimates.
+    link_bandwidth: bytes a second over one link to a neighbour, one way.
+    ring: an axis of the slice closes to a ring where its chips are a multiple of this.
+    shapes: slices that are offered.
+  """
+  flops: float
+  hbm_bytes: float
+  hbm_bandwidth: float
+  clock: float
+  link_bandwidth: float
+  ring: int
+  shapes: tuple[str, ...]
+
+
+# https://cloud.google.com/tpu/docs (v5e, v5p, v6e) for operations and memory; what a link gives
+# one way is from https://jax-ml.github.io/scaling-book/tpus, somewhat less than is published there.
+# At these clocks all of a chip's multipliers make its peak.
+CHIPS = {
+    'v5e': Chip(197e12, 16e9, 819e9, 1.5e9, 45e9, 16, _FLAT),
+    'v5p': Chip(459e12, 95e9, 2765e9, 1.75e9, 90e9, 4, _CUBIC),
+    'v6e': Chip(918e12, 32e9, 1638e9, 1.75e9, 90e9, 16, _FLAT),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Attributes:
+    name: as it was given, such as 'v5e:16x16'.
+    devices: to compile for; abstract ones of a TPU slice, or virtual ones of this CPU.
+    chip: None for virtual devices, of which nothing is known but their number.
+  """
+  name: str
+  devices: Sequence[Any]
+  chip: Chip | None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Chips along each physical axis; (N,) where there are no links."""
+    if self.chip is None:
+      return (len(self.devices),)
+    return tuple(int(size) for size in re.findall(r'\d+', self.name.split(':')[1]))
+
+
+def prepare(name: str) -> None:
+  """Sets what jax reads when it starts; to be called before it has devices.
+
+  Raises:
+    ValueError: the name is none of a topology.
+  """
+  kind, _, shape = name.partition(':')
+  if kind == _CPU:
+    if not shape.isdigit() or int(shape) < 1:
+      raise ValueError(f'--topology={name}: {_explain()}')
+    jax.config.update('jax_num_cpu_devices', int(shape))
+  jax.config.update('jax_platforms', _CPU)  # libtpu is there to compile, and finds no TPU
+  # One process compiles beside another; and no one asks a metadata server who this machine is.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+
+
+def find_topology(name: str) -> Topology:
+  """The devices of 'v5e:16x16', 'v5p:4x4x8', 'v6e:16x16', ..., or 'cpu:8'; see `prepare`.
+
+  Raises:
+    ValueError: there is no such topology; those that there are are listed.
+    RuntimeError: libtpu is not installed, or this process has fewer virtual devices.
+  """
+  kind, _, shape = name.partition(':')
+  if kind == _CPU and shape.isdigit():
+    devices = jax.devices(_CPU)
+    if not 1 <= int(shape) <= len(devices):
+      raise RuntimeError(f'{name}: this process has {len(devices)} virtual CPU devices; it would '
+                         'have to be started with more')
+    return Topology(name, devices[:int(shape)], None)
+  if kind not in CHIPS or not shape:
+    raise ValueError(f'--topology={name}: {_explain()}')
+  if importlib.util.find_spec('libtpu') is None:
+    raise RuntimeError(f"--topology={name} needs TPU's compiler, libtpu, which is not installed: "
+                       "pip install -e '.[tpu]', or plan on virtual devices, --topology=cpu:8")
+  try:
+    devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
+    raise ValueError(f'--topology={name}: {str(error).splitlines()[0]}\n{_explain()}') from error
+  return Topology(name, devices, CHIPS[kind])
+
+
+def _explain() -> str:
+  known = '\n'.join(f'  {kind}: {", ".join(chip.shapes)}' for kind, chip in CHIPS.items())
+  return ('a topology is a chip, a colon and the shape of the slice, such as v5e:16x16, or cpu:8 '
+          f'for eight virtual devices. Slices that are offered:\n{known}')

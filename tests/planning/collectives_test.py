@@ -1,0 +1,128 @@
+"""Collectives: their axis, their bytes, their time, and how much of it is hidden."""
+
+import pytest
+
+from latent_deliberation.planning.collectives import HOP_SECONDS, find_collectives, read_groups
+from latent_deliberation.planning.program import parse
+from tests.planning.machines import slice_of
+
+PAIRS = [[0, 1], [2, 3]]
+CROSSED = [[0, 2], [1, 3]]
+LINK = 45e9
+
+
+@pytest.mark.parametrize('written, groups', [
+    ('replica_groups={{0,1},{2,3}}, dimensions={0}', PAIRS),
+    ('replica_groups={{0,2},{1,3}}', CROSSED),
+    ('replica_groups=[2,2]<=[4], dimensions={0}', PAIRS),
+    ('replica_groups=[2,2]<=[2,2]T(1,0)', CROSSED),
+    ("replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={1}", PAIRS),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", CROSSED),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}", PAIRS),
+    ("replica_groups=mesh['a'=4,'b'=1] {'a','b'}", [[0, 1, 2, 3]]),
+    ('replica_groups={}', [[0, 1, 2, 3]]),
+    ('source_target_pairs={{0,1},{1,0}}', [[0, 1], [1, 0]])])
+def test_groups_are_read_in_every_way_that_xla_writes_them(written, groups):
+  assert read_groups(f'channel_id=1, {written}', 4).tolist() == groups
+
+
+def test_groups_of_another_form_are_refused():
+  with pytest.raises(ValueError, match="no replica groups .* 'replica_groups=new"):
+    read_groups('replica_groups=new', 4)
+
+
+def step(*lines: str, fused: str = '') -> str:
+  body = '\n'.join(f'  {line}' for line in lines)
+  return (f'HloModule m\n\n{fused}\nENTRY %main (p: f32[1024,1024]) -> f32[] {{\n'
+          f'  %p = f32[1024,1024]{{1,0}} parameter(0)\n{body}\n}}\n')
+
+
+def only(text: str, shape: tuple[int, int] = (16, 16)):
+  topology, mesh = slice_of(shape)
+  found, = find_collectives(parse(text), mesh, topology)
+  return found
+
+
+def sync(kind: str, groups: str, result: str = 'f32[1024,1024]{1,0}') -> str:
+  return step(f'%c = {result} {kind}(%p), channel_id=1, replica_groups={groups}')
+
+
+ROWS, COLUMNS = '[16,16]<=[256]', '[16,16]<=[16,16]T(1,0)'
+SIZE = 4 * 1024 * 1024
+
+
+@pytest.mark.parametrize('kind, groups, axis, bytes_, seconds', [
+    # A closed ring sends both ways; 15 of 16 shares pass a link.
+    ('all-gather', ROWS, 'fsdp', SIZE, SIZE * 15 / 16 / (2 * LINK)),
+    ('all-gather', COLUMNS, 'data', SIZE, SIZE * 15 / 16 / (2 * LINK)),
+    ('all-gather', '[1,256]<=[256]', 'data+fsdp', SIZE, SIZE * 255 / 256 / (4 * LINK)),
+    ('all-reduce', ROWS, 'fsdp', SIZE, 2 * SIZE * 15 / 16 / (2 * LINK)),
+    # The result is a share of what is sent.
+    ('reduce-scatter', ROWS, 'fsdp', 16 * SIZE, SIZE * 15 / (2 * LINK)),
+    ('all-to-all', ROWS, 'fsdp', SIZE, SIZE * 16 / 4 / (2 * LINK)),
+    # Half of a row is no ring.
+    ('all-gather', '[32,8]<=[256]', 'fsdp', SIZE, SIZE * 7 / 8 / LINK)])
+def test_a_synchronous_collective_is_exposed_for_as_long_as_its_bytes_take(
+    kind, groups, axis, bytes_, seconds):
+  found = only(sync(kind, groups))
+  assert (found.kind, found.axis, found.bytes, found.count) == (kind, axis, bytes_, 1)
+  assert not found.overlapped
+  assert found.seconds == found.exposed_seconds == pytest.approx(seconds)
+
+
+def test_a_small_message_takes_the_time_of_its_hops():
+  assert only(sync('all-gather', ROWS, 'f32[16]{0}')).seconds == pytest.approx(8 * HOP_SECONDS)
+
+
+FUSED = '''%start (q: f32[64,1024]) -> f32[1024,1024] {
+  %q = f32[64,1024]{1,0} parameter(0)
+  %g.1 = f32[1024,1024]{1,0} all-gather(%q), channel_id=7, replica_groups=[16,16]<=[256]
+  ROOT %s = f32[1024,1024]{1,0} custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%work (q.1: f32[64,1024]) -> f32[1024,1024] {
+  %q.1 = f32[64,1024]{1,0} parameter(0)
+  ROOT %g.2 = f32[1024,1024]{1,0} all-gather(%q.1), channel_id=7, replica_groups=[16,16]<=[256]
+}
+'''
+CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+
+
+@pytest.mark.parametrize('cycles', [0, 15_000, 15_000_000])
+def test_what_computation_hides_is_not_exposed_and_parts_of_one_channel_are_one(cycles):
+  found = only(step(
+      '%a = f32[1024,1024]{1,0} fusion(%p), calls=%start',
+      '%b = f32[1024,1024]{1,0} fusion(%a), calls=%work, ' + CYCLES % cycles,
+      '%c = f32[1024,1024]{1,0} fusion(%b), calls=%work, ' + CYCLES % 10**9, fused=FUSED))
+  assert found.overlapped and found.count == 1
+  assert found.exposed_seconds == pytest.approx(max(found.seconds - cycles / 1.5e9, 0))
+
+
+def test_a_start_and_its_done_are_one():
+  found = only(step(
+      '%s = (f32[64,1024]{1,0}, f32[1024,1024]{1,0}) all-gather-start(%p), replica_groups=' + ROWS,
+      '%n = f32[8]{0} negate(%p), ' + CYCLES % 1500,
+      '%d = f32[1024,1024]{1,0} all-gather-done(%s)'))
+  assert (found.kind, found.bytes, found.overlapped) == ('all-gather', SIZE, True)
+  assert found.exposed_seconds == pytest.approx(found.seconds - 1e-6)
+
+
+def test_a_wrapped_collective_lasts_until_its_done():
+  found = only(step(
+      '%s = (f32[64,1024]{1,0}, f32[1024,1024]{1,0}) async-start(%p), calls=%wrapped',
+      '%n = f32[8]{0} negate(%p), ' + CYCLES % 1500,
+      '%d = f32[1024,1024]{1,0} async-done(%s)', fused=FUSED.replace('%work', '%wrapped')))
+  assert found.overlapped
+  assert found.exposed_seconds == pytest.approx(found.seconds - 1e-6)
+
+
+def test_a_reduction_that_keeps_its_share_alone_is_a_reduce_scatter():
+  found = only(step('%f = f32[64,1024]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1',
+                    fused='''%all-reduce-scatter.1 (q: f32[1024,1024]) -> f32[64,1024] {
+  %q = f32[1024,1024]{1,0} parameter(0)
+  %r = f32[1024,1024]{1,0} all-reduce(%q), channel_id=2, replica_groups=[16,16]<=[256]
+  ROOT %s = f32[64,1024]{1,0} dynamic-slice(%r)
+}
+'''))
+  assert (found.kind, found.bytes, found.overlapped) == ('reduce-scatter', SIZE, False)
+  assert found.seconds == pytest.approx(SIZE * 15 / 16 / (2 * LINK))

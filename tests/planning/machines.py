@@ -1,0 +1,27 @@
+"""Devices of a slice, as libtpu has them, without libtpu."""
+
+import dataclasses
+
+import numpy as np
+from jax.sharding import Mesh
+
+from latent_deliberation.planning.topology import CHIPS, Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractDevice:
+  """What a mesh and the links need to know of a device."""
+  id: int
+  coords: tuple[int, int, int]
+  platform: str = 'tpu'
+  device_kind: str = 'TPU v5 lite'
+
+
+def slice_of(shape: tuple[int, int], axes: tuple[str, str] = ('data', 'fsdp')
+             ) -> tuple[Topology, Mesh]:
+  """A v5e slice, and the mesh whose axes are its physical ones."""
+  devices = np.empty(shape, object)
+  for number, place in enumerate(np.ndindex(shape)):
+    devices[place] = AbstractDevice(number, (*place, 0))
+  return Topology(f'v5e:{shape[0]}x{shape[1]}', list(devices.flat), CHIPS['v5e']), Mesh(
+      devices, axes)

@@ -1,0 +1,67 @@
+"""Memory by what it holds."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from latent_deliberation.planning.memory import activation_bytes, measure, shard_bytes
+from latent_deliberation.planning.program import parse
+from latent_deliberation.sharding import MeshConfig, make_mesh
+
+# The forward loop gives the activations (400 bytes) and something that only the loss reads (40).
+STEP = '''HloModule m
+
+%body (b: (f32[100], f32[10])) -> (f32[100], f32[10]) {
+  ROOT %b = (f32[100]{0}, f32[10]{0}) parameter(0)
+}
+
+%condition (c: (f32[100], f32[10])) -> pred[] {
+  %bound = s32[] constant(2)
+  %c = (f32[100]{0}, f32[10]{0}) parameter(0)
+  ROOT %lt = pred[] compare(%c, %bound), direction=LT
+}
+
+ENTRY %main (p: f32[100]) -> f32[100] {
+  %p = f32[100]{0} parameter(0)
+  %kept = f32[25]{0} negate(%p)
+  %inner = f32[25]{0:T(128)S(1)} negate(%p)
+  %zeros = f32[100]{0} broadcast(%kept)
+  %few = f32[10]{0} slice(%p)
+  %into = (f32[100]{0}, f32[10]{0}) tuple(%zeros, %few)
+  %forward = (f32[100]{0}, f32[10]{0}) while(%into), condition=%condition, body=%body
+  %stacked = f32[100]{0} get-tuple-element(%forward), index=0
+  %seen = f32[10]{0} get-tuple-element(%forward), index=1
+  %loss = f32[] reduce(%seen)
+  %back = (f32[100]{0}, f32[100]{0}) tuple(%stacked, %p)
+  %backward = (f32[100]{0}, f32[100]{0}) while(%back), condition=%condition, body=%body,
+ metadata={op_name="jit(step)/transpose(jvp(x))/while"}
+  %gradient = f32[100]{0} get-tuple-element(%backward), index=1
+  ROOT %sum = f32[100]{0} fusion(%gradient, %kept, %inner), kind=kLoop
+}
+'''
+
+
+def test_activations_are_what_the_backward_pass_finds_in_memory():
+  assert activation_bytes(parse(STEP)) == 4 * (100 + 25)
+
+
+def test_a_program_without_a_backward_pass_keeps_none():
+  assert activation_bytes(parse(STEP.replace('transpose', 'forward'))) == 0
+
+
+def test_a_shard_counts_as_one_device_holds_it():
+  mesh = make_mesh(MeshConfig(2, 4))
+  shape = lambda spec, kind: jax.ShapeDtypeStruct(  # noqa: E731
+      (8, 8), kind, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+  assert shard_bytes([shape(('fsdp',), jnp.float32), shape((), jnp.bfloat16)]) == 64 + 128
+
+
+def test_the_parts_add_up_to_the_peak_that_the_backend_reports():
+  x = jnp.zeros((64, 64))
+  compiled = jax.jit(lambda x: jnp.sin(x) @ x).lower(x).compile()
+  arguments = {'frozen': x.nbytes, 'trainable': 0, 'optimizer': 0, 'batch': 0}
+  memory = measure(compiled, parse(compiled.as_text()), arguments)
+  assert memory.peak == compiled.memory_analysis().peak_memory_in_bytes >= 2 * x.nbytes
+  assert memory.frozen + memory.activations + memory.temporary == memory.peak
+  assert memory.state == x.nbytes
+  assert memory.largest == 'frozen'
