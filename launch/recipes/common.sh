@@ -26,7 +26,9 @@ read_flags() {
         [[ " $known " == *" $flag "* ]] || fail "--$flag is not a flag; those are: $known dry_run"
         printf -v "$flag" '%s' "${1#*=}"
         ;;
-      *) fail "$1: flags are --name=value, of: $known dry_run; what is to be run stands behind --" ;;
+      *)
+        fail "$1: flags are --name=value, of: $known dry_run; what is to be run stands behind --"
+        ;;
     esac
     shift
   done

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A run on TPU slices of a GKE cluster, by xpk (pip install xpk); one slice, or several.
 #
-#   export RECIPE_CLUSTER=tpus RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project RECIPE_BUCKET=my-bucket
-#   export RECIPE_TYPE=v5litepod-256 RECIPE_IMAGE=us-docker.pkg.dev/my-project/images/latents
+#   export RECIPE_CLUSTER=tpus RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project
+#   export RECIPE_BUCKET=my-bucket RECIPE_TYPE=v5litepod-256
+#   export RECIPE_IMAGE=us-docker.pkg.dev/my-project/images/latents
 #   gke.sh cluster --slices=2 --capacity=spot
 #   gke.sh storage
 #   gke.sh image
@@ -13,8 +14,8 @@
 #   gke.sh stop --name=first
 #   gke.sh delete
 #
-# With several slices the mesh needs --config.mesh.replica of their number: gradients alone cross the
-# network between slices then, once a step. --capacity is spot, on-demand or the name of a
+# With several slices the mesh needs --config.mesh.replica of their number: gradients alone cross
+# the network between slices then, once a step. --capacity is spot, on-demand or the name of a
 # reservation. --dry_run prints the commands, one a line, and runs none.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -40,7 +41,8 @@ make_cluster() {
     spot | on-demand) how=--$capacity ;;
     *) how=--reservation=$capacity ;;
   esac
-  on_cluster cluster create --tpu-type="$type" --num-slices="$slices" "$how" --enable-gcsfuse-csi-driver
+  on_cluster cluster create --tpu-type="$type" --num-slices="$slices" "$how" \
+    --enable-gcsfuse-csi-driver
 }
 
 attach_storage() {
@@ -63,7 +65,8 @@ start() {
   ((${#rest[@]})) || fail 'run needs a script and its flags behind --: run -- launch/train.py ...'
   local command='cd /latent_deliberation'
   if [[ -n $data ]]; then
-    command+=" && bash launch/recipes/host.sh stage --from=bucket/$(quote "$data") --to=/tmp/data"
+    command+=' && bash launch/recipes/host.sh stage'
+    command+=" $(quote --from="bucket/$data" --to="/tmp/$data")"
   fi
   # exec, so that the signal with which a pod is ended comes to python, which saves. A pod that was
   # lost makes all of them start again, from the newest checkpoint.
@@ -75,7 +78,8 @@ start() {
 
 # What process 0 of every slice says.
 follow() {
-  run gcloud container clusters get-credentials "$cluster" --location="${zone%-*}" --project="$project"
+  run gcloud container clusters get-credentials "$cluster" --location="${zone%-*}" \
+    --project="$project"
   run kubectl logs --follow --prefix --all-containers --tail=100 \
     --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
 }

@@ -13,17 +13,19 @@ source "$here/common.sh"
 action=${1:-}
 bucket=${RECIPE_BUCKET:-} from='' to=''
 read_flags 'bucket from to' "${@:2}"
-fuse_key=/usr/share/keyrings/cloud.google.asc
+packages=https://packages.cloud.google.com/apt
+key=/usr/share/keyrings/cloud.google.asc
 
 install() {
   # The images have Python 3.10, and this project needs 3.11, which uv brings.
-  run bash -c 'curl -LsSf https://astral.sh/uv/install.sh | sh'
+  run bash -o pipefail -c 'curl -LsSf https://astral.sh/uv/install.sh | sh'
   run "$HOME/.local/bin/uv" venv --clear --python=3.11 "$HOME/venv"
   run "$HOME/.local/bin/uv" pip install --python="$HOME/venv" -r requirements.txt -e '.[tpu]'
   # jax asks for it on v5e and later: the runtime starts and stops faster.
   run sudo bash -c 'echo always >/sys/kernel/mm/transparent_hugepage/enabled'
-  run bash -c "curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee $fuse_key >/dev/null"
-  run bash -c "echo deb [signed-by=$fuse_key] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main | sudo tee /etc/apt/sources.list.d/gcsfuse.list"
+  run bash -o pipefail -c "curl -fsS $packages/doc/apt-key.gpg | sudo tee $key >/dev/null"
+  run bash -o pipefail -c "echo deb [signed-by=$key] $packages gcsfuse-\$(lsb_release -cs) main |\
+ sudo tee /etc/apt/sources.list.d/gcsfuse.list"
   run sudo apt-get update
   run sudo apt-get install --yes gcsfuse
 }
@@ -48,6 +50,7 @@ stage() {
     return
   fi
   # Rows are read at random through memory maps: over a network each page would be a request.
+  run mkdir -p "$(dirname "$to")"
   run rm -rf "$to.partial"
   run cp -r "$from" "$to.partial"
   run mv "$to.partial" "$to"

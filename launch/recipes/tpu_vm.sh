@@ -10,11 +10,12 @@
 #   tpu_vm.sh stop
 #   tpu_vm.sh delete
 #
-# Before training every host copies the rows of --data=data in the bucket to its own /tmp/data; with
-# --data= nothing is copied. --spot=yes asks for capacity that may be taken away.
+# Before training every host copies bucket/data to its own /tmp/data, once; --data=NAME is for rows
+# of another name, and with --data= nothing is copied. --spot=yes asks for capacity that may be
+# taken away.
 #
-# --dry_run prints the commands, one a line, and runs none; no cloud tool is needed then. Versions of
-# the runtime: v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p (whose types count two cores a
+# --dry_run prints the commands, one a line, and runs none; no cloud tool is needed then. Versions
+# of the runtime: v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p (whose types count two cores a
 # chip: v5p-256 has 128 chips), v2-alpha-tpuv6e for v6e.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -35,7 +36,8 @@ on_hosts() {
 }
 
 create() {
-  [[ -n $type && -n $version ]] || fail 'create needs --type=v5litepod-256 and --version=v2-alpha-tpuv5-lite, or others'
+  [[ -n $type && -n $version ]] ||
+    fail 'create needs --type=v5litepod-256 and --version=v2-alpha-tpuv5-lite, or others'
   [[ $spot == yes || $spot == no ]] || fail "--spot=$spot: yes or no"
   local wanted=(--accelerator-type="$type" --version="$version" --scopes=cloud-platform)
   if [[ $spot == yes ]]; then
@@ -65,7 +67,7 @@ case $action in
   run)
     ((${#rest[@]})) || fail 'run needs a script and its flags behind --: run -- launch/train.py ...'
     if [[ -n $data ]]; then
-      on_hosts all bash launch/recipes/host.sh stage --from="bucket/$data" --to=/tmp/data
+      on_hosts all bash launch/recipes/host.sh stage --from="bucket/$data" --to="/tmp/$data"
     fi
     on_hosts all bash launch/recipes/host.sh start -- "${rest[@]}"
     ;;

@@ -86,6 +86,8 @@ def test_training_begins_on_all_hosts_once_the_rows_are_on_their_disks():
   assert inside[1][-6:] == ['launch/recipes/host.sh', 'start', *shlex.split(TRAIN)]
   (alone,) = shown('tpu_vm', f'run --data= {TRAIN}')
   assert alone == start
+  other, _ = shown('tpu_vm', f'run --data=c4 {TRAIN}')
+  assert other[7].endswith(' --from=bucket/c4 --to=/tmp/c4')
 
 
 def test_a_host_trains_with_the_flags_of_the_environment_file():
