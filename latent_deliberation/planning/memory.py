@@ -10,11 +10,9 @@ import jax
 from latent_deliberation.array_types import PyTree
 from latent_deliberation.planning.program import Instruction, Program, array_bytes
 
-# The arguments of a step, as keys of `argument_bytes`.
-KINDS = ('frozen', 'trainable', 'optimizer', 'batch')
 _INDEX = re.compile(r'index=(\d+)')
 # What gives its operand another name, or writes into it.
-_IN_PLACE = ('bitcast', 'copy-done', 'optimization-barrier', 'dynamic-update-slice')
+_IN_PLACE = ('bitcast', 'optimization-barrier', 'dynamic-update-slice', 'while')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ def measure(compiled: jax.stages.Compiled, program: Program,
   Args:
     compiled: the step.
     program: the same, parsed.
-    arguments: bytes of each of KINDS on a chip.
+    arguments: bytes on a chip of 'frozen', 'trainable', 'optimizer' and 'batch'.
   """
   peak = compiled.memory_analysis().peak_memory_in_bytes
   rest = max(peak - sum(arguments.values()), 0)
@@ -104,8 +102,10 @@ def _alive_bytes(instructions: list[Instruction], place: int) -> int:
           operands[0][int(_INDEX.search(instruction.attributes)[1])]] if operands else []
     elif instruction.opcode == 'tuple':
       buffers[instruction.name] = [operand[0] for operand in operands if operand]
-    elif instruction.opcode in ('while', *_IN_PLACE) and operands:
+    elif instruction.opcode in _IN_PLACE and operands:
       buffers[instruction.name] = operands[0]
+    elif instruction.opcode == 'copy-done':
+      buffers[instruction.name] = operands[0][:1]  # of (target, source, ...)
     else:
       buffers[instruction.name] = [(instruction.name, number) for number in range(len(made))]
       if index < place:

@@ -79,9 +79,6 @@ def prepare(name: str) -> None:
       raise ValueError(f'--topology={name}: {_explain()}')
     jax.config.update('jax_num_cpu_devices', int(shape))
   jax.config.update('jax_platforms', _CPU)  # libtpu is there to compile, and finds no TPU
-  # One process compiles beside another; and no one asks a metadata server who this machine is.
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 
 
 def find_topology(name: str) -> Topology:
@@ -103,6 +100,9 @@ def find_topology(name: str) -> Topology:
   if importlib.util.find_spec('libtpu') is None:
     raise RuntimeError(f"--topology={name} needs TPU's compiler, libtpu, which is not installed: "
                        "pip install -e '.[tpu]', or plan on virtual devices, --topology=cpu:8")
+  # One process compiles beside another, and none asks a metadata server what machine this is.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   try:
     devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
   except (jax.errors.JaxRuntimeError, ValueError) as error:

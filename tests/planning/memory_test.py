@@ -25,6 +25,8 @@ ENTRY %main (p: f32[100]) -> f32[100] {
   %p = f32[100]{0} parameter(0)
   %kept = f32[25]{0} negate(%p)
   %inner = f32[25]{0:T(128)S(1)} negate(%p)
+  %moving = (f32[50]{0}, f32[50]{0}, u32[]) copy-start(%p)
+  %moved = f32[50]{0} copy-done(%moving)
   %zeros = f32[100]{0} broadcast(%kept)
   %few = f32[10]{0} slice(%p)
   %into = (f32[100]{0}, f32[10]{0}) tuple(%zeros, %few)
@@ -36,13 +38,13 @@ ENTRY %main (p: f32[100]) -> f32[100] {
   %backward = (f32[100]{0}, f32[100]{0}) while(%back), condition=%condition, body=%body,
  metadata={op_name="jit(step)/transpose(jvp(x))/while"}
   %gradient = f32[100]{0} get-tuple-element(%backward), index=1
-  ROOT %sum = f32[100]{0} fusion(%gradient, %kept, %inner), kind=kLoop
+  ROOT %sum = f32[100]{0} fusion(%gradient, %kept, %moved, %inner), kind=kLoop
 }
 '''
 
 
 def test_activations_are_what_the_backward_pass_finds_in_memory():
-  assert activation_bytes(parse(STEP)) == 4 * (100 + 25)
+  assert activation_bytes(parse(STEP)) == 4 * (100 + 25 + 50)
 
 
 def test_a_program_without_a_backward_pass_keeps_none():
