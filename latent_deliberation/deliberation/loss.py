@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, typed
 from latent_deliberation.model.attention import softcap
@@ -52,11 +53,12 @@ def _chosen(logits: Array, targets: Array) -> Array:
 def _by_slices(measure: Callable[[Array, Array], Array], hidden: Array, targets: Array,
                unembedding: Array, cap: float | None, chunk: int) -> Array:
   """measure(logits [B, n, V], targets [B, n]) -> [B, n], over slices of the N targets."""
+  # In shards of the vocabulary alone: a head in shards of D would be gathered for every slice.
+  unembedding = nn.with_logical_constraint(unembedding.astype(hidden.dtype), ('vocab', None))
 
   @jax.checkpoint
   def of_slice(hidden: Array, targets: Array) -> Array:
-    logits = jnp.einsum('BND,VD->BNV', hidden, unembedding.astype(hidden.dtype),
-                        preferred_element_type=jnp.float32)
+    logits = jnp.einsum('BND,VD->BNV', hidden, unembedding, preferred_element_type=jnp.float32)
     return measure(softcap(logits, cap), targets)
 
   batch, length, width = hidden.shape
