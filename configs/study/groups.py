@@ -34,6 +34,6 @@ def get_config(group='s5'):
           options={'group': task.group, 'length': task.length, 'skew': task.skew},
           questions=QUESTIONS, length=128, validation_percent=2),
       pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=2000)),
-      training=replace(start.training, loop=replace(start.training.loop, num_steps=1500)),
+      training=replace(start.training, loop=replace(start.training.loop, num_steps=1000)),
       deliberation=replace(start.deliberation, anchor_tokens=HOPS['ids'](task.anchors)))
   return as_config(replace(study, name=f'state tracking, {group}', experiment=experiment))
