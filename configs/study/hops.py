@@ -26,6 +26,11 @@ QUESTIONS = 20  # of a training document
 TASK = Hops(nodes=6, hops=4, skew=1.0)
 
 
+def ids(signs):
+  """Byte tokens of characters."""
+  return tuple(FIRST_BYTE + ord(sign) for sign in signs)
+
+
 def _latents(**choices):
   return ArmConfig(changes={'deliberation': choices})
 
@@ -80,7 +85,7 @@ def _experiment():
           loop=LoopConfig(num_steps=8000, log_every=100, eval_every=1000, save_every=1000, keep=2)),
       deliberation=DeliberationConfig(
           num_latents=1, num_ahead=1, num_traces=QUESTIONS,
-          anchor_tokens=tuple(FIRST_BYTE + ord(sign) for sign in TASK.anchors)),
+          anchor_tokens=ids(TASK.anchors)),
       training=TrainingConfig(
           batch_size=16,
           optimizer=OptimizerConfig(

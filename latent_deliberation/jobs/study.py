@@ -47,6 +47,8 @@ def run_study(study: Study, workdir: Path) -> dict[str, Any]:
   clock = PhaseClock(workdir / 'phases.json')
   with clock.phase('data'):
     prepare_data(study.experiment, workdir)
+    lessons = workdir / 'lessons' if study.lessons else workdir
+    prepare_data(study.variant(next(iter(study.arms)), study.seeds[0]), lessons)
     measure = open_measure(study, workdir, mesh)  # there must be enough text for it, hours later
   with clock.phase('decoder'):
     decoder = pretrain(study.experiment, workdir / 'decoder', workdir)
@@ -57,7 +59,8 @@ def run_study(study: Study, workdir: Path) -> dict[str, Any]:
     runs, seconds = [], []
     for seed in study.seeds:
       with clock.phase(phase := f'{name}, seed {seed}'):
-        runs.append(_run(study, name, seed, decoder, frozen, digest, workdir, measure, mesh))
+        runs.append(_run(study, name, seed, decoder, frozen, digest, workdir, lessons, measure,
+                         mesh))
       seconds.append(clock.seconds[phase])
       progress.update(number * len(study.seeds) + len(runs))
     arms |= _arms(study, name, runs, measure, tuple(seconds))
@@ -97,16 +100,16 @@ def _place(workdir: Path, name: str, seed: int) -> Path:
 
 
 def _run(study: Study, name: str, seed: int, decoder: Path, frozen: Params, digest: str,
-         workdir: Path, measure: QuestionMeasure | TextMeasure, mesh: Mesh) -> _Run:
+         workdir: Path, lessons: Path, measure: QuestionMeasure | TextMeasure, mesh: Mesh) -> _Run:
   experiment, place = study.variant(name, seed), _place(workdir, name, seed)
   learns = study.arms[name].learns
   if learns == LATENTS:
-    params = train_coprocessor(experiment, decoder, place, workdir)
+    params = train_coprocessor(experiment, decoder, place, lessons)
     constant = experiment.deliberation.trainable == 'constant'
     count = count_parameters(params)
     scores = measure(experiment, (OWN,) if constant else (OWN, *CONTROLS), params, frozen)
     return _Run(count, count_parameters(frozen) + count, scores)
-  tuned = tune_decoder(experiment, learns, frozen, digest, place, workdir, mesh)
+  tuned = tune_decoder(experiment, learns, frozen, digest, place, lessons, mesh)
   scores = measure(experiment, (OWN if tuned.latents else BASELINE,), tuned.latents, tuned.decoder)
   total = count_parameters(tuned.decoder) + count_parameters(tuned.latents)
   return _Run(tuned.trained, total, scores)

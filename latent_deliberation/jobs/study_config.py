@@ -63,21 +63,30 @@ class Study:
       are called 'shuffled', 'zero' and 'mean', of any other NAME 'NAME/shuffled' and so on.
     seeds: of what the arms train; each has its own initialisation, traces and order of text.
     questions: see QuestionsConfig.
+    lessons: options of the synthetic task by which the text that arms train on differs from the
+      decoder's, such as {'skew': 0.0} for hard questions as often as easy ones. The same for every
+      arm; what is asked in the end does not depend on it.
   """
   name: str
   experiment: Experiment
   arms: Mapping[str, ArmConfig]
   seeds: tuple[int, ...] = (0, 1, 2)
   questions: QuestionsConfig = QuestionsConfig()
+  lessons: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     object.__setattr__(self, 'seeds', tuple(self.seeds))
+    object.__setattr__(self, 'lessons', dict(self.lessons))
     if not self.seeds or len(set(self.seeds)) < len(self.seeds):
       raise ValueError(f'seeds = {self.seeds}: give one or more, all different')
     if self.questions.per_difficulty and self.experiment.data.source != 'synthetic':
       raise ValueError(f'questions.per_difficulty = {self.questions.per_difficulty}, but '
                        f'data.source = {self.experiment.data.source!r} asks no questions: set 0, '
                        "or choose 'synthetic'")
+    if self.lessons and self.experiment.data.source != 'synthetic':
+      raise ValueError(f'lessons = {self.lessons}, but data.source = '
+                       f"{self.experiment.data.source!r} has no options: leave them out, or choose "
+                       "'synthetic'")
     reserved = {BASELINE, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
       raise ValueError(f'arms are called {sorted(self.arms)}: there must be one, none without a '
@@ -89,7 +98,7 @@ class Study:
       self.variant(name, self.seeds[0])
 
   def variant(self, arm: str, seed: int) -> Experiment:
-    """The experiment of one arm with one seed.
+    """The experiment of one arm with one seed, on the text of `lessons`.
 
     Raises:
       ValueError: a change names what is not there, is not allowed, or would give the arm another
@@ -101,6 +110,7 @@ class Study:
       raise ValueError(f'arms.{arm}.changes: {shared} must be the same in every arm; change the '
                        "study's experiment")
     config = _merged(dataclasses.asdict(self.experiment), changes)
+    config['data']['options'] |= self.lessons
     return dataclasses.replace(bind(config, where=f'arms.{arm}'), seed=seed)
 
 

@@ -75,6 +75,16 @@ def test_more_seeds_go_on_from_what_is_complete(finished_study):
   assert more['overall']['frozen'] == summary['overall']['frozen']
 
 
+def test_arms_learn_from_lessons_and_the_decoder_from_its_own_text(finished_study):
+  workdir, summary = finished_study
+  other = run(workdir, 'lessons')
+  assert other['overall']['frozen'] == summary['overall']['frozen']
+  assert json.loads((workdir / 'arms/taught/seed0/run.json').read_text())['data'] != (
+      json.loads((workdir / 'arms/own/seed0/run.json').read_text())['data'])
+  assert json.loads((workdir / 'decoder/run.json').read_text())['config']['data']['options'] == {
+      'nodes': 4, 'hops': 3}
+
+
 def test_text_is_scored_by_ahead_position(finished_study):
   workdir, _ = finished_study
   summary = run(workdir, 'own', '--config.questions.per_difficulty=0')
@@ -95,6 +105,11 @@ def test_text_is_scored_by_ahead_position(finished_study):
 def test_unfair_or_unknown_arms_are_refused(arms, message):
   with pytest.raises(ValueError, match=message):
     study(arms)
+
+
+def test_lessons_need_a_task_with_options():
+  with pytest.raises(ValueError, match=r"lessons = {'skew': 2.0}, but data.source = 'stdlib'"):
+    study(data=DataConfig(vocabulary='byte', length=64), per_difficulty=0, lessons={'skew': 2.0})
 
 
 def test_questions_need_a_task_that_asks_them():

@@ -1,6 +1,7 @@
 """A study for tests: two steps of every arm, on a mesh of one device."""
 
 import dataclasses
+from types import MappingProxyType
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.jobs.experiment import as_config, bind
@@ -16,7 +17,7 @@ DATA = DataConfig(source='synthetic', name='hops', options={'nodes': 4, 'hops': 
                   questions=6, vocabulary='byte', length=29, validation_percent=20)
 
 
-def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA):
+def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA, lessons=MappingProxyType({})):
   """The study with some arms and seeds; on text where there are no questions."""
   config = finished.config_of('tiny')
   config.update_from_flattened_dict({
@@ -27,10 +28,12 @@ def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA):
   anchors = dataclasses.replace(
       experiment.deliberation, anchor_tokens=tuple(4 + ord(sign) for sign in 'ABCD'))
   return Study(name='test', experiment=dataclasses.replace(experiment, deliberation=anchors),
-               arms=arms, seeds=seeds,
+               arms=arms, seeds=seeds, lessons=lessons,
                questions=QuestionsConfig(per_difficulty=per_difficulty, batch_size=4))
 
 
 def get_config(which='all'):
-  """The study with all arms, or with the coprocessor alone."""
+  """The study with all arms, with the coprocessor alone, or with one that has its own lessons."""
+  if which == 'lessons':
+    return as_config(study({'taught': ArmConfig()}, lessons={'skew': 2.0}))
   return as_config(study({'all': ARMS, 'own': {'own': ARMS['own']}}[which]))

@@ -8,6 +8,7 @@ import numpy as np
 from latent_deliberation.data.synthetic.question import (
   Question,
   check_integer,
+  check_skew,
   draw_difficulties,
 )
 
@@ -28,10 +29,12 @@ class Arithmetic:
     operation: '+' or '*'.
     digits: both operands have k digits at difficulty k, 1 to digits, without a leading 0.
     reverse: write answers from the least significant digit on; operands are written as usual.
+    skew: the probability of difficulty k is proportional to exp(-skew * k).
   """
   operation: str = '+'
   digits: int = 3
   reverse: bool = True
+  skew: float = 0.0
 
   def __post_init__(self):
     if self.operation not in OPERATIONS:
@@ -39,6 +42,7 @@ class Arithmetic:
     check_integer('digits', self.digits, 1, MOST_DIGITS)
     if not isinstance(self.reverse, bool):
       raise ValueError(f'reverse = {self.reverse!r}: it must be True or False')
+    check_skew(self.skew)
 
   @property
   def difficulties(self) -> tuple[int, ...]:
@@ -51,7 +55,7 @@ class Arithmetic:
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
     """See `Task.ask`."""
-    digits = draw_difficulties(rng, count, self.difficulties, difficulty)
+    digits = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     high = 10 ** np.array(digits)
     low = np.where(high == 10, 0, high // 10)
     first, second = rng.integers(low, high, size=(2, count))

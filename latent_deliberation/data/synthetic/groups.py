@@ -8,8 +8,8 @@ import numpy as np
 from latent_deliberation.data.synthetic.question import (
   Question,
   check_integer,
+  check_skew,
   draw_difficulties,
-  take_turns,
 )
 
 # Row by row, where an operation takes the items 0 to 4. The cube of the second row swaps 0 and 1,
@@ -17,12 +17,15 @@ from latent_deliberation.data.synthetic.question import (
 S5_ROWS = ((0, 1, 2, 3, 4), (1, 0, 3, 4, 2), (2, 3, 4, 0, 1), (3, 4, 1, 2, 0), (4, 2, 0, 1, 3))
 GROUPS = ('s5', 'zp')
 OPERATIONS, ITEMS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
-MARKS = '123456789' + string.ascii_uppercase
+LONGEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-  """'bdea...;' are operations in turn; 'n3' asks where the first three take n, one letter.
+  """'nbdE' asks where the operations b, d and e in turn take the item n, one letter; no context.
+
+  The last operation is a capital: the token that the answer is predicted from then is an operation
+  itself, and no operation before it looks like the end.
 
   Operations form a Latin square: for either group, a random one takes every item everywhere equally
   often, so that answers are uniform at every difficulty, and the two groups differ in nothing but
@@ -33,11 +36,13 @@ class Groups:
   Attributes:
     group: 's5' or 'zp'.
     modulus: p of 'zp', the number of items and of operations; S5 has 5.
-    length: operations of a context; difficulty k asks about the first k.
+    length: difficulties are 1 to length operations.
+    skew: the probability of difficulty k is proportional to exp(-skew * k).
   """
   group: str = 's5'
   modulus: int = 5
-  length: int = 12
+  length: int = 6
+  skew: float = 0.0
 
   def __post_init__(self):
     if self.group not in GROUPS:
@@ -46,7 +51,8 @@ class Groups:
     if self.group == 's5' and self.modulus != 5:
       raise ValueError(f"modulus = {self.modulus}, but group = 's5' acts on 5 items: leave it at "
                        "5, or set group = 'zp'")
-    check_integer('length', self.length, 1, len(MARKS), ', one digit or capital letter')
+    check_integer('length', self.length, 1, LONGEST)
+    check_skew(self.skew)
 
   @property
   def difficulties(self) -> tuple[int, ...]:
@@ -54,20 +60,22 @@ class Groups:
 
   @property
   def anchors(self) -> str:
-    return MARKS[:self.length]
+    return OPERATIONS[:self.modulus].upper()
 
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
     """See `Task.ask`."""
-    numbers = draw_difficulties(rng, count, self.difficulties, difficulty)
-    rows, operations = self._rows(), rng.integers(self.modulus, size=self.length).tolist()
-    context = ''.join([OPERATIONS[operation] for operation in operations]) + ';'
-    places = [range(self.modulus)]  # of each item, after 0, 1, ... operations
-    for operation in operations:
-      places.append([rows[operation][place] for place in places[-1]])
-    items = take_turns(rng, numbers, dict.fromkeys(self.difficulties, self.modulus))
-    return [Question(context, ITEMS[item] + MARKS[k - 1], ITEMS[places[k][item]], k)
-            for item, k in zip(items, numbers, strict=True)]
+    numbers = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
+    rows, items = self._rows(), rng.integers(self.modulus, size=count).tolist()
+    questions = []
+    for item, number in zip(items, numbers, strict=True):
+      *early, last = operations = rng.integers(self.modulus, size=number).tolist()
+      place = item
+      for operation in operations:
+        place = rows[operation][place]
+      asked = ''.join([OPERATIONS[operation] for operation in early]) + OPERATIONS[last].upper()
+      questions.append(Question('', ITEMS[item] + asked, ITEMS[place], number))
+    return questions
 
   def _rows(self) -> tuple[tuple[int, ...], ...]:
     if self.group == 's5':

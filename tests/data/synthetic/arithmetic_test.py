@@ -1,3 +1,4 @@
+import collections
 import re
 
 import numpy as np
@@ -27,9 +28,17 @@ def test_all_numbers_of_a_width_are_asked_for():
   assert {int(question.question[0]) for question in asked} == set(range(10))
 
 
+def test_skew_is_the_decay_of_difficulties():
+  asked = Arithmetic(digits=3, skew=0.5).ask(np.random.default_rng(0), 30_000)
+  counts = collections.Counter(question.difficulty for question in asked)
+  assert counts[1] / counts[2] == pytest.approx(np.exp(0.5), rel=0.1)
+  assert counts[2] / counts[3] == pytest.approx(np.exp(0.5), rel=0.1)
+
+
 @pytest.mark.parametrize(('options', 'message'), [
     ({'operation': '-'}, r"operation = '-': choose one of \('\+', '\*'\)"),
     ({'digits': 10}, 'digits = 10: it must lie between 1 and 9'),
+    ({'skew': 11}, 'skew = 11: it must lie between -10 and 10'),
     ({'reverse': 1}, 'reverse = 1: it must be True or False'),
 ])
 def test_a_bad_option_is_named_with_its_bounds(options, message):

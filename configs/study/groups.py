@@ -1,0 +1,39 @@
+"""State tracking: how many operations in a row does a decoder follow, and how many with latents?
+
+  python launch/study.py --config=configs/study/groups.py:s5 --workdir=runs/s5
+  python launch/study.py --config=configs/study/groups.py:cyclic --workdir=runs/cyclic
+
+The same questions in two groups: in S5 nothing helps but to follow the operations one by one, in
+the cyclic group Z_5 it is enough to add them up. Decoder and arms are those of hops.py:quick.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.synthetic.groups import Groups
+from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.study_config import Study
+
+HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
+GROUPS = {'s5': 's5', 'cyclic': 'zp'}
+QUESTIONS = 20  # of a training document
+
+
+def get_config(group='s5'):
+  """'s5' or 'cyclic'."""
+  if group not in GROUPS:
+    raise ValueError(f'groups.py:{group}: choose one of {sorted(GROUPS)}')
+  study = bind(HOPS['get_config']('quick'), Study)
+  task, start = Groups(GROUPS[group], length=6, skew=0.3), study.experiment
+  experiment = replace(
+      start,
+      data=DataConfig(
+          source='synthetic', name='groups', vocabulary='byte', documents=20_000,
+          options={'group': task.group, 'length': task.length, 'skew': task.skew},
+          questions=QUESTIONS, length=128, validation_percent=2),
+      pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=2000)),
+      training=replace(start.training, loop=replace(start.training.loop, num_steps=1000)),
+      deliberation=replace(start.deliberation, anchor_tokens=HOPS['ids'](task.anchors)))
+  return as_config(replace(study, name=f'state tracking, {group}', experiment=experiment))

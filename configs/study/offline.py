@@ -1,0 +1,30 @@
+"""Latents before the question: can a coprocessor prepare a context for whatever will be asked?
+
+  python launch/study.py --config=configs/study/offline.py --workdir=runs/offline
+
+Pointer chasing as in hops.py:quick, with the same decoder and text, but latents refine the facts
+themselves as soon as all of them have been read, and every question behind them is answered from
+what they prepared.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.study_config import Study
+
+HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
+FACTS = 2 * HOPS['TASK'].nodes + 1  # tokens, with the sign that ends them
+QUESTIONS = 3 * HOPS['QUESTIONS']  # tokens, with their answers
+
+
+def get_config():
+  """A coprocessor and constant soft tokens beside the frozen decoder."""
+  study = bind(HOPS['get_config']('quick'), Study)
+  start = study.experiment
+  experiment = replace(start, deliberation=replace(
+      start.deliberation, num_latents=FACTS, num_ahead=QUESTIONS, num_traces=1,
+      anchor_tokens=HOPS['ids'](';')))
+  return as_config(replace(study, name='pointer chasing, offline', experiment=experiment,
+                           questions=replace(study.questions, offline=True)))
