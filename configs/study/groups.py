@@ -4,7 +4,8 @@
   python launch/study.py --config=configs/study/groups.py:cyclic --workdir=runs/cyclic
 
 The same questions in two groups: in S5 nothing helps but to follow the operations one by one, in
-the cyclic group Z_5 it is enough to add them up. Decoder and arms are those of hops.py:quick.
+the cyclic group Z_5 it is enough to add them up. Decoder and arms are those of hops.py:quick, but for
+what arms train on: as many long questions as short ones, where the decoder's text has mostly short.
 """
 
 import runpy
@@ -34,6 +35,7 @@ def get_config(group='s5'):
           options={'group': task.group, 'length': task.length, 'skew': task.skew},
           questions=QUESTIONS, length=128, validation_percent=2),
       pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=2000)),
-      training=replace(start.training, loop=replace(start.training.loop, num_steps=1000)),
+      training=replace(start.training, loop=replace(start.training.loop, num_steps=2000)),
       deliberation=replace(start.deliberation, anchor_tokens=HOPS['ids'](task.anchors)))
-  return as_config(replace(study, name=f'state tracking, {group}', experiment=experiment))
+  return as_config(replace(
+      study, name=f'state tracking, {group}', experiment=experiment, lessons={'skew': 0.0}))
