@@ -4,8 +4,8 @@
   python launch/study.py --config=configs/study/groups.py:cyclic --workdir=runs/cyclic
 
 The same questions in two groups: in S5 nothing helps but to follow the operations one by one, in
-the cyclic group Z_5 it is enough to add them up. Decoder and arms are those of hops.py:quick, but for
-what arms train on: as many long questions as short ones, where the decoder's text has mostly short.
+the cyclic group Z_5 it is enough to add them up. Decoder and arms are those of hops.py:quick, but
+for what the arms train on: long questions as often as short ones, unlike the decoder's text.
 """
 
 import runpy
