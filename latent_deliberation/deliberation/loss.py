@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, typed
 from latent_deliberation.model.attention import softcap
@@ -53,9 +54,12 @@ def _by_slices(measure: Callable[[Array, Array], Array], hidden: Array, targets:
                unembedding: Array, cap: float | None, chunk: int) -> Array:
   """measure(logits [B, n, V], targets [B, n]) -> [B, n], over slices of the N targets."""
 
+  # Whole rows: a device that has a part of each would gather the others for every slice.
+  unembedding = nn.with_logical_constraint(unembedding.astype(hidden.dtype), ('vocab', None))
+
   @jax.checkpoint
   def of_slice(hidden: Array, targets: Array) -> Array:
-    logits = jnp.einsum('BND,VD->BNV', hidden, unembedding.astype(hidden.dtype),
+    logits = jnp.einsum('BND,VD->BNV', hidden, unembedding,
                         preferred_element_type=jnp.float32)
     return measure(softcap(logits, cap), targets)
 
