@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -249,19 +248,6 @@ def test_fused_attention_has_its_own_gradient_where_the_trunk_is_a_constant(
 
   jax.eval_shape(jax.grad(total, argnums=(0, 1) if tuned else 0), params, decoder_params)
   assert bool(calls) == tuned
-
-
-def test_a_backward_pass_that_keeps_the_results_of_the_kernel_does_not_run_it_again(
-    decoder_params, batch):
-
-  def runs(remat: str) -> int:
-    deliberator = tiny.deliberator(attention='fused', remat=remat)
-    params = tiny.coprocessor_params(deliberator, decoder_params)
-    total = lambda params: deliberator.forward(  # noqa: E731
-        params, decoder_params, batch, traces_at(batch)).sum()
-    return len(re.findall(r'name=attention\b', str(jax.make_jaxpr(jax.grad(total))(params))))
-
-  assert runs('mid') == runs('dots') == runs('none') < runs('full')
 
 
 def test_traces_that_do_not_exist_are_finite_and_so_are_their_gradients(decoder_params):
