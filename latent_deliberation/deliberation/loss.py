@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, typed
 from latent_deliberation.model.attention import softcap
@@ -32,31 +32,35 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
   return _by_slices(functools.partial(_nll, cap), hidden, targets, unembedding, chunk)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(cap: float | None, hidden: Array, targets: Array, unembedding: Array) -> Array:
+def _compute_nll(cap: float | None, hidden: Array, targets: Array, unembedding: Array) -> Array:
   logits = _logits(cap, hidden, unembedding)
   return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
 
 
-def _nll_forward(cap: float | None, hidden, targets, unembedding):
+_nll = jax.custom_vjp(_compute_nll, nondiff_argnums=(0,))
+
+
+def _nll_forward(cap: float | None, hidden: CustomVJPPrimal, targets: CustomVJPPrimal,
+                 unembedding: CustomVJPPrimal) -> tuple[Array, Array | tuple[Array, Array, Array]]:
   def of_hidden(hidden: Array) -> Array:
-    return _nll.fun(cap, hidden, targets.value, unembedding.value)
+    return _compute_nll(cap, hidden, targets.value, unembedding.value)
 
   if unembedding.perturbed:
     return of_hidden(hidden.value), (hidden.value, targets.value, unembedding.value)
   # A target depends on its own hidden state alone, so that ones give the gradient of each.
   nll, pull = jax.vjp(of_hidden, hidden.value)
-  return nll, pull(jnp.ones_like(nll))
+  gradient, = pull(jnp.ones_like(nll))
+  return nll, gradient
 
 
-def _nll_backward(cap: float | None, residuals, cotangent: Array | SymbolicZero):
+def _nll_backward(cap: float | None, residuals: Array | tuple[Array, Array, Array],
+                  cotangent: Array | SymbolicZero) -> tuple[Array, None, Array | None]:
   if isinstance(cotangent, SymbolicZero):
     cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
-  if len(residuals) == 1:
-    gradient, = residuals
-    return (gradient * cotangent[..., None]).astype(gradient.dtype), None, None
+  if not isinstance(residuals, tuple):
+    return (residuals * cotangent[..., None]).astype(residuals.dtype), None, None
   hidden, targets, unembedding = residuals
-  _, pull = jax.vjp(lambda hidden, table: _nll.fun(cap, hidden, targets, table),
+  _, pull = jax.vjp(lambda hidden, table: _compute_nll(cap, hidden, targets, table),
                     hidden, unembedding)
   of_hidden, of_table = pull(cotangent)
   return of_hidden, None, of_table
