@@ -30,7 +30,8 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 def get_config(decoder: str = 'gemma2_2b'):
   """For a v5e-256 pod slice: 16 x 16 chips, data parallel over one axis, fsdp over the other.
 
-  With several slices give their number as --config.mesh.replica.
+  A chip has one text at a time. With 64 latents it needs --config.computation.remat=mid. With
+  several slices give their number as --config.mesh.replica; docs/tpu.md says more.
 
   Args:
     decoder: name of a preset, or directory of a decoder.
@@ -42,14 +43,15 @@ def get_config(decoder: str = 'gemma2_2b'):
   else:
     architecture = find_preset(decoder)
   training = TrainingConfig(
-      batch_size=1024, optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
+      batch_size=1024, accumulation=4,
+      optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
       loop=LoopConfig(num_steps=100_000, log_every=50, eval_every=1000, save_every=1000, keep=3))
   return as_config(Experiment(
       decoder=architecture,
       data=DataConfig(source='tfds', name='c4/en:3.1.0', vocabulary_size=256_000, length=2048,
                       mode='online', vocabulary_path=str(tokenizer or '')),
-      computation=Computation(dtype='bfloat16', frozen_dtype='bfloat16', remat='full',
-                              loss_chunk=128),
+      computation=Computation(dtype='bfloat16', frozen_dtype='bfloat16', remat='dots',
+                              loss_chunk=256, attention='auto'),
       mesh=MeshConfig(data=-1, fsdp=16),
       pretraining=training,
       deliberation=DeliberationConfig(

@@ -1,10 +1,12 @@
 """Cross-entropy over a large vocabulary, a slice of the targets at a time; entropy."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, typed
 from latent_deliberation.model.attention import softcap
@@ -16,9 +18,9 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
               chunk: int) -> Float[Array, 'B N']:
   """-log p(target) in nats, float32, from hidden states and the (tied) output head.
 
-  Only [B, chunk, V] logits exist at a time, in the forward and in the backward pass, where each
-  slice is computed again: with V = 256,000, B = 8 and 2048 targets a text all of them at once
-  would be 16.8 GB in float32.
+  Only [B, chunk, V] logits exist at a time: with V = 256,000, B = 8 and 2048 targets a text all of
+  them at once would be 16.8 GB in float32. Where the output head is a constant they exist once, and
+  the gradient of the hidden states is computed with the loss; otherwise again in the backward pass.
 
   Args:
     hidden: states after the final norm.
@@ -27,11 +29,44 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
     cap: soft-cap of the logits.
     chunk: targets of a text per slice; the last slice may be shorter.
   """
+  return _by_slices(functools.partial(_nll, cap), hidden, targets, unembedding, chunk)
 
-  def nll(logits: Array, targets: Array) -> Array:
-    return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
 
-  return _by_slices(nll, hidden, targets, unembedding, cap, chunk)
+def _compute_nll(cap: float | None, hidden: Array, targets: Array, unembedding: Array) -> Array:
+  logits = _logits(cap, hidden, unembedding)
+  return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
+
+
+_nll = jax.custom_vjp(_compute_nll, nondiff_argnums=(0,))
+
+
+def _nll_forward(cap: float | None, hidden: CustomVJPPrimal, targets: CustomVJPPrimal,
+                 unembedding: CustomVJPPrimal) -> tuple[Array, Array | tuple[Array, Array, Array]]:
+  def of_hidden(hidden: Array) -> Array:
+    return _compute_nll(cap, hidden, targets.value, unembedding.value)
+
+  if unembedding.perturbed:
+    return of_hidden(hidden.value), (hidden.value, targets.value, unembedding.value)
+  # A target depends on its own hidden state alone, so that ones give the gradient of each.
+  nll, pull = jax.vjp(of_hidden, hidden.value)
+  gradient, = pull(jnp.ones_like(nll))
+  return nll, gradient
+
+
+def _nll_backward(cap: float | None, residuals: Array | tuple[Array, Array, Array],
+                  cotangent: Array | SymbolicZero) -> tuple[Array, None, Array | None]:
+  if isinstance(cotangent, SymbolicZero):
+    cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+  if not isinstance(residuals, tuple):
+    return (residuals * cotangent[..., None]).astype(residuals.dtype), None, None
+  hidden, targets, unembedding = residuals
+  _, pull = jax.vjp(lambda hidden, table: _compute_nll(cap, hidden, targets, table),
+                    hidden, unembedding)
+  of_hidden, of_table = pull(cotangent)
+  return of_hidden, None, of_table
+
+
+_nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
 @typed
@@ -40,27 +75,28 @@ def likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
               chunk: int) -> Bool[Array, 'B N']:
   """Whether no token has a higher logit than the target; arguments as for `token_nll`."""
 
-  def is_top(logits: Array, targets: Array) -> Array:
+  def is_top(hidden: Array, targets: Array, unembedding: Array) -> Array:
+    logits = _logits(cap, hidden, unembedding)
     return _chosen(logits, targets) >= jnp.max(logits, axis=-1)
 
-  return _by_slices(is_top, hidden, targets, unembedding, cap, chunk)
+  return _by_slices(is_top, hidden, targets, unembedding, chunk)
+
+
+def _logits(cap: float | None, hidden: Array, unembedding: Array) -> Array:
+  return softcap(jnp.einsum('BND,VD->BNV', hidden, unembedding,
+                            preferred_element_type=jnp.float32), cap)
 
 
 def _chosen(logits: Array, targets: Array) -> Array:
   return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
-def _by_slices(measure: Callable[[Array, Array], Array], hidden: Array, targets: Array,
-               unembedding: Array, cap: float | None, chunk: int) -> Array:
-  """measure(logits [B, n, V], targets [B, n]) -> [B, n], over slices of the N targets."""
-  # In shards of the vocabulary alone: a head in shards of D would be gathered for every slice.
+def _by_slices(measure: Callable[[Array, Array, Array], Array], hidden: Array, targets: Array,
+               unembedding: Array, chunk: int) -> Array:
+  """measure(hidden [B, n, D], targets [B, n], unembedding) -> [B, n], over slices of N targets."""
+  # Whole rows: a device that has a part of each would gather the others for every slice.
   unembedding = nn.with_logical_constraint(unembedding.astype(hidden.dtype), ('vocab', None))
-
-  @jax.checkpoint
-  def of_slice(hidden: Array, targets: Array) -> Array:
-    logits = jnp.einsum('BND,VD->BNV', hidden, unembedding, preferred_element_type=jnp.float32)
-    return measure(softcap(logits, cap), targets)
-
+  of_slice = lambda hidden, targets: measure(hidden, targets, unembedding)  # noqa: E731
   batch, length, width = hidden.shape
   if length <= chunk:
     return of_slice(hidden, targets)

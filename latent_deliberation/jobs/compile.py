@@ -59,6 +59,8 @@ def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[M
   Raises:
     ValueError: a mesh or a rule does not suit the topology or the sizes.
   """
+  experiment = dataclasses.replace(
+      experiment, computation=experiment.computation.on('tpu' if topology.chip else 'cpu'))
   variants = [
       dataclasses.replace(experiment, mesh=mesh, rules={**experiment.rules, **rules})
       for mesh, rules in itertools.product(meshes or [experiment.mesh], rule_sets or [{}])]

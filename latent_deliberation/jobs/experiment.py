@@ -26,10 +26,13 @@ class Computation:
   Attributes:
     dtype: of activations, and of the weights inside matrix products.
     frozen_dtype: what the frozen decoder's weights are kept in. What learns is always float32.
-    remat: what the backward pass keeps of a block ('none' keeps all, 'full' nothing).
+    remat: what the backward pass keeps of a block: 'none' all, 'full' nothing; see REMAT_POLICIES.
     scan: loop over stacked layers (compiles fast at any depth) or unroll them (runs faster on CPU).
     loss_chunk: targets of a text whose logits exist at the same time.
-    attention: 'plain', or 'fused' in a kernel for TPUs that keeps no scores in memory.
+    attention: 'plain', or 'fused' in a kernel for TPUs that keeps no scores in memory; 'auto' is
+      'fused' on TPUs and 'plain' elsewhere.
+    replicate_frozen: every device keeps the frozen weights whole (but for its share of the axis
+      'tensor') and need not gather them, a layer at a time in each pass, from the shards of 'fsdp'.
   """
   dtype: str = 'float32'
   frozen_dtype: str = 'float32'
@@ -37,6 +40,7 @@ class Computation:
   scan: bool = True
   loss_chunk: int = 256
   attention: str = 'plain'
+  replicate_frozen: bool = False
 
   def __post_init__(self):
     for name in ('dtype', 'frozen_dtype'):
@@ -45,11 +49,17 @@ class Computation:
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f'computation.remat = {self.remat!r}: must be one of '
                        f'{sorted(REMAT_POLICIES)}')
-    if self.attention not in ATTENTIONS:
-      raise ValueError(f'computation.attention = {self.attention!r}: must be one of '
-                       f'{sorted(ATTENTIONS)}')
+    known = sorted((*ATTENTIONS, 'auto'))
+    if self.attention not in known:
+      raise ValueError(f'computation.attention = {self.attention!r}: must be one of {known}')
     if self.loss_chunk < 1:
       raise ValueError(f'computation.loss_chunk = {self.loss_chunk}: at least 1 is needed')
+
+  def on(self, platform: str) -> 'Computation':
+    """The same with what 'auto' means on this platform ('tpu', 'gpu', 'cpu')."""
+    if self.attention != 'auto':
+      return self
+    return dataclasses.replace(self, attention='fused' if platform == 'tpu' else 'plain')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ from latent_deliberation.training.step import (
 
 # A run may be resumed on other devices, with other cadences, and with its files elsewhere (the
 # fingerprint of the data holds their contents); everything else is the run.
-FREE = ('mesh', 'rules', 'evaluation', 'computation.attention',
+FREE = ('mesh', 'rules', 'evaluation', 'computation.attention', 'computation.replicate_frozen',
         'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
     f'{section}.loop.{key}' for section in ('pretraining', 'training')
     for key in ('log_every', 'eval_every', 'save_every', 'keep'))

@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from latent_deliberation.array_types import Params
+from latent_deliberation.array_types import Params, PyTree
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.jobs.experiment import Experiment
@@ -18,14 +18,14 @@ from latent_deliberation.sharding import shardings_of
 
 def build_decoder(experiment: Experiment) -> Decoder:
   """The decoder, without weights."""
-  how = experiment.computation
+  how = experiment.computation.on(jax.default_backend())
   return Decoder(experiment.decoder, dtype=how.dtype, remat=how.remat, scan=how.scan,
                  attention=how.attention)
 
 
 def build_deliberator(experiment: Experiment) -> Deliberator:
   """The decoder and its coprocessor, without weights."""
-  how = experiment.computation
+  how = experiment.computation.on(jax.default_backend())
   coprocessor = Coprocessor(experiment.decoder, experiment.deliberation, dtype=how.dtype,
                             remat=how.remat, scan=how.scan, attention=how.attention)
   return Deliberator(build_decoder(experiment), coprocessor)
@@ -46,7 +46,7 @@ def open_frozen(experiment: Experiment, directory: Path) -> weights.Checkpoint:
 def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
                 mesh: Mesh) -> tuple[Params, str]:
   """The weights of the frozen decoder, on their shards, and their fingerprint as stored."""
-  place = lambda boxed: shardings_of(boxed, mesh, experiment.rules)  # noqa: E731
+  place = lambda boxed: _frozen_shardings(boxed, experiment, mesh)  # noqa: E731
   dtype = experiment.computation.frozen_dtype
   if checkpoint.fingerprint:
     return checkpoint.load(place, dtype), checkpoint.fingerprint
@@ -61,7 +61,14 @@ def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Params:
   return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
           leaf.shape, experiment.computation.frozen_dtype, sharding=sharding),
-      nn.unbox(boxed), shardings_of(boxed, mesh, experiment.rules))
+      nn.unbox(boxed), _frozen_shardings(boxed, experiment, mesh))
+
+
+def _frozen_shardings(boxed: PyTree, experiment: Experiment, mesh: Mesh) -> PyTree:
+  rules = experiment.rules
+  if experiment.computation.replicate_frozen:
+    rules = {name: tuple(axis for axis in axes if axis != 'fsdp') for name, axes in rules.items()}
+  return shardings_of(boxed, mesh, rules)
 
 
 def count_parameters(params: Params) -> int:

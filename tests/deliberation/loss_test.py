@@ -48,6 +48,21 @@ def test_values_and_gradients_are_those_of_optax_for_any_chunk(inputs, cap, chun
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), chunked, plain)
 
 
+@pytest.mark.parametrize('chunk', [3, 10])
+def test_logits_of_a_constant_output_head_are_computed_once_for_the_loss_and_its_gradient(
+    inputs, chunk):
+  hidden, targets, table = inputs
+  weight = jnp.arange(1.0, 1 + targets.size).reshape(targets.shape)
+
+  def gradient(nll):
+    return jax.grad(lambda hidden: jnp.sum(nll(hidden, targets, table, 2.0) * weight))
+
+  ours = gradient(functools.partial(token_nll, chunk=chunk))
+  np.testing.assert_allclose(jax.jit(ours)(hidden), gradient(optax_nll)(hidden), atol=1e-4)
+  products = str(jax.make_jaxpr(ours)(hidden)).count('dot_general[')
+  assert products == 2 * (1 if chunk == N else 2)  # a last, shorter slice is a call of its own
+
+
 def test_the_loss_of_bfloat16_states_is_computed_in_float32(inputs):
   hidden, targets, table = inputs
   rounded = hidden.astype(jnp.bfloat16), targets, table.astype(jnp.bfloat16)

@@ -68,6 +68,30 @@ def test_weights_are_planned_as_they_are_loaded():
   assert table.sharding.shard_shape(table.shape) == (table.shape[0] // 2, table.shape[1] // 4)
 
 
+def test_frozen_weights_may_be_whole_on_every_device_but_for_its_share_of_tensor():
+  experiment, mesh = small(computation__replicate_frozen=True), make_mesh(MESHES[0])
+  table = frozen_shapes(experiment, mesh)['embedder']['table']
+  assert table.sharding.shard_shape(table.shape) == (table.shape[0] // 2, table.shape[1])
+  soft_tokens = describe_training(
+      experiment, Path(), frozen_shapes(experiment, mesh), '', mesh).abstract.params['soft_tokens']
+  assert soft_tokens.sharding.shard_shape(soft_tokens.shape)[1] == soft_tokens.shape[1] // 4
+
+
+@pytest.mark.parametrize('chip, chosen', [(None, 'plain'), (CHIPS['v5e'], 'fused')])
+def test_automatic_attention_is_planned_as_it_will_run_there(chip, chosen, tmp_path, monkeypatch):
+  seen = []
+
+  def look(run, topology):
+    seen.append(run.experiment.computation.attention)
+    raise InterruptedError
+
+  monkeypatch.setattr('latent_deliberation.jobs.compile.plan_step', look)
+  with pytest.raises(InterruptedError):
+    plan_training(small(computation__attention='auto'), dataclasses.replace(EIGHT, chip=chip), [],
+                  [], tmp_path / 'plan.json')
+  assert seen == [chosen]
+
+
 def test_several_plans_are_a_list_a_table_and_a_plot(planned):
   plans, output = planned
   records = json.loads(output.read_text())

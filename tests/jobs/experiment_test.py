@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from latent_deliberation.jobs.evaluate import constant_variant
-from latent_deliberation.jobs.experiment import bind
+from latent_deliberation.jobs.experiment import Computation, bind
 from latent_deliberation.jobs.models import build_deliberator
 from latent_deliberation.model.weights import boxed_shapes
 from tests import finished
@@ -34,6 +34,14 @@ def test_a_missing_key_is_named():
     bind(raw)
 
 
+@pytest.mark.parametrize('attention, platform, chosen', [
+    ('auto', 'tpu', 'fused'), ('auto', 'gpu', 'plain'), ('auto', 'cpu', 'plain'),
+    ('plain', 'tpu', 'plain'), ('fused', 'cpu', 'fused')])
+def test_automatic_attention_is_fused_on_tpus_alone(attention, platform, chosen):
+  computation = Computation(attention=attention, loss_chunk=7)
+  assert computation.on(platform) == Computation(attention=chosen, loss_chunk=7)
+
+
 @pytest.mark.parametrize('change, message', [
     ({'deliberation__num_ahead': 64}, 'num_ahead = 64 tokens do not fit .* trunk of 64 tokens'),
     ({'deliberation__num_traces': 63}, 'num_traces = 63, but a trunk of 64 tokens has 62 places'),
@@ -56,7 +64,8 @@ def test_a_missing_key_is_named():
     ({'data__source': 'stdlib'}, "files = .* has no meaning for source = 'stdlib'"),
     ({'computation__dtype': 'float16'}, "computation.dtype = 'float16'"),
     ({'computation__remat': 'some'}, "computation.remat = 'some'"),
-    ({'computation__attention': 'flash'}, "computation.attention = 'flash': .*'fused', 'plain'"),
+    ({'computation__attention': 'flash'},
+     "computation.attention = 'flash': .*'auto', 'fused', 'plain'"),
     ({'computation__loss_chunk': 0}, 'computation.loss_chunk = 0'),
     ({'rules__batch': ('date',)}, r"rule 'batch' -> \('date',\): \['date'\] are not mesh axes"),
     ({'seed': -1}, 'seed = -1: it must lie between 0 and'),

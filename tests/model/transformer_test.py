@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.model.attention import Visibility
+from latent_deliberation.model.cache import KVCache
 from latent_deliberation.model.transformer import REMAT_POLICIES, Transformer
 from tests import tiny
 
@@ -46,6 +47,38 @@ def test_unrolling_and_recomputing_change_neither_values_nor_gradients(
     batch, decoder_params, plain, how):
   other = values_and_gradients(batch, decoder_params['transformer'], **how)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), other, plain)
+
+
+def kernels(jaxpr):
+  """Number of calls of a Pallas kernel in a jaxpr, those inside of its loops and calls, too."""
+  found = 0
+  for equation in jaxpr.eqns:
+    found += equation.primitive.name == 'pallas_call'
+    for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+      found += kernels(getattr(leaf, 'jaxpr', leaf)) if is_jaxpr(leaf) else 0
+  return found
+
+
+def is_jaxpr(leaf):
+  return hasattr(getattr(leaf, 'jaxpr', leaf), 'eqns')
+
+
+def test_only_a_backward_pass_that_keeps_nothing_runs_the_fused_kernel_again(
+    batch, decoder_params):
+  x, positions, visibility = trunk_rows(batch)
+  keys = jnp.ones((tiny.CONFIG.num_layers, *x.shape[:1], 5, tiny.CONFIG.num_kv_heads,
+                   tiny.CONFIG.head_dim))
+  index = jnp.ones((x.shape[0], 5), jnp.int32)
+
+  def runs(remat):
+    transformer = Transformer(tiny.CONFIG, attention='fused', remat=remat)
+    return kernels(jax.make_jaxpr(jax.grad(lambda x: transformer.apply(
+        {'params': decoder_params['transformer']}, x, positions, visibility,
+        KVCache(keys, keys, index, index))[0].sum()))(x).jaxpr)
+
+  once = runs('none')
+  assert once > 0
+  assert [runs(remat) == once for remat in ('mid', 'dots', 'full')] == [True, True, False]
 
 
 def influence(transformer, params, x, *where):
