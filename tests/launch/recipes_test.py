@@ -104,7 +104,7 @@ def test_rows_are_copied_once_and_whole(tmp_path):
   (tmp_path / 'bucket').mkdir()
   (tmp_path / 'bucket/rows').write_text('rows')
   (tmp_path / 'disk.partial').mkdir()  # of a copy that was cut short
-  arguments = f'stage --from={tmp_path}/bucket --to={tmp_path}/disk'
+  arguments = f'stage --from={tmp_path}/bucket --to={tmp_path}/disk/'
   assert recipe('host', arguments).returncode == 0
   (tmp_path / 'bucket/rows').write_text('others')
   assert recipe('host', arguments).returncode == 0
@@ -152,6 +152,9 @@ def test_what_is_missing_is_named_as_flag_and_variable(script, arguments, missin
 
 @pytest.mark.parametrize('script, arguments, message', [
     ('tpu_vm', 'delete --nam=pod', '--nam is not a flag; those are: name zone'),
+    ('tpu_vm', "delete '--name zone=pod'", '--name zone is not a flag; those are: name zone'),
+    ('tpu_vm', 'install --bucket=gs://store', '--bucket=gs://store: its name alone, no gs://'),
+    ('bucket', 'upload --bucket=gs://store --from=a --to=b', '--bucket=gs://store: its name alone'),
     ('gke', 'delete pod', 'pod: flags are --name=value, of: cluster zone'),
     ('gke', 'run --name=first', 'run needs a script and its flags behind --'),
     ('gke', f'run --name=My_run {TRAIN}', '--name=My_run: small letters, digits and -'),

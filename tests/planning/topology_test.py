@@ -33,7 +33,7 @@ def test_virtual_devices_are_as_many_as_asked_for_and_have_no_links():
     find_topology('cpu:9')
 
 
-@pytest.mark.parametrize('name', ['cpu:0', 'cpu:many'])
+@pytest.mark.parametrize('name', ['cpu:0', 'cpu:many', 'cpu:²'])
 def test_a_number_of_devices_is_checked_before_jax_starts(name):
   with pytest.raises(ValueError, match=f'--topology={name}: a topology is'):
     prepare(name)
