@@ -22,7 +22,7 @@ _OUTPUT = command_line.define_directory('output', 'To be written; must not exist
 
 def main() -> None:
   output = Path(_OUTPUT.value)
-  text = context.check_context(output, Path(_DOCUMENT.value))
+  text = context.check_context(output, Path(_DOCUMENT.value), _COPROCESSOR.value)
   generator, tokenizer = generators.open_generator(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value)
   tokens = context.save_context(text, output, generator, tokenizer)

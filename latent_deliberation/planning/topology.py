@@ -95,7 +95,7 @@ def find_topology(name: str) -> Topology:
       raise RuntimeError(f'{name}: this process has {len(devices)} virtual CPU devices; it would '
                          'have to be started with more')
     return Topology(name, devices[:int(shape)], None)
-  if kind not in CHIPS or not shape:
+  if kind not in CHIPS or shape.count('x') != CHIPS[kind].shapes[0].count('x'):
     raise ValueError(f'--topology={name}: {_explain()}')
   if importlib.util.find_spec('libtpu') is None:
     raise RuntimeError(f"--topology={name} needs TPU's compiler, libtpu, which is not installed: "

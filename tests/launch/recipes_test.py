@@ -5,6 +5,7 @@ import re
 import shlex
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,30 @@ def test_a_host_trains_with_the_flags_of_the_environment_file():
                if line and not line.startswith('#')]
   assert words == ['env', *variables, 'nohup', '/home/user/venv/bin/python',
                    *shlex.split(TRAIN)[1:]]
+
+
+def test_a_host_has_one_run_at_a_time_which_is_asked_to_end(tmp_path):
+  python = tmp_path / 'venv/bin/python'
+  python.parent.mkdir(parents=True)
+  python.write_text('#!/bin/bash\ntrap "echo saved; exit" TERM\necho "$LIBTPU_INIT_ARGS $*"\n'
+                    'for _ in {1..300}; do sleep 0.1; done\n')
+  python.chmod(0o755)
+  home, log = {'HOME': str(tmp_path)}, tmp_path / 'run.log'
+  assert recipe('host', f'start {TRAIN}', home).returncode == 0
+  wait_for(log, '\n')
+  again = recipe('host', f'start {TRAIN}', home)
+  assert again.returncode == 2 and 'still runs, and a chip has one user' in again.stderr
+  assert recipe('host', 'stop', home).returncode == 0
+  wait_for(log, 'saved')
+  assert log.read_text().splitlines()[0] == (
+      f'--xla_tpu_scoped_vmem_limit_kib=98304 {" ".join(shlex.split(TRAIN)[1:])}')
+
+
+def wait_for(log: Path, text: str) -> None:
+  end = time.monotonic() + 20
+  while text not in log.read_text():
+    assert time.monotonic() < end, log.read_text()
+    time.sleep(0.05)
 
 
 def test_rows_are_copied_once_and_whole(tmp_path):
