@@ -1,7 +1,8 @@
 """Reads a text and makes latents for its end, once, for prompts that come another day.
 
   python launch/augment.py --decoder=runs/quickstart/pretraining/decoder \\
-      --coprocessor=runs/quickstart/coprocessor --document=README.md --output=runs/cache
+      --coprocessor=runs/quickstart/coprocessor --document=README.md --output=runs/cache \\
+      --length=8192
 
 Writes the decoder's kv-cache and the latents as safetensors, with a JSON file that names the
 decoder, which alone can use them. Next, go on behind it: launch/generate.py --cache=runs/cache.
@@ -14,14 +15,14 @@ from latent_deliberation.jobs import command_line, context, generators
 _DECODER = command_line.define_directory('decoder', 'Of the decoder, in any format we read.')
 _COPROCESSOR = command_line.define_directory('coprocessor', 'Of a trained coprocessor.')
 _VOCABULARY = command_line.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
-_DOCUMENT = command_line.define_text('document', '', 'File with the text, UTF-8.')
+_DOCUMENT = command_line.define_text('document', None, 'File with the text, UTF-8.')
 _LENGTH = command_line.define_number('length', 2048, 'Tokens that the text may have.')
 _OUTPUT = command_line.define_directory('output', 'To be written; must not exist yet.')
 
 
 def main() -> None:
   output = Path(_OUTPUT.value)
-  text = context.check_context(output, Path(_DOCUMENT.value))
+  text = context.check_context(output, Path(_DOCUMENT.value), _COPROCESSOR.value)
   generator, tokenizer = generators.open_generator(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value)
   tokens = context.save_context(text, output, generator, tokenizer)

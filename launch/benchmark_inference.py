@@ -11,7 +11,7 @@ from pathlib import Path
 from latent_deliberation.jobs import command_line
 from latent_deliberation.jobs.benchmark_inference import benchmark
 
-_OUTPUT = command_line.define_file('output', 'JSON file to write, and a PNG beside it.')
+_OUTPUT = command_line.define_json('output', 'JSON file to write, and a PNG beside it.')
 _REPEATS = command_line.define_count('repeats', 5, 'Alternations of each comparison.')
 
 

@@ -15,7 +15,7 @@ from latent_deliberation.model.config import PRESETS
 
 _PRESET = command_line.define_choice(
     'preset', sorted(PRESETS, key='gemma2_2b'.__ne__), 'Size of the decoder.')
-_OUTPUT = command_line.define_file('output', 'JSON file to write.')
+_OUTPUT = command_line.define_json('output', 'JSON file to write.')
 
 
 def main() -> None:

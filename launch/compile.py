@@ -24,7 +24,7 @@ _MESHES = command_line.define_texts(
     'mesh', 'Sizes of mesh axes, such as data=16,fsdp=16; several to compare. Default: the config.')
 _RULES = command_line.define_texts(
     'rules', 'Changes of the rules, such as embed=fsdp+tensor,vocab=; several to compare.')
-_OUTPUT = command_line.define_file('output', 'JSON file to write.', 'plan.json')
+_OUTPUT = command_line.define_json('output', 'JSON file to write.', 'plan.json')
 
 
 def main() -> None:

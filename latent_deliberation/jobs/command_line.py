@@ -42,13 +42,13 @@ def define_directory(name: str, meaning: str, default: str | None = None) -> fla
   return flag
 
 
-def define_file(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
-  """Defines a flag that names a file to write, in a directory that is there.
+def define_json(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
+  """Defines a flag that names a .json to write, in a directory that is there.
 
   It is required where there is no default.
   """
   flag = flags.DEFINE_string(name, default, meaning, required=default is None)
-  flags.register_validator(name, _check_file)
+  flags.register_validator(name, _check_json)
   return flag
 
 
@@ -68,9 +68,9 @@ def define_switch(name: str, meaning: str) -> flags.FlagHolder:
   return flags.DEFINE_bool(name, False, meaning)
 
 
-def define_text(name: str, default: str, meaning: str) -> flags.FlagHolder:
-  """Defines a flag with any text."""
-  return flags.DEFINE_string(name, default, meaning)
+def define_text(name: str, default: str | None, meaning: str) -> flags.FlagHolder:
+  """Defines a flag with any text; required where the default is None."""
+  return flags.DEFINE_string(name, default, meaning, required=default is None)
 
 
 def define_texts(name: str, meaning: str) -> flags.FlagHolder:
@@ -98,9 +98,13 @@ def _check_directory(path: str | None) -> bool:
   return True
 
 
-def _check_file(path: str | None) -> bool:
-  if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-    raise flags.ValidationError('it must be a file in a directory that exists: give another path.')
+def _check_json(path: str | None) -> bool:
+  # Beside it, a picture or a table may have its name with another ending.
+  if path is not None and (
+      not path.endswith('.json') or not Path(path).absolute().parent.is_dir()
+      or Path(path).is_dir()):
+    raise flags.ValidationError('it must be a file in a directory that exists, and end in .json: '
+                                'give another path.')
   return True
 
 

@@ -125,7 +125,7 @@ def plan_step(run: Run, topology: Topology) -> Plan:
     if chip:
       times = estimate_times(program, found, chip, flops)
       operations = largest_operations(program, chip)
-  shards = batch.tokens.sharding.shard_shape(batch.tokens.shape)[0]
+  texts = batch.tokens.sharding.shard_shape(batch.tokens.shape)[0]
   capacity = chip.hbm_bytes if chip else None
   return Plan(
       topology=topology.name, mesh=dict(mesh.shape), rules=experiment.rules,
@@ -136,7 +136,7 @@ def plan_step(run: Run, topology: Topology) -> Plan:
       fits=None if chip is None else compiled is not None and memory.peak <= capacity,
       hbm_bytes_per_chip=memory.peak, hbm_capacity=capacity, memory=memory,
       remedy=advise(memory, capacity, experiment.computation.remat, settings.accumulation,
-                    shards // settings.accumulation) if chip else '',
+                    texts // settings.accumulation) if chip else '',
       model_flops_per_chip=flops, **dataclasses.asdict(times),
       estimate=NO_ESTIMATE if chip is None else DOES_NOT_FIT if compiled is None else ESTIMATE,
       collectives=found, operations=operations, unknown_loops=unknown, compile_seconds=seconds)

@@ -12,6 +12,7 @@ from latent_deliberation.inference.programs import State
 from latent_deliberation.inference.prompts import Prompts
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.jobs.directories import make_writable
+from latent_deliberation.jobs.generators import NONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +22,20 @@ class Context:
   augmented: State
 
 
-def check_context(output: Path, document: Path) -> str:
+def check_context(output: Path, document: Path, coprocessor: str) -> str:
   """The text of a document, if it can be read and its cache written; before a decoder is loaded.
 
   Raises:
     FileExistsError: there is something at `output`.
     FileNotFoundError: there is no such document.
-    ValueError: it is empty or no UTF-8.
+    OSError: `output` cannot be written.
+    ValueError: the document is empty or no UTF-8, or no coprocessor is given.
   """
+  if coprocessor in ('', NONE):
+    raise ValueError(f'--coprocessor={coprocessor}: latents for the text are made by one: give the '
+                     'directory of a trained coprocessor')
   if output.exists():
     raise FileExistsError(f'{output} exists already and is not written over: give another')
-  make_writable(output.absolute().parent)
   if not document.is_file():
     raise FileNotFoundError(f'no file {document}: give one with the text to read ahead of time')
   try:
@@ -40,6 +44,7 @@ def check_context(output: Path, document: Path) -> str:
     raise ValueError(f'{document} is not UTF-8 ({error}): convert it') from error
   if not text:
     raise ValueError(f'{document} is empty: give a text')
+  make_writable(output.absolute().parent)
   return text
 
 

@@ -4,6 +4,7 @@ Two libraries in one process disturb each other: threads that wait by spinning t
 other's. In turns, a machine that is slow for a while is slow for all. Only ratios may be quoted.
 """
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping
@@ -42,13 +43,14 @@ class Peer:
 
   def seconds(self, name: str) -> float:
     """Time that one run of the program takes; RuntimeError where it fails."""
-    self._pipe.send(name)
+    with contextlib.suppress(BrokenPipeError):  # what it said before it ended may be there
+      self._pipe.send(name)
     return self._receive()
 
   def _receive(self) -> float:
     try:
       answer = self._pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
       self._process.join()
       raise RuntimeError('the process of the peer ended without an answer, exit code '
                          f'{self._process.exitcode}: is there memory for it?') from None

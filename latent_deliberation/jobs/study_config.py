@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from latent_deliberation.data.synthetic.corpus import build
 from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.evaluation.study_result import CONTROLS
 from latent_deliberation.jobs.experiment import Experiment, bind
@@ -83,10 +84,8 @@ class Study:
       raise ValueError(f'questions.per_difficulty = {self.questions.per_difficulty}, but '
                        f'data.source = {self.experiment.data.source!r} asks no questions: set 0, '
                        "or choose 'synthetic'")
-    if self.lessons and self.experiment.data.source != 'synthetic':
-      raise ValueError(f'lessons = {self.lessons}, but data.source = '
-                       f"{self.experiment.data.source!r} has no options: leave them out, or choose "
-                       "'synthetic'")
+    if self.lessons:
+      self._check_lessons()
     reserved = {BASELINE, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
       raise ValueError(f'arms are called {sorted(self.arms)}: there must be one, none without a '
@@ -96,6 +95,20 @@ class Study:
         for name, arm in sorted(self.arms.items(), key=lambda item: item[0] != OWN)})
     for name in self.arms:
       self.variant(name, self.seeds[0])
+
+  def _check_lessons(self) -> None:
+    data = self.experiment.data
+    if data.source != 'synthetic':
+      raise ValueError(f'lessons = {self.lessons}, but data.source = {data.source!r} has no '
+                       "options: leave them out, or choose 'synthetic'")
+    if data.vocabulary != 'byte' and not data.vocabulary_path:
+      raise ValueError(f'lessons = {self.lessons}: their text would get a vocabulary of its own, '
+                       "which means nothing to the decoder: set data.vocabulary = 'byte', or give "
+                       'both the same data.vocabulary_path')
+    try:
+      build(data.name, {**data.options, **self.lessons})
+    except ValueError as error:
+      raise ValueError(f'lessons = {self.lessons}: {error}') from error
 
   def variant(self, arm: str, seed: int) -> Experiment:
     """The experiment of one arm with one seed, on the text of `lessons`.

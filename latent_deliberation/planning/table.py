@@ -66,7 +66,7 @@ def _sum_collectives(plan: Plan) -> list[str]:
 
 
 def name_mesh(plan: Plan) -> str:
-  """Such as 'data=16,fsdp=16,tensor=1'."""
+  """Such as 'replica=1,data=16,fsdp=16,tensor=1'."""
   return ','.join(f'{axis}={size}' for axis, size in plan.mesh.items())
 
 

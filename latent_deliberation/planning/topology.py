@@ -75,7 +75,7 @@ def prepare(name: str) -> None:
   """
   kind, _, shape = name.partition(':')
   if kind == _CPU:
-    if not shape.isdigit() or int(shape) < 1:
+    if not shape.isdecimal() or int(shape) < 1:
       raise ValueError(f'--topology={name}: {_explain()}')
     jax.config.update('jax_num_cpu_devices', int(shape))
   jax.config.update('jax_platforms', _CPU)  # libtpu is there to compile, and finds no TPU
@@ -89,13 +89,13 @@ def find_topology(name: str) -> Topology:
     RuntimeError: libtpu is not installed, or this process has fewer virtual devices.
   """
   kind, _, shape = name.partition(':')
-  if kind == _CPU and shape.isdigit():
+  if kind == _CPU and shape.isdecimal():
     devices = jax.devices(_CPU)
     if not 1 <= int(shape) <= len(devices):
       raise RuntimeError(f'{name}: this process has {len(devices)} virtual CPU devices; it would '
                          'have to be started with more')
     return Topology(name, devices[:int(shape)], None)
-  if kind not in CHIPS or not shape:
+  if kind not in CHIPS or shape.count('x') != CHIPS[kind].shapes[0].count('x'):
     raise ValueError(f'--topology={name}: {_explain()}')
   if importlib.util.find_spec('libtpu') is None:
     raise RuntimeError(f"--topology={name} needs TPU's compiler, libtpu, which is not installed: "

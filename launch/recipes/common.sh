@@ -23,7 +23,7 @@ read_flags() {
       --*=*)
         flag=${1%%=*}
         flag=${flag#--}
-        [[ " $known " == *" $flag "* ]] || fail "--$flag is not a flag; those are: $known dry_run"
+        [[ $flag != *' '* && " $known " == *" $flag "* ]] || fail "--$flag is not a flag; those are: $known dry_run"
         printf -v "$flag" '%s' "${1#*=}"
         ;;
       *)
@@ -39,6 +39,7 @@ require() {
   local flag
   for flag; do
     [[ -n ${!flag} ]] || fail "--$flag is missing: give it, or set RECIPE_${flag^^}"
+    [[ $flag != bucket || $bucket != *[:/]* ]] || fail "--bucket=$bucket: its name alone, no gs://"
   done
 }
 

@@ -45,6 +45,7 @@ mount_bucket() {
 
 stage() {
   [[ -n $from && -n $to ]] || fail 'stage needs --from=DIRECTORY and --to=DIRECTORY'
+  to=${to%/}  # what is beside it is named after it
   if [[ -d $to ]]; then
     echo "$to is there already" >&2
     return

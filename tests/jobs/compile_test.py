@@ -38,7 +38,7 @@ def planned(tmp_path_factory):
 
 def test_virtual_devices_give_memory_and_collectives_and_say_why_no_seconds(planned):
   plan, _ = planned[0]
-  assert plan.mesh == {'data': 1, 'fsdp': 4, 'tensor': 2}
+  assert plan.mesh == {'replica': 1, 'data': 1, 'fsdp': 4, 'tensor': 2}
   assert plan.hbm_bytes_per_chip == plan.memory.peak > plan.memory.state > 0
   assert plan.fits is plan.estimated_step_seconds is plan.mfu is None
   assert 'only a TPU topology gives seconds' in plan.estimate
@@ -103,12 +103,13 @@ def test_several_plans_are_a_list_a_table_and_a_plot(planned):
   assert [int(row['hbm_bytes_per_chip']) for row in rows] == [
       plan.hbm_bytes_per_chip for plan in plans]
   assert output.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
-  assert compare(plans).splitlines()[1].split()[:5] == ['1:', 'cpu:8', '1', '4', '2']
+  assert compare(plans).splitlines()[1].split()[:6] == [
+      '1:', 'cpu:8', '1', '1', '4', '2']
 
 
 def test_a_plan_is_printed_with_its_memory_and_its_collectives(planned):
   text = describe(planned[0][0])
-  assert 'cpu:8, mesh data=1,fsdp=4,tensor=2: unknown whether it fits' in text
+  assert 'cpu:8, mesh replica=1,data=1,fsdp=4,tensor=2: unknown whether it fits' in text
   for word in ('frozen', 'optimizer', 'activations', 'all-gather', 'Model FLOPs', 'Compiled in'):
     assert word in text
 

@@ -65,14 +65,18 @@ def test_what_is_no_context_is_refused(opened, directory, tmp_path):
 def test_a_document_is_checked_before_a_decoder_is_there(tmp_path):
   document = tmp_path / 'text.txt'
   with pytest.raises(FileNotFoundError, match=f'no file {document}'):
-    check_context(tmp_path / 'new', document)
+    check_context(tmp_path / 'new/cache', document, 'trained')
   document.write_bytes(b'caf\xe9')
   with pytest.raises(ValueError, match='is not UTF-8'):
-    check_context(tmp_path / 'new', document)
+    check_context(tmp_path / 'new/cache', document, 'trained')
+  assert not (tmp_path / 'new').exists()
   document.write_text('')
   with pytest.raises(ValueError, match='is empty'):
-    check_context(tmp_path / 'new', document)
+    check_context(tmp_path / 'new/cache', document, 'trained')
   document.write_text(TEXT)
   with pytest.raises(FileExistsError, match='is not written over'):
-    check_context(tmp_path, document)
-  assert check_context(tmp_path / 'new', document) == TEXT
+    check_context(tmp_path, document, 'trained')
+  assert check_context(tmp_path / 'new/cache', document, 'trained') == TEXT
+  for nothing in ('', 'none'):
+    with pytest.raises(ValueError, match=f'--coprocessor={nothing}: .* give the directory of'):
+      check_context(tmp_path / 'other', document, nothing)

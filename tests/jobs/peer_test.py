@@ -1,6 +1,7 @@
 """Programs in a process of their own, and turns."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -14,6 +15,11 @@ def build_sleepers(short: float, long: float):
 
 def build_faults():
   return {'raise': lambda: [][0], 'end': lambda: os._exit(3)}
+
+
+def build_one_that_soon_ends():
+  threading.Timer(0.2, os._exit, (3,)).start()
+  return {'never': lambda: None}
 
 
 def refuse():
@@ -32,6 +38,13 @@ def test_what_fails_over_there_is_told_here():
     peer.seconds('raise')
   with Peer(build_faults) as peer, pytest.raises(RuntimeError, match='exit code 3'):
     peer.seconds('end')
+
+
+def test_a_process_that_ended_between_two_turns_is_told_as_one_that_ended_in_its_own():
+  with Peer(build_one_that_soon_ends) as peer:
+    time.sleep(1.0)
+    with pytest.raises(RuntimeError, match='exit code 3'):
+      peer.seconds('never')
 
 
 def test_turns_alternate_after_a_first_run_of_each():

@@ -130,6 +130,11 @@ BAD = {
     'an output in no directory': Bad(
         'benchmark_weights', '--preset=tiny --output={files}/typo.py/weights.json',
         'must be a file in a directory that exists'),
+    'an output with the name of its picture': Bad(
+        'benchmark_step', '--output={files}/step.png', 'step.png: .* and end in .json'),
+    'no document': Bad(
+        'augment', '--decoder={run}/pretraining/decoder --coprocessor={run}/coprocessor '
+        '--output={new}.cache', '--document must have a value'),
 }
 
 

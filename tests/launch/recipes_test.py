@@ -5,6 +5,7 @@ import re
 import shlex
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -100,11 +101,35 @@ def test_a_host_trains_with_the_flags_of_the_environment_file():
                    *shlex.split(TRAIN)[1:]]
 
 
+def test_a_host_has_one_run_at_a_time_which_is_asked_to_end(tmp_path):
+  python = tmp_path / 'venv/bin/python'
+  python.parent.mkdir(parents=True)
+  python.write_text('#!/bin/bash\ntrap "echo saved; exit" TERM\necho "$LIBTPU_INIT_ARGS $*"\n'
+                    'for _ in {1..300}; do sleep 0.1; done\n')
+  python.chmod(0o755)
+  home, log = {'HOME': str(tmp_path)}, tmp_path / 'run.log'
+  assert recipe('host', f'start {TRAIN}', home).returncode == 0
+  wait_for(log, '\n')
+  again = recipe('host', f'start {TRAIN}', home)
+  assert again.returncode == 2 and 'still runs, and a chip has one user' in again.stderr
+  assert recipe('host', 'stop', home).returncode == 0
+  wait_for(log, 'saved')
+  assert log.read_text().splitlines()[0] == (
+      f'--xla_tpu_scoped_vmem_limit_kib=98304 {" ".join(shlex.split(TRAIN)[1:])}')
+
+
+def wait_for(log: Path, text: str) -> None:
+  end = time.monotonic() + 20
+  while text not in log.read_text():
+    assert time.monotonic() < end, log.read_text()
+    time.sleep(0.05)
+
+
 def test_rows_are_copied_once_and_whole(tmp_path):
   (tmp_path / 'bucket').mkdir()
   (tmp_path / 'bucket/rows').write_text('rows')
   (tmp_path / 'disk.partial').mkdir()  # of a copy that was cut short
-  arguments = f'stage --from={tmp_path}/bucket --to={tmp_path}/disk'
+  arguments = f'stage --from={tmp_path}/bucket --to={tmp_path}/disk/'
   assert recipe('host', arguments).returncode == 0
   (tmp_path / 'bucket/rows').write_text('others')
   assert recipe('host', arguments).returncode == 0
@@ -152,6 +177,9 @@ def test_what_is_missing_is_named_as_flag_and_variable(script, arguments, missin
 
 @pytest.mark.parametrize('script, arguments, message', [
     ('tpu_vm', 'delete --nam=pod', '--nam is not a flag; those are: name zone'),
+    ('tpu_vm', "delete '--name zone=pod'", '--name zone is not a flag; those are: name zone'),
+    ('tpu_vm', 'install --bucket=gs://store', '--bucket=gs://store: its name alone, no gs://'),
+    ('bucket', 'upload --bucket=gs://store --from=a --to=b', '--bucket=gs://store: its name alone'),
     ('gke', 'delete pod', 'pod: flags are --name=value, of: cluster zone'),
     ('gke', 'run --name=first', 'run needs a script and its flags behind --'),
     ('gke', f'run --name=My_run {TRAIN}', '--name=My_run: small letters, digits and -'),

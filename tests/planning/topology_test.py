@@ -12,7 +12,8 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
 
 
-@pytest.mark.parametrize('name', ['v9:2x2', 'v5e', 'v5e-256', 'gpu:8', 'cpu:', 'cpu:x', ''])
+@pytest.mark.parametrize('name', ['v9:2x2', 'v5e', 'v5e-256', 'gpu:8', 'cpu:', 'cpu:x', '',
+                                  'v5p:16x16', 'v5e:4x4x4'])
 def test_what_is_no_topology_is_refused_with_a_list_of_those_that_are(name):
   known = r"(?s:.*)v5e: 2x2, .*16x16\n  v5p: 2x2x1"
   with pytest.raises(ValueError, match=f"--topology={name}: {known}"):
@@ -33,7 +34,7 @@ def test_virtual_devices_are_as_many_as_asked_for_and_have_no_links():
     find_topology('cpu:9')
 
 
-@pytest.mark.parametrize('name', ['cpu:0', 'cpu:many'])
+@pytest.mark.parametrize('name', ['cpu:0', 'cpu:many', 'cpu:²'])
 def test_a_number_of_devices_is_checked_before_jax_starts(name):
   with pytest.raises(ValueError, match=f'--topology={name}: a topology is'):
     prepare(name)
