@@ -70,7 +70,9 @@ def test_adapters_and_constant_soft_tokens_too(decoder_params, trainable):
     np.testing.assert_allclose(completion.log_probabilities, expected, atol=5e-5)
 
 
-@pytest.mark.parametrize('latents', LATENTS)
+@pytest.mark.parametrize('latents', [
+    pytest.param(latents, marks=[pytest.mark.slow] * (latents != 'refining'))
+    for latents in LATENTS])
 @pytest.mark.parametrize('policy, stops', [
     (Policy(every=5), (0, 5, 10)), (Policy(at=(3, 4, 11)), (3, 4, 11))], ids=['every', 'at'])
 def test_latents_at_several_places_are_each_what_training_knew_there(

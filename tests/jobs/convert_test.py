@@ -24,6 +24,7 @@ def exported(tmp_path_factory, quickstart):
   return target
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
 def test_a_coprocessor_learns_the_same_from_the_decoder_in_another_format(
     exported, quickstart, tmp_path):

@@ -127,6 +127,7 @@ def test_two_processes_that_hold_the_same_rows_pretrain_the_decoder_that_one_doe
   assert_close(weights.load(by_two / 'pretraining' / DECODER)[1], weights.load(decoder)[1])
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_coprocessor_that_one_does_also_when_they_were_cut_off(
     by_two, quickstart, tmp_path):
   decoder, config = by_two / 'pretraining' / DECODER, experiment(finished.TEXTS, MESH)
@@ -145,6 +146,7 @@ def test_one_process_writes_each_line_of_the_metrics(by_two):
   assert steps_written(by_two / 'pretraining') == steps_written(by_two / 'whole') == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_saved_step(quickstart, tmp_path):
   address, logs, workdir = free_address(), tmp_path / 'logs', tmp_path / 'run'
   processes = start_two([finished.command(

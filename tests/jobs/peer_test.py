@@ -3,10 +3,17 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from latent_deliberation.jobs.peer import Peer, alternate
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+  # What is spawned has the path of this process, where pytest alone does not put the tests.
+  monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
 
 
 def build_sleepers(short: float, long: float):

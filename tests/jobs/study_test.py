@@ -65,6 +65,7 @@ def test_the_frozen_decoder_stays_and_tuned_ones_leave_it(finished_study):
       arms['frozen']['flops_per_token'])
 
 
+@pytest.mark.slow
 def test_more_seeds_go_on_from_what_is_complete(finished_study):
   workdir, summary = finished_study
   trained = workdir / 'arms/own/seed0/coprocessor/coprocessor.json'
@@ -76,6 +77,7 @@ def test_more_seeds_go_on_from_what_is_complete(finished_study):
   assert more['overall']['frozen'] == summary['overall']['frozen']
 
 
+@pytest.mark.slow
 def test_arms_learn_from_lessons_and_the_decoder_from_its_own_text(finished_study):
   workdir, summary = finished_study
   other = run(workdir, 'lessons')

@@ -35,6 +35,7 @@ def test_low_rank_adapters_are_trained_and_nothing_else(tmp_path, quickstart):
   assert np.isfinite(losses(tmp_path / 'lora')).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_rematerialisation_and_accumulation_train_on_a_mesh(tmp_path, quickstart):
   """Two of each axis; the loss stays near that of float32 on one device."""
   experiment = finished.experiment(
@@ -61,6 +62,7 @@ def test_what_was_trained_says_on_which_decoder_and_vocabulary_and_how_long(quic
   assert said.model == decoder.config
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
 def test_a_finished_run_writes_its_coprocessor_where_it_is_gone_and_nothing_over_it(
     tmp_path, quickstart):
