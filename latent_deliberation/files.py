@@ -1,4 +1,4 @@
-"""Writing a file, or a directory, whole or not at all."""
+"""Writing a file, or a directory, whole or not at all; reading a text."""
 
 import contextlib
 import os
@@ -9,6 +9,24 @@ from pathlib import Path
 import jax
 
 from latent_deliberation.distributed import wait_for_all
+
+
+def read_text(path: Path, what: str) -> str:
+  """The text of a file.
+
+  Args:
+    what: that it should hold, for the message where there is none.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is no UTF-8.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f'no file {path}: give one with {what}')
+  try:
+    return path.read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is not UTF-8 ({error}): convert it') from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -4,8 +4,6 @@ The same random weights on both sides, transformers in a process of its own, in 
 """
 
 import functools
-import importlib.metadata
-import importlib.util
 import json
 import statistics
 import tempfile
@@ -24,14 +22,20 @@ from latent_deliberation.array_types import Params
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.evaluation.cost_plots import plot_speed
-from latent_deliberation.evaluation.report import git_commit
 from latent_deliberation.files import write_whole
 from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.generate import Decoding, generate, stream
 from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.policy import ONCE
 from latent_deliberation.inference.programs import State
-from latent_deliberation.jobs.peer import Peer, alternate, seconds_of
+from latent_deliberation.jobs.peer import (
+  THREADS,
+  Peer,
+  alternate,
+  check_libraries,
+  describe_turns,
+  seconds_of,
+)
 from latent_deliberation.jobs.transformers_peer import CACHES, build_programs
 from latent_deliberation.model import weights
 from latent_deliberation.model.config import TransformerConfig
@@ -49,7 +53,6 @@ BATCHES = (1, 8)
 PROMPT, DECODED = 128, 64  # tokens
 LENGTH = PROMPT + DECODED + 1  # of a cache
 NUM_LATENTS = (8, 32, 64)
-THREADS = 2  # of torch
 FIRST_TOKENS = 40  # pairs of times to the first token
 
 
@@ -62,18 +65,13 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
   Raises:
     ImportError: torch or transformers is not installed.
   """
-  missing = [name for name in ('torch', 'transformers') if not importlib.util.find_spec(name)]
-  if missing:
-    raise ImportError(f"the peer of this benchmark needs {missing}: pip install -e '.[parity]'")
+  check_libraries()
   result: dict[str, Any] = {
       'decode_ratio_vs_transformers': {}, 'prefill_ratio_vs_transformers': {},
       'decode_tokens_per_second': {}, 'prefill_tokens_per_second': {},
       'augmentation_in_decode_steps': {}, 'cache_bytes': {},
       'transformers_seconds': {},
-      'versions': {name: importlib.metadata.version(name)
-                   for name in ('torch', 'transformers', 'jax')},
-      'devices': f'{jax.device_count()} {jax.default_backend()}', 'threads_of_torch': THREADS,
-      'repeats': repeats, 'git_commit': git_commit()}
+      **describe_turns(repeats)}
   for size, config in SIZES.items():
     params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), int)))[
         'params']

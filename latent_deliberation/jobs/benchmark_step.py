@@ -5,8 +5,6 @@ its own. Ratios of times taken in the same turn are what may be quoted.
 """
 
 import functools
-import importlib.metadata
-import importlib.util
 import json
 import statistics
 import tempfile
@@ -26,9 +24,15 @@ from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.evaluation.cost_plots import plot_step_ratios
-from latent_deliberation.evaluation.report import git_commit
 from latent_deliberation.files import write_whole
-from latent_deliberation.jobs.peer import Peer, alternate, seconds_of
+from latent_deliberation.jobs.peer import (
+  THREADS,
+  Peer,
+  alternate,
+  check_libraries,
+  describe_turns,
+  seconds_of,
+)
 from latent_deliberation.jobs.step_peers import dense_mask, separate_traces
 from latent_deliberation.jobs.transformers_steps import build_steps
 from latent_deliberation.model import weights
@@ -42,7 +46,6 @@ TRUNK, AHEAD = 256, 16
 TRACES = (16, 32)  # the paper's proportion, 128 on 2048 tokens, and twice that
 NUM_LATENTS = (16, 64)
 TEXTS, LENGTH = 4, 512  # of the decoder alone
-THREADS = 2  # of torch
 WAYS = {'ours': augmentation, 'dense mask': dense_mask, 'text a trace': separate_traces}
 
 
@@ -55,9 +58,7 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
   Raises:
     ImportError: torch or transformers is not installed.
   """
-  missing = [name for name in ('torch', 'transformers') if not importlib.util.find_spec(name)]
-  if missing:
-    raise ImportError(f"the peer of this benchmark needs {missing}: pip install -e '.[parity]'")
+  check_libraries()
   params = nn.unbox(jax.jit(Decoder(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 1), int)))[
       'params']
   result: dict[str, Any] = {
@@ -67,10 +68,7 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
       'decoder': _compare_decoders(params, repeats),
       'sizes': {'trunk': TRUNK, 'ahead': AHEAD, 'decoder_texts': TEXTS,
                 'decoder_length': LENGTH},
-      'versions': {name: importlib.metadata.version(name)
-                   for name in ('torch', 'transformers', 'jax')},
-      'devices': f'{jax.device_count()} {jax.default_backend()}', 'threads_of_torch': THREADS,
-      'repeats': repeats, 'git_commit': git_commit()}
+      **describe_turns(repeats)}
   write_whole(output, json.dumps(result, indent=2).encode() + b'\n')
   plot_step_ratios(result, output.with_suffix('.png'))
   return result

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from latent_deliberation.files import read_text
 from latent_deliberation.inference import stored
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.programs import State
@@ -36,12 +37,7 @@ def check_context(output: Path, document: Path, coprocessor: str) -> str:
                      'directory of a trained coprocessor')
   if output.exists():
     raise FileExistsError(f'{output} exists already and is not written over: give another')
-  if not document.is_file():
-    raise FileNotFoundError(f'no file {document}: give one with the text to read ahead of time')
-  try:
-    text = document.read_text(encoding='utf-8')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{document} is not UTF-8 ({error}): convert it') from error
+  text = read_text(document, 'the text to read ahead of time')
   if not text:
     raise ValueError(f'{document} is empty: give a text')
   make_writable(output.absolute().parent)

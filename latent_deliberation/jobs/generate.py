@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import logging
 
+from latent_deliberation.files import read_text
 from latent_deliberation.inference import tokenizer as tokenizers
 from latent_deliberation.inference.generate import Completion, Decoding, generate, stream
 from latent_deliberation.inference.generator import Generator
@@ -139,12 +140,7 @@ def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[str]:
-  if not path.is_file():
-    raise FileNotFoundError(f'no file {path}: give one with a prompt a line')
-  try:
-    text = path.read_text(encoding='utf-8')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is not UTF-8 ({error}): convert it') from error
+  text = read_text(path, 'a prompt a line')
   # Not splitlines, which takes some characters inside of a text for ends of lines.
   lines = text.removesuffix('\n').split('\n') if text else []
   if not lines:

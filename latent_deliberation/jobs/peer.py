@@ -5,13 +5,35 @@ other's. In turns, a machine that is slow for a while is slow for all. Only rati
 """
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+import jax
+
+from latent_deliberation.evaluation.report import git_commit
+
 Program = Callable[[], None]
+LIBRARIES = ('torch', 'transformers')
+THREADS = 2  # of torch
+
+
+def check_libraries() -> None:
+  """Raises ImportError where what transformers runs on is not installed."""
+  missing = [name for name in LIBRARIES if not importlib.util.find_spec(name)]
+  if missing:
+    raise ImportError(f"the peer of this benchmark needs {missing}: pip install -e '.[parity]'")
+
+
+def describe_turns(repeats: int) -> dict[str, Any]:
+  """What a benchmark against transformers was run with, as its JSON says it."""
+  return {'versions': {name: importlib.metadata.version(name) for name in (*LIBRARIES, 'jax')},
+          'devices': f'{jax.device_count()} {jax.default_backend()}', 'threads_of_torch': THREADS,
+          'repeats': repeats, 'git_commit': git_commit()}
 
 
 class Peer:

@@ -47,8 +47,10 @@ def run_study(study: Study, workdir: Path) -> dict[str, Any]:
   clock = PhaseClock(workdir / 'phases.json')
   with clock.phase('data'):
     prepare_data(study.experiment, workdir)
-    lessons = workdir / 'lessons' if study.lessons else workdir
-    prepare_data(study.variant(next(iter(study.arms)), study.seeds[0]), lessons)
+    lessons = workdir
+    if study.lessons:
+      lessons = workdir / 'lessons'
+      prepare_data(study.variant(next(iter(study.arms)), study.seeds[0]), lessons)
     measure = open_measure(study, workdir, mesh)  # there must be enough text for it, hours later
   with clock.phase('decoder'):
     decoder = pretrain(study.experiment, workdir / 'decoder', workdir)
