@@ -5,6 +5,7 @@ decides where a tensor lives is here: the rules, the mesh, and the shardings tha
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from latent_deliberation.array_types import PyTree
 
 MESH_AXES = ('replica', 'data', 'fsdp', 'tensor')
+
+# Every name that the model gives to an axis of its weights and activations.
+LOGICAL_AXES = ('activation', 'batch', 'embed', 'gated', 'head_dim', 'heads', 'kv_heads', 'latent',
+                'layers', 'length', 'mlp', 'norm', 'rank', 'slot', 'trace', 'vocab')
 
 # Logical axis -> mesh axes. Texts go over replica, data and fsdp; weights are stored in fsdp shards
 # and split over tensor; what is not named here is replicated.
@@ -93,9 +98,18 @@ def _named(sizes: Sequence[int]) -> dict[str, int]:
 
 
 def check_rules(rules: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-  """The rules as a plain dict of tuples; raises ValueError on an axis that no mesh has."""
+  """The rules as a plain dict of tuples.
+
+  Raises:
+    ValueError: a rule is for a logical axis that the model has not, or names one that no mesh has.
+  """
   rules = {name: tuple(axes) for name, axes in rules.items()}
   for name, axes in rules.items():
+    if name not in LOGICAL_AXES:
+      near = difflib.get_close_matches(name, LOGICAL_AXES, n=1)
+      hint = f'did you mean {near[0]!r}? ' if near else ''
+      raise ValueError(f'rule {name!r} -> {axes}: no tensor has an axis of this name; {hint}The '
+                       f'logical axes are {LOGICAL_AXES}')
     unknown = sorted(set(axes) - set(MESH_AXES))
     if unknown:
       raise ValueError(f'rule {name!r} -> {axes}: {unknown} are not mesh axes; those are '

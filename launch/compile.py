@@ -7,10 +7,13 @@ Compiles the very step that launch/train.py runs with TPU's own compiler (pip in
 without a TPU; --topology=cpu:8 plans memory and collectives on eight virtual devices. Every --mesh
 is planned under every --rules; several plans make a table, with a CSV and a PNG beside --output.
 The seconds are an estimate by the compiler's cycles and the links' bandwidth: contention in the
-network and host input are left out, and nothing is run. LIBTPU_INIT_ARGS holds flags for the
-compiler. Next, train on the mesh that is best: launch/train.py --config.mesh.fsdp=...
+network and host input are left out, and nothing is run. Flags for the compiler are those of
+LIBTPU_INIT_ARGS where it is set, otherwise those that the recipes train with (recipes/tpu.env).
+Next, train on the mesh that is best: launch/train.py --config.mesh.fsdp=...
 """
 
+import os
+import re
 from pathlib import Path
 
 from latent_deliberation.jobs import command_line
@@ -39,5 +42,13 @@ def main() -> None:
   print(f'\nPlan: {_OUTPUT.value}')
 
 
+def prepare() -> None:
+  """Sets what jax and libtpu read when they start."""
+  recipe = Path(__file__).parent / 'recipes/tpu.env'
+  flags = re.search(r'^LIBTPU_INIT_ARGS=(.*)$', recipe.read_text(), re.MULTILINE)[1]
+  os.environ.setdefault('LIBTPU_INIT_ARGS', flags)
+  topology.prepare(_TOPOLOGY.value)
+
+
 if __name__ == '__main__':
-  command_line.run(main, prepare=lambda: topology.prepare(_TOPOLOGY.value))
+  command_line.run(main, prepare)

@@ -9,9 +9,11 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
+from latent_deliberation.jobs.models import build_deliberator
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.sharding import (
   DEFAULT_RULES,
+  LOGICAL_AXES,
   MESH_AXES,
   MeshConfig,
   check_batch,
@@ -23,7 +25,7 @@ from latent_deliberation.sharding import (
   rows_of_process,
   shardings_of,
 )
-from tests import tiny
+from tests import finished, tiny
 
 
 @pytest.mark.parametrize('config, shape', [
@@ -56,6 +58,33 @@ def test_a_rule_for_an_unknown_mesh_axis_is_refused():
   with pytest.raises(ValueError, match=r"rule 'embed' -> \('model',\): \['model'\] are not mesh"):
     check_rules({**DEFAULT_RULES, 'embed': ['model']})
   assert check_rules({'embed': ['fsdp', 'tensor']}) == {'embed': ('fsdp', 'tensor')}
+
+
+def test_a_rule_for_an_axis_that_no_tensor_has_is_refused_with_the_nearest():
+  with pytest.raises(ValueError, match=r"rule 'emebd' -> \('fsdp',\): .* did you mean 'embed'\? .*"
+                     "'activation', 'batch'"):
+    check_rules({'emebd': ['fsdp']})
+
+
+def test_every_axis_that_the_model_names_may_have_a_rule(monkeypatch):
+  named = set()
+  constrain = nn.with_logical_constraint
+
+  def note(x, names, *args, **kwargs):
+    named.update(names)
+    return constrain(x, names, *args, **kwargs)
+
+  monkeypatch.setattr(nn, 'with_logical_constraint', note)
+  for choices in ({}, {'trainable': 'lora'}, {'latents': 'refining', 'gate': 'matrix'}):
+    experiment = finished.experiment(**{f'deliberation__{key}': value
+                                        for key, value in choices.items()})
+    deliberator = build_deliberator(experiment)
+    boxed = boxed_shapes(experiment.decoder), jax.eval_shape(
+        deliberator.coprocessor.init, jax.random.key(0), nn.unbox(boxed_shapes(experiment.decoder)))
+    boxes = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    named.update(name for box in boxes for name in box.names)
+  assert {'embed', 'gated', 'rank', 'latent', 'activation', 'trace'} <= named - {None}
+  assert named - {None} <= set(LOGICAL_AXES)
 
 
 def test_a_tensor_is_split_by_the_rules_of_its_axes():

@@ -28,6 +28,7 @@ from latent_deliberation.planning.plan import (
   DOES_NOT_FIT,
   ESTIMATE,
   NO_ESTIMATE,
+  ONE_SLICE,
   Plan,
   Times,
   advise,
@@ -125,6 +126,9 @@ def plan_step(run: Run, topology: Topology) -> Plan:
     if chip:
       times = estimate_times(program, found, chip, flops)
       operations = largest_operations(program, chip)
+  estimate = NO_ESTIMATE if chip is None else DOES_NOT_FIT if compiled is None else ESTIMATE
+  if times.mfu is not None and mesh.shape['replica'] > 1:
+    estimate += ONE_SLICE
   texts = batch.tokens.sharding.shard_shape(batch.tokens.shape)[0]
   capacity = chip.hbm_bytes if chip else None
   return Plan(
@@ -138,8 +142,8 @@ def plan_step(run: Run, topology: Topology) -> Plan:
       remedy=advise(memory, capacity, experiment.computation.remat, settings.accumulation,
                     texts // settings.accumulation) if chip else '',
       model_flops_per_chip=flops, **dataclasses.asdict(times),
-      estimate=NO_ESTIMATE if chip is None else DOES_NOT_FIT if compiled is None else ESTIMATE,
-      collectives=found, operations=operations, unknown_loops=unknown, compile_seconds=seconds)
+      estimate=estimate, collectives=found, operations=operations, unknown_loops=unknown,
+      compile_seconds=seconds)
 
 
 def batch_shapes(experiment: Experiment, mesh: Mesh) -> Batch:

@@ -19,7 +19,10 @@ ESTIMATE = (
 NO_ESTIMATE = ('Virtual CPU devices have no clock, no links and no memory of their own: only a TPU '
                'topology gives seconds.')
 DOES_NOT_FIT = "TPU's compiler gives no program for what does not fit, and so no seconds."
+ONE_SLICE = (' All chips are taken to lie in one slice: collectives over replica count at the '
+             'speed of its links, and the network between slices is slower.')
 NUM_OPERATIONS = 16
+_REMATS = ('none', 'dots', 'mid', 'full')  # by what they keep, most first
 # Parts of an op_name that tell nothing of the model.
 _UNTOLD = ('jit(step)', 'while', 'body', 'closed_call', 'checkpoint', 'transformer', 'blocks')
 
@@ -146,7 +149,7 @@ def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
   """
   if memory.peak <= capacity:
     return ''
-  over = (f'{memory.peak / 1e9:.1f} GB do not fit into {capacity / 1e9:.0f} GB; the largest part '
+  over = (f'{memory.peak / 1e9:.1f} GB do not fit into {capacity / 1e9:.1f} GB; the largest part '
           f'is {memory.largest} ({getattr(memory, memory.largest) / 1e9:.1f} GB).')
   if memory.state > capacity:
     factor = -(-memory.state // int(capacity))
@@ -154,8 +157,8 @@ def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
             f'accumulation do not help; shard them {factor} times as far, over more chips or by a '
             'larger mesh.fsdp or mesh.tensor.')
   work = memory.peak - memory.state
-  ways = [] if remat == 'full' else [
-      'computation.remat=full keeps nothing of a block but its input']
+  less = _REMATS[_REMATS.index(remat) + 1:]
+  ways = [f'computation.remat={" or ".join(less)} keeps less of a block'] if less else []
   # Summed gradients live from one microbatch to the next.
   room = capacity - memory.state - memory.trainable
   factors = [factor for factor in range(2, texts_per_chip + 1) if texts_per_chip % factor == 0

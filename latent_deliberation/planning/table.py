@@ -17,9 +17,10 @@ def describe(plan: Plan) -> str:
   memory = dataclasses.asdict(plan.memory)
   peak = memory.pop('peak')
   fits = {True: 'fits', False: 'DOES NOT FIT', None: 'unknown whether it fits'}[plan.fits]
-  capacity = f' of {plan.hbm_capacity / 1e9:.0f} GB' if plan.hbm_capacity else ''
+  capacity = f' of {plan.hbm_capacity / 1e9:.1f} GB' if plan.hbm_capacity else ''
+  settings = ', '.join(f'{name}={value}' for name, value in plan.settings.items() if value != '')
   lines = [
-      f'{plan.topology}, mesh {name_mesh(plan)}: {fits}', '',
+      f'{plan.topology}, mesh {name_mesh(plan)}: {fits}', f'({settings})', '',
       f'Memory of a chip: {_size(peak)}{capacity}',
       *(f'  {name:<12}{_size(size):>12}' for name, size in memory.items()),
       *([plan.remedy] if plan.remedy else []), '',

@@ -18,11 +18,11 @@ _CUBIC = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8'
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a chip can do at most, as its maker publishes it.
+  """What a chip can do at most, as its maker publishes it, or its compiler says.
 
   Attributes:
     flops: bfloat16 operations a second.
-    hbm_bytes: memory.
+    hbm_bytes: memory that a program may use; the compiler refuses one that needs more.
     hbm_bandwidth: bytes a second.
     clock: cycles a second, of the cycles that the compiler estimates.
     link_bandwidth: bytes a second over one link to a neighbour, one way.
@@ -38,13 +38,14 @@ class Chip:
   shapes: tuple[str, ...]
 
 
-# https://cloud.google.com/tpu/docs (v5e, v5p, v6e) for operations and memory; what a link gives
-# one way is from https://jax-ml.github.io/scaling-book/tpus, somewhat less than is published there.
-# At these clocks all of a chip's multipliers make its peak.
+# https://cloud.google.com/tpu/docs (v5e, v5p, v6e) for operations and bandwidth of memory; its
+# bytes are what libtpu 0.0.42 calls available when it refuses a program. What a link gives one way
+# is from https://jax-ml.github.io/scaling-book/tpus, somewhat less than is published there. At
+# these clocks all of a chip's multipliers make its peak.
 CHIPS = {
-    'v5e': Chip(197e12, 16e9, 819e9, 1.5e9, 45e9, 16, _FLAT),
-    'v5p': Chip(459e12, 95e9, 2765e9, 1.75e9, 90e9, 4, _CUBIC),
-    'v6e': Chip(918e12, 32e9, 1638e9, 1.75e9, 90e9, 16, _FLAT),
+    'v5e': Chip(197e12, 15.75 * 2**30, 819e9, 1.5e9, 45e9, 16, _FLAT),
+    'v5p': Chip(459e12, 95.74 * 2**30, 2765e9, 1.75e9, 90e9, 4, _CUBIC),
+    'v6e': Chip(918e12, 31.25 * 2**30, 1638e9, 1.75e9, 90e9, 16, _FLAT),
 }
 
 

@@ -174,14 +174,15 @@ def test_a_mesh_or_rules_of_another_form_are_refused(read, text, part):
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
 def test_the_compiler_of_tpus_gives_seconds_memory_and_utilisation(tmp_path):
   experiment = small(deliberation__latents='paper')
-  plan, = plan_training(experiment, find_topology('v5e:2x2'), [MeshConfig(fsdp=4)], [],
-                        tmp_path / 'plan.json')
+  plan, = plan_training(experiment, find_topology('v5e:2x2'),
+                        [MeshConfig(replica=2, data=1, fsdp=2)], [], tmp_path / 'plan.json')
   record = json.loads((tmp_path / 'plan.json').read_text())
   assert record['topology'] == 'v5e:2x2' and record['fits'] is True
   assert plan.memory.state < plan.hbm_bytes_per_chip < 1e9
   assert 0 < plan.compute_seconds < plan.estimated_step_seconds < 0.1
   assert plan.mfu == pytest.approx(
       plan.model_flops_per_chip / 197e12 / plan.estimated_step_seconds)
+  assert 'replica' in plan.estimate and 'taken to lie in one slice' in plan.estimate
   assert any(row.overlapped for row in plan.collectives)
   assert plan.operations[0].seconds >= plan.operations[-1].seconds > 0
   assert plan.unknown_loops == ()

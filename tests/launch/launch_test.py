@@ -124,6 +124,9 @@ BAD = {
     'a rule for no axis of a mesh': Bad(
         'compile', '--topology=cpu:2 --rules=embed=rows --output={files}/plan.json',
         r"rule 'embed' -> \('rows',\): \['rows'\] are not mesh axes"),
+    'a misspelt axis of a rule': Bad(
+        'compile', '--topology=cpu:2 --rules=emebd=fsdp --output={files}/plan.json',
+        r"rule 'emebd' -> \('fsdp',\): no tensor has .* did you mean 'embed'"),
     'heads that do not divide': Bad(
         'compile', '--topology=cpu:8 --mesh=tensor=4 --output={files}/plan.json',
         "its axis 'kv_heads' of 2 does not divide by the 4 shards .*change the mesh or the rule"),
@@ -198,6 +201,15 @@ def test_compile_plans_the_step_on_virtual_devices_and_says_where(answers):
   plan = json.loads(Path(path).read_text())
   assert (plan['topology'], plan['mesh']['data'], plan['mfu']) == ('cpu:2', 2, None)
   assert plan['hbm_bytes_per_chip'] > plan['memory']['frozen'] > 0
+
+
+def test_compile_gives_the_compiler_the_flags_of_the_recipes_unless_it_has_some(answers):
+  path, = re.findall('^Plan: (.*)$', answers['a plan'][1], re.MULTILINE)
+  plan = json.loads(Path(path).read_text())
+  recipe = (finished.ROOT / 'launch/recipes/tpu.env').read_text()
+  name = 'LIBTPU_INIT_ARGS'
+  flags = finished.environment().get(name, re.search(f'^{name}=(.+)$', recipe, re.MULTILINE)[1])
+  assert plan['settings'][name.lower()] == flags
 
 
 @pytest.mark.parametrize('name', BAD)

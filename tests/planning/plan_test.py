@@ -50,14 +50,15 @@ def test_nothing_is_advised_for_what_fits():
 
 def test_what_does_not_fit_names_its_largest_part_and_the_ways_out():
   text = advice('none')
-  assert '20.0 GB do not fit into 16 GB; the largest part is activations (9.0 GB)' in text
-  assert 'computation.remat=full keeps' in text
+  assert '20.0 GB do not fit into 16.0 GB; the largest part is activations (9.0 GB)' in text
+  assert 'computation.remat=dots or mid or full keeps' in text
   assert 'training.accumulation=2 ' in text
   assert '2 times as many chips' in text
 
 
 def test_remat_and_accumulation_are_advised_only_where_they_are_left():
   assert 'remat' not in advice('full')
+  assert 'computation.remat=full keeps' in advice('mid')
   assert 'accumulation' not in advice(texts=1)
   # 12 GB of work leave 8 - 2 GB of room in two microbatches, in 13 GB only 3 GB, for four.
   assert 'training.accumulation=4 ' in advice(capacity=13e9)
