@@ -81,8 +81,9 @@ class Attention(nn.Module):
     axes = ('batch', 'trace', 'length', 'heads', 'head_dim')
 
     def project(name: str, heads: int, axis: str) -> Array:
-      return Projection((c.embed_dim, heads, c.head_dim), ('embed', axis, 'head_dim'),
-                        lora=self.lora, name=name)(x)
+      y = Projection((c.embed_dim, heads, c.head_dim), ('embed', axis, 'head_dim'),
+                     lora=self.lora, name=name)(x)
+      return y.reshape(*positions.shape, heads, c.head_dim)
 
     queries = project('query', c.num_heads, 'heads')
     keys = project('key', c.num_kv_heads, 'kv_heads')
@@ -101,6 +102,7 @@ class Attention(nn.Module):
         keys=cache.keys.astype(x.dtype), values=cache.values.astype(x.dtype))
     mixed = self.attend(queries, keys, values, positions, visibility, traits.window, cache,
                         c.attention_softcap)
+    mixed = mixed.reshape(*x.shape[:3], c.num_heads, c.head_dim)
     out = Projection((c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed'),
                      inputs=2, lora=self.lora, name='out')(mixed)
     return out, KeysValues(keys, values)
@@ -172,11 +174,14 @@ class Transformer(nn.Module):
     )(self.config, self.lora, ATTENTIONS[self.attention], name='blocks')
     length = x.shape[2]
     if self.attention == 'fused':
-      # Padded once, in place of every layer's queries, keys and values.
+      # Padded once, in place of every layer's queries, keys and values, and all rows as one: XLA
+      # would lay the tokens of a trace outside of the traces, and turn them for each kernel.
       x, positions, visibility = layout.pad((x, positions, visibility))
+      x = x.reshape(x.shape[0], -1, 1, x.shape[3])
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
     x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, visibility)
     x = RMSNorm(self.config.norm_epsilon, name='final_norm')(x)
+    x = x.reshape(*positions.shape, x.shape[3])
     return x[:, :, :length], jax.tree.map(lambda leaf: leaf[:, :, :, :length], fresh)
 
   def _per_layer(self, cache: KVCache | None) -> KVCache | None:
