@@ -30,8 +30,10 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 def get_config(decoder: str = 'gemma2_2b'):
   """For a v5e-256 pod slice: 16 x 16 chips, data parallel over one axis, fsdp over the other.
 
-  A chip has one text at a time. With 64 latents it needs --config.computation.remat=mid. With
-  several slices give their number as --config.mesh.replica; docs/tpu.md says more.
+  A chip has one text at a time. With 64 latents it needs --config.computation.remat=mid. Chips with
+  more memory (v5p, v6e) take two or more texts at a time, and the frozen weights whole:
+  --config.training.accumulation=2 --config.computation.replicate_frozen=True. With several slices
+  give their number as --config.mesh.replica. docs/tpu.md has a table of what each slice gives.
 
   Args:
     decoder: name of a preset, or directory of a decoder.

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from latent_deliberation.array_types import Array, Float, Int, RowTokens, typed
@@ -86,6 +88,19 @@ def _over_mesh(function, inputs: Inputs):
   cache = inputs.cache and KVCache(shared, shared, text, text)
   specs = Inputs(queries, fresh, fresh, rows, rows, PartitionSpec(), cache)
   return jax.shard_map(function, in_specs=(specs,), out_specs=queries, check_vma=False)
+
+
+def row_major(x: Array) -> Array:
+  """Activations [B, M, Q, D] as they are, laid out in memory in this order of axes.
+
+  XLA may choose columns, which the kernels do not take, and then turns each layer's residuals.
+  """
+  constrain = functools.partial(with_layout_constraint, layouts=MemoryLayout((0, 1, 2, 3)))
+  if jax.sharding.get_abstract_mesh().empty:
+    return constrain(x)
+  # Device by device: a partitioner that does not know the constraint gathers the whole array.
+  axes = nn.logical_to_mesh_axes(('batch', 'trace', 'length', 'activation'))
+  return jax.shard_map(constrain, in_specs=axes, out_specs=axes, check_vma=False)(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -132,8 +132,10 @@ class Block(nn.Module):
     fed = checkpoint_name(fed, _NAMED[3])
     if self.config.post_norms:
       fed = norm('feed_forward_out')(fed)
-    x = x + fed
-    return nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation')), fresh
+    x = nn.with_logical_constraint(x + fed, ('batch', 'trace', 'length', 'activation'))
+    if self.attend is attention_tpu.attend_visible:
+      x = attention_tpu.row_major(x)
+    return x, fresh
 
 
 class Transformer(nn.Module):
@@ -177,7 +179,7 @@ class Transformer(nn.Module):
       # Padded once, in place of every layer's queries, keys and values, and all rows as one: XLA
       # would lay the tokens of a trace outside of the traces, and turn them for each kernel.
       x, positions, visibility = layout.pad((x, positions, visibility))
-      x = x.reshape(x.shape[0], -1, 1, x.shape[3])
+      x = x.reshape(x.shape[0], 1, -1, x.shape[3])
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
     x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, visibility)
     x = RMSNorm(self.config.norm_epsilon, name='final_norm')(x)
