@@ -14,7 +14,7 @@ from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.config import GATES, LATENTS, SOFT_TOKENS, TRAINABLES
 from latent_deliberation.deliberation.placement import place
 from latent_deliberation.deliberation.traces import gather_traces
-from latent_deliberation.model import attention_tpu
+from latent_deliberation.model import attention_fused
 from tests import tiny
 from tests.deliberation import dense_reference
 
@@ -235,9 +235,9 @@ def test_the_trunk_is_a_constant_unless_the_decoder_learns(decoder_params, batch
 def test_fused_attention_has_its_own_gradient_where_the_trunk_is_a_constant(
     decoder_params, batch, monkeypatch, tuned):
   """Through the scan over layers and under remat too, where everything is an argument."""
-  plain = attention_tpu._plain_backward
+  plain = attention_fused._plain_backward
   calls = []
-  monkeypatch.setattr(attention_tpu, '_plain_backward',
+  monkeypatch.setattr(attention_fused, '_plain_backward',
                       lambda *args: calls.append(args) or plain(*args))
   deliberator = dataclasses.replace(
       tiny.deliberator(attention='fused', remat='full'), tuned=tuned)

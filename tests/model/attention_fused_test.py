@@ -11,14 +11,16 @@ import pytest
 from flax import linen as nn
 from jax.experimental import topologies
 
-from latent_deliberation.model import attention, attention_tpu
+from latent_deliberation.model import attention, attention_fused
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
-from latent_deliberation.model.fused.layout import Blocks, Layout, Options
+from latent_deliberation.model.fused.layout import Blocks, Layout
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
 GLOBAL = np.iinfo(np.int32).max
-BLOCKS = Blocks(rows=64, keys=16, own=32)  # two traces a product, two or more blocks of all
+# Two traces a product on a TPU, two or more blocks of all.
+TPU = dataclasses.replace(attention_fused.TPU, blocks=Blocks(rows=64, keys=16, own=32))
+GPU = dataclasses.replace(attention_fused.GPU, blocks=Blocks(rows=32, keys=16))
 DOCUMENTS = (15, 21)  # of both texts; the rest is padding
 
 
@@ -75,11 +77,13 @@ def evaluate(function, cap, *inputs):
   return result, pull(weight)
 
 
-def fused(*inputs, cap):
-  return attention_tpu.attend_visible(*inputs, cap=cap, blocks=BLOCKS)
+@pytest.fixture(params=[TPU, GPU], ids=['tpu', 'gpu'])
+def fused(request):
+  """The function with the kernels of each machine, which a CPU interprets."""
+  return functools.partial(attention_fused.attend_visible, kernels=request.param)
 
 
-def check_equal(case, inputs=None, atol=1e-5):
+def check_equal(fused, case, inputs=None, atol=1e-5):
   inputs = inputs or case.inputs()
   for function, plain in zip(*(jax.tree.leaves(evaluate(which, case.cap, *inputs))
                                for which in (fused, attention.attend_visible)), strict=True):
@@ -92,18 +96,18 @@ def check_equal(case, inputs=None, atol=1e-5):
     Case(late=True, cached=7), Case(traces=1, length=17, cached=33),
 ], ids=['packed', 'window', 'no-group-no-cap', 'one-kv-head-high-cap', 'late-short-cache',
         'long-trace'])
-def test_values_and_gradients_equal_those_of_plain_attention(case):
-  check_equal(case)
+def test_values_and_gradients_equal_those_of_plain_attention(fused, case):
+  check_equal(fused, case)
 
 
-def test_bfloat16_differs_by_rounding_alone():
+def test_bfloat16_differs_by_rounding_alone(fused):
   inputs = jax.tree.map(
       lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, Case().inputs())
   assert {x.dtype for x in jax.tree.leaves(evaluate(fused, 0.8, *inputs))} == {jnp.bfloat16.dtype}
-  check_equal(Case(), inputs, atol=0.06)
+  check_equal(fused, Case(), inputs, atol=0.06)
 
 
-def test_scores_of_any_size_do_not_overflow():
+def test_scores_of_any_size_do_not_overflow(fused):
   case = Case(heads=2, cap=None)
   queries, *inputs = case.inputs()
   result, gradients = evaluate(fused, None, queries * 1e4, *inputs)
@@ -112,19 +116,19 @@ def test_scores_of_any_size_do_not_overflow():
   assert all(np.isfinite(x).all() for x in gradients)
 
 
-def test_one_row_without_a_cache_equals_plain_attention():
+def test_one_row_without_a_cache_equals_plain_attention(fused):
   queries, keys, values, *_, window, cache = Case(traces=1, length=48, window=9).inputs()
   positions, segments = cache.positions[:, None], cache.segments[:, None]
   visibility = Visibility(segments, jnp.zeros((2, 1), jnp.int32))
-  check_equal(Case(), (queries, keys, values, positions, visibility, window, None))
+  check_equal(fused, Case(), (queries, keys, values, positions, visibility, window, None))
 
 
-def test_an_empty_cache_shows_nothing():
+def test_an_empty_cache_shows_nothing(fused):
   *inputs, cache = Case().inputs()
-  check_equal(Case(), (*inputs, jax.tree.map(lambda x: x[:, :0], cache)))
+  check_equal(fused, Case(), (*inputs, jax.tree.map(lambda x: x[:, :0], cache)))
 
 
-def test_gradients_flow_into_a_cache_that_is_not_constant():
+def test_gradients_flow_into_a_cache_that_is_not_constant(fused):
   *inputs, cache = Case().inputs()
 
   def gradients(function):
@@ -137,7 +141,7 @@ def test_gradients_flow_into_a_cache_that_is_not_constant():
     np.testing.assert_allclose(gradient, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(fused):
   *inputs, visibility, window, cache = Case().inputs()
   nothing = visibility.replace(segments=jnp.zeros_like(visibility.segments))
   for result in jax.tree.leaves(evaluate(fused, 0.8, *inputs, nothing, window, cache)):
@@ -147,7 +151,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
 @pytest.mark.parametrize('horizon, window, documents, unseen', [
     (16, GLOBAL, (48,), slice(16, 48)), (48, 3, (48,), slice(0, 32)),
     (48, GLOBAL, (16, 32), slice(0, 16))], ids=['horizon', 'window', 'document'])
-def test_blocks_of_keys_that_no_query_sees_are_not_read(horizon, window, documents, unseen):
+def test_blocks_of_keys_that_no_query_sees_are_not_read(fused, horizon, window, documents, unseen):
   *fresh, positions, visibility, _, cache = Case().inputs()
   where = np.repeat(np.arange(len(documents)), documents) + 1
   cache = cache.replace(segments=jnp.array([where, where]),
@@ -167,7 +171,7 @@ def test_blocks_of_keys_that_no_query_sees_are_not_read(horizon, window, documen
   assert np.isnan(run(seen)[0]).any()
 
 
-def test_on_a_mesh_each_device_works_on_its_own_texts_and_heads():
+def test_on_a_mesh_each_device_works_on_its_own_texts_and_heads(fused):
   inputs = Case().inputs()
   expected = evaluate(fused, 0.8, *inputs)
   mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
@@ -178,7 +182,7 @@ def test_on_a_mesh_each_device_works_on_its_own_texts_and_heads():
   assert sharded[0].sharding.shard_shape(sharded[0].shape) == (1, 5, 3, 2, 6)
 
 
-def test_heads_that_are_split_otherwise_than_kv_heads_are_refused():
+def test_heads_that_are_split_otherwise_than_kv_heads_are_refused(fused):
   rules = {**DEFAULT_RULES, 'kv_heads': ()}
   with (jax.set_mesh(make_mesh(MeshConfig(4, 1, 2))),
         nn.logical_axis_rules(tuple(rules.items())),
@@ -186,12 +190,12 @@ def test_heads_that_are_split_otherwise_than_kv_heads_are_refused():
     fused(*Case().inputs(), cap=None)
 
 
-def test_rows_that_stand_alone_are_refused():
+def test_rows_that_stand_alone_are_refused(fused):
   with pytest.raises(ValueError, match="'fused' on 5 rows without a cache: .* 'plain'"):
     fused(*Case().inputs()[:-1], cap=None)
 
 
-def test_another_platform_is_refused(monkeypatch):
+def test_another_platform_is_refused(fused, monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   with pytest.raises(ValueError, match="'fused' on platform 'gpu': .* set .* 'plain'"):
     fused(*Case().inputs(), cap=None)
@@ -203,7 +207,7 @@ def test_another_platform_is_refused(monkeypatch):
     ((4, 128, 16, 8, 256), 1, 128, 128, 128),  # 8 heads to a kv head
     ((4, 5, 16, 8, 256), 4, 5, 80, 80)])
 def test_blocks_are_large_and_padding_is_small(shape, kv_heads, traces, rows, chunk):
-  layout = Layout.of(Options(None, attention_tpu.BLOCKS), shape, kv_heads, 2048)
+  layout = Layout.aligned(attention_fused.TPU.blocks, None, shape, kv_heads, 2048)
   assert (layout.traces, layout.tiles.rows, layout.tiles.chunk) == (traces, rows, chunk)
   assert layout.tiles.keys == 512
 
@@ -223,5 +227,5 @@ def test_the_kernels_compile_for_a_tpu_at_sizes_that_fill_no_block(monkeypatch):
   inputs = (queries, keys, keys, shape(2, traces, length),
             Visibility(shape(2, traces, length), shape(2, traces)), shape(),
             KVCache(cache, cache, shape(2, cached), shape(2, cached)))
-  compiled = evaluate.lower(attention_tpu.attend_visible, 50.0, *inputs).compile()
+  compiled = evaluate.lower(attention_fused.attend_visible, 50.0, *inputs).compile()
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
