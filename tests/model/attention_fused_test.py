@@ -77,10 +77,14 @@ def evaluate(function, cap, *inputs):
   return result, pull(weight)
 
 
-@pytest.fixture(params=[TPU, GPU], ids=['tpu', 'gpu'])
+on_tpu, on_gpu = (functools.partial(attention_fused.attend_visible, kernels=kernels)
+                  for kernels in (TPU, GPU))
+
+
+@pytest.fixture(params=[on_tpu, on_gpu], ids=['tpu', 'gpu'])
 def fused(request):
   """The function with the kernels of each machine, which a CPU interprets."""
-  return functools.partial(attention_fused.attend_visible, kernels=request.param)
+  return request.param
 
 
 def check_equal(fused, case, inputs=None, atol=1e-5):
@@ -128,7 +132,7 @@ def test_an_empty_cache_shows_nothing(fused):
   check_equal(fused, Case(), (*inputs, jax.tree.map(lambda x: x[:, :0], cache)))
 
 
-def test_gradients_flow_into_a_cache_that_is_not_constant(fused):
+def test_gradients_flow_into_a_cache_that_is_not_constant():
   *inputs, cache = Case().inputs()
 
   def gradients(function):
@@ -136,7 +140,7 @@ def test_gradients_flow_into_a_cache_that_is_not_constant(fused):
         *inputs, cache.replace(keys=keys, values=values), cap=0.8) ** 2)
     return jax.jit(jax.grad(total, argnums=(0, 1)))(cache.keys, cache.values)
 
-  for gradient, plain in zip(gradients(fused), gradients(attention.attend_visible), strict=True):
+  for gradient, plain in zip(gradients(on_tpu), gradients(attention.attend_visible), strict=True):
     assert np.abs(plain).max() > 0.01
     np.testing.assert_allclose(gradient, plain, rtol=1e-4, atol=1e-5)
 
@@ -171,34 +175,46 @@ def test_blocks_of_keys_that_no_query_sees_are_not_read(fused, horizon, window, 
   assert np.isnan(run(seen)[0]).any()
 
 
-def test_on_a_mesh_each_device_works_on_its_own_texts_and_heads(fused):
+def test_on_a_mesh_each_device_works_on_its_own_texts_and_heads():
   inputs = Case().inputs()
-  expected = evaluate(fused, 0.8, *inputs)
+  expected = evaluate(on_tpu, 0.8, *inputs)
   mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
   with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(DEFAULT_RULES.items())):
-    sharded = jax.jit(functools.partial(evaluate.__wrapped__, fused, 0.8))(*inputs)
+    sharded = jax.jit(functools.partial(evaluate.__wrapped__, on_tpu, 0.8))(*inputs)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
                sharded, expected)
   assert sharded[0].sharding.shard_shape(sharded[0].shape) == (1, 5, 3, 2, 6)
 
 
-def test_heads_that_are_split_otherwise_than_kv_heads_are_refused(fused):
+def test_heads_that_are_split_otherwise_than_kv_heads_are_refused():
   rules = {**DEFAULT_RULES, 'kv_heads': ()}
   with (jax.set_mesh(make_mesh(MeshConfig(4, 1, 2))),
         nn.logical_axis_rules(tuple(rules.items())),
         pytest.raises(ValueError, match="split 'heads' over tensor and 'kv_heads' over None")):
-    fused(*Case().inputs(), cap=None)
+    on_tpu(*Case().inputs(), cap=None)
 
 
-def test_rows_that_stand_alone_are_refused(fused):
+def test_rows_that_stand_alone_are_refused():
   with pytest.raises(ValueError, match="'fused' on 5 rows without a cache: .* 'plain'"):
-    fused(*Case().inputs()[:-1], cap=None)
+    on_tpu(*Case().inputs()[:-1], cap=None)
 
 
-def test_another_platform_is_refused(fused, monkeypatch):
+def test_another_platform_is_refused(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'metal')
+  with pytest.raises(ValueError, match="'fused' on platform 'metal': .* set .* 'plain'"):
+    attention_fused.attend_visible(*Case().inputs())
+
+
+@pytest.mark.parametrize('width, dtype, words', [
+    (6, 'bfloat16', '6 x bfloat16'), (96, 'bfloat16', '96 x bfloat16'),
+    (256, 'float32', "256 x float32.*dtype = 'bfloat16'")])
+def test_heads_that_a_gpu_cannot_hold_are_refused(monkeypatch, width, dtype, words):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  with pytest.raises(ValueError, match="'fused' on platform 'gpu': .* set .* 'plain'"):
-    fused(*Case().inputs(), cap=None)
+  queries, keys, values, *where, cache = Case().inputs()
+  wide = lambda x: jnp.ones((*x.shape[:-1], width), dtype)  # noqa: E731
+  cache = cache.replace(keys=wide(cache.keys), values=wide(cache.values))
+  with pytest.raises(ValueError, match=f"'fused' on a GPU with heads of {words}"):
+    attention_fused.attend_visible(*map(wide, (queries, keys, values)), *where, cache)
 
 
 @pytest.mark.parametrize('shape, kv_heads, traces, rows, chunk', [
@@ -212,20 +228,41 @@ def test_blocks_are_large_and_padding_is_small(shape, kv_heads, traces, rows, ch
   assert layout.tiles.keys == 512
 
 
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, a compiler')
-def test_the_kernels_compile_for_a_tpu_at_sizes_that_fill_no_block(monkeypatch):
-  traces, length, cached = 3, 79, 100
-  monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  chip = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices[0]
-  on_chip = jax.sharding.SingleDeviceSharding(chip)
+@pytest.mark.parametrize('shape, traces, rows', [
+    ((4, 128, 32, 8, 256), 128, 128),  # 16 latents of Gemma-2 2B: all is filled
+    ((4, 128, 79, 8, 256), 128, 128),  # 64 latents: traces of 80 lie across blocks
+    ((4, 5, 16, 8, 256), 8, 128), ((1, 1, 1, 8, 256), 4, 64)])
+def test_blocks_of_a_gpu_are_a_power_of_two_and_padding_is_small(shape, traces, rows):
+  layout = Layout.across(attention_fused.GPU.blocks, None, shape, 4, 2048)
+  assert (layout.traces, layout.tiles.rows, layout.tiles.keys) == (traces, rows, 64)
+
+
+@pytest.mark.parametrize('length, cap, width', [(31, 50.0, 256), (79, None, 128)])
+def test_the_kernels_lower_for_a_gpu_at_sizes_that_fill_no_block(length, cap, width):
+  inputs = shapes(3, length, 100, width)
+  lowered = evaluate.trace(functools.partial(
+      attention_fused.attend_visible, kernels=attention_fused.GPU), cap, *inputs).lower(
+          lowering_platforms=('cuda',))
+  assert lowered.as_text().count('@__gpu$xla.gpu.triton') == 3
+
+
+def shapes(traces, length, cached, width, **where):
+  """Arguments of `attend_visible` without values: two texts, 4 heads, 2 kv heads, bfloat16."""
 
   def shape(*sizes, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=on_chip)
+    return jax.ShapeDtypeStruct(sizes, dtype, **where)
 
-  queries, keys, cache = (shape(2, *sizes, 128, dtype=jnp.bfloat16) for sizes in (
+  queries, keys, cache = (shape(2, *sizes, width, dtype=jnp.bfloat16) for sizes in (
       (traces, length, 4), (traces, length, 2), (cached, 2)))
-  inputs = (queries, keys, keys, shape(2, traces, length),
-            Visibility(shape(2, traces, length), shape(2, traces)), shape(),
-            KVCache(cache, cache, shape(2, cached), shape(2, cached)))
+  return (queries, keys, keys, shape(2, traces, length),
+          Visibility(shape(2, traces, length), shape(2, traces)), shape(),
+          KVCache(cache, cache, shape(2, cached), shape(2, cached)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, a compiler')
+def test_the_kernels_compile_for_a_tpu_at_sizes_that_fill_no_block(monkeypatch):
+  monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  chip = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices[0]
+  inputs = shapes(3, 79, 100, 128, sharding=jax.sharding.SingleDeviceSharding(chip))
   compiled = evaluate.lower(attention_fused.attend_visible, 50.0, *inputs).compile()
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2

@@ -106,8 +106,8 @@ def backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotange
     places[...] = index[0, 0].T
     column[...] = lse[0, 0, 0].T
     for g in range(tiles.group):
-      product = cotangent[0, g].astype(jnp.float32) * mixed[0, g].astype(jnp.float32)
-      delta[:, g:g + 1] = pulled.sum(axis=-1, keepdims=True)
+      both = cotangent[0, g].astype(jnp.float32) * mixed[0, g].astype(jnp.float32)
+      delta[:, g:g + 1] = both.sum(axis=-1, keepdims=True)
     for number, rows in enumerate(tiles.chunks() if own else ()):
       visible = _own_visible(places[rows], own.index[0, number], tiles)
       by_keys = by_values = jnp.zeros((tiles.chunk, tiles.width), jnp.float32)
