@@ -87,7 +87,7 @@ def attend_visible(
     cap: float | None = None,
     kernels: Kernels | None = None,
 ) -> Float[Array, 'B M Q N H']:
-  """The function of attention.attend_visible; compiled on TPUs and NVIDIA GPUs, interpreted on CPUs.
+  """The function of attention.attend_visible; compiled on TPUs and GPUs, interpreted on CPUs.
 
   The backward pass is fused where the cache is a constant, as the frozen decoder's is. Where there
   is none, or gradients flow into it, the backward pass is the plain one. Under a mesh, each device

@@ -1,4 +1,12 @@
-"""The kernels for NVIDIA GPUs over their grids: which blocks each program holds."""
+"""The kernels for NVIDIA GPUs over their grids: which blocks each program holds.
+
+Eight warps, and blocks of 128 rows and 64 keys, are for Hopper and heads of 256 in bfloat16. Shared
+memory, of which a program may have 227 KB, then holds (forward) queries of 64 KB and keys and
+values of 32 KB each, twice, since the next block is loaded meanwhile: 192 KB; (gradient of queries)
+queries and incoming gradients, 64 KB each, and keys and values once: 192 KB, and no room for twice.
+The sums, 128 KB in float32, take half of the registers; those of own keys and values, in blocks of
+64, as many.
+"""
 
 import functools
 
@@ -40,7 +48,8 @@ def _over_rows(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, own: K
   def of_keys(keys: Keys) -> Keys:
     whole = pl.BlockSpec((None, None, *keys.keys.shape[2:]),
                          lambda i, n, b: (b, n // tiles.group, 0, 0))
-    return Keys(whole, whole, pl.BlockSpec((None, *keys.index.shape[1:]), lambda i, n, b: (b, 0, 0)))
+    of_text = pl.BlockSpec((None, *keys.index.shape[1:]), lambda i, n, b: (b, 0, 0))
+    return Keys(whole, whole, of_text)
 
   shared, own = _flat_keys(shared), _flat_keys(own)
   bound = pl.BlockSpec((None, None), lambda i, n, b: (b, blocks - 1 - i))
