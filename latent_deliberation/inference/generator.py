@@ -65,7 +65,7 @@ class Generator:
     choices, trained = coprocessor or (None, None)
     num_latents, refining = 0, False
     if choices is not None:
-      _check_width(config, choices, trained)
+      _check_choices(config, choices, trained)
       num_latents, refining = choices.num_latents, choices.latents == 'refining'
     self.model = Model(
         decoder=Decoder(config, dtype=dtype),
@@ -210,7 +210,10 @@ def _copy(cache: SlotCache) -> SlotCache:
   return jax.tree.map(jnp.copy, cache)
 
 
-def _check_width(config: TransformerConfig, choices: DeliberationConfig, trained: Params) -> None:
+def _check_choices(config: TransformerConfig, choices: DeliberationConfig, trained: Params) -> None:
+  if choices.reads == 'states':
+    raise ValueError("this coprocessor has reads = 'states': it reads the decoder's hidden states, "
+                     'which generation does not keep; generate with one that reads the cache')
   expected = (choices.num_latents, config.embed_dim)
   if trained['soft_tokens'].shape != expected:
     raise ValueError(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_deliberation.deliberation.config import LATENTS, TRAINABLES
+from latent_deliberation.deliberation.config import LATENTS
 from latent_deliberation.inference import decode, programs
 from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.generate import Decoding, generate, stream
@@ -61,9 +61,11 @@ def test_what_follows_latents_is_what_training_says_of_it(decoder_params, latent
     assert np.abs(np.subtract(completion.log_probabilities, other.log_probabilities)).max() > 0.01
 
 
-@pytest.mark.parametrize('trainable', [each for each in TRAINABLES if each != 'full'])
-def test_adapters_and_constant_soft_tokens_too(decoder_params, trainable):
-  generator, *trained = augmented(decoder_params, trainable=trainable, gate='channel')
+@pytest.mark.parametrize('trainable, num_layers', [('lora', 0), ('lora', 1), ('constant', 0)])
+def test_adapters_and_constant_soft_tokens_and_fewer_layers_too(
+    decoder_params, trainable, num_layers):
+  generator, *trained = augmented(
+      decoder_params, trainable=trainable, num_layers=num_layers, gate='channel')
   for prompt, completion in zip(
       PROMPTS, generate(generator, PROMPTS, Decoding(5, policy=ONCE)), strict=True):
     expected = trained_log_probabilities(*trained, decoder_params, prompt, completion.tokens)
