@@ -77,8 +77,8 @@ class Coprocessor:
       return {'lora': variables['lora']}
     boxed = variables['params']
     if self.config.initialisation == 'decoder':
-      boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight), boxed,
-                           decoder_params['transformer'],
+      boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight.astype(jnp.float32)),
+                           boxed, decoder_params['transformer'],
                            is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     return {'transformer': boxed}
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Float, Int, Rows, RowTokens, typed
+from latent_deliberation.model.quantised import Quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,18 @@ def contract(x: Array, weight: Array, inputs: int = 1,
   return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
 
 
+def multiply(x: Array, weight: Array | Quantised, inputs: int) -> Array:
+  """Contracts the last `inputs` axes of x with the first ones of a weight, in x's dtype."""
+
+  def product(x: Array, weight: Array | Quantised) -> Array:
+    return jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
+
+  if isinstance(weight, Quantised):
+    # Kept for the backward pass, what int8 is converted to would be all layers in floats.
+    return jax.checkpoint(product)(x, weight)
+  return product(x, weight)
+
+
 class Projection(nn.Module):
   """A linear map from the last `inputs` axes of x to the axes `shape[inputs:]`, without bias.
 
@@ -87,7 +100,7 @@ class Projection(nn.Module):
       y = contract(x, self.get_variable('params', 'turned').astype(x.dtype), inputs)
     else:
       weight = self.param('w', nn.with_logical_partitioning(init, axes), shape)
-      y = jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
+      y = multiply(x, weight, inputs)
     if self.lora is None:
       return y
     rank = self.lora.rank
@@ -134,8 +147,9 @@ class Embedder(nn.Module):
   @typed
   def encode(self, tokens: RowTokens, dtype: str) -> Rows:
     """Input embeddings of tokens, in `dtype`, scaled by sqrt(D) as Gemma does."""
+    rows = jax.tree.map(lambda leaf: leaf[tokens], self.table).astype(dtype)
     # Gemma rounds the factor to the dtype that it computes in.
-    return self.table[tokens].astype(dtype) * jnp.asarray(self.embed_dim ** 0.5, dtype)
+    return rows * jnp.asarray(self.embed_dim ** 0.5, dtype)
 
 
 def rotary_frequencies(head_dim: int, base: float, scaling: float = 1.0) -> np.ndarray:
