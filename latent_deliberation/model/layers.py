@@ -60,15 +60,21 @@ def contract(x: Array, weight: Array, inputs: int = 1,
   return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
 
 
-def multiply(x: Array, weight: Array | Quantised, inputs: int) -> Array:
-  """Contracts the last `inputs` axes of x with the first ones of a weight, in x's dtype."""
+def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[str]) -> Array:
+  """Contracts the last `inputs` axes of x with the first ones of an int8 weight, in x's dtype.
 
-  def product(x: Array, weight: Array | Quantised) -> Array:
+  Args:
+    axes: logical names of the weight's axes.
+  """
+  # Storage alone divides 'embed'. Without this, shards would be converted and then gathered.
+  whole = tuple('activation' if axis == 'embed' else axis for axis in axes)
+
+  # Kept for the backward pass, what int8 is converted to would be all layers in floats.
+  @jax.checkpoint
+  def product(x: Array, weight: Quantised) -> Array:
+    weight = weight.replace(values=nn.with_logical_constraint(weight.values, whole))
     return jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
 
-  if isinstance(weight, Quantised):
-    # Kept for the backward pass, what int8 is converted to would be all layers in floats.
-    return jax.checkpoint(product)(x, weight)
   return product(x, weight)
 
 
@@ -100,7 +106,10 @@ class Projection(nn.Module):
       y = contract(x, self.get_variable('params', 'turned').astype(x.dtype), inputs)
     else:
       weight = self.param('w', nn.with_logical_partitioning(init, axes), shape)
-      y = multiply(x, weight, inputs)
+      if isinstance(weight, Quantised):
+        y = multiply_quantised(x, weight, inputs, axes)
+      else:
+        y = jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
     if self.lora is None:
       return y
     rank = self.lora.rank
