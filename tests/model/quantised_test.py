@@ -13,6 +13,7 @@ from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.layers import FeedForward
 from latent_deliberation.model.quantised import Quantised, quantise
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
+from latent_deliberation.training.objectives import augmentation
 from tests import tiny
 
 
@@ -97,6 +98,27 @@ def test_the_backward_pass_keeps_no_matrix_in_floats(decoder_params, quantised, 
               if is_quantised(leaf)}
   trainable = {leaf.shape for leaf in jax.tree.leaves(params)}
   assert not floats & (matrices - trainable)
+
+
+def test_loss_and_gradient_on_a_mesh_are_those_on_one_device(decoder_params, quantised, batch):
+  deliberator, mesh = tiny.deliberator(), make_mesh(MeshConfig(fsdp=2, tensor=2, data=2))
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  batch = jax.tree.map(lambda leaf: jnp.tile(leaf, (2, 1)), batch)
+  keys = jax.random.split(jax.random.key(0), 4)
+  boxed = jax.eval_shape(quantise, boxed_shapes(tiny.CONFIG))
+
+  def gradient(params, decoder):
+    with nn.logical_axis_rules(tuple(DEFAULT_RULES.items())):
+      return jax.value_and_grad(augmentation(deliberator, 8), has_aux=True)(
+          params, decoder, batch, keys)
+
+  alone = jax.jit(gradient)(params, quantised)
+  spread = jax.device_put(quantised, shardings_of(boxed, mesh, DEFAULT_RULES))
+  with jax.set_mesh(mesh):
+    together = jax.jit(gradient)(jax.device_put(
+        params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec())), spread)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+               together, alone)
 
 
 def test_shards_come_together_as_int8(decoder_params):
