@@ -1,6 +1,7 @@
 """The parts of a block that are not attention: norms, projections, embeddings, feed-forward."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -69,8 +70,9 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
   # Storage alone divides 'embed'. Without this, shards would be converted and then gathered.
   whole = tuple('activation' if axis == 'embed' else axis for axis in axes)
 
-  # Kept for the backward pass, what int8 is converted to would be all layers in floats.
-  @jax.checkpoint
+  # Kept for the backward pass, what int8 is converted to would be all layers in floats. A guard
+  # against merging both conversions, which a scan keeps apart, makes it half as slow again on TPUs.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
   def product(x: Array, weight: Quantised) -> Array:
     weight = weight.replace(values=nn.with_logical_constraint(weight.values, whole))
     return jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
