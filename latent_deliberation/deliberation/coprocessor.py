@@ -86,8 +86,8 @@ class Coprocessor:
       return {'lora': variables['lora']}
     boxed = variables['params']
     if self.config.initialisation == 'decoder':
-      boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight), boxed,
-                           self._last_layers(decoder_params),
+      boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight.astype(jnp.float32)),
+                           boxed, self._last_layers(decoder_params),
                            is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     return {'transformer': boxed}
 

@@ -27,6 +27,7 @@ from latent_deliberation.inference.prompts import (
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.fingerprint import fingerprint as compute_fingerprint
+from latent_deliberation.model.quantised import Quantised
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding
 
 
@@ -58,10 +59,13 @@ class Generator:
       fingerprint: of the decoder's weights; computed where it is not given.
 
     Raises:
-      ValueError: `length` is not positive, or the coprocessor has other widths.
+      ValueError: `length` is not positive, the coprocessor has other widths, or weights are int8.
     """
     if length < 1:
       raise ValueError(f'length = {length}: a cache needs room for 1 token at least')
+    if isinstance(params['embedder']['table'], Quantised):
+      raise ValueError("the decoder's weights are in int8, which inference does not compute with: "
+                       'give them as they are stored')
     choices, trained = coprocessor or (None, None)
     num_latents, refining = 0, False
     if choices is not None:

@@ -14,6 +14,7 @@ from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.policy import ONCE, Gate, Policy
 from latent_deliberation.inference.sampling import Sampling
 from latent_deliberation.model import weights
+from latent_deliberation.model.quantised import quantise
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
 from tests.inference.small import (
@@ -300,6 +301,7 @@ def test_other_bad_input_is_refused(refining, decoder_params):
           threshold=0.0, gate=Gate(np.zeros(9), 0.0)))), r'shape \(9,\), .* asks for \(16,'),
       (lambda: Decoding(0), 'max_tokens = 0'),
       (lambda: Generator(tiny.CONFIG, decoder_params, length=0), 'length = 0'),
+      (lambda: Generator(tiny.CONFIG, quantise(decoder_params), length=9), 'are in int8'),
       (lambda: refining.read_on(state, [[1]]), '1 prompts for a state of 3 texts'),
       (lambda: refining.read_on(state, [[], [1] * 30, []]), 'text 1 has 49 tokens'),
       (lambda: Generator(tiny.CONFIG, decoder_params, length=9, coprocessor=(
