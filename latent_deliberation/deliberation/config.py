@@ -19,8 +19,8 @@ class DeliberationConfig:
     num_latents: Z, latents of a trace (N_L in the paper).
     num_ahead: A, true tokens after the anchor that the loss is on (N_A).
     num_traces: M, traces drawn from each text.
-    latents: what the decoder is fed; BUILD_NOTES.md, section 3, says why 'refining' is the default
-      and what was measured of it. With o_i the coprocessor's output at soft token i:
+    latents: what the decoder is fed; the ablations in docs/results.md say why 'refining' is the
+      default. With o_i the coprocessor's output at soft token i:
       'paper':    z_i = o_i, behind the anchor.
       'anchored': z_i = embedding of the anchor token + gate * o_i, behind the anchor.
       'refining': z_i = embedding of trunk token (anchor - Z + i) + gate * o_i, in that token's
