@@ -35,7 +35,13 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
     with_dense: it keeps what all layers make, whatever remat says: for few layers.
     output: JSON to write.
     repeats: turns.
+
+  Raises:
+    ValueError: the frozen weights are int8.
   """
+  if experiment.computation.frozen_dtype == 'int8':
+    raise ValueError("computation.frozen_dtype = 'int8': this benchmark makes weights of float32 or "
+                     "bfloat16; set --config.computation.frozen_dtype=bfloat16")
   key = jax.random.key(0)
   decoder, coprocessor = build_decoder(experiment), build_deliberator(experiment).coprocessor
   frozen = jax.jit(lambda: _cast(
