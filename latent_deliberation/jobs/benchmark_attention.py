@@ -40,8 +40,8 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
     ValueError: the frozen weights are int8.
   """
   if experiment.computation.frozen_dtype == 'int8':
-    raise ValueError("computation.frozen_dtype = 'int8': this benchmark makes weights of float32 or "
-                     "bfloat16; set --config.computation.frozen_dtype=bfloat16")
+    raise ValueError("computation.frozen_dtype = 'int8': this benchmark makes float32 or "
+                     "bfloat16 weights; set --config.computation.frozen_dtype=bfloat16")
   key = jax.random.key(0)
   decoder, coprocessor = build_decoder(experiment), build_deliberator(experiment).coprocessor
   frozen = jax.jit(lambda: _cast(
