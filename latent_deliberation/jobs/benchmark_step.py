@@ -83,19 +83,19 @@ def _compare_ways(decoder: Params, num_traces: int, num_latents: int,
   coprocessor = Coprocessor(CONFIG, choices, scan=False)
   deliberator = Deliberator(Decoder(CONFIG, scan=False), coprocessor)
   params = nn.unbox(jax.jit(coprocessor.init)(jax.random.key(1), decoder))
-  batch, keys = _batch(1, TRUNK), jax.random.split(jax.random.key(2), 1)
+  batch, keys = random_batch(1, TRUNK, CONFIG.vocab_size), jax.random.split(jax.random.key(2), 1)
   logging.info('%d traces, %d latents', num_traces, num_latents)
   programs = {}
   for way, objective in WAYS.items():
     loss = objective(deliberator, num_traces * AHEAD)
     programs[way] = _compiled(jax.value_and_grad(loss, has_aux=True), params, decoder, batch, keys)
-  return _ratios(programs, repeats)
+  return ratios_of_turns(programs, repeats)
 
 
 def _compare_decoders(params: Params, repeats: int) -> dict[str, Any]:
   """Our decoder and transformers', forward and with the gradient of all weights."""
   decoder = Decoder(CONFIG, scan=False)
-  batch = _batch(TEXTS, LENGTH)
+  batch = random_batch(TEXTS, LENGTH, CONFIG.vocab_size)
   loss = language_modelling(decoder, LENGTH)
   forward = lambda params, tokens: decoder.apply({'params': params}, tokens)[0]  # noqa: E731
   ours = {
@@ -108,13 +108,14 @@ def _compare_decoders(params: Params, repeats: int) -> dict[str, Any]:
       result = {}
       for name, program in ours.items():
         logging.info('%s: against transformers', name)
-        result[name] = _ratios(
+        result[name] = ratios_of_turns(
             {'ours': program, 'transformers': functools.partial(peer.seconds, name)}, repeats)
       return result
 
 
-def _batch(num_texts: int, length: int) -> Batch:
-  tokens = np.random.default_rng(0).integers(4, CONFIG.vocab_size, (num_texts, length))
+def random_batch(num_texts: int, length: int, vocab_size: int) -> Batch:
+  """Texts of random tokens, each one document."""
+  tokens = np.random.default_rng(0).integers(4, vocab_size, (num_texts, length))
   positions = np.broadcast_to(np.arange(length), tokens.shape)
   return Batch(*(jnp.asarray(leaf, jnp.int32)
                  for leaf in (tokens, np.ones_like(tokens), positions)))
@@ -127,7 +128,7 @@ def _compiled(function: Callable[..., Any], *arguments: Params | Batch | Array,
   return lambda: seconds_of(lambda: jax.block_until_ready(compiled(*arguments)))
 
 
-def _ratios(programs: dict[str, Callable[[], float]], repeats: int) -> dict[str, Any]:
+def ratios_of_turns(programs: dict[str, Callable[[], float]], repeats: int) -> dict[str, Any]:
   """Median seconds of each program, and of the others' times over ours in the same turn."""
   seconds = alternate(programs, repeats)
   over_ours = {name: statistics.median(one / ours for one, ours in

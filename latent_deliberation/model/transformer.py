@@ -10,7 +10,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from latent_deliberation.array_types import Array, Rows, RowTokens, typed
-from latent_deliberation.model import attention, attention_tpu
+from latent_deliberation.model import attention, attention_fused
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
@@ -30,18 +30,18 @@ _policies = jax.checkpoint_policies
 
 # What the backward pass keeps of a block beside its input: everything; nothing; what costs most to
 # compute for each byte (for a Gemma-2 2B a third of what 'dots' keeps); every matrix product. The
-# fused kernel's results are not plain attention's, and so are named in attention_tpu.
+# fused kernel's results are not plain attention's, and so are named in attention_fused.
 REMAT_POLICIES = {
     'none': None,
     'full': _policies.nothing_saveable,
-    'mid': _policies.save_only_these_names(*_NAMED, *attention_tpu.SAVED),
+    'mid': _policies.save_only_these_names(*_NAMED, *attention_fused.SAVED),
     'dots': _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(*attention_tpu.SAVED)),
+        _policies.save_only_these_names(*attention_fused.SAVED)),
 }
 
 # The same function, computed in two ways.
-ATTENTIONS = {'plain': attention.attend_visible, 'fused': attention_tpu.attend_visible}
+ATTENTIONS = {'plain': attention.attend_visible, 'fused': attention_fused.attend_visible}
 
 
 @struct.dataclass

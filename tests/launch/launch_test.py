@@ -18,7 +18,8 @@ from latent_deliberation.jobs.pretrain import pretrain
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
-SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'compile')
+SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'compile',
+           'benchmark_attention')
 WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference',
                   'benchmark_step')
 
@@ -180,7 +181,8 @@ def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
   own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
          'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
          'augment': 'document', 'generate': 'prompt', 'benchmark_weights': 'output',
-         'benchmark_inference': 'output', 'benchmark_step': 'output'}
+         'benchmark_inference': 'output', 'benchmark_step': 'output',
+         'benchmark_attention': 'output'}
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
     assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed

@@ -1,6 +1,7 @@
 """From traces over a cache to rows and keys of the kernels, padded to whole blocks, and back."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from latent_deliberation.array_types import Array, PyTree
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
-from latent_deliberation.model.fused.kernels import Keys, Rows, Tiles
+from latent_deliberation.model.fused.tiles import Keys, Rows, Tiles
 
 SUBLANES = 16  # of a tile of bfloat16; fresh tokens of a trace are padded to a multiple
 FAR = 2**30  # past any position, and past no int32 when a position is added
@@ -17,20 +18,17 @@ FAR = 2**30  # past any position, and past no int32 when a position is added
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """How much the kernel holds at a time; more only where a single trace is longer.
+  """How much a kernel holds at a time; more only where a single trace is longer, on TPUs.
 
   Attributes:
-    rows: queries, all heads of a kv head together.
-    keys: shared keys.
-    own: fresh tokens of whole traces whose scores are one product, masked between the traces.
+    rows: queries; on TPUs, of all heads of a kv head together.
+    keys: shared keys; on GPUs, own keys too.
+    own: fresh tokens of whole traces whose scores are one product, masked between the traces; on
+      GPUs without effect, since traces lie across blocks there.
   """
-  rows: int = 1024
-  keys: int = 512
+  rows: int
+  keys: int
   own: int = 128
-
-
-# By the compiler's schedule for a v5e, its matrix units set the pace at these sizes.
-BLOCKS = Blocks()
 
 
 class Inputs(NamedTuple):
@@ -52,30 +50,26 @@ class Operands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """Arguments of `attend_visible` that are compiled in."""
-  cap: float | None
-  blocks: Blocks
-
-
-@dataclasses.dataclass(frozen=True)
 class Layout:
   """How M rows of Q fresh tokens lie in the blocks of the kernels.
 
   Attributes:
     traces, length: M and Q, padded.
-    tiles: sizes of blocks. A block of queries has whole traces, or a part of the only row.
+    tiles: sizes of blocks.
   """
   traces: int
   length: int
   tiles: Tiles
 
   @classmethod
-  def of(cls, options: Options, shape: tuple[int, ...], kv_heads: int,
-         cached: int | None) -> 'Layout':
-    """For queries of `shape` over `cached` tokens, or over themselves where that is None."""
+  def aligned(cls, blocks: Blocks, cap: float | None, shape: tuple[int, ...], kv_heads: int,
+              cached: int | None) -> 'Layout':
+    """For queries of `shape` over `cached` tokens, or over themselves where that is None.
+
+    A block of queries has whole traces, or a part of the only row.
+    """
     _, traces, length, heads, width = shape
-    group, blocks = heads // kv_heads, options.blocks
+    group = heads // kv_heads
     most = max(blocks.rows // group // SUBLANES, 1) * SUBLANES
     length = _round_up(length, SUBLANES)
     if cached is None:
@@ -91,7 +85,23 @@ class Layout:
       rows, chunk = per_block * length, per_chunk * length
       shared, traces = cached, _round_up(traces, per_block)
     keys = min(blocks.keys, _round_up(max(shared, 1), SUBLANES))
-    return cls(traces, length, Tiles(kv_heads, group, width, rows, keys, chunk, options.cap))
+    return cls(traces, length, Tiles(kv_heads, group, width, rows, keys, chunk, cap))
+
+  @classmethod
+  def across(cls, blocks: Blocks, cap: float | None, shape: tuple[int, ...], kv_heads: int,
+             cached: int | None) -> 'Layout':
+    """The same in blocks of a power of two, as Triton needs them, that traces lie across."""
+    _, traces, length, heads, width = shape
+    length = _round_up(length, SUBLANES)
+    rows, fresh = blocks.keys, traces * length
+    while rows < min(blocks.rows, fresh):
+      rows *= 2
+    if cached is None:
+      length = _round_up(length, rows)
+    else:
+      traces = _round_up(traces, rows // math.gcd(rows, length))
+    return cls(traces, length, Tiles(
+        kv_heads, heads // kv_heads, width, rows, blocks.keys, length, cap))
 
   def flatten(self, x: Array) -> Array:
     """[B, M, Q] as rows [B, I * R]; [B, M, Q, N or K, H] as [B, N or K, I * R, H]."""
@@ -128,20 +138,19 @@ def lay_out(layout: Layout, inputs: Inputs) -> Operands:
       layout.flatten(jnp.broadcast_to(x, segments.shape)).reshape(batch, -1, tiles.rows)
       for x in (segments, reach, shown, first)], axis=2)
 
-  def numbered(segments: Array, positions: Array, *blocks: int) -> Array:
+  def numbered(segments: Array, positions: Array, size: int) -> Array:
     index = jnp.stack([jnp.where(segments > 0, segments, -1), positions])
-    return jnp.moveaxis(index.reshape(2, batch, *blocks), 0, -2)
+    return jnp.moveaxis(index.reshape(2, batch, -1, size), 0, -2)
 
   cached = cache.keys.shape[1]
   excess = _round_up(max(cached, 1), tiles.keys) - cached
   cache = jax.tree.map(
       lambda x: jnp.pad(x, [(0, 0), (0, excess)] + [(0, 0)] * (x.ndim - 2)), cache)
   shared = Keys(jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2),
-                numbered(cache.segments, cache.positions, -1, tiles.keys))
+                numbered(cache.segments, cache.positions, tiles.keys))
   own = () if inputs.cache is None else Keys(
       layout.flatten(inputs.keys), layout.flatten(inputs.values), numbered(
-          layout.flatten(segments), layout.flatten(inputs.positions),
-          -1, tiles.rows // tiles.chunk, tiles.chunk))
+          layout.flatten(segments), layout.flatten(inputs.positions), tiles.chunk))
   begin, end = _blocks_seen(index, shared.index)
   return Operands(Rows(layout.flatten(inputs.queries), index, begin, end), shared, own)
 

@@ -11,14 +11,16 @@ import pytest
 from flax import linen as nn
 from jax.experimental import topologies
 
-from latent_deliberation.model import attention, attention_tpu
+from latent_deliberation.model import attention, attention_fused
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
-from latent_deliberation.model.fused.layout import Blocks, Layout, Options
+from latent_deliberation.model.fused.layout import Blocks, Layout
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
 GLOBAL = np.iinfo(np.int32).max
-BLOCKS = Blocks(rows=64, keys=16, own=32)  # two traces a product, two or more blocks of all
+# Two traces a product on a TPU, two or more blocks of all.
+TPU = dataclasses.replace(attention_fused.TPU, blocks=Blocks(rows=64, keys=16, own=32))
+GPU = dataclasses.replace(attention_fused.GPU, blocks=Blocks(rows=32, keys=16))
 DOCUMENTS = (15, 21)  # of both texts; the rest is padding
 
 
@@ -75,11 +77,17 @@ def evaluate(function, cap, *inputs):
   return result, pull(weight)
 
 
-def fused(*inputs, cap):
-  return attention_tpu.attend_visible(*inputs, cap=cap, blocks=BLOCKS)
+on_tpu, on_gpu = (functools.partial(attention_fused.attend_visible, kernels=kernels)
+                  for kernels in (TPU, GPU))
 
 
-def check_equal(case, inputs=None, atol=1e-5):
+@pytest.fixture(params=[on_tpu, on_gpu], ids=['tpu', 'gpu'])
+def fused(request):
+  """The function with the kernels of each machine, which a CPU interprets."""
+  return request.param
+
+
+def check_equal(fused, case, inputs=None, atol=1e-5):
   inputs = inputs or case.inputs()
   for function, plain in zip(*(jax.tree.leaves(evaluate(which, case.cap, *inputs))
                                for which in (fused, attention.attend_visible)), strict=True):
@@ -92,18 +100,18 @@ def check_equal(case, inputs=None, atol=1e-5):
     Case(late=True, cached=7), Case(traces=1, length=17, cached=33),
 ], ids=['packed', 'window', 'no-group-no-cap', 'one-kv-head-high-cap', 'late-short-cache',
         'long-trace'])
-def test_values_and_gradients_equal_those_of_plain_attention(case):
-  check_equal(case)
+def test_values_and_gradients_equal_those_of_plain_attention(fused, case):
+  check_equal(fused, case)
 
 
-def test_bfloat16_differs_by_rounding_alone():
+def test_bfloat16_differs_by_rounding_alone(fused):
   inputs = jax.tree.map(
       lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, Case().inputs())
   assert {x.dtype for x in jax.tree.leaves(evaluate(fused, 0.8, *inputs))} == {jnp.bfloat16.dtype}
-  check_equal(Case(), inputs, atol=0.06)
+  check_equal(fused, Case(), inputs, atol=0.06)
 
 
-def test_scores_of_any_size_do_not_overflow():
+def test_scores_of_any_size_do_not_overflow(fused):
   case = Case(heads=2, cap=None)
   queries, *inputs = case.inputs()
   result, gradients = evaluate(fused, None, queries * 1e4, *inputs)
@@ -112,16 +120,16 @@ def test_scores_of_any_size_do_not_overflow():
   assert all(np.isfinite(x).all() for x in gradients)
 
 
-def test_one_row_without_a_cache_equals_plain_attention():
+def test_one_row_without_a_cache_equals_plain_attention(fused):
   queries, keys, values, *_, window, cache = Case(traces=1, length=48, window=9).inputs()
   positions, segments = cache.positions[:, None], cache.segments[:, None]
   visibility = Visibility(segments, jnp.zeros((2, 1), jnp.int32))
-  check_equal(Case(), (queries, keys, values, positions, visibility, window, None))
+  check_equal(fused, Case(), (queries, keys, values, positions, visibility, window, None))
 
 
-def test_an_empty_cache_shows_nothing():
+def test_an_empty_cache_shows_nothing(fused):
   *inputs, cache = Case().inputs()
-  check_equal(Case(), (*inputs, jax.tree.map(lambda x: x[:, :0], cache)))
+  check_equal(fused, Case(), (*inputs, jax.tree.map(lambda x: x[:, :0], cache)))
 
 
 def test_gradients_flow_into_a_cache_that_is_not_constant():
@@ -132,12 +140,12 @@ def test_gradients_flow_into_a_cache_that_is_not_constant():
         *inputs, cache.replace(keys=keys, values=values), cap=0.8) ** 2)
     return jax.jit(jax.grad(total, argnums=(0, 1)))(cache.keys, cache.values)
 
-  for gradient, plain in zip(gradients(fused), gradients(attention.attend_visible), strict=True):
+  for gradient, plain in zip(gradients(on_tpu), gradients(attention.attend_visible), strict=True):
     assert np.abs(plain).max() > 0.01
     np.testing.assert_allclose(gradient, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(fused):
   *inputs, visibility, window, cache = Case().inputs()
   nothing = visibility.replace(segments=jnp.zeros_like(visibility.segments))
   for result in jax.tree.leaves(evaluate(fused, 0.8, *inputs, nothing, window, cache)):
@@ -147,7 +155,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
 @pytest.mark.parametrize('horizon, window, documents, unseen', [
     (16, GLOBAL, (48,), slice(16, 48)), (48, 3, (48,), slice(0, 32)),
     (48, GLOBAL, (16, 32), slice(0, 16))], ids=['horizon', 'window', 'document'])
-def test_blocks_of_keys_that_no_query_sees_are_not_read(horizon, window, documents, unseen):
+def test_blocks_of_keys_that_no_query_sees_are_not_read(fused, horizon, window, documents, unseen):
   *fresh, positions, visibility, _, cache = Case().inputs()
   where = np.repeat(np.arange(len(documents)), documents) + 1
   cache = cache.replace(segments=jnp.array([where, where]),
@@ -169,10 +177,10 @@ def test_blocks_of_keys_that_no_query_sees_are_not_read(horizon, window, documen
 
 def test_on_a_mesh_each_device_works_on_its_own_texts_and_heads():
   inputs = Case().inputs()
-  expected = evaluate(fused, 0.8, *inputs)
+  expected = evaluate(on_tpu, 0.8, *inputs)
   mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
   with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(DEFAULT_RULES.items())):
-    sharded = jax.jit(functools.partial(evaluate.__wrapped__, fused, 0.8))(*inputs)
+    sharded = jax.jit(functools.partial(evaluate.__wrapped__, on_tpu, 0.8))(*inputs)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
                sharded, expected)
   assert sharded[0].sharding.shard_shape(sharded[0].shape) == (1, 5, 3, 2, 6)
@@ -183,18 +191,30 @@ def test_heads_that_are_split_otherwise_than_kv_heads_are_refused():
   with (jax.set_mesh(make_mesh(MeshConfig(4, 1, 2))),
         nn.logical_axis_rules(tuple(rules.items())),
         pytest.raises(ValueError, match="split 'heads' over tensor and 'kv_heads' over None")):
-    fused(*Case().inputs(), cap=None)
+    on_tpu(*Case().inputs(), cap=None)
 
 
 def test_rows_that_stand_alone_are_refused():
   with pytest.raises(ValueError, match="'fused' on 5 rows without a cache: .* 'plain'"):
-    fused(*Case().inputs()[:-1], cap=None)
+    on_tpu(*Case().inputs()[:-1], cap=None)
 
 
 def test_another_platform_is_refused(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'metal')
+  with pytest.raises(ValueError, match="'fused' on platform 'metal': .* set .* 'plain'"):
+    attention_fused.attend_visible(*Case().inputs())
+
+
+@pytest.mark.parametrize('width, dtype, words', [
+    (6, 'bfloat16', '6 x bfloat16'), (96, 'bfloat16', '96 x bfloat16'),
+    (256, 'float32', "256 x float32.*dtype = 'bfloat16'")])
+def test_heads_that_a_gpu_cannot_hold_are_refused(monkeypatch, width, dtype, words):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  with pytest.raises(ValueError, match="'fused' on platform 'gpu': .* set .* 'plain'"):
-    fused(*Case().inputs(), cap=None)
+  queries, keys, values, *where, cache = Case().inputs()
+  wide = lambda x: jnp.ones((*x.shape[:-1], width), dtype)  # noqa: E731
+  cache = cache.replace(keys=wide(cache.keys), values=wide(cache.values))
+  with pytest.raises(ValueError, match=f"'fused' on a GPU with heads of {words}"):
+    attention_fused.attend_visible(*map(wide, (queries, keys, values)), *where, cache)
 
 
 @pytest.mark.parametrize('shape, kv_heads, traces, rows, chunk', [
@@ -203,25 +223,46 @@ def test_another_platform_is_refused(monkeypatch):
     ((4, 128, 16, 8, 256), 1, 128, 128, 128),  # 8 heads to a kv head
     ((4, 5, 16, 8, 256), 4, 5, 80, 80)])
 def test_blocks_are_large_and_padding_is_small(shape, kv_heads, traces, rows, chunk):
-  layout = Layout.of(Options(None, attention_tpu.BLOCKS), shape, kv_heads, 2048)
+  layout = Layout.aligned(attention_fused.TPU.blocks, None, shape, kv_heads, 2048)
   assert (layout.traces, layout.tiles.rows, layout.tiles.chunk) == (traces, rows, chunk)
   assert layout.tiles.keys == 512
 
 
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, a compiler')
-def test_the_kernels_compile_for_a_tpu_at_sizes_that_fill_no_block(monkeypatch):
-  traces, length, cached = 3, 79, 100
-  monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  chip = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices[0]
-  on_chip = jax.sharding.SingleDeviceSharding(chip)
+@pytest.mark.parametrize('shape, traces, rows', [
+    ((4, 128, 32, 8, 256), 128, 128),  # 16 latents of Gemma-2 2B: all is filled
+    ((4, 128, 79, 8, 256), 128, 128),  # 64 latents: traces of 80 lie across blocks
+    ((4, 5, 16, 8, 256), 8, 128), ((1, 1, 1, 8, 256), 4, 64)])
+def test_blocks_of_a_gpu_are_a_power_of_two_and_padding_is_small(shape, traces, rows):
+  layout = Layout.across(attention_fused.GPU.blocks, None, shape, 4, 2048)
+  assert (layout.traces, layout.tiles.rows, layout.tiles.keys) == (traces, rows, 64)
+
+
+@pytest.mark.parametrize('length, cap, width', [(31, 50.0, 256), (79, None, 128)])
+def test_the_kernels_lower_for_a_gpu_at_sizes_that_fill_no_block(length, cap, width):
+  inputs = shapes(3, length, 100, width)
+  lowered = evaluate.trace(functools.partial(
+      attention_fused.attend_visible, kernels=attention_fused.GPU), cap, *inputs).lower(
+          lowering_platforms=('cuda',))
+  assert lowered.as_text().count('@__gpu$xla.gpu.triton') == 3
+
+
+def shapes(traces, length, cached, width, **where):
+  """Arguments of `attend_visible` without values: two texts, 4 heads, 2 kv heads, bfloat16."""
 
   def shape(*sizes, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=on_chip)
+    return jax.ShapeDtypeStruct(sizes, dtype, **where)
 
-  queries, keys, cache = (shape(2, *sizes, 128, dtype=jnp.bfloat16) for sizes in (
+  queries, keys, cache = (shape(2, *sizes, width, dtype=jnp.bfloat16) for sizes in (
       (traces, length, 4), (traces, length, 2), (cached, 2)))
-  inputs = (queries, keys, keys, shape(2, traces, length),
-            Visibility(shape(2, traces, length), shape(2, traces)), shape(),
-            KVCache(cache, cache, shape(2, cached), shape(2, cached)))
-  compiled = evaluate.lower(attention_tpu.attend_visible, 50.0, *inputs).compile()
+  return (queries, keys, keys, shape(2, traces, length),
+          Visibility(shape(2, traces, length), shape(2, traces)), shape(),
+          KVCache(cache, cache, shape(2, cached), shape(2, cached)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, a compiler')
+def test_the_kernels_compile_for_a_tpu_at_sizes_that_fill_no_block(monkeypatch):
+  monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  chip = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices[0]
+  inputs = shapes(3, 79, 100, 128, sharding=jax.sharding.SingleDeviceSharding(chip))
+  compiled = evaluate.lower(attention_fused.attend_visible, 50.0, *inputs).compile()
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2

@@ -1,4 +1,4 @@
-"""The two kernels over their grid: which blocks each step holds, and what it costs."""
+"""The kernels for TPUs over their grid: which blocks each step holds, and what it costs."""
 
 import functools
 import math
@@ -9,13 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from latent_deliberation.array_types import Array
-from latent_deliberation.model.fused.kernels import (
-  Keys,
-  Rows,
-  Tiles,
-  backward_kernel,
-  forward_kernel,
-)
+from latent_deliberation.model.fused.tiles import Keys, Rows, Tiles
+from latent_deliberation.model.fused.tpu_kernels import backward_kernel, forward_kernel
 
 VMEM_BYTES = 32 * 2**20  # a TPU core has 64 MiB or more, of which a kernel gets 16 unless it asks
 
@@ -37,7 +32,7 @@ def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
       (1, 1, 2, tiles.keys),
       lambda b, i, k, j, begin, end: (b, key_block(b, i, j, begin, end), 0, 0)))
   of_own = own and Keys(of_rows, of_rows, pl.BlockSpec(
-      (1, 1, *own.index.shape[2:]), lambda b, i, k, j, *_: (b, i, 0, 0, 0)))
+      (1, rows // tiles.chunk, 2, tiles.chunk), lambda b, i, k, j, *_: (b, i, 0, 0)))
   index = pl.BlockSpec((1, 1, 4, rows), lambda b, i, k, j, *_: (b, i, 0, 0))
   lse = pl.BlockSpec((1, 1, 1, group, rows), lambda b, i, k, j, *_: (b, i, k, 0, 0))
   return heads, of_rows, index, lse, of_shared, of_own
