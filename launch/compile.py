@@ -12,8 +12,6 @@ LIBTPU_INIT_ARGS where it is set, otherwise those that the recipes train with (r
 Next, train on the mesh that is best: launch/train.py --config.mesh.fsdp=...
 """
 
-import os
-import re
 from pathlib import Path
 
 from latent_deliberation.jobs import command_line
@@ -42,13 +40,6 @@ def main() -> None:
   print(f'\nPlan: {_OUTPUT.value}')
 
 
-def prepare() -> None:
-  """Sets what jax and libtpu read when they start."""
-  recipe = Path(__file__).parent / 'recipes/tpu.env'
-  flags = re.search(r'^LIBTPU_INIT_ARGS=(.*)$', recipe.read_text(), re.MULTILINE)[1]
-  os.environ.setdefault('LIBTPU_INIT_ARGS', flags)
-  topology.prepare(_TOPOLOGY.value)
-
-
 if __name__ == '__main__':
-  command_line.run(main, prepare)
+  recipe = Path(__file__).parent / 'recipes/tpu.env'
+  command_line.run(main, prepare=lambda: topology.prepare(_TOPOLOGY.value, recipe))

@@ -133,8 +133,8 @@ class Block(nn.Module):
     if self.config.post_norms:
       fed = norm('feed_forward_out')(fed)
     x = nn.with_logical_constraint(x + fed, ('batch', 'trace', 'length', 'activation'))
-    if self.attend is attention_tpu.attend_visible:
-      x = attention_tpu.row_major(x)
+    if self.attend is attention_fused.attend_visible:
+      x = attention_fused.row_major(x)
     return x, fresh
 
 

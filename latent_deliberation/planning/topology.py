@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -68,12 +69,19 @@ class Topology:
     return tuple(int(size) for size in re.findall(r'\d+', self.name.split(':')[1]))
 
 
-def prepare(name: str) -> None:
-  """Sets what jax reads when it starts; to be called before it has devices.
+def prepare(name: str, recipe: Path) -> None:
+  """Sets what jax and libtpu read when they start; to be called before there are devices.
+
+  Args:
+    name: of the topology.
+    recipe: environment that training runs in. The compiler gets its LIBTPU_INIT_ARGS, so that a
+      plan is of the program that would run, unless this environment has some already.
 
   Raises:
     ValueError: the name is none of a topology.
   """
+  flags = re.search(r'^LIBTPU_INIT_ARGS=(.*)$', recipe.read_text(), re.MULTILINE)
+  os.environ.setdefault('LIBTPU_INIT_ARGS', flags[1])
   kind, _, shape = name.partition(':')
   if kind == _CPU:
     if not shape.isdecimal() or int(shape) < 1:

@@ -1,12 +1,16 @@
 """Machines to plan for; what is none is refused, with those that are."""
 
 import importlib.util
+import os
 
 import jax
 import pytest
 
 from latent_deliberation.planning.topology import CHIPS, find_topology, prepare
+from tests import finished
 from tests.planning.machines import slice_of
+
+RECIPE = finished.ROOT / 'launch/recipes/tpu.env'
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
@@ -37,7 +41,18 @@ def test_virtual_devices_are_as_many_as_asked_for_and_have_no_links():
 @pytest.mark.parametrize('name', ['cpu:0', 'cpu:many', 'cpu:²'])
 def test_a_number_of_devices_is_checked_before_jax_starts(name):
   with pytest.raises(ValueError, match=f'--topology={name}: a topology is'):
-    prepare(name)
+    prepare(name, RECIPE)
+
+
+@pytest.mark.parametrize('given, flags', [(None, '--xla_tpu_'), ('--mine', '--mine')])
+def test_the_compiler_gets_the_flags_that_training_gets_unless_it_is_given_others(
+    given, flags, monkeypatch):
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', given or '')
+  if given is None:
+    monkeypatch.delenv('LIBTPU_INIT_ARGS')
+  with pytest.raises(ValueError, match='--topology=cpu:0'):
+    prepare('cpu:0', RECIPE)
+  assert os.environ['LIBTPU_INIT_ARGS'].startswith(flags)
 
 
 def test_the_shape_of_a_slice_is_that_of_its_links():
