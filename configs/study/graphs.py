@@ -1,0 +1,40 @@
+"""Reachability: which of two nodes lies down the arrows, and how many arrows on?
+
+  python launch/study.py --config=configs/study/graphs.py --workdir=runs/graphs
+
+Decoder and arms are those of hops.py:quick, but for what the arms train on: long paths as often as
+short ones, unlike the decoder's text. Answers are one of two, so that guessing is right half of
+the time.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.synthetic.graphs import Graphs
+from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.study_config import Study
+
+HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
+QUESTIONS = 24  # of a training document
+TASK = Graphs(nodes=10, steps=3, skew=1.0)
+
+
+def get_config():
+  """A coprocessor and constant soft tokens beside the frozen decoder."""
+  study = bind(HOPS['get_config']('quick'), Study)
+  start = study.experiment
+  experiment = replace(
+      start,
+      data=DataConfig(
+          source='synthetic', name='graphs', vocabulary='byte', documents=50_000,
+          options={'nodes': TASK.nodes, 'steps': TASK.steps, 'skew': TASK.skew},
+          questions=QUESTIONS, length=120, validation_percent=2),
+      pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=3000)),
+      training=replace(start.training, loop=replace(start.training.loop, num_steps=2000)),
+      deliberation=replace(start.deliberation, num_traces=QUESTIONS,
+                           anchor_tokens=HOPS['ids'](TASK.anchors)),
+      evaluation=replace(start.evaluation, num_traces=QUESTIONS))
+  return as_config(replace(
+      study, name='reachability', experiment=experiment, lessons={'skew': 0.0}))
