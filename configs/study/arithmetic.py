@@ -28,7 +28,7 @@ def get_config():
   experiment = replace(
       start,
       data=DataConfig(
-          source='synthetic', name='carries', vocabulary='byte', documents=40_000,
+          source='synthetic', name='carries', vocabulary='byte', documents=12_000,
           options={'carries': TASK.carries, 'skew': TASK.skew},
           questions=QUESTIONS, length=2 + QUESTIONS * (2 * TASK.carries + 3),
           validation_percent=2),
