@@ -7,7 +7,7 @@ short ones, unlike the decoder's text. Answers are one of two, so that guessing 
 the time. Few questions a graph: candidates that came before can be answered without the graph.
 
 Not measured yet with these settings. With 24 questions a document of its own the decoder was still
-guessing after 3,000 steps (BUILD_NOTES.md, section 6).
+guessing after 3,000 steps (docs/results.md).
 """
 
 import runpy
