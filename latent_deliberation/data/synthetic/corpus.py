@@ -12,13 +12,15 @@ import numpy as np
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.data.synthetic.arithmetic import Arithmetic
+from latent_deliberation.data.synthetic.carries import Carries
 from latent_deliberation.data.synthetic.graphs import Graphs
 from latent_deliberation.data.synthetic.groups import Groups
 from latent_deliberation.data.synthetic.hops import Hops
 from latent_deliberation.data.synthetic.question import Task, document
 
-TASKS = {'hops': Hops, 'groups': Groups, 'graphs': Graphs, 'arithmetic': Arithmetic}
-VERSION = 1  # of the generators: to be raised when the same options begin to give other documents
+TASKS = {'hops': Hops, 'groups': Groups, 'graphs': Graphs, 'arithmetic': Arithmetic,
+         'carries': Carries}
+VERSION = 2  # of the generators: to be raised when the same options begin to give other documents
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from latent_deliberation.data.synthetic.question import (
   Question,
   check_integer,
+  check_skew,
   draw_difficulties,
   take_turns,
 )
@@ -22,7 +23,10 @@ LETTERS = string.ascii_lowercase
 
 @dataclasses.dataclass(frozen=True)
 class Graphs:
-  """'acbd...;' says a->c, b->d; 'adk?' asks whether d or k can be reached from a, one letter.
+  """'acbd...;' says a->c, b->d; 'dkA' asks whether d or k can be reached from a, one letter.
+
+  The start comes last and as a capital, as in `Hops`: the token that the answer is predicted from
+  is the one to look up, and no arrow looks like a question.
 
   Nodes come in pairs of twins: a graph of nodes / 2 is drawn, every node is doubled, and an arrow
   leads either from each twin to its own counterpart, or crosswise. To exchange all twins leaves the
@@ -32,9 +36,11 @@ class Graphs:
   Attributes:
     nodes: even; the pairs without arrows among the first steps + 1 have two parents each.
     steps: difficulties are shortest paths of 1 to steps arrows.
+    skew: the probability of difficulty k is proportional to exp(-skew * k).
   """
   nodes: int = 16
   steps: int = 4
+  skew: float = 0.0
 
   def __post_init__(self):
     check_integer('steps', self.steps, 1, len(LETTERS) // 2 - 2)
@@ -42,6 +48,7 @@ class Graphs:
                   f', letters enough for steps = {self.steps} and branches')
     if self.nodes % 2:
       raise ValueError(f'nodes = {self.nodes} is odd, and nodes come in pairs: take one more')
+    check_skew(self.skew)
 
   @property
   def difficulties(self) -> tuple[int, ...]:
@@ -49,12 +56,12 @@ class Graphs:
 
   @property
   def anchors(self) -> str:
-    return '?'
+    return LETTERS[:self.nodes].upper()
 
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
     """See `Task.ask`."""
-    lengths = draw_difficulties(rng, count, self.difficulties, difficulty)
+    lengths = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     pairs = self.nodes // 2
     tails, heads = self._draw_arrows(rng)
     letters = [LETTERS[node] for node in rng.permutation(self.nodes).tolist()]
@@ -73,7 +80,7 @@ class Graphs:
       start, target, twin = (letters[(node + pairs * twins) % self.nodes] for node, twins in (
           (start, exchanged), (target, exchanged), (target, 1 - exchanged)))
       candidates = twin + target if order else target + twin
-      questions.append(Question(context, f'{start}{candidates}?', target, k))
+      questions.append(Question(context, candidates + start.upper(), target, k))
     return questions
 
   def _draw_arrows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

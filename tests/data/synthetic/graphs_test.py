@@ -11,9 +11,9 @@ TASKS = [Graphs(), Graphs(nodes=26, steps=11), Graphs(nodes=26, steps=3), Graphs
 
 def read(asked):
   """Arrows of a context, the start and the two candidates of a question."""
-  assert asked.context[-1] == ';' and asked.question[-1] == '?'
+  assert asked.context[-1] == ';' and asked.question[-1].isupper()
   arrows = list(zip(asked.context[:-1:2], asked.context[1:-1:2], strict=True))
-  return arrows, asked.question[0], asked.question[1:3]
+  return arrows, asked.question[2].lower(), asked.question[:2]
 
 
 def distances(arrows, start):
@@ -80,11 +80,19 @@ def test_being_connected_does_not_always_tell_the_candidates_apart():
   assert connected > 40
 
 
+def test_skew_is_the_decay_of_difficulties():
+  asked = Graphs(steps=3, skew=0.5).ask(np.random.default_rng(0), 30_000)
+  counts = collections.Counter(question.difficulty for question in asked)
+  assert counts[1] / counts[2] == pytest.approx(np.exp(0.5), rel=0.1)
+  assert counts[2] / counts[3] == pytest.approx(np.exp(0.5), rel=0.1)
+
+
 @pytest.mark.parametrize(('options', 'message'), [
     ({'nodes': 10}, 'nodes = 10: it must lie between 12 and 26, letters enough for steps = 4'),
     ({'nodes': 17}, 'nodes = 17 is odd'),
     ({'steps': 12}, 'steps = 12: it must lie between 1 and 11'),
     ({'steps': '4'}, "steps = '4' is not an integer"),
+    ({'skew': 11}, 'skew = 11: it must lie between -10 and 10'),
 ])
 def test_a_bad_option_is_named_with_its_bounds(options, message):
   with pytest.raises(ValueError, match=message):

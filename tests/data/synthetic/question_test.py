@@ -2,13 +2,15 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data.synthetic.arithmetic import Arithmetic
+from latent_deliberation.data.synthetic.carries import Carries
 from latent_deliberation.data.synthetic.graphs import Graphs
 from latent_deliberation.data.synthetic.groups import Groups
 from latent_deliberation.data.synthetic.hops import Hops
 from latent_deliberation.data.synthetic.question import document
 
 TASKS = [Hops(), Hops(nodes=26, hops=9), Groups(), Groups(length=35), Groups('zp', 13), Graphs(),
-         Graphs(nodes=26, steps=11), Arithmetic(), Arithmetic('*', reverse=False)]
+         Graphs(nodes=26, steps=11), Arithmetic(), Arithmetic('*', reverse=False), Carries(),
+         Carries(17)]
 
 
 @pytest.mark.parametrize('task', TASKS)

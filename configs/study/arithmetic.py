@@ -1,0 +1,44 @@
+"""Sums: how far down does a decoder look for a carry, and how far with latents?
+
+  python launch/study.py --config=configs/study/arithmetic.py --workdir=runs/arithmetic
+
+One digit of a sum is asked, which depends on a carry that is decided some columns below. Decoder
+and arms are those of hops.py:quick, but for what the arms train on: far carries as often as near
+ones, unlike the decoder's text, and in fewer steps. A decoder that ignores carries is right half
+of the time. Measured with seed 0 alone (docs/results.md).
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.synthetic.carries import Carries
+from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.study_config import QuestionsConfig, Study
+
+HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
+QUESTIONS = 11  # of a training document
+TASK = Carries(4, skew=0.5)
+
+
+def get_config():
+  """A coprocessor and constant soft tokens beside the frozen decoder."""
+  study = bind(HOPS['get_config']('quick'), Study)
+  start = study.experiment
+  experiment = replace(
+      start,
+      data=DataConfig(
+          source='synthetic', name='carries', vocabulary='byte', documents=12_000,
+          options={'carries': TASK.carries, 'skew': TASK.skew},
+          questions=QUESTIONS, length=2 + QUESTIONS * (2 * TASK.carries + 3),
+          validation_percent=2),
+      pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=2000)),
+      training=replace(start.training, batch_size=8,
+                       loop=replace(start.training.loop, num_steps=400, eval_every=200)),
+      deliberation=replace(start.deliberation, num_traces=QUESTIONS,
+                           anchor_tokens=HOPS['ids'](TASK.anchors)),
+      evaluation=replace(start.evaluation, num_traces=QUESTIONS))
+  return as_config(replace(
+      study, name='carries', experiment=experiment, lessons={'skew': 0.0},
+      questions=QuestionsConfig(per_difficulty=500)))
