@@ -1,6 +1,5 @@
 """A study trains every arm once, scores all on the same questions, and refuses what is unfair."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from latent_deliberation.jobs.study_config import Study
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from tests import finished
-from tests.jobs.tiny_study import DATA, study
+from tests.jobs.tiny_study import study
 
 
 def run(workdir, which, *overrides):
@@ -110,15 +109,12 @@ def test_unfair_or_unknown_arms_are_refused(arms, message):
     study(arms)
 
 
-def test_lessons_are_options_of_the_task_in_a_vocabulary_that_the_decoder_knows():
+def test_lessons_are_options_of_the_task():
   with pytest.raises(ValueError, match=r"lessons = {'skew': 2.0}, but data.source = 'stdlib'"):
     study(data=DataConfig(vocabulary='byte', length=64), per_difficulty=0, lessons={'skew': 2.0})
   with pytest.raises(ValueError, match=r"lessons = {'skw': 2.0}: hops has no option 'skw'"):
     study(lessons={'skw': 2.0})
-  pieces = dataclasses.replace(DATA, vocabulary='sentencepiece')
-  with pytest.raises(ValueError, match="a vocabulary of its own, .* or give both the same"):
-    study(data=pieces, lessons={'skew': 2.0})
-  study(data=dataclasses.replace(pieces, vocabulary_path='given.model'), lessons={'skew': 2.0})
+  study(lessons={'skew': 2.0})
 
 
 def test_questions_need_a_task_that_asks_them():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from latent_deliberation.data.synthetic.question import (
+  DrawnTask,
   Question,
   check_integer,
   draw_difficulties,
@@ -21,7 +22,7 @@ LETTERS = string.ascii_lowercase
 
 
 @dataclasses.dataclass(frozen=True)
-class Graphs:
+class Graphs(DrawnTask):
   """'acbd...;' says a->c, b->d; 'adk?' asks whether d or k can be reached from a, one letter.
 
   Nodes come in pairs of twins: a graph of nodes / 2 is drawn, every node is doubled, and an arrow
@@ -53,7 +54,7 @@ class Graphs:
 
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
-    """See `Task.ask`."""
+    """See `DrawnTask.ask`."""
     lengths = draw_difficulties(rng, count, self.difficulties, difficulty)
     pairs = self.nodes // 2
     tails, heads = self._draw_arrows(rng)
