@@ -86,10 +86,13 @@ def _prepare_lessons(study: Study, workdir: Path) -> Path:
     return workdir
   lessons = workdir / 'lessons'
   vocabulary, kept = workdir / VOCABULARY_FILE, lessons / VOCABULARY_FILE
-  if vocabulary.exists() and not kept.exists():
-    make_writable(lessons)
-    first_does(f'copy the vocabulary to {kept}',
-               lambda: write_whole(kept, vocabulary.read_bytes()))
+
+  def copy() -> None:
+    if vocabulary.exists() and not kept.exists():
+      make_writable(lessons)
+      write_whole(kept, vocabulary.read_bytes())
+
+  first_does(f'copy the vocabulary to {kept}', copy)
   prepare_data(study.variant(next(iter(study.arms)), study.seeds[0]), lessons)
   return lessons
 

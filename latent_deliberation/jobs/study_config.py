@@ -95,10 +95,11 @@ class Study:
                        "or choose 'synthetic'")
     self._check_options('lessons', self.lessons)
     self._check_options('questions.options', self.questions.options)
-    if self.questions.chain_tokens and self.experiment.data.name != 'written':
-      raise ValueError(f'questions.chain_tokens = {self.questions.chain_tokens}, but the decoder '
-                       f'learns chains from the task \'written\' alone, and data.name = '
-                       f'{self.experiment.data.name!r}: set 0')
+    asked, name = self.questions, self.experiment.data.name
+    if asked.chain_tokens and not (asked.per_difficulty and name == 'written'):
+      raise ValueError(f'questions.chain_tokens = {asked.chain_tokens}, but chains are for '
+                       f"questions of the task 'written', and here data.name = {name!r} and "
+                       f'questions.per_difficulty = {asked.per_difficulty}: set 0')
     reserved = {BASELINE, CHAIN, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
       raise ValueError(f'arms are called {sorted(self.arms)}: there must be one, none without a '

@@ -1,5 +1,6 @@
 """A study trains every arm once, scores all on the same questions, and refuses what is unfair."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.jobs.experiment import as_config, bind
-from latent_deliberation.jobs.study_config import Study
+from latent_deliberation.jobs.study_config import QuestionsConfig, Study
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from tests import finished
@@ -92,6 +93,23 @@ def test_text_is_scored_by_ahead_position(finished_study):
   summary = run(workdir, 'own', '--config.questions.per_difficulty=0')
   assert sorted(summary['by_position']) == ['1', '2']
   assert np.isfinite(summary['by_position']['1']['own']['change_pct'])
+
+
+def test_written_questions_are_asked_behind_latents_and_behind_the_own_chain(tmp_path):
+  summary = run(tmp_path, 'written')
+  assert list(summary['overall']) == ['frozen', 'chain', 'own', 'shuffled', 'zero', 'mean']
+  assert summary['items'] == 6 and summary['arms']['chain']['kind'].startswith('decoder with its')
+  assert summary['arms']['chain']['flops_per_token'] > summary['arms']['own']['flops_per_token']
+  assert np.isfinite(summary['overall']['chain']['nll'])
+  kept = [(tmp_path / place / 'vocabulary.model').read_bytes() for place in ('', 'lessons')]
+  assert kept[0] == kept[1]
+
+
+def test_chains_and_other_options_are_of_questions_that_have_them():
+  with pytest.raises(ValueError, match="chain_tokens = 9, but chains are for .* name = 'hops'"):
+    dataclasses.replace(study(), questions=QuestionsConfig(per_difficulty=3, chain_tokens=9))
+  with pytest.raises(ValueError, match=r"questions.options = {'asked': ''}: hops has no option"):
+    dataclasses.replace(study(), questions=QuestionsConfig(options={'asked': ''}))
 
 
 @pytest.mark.parametrize(('arms', 'message'), [
