@@ -2,12 +2,12 @@
 
   python launch/study.py --config=configs/study/gsm8k.py:DIRECTORY --workdir=runs/gsm8k
   python launch/study.py --config=configs/study/gsm8k.py:DIRECTORY --workdir=runs/gsm8k \\
-      --config.questions.options.asked= --config.questions.per_difficulty=400
+      --config.questions.options.asked= --config.questions.per_difficulty=300
 
 DIRECTORY holds train_no_aug.txt and test.txt, GSM8K in the form 'question||chain #### answer' of
 https://github.com/da03/implicit_chain_of_thought. Seven thousand questions teach a small decoder no
 arithmetic, so nine documents of ten are generated stories of the same form. The second command
-asks the same arms such stories, 400 of each number of equations; results.json is then about those.
+asks the same arms such stories, 300 of each number of equations; results.json is then about those.
 """
 
 from pathlib import Path
@@ -30,10 +30,7 @@ PIECES = 1024
 NEWLINE = 4  # its id in a vocabulary that is trained: the sign behind a question
 ARMS = {
     'own': ArmConfig(),
-    'constant': ArmConfig(changes={'deliberation': {'trainable': 'constant'}}),
-    'pause': ArmConfig(changes={'deliberation': {
-        'trainable': 'constant', 'latents': 'paper', 'soft_tokens': 'free',
-        'positions': 'shift'}})}
+    'constant': ArmConfig(changes={'deliberation': {'trainable': 'constant'}})}
 
 
 def get_config(directory=''):
@@ -72,7 +69,7 @@ def _experiment(train):
           optimizer=OptimizerConfig(
               learning_rate=2e-3, warmup_steps=20, final_fraction=0.05, b2=0.98),
           multipliers={'soft_tokens': 0.3, 'gate': 0.3},
-          loop=LoopConfig(num_steps=1200, log_every=50, eval_every=300, save_every=300, keep=2)),
+          loop=LoopConfig(num_steps=800, log_every=50, eval_every=400, save_every=400, keep=2)),
       evaluation=EvaluationConfig(
           num_texts=128, batch_size=16, num_traces=8, num_ahead=5, positions=(1,),
           watch_batches=4))
