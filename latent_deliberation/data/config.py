@@ -25,7 +25,7 @@ class DataConfig:
       file holds one document a line, any other file is one document.
     text_key: the field that holds the text, in a line of .jsonl or in a TFDS example.
     name: for 'tfds' a name with its version ('c4/en:3.1.0'), for 'mixture' the registered name,
-      for 'synthetic' the task: 'hops', 'groups', 'graphs' or 'arithmetic'.
+      for 'synthetic' the task: 'hops', 'groups', 'graphs', 'arithmetic' or 'written'.
     options: for 'synthetic', options of the task by name; those left out have its defaults.
     documents: for 'synthetic', how many there are, of both splits.
     questions: for 'synthetic', questions of a document, all about the same context.

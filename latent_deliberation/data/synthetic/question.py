@@ -1,5 +1,6 @@
 """Questions about a context, what a task that asks them offers, and how it draws them."""
 
+import abc
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -52,10 +53,11 @@ class Task(Protocol):
     """What is asked in the end: so many questions of each difficulty, where there are as many."""
 
 
-class DrawnTask:
+class DrawnTask(abc.ABC):
   """A task that draws fresh questions for every text. Its text is ASCII."""
   contents = ''
 
+  @abc.abstractmethod
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
     """`count` questions about one fresh context, of one difficulty or of random ones.
@@ -63,7 +65,6 @@ class DrawnTask:
     Raises:
       ValueError: the task has no such difficulty, or count is not positive.
     """
-    raise NotImplementedError
 
   def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
     """See `Task.document`; drawn anew, no text is like another."""
