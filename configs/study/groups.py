@@ -2,10 +2,12 @@
 
   python launch/study.py --config=configs/study/groups.py:s5 --workdir=runs/s5
   python launch/study.py --config=configs/study/groups.py:cyclic --workdir=runs/cyclic
+  python launch/study.py --config=configs/study/groups.py:s5_ablations --workdir=runs/s5
 
 The same questions in two groups: in S5 nothing helps but to follow the operations one by one, in
-the cyclic group Z_5 it is enough to add them up. Decoder and arms are those of hops.py:quick, but
-for what the arms train on: long questions as often as short ones, unlike the decoder's text.
+the cyclic group Z_5 it is enough to add them up. Decoder and arms are those of hops.py:quick, or of
+another size of it as in the last command, but for what the arms train on: long questions as often
+as short ones, unlike the decoder's text. Sizes may share a directory, and with it the decoder.
 """
 
 import runpy
@@ -22,11 +24,14 @@ GROUPS = {'s5': 's5', 'cyclic': 'zp'}
 QUESTIONS = 20  # of a training document
 
 
-def get_config(group='s5'):
-  """'s5' or 'cyclic'."""
-  if group not in GROUPS:
-    raise ValueError(f'groups.py:{group}: choose one of {sorted(GROUPS)}')
-  study = bind(HOPS['get_config']('quick'), Study)
+def get_config(choice='s5'):
+  """'s5' or 'cyclic', alone or with a size of hops.py behind an underscore."""
+  group, _, size = choice.partition('_')
+  size = size or 'quick'
+  if group not in GROUPS or size not in HOPS['SIZES']:
+    raise ValueError(f'groups.py:{choice}: choose one of {sorted(GROUPS)}, alone or with _ and one '
+                     f'of {sorted(HOPS["SIZES"])} behind it')
+  study = bind(HOPS['get_config'](size), Study)
   task, start = Groups(GROUPS[group], length=6, skew=0.3), study.experiment
   experiment = replace(
       start,

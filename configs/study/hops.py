@@ -45,25 +45,32 @@ ARMS = {
 ABLATIONS = {
     'own': _latents(),
     'two latents': _latents(num_latents=2),
-    'four latents': _latents(num_latents=4),
+    'five traces': _latents(num_traces=5),
     'channel gate': _latents(gate='channel'),
     'free soft tokens': _latents(soft_tokens='free'),
     'scratch': _latents(initialisation='scratch'),
     'lora 8': _latents(**ADAPTERS),
+    'one layer': _latents(num_layers=1),
+    'states alone': _latents(reads='states'),
     'anchored, share': _latents(latents='anchored'),
+    'anchored, share, four latents': _latents(latents='anchored', num_latents=4),
+    'anchored, share, sixteen latents': _latents(latents='anchored', num_latents=16),
     'anchored, shift': _latents(latents='anchored', positions='shift'),
     'paper, share': _latents(latents='paper', soft_tokens='free'),
     'paper, shift': _latents(latents='paper', soft_tokens='free', positions='shift')}
 
 
+SIZES = {
+    'full': ARMS, 'quick': {name: ARMS[name] for name in ('own', 'constant')},
+    'ablations': ABLATIONS}
+
+
 def get_config(size='full'):
   """'full': every arm; 'quick': the coprocessor and constant soft tokens; 'ablations'."""
-  sizes = {'full': ARMS, 'quick': {name: ARMS[name] for name in ('own', 'constant')},
-           'ablations': ABLATIONS}
-  if size not in sizes:
-    raise ValueError(f'hops.py:{size}: choose one of {sorted(sizes)}')
+  if size not in SIZES:
+    raise ValueError(f'hops.py:{size}: choose one of {sorted(SIZES)}')
   return as_config(Study(
-      name=f'pointer chasing, {size}', arms=sizes[size], experiment=_experiment(),
+      name=f'pointer chasing, {size}', arms=SIZES[size], experiment=_experiment(),
       questions=QuestionsConfig(per_difficulty=1000)))
 
 

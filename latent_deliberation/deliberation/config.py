@@ -6,6 +6,7 @@ LATENTS = ('paper', 'anchored', 'refining')
 POSITIONS = ('shift', 'share')
 INITIALISATIONS = ('decoder', 'scratch')
 TRAINABLES = ('full', 'lora', 'constant')
+READS = ('cache', 'states')
 GATES = ('channel', 'matrix')
 SOFT_TOKENS = ('free', 'rested')
 
@@ -18,8 +19,8 @@ class DeliberationConfig:
     num_latents: Z, latents of a trace (N_L in the paper).
     num_ahead: A, true tokens after the anchor that the loss is on (N_A).
     num_traces: M, traces drawn from each text.
-    latents: what the decoder is fed; BUILD_NOTES.md, section 3, says why 'refining' is the default
-      and what was measured of it. With o_i the coprocessor's output at soft token i:
+    latents: what the decoder is fed; docs/results.md, ablations, says why 'refining' is the default,
+      and BUILD_NOTES.md, section 3, what else was measured of it. With o_i the coprocessor's output at soft token i:
       'paper':    z_i = o_i, behind the anchor.
       'anchored': z_i = embedding of the anchor token + gate * o_i, behind the anchor.
       'refining': z_i = embedding of trunk token (anchor - Z + i) + gate * o_i, in that token's
@@ -31,6 +32,11 @@ class DeliberationConfig:
     initialisation: of the coprocessor's transformer, the 'decoder's weights or 'scratch'.
     trainable: 'full' transformer; 'lora' adapters on the decoder's frozen weights; or 'constant',
       soft tokens alone in the place of o (with 'paper' latents: pause tokens).
+    num_layers: of the coprocessor, which has the shapes, the cache and, at the start, the weights
+      of the decoder's last so many layers; 0 for all of them, as in the paper.
+    reads: the decoder's kv-'cache', as in the paper, or its final hidden 'states' alone, of which
+      every layer of the coprocessor makes keys and values of its own: a control, which inference
+      has no use for.
     gate: what multiplies o, zero at the start: one factor a 'channel', or a [D, D] 'matrix'
       (measured: -0.63% against -0.49% at position 1).
     soft_tokens: what the coprocessor is fed (the paper: learned embeddings, 'free' of the text);
@@ -50,6 +56,8 @@ class DeliberationConfig:
   positions: str = 'share'
   initialisation: str = 'decoder'
   trainable: str = 'full'
+  num_layers: int = 0
+  reads: str = 'cache'
   gate: str = 'matrix'
   soft_tokens: str = 'rested'
   lora_rank: int = 128
@@ -61,13 +69,15 @@ class DeliberationConfig:
     object.__setattr__(self, 'anchor_tokens', tuple(self.anchor_tokens))
     for name, allowed in (('latents', LATENTS), ('positions', POSITIONS),
                           ('initialisation', INITIALISATIONS), ('trainable', TRAINABLES),
-                          ('gate', GATES), ('soft_tokens', SOFT_TOKENS)):
+                          ('reads', READS), ('gate', GATES), ('soft_tokens', SOFT_TOKENS)):
       if getattr(self, name) not in allowed:
         raise ValueError(f'{name} = {getattr(self, name)!r}: must be one of {allowed}')
     for name in ('num_latents', 'num_ahead', 'num_traces', 'lora_rank'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
-
+    if self.num_layers < 0:
+      raise ValueError(f'num_layers = {self.num_layers}: at least 1 is needed, or 0 for as many as '
+                       'the decoder has')
     if not 0 <= self.max_delay <= max(self.num_ahead - 2, 0):
       raise ValueError(
           f'max_delay = {self.max_delay}, num_ahead = {self.num_ahead}: a delay is at least 0, and '

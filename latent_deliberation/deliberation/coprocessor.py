@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from latent_deliberation.array_types import Array, Latents, Params, typed
+from latent_deliberation.array_types import Array, Float, Latents, Params, PyTree, typed
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.placement import Placement
 from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.layers import LowRank
-from latent_deliberation.model.transformer import Transformer
+from latent_deliberation.model.transformer import Block, LayerTraits, Transformer, layer_traits
 
 # Top-level keys that a coprocessor's parameters may have; which ones, its config decides.
 PARTS = ('soft_tokens', 'gate', 'transformer', 'lora')
@@ -40,13 +40,22 @@ class Coprocessor:
   scan: bool = True
   attention: str = 'plain'
 
+  def __post_init__(self):
+    if self.config.num_layers:
+      self.model.last(self.config.num_layers)  # raises where there are not so many
+
+  @property
+  def layers(self) -> TransformerConfig:
+    """Architecture of the coprocessor itself. ValueError: it has more layers than the decoder."""
+    return self.model.last(self.config.num_layers) if self.config.num_layers else self.model
+
   @property
   def transformer(self) -> Transformer:
     """The stack, without weights."""
     lora = None
     if self.config.trainable == 'lora':
       lora = LowRank(self.config.lora_rank, self.config.lora_alpha)
-    return Transformer(self.model, lora=lora, remat=self.remat, scan=self.scan,
+    return Transformer(self.layers, lora=lora, remat=self.remat, scan=self.scan,
                        attention=self.attention)
 
   def init(self, key: Array, decoder_params: Params) -> Params:
@@ -77,14 +86,14 @@ class Coprocessor:
       return {'lora': variables['lora']}
     boxed = variables['params']
     if self.config.initialisation == 'decoder':
-      boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight), boxed,
-                           decoder_params['transformer'],
+      boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight.astype(jnp.float32)),
+                           boxed, self._last_layers(decoder_params),
                            is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     return {'transformer': boxed}
 
   @typed
   def think(self, params: Params, decoder_params: Params, rest: Latents, placement: Placement,
-            cache: KVCache) -> Latents:
+            trunk: Float[Array, 'B T D'], cache: KVCache) -> Latents:
     """Outputs o [B, M, Z, D] of the final layer at the soft tokens.
 
     Args:
@@ -92,20 +101,47 @@ class Coprocessor:
       decoder_params: the frozen weights that 'lora' adapts.
       rest: [B, M, Z, D] embeddings of the tokens that the latents rest on.
       placement: where the soft tokens stand, and how much of the cache they read.
-      cache: the decoder's, of the trunks.
+      trunk: the decoder's final hidden states of the trunks.
+      cache: the decoder's, of the same.
     """
     soft = self.feed(params, rest)
     if self.config.trainable == 'constant':
       return soft
     segments = jnp.broadcast_to(placement.segments[..., None], placement.latent_positions.shape)
     if self.config.trainable == 'lora':
-      variables = {'params': decoder_params['transformer'], 'lora': params['lora']}
+      weights = self._last_layers(decoder_params)
+      variables = {'params': weights, 'lora': params['lora']}
     else:
       variables = {'params': params['transformer']}
+    if self.config.reads == 'states':
+      cache = self._read_states(variables, trunk, cache)
+    elif self.config.num_layers:
+      first = -self.config.num_layers
+      cache = cache.replace(keys=cache.keys[first:], values=cache.values[first:])
     hidden, _ = self.transformer.apply(
         variables, soft, placement.latent_positions,
         Visibility(segments, placement.coprocessor_horizon), cache)
     return hidden
+
+  def _last_layers(self, decoder_params: Params) -> Params:
+    """The decoder's transformer, without the layers that the coprocessor has not."""
+    transformer = decoder_params['transformer']
+    last = jax.tree.map(lambda leaf: leaf[-self.layers.num_layers:], transformer['blocks'])
+    return {**transformer, 'blocks': last}
+
+  def _read_states(self, variables: PyTree, trunk: Array, cache: KVCache) -> KVCache:
+    """The keys and values that each layer's own projections make of the final states."""
+    block = Block(self.layers, self.transformer.lora)
+    positions, segments = cache.positions[:, None], cache.segments[:, None]
+    visibility = Visibility(segments, jnp.zeros_like(positions[:, :, 0]))
+
+    def read(layer: PyTree, traits: LayerTraits) -> KeysValues:
+      _, fresh = block.apply(layer, trunk[:, None], (traits, None), positions, visibility)
+      return fresh  # all else of the block is not computed, since nothing needs it
+
+    blocks = {name: tree['blocks'] for name, tree in variables.items()}
+    fresh = jax.vmap(read)(blocks, layer_traits(self.layers))
+    return KVCache.empty(fresh).append(fresh, positions, segments)
 
   @typed
   def feed(self, params: Params, rest: Latents) -> Latents:

@@ -1,8 +1,9 @@
 """What deliberation costs: floating-point operations of an answer, and of a training step."""
 
 from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.model.config import TransformerConfig
-from latent_deliberation.model.flops import forward_flops, head_flops
+from latent_deliberation.model.flops import forward_flops, head_flops, keys_values_flops
 
 
 def answer_flops(model: TransformerConfig, prompt: float, answer: float) -> float:
@@ -13,8 +14,14 @@ def answer_flops(model: TransformerConfig, prompt: float, answer: float) -> floa
 def latents_flops(model: TransformerConfig, config: DeliberationConfig, prompt: float) -> float:
   """Of one augmentation behind that many tokens: the coprocessor's pass, and the decoder's."""
   first = prompt - config.num_latents if config.latents == 'refining' else prompt
-  passes = 1 if config.trainable == 'constant' else 2
-  return passes * forward_flops(model, config.num_latents, first + 1)
+  second = forward_flops(model, config.num_latents, first + 1)
+  if config.trainable == 'constant':
+    return second
+  layers = Coprocessor(model, config).layers
+  thinking = forward_flops(layers, config.num_latents, first + 1)
+  if config.reads == 'states':
+    thinking += prompt * keys_values_flops(layers)
+  return thinking + second
 
 
 def text_flops(model: TransformerConfig, length: int) -> float:
@@ -37,7 +44,10 @@ def traces_flops(model: TransformerConfig, config: DeliberationConfig, length: i
   second = forward_flops(model, reads, length / 2) + config.num_ahead * head_flops(model)
   thinking = 0.0
   if config.trainable != 'constant':
-    thinking = 3 * forward_flops(model, config.num_latents, length / 2)
+    layers = Coprocessor(model, config).layers
+    thinking = 3 * forward_flops(layers, config.num_latents, length / 2)
+    if config.reads == 'states':  # which learn nothing themselves
+      trunk += 2 * length * keys_values_flops(layers)
   if tuned:
     return 3 * (trunk + config.num_traces * second)
   return trunk + config.num_traces * (thinking + 2 * second)

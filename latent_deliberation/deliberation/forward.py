@@ -50,10 +50,10 @@ class Deliberator:
       batch: the trunks.
       traces: where to deliberate.
     """
-    _, cache = self.prefill(decoder_params, batch)
+    trunk, cache = self.prefill(decoder_params, batch)
     placement = place(batch, traces.anchors, self.config, traces.ahead_tokens.shape[-1],
                       traces.delay)
-    thoughts = self.coprocess(params, decoder_params, placement, cache)
+    thoughts = self.coprocess(params, decoder_params, placement, trunk, cache)
     latents = self.latents(params, decoder_params, placement, thoughts)
     return self.second_pass(decoder_params, latents, traces, placement, cache)
 
@@ -64,11 +64,11 @@ class Deliberator:
         method='prefill')
     return hidden, cache if self.tuned else jax.lax.stop_gradient(cache)
 
-  def coprocess(self, params: Params, decoder_params: Params, placement: Placement,
+  def coprocess(self, params: Params, decoder_params: Params, placement: Placement, trunk: Array,
                 cache: KVCache) -> Latents:
     """The coprocessor reads the cache. Its outputs [B, M, Z, D] at the soft tokens."""
     rest = self._rest(decoder_params, placement)
-    return self.coprocessor.think(params, decoder_params, rest, placement, cache)
+    return self.coprocessor.think(params, decoder_params, rest, placement, trunk, cache)
 
   def latents(self, params: Params, decoder_params: Params, placement: Placement,
               thoughts: Latents) -> Latents:

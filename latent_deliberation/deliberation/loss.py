@@ -8,13 +8,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from latent_deliberation.array_types import Array, Bool, Float, Int, typed
+from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typed
 from latent_deliberation.model.attention import softcap
+from latent_deliberation.model.quantised import Quantised
+
+OutputHead = Float[Array, 'V D'] | Quantised
 
 
 @typed
 def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
-              unembedding: Float[Array, 'V D'], cap: float | None,
+              unembedding: OutputHead, cap: float | None,
               chunk: int) -> Float[Array, 'B N']:
   """-log p(target) in nats, float32, from hidden states and the (tied) output head.
 
@@ -32,7 +35,8 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
   return _by_slices(functools.partial(_nll, cap), hidden, targets, unembedding, chunk)
 
 
-def _compute_nll(cap: float | None, hidden: Array, targets: Array, unembedding: Array) -> Array:
+def _compute_nll(cap: float | None, hidden: Array, targets: Array,
+                 unembedding: Array | Quantised) -> Array:
   logits = _logits(cap, hidden, unembedding)
   return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
 
@@ -41,12 +45,15 @@ _nll = jax.custom_vjp(_compute_nll, nondiff_argnums=(0,))
 
 
 def _nll_forward(cap: float | None, hidden: CustomVJPPrimal, targets: CustomVJPPrimal,
-                 unembedding: CustomVJPPrimal) -> tuple[Array, Array | tuple[Array, Array, Array]]:
-  def of_hidden(hidden: Array) -> Array:
-    return _compute_nll(cap, hidden, targets.value, unembedding.value)
+                 unembedding: PyTree) -> tuple[Array, Array | tuple[Array, Array, Array]]:
+  is_constant = not any(leaf.perturbed for leaf in jax.tree.leaves(unembedding))
+  unembedding = jax.tree.map(lambda leaf: leaf.value, unembedding)
 
-  if unembedding.perturbed:
-    return of_hidden(hidden.value), (hidden.value, targets.value, unembedding.value)
+  def of_hidden(hidden: Array) -> Array:
+    return _compute_nll(cap, hidden, targets.value, unembedding)
+
+  if not is_constant:
+    return of_hidden(hidden.value), (hidden.value, targets.value, unembedding)
   # A target depends on its own hidden state alone, so that ones give the gradient of each.
   nll, pull = jax.vjp(of_hidden, hidden.value)
   gradient, = pull(jnp.ones_like(nll))
@@ -71,19 +78,19 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 @typed
 def likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
-              unembedding: Float[Array, 'V D'], cap: float | None,
+              unembedding: OutputHead, cap: float | None,
               chunk: int) -> Bool[Array, 'B N']:
   """Whether no token has a higher logit than the target; arguments as for `token_nll`."""
 
-  def is_top(hidden: Array, targets: Array, unembedding: Array) -> Array:
+  def is_top(hidden: Array, targets: Array, unembedding: Array | Quantised) -> Array:
     logits = _logits(cap, hidden, unembedding)
     return _chosen(logits, targets) >= jnp.max(logits, axis=-1)
 
   return _by_slices(is_top, hidden, targets, unembedding, chunk)
 
 
-def _logits(cap: float | None, hidden: Array, unembedding: Array) -> Array:
-  return softcap(jnp.einsum('BND,VD->BNV', hidden, unembedding,
+def _logits(cap: float | None, hidden: Array, unembedding: Array | Quantised) -> Array:
+  return softcap(jnp.einsum('BND,VD->BNV', hidden, unembedding.astype(hidden.dtype),
                             preferred_element_type=jnp.float32), cap)
 
 
@@ -91,11 +98,14 @@ def _chosen(logits: Array, targets: Array) -> Array:
   return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
-def _by_slices(measure: Callable[[Array, Array, Array], Array], hidden: Array, targets: Array,
-               unembedding: Array, chunk: int) -> Array:
+def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
+               unembedding: Array | Quantised, chunk: int) -> Array:
   """measure(hidden [B, n, D], targets [B, n], unembedding) -> [B, n], over slices of N targets."""
+  if not isinstance(unembedding, Quantised):  # which every slice converts, as it reads it
+    unembedding = unembedding.astype(hidden.dtype)
   # Whole rows: a device that has a part of each would gather the others for every slice.
-  unembedding = nn.with_logical_constraint(unembedding.astype(hidden.dtype), ('vocab', None))
+  unembedding = jax.tree.map(
+      lambda leaf: nn.with_logical_constraint(leaf, ('vocab', None)[:leaf.ndim]), unembedding)
   of_slice = lambda hidden, targets: measure(hidden, targets, unembedding)  # noqa: E731
   batch, length, width = hidden.shape
   if length <= chunk:

@@ -47,12 +47,14 @@ class Description:
     decoder: fingerprint of its decoder's weights, as they are stored.
     vocabulary: hash of the vocabulary of the text that it was trained on.
     steps: updates that it was trained for.
+    frozen_dtype: what its decoder's weights were kept in meanwhile; '' in packages that do not say.
   """
   model: TransformerConfig
   config: DeliberationConfig
   decoder: str
   vocabulary: str
   steps: int
+  frozen_dtype: str = dataclasses.field(default='', kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,7 @@ def save(directory: str | Path, package: Package, file_bytes: int = FILE_BYTES) 
     content = {
         'format': _FORMAT, 'fingerprint': fingerprint(package.params), 'decoder': package.decoder,
         'vocabulary': package.vocabulary, 'steps': package.steps,
+        'frozen_dtype': package.frozen_dtype,
         'config': dataclasses.asdict(package.config), 'model': dataclasses.asdict(package.model)}
     if jax.process_index() == 0:
       (partial / DESCRIPTION).write_text(json.dumps(content, indent=2) + '\n')
@@ -144,7 +147,8 @@ def _read_description(directory: Path) -> tuple[Description, str]:
       raise ValueError(f'format {stored["format"]!r}, expected {_FORMAT}')
     description = Description(
         TransformerConfig(**stored['model']), DeliberationConfig(**stored['config']),
-        stored['decoder'], stored['vocabulary'], stored['steps'])
+        stored['decoder'], stored['vocabulary'], stored['steps'],
+        frozen_dtype=stored.get('frozen_dtype', ''))  # which earlier packages lack
     return description, stored['fingerprint']
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{path} is damaged or of another format ({type(error).__name__}: {error}). '

@@ -30,13 +30,13 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
     with nn.logical_axis_rules(tuple(rules.items())):
       traces = sample_traces(jax.random.split(jax.random.key(0), len(batch.tokens)), batch,
                              deliberator.config)
-      _, cache = deliberator.prefill(decoder_params, batch)
+      trunk, cache = deliberator.prefill(decoder_params, batch)
       placement = place(batch, traces.anchors, deliberator.config, deliberator.config.num_ahead)
-      thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
+      thoughts = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
       latents = deliberator.latents(params, decoder_params, placement, thoughts)
       rest = deliberator.latents(params, decoder_params, placement, jnp.zeros_like(thoughts))
     table = decoder_params['embedder']['table']
-    embedding = _size(table) * table.shape[1] ** 0.5
+    embedding = _size(table) * deliberator.decoder.config.embed_dim ** 0.5
     found = {'norm': _size(latents) / embedding, 'moved': _size(latents - rest) / embedding,
              'effective_rank': effective_rank(thoughts.reshape(-1, thoughts.shape[-1]))}
     return found | ({'gate': _size(params['gate'])} if 'gate' in params else {})

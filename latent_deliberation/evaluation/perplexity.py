@@ -70,7 +70,7 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
   placement = place(batch, traces.anchors, deliberator.config, num_ahead, traces.delay)
   thoughts = None
   if set(arms) - {BASELINE}:
-    thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
+    thoughts = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
   states = {}
   for arm in arms:
     if arm == BASELINE:

@@ -27,6 +27,7 @@ from latent_deliberation.inference.prompts import (
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.fingerprint import fingerprint as compute_fingerprint
+from latent_deliberation.model.quantised import Quantised
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding
 
 
@@ -58,14 +59,17 @@ class Generator:
       fingerprint: of the decoder's weights; computed where it is not given.
 
     Raises:
-      ValueError: `length` is not positive, or the coprocessor has other widths.
+      ValueError: `length` is not positive, the coprocessor has other widths, or weights are int8.
     """
     if length < 1:
       raise ValueError(f'length = {length}: a cache needs room for 1 token at least')
+    if isinstance(params['embedder']['table'], Quantised):
+      raise ValueError("the decoder's weights are in int8, which inference does not compute with: "
+                       'give them as they are stored')
     choices, trained = coprocessor or (None, None)
     num_latents, refining = 0, False
     if choices is not None:
-      _check_width(config, choices, trained)
+      _check_choices(config, choices, trained)
       num_latents, refining = choices.num_latents, choices.latents == 'refining'
     self.model = Model(
         decoder=Decoder(config, dtype=dtype),
@@ -210,7 +214,10 @@ def _copy(cache: SlotCache) -> SlotCache:
   return jax.tree.map(jnp.copy, cache)
 
 
-def _check_width(config: TransformerConfig, choices: DeliberationConfig, trained: Params) -> None:
+def _check_choices(config: TransformerConfig, choices: DeliberationConfig, trained: Params) -> None:
+  if choices.reads == 'states':
+    raise ValueError("this coprocessor has reads = 'states': it reads the decoder's hidden states, "
+                     'which generation does not keep; generate with one that reads the cache')
   expected = (choices.num_latents, config.embed_dim)
   if trained['soft_tokens'].shape != expected:
     raise ValueError(

@@ -172,8 +172,8 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
     thoughts = coprocessor.feed(weights.coprocessor, rest)
     seen = jnp.ones_like(positions)
     if weights.thinker is not None:
-      hidden, _ = stack.run(decoder, weights.thinker, thoughts[:, 0], positions, seen, state.cache,
-                            coprocessor.transformer.lora)
+      hidden, _ = stack.run(coprocessor.layers, weights.thinker, thoughts[:, 0], positions, seen,
+                            state.cache, coprocessor.transformer.lora)
       thoughts = hidden[:, None]
     latents = coprocessor.compose(weights.coprocessor, thoughts, rest)[:, 0]
     replaces = (placement.coprocessor_horizon - placement.decoder_horizon > 0)  # [B, 1]

@@ -43,10 +43,11 @@ def unstack(transformer: Params) -> Layers:
 
 
 def adapt(layers: Layers, lora: Params) -> Layers:
-  """The same layers with low-rank adapters beside their weights."""
+  """The same layers with low-rank adapters beside their weights; the last ones if few."""
   adapters = _slices(lora['blocks'])
   return layers.replace(blocks=tuple(
-      {**block, 'lora': adapter} for block, adapter in zip(layers.blocks, adapters, strict=True)))
+      {**block, 'lora': adapter}
+      for block, adapter in zip(layers.blocks[-len(adapters):], adapters, strict=True)))
 
 
 def _slices(stacked: Params) -> list[Params]:
@@ -75,7 +76,8 @@ def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, s
   Args:
     x: [B, Q, D] embeddings of fresh tokens or latents.
     positions, segments: [B, Q]; segment 0 is a hole, all else is one document.
-    cache: all that it shows is seen, inside a layer's window.
+    cache: all that it shows is seen, inside a layer's window; where it has more layers than
+      `layers`, its last ones.
     lora: scale of the adapters in `layers`.
   """
   rows, positions = x[:, None], positions[:, None]
@@ -83,11 +85,11 @@ def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, s
   visibility = Visibility(segments[:, None], everything)
   traits = layer_traits(config)
   block, fresh = Block(config, lora), []
+  skipped = len(cache.keys) - len(layers.blocks) if cache is not None else 0
   for number, variables in enumerate(layers.blocks):
     layer = jax.tree.map(lambda leaf: leaf[number], traits)  # noqa: B023
-    rows, keys_values = block.apply(
-        variables, rows, (layer, None if cache is None else cache.layer(number)), positions,
-        visibility)
+    seen = None if cache is None else cache.layer(skipped + number)
+    rows, keys_values = block.apply(variables, rows, (layer, seen), positions, visibility)
     fresh.append(keys_values)
   hidden = RMSNorm(config.norm_epsilon).apply({'params': layers.final_norm}, rows)
   return hidden[:, 0], fresh

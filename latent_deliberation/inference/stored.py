@@ -17,6 +17,7 @@ from latent_deliberation.inference import programs
 from latent_deliberation.inference.cache import CachePlan
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.programs import Augmentation, Model, State
+from latent_deliberation.model.fingerprint import fingerprint
 
 _DESCRIPTION, _ARRAYS, _FORMAT = 'cache.json', 'cache.safetensors', 1
 
@@ -81,10 +82,13 @@ def _trimmed(plan: CachePlan, written: int) -> CachePlan:
 def _layout(generator: Generator) -> dict[str, Any]:
   """What must be the same in the generator that loads, as JSON gives it back."""
   model, plan = generator.model, generator.model.plan
-  choices = None if model.coprocessor is None else dataclasses.asdict(model.coprocessor.config)
   layout = {'model': dataclasses.asdict(model.decoder.config), 'dtype': model.decoder.dtype,
-            'coprocessor': choices, 'global_slots': plan.global_slots,
+            'coprocessor': None, 'global_slots': plan.global_slots,
             'local_slots': plan.local_slots}
+  if model.coprocessor is not None:
+    # Any training changes its soft tokens, which are few.
+    layout['coprocessor'] = {'weights': fingerprint(generator.weights.coprocessor),
+                             **dataclasses.asdict(model.coprocessor.config)}
   return json.loads(json.dumps(layout))
 
 
@@ -114,11 +118,27 @@ def _check(directory: Path, described: dict[str, Any], generator: Generator) -> 
   different = [(name, described[name], value) for name, value in _layout(generator).items()
                if described[name] != value]
   for name, there, here in different:
+    if there is None or here is None:
+      raise ValueError(f'the cache in {directory} was made {_with(there)}, this generator works '
+                       f'{_with(here)}: give the one that made it, or save the cache again')
+    if isinstance(there, dict):
+      there, here = _differences(there, here)
     # Slots that are not reached yet may be more or fewer.
     if not name.endswith('_slots') or described['written'] > min(there, here):
       raise ValueError(f'the cache in {directory} has {name} = {there}, this generator has {here}, '
                        f'and {described["written"]} slots are written: make a generator that has '
                        'the same, or save the cache again with this one')
+
+
+def _with(coprocessor: Any) -> str:
+  return 'without a coprocessor' if coprocessor is None else 'with one'
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[dict[str, Any]]:
+  """Both, without what they have in common."""
+  return [{name: value for name, value in one.items()
+           if name not in other or other[name] != value}
+          for one, other in ((there, here), (here, there))]
 
 
 def _template(model: Model, generator: Generator, described: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 
 DTYPES = ('float32', 'bfloat16')
+FROZEN_DTYPES = (*DTYPES, 'int8')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Computation:
 
   Attributes:
     dtype: of activations, and of the weights inside matrix products.
-    frozen_dtype: what the frozen decoder's weights are kept in. What learns is always float32.
+    frozen_dtype: what the frozen decoder's weights are kept in; 'int8' has a float32 scale for each
+      output channel, and norms as stored. What learns is always float32, and starts from weights
+      that were not rounded to int8.
     remat: what the backward pass keeps of a block: 'none' all, 'full' nothing; see REMAT_POLICIES.
     scan: loop over stacked layers (compiles fast at any depth) or unroll them (runs faster on CPU).
     loss_chunk: targets of a text whose logits exist at the same time.
@@ -43,9 +46,9 @@ class Computation:
   replicate_frozen: bool = False
 
   def __post_init__(self):
-    for name in ('dtype', 'frozen_dtype'):
-      if getattr(self, name) not in DTYPES:
-        raise ValueError(f'computation.{name} = {getattr(self, name)!r}: must be one of {DTYPES}')
+    for name, known in (('dtype', DTYPES), ('frozen_dtype', FROZEN_DTYPES)):
+      if getattr(self, name) not in known:
+        raise ValueError(f'computation.{name} = {getattr(self, name)!r}: must be one of {known}')
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f'computation.remat = {self.remat!r}: must be one of '
                        f'{sorted(REMAT_POLICIES)}')

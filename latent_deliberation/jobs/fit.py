@@ -56,6 +56,8 @@ class Run:
     frozen: parameters that the loss reads and nothing changes; their shapes suffice to `check`.
     decoder: fingerprint of the frozen decoder; '' where there is none.
     mesh: to run on.
+    load_start: loads what `init` of a fresh run gets in the place of `frozen`, if that is rounded
+      to int8.
   """
   job: str
   experiment: Experiment
@@ -64,6 +66,7 @@ class Run:
   frozen: Params
   decoder: str
   mesh: Mesh
+  load_start: Callable[[], Params] | None = None
 
   @property
   def section(self) -> str:
@@ -108,7 +111,8 @@ class Run:
       return TrainState.create(nn.unbox(self.init(key, frozen)), self.optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
     return jax.jit(create, out_shardings=shardings)(
-        jax.random.key(self.experiment.seed), self.frozen)
+        jax.random.key(self.experiment.seed),
+        self.load_start() if self.load_start else self.frozen)
 
   def make_step(self, loss_fn: LossFn) -> TrainStep:
     """The train step of this run."""

@@ -55,6 +55,9 @@ class Request:
       raise ValueError(f'--cache={self.cache} brings its latents with it, and --at, --every or '
                        '--gate ask for more, which would have to be made from a cache without: '
                        'choose one of them')
+    if self.cache and self.how.arrival != Decoding.arrival:
+      raise ValueError(f'--cache={self.cache} brings its latents with it, and --background is for '
+                       'latents that are yet to be made: leave one of them out')
     if self.compared and self.how.policy == NEVER and not self.cache:
       raise ValueError('--compare shows text with latents beside plain text, and none are asked '
                        'for: give a --coprocessor, or leave --compare out')

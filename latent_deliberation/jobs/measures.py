@@ -57,6 +57,7 @@ class QuestionMeasure:
     self.prompt = float(np.mean([len(context) + len(question) for context, question, _ in parts]))
     self.answer = float(np.mean([len(answer) for *_, answer in parts]))
     self._batches = batch_questions(parts, self._asked.batch_size, self._asked.offline)
+    _check_room(study, min(int(batch.anchors.min()) for batch in self._batches))
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
                decoder: Params) -> Mapping[str, Outcomes]:
@@ -94,6 +95,16 @@ class QuestionMeasure:
         build_deliberator(experiment), arms, loss_chunk=experiment.computation.loss_chunk,
         mesh=self._mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
     return score_questions(scorer, params, decoder, batches, len(self.difficulty))
+
+
+def _check_room(study: Study, first: int) -> None:
+  for name in study.arms:
+    config = study.variant(name, study.seeds[0]).deliberation
+    if config.first_anchor > first:
+      raise ValueError(
+          f'arms.{name}: {config.num_latents} {config.latents} latents need as many tokens up to '
+          f'their anchor, and the shortest question has {first + 1}: lower num_latents, or choose '
+          "latents = 'anchored' or 'paper', which stand behind it")
 
 
 class TextMeasure:

@@ -13,6 +13,7 @@ from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.quantised import Quantised, quantise
 from latent_deliberation.sharding import shardings_of
 
 
@@ -46,8 +47,13 @@ def open_frozen(experiment: Experiment, directory: Path) -> weights.Checkpoint:
 def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
                 mesh: Mesh) -> tuple[Params, str]:
   """The weights of the frozen decoder, on their shards, and their fingerprint as stored."""
-  place = lambda boxed: _frozen_shardings(boxed, experiment, mesh)  # noqa: E731
   dtype = experiment.computation.frozen_dtype
+  if dtype == 'int8':
+    stored = load_stored(experiment, checkpoint, mesh)
+    digest = checkpoint.fingerprint or fingerprint(stored)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes(experiment, mesh))
+    return jax.jit(quantise, out_shardings=shardings)(stored), digest
+  place = lambda boxed: _frozen_shardings(boxed, experiment, mesh)  # noqa: E731
   if checkpoint.fingerprint:
     return checkpoint.load(place, dtype), checkpoint.fingerprint
   stored = checkpoint.load(place)
@@ -55,12 +61,22 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), digest
 
 
+def load_stored(experiment: Experiment, checkpoint: weights.Checkpoint, mesh: Mesh) -> Params:
+  """The weights of the frozen decoder as they are on disk, in the shards of what learns."""
+  return checkpoint.load(lambda boxed: shardings_of(boxed, mesh, experiment.rules))
+
+
 def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Params:
-  """Shapes, dtypes and shardings of what `load_frozen` gives, without any weights."""
-  boxed = boxed_shapes(experiment.decoder)
+  """Shapes, dtypes and shardings of what `load_frozen` gives, without any weights.
+
+  Beside int8 the norms count as float32, since how they are stored is not known here.
+  """
+  boxed, dtype = boxed_shapes(experiment.decoder), experiment.computation.frozen_dtype
+  if dtype == 'int8':
+    boxed, dtype = jax.eval_shape(quantise, boxed), None
   return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-          leaf.shape, experiment.computation.frozen_dtype, sharding=sharding),
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype,
+                                                  sharding=sharding),
       nn.unbox(boxed), _frozen_shardings(boxed, experiment, mesh))
 
 
@@ -72,5 +88,6 @@ def _frozen_shardings(boxed: PyTree, experiment: Experiment, mesh: Mesh) -> PyTr
 
 
 def count_parameters(params: Params) -> int:
-  """Number of scalars in a tree of arrays, boxed or not."""
-  return sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(params)))
+  """Number of scalars in a tree of arrays, boxed or not; scales of int8 do not count."""
+  leaves = jax.tree.leaves(nn.unbox(params), is_leaf=lambda leaf: isinstance(leaf, Quantised))
+  return sum(leaf.size for leaf in leaves)

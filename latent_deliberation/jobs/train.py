@@ -17,7 +17,12 @@ from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.jobs.coprocessors import PACKAGE
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run, fit
-from latent_deliberation.jobs.models import build_deliberator, load_frozen, open_frozen
+from latent_deliberation.jobs.models import (
+  build_deliberator,
+  load_frozen,
+  load_stored,
+  open_frozen,
+)
 from latent_deliberation.jobs.prepared import (
   check_known_vocabulary,
   check_vocabulary,
@@ -64,6 +69,9 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   check_vocabulary(rows, checkpoint)
   frozen, digest = load_frozen(experiment, checkpoint, mesh)
   run = dataclasses.replace(planned, frozen=frozen, decoder=digest)
+  if experiment.computation.frozen_dtype == 'int8':
+    run = dataclasses.replace(
+        run, load_start=lambda: load_stored(experiment, checkpoint, mesh))
   deliberator = build_deliberator(experiment)
   batches = open_stream(experiment, data, run.section)
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
@@ -79,7 +87,7 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
     package.save(target, package.Package(
         model=experiment.decoder, config=experiment.deliberation, decoder=digest,
         vocabulary=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
-        params=params))
+        params=params, frozen_dtype=experiment.computation.frozen_dtype))
   return params
 
 

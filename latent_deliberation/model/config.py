@@ -85,6 +85,14 @@ class TransformerConfig:
     period = len(self.layer_pattern)
     return tuple(self.layer_pattern[i % period] for i in range(self.num_layers))
 
+  def last(self, num_layers: int) -> 'TransformerConfig':
+    """The architecture of the last layers alone. ValueError: there are not so many, or none."""
+    if not 0 < num_layers <= self.num_layers:
+      raise ValueError(f'num_layers = {num_layers}: a decoder of {self.num_layers} layers has 1 to '
+                       f'{self.num_layers} last ones')
+    return dataclasses.replace(
+        self, num_layers=num_layers, layer_pattern=self.layer_kinds[-num_layers:])
+
 
 def _gemma1(**sizes: int) -> TransformerConfig:
   return TransformerConfig(

@@ -14,6 +14,11 @@ def parameter_flops(config: TransformerConfig) -> int:
   return 2 * c.num_layers * (attention + 3 * c.embed_dim * c.hidden_dim)
 
 
+def keys_values_flops(config: TransformerConfig) -> int:
+  """Of the projections of all layers to keys and values, for one token."""
+  return 4 * config.num_layers * config.embed_dim * config.num_kv_heads * config.head_dim
+
+
 def attention_flops(config: TransformerConfig, queries: int, first: float) -> float:
   """Of scores and their mixtures, for consecutive queries of one text.
 

@@ -1,6 +1,7 @@
 """The parts of a block that are not attention: norms, projections, embeddings, feed-forward."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Float, Int, Rows, RowTokens, typed
+from latent_deliberation.model.quantised import Quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,25 @@ def contract(x: Array, weight: Array, inputs: int = 1,
   return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
 
 
+def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[str]) -> Array:
+  """Contracts the last `inputs` axes of x with the first ones of an int8 weight, in x's dtype.
+
+  Args:
+    axes: logical names of the weight's axes.
+  """
+  # Storage alone divides 'embed'. Without this, shards would be converted and then gathered.
+  whole = tuple('activation' if axis == 'embed' else axis for axis in axes)
+
+  # Kept for the backward pass, what int8 is converted to would be all layers in floats. A guard
+  # against merging both conversions, which a scan keeps apart, makes it half as slow again on TPUs.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def product(x: Array, weight: Quantised) -> Array:
+    weight = weight.replace(values=nn.with_logical_constraint(weight.values, whole))
+    return jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
+
+  return product(x, weight)
+
+
 class Projection(nn.Module):
   """A linear map from the last `inputs` axes of x to the axes `shape[inputs:]`, without bias.
 
@@ -87,7 +108,10 @@ class Projection(nn.Module):
       y = contract(x, self.get_variable('params', 'turned').astype(x.dtype), inputs)
     else:
       weight = self.param('w', nn.with_logical_partitioning(init, axes), shape)
-      y = jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
+      if isinstance(weight, Quantised):
+        y = multiply_quantised(x, weight, inputs, axes)
+      else:
+        y = jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
     if self.lora is None:
       return y
     rank = self.lora.rank
@@ -134,8 +158,9 @@ class Embedder(nn.Module):
   @typed
   def encode(self, tokens: RowTokens, dtype: str) -> Rows:
     """Input embeddings of tokens, in `dtype`, scaled by sqrt(D) as Gemma does."""
+    rows = jax.tree.map(lambda leaf: leaf[tokens], self.table).astype(dtype)
     # Gemma rounds the factor to the dtype that it computes in.
-    return self.table[tokens].astype(dtype) * jnp.asarray(self.embed_dim ** 0.5, dtype)
+    return rows * jnp.asarray(self.embed_dim ** 0.5, dtype)
 
 
 def rotary_frequencies(head_dim: int, base: float, scaling: float = 1.0) -> np.ndarray:

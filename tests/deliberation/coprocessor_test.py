@@ -20,9 +20,9 @@ def started(decoder_params, seed=0, **choices):
 def thoughts_and_latents(deliberator, params, decoder_params, batch):
   @jax.jit
   def compute(params):
-    _, cache = deliberator.prefill(decoder_params, batch)
+    trunk, cache = deliberator.prefill(decoder_params, batch)
     placement = place(batch, jnp.array([[2, 5, 9], [3, 7, 13]]), deliberator.config, 1)
-    thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
+    thoughts = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
     return thoughts, deliberator.latents(params, decoder_params, placement, thoughts), (
         tiny.embed(decoder_params, placement.base_tokens.reshape(2, -1)).reshape(thoughts.shape))
 
@@ -54,6 +54,36 @@ def test_a_full_coprocessor_starts_as_the_decoder_or_from_scratch(decoder_params
   same = jax.tree.map(lambda a, b: bool(np.all(a == b)), nn.unbox(boxed)['transformer'],
                       decoder_params['transformer'])
   assert not any(jax.tree.leaves(same))
+
+
+def test_a_smaller_coprocessor_starts_as_the_last_layers(decoder_params):
+  for trainable, part in (('full', 'transformer'), ('lora', 'lora')):
+    _, boxed = started(decoder_params, num_layers=1, trainable=trainable)
+    assert {len(leaf) for leaf in jax.tree.leaves(nn.unbox(boxed)[part]['blocks'])} == {1}
+  _, boxed = started(decoder_params, num_layers=1)
+  jax.tree.map(lambda ours, theirs: np.testing.assert_array_equal(ours, theirs[-1:]),
+               nn.unbox(boxed)['transformer']['blocks'], decoder_params['transformer']['blocks'])
+
+
+def test_it_can_have_no_more_layers_than_the_decoder():
+  with pytest.raises(ValueError, match='num_layers = 4.* 3 layers'):
+    tiny.deliberator(num_layers=4)
+
+
+@pytest.mark.parametrize('choices, layers', [
+    (dict(), {0, 1, 2}), (dict(num_layers=1), {2}), (dict(reads='states'), set())])
+def test_it_reads_the_cache_of_its_layers_or_the_states_alone(
+    batch, decoder_params, choices, layers):
+  deliberator, boxed = started(decoder_params, **choices)
+  trunk, cache = deliberator.prefill(decoder_params, batch)
+  placement = place(batch, jnp.array([[2, 5, 9], [3, 7, 13]]), deliberator.config, 1)
+  think = lambda trunk, cache: deliberator.coprocess(  # noqa: E731
+      nn.unbox(boxed), decoder_params, placement, trunk, cache)
+  thoughts = think(trunk, cache)
+  for layer in range(3):
+    other = cache.replace(values=cache.values.at[layer].mul(2))
+    assert np.allclose(think(trunk, other), thoughts) == (layer not in layers)
+  assert np.allclose(think(2 + trunk, cache), thoughts) == bool(layers)
 
 
 def test_adapters_start_as_the_decoder(batch, decoder_params):

@@ -1,5 +1,7 @@
 """What deliberation costs follows from the passes that it takes."""
 
+import dataclasses
+
 import pytest
 
 from latent_deliberation.deliberation.config import DeliberationConfig
@@ -29,6 +31,14 @@ def test_latents_cost_two_passes_and_constant_ones_a_single_one():
   assert latents_flops(MODEL, full, 100) == 2 * forward_flops(MODEL, 4, 101)
   assert latents_flops(MODEL, constant, 100) == forward_flops(MODEL, 4, 101)
   assert answer_flops(MODEL, 100, 2) > forward_flops(MODEL, 101)
+
+
+def test_half_of_the_layers_cost_half_of_a_pass_and_reading_states_a_projection_a_token():
+  config = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4, latents='anchored')
+  full, half, states = (latents_flops(MODEL, dataclasses.replace(config, **choices), 100)
+                        for choices in ({}, {'num_layers': 13}, {'reads': 'states'}))
+  assert half == 1.5 / 2 * full
+  assert states - full == 100 * 2 * MODEL.num_layers * 2 * 2304 * 4 * 256
 
 
 def test_training_the_decoder_as_well_costs_its_backward_passes():

@@ -31,7 +31,8 @@ VARIANTS = [
     for (latents, positions), trainable in itertools.product(SCHEMES, TRAINABLES)]
 OTHER_PARTS = [dict(gate=gate, soft_tokens=soft_tokens) for gate, soft_tokens in zip(
     GATES, SOFT_TOKENS, strict=True) if gate != tiny.CHOICES.gate]
-name = lambda choices: '-'.join(choices.values())  # noqa: E731
+CONTROLS = [dict(num_layers=1), dict(num_layers=1, trainable='lora'), dict(reads='states')]
+name = lambda choices: '-'.join(map(str, choices.values()))  # noqa: E731
 
 
 def traces_at(batch, anchors=ANCHORS, num_ahead=tiny.CHOICES.num_ahead, delay=None):
@@ -87,11 +88,11 @@ def test_latents_that_come_late_are_seen_by_later_tokens_alone(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def think(deliberator, params, decoder_params, text, cache, num_ahead):
+def think(deliberator, params, decoder_params, text, trunk, cache, num_ahead):
   """Latents for texts that end at their anchors, and where they and the ahead tokens stand."""
   last = jnp.full((len(text.tokens), 1), text.tokens.shape[1] - 1)
   placement = place(text, last, deliberator.config, len(num_ahead))
-  thoughts = deliberator.coprocess(params, decoder_params, placement, cache)
+  thoughts = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
   return deliberator.latents(params, decoder_params, placement, thoughts), placement
 
 
@@ -103,10 +104,10 @@ def inferred(deliberator, params, decoder_params, tokens, ahead_tokens):
     ahead_tokens: [b, A] what is then decoded, teacher-forced.
   """
   length, num_ahead = tokens.shape[1], ahead_tokens.shape[1]
-  _, _, cache = tiny.read(decoder_params, tokens)
+  trunk, _, cache = tiny.read(decoder_params, tokens)
   text = Batch(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(length), tokens.shape))
   latents, placement = think(
-      deliberator, params, decoder_params, text, cache, tuple(range(num_ahead)))
+      deliberator, params, decoder_params, text, trunk, cache, tuple(range(num_ahead)))
   if deliberator.config.latents == 'refining':
     cache = cache.truncate(length - deliberator.config.num_latents)
   hidden, _, cache = tiny.read_on(
@@ -120,7 +121,7 @@ def inferred(deliberator, params, decoder_params, tokens, ahead_tokens):
   return jnp.stack(states, axis=1)
 
 
-@pytest.mark.parametrize('choices', VARIANTS, ids=name)
+@pytest.mark.parametrize('choices', VARIANTS + CONTROLS, ids=name)
 def test_each_trace_equals_inference_on_its_document_alone(decoder_params, batch, choices):
   deliberator = tiny.deliberator(**choices)
   params = tiny.coprocessor_params(deliberator, decoder_params)
@@ -153,7 +154,7 @@ def test_refining_through_a_closed_gate_is_the_frozen_decoder(decoder_params, ba
 
 def test_detached_latents_leave_no_bit_behind(decoder_params, batch):
   tokens = batch.tokens[:, :7]
-  _, _, cache = tiny.read(decoder_params, tokens)
+  trunk, _, cache = tiny.read(decoder_params, tokens)
   before = jax.tree.map(np.array, cache)
   token, latents = tiny.embed(decoder_params, tokens[:, :1]), jnp.ones((2, 3, 16))
   _, plain, _ = tiny.read_on(decoder_params, token, jnp.array([7]), cache)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from latent_deliberation.deliberation.loss import likeliest, token_nll
+from latent_deliberation.model.quantised import quantise
 
 B, N, D, V = 2, 10, 4, 501
 
@@ -46,6 +47,22 @@ def test_values_and_gradients_are_those_of_optax_for_any_chunk(inputs, cap, chun
   chunked = with_gradients(functools.partial(token_nll, chunk=chunk), *inputs, cap)
   plain = with_gradients(optax_nll, *inputs, cap)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), chunked, plain)
+
+
+@pytest.mark.parametrize('chunk', [3, 10])
+def test_an_output_head_in_int8_gives_the_loss_and_gradient_of_the_one_that_it_stands_for(
+    inputs, chunk):
+  hidden, targets, table = inputs
+  head = quantise({'table': table})['table']
+  weight = jnp.arange(1.0, 1 + targets.size).reshape(targets.shape)
+
+  def measured(head):
+    total = lambda hidden: jnp.sum(  # noqa: E731
+        token_nll(hidden, targets, head, 2.0, chunk) * weight)
+    return jax.value_and_grad(total)(hidden), likeliest(hidden, targets, head, 2.0, chunk)
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+               measured(head), measured(head.astype(jnp.float32)))
 
 
 @pytest.mark.parametrize('chunk', [3, 10])

@@ -24,6 +24,7 @@ def trained(decoder_params, **choices) -> Package:
   """A coprocessor with every parameter far from zero."""
   deliberator = tiny.deliberator(**choices)
   return Package(tiny.CONFIG, deliberator.config, decoder='d0', vocabulary='v0', steps=7,
+                 frozen_dtype='int8',
                  params=tiny.coprocessor_params(deliberator, decoder_params))
 
 
@@ -47,6 +48,14 @@ def saved(full, tmp_path_factory):
   directory = tmp_path_factory.mktemp('package') / 'coprocessor'
   package.save(directory, full)
   return directory
+
+
+def test_a_package_that_does_not_say_what_its_decoder_was_kept_in_is_read(copied):
+  path = copied / package.DESCRIPTION
+  content = json.loads(path.read_text())
+  assert content.pop('frozen_dtype') == 'int8'
+  path.write_text(json.dumps(content))
+  assert package.describe(copied).frozen_dtype == ''
 
 
 @pytest.fixture

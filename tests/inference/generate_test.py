@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_deliberation.deliberation.config import LATENTS, TRAINABLES
+from latent_deliberation.deliberation.config import LATENTS
 from latent_deliberation.inference import decode, programs
 from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.generate import Decoding, generate, stream
@@ -14,6 +14,7 @@ from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.policy import ONCE, Gate, Policy
 from latent_deliberation.inference.sampling import Sampling
 from latent_deliberation.model import weights
+from latent_deliberation.model.quantised import quantise
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
 from tests.inference.small import (
@@ -61,9 +62,11 @@ def test_what_follows_latents_is_what_training_says_of_it(decoder_params, latent
     assert np.abs(np.subtract(completion.log_probabilities, other.log_probabilities)).max() > 0.01
 
 
-@pytest.mark.parametrize('trainable', [each for each in TRAINABLES if each != 'full'])
-def test_adapters_and_constant_soft_tokens_too(decoder_params, trainable):
-  generator, *trained = augmented(decoder_params, trainable=trainable, gate='channel')
+@pytest.mark.parametrize('trainable, num_layers', [('lora', 0), ('lora', 1), ('constant', 0)])
+def test_adapters_and_constant_soft_tokens_and_fewer_layers_too(
+    decoder_params, trainable, num_layers):
+  generator, *trained = augmented(
+      decoder_params, trainable=trainable, num_layers=num_layers, gate='channel')
   for prompt, completion in zip(
       PROMPTS, generate(generator, PROMPTS, Decoding(5, policy=ONCE)), strict=True):
     expected = trained_log_probabilities(*trained, decoder_params, prompt, completion.tokens)
@@ -298,6 +301,7 @@ def test_other_bad_input_is_refused(refining, decoder_params):
           threshold=0.0, gate=Gate(np.zeros(9), 0.0)))), r'shape \(9,\), .* asks for \(16,'),
       (lambda: Decoding(0), 'max_tokens = 0'),
       (lambda: Generator(tiny.CONFIG, decoder_params, length=0), 'length = 0'),
+      (lambda: Generator(tiny.CONFIG, quantise(decoder_params), length=9), 'are in int8'),
       (lambda: refining.read_on(state, [[1]]), '1 prompts for a state of 3 texts'),
       (lambda: refining.read_on(state, [[], [1] * 30, []]), 'text 1 has 49 tokens'),
       (lambda: Generator(tiny.CONFIG, decoder_params, length=9, coprocessor=(

@@ -97,8 +97,17 @@ def test_a_cache_for_other_latents_is_refused(saved, decoder_params, choices):
   with pytest.raises(ValueError, match='has coprocessor = .*, this generator has .*: make a gen'):
     stored.load(saved[0], other)
   plain = Generator(tiny.CONFIG, decoder_params, length=LENGTH)
-  with pytest.raises(ValueError, match='has coprocessor = .*, this generator has None'):
+  with pytest.raises(ValueError, match='made with one, this generator works without a copro'):
     stored.load(saved[0], plain)
+
+
+def test_a_cache_with_latents_of_other_weights_is_refused(saved, decoder_params):
+  _, deliberator, params = augmented(decoder_params)
+  params['soft_tokens'] = params['soft_tokens'] + 1
+  other = Generator(tiny.CONFIG, decoder_params, length=LENGTH,
+                    coprocessor=(deliberator.config, params))
+  with pytest.raises(ValueError, match="coprocessor = {'weights': '.*'}, this generator has {'wei"):
+    stored.load(saved[0], other)
 
 
 def test_nothing_is_overwritten_and_nothing_damaged_is_loaded(generator, saved):

@@ -68,6 +68,19 @@ def test_weights_are_planned_as_they_are_loaded():
   assert table.sharding.shard_shape(table.shape) == (table.shape[0] // 2, table.shape[1] // 4)
 
 
+def test_weights_in_int8_are_planned_with_their_scales():
+  experiment, mesh = small(computation__frozen_dtype='int8'), make_mesh(MESHES[0])
+  shapes = frozen_shapes(experiment, mesh)
+  table = shapes['embedder']['table']
+  assert (table.values.dtype, table.scale.dtype) == (jnp.int8, jnp.float32)
+  assert table.values.sharding.shard_shape(table.values.shape) == (130, 8)
+  assert table.scale.sharding.shard_shape(table.scale.shape) == (130,)
+  assert shapes['transformer']['final_norm']['scale'].dtype == jnp.float32
+  run = describe_training(experiment, Path(), shapes, '', mesh)
+  plain = describe_training(small(), Path(), frozen_shapes(small(), mesh), '', mesh)
+  assert jax.tree.map(jax.typeof, run.abstract) == jax.tree.map(jax.typeof, plain.abstract)
+
+
 def test_frozen_weights_may_be_whole_on_every_device_but_for_its_share_of_tensor():
   experiment, mesh = small(computation__replicate_frozen=True), make_mesh(MESHES[0])
   table = frozen_shapes(experiment, mesh)['embedder']['table']

@@ -126,6 +126,7 @@ def test_in_the_background_the_coprocessor_is_compiled_before_the_first_prompt(
     (dict(as_json=True, streamed=True), 'choose one'),
     (dict(compared=True, streamed=True), 'choose one'),
     (dict(compared=True, how=Decoding(4, policy=NEVER)), 'give a --coprocessor'),
+    (dict(cache='there', how=Decoding(4, arrival=Arrival(None))), '--background is for latents'),
     (dict(seed=-1), 'seed = -1: .* between 0 and'),
     (dict(stop=('a', '')), 'an empty one would end')])
 def test_what_cannot_be_done_is_refused_before_a_decoder_is_there(more, message):

@@ -11,11 +11,13 @@ import pytest
 from latent_deliberation.jobs.models import (
   build_decoder,
   count_parameters,
+  frozen_shapes,
   load_frozen,
   open_frozen,
 )
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.quantised import quantise
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests import finished
 
@@ -35,6 +37,22 @@ def test_the_decoder_that_was_pretrained_is_loaded_in_the_dtype_that_it_is_kept_
   for leaf, short in zip(jax.tree.leaves(params), jax.tree.leaves(rounded), strict=True):
     assert short.dtype == jnp.bfloat16
     assert jnp.array_equal(leaf.astype(jnp.bfloat16), short)
+
+
+@pytest.mark.parametrize('replicated', [False, True])
+def test_a_decoder_in_int8_is_that_of_its_weights_and_lies_where_a_plan_says(
+    quickstart, replicated):
+  experiment = finished.experiment(
+      computation__frozen_dtype='int8', computation__replicate_frozen=replicated, mesh__fsdp=2)
+  mesh = make_mesh(experiment.mesh)
+  checkpoint = open_frozen(experiment, quickstart / 'pretraining/decoder')
+  params, digest = load_frozen(experiment, checkpoint, mesh)
+  assert digest == checkpoint.fingerprint
+  expected = jax.jit(quantise)(checkpoint.load())
+  assert fingerprint(params) == fingerprint(expected)
+  assert count_parameters(params) == 27_040
+  assert jax.tree.map(jax.typeof, params) == jax.tree.map(
+      jax.typeof, frozen_shapes(experiment, mesh))
 
 
 def test_a_decoder_of_other_sizes_is_refused_with_both(quickstart):

@@ -10,6 +10,7 @@ import pytest
 from latent_deliberation.deliberation import package
 from latent_deliberation.jobs import train
 from latent_deliberation.jobs.evaluate import constant_variant
+from latent_deliberation.jobs.fit import fit
 from latent_deliberation.jobs.train import train_coprocessor
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
@@ -49,6 +50,31 @@ def test_bfloat16_rematerialisation_and_accumulation_train_on_a_mesh(tmp_path, q
   assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(query))
   assert not any(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(query))
   assert fingerprint(package.load(tmp_path / 'run/coprocessor').params) == fingerprint(params)
+  np.testing.assert_allclose(
+      losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
+      rtol=0.02)
+
+
+@pytest.mark.parametrize('mesh', [
+    {}, pytest.param({'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2},
+                     marks=pytest.mark.slow)])
+def test_a_coprocessor_trains_on_a_decoder_in_int8_from_weights_that_were_not_rounded(
+    tmp_path, quickstart, monkeypatch, mesh):
+  decoder, started = quickstart / 'pretraining/decoder', []
+
+  def look(run, *others):
+    started.append((run.frozen, run.create_state().params))
+    return fit(run, *others)
+
+  monkeypatch.setattr(train, 'fit', look)
+  train_coprocessor(finished.experiment(computation__frozen_dtype='int8', **mesh), decoder,
+                    tmp_path / 'run', quickstart)
+  frozen, params = started[0]
+  _, stored = weights.load(decoder)
+  assert frozen['embedder']['table'].values.dtype == jnp.int8
+  assert fingerprint(params['transformer']) == fingerprint(stored['transformer'])
+  said = package.describe(tmp_path / 'run/coprocessor')
+  assert (said.frozen_dtype, said.decoder) == ('int8', fingerprint(stored))
   np.testing.assert_allclose(
       losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
       rtol=0.02)

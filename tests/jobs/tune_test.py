@@ -15,8 +15,8 @@ from tests import finished
 NEEDED = {'unified': 'constant', 'adapted': 'lora', 'continued': 'full'}
 
 
-def describe(tmp_path, how, trainable):
-  experiment = finished.experiment()
+def describe(tmp_path, how, trainable, **overrides):
+  experiment = finished.experiment(**overrides)
   deliberation = dataclasses.replace(experiment.deliberation, trainable=trainable, lora_rank=2)
   experiment = dataclasses.replace(experiment, deliberation=deliberation)
   shapes = nn.unbox(boxed_shapes(experiment.decoder))
@@ -43,3 +43,9 @@ def test_a_control_of_other_latents_is_refused(tmp_path, how, trainable):
   with pytest.raises(ValueError, match=f"needs deliberation.trainable = '{NEEDED[how]}', this is "
                                        f"'{trainable}'"):
     describe(tmp_path, how, trainable)
+
+
+@pytest.mark.parametrize('how', TUNINGS)
+def test_rounded_weights_are_not_tuned(tmp_path, how):
+  with pytest.raises(ValueError, match=f"'{how}' tuning learns .* 'int8' rounds: use 'float32'"):
+    describe(tmp_path, how, NEEDED[how], computation__frozen_dtype='int8')

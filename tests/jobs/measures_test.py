@@ -1,0 +1,26 @@
+"""What a study is scored on has room for the latents of all its arms."""
+
+import jax
+import pytest
+
+from latent_deliberation.jobs.measures import open_measure
+from latent_deliberation.jobs.study_config import ArmConfig
+from latent_deliberation.sharding import make_mesh
+from tests.jobs.tiny_study import study
+
+
+@pytest.mark.parametrize('latents, count', [('anchored', 20), ('refining', 12)])
+def test_latents_have_room_behind_a_question_or_in_its_tokens(tmp_path, latents, count):
+  measured(tmp_path, latents, count)
+
+
+def test_more_refining_latents_than_the_shortest_question_has_tokens_are_refused(tmp_path):
+  with pytest.raises(ValueError, match='arms.wide: 13 refining .* shortest question has 12'):
+    measured(tmp_path, 'refining', 13)
+
+
+def measured(data, latents, num_latents):
+  """The measure of a study on questions of 12 tokens."""
+  wide = ArmConfig(changes={'deliberation': {'latents': latents, 'num_latents': num_latents}})
+  asked = study({'wide': wide})
+  return open_measure(asked, data, make_mesh(asked.experiment.mesh, jax.devices()[:1]))
