@@ -25,6 +25,9 @@ CONFIGS = sorted(path.stem for path in (finished.ROOT / 'configs').glob('*.py'))
 STUDIES = sorted(path.stem for path in (finished.ROOT / 'configs' / 'study').glob('*.py'))
 
 
+ARGUMENTS = {'gsm8k': ('directory',)}  # of studies that do not start without one
+
+
 def leaves(tree: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
   for key in tree:
     if isinstance(tree[key], Mapping) or hasattr(tree[key], 'to_dict'):
@@ -46,12 +49,17 @@ def test_a_config_binds_and_comes_back_with_every_key(name):
 
 @pytest.mark.parametrize('name', STUDIES)
 def test_a_study_binds_and_comes_back_with_every_key(name):
-  config = finished.config_of(f'study/{name}')
+  config = finished.config_of(f'study/{name}', *ARGUMENTS.get(name, ()))
   study = bind(config, Study)
   assert bind(as_config(study), Study) == study
   for arm in study.arms:
     for seed in study.seeds:
       assert study.variant(arm, seed).seed == seed
+
+
+def test_a_study_of_files_asks_for_their_directory():
+  with pytest.raises(ValueError, match='gsm8k.py:DIRECTORY, a directory with train_no_aug.txt'):
+    finished.config_of('study/gsm8k')
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -47,9 +47,9 @@ def launch(script: str, *arguments: str, **options: Any) -> subprocess.Completed
                         capture_output=True, timeout=300, **options)
 
 
-def config_of(name: str) -> Any:
-  """What get_config() of configs/<name>.py returns."""
-  return runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
+def config_of(name: str, *arguments: str) -> Any:
+  """What get_config(...) of configs/<name>.py returns."""
+  return runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config'](*arguments)
 
 
 def experiment(**overrides: Any) -> Experiment:

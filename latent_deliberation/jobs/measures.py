@@ -9,14 +9,20 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Params
 from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.data.synthetic.corpus import build
+from latent_deliberation.data.synthetic.question import Question
+from latent_deliberation.data.synthetic.written import ANSWER
 from latent_deliberation.evaluation.bootstrap import AheadNLL
 from latent_deliberation.evaluation.outcomes import Outcomes
 from latent_deliberation.evaluation.questions import (
+  Questions,
   batch_questions,
   make_question_scorer,
   score_questions,
 )
+from latent_deliberation.evaluation.report import BASELINE
+from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.tokenizer import BYTES, open_tokenizer
+from latent_deliberation.jobs.chains import write_chains
 from latent_deliberation.jobs.evaluate import score_traces, scored_batches
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.models import build_deliberator
@@ -35,28 +41,60 @@ class QuestionMeasure:
   positions = None
 
   def __init__(self, study: Study, data: Path, mesh: Mesh):
-    self._mesh, asked, config = mesh, study.questions, study.experiment.data
+    self._mesh, self._asked, config = mesh, study.questions, study.experiment.data
     byte = config.vocabulary == 'byte'
-    tokenizer = open_tokenizer(
+    self._tokenizer = open_tokenizer(
         BYTES if byte else config.vocabulary_path or data / VOCABULARY_FILE)
-    task, rng = build(config.name, config.options), np.random.default_rng(asked.seed)
-    questions = [task.ask(rng, 1, difficulty)[0] for difficulty in task.difficulties
-                 for _ in range(asked.per_difficulty)]
-    parts = [(tokenizer.encode(each.context), tokenizer.encode(each.question)[1:],
-              tokenizer.encode(each.answer)[1:]) for each in questions]
-    self.difficulty = np.array([question.difficulty for question in questions])
+    self._task = build(config.name, {**config.options, **self._asked.options})
+    self._questions = self._task.examine(np.random.default_rng(self._asked.seed),
+                                         self._asked.per_difficulty)
+    self.difficulty = np.array([question.difficulty for question in self._questions])
+    levels, counts = np.unique(self.difficulty, return_counts=True)
+    if counts.min() < 2:
+      raise ValueError(f'difficulty {levels[counts.argmin()]} has 1 question, an interval needs at '
+                       'least 2: ask more of it, or raise questions.per_difficulty')
+    parts = [self._encode(question) for question in self._questions]
     self.prompt = float(np.mean([len(context) + len(question) for context, question, _ in parts]))
     self.answer = float(np.mean([len(answer) for *_, answer in parts]))
-    self._batches = batch_questions(parts, asked.batch_size, asked.offline)
+    self._batches = batch_questions(parts, self._asked.batch_size, self._asked.offline)
     _check_room(study, min(int(batch.anchors.min()) for batch in self._batches))
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
                decoder: Params) -> Mapping[str, Outcomes]:
     """Outcomes by arm, 'frozen' and names of controls; see `make_question_scorer`."""
+    return self._score(experiment, arms, params, decoder, self._batches)
+
+  def write_out(self, experiment: Experiment, decoder: Params) -> tuple[Outcomes, float]:
+    """Outcomes of the plain decoder behind chains that it writes itself, and tokens of a chain.
+
+    What is scored is the answer behind the chain: it is right where greedy decoding would go on to
+    write it. The chain has `questions.chain_tokens` tokens at most; see `write_chains`.
+    """
+    parts = [self._encode(self._task.ask_for_chain(question)) for question in self._questions]
+    prompts = [[*context, *question] for context, question, _ in parts]
+    sign = self._tokenizer.encode(ANSWER)[1:]
+    room = max(map(len, prompts)) + self._asked.chain_tokens
+    generator = Generator(experiment.decoder, decoder, length=room, mesh=self._mesh,
+                          rules=experiment.rules, dtype=experiment.computation.dtype)
+    chains = write_chains(generator, prompts, sign, self._asked.chain_tokens,
+                          self._asked.batch_size, self._tokenizer.eos)
+    batches = batch_questions(
+        [(prompt, chain, answer) for prompt, chain, (*_, answer)
+         in zip(prompts, chains, parts, strict=True)], self._asked.batch_size)
+    scores = self._score(experiment, (BASELINE,), {}, decoder, batches)
+    return scores[BASELINE], float(np.mean([len(chain) for chain in chains]))
+
+  def _encode(self, question: Question) -> tuple[list[int], list[int], list[int]]:
+    """Ids of context, question and answer."""
+    encode = self._tokenizer.encode
+    return encode(question.context), encode(question.question)[1:], encode(question.answer)[1:]
+
+  def _score(self, experiment: Experiment, arms: tuple[str, ...], params: Params, decoder: Params,
+             batches: list[Questions]) -> Mapping[str, Outcomes]:
     scorer = make_question_scorer(
         build_deliberator(experiment), arms, loss_chunk=experiment.computation.loss_chunk,
         mesh=self._mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
-    return score_questions(scorer, params, decoder, self._batches, len(self.difficulty))
+    return score_questions(scorer, params, decoder, batches, len(self.difficulty))
 
 
 def _check_room(study: Study, first: int) -> None:

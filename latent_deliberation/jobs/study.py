@@ -12,22 +12,26 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
+from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.deliberation import flops
+from latent_deliberation.distributed import first_does
 from latent_deliberation.evaluation.outcomes import Outcomes
 from latent_deliberation.evaluation.report import BASELINE, git_commit
 from latent_deliberation.evaluation.study_page import write_study
 from latent_deliberation.evaluation.study_report import summarise_study
 from latent_deliberation.evaluation.study_result import CONTROLS, Arm, StudyResult, control_name
+from latent_deliberation.files import write_whole
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.measures import QuestionMeasure, TextMeasure, open_measure
 from latent_deliberation.jobs.models import count_parameters, load_frozen, open_frozen
 from latent_deliberation.jobs.phases import PhaseClock
 from latent_deliberation.jobs.prepared import prepare_data
 from latent_deliberation.jobs.pretrain import describe_pretraining, pretrain
-from latent_deliberation.jobs.study_config import LATENTS, OWN, Study
+from latent_deliberation.jobs.study_config import CHAIN, LATENTS, OWN, Study
 from latent_deliberation.jobs.train import describe_training, train_coprocessor
 from latent_deliberation.jobs.tune import describe_tuning, tune_decoder
 from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.model.flops import head_flops
 from latent_deliberation.progress import Progress
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
@@ -47,15 +51,15 @@ def run_study(study: Study, workdir: Path) -> dict[str, Any]:
   clock = PhaseClock(workdir / 'phases.json')
   with clock.phase('data'):
     prepare_data(study.experiment, workdir)
-    lessons = workdir
-    if study.lessons:
-      lessons = workdir / 'lessons'
-      prepare_data(study.variant(next(iter(study.arms)), study.seeds[0]), lessons)
+    lessons = _prepare_lessons(study, workdir)
     measure = open_measure(study, workdir, mesh)  # there must be enough text for it, hours later
   with clock.phase('decoder'):
     decoder = pretrain(study.experiment, workdir / 'decoder', workdir)
   frozen, digest = load_frozen(study.experiment, open_frozen(study.experiment, decoder), mesh)
   arms = {BASELINE: _frozen_arm(study, measure, frozen, clock.seconds['decoder'])}
+  if study.questions.chain_tokens:
+    with clock.phase(CHAIN):
+      arms[CHAIN] = _chain_arm(study, measure, frozen, arms[BASELINE])
   progress = Progress(study.name, 'runs', len(study.arms) * len(study.seeds))
   for number, name in enumerate(study.arms):
     runs, seconds = [], []
@@ -74,6 +78,23 @@ def run_study(study: Study, workdir: Path) -> dict[str, Any]:
   if jax.process_index() == 0:
     write_study(summary, workdir)
   return summary
+
+
+def _prepare_lessons(study: Study, workdir: Path) -> Path:
+  """The directory of the text that arms train on, in the vocabulary of the decoder's."""
+  if not study.lessons:
+    return workdir
+  lessons = workdir / 'lessons'
+  vocabulary, kept = workdir / VOCABULARY_FILE, lessons / VOCABULARY_FILE
+
+  def copy() -> None:
+    if vocabulary.exists() and not kept.exists():
+      make_writable(lessons)
+      write_whole(kept, vocabulary.read_bytes())
+
+  first_does(f'copy the vocabulary to {kept}', copy)
+  prepare_data(study.variant(next(iter(study.arms)), study.seeds[0]), lessons)
+  return lessons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +150,15 @@ def _frozen_arm(study: Study, measure: QuestionMeasure | TextMeasure, frozen: Pa
       flops_per_token=flops.answer_flops(model, measure.prompt, measure.answer) / measure.answer,
       train_flops=texts * flops.text_flops(model, experiment.data.length),
       seeds=(experiment.seed,), seconds=(seconds,), **_scored([scores]))
+
+
+def _chain_arm(study: Study, measure: QuestionMeasure, frozen: Params, plain: Arm) -> Arm:
+  """The frozen decoder again, behind chains of its own."""
+  outcomes, tokens = measure.write_out(study.experiment, frozen)
+  answer = flops.answer_flops(study.experiment.decoder, measure.prompt + tokens, measure.answer)
+  return dataclasses.replace(
+      plain, kind=f'decoder with its own chain, {tokens:.0f} tokens', outcomes=(outcomes,),
+      flops_per_token=(answer + tokens * head_flops(study.experiment.decoder)) / measure.answer)
 
 
 def _arms(study: Study, name: str, runs: list[_Run], measure: QuestionMeasure | TextMeasure,

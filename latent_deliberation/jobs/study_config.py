@@ -11,6 +11,7 @@ from latent_deliberation.jobs.experiment import Experiment, bind
 from latent_deliberation.jobs.tune import TUNINGS
 
 LATENTS, OWN = 'latents', 'own'
+CHAIN = 'chain'  # the frozen decoder, answering behind a chain that it has written itself
 SHARED = ('decoder', 'data', 'pretraining', 'evaluation', 'mesh', 'rules', 'seed')
 
 
@@ -38,19 +39,27 @@ class QuestionsConfig:
   """What is asked of every arm; only where data.source is 'synthetic'.
 
   Attributes:
-    per_difficulty: questions of each difficulty, about a context each; 0 for a study on text, which
-      is scored by ahead position as `evaluation` says.
+    per_difficulty: questions of each difficulty, about a context each (a file may have fewer); 0
+      for a study on text, which is scored by ahead position as `evaluation` says.
     batch_size: questions at a time.
     seed: of the questions, which are none of the training text.
     offline: latents come behind the context, before the question is known.
+    options: of the synthetic task, where what is asked differs from the text, such as
+      {'asked': 'test.txt'}.
+    chain_tokens: tokens that the frozen decoder may write before it answers, in an arm of its own
+      called 'chain'; 0 for no such arm. Only the task 'written' teaches chains.
   """
   per_difficulty: int = 0
   batch_size: int = 250
   seed: int = 1_000_000_007
   offline: bool = False
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  chain_tokens: int = 0
 
   def __post_init__(self):
-    for name, least in (('per_difficulty', 0), ('batch_size', 2), ('seed', 0)):
+    object.__setattr__(self, 'options', dict(self.options))
+    for name, least in (('per_difficulty', 0), ('batch_size', 2), ('seed', 0),
+                        ('chain_tokens', 0)):
       if getattr(self, name) < least:
         raise ValueError(f'{name} = {getattr(self, name)}: at least {least} is needed')
 
@@ -84,31 +93,34 @@ class Study:
       raise ValueError(f'questions.per_difficulty = {self.questions.per_difficulty}, but '
                        f'data.source = {self.experiment.data.source!r} asks no questions: set 0, '
                        "or choose 'synthetic'")
-    if self.lessons:
-      self._check_lessons()
-    reserved = {BASELINE, *CONTROLS} & set(self.arms)
+    self._check_options('lessons', self.lessons)
+    self._check_options('questions.options', self.questions.options)
+    asked, name = self.questions, self.experiment.data.name
+    if asked.chain_tokens and not (asked.per_difficulty and name == 'written'):
+      raise ValueError(f'questions.chain_tokens = {asked.chain_tokens}, but chains are for '
+                       f"questions of the task 'written', and here data.name = {name!r} and "
+                       f'questions.per_difficulty = {asked.per_difficulty}: set 0')
+    reserved = {BASELINE, CHAIN, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
       raise ValueError(f'arms are called {sorted(self.arms)}: there must be one, none without a '
-                       f'name or with a slash in it, and none of {(BASELINE, *CONTROLS)}')
+                       f'name or with a slash in it, and none of {(BASELINE, CHAIN, *CONTROLS)}')
     object.__setattr__(self, 'arms', {
         name: arm if isinstance(arm, ArmConfig) else bind(arm, ArmConfig, f'arms.{name}')
         for name, arm in sorted(self.arms.items(), key=lambda item: item[0] != OWN)})
     for name in self.arms:
       self.variant(name, self.seeds[0])
 
-  def _check_lessons(self) -> None:
+  def _check_options(self, key: str, options: Mapping[str, Any]) -> None:
     data = self.experiment.data
+    if not options:
+      return
     if data.source != 'synthetic':
-      raise ValueError(f'lessons = {self.lessons}, but data.source = {data.source!r} has no '
-                       "options: leave them out, or choose 'synthetic'")
-    if data.vocabulary != 'byte' and not data.vocabulary_path:
-      raise ValueError(f'lessons = {self.lessons}: their text would get a vocabulary of its own, '
-                       "which means nothing to the decoder: set data.vocabulary = 'byte', or give "
-                       'both the same data.vocabulary_path')
+      raise ValueError(f'{key} = {options}, but data.source = {data.source!r} has no options: '
+                       "leave them out, or choose 'synthetic'")
     try:
-      build(data.name, {**data.options, **self.lessons})
+      build(data.name, {**data.options, **options})
     except ValueError as error:
-      raise ValueError(f'lessons = {self.lessons}: {error}') from error
+      raise ValueError(f'{key} = {options}: {error}') from error
 
   def variant(self, arm: str, seed: int) -> Experiment:
     """The experiment of one arm with one seed, on the text of `lessons`.

@@ -10,11 +10,11 @@ import pytest
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.jobs.experiment import as_config, bind
-from latent_deliberation.jobs.study_config import Study
+from latent_deliberation.jobs.study_config import QuestionsConfig, Study
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from tests import finished
-from tests.jobs.tiny_study import DATA, study
+from tests.jobs.tiny_study import study
 
 
 def run(workdir, which, *overrides):
@@ -95,6 +95,23 @@ def test_text_is_scored_by_ahead_position(finished_study):
   assert np.isfinite(summary['by_position']['1']['own']['change_pct'])
 
 
+def test_written_questions_are_asked_behind_latents_and_behind_the_own_chain(tmp_path):
+  summary = run(tmp_path, 'written')
+  assert list(summary['overall']) == ['frozen', 'chain', 'own', 'shuffled', 'zero', 'mean']
+  assert summary['items'] == 6 and summary['arms']['chain']['kind'].startswith('decoder with its')
+  assert summary['arms']['chain']['flops_per_token'] > summary['arms']['own']['flops_per_token']
+  assert np.isfinite(summary['overall']['chain']['nll'])
+  kept = [(tmp_path / place / 'vocabulary.model').read_bytes() for place in ('', 'lessons')]
+  assert kept[0] == kept[1]
+
+
+def test_chains_and_other_options_are_of_questions_that_have_them():
+  with pytest.raises(ValueError, match="chain_tokens = 9, but chains are for .* name = 'hops'"):
+    dataclasses.replace(study(), questions=QuestionsConfig(per_difficulty=3, chain_tokens=9))
+  with pytest.raises(ValueError, match=r"questions.options = {'asked': ''}: hops has no option"):
+    dataclasses.replace(study(), questions=QuestionsConfig(options={'asked': ''}))
+
+
 @pytest.mark.parametrize(('arms', 'message'), [
     ({}, 'there must be one'),
     ({'frozen': {}}, "none of .*'frozen'"),
@@ -110,15 +127,12 @@ def test_unfair_or_unknown_arms_are_refused(arms, message):
     study(arms)
 
 
-def test_lessons_are_options_of_the_task_in_a_vocabulary_that_the_decoder_knows():
+def test_lessons_are_options_of_the_task():
   with pytest.raises(ValueError, match=r"lessons = {'skew': 2.0}, but data.source = 'stdlib'"):
     study(data=DataConfig(vocabulary='byte', length=64), per_difficulty=0, lessons={'skew': 2.0})
   with pytest.raises(ValueError, match=r"lessons = {'skw': 2.0}: hops has no option 'skw'"):
     study(lessons={'skw': 2.0})
-  pieces = dataclasses.replace(DATA, vocabulary='sentencepiece')
-  with pytest.raises(ValueError, match="a vocabulary of its own, .* or give both the same"):
-    study(data=pieces, lessons={'skew': 2.0})
-  study(data=dataclasses.replace(pieces, vocabulary_path='given.model'), lessons={'skew': 2.0})
+  study(lessons={'skew': 2.0})
 
 
 def test_questions_need_a_task_that_asks_them():

@@ -32,8 +32,25 @@ def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA, lessons=MappingPro
                questions=QuestionsConfig(per_difficulty=per_difficulty, batch_size=4))
 
 
+def written():
+  """A study of generated stories, in pieces of a vocabulary that is trained, with a chain arm."""
+  start = study({'own': ARMS['own']})
+  experiment = dataclasses.replace(
+      start.experiment,
+      decoder=dataclasses.replace(start.experiment.decoder, vocab_size=400),
+      data=DataConfig(source='synthetic', name='written', options={'stories': 1.0, 'steps': 2},
+                      documents=400, questions=1, vocabulary_size=400, length=48,
+                      validation_percent=30),
+      deliberation=dataclasses.replace(start.experiment.deliberation, anchor_tokens=(4,)))
+  return dataclasses.replace(
+      start, experiment=experiment, lessons={'chains': 0.0},
+      questions=dataclasses.replace(start.questions, chain_tokens=12))
+
+
 def get_config(which='all'):
-  """The study with all arms, with the coprocessor alone, or with one that has its own lessons."""
+  """The study with all arms, with the coprocessor alone, with its own lessons, or of stories."""
+  if which == 'written':
+    return as_config(written())
   if which == 'lessons':
     return as_config(study({'taught': ArmConfig()}, lessons={'skew': 2.0}))
   return as_config(study({'all': ARMS, 'own': {'own': ARMS['own']}}[which]))

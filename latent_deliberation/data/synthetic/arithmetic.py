@@ -6,6 +6,7 @@ import operator
 import numpy as np
 
 from latent_deliberation.data.synthetic.question import (
+  DrawnTask,
   Question,
   check_integer,
   check_skew,
@@ -18,7 +19,7 @@ MOST_DIGITS = 9  # a product of two such numbers fits into 64 bits
 
 
 @dataclasses.dataclass(frozen=True)
-class Arithmetic:
+class Arithmetic(DrawnTask):
   """'47+18=' asks for '56;', the digits of 65 from the last to the first. The context is empty.
 
   Carries come from the less significant digits. When those are written first, each digit follows
@@ -54,7 +55,7 @@ class Arithmetic:
 
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
-    """See `Task.ask`."""
+    """See `DrawnTask.ask`."""
     digits = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     high = 10 ** np.array(digits)
     low = np.where(high == 10, 0, high // 10)

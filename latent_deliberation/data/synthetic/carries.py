@@ -6,6 +6,7 @@ import string
 import numpy as np
 
 from latent_deliberation.data.synthetic.question import (
+  DrawnTask,
   Question,
   check_integer,
   check_skew,
@@ -17,7 +18,7 @@ MOST_CARRIES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Carries:
+class Carries(DrawnTask):
   """'8h2e4B' adds 428 to 147 and asks for the hundreds digit of the sum, '5'. No context.
 
   Numbers are written column by column, the least significant first, with letters from a for 0 to j
@@ -50,7 +51,7 @@ class Carries:
 
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
-    """See `Task.ask`."""
+    """See `DrawnTask.ask`."""
     numbers = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     first, second = rng.integers(10, size=(2, count, self.carries + 1))
     others = rng.integers(1, 10, size=count).tolist()  # added to what would make a sum of 9

@@ -16,10 +16,11 @@ from latent_deliberation.data.synthetic.carries import Carries
 from latent_deliberation.data.synthetic.graphs import Graphs
 from latent_deliberation.data.synthetic.groups import Groups
 from latent_deliberation.data.synthetic.hops import Hops
-from latent_deliberation.data.synthetic.question import Task, document
+from latent_deliberation.data.synthetic.question import Task
+from latent_deliberation.data.synthetic.written import Written
 
 TASKS = {'hops': Hops, 'groups': Groups, 'graphs': Graphs, 'arithmetic': Arithmetic,
-         'carries': Carries}
+         'carries': Carries, 'written': Written}
 VERSION = 2  # of the generators: to be raised when the same options begin to give other documents
 
 
@@ -47,19 +48,21 @@ class SyntheticCorpus:
   def numbers(self, split: str) -> np.ndarray:
     """Numbers of the documents of 'train' or 'validation', int64; more documents move none."""
     numbers = np.arange(self.documents)
-    # For any percentage, 0 is for validation and 1 for training.
-    held_out = numbers * self.validation_percent % 100 < self.validation_percent
-    return numbers[held_out == (split == 'validation')]
+    return numbers[self._held_out(numbers) == (split == 'validation')]
 
   def read(self, number: int) -> str:
     """The text of one document."""
-    return document(self.task, self.random(number), self.questions)
+    return self.task.document(self.random(number), self.questions, bool(self._held_out(number)))
 
   def random(self, number: int) -> np.random.Generator:
     """The randomness of one document, a function of task name, seed and number alone."""
     # A stream for each number of the third of four words of the counter: none meets another.
     counter = np.array([0, 0, number, 0], np.uint64)
     return np.random.Generator(np.random.Philox(key=self._key, counter=counter))
+
+  def _held_out(self, numbers: np.ndarray | int) -> np.ndarray | bool:
+    # For any percentage, 0 is for validation and 1 for training.
+    return numbers * self.validation_percent % 100 < self.validation_percent
 
   @functools.cached_property
   def _key(self) -> np.ndarray:
@@ -70,7 +73,7 @@ class SyntheticCorpus:
   def fingerprint(self) -> str:
     """Hash of all that the documents depend on."""
     known = [VERSION, self.name, dataclasses.asdict(self.task), self.seed, self.documents,
-             self.questions]
+             self.questions, *filter(None, [self.task.contents])]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 

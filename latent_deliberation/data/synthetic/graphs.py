@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from latent_deliberation.data.synthetic.question import (
+  DrawnTask,
   Question,
   check_integer,
   check_skew,
@@ -22,7 +23,7 @@ LETTERS = string.ascii_lowercase
 
 
 @dataclasses.dataclass(frozen=True)
-class Graphs:
+class Graphs(DrawnTask):
   """'acbd...;' says a->c, b->d; 'dkA' asks whether d or k can be reached from a, one letter.
 
   The start comes last and as a capital, as in `Hops`: the token that the answer is predicted from
@@ -60,7 +61,7 @@ class Graphs:
 
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
-    """See `Task.ask`."""
+    """See `DrawnTask.ask`."""
     lengths = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     pairs = self.nodes // 2
     tails, heads = self._draw_arrows(rng)

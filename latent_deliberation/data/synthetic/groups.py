@@ -6,6 +6,7 @@ import string
 import numpy as np
 
 from latent_deliberation.data.synthetic.question import (
+  DrawnTask,
   Question,
   check_integer,
   check_skew,
@@ -21,7 +22,7 @@ LONGEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups:
+class Groups(DrawnTask):
   """'nbdE' asks where the operations b, d and e in turn take the item n, one letter; no context.
 
   The last operation is a capital: the token that the answer is predicted from then is an operation
@@ -64,7 +65,7 @@ class Groups:
 
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
-    """See `Task.ask`."""
+    """See `DrawnTask.ask`."""
     numbers = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     rows, items = self._rows(), rng.integers(self.modulus, size=count).tolist()
     questions = []

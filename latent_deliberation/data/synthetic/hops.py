@@ -6,6 +6,7 @@ import string
 import numpy as np
 
 from latent_deliberation.data.synthetic.question import (
+  DrawnTask,
   Question,
   check_integer,
   check_skew,
@@ -18,7 +19,7 @@ DIGITS = '123456789'
 
 
 @dataclasses.dataclass(frozen=True)
-class Hops:
+class Hops(DrawnTask):
   """'acbdca...;' says a->c, b->d, c->a; '3A' asks for the node three hops on from a, one letter.
 
   The start comes last and as a capital: the token that the answer is predicted from then is the one
@@ -52,7 +53,7 @@ class Hops:
 
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
-    """See `Task.ask`."""
+    """See `DrawnTask.ask`."""
     hops = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     cycle = [LETTERS[node] for node in rng.permutation(self.nodes).tolist()] * 2
     context = ''.join([cycle[place] + cycle[place + 1]

@@ -1,5 +1,6 @@
 """Questions about a context, what a task that asks them offers, and how it draws them."""
 
+import abc
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class Question:
 
 
 class Task(Protocol):
-  """A frozen dataclass of options, checked when it is made. Its text is ASCII."""
+  """A frozen dataclass of options, checked when it is made."""
 
   @property
   def difficulties(self) -> tuple[int, ...]:
@@ -37,6 +38,26 @@ class Task(Protocol):
   def anchors(self) -> str:
     """Characters one of which ends every question; they occur nowhere else in a document."""
 
+  @property
+  def contents(self) -> str:
+    """Hash of the files that it reads, '' where there is none."""
+
+  def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
+    """A text to train on: a fresh context, then `count` questions, each with its answer.
+
+    Args:
+      held_out: the text is for validation, and may hold no question of a text that is not.
+    """
+
+  def examine(self, rng: np.random.Generator, per_difficulty: int) -> list[Question]:
+    """What is asked in the end: so many questions of each difficulty, where there are as many."""
+
+
+class DrawnTask(abc.ABC):
+  """A task that draws fresh questions for every text. Its text is ASCII."""
+  contents = ''
+
+  @abc.abstractmethod
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
     """`count` questions about one fresh context, of one difficulty or of random ones.
@@ -45,11 +66,16 @@ class Task(Protocol):
       ValueError: the task has no such difficulty, or count is not positive.
     """
 
+  def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
+    """See `Task.document`; drawn anew, no text is like another."""
+    del held_out
+    questions = self.ask(rng, count)
+    return questions[0].context + ''.join([asked.question + asked.answer for asked in questions])
 
-def document(task: Task, rng: np.random.Generator, count: int) -> str:
-  """A text to train on: a fresh context, then `count` questions, each with its answer."""
-  questions = task.ask(rng, count)
-  return questions[0].context + ''.join([asked.question + asked.answer for asked in questions])
+  def examine(self, rng: np.random.Generator, per_difficulty: int) -> list[Question]:
+    """See `Task.examine`; each question has a context of its own."""
+    return [self.ask(rng, 1, difficulty)[0] for difficulty in self.difficulties
+            for _ in range(per_difficulty)]
 
 
 def draw_difficulties(rng: np.random.Generator, count: int, choices: tuple[int, ...],

@@ -6,7 +6,6 @@ from latent_deliberation.data.synthetic.carries import Carries
 from latent_deliberation.data.synthetic.graphs import Graphs
 from latent_deliberation.data.synthetic.groups import Groups
 from latent_deliberation.data.synthetic.hops import Hops
-from latent_deliberation.data.synthetic.question import document
 
 TASKS = [Hops(), Hops(nodes=26, hops=9), Groups(), Groups(length=35), Groups('zp', 13), Graphs(),
          Graphs(nodes=26, steps=11), Arithmetic(), Arithmetic('*', reverse=False), Carries(),
@@ -17,7 +16,7 @@ TASKS = [Hops(), Hops(nodes=26, hops=9), Groups(), Groups(length=35), Groups('zp
 def test_anchors_end_every_question_and_occur_nowhere_else(task):
   for seed in range(20):
     asked = task.ask(np.random.default_rng(seed), 12)
-    text = document(task, np.random.default_rng(seed), 12)
+    text = task.document(np.random.default_rng(seed), 12)
     assert sum(character in task.anchors for character in text) == 12
     assert all(question.question[-1] in task.anchors for question in asked)
 
@@ -26,7 +25,7 @@ def test_anchors_end_every_question_and_occur_nowhere_else(task):
 def test_a_document_is_its_context_and_then_questions_with_answers(task):
   asked = task.ask(np.random.default_rng(3), 5)
   assert len({question.context for question in asked}) == 1
-  text = document(task, np.random.default_rng(3), 5)
+  text = task.document(np.random.default_rng(3), 5)
   assert text == asked[0].context + ''.join(q.question + q.answer for q in asked)
   assert text.isascii() and text.isprintable()
 

@@ -1,0 +1,75 @@
+"""Word problems: latents behind the question against no chain, a written chain and pause tokens.
+
+  python launch/study.py --config=configs/study/gsm8k.py:DIRECTORY --workdir=runs/gsm8k
+  python launch/study.py --config=configs/study/gsm8k.py:DIRECTORY --workdir=runs/gsm8k \\
+      --config.questions.options.asked= --config.questions.per_difficulty=300
+
+DIRECTORY holds train_no_aug.txt and test.txt, GSM8K in the form 'question||chain #### answer' of
+https://github.com/da03/implicit_chain_of_thought. Seven thousand questions teach a small decoder no
+arithmetic, so nine documents of ten are generated stories of the same form. The second command
+asks the same arms such stories, 300 of each number of equations; results.json is then about those.
+"""
+
+from pathlib import Path
+
+from latent_deliberation.data.config import DataConfig
+from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.jobs.experiment import (
+  Computation,
+  EvaluationConfig,
+  Experiment,
+  TrainingConfig,
+  as_config,
+)
+from latent_deliberation.jobs.study_config import ArmConfig, QuestionsConfig, Study
+from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.training.loop import LoopConfig
+from latent_deliberation.training.optimizer import OptimizerConfig
+
+PIECES = 1024
+NEWLINE = 4  # its id in a vocabulary that is trained: the sign behind a question
+ARMS = {
+    'own': ArmConfig(),
+    'constant': ArmConfig(changes={'deliberation': {'trainable': 'constant'}})}
+
+
+def get_config(directory=''):
+  """The study on the files of a directory."""
+  if not directory:
+    raise ValueError('gsm8k.py: which questions? Write --config=configs/study/gsm8k.py:DIRECTORY, '
+                     'a directory with train_no_aug.txt and test.txt')
+  train, asked = (Path(directory) / name for name in ('train_no_aug.txt', 'test.txt'))
+  return as_config(Study(
+      name='word problems', arms=ARMS, seeds=(0,), experiment=_experiment(str(train)),
+      lessons={'chains': 0.0, 'skew': 0.0},
+      questions=QuestionsConfig(
+          per_difficulty=1000, batch_size=128, chain_tokens=80, options={'asked': str(asked)})))
+
+
+def _experiment(train):
+  return Experiment(
+      decoder=TransformerConfig(
+          vocab_size=PIECES, embed_dim=64, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=16,
+          hidden_dim=192, window=512, attention_softcap=None, final_softcap=None),
+      data=DataConfig(
+          source='synthetic', name='written', vocabulary_size=PIECES, documents=110_000,
+          options={'train': train, 'chains': 0.5, 'stories': 0.9, 'skew': 0.7},
+          questions=1, length=256, validation_percent=2),
+      computation=Computation(scan=False),
+      pretraining=TrainingConfig(
+          batch_size=8,
+          optimizer=OptimizerConfig(
+              learning_rate=3e-3, warmup_steps=100, final_fraction=0.05, b2=0.98,
+              weight_decay=0.01),
+          loop=LoopConfig(num_steps=3000, log_every=50, eval_every=500, save_every=500, keep=2)),
+      deliberation=DeliberationConfig(
+          num_latents=4, num_ahead=5, num_traces=8, anchor_tokens=(NEWLINE,)),
+      training=TrainingConfig(
+          batch_size=8,
+          optimizer=OptimizerConfig(
+              learning_rate=2e-3, warmup_steps=20, final_fraction=0.05, b2=0.98),
+          multipliers={'soft_tokens': 0.3, 'gate': 0.3},
+          loop=LoopConfig(num_steps=800, log_every=50, eval_every=400, save_every=400, keep=2)),
+      evaluation=EvaluationConfig(
+          num_texts=128, batch_size=16, num_traces=8, num_ahead=5, positions=(1,),
+          watch_batches=4))
