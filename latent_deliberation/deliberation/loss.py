@@ -90,7 +90,10 @@ def likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
 
 
 def _logits(cap: float | None, hidden: Array, unembedding: Array | Quantised) -> Array:
-  return softcap(jnp.einsum('BND,VD->BNV', hidden, unembedding.astype(hidden.dtype),
+  """[B, N, V] in float32, of a head as `_by_slices` gives it."""
+  if isinstance(unembedding, Quantised):
+    unembedding = unembedding.astype(hidden.dtype).T
+  return softcap(jnp.einsum('BND,DV->BNV', hidden, unembedding,
                             preferred_element_type=jnp.float32), cap)
 
 
@@ -100,12 +103,18 @@ def _chosen(logits: Array, targets: Array) -> Array:
 
 def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
                unembedding: Array | Quantised, chunk: int) -> Array:
-  """measure(hidden [B, n, D], targets [B, n], unembedding) -> [B, n], over slices of N targets."""
-  if not isinstance(unembedding, Quantised):  # which every slice converts, as it reads it
-    unembedding = unembedding.astype(hidden.dtype)
-  # Whole rows: a device that has a part of each would gather the others for every slice.
-  unembedding = jax.tree.map(
-      lambda leaf: nn.with_logical_constraint(leaf, ('vocab', None)[:leaf.ndim]), unembedding)
+  """measure(hidden [B, n, D], targets [B, n], head) -> [B, n], over slices of N targets.
+
+  The head is [D, V], turned once for all slices, or quantised and as it is, [V, D], which every
+  slice converts as it reads it.
+  """
+  # Whole tokens: a device that has a part of each would gather the others for every slice.
+  if isinstance(unembedding, Quantised):
+    unembedding = jax.tree.map(
+        lambda leaf: nn.with_logical_constraint(leaf, ('vocab', None)[:leaf.ndim]), unembedding)
+  else:
+    unembedding = nn.with_logical_constraint(
+        unembedding.astype(hidden.dtype).T, (None, 'vocab'))
   of_slice = lambda hidden, targets: measure(hidden, targets, unembedding)  # noqa: E731
   batch, length, width = hidden.shape
   if length <= chunk:
