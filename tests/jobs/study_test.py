@@ -95,6 +95,7 @@ def test_text_is_scored_by_ahead_position(finished_study):
   assert np.isfinite(summary['by_position']['1']['own']['change_pct'])
 
 
+@pytest.mark.slow
 def test_written_questions_are_asked_behind_latents_and_behind_the_own_chain(tmp_path):
   summary = run(tmp_path, 'written')
   assert list(summary['overall']) == ['frozen', 'chain', 'own', 'shuffled', 'zero', 'mean']

@@ -96,10 +96,12 @@ def check_equal(fused, case, inputs=None, atol=1e-5):
 
 
 @pytest.mark.parametrize('case', [
-    Case(), Case(window=4), Case(heads=2, cap=None), Case(kv_heads=1, cap=100.0),
-    Case(late=True, cached=7), Case(traces=1, length=17, cached=33),
-], ids=['packed', 'window', 'no-group-no-cap', 'one-kv-head-high-cap', 'late-short-cache',
-        'long-trace'])
+    pytest.param(Case(), id='packed'),
+    pytest.param(Case(window=4), id='window', marks=pytest.mark.slow),
+    pytest.param(Case(heads=2, cap=None), id='no-group-no-cap', marks=pytest.mark.slow),
+    pytest.param(Case(kv_heads=1, cap=100.0), id='one-kv-head-high-cap'),
+    pytest.param(Case(late=True, cached=7), id='late-short-cache'),
+    pytest.param(Case(traces=1, length=17, cached=33), id='long-trace', marks=pytest.mark.slow)])
 def test_values_and_gradients_equal_those_of_plain_attention(fused, case):
   check_equal(fused, case)
 
