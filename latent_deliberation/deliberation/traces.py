@@ -39,7 +39,8 @@ class Traces:
     return self.ahead_valid & ((delay == 0) | (index > delay))
 
 
-def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig) -> Traces:
+def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig,
+                  first_anchor: int = 0) -> Traces:
   """Draws M distinct anchors from every text, uniformly among those that can hold a trace.
 
   An anchor needs a next token in its own document and `config.first_anchor` tokens before it, and
@@ -50,10 +51,11 @@ def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig) -> Trac
   Args:
     keys: [B] PRNG keys, one a text.
     batch: packed texts.
+    first_anchor: least index in its document that an anchor may have, beside that of `config`.
   """
   following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
   allowed = ((batch.segments > 0) & (following == batch.segments)
-             & (batch.positions >= config.first_anchor))
+             & (batch.positions >= max(first_anchor, config.first_anchor)))
   if config.anchor_tokens:
     allowed &= jnp.isin(batch.tokens, jnp.array(config.anchor_tokens))
   length = batch.tokens.shape[1]

@@ -23,16 +23,18 @@ Scorer = Callable[[Params, Params, Batch, int], tuple[Mapping[str, Array], Array
 
 def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: int, num_ahead: int,
                 loss_chunk: int, seed: int, mesh: Mesh, rules: Mapping[str, Sequence[str]],
-                delay: int = 0) -> Scorer:
+                delay: int = 0, first_anchor: int = 0) -> Scorer:
   """Compiles the scoring of one batch under several arms, on the same traces.
 
   Args:
     deliberator: decoder and coprocessor.
     arms: 'frozen' (the decoder alone) and names of CONTROLS.
     num_traces: M; traces are drawn from fold_in(seed, index of the batch), so that two
-      deliberators with the same kind of latents are scored on the same targets.
+      deliberators are scored on the same targets where their anchors may begin at the same index.
     num_ahead: A; may exceed what the coprocessor was trained with.
     delay: ahead tokens that are read before latents join the cache.
+    first_anchor: see `sample_traces`; the highest of all deliberators that are to be scored on the
+      same targets.
   """
   scored = deliberator.with_traces(num_traces, num_ahead)
 
@@ -41,7 +43,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index),
                             batch.tokens.shape[0])
     with nn.logical_axis_rules(tuple(rules.items())):
-      traces = sample_traces(keys, batch, scored.config)
+      traces = sample_traces(keys, batch, scored.config, first_anchor)
       traces = traces.replace(delay=jnp.full_like(traces.anchors, delay) if delay else None)
       states = arm_states(scored, arms, params, decoder_params, batch, traces)
       nll = {arm: ahead_nll(hidden, traces, decoder_params,

@@ -127,12 +127,17 @@ def scored_batches(experiment: Experiment, data: Path) -> list[Batch]:
 
 
 def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params, frozen: Params,
-                 held_out: list[Batch], mesh: Mesh) -> dict[str, AheadNLL]:
-  """Scores of the arms with these parameters, on the same traces for any parameters."""
+                 held_out: list[Batch], mesh: Mesh, first_anchor: int = 0) -> dict[str, AheadNLL]:
+  """Scores of the arms with these parameters, on the same traces for any parameters.
+
+  Experiments are scored on the same traces if seed and `first_anchor` are the same, and the latter
+  is no lower than that of each: see `sample_traces`.
+  """
   scorer = make_scorer(
       build_deliberator(experiment), arms, num_traces=experiment.evaluation.num_traces,
       num_ahead=experiment.evaluation.num_ahead, loss_chunk=experiment.computation.loss_chunk,
-      seed=experiment.seed, mesh=mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
+      seed=experiment.seed, mesh=mesh, rules=experiment.rules, delay=experiment.evaluation.delay,
+      first_anchor=first_anchor)
   return score_texts(scorer, params, frozen, placed(experiment, held_out, arms, mesh))
 
 

@@ -1,5 +1,6 @@
 """How a study scores an arm: on questions with one right answer, or on text by ahead position."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -123,11 +124,17 @@ class TextMeasure:
     self.prompt, self.answer = experiment.data.length / 2, float(experiment.evaluation.num_ahead)
     self._held_out = scored_batches(experiment, data)
     self._texts = validation_texts(experiment, data, len(self._held_out))
+    # The same traces for all arms and seeds, so that each text's targets are the same.
+    self._seed = experiment.seed
+    self._first_anchor = max(study.variant(name, study.seeds[0]).deliberation.first_anchor
+                             for name in study.arms)
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
                decoder: Params) -> Mapping[str, AheadNLL]:
     """Sums by text and ahead position for each arm; see `make_scorer`."""
-    scores = score_traces(experiment, arms, params, decoder, self._held_out, self._mesh)
+    experiment = dataclasses.replace(experiment, seed=self._seed)
+    scores = score_traces(experiment, arms, params, decoder, self._held_out, self._mesh,
+                          self._first_anchor)
     return {arm: score.merged(self._texts) for arm, score in scores.items()}
 
 

@@ -16,10 +16,11 @@ ARMS = ('frozen', 'own', 'shuffled', 'zero')
 NUM_TRACES, NUM_AHEAD = 5, 6  # other numbers than the coprocessor was trained with
 
 
-def scorer(latents='refining', arms=ARMS, mesh=None):
+def scorer(latents='refining', arms=ARMS, mesh=None, first_anchor=0, **choices):
   mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-  return make_scorer(tiny.deliberator(latents=latents), arms, num_traces=NUM_TRACES,
-                     num_ahead=NUM_AHEAD, loss_chunk=7, seed=3, mesh=mesh, rules=DEFAULT_RULES)
+  return make_scorer(tiny.deliberator(latents=latents, **choices), arms, num_traces=NUM_TRACES,
+                     num_ahead=NUM_AHEAD, loss_chunk=7, seed=3, mesh=mesh, rules=DEFAULT_RULES,
+                     first_anchor=first_anchor)
 
 
 @pytest.fixture(scope='module')
@@ -36,6 +37,15 @@ def refining():
 def scores(refining, params, decoder_params):
   sums, counts = refining(params, decoder_params, BATCH, 0)
   return {arm: np.asarray(total) for arm, total in sums.items()}, np.asarray(counts)
+
+
+def test_any_number_of_latents_is_scored_on_the_same_targets_from_one_first_anchor(
+    params, decoder_params):
+  few, many, apart = (
+      scorer(arms=('frozen',), num_latents=count, first_anchor=first)(
+          params, decoder_params, BATCH, 0) for count, first in ((1, 4), (5, 0), (1, 0)))
+  jax.tree.map(np.testing.assert_array_equal, few, many)
+  assert np.any(few[1] != apart[1])
 
 
 def test_the_frozen_arm_is_the_decoder_read_at_the_targets(scores, decoder_params):
