@@ -107,7 +107,7 @@ def test_written_questions_are_asked_behind_latents_and_behind_the_own_chain(tmp
 
 
 def test_chains_and_other_options_are_of_questions_that_have_them():
-  with pytest.raises(ValueError, match="chain_tokens = 9, but chains are for .* name = 'hops'"):
+  with pytest.raises(ValueError, match="chain_tokens = 9, but chains are .*name = 'hops'"):
     dataclasses.replace(study(), questions=QuestionsConfig(per_difficulty=3, chain_tokens=9))
   with pytest.raises(ValueError, match=r"questions.options = {'asked': ''}: hops has no option"):
     dataclasses.replace(study(), questions=QuestionsConfig(options={'asked': ''}))
