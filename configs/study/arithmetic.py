@@ -5,7 +5,7 @@
 One digit of a sum is asked, which depends on a carry that is decided some columns below. Decoder
 and arms are those of hops.py:quick, but for what the arms train on: far carries as often as near
 ones, unlike the decoder's text, and in fewer steps. A decoder that ignores carries is right half
-of the time. Measured with seed 0 alone (docs/results.md).
+of the time.
 """
 
 import runpy

@@ -37,11 +37,13 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
     repeats: turns.
 
   Raises:
-    ValueError: the frozen weights are int8.
+    ValueError: the frozen weights are int8, or the dense mask has no such model or coprocessor.
   """
   if experiment.computation.frozen_dtype == 'int8':
     raise ValueError("computation.frozen_dtype = 'int8': this benchmark makes float32 or "
                      "bfloat16 weights; set --config.computation.frozen_dtype=bfloat16")
+  if with_dense:
+    _check_dense(experiment)
   key = jax.random.key(0)
   decoder, coprocessor = build_decoder(experiment), build_deliberator(experiment).coprocessor
   frozen = jax.jit(lambda: _cast(
@@ -64,6 +66,18 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
             'git_commit': git_commit(), 'experiment': dataclasses.asdict(experiment)}
   write_whole(output, json.dumps(result, indent=2).encode() + b'\n')
   return result
+
+
+def _check_dense(experiment: Experiment) -> None:
+  model, latents = experiment.decoder, experiment.deliberation
+  for name, value, needed in (
+      ('deliberation.trainable', latents.trainable, 'full'),
+      ('deliberation.reads', latents.reads, 'cache'),
+      ('deliberation.num_layers', latents.num_layers, 0),
+      ('decoder.post_norms', model.post_norms, True), ('decoder.qk_norm', model.qk_norm, False)):
+    if value != needed:
+      raise ValueError(f'{name} = {value!r}: the dense mask is written for {needed!r} alone; leave '
+                       '--dense_mask out')
 
 
 def _losses(experiment: Experiment, with_dense: bool) -> dict[str, LossFn]:

@@ -154,6 +154,12 @@ class Experiment:
     if not 0 <= self.seed < 2**30 - 1:
       raise ValueError(f'seed = {self.seed}: it must lie between 0 and {2**30 - 2}')
     self._check_multipliers()
+    for axis in ('trace', 'length'):
+      if self.computation.attention != 'plain' and axis in self.rules and self.rules[axis]:
+        raise ValueError(
+            f'rule {axis!r} -> {self.rules[axis]} with computation.attention = '
+            f'{self.computation.attention!r}: the fused kernels have all traces of a text in one '
+            "row and do not divide it; leave the rule out, or set attention = 'plain'")
     self.deliberation.check_trunk(self.data.length)
     scored = dataclasses.replace(self.deliberation, num_ahead=self.evaluation.num_ahead,
                                  num_traces=self.evaluation.num_traces)

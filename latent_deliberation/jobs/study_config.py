@@ -42,7 +42,7 @@ class QuestionsConfig:
     per_difficulty: questions of each difficulty, about a context each (a file may have fewer); 0
       for a study on text, which is scored by ahead position as `evaluation` says.
     batch_size: questions at a time.
-    seed: of the questions, which are none of the training text.
+    seed: of the questions, which are drawn apart from the training text.
     offline: latents come behind the context, before the question is known.
     options: of the synthetic task, where what is asked differs from the text, such as
       {'asked': 'test.txt'}.
@@ -100,6 +100,13 @@ class Study:
       raise ValueError(f'questions.chain_tokens = {asked.chain_tokens}, but chains are for '
                        f"questions of the task 'written', and here data.name = {name!r} and "
                        f'questions.per_difficulty = {asked.per_difficulty}: set 0')
+    if asked.chain_tokens and not build(name, self.experiment.data.options).chains:
+      raise ValueError(f'questions.chain_tokens = {asked.chain_tokens}, but with '
+                       'data.options.chains = 0 the decoder reads no chain: raise it, or set '
+                       'questions.chain_tokens to 0')
+    if asked.chain_tokens and self.experiment.computation.frozen_dtype == 'int8':
+      raise ValueError(f'questions.chain_tokens = {asked.chain_tokens}, but generation takes no '
+                       "weights of computation.frozen_dtype = 'int8': set one of them otherwise")
     reserved = {BASELINE, CHAIN, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
       raise ValueError(f'arms are called {sorted(self.arms)}: there must be one, none without a '

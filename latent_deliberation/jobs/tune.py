@@ -71,6 +71,9 @@ def describe_tuning(experiment: Experiment, how: str, decoder: Params, digest: s
   if how in needed and experiment.deliberation.trainable != needed[how]:
     raise ValueError(f'{how!r} tuning needs deliberation.trainable = {needed[how]!r}, this is '
                      f'{experiment.deliberation.trainable!r}')
+  if how == 'adapted' and experiment.deliberation.num_layers:
+    raise ValueError("'adapted' tuning puts adapters on all layers of the decoder, and "
+                     f'deliberation.num_layers = {experiment.deliberation.num_layers}: set 0')
   if experiment.computation.frozen_dtype == 'int8':
     raise ValueError(f"{how!r} tuning learns the decoder's weights, which computation.frozen_dtype "
                      "= 'int8' rounds: use 'float32' or 'bfloat16', or leave such arms out")

@@ -93,7 +93,7 @@ def attend_visible(
 
   The backward pass is fused where the cache is a constant, as the frozen decoder's is. Where there
   is none, or gradients flow into it, the backward pass is the plain one. Under a mesh, each device
-  works on its own texts, traces and heads, by the logical-axis rules.
+  works on its own texts and heads, by the logical-axis rules.
 
   Args:
     kernels: for tests and tuning; by default those of the machine at hand, a TPU's on a CPU.
@@ -126,7 +126,7 @@ def _kernels_here(queries: Array) -> Kernels:
 
 
 def _over_mesh(function, inputs: Inputs):
-  """The function on each device's own texts, traces and heads, where there is a mesh."""
+  """The function on each device's own texts and heads, where there is a mesh."""
   if jax.sharding.get_abstract_mesh().empty:
     return function
   queries = nn.logical_to_mesh_axes(('batch', 'trace', None, 'heads'))

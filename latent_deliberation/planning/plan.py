@@ -22,7 +22,7 @@ DOES_NOT_FIT = "TPU's compiler gives no program for what does not fit, and so no
 ONE_SLICE = (' All chips are taken to lie in one slice: collectives over replica count at the '
              'speed of its links, and the network between slices is slower.')
 NUM_OPERATIONS = 16
-_REMATS = ('none', 'dots', 'mid', 'full')  # by what they keep, most first
+REMATS = ('none', 'dots', 'mid', 'full')  # by what they keep, most first
 # Parts of an op_name that tell nothing of the model.
 _UNTOLD = ('jit(step)', 'while', 'body', 'closed_call', 'checkpoint', 'transformer', 'blocks')
 
@@ -157,7 +157,7 @@ def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
             f'accumulation do not help; shard them {factor} times as far, over more chips or by a '
             'larger mesh.fsdp or mesh.tensor.')
   work = memory.peak - memory.state
-  less = _REMATS[_REMATS.index(remat) + 1:]
+  less = REMATS[REMATS.index(remat) + 1:]
   ways = [f'computation.remat={" or ".join(less)} keeps less of a block'] if less else []
   # Summed gradients live from one microbatch to the next.
   room = capacity - memory.state - memory.trainable

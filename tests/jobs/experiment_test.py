@@ -44,6 +44,8 @@ def test_automatic_attention_is_fused_on_tpus_alone(attention, platform, chosen)
 
 @pytest.mark.parametrize('change, message', [
     ({'deliberation__num_ahead': 64}, 'num_ahead = 64 tokens do not fit .* trunk of 64 tokens'),
+    ({'computation__attention': 'fused', 'rules': {'trace': ('tensor',)}},
+     "rule 'trace' -> .*attention = 'fused': .* set attention = 'plain'"),
     ({'deliberation__num_traces': 63}, 'num_traces = 63, but a trunk of 64 tokens has 62 places'),
     ({'evaluation__num_traces': 63}, 'evaluation: num_traces = 63, but a trunk of 64 tokens'),
     ({'evaluation__num_ahead': 64}, 'evaluation: num_ahead = 64 tokens do not fit'),

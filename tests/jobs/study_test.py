@@ -109,6 +109,16 @@ def test_written_questions_are_asked_behind_latents_and_behind_the_own_chain(tmp
 def test_chains_and_other_options_are_of_questions_that_have_them():
   with pytest.raises(ValueError, match="chain_tokens = 9, but chains are .*name = 'hops'"):
     dataclasses.replace(study(), questions=QuestionsConfig(per_difficulty=3, chain_tokens=9))
+  start, asked = study(), QuestionsConfig(per_difficulty=3, chain_tokens=9)
+  for options, dtype, message in (
+      ({'stories': 1.0, 'chains': 0.0}, 'float32', 'with data.options.chains = 0'),
+      ({'stories': 1.0}, 'int8', "takes no weights of computation.frozen_dtype = 'int8'")):
+    written = dataclasses.replace(
+        start.experiment,
+        data=dataclasses.replace(start.experiment.data, name='written', options=options),
+        computation=dataclasses.replace(start.experiment.computation, frozen_dtype=dtype))
+    with pytest.raises(ValueError, match=message):
+      dataclasses.replace(start, experiment=written, questions=asked)
   with pytest.raises(ValueError, match=r"questions.options = {'asked': ''}: hops has no option"):
     dataclasses.replace(study(), questions=QuestionsConfig(options={'asked': ''}))
 

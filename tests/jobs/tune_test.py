@@ -45,6 +45,11 @@ def test_a_control_of_other_latents_is_refused(tmp_path, how, trainable):
     describe(tmp_path, how, trainable)
 
 
+def test_adapters_of_some_layers_are_not_put_on_all(tmp_path):
+  with pytest.raises(ValueError, match="'adapted' tuning .* all layers .*num_layers = 1: set 0"):
+    describe(tmp_path, 'adapted', 'lora', deliberation__num_layers=1)
+
+
 @pytest.mark.parametrize('how', TUNINGS)
 def test_rounded_weights_are_not_tuned(tmp_path, how):
   with pytest.raises(ValueError, match=f"'{how}' tuning learns .* 'int8' rounds: use 'float32'"):

@@ -4,9 +4,15 @@ import dataclasses
 
 import pytest
 
+from latent_deliberation.model.transformer import REMAT_POLICIES
 from latent_deliberation.planning.collectives import Collective
 from latent_deliberation.planning.memory import Memory
-from latent_deliberation.planning.plan import advise, estimate_times, largest_operations
+from latent_deliberation.planning.plan import (
+  REMATS,
+  advise,
+  estimate_times,
+  largest_operations,
+)
 from latent_deliberation.planning.program import parse
 from latent_deliberation.planning.topology import CHIPS
 from tests.planning.programs import LOOPS
@@ -42,6 +48,10 @@ def test_the_largest_operations_are_by_part_of_the_model_and_come_first():
 
 def advice(remat: str = 'full', texts: int = 4, capacity: float = 16e9, **changes: int) -> str:
   return advise(dataclasses.replace(MEMORY, **changes), capacity, remat, 1, texts)
+
+
+def test_every_way_to_keep_less_of_a_block_can_be_advised():
+  assert sorted(REMATS) == sorted(REMAT_POLICIES)
 
 
 def test_nothing_is_advised_for_what_fits():

@@ -146,9 +146,11 @@ class Written:
 def read_problems(path: str | Path, equations: bool = True) -> list[Problem]:
   """The problems of a file of lines 'question||chain #### answer', in its order.
 
+  Empty lines are left out, and spaces around each part.
+
   Args:
-    path: empty lines are left out, and commas and spaces around a number.
-    equations: see `Written`.
+    path: of the file.
+    equations: see `Written`; the commas of an answer are left out, too.
 
   Raises:
     FileNotFoundError: there is no such file.

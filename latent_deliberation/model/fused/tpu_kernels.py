@@ -32,7 +32,7 @@ def _own_visible(index: Array, keys: Array, tiles: Tiles) -> Array:
 
 def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, places, peak, total,
                    summed, *, tiles: Tiles):
-  """One step of the grid (text, row block, kv head, key block), over blocks of what `grid` says.
+  """One step of the grid (text, row block, kv head, key block), over blocks as tpu_grid cuts them.
 
   Scratch: [R, 4] the index as columns; [R, G] the maximum and the total of the weights so far;
   [G, R, H] the weighted sum.
