@@ -43,7 +43,8 @@ def plot_study(summary: Mapping[str, Any], path: Path) -> None:
     _draw_arms(axes, rows, names, value, scale)
     axes.set_xticks(range(len(rows)), labels=list(rows))
     axes.set_xlabel(labels[0])
-    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
+    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.12),
+                ncols=4 if len(panels) == 1 else 3, fontsize=9, frameon=False)
   all_axes[0].set_ylabel(labels[1])
   if 'by_position' in summary:
     _scale_changes(all_axes[0], rows)
