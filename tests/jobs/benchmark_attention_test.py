@@ -5,13 +5,13 @@ import json
 
 import pytest
 
-from configs import tiny
 from latent_deliberation.jobs.benchmark_attention import benchmark
-from latent_deliberation.jobs.experiment import Experiment, bind
+from latent_deliberation.jobs.experiment import bind
+from tests import finished
 
 
 def test_all_ways_have_one_loss_and_gradient_and_their_times_are_written(tmp_path):
-  experiment = bind(tiny.get_config(), Experiment)
+  experiment = bind(finished.config_of('tiny'))
   experiment = dataclasses.replace(
       experiment, data=dataclasses.replace(experiment.data, length=16),
       deliberation=dataclasses.replace(experiment.deliberation, num_traces=2))

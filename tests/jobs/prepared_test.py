@@ -110,6 +110,7 @@ def test_a_directory_that_cannot_be_written_to_is_named_before_the_text_is_read(
     prepare_data(experiment, tmp_path / 'file/data')
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
 def test_a_decoder_and_a_coprocessor_are_trained_on_a_stream(tmp_path, quickstart):
   experiment = finished.experiment(data__mode='online')

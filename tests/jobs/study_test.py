@@ -88,6 +88,7 @@ def test_arms_learn_from_lessons_and_the_decoder_from_its_own_text(finished_stud
       'nodes': 4, 'hops': 3}
 
 
+@pytest.mark.slow
 def test_text_is_scored_by_ahead_position(finished_study):
   workdir, _ = finished_study
   summary = run(workdir, 'own', '--config.questions.per_difficulty=0', '--config.seeds=(0,1)')

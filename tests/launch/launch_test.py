@@ -289,6 +289,7 @@ def newest(workdir: Path) -> int:
   return max(steps, default=0)
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_kill_a_full_disk_and_a_sigterm_and_then_ends(tmp_path, monkeypatch):
   workdir, said = tmp_path / 'run', tmp_path / 'said'
 
