@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from latent_deliberation.model import attention, attention_fused
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
-from latent_deliberation.model.fused.layout import Blocks, Layout
+from latent_deliberation.model.fused.layout import Blocks
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
 GLOBAL = np.iinfo(np.int32).max
@@ -217,26 +217,6 @@ def test_heads_that_a_gpu_cannot_hold_are_refused(monkeypatch, width, dtype, wor
   cache = cache.replace(keys=wide(cache.keys), values=wide(cache.values))
   with pytest.raises(ValueError, match=f"'fused' on a GPU with heads of {words}"):
     attention_fused.attend_visible(*map(wide, (queries, keys, values)), *where, cache)
-
-
-@pytest.mark.parametrize('shape, kv_heads, traces, rows, chunk', [
-    ((4, 128, 32, 8, 256), 4, 128, 512, 128),  # 16 latents of Gemma-2 2B: all is filled
-    ((4, 128, 79, 8, 256), 4, 128, 320, 80),  # 64 latents: 4 traces, for 6 do not divide 128
-    ((4, 128, 16, 8, 256), 1, 128, 128, 128),  # 8 heads to a kv head
-    ((4, 5, 16, 8, 256), 4, 5, 80, 80)])
-def test_blocks_are_large_and_padding_is_small(shape, kv_heads, traces, rows, chunk):
-  layout = Layout.aligned(attention_fused.TPU.blocks, None, shape, kv_heads, 2048)
-  assert (layout.traces, layout.tiles.rows, layout.tiles.chunk) == (traces, rows, chunk)
-  assert layout.tiles.keys == 512
-
-
-@pytest.mark.parametrize('shape, traces, rows', [
-    ((4, 128, 32, 8, 256), 128, 128),  # 16 latents of Gemma-2 2B: all is filled
-    ((4, 128, 79, 8, 256), 128, 128),  # 64 latents: traces of 80 lie across blocks
-    ((4, 5, 16, 8, 256), 8, 128), ((1, 1, 1, 8, 256), 4, 64)])
-def test_blocks_of_a_gpu_are_a_power_of_two_and_padding_is_small(shape, traces, rows):
-  layout = Layout.across(attention_fused.GPU.blocks, None, shape, 4, 2048)
-  assert (layout.traces, layout.tiles.rows, layout.tiles.keys) == (traces, rows, 64)
 
 
 @pytest.mark.parametrize('length, cap, width', [(31, 50.0, 256), (79, None, 128)])
