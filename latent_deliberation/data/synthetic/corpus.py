@@ -78,8 +78,15 @@ class SyntheticCorpus:
 
 
 def open_synthetic(config: DataConfig) -> SyntheticCorpus:
-  """The documents of a 'synthetic' configuration. Raises ValueError as `build` does."""
-  return SyntheticCorpus(config.name, build(config.name, config.options), config.seed,
+  """The documents of a 'synthetic' configuration.
+
+  Raises:
+    FileNotFoundError: a file that the task reads is absent.
+    ValueError: as `build` does, or the content of such a file is wrong.
+  """
+  task = build(config.name, config.options)
+  _ = task.contents  # reads its files, so that what is wrong with them is said here
+  return SyntheticCorpus(config.name, task, config.seed,
                          config.documents, config.questions, config.validation_percent,
                          config.text_key)
 

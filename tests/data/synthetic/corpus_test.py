@@ -19,6 +19,11 @@ def synthetic(name='hops', **fields):
       'documents': 40, 'questions': 4, 'length': 32, 'options': options} | fields)
 
 
+def test_a_missing_file_is_named_before_anything_is_read_from_the_source():
+  with pytest.raises(FileNotFoundError, match='no file /none.txt: give the path'):
+    build_source(synthetic('written', options={'train': '/none.txt'}))
+
+
 @pytest.mark.parametrize('name', TASKS)
 def test_a_number_has_one_text_whatever_was_read_before(name):
   first, second = open_synthetic(synthetic(name)), open_synthetic(synthetic(name))
