@@ -10,6 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typed
 from latent_deliberation.model.attention import softcap
+from latent_deliberation.model.layers import multiply
 from latent_deliberation.model.quantised import Quantised
 
 OutputHead = Float[Array, 'V D'] | Quantised
@@ -93,8 +94,7 @@ def _logits(cap: float | None, hidden: Array, unembedding: Array | Quantised) ->
   """[B, N, V] in float32, of a head as `_by_slices` gives it."""
   if isinstance(unembedding, Quantised):
     unembedding = unembedding.astype(hidden.dtype).T
-  return softcap(jnp.einsum('BND,DV->BNV', hidden, unembedding,
-                            preferred_element_type=jnp.float32), cap)
+  return softcap(multiply(hidden, unembedding, preferred_element_type='float32'), cap)
 
 
 def _chosen(logits: Array, targets: Array) -> Array:

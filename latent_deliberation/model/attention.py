@@ -7,6 +7,8 @@ and normalised by ONE softmax over both. The dense mask of the paper's figure wo
 (S + M * Q)^2 scores, nearly all of them masked out.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -15,6 +17,10 @@ from latent_deliberation.array_types import Array, Bool, Float, Int, RowTokens, 
 from latent_deliberation.model.cache import KVCache
 
 MASKED = -1e30  # finite, so that a query with nothing to see gives zeros and no NaN
+
+# Long rows go by blocks of queries, none of which is compared with the tokens after it: down to
+# half of the scores, and few enough at a time for a CPU's cache.
+MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 
 @struct.dataclass
@@ -85,19 +91,27 @@ def attend_visible(
     cache: of one layer, [B, S, K, H]; None where rows see nothing but themselves.
   """
   visible = fresh_mask(positions, visibility, window)
-  if cache is None:
-    return attend(queries, keys, values, visible, cap=cap)
-  return attend(
-      queries, keys, values, visible, cache.keys, cache.values,
-      cached_mask(positions, visibility, cache.positions, cache.segments, window), cap=cap)
+  if cache is not None:
+    cached_visible = cached_mask(
+        positions, visibility, cache.positions, cache.segments, window)
+  length = queries.shape[2]
+  block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+
+  def of_block(start: int) -> Array:
+    ours, seen = slice(start, start + block), slice(start + block)
+    cached = () if cache is None else (cache.keys, cache.values, cached_visible[:, :, ours])
+    return attend(queries[:, :, ours], keys[:, :, seen], values[:, :, seen],
+                  visible[:, :, ours, seen], *cached, cap=cap)
+
+  return jnp.concatenate([of_block(start) for start in range(0, length, block)], axis=2)
 
 
 @typed
 def attend(
     queries: Float[Array, 'B M Q N H'],
-    fresh_keys: Float[Array, 'B M Q K H'],
-    fresh_values: Float[Array, 'B M Q K H'],
-    fresh_visible: Bool[Array, 'B M Q Q'],
+    fresh_keys: Float[Array, 'B M P K H'],
+    fresh_values: Float[Array, 'B M P K H'],
+    fresh_visible: Bool[Array, 'B M Q P'],
     cached_keys: Float[Array, 'B S K H'] | None = None,
     cached_values: Float[Array, 'B S K H'] | None = None,
     cached_visible: Bool[Array, 'B M Q S'] | None = None,
@@ -110,31 +124,39 @@ def attend(
   """
   batch, traces, length, heads, width = queries.shape
   kv_heads = fresh_keys.shape[-2]
-  # Heads first, as matrix products want them: a decode step then reads a cache as it lies.
-  grouped = jnp.moveaxis(
-      queries.reshape(batch, traces, length, kv_heads, heads // kv_heads, width), (1, 2), (3, 4))
+  # Rows of a matrix of its own for each (text, head): of all traces for what is cached, of each
+  # trace for what is its own. XLA turns whole scores on a CPU where a product is not such a matrix.
+  grouped = jnp.transpose(
+      queries.reshape(batch, traces, length, kv_heads, heads // kv_heads, width),
+      (0, 3, 1, 4, 2, 5))
+  per_query = grouped.shape[:-1]  # B K M G Q
 
-  def scores(equation: str, keys: Array, visible: Array) -> Array:
-    raw = jnp.einsum(equation, grouped, keys, preferred_element_type=jnp.float32)
-    return jnp.where(visible[:, None, None], softcap(raw, cap), MASKED)
+  def product(x: Array, matrices: Array) -> Array:
+    lead = matrices.shape[:-2]
+    rows = x.reshape(*lead, math.prod(per_query) // math.prod(lead), x.shape[-1])
+    y = jnp.matmul(rows, matrices, preferred_element_type=jnp.float32)
+    return y.reshape(*per_query, matrices.shape[-1])
 
-  parts = [(scores('BKGMQH,BMPKH->BKGMQP', fresh_keys, fresh_visible),
-            fresh_values, 'BKGMQP,BMPKH->BKGMQH')]
+  def scores(keys: Array, visible: Array) -> Array:
+    raw = product(grouped, jnp.swapaxes(keys, -1, -2))
+    return jnp.where(visible[:, None, :, None], softcap(raw, cap), MASKED)
+
+  fresh_keys, fresh_values = (jnp.moveaxis(leaf, 3, 1) for leaf in (fresh_keys, fresh_values))
+  parts = [(scores(fresh_keys, fresh_visible), fresh_values)]
   if cached_keys is not None:
-    parts.append((scores('BKGMQH,BSKH->BKGMQS', cached_keys, cached_visible),
-                  cached_values, 'BKGMQS,BSKH->BKGMQH'))
+    cached_keys, cached_values = (
+        jnp.moveaxis(leaf, 2, 1) for leaf in (cached_keys, cached_values))
+    parts.append((scores(cached_keys, cached_visible), cached_values))
 
   peak = jax.lax.stop_gradient(
-      jnp.max(jnp.stack([part.max(axis=-1, initial=MASKED) for part, _, _ in parts]), axis=0))
+      jnp.max(jnp.stack([part.max(axis=-1, initial=MASKED) for part, _ in parts]), axis=0))
   # A row of nothing but MASKED has that as its peak; raised, its weights vanish instead of being 1.
   peak = jnp.maximum(peak, MASKED / 2)[..., None]
-  weights = [jnp.exp(part - peak) for part, _, _ in parts]
+  weights = [jnp.exp(part - peak) for part, _ in parts]
   total = sum(weight.sum(axis=-1) for weight in weights)
-  mixed = sum(
-      jnp.einsum(equation, weight.astype(values.dtype), values,
-                 preferred_element_type=jnp.float32)
-      for weight, (_, values, equation) in zip(weights, parts, strict=True))
+  mixed = sum(product(weight.astype(values.dtype), values)
+              for weight, (_, values) in zip(weights, parts, strict=True))
   # Nothing seen: 0 / 1, not 0 / tiny, whose gradient overflows. Anything seen: the total is >= 1.
   total = jnp.where(total > 0, total, 1.0)
-  mixed = jnp.moveaxis(mixed / total[..., None], (3, 4), (1, 2))
+  mixed = jnp.transpose(mixed / total[..., None], (0, 2, 4, 1, 3, 5))
   return mixed.reshape(queries.shape).astype(queries.dtype)

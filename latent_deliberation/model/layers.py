@@ -61,6 +61,19 @@ def contract(x: Array, weight: Array, inputs: int = 1,
   return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
 
 
+def multiply(x: Array, weight: Array, inputs: int = 1,
+             preferred_element_type: str | None = None) -> Array:
+  """Contracts the last `inputs` axes of x with the first ones of a weight.
+
+  All else is rows of one matrix: from more axes XLA on a CPU makes a weight's gradient by turning x
+  and the cotangent first, and computes again, element by element, whatever they were made from.
+  """
+  width = math.prod(weight.shape[:inputs])
+  y = jnp.matmul(x.reshape(-1, width), weight.reshape(width, -1),
+                 preferred_element_type=preferred_element_type)
+  return y.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
+
+
 def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[str]) -> Array:
   """Contracts the last `inputs` axes of x with the first ones of an int8 weight, in x's dtype.
 
@@ -111,7 +124,7 @@ class Projection(nn.Module):
       if isinstance(weight, Quantised):
         y = multiply_quantised(x, weight, inputs, axes)
       else:
-        y = jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
+        y = multiply(x, weight.astype(x.dtype), inputs)
     if self.lora is None:
       return y
     rank = self.lora.rank
@@ -121,8 +134,7 @@ class Projection(nn.Module):
     up = self.variable('lora', 'b', lambda: nn.with_logical_partitioning(
         nn.initializers.zeros, ('rank',) + axes[inputs:])(
             self.make_rng('params'), (rank,) + shape[inputs:]))
-    low = jnp.tensordot(x, down.value.astype(x.dtype), axes=inputs)
-    low = jnp.tensordot(low, up.value.astype(x.dtype), axes=1)
+    low = multiply(multiply(x, down.value.astype(x.dtype), inputs), up.value.astype(x.dtype))
     return y + low * (self.lora.alpha / rank)
 
 
