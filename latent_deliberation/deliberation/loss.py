@@ -13,6 +13,9 @@ from latent_deliberation.model.attention import softcap
 from latent_deliberation.model.layers import multiply
 from latent_deliberation.model.quantised import Quantised
 
+# Up to this cap float32 holds the sum of exp over any vocabulary: exp(60) is 1e26 of its 3e38.
+SUMMABLE = 60.0
+
 OutputHead = Float[Array, 'V D'] | Quantised
 
 
@@ -39,7 +42,7 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
 def _compute_nll(cap: float | None, hidden: Array, targets: Array,
                  unembedding: Array | Quantised) -> Array:
   logits = _logits(cap, hidden, unembedding)
-  return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
+  return _log_sum_exp(logits, cap) - _chosen(logits, targets)
 
 
 _nll = jax.custom_vjp(_compute_nll, nondiff_argnums=(0,))
@@ -97,8 +100,17 @@ def _logits(cap: float | None, hidden: Array, unembedding: Array | Quantised) ->
   return softcap(multiply(hidden, unembedding, preferred_element_type='float32'), cap)
 
 
+def _log_sum_exp(logits: Array, cap: float | None) -> Array:
+  """Without looking for the largest first, one more pass over them all, where a cap bounds them."""
+  if cap is None or cap > SUMMABLE:
+    return jax.nn.logsumexp(logits, axis=-1)
+  return jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+
+
 def _chosen(logits: Array, targets: Array) -> Array:
-  return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  """As a sum: the gradient of a gather is a scatter, for which XLA writes that of all logits."""
+  is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+  return jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
 
 
 def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,

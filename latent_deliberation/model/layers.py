@@ -65,13 +65,15 @@ def multiply(x: Array, weight: Array, inputs: int = 1,
              preferred_element_type: str | None = None) -> Array:
   """Contracts the last `inputs` axes of x with the first ones of a weight.
 
-  All else is rows of one matrix: from more axes XLA on a CPU makes a weight's gradient by turning x
-  and the cotangent first, and computes again, element by element, whatever they were made from.
+  A matrix multiplies rows of one matrix: from more axes of x XLA on a CPU makes the weight's
+  gradient by turning x and the cotangent first, and computes again, element by element, whatever
+  they were made from. For heads it is left to the caller; see `transformer.Attention`.
   """
-  width = math.prod(weight.shape[:inputs])
-  y = jnp.matmul(x.reshape(-1, width), weight.reshape(width, -1),
+  if weight.ndim > 2:
+    return jnp.tensordot(x, weight, axes=inputs, preferred_element_type=preferred_element_type)
+  y = jnp.matmul(x.reshape(-1, weight.shape[0]), weight,
                  preferred_element_type=preferred_element_type)
-  return y.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
+  return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
 def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[str]) -> Array:

@@ -79,10 +79,14 @@ class Attention(nn.Module):
                cache: KVCache | None) -> tuple[Array, KeysValues]:
     c = self.config
     axes = ('batch', 'trace', 'length', 'heads', 'head_dim')
+    is_fused = self.attend is attention_fused.attend_visible
+    # A CPU wants rows of one matrix (layers.multiply). A TPU's kernels want a text's heads outside
+    # of its tokens: XLA writes products so, unless texts and tokens are one axis.
+    rows = x if is_fused else x.reshape(-1, c.embed_dim)
 
     def project(name: str, heads: int, axis: str) -> Array:
       y = Projection((c.embed_dim, heads, c.head_dim), ('embed', axis, 'head_dim'),
-                     lora=self.lora, name=name)(x)
+                     lora=self.lora, name=name)(rows)
       return y.reshape(*positions.shape, heads, c.head_dim)
 
     queries = project('query', c.num_heads, 'heads')
@@ -102,10 +106,10 @@ class Attention(nn.Module):
         keys=cache.keys.astype(x.dtype), values=cache.values.astype(x.dtype))
     mixed = self.attend(queries, keys, values, positions, visibility, traits.window, cache,
                         c.attention_softcap)
-    mixed = mixed.reshape(*x.shape[:3], c.num_heads, c.head_dim)
+    mixed = mixed.reshape(*rows.shape[:-1], c.num_heads, c.head_dim)
     out = Projection((c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed'),
                      inputs=2, lora=self.lora, name='out')(mixed)
-    return out, KeysValues(keys, values)
+    return out.reshape(x.shape), KeysValues(keys, values)
 
 
 class Block(nn.Module):

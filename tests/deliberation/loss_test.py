@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from latent_deliberation.deliberation.loss import likeliest, token_nll
+from latent_deliberation.deliberation.loss import SUMMABLE, likeliest, token_nll
 from latent_deliberation.model.quantised import quantise
 
 B, N, D, V = 2, 10, 4, 501
@@ -47,6 +47,14 @@ def test_values_and_gradients_are_those_of_optax_for_any_chunk(inputs, cap, chun
   chunked = with_gradients(functools.partial(token_nll, chunk=chunk), *inputs, cap)
   plain = with_gradients(optax_nll, *inputs, cap)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), chunked, plain)
+
+
+@pytest.mark.parametrize('cap', [SUMMABLE, 1000.0])
+def test_logits_as_large_as_their_cap_overflow_neither_the_loss_nor_its_gradient(inputs, cap):
+  hidden, targets, table = inputs
+  ours = with_gradients(functools.partial(token_nll, chunk=N), 1000 * hidden, targets, table, cap)
+  plain = with_gradients(optax_nll, 1000 * hidden, targets, table, cap)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, plain)
 
 
 @pytest.mark.parametrize('chunk', [3, 10])
