@@ -68,18 +68,17 @@ def plot_step_ratios(result: Mapping[str, Any], path: Path) -> None:
   save_figure(figure, path)
 
 
-def plot_plans(plans: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_plans(named: Mapping[str, Mapping[str, Any]], path: Path) -> None:
   """Estimated seconds and memory of several plans, a bar each.
 
   Args:
-    plans: as in a plan.json of several; seconds are missing where there is no estimate.
+    named: plans by name, as in a plan.json; seconds are missing where there is no estimate.
     path: of the PNG.
   """
+  names, plans = list(named), list(named.values())
   figure = Figure(figsize=(11, 1.6 + 0.5 * len(plans)), layout='constrained')
   FigureCanvasAgg(figure)
   seconds, memory = figure.subplots(1, 2, sharey=True)
-  names = [f'{number}: ' + ', '.join(f'{axis} {size}' for axis, size in plan['mesh'].items())
-           for number, plan in enumerate(plans, 1)]
   _draw_bars(seconds, names, {
       'compute': [plan['compute_seconds'] or 0 for plan in plans],
       'exposed collectives': [plan['exposed_seconds'] or 0 for plan in plans]})

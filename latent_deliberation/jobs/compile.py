@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.flops import traces_flops
+from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.evaluation.cost_plots import plot_plans
 from latent_deliberation.files import write_whole
 from latent_deliberation.jobs.experiment import Experiment
@@ -40,6 +41,7 @@ from latent_deliberation.planning.table import name_mesh, write_csv
 from latent_deliberation.planning.topology import Topology
 from latent_deliberation.sharding import MeshConfig, batch_sharding, make_mesh
 from latent_deliberation.training.objectives import augmentation
+from latent_deliberation.training.step import LossFn
 
 # The compiler refuses in two ways, before it assigns memory and afterwards.
 _NEEDED = re.compile(r'\(([\d.]+)([KMG])\) exceeds available HBM|Used ([\d.]+)([KMG]) of .* hbm')
@@ -65,7 +67,7 @@ def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[M
   variants = [
       dataclasses.replace(experiment, mesh=mesh, rules={**experiment.rules, **rules})
       for mesh, rules in itertools.product(meshes or [experiment.mesh], rule_sets or [{}])]
-  runs = [_describe(variant, topology) for variant in variants]
+  runs = [describe_run(variant, topology) for variant in variants]
   plans = []
   for number, run in enumerate(runs, 1):
     logging.info('compiling %d of %d: mesh %s on %s; a pod takes minutes', number, len(runs),
@@ -77,8 +79,12 @@ def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[M
   return plans
 
 
-def _describe(experiment: Experiment, topology: Topology) -> Run:
-  """The run of launch/train.py with shapes in the place of weights, its sizes checked."""
+def describe_run(experiment: Experiment, topology: Topology) -> Run:
+  """The run of launch/train.py with shapes in the place of weights, its sizes checked.
+
+  Raises:
+    ValueError: they do not suit the topology.
+  """
   mesh = make_mesh(experiment.mesh, topology.devices)
   run = describe_training(experiment, Path(), frozen_shapes(experiment, mesh), '', mesh)
   run.check_sizes()
@@ -91,15 +97,24 @@ def _write(plans: Sequence[Plan], are_several: bool, output: Path) -> None:
   write_whole(output, json.dumps(content, indent=2).encode() + b'\n')
   if are_several:
     write_whole(output.with_suffix('.csv'), write_csv(plans))
-    plot_plans(records, output.with_suffix('.png'))
+    names = [f'{number}: ' + ', '.join(f'{axis} {size}' for axis, size in plan.mesh.items())
+             for number, plan in enumerate(plans, 1)]
+    plot_plans(dict(zip(names, records, strict=True)), output.with_suffix('.png'))
 
 
-def plan_step(run: Run, topology: Topology) -> Plan:
-  """Lowers and compiles the step of a run, and reads the program that comes out."""
+def plan_step(run: Run, topology: Topology,
+              objective: Callable[[Deliberator, int], LossFn] = augmentation) -> Plan:
+  """Lowers and compiles the step of a run, and reads the program that comes out.
+
+  Args:
+    run: with shapes in the place of weights.
+    topology: that its mesh is of.
+    objective: (deliberator, loss_chunk) -> the loss of a step.
+  """
   experiment, mesh, chip = run.experiment, run.mesh, topology.chip
   settings = experiment.training
-  step = run.make_step(augmentation(build_deliberator(experiment),
-                                    experiment.computation.loss_chunk))
+  step = run.make_step(objective(build_deliberator(experiment),
+                                 experiment.computation.loss_chunk))
   batch = batch_shapes(experiment, mesh)
   arguments = {
       'frozen': memories.shard_bytes(run.frozen),

@@ -5,6 +5,7 @@ Both have the value and the gradient of `objectives.augmentation`, to rounding.
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
@@ -13,9 +14,9 @@ from latent_deliberation.deliberation.placement import Placement, place
 from latent_deliberation.deliberation.traces import Traces, sample_traces
 from latent_deliberation.model.attention import Visibility, attend
 from latent_deliberation.model.cache import KVCache
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import FeedForward, RMSNorm, rotate
-from latent_deliberation.model.transformer import layer_traits
+from latent_deliberation.model.transformer import REMAT_POLICIES, LayerTraits, layer_traits
 from latent_deliberation.training.step import LossFn
 
 
@@ -103,32 +104,39 @@ def _dense_second_pass(deliberator: Deliberator, decoder_params: Params, latents
   in_trace = (trace >= 0) & (trace[:, None] == trace) & (order <= order[:, None])
   same = (segments[..., None] == segments[:, None]) & (segments[:, None] > 0)
   visible = (in_trunk | in_trace) & same
-  hidden = _transform(deliberator.decoder.config, decoder_params['transformer'], x,
-                      positions[:, None], visible[:, None])
+  hidden = _transform(deliberator.decoder, decoder_params['transformer'], x, positions[:, None],
+                      visible[:, None])
   hidden = hidden[:, 0, length:].reshape(num_texts, num_traces, queries, width)
   return hidden[:, :, num_latents - 1:]
 
 
-def _transform(config: TransformerConfig, weights: Params, x: Array, positions: Array,
+def _transform(decoder: Decoder, weights: Params, x: Array, positions: Array,
                visible: Array) -> Array:
   """Gemma 2's stack over one row a text, [B, 1, S, D], under a mask [B, 1, S, S]."""
-  traits, blocks = layer_traits(config), weights['blocks']
+  config = decoder.config
   apart = positions[..., :, None] - positions[..., None, :]
   scale = config.head_dim ** -0.5 if config.query_scale is None else config.query_scale
   norm = lambda weight, x: RMSNorm(config.norm_epsilon).apply({'params': weight}, x)  # noqa: E731
-  for layer in range(config.num_layers):
-    block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks)
+
+  def run_block(x: Array, layer: tuple[LayerTraits, Params]) -> tuple[Array, None]:
+    traits, block = layer
     read = norm(block['attention_in'], x)
     queries, keys, values = (
         jnp.tensordot(read, block['attention'][name]['w'], axes=1)
         for name in ('query', 'key', 'value'))
-    frequencies = traits.frequencies[layer]
-    mixed = attend(rotate(queries, positions, frequencies) * scale,
-                   rotate(keys, positions, frequencies), values,
-                   visible & (apart < traits.window[layer]), cap=config.attention_softcap)
+    mixed = attend(rotate(queries, positions, traits.frequencies) * scale,
+                   rotate(keys, positions, traits.frequencies), values,
+                   visible & (apart < traits.window), cap=config.attention_softcap)
     mixed = jnp.tensordot(mixed, block['attention']['out']['w'], axes=2)
     x = x + norm(block['attention_out'], mixed)
     fed = FeedForward(config.hidden_dim).apply(
         {'params': block['feed_forward']}, norm(block['feed_forward_in'], x))
     x = x + norm(block['feed_forward_out'], fed)
+    return nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation')), None
+
+  policy = REMAT_POLICIES[decoder.remat]
+  if policy is not None:
+    run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not decoder.scan)
+  x, _ = jax.lax.scan(run_block, x, (layer_traits(config), weights['blocks']),
+                      unroll=1 if decoder.scan else config.num_layers)
   return norm(weights['final_norm'], x)
