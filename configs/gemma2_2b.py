@@ -53,7 +53,7 @@ def get_config(decoder: str = 'gemma2_2b'):
       data=DataConfig(source='tfds', name='c4/en:3.1.0', vocabulary_size=256_000, length=2048,
                       mode='online', vocabulary_path=str(tokenizer or '')),
       computation=Computation(dtype='bfloat16', frozen_dtype='bfloat16', remat='dots',
-                              loss_chunk=256, attention='auto'),
+                              loss_chunk=512, attention='auto'),
       mesh=MeshConfig(data=-1, fsdp=16),
       pretraining=training,
       deliberation=DeliberationConfig(

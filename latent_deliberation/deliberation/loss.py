@@ -10,7 +10,6 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typed
 from latent_deliberation.model.attention import softcap
-from latent_deliberation.model.layers import multiply
 from latent_deliberation.model.quantised import Quantised
 
 # Up to this cap float32 holds the sum of exp over any vocabulary: exp(60) is 1e26 of its 3e38.
@@ -94,10 +93,10 @@ def likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
 
 
 def _logits(cap: float | None, hidden: Array, unembedding: Array | Quantised) -> Array:
-  """[B, N, V] in float32, of a head as `_by_slices` gives it."""
+  """[n, V] in float32, of a head as `_by_slices` gives it."""
   if isinstance(unembedding, Quantised):
     unembedding = unembedding.astype(hidden.dtype).T
-  return softcap(multiply(hidden, unembedding, preferred_element_type='float32'), cap)
+  return softcap(jnp.matmul(hidden, unembedding, preferred_element_type='float32'), cap)
 
 
 def _log_sum_exp(logits: Array, cap: float | None) -> Array:
@@ -109,13 +108,13 @@ def _log_sum_exp(logits: Array, cap: float | None) -> Array:
 
 def _chosen(logits: Array, targets: Array) -> Array:
   """As a sum: the gradient of a gather is a scatter, for which XLA writes that of all logits."""
-  is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+  is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[..., None]
   return jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
 
 
 def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
                unembedding: Array | Quantised, chunk: int) -> Array:
-  """measure(hidden [B, n, D], targets [B, n], head) -> [B, n], over slices of N targets.
+  """measure(hidden [n, D], targets [n], head) -> [n], of all texts over slices of their N targets.
 
   The head is [D, V], turned once for all slices, or quantised and as it is, [V, D], which every
   slice converts as it reads it.
@@ -127,8 +126,13 @@ def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
   else:
     unembedding = nn.with_logical_constraint(
         unembedding.astype(hidden.dtype).T, (None, 'vocab'))
-  of_slice = lambda hidden, targets: measure(hidden, targets, unembedding)  # noqa: E731
   batch, length, width = hidden.shape
+
+  def of_slice(hidden: Array, targets: Array) -> Array:
+    # Rows of one matrix, for the product and all that follows, or XLA would fuse less of it.
+    measured = measure(hidden.reshape(-1, width), targets.reshape(-1), unembedding)
+    return measured.reshape(targets.shape)
+
   if length <= chunk:
     return of_slice(hidden, targets)
   whole = length // chunk * chunk

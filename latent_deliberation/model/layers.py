@@ -61,19 +61,19 @@ def contract(x: Array, weight: Array, inputs: int = 1,
   return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
 
 
-def multiply(x: Array, weight: Array, inputs: int = 1,
-             preferred_element_type: str | None = None) -> Array:
+def multiply(x: Array, weight: Array, inputs: int = 1, rows: bool = True) -> Array:
   """Contracts the last `inputs` axes of x with the first ones of a weight.
 
-  A matrix multiplies rows of one matrix: from more axes of x XLA on a CPU makes the weight's
-  gradient by turning x and the cotangent first, and computes again, element by element, whatever
-  they were made from. For heads it is left to the caller; see `transformer.Attention`.
+  Args:
+    rows: all else is rows of one matrix. From more axes XLA on a CPU makes a weight's gradient by
+      turning x and the cotangent first, and computes again, element by element, whatever they were
+      made from. On a TPU it fuses less and turns more where texts, tokens and heads are so merged.
   """
-  if weight.ndim > 2:
-    return jnp.tensordot(x, weight, axes=inputs, preferred_element_type=preferred_element_type)
-  y = jnp.matmul(x.reshape(-1, weight.shape[0]), weight,
-                 preferred_element_type=preferred_element_type)
-  return y.reshape(*x.shape[:-1], weight.shape[1])
+  if not rows:
+    return jnp.tensordot(x, weight, axes=inputs)
+  width = math.prod(weight.shape[:inputs])
+  y = jnp.matmul(x.reshape(-1, width), weight.reshape(width, -1))
+  return y.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
 
 
 def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[str]) -> Array:
@@ -106,11 +106,13 @@ class Projection(nn.Module):
     axes: logical names of the same axes.
     inputs: how many leading axes of the weight are contracted.
     lora: adds a low-rank term beside the weight.
+    rows: see `multiply`.
   """
   shape: Sequence[int]
   axes: Sequence[str]
   inputs: int = 1
   lora: LowRank | None = None
+  rows: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -126,7 +128,7 @@ class Projection(nn.Module):
       if isinstance(weight, Quantised):
         y = multiply_quantised(x, weight, inputs, axes)
       else:
-        y = multiply(x, weight.astype(x.dtype), inputs)
+        y = multiply(x, weight.astype(x.dtype), inputs, self.rows)
     if self.lora is None:
       return y
     rank = self.lora.rank
@@ -136,7 +138,8 @@ class Projection(nn.Module):
     up = self.variable('lora', 'b', lambda: nn.with_logical_partitioning(
         nn.initializers.zeros, ('rank',) + axes[inputs:])(
             self.make_rng('params'), (rank,) + shape[inputs:]))
-    low = multiply(multiply(x, down.value.astype(x.dtype), inputs), up.value.astype(x.dtype))
+    low = multiply(x, down.value.astype(x.dtype), inputs, self.rows)
+    low = multiply(low, up.value.astype(x.dtype), rows=self.rows)
     return y + low * (self.lora.alpha / rank)
 
 
@@ -144,18 +147,20 @@ class FeedForward(nn.Module):
   """Gated feed-forward: (gelu(x W_gate) * x W_up) W_down, with the tanh form of gelu."""
   hidden_dim: int
   lora: LowRank | None = None
+  rows: bool = True
 
   @nn.compact
   @typed
   def __call__(self, x: Rows) -> Rows:
     width = x.shape[-1]
-    into = dict(shape=(width, self.hidden_dim), axes=('embed', 'mlp'), lora=self.lora)
+    into = dict(shape=(width, self.hidden_dim), axes=('embed', 'mlp'), lora=self.lora,
+                rows=self.rows)
     gate = Projection(**into, name='gate')(x)
     up = Projection(**into, name='up')(x)
     hidden = nn.gelu(gate, approximate=True) * up
     hidden = nn.with_logical_constraint(hidden, ('batch', 'trace', 'length', 'mlp'))
     return Projection((self.hidden_dim, width), ('mlp', 'embed'), lora=self.lora,
-                      name='down')(hidden)
+                      rows=self.rows, name='down')(hidden)
 
 
 class Embedder(nn.Module):

@@ -73,20 +73,17 @@ class Attention(nn.Module):
   config: TransformerConfig
   lora: LowRank | None = None
   attend: Callable[..., Array] = attention.attend_visible
+  rows: bool = True
 
   @nn.compact
   def __call__(self, x: Array, positions: Array, visibility: Visibility, traits: LayerTraits,
                cache: KVCache | None) -> tuple[Array, KeysValues]:
     c = self.config
     axes = ('batch', 'trace', 'length', 'heads', 'head_dim')
-    is_fused = self.attend is attention_fused.attend_visible
-    # A CPU wants rows of one matrix (layers.multiply). A TPU's kernels want a text's heads outside
-    # of its tokens: XLA writes products so, unless texts and tokens are one axis.
-    rows = x if is_fused else x.reshape(-1, c.embed_dim)
 
     def project(name: str, heads: int, axis: str) -> Array:
       y = Projection((c.embed_dim, heads, c.head_dim), ('embed', axis, 'head_dim'),
-                     lora=self.lora, name=name)(rows)
+                     lora=self.lora, rows=self.rows, name=name)(x)
       return y.reshape(*positions.shape, heads, c.head_dim)
 
     queries = project('query', c.num_heads, 'heads')
@@ -106,10 +103,10 @@ class Attention(nn.Module):
         keys=cache.keys.astype(x.dtype), values=cache.values.astype(x.dtype))
     mixed = self.attend(queries, keys, values, positions, visibility, traits.window, cache,
                         c.attention_softcap)
-    mixed = mixed.reshape(*rows.shape[:-1], c.num_heads, c.head_dim)
+    mixed = mixed.reshape(*x.shape[:3], c.num_heads, c.head_dim)
     out = Projection((c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed'),
-                     inputs=2, lora=self.lora, name='out')(mixed)
-    return out.reshape(x.shape), KeysValues(keys, values)
+                     inputs=2, lora=self.lora, rows=self.rows, name='out')(mixed)
+    return out, KeysValues(keys, values)
 
 
 class Block(nn.Module):
@@ -126,18 +123,19 @@ class Block(nn.Module):
                visibility: Visibility) -> tuple[Array, KeysValues]:
     traits, cache = layer
     norm = lambda name: RMSNorm(self.config.norm_epsilon, name=name)  # noqa: E731
-    mixed, fresh = Attention(self.config, self.lora, self.attend, name='attention')(
+    is_fused = self.attend is attention_fused.attend_visible
+    mixed, fresh = Attention(self.config, self.lora, self.attend, not is_fused, name='attention')(
         norm('attention_in')(x), positions, visibility, traits, cache)
     if self.config.post_norms:
       mixed = norm('attention_out')(mixed)
     x = x + mixed
-    fed = FeedForward(self.config.hidden_dim, self.lora, name='feed_forward')(
+    fed = FeedForward(self.config.hidden_dim, self.lora, not is_fused, name='feed_forward')(
         norm('feed_forward_in')(x))
     fed = checkpoint_name(fed, _NAMED[3])
     if self.config.post_norms:
       fed = norm('feed_forward_out')(fed)
     x = nn.with_logical_constraint(x + fed, ('batch', 'trace', 'length', 'activation'))
-    if self.attend is attention_fused.attend_visible:
+    if is_fused:
       x = attention_fused.row_major(x)
     return x, fresh
 
