@@ -155,3 +155,9 @@ def test_questions_need_a_task_that_asks_them():
 def test_a_study_binds_and_comes_back():
   one = study()
   assert bind(as_config(one), Study) == one
+
+
+def test_arms_stay_in_the_order_of_the_list_behind_own():
+  arms = {f'{count} latents': {} for count in (4, 16, 8)} | {'own': {}}
+  assert list(bind(as_config(study(arms)), Study).arms) == [
+      'own', '4 latents', '16 latents', '8 latents']
