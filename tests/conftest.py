@@ -11,7 +11,7 @@ import pytest  # noqa: E402
 from latent_deliberation.array_types import Params  # noqa: E402
 from latent_deliberation.batch import Batch  # noqa: E402
 from latent_deliberation.model.decoder import Decoder  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests import finished, tiny  # noqa: E402, F401  (finished, so that workers inherit its place)
 
 # Slow code, compiled four times as fast. XLA refuses to start on a flag that it does not know, so
 # these are set only for the versions on which they were tried.

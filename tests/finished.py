@@ -1,9 +1,14 @@
-"""One tiny quickstart, run once by its launch script for all tests that look at a finished run."""
+"""One tiny quickstart, run once by its launch script for all tests that look at a finished run.
 
+pytest's workers share it, and compilations too: the first one that wants it runs it.
+"""
+
+import fcntl
 import functools
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,10 +19,13 @@ from typing import Any
 from latent_deliberation.jobs.experiment import Experiment, bind
 
 ROOT = Path(__file__).parents[1]
-_PLACE = tempfile.TemporaryDirectory(prefix='finished-')  # removed when the tests end
-TEXTS = Path(_PLACE.name, 'texts')
-QUICKSTART = Path(_PLACE.name, 'run')
-COMPILED = Path(_PLACE.name, 'compiled')  # shared by this process and those that it starts
+_VARIABLE = 'LATENT_DELIBERATION_TESTS'
+if _VARIABLE not in os.environ:  # otherwise inherited from pytest's first process, or from a test
+  _OWN = tempfile.TemporaryDirectory(prefix='finished-')  # removed when the tests end
+  os.environ[_VARIABLE] = _OWN.name
+_PLACE = Path(os.environ[_VARIABLE])
+TEXTS, QUICKSTART, _PRINTED = _PLACE / 'texts', _PLACE / 'run', _PLACE / 'printed'
+COMPILED = _PLACE / 'compiled'  # shared by all processes
 
 # Keys by which the runs of these tests differ from configs/tiny.py.
 OVERRIDES = {
@@ -73,9 +81,19 @@ def write_texts(directory: Path, documents: Sequence[str]) -> None:
 @functools.cache
 def quickstart() -> tuple[Path, str]:
   """The work directory of the finished quickstart, and what it printed."""
+  with (_PLACE / 'lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not _PRINTED.exists():
+      _PRINTED.write_text(_run_quickstart())
+  return QUICKSTART, _PRINTED.read_text()
+
+
+def _run_quickstart() -> str:
+  for earlier in (TEXTS, QUICKSTART):  # of a worker that failed
+    shutil.rmtree(earlier, ignore_errors=True)
   write_texts(TEXTS, [f'Document {number}: ' + f'the {number}th of the forty. ' * 25
                       for number in range(40)])
   process = launch('quickstart', f'--workdir={QUICKSTART}')
   if process.returncode:
     raise RuntimeError(f'the quickstart failed:\n{process.stderr}')
-  return QUICKSTART, process.stdout
+  return process.stdout

@@ -1,9 +1,12 @@
 """Perplexity by ahead position for more and more latents: the shape of the paper's Table 1.
 
   python launch/study.py --config=configs/study/text.py --workdir=runs/text
+  python launch/study.py --config=configs/study/text.py:plateau --workdir=runs/text_plateau
 
 Text and decoder are the quickstart's, and every arm trains for as many steps on as many traces. Of
-each number of latents the table has the coprocessor's own beside those of another text.
+each number of latents the table has the coprocessor's own beside those of another text. The second
+command has a decoder of 2 M parameters that has read the text twice, half an hour on two cores, and
+beside the coprocessors constant soft tokens and the decoder continued on the same text.
 """
 
 import dataclasses
@@ -14,19 +17,40 @@ from latent_deliberation.jobs.experiment import as_config, bind
 from latent_deliberation.jobs.study_config import ArmConfig, Study
 
 QUICKSTART = Path(__file__).parents[1] / 'quickstart.py'
-NUM_LATENTS = (4, 8, 16, 32)
+LATENTS = {f'{count} latents': ArmConfig(changes={'deliberation': {'num_latents': count}})
+           for count in (4, 8, 16, 32)}
+CONTROLS = {
+    '16 constant': ArmConfig(
+        changes={'deliberation': {'num_latents': 16, 'trainable': 'constant'}}),
+    'continued': ArmConfig('continued')}
+SIZES = ('quickstart', 'plateau')
 
 
-def get_config():
-  """The quickstart with N_A = 16, the paper's, and 16 traces a text."""
+def get_config(size='quickstart'):
+  """With N_A = 16, the paper's, and 16 traces a text; 'quickstart' or 'plateau'."""
+  if size not in SIZES:
+    raise ValueError(f'text.py:{size}: choose one of {SIZES}')
   experiment = bind(runpy.run_path(str(QUICKSTART))['get_config']())
+  experiment = dataclasses.replace(
+      experiment,
+      deliberation=dataclasses.replace(experiment.deliberation, num_ahead=16, num_traces=16),
+      evaluation=dataclasses.replace(
+          experiment.evaluation, num_texts=512, num_traces=8, num_ahead=32,
+          positions=(1, 2, 4, 8, 16, 32)))
+  if size == 'plateau':
+    experiment = _with_larger_decoder(experiment)
   return as_config(Study(
-      name='perplexity by number of latents', seeds=(0,),
-      experiment=dataclasses.replace(
-          experiment,
-          deliberation=dataclasses.replace(experiment.deliberation, num_ahead=16, num_traces=16),
-          evaluation=dataclasses.replace(
-              experiment.evaluation, num_texts=512, num_traces=8, num_ahead=32,
-              positions=(1, 2, 4, 8, 16, 32))),
-      arms={f'{count} latents': ArmConfig(changes={'deliberation': {'num_latents': count}})
-            for count in NUM_LATENTS}))
+      name='perplexity by number of latents', seeds=(0,), experiment=experiment,
+      arms=LATENTS | CONTROLS if size == 'plateau' else LATENTS))
+
+
+def _with_larger_decoder(experiment):
+  start = experiment.pretraining
+  return dataclasses.replace(
+      experiment,
+      decoder=dataclasses.replace(
+          experiment.decoder, embed_dim=192, num_layers=3, num_heads=6, hidden_dim=768),
+      pretraining=dataclasses.replace(
+          start, optimizer=dataclasses.replace(start.optimizer, learning_rate=5e-3),
+          loop=dataclasses.replace(
+              start.loop, num_steps=2000, eval_every=200, save_every=500)))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+from absl import logging
 from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import Sharding
@@ -133,6 +134,20 @@ def check_decoder(description: Description, decoder: str) -> None:
     raise ValueError(
         f'the coprocessor was trained on a decoder with fingerprint {description.decoder}, this '
         f'one has {decoder}: give the decoder that it was trained on, or train one for this')
+
+
+def compare_frozen_dtype(description: Description, dtype: str) -> None:
+  """Logs a warning where frozen weights are int8 now and were not in training, or the reverse.
+
+  Args:
+    dtype: what the decoder's weights are kept in now.
+  """
+  trained = description.frozen_dtype
+  if trained and (trained == 'int8') != (dtype == 'int8'):
+    logging.warning(
+        'the coprocessor was trained beside frozen weights in %s, and reads those of %s now: it '
+        'works, on slightly other hidden states; train one beside %s for exact results', trained,
+        dtype, dtype)
 
 
 def _read_description(directory: Path) -> tuple[Description, str]:

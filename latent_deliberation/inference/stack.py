@@ -18,6 +18,7 @@ from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KeysValues
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.layers import LowRank, RMSNorm
+from latent_deliberation.model.quantised import input_axes
 from latent_deliberation.model.transformer import Block, layer_traits
 
 CACHED_BYTES = 2**21  # a weight of fewer stays in a core's own cache, and turning it gains nothing
@@ -59,8 +60,7 @@ def _turn(params: Params, inputs: int = 1) -> Params:
   turned = {}
   for name, child in params.items():
     if isinstance(child, Mapping):
-      # Only the projection out of the heads has two input axes.
-      turned[name] = _turn(child, inputs=2 if name == 'out' else 1)
+      turned[name] = _turn(child, input_axes(name))
     elif name == 'w' and child.nbytes >= CACHED_BYTES:
       turned['turned'] = jnp.moveaxis(child, range(inputs), range(-inputs, 0))
     else:

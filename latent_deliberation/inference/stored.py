@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from latent_deliberation.inference.programs import Augmentation, Model, State
 from latent_deliberation.model.fingerprint import fingerprint
 
 _DESCRIPTION, _ARRAYS, _FORMAT = 'cache.json', 'cache.safetensors', 1
+_KEYS = ('decoder', 'written', 'texts', 'augmented', 'model', 'dtype', 'coprocessor',
+         'global_slots', 'local_slots')
 
 
 def save(directory: Path, generator: Generator, state: State,
@@ -50,7 +53,7 @@ def load(directory: Path, generator: Generator) -> tuple[State, Augmentation | N
 
   Raises:
     FileNotFoundError: there is no cache in `directory`.
-    ValueError: it is damaged, of another decoder, or laid out otherwise.
+    ValueError: it is damaged, of an older version, of another decoder, or laid out otherwise.
   """
   directory = Path(directory)
   described = _describe(directory)
@@ -101,13 +104,19 @@ def _describe(directory: Path) -> dict[str, Any]:
     described = json.loads(path.read_text())
     if described['format'] != _FORMAT:
       raise ValueError(f'format {described["format"]!r}, expected {_FORMAT}')
-    for key in ('decoder', 'written', 'texts', 'augmented', 'model', 'dtype', 'coprocessor',
-                'global_slots', 'local_slots'):
-      described[key]
-    return described
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{path} is damaged or of another format ({type(error).__name__}: {error}); '
                      'save the cache again') from error
+  _refuse_older(directory, described, _KEYS)
+  return described
+
+
+def _refuse_older(directory: Path, there: Mapping[str, Any], expected: Iterable[str],
+                  section: str = '') -> None:
+  absent = [section + key for key in expected if key not in there]
+  if absent:
+    raise ValueError(f'the cache in {directory} is of an older version, whose {_DESCRIPTION} does '
+                     f'not say {absent}, which this one needs: save the cache again')
 
 
 def _check(directory: Path, described: dict[str, Any], generator: Generator) -> None:
@@ -122,6 +131,7 @@ def _check(directory: Path, described: dict[str, Any], generator: Generator) -> 
       raise ValueError(f'the cache in {directory} was made {_with(there)}, this generator works '
                        f'{_with(here)}: give the one that made it, or save the cache again')
     if isinstance(there, dict):
+      _refuse_older(directory, there, here, f'{name}.')
       there, here = _differences(there, here)
     # Slots that are not reached yet may be more or fewer.
     if not name.endswith('_slots') or described['written'] > min(there, here):

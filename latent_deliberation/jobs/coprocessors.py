@@ -51,16 +51,20 @@ def find_coprocessor(experiment: Experiment, directory: Path, vocabulary: str) -
 def load_coprocessor(experiment: Experiment, directory: Path, decoder: str, mesh: Mesh) -> Params:
   """The parameters of a package, on their shards.
 
+  A warning says where the frozen weights are int8 now and were not in training, or the reverse.
+
   Args:
     decoder: fingerprint of the decoder that it is to work with.
 
   Raises:
     ValueError: it was trained on another decoder, or is damaged.
   """
+  description = package.describe(directory)
   try:
-    package.check_decoder(package.describe(directory), decoder)
+    package.check_decoder(description, decoder)
   except ValueError as error:
     raise ValueError(f'{directory}: {error}') from error
+  package.compare_frozen_dtype(description, experiment.computation.frozen_dtype)
   loaded = package.load(directory, lambda boxed: shardings_of(boxed, mesh, experiment.rules))
   return loaded.params
 

@@ -179,13 +179,14 @@ class Experiment:
 def as_config(experiment: Any) -> ConfigDict:
   """Every key of an experiment, or a study, with its value, locked, for flags to override."""
 
-  def fill(tree: Mapping[str, Any]) -> dict[str, Any]:
-    # A bare None could not be overridden by a flag; all our optional values are floats.
-    return {key: fill(value) if isinstance(value, Mapping)
-            else config_dict.placeholder(float) if value is None else value
-            for key, value in tree.items()}
+  def fill(tree: Mapping[str, Any]) -> ConfigDict:
+    # A bare None could not be overridden by a flag; all our optional values are floats. Keys stay
+    # in order, since a report has a study's arms as they were listed.
+    return ConfigDict({key: fill(value) if isinstance(value, Mapping)
+                       else config_dict.placeholder(float) if value is None else value
+                       for key, value in tree.items()}, sort_keys=False)
 
-  return ConfigDict(fill(dataclasses.asdict(experiment))).lock()
+  return fill(dataclasses.asdict(experiment)).lock()
 
 
 def bind(config: Mapping[str, Any], kind: type = Experiment, where: str = 'config') -> Any:

@@ -54,6 +54,7 @@ def open_generator(decoder: Path, coprocessor: str = '', vocabulary: str = '',
   digest = checkpoint.fingerprint or fingerprint(params)
   check_decoder(digest)
   if trained is not None:
+    package.compare_frozen_dtype(trained, params['embedder']['table'].dtype.name)
     trained = (trained.config, package.load(place).params)
   return Generator(checkpoint.config, params, length=length, coprocessor=trained,
                    fingerprint=digest), tokenizer

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Params
 from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.data.synthetic.corpus import build
-from latent_deliberation.data.synthetic.question import Question
+from latent_deliberation.data.synthetic.question import Question, Task
 from latent_deliberation.data.synthetic.written import ANSWER
 from latent_deliberation.evaluation.bootstrap import AheadNLL
 from latent_deliberation.evaluation.outcomes import Outcomes
@@ -46,14 +46,8 @@ class QuestionMeasure:
     byte = config.vocabulary == 'byte'
     self._tokenizer = open_tokenizer(
         BYTES if byte else config.vocabulary_path or data / VOCABULARY_FILE)
-    self._task = build(config.name, {**config.options, **self._asked.options})
-    self._questions = self._task.examine(np.random.default_rng(self._asked.seed),
-                                         self._asked.per_difficulty)
+    self._task, self._questions = draw_questions(study)
     self.difficulty = np.array([question.difficulty for question in self._questions])
-    levels, counts = np.unique(self.difficulty, return_counts=True)
-    if counts.min() < 2:
-      raise ValueError(f'difficulty {levels[counts.argmin()]} has 1 question, an interval needs at '
-                       'least 2: ask more of it, or raise questions.per_difficulty')
     parts = [self._encode(question) for question in self._questions]
     self.prompt = float(np.mean([len(context) + len(question) for context, question, _ in parts]))
     self.answer = float(np.mean([len(answer) for *_, answer in parts]))
@@ -96,6 +90,23 @@ class QuestionMeasure:
         build_deliberator(experiment), arms, loss_chunk=experiment.computation.loss_chunk,
         mesh=self._mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
     return score_questions(scorer, params, decoder, batches, len(self.difficulty))
+
+
+def draw_questions(study: Study) -> tuple[Task, list[Question]]:
+  """The task of a study and what it asks; nothing else need be there.
+
+  Raises:
+    FileNotFoundError: the file to ask from is absent.
+    ValueError: its content is wrong, or there are too few questions of a difficulty.
+  """
+  asked, config = study.questions, study.experiment.data
+  task = build(config.name, {**config.options, **asked.options})
+  questions = task.examine(np.random.default_rng(asked.seed), asked.per_difficulty)
+  levels, counts = np.unique([question.difficulty for question in questions], return_counts=True)
+  if counts.min() < 2:
+    raise ValueError(f'difficulty {levels[counts.argmin()]} has 1 question, an interval needs at '
+                     'least 2: ask more of it, or raise questions.per_difficulty')
+  return task, questions
 
 
 def _check_room(study: Study, first: int) -> None:

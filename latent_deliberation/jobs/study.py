@@ -22,7 +22,12 @@ from latent_deliberation.evaluation.study_report import summarise_study
 from latent_deliberation.evaluation.study_result import CONTROLS, Arm, StudyResult, control_name
 from latent_deliberation.files import write_whole
 from latent_deliberation.jobs.directories import make_writable
-from latent_deliberation.jobs.measures import QuestionMeasure, TextMeasure, open_measure
+from latent_deliberation.jobs.measures import (
+  QuestionMeasure,
+  TextMeasure,
+  draw_questions,
+  open_measure,
+)
 from latent_deliberation.jobs.models import count_parameters, load_frozen, open_frozen
 from latent_deliberation.jobs.phases import PhaseClock
 from latent_deliberation.jobs.prepared import prepare_data
@@ -108,6 +113,8 @@ class _Run:
 def check_arms(study: Study, workdir: Path, mesh: Mesh) -> None:
   """Raises before the first phase what would stop a later one."""
   shapes = nn.unbox(boxed_shapes(study.experiment.decoder))
+  if study.questions.per_difficulty:
+    draw_questions(study)
   describe_pretraining(study.experiment, workdir / 'decoder', mesh).check()
   for name, arm in study.arms.items():
     for seed in study.seeds:

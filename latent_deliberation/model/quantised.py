@@ -37,6 +37,11 @@ class Quantised:
     return (self.values.astype(jnp.float32) * scale).astype(dtype)
 
 
+def input_axes(name: str) -> int:
+  """Leading axes of a weight that its product contracts, by the name of the block's projection."""
+  return 2 if name == 'out' else 1  # heads and what is in them are contracted together
+
+
 def quantise(params: Params) -> Params:
   """A decoder with Quantised matrices, its table included; norms stay as they are.
 
@@ -53,8 +58,7 @@ def _quantise_tree(params: Params, inputs: int) -> Params:
   quantised = {}
   for name, child in params.items():
     if isinstance(child, Mapping):
-      # Only the projection out of the heads has two input axes.
-      quantised[name] = _quantise_tree(child, inputs=2 if name == 'out' else 1)
+      quantised[name] = _quantise_tree(child, input_axes(name))
     elif name == 'table':
       quantised[name] = _quantise_matrix(child, (-1,))
     elif name == 'w':

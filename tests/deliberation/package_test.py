@@ -58,6 +58,15 @@ def test_a_package_that_does_not_say_what_its_decoder_was_kept_in_is_read(copied
   assert package.describe(copied).frozen_dtype == ''
 
 
+@pytest.mark.parametrize('trained, now, warned', [
+    ('int8', 'float32', True), ('bfloat16', 'int8', True), ('float32', 'bfloat16', False),
+    ('int8', 'int8', False), ('', 'int8', False)])
+def test_weights_that_are_int8_on_one_side_alone_are_warned_of(full, caplog, trained, now, warned):
+  package.compare_frozen_dtype(dataclasses.replace(full, frozen_dtype=trained), now)
+  expected = f'beside frozen weights in {trained}, and reads those of {now} now'
+  assert [expected in text for text in caplog.messages] == [True] * warned
+
+
 @pytest.fixture
 def copied(saved, tmp_path):
   """A copy of a saved package, to be damaged."""

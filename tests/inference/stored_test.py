@@ -1,5 +1,7 @@
 """A cache read from disk is the cache that was written, and no other decoder takes it."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -108,6 +110,18 @@ def test_a_cache_with_latents_of_other_weights_is_refused(saved, decoder_params)
                     coprocessor=(deliberator.config, params))
   with pytest.raises(ValueError, match="coprocessor = {'weights': '.*'}, this generator has {'wei"):
     stored.load(saved[0], other)
+
+
+@pytest.mark.parametrize('section, key', [('', 'local_slots'), ('coprocessor.', 'weights'),
+                                          ('model.', 'rope_scaling')])
+def test_a_cache_of_an_older_version_is_refused_as_such_with_what_it_lacks(
+    generator, saved, section, key):
+  description = saved[0] / 'cache.json'
+  content = json.loads(description.read_text())
+  del (content[section[:-1]] if section else content)[key]
+  description.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=rf"older version, .* not say \['{section}{key}'\].* again"):
+    stored.load(saved[0], generator)
 
 
 def test_nothing_is_overwritten_and_nothing_damaged_is_loaded(generator, saved):

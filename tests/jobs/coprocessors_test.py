@@ -64,3 +64,11 @@ def test_it_is_loaded_onto_the_mesh_for_its_own_decoder_alone(quickstart, descri
   with pytest.raises(ValueError, match=f'{directory}: the coprocessor was trained on a decoder '
                      f'with fingerprint {described.decoder}, this one has another'):
     load_coprocessor(finished.experiment(), directory, 'another', mesh)
+
+
+def test_int8_weights_beside_one_that_was_trained_without_are_warned_of(
+    quickstart, described, caplog):
+  experiment = finished.experiment(computation__frozen_dtype='int8')
+  load_coprocessor(experiment, quickstart / 'coprocessor/coprocessor', described.decoder,
+                   make_mesh(MeshConfig(2, 2, 2)))
+  assert any('in float32, and reads those of int8 now' in text for text in caplog.messages)

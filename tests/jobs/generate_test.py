@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -25,6 +26,14 @@ AUGMENTED = Request(Decoding(24, policy=ONCE))
 def opened(quickstart):
   return open_generator(quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor'),
                         length=200)
+
+
+def test_a_coprocessor_that_was_trained_beside_int8_weights_warns(quickstart, tmp_path, caplog):
+  trained = shutil.copytree(quickstart / 'coprocessor/coprocessor', tmp_path / 'trained')
+  path = trained / 'coprocessor.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'frozen_dtype': 'int8'}))
+  open_generator(quickstart / 'pretraining/decoder', str(trained), length=200)
+  assert any('in int8, and reads those of float32 now' in text for text in caplog.messages)
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data.config import DataConfig
+from latent_deliberation.jobs import study as job
 from latent_deliberation.jobs.experiment import as_config, bind
 from latent_deliberation.jobs.study_config import QuestionsConfig, Study
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from tests import finished
-from tests.jobs.tiny_study import study
+from tests.jobs.tiny_study import study, written
 
 
 def run(workdir, which, *overrides):
@@ -155,3 +156,24 @@ def test_questions_need_a_task_that_asks_them():
 def test_a_study_binds_and_comes_back():
   one = study()
   assert bind(as_config(one), Study) == one
+
+
+@pytest.mark.parametrize('lines, error, message', [
+    (None, FileNotFoundError, 'no file .*asked.txt'), ('which? #### 4', ValueError, 'asked.txt:1'),
+    ('which?||4 #### 4', ValueError, 'difficulty 1 has 1 question, .* needs at least 2')])
+def test_a_file_of_questions_is_read_before_there_are_data(
+    lines, error, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(job, 'prepare_data', lambda *unused: pytest.fail('data were prepared'))
+  asked = tmp_path / 'asked.txt'
+  if lines is not None:
+    asked.write_text(lines)
+  start = written()
+  questions = dataclasses.replace(start.questions, options={'asked': str(asked)})
+  with pytest.raises(error, match=message):
+    job.run_study(dataclasses.replace(start, questions=questions), tmp_path / 'run')
+
+
+def test_arms_stay_in_the_order_of_the_list_behind_own():
+  arms = {f'{count} latents': {} for count in (4, 16, 8)} | {'own': {}}
+  assert list(bind(as_config(study(arms)), Study).arms) == [
+      'own', '4 latents', '16 latents', '8 latents']
