@@ -114,8 +114,8 @@ def test_a_host_has_one_run_at_a_time_which_is_asked_to_end(tmp_path):
   assert again.returncode == 2 and 'still runs, and a chip has one user' in again.stderr
   assert recipe('host', 'stop', home).returncode == 0
   wait_for(log, 'saved')
-  assert log.read_text().splitlines()[0] == (
-      f'--xla_tpu_scoped_vmem_limit_kib=98304 {" ".join(shlex.split(TRAIN)[1:])}')
+  flags = re.search('^LIBTPU_INIT_ARGS=(.*)$', (RECIPES / 'tpu.env').read_text(), re.MULTILINE)[1]
+  assert log.read_text().splitlines()[0] == f'{flags} {" ".join(shlex.split(TRAIN)[1:])}'
 
 
 def wait_for(log: Path, text: str) -> None:
