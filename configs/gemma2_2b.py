@@ -32,8 +32,9 @@ def get_config(decoder: str = 'gemma2_2b'):
 
   A chip has one text at a time. With 64 latents it needs --config.computation.remat=mid. Chips with
   more memory (v5p, v6e) take two or more texts at a time, and the frozen weights whole:
-  --config.training.accumulation=2 --config.computation.replicate_frozen=True. With several slices
-  give their number as --config.mesh.replica. docs/tpu.md has a table of what each slice gives.
+  --config.training.accumulation=2 --config.computation.replicate_frozen=True, on a v6e with
+  --config.computation.loss_chunk=256, too. With several slices give their number as
+  --config.mesh.replica. docs/tpu.md has a table of what each slice gives.
 
   Args:
     decoder: name of a preset, or directory of a decoder.

@@ -19,7 +19,7 @@ from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
 SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'compile',
-           'benchmark_attention')
+           'benchmark_attention', 'benchmark_plan')
 WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference',
                   'benchmark_step')
 
