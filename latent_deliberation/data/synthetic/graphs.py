@@ -24,10 +24,10 @@ LETTERS = string.ascii_lowercase
 
 @dataclasses.dataclass(frozen=True)
 class Graphs(DrawnTask):
-  """'acbd...;' says a->c, b->d; 'dkA' asks whether d or k can be reached from a, one letter.
+  """'acbd...;' says a->c, b->d; 'dk?A' asks whether d or k can be reached from a, one letter.
 
   The start comes last and as a capital, as in `Hops`: the token that the answer is predicted from
-  is the one to look up, and no arrow looks like a question.
+  is the one to look up, and no arrow looks like a question. '?' tells a question from a link.
 
   Nodes come in pairs of twins: a graph of nodes / 2 is drawn, every node is doubled, and an arrow
   leads either from each twin to its own counterpart, or crosswise. To exchange all twins leaves the
@@ -72,8 +72,8 @@ class Graphs(DrawnTask):
     """See `DrawnTask.document`; with links between the context and the questions."""
     del held_out
     questions, arrows = self._ask(rng, count)
-    drawn = rng.integers(len(arrows), size=self.links).tolist()
-    links = [arrows[place][0].upper() + arrows[place][1] for place in drawn]
+    links = [f'{tail.upper()}{head}' for tail, head in (
+        arrows[place] for place in rng.integers(len(arrows), size=self.links).tolist())]
     return ''.join([questions[0].context, *links,
                     *[asked.question + asked.answer for asked in questions]])
 
@@ -100,7 +100,7 @@ class Graphs(DrawnTask):
       start, target, twin = (letters[(node + pairs * twins) % self.nodes] for node, twins in (
           (start, exchanged), (target, exchanged), (target, 1 - exchanged)))
       candidates = twin + target if order else target + twin
-      questions.append(Question(context, candidates + start.upper(), target, k))
+      questions.append(Question(context, f'{candidates}?{start.upper()}', target, k))
     return questions, arrows
 
   def _draw_arrows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,9 @@ TASKS = [Graphs(), Graphs(nodes=26, steps=11), Graphs(nodes=26, steps=3), Graphs
 
 def read(asked):
   """Arrows of a context, the start and the two candidates of a question."""
-  assert asked.context[-1] == ';' and asked.question[-1].isupper()
+  assert asked.context[-1] == ';' and asked.question[2] == '?' and asked.question[-1].isupper()
   arrows = list(zip(asked.context[:-1:2], asked.context[1:-1:2], strict=True))
-  return arrows, asked.question[2].lower(), asked.question[:2]
+  return arrows, asked.question[3].lower(), asked.question[:2]
 
 
 def distances(arrows, start):
@@ -87,7 +87,24 @@ def test_skew_is_the_decay_of_difficulties():
   assert counts[2] / counts[3] == pytest.approx(np.exp(0.5), rel=0.1)
 
 
+def test_links_are_arrows_of_the_context_and_stand_before_the_questions():
+  task = Graphs(nodes=10, steps=3, links=40)
+  context, text = task.document(np.random.default_rng(0), 5).split(';')
+  arrows = {context[place:place + 2] for place in range(0, len(context), 2)}
+  links, questions = text[:80], text[80:]
+  drawn = {links[place:place + 2].lower() for place in range(0, 80, 2)}
+  assert len(arrows) == 10 and drawn <= arrows and len(drawn) > 5
+  assert links[::2].isupper() and links[1::2].islower()
+  assert len(questions) == 5 * len('dk?Ad') and questions[2::5] == '?????'
+
+
+def test_the_same_questions_are_asked_with_links_and_without():
+  plain, linked = (Graphs(links=links).examine(np.random.default_rng(0), 3) for links in (0, 9))
+  assert plain == linked
+
+
 @pytest.mark.parametrize(('options', 'message'), [
+    ({'links': -1}, 'links = -1: it must lie between 0 and 1000'),
     ({'nodes': 10}, 'nodes = 10: it must lie between 12 and 26, letters enough for steps = 4'),
     ({'nodes': 17}, 'nodes = 17 is odd'),
     ({'steps': 12}, 'steps = 12: it must lie between 1 and 11'),
