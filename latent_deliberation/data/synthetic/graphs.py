@@ -38,8 +38,8 @@ class Graphs(DrawnTask):
     nodes: even; the pairs without arrows among the first steps + 1 have two parents each.
     steps: difficulties are shortest paths of 1 to steps arrows.
     skew: the probability of difficulty k is proportional to exp(-skew * k).
-    links: of a training document, in front of its questions: 'Ac', a node and any that an arrow of
-      it leads to. A decoder that has only answers, one of two, to learn from does not find arrows.
+    links: of a training document, among its questions: 'Ac', a node and any that an arrow of it
+      leads to. A decoder that has only answers, one of two, to learn from does not find arrows.
   """
   nodes: int = 16
   steps: int = 4
@@ -69,13 +69,14 @@ class Graphs(DrawnTask):
     return self._ask(rng, count, difficulty)[0]
 
   def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
-    """See `DrawnTask.document`; with links between the context and the questions."""
-    del held_out
+    """See `DrawnTask.document`; with links among the questions."""
+    if not self.links:
+      return super().document(rng, count, held_out)
     questions, arrows = self._ask(rng, count)
     links = [f'{tail.upper()}{head}' for tail, head in (
         arrows[place] for place in rng.integers(len(arrows), size=self.links).tolist())]
-    return ''.join([questions[0].context, *links,
-                    *[asked.question + asked.answer for asked in questions]])
+    items = [*links, *[asked.question + asked.answer for asked in questions]]
+    return questions[0].context + ''.join([items[place] for place in rng.permutation(len(items))])
 
   def _ask(self, rng: np.random.Generator, count: int, difficulty: int | None = None,
            ) -> tuple[list[Question], list[tuple[str, str]]]:

@@ -1,5 +1,6 @@
 import collections
 import json
+import re
 
 import numpy as np
 import pytest
@@ -87,15 +88,16 @@ def test_skew_is_the_decay_of_difficulties():
   assert counts[2] / counts[3] == pytest.approx(np.exp(0.5), rel=0.1)
 
 
-def test_links_are_arrows_of_the_context_and_stand_before_the_questions():
+def test_links_are_arrows_of_the_context_and_stand_among_the_questions():
   task = Graphs(nodes=10, steps=3, links=40)
   context, text = task.document(np.random.default_rng(0), 5).split(';')
   arrows = {context[place:place + 2] for place in range(0, len(context), 2)}
-  links, questions = text[:80], text[80:]
-  drawn = {links[place:place + 2].lower() for place in range(0, 80, 2)}
-  assert len(arrows) == 10 and drawn <= arrows and len(drawn) > 5
-  assert links[::2].isupper() and links[1::2].islower()
-  assert len(questions) == 5 * len('dk?Ad') and questions[2::5] == '?????'
+  items = re.findall(r'[a-z]{2}\?[A-Z][a-z]|[A-Z][a-z]', text)
+  links = [item.lower() for item in items if '?' not in item]
+  assert ''.join(items) == text
+  assert len(arrows) == 10 and set(links) <= arrows and len(set(links)) > 5
+  assert len(links) == 40 and len(items) == 45
+  assert not all('?' in item for item in items[-5:])
 
 
 def test_the_same_questions_are_asked_with_links_and_without():
