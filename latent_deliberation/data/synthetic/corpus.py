@@ -21,7 +21,7 @@ from latent_deliberation.data.synthetic.written import Written
 
 TASKS = {'hops': Hops, 'groups': Groups, 'graphs': Graphs, 'arithmetic': Arithmetic,
          'carries': Carries, 'written': Written}
-VERSION = 2  # of the generators: to be raised when the same options begin to give other documents
+VERSION = 3  # of the generators: to be raised when the same options begin to give other documents
 
 
 @dataclasses.dataclass(frozen=True)

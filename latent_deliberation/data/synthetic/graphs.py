@@ -24,10 +24,10 @@ LETTERS = string.ascii_lowercase
 
 @dataclasses.dataclass(frozen=True)
 class Graphs(DrawnTask):
-  """'acbd...;' says a->c, b->d; 'dkA' asks whether d or k can be reached from a, one letter.
+  """'acbd...;' says a->c, b->d; 'dk?A' asks whether d or k can be reached from a, one letter.
 
   The start comes last and as a capital, as in `Hops`: the token that the answer is predicted from
-  is the one to look up, and no arrow looks like a question.
+  is the one to look up, and no arrow looks like a question. '?' tells a question from a link.
 
   Nodes come in pairs of twins: a graph of nodes / 2 is drawn, every node is doubled, and an arrow
   leads either from each twin to its own counterpart, or crosswise. To exchange all twins leaves the
@@ -38,10 +38,13 @@ class Graphs(DrawnTask):
     nodes: even; the pairs without arrows among the first steps + 1 have two parents each.
     steps: difficulties are shortest paths of 1 to steps arrows.
     skew: the probability of difficulty k is proportional to exp(-skew * k).
+    links: of a training document, among its questions: 'Ac', a node and any that an arrow of it
+      leads to. A decoder that has only answers, one of two, to learn from does not find arrows.
   """
   nodes: int = 16
   steps: int = 4
   skew: float = 0.0
+  links: int = 0
 
   def __post_init__(self):
     check_integer('steps', self.steps, 1, len(LETTERS) // 2 - 2)
@@ -50,6 +53,7 @@ class Graphs(DrawnTask):
     if self.nodes % 2:
       raise ValueError(f'nodes = {self.nodes} is odd, and nodes come in pairs: take one more')
     check_skew(self.skew)
+    check_integer('links', self.links, 0, 1000)
 
   @property
   def difficulties(self) -> tuple[int, ...]:
@@ -62,12 +66,28 @@ class Graphs(DrawnTask):
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
     """See `DrawnTask.ask`."""
+    return self._ask(rng, count, difficulty)[0]
+
+  def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
+    """See `DrawnTask.document`; with links among the questions."""
+    if not self.links:
+      return super().document(rng, count, held_out)
+    questions, arrows = self._ask(rng, count)
+    links = [f'{tail.upper()}{head}' for tail, head in (
+        arrows[place] for place in rng.integers(len(arrows), size=self.links).tolist())]
+    items = [*links, *[asked.question + asked.answer for asked in questions]]
+    return questions[0].context + ''.join([items[place] for place in rng.permutation(len(items))])
+
+  def _ask(self, rng: np.random.Generator, count: int, difficulty: int | None = None,
+           ) -> tuple[list[Question], list[tuple[str, str]]]:
+    """Questions, and the arrows of their graph."""
     lengths = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     pairs = self.nodes // 2
     tails, heads = self._draw_arrows(rng)
     letters = [LETTERS[node] for node in rng.permutation(self.nodes).tolist()]
-    arrows = rng.permutation(np.stack([tails, heads], axis=1)).ravel().tolist()
-    context = ''.join([letters[node] for node in arrows]) + ';'
+    arrows = [(letters[tail], letters[head]) for tail, head in
+              rng.permutation(np.stack([tails, heads], axis=1)).tolist()]
+    context = ''.join([tail + head for tail, head in arrows]) + ';'
 
     routes = {k: [] for k in self.difficulties}  # from the first twin of a pair, to one twin alone
     for start, target, length in _find_routes(tails, heads, pairs):
@@ -81,8 +101,8 @@ class Graphs(DrawnTask):
       start, target, twin = (letters[(node + pairs * twins) % self.nodes] for node, twins in (
           (start, exchanged), (target, exchanged), (target, 1 - exchanged)))
       candidates = twin + target if order else target + twin
-      questions.append(Question(context, candidates + start.upper(), target, k))
-    return questions
+      questions.append(Question(context, f'{candidates}?{start.upper()}', target, k))
+    return questions, arrows
 
   def _draw_arrows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Tails and heads; nodes are numbered so that the twin of n is n + nodes / 2.

@@ -1,5 +1,6 @@
 import collections
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ TASKS = [Graphs(), Graphs(nodes=26, steps=11), Graphs(nodes=26, steps=3), Graphs
 
 def read(asked):
   """Arrows of a context, the start and the two candidates of a question."""
-  assert asked.context[-1] == ';' and asked.question[-1].isupper()
+  assert asked.context[-1] == ';' and asked.question[2] == '?' and asked.question[-1].isupper()
   arrows = list(zip(asked.context[:-1:2], asked.context[1:-1:2], strict=True))
-  return arrows, asked.question[2].lower(), asked.question[:2]
+  return arrows, asked.question[3].lower(), asked.question[:2]
 
 
 def distances(arrows, start):
@@ -87,7 +88,25 @@ def test_skew_is_the_decay_of_difficulties():
   assert counts[2] / counts[3] == pytest.approx(np.exp(0.5), rel=0.1)
 
 
+def test_links_are_arrows_of_the_context_and_stand_among_the_questions():
+  task = Graphs(nodes=10, steps=3, links=40)
+  context, text = task.document(np.random.default_rng(0), 5).split(';')
+  arrows = {context[place:place + 2] for place in range(0, len(context), 2)}
+  items = re.findall(r'[a-z]{2}\?[A-Z][a-z]|[A-Z][a-z]', text)
+  links = [item.lower() for item in items if '?' not in item]
+  assert ''.join(items) == text
+  assert len(arrows) == 10 and set(links) <= arrows and len(set(links)) > 5
+  assert len(links) == 40 and len(items) == 45
+  assert not all('?' in item for item in items[-5:])
+
+
+def test_the_same_questions_are_asked_with_links_and_without():
+  plain, linked = (Graphs(links=links).examine(np.random.default_rng(0), 3) for links in (0, 9))
+  assert plain == linked
+
+
 @pytest.mark.parametrize(('options', 'message'), [
+    ({'links': -1}, 'links = -1: it must lie between 0 and 1000'),
     ({'nodes': 10}, 'nodes = 10: it must lie between 12 and 26, letters enough for steps = 4'),
     ({'nodes': 17}, 'nodes = 17 is odd'),
     ({'steps': 12}, 'steps = 12: it must lie between 1 and 11'),
