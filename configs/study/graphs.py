@@ -1,11 +1,13 @@
 """Reachability: which of two nodes lies down the arrows, and how many arrows on?
 
   python launch/study.py --config=configs/study/graphs.py --workdir=runs/graphs
+  python launch/study.py --config=configs/study/graphs.py:full --workdir=runs/graphs
 
-Decoder and arms are those of hops.py:quick, but for what the arms train on: long paths as often as
-short ones, unlike the decoder's text. Answers are one of two, so that guessing is right half of
-the time. Among its questions every document has links, an arrow each: without them the decoder
-guesses even where one arrow leads to the answer (docs/results.md).
+Decoder and arms are those of hops.py:quick, or of another size of it as in the second command, but
+for what the arms train on: long paths as often as short ones, unlike the decoder's text. Answers
+are one of two, so that guessing is right half of the time. Among its questions every document has
+links, an arrow each: without them the decoder guesses even where one arrow leads to the answer
+(docs/results.md).
 """
 
 import runpy
@@ -22,9 +24,9 @@ QUESTIONS = 12  # of a training document, and as many links
 TASK = Graphs(nodes=10, steps=3, skew=1.5, links=QUESTIONS)
 
 
-def get_config():
-  """A coprocessor and constant soft tokens beside the frozen decoder."""
-  study = bind(HOPS['get_config']('quick'), Study)
+def get_config(size='quick'):
+  """A coprocessor and constant soft tokens beside the frozen decoder, or a size of hops.py."""
+  study = bind(HOPS['get_config'](size), Study)
   start = study.experiment
   experiment = replace(
       start,
