@@ -1,6 +1,10 @@
 """Eight virtual CPU devices, fast compilation, and the small decoder that most tests share."""
 
 import os
+import signal
+
+# A shell's process in the background ignores what Ctrl-C sends, and so would tests that send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before jax starts its backend. A test that starts a process of its own passes these on to it.
 os.environ['JAX_PLATFORMS'] = 'cpu'

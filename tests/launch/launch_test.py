@@ -182,7 +182,7 @@ def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
          'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
          'augment': 'document', 'generate': 'prompt', 'benchmark_weights': 'output',
          'benchmark_inference': 'output', 'benchmark_step': 'output',
-         'benchmark_attention': 'output'}
+         'benchmark_attention': 'output', 'benchmark_plan': 'output'}
   assert f'python launch/{script}.py' in printed
   for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
     assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed
