@@ -77,7 +77,8 @@ def test_adapters_and_constant_soft_tokens_and_fewer_layers_too(
     pytest.param(latents, marks=[pytest.mark.slow] * (latents != 'refining'))
     for latents in LATENTS])
 @pytest.mark.parametrize('policy, stops', [
-    (Policy(every=5), (0, 5, 10)), (Policy(at=(3, 4, 11)), (3, 4, 11))], ids=['every', 'at'])
+    pytest.param(Policy(every=5), (0, 5, 10), marks=pytest.mark.slow),
+    (Policy(at=(3, 4, 11)), (3, 4, 11))], ids=['every', 'at'])
 def test_latents_at_several_places_are_each_what_training_knew_there(
     decoder_params, latents, policy, stops):
   generator, *trained = augmented(decoder_params, latents=latents, positions='shift')

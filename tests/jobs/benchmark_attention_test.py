@@ -10,6 +10,7 @@ from latent_deliberation.jobs.experiment import bind
 from tests import finished
 
 
+@pytest.mark.slow
 def test_all_ways_have_one_loss_and_gradient_and_their_times_are_written(tmp_path):
   experiment = bind(finished.config_of('tiny'))
   experiment = dataclasses.replace(
