@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_deliberation.model import attention
 from latent_deliberation.model.attention import (
   Visibility,
   attend,
+  attend_visible,
   cached_mask,
   fresh_mask,
   softcap,
 )
+from latent_deliberation.model.cache import KVCache
 
 GLOBAL = jnp.array(jnp.iinfo(jnp.int32).max)
 
@@ -195,3 +198,35 @@ def test_a_softcap_bounds_and_none_does_not():
   x = jnp.array([-1e6, -0.01, 0.0, 1e6])
   np.testing.assert_allclose(softcap(x, 5.0), [-5, -0.01, 0, 5], rtol=1e-5)
   assert softcap(x, None) is x
+
+
+@pytest.mark.parametrize('slots', [0, 6])
+def test_blocks_of_queries_give_the_values_and_gradients_of_the_row_as_a_whole(monkeypatch, slots):
+  rng = np.random.default_rng(0)
+  array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  length = 17
+  fresh = (array(2, 3, length, 4, 8), array(2, 3, length, 2, 8), array(2, 3, length, 2, 8))
+  cache = KVCache(array(2, slots, 2, 8), array(2, slots, 2, 8),
+                  jnp.broadcast_to(jnp.arange(slots), (2, slots)), jnp.ones((2, slots), int))
+  positions = jnp.broadcast_to(slots + jnp.arange(length), (2, 3, length))
+  visibility = Visibility(jnp.broadcast_to(jnp.arange(length) // 9 + 1, positions.shape),
+                          jnp.full((2, 3), slots))
+
+  def loss(*fresh):
+    mixed = attend_visible(*fresh, positions, visibility, jnp.array(7), cache, cap=5.0)
+    return jnp.sum(jnp.sin(mixed)), mixed
+
+  results = []
+  for least in (100, 5):
+    monkeypatch.setattr(attention, 'MIN_BLOCK', least)
+    results.append(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*fresh))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
+
+
+def test_a_block_is_not_compared_with_the_tokens_after_it(monkeypatch):
+  monkeypatch.setattr(attention, 'MIN_BLOCK', 4)
+  ones = jnp.ones((1, 1, 8, 1, 2))
+  keys = ones.at[:, :, 4:].set(jnp.nan)
+  seen = attend_visible(ones, keys, keys, jnp.arange(8)[None, None],
+                        Visibility(jnp.ones((1, 1, 8), int), jnp.zeros((1, 1), int)), GLOBAL)
+  assert np.isfinite(seen[:, :, :4]).all() and np.isnan(seen[:, :, 4:]).all()
