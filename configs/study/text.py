@@ -5,8 +5,8 @@
 
 Text and decoder are the quickstart's, and every arm trains for as many steps on as many traces. Of
 each number of latents the table has the coprocessor's own beside those of another text. The second
-command has a decoder of 2 M parameters that has read the text twice, half an hour on two cores, and
-beside the coprocessors constant soft tokens and the decoder continued on the same text.
+command has a decoder of 2 M parameters that has read the text twice, and beside the coprocessors
+constant soft tokens and the decoder continued on the same text. It was not run to its end yet.
 """
 
 import dataclasses

@@ -97,8 +97,7 @@ def _write(plans: Sequence[Plan], are_several: bool, output: Path) -> None:
   write_whole(output, json.dumps(content, indent=2).encode() + b'\n')
   if are_several:
     write_whole(output.with_suffix('.csv'), write_csv(plans))
-    names = [f'{number}: ' + ', '.join(f'{axis} {size}' for axis, size in plan.mesh.items())
-             for number, plan in enumerate(plans, 1)]
+    names = [f'{number}: {name_mesh(plan)}' for number, plan in enumerate(plans, 1)]
     plot_plans(dict(zip(names, records, strict=True)), output.with_suffix('.png'))
 
 

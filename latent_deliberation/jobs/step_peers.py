@@ -129,7 +129,8 @@ def _transform(decoder: Decoder, weights: Params, x: Array, positions: Array,
                    visible & (apart < traits.window), cap=config.attention_softcap)
     mixed = jnp.tensordot(mixed, block['attention']['out']['w'], axes=2)
     x = x + norm(block['attention_out'], mixed)
-    fed = FeedForward(config.hidden_dim).apply(
+    # No gradient of a weight is asked for, so that rows of one matrix would only cost a TPU.
+    fed = FeedForward(config.hidden_dim, rows=False).apply(
         {'params': block['feed_forward']}, norm(block['feed_forward_in'], x))
     x = x + norm(block['feed_forward_out'], fed)
     return nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation')), None
