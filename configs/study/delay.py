@@ -8,6 +8,7 @@ The second command scores the same arms with latents that come one token late; r
 about that delay. Text and decoder are the quickstart's.
 """
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -20,6 +21,8 @@ QUICKSTART = Path(__file__).parents[1] / 'quickstart.py'
 def get_config():
   """A coprocessor that is trained without delay, and one for any delay up to three tokens."""
   experiment = bind(runpy.run_path(str(QUICKSTART))['get_config']())
+  experiment = dataclasses.replace(experiment, evaluation=dataclasses.replace(
+      experiment.evaluation, positions=(1, 2, 3, 4, 5, 6, 8, 16)))
   return as_config(Study(
-      name='late latents', experiment=experiment, seeds=(0, 1),
+      name='late latents', experiment=experiment,
       arms={'own': ArmConfig(), 'delayed': ArmConfig(changes={'deliberation': {'max_delay': 3}})}))

@@ -1,12 +1,14 @@
 """Perplexity by ahead position for more and more latents: the shape of the paper's Table 1.
 
   python launch/study.py --config=configs/study/text.py --workdir=runs/text
+  python launch/study.py --config=configs/study/text.py:ahead --workdir=runs/text
   python launch/study.py --config=configs/study/text.py:plateau --workdir=runs/text_plateau
 
 Text and decoder are the quickstart's, and every arm trains for as many steps on as many traces. Of
 each number of latents the table has the coprocessor's own beside those of another text. The second
-command has a decoder of 2 M parameters that has read the text twice, and beside the coprocessors
-constant soft tokens and the decoder continued on the same text. It was not run to its end yet.
+command has 8 latents and more and more ahead tokens. The third has a decoder of 2 M parameters that
+has read the text twice, and beside the coprocessors constant soft tokens and the decoder continued
+on the same text.
 """
 
 import dataclasses
@@ -19,17 +21,19 @@ from latent_deliberation.jobs.study_config import ArmConfig, Study
 QUICKSTART = Path(__file__).parents[1] / 'quickstart.py'
 LATENTS = {f'{count} latents': ArmConfig(changes={'deliberation': {'num_latents': count}})
            for count in (4, 8, 16, 32)}
+AHEAD = {f'{count} ahead': ArmConfig(
+    changes={'deliberation': {'num_latents': 8, 'num_ahead': count}}) for count in (4, 8, 16, 32)}
 CONTROLS = {
     '16 constant': ArmConfig(
         changes={'deliberation': {'num_latents': 16, 'trainable': 'constant'}}),
     'continued': ArmConfig('continued')}
-SIZES = ('quickstart', 'plateau')
+ARMS = {'quickstart': LATENTS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS}
 
 
 def get_config(size='quickstart'):
-  """With N_A = 16, the paper's, and 16 traces a text; 'quickstart' or 'plateau'."""
-  if size not in SIZES:
-    raise ValueError(f'text.py:{size}: choose one of {SIZES}')
+  """With 16 traces a text, and N_A = 16, the paper's, but for 'ahead'."""
+  if size not in ARMS:
+    raise ValueError(f'text.py:{size}: choose one of {tuple(ARMS)}')
   experiment = bind(runpy.run_path(str(QUICKSTART))['get_config']())
   experiment = dataclasses.replace(
       experiment,
@@ -40,8 +44,7 @@ def get_config(size='quickstart'):
   if size == 'plateau':
     experiment = _with_larger_decoder(experiment)
   return as_config(Study(
-      name='perplexity by number of latents', seeds=(0,), experiment=experiment,
-      arms=LATENTS | CONTROLS if size == 'plateau' else LATENTS))
+      name=f'perplexity of text, {size}', experiment=experiment, arms=ARMS[size]))
 
 
 def _with_larger_decoder(experiment):
