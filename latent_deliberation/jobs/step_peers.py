@@ -15,7 +15,8 @@ from latent_deliberation.deliberation.traces import Traces, sample_traces
 from latent_deliberation.model.attention import Visibility, attend
 from latent_deliberation.model.cache import KVCache
 from latent_deliberation.model.decoder import Decoder
-from latent_deliberation.model.layers import FeedForward, RMSNorm, rotate
+from latent_deliberation.model.layers import FeedForward, RMSNorm
+from latent_deliberation.model.rotary import rotate
 from latent_deliberation.model.transformer import REMAT_POLICIES, LayerTraits, layer_traits
 from latent_deliberation.training.step import LossFn
 
@@ -124,8 +125,8 @@ def _transform(decoder: Decoder, weights: Params, x: Array, positions: Array,
     queries, keys, values = (
         jnp.tensordot(read, block['attention'][name]['w'], axes=1)
         for name in ('query', 'key', 'value'))
-    mixed = attend(rotate(queries, positions, traits.frequencies) * scale,
-                   rotate(keys, positions, traits.frequencies), values,
+    queries, keys = rotate(queries, keys, positions, traits.frequencies, scale)
+    mixed = attend(queries, keys, values,
                    visible & (apart < traits.window), cap=config.attention_softcap)
     mixed = jnp.tensordot(mixed, block['attention']['out']['w'], axes=2)
     x = x + norm(block['attention_out'], mixed)

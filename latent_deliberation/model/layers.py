@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from latent_deliberation.array_types import Array, Float, Int, Rows, RowTokens, typed
+from latent_deliberation.array_types import Array, Float, Rows, RowTokens, typed
 from latent_deliberation.model.quantised import Quantised
 
 
@@ -180,23 +179,3 @@ class Embedder(nn.Module):
     rows = jax.tree.map(lambda leaf: leaf[tokens], self.table).astype(dtype)
     # Gemma rounds the factor to the dtype that it computes in.
     return rows * jnp.asarray(self.embed_dim ** 0.5, dtype)
-
-
-def rotary_frequencies(head_dim: int, base: float, scaling: float = 1.0) -> np.ndarray:
-  """Radians that each of the H / 2 pairs turns by from one position to the next, float32 [H / 2].
-
-  Args:
-    scaling: by which positions are divided (arXiv 2306.15595).
-  """
-  return (base ** (-np.arange(0, head_dim, 2) / head_dim) / scaling).astype(np.float32)
-
-
-@typed
-def rotate(x: Float[Array, 'B M Q J H'], positions: Int[Array, 'B M Q'],
-           frequencies: Float[Array, 'half']) -> Float[Array, 'B M Q J H']:
-  """Rotary position embedding (arXiv 2104.09864) on halves, as Gemma pairs them; J heads."""
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  sin, cos = jnp.sin(angles), jnp.cos(angles)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x.dtype)

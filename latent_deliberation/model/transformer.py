@@ -1,7 +1,5 @@
 """The stack of blocks. One call serves every pass: prefill, coprocessor, second pass, decoding."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from latent_deliberation.array_types import Array, Rows, RowTokens, typed
-from latent_deliberation.model import attention, attention_fused
+from latent_deliberation.model import attention, attention_fused, rotary, rotary_fused
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
@@ -20,9 +18,8 @@ from latent_deliberation.model.layers import (
   LowRank,
   Projection,
   RMSNorm,
-  rotary_frequencies,
-  rotate,
 )
+from latent_deliberation.model.rotary import rotary_frequencies
 
 # Results inside of a block that have a name, so that a policy may keep them.
 _NAMED = ('queries', 'keys', 'values', 'feed_forward_out')
@@ -40,8 +37,7 @@ REMAT_POLICIES = {
         _policies.save_only_these_names(*attention_fused.SAVED)),
 }
 
-# The same function, computed in two ways.
-ATTENTIONS = {'plain': attention.attend_visible, 'fused': attention_fused.attend_visible}
+ATTENTIONS = ('plain', 'fused')  # the same functions, computed in two ways
 
 
 @struct.dataclass
@@ -72,18 +68,20 @@ class Attention(nn.Module):
   """Grouped-query attention with rotary positions, over a cache and over the fresh tokens."""
   config: TransformerConfig
   lora: LowRank | None = None
-  attend: Callable[..., Array] = attention.attend_visible
-  rows: bool = True
+  fused: bool = False
 
   @nn.compact
   def __call__(self, x: Array, positions: Array, visibility: Visibility, traits: LayerTraits,
                cache: KVCache | None) -> tuple[Array, KeysValues]:
     c = self.config
     axes = ('batch', 'trace', 'length', 'heads', 'head_dim')
+    attend, rotate = (
+        (attention_fused.attend_visible, rotary_fused.rotate) if self.fused else
+        (attention.attend_visible, rotary.rotate))
 
     def project(name: str, heads: int, axis: str) -> Array:
       y = Projection((c.embed_dim, heads, c.head_dim), ('embed', axis, 'head_dim'),
-                     lora=self.lora, rows=self.rows, name=name)(x)
+                     lora=self.lora, rows=not self.fused, name=name)(x)
       return y.reshape(*positions.shape, heads, c.head_dim)
 
     queries = project('query', c.num_heads, 'heads')
@@ -93,19 +91,18 @@ class Attention(nn.Module):
       queries = RMSNorm(c.norm_epsilon, name='query_norm')(queries)
       keys = RMSNorm(c.norm_epsilon, name='key_norm')(keys)
     scale = c.head_dim ** -0.5 if c.query_scale is None else c.query_scale
-    queries = rotate(queries, positions, traits.frequencies) * scale
-    queries = nn.with_logical_constraint(queries.astype(x.dtype), axes)
-    keys = rotate(keys, positions, traits.frequencies)
+    queries, keys = rotate(queries, keys, positions, traits.frequencies, scale)
+    queries = nn.with_logical_constraint(queries, axes)
     queries, keys, values = map(checkpoint_name, (queries, keys, values), _NAMED[:3])
 
     # A cache may be kept in another dtype than the one this pass computes in.
     cache = cache and cache.replace(
         keys=cache.keys.astype(x.dtype), values=cache.values.astype(x.dtype))
-    mixed = self.attend(queries, keys, values, positions, visibility, traits.window, cache,
-                        c.attention_softcap)
+    mixed = attend(queries, keys, values, positions, visibility, traits.window, cache,
+                   c.attention_softcap)
     mixed = mixed.reshape(*x.shape[:3], c.num_heads, c.head_dim)
     out = Projection((c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed'),
-                     inputs=2, lora=self.lora, rows=self.rows, name='out')(mixed)
+                     inputs=2, lora=self.lora, rows=not self.fused, name='out')(mixed)
     return out, KeysValues(keys, values)
 
 
@@ -116,26 +113,25 @@ class Block(nn.Module):
   """
   config: TransformerConfig
   lora: LowRank | None = None
-  attend: Callable[..., Array] = attention.attend_visible
+  fused: bool = False
 
   @nn.compact
   def __call__(self, x: Array, layer: tuple[LayerTraits, KVCache | None], positions: Array,
                visibility: Visibility) -> tuple[Array, KeysValues]:
     traits, cache = layer
     norm = lambda name: RMSNorm(self.config.norm_epsilon, name=name)  # noqa: E731
-    is_fused = self.attend is attention_fused.attend_visible
-    mixed, fresh = Attention(self.config, self.lora, self.attend, not is_fused, name='attention')(
+    mixed, fresh = Attention(self.config, self.lora, self.fused, name='attention')(
         norm('attention_in')(x), positions, visibility, traits, cache)
     if self.config.post_norms:
       mixed = norm('attention_out')(mixed)
     x = x + mixed
-    fed = FeedForward(self.config.hidden_dim, self.lora, not is_fused, name='feed_forward')(
+    fed = FeedForward(self.config.hidden_dim, self.lora, not self.fused, name='feed_forward')(
         norm('feed_forward_in')(x))
     fed = checkpoint_name(fed, _NAMED[3])
     if self.config.post_norms:
       fed = norm('feed_forward_out')(fed)
     x = nn.with_logical_constraint(x + fed, ('batch', 'trace', 'length', 'activation'))
-    if is_fused:
+    if self.fused:
       x = attention_fused.row_major(x)
     return x, fresh
 
@@ -148,7 +144,7 @@ class Transformer(nn.Module):
     lora: low-rank adapters on every projection, in the collection 'lora'.
     remat: what the backward pass keeps of a block, a key of REMAT_POLICIES.
     scan: False unrolls the loop over layers (same weights, same result; longer to compile).
-    attention: how it is computed, a key of ATTENTIONS.
+    attention: how it is computed, one of ATTENTIONS.
   """
   config: TransformerConfig
   lora: LowRank | None = None
@@ -175,7 +171,7 @@ class Transformer(nn.Module):
         block, length=self.config.num_layers, unroll=1 if self.scan else self.config.num_layers,
         variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
         in_axes=(0, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(self.config, self.lora, ATTENTIONS[self.attention], name='blocks')
+    )(self.config, self.lora, self.attention == 'fused', name='blocks')
     length = x.shape[2]
     if self.attention == 'fused':
       # Padded once, in place of every layer's queries, keys and values, and all rows as one: XLA

@@ -1,4 +1,4 @@
-"""Norm, projection, adapter, embedding and rotation do what their formulas say."""
+"""Norm, projection, adapter and embedding do what their formulas say."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,6 @@ from latent_deliberation.model.layers import (
   LowRank,
   Projection,
   RMSNorm,
-  rotary_frequencies,
-  rotate,
 )
 from tests import tiny
 
@@ -74,28 +72,3 @@ def test_embeddings_are_scaled_by_the_root_of_the_width():
   rows = embedder.apply({'params': {'table': table}}, jnp.array([[[2, 0]]]), 'float32',
                         method='encode')
   np.testing.assert_array_equal(rows, 2 * table[jnp.array([[[2, 0]]])])
-
-
-def rotated(x, position):
-  frequencies = jnp.asarray(rotary_frequencies(x.size, base=100.0))
-  return rotate(x[None, None, None, None, :], jnp.full((1, 1, 1), position),
-                frequencies).reshape(-1)
-
-
-def test_position_zero_is_not_rotated_and_no_position_changes_a_length():
-  x = jax.random.normal(jax.random.key(0), (8,))
-  np.testing.assert_array_equal(rotated(x, 0), x)
-  np.testing.assert_allclose(np.linalg.norm(rotated(x, 13)), np.linalg.norm(x), rtol=1e-6)
-
-
-def test_a_rotated_product_depends_on_the_distance_alone():
-  q, k = jax.random.normal(jax.random.key(0), (2, 8))
-  near, shifted = rotated(q, 7) @ rotated(k, 3), rotated(q, 1007) @ rotated(k, 1003)
-  np.testing.assert_allclose(near, shifted, atol=2e-4)
-  assert abs(near - rotated(q, 7) @ rotated(k, 4)) > 0.01
-
-
-def test_halves_are_paired_as_gemma_pairs_them():
-  # The first pair is (x_0, x_2) and turns by one radian a position.
-  turned = rotated(jnp.array([1.0, 0.0, 0.0, 0.0]), 1)
-  np.testing.assert_allclose(turned, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
