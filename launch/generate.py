@@ -10,7 +10,7 @@ with --background the text does not wait for them. Next, measure their gain with
 from pathlib import Path
 
 from latent_deliberation.inference.background import Arrival
-from latent_deliberation.inference.generate import Decoding
+from latent_deliberation.inference.completion import Decoding
 from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.sampling import Sampling
 from latent_deliberation.jobs import command_line, context, gates, generate, generators

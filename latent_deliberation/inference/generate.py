@@ -1,15 +1,12 @@
-"""Decoding behind prompts, in blocks: when to deliberate, when latents join, where texts end."""
+"""Decoding behind prompts: what is asked for is checked, then a session decodes it."""
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 
-from latent_deliberation.inference.background import Arrival, Attempt
+from latent_deliberation.inference.completion import Completion, Decoding
 from latent_deliberation.inference.generator import Generator, copied
-from latent_deliberation.inference.policy import NEVER, Policy
+from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.programs import State
 from latent_deliberation.inference.prompts import (
   Prompts,
@@ -17,49 +14,7 @@ from latent_deliberation.inference.prompts import (
   check_prompts,
   check_room,
 )
-from latent_deliberation.inference.sampling import Sampling
-
-BLOCK = 16  # tokens of a text between two looks of the host
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-  """What is to be done behind the prompts.
-
-  Attributes:
-    max_tokens: decoded for every prompt, unless its text ends before.
-    sampling: how a token is chosen.
-    eos: id that ends a text; None for none.
-    stop: given all that was decoded for a prompt, after every token; True ends the text.
-    policy: when to deliberate.
-    arrival: when the latents join.
-  """
-  max_tokens: int
-  sampling: Sampling = Sampling()
-  eos: int | None = None
-  stop: Callable[[Sequence[int]], bool] | None = None
-  policy: Policy = NEVER
-  arrival: Arrival = Arrival()
-
-  def __post_init__(self):
-    if self.max_tokens < 1:
-      raise ValueError(f'max_tokens = {self.max_tokens}: at least 1 must be decoded')
-
-
-@dataclasses.dataclass
-class Completion:
-  """What was decoded for a prompt.
-
-  Attributes:
-    tokens: ids, that which ended the text included.
-    log_probabilities: of the tokens under the model itself, nats, before any filter.
-    ended: by 'eos', 'stop' or 'length'; '' while the text goes on.
-    latents_at: numbers of tokens after which latents joined.
-  """
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  log_probabilities: list[float] = dataclasses.field(default_factory=list)
-  ended: str = ''
-  latents_at: list[int] = dataclasses.field(default_factory=list)
+from latent_deliberation.inference.session import Session
 
 
 def generate(generator: Generator, texts: Prompts | State, how: Decoding,
@@ -101,165 +56,6 @@ def stream(generator: Generator, texts: Prompts | State, how: Decoding,
     raise ValueError(f'{len(seeds)} seeds {seeds[:4]} for {len(lengths)} texts: give one for each, '
                      'between 0 and 2**32 - 1')
   if given:
-    return _Session(generator, copied(texts), how, seeds).run()
+    return Session(generator, copied(texts), how, seeds).run()
   filler = [texts[0]] * (-len(texts) % generator.shards)
-  return _Session(generator, generator.read([*texts, *filler]), how, seeds).run()
-
-
-class _Session:
-  """One stream.
-
-  Latents are always made from a plain cache, as in training. Texts that hold latents and are to
-  deliberate once more are therefore read again, plainly, from where they last deliberated.
-
-  Attributes:
-    state: what is decoded from; its keys and values are overwritten, so it shares them with none.
-    base: the plain state that latents were last made from, after `base_count` decoded tokens.
-    attached: bool [B] texts that hold latents.
-    asked: bool [B] texts whose latents are awaited.
-    opened: bool [B] texts whose gate opens at their next token.
-  """
-
-  def __init__(self, generator: Generator, state: State, how: Decoding, seeds: list[int]):
-    self.generator, self.how, self.state, self.policy = generator, how, state, how.policy
-    if generator.model.coprocessor is None and self.policy != NEVER:
-      generator.counts.begun += 1
-      self._fail('there is no coprocessor')
-      self.policy = NEVER
-    batch = len(state.position)
-    self.completions = [Completion() for _ in seeds]
-    self.active = np.arange(batch) < len(seeds)
-    seeds = np.array(seeds + [0] * (batch - len(seeds)), np.uint32)
-    self.keys = jax.vmap(jax.random.key)(generator.place(seeds))
-    self.count = 0
-    self.base, self.base_count, self.attempt = None, 0, None
-    self.attached, self.asked, self.opened = np.zeros((3, batch), bool)
-    self.gate_from = np.zeros(batch, np.int32)
-
-  def run(self) -> Iterator[list[Completion]]:
-    """Decodes to the end."""
-    while self.active.any():
-      if not self.asked.any():
-        self._ask()
-      if self.asked.any() and self._is_time():
-        self._join()
-      if self._decode():
-        yield self.completions
-      if self.asked.any() and self.attempt is None:
-        self._begin()  # after a token, which does not have to wait for the coprocessor to start
-    if self.asked.any():
-      self.generator.counts.late += 1
-
-  def _ask(self) -> None:
-    """Takes the plain states of the texts that are to deliberate now, if there are any."""
-    everywhere = self.policy.next_stop(self.count) == self.count
-    self.asked = self.active & (everywhere | self.opened)
-    if not self.asked.any():
-      return
-    self.generator.counts.begun += 1
-    try:
-      self._part()
-    except RuntimeError as error:  # as where there is no memory for another cache
-      self._fail(f'there is no plain cache to make them from: {error}')
-      self._settle()
-      return
-    if self.how.arrival.delay == 0:
-      self._begin()
-
-  def _part(self) -> None:
-    """Parts the plain state, which latents are made from, from the state that is decoded from."""
-    plain, state, again = self.state, self.state, self.attached & self.asked
-    if self.attached.any():
-      since = [completion.tokens[self.base_count:] for completion in self.completions]
-      since += [[]] * (len(self.active) - len(since))
-      plain = self.generator.choose(
-          self.attached, self.generator.read_on(self.base, since), state)
-      state = self.generator.choose(again, plain, state)
-    elif self.how.arrival.delay != 0:
-      state = copied(plain)
-    self.state, self.attached = state, self.attached & ~again
-    self.base, self.base_count = plain, self.count
-
-  def _begin(self) -> None:
-    self.attempt = Attempt(self.generator.augment, self.base, self.how.arrival.timeout)
-
-  def _is_time(self) -> bool:
-    if self.attempt is None:
-      return False
-    delay = self.how.arrival.delay
-    return self.attempt.is_ready() if delay is None else self.count >= self.base_count + delay
-
-  def _join(self) -> None:
-    """Attaches the latents that were awaited, or goes on without."""
-    try:
-      augmentation = self.attempt.result()
-      rows = self.asked & self.active & np.asarray(augmentation.finite)
-      if rows.any():
-        self.state = self.generator.attach(self.state, augmentation, rows)
-    except RuntimeError as error:
-      self._fail(f'the coprocessor failed: {error}')
-    else:
-      if (self.asked & self.active & ~rows).any():
-        self._fail('some are not finite')
-      else:
-        self.generator.counts.joined += 1
-      self.attached = self.attached | rows
-      for completion, joins in zip(self.completions, rows, strict=False):
-        completion.latents_at += [self.count] * bool(joins)
-    self._settle()
-
-  def _settle(self) -> None:
-    """Awaits nothing more."""
-    if not (self.policy.repeats and self.attached.any()):
-      self.base = None
-    self.gate_from[self.asked] = self.count + self.policy.apart
-    self.asked, self.attempt = np.zeros_like(self.asked), None
-
-  def _fail(self, reason: str) -> None:
-    self.generator.counts.failed += 1
-    self.generator.warn(reason)
-
-  def _limit(self) -> int:
-    """Tokens until the host must look again."""
-    stops = [BLOCK, self.how.max_tokens - self.count]
-    following = self.policy.next_stop(self.count + 1)
-    if following is not None:
-      stops.append(following - self.count)
-    if not self.count or (self.asked.any() and self.attempt is None):
-      stops.append(1)
-    elif self.asked.any():
-      delay = self.how.arrival.delay
-      stops.append(1 if delay is None else self.base_count + delay - self.count)
-    return min(stops)
-
-  def _decode(self) -> int:
-    """Decodes a block for the active texts; returns the number of tokens of each."""
-    threshold = self.policy.threshold
-    if threshold is not None:
-      threshold = np.float32(math.inf if self.asked.any() else threshold)
-    self.state, decoded = self.generator.decode(
-        self.state, self.keys, np.int32(self.count), self.generator.place(self.active),
-        np.int32(self._limit()), threshold, self.policy.gate,
-        self.generator.place(self.gate_from), sampling=self.how.sampling, size=BLOCK,
-        eos=self.how.eos)
-    decoded = jax.device_get(decoded)
-    self.count += int(decoded.steps)
-    self.opened = decoded.opened
-    for number, completion in enumerate(self.completions):
-      for step in range(decoded.steps):
-        if completion.ended:
-          break
-        self._add(completion, int(decoded.tokens[step, number]),
-                  float(decoded.log_probabilities[step, number]))
-      self.active[number] = not completion.ended
-    return int(decoded.steps)
-
-  def _add(self, completion: Completion, token: int, log_probability: float) -> None:
-    completion.tokens.append(token)
-    completion.log_probabilities.append(log_probability)
-    if token == self.how.eos:
-      completion.ended = 'eos'
-    elif self.how.stop is not None and self.how.stop(completion.tokens):
-      completion.ended = 'stop'
-    elif len(completion.tokens) == self.how.max_tokens:
-      completion.ended = 'length'
+  return Session(generator, generator.read([*texts, *filler]), how, seeds).run()

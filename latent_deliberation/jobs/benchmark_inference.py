@@ -24,7 +24,8 @@ from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.evaluation.cost_plots import plot_speed
 from latent_deliberation.files import write_whole
 from latent_deliberation.inference.background import Arrival
-from latent_deliberation.inference.generate import Decoding, generate, stream
+from latent_deliberation.inference.completion import Decoding
+from latent_deliberation.inference.generate import generate, stream
 from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.policy import ONCE
 from latent_deliberation.inference.programs import State

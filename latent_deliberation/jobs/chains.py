@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latent_deliberation.inference.generate import Decoding, generate
+from latent_deliberation.inference.completion import Decoding
+from latent_deliberation.inference.generate import generate
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.prompts import Prompts
 from latent_deliberation.progress import Progress

@@ -12,7 +12,8 @@ from absl import logging
 
 from latent_deliberation.files import read_text
 from latent_deliberation.inference import tokenizer as tokenizers
-from latent_deliberation.inference.generate import Completion, Decoding, generate, stream
+from latent_deliberation.inference.completion import Completion, Decoding
+from latent_deliberation.inference.generate import generate, stream
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.programs import State

@@ -11,8 +11,11 @@ from latent_deliberation.array_types import Params
 from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import gather_traces
-from latent_deliberation.inference.generate import Completion
+from latent_deliberation.inference.background import Arrival
+from latent_deliberation.inference.completion import Completion, Decoding
 from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.policy import ONCE, Policy
+from latent_deliberation.inference.sampling import Sampling
 from tests import tiny
 
 LENGTH = 48
@@ -29,6 +32,11 @@ def augmented(decoder_params: Params, length: int = LENGTH, mesh: Any = None,
   generator = Generator(tiny.CONFIG, decoder_params, length=length, mesh=mesh,
                         coprocessor=(deliberator.config, params))
   return generator, deliberator, params
+
+
+def decoding(policy: Policy = ONCE, max_tokens: int = 12, **arrival: Any) -> Decoding:
+  """Sampled tokens, with latents that arrive so."""
+  return Decoding(max_tokens, Sampling(temperature=1.0), policy=policy, arrival=Arrival(**arrival))
 
 
 def plain_log_probabilities(decoder_params: Params, prompt: Sequence[int],

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from latent_deliberation.inference import stored
-from latent_deliberation.inference.generate import Decoding, generate
+from latent_deliberation.inference.completion import Decoding
+from latent_deliberation.inference.generate import generate
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import ONCE, Gate, Policy
 from tests import tiny

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from latent_deliberation.inference import stored
-from latent_deliberation.inference.generate import Decoding, generate
+from latent_deliberation.inference.completion import Decoding
+from latent_deliberation.inference.generate import generate
 from latent_deliberation.inference.policy import NEVER, ONCE
 from latent_deliberation.jobs.context import check_context, open_context, save_context
 from latent_deliberation.jobs.generate import Request, Writer

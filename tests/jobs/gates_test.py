@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from latent_deliberation.evaluation import gating
-from latent_deliberation.inference.generate import Decoding, generate
+from latent_deliberation.inference.completion import Decoding
+from latent_deliberation.inference.generate import generate
 from latent_deliberation.inference.policy import ONCE, Policy
 from latent_deliberation.jobs.gate import fit_gate
 from latent_deliberation.jobs.gates import combine, open_gate

@@ -11,7 +11,7 @@ import pytest
 
 from latent_deliberation.data.vocabularies import ByteVocabulary
 from latent_deliberation.inference.background import Arrival
-from latent_deliberation.inference.generate import Decoding
+from latent_deliberation.inference.completion import Decoding
 from latent_deliberation.inference.policy import NEVER, ONCE
 from latent_deliberation.jobs.gates import FittedGate
 from latent_deliberation.jobs.generate import Request, Writer, answer, read_prompts
