@@ -2,24 +2,28 @@
 
   package.save('runs/coprocessor/coprocessor', Package(...))
   trained = package.load('runs/coprocessor/coprocessor')
-  package.check_decoder(trained, fingerprint(decoder_params))
+  check_decoder(trained, fingerprint(decoder_params))     from deliberation.description
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
-from absl import logging
 from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Params, PyTree
-from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.description import (
+  DESCRIPTION,
+  REMEDY,
+  Description,
+  read_description,
+  write_description,
+)
 from latent_deliberation.files import whole_directory
 from latent_deliberation.model.checkpoints.safetensors_source import SafetensorsSource
 from latent_deliberation.model.checkpoints.safetensors_writer import (
@@ -28,34 +32,11 @@ from latent_deliberation.model.checkpoints.safetensors_writer import (
   write_tensors,
 )
 from latent_deliberation.model.checkpoints.source import on_first_device, shape_differences
-from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.progress import Progress
 
-DESCRIPTION, _STEM, _FORMAT = 'coprocessor.json', 'coprocessor', 1
-_REMEDY = ('Copy the package again, or remove it and run launch/train.py once more, which writes '
-           'it anew from its checkpoint')
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-  """What a trained coprocessor is, without its weights.
-
-  Attributes:
-    model: architecture of its decoder.
-    config: how its latents are made, and what was trained.
-    decoder: fingerprint of its decoder's weights, as they are stored.
-    vocabulary: hash of the vocabulary of the text that it was trained on.
-    steps: updates that it was trained for.
-    frozen_dtype: what its decoder's weights were kept in meanwhile; '' in packages that do not say.
-  """
-  model: TransformerConfig
-  config: DeliberationConfig
-  decoder: str
-  vocabulary: str
-  steps: int
-  frozen_dtype: str = dataclasses.field(default='', kw_only=True)
+_STEM = 'coprocessor'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +67,9 @@ def save(directory: str | Path, package: Package, file_bytes: int = FILE_BYTES) 
   with whole_directory(Path(directory)) as partial:
     write_tensors(partial, _STEM, {path: leaf.nbytes for path, leaf in flat.items()},
                   ((path, gather(leaf)) for path, leaf in flat.items()), file_bytes)
-    content = {
-        'format': _FORMAT, 'fingerprint': fingerprint(package.params), 'decoder': package.decoder,
-        'vocabulary': package.vocabulary, 'steps': package.steps,
-        'frozen_dtype': package.frozen_dtype,
-        'config': dataclasses.asdict(package.config), 'model': dataclasses.asdict(package.model)}
+    digest = fingerprint(package.params)  # of all processes together
     if jax.process_index() == 0:
-      (partial / DESCRIPTION).write_text(json.dumps(content, indent=2) + '\n')
+      write_description(partial, package, digest)
 
 
 def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = None,
@@ -109,7 +86,7 @@ def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = N
     ValueError: it is damaged, or its parameters are not those that it describes.
   """
   directory = Path(directory)
-  description, expected = _read_description(directory)
+  description, expected = read_description(directory)
   boxed = _boxed_shapes(description)
   source = _open_weights(directory, boxed)
   placed = (shardings or on_first_device)(boxed)
@@ -117,71 +94,24 @@ def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = N
   actual = fingerprint(params)
   if actual != expected:
     raise ValueError(f'{directory}: the parameters have fingerprint {actual}, {DESCRIPTION} says '
-                     f'{expected}: one of the two was replaced or damaged. {_REMEDY}')
+                     f'{expected}: one of the two was replaced or damaged. {REMEDY}')
   if dtype is not None:
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
   return Package(**vars(description), params=params)
-
-
-def describe(directory: str | Path) -> Description:
-  """Reads coprocessor.json alone; see `load` for what is raised."""
-  return _read_description(Path(directory))[0]
-
-
-def check_decoder(description: Description, decoder: str) -> None:
-  """Raises ValueError unless `decoder` is the fingerprint of the decoder it was trained on."""
-  if decoder != description.decoder:
-    raise ValueError(
-        f'the coprocessor was trained on a decoder with fingerprint {description.decoder}, this '
-        f'one has {decoder}: give the decoder that it was trained on, or train one for this')
-
-
-def compare_frozen_dtype(description: Description, dtype: str) -> None:
-  """Logs a warning where frozen weights are int8 now and were not in training, or the reverse.
-
-  Args:
-    dtype: what the decoder's weights are kept in now.
-  """
-  trained = description.frozen_dtype
-  if trained and (trained == 'int8') != (dtype == 'int8'):
-    logging.warning(
-        'the coprocessor was trained beside frozen weights in %s, and reads those of %s now: it '
-        'works, on slightly other hidden states; train one beside %s for exact results', trained,
-        dtype, dtype)
-
-
-def _read_description(directory: Path) -> tuple[Description, str]:
-  """What coprocessor.json says, and the fingerprint of the parameters."""
-  path = directory / DESCRIPTION
-  if not path.is_file():
-    raise FileNotFoundError(f'{directory} holds no trained coprocessor: {DESCRIPTION}, which '
-                            'launch/train.py writes to <workdir>/coprocessor, is not there')
-  try:
-    stored = json.loads(path.read_text())
-    if stored['format'] != _FORMAT:
-      raise ValueError(f'format {stored["format"]!r}, expected {_FORMAT}')
-    description = Description(
-        TransformerConfig(**stored['model']), DeliberationConfig(**stored['config']),
-        stored['decoder'], stored['vocabulary'], stored['steps'],
-        frozen_dtype=stored.get('frozen_dtype', ''))  # which earlier packages lack
-    return description, stored['fingerprint']
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} is damaged or of another format ({type(error).__name__}: {error}). '
-                     f'{_REMEDY}') from error
 
 
 def _open_weights(directory: Path, boxed: PyTree) -> SafetensorsSource:
   """The tensors, which are named by the paths of the parameters; checked against their shapes."""
   if not any(directory.glob('*.safetensors')):
     raise FileNotFoundError(f'{directory} has {DESCRIPTION}, but {_STEM}.safetensors is not there. '
-                            f'{_REMEDY}')
+                            f'{REMEDY}')
   source = SafetensorsSource(directory, lambda name: name)
   there = {name: stored.shape for name, stored in source.tensors.items()}
   lines = shape_differences(there, _shapes(boxed))
   if lines:
     raise ValueError('\n'.join([
         f'{directory} does not hold the coprocessor that its {DESCRIPTION} describes:', *lines,
-        f'{_REMEDY}.']))
+        f'{REMEDY}.']))
   return source
 
 

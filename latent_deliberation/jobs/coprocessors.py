@@ -7,6 +7,13 @@ from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.deliberation import package
+from latent_deliberation.deliberation.description import (
+  DESCRIPTION,
+  Description,
+  check_decoder,
+  compare_frozen_dtype,
+  describe,
+)
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.sharding import shardings_of
 
@@ -20,7 +27,7 @@ def locate_package(directory: Path) -> Path:
     FileNotFoundError: there is none.
   """
   for place in (directory, directory / PACKAGE):
-    if (place / package.DESCRIPTION).is_file():
+    if (place / DESCRIPTION).is_file():
       return place
   raise FileNotFoundError(
       f'{directory} holds no trained coprocessor: name a directory in which launch/train.py has '
@@ -38,7 +45,7 @@ def find_coprocessor(experiment: Experiment, directory: Path, vocabulary: str) -
     ValueError: it is of another config or vocabulary, or damaged.
   """
   found = locate_package(directory)
-  description = package.describe(found)
+  description = describe(found)
   _check_config(experiment, description, found)
   if description.vocabulary != vocabulary:
     raise ValueError(
@@ -59,18 +66,17 @@ def load_coprocessor(experiment: Experiment, directory: Path, decoder: str, mesh
   Raises:
     ValueError: it was trained on another decoder, or is damaged.
   """
-  description = package.describe(directory)
+  description = describe(directory)
   try:
-    package.check_decoder(description, decoder)
+    check_decoder(description, decoder)
   except ValueError as error:
     raise ValueError(f'{directory}: {error}') from error
-  package.compare_frozen_dtype(description, experiment.computation.frozen_dtype)
+  compare_frozen_dtype(description, experiment.computation.frozen_dtype)
   loaded = package.load(directory, lambda boxed: shardings_of(boxed, mesh, experiment.rules))
   return loaded.params
 
 
-def _check_config(experiment: Experiment, description: package.Description,
-                  directory: Path) -> None:
+def _check_config(experiment: Experiment, description: Description, directory: Path) -> None:
   lines, steps = [], experiment.training.loop.num_steps
   if description.steps != steps:  # or a baseline might have been trained for longer
     lines = [f'  config.training.loop.num_steps: {description.steps} there, {steps} now']

@@ -4,6 +4,11 @@ from pathlib import Path
 
 from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.deliberation import package
+from latent_deliberation.deliberation.description import (
+  check_decoder,
+  compare_frozen_dtype,
+  describe,
+)
 from latent_deliberation.inference import tokenizer as tokenizers
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.tokenizer import Tokenizer
@@ -36,25 +41,25 @@ def open_generator(decoder: Path, coprocessor: str = '', vocabulary: str = '',
   trained = None
   if coprocessor not in ('', NONE):
     place = locate_package(Path(coprocessor))
-    trained = package.describe(place)
+    trained = describe(place)
     if trained.model != checkpoint.config:
       raise ValueError(f'the coprocessor in {place} is for a decoder with {trained.model}, the one '
                        f'in {decoder} has {checkpoint.config}: give the decoder that it was '
                        'trained on')
 
-  def check_decoder(digest: str) -> None:
+  def check_digest(digest: str) -> None:
     if trained is not None:
-      package.check_decoder(trained, digest)
+      check_decoder(trained, digest)
     if gate is not None:
       gate.check_decoder(digest)
 
   if checkpoint.fingerprint:
-    check_decoder(checkpoint.fingerprint)
+    check_digest(checkpoint.fingerprint)
   params = checkpoint.load()
   digest = checkpoint.fingerprint or fingerprint(params)
-  check_decoder(digest)
+  check_digest(digest)
   if trained is not None:
-    package.compare_frozen_dtype(trained, params['embedder']['table'].dtype.name)
+    compare_frozen_dtype(trained, params['embedder']['table'].dtype.name)
     trained = (trained.config, package.load(place).params)
   return Generator(checkpoint.config, params, length=length, coprocessor=trained,
                    fingerprint=digest), tokenizer

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Params
 from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation import package
+from latent_deliberation.deliberation.description import DESCRIPTION
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
 from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
@@ -60,7 +61,7 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   planned = describe_training(experiment, workdir, shapes, checkpoint.fingerprint, mesh)
   planned.check()
   target = workdir / PACKAGE
-  if target.exists() and not (target / package.DESCRIPTION).exists():
+  if target.exists() and not (target / DESCRIPTION).exists():
     raise FileExistsError(f'{target} is where the trained coprocessor will be written, but holds '
                           'something else: use another --workdir, or move it away')
   check_known_vocabulary(experiment, data, checkpoint)

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from latent_deliberation.deliberation import package
+from latent_deliberation.deliberation.description import Description, describe
 from latent_deliberation.jobs.coprocessors import find_coprocessor, load_coprocessor
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import MeshConfig, make_mesh
@@ -13,8 +14,8 @@ from tests import finished
 
 
 @pytest.fixture
-def described(quickstart) -> package.Description:
-  return package.describe(quickstart / 'coprocessor/coprocessor')
+def described(quickstart) -> Description:
+  return describe(quickstart / 'coprocessor/coprocessor')
 
 
 def test_the_directory_of_a_run_and_that_of_its_coprocessor_name_the_same(quickstart, described):

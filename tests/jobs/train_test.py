@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.deliberation import package
+from latent_deliberation.deliberation.description import describe
 from latent_deliberation.jobs import train
 from latent_deliberation.jobs.evaluate import constant_variant
 from latent_deliberation.jobs.fit import fit
@@ -73,7 +74,7 @@ def test_a_coprocessor_trains_on_a_decoder_in_int8_from_weights_that_were_not_ro
   _, stored = weights.load(decoder)
   assert frozen['embedder']['table'].values.dtype == jnp.int8
   assert fingerprint(params['transformer']) == fingerprint(stored['transformer'])
-  said = package.describe(tmp_path / 'run/coprocessor')
+  said = describe(tmp_path / 'run/coprocessor')
   assert (said.frozen_dtype, said.decoder) == ('int8', fingerprint(stored))
   np.testing.assert_allclose(
       losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
@@ -81,7 +82,7 @@ def test_a_coprocessor_trains_on_a_decoder_in_int8_from_weights_that_were_not_ro
 
 
 def test_what_was_trained_says_on_which_decoder_and_vocabulary_and_how_long(quickstart):
-  said = package.describe(quickstart / 'coprocessor/coprocessor')
+  said = describe(quickstart / 'coprocessor/coprocessor')
   decoder = weights.open_checkpoint(quickstart / 'pretraining/decoder')
   assert (said.decoder, said.vocabulary) == (decoder.fingerprint, decoder.vocabulary)
   assert said.steps == 2
@@ -107,7 +108,7 @@ def test_a_finished_run_writes_its_coprocessor_where_it_is_gone_and_nothing_over
   go_on()
   again = package.load(written)
   assert fingerprint(again.params) == fingerprint(trained.params)
-  assert package.describe(written) == package.describe(quickstart / 'constant/coprocessor')
+  assert describe(written) == describe(quickstart / 'constant/coprocessor')
   (written / 'coprocessor.json').unlink()
   with pytest.raises(FileExistsError, match=f'{written} is where the trained .*: use another'):
     go_on()
