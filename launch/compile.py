@@ -15,7 +15,8 @@ Next, train on the mesh that is best: launch/train.py --config.mesh.fsdp=...
 from pathlib import Path
 
 from latent_deliberation.jobs import command_line
-from latent_deliberation.jobs.compile import plan_training, read_mesh, read_rules
+from latent_deliberation.jobs.compile import plan_training
+from latent_deliberation.jobs.mesh_flags import read_mesh, read_rules
 from latent_deliberation.planning import table, topology
 
 command_line.define_config(__file__)

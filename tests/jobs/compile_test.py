@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from latent_deliberation.jobs.compile import plan_training, read_mesh, read_rules
+from latent_deliberation.jobs.compile import plan_training
 from latent_deliberation.jobs.experiment import Computation, Experiment
 from latent_deliberation.jobs.models import build_decoder, frozen_shapes
 from latent_deliberation.jobs.train import describe_training
@@ -167,21 +167,6 @@ def test_another_error_of_the_compiler_is_not_hidden(tmp_path, monkeypatch):
   monkeypatch.setattr(jax.stages.Lowered, 'compile', break_down)
   with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL: a bug'):
     plan_training(small(), EIGHT, [], [], tmp_path / 'plan.json')
-
-
-def test_a_mesh_and_rules_are_read_from_flags():
-  assert read_mesh('data=1,fsdp=256') == MeshConfig(data=1, fsdp=256)
-  assert read_mesh('fsdp=-1,data=2') == MeshConfig(data=2, fsdp=-1)
-  assert read_rules('embed=fsdp+tensor,vocab=') == {'embed': ('fsdp', 'tensor'), 'vocab': ()}
-
-
-@pytest.mark.parametrize('read, text, part', [
-    (read_mesh, 'model=2', 'model=2'), (read_mesh, 'fsdp', 'fsdp'), (read_mesh, 'fsdp=x', 'fsdp=x'),
-    (read_mesh, 'fsdp=2,fsdp=4', 'fsdp=4'), (read_mesh, '', ''), (read_rules, 'embed', 'embed'),
-    (read_rules, 'embed=,embed=fsdp', 'embed=fsdp')])
-def test_a_mesh_or_rules_of_another_form_are_refused(read, text, part):
-  with pytest.raises(ValueError, match=f"={text}: '{part}' must be"):
-    read(text)
 
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
