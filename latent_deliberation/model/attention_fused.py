@@ -7,8 +7,6 @@ sliding window, in other documents. Traces in the order of their anchors so cost
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,41 +17,15 @@ from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from latent_deliberation.array_types import Array, Float, Int, PyTree, RowTokens, typed
+from latent_deliberation.array_types import Array, Float, Int, RowTokens, typed
 from latent_deliberation.model import attention
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
-from latent_deliberation.model.fused import gpu_grid, tpu_grid
-from latent_deliberation.model.fused.layout import Blocks, Inputs, Layout, Operands, lay_out
-from latent_deliberation.model.fused.tiles import Tiles
+from latent_deliberation.model.fused.layout import Inputs, Layout, Operands, lay_out
+from latent_deliberation.model.fused.machines import Kernels, choose_kernels
 
 # What a remat policy may keep of a layer so that its backward pass need not run the kernel again.
 SAVED = ('attention_mixed', 'attention_lse')
-
-# Of a token of one head, that a GPU's shared memory has room for; see fused/gpu_grid.py.
-GPU_ROW_BYTES = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernels:
-  """What is particular to a kind of machine.
-
-  Attributes:
-    platform: jax's name of what a program is lowered for.
-    layout: Layout.aligned or Layout.across.
-    forward, backward: see tpu_grid; only these two know the form of the log-sum-exp.
-    blocks: sizes.
-  """
-  platform: str
-  layout: Callable[..., Layout]
-  forward: Callable[..., tuple[Array, Array]]
-  backward: Callable[..., tuple[Array, tuple[Array, Array]]]
-  blocks: Blocks
-
-
-# By the compiler's schedule for a v5e, its matrix units set the pace at these sizes.
-TPU = Kernels('tpu', Layout.aligned, tpu_grid.forward, tpu_grid.backward, Blocks(1024, 512))
-GPU = Kernels('cuda', Layout.across, gpu_grid.forward, gpu_grid.backward, Blocks(128, 64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +37,6 @@ class Options:
   def layout(self, shape: tuple[int, ...], kv_heads: int, cached: int | None) -> Layout:
     """See Layout.aligned."""
     return self.kernels.layout(self.kernels.blocks, self.cap, shape, kv_heads, cached)
-
-  def run(self, kernel: Callable[..., Any], tiles: Tiles, *operands: PyTree) -> Any:
-    """A kernel, compiled or interpreted as the platform needs that a program is lowered for.
-
-    That is not always the one at hand: a CPU can compile for a TPU.
-    """
-    interpreted = dataclasses.replace(tiles, interpret=True)
-    return jax.lax.platform_dependent(
-        *operands, **{self.kernels.platform: functools.partial(kernel, tiles)},
-        cpu=functools.partial(kernel, interpreted))
 
 
 @typed
@@ -102,27 +64,12 @@ def attend_visible(
     ValueError: another platform; heads that a GPU cannot hold; several rows without a cache; heads
       split otherwise than kv heads.
   """
-  kernels = kernels or _kernels_here(queries)
+  kernels = kernels or choose_kernels(queries)
   if cache is None and (queries.shape[1] > 1 or visibility.first is not None):
     raise ValueError(f"attention = 'fused' on {queries.shape[1]} rows without a cache: it takes "
                      "rows over a cache, or one causal row; set attention = 'plain'")
   inputs = Inputs(queries, keys, values, positions, visibility, window, cache)
   return _over_mesh(functools.partial(_attend, Options(cap, kernels)), inputs)(inputs)
-
-
-def _kernels_here(queries: Array) -> Kernels:
-  platform = jax.default_backend()
-  if platform not in ('cpu', 'tpu', 'gpu'):
-    raise ValueError(f"attention = 'fused' on platform {platform!r}: its kernels are for TPUs and "
-                     "NVIDIA GPUs (and interpreted on CPUs, for tests); set attention = 'plain'")
-  if platform != 'gpu':
-    return TPU
-  width, row_bytes = queries.shape[-1], queries.shape[-1] * queries.dtype.itemsize
-  if width < 16 or width.bit_count() > 1 or row_bytes > GPU_ROW_BYTES:
-    raise ValueError(f"attention = 'fused' on a GPU with heads of {width} x {queries.dtype}: its "
-                     f'kernels take a power of two from 16 on, up to {GPU_ROW_BYTES} bytes; set '
-                     "attention = 'plain', or dtype = 'bfloat16' where the bytes are too many")
-  return GPU
 
 
 def _over_mesh(function, inputs: Inputs):
@@ -166,7 +113,7 @@ def _run(options: Options, inputs: Inputs) -> tuple[Array, tuple[Operands, Array
   shape, kv_heads = inputs.queries.shape, inputs.keys.shape[3]
   layout = options.layout(shape, kv_heads, inputs.cache and inputs.cache.keys.shape[1])
   operands = lay_out(layout, inputs)
-  mixed, lse = map(checkpoint_name, options.run(
+  mixed, lse = map(checkpoint_name, options.kernels.run(
       options.kernels.forward, layout.tiles, *operands), SAVED)
   return layout.unflatten(mixed, shape), (operands, mixed, lse)
 
@@ -187,7 +134,7 @@ def _attend_backward(options: Options, residuals, cotangent: Array | SymbolicZer
   operands, mixed, lse = residuals
   shape, kv_heads = cotangent.shape, operands.own.keys.shape[1]
   layout = options.layout(shape, kv_heads, operands.shared.keys.shape[2])
-  queries, own = options.run(
+  queries, own = options.kernels.run(
       options.kernels.backward, layout.tiles, *operands, mixed, lse, layout.flatten(cotangent))
   keys, values = (layout.unflatten(x, (*shape[:3], kv_heads, shape[4])) for x in own)
   return (Inputs(layout.unflatten(queries, shape), keys, values, None, None, None, None),)

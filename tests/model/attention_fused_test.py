@@ -14,13 +14,14 @@ from jax.experimental import topologies
 from latent_deliberation.model import attention, attention_fused
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.fused import machines
 from latent_deliberation.model.fused.layout import Blocks
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
 GLOBAL = np.iinfo(np.int32).max
 # Two traces a product on a TPU, two or more blocks of all.
-TPU = dataclasses.replace(attention_fused.TPU, blocks=Blocks(rows=64, keys=16, own=32))
-GPU = dataclasses.replace(attention_fused.GPU, blocks=Blocks(rows=32, keys=16))
+TPU = dataclasses.replace(machines.TPU, blocks=Blocks(rows=64, keys=16, own=32))
+GPU = dataclasses.replace(machines.GPU, blocks=Blocks(rows=32, keys=16))
 DOCUMENTS = (15, 21)  # of both texts; the rest is padding
 
 
@@ -201,29 +202,11 @@ def test_rows_that_stand_alone_are_refused():
     on_tpu(*Case().inputs()[:-1], cap=None)
 
 
-def test_another_platform_is_refused(monkeypatch):
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'metal')
-  with pytest.raises(ValueError, match="'fused' on platform 'metal': .* set .* 'plain'"):
-    attention_fused.attend_visible(*Case().inputs())
-
-
-@pytest.mark.parametrize('width, dtype, words', [
-    (6, 'bfloat16', '6 x bfloat16'), (96, 'bfloat16', '96 x bfloat16'),
-    (256, 'float32', "256 x float32.*dtype = 'bfloat16'")])
-def test_heads_that_a_gpu_cannot_hold_are_refused(monkeypatch, width, dtype, words):
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  queries, keys, values, *where, cache = Case().inputs()
-  wide = lambda x: jnp.ones((*x.shape[:-1], width), dtype)  # noqa: E731
-  cache = cache.replace(keys=wide(cache.keys), values=wide(cache.values))
-  with pytest.raises(ValueError, match=f"'fused' on a GPU with heads of {words}"):
-    attention_fused.attend_visible(*map(wide, (queries, keys, values)), *where, cache)
-
-
 @pytest.mark.parametrize('length, cap, width', [(31, 50.0, 256), (79, None, 128)])
 def test_the_kernels_lower_for_a_gpu_at_sizes_that_fill_no_block(length, cap, width):
   inputs = shapes(3, length, 100, width)
   lowered = evaluate.trace(functools.partial(
-      attention_fused.attend_visible, kernels=attention_fused.GPU), cap, *inputs).lower(
+      attention_fused.attend_visible, kernels=machines.GPU), cap, *inputs).lower(
           lowering_platforms=('cuda',))
   assert lowered.as_text().count('@__gpu$xla.gpu.triton') == 3
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from latent_deliberation.model import attention_fused
 from latent_deliberation.model.fused.layout import Layout
+from latent_deliberation.model.fused.machines import GPU, TPU
 
 
 @pytest.mark.parametrize('shape, kv_heads, traces, rows, chunk', [
@@ -12,7 +12,7 @@ from latent_deliberation.model.fused.layout import Layout
     ((4, 128, 16, 8, 256), 1, 128, 128, 128),  # 8 heads to a kv head
     ((4, 5, 16, 8, 256), 4, 5, 80, 80)])
 def test_blocks_are_large_and_padding_is_small(shape, kv_heads, traces, rows, chunk):
-  layout = Layout.aligned(attention_fused.TPU.blocks, None, shape, kv_heads, 2048)
+  layout = Layout.aligned(TPU.blocks, None, shape, kv_heads, 2048)
   assert (layout.traces, layout.tiles.rows, layout.tiles.chunk) == (traces, rows, chunk)
   assert layout.tiles.keys == 512
 
@@ -22,5 +22,5 @@ def test_blocks_are_large_and_padding_is_small(shape, kv_heads, traces, rows, ch
     ((4, 128, 79, 8, 256), 128, 128),  # 64 latents: traces of 80 lie across blocks
     ((4, 5, 16, 8, 256), 8, 128), ((1, 1, 1, 8, 256), 4, 64)])
 def test_blocks_of_a_gpu_are_a_power_of_two_and_padding_is_small(shape, traces, rows):
-  layout = Layout.across(attention_fused.GPU.blocks, None, shape, 4, 2048)
+  layout = Layout.across(GPU.blocks, None, shape, 4, 2048)
   assert (layout.traces, layout.tiles.rows, layout.tiles.keys) == (traces, rows, 64)
