@@ -1,6 +1,5 @@
 """The heart: many traces at once are what the paper draws, and what inference does one by one."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -8,20 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.config import GATES, LATENTS, SOFT_TOKENS, TRAINABLES
 from latent_deliberation.deliberation.placement import place
-from latent_deliberation.deliberation.traces import gather_traces
-from latent_deliberation.model import attention_fused
 from tests import tiny
 from tests.deliberation import dense_reference
+from tests.deliberation.anchored import ANCHORS, WEIGHT, many_traces, traces_at
 
-# In the first text documents begin at 0, 7 and 11, in the second at 0 and 9, padding at 15: every
-# trace has 3 or 5 tokens of its own document up to its anchor.
-ANCHORS = jnp.array([[4, 9, 13, 15], [2, 4, 11, 13]])
-WEIGHT = jax.random.normal(jax.random.key(0), (*ANCHORS.shape, tiny.CHOICES.num_ahead, 16))
 SCHEMES = [('refining', 'share'), *itertools.product(('paper', 'anchored'), ('shift', 'share'))]
 # What learns and where latents stand meet in no line of the code: two schemes for all that learn.
 THOROUGH = [SCHEMES[0], ('paper', 'shift')]
@@ -33,17 +26,6 @@ OTHER_PARTS = [dict(gate=gate, soft_tokens=soft_tokens) for gate, soft_tokens in
     GATES, SOFT_TOKENS, strict=True) if gate != tiny.CHOICES.gate]
 CONTROLS = [dict(num_layers=1), dict(num_layers=1, trainable='lora'), dict(reads='states')]
 name = lambda choices: '-'.join(map(str, choices.values()))  # noqa: E731
-
-
-def traces_at(batch, anchors=ANCHORS, num_ahead=tiny.CHOICES.num_ahead, delay=None):
-  traces = gather_traces(batch, anchors, jnp.ones_like(anchors, bool), num_ahead)
-  return traces.replace(delay=delay)
-
-
-def many_traces(deliberator, params, decoder_params, batch):
-  """Hidden states [B, M, A, D] at ANCHORS, and the gradient of their sum weighted by WEIGHT."""
-  return tiny.forward_and_gradient(
-      deliberator, params, decoder_params, batch, traces_at(batch), WEIGHT)
 
 
 @pytest.mark.parametrize('choices', VARIANTS + OTHER_PARTS, ids=name)
@@ -206,57 +188,3 @@ def test_no_trace_depends_on_the_latents_of_another(decoder_params, batch):
   depends = np.abs(gradient(text, trace)).max(axis=-1) > 0
   np.testing.assert_array_equal(depends.all(axis=-1).reshape(8, 8), np.eye(8, dtype=bool))
   np.testing.assert_array_equal(depends.any(axis=-1).reshape(8, 8), np.eye(8, dtype=bool))
-
-
-@pytest.mark.parametrize('latents', LATENTS)
-def test_a_coprocessor_can_leave_its_start(decoder_params, batch, latents):
-  deliberator = tiny.deliberator(latents=latents)
-  params = nn.unbox(tiny.start(deliberator, jax.random.key(0), decoder_params))
-  _, gradients = many_traces(deliberator, params, decoder_params, batch)
-  moves = {key: any(np.any(leaf != 0) for leaf in jax.tree.leaves(branch))
-           for key, branch in gradients.items()}
-  # Behind a closed gate nothing learns but the gate itself; every latent of the paper does.
-  opens = latents == 'paper'
-  assert moves == {key: opens or key == 'gate' for key in params}
-
-
-@pytest.mark.parametrize('tuned', [False, True])
-def test_the_trunk_is_a_constant_unless_the_decoder_learns(decoder_params, batch, tuned):
-  deliberator = dataclasses.replace(tiny.deliberator(), tuned=tuned)
-
-  def total(decoder_params):
-    _, cache = deliberator.prefill(decoder_params, batch)
-    return jnp.sum(cache.keys) + jnp.sum(cache.values)
-
-  gradients = jax.jit(jax.grad(total))(decoder_params)
-  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients)) == (not tuned)
-
-
-@pytest.mark.parametrize('tuned', [False, True])
-def test_fused_attention_has_its_own_gradient_where_the_trunk_is_a_constant(
-    decoder_params, batch, monkeypatch, tuned):
-  """Through the scan over layers and under remat too, where everything is an argument."""
-  plain = attention_fused._plain_backward
-  calls = []
-  monkeypatch.setattr(attention_fused, '_plain_backward',
-                      lambda *args: calls.append(args) or plain(*args))
-  deliberator = dataclasses.replace(
-      tiny.deliberator(attention='fused', remat='full'), tuned=tuned)
-  params = tiny.coprocessor_params(deliberator, decoder_params)
-
-  def total(params, decoder_params):
-    return deliberator.forward(params, decoder_params, batch, traces_at(batch)).sum()
-
-  jax.eval_shape(jax.grad(total, argnums=(0, 1) if tuned else 0), params, decoder_params)
-  assert bool(calls) == tuned
-
-
-def test_traces_that_do_not_exist_are_finite_and_so_are_their_gradients(decoder_params):
-  batch = tiny.packed_batch([(7, 4), ()])
-  anchors = jnp.array([[4, 0, 12, 18], [0, 5, 12, 18]])
-  traces = traces_at(batch, anchors)
-  deliberator = tiny.deliberator(latents='refining')
-  params = tiny.coprocessor_params(deliberator, decoder_params)
-  hidden, gradients = tiny.forward_and_gradient(
-      deliberator, params, decoder_params, batch, traces, 100 * WEIGHT)
-  assert all(np.isfinite(leaf).all() for leaf in [hidden, *jax.tree.leaves(gradients)])

@@ -1,0 +1,68 @@
+"""What learns from the forward pass, what is a constant in it, and gradients that stay finite."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from latent_deliberation.deliberation.config import LATENTS
+from latent_deliberation.model import attention_fused
+from tests import tiny
+from tests.deliberation.anchored import WEIGHT, many_traces, traces_at
+
+
+@pytest.mark.parametrize('latents', LATENTS)
+def test_a_coprocessor_can_leave_its_start(decoder_params, batch, latents):
+  deliberator = tiny.deliberator(latents=latents)
+  params = nn.unbox(tiny.start(deliberator, jax.random.key(0), decoder_params))
+  _, gradients = many_traces(deliberator, params, decoder_params, batch)
+  moves = {key: any(np.any(leaf != 0) for leaf in jax.tree.leaves(branch))
+           for key, branch in gradients.items()}
+  # Behind a closed gate nothing learns but the gate itself; every latent of the paper does.
+  opens = latents == 'paper'
+  assert moves == {key: opens or key == 'gate' for key in params}
+
+
+@pytest.mark.parametrize('tuned', [False, True])
+def test_the_trunk_is_a_constant_unless_the_decoder_learns(decoder_params, batch, tuned):
+  deliberator = dataclasses.replace(tiny.deliberator(), tuned=tuned)
+
+  def total(decoder_params):
+    _, cache = deliberator.prefill(decoder_params, batch)
+    return jnp.sum(cache.keys) + jnp.sum(cache.values)
+
+  gradients = jax.jit(jax.grad(total))(decoder_params)
+  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients)) == (not tuned)
+
+
+@pytest.mark.parametrize('tuned', [False, True])
+def test_fused_attention_has_its_own_gradient_where_the_trunk_is_a_constant(
+    decoder_params, batch, monkeypatch, tuned):
+  """Through the scan over layers and under remat too, where everything is an argument."""
+  plain = attention_fused._plain_backward
+  calls = []
+  monkeypatch.setattr(attention_fused, '_plain_backward',
+                      lambda *args: calls.append(args) or plain(*args))
+  deliberator = dataclasses.replace(
+      tiny.deliberator(attention='fused', remat='full'), tuned=tuned)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+
+  def total(params, decoder_params):
+    return deliberator.forward(params, decoder_params, batch, traces_at(batch)).sum()
+
+  jax.eval_shape(jax.grad(total, argnums=(0, 1) if tuned else 0), params, decoder_params)
+  assert bool(calls) == tuned
+
+
+def test_traces_that_do_not_exist_are_finite_and_so_are_their_gradients(decoder_params):
+  batch = tiny.packed_batch([(7, 4), ()])
+  anchors = jnp.array([[4, 0, 12, 18], [0, 5, 12, 18]])
+  traces = traces_at(batch, anchors)
+  deliberator = tiny.deliberator(latents='refining')
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  hidden, gradients = tiny.forward_and_gradient(
+      deliberator, params, decoder_params, batch, traces, 100 * WEIGHT)
+  assert all(np.isfinite(leaf).all() for leaf in [hidden, *jax.tree.leaves(gradients)])

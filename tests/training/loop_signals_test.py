@@ -1,0 +1,91 @@
+"""A run that is told to stop saves what is finished, says how to resume, and goes on from there.
+
+Run as a script, this file trains slowly, for a test that sends it a signal.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from latent_deliberation.training.loop import Preempted
+from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from tests.training.toy_run import ToyBatches, run, saved_steps
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_finished_step_and_the_run_goes_on_from_it(tmp_path, number):
+  handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+  def interrupt(step):
+    if step == 2:
+      os.kill(os.getpid(), number)
+
+  with pytest.raises(Preempted, match=f'{number.name} at step 3/6. Saved in {tmp_path}'):
+    run(tmp_path / 'cut', batches=ToyBatches(interrupt))
+  assert saved_steps(tmp_path / 'cut') == [3]
+  assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+  resumed, whole = run(tmp_path / 'cut'), run(tmp_path / 'whole')
+  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path):
+  def interrupt(params):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {'one': 1.0}
+
+  with pytest.raises(Preempted, match='SIGTERM at step 2/2'):
+    run(tmp_path, num_steps=2, evaluators={'held_out': interrupt})
+  assert read_metrics(tmp_path / FILE_NAME)[-1]['held_out/one'] == 1.0
+
+
+def test_a_second_interrupt_acts_at_once(tmp_path):
+  def interrupt(step):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, batches=ToyBatches(interrupt))
+
+
+def test_training_works_outside_the_main_thread(tmp_path):
+  states = []
+  thread = threading.Thread(target=lambda: states.append(run(tmp_path, num_steps=2)))
+  thread.start()
+  thread.join()
+  assert int(states[0].step) == 2
+
+
+def test_sigterm_ends_the_process_with_code_zero_and_says_how_to_resume(tmp_path):
+  process = subprocess.Popen([sys.executable, __file__, str(tmp_path)], text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])})
+  try:
+    assert process.stdout.readline() == 'training\n'
+    process.terminate()
+    _, log = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert process.returncode == 0, log
+  assert 'stopped by SIGTERM' in log and 'the same command goes on from there' in log
+  assert len(saved_steps(tmp_path)) == 1
+
+
+def train_slowly(workdir):
+  def before(step):
+    if step == 1:
+      print('training', flush=True)
+    time.sleep(0.05)
+
+  run(workdir, num_steps=1000, batches=ToyBatches(before))
+
+
+if __name__ == '__main__':
+  train_slowly(Path(sys.argv[1]))
