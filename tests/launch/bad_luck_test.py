@@ -1,0 +1,111 @@
+"""The launch scripts in bad luck: an error of ours, Ctrl-C, a kill, a full disk, a SIGTERM."""
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+
+from latent_deliberation.jobs.pretrain import pretrain
+from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from tests import finished
+
+
+def test_an_unforeseen_error_keeps_its_traceback(tmp_path):
+  script = tmp_path / 'launch/broken.py'
+  script.parent.mkdir()
+  script.write_text('from latent_deliberation.jobs import command_line\n'
+                    "command_line.run(lambda: int('one'))\n")
+  process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
+                           env=finished.environment(), timeout=60)
+  assert process.returncode == 1
+  assert 'Traceback' in process.stderr and "invalid literal for int" in process.stderr
+
+
+def test_ctrl_c_ends_at_once_whatever_other_threads_do(tmp_path):
+  script = tmp_path / 'launch/slow.py'
+  script.parent.mkdir()
+  script.write_text('import threading, time\n'
+                    'from latent_deliberation.jobs import command_line\n'
+                    'def job():\n'
+                    '  threading.Thread(target=time.sleep, args=(600,)).start()\n'
+                    '  raise KeyboardInterrupt\n'
+                    'command_line.run(job)\n')
+  process = subprocess.run([sys.executable, str(script)], cwd=finished.ROOT, text=True,
+                           capture_output=True, timeout=60, env=finished.environment())
+  assert process.returncode == 1
+  assert 'Interrupted: the same command goes on' in process.stderr
+  assert 'Traceback' not in process.stderr
+
+
+def begin(said: Path | None, *arguments: str,
+          largest_file: str = 'unlimited') -> subprocess.Popen:
+  """Starts pretraining that goes on for some seconds.
+
+  Args:
+    said: file for what it says, which a disk that is full would cut short; default is a pipe.
+    largest_file: where the disk is full, in KiB.
+  """
+  run, _ = finished.quickstart()
+  command = finished.command(
+      'pretrain', f'--data={run}', '--config.pretraining.loop.num_steps=150',
+      '--config.pretraining.loop.eval_every=150', '--config.pretraining.loop.save_every=15',
+      *arguments)
+  limited = ['bash', '-c', f'ulimit -f {largest_file}; exec "$@"', 'bash', *command]
+  with contextlib.nullcontext(subprocess.PIPE) if said is None else said.open('wb') as errors:
+    return subprocess.Popen(limited, cwd=finished.ROOT, env=finished.environment(),
+                            stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, said: Path) -> None:
+  """Returns once the condition holds; fails when the process ends before."""
+  end = time.monotonic() + 120
+  while not condition():
+    assert process.poll() is None and time.monotonic() < end, said.read_text()
+    time.sleep(0.02)
+
+
+def newest(workdir: Path) -> int:
+  """Step of the newest whole checkpoint, 0 without any."""
+  steps = [int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit()]
+  return max(steps, default=0)
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_kill_a_full_disk_and_a_sigterm_and_then_ends(tmp_path, monkeypatch):
+  workdir, said = tmp_path / 'run', tmp_path / 'said'
+
+  process = begin(said, f'--workdir={workdir}')
+  wait_until(lambda: newest(workdir) >= 15, process, said)
+  process.kill()
+  assert process.wait(60) == -signal.SIGKILL
+  killed_at = newest(workdir)
+
+  process = begin(None, f'--workdir={workdir}', largest_file='49')
+  complaint = process.communicate(timeout=120)[1].decode()
+  assert process.returncode == 1
+  assert re.search(rf'RuntimeError: the checkpoint of step {killed_at + 15} could not be written '
+                   rf'.*\nOther checkpoints there: .*{killed_at}. Make it writable or ',
+                   complaint, re.DOTALL), complaint
+  assert newest(workdir) == killed_at
+
+  process = begin(said, f'--workdir={workdir}')
+  wait_until(lambda: newest(workdir) > killed_at, process, said)
+  process.terminate()
+  assert process.wait(60) == 0, said.read_text()
+  assert f'at step {killed_at} of 150' in said.read_text()
+  assert f'stopped by SIGTERM at step {newest(workdir)}/150. Saved in' in said.read_text()
+
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda: devices)
+  run, _ = finished.quickstart()
+  pretrain(finished.experiment(pretraining__loop__num_steps=150), workdir, run)
+  assert newest(workdir) == 150
+  assert (workdir / 'decoder/decoder.json').exists()
+  assert [row['step'] for row in read_metrics(workdir / FILE_NAME)] == list(range(1, 151))
