@@ -7,7 +7,7 @@
 Text and decoder are the quickstart's, and every arm trains for as many steps on as many traces. Of
 each number of latents the table has the coprocessor's own beside those of another text. The second
 command has 8 latents and more and more ahead tokens. The third has a decoder of 2 M parameters that
-has read the text twice, and beside the coprocessors constant soft tokens and the decoder continued
+has read the text nearly twice, and beside the coprocessors constant soft tokens and the decoder continued
 on the same text.
 """
 
@@ -56,4 +56,4 @@ def _with_larger_decoder(experiment):
       pretraining=dataclasses.replace(
           start, optimizer=dataclasses.replace(start.optimizer, learning_rate=5e-3),
           loop=dataclasses.replace(
-              start.loop, num_steps=2000, eval_every=200, save_every=500)))
+              start.loop, num_steps=1400, eval_every=200, save_every=350)))
