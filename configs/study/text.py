@@ -7,8 +7,8 @@
 Text and decoder are the quickstart's, and every arm trains for as many steps on as many traces. Of
 each number of latents the table has the coprocessor's own beside those of another text. The second
 command has 8 latents and more and more ahead tokens. The third has a decoder of 2 M parameters that
-has read the text nearly twice, and beside the coprocessors constant soft tokens and the decoder continued
-on the same text.
+has read the text nearly twice, and beside the coprocessors constant soft tokens and the decoder
+continued on the same text.
 """
 
 import dataclasses

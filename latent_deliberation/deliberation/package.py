@@ -2,7 +2,7 @@
 
   package.save('runs/coprocessor/coprocessor', Package(...))
   trained = package.load('runs/coprocessor/coprocessor')
-  check_decoder(trained, fingerprint(decoder_params))     from deliberation.description
+  description.check_decoder(trained, fingerprint(decoder_params))
 """
 
 import dataclasses
