@@ -4,8 +4,8 @@
   python launch/study.py --config=configs/study/delay.py --workdir=runs/delay \\
       --config.experiment.evaluation.delay=1
 
-The second command scores the same arms with latents that come one token late; results.json is then
-about that delay. Text and decoder are the quickstart's.
+The second command scores the same arms with latents that come one token late (up to three were
+trained for); results.json is then about that delay. Text and decoder are the quickstart's.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def get_config():
   """A coprocessor that is trained without delay, and one for any delay up to three tokens."""
   experiment = bind(runpy.run_path(str(QUICKSTART))['get_config']())
   experiment = dataclasses.replace(experiment, evaluation=dataclasses.replace(
-      experiment.evaluation, positions=(1, 2, 3, 4, 5, 6, 8, 16)))
+      experiment.evaluation, num_texts=256, positions=(1, 2, 3, 4, 5, 6, 8, 16)))
   return as_config(Study(
       name='late latents', experiment=experiment,
       arms={'own': ArmConfig(), 'delayed': ArmConfig(changes={'deliberation': {'max_delay': 3}})}))

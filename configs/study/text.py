@@ -1,14 +1,14 @@
-"""Perplexity by ahead position for more and more latents: the shape of the paper's Table 1.
+"""Perplexity by ahead position: the shape of the paper's Table 1, and what it hangs on.
 
   python launch/study.py --config=configs/study/text.py --workdir=runs/text
-  python launch/study.py --config=configs/study/text.py:ahead --workdir=runs/text
+  python launch/study.py --config=configs/study/text.py:ahead --workdir=runs/text_ahead
   python launch/study.py --config=configs/study/text.py:plateau --workdir=runs/text_plateau
 
-Text and decoder are the quickstart's, and every arm trains for as many steps on as many traces. Of
-each number of latents the table has the coprocessor's own beside those of another text. The second
-command has 8 latents and more and more ahead tokens. The third has a decoder of 2 M parameters that
-has read the text nearly twice, and beside the coprocessors constant soft tokens and the decoder
-continued on the same text.
+Every arm trains for as many steps on as many traces, and the table has the coprocessor's own
+latents beside those of another text. The first command has 4 to 32 latents, the second 8 latents
+and 4 to 32 ahead tokens; text and decoder are the quickstart's. The third has the first's arms on a
+decoder of 2 M parameters that has read the text one and a half times, and beside them constant soft
+tokens and the decoder continued on the same text.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ BLOCK = 16  # tokens of a text between two looks of the host
 
 
 class Session:
-  """Texts that are decoded together, each to its own end.
+  """Texts that are decoded together, each to its own end; it is run once.
 
   Latents are always made from a plain cache, as in training. Texts that hold latents and are to
   deliberate once more are therefore read again, plainly, from where they last deliberated.
@@ -27,6 +27,11 @@ class Session:
     attached: bool [B] texts that hold latents.
     asked: bool [B] texts whose latents are awaited.
     opened: bool [B] texts whose gate opens at their next token.
+    active: bool [B] texts that go on.
+    count: tokens decoded so far.
+    gate_from: int32 [B] number of tokens before which a text's gate stays closed.
+    attempt: the coprocessor at work on `base`; None where it is not.
+    completions: what was decoded, by text.
   """
 
   def __init__(self, generator: Generator, state: State, how: Decoding, seeds: list[int]):

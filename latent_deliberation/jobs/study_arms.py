@@ -1,11 +1,11 @@
-"""The arms of a study as its report describes them: parameters, FLOPs, seconds, scores."""
+"""The arms of a study as its report has them: what they cost, scores, diagnostics."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from latent_deliberation.deliberation import flops
+from latent_deliberation.evaluation.bootstrap import AheadNLL
 from latent_deliberation.evaluation.outcomes import Outcomes
 from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.evaluation.study_result import CONTROLS, Arm, control_name
@@ -23,11 +23,11 @@ class ScoredRun:
   Attributes:
     trained: parameters that learnt.
     total: parameters in use.
-    scores: Outcomes or AheadNLL, by control.
+    scores: by control.
   """
   trained: int
   total: int
-  scores: Mapping[str, Any]
+  scores: Mapping[str, Outcomes | AheadNLL]
 
 
 def describe_frozen(study: Study, run: ScoredRun, measure: QuestionMeasure | TextMeasure,
@@ -82,14 +82,12 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
   return arms
 
 
-def _scored(scores: list) -> dict[str, tuple]:
-  """The field of Arm that scores of this kind belong to."""
-  kind = 'outcomes' if isinstance(scores[0], Outcomes) else 'text'
-  return {kind: tuple(scores)}
-
-
 def read_diagnostics(workdir: Path) -> list[dict[str, float]]:
-  """What the run in `workdir` logged about its latents and their content, by step."""
+  """What a run logged about its latents and their content, by step.
+
+  Args:
+    workdir: of the run.
+  """
   wanted, rows = {'validation/content': 'content'}, []
   for row in read_metrics(workdir / METRICS_FILE):
     found = {wanted[key] if key in wanted else key.removeprefix('latents/'): value
@@ -97,3 +95,9 @@ def read_diagnostics(workdir: Path) -> list[dict[str, float]]:
     if found:
       rows.append({'step': row['step'], **found})
   return rows
+
+
+def _scored(scores: Sequence[Outcomes] | Sequence[AheadNLL]) -> dict[str, tuple]:
+  """The field of Arm that scores of this kind belong to."""
+  kind = 'outcomes' if isinstance(scores[0], Outcomes) else 'text'
+  return {kind: tuple(scores)}

@@ -32,14 +32,14 @@ def rotate(
   """Queries and keys, each pair turned by position * frequency, computed in float32.
 
   Args:
-    scale: factor of the queries.
+    scale: factor of the queries, before they are rounded to their dtype.
   """
   sin, cos = (angle[..., None, :] for angle in sines(positions, frequencies))
-  return turn(queries, scale * sin, scale * cos), turn(keys, sin, cos)
+  return turn(queries, sin, cos, scale), turn(keys, sin, cos)
 
 
-def turn(x: Array, sin: Array, cos: Array) -> Array:
-  """x [..., H] with its pairs turned; sin and cos are broadcast to [..., H / 2]."""
+def turn(x: Array, sin: Array, cos: Array, scale: float = 1.0) -> Array:
+  """x [..., H] with its pairs turned, times scale; sin and cos are broadcast to [..., H / 2]."""
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x.dtype)
+  return (turned * scale).astype(x.dtype)

@@ -13,13 +13,7 @@ from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.fused import layout
-from latent_deliberation.model.layers import (
-  FeedForward,
-  LowRank,
-  Projection,
-  RMSNorm,
-)
-from latent_deliberation.model.rotary import rotary_frequencies
+from latent_deliberation.model.layers import FeedForward, LowRank, Projection, RMSNorm
 
 # Results inside of a block that have a name, so that a policy may keep them.
 _NAMED = ('queries', 'keys', 'values', 'feed_forward_out')
@@ -57,15 +51,20 @@ def layer_traits(config: TransformerConfig) -> LayerTraits:
   c = config
   local_base = c.rope_base if c.rope_local_base is None else c.rope_local_base
   traits = {
-      'local': (c.window, rotary_frequencies(c.head_dim, local_base)),
+      'local': (c.window, rotary.rotary_frequencies(c.head_dim, local_base)),
       'global': (np.iinfo(np.int32).max,
-                 rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling))}
+                 rotary.rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling))}
   windows, frequencies = zip(*(traits[kind] for kind in c.layer_kinds), strict=True)
   return LayerTraits(jnp.array(windows, jnp.int32), jnp.array(frequencies))
 
 
 class Attention(nn.Module):
-  """Grouped-query attention with rotary positions, over a cache and over the fresh tokens."""
+  """Grouped-query attention with rotary positions, over a cache and over the fresh tokens.
+
+  Attributes:
+    fused: attention and rotary embedding by kernels, and products as these want them; see
+      `layers.multiply`.
+  """
   config: TransformerConfig
   lora: LowRank | None = None
   fused: bool = False
@@ -110,6 +109,9 @@ class Block(nn.Module):
   """x + norm(attention(norm(x))), then x + norm(feed-forward(norm(x))).
 
   The outer norms are absent where the config has no post_norms.
+
+  Attributes:
+    fused: as in Attention, and activations in rows.
   """
   config: TransformerConfig
   lora: LowRank | None = None
@@ -164,6 +166,8 @@ class Transformer(nn.Module):
       visibility: what the rows may see.
       cache: of the same B texts; shared by all M rows of a text, and never changed.
     """
+    if self.attention not in ATTENTIONS:
+      raise ValueError(f'attention = {self.attention!r}: must be one of {ATTENTIONS}')
     block = Block
     if REMAT_POLICIES[self.remat] is not None:
       block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)

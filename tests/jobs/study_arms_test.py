@@ -50,6 +50,21 @@ def test_latents_cost_more_than_the_decoder_and_a_chain_costs_its_tokens():
   assert (long.kind, long.trained) == ('decoder with its own chain, 8 tokens', 7)
 
 
+def test_training_costs_what_each_kind_of_arm_reads():
+  asked = study(ARMS)
+  variants = {name: asked.variant(name, 0) for name in asked.arms}
+  spent = {name: describe_arm(asked, name, [ScoredRun(5, 12, {'own': outcomes(0.5)})], MEASURE,
+                              (3.0,))[name].train_flops for name in asked.arms}
+  for name, variant in variants.items():
+    model, length = variant.decoder, variant.data.length
+    texts = variant.training.loop.num_steps * variant.training.batch_size
+    learns = asked.arms[name].learns
+    expected = (flops.text_flops(model, length) if learns in ('continued', 'adapted') else
+                flops.traces_flops(model, variant.deliberation, length, tuned=learns == 'unified'))
+    assert spent[name] == texts * expected, name
+  assert len({asked.arms[name].learns for name in asked.arms}) > 2
+
+
 def test_diagnostics_are_what_was_logged_about_latents_and_their_content(tmp_path):
   metrics = MetricsWriter(tmp_path)
   metrics.write(2, {'loss': 1.0})

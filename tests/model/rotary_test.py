@@ -82,7 +82,8 @@ def test_on_a_mesh_each_device_turns_its_own_texts_and_heads():
         evaluate.__wrapped__, rotary_fused.rotate))(*given)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
                (results, gradients), evaluate(rotary.rotate, *given))
-  assert results[1].sharding.shard_shape(results[1].shape) == (1, 3, 7, 1, WIDTH)
+  for heads, count in zip((*results, *gradients), (2, 1, 2, 1), strict=True):
+    assert heads.sharding.shard_shape(heads.shape) == (1, 3, 7, count, WIDTH)
 
 
 def test_a_gpu_has_no_kernel_for_it():

@@ -1,11 +1,13 @@
 """One stack serves every pass; how it is computed changes nothing, and nothing leaks."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
@@ -79,6 +81,28 @@ def test_only_a_backward_pass_that_keeps_nothing_runs_the_fused_kernel_again(
   once = runs('none')
   assert once > 0
   assert [runs(remat) == once for remat in ('mid', 'dots', 'full')] == [True, True, False]
+
+
+def test_a_fused_stack_turns_wide_heads_in_a_kernel_and_gives_what_the_plain_one_gives(batch):
+  config = dataclasses.replace(tiny.CONFIG, head_dim=256, layer_pattern=('global',), num_layers=1)
+  x, positions, visibility = trunk_rows(batch)
+  plain, fused = (Transformer(config, attention=way) for way in ('plain', 'fused'))
+  params = nn.unbox(plain.init(jax.random.key(1), x, positions, visibility))
+
+  def total(transformer, x):
+    hidden, fresh = transformer.apply(params, x, positions, visibility)
+    return jnp.sum(jnp.cos(hidden)) + jnp.sum(jnp.cos(fresh.keys))
+
+  jaxpr = jax.make_jaxpr(functools.partial(total, fused))(x)
+  assert 'name=rotary' in str(jaxpr)
+  values = [jax.jit(jax.value_and_grad(functools.partial(total, way)))(x)
+            for way in (fused, plain)]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *values)
+
+
+def test_an_unknown_way_to_compute_attention_is_refused(batch):
+  with pytest.raises(ValueError, match="attention = 'flash': must be one of .*'plain', 'fused'"):
+    Transformer(tiny.CONFIG, attention='flash').init(jax.random.key(0), *trunk_rows(batch))
 
 
 def influence(transformer, params, x, *where):
