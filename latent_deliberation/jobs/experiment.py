@@ -33,7 +33,8 @@ class Computation:
     scan: loop over stacked layers (compiles fast at any depth) or unroll them (runs faster on CPU).
     loss_chunk: targets of a text whose logits exist at the same time.
     attention: 'plain', or 'fused' in kernels for TPUs and NVIDIA GPUs that keep no scores in
-      memory; 'auto' is 'fused' on TPUs and 'plain' elsewhere: on a GPU no kernel of ours ran yet.
+      memory, and on TPUs turn heads by positions in one pass; 'auto' is 'fused' on TPUs and 'plain'
+      elsewhere: on a GPU no kernel of ours ran yet.
     replicate_frozen: every device keeps the frozen weights whole (but for its share of the axis
       'tensor') and need not gather them, a layer at a time in each pass, from the shards of 'fsdp'.
   """
