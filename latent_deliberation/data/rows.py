@@ -121,34 +121,40 @@ class PermutedBatches:
     batch_size: B, rows of a global batch; may exceed N.
     seed: of the order, 0 to 2**32 - 1.
     mine: places in the global batch that this host reads, int [n]; default is all of them.
+    portion: percent of the rows, from and to, in the order in which they were packed.
 
   Attributes:
-    fingerprint: of rows, batch size and seed, and not of `mine`.
+    fingerprint: of rows, batch size, seed and portion, and not of `mine`.
 
   Raises:
     ValueError: the batch is empty, or there are no rows.
   """
 
-  def __init__(self, rows: PackedRows, batch_size: int, seed: int, mine: np.ndarray | None = None):
+  def __init__(self, rows: PackedRows, batch_size: int, seed: int, mine: np.ndarray | None = None,
+               portion: tuple[int, int] = (0, 100)):
     if batch_size < 1:
       raise ValueError(f'batch_size = {batch_size}: at least 1 is needed')
     self._mine = np.arange(batch_size) if mine is None else mine
-    if not len(rows):
-      raise ValueError('0 packed rows: there is nothing to make batches of; pack some text')
+    first, last = (len(rows) * percent // 100 for percent in portion)
+    if first == last:
+      raise ValueError(f'{portion[0]} to {portion[1]} percent of {len(rows)} packed rows are none: '
+                       'there is nothing to make batches of; pack more text')
     self._rows, self._batch_size, self._seed = rows, batch_size, seed
+    self._first, self._size = first, last - first
     self._identity = {'rows': rows.fingerprint, 'batch_size': batch_size, 'seed': seed}
+    if self._size < len(rows):
+      self._identity['portion'] = list(portion)
     self.fingerprint = fingerprint_of(self._identity)
 
   def __call__(self, step: int) -> Batch:
     """This host's rows of the global batch of a step, numpy int32 [n, T]."""
-    size = len(self._rows)
     numbers = step * self._batch_size + self._mine
-    epochs, places = np.divmod(numbers, size)
+    epochs, places = np.divmod(numbers, self._size)
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):
       chosen = epochs == epoch
-      indices[chosen] = permutation(self._seed, int(epoch), size)[places[chosen]]
-    return self._rows.take(indices)
+      indices[chosen] = permutation(self._seed, int(epoch), self._size)[places[chosen]]
+    return self._rows.take(self._first + indices)
 
   def save(self, directory: Path, step: int) -> None:
     """Writes the state with which `step` comes next: on process 0, since it is the same on all."""

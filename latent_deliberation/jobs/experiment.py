@@ -18,6 +18,7 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 
 DTYPES = ('float32', 'bfloat16')
 FROZEN_DTYPES = (*DTYPES, 'int8')
+WHOLE = (0, 100)  # percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +78,21 @@ class TrainingConfig:
     accumulation: microbatches that a batch is split into, one after the other.
     multipliers: top-level key of the trainable parameters -> factor on its learning rate; a key
       that this variant's parameters lack (a gate, with 'paper' latents) is without effect.
+    portion: percent of the packed training rows that are read, from and to: (0, 50) for a decoder
+      and (50, 100) for its coprocessor give the coprocessor text that the decoder has not read.
   """
   batch_size: int
   optimizer: OptimizerConfig
   loop: LoopConfig
   accumulation: int = 1
   multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  portion: tuple[int, int] = WHOLE
 
   def __post_init__(self):
+    object.__setattr__(self, 'portion', tuple(self.portion))
+    if len(self.portion) != 2 or not 0 <= self.portion[0] < self.portion[1] <= 100:
+      raise ValueError(f'portion = {self.portion}: two numbers are needed, from and to, as in '
+                       '(0, 50), between 0 and 100')
     for name in ('batch_size', 'accumulation'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
@@ -155,6 +163,11 @@ class Experiment:
     if not 0 <= self.seed < 2**30 - 1:
       raise ValueError(f'seed = {self.seed}: it must lie between 0 and {2**30 - 2}')
     self._check_multipliers()
+    for section in ('pretraining', 'training'):
+      portion = getattr(self, section).portion
+      if self.data.mode == 'online' and portion != WHOLE:
+        raise ValueError(f"{section}.portion = {portion}, but a stream (data.mode = 'online') has "
+                         f"no rows to count: set it to {WHOLE}, or data.mode = 'packed'")
     for axis in ('trace', 'length'):
       if self.computation.attention != 'plain' and axis in self.rules and self.rules[axis]:
         raise ValueError(

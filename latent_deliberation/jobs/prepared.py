@@ -116,17 +116,18 @@ def open_stream(experiment: Experiment, directory: Path, section: str) -> Batche
   """Endless training batches of this process, packed or online as the experiment says.
 
   Args:
-    section: 'pretraining' or 'training', whose batch size it has. The two have different orders:
-      a coprocessor is not to begin with the very rows that its decoder has begun with.
+    section: 'pretraining' or 'training', whose batch size and portion it has. The two have
+      different orders: a coprocessor is not to begin with the very rows that its decoder has begun
+      with.
   """
-  batch_size = getattr(experiment, section).batch_size
+  settings = getattr(experiment, section)
   seed = 2 * experiment.seed + ('pretraining', 'training').index(section)
   if experiment.data.mode == 'online':
     from latent_deliberation.data.online import OnlineBatches  # imports TensorFlow
-    return OnlineBatches(experiment.data, directory, batch_size, seed,
+    return OnlineBatches(experiment.data, directory, settings.batch_size, seed,
                          jax.process_index(), jax.process_count())
-  return PermutedBatches(open_rows(experiment, directory, 'train'), batch_size, seed,
-                         _own_rows(experiment, batch_size))
+  return PermutedBatches(open_rows(experiment, directory, 'train'), settings.batch_size, seed,
+                         _own_rows(experiment, settings.batch_size), settings.portion)
 
 
 def _own_rows(experiment: Experiment, batch_size: int) -> np.ndarray:

@@ -155,9 +155,28 @@ def test_an_empty_batch_is_refused(directory):
     PermutedBatches(PackedRows(directory), 0, 0)
 
 
-def test_no_rows_make_no_batches(tmp_path):
-  with pytest.raises(ValueError, match='0 packed rows'):
+def test_no_rows_make_no_batches(directory, tmp_path):
+  with pytest.raises(ValueError, match='0 to 100 percent of 0 packed rows are none'):
     PermutedBatches(PackedRows(write_rows(tmp_path / 'empty', rows=0)), 2, 0)
+  with pytest.raises(ValueError, match='40 to 49 percent of 10 packed rows are none'):
+    PermutedBatches(PackedRows(directory), 2, 0, portion=(40, 49))
+
+
+@pytest.mark.parametrize(('portion', 'expected'), [
+    ((0, 40), {0, 1, 2, 3}), ((40, 100), {4, 5, 6, 7, 8, 9}), ((45, 55), {4})])
+def test_every_epoch_of_a_portion_holds_each_of_its_rows_once(directory, portion, expected):
+  batches = PermutedBatches(PackedRows(directory), len(expected), 3, portion=portion)
+  for epoch in range(3):
+    assert sorted(numbers(batches(epoch))) == sorted(expected)
+
+
+def test_a_portion_is_part_of_a_sequence_and_of_what_is_saved_of_it(directory, tmp_path):
+  rows = PackedRows(directory)
+  whole, half = PermutedBatches(rows, 2, 3), PermutedBatches(rows, 2, 3, portion=(0, 50))
+  assert whole.fingerprint != half.fingerprint
+  half.save(tmp_path, 7)
+  with pytest.raises(ValueError, match=r'portion: saved \[0, 50\], now \[50, 100\]'):
+    PermutedBatches(rows, 2, 3, portion=(50, 100)).restore(tmp_path, 7)
 
 
 def test_a_saved_state_is_accepted_on_another_number_of_hosts(directory, tmp_path):

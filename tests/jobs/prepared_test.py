@@ -95,6 +95,17 @@ def test_a_coprocessor_does_not_begin_with_the_rows_that_its_decoder_began_with(
   assert not np.array_equal(first[0], first[1])
 
 
+def test_a_decoder_and_its_coprocessor_may_read_different_text(quickstart):
+  experiment = finished.experiment(
+      pretraining__portion=(0, 50), training__portion=(50, 100))
+  rows = open_rows(experiment, quickstart, 'train')
+  half = {row.tobytes() for row in rows.take(np.arange(len(rows) // 2)).tokens}
+  for section, inside in (('pretraining', True), ('training', False)):
+    batches = open_stream(experiment, quickstart, section)
+    assert all((row.tobytes() in half) == inside
+               for step in range(4) for row in batches(step).tokens)
+
+
 def test_rows_are_read_where_seqio_is_not_installed(quickstart, tmp_path, monkeypatch):
   monkeypatch.setattr(prepared.importlib.util, 'find_spec', lambda name: None)
   prepare_data(finished.experiment(), quickstart)

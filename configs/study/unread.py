@@ -1,0 +1,34 @@
+"""Text that the decoder has read, or has not: which should its coprocessor learn on?
+
+  python launch/study.py --config=configs/study/unread.py --workdir=runs/unread
+
+The quickstart's decoder reads one half of the text, three times, and so knows it. One coprocessor
+then learns on that half, another on the other half; both are scored on text that nobody has read.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.study_config import ArmConfig, Study
+
+QUICKSTART = Path(__file__).parents[1] / 'quickstart.py'
+READ, UNREAD = (0, 50), (50, 100)  # percent of the rows
+STEPS = 1400  # of the decoder
+
+
+def get_config():
+  """The quickstart's coprocessor, by the text that it learns on."""
+  experiment = bind(runpy.run_path(str(QUICKSTART))['get_config']())
+  start = experiment.pretraining
+  experiment = dataclasses.replace(
+      experiment,
+      pretraining=dataclasses.replace(
+          start, portion=READ,
+          loop=dataclasses.replace(start.loop, num_steps=STEPS, eval_every=200, save_every=350)),
+      evaluation=dataclasses.replace(experiment.evaluation, num_texts=512))
+  return as_config(Study(
+      name='text that the decoder has read', experiment=experiment,
+      arms={name: ArmConfig(changes={'training': {'portion': portion}})
+            for name, portion in (('read', READ), ('unread', UNREAD))}))
