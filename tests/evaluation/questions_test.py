@@ -44,8 +44,9 @@ def test_the_frozen_decoder_is_scored_as_it_reads(decoder_params):
 
 
 @pytest.mark.parametrize('latents, offline', [
-    ('refining', False), ('refining', True), ('paper', True),
-    pytest.param('paper', False, marks=pytest.mark.slow)])
+    ('refining', False), ('refining', True),
+    pytest.param('paper', False, marks=pytest.mark.slow),
+    pytest.param('paper', True, marks=pytest.mark.slow)])
 def test_latents_come_behind_the_question_or_offline_behind_the_context(decoder_params, latents,
                                                                         offline):
   deliberator = tiny.deliberator(latents=latents, positions='shift')

@@ -65,6 +65,7 @@ def check_stopping_changes_nothing(job: Callable[[Path], object], result: Callab
   assert losses(tmp_path / 'stopped') == losses(tmp_path / 'straight')
 
 
+@pytest.mark.slow  # what they share is tested with the coprocessor
 def test_a_decoder_whose_pretraining_was_stopped_is_bit_for_bit_that_of_one_that_was_not(
     tmp_path, quickstart, monkeypatch):
   experiment = finished.experiment()

@@ -73,8 +73,9 @@ def check_equal(trained, expected):
                trained, expected)
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 2)],
-                         ids=lambda sizes: '-'.join(map(str, sizes)))
+@pytest.mark.parametrize('sizes', [
+    (8, 1, 1), (2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow),
+    pytest.param((1, 1, 2), marks=pytest.mark.slow)], ids=lambda sizes: '-'.join(map(str, sizes)))
 def test_any_mesh_gives_the_loss_gradient_and_parameters_of_one_device(sizes):
   check_equal(Trainer(sizes).train(2), Trainer().train(2))
 
