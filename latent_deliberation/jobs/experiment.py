@@ -203,6 +203,19 @@ def as_config(experiment: Any) -> ConfigDict:
   return fill(dataclasses.asdict(experiment)).lock()
 
 
+def defaults_of(kind: type) -> dict[str, Any]:
+  """The defaults of a dataclass, as nested dicts without the keys that have none."""
+  defaults = {}
+  for field in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(field.type):
+      defaults[field.name] = defaults_of(field.type)
+    elif field.default is not dataclasses.MISSING:
+      defaults[field.name] = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+      defaults[field.name] = field.default_factory()
+  return defaults
+
+
 def bind(config: Mapping[str, Any], kind: type = Experiment, where: str = 'config') -> Any:
   """A frozen dataclass of `kind` from a nested mapping such as a ConfigDict.
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.jobs.directories import make_writable
-from latent_deliberation.jobs.experiment import Experiment, TrainingConfig
+from latent_deliberation.jobs.experiment import Experiment, TrainingConfig, defaults_of
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
 from latent_deliberation.training.checkpoint import Batches, Checkpointer
 from latent_deliberation.training.identity import (
@@ -87,7 +87,8 @@ class Run:
     unread = ('deliberation', 'training') if self.job == 'pretrain' else ('pretraining',)
     for section in unread:
       del config[section]
-    return RunIdentity(job=self.job, config=config, decoder=self.decoder, data=data)
+    return RunIdentity(job=self.job, config=config, decoder=self.decoder, data=data,
+                       defaults=defaults_of(Experiment))
 
   @functools.cached_property
   def boxed(self) -> PyTree:

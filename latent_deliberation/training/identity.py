@@ -23,11 +23,13 @@ class RunIdentity:
     config: the whole configuration, as nested dicts of what JSON can hold.
     decoder: fingerprint of the frozen decoder; '' where there is none.
     data: fingerprint of the data.
+    defaults: of the config, as nested dicts: what a key means for a run that is older than the key.
   """
   job: str
   config: Mapping[str, Any]
   decoder: str
   data: str
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     try:
@@ -38,7 +40,9 @@ class RunIdentity:
 
   def to_json(self) -> dict[str, Any]:
     """The identity as it reads back from a JSON file (tuples are lists, keys are strings)."""
-    return json.loads(json.dumps(dataclasses.asdict(self)))
+    record = dataclasses.asdict(self)
+    del record['defaults']  # of this code, and not of the run
+    return json.loads(json.dumps(record))
 
 
 def claim(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = ()) -> None:
@@ -83,6 +87,8 @@ def check_same_run(place: str, saved: Mapping[str, Any], identity: RunIdentity,
   Raises: ValueError with each key that differs, its two values and the remedy.
   """
   there, here = dict(_leaves(saved)), dict(_leaves(identity.to_json()))
+  defaults = _leaves({'config': json.loads(json.dumps(identity.defaults))})
+  there = {key: value for key, value in defaults if key in here} | there
   prefixes = tuple(f'config.{path}.' for path in free)
   lines = [f'  {key}: {there.get(key, MISSING)!r} there, {here.get(key, MISSING)!r} now'
            for key in sorted(there | here)

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from latent_deliberation.jobs.evaluate import constant_variant
-from latent_deliberation.jobs.experiment import Computation, bind
+from latent_deliberation.jobs.experiment import Computation, Experiment, bind, defaults_of
 from latent_deliberation.jobs.models import build_deliberator
 from latent_deliberation.model.weights import boxed_shapes
 from tests import finished
@@ -78,6 +78,12 @@ def test_automatic_attention_is_fused_on_tpus_alone(attention, platform, chosen)
 def test_a_value_that_cannot_be_is_refused_with_what_can(change, message):
   with pytest.raises(ValueError, match=message):
     finished.experiment(**change)
+
+
+def test_defaults_are_those_of_every_key_that_has_one():
+  defaults = defaults_of(Experiment)
+  assert defaults['training']['portion'] == (0, 100) and defaults['data']['options'] == {}
+  assert defaults['computation']['remat'] == 'none' and 'batch_size' not in defaults['training']
 
 
 def test_the_constant_variant_learns_soft_tokens_and_gate_alone():

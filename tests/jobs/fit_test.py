@@ -18,6 +18,7 @@ from latent_deliberation.jobs.train import train_coprocessor
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.training.loop import Preempted
+from latent_deliberation.training.identity import RUN_FILE
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
@@ -108,6 +109,16 @@ def test_what_only_the_other_job_reads_may_change(coprocessor, quickstart):
                                    evaluation__bootstrap_samples=10)
   resume(coprocessor, quickstart, experiment=experiment)
   assert losses(coprocessor) == losses(quickstart / 'coprocessor')
+
+
+def test_a_run_begun_before_there_was_a_key_goes_on_with_its_default(coprocessor, quickstart):
+  path = coprocessor / RUN_FILE
+  record = json.loads(path.read_text())
+  del record['config']['training']['portion']
+  path.write_text(json.dumps(record))
+  resume(coprocessor, quickstart)
+  with pytest.raises(ValueError, match=r'training.portion: \[0, 100\] there, \[0, 50\] now'):
+    resume(coprocessor, quickstart, experiment=finished.experiment(training__portion=(0, 50)))
 
 
 def test_another_decoder_is_refused(coprocessor, quickstart, tmp_path):

@@ -57,6 +57,18 @@ def test_free_keys_and_sections_may_change(tmp_path):
     claim(tmp_path, other, free=('loop', 'mes'))
 
 
+def test_a_run_that_is_older_than_a_key_had_its_default(tmp_path):
+  claim(tmp_path, IDENTITY)
+  newer = {'optimizer': {'clip': 1.0, 'bounds': (0, 1)}, 'unread': {'key': 3}}
+  def now(**optimizer):
+    config = changed(optimizer={'learning_rate': 0.1, **optimizer})
+    return dataclasses.replace(config, defaults=newer)
+  claim(tmp_path, now(clip=1.0, bounds=(0, 1)))
+  with pytest.raises(ValueError, match='another run:\n  config.optimizer.clip: 1.0 there, 2.0 now'):
+    claim(tmp_path, now(clip=2.0, bounds=(0, 1)))
+  assert json.loads((tmp_path / RUN_FILE).read_text()) == IDENTITY.to_json()
+
+
 def test_checkpoints_without_a_run_file_are_foreign(tmp_path):
   (tmp_path / CHECKPOINTS).mkdir()
   with pytest.raises(ValueError, match=f'{RUN_FILE} does not'):
