@@ -17,8 +17,8 @@ from latent_deliberation.jobs.pretrain import pretrain
 from latent_deliberation.jobs.train import train_coprocessor
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
-from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.identity import RUN_FILE
+from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from tests import finished
 
