@@ -13,12 +13,12 @@ from pathlib import Path
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.jobs.binding import as_config
 from latent_deliberation.jobs.experiment import (
   Computation,
   EvaluationConfig,
   Experiment,
   TrainingConfig,
-  as_config,
 )
 from latent_deliberation.model import weights
 from latent_deliberation.model.config import find_preset

@@ -6,12 +6,12 @@ from the command line, as in --config.training.optimizer.learning_rate=1e-3.
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.jobs.binding import as_config
 from latent_deliberation.jobs.experiment import (
   Computation,
   EvaluationConfig,
   Experiment,
   TrainingConfig,
-  as_config,
 )
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.training.loop import LoopConfig

@@ -2,12 +2,8 @@
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.deliberation.config import DeliberationConfig
-from latent_deliberation.jobs.experiment import (
-  EvaluationConfig,
-  Experiment,
-  TrainingConfig,
-  as_config,
-)
+from latent_deliberation.jobs.binding import as_config
+from latent_deliberation.jobs.experiment import EvaluationConfig, Experiment, TrainingConfig
 from latent_deliberation.model.config import PRESETS
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig

@@ -9,7 +9,8 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh
 
-from latent_deliberation.jobs.experiment import Experiment, as_config, bind
+from latent_deliberation.jobs.binding import as_config, bind
+from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.models import count_parameters
 from latent_deliberation.jobs.pretrain import describe_pretraining
 from latent_deliberation.jobs.study_config import Study

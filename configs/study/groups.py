@@ -16,7 +16,7 @@ from pathlib import Path
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.data.synthetic.groups import Groups
-from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.binding import as_config, bind
 from latent_deliberation.jobs.study_config import Study
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))

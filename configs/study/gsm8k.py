@@ -14,12 +14,12 @@ from pathlib import Path
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.jobs.binding import as_config
 from latent_deliberation.jobs.experiment import (
   Computation,
   EvaluationConfig,
   Experiment,
   TrainingConfig,
-  as_config,
 )
 from latent_deliberation.jobs.study_config import ArmConfig, QuestionsConfig, Study
 from latent_deliberation.model.config import TransformerConfig

@@ -9,12 +9,12 @@ The first has a coprocessor and constant soft tokens beside the frozen decoder, 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.data.synthetic.hops import Hops
 from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.jobs.binding import as_config
 from latent_deliberation.jobs.experiment import (
   Computation,
   EvaluationConfig,
   Experiment,
   TrainingConfig,
-  as_config,
 )
 from latent_deliberation.jobs.study_config import ArmConfig, QuestionsConfig, Study
 from latent_deliberation.model.config import TransformerConfig

@@ -11,7 +11,7 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.binding import as_config, bind
 from latent_deliberation.jobs.study_config import Study
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))

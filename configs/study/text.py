@@ -15,7 +15,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.binding import as_config, bind
 from latent_deliberation.jobs.study_config import ArmConfig, Study
 
 QUICKSTART = Path(__file__).parents[1] / 'quickstart.py'

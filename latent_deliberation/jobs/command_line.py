@@ -16,7 +16,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from latent_deliberation import distributed
-from latent_deliberation.jobs.experiment import Experiment, bind
+from latent_deliberation.jobs.binding import bind
+from latent_deliberation.jobs.experiment import Experiment
 
 # --help of a launch script shows the flags that are defined through this module as its own.
 flags.disclaim_key_flags()

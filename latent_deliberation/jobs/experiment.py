@@ -1,11 +1,7 @@
-"""An experiment as typed values, bound from a config file and checked before anything runs."""
+"""An experiment as typed values, checked before anything runs."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
-from typing import Any
-
-from ml_collections import ConfigDict, config_dict
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.deliberation.config import DeliberationConfig
@@ -90,9 +86,10 @@ class TrainingConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'portion', tuple(self.portion))
-    if len(self.portion) != 2 or not 0 <= self.portion[0] < self.portion[1] <= 100:
-      raise ValueError(f'portion = {self.portion}: two numbers are needed, from and to, as in '
-                       '(0, 50), between 0 and 100')
+    whole = all(isinstance(percent, int) for percent in self.portion)
+    if not whole or len(self.portion) != 2 or not 0 <= self.portion[0] < self.portion[1] <= 100:
+      raise ValueError(f'portion = {self.portion}: two whole numbers are needed, from and to, '
+                       'between 0 and 100, as in (0, 50)')
     for name in ('batch_size', 'accumulation'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
@@ -188,61 +185,3 @@ class Experiment:
       if unknown:
         raise ValueError(f'{section}.multipliers names {unknown}: what learns there is among '
                          f'{parts}')
-
-
-def as_config(experiment: Any) -> ConfigDict:
-  """Every key of an experiment, or a study, with its value, locked, for flags to override."""
-
-  def fill(tree: Mapping[str, Any]) -> ConfigDict:
-    # A bare None could not be overridden by a flag; all our optional values are floats. Keys stay
-    # in order, since a report has a study's arms as they were listed.
-    return ConfigDict({key: fill(value) if isinstance(value, Mapping)
-                       else config_dict.placeholder(float) if value is None else value
-                       for key, value in tree.items()}, sort_keys=False)
-
-  return fill(dataclasses.asdict(experiment)).lock()
-
-
-def defaults_of(kind: type) -> dict[str, Any]:
-  """The defaults of a dataclass, as nested dicts without the keys that have none."""
-  defaults = {}
-  for field in dataclasses.fields(kind):
-    if dataclasses.is_dataclass(field.type):
-      defaults[field.name] = defaults_of(field.type)
-    elif field.default is not dataclasses.MISSING:
-      defaults[field.name] = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-      defaults[field.name] = field.default_factory()
-  return defaults
-
-
-def bind(config: Mapping[str, Any], kind: type = Experiment, where: str = 'config') -> Any:
-  """A frozen dataclass of `kind` from a nested mapping such as a ConfigDict.
-
-  Raises:
-    ValueError: a key is unknown (the nearest known one is suggested) or missing, or a value is not
-      allowed; names the key by its dotted path.
-  """
-  fields = {field.name: field for field in dataclasses.fields(kind)}
-  for key in config:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(fields)}'
-      raise ValueError(f'{where}.{key} is not a key of this project: {hint}')
-  missing = sorted(name for name, field in fields.items() if name not in config
-                   and field.default is dataclasses.MISSING
-                   and field.default_factory is dataclasses.MISSING)
-  if missing:
-    raise ValueError(f'{where} has no {missing}: give a value, as configs/quickstart.py does')
-  values = {}
-  for key in config:
-    value, field = config[key], fields[key]
-    if dataclasses.is_dataclass(field.type):
-      value = bind(value, field.type, f'{where}.{key}')
-    elif isinstance(value, Mapping) or hasattr(value, 'to_dict'):
-      value = {name: value[name] for name in value}
-    values[key] = value
-  try:
-    return kind(**values)
-  except ValueError as error:
-    raise ValueError(f'{where}: {error}') from error

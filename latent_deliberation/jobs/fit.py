@@ -14,8 +14,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.jobs.binding import defaults_of
 from latent_deliberation.jobs.directories import make_writable
-from latent_deliberation.jobs.experiment import Experiment, TrainingConfig, defaults_of
+from latent_deliberation.jobs.experiment import Experiment, TrainingConfig
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
 from latent_deliberation.training.checkpoint import Batches, Checkpointer
 from latent_deliberation.training.identity import (

@@ -7,7 +7,8 @@ from typing import Any
 from latent_deliberation.data.synthetic.corpus import build
 from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.evaluation.study_result import CONTROLS
-from latent_deliberation.jobs.experiment import Experiment, bind
+from latent_deliberation.jobs.binding import bind
+from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.tune import TUNINGS
 
 LATENTS, OWN = 'latents', 'own'

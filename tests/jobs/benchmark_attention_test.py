@@ -6,7 +6,7 @@ import json
 import pytest
 
 from latent_deliberation.jobs.benchmark_attention import benchmark
-from latent_deliberation.jobs.experiment import bind
+from latent_deliberation.jobs.binding import bind
 from tests import finished
 
 

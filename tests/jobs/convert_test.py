@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.jobs import convert as job
-from latent_deliberation.jobs.experiment import bind
+from latent_deliberation.jobs.binding import bind
 from latent_deliberation.jobs.train import train_coprocessor
 from latent_deliberation.model import weights
 from latent_deliberation.model.config import PRESETS

@@ -1,37 +1,14 @@
 """An experiment is checked as it is made, and errors name the key, its value and what may be."""
 
-import re
-
 import jax
 import pytest
 from flax import linen as nn
 
 from latent_deliberation.jobs.evaluate import constant_variant
-from latent_deliberation.jobs.experiment import Computation, Experiment, bind, defaults_of
+from latent_deliberation.jobs.experiment import Computation
 from latent_deliberation.jobs.models import build_deliberator
 from latent_deliberation.model.weights import boxed_shapes
 from tests import finished
-
-
-def test_an_unknown_key_is_named_with_the_nearest_known_one():
-  raw = finished.config_of('tiny').to_dict()
-  raw['training']['optimizer']['learning_rat'] = raw['training']['optimizer'].pop('learning_rate')
-  with pytest.raises(ValueError, match=re.escape(
-      "config.training.optimizer.learning_rat is not a key of this project: did you mean "
-      "'learning_rate'?")):
-    bind(raw)
-
-
-def test_an_unknown_key_like_no_other_is_shown_the_known_ones():
-  with pytest.raises(ValueError, match=r"config.zzz is not .* known keys: \['computation', 'data'"):
-    bind(finished.config_of('tiny').to_dict() | {'zzz': 1})
-
-
-def test_a_missing_key_is_named():
-  raw = finished.config_of('tiny').to_dict()
-  del raw['decoder']['head_dim']
-  with pytest.raises(ValueError, match=r"config.decoder has no \['head_dim'\]: give a value"):
-    bind(raw)
 
 
 @pytest.mark.parametrize('attention, platform, chosen', [
@@ -57,8 +34,9 @@ def test_automatic_attention_is_fused_on_tpus_alone(attention, platform, chosen)
     ({'evaluation__batch_size': 1}, 'evaluation.batch_size = 1: .* at least 2'),
     ({'evaluation__watch_batches': 0}, 'evaluation.watch_batches = 0: at least 1'),
     ({'training__batch_size': 0}, 'config.training: batch_size = 0: at least 1'),
-    ({'training__portion': (50, 50)}, r'config.training: portion = \(50, 50\): two numbers'),
-    ({'pretraining__portion': (0, 101)}, r'portion = \(0, 101\): two numbers are needed'),
+    ({'training__portion': (50, 50)}, r'config.training: portion = \(50, 50\): two whole'),
+    ({'pretraining__portion': (0, 101)}, r'portion = \(0, 101\): two whole numbers are needed'),
+    ({'pretraining__portion': (0, 50.5)}, r'portion = \(0, 50.5\): two whole numbers are needed'),
     ({'training__portion': (0, 50), 'data__mode': 'online'}, 'training.portion = .* but a stream'),
     ({'training__accumulation': 0}, 'config.training: accumulation = 0: at least 1'),
     ({'training__optimizer__learning_rate': -1.0}, 'config.training.optimizer: .*rate is -1.0'),
@@ -78,12 +56,6 @@ def test_automatic_attention_is_fused_on_tpus_alone(attention, platform, chosen)
 def test_a_value_that_cannot_be_is_refused_with_what_can(change, message):
   with pytest.raises(ValueError, match=message):
     finished.experiment(**change)
-
-
-def test_defaults_are_those_of_every_key_that_has_one():
-  defaults = defaults_of(Experiment)
-  assert defaults['training']['portion'] == (0, 100) and defaults['data']['options'] == {}
-  assert defaults['computation']['remat'] == 'none' and 'batch_size' not in defaults['training']
 
 
 def test_the_constant_variant_learns_soft_tokens_and_gate_alone():

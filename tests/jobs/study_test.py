@@ -10,7 +10,7 @@ import pytest
 
 from latent_deliberation.data.config import DataConfig
 from latent_deliberation.jobs import study as job
-from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.binding import as_config, bind
 from latent_deliberation.jobs.study_config import QuestionsConfig, Study
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint

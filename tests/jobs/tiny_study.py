@@ -4,7 +4,7 @@ import dataclasses
 from types import MappingProxyType
 
 from latent_deliberation.data.config import DataConfig
-from latent_deliberation.jobs.experiment import as_config, bind
+from latent_deliberation.jobs.binding import as_config, bind
 from latent_deliberation.jobs.study_config import ArmConfig, QuestionsConfig, Study
 from tests import finished
 
