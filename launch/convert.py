@@ -12,15 +12,15 @@ Next, train a coprocessor with launch/train.py --config=configs/gemma2_2b.py:DIR
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, convert
+from latent_deliberation.jobs import command_line, convert, launch_flags
 from latent_deliberation.model import weights
 
-_SOURCE = command_line.define_directory('source', 'Of the decoder to read.')
-_TARGET = command_line.define_directory('target', 'To be written; must not exist yet.', '')
-_FORMAT = command_line.define_choice('format', weights.FORMATS, 'To write.')
-_DTYPE = command_line.define_choice('dtype', ('float32', 'bfloat16', 'float16'),
+_SOURCE = launch_flags.define_directory('source', 'Of the decoder to read.')
+_TARGET = launch_flags.define_directory('target', 'To be written; must not exist yet.', '')
+_FORMAT = launch_flags.define_choice('format', weights.FORMATS, 'To write.')
+_DTYPE = launch_flags.define_choice('dtype', ('float32', 'bfloat16', 'float16'),
                                     'To round to; by default every bit is kept.', required=False)
-_LIST = command_line.define_switch('list', 'Also list every tensor.')
+_LIST = launch_flags.define_switch('list', 'Also list every tensor.')
 
 
 def main() -> None:

@@ -10,21 +10,21 @@ train.py with deliberation.trainable=constant (pause tokens) joins the table. Op
 from pathlib import Path
 
 from latent_deliberation.evaluation.page import format_table
-from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs import command_line, launch_flags
 from latent_deliberation.jobs.evaluate import evaluate
 
-command_line.define_config(__file__)
-_DECODER = command_line.define_directory('decoder', 'Of the frozen decoder.')
-_COPROCESSOR = command_line.define_directory('coprocessor', 'Of a finished train.py.')
-_DATA = command_line.define_directory('data', 'Of prepared data.')
-_OUTPUT = command_line.define_directory('output', 'For the report.')
-_CONSTANT = command_line.define_directory(
+launch_flags.define_config(__file__)
+_DECODER = launch_flags.define_directory('decoder', 'Of the frozen decoder.')
+_COPROCESSOR = launch_flags.define_directory('coprocessor', 'Of a finished train.py.')
+_DATA = launch_flags.define_directory('data', 'Of prepared data.')
+_OUTPUT = launch_flags.define_directory('output', 'For the report.')
+_CONSTANT = launch_flags.define_directory(
     'constant', 'The same, for constant soft tokens.', '')
 
 
 def main() -> None:
   summary = evaluate(
-      command_line.experiment_from_flags(), decoder=Path(_DECODER.value),
+      launch_flags.experiment_from_flags(), decoder=Path(_DECODER.value),
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value),
       constant=Path(_CONSTANT.value) if _CONSTANT.value else None)
   print(format_table(summary))

@@ -14,16 +14,16 @@ Next: launch/pretrain.py, train.py and evaluate.py are its steps, for other size
 from pathlib import Path
 
 from latent_deliberation.evaluation.page import format_table
-from latent_deliberation.jobs import command_line
+from latent_deliberation.jobs import command_line, launch_flags
 from latent_deliberation.jobs.quickstart import quickstart
 
-command_line.define_config(__file__, 'configs/quickstart.py')
-_WORKDIR = command_line.define_directory('workdir', 'Of the run.', 'runs/quickstart')
+launch_flags.define_config(__file__, 'configs/quickstart.py')
+_WORKDIR = launch_flags.define_directory('workdir', 'Of the run.', 'runs/quickstart')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  summary = quickstart(command_line.experiment_from_flags(), workdir)
+  summary = quickstart(launch_flags.experiment_from_flags(), workdir)
   print(format_table(summary))
   print(f'Report: {workdir / "report.md"}')
 
