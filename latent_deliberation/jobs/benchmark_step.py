@@ -43,8 +43,9 @@ from latent_deliberation.training.objectives import augmentation, language_model
 CONFIG = TransformerConfig(vocab_size=4096, embed_dim=256, num_layers=4, num_heads=4,
                            num_kv_heads=2, head_dim=64, hidden_dim=1024, window=256)
 TRUNK, AHEAD = 256, 16
-TRACES = (16, 32)  # the paper's proportion, 128 on 2048 tokens, and twice that
-NUM_LATENTS = (16, 64)
+# Traces and latents: from the paper's traces a token (128 on 2048) by way of the quickstart's 64 to
+# the paper's traces a text, whose mask would take over 25 GB with 64 latents.
+CASES = ((16, 16), (16, 64), (32, 16), (32, 64), (64, 16), (64, 64), (128, 16))
 TEXTS, LENGTH = 4, 512  # of the decoder alone
 WAYS = {'ours': augmentation, 'dense mask': dense_mask, 'text a trace': separate_traces}
 
@@ -64,7 +65,7 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
   result: dict[str, Any] = {
       'step': {f'{num_traces} traces, {num_latents} latents':
                _compare_ways(params, num_traces, num_latents, repeats)
-               for num_traces in TRACES for num_latents in NUM_LATENTS},
+               for num_traces, num_latents in CASES},
       'decoder': _compare_decoders(params, repeats),
       'sizes': {'trunk': TRUNK, 'ahead': AHEAD, 'decoder_texts': TEXTS,
                 'decoder_length': LENGTH},

@@ -14,8 +14,8 @@ def test_every_ratio_is_written_and_drawn(tmp_path, monkeypatch):
   small = dataclasses.replace(
       benchmark_step.CONFIG, vocab_size=64, embed_dim=16, num_layers=2, num_heads=2,
       num_kv_heads=1, head_dim=8, hidden_dim=32, window=8)
-  for name, value in {'CONFIG': small, 'TRUNK': 12, 'TRACES': (2,), 'AHEAD': 3, 'NUM_LATENTS': (2,),
-                      'TEXTS': 1, 'LENGTH': 8}.items():
+  for name, value in {'CONFIG': small, 'TRUNK': 12, 'CASES': ((2, 2),), 'AHEAD': 3, 'TEXTS': 1,
+                      'LENGTH': 8}.items():
     monkeypatch.setattr(benchmark_step, name, value)
   output = tmp_path / 'step.json'
   benchmark_step.benchmark(output, 1)
