@@ -10,14 +10,14 @@ decoder, which alone can use them. Next, go on behind it: launch/generate.py --c
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, context, generators, launch_flags
+from latent_deliberation.jobs import command_line, context, generators, job_flags
 
-_DECODER = launch_flags.define_directory('decoder', 'Of the decoder, in any format we read.')
-_COPROCESSOR = launch_flags.define_directory('coprocessor', 'Of a trained coprocessor.')
-_VOCABULARY = launch_flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
-_DOCUMENT = launch_flags.define_text('document', None, 'File with the text, UTF-8.')
-_LENGTH = launch_flags.define_number('length', 2048, 'Tokens that the text may have.')
-_OUTPUT = launch_flags.define_directory('output', 'To be written; must not exist yet.')
+_DECODER = job_flags.define_directory('decoder', 'Of the decoder, in any format we read.')
+_COPROCESSOR = job_flags.define_directory('coprocessor', 'Of a trained coprocessor.')
+_VOCABULARY = job_flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
+_DOCUMENT = job_flags.define_text('document', None, 'File with the text, UTF-8.')
+_LENGTH = job_flags.define_number('length', 2048, 'Tokens that the text may have.')
+_OUTPUT = job_flags.define_directory('output', 'To be written; must not exist yet.')
 
 
 def main() -> None:

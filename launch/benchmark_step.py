@@ -8,11 +8,11 @@ drawn as a PNG beside the JSON. Next, train with launch/train.py.
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, launch_flags
+from latent_deliberation.jobs import command_line, job_flags
 from latent_deliberation.jobs.benchmark_step import benchmark
 
-_OUTPUT = launch_flags.define_json('output', 'JSON file to write, and a PNG beside it.')
-_REPEATS = launch_flags.define_count('repeats', 15, 'Turns of each comparison.')
+_OUTPUT = job_flags.define_json('output', 'JSON file to write, and a PNG beside it.')
+_REPEATS = job_flags.define_count('repeats', 15, 'Turns of each comparison.')
 
 
 def main() -> None:

@@ -9,13 +9,13 @@ launch/convert.py.
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, launch_flags
+from latent_deliberation.jobs import command_line, job_flags
 from latent_deliberation.jobs.benchmark_weights import benchmark
 from latent_deliberation.model.config import PRESETS
 
-_PRESET = launch_flags.define_choice(
+_PRESET = job_flags.define_choice(
     'preset', sorted(PRESETS, key='gemma2_2b'.__ne__), 'Size of the decoder.')
-_OUTPUT = launch_flags.define_json('output', 'JSON file to write.')
+_OUTPUT = job_flags.define_json('output', 'JSON file to write.')
 
 
 def main() -> None:

@@ -14,23 +14,23 @@ Next, train on the mesh that is best: launch/train.py --config.mesh.fsdp=...
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, launch_flags
+from latent_deliberation.jobs import command_line, job_flags
 from latent_deliberation.jobs.compile import plan_training
 from latent_deliberation.jobs.mesh_flags import read_mesh, read_rules
 from latent_deliberation.planning import table, topology
 
-launch_flags.define_config(__file__)
-_TOPOLOGY = launch_flags.define_text(
+job_flags.define_config(__file__)
+_TOPOLOGY = job_flags.define_text(
     'topology', 'v5e:16x16', 'Chip and shape of the slice (v5e:16x16, v5p:4x4x8), or cpu:8.')
-_MESHES = launch_flags.define_texts(
+_MESHES = job_flags.define_texts(
     'mesh', 'Sizes of mesh axes, such as data=16,fsdp=16; several to compare. Default: the config.')
-_RULES = launch_flags.define_texts(
+_RULES = job_flags.define_texts(
     'rules', 'Changes of the rules, such as embed=fsdp+tensor,vocab=; several to compare.')
-_OUTPUT = launch_flags.define_json('output', 'JSON file to write.', 'plan.json')
+_OUTPUT = job_flags.define_json('output', 'JSON file to write.', 'plan.json')
 
 
 def main() -> None:
-  experiment = launch_flags.experiment_from_flags()
+  experiment = job_flags.experiment_from_flags()
   meshes = [read_mesh(text) for text in _MESHES.value]
   rules = [read_rules(text) for text in _RULES.value]
   plans = plan_training(experiment, topology.find_topology(_TOPOLOGY.value), meshes, rules,

@@ -10,21 +10,21 @@ train.py with deliberation.trainable=constant (pause tokens) joins the table. Op
 from pathlib import Path
 
 from latent_deliberation.evaluation.page import format_table
-from latent_deliberation.jobs import command_line, launch_flags
+from latent_deliberation.jobs import command_line, job_flags
 from latent_deliberation.jobs.evaluate import evaluate
 
-launch_flags.define_config(__file__)
-_DECODER = launch_flags.define_directory('decoder', 'Of the frozen decoder.')
-_COPROCESSOR = launch_flags.define_directory('coprocessor', 'Of a finished train.py.')
-_DATA = launch_flags.define_directory('data', 'Of prepared data.')
-_OUTPUT = launch_flags.define_directory('output', 'For the report.')
-_CONSTANT = launch_flags.define_directory(
+job_flags.define_config(__file__)
+_DECODER = job_flags.define_directory('decoder', 'Of the frozen decoder.')
+_COPROCESSOR = job_flags.define_directory('coprocessor', 'Of a finished train.py.')
+_DATA = job_flags.define_directory('data', 'Of prepared data.')
+_OUTPUT = job_flags.define_directory('output', 'For the report.')
+_CONSTANT = job_flags.define_directory(
     'constant', 'The same, for constant soft tokens.', '')
 
 
 def main() -> None:
   summary = evaluate(
-      launch_flags.experiment_from_flags(), decoder=Path(_DECODER.value),
+      job_flags.experiment_from_flags(), decoder=Path(_DECODER.value),
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value),
       constant=Path(_CONSTANT.value) if _CONSTANT.value else None)
   print(format_table(summary))

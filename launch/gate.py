@@ -10,19 +10,19 @@ fraction of places that are augmented. The config is that of the training. Next,
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, launch_flags
+from latent_deliberation.jobs import command_line, job_flags
 from latent_deliberation.jobs.gate import PICTURE, fit_gate
 
-launch_flags.define_config(__file__)
-_DECODER = launch_flags.define_directory('decoder', 'Of the frozen decoder.')
-_COPROCESSOR = launch_flags.define_directory('coprocessor', 'Of a finished train.py.')
-_DATA = launch_flags.define_directory('data', 'Of prepared data.')
-_OUTPUT = launch_flags.define_directory('output', 'To be written; must not exist yet.')
+job_flags.define_config(__file__)
+_DECODER = job_flags.define_directory('decoder', 'Of the frozen decoder.')
+_COPROCESSOR = job_flags.define_directory('coprocessor', 'Of a finished train.py.')
+_DATA = job_flags.define_directory('data', 'Of prepared data.')
+_OUTPUT = job_flags.define_directory('output', 'To be written; must not exist yet.')
 
 
 def main() -> None:
   result = fit_gate(
-      launch_flags.experiment_from_flags(), decoder=Path(_DECODER.value),
+      job_flags.experiment_from_flags(), decoder=Path(_DECODER.value),
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value))
   print('fraction augmented; by gate, mean gain of a place in millinats [95% interval], and what'
         ' of it is above chance')

@@ -13,38 +13,31 @@ from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.completion import Decoding
 from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.sampling import Sampling
-from latent_deliberation.jobs import (
-  command_line,
-  context,
-  gates,
-  generate,
-  generators,
-  launch_flags,
-)
+from latent_deliberation.jobs import command_line, context, gates, generate, generators, job_flags
 
-_DECODER = launch_flags.define_directory('decoder', 'Of the decoder, in any format we read.')
-_COPROCESSOR = launch_flags.define_directory('coprocessor', "Of a trained one; or 'none'.", '')
-_VOCABULARY = launch_flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
-_PROMPT = launch_flags.define_texts('prompt', 'What to write on behind; may be repeated.')
-_PROMPTS_FILE = launch_flags.define_text('prompts_file', '', 'With a prompt a line, or .jsonl.')
-_STOP = launch_flags.define_texts('stop', 'String that ends a text; may be repeated.')
-_MAX_TOKENS = launch_flags.define_number('max_tokens', 64, 'To decode.')
-_LENGTH = launch_flags.define_number('length', 2048, 'Tokens of a text, prompt and all.')
-_TEMPERATURE = launch_flags.define_number('temperature', 0.0, 'Divides logits; 0 is greedy.')
-_TOP_K = launch_flags.define_number('top_k', 0, 'Likeliest tokens to keep; 0 keeps all.')
-_TOP_P = launch_flags.define_number('top_p', 1.0, 'Mass of the likeliest tokens to keep.')
-_MIN_P = launch_flags.define_number('min_p', 0.0, 'Least probability over the greatest.')
-_SEED = launch_flags.define_number('seed', 0, 'Of the first prompt; the others count on.')
-_AT = launch_flags.define_numbers('at', [], 'Tokens after which to deliberate; 0 without a gate.')
-_EVERY = launch_flags.define_number('every', 0, 'Deliberate after every so many tokens; 0: not.')
-_GATE = launch_flags.define_directory('gate', 'Written by gate.py: deliberate where it opens.', '')
-_BUDGET = launch_flags.define_number('budget', 0.25, 'Fraction of tokens at which it opens.')
-_SCORE = launch_flags.define_choice('gate_score', gates.SCORES, 'What opens it.')
-_CACHE = launch_flags.define_directory('cache', 'Of augment.py: prompts go on behind it.', '')
-_BACKGROUND = launch_flags.define_switch('background', 'Do not wait for latents.')
-_JSON = launch_flags.define_switch('json', 'Print a line of JSON for each prompt.')
-_STREAM = launch_flags.define_switch('stream', 'Print tokens as they come.')
-_COMPARE = launch_flags.define_switch('compare', 'Print plain and augmented side by side.')
+_DECODER = job_flags.define_directory('decoder', 'Of the decoder, in any format we read.')
+_COPROCESSOR = job_flags.define_directory('coprocessor', "Of a trained one; or 'none'.", '')
+_VOCABULARY = job_flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
+_PROMPT = job_flags.define_texts('prompt', 'What to write on behind; may be repeated.')
+_PROMPTS_FILE = job_flags.define_text('prompts_file', '', 'With a prompt a line, or .jsonl.')
+_STOP = job_flags.define_texts('stop', 'String that ends a text; may be repeated.')
+_MAX_TOKENS = job_flags.define_number('max_tokens', 64, 'To decode.')
+_LENGTH = job_flags.define_number('length', 2048, 'Tokens of a text, prompt and all.')
+_TEMPERATURE = job_flags.define_number('temperature', 0.0, 'Divides logits; 0 is greedy.')
+_TOP_K = job_flags.define_number('top_k', 0, 'Likeliest tokens to keep; 0 keeps all.')
+_TOP_P = job_flags.define_number('top_p', 1.0, 'Mass of the likeliest tokens to keep.')
+_MIN_P = job_flags.define_number('min_p', 0.0, 'Least probability over the greatest.')
+_SEED = job_flags.define_number('seed', 0, 'Of the first prompt; the others count on.')
+_AT = job_flags.define_numbers('at', [], 'Tokens after which to deliberate; 0 without a gate.')
+_EVERY = job_flags.define_number('every', 0, 'Deliberate after every so many tokens; 0: not.')
+_GATE = job_flags.define_directory('gate', 'Written by gate.py: deliberate where it opens.', '')
+_BUDGET = job_flags.define_number('budget', 0.25, 'Fraction of tokens at which it opens.')
+_SCORE = job_flags.define_choice('gate_score', gates.SCORES, 'What opens it.')
+_CACHE = job_flags.define_directory('cache', 'Of augment.py: prompts go on behind it.', '')
+_BACKGROUND = job_flags.define_switch('background', 'Do not wait for latents.')
+_JSON = job_flags.define_switch('json', 'Print a line of JSON for each prompt.')
+_STREAM = job_flags.define_switch('stream', 'Print tokens as they come.')
+_COMPARE = job_flags.define_switch('compare', 'Print plain and augmented side by side.')
 
 
 def main() -> None:

@@ -9,15 +9,15 @@ launch/pretrain.py, launch/train.py or launch/evaluate.py.
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, launch_flags
+from latent_deliberation.jobs import command_line, job_flags
 from latent_deliberation.jobs.prepared import prepare_data
 
-launch_flags.define_config(__file__)
-_WORKDIR = launch_flags.define_directory('workdir', 'Of the data.')
+job_flags.define_config(__file__)
+_WORKDIR = job_flags.define_directory('workdir', 'Of the data.')
 
 
 def main() -> None:
-  prepare_data(launch_flags.experiment_from_flags(), Path(_WORKDIR.value))
+  prepare_data(job_flags.experiment_from_flags(), Path(_WORKDIR.value))
   print(f'Data: {_WORKDIR.value}')
 
 

@@ -8,17 +8,17 @@ where it was stopped. Next, train a coprocessor on <workdir>/decoder with launch
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, launch_flags
+from latent_deliberation.jobs import command_line, job_flags
 from latent_deliberation.jobs.pretrain import pretrain
 
-launch_flags.define_config(__file__)
-_WORKDIR = launch_flags.define_directory('workdir', 'Of the run.')
-_DATA = launch_flags.define_directory('data', 'Of prepared data; default is --workdir.', '')
+job_flags.define_config(__file__)
+_WORKDIR = job_flags.define_directory('workdir', 'Of the run.')
+_DATA = job_flags.define_directory('data', 'Of prepared data; default is --workdir.', '')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  decoder = pretrain(launch_flags.experiment_from_flags(), workdir, Path(_DATA.value or workdir))
+  decoder = pretrain(job_flags.experiment_from_flags(), workdir, Path(_DATA.value or workdir))
   print(f'Decoder: {decoder}\nNext: python launch/train.py --decoder={decoder} '
         f'--data={_DATA.value or workdir} --config=... --workdir=...')
 

@@ -14,16 +14,16 @@ Next: launch/pretrain.py, train.py and evaluate.py are its steps, for other size
 from pathlib import Path
 
 from latent_deliberation.evaluation.page import format_table
-from latent_deliberation.jobs import command_line, launch_flags
+from latent_deliberation.jobs import command_line, job_flags
 from latent_deliberation.jobs.quickstart import quickstart
 
-launch_flags.define_config(__file__, 'configs/quickstart.py')
-_WORKDIR = launch_flags.define_directory('workdir', 'Of the run.', 'runs/quickstart')
+job_flags.define_config(__file__, 'configs/quickstart.py')
+_WORKDIR = job_flags.define_directory('workdir', 'Of the run.', 'runs/quickstart')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  summary = quickstart(launch_flags.experiment_from_flags(), workdir)
+  summary = quickstart(job_flags.experiment_from_flags(), workdir)
   print(format_table(summary))
   print(f'Report: {workdir / "report.md"}')
 

@@ -9,17 +9,17 @@ stopped, run by run.
 from pathlib import Path
 
 from latent_deliberation.evaluation.study_page import format_study
-from latent_deliberation.jobs import command_line, launch_flags
+from latent_deliberation.jobs import command_line, job_flags
 from latent_deliberation.jobs.study import run_study
 from latent_deliberation.jobs.study_config import Study
 
-launch_flags.define_config(__file__)
-_WORKDIR = launch_flags.define_directory('workdir', 'Of the study.')
+job_flags.define_config(__file__)
+_WORKDIR = job_flags.define_directory('workdir', 'Of the study.')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  print(format_study(run_study(launch_flags.config_from_flags(Study), workdir)))
+  print(format_study(run_study(job_flags.config_from_flags(Study), workdir)))
   print(f'Report: {workdir / "results.md"}')
 
 

@@ -8,6 +8,7 @@ order is a formula, so resuming reads nothing and does not depend on the number 
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +18,18 @@ from latent_deliberation.batch import Batch
 from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, row_dtypes
 from latent_deliberation.data.state import check_state, fingerprint_of, state_to_json
 from latent_deliberation.files import write_whole
+
+ALL_ROWS = (0, 100)  # percent, from and to
+
+
+def check_portion(portion: Sequence[int]) -> tuple[int, int]:
+  """A portion of rows in percent, from and to. Raises ValueError where it is none."""
+  given = tuple(portion) if isinstance(portion, Sequence) else ()
+  if not (len(given) == 2 and all(type(percent) is int for percent in given)
+          and 0 <= given[0] < given[1] <= 100):
+    raise ValueError(f'portion = {portion!r}: two whole numbers are needed, from and to, between 0 '
+                     'and 100, as in (0, 50)')
+  return given
 
 
 class PackedRows:
@@ -127,18 +140,18 @@ class PermutedBatches:
     fingerprint: of rows, batch size, seed and portion, and not of `mine`.
 
   Raises:
-    ValueError: the batch is empty, or there are no rows.
+    ValueError: the batch is empty, or there are no rows; see also `check_portion`.
   """
 
   def __init__(self, rows: PackedRows, batch_size: int, seed: int, mine: np.ndarray | None = None,
-               portion: tuple[int, int] = (0, 100)):
+               portion: tuple[int, int] = ALL_ROWS):
     if batch_size < 1:
       raise ValueError(f'batch_size = {batch_size}: at least 1 is needed')
     self._mine = np.arange(batch_size) if mine is None else mine
-    first, last = (len(rows) * percent // 100 for percent in portion)
+    first, last = (len(rows) * percent // 100 for percent in check_portion(portion))
     if first == last:
       raise ValueError(f'{portion[0]} to {portion[1]} percent of {len(rows)} packed rows are none: '
-                       'there is nothing to make batches of; pack more text')
+                       'there is nothing to make batches of; pack more text, or widen the portion')
     self._rows, self._batch_size, self._seed = rows, batch_size, seed
     self._first, self._size = first, last - first
     self._identity = {'rows': rows.fingerprint, 'batch_size': batch_size, 'seed': seed}
@@ -166,7 +179,7 @@ class PermutedBatches:
 
     Raises:
       FileNotFoundError: nothing was saved for the step.
-      ValueError: other rows, seed or batch size; names both.
+      ValueError: other rows, seed, batch size or portion; names both.
     """
     check_state(_state_file(directory, step), self._identity, step)
 

@@ -33,7 +33,7 @@ class Arm:
     seconds: wall-clock time of training, for each seed.
     outcomes: answers to questions, for each seed; empty in a study of text.
     text: scores on text, for each seed; empty in a study of questions.
-    note: a free sentence, such as what the arm is matched to.
+    note: a free sentence, such as whether its budget is that of the other arms.
   """
   kind: str
   trained: int

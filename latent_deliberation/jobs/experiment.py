@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.rows import ALL_ROWS, check_portion
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import PARTS
 from latent_deliberation.model.config import TransformerConfig
@@ -14,7 +15,6 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 
 DTYPES = ('float32', 'bfloat16')
 FROZEN_DTYPES = (*DTYPES, 'int8')
-WHOLE = (0, 100)  # percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +82,10 @@ class TrainingConfig:
   loop: LoopConfig
   accumulation: int = 1
   multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  portion: tuple[int, int] = WHOLE
+  portion: tuple[int, int] = ALL_ROWS
 
   def __post_init__(self):
-    object.__setattr__(self, 'portion', tuple(self.portion))
-    whole = all(isinstance(percent, int) for percent in self.portion)
-    if not whole or len(self.portion) != 2 or not 0 <= self.portion[0] < self.portion[1] <= 100:
-      raise ValueError(f'portion = {self.portion}: two whole numbers are needed, from and to, '
-                       'between 0 and 100, as in (0, 50)')
+    object.__setattr__(self, 'portion', check_portion(self.portion))
     for name in ('batch_size', 'accumulation'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
@@ -162,9 +158,9 @@ class Experiment:
     self._check_multipliers()
     for section in ('pretraining', 'training'):
       portion = getattr(self, section).portion
-      if self.data.mode == 'online' and portion != WHOLE:
+      if self.data.mode == 'online' and portion != ALL_ROWS:
         raise ValueError(f"{section}.portion = {portion}, but a stream (data.mode = 'online') has "
-                         f"no rows to count: set it to {WHOLE}, or data.mode = 'packed'")
+                         f"no rows to count: set it to {ALL_ROWS}, or data.mode = 'packed'")
     for axis in ('trace', 'length'):
       if self.computation.attention != 'plain' and axis in self.rules and self.rules[axis]:
         raise ValueError(

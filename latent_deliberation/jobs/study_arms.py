@@ -9,6 +9,7 @@ from latent_deliberation.evaluation.bootstrap import AheadNLL
 from latent_deliberation.evaluation.outcomes import Outcomes
 from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.evaluation.study_result import CONTROLS, Arm, control_name
+from latent_deliberation.jobs.experiment import TrainingConfig
 from latent_deliberation.jobs.measures import QuestionMeasure, TextMeasure
 from latent_deliberation.jobs.study_config import LATENTS, OWN, Study
 from latent_deliberation.model.flops import head_flops
@@ -78,8 +79,18 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
     arms[label] = Arm(
         kind=kind, trained=runs[0].trained, total=runs[0].total,
         flops_per_token=answer / measure.answer, train_flops=texts * training, seeds=study.seeds,
-        seconds=seconds, **_scored([run.scores[control] for run in runs]))
+        seconds=seconds, note=_describe_budget(study, settings),
+        **_scored([run.scores[control] for run in runs]))
   return arms
+
+
+def _describe_budget(study: Study, settings: TrainingConfig) -> str:
+  """Whether an arm has the steps and texts of the study; operations stand beside it."""
+  common = study.experiment.training
+  same = (settings.loop.num_steps, settings.batch_size) == (
+      common.loop.num_steps, common.batch_size)
+  budget = f'{settings.loop.num_steps:,} steps of {settings.batch_size} texts'
+  return f'matched in tokens and steps: {budget}' if same else f'not matched: {budget}'
 
 
 def read_diagnostics(workdir: Path) -> list[dict[str, float]]:

@@ -76,7 +76,8 @@ class Study:
     questions: see QuestionsConfig.
     lessons: options of the synthetic task by which the text that arms train on differs from the
       decoder's, such as {'skew': 0.0} for hard questions as often as easy ones. The same for every
-      arm; what is asked in the end does not depend on it.
+      arm (which part of those rows an arm reads may be its change, training.portion); what is asked
+      in the end does not depend on it.
   """
   name: str
   experiment: Experiment
@@ -135,7 +136,7 @@ class Study:
 
     Raises:
       ValueError: a change names what is not there, is not allowed, or would give the arm another
-        decoder or other text than the others have.
+        decoder or other packed rows than the others have.
     """
     changes = self.arms[arm].changes
     shared = sorted(set(changes) & set(SHARED))

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ DOES_NOT_FIT = "TPU's compiler gives no program for what does not fit, and so no
 ONE_SLICE = (' All chips are taken to lie in one slice: collectives over replica count at the '
              'speed of its links, and the network between slices is slower.')
 NUM_OPERATIONS = 16
+MOST_TIMES = 64  # as many chips that are still advised
 REMATS = ('none', 'dots', 'mid', 'full')  # by what they keep, most first
 # Parts of an op_name that tell nothing of the model.
 _UNTOLD = ('jit(step)', 'while', 'body', 'closed_call', 'checkpoint', 'transformer', 'blocks')
@@ -166,6 +168,12 @@ def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
   if factors:
     ways.append(f'training.accumulation={accumulation * factors[0]} divides what a microbatch '
                 f'needs by {factors[0]}')
-  more = -(-memory.peak // int(capacity))
-  ways.append(f'{more} times as many chips, with the same batch')
+  # A larger fsdp divides weights, and the texts of a microbatch as far as there are several.
+  more = next((factor for factor in range(2, MOST_TIMES + 1)
+               if memory.state / factor + work / math.gcd(factor, texts_per_chip) <= capacity), 0)
+  if more:
+    ways.append(f'{more} times as many chips in mesh.fsdp, with the same batch')
+  if not ways:
+    return (f'{over} Neither remat, accumulation nor more chips would help: lower data.length, '
+            'deliberation.num_traces or num_latents.')
   return f'{over} These would help, by arithmetic: ' + '; '.join(ways) + '.'

@@ -24,6 +24,7 @@ class RunIdentity:
     decoder: fingerprint of the frozen decoder; '' where there is none.
     data: fingerprint of the data.
     defaults: of the config, as nested dicts: what a key means for a run that is older than the key.
+      A new key's default must therefore be what was done before there was the key.
   """
   job: str
   config: Mapping[str, Any]

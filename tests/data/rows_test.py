@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -168,6 +169,12 @@ def test_every_epoch_of_a_portion_holds_each_of_its_rows_once(directory, portion
   batches = PermutedBatches(PackedRows(directory), len(expected), 3, portion=portion)
   for epoch in range(3):
     assert sorted(numbers(batches(epoch))) == sorted(expected)
+
+
+@pytest.mark.parametrize('portion', [50, None, '05', (50, 0), (0, 200), (0, 30, 60), (0, 5.5)])
+def test_what_is_no_portion_is_refused(directory, portion):
+  with pytest.raises(ValueError, match=re.escape(f'portion = {portion!r}: two whole numbers')):
+    PermutedBatches(PackedRows(directory), 2, 3, portion=portion)
 
 
 def test_a_portion_is_part_of_a_sequence_and_of_what_is_saved_of_it(directory, tmp_path):

@@ -37,6 +37,7 @@ def test_automatic_attention_is_fused_on_tpus_alone(attention, platform, chosen)
     ({'training__portion': (50, 50)}, r'config.training: portion = \(50, 50\): two whole'),
     ({'pretraining__portion': (0, 101)}, r'portion = \(0, 101\): two whole numbers are needed'),
     ({'pretraining__portion': (0, 50.5)}, r'portion = \(0, 50.5\): two whole numbers are needed'),
+    ({'training__portion': (False, True)}, r'portion = \(False, True\): two whole numbers'),
     ({'training__portion': (0, 50), 'data__mode': 'online'}, 'training.portion = .* but a stream'),
     ({'training__accumulation': 0}, 'config.training: accumulation = 0: at least 1'),
     ({'training__optimizer__learning_rate': -1.0}, 'config.training.optimizer: .*rate is -1.0'),

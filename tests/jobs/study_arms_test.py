@@ -14,6 +14,7 @@ from latent_deliberation.jobs.study_arms import (
   describe_frozen,
   read_diagnostics,
 )
+from latent_deliberation.jobs.study_config import ArmConfig
 from latent_deliberation.training.metrics import MetricsWriter
 from tests.jobs.tiny_study import ARMS, study
 
@@ -34,6 +35,15 @@ def test_an_arm_and_its_controls_hold_the_scores_of_every_seed():
     assert (arm.trained, arm.total, arm.seeds, arm.seconds) == (5, 12, (0, 1), (3.0, 4.0))
     assert [scores.nll[0] for scores in arm.outcomes] == [start, start + 1]
   assert list(describe_arm(asked, 'own', runs, MEASURE, (3.0, 4.0))) == ['own', 'zero']
+
+
+def test_an_arm_with_steps_of_its_own_is_not_called_matched():
+  longer = ArmConfig(changes={'training': {'loop': {'num_steps': 3}}})
+  asked = study({'own': ARMS['own'], 'longer': longer})
+  runs = [ScoredRun(5, 12, {'own': outcomes(0.5)})]
+  notes = [describe_arm(asked, name, runs, MEASURE, (3.0,))[name].note for name in asked.arms]
+  assert notes == ['matched in tokens and steps: 2 steps of 8 texts',
+                   'not matched: 3 steps of 8 texts']
 
 
 def test_latents_cost_more_than_the_decoder_and_a_chain_costs_its_tokens():

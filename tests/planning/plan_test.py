@@ -63,7 +63,7 @@ def test_what_does_not_fit_names_its_largest_part_and_the_ways_out():
   assert '20.0 GB do not fit into 16.0 GB; the largest part is activations (9.0 GB)' in text
   assert 'computation.remat=dots or mid or full keeps' in text
   assert 'training.accumulation=2 ' in text
-  assert '2 times as many chips' in text
+  assert '2 times as many chips in mesh.fsdp' in text
 
 
 def test_remat_and_accumulation_are_advised_only_where_they_are_left():
@@ -72,6 +72,15 @@ def test_remat_and_accumulation_are_advised_only_where_they_are_left():
   assert 'accumulation' not in advice(texts=1)
   # 12 GB of work leave 8 - 2 GB of room in two microbatches, in 13 GB only 3 GB, for four.
   assert 'training.accumulation=4 ' in advice(capacity=13e9)
+
+
+def test_more_chips_divide_weights_and_only_texts_that_a_chip_has_several_of():
+  assert '2 times as many chips' in advice(texts=1)  # 4 + 12 GB
+  assert '3 times as many chips' in advice(texts=1, capacity=15e9)  # 8 / 3 + 12
+  assert '2 times as many chips' in advice(texts=2, capacity=15e9)  # 4 + 6
+  assert advice(texts=1, capacity=12e9).endswith(
+      'Neither remat, accumulation nor more chips would help: lower data.length, '
+      'deliberation.num_traces or num_latents.')
 
 
 def test_weights_that_do_not_fit_need_more_shards_and_nothing_else():
