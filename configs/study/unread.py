@@ -4,6 +4,7 @@
 
 The quickstart's decoder reads one half of the text, three times, and so knows it. One coprocessor
 then learns on that half, another on the other half; both are scored on text that nobody has read.
+Constant soft tokens, and the decoder continued, learn on the other half, too.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ STEPS = 1400  # of the decoder
 
 
 def get_config():
-  """The quickstart's coprocessor, by the text that it learns on."""
+  """The quickstart's coprocessor, by the text that it learns on, and two controls."""
   experiment = bind(runpy.run_path(str(QUICKSTART))['get_config']())
   start = experiment.pretraining
   experiment = dataclasses.replace(
@@ -28,7 +29,11 @@ def get_config():
           start, portion=READ,
           loop=dataclasses.replace(start.loop, num_steps=STEPS, eval_every=200, save_every=350)),
       evaluation=dataclasses.replace(experiment.evaluation, num_texts=512))
+  unread = {'training': {'portion': UNREAD}}
   return as_config(Study(
       name='text that the decoder has read', experiment=experiment,
-      arms={name: ArmConfig(changes={'training': {'portion': portion}})
-            for name, portion in (('read', READ), ('unread', UNREAD))}))
+      arms={
+          'read': ArmConfig(changes={'training': {'portion': READ}}),
+          'unread': ArmConfig(changes=unread),
+          'constant': ArmConfig(changes={**unread, 'deliberation': {'trainable': 'constant'}}),
+          'continued': ArmConfig('continued', unread)}))
