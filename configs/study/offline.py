@@ -1,10 +1,11 @@
 """Latents before the question: can a coprocessor prepare a context for whatever will be asked?
 
   python launch/study.py --config=configs/study/offline.py --workdir=runs/offline
+  python launch/study.py --config=configs/study/offline.py:hard --workdir=runs/offline_hard
 
 Pointer chasing as in hops.py:quick, with the same decoder and text, but latents refine the facts
 themselves as soon as all of them have been read, and every question behind them is answered from
-what they prepared.
+what they prepared. In the second command arms learn on text with all numbers of hops equally often.
 """
 
 import runpy
@@ -17,14 +18,18 @@ from latent_deliberation.jobs.study_config import Study
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 FACTS = 2 * HOPS['TASK'].nodes + 1  # tokens, with the sign that ends them
 QUESTIONS = 3 * HOPS['QUESTIONS']  # tokens, with their answers
+LESSONS = {'same': {}, 'hard': {'skew': 0.0}}  # by how they differ from the decoder's text
 
 
-def get_config():
+def get_config(lessons='same'):
   """A coprocessor and constant soft tokens beside the frozen decoder."""
+  if lessons not in LESSONS:
+    raise ValueError(f'offline.py:{lessons}: choose one of {sorted(LESSONS)}')
   study = bind(HOPS['get_config']('quick'), Study)
   start = study.experiment
   experiment = replace(start, deliberation=replace(
       start.deliberation, num_latents=FACTS, num_ahead=QUESTIONS, num_traces=1,
       anchor_tokens=HOPS['ids'](';')))
-  return as_config(replace(study, name='pointer chasing, offline', experiment=experiment,
-                           questions=replace(study.questions, offline=True)))
+  return as_config(replace(
+      study, name=f'pointer chasing, offline, {lessons} lessons', experiment=experiment,
+      lessons=LESSONS[lessons], questions=replace(study.questions, offline=True)))
