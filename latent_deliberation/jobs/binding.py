@@ -27,12 +27,14 @@ def defaults_of(kind: type) -> dict[str, Any]:
   """The defaults of a dataclass, as nested dicts without the keys that have none."""
   defaults = {}
   for field in dataclasses.fields(kind):
-    if dataclasses.is_dataclass(field.type):
-      defaults[field.name] = defaults_of(field.type)
-    elif field.default is not dataclasses.MISSING:
-      defaults[field.name] = field.default
+    if field.default is not dataclasses.MISSING:
+      value = field.default
+      defaults[field.name] = (
+          dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
     elif field.default_factory is not dataclasses.MISSING:
       defaults[field.name] = field.default_factory()
+    elif dataclasses.is_dataclass(field.type):
+      defaults[field.name] = defaults_of(field.type)
   return defaults
 
 

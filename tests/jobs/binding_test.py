@@ -1,5 +1,6 @@
 """A config becomes typed values, or an error that names the key."""
 
+import dataclasses
 import re
 
 import pytest
@@ -28,6 +29,22 @@ def test_a_missing_key_is_named():
   del raw['decoder']['head_dim']
   with pytest.raises(ValueError, match=r"config.decoder has no \['head_dim'\]: give a value"):
     bind(raw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  size: int
+  scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+  part: Part
+  other: Part = Part(3, 2.0)
+
+
+def test_a_section_has_the_defaults_of_its_place_or_else_of_its_class():
+  assert defaults_of(Whole) == {'part': {'scale': 1.0}, 'other': {'size': 3, 'scale': 2.0}}
 
 
 def test_defaults_are_those_of_every_key_that_has_one():
