@@ -2,12 +2,17 @@
 
   python launch/study.py --config=configs/study/graphs.py --workdir=runs/graphs
   python launch/study.py --config=configs/study/graphs.py:full --workdir=runs/graphs
+  python launch/study.py --config=configs/study/graphs.py:prosqa --workdir=runs/prosqa
+  python launch/study.py --config=configs/study/graphs.py:prosqa --workdir=runs/prosqa \\
+      --config.questions.options.asked=prosqa_test.json
 
-Decoder and arms are those of hops.py:quick, or of another size of it as in the second command, but
-for what the arms train on: long paths as often as short ones, unlike the decoder's text. Answers
-are one of two, so that guessing is right half of the time. Among its questions every document has
-links, an arrow each: without them the decoder guesses even where one arrow leads to the answer
-(docs/results.md).
+Decoder and arms are those of hops.py:quick, or of another size of it as in the second command
+(prosqa_full), but for what the arms train on: long paths as often as short ones, unlike the
+decoder's text. Answers are one of two, so that guessing is right half of the time. Among its
+questions every document has links, an arrow each: without them the decoder guesses even where one
+arrow leads to the answer (docs/results.md). The third command has graphs of 26 nodes and 42 arrows,
+so that ProsQA's own can be asked of the same arms, as in the fourth; results.json is then about
+those.
 """
 
 import runpy
@@ -21,24 +26,33 @@ from latent_deliberation.jobs.study_config import Study
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 QUESTIONS = 12  # of a training document, and as many links
-TASK = Graphs(nodes=10, steps=3, skew=1.5, links=QUESTIONS)
+ARROWS = {'small': 10, 'prosqa': 42}
+TASKS = {'small': Graphs(nodes=10, steps=3, skew=1.5, links=QUESTIONS),
+         'prosqa': Graphs(nodes=26, steps=3, skew=1.5, links=QUESTIONS)}
 
 
-def get_config(size='quick'):
-  """A coprocessor and constant soft tokens beside the frozen decoder, or a size of hops.py."""
-  study = bind(HOPS['get_config'](size), Study)
-  start = study.experiment
+def get_config(choice='quick'):
+  """A size of hops.py, or 'prosqa', alone or with a size behind an underscore."""
+  name, _, size = choice.partition('_') if choice.startswith('prosqa') else ('small', '', choice)
+  if name not in TASKS:
+    raise ValueError(f'graphs.py:{choice}: choose one of {sorted(HOPS["SIZES"])}, or prosqa, alone '
+                     'or with _ and one of these behind it')
+  study = bind(HOPS['get_config'](size or 'quick'), Study)
+  task, start = TASKS[name], study.experiment
+  options = asdict(task)
+  asked = {'asked': options.pop('asked')}  # no part of the text
   experiment = replace(
       start,
       data=DataConfig(
           source='synthetic', name='graphs', vocabulary='byte', documents=30_000,
-          options=asdict(TASK), questions=QUESTIONS,
-          length=3 + 2 * 10 + (2 + 5) * QUESTIONS,  # 10 arrows, then links, questions and answers
-          validation_percent=2),
+          options=options, questions=QUESTIONS,
+          # Arrows, then links, questions and answers.
+          length=3 + 2 * ARROWS[name] + (2 + 5) * QUESTIONS, validation_percent=2),
       pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=4000)),
       training=replace(start.training, loop=replace(start.training.loop, num_steps=1500)),
       deliberation=replace(start.deliberation, num_traces=QUESTIONS,
-                           anchor_tokens=HOPS['ids'](TASK.anchors)),
+                           anchor_tokens=HOPS['ids'](task.anchors)),
       evaluation=replace(start.evaluation, num_traces=QUESTIONS))
   return as_config(replace(
-      study, name='reachability', experiment=experiment, lessons={'skew': 0.0}))
+      study, name='reachability', experiment=experiment, lessons={'skew': 0.0},
+      questions=replace(study.questions, options=asked)))

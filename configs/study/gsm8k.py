@@ -2,14 +2,18 @@
 
   python launch/study.py --config=configs/study/gsm8k.py:DIRECTORY --workdir=runs/gsm8k
   python launch/study.py --config=configs/study/gsm8k.py:DIRECTORY --workdir=runs/gsm8k \\
-      --config.questions.options.asked= --config.questions.per_difficulty=300
+      --config.questions.options.asked= --config.questions.per_difficulty=600
+  python launch/study.py --config=configs/study/gsm8k.py:full:DIRECTORY --workdir=runs/gsm8k \\
+      --config.questions.options.asked= --config.questions.per_difficulty=600
 
 DIRECTORY holds train_no_aug.txt and test.txt, GSM8K in the form 'question||chain #### answer' of
 https://github.com/da03/implicit_chain_of_thought. Seven thousand questions teach a small decoder no
 arithmetic, so nine documents of ten are generated stories of the same form. The second command
-asks the same arms such stories, 300 of each number of equations; results.json is then about those.
+asks the same arms such stories, 600 of each number of equations; results.json is then about those.
+The third has all arms of hops.py.
 """
 
+import runpy
 from pathlib import Path
 
 from latent_deliberation.data.config import DataConfig
@@ -21,26 +25,28 @@ from latent_deliberation.jobs.experiment import (
   Experiment,
   TrainingConfig,
 )
-from latent_deliberation.jobs.study_config import ArmConfig, QuestionsConfig, Study
+from latent_deliberation.jobs.study_config import QuestionsConfig, Study
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 
+HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 PIECES = 1024
 NEWLINE = 4  # its id in a vocabulary that is trained: the sign behind a question
-ARMS = {
-    'own': ArmConfig(),
-    'constant': ArmConfig(changes={'deliberation': {'trainable': 'constant'}})}
 
 
-def get_config(directory=''):
-  """The study on the files of a directory."""
-  if not directory:
-    raise ValueError('gsm8k.py: which questions? Write --config=configs/study/gsm8k.py:DIRECTORY, '
-                     'a directory with train_no_aug.txt and test.txt')
+def get_config(choice=''):
+  """On the files of a directory: a coprocessor and constant soft tokens, or a size of hops.py."""
+  size, colon, directory = choice.partition(':')
+  if not colon:
+    size, directory = 'quick', choice
+  if not directory or size not in HOPS['SIZES']:
+    raise ValueError(f'gsm8k.py:{choice}: write --config=configs/study/gsm8k.py:DIRECTORY, a '
+                     'directory with train_no_aug.txt and test.txt, or SIZE:DIRECTORY with one of '
+                     f'{sorted(HOPS["SIZES"])}')
   train, asked = (Path(directory) / name for name in ('train_no_aug.txt', 'test.txt'))
   return as_config(Study(
-      name='word problems', arms=ARMS, seeds=(0,), experiment=_experiment(str(train)),
+      name='word problems', arms=HOPS['SIZES'][size], experiment=_experiment(str(train)),
       lessons={'chains': 0.0, 'skew': 0.0},
       questions=QuestionsConfig(
           per_difficulty=1000, batch_size=128, chain_tokens=80, options={'asked': str(asked)})))

@@ -35,8 +35,11 @@ def _latents(**choices):
   return ArmConfig(changes={'deliberation': choices})
 
 
-CONSTANT = {'trainable': 'constant'}
-ADAPTERS = {'trainable': 'lora', 'lora_rank': 8}
+def _adapters(rank):
+  return {'trainable': 'lora', 'lora_rank': rank}
+
+
+CONSTANT, ADAPTERS = {'trainable': 'constant'}, _adapters(8)
 ARMS = {
     'own': _latents(), 'constant': _latents(**CONSTANT), 'lora': _latents(**ADAPTERS),
     'unified': ArmConfig('unified', {'deliberation': CONSTANT}),
@@ -58,15 +61,19 @@ ABLATIONS = {
     'anchored, shift': _latents(latents='anchored', positions='shift'),
     'paper, share': _latents(latents='paper', soft_tokens='free'),
     'paper, shift': _latents(latents='paper', soft_tokens='free', positions='shift')}
-
-
+RANKS = (
+    {'own': _latents()}
+    | {f'lora {rank}': _latents(**_adapters(rank)) for rank in (2, 8, 32)}
+    | {'lora 8, times 16': _latents(**ADAPTERS, lora_alpha=128.0)}
+    | {f'adapted {rank}': ArmConfig('adapted', {'deliberation': _adapters(rank)})
+       for rank in (2, 8, 32)})
 SIZES = {
     'full': ARMS, 'quick': {name: ARMS[name] for name in ('own', 'constant')},
-    'ablations': ABLATIONS}
+    'ablations': ABLATIONS, 'ranks': RANKS}
 
 
 def get_config(size='full'):
-  """'full': every arm; 'quick': the coprocessor and constant soft tokens; 'ablations'."""
+  """'full': every arm; 'quick': the coprocessor and constant soft tokens; 'ablations'; 'ranks'."""
   if size not in SIZES:
     raise ValueError(f'hops.py:{size}: choose one of {sorted(SIZES)}')
   return as_config(Study(

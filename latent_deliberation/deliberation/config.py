@@ -42,7 +42,8 @@ class DeliberationConfig:
     soft_tokens: what the coprocessor is fed (the paper: learned embeddings, 'free' of the text);
       'rested' ones are added to the embedding of the token that the latent rests on, so that a
       coprocessor initialised from the decoder begins with the decoder's own reading of it.
-    lora_rank, lora_alpha: of the adapters; unused otherwise.
+    lora_rank, lora_alpha: of the adapters, whose product is multiplied by lora_alpha / lora_rank;
+      None for lora_alpha = lora_rank. A factor of 16 keeps them from learning (docs/results.md).
     max_delay: ahead tokens that the decoder may have read before latents join its cache; training
       draws a delay for every trace, uniformly from 0 to this, and has its loss on tokens that are
       predicted once latents are there. The paper trains without delay (0).
@@ -61,7 +62,7 @@ class DeliberationConfig:
   gate: str = 'matrix'
   soft_tokens: str = 'rested'
   lora_rank: int = 128
-  lora_alpha: float = 128.0
+  lora_alpha: float | None = None
   max_delay: int = 0
   anchor_tokens: tuple[int, ...] = ()
 
@@ -75,6 +76,8 @@ class DeliberationConfig:
     for name in ('num_latents', 'num_ahead', 'num_traces', 'lora_rank'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
+    if self.lora_alpha is not None and not self.lora_alpha > 0:
+      raise ValueError(f'lora_alpha = {self.lora_alpha}: it must be above 0, or None')
     if self.num_layers < 0:
       raise ValueError(f'num_layers = {self.num_layers}: at least 1 is needed, or 0 for as many as '
                        'the decoder has')

@@ -18,13 +18,19 @@ class LowRank:
   """LoRA (arXiv 2106.09685): y = x W + (alpha / rank) x A B, with B zero at the start.
 
   A and B live in the variable collection 'lora', so that W stays in 'params' and stays frozen.
+  Without an alpha it is the rank.
   """
   rank: int
-  alpha: float
+  alpha: float | None = None
 
   def __post_init__(self):
     if self.rank < 1:
       raise ValueError(f'lora rank = {self.rank}: at least 1 is needed')
+
+  @property
+  def scale(self) -> float:
+    """What the product of A and B is multiplied by."""
+    return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class RMSNorm(nn.Module):
@@ -139,7 +145,7 @@ class Projection(nn.Module):
             self.make_rng('params'), (rank,) + shape[inputs:]))
     low = multiply(x, down.value.astype(x.dtype), inputs, self.rows)
     low = multiply(low, up.value.astype(x.dtype), rows=self.rows)
-    return y + low * (self.lora.alpha / rank)
+    return y + low * self.lora.scale
 
 
 class FeedForward(nn.Module):

@@ -19,7 +19,7 @@ def merge(params: Params, adapters: Params, low_rank: LowRank) -> Params:
   """
   if set(adapters) == {'a', 'b'}:
     update = jax.vmap(lambda down, up: jnp.tensordot(down, up, axes=1))(
-        adapters['a'], adapters['b']) * (low_rank.alpha / low_rank.rank)
+        adapters['a'], adapters['b']) * low_rank.scale
     return {**params, 'w': params['w'] + update.astype(params['w'].dtype)}
   return {**params, **{name: merge(params[name], child, low_rank)
                        for name, child in adapters.items()}}

@@ -26,6 +26,12 @@ def test_a_number_below_one_is_refused(name):
     dataclasses.replace(tiny.CHOICES, **{name: 0})
 
 
+@pytest.mark.parametrize('alpha', [0.0, -1.0, float('nan')])
+def test_an_alpha_that_adapters_cannot_learn_with_is_refused(alpha):
+  with pytest.raises(ValueError, match=f'lora_alpha = {alpha}: it must be above 0, or None'):
+    dataclasses.replace(tiny.CHOICES, lora_alpha=alpha)
+
+
 @pytest.mark.parametrize('latents, places', [('paper', 9), ('anchored', 9), ('refining', 7)])
 def test_a_trunk_holds_as_many_traces_as_it_has_places_for_anchors(latents, places):
   # Ten tokens; the last has no next one, and the first two cannot hold three refining latents.

@@ -53,7 +53,12 @@ def test_a_new_adapter_changes_nothing_and_can_learn():
 
 def test_a_rank_below_one_is_refused():
   with pytest.raises(ValueError, match='lora rank = 0: at least 1'):
-    LowRank(rank=0, alpha=1.0)
+    LowRank(rank=0)
+
+
+def test_adapters_without_an_alpha_are_added_as_they_are():
+  assert LowRank(rank=8).scale == 1
+  assert LowRank(rank=8, alpha=128.0).scale == 16
 
 
 def test_the_feed_forward_gates_with_the_tanh_form_of_gelu():

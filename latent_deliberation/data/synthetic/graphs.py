@@ -1,15 +1,13 @@
-"""Reachability in directed graphs, in the style of ProsQA; and a reader of ProsQA itself.
+"""Reachability in directed graphs, in the style of ProsQA, and ProsQA's own graphs in its form."""
 
-ProsQA: Hao et al., Training Large Language Models to Reason in a Continuous Latent Space, 2024.
-"""
-
+import collections
 import dataclasses
-import json
 import string
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
+from latent_deliberation.data.synthetic.prosqa import AskedGraph, read_prosqa
 from latent_deliberation.data.synthetic.question import (
   DrawnTask,
   Question,
@@ -40,11 +38,15 @@ class Graphs(DrawnTask):
     skew: the probability of difficulty k is proportional to exp(-skew * k).
     links: of a training document, among its questions: 'Ac', a node and any that an arrow of it
       leads to. A decoder that has only answers, one of two, to learn from does not find arrows.
+    asked: path of a JSON file of ProsQA, whose graphs are asked in the end, in letters, where they
+      have no more than `nodes` nodes; '' asks drawn ones. ProsQA's candidates are no twins: of the
+      two, the right one has fewer arrows that lead to it more often than not.
   """
   nodes: int = 16
   steps: int = 4
   skew: float = 0.0
   links: int = 0
+  asked: str = ''
 
   def __post_init__(self):
     check_integer('steps', self.steps, 1, len(LETTERS) // 2 - 2)
@@ -54,6 +56,8 @@ class Graphs(DrawnTask):
       raise ValueError(f'nodes = {self.nodes} is odd, and nodes come in pairs: take one more')
     check_skew(self.skew)
     check_integer('links', self.links, 0, 1000)
+    if not isinstance(self.asked, str):
+      raise ValueError(f"asked = {self.asked!r}: write a path, or ''")
 
   @property
   def difficulties(self) -> tuple[int, ...]:
@@ -67,6 +71,23 @@ class Graphs(DrawnTask):
           difficulty: int | None = None) -> list[Question]:
     """See `DrawnTask.ask`."""
     return self._ask(rng, count, difficulty)[0]
+
+  def examine(self, rng: np.random.Generator, per_difficulty: int) -> list[Question]:
+    """See `Task.examine`; of a file, the first of each number of steps.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_prosqa`; or no graph of the file is small enough.
+    """
+    if not self.asked:
+      return super().examine(rng, per_difficulty)
+    found = collections.defaultdict(list)
+    for graph in read_prosqa(self.asked):
+      if graph.nodes <= self.nodes:
+        found[graph.steps].append(self._pose(rng, graph))
+    if not found:
+      raise ValueError(f'{self.asked} has no graph of at most nodes = {self.nodes} nodes: raise '
+                       f'nodes, to {len(LETTERS)} at most')
+    return [question for steps in sorted(found) for question in found[steps][:per_difficulty]]
 
   def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
     """See `DrawnTask.document`; with links among the questions."""
@@ -84,10 +105,7 @@ class Graphs(DrawnTask):
     lengths = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     pairs = self.nodes // 2
     tails, heads = self._draw_arrows(rng)
-    letters = [LETTERS[node] for node in rng.permutation(self.nodes).tolist()]
-    arrows = [(letters[tail], letters[head]) for tail, head in
-              rng.permutation(np.stack([tails, heads], axis=1)).tolist()]
-    context = ''.join([tail + head for tail, head in arrows]) + ';'
+    letters, arrows, context = self._write(rng, np.stack([tails, heads], axis=1))
 
     routes = {k: [] for k in self.difficulties}  # from the first twin of a pair, to one twin alone
     for start, target, length in _find_routes(tails, heads, pairs):
@@ -100,9 +118,21 @@ class Graphs(DrawnTask):
       start, target = routes[k][route]
       start, target, twin = (letters[(node + pairs * twins) % self.nodes] for node, twins in (
           (start, exchanged), (target, exchanged), (target, 1 - exchanged)))
-      candidates = twin + target if order else target + twin
-      questions.append(Question(context, f'{candidates}?{start.upper()}', target, k))
+      questions.append(_question(context, start, target, twin, order, k))
     return questions, arrows
+
+  def _pose(self, rng: np.random.Generator, graph: AskedGraph) -> Question:
+    """A graph of a file as a question of this task."""
+    letters, _, context = self._write(rng, graph.arrows)
+    start, target, other = (letters[node] for node in (graph.root, graph.target, graph.other))
+    return _question(context, start, target, other, rng.integers(2), graph.steps)
+
+  def _write(self, rng: np.random.Generator, arrows: Sequence[Sequence[int]],
+             ) -> tuple[list[str], list[tuple[str, str]], str]:
+    """A letter for each node; arrows between letters in random order; and these as a context."""
+    letters = [LETTERS[node] for node in rng.permutation(self.nodes).tolist()]
+    written = [(letters[tail], letters[head]) for tail, head in rng.permutation(arrows).tolist()]
+    return letters, written, ''.join([tail + head for tail, head in written]) + ';'
 
   def _draw_arrows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Tails and heads; nodes are numbered so that the twin of n is n + nodes / 2.
@@ -122,6 +152,13 @@ class Graphs(DrawnTask):
             np.concatenate([heads, (heads + pairs) % self.nodes]))
 
 
+def _question(context: str, start: str, target: str, other: str, order: int, steps: int,
+              ) -> Question:
+  """Whether the target or the other comes first is `order`, 0 or 1."""
+  candidates = other + target if order else target + other
+  return Question(context, f'{candidates}?{start.upper()}', target, steps)
+
+
 def _find_routes(tails: np.ndarray, heads: np.ndarray, pairs: int) -> list[list[int]]:
   """[start, target, arrows between] where the target can be reached and its twin cannot."""
   arrows = np.zeros((2 * pairs, 2 * pairs), bool)
@@ -135,36 +172,3 @@ def _find_routes(tails: np.ndarray, heads: np.ndarray, pairs: int) -> list[list[
   twins = distance.reshape(pairs, 2, pairs)[:, ::-1].reshape(pairs, -1)
   starts, targets = np.nonzero((0 < distance) & (distance < unreached) & (twins == unreached))
   return np.stack([starts, targets, distance[starts, targets]], axis=1).tolist()
-
-
-def prosqa_questions(path: str | Path) -> list[Question]:
-  """The questions of a JSON file of the ProsQA release; difficulty is the number of its steps.
-
-  Each has a context of its own, '... Every gerpus is a terpus. '; the question ends in '?', the
-  answer, ' Sally is a terpus.', in a full stop. Their vocabulary is English, not single letters.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is not JSON, or an item has not the form of the release.
-  """
-  path = Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f'no file {path}: give a JSON file of the ProsQA release')
-  try:
-    items = json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON ({error}): give a file of the ProsQA release') from error
-  questions = []
-  for number, item in enumerate(items):
-    try:
-      facts, begin, asked = item['question'].rpartition('Is ')
-      answer, steps = ' ' + item['answer'], len(item['steps'])
-      if not (facts and asked.endswith('?') and answer.endswith('.') and steps):
-        raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-      raise ValueError(
-          f"{path}, item {number}: not an object with 'question' ('... Is Sally a hilpus or "
-          "sterpus?'), 'answer' ('Sally is a sterpus.') and 'steps' (a list), but "
-          f'{str(item)[:200]}: give a file of the ProsQA release') from error
-    questions.append(Question(facts, begin + asked, answer, steps))
-  return questions

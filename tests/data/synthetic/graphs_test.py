@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from latent_deliberation.data.synthetic.graphs import Graphs, prosqa_questions
+from latent_deliberation.data.synthetic.graphs import Graphs
 
 TASKS = [Graphs(), Graphs(nodes=26, steps=11), Graphs(nodes=26, steps=3), Graphs(nodes=6, steps=1)]
 
@@ -112,39 +112,30 @@ def test_the_same_questions_are_asked_with_links_and_without():
     ({'steps': 12}, 'steps = 12: it must lie between 1 and 11'),
     ({'steps': '4'}, "steps = '4' is not an integer"),
     ({'skew': 11}, 'skew = 11: it must lie between -10 and 10'),
+    ({'asked': 3}, "asked = 3: write a path, or ''"),
 ])
 def test_a_bad_option_is_named_with_its_bounds(options, message):
   with pytest.raises(ValueError, match=message):
     Graphs(**options)
 
 
-def test_prosqa_is_split_into_facts_question_and_answer(tmp_path):
+def test_graphs_of_a_file_are_asked_in_letters_of_their_own(tmp_path):
+  # 0 -> 1 -> 2 and 3 -> 4, of 7 nodes; then a graph that is too large for 16 letters.
+  item = {'idx_to_symbol': list('abcdefg'), 'edges': [[0, 1], [1, 2], [3, 4]], 'root': 0,
+          'target': 2, 'neg_target': 4, 'steps': ['one', 'two']}
   path = tmp_path / 'prosqa.json'
-  path.write_text(json.dumps([{
-      'question': 'Every gerpus is a terpus. Sally is a gerpus. Is Sally a hilpus or terpus?',
-      'answer': 'Sally is a terpus.',
-      'steps': ['Sally is a gerpus.', 'Every gerpus is a terpus.'], 'root': 1}]))
-  asked, = prosqa_questions(path)
-  assert asked.context == 'Every gerpus is a terpus. Sally is a gerpus. '
-  assert asked.question == 'Is Sally a hilpus or terpus?'
-  assert asked.answer == ' Sally is a terpus.'
-  assert asked.difficulty == 2
-
-
-@pytest.mark.parametrize(('content', 'message'), [
-    ('[{', 'is not JSON'),
-    ('{"a": 1}', 'item 0: not an object'),
-    ('[1]', 'item 0: not an object'),
-    ('[{"question": "Is it a b or c?", "answer": "It is a b.", "steps": ["s"]}]', 'item 0'),
-    ('[{"question": "A is a b. Is A a b or c?", "answer": "A is a b.", "steps": []}]', 'item 0'),
-])
-def test_a_file_that_is_not_prosqa_is_named(tmp_path, content, message):
-  path = tmp_path / 'other.json'
-  path.write_text(content)
-  with pytest.raises(ValueError, match=f'other.json.*{message}'):
-    prosqa_questions(path)
-
-
-def test_a_missing_file_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match='none.json: give a JSON file'):
-    prosqa_questions(tmp_path / 'none.json')
+  path.write_text(json.dumps([item] * 20 + [{**item, 'idx_to_symbol': list(range(17))}]))
+  task = Graphs(asked=str(path))
+  questions = task.examine(np.random.default_rng(0), 100)
+  assert len(questions) == 20
+  for asked in questions:
+    arrows, start, candidates = read(asked)
+    assert len(arrows) == 3 and asked.difficulty == 2
+    found = distances(arrows, start)
+    assert [node for node in candidates if node in found] == [asked.answer]
+    assert found[asked.answer] == 2
+  assert len({asked.context for asked in questions}) == 20
+  assert {asked.question.index(asked.answer) for asked in questions} == {0, 1}
+  assert len(task.examine(np.random.default_rng(0), 7)) == 7
+  with pytest.raises(ValueError, match='prosqa.json has no graph of at most nodes = 6 nodes'):
+    Graphs(nodes=6, steps=1, asked=str(path)).examine(np.random.default_rng(0), 7)
