@@ -30,6 +30,7 @@ STEPS, CUT = 4, 2
 # The axis that lies across the processes divides the batch in training, and not in pretraining.
 MESH = {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2}
 SHARED_ROWS = {**MESH, 'rules__batch': ('fsdp',)}
+OTHER_MESH = {'mesh__data': 1, 'mesh__fsdp': 4, 'mesh__tensor': 2}
 
 
 def experiment(texts: Path, places: dict) -> Experiment:
@@ -141,8 +142,9 @@ def test_two_processes_train_the_coprocessor_that_one_does_also_when_they_were_c
   for name in ('whole', 'coprocessor'):
     assert_same_losses(by_two / name, tmp_path / 'one')
     assert_close(package.load(by_two / name / PACKAGE).params, expected)
-  # What two began, one ends.
-  taken_over = train_coprocessor(config, decoder, by_two / 'taken_over', quickstart)
+  # What two began, one ends on another mesh.
+  taken_over = train_coprocessor(experiment(finished.TEXTS, OTHER_MESH), decoder,
+                                 by_two / 'taken_over', quickstart)
   assert_close(taken_over, expected)
   assert steps_written(by_two / 'whole') == [1, 2, 3, 4]
   for name in ('coprocessor', 'taken_over'):
