@@ -5,10 +5,10 @@
   python launch/study.py --config=configs/study/text.py:plateau --workdir=runs/text_plateau
 
 Every arm trains for as many steps on as many traces, and the table has the coprocessor's own
-latents beside those of another text. The first command has 4 to 32 latents, the second 8 latents
-and 4 to 32 ahead tokens; text and decoder are the quickstart's. The third has the first's arms on a
-decoder of 2 M parameters that has read the text one and a half times, and beside them constant soft
-tokens and the decoder continued on the same text.
+latents beside those of another text. The first command has 4 to 32 latents, and beside them
+constant soft tokens and the decoder continued on the same text; the second 8 latents and 4 to 32
+ahead tokens; text and decoder are the quickstart's. The third has the first's arms on a decoder of
+2 M parameters that has read the text one and a half times.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ CONTROLS = {
     '16 constant': ArmConfig(
         changes={'deliberation': {'num_latents': 16, 'trainable': 'constant'}}),
     'continued': ArmConfig('continued')}
-ARMS = {'quickstart': LATENTS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS}
+ARMS = {'quickstart': LATENTS | CONTROLS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS}
 
 
 def get_config(size='quickstart'):
