@@ -12,7 +12,7 @@ decoder's text. Answers are one of two, so that guessing is right half of the ti
 questions every document has links, an arrow each: without them the decoder guesses even where one
 arrow leads to the answer (docs/results.md). The third command has graphs of 26 nodes and 42 arrows,
 so that ProsQA's own can be asked of the same arms, as in the fourth; results.json is then about
-those.
+those. Its decoder guesses all the same, after as many steps: a null result.
 """
 
 import runpy
@@ -26,28 +26,29 @@ from latent_deliberation.jobs.study_config import Study
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 QUESTIONS = 12  # of a training document, and as many links
-ARROWS = {'small': 10, 'prosqa': 42}
-TASKS = {'small': Graphs(nodes=10, steps=3, skew=1.5, links=QUESTIONS),
+TASKS = {'': Graphs(nodes=10, steps=3, skew=1.5, links=QUESTIONS),
          'prosqa': Graphs(nodes=26, steps=3, skew=1.5, links=QUESTIONS)}
 
 
 def get_config(choice='quick'):
   """A size of hops.py, or 'prosqa', alone or with a size behind an underscore."""
-  name, _, size = choice.partition('_') if choice.startswith('prosqa') else ('small', '', choice)
-  if name not in TASKS:
+  name, _, size = choice.partition('_') if choice.startswith('prosqa') else ('', '', choice)
+  if name and not size:
+    size = 'quick'
+  if name not in TASKS or size not in HOPS['SIZES']:
     raise ValueError(f'graphs.py:{choice}: choose one of {sorted(HOPS["SIZES"])}, or prosqa, alone '
                      'or with _ and one of these behind it')
-  study = bind(HOPS['get_config'](size or 'quick'), Study)
+  study = bind(HOPS['get_config'](size), Study)
   task, start = TASKS[name], study.experiment
   options = asdict(task)
   asked = {'asked': options.pop('asked')}  # no part of the text
+  arrows = 2 * (task.nodes - task.steps - 2)
   experiment = replace(
       start,
       data=DataConfig(
           source='synthetic', name='graphs', vocabulary='byte', documents=30_000,
           options=options, questions=QUESTIONS,
-          # Arrows, then links, questions and answers.
-          length=3 + 2 * ARROWS[name] + (2 + 5) * QUESTIONS, validation_percent=2),
+          length=3 + 2 * arrows + 2 * task.links + 5 * QUESTIONS, validation_percent=2),
       pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=4000)),
       training=replace(start.training, loop=replace(start.training.loop, num_steps=1500)),
       deliberation=replace(start.deliberation, num_traces=QUESTIONS,

@@ -31,6 +31,7 @@ from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
+SIZES = ('quick', 'full', 'ranks')
 PIECES = 1024
 NEWLINE = 4  # its id in a vocabulary that is trained: the sign behind a question
 
@@ -40,10 +41,10 @@ def get_config(choice=''):
   size, colon, directory = choice.partition(':')
   if not colon:
     size, directory = 'quick', choice
-  if not directory or size not in HOPS['SIZES']:
+  if not directory or size not in SIZES or not colon and choice in SIZES:
     raise ValueError(f'gsm8k.py:{choice}: write --config=configs/study/gsm8k.py:DIRECTORY, a '
                      'directory with train_no_aug.txt and test.txt, or SIZE:DIRECTORY with one of '
-                     f'{sorted(HOPS["SIZES"])}')
+                     f'{SIZES}')
   train, asked = (Path(directory) / name for name in ('train_no_aug.txt', 'test.txt'))
   return as_config(Study(
       name='word problems', arms=HOPS['SIZES'][size], experiment=_experiment(str(train)),

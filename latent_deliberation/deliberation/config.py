@@ -1,6 +1,7 @@
 """The choices of an experiment on latents. Those the paper leaves open say so."""
 
 import dataclasses
+import math
 
 LATENTS = ('paper', 'anchored', 'refining')
 POSITIONS = ('shift', 'share')
@@ -42,8 +43,9 @@ class DeliberationConfig:
     soft_tokens: what the coprocessor is fed (the paper: learned embeddings, 'free' of the text);
       'rested' ones are added to the embedding of the token that the latent rests on, so that a
       coprocessor initialised from the decoder begins with the decoder's own reading of it.
-    lora_rank, lora_alpha: of the adapters, whose product is multiplied by lora_alpha / lora_rank;
-      None for lora_alpha = lora_rank. A factor of 16 keeps them from learning (docs/results.md).
+    lora_rank, lora_alpha: of the adapters, whose product is multiplied by lora_alpha / lora_rank,
+      or by 1 where lora_alpha is None; unused otherwise. With a factor of 16 a coprocessor's
+      adapters learnt next to nothing in our studies (docs/results.md, ranks of adapters).
     max_delay: ahead tokens that the decoder may have read before latents join its cache; training
       draws a delay for every trace, uniformly from 0 to this, and has its loss on tokens that are
       predicted once latents are there. The paper trains without delay (0).
@@ -76,7 +78,7 @@ class DeliberationConfig:
     for name in ('num_latents', 'num_ahead', 'num_traces', 'lora_rank'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
-    if self.lora_alpha is not None and not self.lora_alpha > 0:
+    if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
       raise ValueError(f'lora_alpha = {self.lora_alpha}: it must be above 0, or None')
     if self.num_layers < 0:
       raise ValueError(f'num_layers = {self.num_layers}: at least 1 is needed, or 0 for as many as '
@@ -98,6 +100,11 @@ class DeliberationConfig:
           f'num_traces = {self.num_traces}, but a trunk of {length} tokens has {anchors} places '
           f'for an anchor of {self.num_latents} {self.latents} latents: lower num_traces or '
           'num_latents, or raise data.length')
+
+  @property
+  def without_effect(self) -> tuple[str, ...]:
+    """Keys that mean nothing with these choices, in which a run and its resumption may differ."""
+    return () if self.trainable == 'lora' else ('lora_rank', 'lora_alpha')
 
   @property
   def first_anchor(self) -> int:

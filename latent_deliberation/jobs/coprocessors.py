@@ -80,11 +80,12 @@ def _check_config(experiment: Experiment, description: Description, directory: P
   lines, steps = [], experiment.training.loop.num_steps
   if description.steps != steps:  # or a baseline might have been trained for longer
     lines = [f'  config.training.loop.num_steps: {description.steps} there, {steps} now']
+  unread = experiment.deliberation.without_effect
   for section, there, here in (('decoder', description.model, experiment.decoder),
                                ('deliberation', description.config, experiment.deliberation)):
     there, here = dataclasses.asdict(there), dataclasses.asdict(here)
     lines += [f'  config.{section}.{key}: {there[key]!r} there, {here[key]!r} now'
-              for key in there if there[key] != here[key]]
+              for key in there if there[key] != here[key] and key not in unread]
   if lines:
     raise ValueError('\n'.join([
         f'the coprocessor in {directory} is another one:', *lines,

@@ -91,6 +91,12 @@ class Run:
     return RunIdentity(job=self.job, config=config, decoder=self.decoder, data=data,
                        defaults=defaults_of(Experiment))
 
+  @property
+  def free(self) -> tuple[str, ...]:
+    """Keys of the config, or whole sections, in which a resumption may differ."""
+    return FREE + tuple(
+        f'deliberation.{key}' for key in self.experiment.deliberation.without_effect)
+
   @functools.cached_property
   def boxed(self) -> PyTree:
     """Shapes of the trainable parameters, boxed with logical axes."""
@@ -158,7 +164,7 @@ class Run:
         # Data, or a quickstart's decoder, may not be there yet; `claim` compares them, too.
         identity = dataclasses.replace(
             self.identity(saved['data']), decoder=self.decoder or saved['decoder'])
-        check_same_run(str(self.workdir), saved, identity, FREE)
+        check_same_run(str(self.workdir), saved, identity, self.free)
 
 
 def check_divides(section: str, batch_size: int, accumulation: int, mesh: Mesh,
@@ -178,11 +184,11 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
   """
   settings = run.settings
   identity = run.identity(batches.fingerprint)
-  claim(run.workdir, identity, FREE)
+  claim(run.workdir, identity, run.free)
   train_step = run.make_step(loss_fn)
   with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
         contextlib.closing(MetricsWriter(run.workdir)) as metrics):
-    state = saved.restore(run.abstract, batches, identity, FREE) or run.create_state()
+    state = saved.restore(run.abstract, batches, identity, run.free) or run.create_state()
     logging.info('%s: at step %d of %d; the first step of a launch compiles', run.workdir,
                  state.step, settings.loop.num_steps)
     return train(

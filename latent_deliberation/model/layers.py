@@ -18,7 +18,7 @@ class LowRank:
   """LoRA (arXiv 2106.09685): y = x W + (alpha / rank) x A B, with B zero at the start.
 
   A and B live in the variable collection 'lora', so that W stays in 'params' and stays frozen.
-  Without an alpha it is the rank.
+  Without an alpha the factor is 1.
   """
   rank: int
   alpha: float | None = None

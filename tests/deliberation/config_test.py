@@ -26,7 +26,7 @@ def test_a_number_below_one_is_refused(name):
     dataclasses.replace(tiny.CHOICES, **{name: 0})
 
 
-@pytest.mark.parametrize('alpha', [0.0, -1.0, float('nan')])
+@pytest.mark.parametrize('alpha', [0.0, -1.0, float('nan'), float('inf')])
 def test_an_alpha_that_adapters_cannot_learn_with_is_refused(alpha):
   with pytest.raises(ValueError, match=f'lora_alpha = {alpha}: it must be above 0, or None'):
     dataclasses.replace(tiny.CHOICES, lora_alpha=alpha)

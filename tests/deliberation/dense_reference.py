@@ -99,8 +99,9 @@ def text_forward(config: TransformerConfig, choices: DeliberationConfig, params:
   else:
     if choices.soft_tokens == 'rested':
       soft = soft + rest
+    factor = 1 if choices.lora_alpha is None else choices.lora_alpha / choices.lora_rank
     weights = params['transformer'] if choices.trainable == 'full' else merged(
-        decoder_params['transformer'], params['lora'], choices.lora_alpha / choices.lora_rank)
+        decoder_params['transformer'], params['lora'], factor)
     thoughts, _ = transformer(
         config, weights, soft.reshape(-1, config.embed_dim),
         np.array([place.position for place in soft_places]),

@@ -24,7 +24,8 @@ VARIANTS = [
     for (latents, positions), trainable in itertools.product(SCHEMES, TRAINABLES)]
 OTHER_PARTS = [dict(gate=gate, soft_tokens=soft_tokens) for gate, soft_tokens in zip(
     GATES, SOFT_TOKENS, strict=True) if gate != tiny.CHOICES.gate]
-CONTROLS = [dict(num_layers=1), dict(num_layers=1, trainable='lora'), dict(reads='states')]
+CONTROLS = [dict(num_layers=1), dict(num_layers=1, trainable='lora', lora_alpha=None),
+            dict(reads='states')]
 name = lambda choices: '-'.join(map(str, choices.values()))  # noqa: E731
 
 

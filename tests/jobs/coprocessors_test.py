@@ -46,7 +46,8 @@ def test_another_config_is_refused_with_the_key_and_both_values(
 
 def test_how_it_is_scored_and_was_optimised_may_change(quickstart, described):
   experiment = finished.experiment(
-      evaluation__num_traces=3, evaluation__num_ahead=9, training__batch_size=16, seed=5)
+      evaluation__num_traces=3, evaluation__num_ahead=9, training__batch_size=16, seed=5,
+      deliberation__lora_rank=3)  # of adapters, and there are none
   assert find_coprocessor(experiment, quickstart / 'coprocessor', described.vocabulary)
 
 

@@ -117,6 +117,10 @@ def test_a_run_begun_before_there_was_a_key_goes_on_with_its_default(coprocessor
   del record['config']['training']['portion']
   path.write_text(json.dumps(record))
   resume(coprocessor, quickstart)
+  # What the choices do not read may have been anything.
+  record['config']['deliberation']['lora_alpha'] = 128.0
+  path.write_text(json.dumps(record))
+  resume(coprocessor, quickstart)
   with pytest.raises(ValueError, match=r'training.portion: \[0, 100\] there, \[0, 50\] now'):
     resume(coprocessor, quickstart, experiment=finished.experiment(training__portion=(0, 50)))
 

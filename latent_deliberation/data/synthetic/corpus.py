@@ -72,7 +72,9 @@ class SyntheticCorpus:
   @property
   def fingerprint(self) -> str:
     """Hash of all that the documents depend on."""
-    known = [VERSION, self.name, dataclasses.asdict(self.task), self.seed, self.documents,
+    options = {field.name: getattr(self.task, field.name)
+               for field in dataclasses.fields(self.task) if field.metadata.get('text', True)}
+    known = [VERSION, self.name, options, self.seed, self.documents,
              self.questions, *filter(None, [self.task.contents])]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FORM = ("an object with 'idx_to_symbol' and 'steps' (lists, not empty), 'edges' (pairs of numbers "
-        "of symbols) and 'root', 'target' and 'neg_target' (such numbers)")
+FORM = ("an object with 'idx_to_symbol' and 'steps' (lists), 'edges' (pairs of numbers of "
+        "symbols) and 'root', 'target' and 'neg_target' (such numbers), where edges lead from the "
+        "root to the target, in so many steps, and not to the other")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class AskedGraph:
     nodes: how many; they are numbered from 0.
     arrows: (tail, head) of each.
     root, target, other: nodes; arrows lead from the root to the target, and not to the other.
-    steps: arrows of the way that the release gives.
+    steps: least number of arrows from the root to the target.
   """
   nodes: int
   arrows: tuple[tuple[int, int], ...]
@@ -59,11 +60,27 @@ def read_prosqa(path: str | Path) -> list[AskedGraph]:
 
 
 def _graph_of(item: Mapping[str, Any]) -> AskedGraph:
+  if not isinstance(item['idx_to_symbol'], list) or not isinstance(item['steps'], list):
+    raise TypeError
   graph = AskedGraph(
       nodes=len(item['idx_to_symbol']), arrows=tuple((tail, head) for tail, head in item['edges']),
       root=item['root'], target=item['target'], other=item['neg_target'],
       steps=len(item['steps']))
-  named = {graph.root, graph.target, graph.other, *sum(graph.arrows, ())}
-  if not graph.steps or not named <= set(range(graph.nodes)):
+  named = [graph.root, graph.target, graph.other, *sum(graph.arrows, ())]
+  if not all(type(node) is int and 0 <= node < graph.nodes for node in named):
+    raise ValueError
+  distance = _distances(graph)
+  if graph.other in distance or not 0 < distance[graph.target] == graph.steps:
     raise ValueError
   return graph
+
+
+def _distances(graph: AskedGraph) -> dict[int, int]:
+  """Least number of arrows from the root to every node that is reached."""
+  found, front = {graph.root: 0}, [graph.root]
+  for node in front:
+    for tail, head in graph.arrows:
+      if tail == node and head not in found:
+        found[head] = found[node] + 1
+        front.append(head)
+  return found

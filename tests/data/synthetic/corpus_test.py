@@ -76,6 +76,13 @@ def test_the_fingerprint_tells_different_documents_apart(fields):
   assert open_synthetic(defaults).fingerprint == open_synthetic(config).fingerprint
 
 
+def test_what_is_asked_of_graphs_is_no_part_of_the_text():
+  config = synthetic('graphs')
+  other = dataclasses.replace(config, options={'asked': 'prosqa_test.json'})
+  assert open_synthetic(other).fingerprint == open_synthetic(config).fingerprint
+  assert open_synthetic(other).read(1) == open_synthetic(config).read(1)
+
+
 def test_rows_hold_the_documents_word_for_word(tmp_path):
   config = synthetic(length=256, text_key='document')
   directory, vocabulary = prepare(config, tmp_path), ByteVocabulary()

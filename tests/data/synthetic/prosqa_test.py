@@ -32,6 +32,13 @@ def test_an_item_is_its_graph(tmp_path):
     ([{**ITEM, 'target': 4}], 'item 0: not an object with'),
     ([{**ITEM, 'edges': [[0, 1, 2]]}], 'item 0: not an object with'),
     ([{**ITEM, 'root': '0'}], 'item 0: not an object with'),
+    ([{**ITEM, 'root': 0.0}], 'item 0: not an object with'),
+    ([{**ITEM, 'root': False}], 'item 0: not an object with'),
+    ([{**ITEM, 'steps': 'ab'}], 'item 0: not an object with'),
+    ([{**ITEM, 'steps': ['one']}], 'item 0: not an object with'),
+    ([{**ITEM, 'edges': []}], 'item 0: not an object with'),
+    ([{**ITEM, 'neg_target': 1}], 'item 0: not an object with'),
+    ([{**ITEM, 'root': 2, 'steps': []}], 'item 0: not an object with'),
     ([{key: value for key, value in ITEM.items() if key != 'neg_target'}], 'item 0: not an object'),
 ])
 def test_a_file_that_is_not_prosqa_is_named(tmp_path, content, message):
