@@ -4,8 +4,8 @@
   python launch/study.py --config=configs/study/hops.py --workdir=runs/hops_all
 
 The first has a coprocessor and constant soft tokens beside the frozen decoder, the second all arms.
-With :ablations and :ranks a coprocessor is changed in one thing at a time, and its adapters, or the
-decoder's, have other ranks.
+With :ablations a coprocessor is changed in one thing at a time, with :ranks it is adapters of one
+rank or another.
 """
 
 from latent_deliberation.data.config import DataConfig
@@ -66,9 +66,7 @@ ABLATIONS = {
 RANKS = (
     {'own': _latents()}
     | {f'lora {rank}': _latents(**_adapters(rank)) for rank in (2, 8, 32)}
-    | {'lora 8 times 16': _latents(**ADAPTERS, lora_alpha=128.0)}
-    | {f'adapted {rank}': ArmConfig('adapted', {'deliberation': _adapters(rank)})
-       for rank in (2, 8, 32)})
+    | {'lora 8 times 16': _latents(**ADAPTERS, lora_alpha=128.0)})
 SIZES = {
     'full': ARMS, 'quick': {name: ARMS[name] for name in ('own', 'constant')},
     'ablations': ABLATIONS, 'ranks': RANKS}
