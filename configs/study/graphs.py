@@ -55,5 +55,5 @@ def get_config(choice='quick'):
                            anchor_tokens=HOPS['ids'](task.anchors)),
       evaluation=replace(start.evaluation, num_traces=QUESTIONS))
   return as_config(replace(
-      study, name='reachability', experiment=experiment, lessons={'skew': 0.0},
+      study, name=f'reachability {name}'.strip(), experiment=experiment, lessons={'skew': 0.0},
       questions=replace(study.questions, options=asked)))

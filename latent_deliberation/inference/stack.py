@@ -78,7 +78,7 @@ def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, s
     positions, segments: [B, Q]; segment 0 is a hole, all else is one document.
     cache: all that it shows is seen, inside a layer's window; where it has more layers than
       `layers`, its last ones.
-    lora: scale of the adapters in `layers`.
+    lora: rank and scale of the adapters in `layers`.
   """
   rows, positions = x[:, None], positions[:, None]
   everything = jnp.full((len(x), 1), np.iinfo(np.int32).max)
