@@ -1,6 +1,5 @@
 """Reachability in directed graphs, in the style of ProsQA, and ProsQA's own graphs in its form."""
 
-import collections
 import dataclasses
 import string
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from latent_deliberation.data.synthetic.question import (
   check_integer,
   check_skew,
   draw_difficulties,
+  first_of_each,
   take_turns,
 )
 
@@ -80,14 +80,11 @@ class Graphs(DrawnTask):
     """
     if not self.asked:
       return super().examine(rng, per_difficulty)
-    found = collections.defaultdict(list)
-    for graph in read_prosqa(self.asked):
-      if graph.nodes <= self.nodes:
-        found[graph.steps].append(self._pose(rng, graph))
-    if not found:
+    small = [graph for graph in read_prosqa(self.asked) if graph.nodes <= self.nodes]
+    if not small:
       raise ValueError(f'{self.asked} has no graph of at most nodes = {self.nodes} nodes: raise '
                        f'nodes, to {len(LETTERS)} at most')
-    return [question for steps in sorted(found) for question in found[steps][:per_difficulty]]
+    return first_of_each([self._pose(rng, graph) for graph in small], per_difficulty)
 
   def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
     """See `DrawnTask.document`; with links among the questions."""

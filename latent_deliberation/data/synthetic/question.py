@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,6 +113,14 @@ def take_turns(rng: np.random.Generator, difficulties: Sequence[int],
   orders = {k: itertools.cycle(rng.permutation(sizes[k]).tolist())
             for k in sorted(set(difficulties))}
   return [next(orders[k]) for k in difficulties]
+
+
+def first_of_each(questions: Iterable[Question], count: int) -> list[Question]:
+  """The first `count` questions of each difficulty, the easiest before all others."""
+  found = {}
+  for question in questions:
+    found.setdefault(question.difficulty, []).append(question)
+  return [question for difficulty in sorted(found) for question in found[difficulty][:count]]
 
 
 def check_integer(option: str, value: Any, low: int, high: int, reason: str = '') -> None:

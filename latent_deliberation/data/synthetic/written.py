@@ -4,7 +4,6 @@ GSM8K and products of long numbers have this form at https://github.com/da03 (De
 Explicit CoT to Implicit CoT: Learning to Internalize CoT Step by Step, 2024).
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +17,7 @@ from latent_deliberation.data.synthetic.question import (
   check_integer,
   check_skew,
   draw_difficulties,
+  first_of_each,
 )
 from latent_deliberation.data.synthetic.stories import Problem, tell_story
 
@@ -103,10 +103,7 @@ class Written:
       problems = [tell_story(rng, steps) for steps in self.difficulties
                   for _ in range(per_difficulty)]
       return [self._ask(problem) for problem in problems]
-    found = collections.defaultdict(list)
-    for problem in read_problems(self.asked, self.equations):
-      found[min(problem.steps, self.steps)].append(self._ask(problem))
-    return [question for steps in sorted(found) for question in found[steps][:per_difficulty]]
+    return first_of_each(map(self._ask, read_problems(self.asked, self.equations)), per_difficulty)
 
   def ask_for_chain(self, question: Question) -> Question:
     """The same question in the form whose answer follows a chain, which ends in ANSWER."""
