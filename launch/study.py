@@ -3,7 +3,8 @@
   python launch/study.py --config=configs/study/hops.py:quick --workdir=runs/hops
 
 Everything is kept in --workdir (open results.md there), and the same command goes on where it was
-stopped, run by run.
+stopped, run by run. With --arm it trains and reports some of the arms, for a part of the time; the
+report is always about the arms of the last command.
 """
 
 from pathlib import Path
@@ -15,11 +16,14 @@ from latent_deliberation.jobs.study_config import Study
 
 job_flags.define_config(__file__)
 _WORKDIR = job_flags.define_directory('workdir', 'Of the study.')
+_ARM = job_flags.define_texts(
+    'arm', 'Train and report this arm alone, or several; all of the config without it.')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  print(format_study(run_study(job_flags.config_from_flags(Study), workdir)))
+  study = job_flags.config_from_flags(Study)
+  print(format_study(run_study(study, workdir, _ARM.value)))
   print(f'Report: {workdir / "results.md"}')
 
 

@@ -1,11 +1,12 @@
 """Sums: how far down does a decoder look for a carry, and how far with latents?
 
   python launch/study.py --config=configs/study/arithmetic.py --workdir=runs/arithmetic
+  python launch/study.py --config=configs/study/arithmetic.py:full --workdir=runs/arithmetic
 
 One digit of a sum is asked, which depends on a carry that is decided some columns below. Decoder
-and arms are those of hops.py:quick, but for what the arms train on: far carries as often as near
-ones, unlike the decoder's text, and in fewer steps. A decoder that ignores carries is right half
-of the time.
+and arms are those of hops.py:quick, or of another size of it, but for what the arms train on: far
+carries as often as near ones, unlike the decoder's text, and in fewer steps. A decoder that ignores
+carries is right half of the time.
 """
 
 import runpy
@@ -22,9 +23,11 @@ QUESTIONS = 11  # of a training document
 TASK = Carries(4, skew=0.5)
 
 
-def get_config():
-  """A coprocessor and constant soft tokens beside the frozen decoder."""
-  study = bind(HOPS['get_config']('quick'), Study)
+def get_config(size='quick'):
+  """A coprocessor and constant soft tokens beside the frozen decoder, or a size of hops.py."""
+  if size not in HOPS['SIZES']:
+    raise ValueError(f'arithmetic.py:{size}: choose one of {sorted(HOPS["SIZES"])}')
+  study = bind(HOPS['get_config'](size), Study)
   start = study.experiment
   experiment = replace(
       start,

@@ -3,15 +3,19 @@
   python launch/study.py --config=configs/study/text.py --workdir=runs/text
   python launch/study.py --config=configs/study/text.py:ahead --workdir=runs/text_ahead
   python launch/study.py --config=configs/study/text.py:plateau --workdir=runs/text_plateau
+  python launch/study.py --config=configs/study/text.py:fresh --workdir=runs/text_fresh
 
 Every arm trains for as many steps on as many traces, and the table has the coprocessor's own
 latents beside those of another text. The first command has 4 to 32 latents, and beside them
 constant soft tokens and the decoder continued on the same text; the second 8 latents and 4 to 32
 ahead tokens; text and decoder are the quickstart's. The third has the first's arms on a decoder of
-2 M parameters that has read the text one and a half times.
+2 M parameters that has read the text one and a half times. The fourth has them on the quickstart's
+decoder after 15 tokens a weight, each read once, and on text that it has not read: the sources of
+the packages that requirements.txt installs, seven times as much text.
 """
 
 import dataclasses
+import importlib.util
 import runpy
 from pathlib import Path
 
@@ -27,7 +31,13 @@ CONTROLS = {
     '16 constant': ArmConfig(
         changes={'deliberation': {'num_latents': 16, 'trainable': 'constant'}}),
     'continued': ArmConfig('continued')}
-ARMS = {'quickstart': LATENTS | CONTROLS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS}
+# Beside a decoder continued at its peak rate again, one at a rate nearer to where it came to rest.
+GENTLY = {'continued gently': ArmConfig(
+    'continued', {'training': {'optimizer': {'learning_rate': 5e-4}}})}
+ARMS = {'quickstart': LATENTS | CONTROLS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS,
+        'fresh': LATENTS | CONTROLS | GENTLY}
+PACKAGES = ('flax', 'jax', 'keras', 'matplotlib', 'numpy', 'optax', 'scipy', 'tensorflow_datasets')
+FRESH_ROWS = 50_000  # of 256 tokens: nine tenths are the decoder's, and one tenth the arms'
 
 
 def get_config(size='quickstart'):
@@ -43,6 +53,8 @@ def get_config(size='quickstart'):
           positions=(1, 2, 4, 8, 16, 32)))
   if size == 'plateau':
     experiment = _with_larger_decoder(experiment)
+  if size == 'fresh':
+    experiment = _with_fresh_text(experiment)
   return as_config(Study(
       name=f'perplexity of text, {size}', experiment=experiment, arms=ARMS[size]))
 
@@ -57,3 +69,26 @@ def _with_larger_decoder(experiment):
           start, optimizer=dataclasses.replace(start.optimizer, learning_rate=5e-3),
           loop=dataclasses.replace(
               start.loop, num_steps=1400, eval_every=200, save_every=350)))
+
+
+def _with_fresh_text(experiment):
+  start = experiment.pretraining
+  return dataclasses.replace(
+      experiment,
+      data=dataclasses.replace(
+          experiment.data, source='text', files=tuple(_sources(name) for name in PACKAGES),
+          max_tokens=FRESH_ROWS * experiment.data.length),
+      pretraining=dataclasses.replace(
+          start, portion=(0, 90),
+          loop=dataclasses.replace(
+              start.loop, num_steps=2800, eval_every=200, save_every=350)),
+      training=dataclasses.replace(experiment.training, portion=(90, 100)))
+
+
+def _sources(package):
+  spec = importlib.util.find_spec(package)  # finds it without importing it
+  if spec is None:
+    raise ModuleNotFoundError(
+        f'text.py:fresh reads the sources of {package}, which is not installed: pip install -r '
+        'requirements.txt')
+  return str(Path(spec.origin).parent / '**' / '*.py')

@@ -3,6 +3,7 @@
 import dataclasses
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,19 @@ from latent_deliberation.progress import Progress
 from latent_deliberation.sharding import make_mesh
 
 
-def run_study(study: Study, workdir: Path) -> dict[str, Any]:
+def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str, Any]:
   """Trains and scores every arm with every seed; what is complete is not trained again.
 
+  Args:
+    only: names of arms, the only ones to train and report; all without a name. They are scored on
+      what all arms of the study would be scored on.
+
   Returns: the content of <workdir>/results.json, which is written with a page and plots beside it.
+
+  Raises:
+    ValueError: an arm that the study does not have, or see `check_arms`.
   """
+  names = choose_arms(study, only)
   mesh = make_mesh(study.experiment.mesh)
   make_writable(workdir)
   check_arms(study, workdir, mesh)
@@ -66,8 +75,8 @@ def run_study(study: Study, workdir: Path) -> dict[str, Any]:
     with clock.phase(CHAIN):
       written = measure.write_out(study.experiment, frozen)
     arms[CHAIN] = describe_chain(study, arms[BASELINE], measure, *written)
-  progress = Progress(study.name, 'runs', len(study.arms) * len(study.seeds))
-  for number, name in enumerate(study.arms):
+  progress = Progress(study.name, 'runs', len(names) * len(study.seeds))
+  for number, name in enumerate(names):
     runs, seconds = [], []
     for seed in study.seeds:
       with clock.phase(phase := f'{name}, seed {seed}'):
@@ -80,10 +89,19 @@ def run_study(study: Study, workdir: Path) -> dict[str, Any]:
       name=study.name, arms=arms, config=dataclasses.asdict(study), git_commit=git_commit(),
       command=' '.join(sys.argv), machine=_machine(), seconds=sum(clock.seconds.values()),
       difficulty=measure.difficulty, positions=measure.positions,
-      diagnostics=_diagnostics(study, workdir)))
+      diagnostics=_diagnostics(study, names, workdir)))
   if jax.process_index() == 0:
     write_study(summary, workdir)
   return summary
+
+
+def choose_arms(study: Study, only: Sequence[str]) -> tuple[str, ...]:
+  """The arms of these names, in the study's order; every arm where there is no name."""
+  unknown = sorted(set(only) - set(study.arms))
+  if unknown:
+    raise ValueError(f'--arm={unknown[0]}: the study has no such arm, choose among '
+                     f'{tuple(study.arms)}')
+  return tuple(name for name in study.arms if name in only) if only else tuple(study.arms)
 
 
 def _prepare_lessons(study: Study, workdir: Path) -> Path:
@@ -145,10 +163,11 @@ def _run(study: Study, name: str, seed: int, decoder: Path, frozen: Params, dige
   return ScoredRun(tuned.trained, total, scores)
 
 
-def _diagnostics(study: Study, workdir: Path) -> dict[str, list[dict[str, float]]]:
+def _diagnostics(study: Study, names: Sequence[str],
+                 workdir: Path) -> dict[str, list[dict[str, float]]]:
   """What each run of latents logged about them, by arm and seed."""
   return {f'{name}, seed {seed}': read_diagnostics(_place(workdir, name, seed))
-          for name, arm in study.arms.items() if arm.learns == LATENTS for seed in study.seeds}
+          for name in names if study.arms[name].learns == LATENTS for seed in study.seeds}
 
 
 def _machine() -> str:

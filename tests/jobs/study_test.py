@@ -79,6 +79,22 @@ def test_more_seeds_go_on_from_what_is_complete(finished_study):
 
 
 @pytest.mark.slow
+def test_some_arms_are_reported_as_all_were_and_the_others_are_left_alone(finished_study):
+  workdir, summary = finished_study
+  some = run(workdir, 'all', '--arm=continued', '--arm=own')
+  assert list(some['overall']) == ['frozen', 'own', 'shuffled', 'zero', 'mean', 'continued']
+  for name in some['overall']:
+    assert some['overall'][name] == summary['overall'][name]
+
+
+def test_an_arm_that_the_study_lacks_is_refused_with_those_that_it_has():
+  assert job.choose_arms(study(), ['unified', 'own']) == ('own', 'unified')
+  assert job.choose_arms(study(), []) == tuple(study().arms)
+  with pytest.raises(ValueError, match="--arm=owm: the study has no such arm, .*'own', 'constant'"):
+    job.choose_arms(study(), ['own', 'owm'])
+
+
+@pytest.mark.slow
 def test_arms_learn_from_lessons_and_the_decoder_from_its_own_text(finished_study):
   workdir, summary = finished_study
   other = run(workdir, 'lessons')
