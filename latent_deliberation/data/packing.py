@@ -5,8 +5,9 @@ filling.py says how rows are filled, rows.py how they are read.
 
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -16,12 +17,14 @@ from latent_deliberation.data.filling import RowFiles, fill_rows
 from latent_deliberation.data.host_tensorflow import seqio
 from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, Recipe
 from latent_deliberation.data.rows import PackedRows
+from latent_deliberation.data.sources import SPLITS
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import bytes_per_token
 from latent_deliberation.files import write_whole
 from latent_deliberation.progress import Progress
 
 ROWS_FOLDER = 'rows'
+KNOWN_BY_CONFIG = ('length', 'seed', 'max_tokens')  # of a Recipe; the rest is in the source
 TOKENS_PER_FILE = 1 << 24  # 32 to 64 MB a file; packing needs about 200 MB of memory
 
 
@@ -30,7 +33,9 @@ def prepare(config: DataConfig, workdir: Path) -> Path:
 
   What is there is checked and kept, what is missing is made: <workdir>/vocabulary.model, and
   <workdir>/rows/train and /validation, each a folder for `PackedRows`. In mode 'online' only
-  validation is packed. On several hosts that share the directory, one of them calls this.
+  validation is packed. Where both are there and their source is not, as on the hosts of a pod that
+  rows were copied to, they are checked as far as they can be without it. On several hosts that
+  share the directory, one of them calls this.
 
   Returns: <workdir>/rows.
 
@@ -39,23 +44,32 @@ def prepare(config: DataConfig, workdir: Path) -> Path:
       made from something else, with each difference named.
   """
   workdir = Path(workdir)
-  documents = Documents.open(config, workdir)
   directory = workdir / ROWS_FOLDER
+  try:
+    documents = Documents.open(config, workdir)
+  except FileNotFoundError as absent:
+    if config.mode != 'packed' or not all((directory / split).exists() for split in SPLITS):
+      raise
+    for split in SPLITS:
+      _check_recipe(directory / split, {key: getattr(config, key) for key in KNOWN_BY_CONFIG})
+    logging.warning('%s. The rows in %s need it no more, and are taken as they are.', absent,
+                    directory)
+    return directory
   recipes = [documents.recipe(config, split)
-             for split in (('train', 'validation') if config.mode == 'packed' else ('validation',))]
+             for split in (SPLITS if config.mode == 'packed' else ('validation',))]
   missing = [recipe for recipe in recipes if not (directory / recipe.split).exists()]
   for recipe in recipes:
     if recipe not in missing:
-      _check_recipe(directory / recipe.split, recipe)
+      _check_recipe(directory / recipe.split, vars(recipe))
   for recipe in missing:
     pack(documents, recipe, directory)
   return directory
 
 
-def _check_recipe(directory: Path, recipe: Recipe) -> None:
+def _check_recipe(directory: Path, expected: Mapping[str, Any]) -> None:
   found = PackedRows(directory).manifest.recipe
   different = [f'{key}: packed {getattr(found, key)!r}, configured {value!r}'
-               for key, value in vars(recipe).items() if getattr(found, key) != value]
+               for key, value in expected.items() if getattr(found, key) != value]
   if different:
     raise ValueError(f'{directory} was packed from something else ({"; ".join(different)}): use '
                      'another work directory, or delete this folder to pack again')

@@ -126,6 +126,24 @@ def test_rows_of_a_changed_corpus_are_refused(corpus_directory, tmp_path):
     prepare(local(copy), tmp_path / 'work')
 
 
+def test_rows_whose_source_stayed_elsewhere_are_taken_if_they_are_whole(
+    corpus_directory, tmp_path, caplog):
+  texts, workdir = tmp_path / 'texts', tmp_path / 'work'
+  shutil.copytree(corpus_directory, texts)
+  directory = prepare(local(texts), workdir)
+  shutil.rmtree(texts)
+  with caplog.at_level('WARNING'):
+    assert prepare(local(texts), workdir) == directory
+  assert 'no file matches' in caplog.text and 'are taken as they are' in caplog.text
+  with pytest.raises(ValueError, match='seed: packed 0, configured 1'):
+    prepare(local(texts, seed=1), workdir)
+  with pytest.raises(FileNotFoundError, match='no file matches'):
+    prepare(local(texts, mode='online'), workdir)
+  shutil.rmtree(directory / 'validation')
+  with pytest.raises(FileNotFoundError, match='no file matches'):
+    prepare(local(texts), workdir)
+
+
 def test_an_interrupted_packing_leaves_no_split_and_the_next_one_succeeds(
     corpus_directory, tmp_path, monkeypatch):
   config, original = local(corpus_directory), packing.fill_rows
