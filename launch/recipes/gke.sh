@@ -10,7 +10,8 @@
 #   gke.sh run --name=first --slices=2 -- launch/train.py --config=configs/gemma2_2b.py \
 #       --config.mesh.replica=2 --config.training.accumulation=2 \
 #       --config.evaluation.batch_size=512 --config.data.mode=packed \
-#       --decoder=bucket/gemma-2-2b --data=/tmp/data --workdir=bucket/runs/coprocessor
+#       --config.data.max_tokens=20000000000 --decoder=bucket/gemma-2-2b --data=/tmp/data \
+#       --workdir=bucket/runs/coprocessor
 #   gke.sh logs --name=first
 #   gke.sh stop --name=first
 #   gke.sh delete

@@ -5,7 +5,8 @@
 #   tpu_vm.sh create --type=v5litepod-256 --version=v2-alpha-tpuv5-lite
 #   tpu_vm.sh install
 #   tpu_vm.sh run -- launch/train.py --config=configs/gemma2_2b.py --config.data.mode=packed \
-#       --decoder=bucket/gemma-2-2b --data=/tmp/data --workdir=bucket/runs/coprocessor
+#       --config.data.max_tokens=20000000000 --decoder=bucket/gemma-2-2b --data=/tmp/data \
+#       --workdir=bucket/runs/coprocessor
 #   tpu_vm.sh logs [--worker=3]
 #   tpu_vm.sh stop
 #   tpu_vm.sh delete
