@@ -43,6 +43,7 @@ class DeliberationConfig:
     soft_tokens: what the coprocessor is fed (the paper: learned embeddings, 'free' of the text);
       'rested' ones are added to the embedding of the token that the latent rests on, so that a
       coprocessor initialised from the decoder begins with the decoder's own reading of it.
+      'constant' ones have no coprocessor to read them, and are free whatever this says.
     lora_rank, lora_alpha: of the adapters, whose product is multiplied by lora_alpha / lora_rank,
       or by 1 where lora_alpha is None; unused otherwise. With a factor of 16 a coprocessor's
       adapters learnt next to nothing in our studies (docs/results.md, ranks of adapters).
@@ -105,6 +106,11 @@ class DeliberationConfig:
   def without_effect(self) -> tuple[str, ...]:
     """Keys that mean nothing with these choices, in which a run and its resumption may differ."""
     return () if self.trainable == 'lora' else ('lora_rank', 'lora_alpha')
+
+  @property
+  def rests(self) -> bool:
+    """Whether a coprocessor is fed soft tokens on top of the embeddings that latents rest on."""
+    return self.soft_tokens == 'rested' and self.trainable != 'constant'
 
   @property
   def first_anchor(self) -> int:

@@ -67,7 +67,7 @@ class Coprocessor:
     width = self.model.embed_dim
     table = decoder_params['embedder']['table'].astype(jnp.float32)
     spread = jnp.sqrt(jnp.mean(table ** 2) * width)
-    if self.config.soft_tokens == 'rested':
+    if self.config.rests:
       spread = spread * RESTED_SPREAD
     soft = spread * jax.random.normal(soft_key, (self.config.num_latents, width))
     params = {'soft_tokens': nn.LogicallyPartitioned(soft, ('latent', 'embed'))}
@@ -147,8 +147,7 @@ class Coprocessor:
   def feed(self, params: Params, rest: Latents) -> Latents:
     """The soft tokens [B, M, Z, D] that the transformer reads; constant ones are the thoughts."""
     soft = jnp.broadcast_to(params['soft_tokens'].astype(self.dtype), rest.shape)
-    rested = self.config.soft_tokens == 'rested' and self.config.trainable != 'constant'
-    return soft + rest if rested else soft
+    return soft + rest if self.config.rests else soft
 
   @typed
   def compose(self, params: Params, thoughts: Latents, rest: Latents) -> Latents:

@@ -3,7 +3,12 @@
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.model.config import TransformerConfig
-from latent_deliberation.model.flops import forward_flops, head_flops, keys_values_flops
+from latent_deliberation.model.flops import (
+  adapters_flops,
+  forward_flops,
+  head_flops,
+  keys_values_flops,
+)
 
 
 def answer_flops(model: TransformerConfig, prompt: float, answer: float) -> float:
@@ -18,15 +23,23 @@ def latents_flops(model: TransformerConfig, config: DeliberationConfig, prompt: 
   if config.trainable == 'constant':
     return second
   layers = Coprocessor(model, config).layers
-  thinking = forward_flops(layers, config.num_latents, first + 1)
+  thinking = forward_flops(layers, config.num_latents, prompt + 1)
+  if config.trainable == 'lora':
+    thinking += config.num_latents * adapters_flops(layers, config.lora_rank)
   if config.reads == 'states':
     thinking += prompt * keys_values_flops(layers)
   return thinking + second
 
 
-def text_flops(model: TransformerConfig, length: int) -> float:
-  """Of a training step on one text by next-token loss: a forward and twice that backward."""
-  return 3 * (forward_flops(model, length) + length * head_flops(model))
+def text_flops(model: TransformerConfig, length: int, rank: int = 0) -> float:
+  """Of a training step on one text by next-token loss: a forward and twice that backward.
+
+  Args:
+    rank: of adapters that learn in the place of the weights, through which gradients then flow to
+      activations alone; 0 where the weights learn.
+  """
+  forward = forward_flops(model, length) + length * head_flops(model)
+  return 2 * forward + 3 * length * adapters_flops(model, rank) if rank else 3 * forward
 
 
 def traces_flops(model: TransformerConfig, config: DeliberationConfig, length: int,
@@ -34,7 +47,8 @@ def traces_flops(model: TransformerConfig, config: DeliberationConfig, length: i
   """Of a training step on one text with its traces, whose anchors lie in its middle on average.
 
   The trunk is read forward only. Through the coprocessor, gradients flow to activations and to
-  weights, which is twice the forward pass; through the frozen decoder to activations alone.
+  weights, which is twice the forward pass; through frozen weights, the decoder's and those below
+  adapters, to activations alone.
 
   Args:
     tuned: the decoder learns as well, so that both of its passes have a whole backward pass.
@@ -45,7 +59,12 @@ def traces_flops(model: TransformerConfig, config: DeliberationConfig, length: i
   thinking = 0.0
   if config.trainable != 'constant':
     layers = Coprocessor(model, config).layers
-    thinking = 3 * forward_flops(layers, config.num_latents, length / 2)
+    thinking = forward_flops(layers, config.num_latents, length / 2)
+    if config.trainable == 'lora':
+      adapters = config.num_latents * adapters_flops(layers, config.lora_rank)
+      thinking = 2 * thinking + 3 * adapters
+    else:
+      thinking *= 3
     if config.reads == 'states':  # which learn nothing themselves
       trunk += 2 * length * keys_values_flops(layers)
   if tuned:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from latent_deliberation.array_types import Array, Float, Params, typed
+from latent_deliberation.array_types import Array, Bool, Float, Params, typed
 from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.placement import place
@@ -37,8 +37,11 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
       rest = deliberator.latents(params, decoder_params, placement, jnp.zeros_like(thoughts))
     table = decoder_params['embedder']['table']
     embedding = _size(table) * deliberator.decoder.config.embed_dim ** 0.5
-    found = {'norm': _size(latents) / embedding, 'moved': _size(latents - rest) / embedding,
-             'effective_rank': effective_rank(thoughts.reshape(-1, thoughts.shape[-1]))}
+    valid = jnp.broadcast_to(traces.valid[..., None], thoughts.shape[:-1])
+    found = {'norm': _size(latents, valid) / embedding,
+             'moved': _size(latents - rest, valid) / embedding,
+             'effective_rank': effective_rank(thoughts.reshape(-1, thoughts.shape[-1]),
+                                              valid.reshape(-1))}
     return found | ({'gate': _size(params['gate'])} if 'gate' in params else {})
 
   def diagnose(params: Params, decoder_params: Params, batch: Batch) -> Mapping[str, float]:
@@ -49,18 +52,21 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
   return diagnose
 
 
-def _size(x: Array) -> Array:
-  """Root mean square, float32."""
-  return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+def _size(x: Array, valid: Array | None = None) -> Array:
+  """Root mean square, float32; of the valid vectors along the last axis, or of all."""
+  where = None if valid is None else valid[..., None]
+  return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), where=where))
 
 
 @typed
-def effective_rank(rows: Float[Array, 'R D']) -> Float[Array, '']:
+def effective_rank(rows: Float[Array, 'R D'], valid: Bool[Array, 'R']) -> Float[Array, '']:
   """exp of the entropy of the spectrum of the rows' covariance (Roy and Vetterli 2007), 1 to D.
 
-  Rows that are all alike have rank 1, as those on a line have.
+  Rows that are all alike have rank 1, as those on a line have. Those that are not valid are left
+  out.
   """
-  centred = rows.astype(jnp.float32) - jnp.mean(rows.astype(jnp.float32), axis=0)
+  rows, where = rows.astype(jnp.float32), valid[:, None]
+  centred = jnp.where(where, rows - jnp.mean(rows, axis=0, where=where), 0)
   variance = jnp.maximum(jnp.linalg.eigvalsh(centred.T @ centred), 0)
   share = variance / jnp.maximum(jnp.sum(variance), jnp.finfo(jnp.float32).tiny)
   return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0)))

@@ -79,7 +79,8 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
       index = traces.anchors[..., None] + jnp.arange(num_ahead)
       states[arm] = take_from_trunk(trunk, jnp.minimum(index, batch.tokens.shape[1] - 1))
     else:
-      latents = deliberator.latents(params, decoder_params, placement, CONTROLS[arm](thoughts))
+      latents = deliberator.latents(params, decoder_params, placement,
+                                    CONTROLS[arm](thoughts, traces.valid))
       hidden = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
       if traces.delay is not None:  # the first token is predicted before latents come
         alone = take_from_trunk(trunk, traces.anchors)

@@ -45,8 +45,8 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
   """Batches of one shape for questions given as ids of context, question and answer.
 
   Args:
-    batch_size: B. The last batch is filled up with repetitions of its first question; whoever
-      scores has the number of questions.
+    batch_size: B. The last batch is filled up with questions from the start, so that the controls
+      of its own are as in the others; whoever scores has the number of questions.
     offline: latents come behind the context, before the question is known; otherwise behind it.
 
   Raises:
@@ -68,8 +68,7 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
   span = int((end - 1 - anchors).max())
   batches = []
   for first in range(0, len(parts), batch_size):
-    rows = np.arange(first, first + batch_size)
-    rows = np.where(rows < len(parts), rows, first)
+    rows = np.arange(first, first + batch_size) % len(parts)
     order = np.arange(tokens.shape[1])
     inside = order < end[rows, None]
     batches.append(Questions(

@@ -66,7 +66,7 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
   model, config, settings = experiment.decoder, experiment.deliberation, experiment.training
   texts, length = settings.loop.num_steps * settings.batch_size, experiment.data.length
   answer = flops.answer_flops(model, measure.prompt, measure.answer)
-  training = flops.text_flops(model, length)
+  training = flops.text_flops(model, length, config.lora_rank if learns == 'adapted' else 0)
   if learns in (LATENTS, 'unified'):
     answer += flops.latents_flops(model, config, measure.prompt)
     training = flops.traces_flops(model, config, length, tuned=learns == 'unified')

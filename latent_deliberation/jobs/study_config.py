@@ -13,7 +13,7 @@ from latent_deliberation.jobs.tune import TUNINGS
 
 LATENTS, OWN = 'latents', 'own'
 CHAIN = 'chain'  # the frozen decoder, answering behind a chain that it has written itself
-SHARED = ('decoder', 'data', 'pretraining', 'evaluation', 'mesh', 'rules', 'seed')
+SHARED = ('decoder', 'data', 'computation', 'pretraining', 'evaluation', 'mesh', 'rules', 'seed')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,15 @@ def parameter_flops(config: TransformerConfig) -> int:
   return 2 * c.num_layers * (attention + 3 * c.embed_dim * c.hidden_dim)
 
 
+def adapters_flops(config: TransformerConfig, rank: int) -> int:
+  """Of low-rank adapters beside the projections of all layers, for one token."""
+  c = config
+  heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+  widths = 2 * (c.embed_dim + heads) + 2 * (c.embed_dim + kv_heads) + 3 * (
+      c.embed_dim + c.hidden_dim)
+  return 2 * c.num_layers * rank * widths
+
+
 def keys_values_flops(config: TransformerConfig) -> int:
   """Of the projections of all layers to keys and values, for one token."""
   return 4 * config.num_layers * config.embed_dim * config.num_kv_heads * config.head_dim

@@ -12,7 +12,7 @@ from latent_deliberation.deliberation.flops import (
   traces_flops,
 )
 from latent_deliberation.model.config import PRESETS
-from latent_deliberation.model.flops import forward_flops
+from latent_deliberation.model.flops import adapters_flops, forward_flops
 
 MODEL = PRESETS['gemma2_2b']
 
@@ -31,6 +31,28 @@ def test_latents_cost_two_passes_and_constant_ones_a_single_one():
   assert latents_flops(MODEL, full, 100) == 2 * forward_flops(MODEL, 4, 101)
   assert latents_flops(MODEL, constant, 100) == forward_flops(MODEL, 4, 101)
   assert answer_flops(MODEL, 100, 2) > forward_flops(MODEL, 101)
+
+
+def test_refining_latents_shorten_what_the_decoder_reads_and_not_the_coprocessor():
+  config = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4)
+  assert latents_flops(MODEL, config, 100) == (
+      forward_flops(MODEL, 4, 97) + forward_flops(MODEL, 4, 101))
+
+
+def test_adapters_have_gradients_and_the_weights_below_them_do_not():
+  config = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4, trainable='lora',
+                              lora_rank=8)
+  full, constant = (dataclasses.replace(config, trainable=each) for each in ('full', 'constant'))
+  per_token = adapters_flops(MODEL, 8)
+  heads, kv_heads = (number * MODEL.head_dim for number in (MODEL.num_heads, MODEL.num_kv_heads))
+  assert per_token == 2 * MODEL.num_layers * 8 * sum(
+      into + out for into, out in [(2304, heads), (heads, 2304), *[(2304, kv_heads)] * 2,
+                                   *[(2304, MODEL.hidden_dim)] * 3])
+  thinking = {each.trainable: traces_flops(MODEL, each, 512) - traces_flops(MODEL, constant, 512)
+              for each in (full, config)}
+  assert thinking['lora'] == pytest.approx(2 / 3 * thinking['full'] + 4 * 4 * 3 * per_token)
+  assert text_flops(MODEL, 512, rank=8) == pytest.approx(
+      2 / 3 * text_flops(MODEL, 512) + 512 * 3 * per_token)
 
 
 def test_half_of_the_layers_cost_half_of_a_pass_and_reading_states_a_projection_a_token():

@@ -16,11 +16,17 @@ BATCH = tiny.packed_batch([(7, 4, 8), (9, 6), (19,)])
 def test_equal_directions_count_one_each(rank):
   rows = np.zeros((2 * rank, 8), np.float32)
   rows[np.arange(rank), np.arange(rank)], rows[rank + np.arange(rank), np.arange(rank)] = 2, -2
-  assert float(effective_rank(jnp.asarray(rows + 5))) == pytest.approx(rank, rel=1e-3)
+  found = effective_rank(jnp.asarray(rows + 5), jnp.ones(2 * rank, bool))
+  assert float(found) == pytest.approx(rank, rel=1e-3)
 
 
 def test_rows_that_are_all_alike_have_rank_one():
-  assert float(effective_rank(jnp.full((9, 4), 3.0))) == pytest.approx(1)
+  assert float(effective_rank(jnp.full((9, 4), 3.0), jnp.ones(9, bool))) == pytest.approx(1)
+
+
+def test_rows_of_no_trace_do_not_count():
+  rows = jnp.asarray([[2.0, 0], [-2, 0], [0, 50], [7, 7]])
+  assert float(effective_rank(rows, jnp.array([True, True, False, False]))) == pytest.approx(1)
 
 
 def diagnosed(decoder_params, **choices):

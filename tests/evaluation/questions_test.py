@@ -87,6 +87,14 @@ def test_controls_have_other_content(decoder_params):
     assert np.abs(outcomes[arm].nll - outcomes['own'].nll).min() > 1e-4
 
 
+def test_the_last_batch_is_filled_from_the_start():
+  last = batch_questions(PARTS[:3], 2)[-1]
+  first, third = ([*context, *question, *answer] for context, question, answer in
+                  (PARTS[0], PARTS[2]))
+  for row, ids in zip(last.text.tokens, (third, first), strict=True):
+    assert row[row > 0].tolist() == ids
+
+
 def test_questions_that_cannot_be_asked_are_refused():
   with pytest.raises(ValueError, match='no questions'):
     batch_questions([], 2)

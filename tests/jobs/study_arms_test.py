@@ -69,7 +69,8 @@ def test_training_costs_what_each_kind_of_arm_reads():
     model, length = variant.decoder, variant.data.length
     texts = variant.training.loop.num_steps * variant.training.batch_size
     learns = asked.arms[name].learns
-    expected = (flops.text_flops(model, length) if learns in ('continued', 'adapted') else
+    rank = variant.deliberation.lora_rank if learns == 'adapted' else 0
+    expected = (flops.text_flops(model, length, rank) if learns in ('continued', 'adapted') else
                 flops.traces_flops(model, variant.deliberation, length, tuned=learns == 'unified'))
     assert spent[name] == texts * expected, name
   assert len({asked.arms[name].learns for name in asked.arms}) > 2
