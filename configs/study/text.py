@@ -31,9 +31,9 @@ CONTROLS = {
     '16 constant': ArmConfig(
         changes={'deliberation': {'num_latents': 16, 'trainable': 'constant'}}),
     'continued': ArmConfig('continued')}
-# Beside a decoder continued at its peak rate again, one at a rate nearer to where it came to rest.
-GENTLY = {'continued gently': ArmConfig(
-    'continued', {'training': {'optimizer': {'learning_rate': 5e-4}}})}
+# The decoder's own training ended at 1.6e-4; 'continued' begins at 3e-3 again, as latents do.
+GENTLY = {f'continued at {rate}': ArmConfig(
+    'continued', {'training': {'optimizer': {'learning_rate': rate}}}) for rate in (5e-4, 1.6e-4)}
 ARMS = {'quickstart': LATENTS | CONTROLS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS,
         'fresh': LATENTS | CONTROLS | GENTLY}
 PACKAGES = ('flax', 'jax', 'keras', 'matplotlib', 'numpy', 'optax', 'scipy', 'tensorflow_datasets')
