@@ -32,8 +32,9 @@ CONTROLS = {
         changes={'deliberation': {'num_latents': 16, 'trainable': 'constant'}}),
     'continued': ArmConfig('continued')}
 # The decoder's own training ended at 1.6e-4; 'continued' begins at 3e-3 again, as latents do.
-GENTLY = {f'continued at {rate}': ArmConfig(
-    'continued', {'training': {'optimizer': {'learning_rate': rate}}}) for rate in (5e-4, 1.6e-4)}
+GENTLY = {f'continued {how}': ArmConfig(
+    'continued', {'training': {'optimizer': {'learning_rate': rate}}})
+          for how, rate in (('gently', 5e-4), ('at rest', 1.6e-4))}
 ARMS = {'quickstart': LATENTS | CONTROLS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS,
         'fresh': LATENTS | CONTROLS | GENTLY}
 PACKAGES = ('flax', 'jax', 'keras', 'matplotlib', 'numpy', 'optax', 'scipy', 'tensorflow_datasets')
