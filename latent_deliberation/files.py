@@ -1,10 +1,12 @@
 """Writing a file, or a directory, whole or not at all; reading a text."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -41,6 +43,11 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """The same for a value as JSON, indented to be read."""
+  write_whole(path, json.dumps(value, indent=2).encode() + b'\n')
 
 
 @contextlib.contextmanager

@@ -2,9 +2,8 @@
 
   python launch/generate.py --decoder=runs/decoder/decoder --coprocessor=runs/coprocessor --compare
 
-Without a prompt it asks for one after the other. Latents come at the end of the prompt (--at=0),
-after every so many tokens (--every), where a --gate opens, or with a --cache of launch/augment.py;
-with --background the text does not wait for them. Next, measure their gain with launch/evaluate.py.
+Without a prompt it asks for one after the other. Latents come at the end of the prompt, --at places,
+--every so many tokens, where a --gate opens, or with a --cache; text need not wait (--background).
 """
 
 from pathlib import Path
@@ -41,13 +40,15 @@ _COMPARE = job_flags.define_switch('compare', 'Print plain and augmented side by
 
 
 def main() -> None:
+  augments = generate.check_coprocessor(_COPROCESSOR.value, at=_AT.value, every=_EVERY.value,
+                                        gate=_GATE.value, background=_BACKGROUND.value)
   prompts = generate.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   gate = gates.open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value) if _GATE.value else None
   policy = gates.combine(_AT.value, _EVERY.value, gate, () if _CACHE.value else (0,))
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
-  policy = NEVER if _COPROCESSOR.value in ('', generators.NONE) else policy
   arrival = Arrival(None if _BACKGROUND.value else 0)
-  how = Decoding(_MAX_TOKENS.value, sampling, policy=policy, arrival=arrival)
+  how = Decoding(_MAX_TOKENS.value, sampling, policy=policy if augments else NEVER,
+                 arrival=arrival)
   request = generate.Request(how, tuple(_STOP.value), _SEED.value, _JSON.value, _STREAM.value,
                              _COMPARE.value, _CACHE.value)
   generator, tokenizer = generators.open_generator(

@@ -16,7 +16,7 @@ from latent_deliberation.jobs.pretrain import describe_pretraining
 from latent_deliberation.jobs.study_config import Study
 from latent_deliberation.jobs.train import describe_training
 from latent_deliberation.model.config import PRESETS
-from latent_deliberation.model.weights import boxed_shapes
+from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.sharding import MESH_AXES
 from tests import finished
 

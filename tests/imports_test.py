@@ -21,6 +21,7 @@ BELOW = {
     'batch': ('array_types',),
     'sharding': ('array_types',),
     'progress': (),
+    'provenance': (),
     'model': ('array_types', 'files', 'progress'),
     'deliberation': ('array_types', 'batch', 'files', 'model', 'progress'),
     'data': ('array_types', 'batch', 'files', 'progress'),
@@ -30,7 +31,7 @@ BELOW = {
     'planning': ('array_types',),
     'inference': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
     'jobs': ('array_types', 'batch', 'data', 'deliberation', 'distributed', 'evaluation', 'files',
-             'inference', 'model', 'planning', 'progress', 'sharding', 'training'),
+             'inference', 'model', 'planning', 'progress', 'provenance', 'sharding', 'training'),
 }
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets')
 # Modules that import those, and so may not be imported by a module that must do without.

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-VOCABULARY_FILE = 'vocabulary.model'  # in a directory of prepared data
+VOCABULARY_FILE, ROWS_FOLDER = 'vocabulary.model', 'rows'  # in a directory of prepared data
 SOURCES = ('stdlib', 'text', 'tfds', 'mixture', 'synthetic')
 VOCABULARIES = ('sentencepiece', 'byte')
 MODES = ('packed', 'online')

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.config import ROWS_FOLDER, DataConfig
 from latent_deliberation.data.filling import RowFiles, fill_rows
 from latent_deliberation.data.host_tensorflow import seqio
 from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, Recipe
@@ -23,7 +23,6 @@ from latent_deliberation.data.vocabularies import bytes_per_token
 from latent_deliberation.files import write_whole
 from latent_deliberation.progress import Progress
 
-ROWS_FOLDER = 'rows'
 KNOWN_BY_CONFIG = ('length', 'seed', 'max_tokens')  # of a Recipe; the rest is in the source
 TOKENS_PER_FILE = 1 << 24  # 32 to 64 MB a file; packing needs about 200 MB of memory
 

@@ -102,6 +102,10 @@ class DeliberationConfig:
           f'for an anchor of {self.num_latents} {self.latents} latents: lower num_traces or '
           'num_latents, or raise data.length')
 
+  def with_traces(self, num_traces: int, num_ahead: int) -> 'DeliberationConfig':
+    """To be scored with, for which the delay of training has no meaning."""
+    return dataclasses.replace(self, num_traces=num_traces, num_ahead=num_ahead, max_delay=0)
+
   @property
   def without_effect(self) -> tuple[str, ...]:
     """Keys that mean nothing with these choices, in which a run and its resumption may differ."""

@@ -34,8 +34,8 @@ class Deliberator:
     return self.coprocessor.config
 
   def with_traces(self, num_traces: int, num_ahead: int) -> 'Deliberator':
-    """The same, for other numbers of traces and ahead tokens."""
-    config = dataclasses.replace(self.config, num_traces=num_traces, num_ahead=num_ahead)
+    """The same, for other numbers of traces and ahead tokens, and delays that traces bring."""
+    config = self.config.with_traces(num_traces, num_ahead)
     return dataclasses.replace(
         self, coprocessor=dataclasses.replace(self.coprocessor, config=config))
 

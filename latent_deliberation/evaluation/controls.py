@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from latent_deliberation.array_types import Array
 
+BASELINE = 'frozen'  # the arm that all others are compared with: the decoder alone
+OWN = 'own'
 Control = Callable[[Array, Array], Array]
 
 
@@ -42,4 +44,6 @@ def mean(thoughts: Array, valid: Array) -> Array:
   return jnp.broadcast_to(average, thoughts.shape)
 
 
-CONTROLS: Mapping[str, Control] = {'own': own, 'shuffled': shuffled, 'zero': zero, 'mean': mean}
+ARMS: Mapping[str, Control] = {OWN: own, 'shuffled': shuffled, 'zero': zero, 'mean': mean}
+# What stands in the place of an arm's own latents.
+CONTROLS = tuple(name for name in ARMS if name != OWN)

@@ -20,8 +20,8 @@ from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.evaluation.controls import BASELINE, OWN
 from latent_deliberation.evaluation.perplexity import arm_states
-from latent_deliberation.evaluation.report import BASELINE
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of the features
 
@@ -59,9 +59,9 @@ def measure_places(deliberator: Deliberator, params: Params, decoder_params: Par
     cap = deliberator.decoder.config.final_softcap
     with nn.logical_axis_rules(tuple(rules.items())):
       traces = sample_traces(keys, batch, deliberator.config).replace(delay=None)
-      states = arm_states(deliberator, (BASELINE, 'own'), params, decoder_params, batch, traces)
+      states = arm_states(deliberator, (BASELINE, OWN), params, decoder_params, batch, traces)
       plain, own = (ahead_nll(states[arm], traces, decoder_params, cap, loss_chunk)
-                    for arm in (BASELINE, 'own'))
+                    for arm in (BASELINE, OWN))
       hidden = states[BASELINE][:, :, 0]  # at the anchor
       predict = functools.partial(
           deliberator.decoder.apply, {'params': decoder_params}, method='logits')

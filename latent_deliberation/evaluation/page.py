@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from latent_deliberation.evaluation.controls import BASELINE
 from latent_deliberation.evaluation.report import (
-  BASELINE,
   BELOW_FROZEN,
   BELOW_SHUFFLED,
   LABELS,

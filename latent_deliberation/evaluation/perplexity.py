@@ -14,8 +14,7 @@ from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.placement import place
 from latent_deliberation.deliberation.traces import Traces, sample_traces, take_from_trunk
 from latent_deliberation.evaluation.bootstrap import AheadNLL
-from latent_deliberation.evaluation.controls import CONTROLS
-from latent_deliberation.evaluation.report import BASELINE
+from latent_deliberation.evaluation.controls import ARMS, BASELINE
 
 # (params, decoder_params, batch, index of the batch) -> {arm: [B, A] summed nats}, [B, A] targets
 Scorer = Callable[[Params, Params, Batch, int], tuple[Mapping[str, Array], Array]]
@@ -28,7 +27,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
 
   Args:
     deliberator: decoder and coprocessor.
-    arms: 'frozen' (the decoder alone) and names of CONTROLS.
+    arms: 'frozen' (the decoder alone) and names of ARMS.
     num_traces: M; traces are drawn from fold_in(seed, index of the batch), so that two
       deliberators are scored on the same targets where their anchors may begin at the same index.
     num_ahead: A; may exceed what the coprocessor was trained with.
@@ -80,7 +79,7 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
       states[arm] = take_from_trunk(trunk, jnp.minimum(index, batch.tokens.shape[1] - 1))
     else:
       latents = deliberator.latents(params, decoder_params, placement,
-                                    CONTROLS[arm](thoughts, traces.valid))
+                                    ARMS[arm](thoughts, traces.valid))
       hidden = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
       if traces.delay is not None:  # the first token is predicted before latents come
         alone = take_from_trunk(trunk, traces.anchors)

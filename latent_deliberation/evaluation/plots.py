@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from latent_deliberation.evaluation.controls import BASELINE
 from latent_deliberation.evaluation.gating import GainCurve
-from latent_deliberation.evaluation.report import BASELINE, LABELS
+from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.files import write_whole
 
 DPI = 130

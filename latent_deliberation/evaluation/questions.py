@@ -90,7 +90,7 @@ def make_question_scorer(deliberator: Deliberator, arms: Sequence[str], *, loss_
   decoding would write it.
 
   Args:
-    arms: 'frozen' (the decoder alone) and names of CONTROLS.
+    arms: 'frozen' (the decoder alone) and names of controls.ARMS.
     delay: ahead tokens that are read before latents join the cache.
   """
 

@@ -6,11 +6,7 @@
 """
 
 import dataclasses
-import resource
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +17,11 @@ from latent_deliberation.evaluation.bootstrap import (
   check_paired,
   relative_change,
 )
+from latent_deliberation.evaluation.controls import BASELINE, OWN
 
-BASELINE = 'frozen'
 LABELS = {
   BASELINE: 'frozen decoder',
-  'own': 'own latents',
+  OWN: 'own latents',
   'shuffled': "another text's latents",
   'constant': 'constant soft tokens',
   'zero': 'zero latents',
@@ -93,15 +89,15 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
   curves = {name: _arm(report.arms[name], changes[name]) for name in names}
   shown = [position - 1 for position in report.positions]
   content = None
-  if {'own', 'shuffled'} <= set(names):
-    content = relative_change(report.arms['own'], report.arms['shuffled'], samples, seed)
+  if {OWN, 'shuffled'} <= set(names):
+    content = relative_change(report.arms[OWN], report.arms['shuffled'], samples, seed)
   before, after = report.decoder_fingerprints
   return {
     'positions': list(report.positions),
     'num_ahead': report.num_ahead,
     'arms': {name: _pick(curve, shown) for name, curve in curves.items()},
     'content_effect': None if content is None else _pick(_change(content), shown),
-    'bar': None if content is None else _bar(changes['own'], content),
+    'bar': None if content is None else _bar(changes[OWN], content),
     'texts': len(baseline.count),
     'targets': [int(baseline.count[:, at].sum()) for at in shown],
     'all_positions': curves,
@@ -146,27 +142,3 @@ def _bar(own: Change, content: Change) -> dict[str, Any]:
   passed = (len(frozen) == len(BELOW_FROZEN) and len(shuffled) == len(BELOW_SHUFFLED)
             and all(frozen.values()) and all(below['point'] for below in shuffled.values()))
   return {'passed': passed, 'own_below_frozen': frozen, 'own_below_shuffled': shuffled}
-
-
-def peak_memory_bytes() -> int:
-  """Most memory that this process has held at once, in bytes."""
-  unit = 1 if sys.platform == 'darwin' else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def git_commit(source: Path = Path(__file__).parent) -> str:
-  """Commit of the source tree, '+changes' behind it where tracked files differ from it.
-
-  'unknown' where `source` is not tracked by git, as in an installed copy.
-  """
-  def git(*arguments: str) -> str:
-    return subprocess.run(('git', '--no-optional-locks', *arguments), cwd=source, check=True,
-                          capture_output=True, text=True).stdout.strip()
-
-  try:
-    if not git('ls-files', '.'):
-      return 'unknown'
-    changed = git('status', '--porcelain', '--untracked-files=no')
-    return git('rev-parse', 'HEAD') + ('+changes' if changed else '')
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latent_deliberation.evaluation.report import BASELINE
+from latent_deliberation.evaluation.controls import BASELINE
 from latent_deliberation.evaluation.study_plots import plot_diagnostics, plot_study
 from latent_deliberation.files import write_whole
 
@@ -92,7 +92,7 @@ def _describe_arms(summary: Mapping[str, Any]) -> Cells:
     'parameters': f'{arm["total"]:,}',
     'FLOPs per predicted token, frozen = 1': f'{arm["flops_per_token"] / frozen:.2f}',
     'FLOPs of training': f'{arm["train_flops"]:.2e}',
-    'seconds of training': ', '.join(f'{seconds:,.0f}' for seconds in arm['seconds']),
+    'seconds, with scoring': ', '.join(f'{seconds:,.0f}' for seconds in arm['seconds']),
     'seeds': ', '.join(map(str, summary['seeds'][name])),
     'note': arm['note'],
   } for name, arm in summary['arms'].items()}

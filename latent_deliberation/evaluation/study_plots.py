@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from latent_deliberation.evaluation.controls import BASELINE
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
-from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.evaluation.study_result import controlled_arm
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; black is the frozen decoder.

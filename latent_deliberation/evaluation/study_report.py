@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.evaluation.bootstrap import AheadNLL, Change, relative_change
+from latent_deliberation.evaluation.controls import BASELINE
 from latent_deliberation.evaluation.outcomes import (
   Estimate,
   Outcomes,
@@ -16,7 +17,6 @@ from latent_deliberation.evaluation.outcomes import (
   nll,
   nll_difference,
 )
-from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.evaluation.study_result import Arm, StudyResult, controlled_arm
 
 

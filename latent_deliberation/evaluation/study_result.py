@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.evaluation.bootstrap import AheadNLL, check_paired
+from latent_deliberation.evaluation.controls import BASELINE, CONTROLS, OWN
 from latent_deliberation.evaluation.outcomes import Outcomes, check_same_items
-from latent_deliberation.evaluation.report import BASELINE
-
-# What stands in the place of an arm's own latents: another example's, zeros, or their mean.
-CONTROLS = ('shuffled', 'zero', 'mean')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +27,8 @@ class Arm:
     flops_per_token: of evaluation, for each predicted token.
     train_flops: of training, for one seed.
     seeds: of training.
-    seconds: wall-clock time of training, for each seed.
+    seconds: wall-clock time for each seed, of training and of scoring with all controls; of the
+      frozen decoder, of its training alone.
     outcomes: answers to questions, for each seed; empty in a study of text.
     text: scores on text, for each seed; empty in a study of questions.
     note: a free sentence, such as whether its budget is that of the other arms.
@@ -135,9 +133,9 @@ class StudyResult:
 def controlled_arm(name: str) -> str | None:
   """The arm that an arm of this name is a control of; None where it is not a control."""
   arm, _, control = name.rpartition('/')
-  return (arm or 'own') if control in CONTROLS else None
+  return (arm or OWN) if control in CONTROLS else None
 
 
 def control_name(arm: str, control: str) -> str:
   """What a control of an arm is called, the other way round."""
-  return control if arm == 'own' else f'{arm}/{control}'
+  return control if arm == OWN else f'{arm}/{control}'

@@ -1,7 +1,6 @@
 """Speed of an experiment's train step on the device at hand, by the way attention is computed."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.batch import Batch
-from latent_deliberation.evaluation.report import git_commit
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import write_json
 from latent_deliberation.jobs.benchmark_step import random_batch, ratios_of_turns
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.models import build_decoder, build_deliberator
 from latent_deliberation.jobs.peer import seconds_of
-from latent_deliberation.jobs.step_peers import dense_mask
+from latent_deliberation.jobs.step_peers import check_dense, dense_mask
+from latent_deliberation.provenance import git_commit
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.step import LossFn
 
@@ -43,7 +42,7 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
     raise ValueError("computation.frozen_dtype = 'int8': this benchmark makes float32 or "
                      "bfloat16 weights; set --config.computation.frozen_dtype=bfloat16")
   if with_dense:
-    _check_dense(experiment)
+    check_dense(experiment.decoder, experiment.deliberation)
   key = jax.random.key(0)
   decoder, coprocessor = build_decoder(experiment), build_deliberator(experiment).coprocessor
   frozen = jax.jit(lambda: _cast(
@@ -64,20 +63,8 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
   result = {**ratios_of_turns(programs, repeats), 'measured': measured, 'texts': num_texts,
             'repeats': repeats, 'device': jax.devices()[0].device_kind, 'jax': jax.__version__,
             'git_commit': git_commit(), 'experiment': dataclasses.asdict(experiment)}
-  write_whole(output, json.dumps(result, indent=2).encode() + b'\n')
+  write_json(output, result)
   return result
-
-
-def _check_dense(experiment: Experiment) -> None:
-  model, latents = experiment.decoder, experiment.deliberation
-  for name, value, needed in (
-      ('deliberation.trainable', latents.trainable, 'full'),
-      ('deliberation.reads', latents.reads, 'cache'),
-      ('deliberation.num_layers', latents.num_layers, 0),
-      ('decoder.post_norms', model.post_norms, True), ('decoder.qk_norm', model.qk_norm, False)):
-    if value != needed:
-      raise ValueError(f'{name} = {value!r}: the dense mask is written for {needed!r} alone; leave '
-                       '--dense_mask out')
 
 
 def _losses(experiment: Experiment, with_dense: bool) -> dict[str, LossFn]:

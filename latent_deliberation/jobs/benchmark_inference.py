@@ -4,7 +4,6 @@ The same random weights on both sides, transformers in a process of its own, in 
 """
 
 import functools
-import json
 import statistics
 import tempfile
 import time
@@ -22,11 +21,11 @@ from latent_deliberation.array_types import Params
 from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.evaluation.cost_plots import plot_speed
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import write_json
 from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.completion import Decoding
 from latent_deliberation.inference.generate import generate, stream
-from latent_deliberation.inference.generator import Generator, copied
+from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import ONCE
 from latent_deliberation.inference.programs import State
 from latent_deliberation.jobs.peer import (
@@ -80,7 +79,7 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
     _measure_augmentation(result, size, config, params, repeats)
   logging.info('time to the first token')  # of the last size
   result['first_token_ratio_background_vs_plain'] = _first_token_ratio(config, params)
-  write_whole(output, json.dumps(result, indent=2).encode() + b'\n')
+  write_json(output, result)
   plot_speed(result, output.with_suffix('.png'))
   return result
 
@@ -144,7 +143,7 @@ def _measure_augmentation(result: dict[str, Any], size: str, config: Transformer
         jax.block_until_ready(generator.attach(state, generator.augment(state)))
 
       def decode(generator: Generator = generator, state: State = state) -> None:
-        generate(generator, copied(state), Decoding(DECODED))
+        generate(generator, state, Decoding(DECODED))
 
       seconds = alternate({'augment': functools.partial(seconds_of, augment),
                            'decode': functools.partial(seconds_of, decode)}, repeats)

@@ -1,17 +1,16 @@
 """Plans of a train step and of the same under one dense mask, for a machine that is not there."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
 from latent_deliberation.evaluation.cost_plots import plot_plans
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import write_json
 from latent_deliberation.jobs.compile import describe_run, plan_step
 from latent_deliberation.jobs.experiment import Experiment
-from latent_deliberation.jobs.step_peers import dense_mask
+from latent_deliberation.jobs.step_peers import check_dense, dense_mask
 from latent_deliberation.planning.topology import Topology
 from latent_deliberation.training.objectives import augmentation
 
@@ -30,8 +29,9 @@ def benchmark(experiment: Experiment, topology: Topology, output: Path) -> dict[
     seconds are None where it does not fit, or the topology gives none.
 
   Raises:
-    ValueError: a mesh or a rule does not suit the topology or the sizes.
+    ValueError: a mesh or a rule does not suit the topology or the sizes; or see `check_dense`.
   """
+  check_dense(experiment.decoder, experiment.deliberation)
   ours = dataclasses.replace(
       experiment, computation=experiment.computation.on('tpu' if topology.chip else 'cpu'))
   runs = {'ours': describe_run(ours, topology),
@@ -45,7 +45,7 @@ def benchmark(experiment: Experiment, topology: Topology, output: Path) -> dict[
   result = {'plans': plans,
             'over_ours': {'seconds': None if None in seconds else seconds[1] / seconds[0],
                           'memory': memory[1] / memory[0]}}
-  write_whole(output, json.dumps(result, indent=2).encode() + b'\n')
+  write_json(output, result)
   plot_plans(plans, output.with_suffix('.png'))
   return result
 

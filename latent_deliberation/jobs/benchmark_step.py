@@ -5,7 +5,6 @@ its own. Ratios of times taken in the same turn are what may be quoted.
 """
 
 import functools
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.evaluation.cost_plots import plot_step_ratios
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import write_json
 from latent_deliberation.jobs.peer import (
   THREADS,
   Peer,
@@ -70,7 +69,7 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
       'sizes': {'trunk': TRUNK, 'ahead': AHEAD, 'decoder_texts': TEXTS,
                 'decoder_length': LENGTH},
       **describe_turns(repeats)}
-  write_whole(output, json.dumps(result, indent=2).encode() + b'\n')
+  write_json(output, result)
   plot_step_ratios(result, output.with_suffix('.png'))
   return result
 

@@ -14,8 +14,7 @@ import numpy as np
 from absl import logging
 from safetensors import safe_open
 
-from latent_deliberation.evaluation.report import git_commit, peak_memory_bytes
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import write_json
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints.hugging_face import find_layout
 from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG, write_config
@@ -23,6 +22,7 @@ from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.safetensors_source import weight_files
 from latent_deliberation.model.checkpoints.safetensors_writer import write_tensors
 from latent_deliberation.model.config import TransformerConfig, find_preset
+from latent_deliberation.provenance import git_commit, peak_memory_bytes
 
 
 def benchmark(preset: str, output: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def benchmark(preset: str, output: Path) -> dict[str, Any]:
       'seconds_of_safetensors_alone': alone,
       'seconds_over_safetensors_alone': measured['seconds'] / alone,
       'devices': f'{jax.device_count()} {jax.default_backend()}', 'git_commit': git_commit()}
-  write_whole(output, json.dumps(result, indent=2).encode() + b'\n')
+  write_json(output, result)
   return result
 
 

@@ -40,7 +40,7 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
   except KeyboardInterrupt:
     logging.debug('interrupted here:', exc_info=True)
     _end_at_once('Interrupted: the same command goes on from what is complete.')
-  except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+  except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
     if not _is_foreseen(error):
       raise
     logging.debug('the error below, with its traceback:', exc_info=True)

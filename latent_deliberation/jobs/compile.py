@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import re
 import time
@@ -18,7 +17,7 @@ from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation.flops import traces_flops
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.evaluation.cost_plots import plot_plans
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run
 from latent_deliberation.jobs.models import build_deliberator, frozen_shapes
@@ -94,7 +93,7 @@ def describe_run(experiment: Experiment, topology: Topology) -> Run:
 def _write(plans: Sequence[Plan], are_several: bool, output: Path) -> None:
   records = [dataclasses.asdict(plan) for plan in plans]
   content = records if are_several else records[0]
-  write_whole(output, json.dumps(content, indent=2).encode() + b'\n')
+  write_json(output, content)
   if are_several:
     write_whole(output.with_suffix('.csv'), write_csv(plans))
     names = [f'{number}: {name_mesh(plan)}' for number, plan in enumerate(plans, 1)]

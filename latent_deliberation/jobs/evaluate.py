@@ -7,19 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.batch import Batch
 from latent_deliberation.evaluation import page, plots
 from latent_deliberation.evaluation.bootstrap import AheadNLL
+from latent_deliberation.evaluation.controls import BASELINE, OWN
 from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
 from latent_deliberation.evaluation.report import (
-  BASELINE,
   Report,
-  git_commit,
-  peak_memory_bytes,
   summarise,
 )
 from latent_deliberation.evaluation.visibility import plot_visibility
@@ -40,9 +37,11 @@ from latent_deliberation.jobs.prepared import (
   validation_texts,
 )
 from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.progress import Progress
+from latent_deliberation.provenance import git_commit, peak_memory_bytes
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
-from latent_deliberation.training.metrics import format_duration, read_metrics
+from latent_deliberation.training.metrics import read_metrics
 
 LOSSES = 'losses.png'
 PICTURES = {
@@ -93,11 +92,11 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   before = fingerprint(frozen)
   params = load_coprocessor(experiment, coprocessor, digest, mesh)
   soft_tokens = load_coprocessor(pauses, constant, digest, mesh) if constant else None
-  arms = score_traces(experiment, (BASELINE, 'own', 'shuffled', 'zero'), params, frozen,
+  arms = score_traces(experiment, (BASELINE, OWN, 'shuffled', 'zero'), params, frozen,
                       held_out, mesh)
   counts = {'frozen decoder': count_parameters(frozen), 'coprocessor': count_parameters(params)}
   if constant:
-    arms['constant'] = score_traces(pauses, ('own',), soft_tokens, frozen, held_out, mesh)['own']
+    arms['constant'] = score_traces(pauses, (OWN,), soft_tokens, frozen, held_out, mesh)[OWN]
     counts['constant soft tokens'] = count_parameters(soft_tokens)
   texts = validation_texts(experiment, data, len(held_out))
   report = Report(
@@ -130,8 +129,8 @@ def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params, 
                  held_out: list[Batch], mesh: Mesh, first_anchor: int = 0) -> dict[str, AheadNLL]:
   """Scores of the arms with these parameters, on the same traces for any parameters.
 
-  Experiments are scored on the same traces if seed and `first_anchor` are the same, and the latter
-  is no lower than that of each: see `sample_traces`.
+  Experiments are scored on the same traces if seed, `first_anchor` and `anchor_tokens` are the
+  same, and `first_anchor` is no lower than that of each: see `sample_traces`.
   """
   scorer = make_scorer(
       build_deliberator(experiment), arms, num_traces=experiment.evaluation.num_traces,
@@ -142,16 +141,11 @@ def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params, 
 
 
 def placed(experiment: Experiment, held_out: list[Batch], arms: tuple[str, ...],
-            mesh: Mesh) -> Iterator[Batch]:
+           mesh: Mesh) -> Iterator[Batch]:
   """The batches on devices, one at a time, with a line of progress every ten seconds."""
-  begun = said = time.perf_counter()
+  progress = Progress(f'scoring {", ".join(arms)}', 'batches', len(held_out))
   for done, batch in enumerate(held_out):
-    now = time.perf_counter()
-    if done and now - said > 10:
-      said = now
-      left = (now - begun) / done * (len(held_out) - done)
-      logging.info('scoring %s: batch %d/%d  ETA %s', ', '.join(arms), done, len(held_out),
-                   format_duration(left))
+    progress.update(done)
     yield place_batch(batch, mesh, experiment.rules)
 
 

@@ -168,9 +168,8 @@ class Experiment:
             f'{self.computation.attention!r}: the fused kernels have all traces of a text in one '
             "row and do not divide it; leave the rule out, or set attention = 'plain'")
     self.deliberation.check_trunk(self.data.length)
-    scored = dataclasses.replace(self.deliberation, num_ahead=self.evaluation.num_ahead,
-                                 num_traces=self.evaluation.num_traces)
     try:
+      scored = self.deliberation.with_traces(self.evaluation.num_traces, self.evaluation.num_ahead)
       scored.check_trunk(self.data.length)
     except ValueError as error:
       raise ValueError(f'evaluation: {error}') from error

@@ -9,7 +9,6 @@ import numpy as np
 from safetensors.numpy import save
 
 from latent_deliberation.evaluation import gating, plots
-from latent_deliberation.evaluation.report import git_commit
 from latent_deliberation.files import whole_directory
 from latent_deliberation.jobs.coprocessors import find_coprocessor, load_coprocessor
 from latent_deliberation.jobs.directories import make_writable
@@ -19,6 +18,7 @@ from latent_deliberation.jobs.fit import check_divides
 from latent_deliberation.jobs.gates import RESULT, WEIGHTS
 from latent_deliberation.jobs.models import build_deliberator, load_frozen, open_frozen
 from latent_deliberation.jobs.prepared import check_vocabulary, open_rows, validation_texts
+from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import make_mesh
 
 FRACTIONS = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())
@@ -60,7 +60,7 @@ def fit_gate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   deliberator = build_deliberator(experiment).with_traces(
       experiment.evaluation.num_traces, experiment.deliberation.num_ahead)
   places = gating.measure_places(
-      deliberator, params, frozen, placed(experiment, held_out, ('frozen', 'own'), mesh),
+      deliberator, params, frozen, placed(experiment, held_out, (BASELINE, OWN), mesh),
       texts, loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
       rules=experiment.rules)
   first = np.isin(places.text, fitted_on)

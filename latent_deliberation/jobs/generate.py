@@ -20,8 +20,22 @@ from latent_deliberation.inference.programs import State
 from latent_deliberation.inference.prompts import Prompts
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.jobs.context import Context, read_behind
+from latent_deliberation.jobs.generators import NONE
 
 _COLUMN = 46
+
+
+def check_coprocessor(coprocessor: str, **flags: object) -> bool:
+  """Whether there is one to make latents; '' is none, and so is an explicit 'none'.
+
+  Raises:
+    ValueError: there is not, and flags say when latents come.
+  """
+  given = [f'--{name}' for name, value in flags.items() if value]
+  if given and not coprocessor:
+    raise ValueError(f'{", ".join(given)} without a --coprocessor, which makes the latents: give '
+                     'one, or leave the rest out')
+  return coprocessor not in ('', NONE)
 
 
 @dataclasses.dataclass(frozen=True)

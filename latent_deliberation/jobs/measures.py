@@ -12,7 +12,9 @@ from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.data.synthetic.corpus import build
 from latent_deliberation.data.synthetic.question import Question, Task
 from latent_deliberation.data.synthetic.written import ANSWER
+from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.evaluation.bootstrap import AheadNLL
+from latent_deliberation.evaluation.controls import BASELINE
 from latent_deliberation.evaluation.outcomes import Outcomes
 from latent_deliberation.evaluation.questions import (
   Questions,
@@ -20,7 +22,6 @@ from latent_deliberation.evaluation.questions import (
   make_question_scorer,
   score_questions,
 )
-from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.tokenizer import BYTES, open_tokenizer
 from latent_deliberation.jobs.chains import write_chains
@@ -119,6 +120,16 @@ def _check_room(study: Study, first: int) -> None:
           "latents = 'anchored' or 'paper', which stand behind it")
 
 
+def check_same_signs(choices: Mapping[str, DeliberationConfig]) -> None:
+  """Raises ValueError where arms on text would be scored at different anchors."""
+  (first, expected), *others = ((name, each.anchor_tokens) for name, each in choices.items())
+  for name, signs in others:
+    if signs != expected:
+      raise ValueError(
+          f'arms.{name} has anchor_tokens = {signs}, arms.{first} {expected}: arms are scored on '
+          "text at the same anchors, so set them alike in the study's experiment")
+
+
 class TextMeasure:
   """Scores arms on the same held-out text, by ahead position.
 
@@ -137,8 +148,9 @@ class TextMeasure:
     self._texts = validation_texts(experiment, data, len(self._held_out))
     # The same traces for all arms and seeds, so that each text's targets are the same.
     self._seed = experiment.seed
-    self._first_anchor = max(study.variant(name, study.seeds[0]).deliberation.first_anchor
-                             for name in study.arms)
+    choices = {name: study.variant(name, study.seeds[0]).deliberation for name in study.arms}
+    check_same_signs(choices)
+    self._first_anchor = max(choice.first_anchor for choice in choices.values())
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
                decoder: Params) -> Mapping[str, AheadNLL]:

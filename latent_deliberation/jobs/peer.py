@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import jax
 
-from latent_deliberation.evaluation.report import git_commit
+from latent_deliberation.provenance import git_commit
 
 Program = Callable[[], None]
 LIBRARIES = ('torch', 'transformers')

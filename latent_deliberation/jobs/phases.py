@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 from absl import logging
 
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import write_json
 from latent_deliberation.training.metrics import format_duration
 
 
@@ -34,6 +35,6 @@ class PhaseClock:
       self._complete.append(name)
     finally:
       self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-      kept = {'seconds': self.seconds, 'complete': self._complete}
-      write_whole(self._path, json.dumps(kept, indent=2).encode())
+      if jax.process_index() == 0:  # of several that share the file
+        write_json(self._path, {'seconds': self.seconds, 'complete': self._complete})
       logging.info('=== %s: %s', name, format_duration(self.seconds[name]))

@@ -8,17 +8,16 @@ import numpy as np
 from absl import logging
 from sentencepiece import SentencePieceProcessor
 
-from latent_deliberation.data.config import VOCABULARY_FILE
+from latent_deliberation.data.config import ROWS_FOLDER, VOCABULARY_FILE
 from latent_deliberation.data.rows import PackedRows, PermutedBatches, permutation
 from latent_deliberation.distributed import first_does
+from latent_deliberation.inference.tokenizer import ByteTokenizer
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.sharding import make_mesh, rows_of_process
 from latent_deliberation.training.checkpoint import Batches
 
-ROWS = 'rows'
-BYTE_PIECES = 260  # of the byte vocabulary, whose own module imports TensorFlow
 VALIDATION_ORDER = 0  # seed of the order of validation rows, the same for every experiment
 
 
@@ -29,17 +28,17 @@ def prepare_data(experiment: Experiment, directory: Path) -> None:
   """
   check_pieces(experiment)
   if importlib.util.find_spec('seqio') is None:
-    if not (directory / ROWS).is_dir():
+    if not (directory / ROWS_FOLDER).is_dir():
       raise FileNotFoundError(
-          f'{directory / ROWS} does not exist, and seqio, which would make it, is not installed: '
-          'prepare the data on another machine and copy the directory here')
+          f'{directory / ROWS_FOLDER} does not exist, and seqio, which would make it, is not '
+          'installed: prepare the data on another machine and copy the directory here')
   else:
     first_does(f'prepare the data in {directory}', lambda: _prepare(experiment, directory))
 
 
 def _prepare(experiment: Experiment, directory: Path) -> None:
   from latent_deliberation.data.packing import prepare  # imports TensorFlow, which not all have
-  if not (directory / ROWS).is_dir():  # those that are there may be read-only
+  if not (directory / ROWS_FOLDER).is_dir():  # those that are there may be read-only
     make_writable(directory)
   prepare(experiment.data, directory)
 
@@ -55,7 +54,7 @@ def check_pieces(experiment: Experiment) -> None:
   if data.source == 'mixture' or data.vocabulary_path and not path.is_file():
     return  # one that is missing is spoken of where it is needed
   if data.vocabulary == 'byte':
-    origin, pieces = 'the byte vocabulary', BYTE_PIECES
+    origin, pieces = 'the byte vocabulary', ByteTokenizer.size
   elif data.vocabulary_path:
     origin, pieces = str(path), _count_pieces(path)
   else:
@@ -85,12 +84,13 @@ def check_known_vocabulary(experiment: Experiment, directory: Path, decoder: Che
     return
   raise ValueError(
       f'{decoder.directory} does not say with which vocabulary it was trained, and a new one means '
-      'nothing to it: give its tokenizer (data.vocabulary_path, or a tokenizer.model beside it)')
+      'nothing to it: give its tokenizer (data.vocabulary_path, or the directory as in '
+      '--config=configs/gemma2_2b.py:DIRECTORY, which takes the tokenizer.model there)')
 
 
 def open_rows(experiment: Experiment, directory: Path, split: str) -> PackedRows:
   """Packed rows of a split, checked against the decoder and the trunk length."""
-  rows = PackedRows(directory / ROWS / split)
+  rows = PackedRows(directory / ROWS_FOLDER / split)
   if rows.vocabulary_size > experiment.decoder.vocab_size:
     raise ValueError(
         f'the rows in {directory} have a vocabulary of {rows.vocabulary_size} pieces, the decoder '

@@ -13,7 +13,7 @@ from latent_deliberation.jobs.phases import PhaseClock
 from latent_deliberation.jobs.prepared import prepare_data
 from latent_deliberation.jobs.pretrain import describe_pretraining, pretrain
 from latent_deliberation.jobs.train import describe_training, train_coprocessor
-from latent_deliberation.model.weights import boxed_shapes
+from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.sharding import make_mesh
 
 

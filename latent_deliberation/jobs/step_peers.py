@@ -9,11 +9,13 @@ from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.placement import Placement, place
 from latent_deliberation.deliberation.traces import Traces, sample_traces
 from latent_deliberation.model.attention import Visibility, attend
 from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import FeedForward, RMSNorm
 from latent_deliberation.model.rotary import rotate
@@ -36,8 +38,26 @@ def separate_traces(deliberator: Deliberator, loss_chunk: int) -> LossFn:
   return loss
 
 
+def check_dense(model: TransformerConfig, latents: DeliberationConfig) -> None:
+  """Raises ValueError for what `dense_mask` is not written for: it would have another value."""
+  for name, value, needed in (
+      ('deliberation.trainable', latents.trainable, 'full'),
+      ('deliberation.reads', latents.reads, 'cache'),
+      ('deliberation.num_layers', latents.num_layers, 0),
+      ('deliberation.max_delay', latents.max_delay, 0),
+      ('decoder.post_norms', model.post_norms, True), ('decoder.qk_norm', model.qk_norm, False)):
+    if value != needed:
+      raise ValueError(f'{name} = {value!r}: the dense mask is written for {needed!r} alone; set '
+                       'it so, or leave the dense mask out')
+
+
 def dense_mask(deliberator: Deliberator, loss_chunk: int) -> LossFn:
-  """Trunk and traces as one sequence of T + M (Z + A - 1) tokens under one mask."""
+  """Trunk and traces as one sequence of T + M (Z + A - 1) tokens under one mask.
+
+  Raises:
+    ValueError: see `check_dense`.
+  """
+  check_dense(deliberator.decoder.config, deliberator.config)
 
   def loss(params: Params, decoder_params: Params, batch: Batch,
            keys: Array) -> tuple[Array, Array]:

@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Params
 from latent_deliberation.data.config import VOCABULARY_FILE
 from latent_deliberation.distributed import first_does
-from latent_deliberation.evaluation.report import BASELINE, git_commit
+from latent_deliberation.evaluation.controls import BASELINE, CONTROLS, OWN
 from latent_deliberation.evaluation.study_page import write_study
 from latent_deliberation.evaluation.study_report import summarise_study
-from latent_deliberation.evaluation.study_result import CONTROLS, StudyResult
+from latent_deliberation.evaluation.study_result import StudyResult
 from latent_deliberation.files import write_whole
 from latent_deliberation.jobs.directories import make_writable
 from latent_deliberation.jobs.measures import (
@@ -37,11 +37,12 @@ from latent_deliberation.jobs.study_arms import (
   describe_frozen,
   read_diagnostics,
 )
-from latent_deliberation.jobs.study_config import CHAIN, LATENTS, OWN, Study
+from latent_deliberation.jobs.study_config import CHAIN, LATENTS, Study
 from latent_deliberation.jobs.train import describe_training, train_coprocessor
 from latent_deliberation.jobs.tune import describe_tuning, tune_decoder
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.progress import Progress
+from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import make_mesh
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from latent_deliberation.deliberation import flops
 from latent_deliberation.evaluation.bootstrap import AheadNLL
+from latent_deliberation.evaluation.controls import BASELINE, CONTROLS, OWN
 from latent_deliberation.evaluation.outcomes import Outcomes
-from latent_deliberation.evaluation.report import BASELINE
-from latent_deliberation.evaluation.study_result import CONTROLS, Arm, control_name
+from latent_deliberation.evaluation.study_result import Arm, control_name
 from latent_deliberation.jobs.experiment import TrainingConfig
 from latent_deliberation.jobs.measures import QuestionMeasure, TextMeasure
-from latent_deliberation.jobs.study_config import LATENTS, OWN, Study
+from latent_deliberation.jobs.study_config import LATENTS, Study
 from latent_deliberation.model.flops import head_flops
 from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
 from latent_deliberation.training.metrics import read_metrics

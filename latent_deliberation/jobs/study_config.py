@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from latent_deliberation.data.synthetic.corpus import build
-from latent_deliberation.evaluation.report import BASELINE
-from latent_deliberation.evaluation.study_result import CONTROLS
+from latent_deliberation.evaluation.controls import BASELINE, CONTROLS, OWN
 from latent_deliberation.jobs.binding import bind
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.tune import TUNINGS
 
-LATENTS, OWN = 'latents', 'own'
+LATENTS = 'latents'
 CHAIN = 'chain'  # the frozen decoder, answering behind a chain that it has written itself
 SHARED = ('decoder', 'data', 'computation', 'pretraining', 'evaluation', 'mesh', 'rules', 'seed')
 

@@ -12,9 +12,9 @@ from latent_deliberation.batch import Batch
 from latent_deliberation.deliberation import package
 from latent_deliberation.deliberation.description import DESCRIPTION
 from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.evaluation.controls import BASELINE, OWN
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
 from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
-from latent_deliberation.evaluation.report import BASELINE
 from latent_deliberation.jobs.coprocessors import PACKAGE
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run, fit
@@ -104,7 +104,7 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
   """Mean loss on ahead tokens, and what latents and their content change about it."""
   config = deliberator.config
   scorer = make_scorer(
-      deliberator, (BASELINE, 'own', 'shuffled'), num_traces=config.num_traces,
+      deliberator, (BASELINE, OWN, 'shuffled'), num_traces=config.num_traces,
       num_ahead=config.num_ahead, loss_chunk=experiment.computation.loss_chunk, seed=0, mesh=mesh,
       rules=experiment.rules)
 
@@ -112,8 +112,8 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
     placed = (place_batch(batch, mesh, experiment.rules) for batch in watched)
     scores = score_texts(scorer, params, frozen, placed)
     mean = {arm: score.total.sum() / score.count.sum() for arm, score in scores.items()}
-    return {'loss': mean['own'], 'gain': mean[BASELINE] - mean['own'],
-            'content': mean['shuffled'] - mean['own']}
+    return {'loss': mean[OWN], 'gain': mean[BASELINE] - mean[OWN],
+            'content': mean['shuffled'] - mean[OWN]}
 
   return evaluate
 

@@ -55,7 +55,7 @@ def tune_decoder(experiment: Experiment, how: str, decoder: Params, digest: str,
   run = describe_tuning(experiment, how, decoder, digest, workdir, mesh)
   run.check()
   params = fit(run, open_stream(experiment, data, run.section), _loss(experiment, how), {})
-  trained = sum(leaf.size for leaf in jax.tree.leaves(params))
+  trained = count_parameters(params)
   if how == 'unified':
     return Tuned(params['decoder'], params['latents'], trained)
   if how == 'adapted':

@@ -17,7 +17,6 @@ from latent_deliberation.model.attention import Visibility, softcap
 from latent_deliberation.model.cache import KeysValues, KVCache
 from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.layers import Embedder, contract
-from latent_deliberation.model.quantised import Quantised
 from latent_deliberation.model.transformer import Transformer
 
 
@@ -76,10 +75,6 @@ class Decoder(nn.Module):
                 cache: KVCache | None = None) -> tuple[Array, KeysValues]:
     """The stack on given input embeddings: where latents enter. See Transformer."""
     return self.transformer(x, positions, visibility, cache)
-
-  def unembedding(self) -> Float[Array, 'V D'] | Quantised:
-    """The tied output head, for losses that do not want all logits at once."""
-    return self.embedder.table
 
   def logits(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Soft-capped next-token logits, float32."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_deliberation.distributed import first_does, wait_for_all
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import write_json
 
 RUN_FILE = 'run.json'
 CHECKPOINTS = 'checkpoints'
@@ -78,7 +78,7 @@ def claim(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = ()) -> N
 
 def _write_once(path: Path, identity: RunIdentity) -> None:
   if not path.exists():
-    write_whole(path, json.dumps(identity.to_json(), indent=2).encode() + b'\n')
+    write_json(path, identity.to_json())
 
 
 def check_same_run(place: str, saved: Mapping[str, Any], identity: RunIdentity,

@@ -17,7 +17,7 @@ from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
 from latent_deliberation.training.checkpoint import Batches, Checkpointer
 from latent_deliberation.training.identity import RunIdentity
-from latent_deliberation.training.metrics import MetricsWriter, Progress, format_duration
+from latent_deliberation.training.metrics import MetricsWriter, Pace, format_duration
 from latent_deliberation.training.state import TrainState
 
 
@@ -141,12 +141,12 @@ class _Logbook:
                checkpointer: Checkpointer | None):
     self._config, self._metrics, self._checkpointer = config, metrics, checkpointer
     self._first: int | None = None
-    self._progress: Progress | None = None
+    self._pace: Pace | None = None
 
   def begin(self, start: int, batch: Batch) -> None:
     """Learns the size of a step from the first global batch."""
     self._first = start + 1
-    self._progress = Progress(self._config.num_steps, batch.tokens.size)
+    self._pace = Pace(self._config.num_steps, batch.tokens.size)
 
   def record(self, step: int, scalars: Mapping[str, Array]) -> None:
     """Waits for the step, and logs it when it is due. Raises: FloatingPointError."""
@@ -158,13 +158,13 @@ class _Logbook:
             'command would meet it again: lower the learning rate or clip_norm, in another '
             '--workdir.')
     if _is_due(step, self._config.log_every, self._config):
-      speed = self._progress.tokens_per_second(step)
+      speed = self._pace.tokens_per_second(step)
       if speed is not None:
         values['tokens_per_second'] = speed
       self._metrics.write(step, values)
-      logging.info('%s', self._progress.line(step, values))
+      logging.info('%s', self._pace.line(step, values))
     if step == self._first:
-      self._progress.start(step)
+      self._pace.start(step)
 
   def evaluate(self, step: int, evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]],
                params: Params) -> None:
@@ -176,8 +176,8 @@ class _Logbook:
       shown = '  '.join(f'{name} {value:.4f}' for name, value in values.items())
       logging.info('step %d/%d  %s  (%s)', step, self._config.num_steps, shown,
                    format_duration(time.perf_counter() - begun))
-    if self._progress is not None:
-      self._progress.start(step)
+    if self._pace is not None:
+      self._pace.start(step)
 
   def _describe_last_good(self) -> str:
     if self._checkpointer is None:

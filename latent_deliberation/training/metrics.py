@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
   return [steps[step] for step in sorted(steps)]
 
 
-class Progress:
+class Pace:
   """Measures speed, and predicts the end.
 
   Tokens per second cover the current window: since the last `line` or `start`. The ETA goes by the

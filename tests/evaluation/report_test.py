@@ -1,18 +1,12 @@
 """The figures of a report."""
 
 import json
-import subprocess
 
 import numpy as np
 import pytest
 
 from latent_deliberation.evaluation.bootstrap import AheadNLL, relative_change
-from latent_deliberation.evaluation.report import (
-  Report,
-  git_commit,
-  peak_memory_bytes,
-  summarise,
-)
+from latent_deliberation.evaluation.report import Report, summarise
 
 TEXTS, AHEAD = 20, 8
 
@@ -157,29 +151,3 @@ def test_arms_that_are_not_paired_are_refused():
   own = AheadNLL(np.ones((3, AHEAD)), np.ones((3, AHEAD), int))
   with pytest.raises(ValueError, match=r'own has .*\[3, 8\], frozen has \[20, 8\]'):
     make_report({}, arms={'frozen': make_report({}).arms['frozen'], 'own': own})
-
-
-def test_peak_memory_is_in_bytes():
-  held = np.ones(40 * 2**20, np.uint8)
-  assert held.nbytes < peak_memory_bytes() < 2**40
-
-
-def test_git_commit_tells_changes_and_is_unknown_outside_git(tmp_path, monkeypatch):
-  monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
-  for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'):  # set inside a git hook
-    monkeypatch.delenv(name, raising=False)
-  assert git_commit(tmp_path) == 'unknown'
-
-  def git(*arguments: str) -> str:
-    command = ('git', '-c', 'user.name=a', '-c', 'user.email=a@b', *arguments)
-    return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True,
-                          text=True).stdout.strip()
-
-  git('init')
-  (tmp_path / 'code.py').write_text('1')
-  assert git_commit(tmp_path) == 'unknown'
-  git('add', 'code.py')
-  git('commit', '--no-verify', '--no-gpg-sign', '-m', 'first')
-  assert git_commit(tmp_path) == git('rev-parse', 'HEAD')
-  (tmp_path / 'code.py').write_text('2')
-  assert git_commit(tmp_path) == git('rev-parse', 'HEAD') + '+changes'

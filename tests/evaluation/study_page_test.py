@@ -37,7 +37,7 @@ def test_the_page_states_what_each_arm_costs_and_how_the_study_was_run():
   assert dict(zip(header, own, strict=True)) == {
     'arm': 'own', 'kind': 'coprocessor', 'trained': '1,234,567', 'parameters': '7,654,321',
     'FLOPs per predicted token, frozen = 1': '1.50', 'FLOPs of training': '1.00e+12',
-    'seconds of training': '61, 61', 'seeds': '0, 1', 'note': 'same steps as constant'}
+    'seconds, with scoring': '61, 61', 'seeds': '0, 1', 'note': 'same steps as constant'}
   assert frozen[0] == 'frozen'
   for words in ('## hops', '`python launch/study.py`', '2 cores', 'abc', '40 questions',
                 '100 draws'):

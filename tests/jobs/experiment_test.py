@@ -7,7 +7,7 @@ from flax import linen as nn
 from latent_deliberation.jobs.evaluate import constant_variant
 from latent_deliberation.jobs.experiment import Computation
 from latent_deliberation.jobs.models import build_deliberator
-from latent_deliberation.model.weights import boxed_shapes
+from latent_deliberation.model.decoder import boxed_shapes
 from tests import finished
 
 
@@ -65,3 +65,8 @@ def test_the_constant_variant_learns_soft_tokens_and_gate_alone():
   shapes = jax.eval_shape(build_deliberator(variant).coprocessor.init, jax.random.key(0),
                           nn.unbox(boxed_shapes(variant.decoder)))
   assert set(shapes) == {'soft_tokens', 'gate'}
+
+
+def test_a_delay_of_training_does_not_bound_what_is_scored():
+  finished.experiment(deliberation__num_ahead=8, deliberation__max_delay=6,
+                      evaluation__num_ahead=2, evaluation__positions=(1, 2))

@@ -14,7 +14,13 @@ from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.completion import Decoding
 from latent_deliberation.inference.policy import NEVER, ONCE
 from latent_deliberation.jobs.gates import FittedGate
-from latent_deliberation.jobs.generate import Request, Writer, answer, read_prompts
+from latent_deliberation.jobs.generate import (
+  Request,
+  Writer,
+  answer,
+  check_coprocessor,
+  read_prompts,
+)
 from latent_deliberation.jobs.generators import open_generator
 from latent_deliberation.model import weights
 
@@ -166,3 +172,10 @@ def test_what_does_not_belong_together_is_refused(quickstart, tmp_path):
     open_generator(tmp_path / 'unknown')
   with pytest.raises(FileNotFoundError, match='no vocabulary at'):
     open_generator(decoder, vocabulary=str(tmp_path / 'nothing'))
+
+
+def test_flags_that_say_when_latents_come_need_a_coprocessor():
+  with pytest.raises(ValueError, match='--every, --gate without a --coprocessor'):
+    check_coprocessor('', at=[], every=8, gate='runs/gate')
+  assert check_coprocessor('runs/coprocessor', every=8)
+  assert not check_coprocessor('none', every=8) and not check_coprocessor('', every=0, gate='')

@@ -3,9 +3,10 @@
 import jax
 import pytest
 
-from latent_deliberation.jobs.measures import open_measure
+from latent_deliberation.jobs.measures import check_same_signs, open_measure
 from latent_deliberation.jobs.study_config import ArmConfig
 from latent_deliberation.sharding import make_mesh
+from tests import tiny
 from tests.jobs.tiny_study import study
 
 
@@ -17,6 +18,14 @@ def test_latents_have_room_behind_a_question_or_in_its_tokens(tmp_path, latents,
 def test_more_refining_latents_than_the_shortest_question_has_tokens_are_refused(tmp_path):
   with pytest.raises(ValueError, match='arms.wide: 13 refining .* shortest question has 12'):
     measured(tmp_path, 'refining', 13)
+
+
+def test_text_is_scored_behind_the_same_signs_in_every_arm():
+  choices = {name: tiny.deliberator(anchor_tokens=signs).config
+             for name, signs in (('one', (3,)), ('other', (3, 4)))}
+  with pytest.raises(ValueError, match=r'arms.other has anchor_tokens = \(3, 4\), arms.one \(3,\)'):
+    check_same_signs(choices)
+  check_same_signs({'one': choices['one']})
 
 
 def measured(data, latents, num_latents):

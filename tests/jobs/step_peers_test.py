@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_deliberation.jobs.step_peers import dense_mask, separate_traces
+from latent_deliberation.jobs.step_peers import check_dense, dense_mask, separate_traces
 from latent_deliberation.training.objectives import augmentation
 from tests import tiny
 
@@ -24,3 +24,15 @@ def test_a_peer_has_the_loss_and_the_gradient_of_the_train_step(peer, latents, b
   np.testing.assert_allclose(theirs, total, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4),
                their_gradient, gradient)
+
+
+@pytest.mark.parametrize('choices, message', [
+    ({'trainable': 'lora', 'lora_rank': 2}, "deliberation.trainable = 'lora': .*for 'full' alone"),
+    ({'num_layers': 1}, 'deliberation.num_layers = 1'),
+    ({'max_delay': 1, 'num_ahead': 4}, 'deliberation.max_delay = 1')])
+def test_what_the_mask_would_compute_otherwise_is_refused(choices, message):
+  deliberator = tiny.deliberator(**choices)
+  with pytest.raises(ValueError, match=message):
+    check_dense(deliberator.decoder.config, deliberator.config)
+  with pytest.raises(ValueError, match=message):
+    dense_mask(deliberator, loss_chunk=5)
