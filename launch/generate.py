@@ -2,8 +2,8 @@
 
   python launch/generate.py --decoder=runs/decoder/decoder --coprocessor=runs/coprocessor --compare
 
-Without a prompt it asks for one after the other. Latents come at the end of the prompt, --at places,
---every so many tokens, where a --gate opens, or with a --cache; text need not wait (--background).
+Without a prompt it asks for one after the other. Latents come at the end of the prompt, --at other
+places, --every so many tokens, where a --gate opens, or with a --cache.
 """
 
 from pathlib import Path
@@ -47,8 +47,7 @@ def main() -> None:
   policy = gates.combine(_AT.value, _EVERY.value, gate, () if _CACHE.value else (0,))
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
   arrival = Arrival(None if _BACKGROUND.value else 0)
-  how = Decoding(_MAX_TOKENS.value, sampling, policy=policy if augments else NEVER,
-                 arrival=arrival)
+  how = Decoding(_MAX_TOKENS.value, sampling, policy=policy if augments else NEVER, arrival=arrival)
   request = generate.Request(how, tuple(_STOP.value), _SEED.value, _JSON.value, _STREAM.value,
                              _COMPARE.value, _CACHE.value)
   generator, tokenizer = generators.open_generator(
