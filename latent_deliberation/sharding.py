@@ -165,10 +165,15 @@ def batch_sharding(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> NamedShard
   return NamedSharding(mesh, partition_spec(('batch',), rules))
 
 
+def batch_shards(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> int:
+  """Over how many shards texts are divided, of which a batch is a multiple."""
+  return math.prod(mesh.shape[axis] for axis in rules.get('batch', ()))
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh,
                 rules: Mapping[str, Sequence[str]]) -> None:
   """Raises ValueError where a batch does not divide into microbatches and over the mesh."""
-  shards = math.prod(mesh.shape[axis] for axis in rules.get('batch', ()))
+  shards = batch_shards(mesh, rules)
   if batch_size % (shards * accumulation):
     raise ValueError(
         f'batch_size = {batch_size} does not divide into {accumulation} microbatches over '
@@ -216,7 +221,7 @@ def check_own_rows(mesh: Mesh | AbstractMesh, rules: Mapping[str, Sequence[str]]
 def place_batch(batch: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> PyTree:
   """Global device arrays of B rows from the `rows_of_process` that each process gives."""
   sharding = batch_sharding(mesh, rules)
-  shards = math.prod(mesh.shape[axis] for axis in rules.get('batch', ()))
+  shards = batch_shards(mesh, rules)
   mine = len(rows_of_process(shards, mesh, rules))  # of the shards: one row each
 
   batch = jax.tree.map(np.asarray, batch)

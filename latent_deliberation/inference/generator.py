@@ -28,7 +28,7 @@ from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.fingerprint import fingerprint as compute_fingerprint
 from latent_deliberation.model.quantised import Quantised
-from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding
+from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
 
 
 class Generator:
@@ -86,9 +86,7 @@ class Generator:
   @property
   def shards(self) -> int:
     """What the number of texts must be a multiple of."""
-    if self._mesh is None:
-      return 1
-    return int(np.prod([self._mesh.shape[axis] for axis in self._rules['batch']]))
+    return batch_shards(self._mesh, self._rules) if self._mesh is not None else 1
 
   def read(self, prompts: Prompts) -> State:
     """Reads texts from their beginnings, of any lengths.
