@@ -26,18 +26,13 @@ from latent_deliberation.jobs.study_config import Study
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 QUESTIONS = 12  # of a training document, and as many links
-TASKS = {'': Graphs(nodes=10, steps=3, skew=1.5, links=QUESTIONS),
+TASKS = {'small': Graphs(nodes=10, steps=3, skew=1.5, links=QUESTIONS),
          'prosqa': Graphs(nodes=26, steps=3, skew=1.5, links=QUESTIONS)}
 
 
 def get_config(choice='quick'):
   """A size of hops.py, or 'prosqa', alone or with a size behind an underscore."""
-  name, _, size = choice.partition('_') if choice.startswith('prosqa') else ('', '', choice)
-  if name and not size:
-    size = 'quick'
-  if name not in TASKS or size not in HOPS['SIZES']:
-    raise ValueError(f'graphs.py:{choice}: choose one of {sorted(HOPS["SIZES"])}, or prosqa, alone '
-                     'or with _ and one of these behind it')
+  name, size = HOPS['read_choice']('graphs.py', choice, tuple(TASKS))
   study = bind(HOPS['get_config'](size), Study)
   task, start = TASKS[name], study.experiment
   options = asdict(task)
@@ -55,5 +50,5 @@ def get_config(choice='quick'):
                            anchor_tokens=HOPS['ids'](task.anchors)),
       evaluation=replace(start.evaluation, num_traces=QUESTIONS))
   return as_config(replace(
-      study, name=f'reachability {name}'.strip(), experiment=experiment, lessons={'skew': 0.0},
+      study, name=f'reachability, {name} graphs', experiment=experiment, lessons={'skew': 0.0},
       questions=replace(study.questions, options=asked)))

@@ -26,11 +26,7 @@ QUESTIONS = 20  # of a training document
 
 def get_config(choice='s5'):
   """'s5' or 'cyclic', alone or with a size of hops.py behind an underscore."""
-  group, _, size = choice.partition('_')
-  size = size or 'quick'
-  if group not in GROUPS or size not in HOPS['SIZES']:
-    raise ValueError(f'groups.py:{choice}: choose one of {sorted(GROUPS)}, alone or with _ and one '
-                     f'of {sorted(HOPS["SIZES"])} behind it')
+  group, size = HOPS['read_choice']('groups.py', choice, tuple(GROUPS))
   study = bind(HOPS['get_config'](size), Study)
   task, start = Groups(GROUPS[group], length=6, skew=0.3), study.experiment
   experiment = replace(

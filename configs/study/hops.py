@@ -72,6 +72,20 @@ SIZES = {
     'ablations': ABLATIONS, 'ranks': RANKS}
 
 
+def read_choice(where, choice, names):
+  """What other studies let one choose: NAME, SIZE or NAME_SIZE, as the name and the arms of a size.
+
+  Without a name it is the first of them, without a size 'quick'.
+  """
+  parts = choice.split('_') if choice else []
+  name = parts.pop(0) if parts and parts[0] in names else names[0]
+  size = parts.pop(0) if parts else 'quick'
+  if parts or size not in SIZES:
+    raise ValueError(f'{where}:{choice}: choose one of {tuple(names)} or of {sorted(SIZES)}, or '
+                     'one of each with _ between them')
+  return name, size
+
+
 def get_config(size='full'):
   """'full': every arm; 'quick': the coprocessor and constant soft tokens; 'ablations'; 'ranks'."""
   if size not in SIZES:

@@ -5,7 +5,8 @@
 
 Pointer chasing as in hops.py:quick, with the same decoder and text, but latents refine the facts
 themselves as soon as all of them have been read, and every question behind them is answered from
-what they prepared. In the second command arms learn on text with all numbers of hops equally often.
+what they prepared. In the second command arms learn on text with all numbers of hops equally often;
+hard_full and full have every arm of hops.py.
 """
 
 import runpy
@@ -21,11 +22,10 @@ QUESTIONS = 3 * HOPS['QUESTIONS']  # tokens, with their answers
 LESSONS = {'same': {}, 'hard': {'skew': 0.0}}  # by how they differ from the decoder's text
 
 
-def get_config(lessons='same'):
-  """A coprocessor and constant soft tokens beside the frozen decoder."""
-  if lessons not in LESSONS:
-    raise ValueError(f'offline.py:{lessons}: choose one of {sorted(LESSONS)}')
-  study = bind(HOPS['get_config']('quick'), Study)
+def get_config(choice='same'):
+  """'same' or 'hard', alone or with a size of hops.py behind an underscore."""
+  lessons, size = HOPS['read_choice']('offline.py', choice, tuple(LESSONS))
+  study = bind(HOPS['get_config'](size), Study)
   start = study.experiment
   experiment = replace(start, deliberation=replace(
       start.deliberation, num_latents=FACTS, num_ahead=QUESTIONS, num_traces=1,

@@ -7,11 +7,12 @@
 
 Every arm trains for as many steps on as many traces, and the table has the coprocessor's own
 latents beside those of another text. The first command has 4 to 32 latents, and beside them
-constant soft tokens and the decoder continued on the same text; the second 8 latents and 4 to 32
-ahead tokens; text and decoder are the quickstart's. The third has the first's arms on a decoder of
-2 M parameters that has read the text one and a half times. The fourth has them on the quickstart's
-decoder after 15 tokens a weight, each read once, and on text that it has not read: the sources of
-the packages that requirements.txt installs, seven times as much text.
+constant soft tokens and the decoder continued on the same text (text.py:full has adapters and a
+unified arm, too); the second 8 latents and 4 to 32 ahead tokens; text and decoder are the
+quickstart's. The third has the first's arms on a decoder of 2 M parameters that has read the text
+one and a half times. The fourth has them on the quickstart's decoder after 15 tokens a weight, each
+read once, and on text that it has not read: sources of packages that requirements.txt installs,
+three times as much text.
 """
 
 import dataclasses
@@ -35,8 +36,13 @@ CONTROLS = {
 GENTLY = {f'continued {how}': ArmConfig(
     'continued', {'training': {'optimizer': {'learning_rate': rate}}})
           for how, rate in (('gently', 5e-4), ('at rest', 1.6e-4))}
+ADAPTERS = {'trainable': 'lora', 'lora_rank': 8}
+TUNED = {
+    '16 by adapters': ArmConfig(changes={'deliberation': {'num_latents': 16, **ADAPTERS}}),
+    'unified': ArmConfig('unified', CONTROLS['16 constant'].changes),
+    'adapted': ArmConfig('adapted', {'deliberation': ADAPTERS})}
 ARMS = {'quickstart': LATENTS | CONTROLS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS,
-        'fresh': LATENTS | CONTROLS | GENTLY}
+        'fresh': LATENTS | CONTROLS | GENTLY, 'full': LATENTS | CONTROLS | TUNED}
 PACKAGES = ('flax', 'jax', 'keras', 'matplotlib', 'numpy', 'optax', 'scipy', 'tensorflow_datasets')
 FRESH_ROWS = 50_000  # of 256 tokens: nine tenths are the decoder's, and one tenth the arms'
 

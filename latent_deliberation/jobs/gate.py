@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from latent_deliberation.evaluation import gating, plots
+from latent_deliberation.evaluation.controls import BASELINE, OWN
 from latent_deliberation.files import whole_directory
 from latent_deliberation.jobs.coprocessors import find_coprocessor, load_coprocessor
 from latent_deliberation.jobs.directories import make_writable

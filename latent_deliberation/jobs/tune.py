@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.jobs.experiment import Experiment
 from latent_deliberation.jobs.fit import Run, fit
-from latent_deliberation.jobs.models import build_decoder, build_deliberator
+from latent_deliberation.jobs.models import build_decoder, build_deliberator, count_parameters
 from latent_deliberation.jobs.prepared import open_stream
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.lora import merge
