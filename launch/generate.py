@@ -2,8 +2,8 @@
 
   python launch/generate.py --decoder=runs/decoder/decoder --coprocessor=runs/coprocessor --compare
 
-Without a prompt it asks for one after the other. Latents come at its end, --at other places, --every
-so many tokens, where a --gate opens, or with a --cache. Next, measure them: launch/evaluate.py.
+Without a prompt it asks for one after the other. Latents come at its end, --at other places,
+--every so many tokens, where a --gate opens, or with a --cache. Next, measure: launch/evaluate.py.
 """
 
 from pathlib import Path

@@ -85,8 +85,8 @@ BAD = {
         'generate', '--decoder={run}/pretraining/decoder --prompt=a '
         '--coprocessor={run}/pretraining/decoder', 'holds no trained coprocessor'),
     'a run as gate': Bad(
-        'generate', '--decoder={run}/pretraining/decoder --coprocessor={run}/coprocessor --prompt=a '
-        '--gate={run}', 'holds no gate.json: give the output of launch/gate.py'),
+        'generate', '--decoder={run}/pretraining/decoder --coprocessor={run}/coprocessor '
+        '--prompt=a --gate={run}', 'holds no gate.json: give the output of launch/gate.py'),
     'latents without a coprocessor': Bad(
         'generate', '--decoder={run}/pretraining/decoder --prompt=a --every=8',
         '--every without a --coprocessor, which makes the latents: give one'),
