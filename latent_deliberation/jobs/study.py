@@ -61,7 +61,7 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
   names = choose_arms(study, only)
   mesh = make_mesh(study.experiment.mesh)
   make_writable(workdir)
-  check_arms(study, workdir, mesh)
+  check_arms(study, names, workdir, mesh)
   clock = PhaseClock(workdir / 'phases.json')
   with clock.phase('data'):
     prepare_data(study.experiment, workdir)
@@ -122,13 +122,14 @@ def _prepare_lessons(study: Study, workdir: Path) -> Path:
   return lessons
 
 
-def check_arms(study: Study, workdir: Path, mesh: Mesh) -> None:
-  """Raises before the first phase what would stop a later one."""
+def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) -> None:
+  """Raises before the first phase what would stop a later one of these arms."""
   shapes = nn.unbox(boxed_shapes(study.experiment.decoder))
   if study.questions.per_difficulty:
     draw_questions(study)
   describe_pretraining(study.experiment, workdir / 'decoder', mesh).check()
-  for name, arm in study.arms.items():
+  for name in names:
+    arm = study.arms[name]
     for seed in study.seeds:
       experiment, place = study.variant(name, seed), _place(workdir, name, seed)
       if arm.learns == LATENTS:
