@@ -8,7 +8,7 @@ from latent_deliberation.training import metrics
 from latent_deliberation.training.metrics import (
     FILE_NAME,
     MetricsWriter,
-    Progress,
+    Pace,
     format_duration,
     read_metrics,
 )
@@ -92,7 +92,7 @@ class Clock:
 
 def test_the_line_leaves_compilation_out_of_speed_and_eta():
   clock = Clock()
-  progress = Progress(num_steps=1000, tokens_per_step=100, clock=clock)
+  progress = Pace(num_steps=1000, tokens_per_step=100, clock=clock)
   clock.now = 60.0  # the first step, nearly all of it compilation
   progress.start(1)
   clock.now = 62.0
@@ -102,7 +102,7 @@ def test_the_line_leaves_compilation_out_of_speed_and_eta():
 
 def test_speed_covers_the_last_window_and_eta_every_pause():
   clock = Clock()
-  progress = Progress(num_steps=40, tokens_per_step=1000, clock=clock)
+  progress = Pace(num_steps=40, tokens_per_step=1000, clock=clock)
   progress.start(0)
   clock.now = 10.0
   assert progress.line(10, {'loss': 1.0}).endswith('tokens/s 1,000  ETA 30s')
@@ -114,7 +114,7 @@ def test_speed_covers_the_last_window_and_eta_every_pause():
 
 
 def test_before_anything_is_measured_the_line_has_no_numbers_for_it():
-  assert Progress(9, 10).line(1, {'loss': 1.0}) == 'step 1/9  loss 1.0000  tokens/s -  ETA -'
+  assert Pace(9, 10).line(1, {'loss': 1.0}) == 'step 1/9  loss 1.0000  tokens/s -  ETA -'
 
 
 @pytest.mark.parametrize('seconds, text', [
