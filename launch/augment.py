@@ -1,7 +1,7 @@
 """Reads a text and makes latents for its end, once, for prompts that come another day.
 
   python launch/augment.py --decoder=runs/quickstart/pretraining/decoder \\
-      --coprocessor=runs/quickstart/coprocessor --document=README.md --output=runs/cache \\
+      --coprocessor=runs/quickstart/coprocessor --document=docs/gpu.md --output=runs/cache \\
       --length=8192
 
 Writes the decoder's kv-cache and the latents as safetensors, with a JSON file that names the

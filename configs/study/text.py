@@ -36,7 +36,7 @@ CONTROLS = {
 GENTLY = {f'continued {how}': ArmConfig(
     'continued', {'training': {'optimizer': {'learning_rate': rate}}})
           for how, rate in (('gently', 5e-4), ('at rest', 1.6e-4))}
-ADAPTERS = {'trainable': 'lora', 'lora_rank': 8}
+ADAPTERS = runpy.run_path(str(Path(__file__).with_name('hops.py')))['ADAPTERS']
 TUNED = {
     '16 by adapters': ArmConfig(changes={'deliberation': {'num_latents': 16, **ADAPTERS}}),
     'unified': ArmConfig('unified', CONTROLS['16 constant'].changes),
