@@ -10,14 +10,15 @@ decoder, which alone can use them. Next, go on behind it: launch/generate.py --c
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, context, generators, job_flags
+from latent_deliberation.cli import app, flags
+from latent_deliberation.inference import context, generators
 
-_DECODER = job_flags.define_directory('decoder', 'Of the decoder, in any format we read.')
-_COPROCESSOR = job_flags.define_directory('coprocessor', 'Of a trained coprocessor.')
-_VOCABULARY = job_flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
-_DOCUMENT = job_flags.define_text('document', None, 'File with the text, UTF-8.')
-_LENGTH = job_flags.define_number('length', 2048, 'Tokens that the text may have.')
-_OUTPUT = job_flags.define_directory('output', 'To be written; must not exist yet.')
+_DECODER = flags.define_directory('decoder', 'Of the decoder, in any format we read.')
+_COPROCESSOR = flags.define_directory('coprocessor', 'Of a trained coprocessor.')
+_VOCABULARY = flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
+_DOCUMENT = flags.define_text('document', None, 'File with the text, UTF-8.')
+_LENGTH = flags.define_number('length', 2048, 'Tokens that the text may have.')
+_OUTPUT = flags.define_directory('output', 'To be written; must not exist yet.')
 
 
 def main() -> None:
@@ -31,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

@@ -10,18 +10,18 @@ gradient, which must agree. Next, set --config.computation.attention for launch/
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.benchmark_attention import benchmark
+from latent_deliberation.benchmarks.attention_speed import benchmark
+from latent_deliberation.cli import app, flags
 
-job_flags.define_config(__file__)
-_TEXTS = job_flags.define_count('texts', 1, 'Texts of the batch.')
-_DENSE = job_flags.define_switch('dense_mask', 'Compare with one dense mask, too.')
-_OUTPUT = job_flags.define_json('output', 'JSON file to write.')
-_REPEATS = job_flags.define_count('repeats', 10, 'Turns of the comparison.')
+flags.define_config(__file__)
+_TEXTS = flags.define_count('texts', 1, 'Texts of the batch.')
+_DENSE = flags.define_switch('dense_mask', 'Compare with one dense mask, too.')
+_OUTPUT = flags.define_json('output', 'JSON file to write.')
+_REPEATS = flags.define_count('repeats', 10, 'Turns of the comparison.')
 
 
 def main() -> None:
-  result = benchmark(job_flags.experiment_from_flags(), _TEXTS.value, _DENSE.value,
+  result = benchmark(flags.experiment_from_flags(), _TEXTS.value, _DENSE.value,
                      Path(_OUTPUT.value), _REPEATS.value)
   for way, measured in result['measured'].items():
     print(f'{way:<11} {result["seconds"][way]:8.3f} s  loss {measured["loss"]:.4f}  gradient '
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

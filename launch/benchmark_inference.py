@@ -8,11 +8,11 @@ the ratios are drawn as a PNG beside the JSON. Next, decode with launch/generate
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.benchmark_inference import benchmark
+from latent_deliberation.benchmarks.inference_speed import benchmark
+from latent_deliberation.cli import app, flags
 
-_OUTPUT = job_flags.define_json('output', 'JSON file to write, and a PNG beside it.')
-_REPEATS = job_flags.define_count('repeats', 5, 'Alternations of each comparison.')
+_OUTPUT = flags.define_json('output', 'JSON file to write, and a PNG beside it.')
+_REPEATS = flags.define_count('repeats', 5, 'Alternations of each comparison.')
 
 
 def main() -> None:
@@ -27,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

@@ -10,18 +10,18 @@ estimates are. A pod takes minutes for each of the two. Next, plan meshes with l
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.benchmark_plan import benchmark
+from latent_deliberation.benchmarks.dense_plan import benchmark
+from latent_deliberation.cli import app, flags
 from latent_deliberation.planning import topology
 
-job_flags.define_config(__file__)
-_TOPOLOGY = job_flags.define_text(
+flags.define_config(__file__)
+_TOPOLOGY = flags.define_text(
     'topology', 'v5e:16x16', 'Chip and shape of the slice (v5e:16x16, v5p:4x4x8), or cpu:8.')
-_OUTPUT = job_flags.define_json('output', 'JSON file to write, and a PNG beside it.')
+_OUTPUT = flags.define_json('output', 'JSON file to write, and a PNG beside it.')
 
 
 def main() -> None:
-  result = benchmark(job_flags.experiment_from_flags(),
+  result = benchmark(flags.experiment_from_flags(),
                      topology.find_topology(_TOPOLOGY.value), Path(_OUTPUT.value))
   for way, plan in result['plans'].items():
     seconds = plan['estimated_step_seconds']
@@ -36,4 +36,4 @@ def main() -> None:
 
 if __name__ == '__main__':
   recipe = Path(__file__).parent / 'recipes/tpu.env'
-  command_line.run(main, prepare=lambda: topology.prepare(_TOPOLOGY.value, recipe))
+  app.run(main, prepare=lambda: topology.prepare(_TOPOLOGY.value, recipe))

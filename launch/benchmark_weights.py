@@ -9,13 +9,13 @@ launch/convert.py.
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.benchmark_weights import benchmark
-from latent_deliberation.model.config import PRESETS
+from latent_deliberation.benchmarks.loading_memory import benchmark
+from latent_deliberation.cli import app, flags
+from latent_deliberation.model.transformer_config import PRESETS
 
-_PRESET = job_flags.define_choice(
+_PRESET = flags.define_choice(
     'preset', sorted(PRESETS, key='gemma2_2b'.__ne__), 'Size of the decoder.')
-_OUTPUT = job_flags.define_json('output', 'JSON file to write.')
+_OUTPUT = flags.define_json('output', 'JSON file to write.')
 
 
 def main() -> None:
@@ -27,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

@@ -14,23 +14,23 @@ Next, train on the mesh that is best: launch/train.py --config.mesh.fsdp=...
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.compile import plan_training
-from latent_deliberation.jobs.mesh_flags import read_mesh, read_rules
+from latent_deliberation.cli import app, flags
+from latent_deliberation.cli.mesh_flags import read_mesh, read_rules
 from latent_deliberation.planning import table, topology
+from latent_deliberation.planning.compile import plan_training
 
-job_flags.define_config(__file__)
-_TOPOLOGY = job_flags.define_text(
+flags.define_config(__file__)
+_TOPOLOGY = flags.define_text(
     'topology', 'v5e:16x16', 'Chip and shape of the slice (v5e:16x16, v5p:4x4x8), or cpu:8.')
-_MESHES = job_flags.define_texts(
+_MESHES = flags.define_texts(
     'mesh', 'Sizes of mesh axes, such as data=16,fsdp=16; several to compare. Default: the config.')
-_RULES = job_flags.define_texts(
+_RULES = flags.define_texts(
     'rules', 'Changes of the rules, such as embed=fsdp+tensor,vocab=; several to compare.')
-_OUTPUT = job_flags.define_json('output', 'JSON file to write.', 'plan.json')
+_OUTPUT = flags.define_json('output', 'JSON file to write.', 'plan.json')
 
 
 def main() -> None:
-  experiment = job_flags.experiment_from_flags()
+  experiment = flags.experiment_from_flags()
   meshes = [read_mesh(text) for text in _MESHES.value]
   rules = [read_rules(text) for text in _RULES.value]
   plans = plan_training(experiment, topology.find_topology(_TOPOLOGY.value), meshes, rules,
@@ -43,4 +43,4 @@ def main() -> None:
 
 if __name__ == '__main__':
   recipe = Path(__file__).parent / 'recipes/tpu.env'
-  command_line.run(main, prepare=lambda: topology.prepare(_TOPOLOGY.value, recipe))
+  app.run(main, prepare=lambda: topology.prepare(_TOPOLOGY.value, recipe))

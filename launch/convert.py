@@ -12,15 +12,15 @@ Next, train a coprocessor with launch/train.py --config=configs/gemma2_2b.py:DIR
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, convert, job_flags
+from latent_deliberation.cli import app, convert, flags
 from latent_deliberation.model import weights
 
-_SOURCE = job_flags.define_directory('source', 'Of the decoder to read.')
-_TARGET = job_flags.define_directory('target', 'To be written; must not exist yet.', '')
-_FORMAT = job_flags.define_choice('format', weights.FORMATS, 'To write.')
-_DTYPE = job_flags.define_choice('dtype', ('float32', 'bfloat16', 'float16'),
+_SOURCE = flags.define_directory('source', 'Of the decoder to read.')
+_TARGET = flags.define_directory('target', 'To be written; must not exist yet.', '')
+_FORMAT = flags.define_choice('format', weights.FORMATS, 'To write.')
+_DTYPE = flags.define_choice('dtype', ('float32', 'bfloat16', 'float16'),
                                     'To round to; by default every bit is kept.', required=False)
-_LIST = job_flags.define_switch('list', 'Also list every tensor.')
+_LIST = flags.define_switch('list', 'Also list every tensor.')
 
 
 def main() -> None:
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

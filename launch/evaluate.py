@@ -9,22 +9,22 @@ train.py with deliberation.trainable=constant (pause tokens) joins the table. Op
 
 from pathlib import Path
 
+from latent_deliberation.cli import app, flags
+from latent_deliberation.evaluation.evaluate import evaluate
 from latent_deliberation.evaluation.page import format_table
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.evaluate import evaluate
 
-job_flags.define_config(__file__)
-_DECODER = job_flags.define_directory('decoder', 'Of the frozen decoder.')
-_COPROCESSOR = job_flags.define_directory('coprocessor', 'Of a finished train.py.')
-_DATA = job_flags.define_directory('data', 'Of prepared data.')
-_OUTPUT = job_flags.define_directory('output', 'For the report.')
-_CONSTANT = job_flags.define_directory(
+flags.define_config(__file__)
+_DECODER = flags.define_directory('decoder', 'Of the frozen decoder.')
+_COPROCESSOR = flags.define_directory('coprocessor', 'Of a finished train.py.')
+_DATA = flags.define_directory('data', 'Of prepared data.')
+_OUTPUT = flags.define_directory('output', 'For the report.')
+_CONSTANT = flags.define_directory(
     'constant', 'The same, for constant soft tokens.', '')
 
 
 def main() -> None:
   summary = evaluate(
-      job_flags.experiment_from_flags(), decoder=Path(_DECODER.value),
+      flags.experiment_from_flags(), decoder=Path(_DECODER.value),
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value),
       constant=Path(_CONSTANT.value) if _CONSTANT.value else None)
   print(format_table(summary))
@@ -32,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

@@ -10,19 +10,19 @@ fraction of places that are augmented. The config is that of the training. Next,
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.gate import PICTURE, fit_gate
+from latent_deliberation.cli import app, flags
+from latent_deliberation.evaluation.gate import PICTURE, fit_gate
 
-job_flags.define_config(__file__)
-_DECODER = job_flags.define_directory('decoder', 'Of the frozen decoder.')
-_COPROCESSOR = job_flags.define_directory('coprocessor', 'Of a finished train.py.')
-_DATA = job_flags.define_directory('data', 'Of prepared data.')
-_OUTPUT = job_flags.define_directory('output', 'To be written; must not exist yet.')
+flags.define_config(__file__)
+_DECODER = flags.define_directory('decoder', 'Of the frozen decoder.')
+_COPROCESSOR = flags.define_directory('coprocessor', 'Of a finished train.py.')
+_DATA = flags.define_directory('data', 'Of prepared data.')
+_OUTPUT = flags.define_directory('output', 'To be written; must not exist yet.')
 
 
 def main() -> None:
   result = fit_gate(
-      job_flags.experiment_from_flags(), decoder=Path(_DECODER.value),
+      flags.experiment_from_flags(), decoder=Path(_DECODER.value),
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value))
   print('fraction augmented; by gate, mean gain of a place in millinats [95% interval], and what'
         ' of it is above chance')
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

@@ -8,35 +8,36 @@ Without a prompt it asks for one after the other. Latents come at its end, --at 
 
 from pathlib import Path
 
+from latent_deliberation.cli import app, flags, generate
+from latent_deliberation.inference import context, gates, generators
 from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.completion import Decoding
 from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.sampling import Sampling
-from latent_deliberation.jobs import command_line, context, gates, generate, generators, job_flags
 
-_DECODER = job_flags.define_directory('decoder', 'Of the decoder, in any format we read.')
-_COPROCESSOR = job_flags.define_directory('coprocessor', "Of a trained one; or 'none'.", '')
-_VOCABULARY = job_flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
-_PROMPT = job_flags.define_texts('prompt', 'What to write on behind; may be repeated.')
-_PROMPTS_FILE = job_flags.define_text('prompts_file', '', 'With a prompt a line, or .jsonl.')
-_STOP = job_flags.define_texts('stop', 'String that ends a text; may be repeated.')
-_MAX_TOKENS = job_flags.define_number('max_tokens', 64, 'To decode.')
-_LENGTH = job_flags.define_number('length', 2048, 'Tokens of a text, prompt and all.')
-_TEMPERATURE = job_flags.define_number('temperature', 0.0, 'Divides logits; 0 is greedy.')
-_TOP_K = job_flags.define_number('top_k', 0, 'Likeliest tokens to keep; 0 keeps all.')
-_TOP_P = job_flags.define_number('top_p', 1.0, 'Mass of the likeliest tokens to keep.')
-_MIN_P = job_flags.define_number('min_p', 0.0, 'Least probability over the greatest.')
-_SEED = job_flags.define_number('seed', 0, 'Of the first prompt; the others count on.')
-_AT = job_flags.define_numbers('at', [], 'Tokens after which to deliberate; 0 without a gate.')
-_EVERY = job_flags.define_number('every', 0, 'Deliberate after every so many tokens; 0: not.')
-_GATE = job_flags.define_directory('gate', 'Written by gate.py: deliberate where it opens.', '')
-_BUDGET = job_flags.define_number('budget', 0.25, 'Fraction of tokens at which it opens.')
-_SCORE = job_flags.define_choice('gate_score', gates.SCORES, 'What opens it.')
-_CACHE = job_flags.define_directory('cache', 'Of augment.py: prompts go on behind it.', '')
-_BACKGROUND = job_flags.define_switch('background', 'Do not wait for latents.')
-_JSON = job_flags.define_switch('json', 'Print a line of JSON for each prompt.')
-_STREAM = job_flags.define_switch('stream', 'Print tokens as they come.')
-_COMPARE = job_flags.define_switch('compare', 'Print plain and augmented side by side.')
+_DECODER = flags.define_directory('decoder', 'Of the decoder, in any format we read.')
+_COPROCESSOR = flags.define_directory('coprocessor', "Of a trained one; or 'none'.", '')
+_VOCABULARY = flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
+_PROMPT = flags.define_texts('prompt', 'What to write on behind; may be repeated.')
+_PROMPTS_FILE = flags.define_text('prompts_file', '', 'With a prompt a line, or .jsonl.')
+_STOP = flags.define_texts('stop', 'String that ends a text; may be repeated.')
+_MAX_TOKENS = flags.define_number('max_tokens', 64, 'To decode.')
+_LENGTH = flags.define_number('length', 2048, 'Tokens of a text, prompt and all.')
+_TEMPERATURE = flags.define_number('temperature', 0.0, 'Divides logits; 0 is greedy.')
+_TOP_K = flags.define_number('top_k', 0, 'Likeliest tokens to keep; 0 keeps all.')
+_TOP_P = flags.define_number('top_p', 1.0, 'Mass of the likeliest tokens to keep.')
+_MIN_P = flags.define_number('min_p', 0.0, 'Least probability over the greatest.')
+_SEED = flags.define_number('seed', 0, 'Of the first prompt; the others count on.')
+_AT = flags.define_numbers('at', [], 'Tokens after which to deliberate; 0 without a gate.')
+_EVERY = flags.define_number('every', 0, 'Deliberate after every so many tokens; 0: not.')
+_GATE = flags.define_directory('gate', 'Written by gate.py: deliberate where it opens.', '')
+_BUDGET = flags.define_number('budget', 0.25, 'Fraction of tokens at which it opens.')
+_SCORE = flags.define_choice('gate_score', gates.SCORES, 'What opens it.')
+_CACHE = flags.define_directory('cache', 'Of augment.py: prompts go on behind it.', '')
+_BACKGROUND = flags.define_switch('background', 'Do not wait for latents.')
+_JSON = flags.define_switch('json', 'Print a line of JSON for each prompt.')
+_STREAM = flags.define_switch('stream', 'Print tokens as they come.')
+_COMPARE = flags.define_switch('compare', 'Print plain and augmented side by side.')
 
 
 def main() -> None:
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

@@ -9,17 +9,17 @@ launch/pretrain.py, launch/train.py or launch/evaluate.py.
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.prepared import prepare_data
+from latent_deliberation.cli import app, flags
+from latent_deliberation.data.loading import prepare_data
 
-job_flags.define_config(__file__)
-_WORKDIR = job_flags.define_directory('workdir', 'Of the data.')
+flags.define_config(__file__)
+_WORKDIR = flags.define_directory('workdir', 'Of the data.')
 
 
 def main() -> None:
-  prepare_data(job_flags.experiment_from_flags(), Path(_WORKDIR.value))
+  prepare_data(flags.experiment_from_flags(), Path(_WORKDIR.value))
   print(f'Data: {_WORKDIR.value}')
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

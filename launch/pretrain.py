@@ -8,20 +8,20 @@ where it was stopped. Next, train a coprocessor on <workdir>/decoder with launch
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.pretrain import pretrain
+from latent_deliberation.cli import app, flags
+from latent_deliberation.training.pretrain import pretrain
 
-job_flags.define_config(__file__)
-_WORKDIR = job_flags.define_directory('workdir', 'Of the run.')
-_DATA = job_flags.define_directory('data', 'Of prepared data; default is --workdir.', '')
+flags.define_config(__file__)
+_WORKDIR = flags.define_directory('workdir', 'Of the run.')
+_DATA = flags.define_directory('data', 'Of prepared data; default is --workdir.', '')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  decoder = pretrain(job_flags.experiment_from_flags(), workdir, Path(_DATA.value or workdir))
+  decoder = pretrain(flags.experiment_from_flags(), workdir, Path(_DATA.value or workdir))
   print(f'Decoder: {decoder}\nNext: python launch/train.py --decoder={decoder} '
         f'--data={_DATA.value or workdir} --config=... --workdir=...')
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

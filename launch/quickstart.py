@@ -13,20 +13,20 @@ Next: launch/pretrain.py, train.py and evaluate.py are its steps, for other size
 
 from pathlib import Path
 
+from latent_deliberation.cli import app, flags
+from latent_deliberation.cli.quickstart import quickstart
 from latent_deliberation.evaluation.page import format_table
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.quickstart import quickstart
 
-job_flags.define_config(__file__, 'configs/quickstart.py')
-_WORKDIR = job_flags.define_directory('workdir', 'Of the run.', 'runs/quickstart')
+flags.define_config(__file__, 'configs/quickstart.py')
+_WORKDIR = flags.define_directory('workdir', 'Of the run.', 'runs/quickstart')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  summary = quickstart(job_flags.experiment_from_flags(), workdir)
+  summary = quickstart(flags.experiment_from_flags(), workdir)
   print(format_table(summary))
   print(f'Report: {workdir / "report.md"}')
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

@@ -9,23 +9,23 @@ report is always about the arms of the last command.
 
 from pathlib import Path
 
-from latent_deliberation.evaluation.study_page import format_study
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.study import run_study
-from latent_deliberation.jobs.study_config import Study
+from latent_deliberation.cli import app, flags
+from latent_deliberation.studies.study import run_study
+from latent_deliberation.studies.study_config import Study
+from latent_deliberation.studies.study_page import format_study
 
-job_flags.define_config(__file__)
-_WORKDIR = job_flags.define_directory('workdir', 'Of the study.')
-_ARM = job_flags.define_texts(
+flags.define_config(__file__)
+_WORKDIR = flags.define_directory('workdir', 'Of the study.')
+_ARM = flags.define_texts(
     'arm', 'Train and report this arm alone, or several; all of the config without it.')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  study = job_flags.config_from_flags(Study)
+  study = flags.config_from_flags(Study)
   print(format_study(run_study(study, workdir, _ARM.value)))
   print(f'Report: {workdir / "results.md"}')
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

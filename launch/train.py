@@ -10,18 +10,18 @@ launch/evaluate.py.
 
 from pathlib import Path
 
-from latent_deliberation.jobs import command_line, job_flags
-from latent_deliberation.jobs.train import train_coprocessor
+from latent_deliberation.cli import app, flags
+from latent_deliberation.training.train import train_coprocessor
 
-job_flags.define_config(__file__)
-_DECODER = job_flags.define_directory('decoder', 'Of the frozen decoder.')
-_WORKDIR = job_flags.define_directory('workdir', 'Of the run.')
-_DATA = job_flags.define_directory('data', 'Of prepared data; default is --workdir.', '')
+flags.define_config(__file__)
+_DECODER = flags.define_directory('decoder', 'Of the frozen decoder.')
+_WORKDIR = flags.define_directory('workdir', 'Of the run.')
+_DATA = flags.define_directory('data', 'Of prepared data; default is --workdir.', '')
 
 
 def main() -> None:
   data = _DATA.value or _WORKDIR.value
-  train_coprocessor(job_flags.experiment_from_flags(), Path(_DECODER.value),
+  train_coprocessor(flags.experiment_from_flags(), Path(_DECODER.value),
                     Path(_WORKDIR.value), Path(data))
   print(f'Coprocessor: {_WORKDIR.value}/coprocessor\n'
         f'Next: python launch/evaluate.py --coprocessor={_WORKDIR.value} '
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  app.run(main)

@@ -9,15 +9,15 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh
 
-from latent_deliberation.jobs.binding import as_config, bind
-from latent_deliberation.jobs.experiment import Experiment
-from latent_deliberation.jobs.models import count_parameters
-from latent_deliberation.jobs.pretrain import describe_pretraining
-from latent_deliberation.jobs.study_config import Study
-from latent_deliberation.jobs.train import describe_training
-from latent_deliberation.model.config import PRESETS
+from latent_deliberation.binding import as_config, bind
+from latent_deliberation.experiment import Experiment
 from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.model.transformer_config import PRESETS
+from latent_deliberation.models import count_parameters
 from latent_deliberation.sharding import MESH_AXES
+from latent_deliberation.studies.study_config import Study
+from latent_deliberation.training.pretrain import describe_pretraining
+from latent_deliberation.training.train import describe_training
 from tests import finished
 
 CONFIGS = sorted(path.stem for path in (finished.ROOT / 'configs').glob('*.py'))

@@ -12,27 +12,8 @@ from tests import finished
 
 PACKAGE = 'latent_deliberation'
 
-# What the modules of each folder (or single file) of the package may import from it, beside
-# their own folder.
-BELOW = {
-    'array_types': (),
-    'distributed': (),
-    'files': ('distributed',),
-    'batch': ('array_types',),
-    'sharding': ('array_types',),
-    'progress': (),
-    'provenance': (),
-    'model': ('array_types', 'files', 'progress'),
-    'deliberation': ('array_types', 'batch', 'files', 'model', 'progress'),
-    'data': ('array_types', 'batch', 'files', 'progress'),
-    'training': ('array_types', 'batch', 'deliberation', 'distributed', 'files', 'model',
-                 'sharding'),
-    'evaluation': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
-    'planning': ('array_types',),
-    'inference': ('array_types', 'batch', 'deliberation', 'files', 'model', 'sharding'),
-    'jobs': ('array_types', 'batch', 'data', 'deliberation', 'distributed', 'evaluation', 'files',
-             'inference', 'model', 'planning', 'progress', 'provenance', 'sharding', 'training'),
-}
+# Three rings: what a train step and a prompt need; studies; tools. No ring imports the next one.
+STUDIES, TOOLS = ('studies',), ('benchmarks', 'planning')
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets')
 # Modules that import those, and so may not be imported by a module that must do without.
 NEED_TENSORFLOW = tuple(f'{PACKAGE}.data.{name}' for name in (
@@ -68,13 +49,18 @@ def imports_when_loaded(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize('path', modules(), ids=lambda path: f'{folder_of(path)}-{path.stem}')
-def test_a_module_imports_from_its_folder_and_those_below_alone(path):
+def test_rings(path):
+  """A module imports nothing of a ring further out."""
   folder = folder_of(path)
-  if folder == '__init__':
-    return
+  further = () if folder in TOOLS else TOOLS if folder in STUDIES else (*STUDIES, *TOOLS)
   imported = {name.split('.')[1] for name in imports_of(ast.parse(path.read_text()))
               if name.startswith(f'{PACKAGE}.')}
-  assert imported <= {folder, *BELOW[folder]}
+  assert not imported & set(further)
+
+
+def test_no_two_modules_share_a_name():
+  stems = [path.stem for path in modules() if path.stem != '__init__']
+  assert sorted(stems) == sorted(set(stems))
 
 
 def test_nothing_in_the_library_imports_launch_configs_or_tests():
@@ -103,8 +89,8 @@ def test_only_the_pipeline_imports_tensorflow_when_it_is_loaded(path):
     assert not needed
 
 
-def test_the_jobs_load_neither_tensorflow_nor_seqio():
-  code = ('import sys\nfrom latent_deliberation.jobs import evaluate, pretrain, quickstart, train\n'
+def test_training_loads_neither_tensorflow_nor_seqio():
+  code = ('import sys\nfrom latent_deliberation.cli import quickstart\n'
           f'print(sorted(set(sys.modules) & set({HEAVY!r})))')
   process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                            env=finished.environment(), timeout=120)

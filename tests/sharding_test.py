@@ -9,8 +9,8 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
-from latent_deliberation.jobs.models import build_deliberator
 from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.models import build_deliberator
 from latent_deliberation.sharding import (
   DEFAULT_RULES,
   LOGICAL_AXES,

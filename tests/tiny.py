@@ -15,14 +15,14 @@ from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
-from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import Traces
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
-from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 LENGTH = 19  # T
 CONFIG = TransformerConfig(

@@ -13,10 +13,10 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from latent_deliberation.data.config import DataConfig
-from latent_deliberation.data.synthetic.carries import Carries
-from latent_deliberation.jobs.binding import as_config, bind
-from latent_deliberation.jobs.study_config import QuestionsConfig, Study
+from latent_deliberation.binding import as_config, bind
+from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.studies.study_config import QuestionsConfig, Study
+from latent_deliberation.studies.synthetic.addition import Carries
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 QUESTIONS = 11  # of a training document

@@ -19,10 +19,10 @@ import runpy
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from latent_deliberation.data.config import DataConfig
-from latent_deliberation.data.synthetic.graphs import Graphs
-from latent_deliberation.jobs.binding import as_config, bind
-from latent_deliberation.jobs.study_config import Study
+from latent_deliberation.binding import as_config, bind
+from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.studies.study_config import Study
+from latent_deliberation.studies.synthetic.graphs import Graphs
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 QUESTIONS = 12  # of a training document, and as many links

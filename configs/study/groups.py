@@ -14,10 +14,10 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from latent_deliberation.data.config import DataConfig
-from latent_deliberation.data.synthetic.groups import Groups
-from latent_deliberation.jobs.binding import as_config, bind
-from latent_deliberation.jobs.study_config import Study
+from latent_deliberation.binding import as_config, bind
+from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.studies.study_config import Study
+from latent_deliberation.studies.synthetic.state_tracking import Groups
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 GROUPS = {'s5': 's5', 'cyclic': 'zp'}

@@ -16,17 +16,12 @@ The third has all arms of hops.py.
 import runpy
 from pathlib import Path
 
-from latent_deliberation.data.config import DataConfig
-from latent_deliberation.deliberation.config import DeliberationConfig
-from latent_deliberation.jobs.binding import as_config
-from latent_deliberation.jobs.experiment import (
-  Computation,
-  EvaluationConfig,
-  Experiment,
-  TrainingConfig,
-)
-from latent_deliberation.jobs.study_config import QuestionsConfig, Study
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.binding import as_config
+from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.experiment import Computation, EvaluationConfig, Experiment, TrainingConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
+from latent_deliberation.studies.study_config import QuestionsConfig, Study
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 

@@ -13,8 +13,8 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from latent_deliberation.jobs.binding import as_config, bind
-from latent_deliberation.jobs.study_config import Study
+from latent_deliberation.binding import as_config, bind
+from latent_deliberation.studies.study_config import Study
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 FACTS = 2 * HOPS['TASK'].nodes + 1  # tokens, with the sign that ends them

@@ -20,8 +20,8 @@ import importlib.util
 import runpy
 from pathlib import Path
 
-from latent_deliberation.jobs.binding import as_config, bind
-from latent_deliberation.jobs.study_config import ArmConfig, Study
+from latent_deliberation.binding import as_config, bind
+from latent_deliberation.studies.study_config import ArmConfig, Study
 
 QUICKSTART = Path(__file__).parents[1] / 'quickstart.py'
 LATENTS = {f'{count} latents': ArmConfig(changes={'deliberation': {'num_latents': count}})

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.progress import Progress
 
 STDLIB_SUFFIXES = ('.py', '.rst', '.txt')

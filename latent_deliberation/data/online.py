@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from latent_deliberation.batch import Batch
-from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.filling import fill_rows
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.rows import positions_in_segments

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from latent_deliberation.data.config import ROWS_FOLDER, DataConfig
+from latent_deliberation.data.data_config import ROWS_FOLDER, DataConfig
 from latent_deliberation.data.filling import RowFiles, fill_rows
 from latent_deliberation.data.host_tensorflow import seqio
 from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, Recipe

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from latent_deliberation.data.config import DataConfig
 from latent_deliberation.data.corpus import Corpus, open_corpus
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
-from latent_deliberation.data.synthetic.corpus import SyntheticCorpus, open_synthetic
+from latent_deliberation.studies.synthetic.documents import SyntheticCorpus, open_synthetic
 
 SPLITS = ('train', 'validation')
 TOGETHER = 16  # documents; a call from TensorFlow takes longer than to read a short one

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.manifest import Recipe
 from latent_deliberation.data.sources import (

@@ -9,7 +9,7 @@ import numpy as np
 import sentencepiece
 from absl import logging
 
-from latent_deliberation.data.config import VOCABULARY_FILE, DataConfig
+from latent_deliberation.data.data_config import VOCABULARY_FILE, DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.files import write_whole
 

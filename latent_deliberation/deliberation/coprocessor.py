@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Float, Latents, Params, PyTree, typed
-from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.placement import Placement
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KeysValues, KVCache
-from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.layers import LowRank
 from latent_deliberation.model.transformer import Block, LayerTraits, Transformer, layer_traits
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 # Top-level keys that a coprocessor's parameters may have; which ones, its config decides.
 PARTS = ('soft_tokens', 'gate', 'transformer', 'lora')

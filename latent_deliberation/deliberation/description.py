@@ -6,8 +6,8 @@ from pathlib import Path
 
 from absl import logging
 
-from latent_deliberation.deliberation.config import DeliberationConfig
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 DESCRIPTION, _FORMAT = 'coprocessor.json', 1
 REMEDY = ('Copy the package again, or remove it and run launch/train.py once more, which writes '

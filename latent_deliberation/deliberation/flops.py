@@ -1,14 +1,14 @@
 """What deliberation costs: floating-point operations of an answer, and of a training step."""
 
-from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
-from latent_deliberation.model.config import TransformerConfig
-from latent_deliberation.model.flops import (
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.deliberation.model_flops import (
   adapters_flops,
   forward_flops,
   head_flops,
   keys_values_flops,
 )
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 
 def answer_flops(model: TransformerConfig, prompt: float, answer: float) -> float:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from latent_deliberation.array_types import Array, Float, Latents, Params, typed
 from latent_deliberation.batch import Batch
-from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.loss import token_nll
 from latent_deliberation.deliberation.placement import Placement, place
 from latent_deliberation.deliberation.traces import Traces

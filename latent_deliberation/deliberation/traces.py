@@ -6,7 +6,7 @@ from flax import struct
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.batch import Batch
-from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 
 
 @struct.dataclass

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.batch import Batch
-from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.placement import place
 from latent_deliberation.evaluation.plots import save_figure
 from latent_deliberation.model.attention import Visibility, cached_mask, fresh_mask

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 
-from latent_deliberation.inference.programs import Augmentation, State
+from latent_deliberation.inference.passes import Augmentation, State
 
 
 @dataclasses.dataclass

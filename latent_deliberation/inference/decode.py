@@ -10,9 +10,9 @@ from flax import struct
 from latent_deliberation.array_types import Array
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.inference import stack
-from latent_deliberation.inference.cache import SlotCache, SlotIndex
+from latent_deliberation.inference.passes import Model, State, Weights, embed, predict
 from latent_deliberation.inference.policy import Gate
-from latent_deliberation.inference.programs import Model, State, Weights, embed, predict
+from latent_deliberation.inference.ring_cache import SlotCache, SlotIndex
 from latent_deliberation.inference.sampling import Sampling, sample
 
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from latent_deliberation.inference.completion import Completion, Decoding
 from latent_deliberation.inference.generator import Generator, copied
+from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import NEVER
-from latent_deliberation.inference.programs import State
 from latent_deliberation.inference.prompts import (
   Prompts,
   check_anchors,

@@ -10,13 +10,12 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import Params, PyTree
-from latent_deliberation.deliberation.config import DeliberationConfig
 from latent_deliberation.deliberation.coprocessor import Coprocessor
-from latent_deliberation.inference import programs, stack
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.inference import passes, stack
 from latent_deliberation.inference.background import Counts
-from latent_deliberation.inference.cache import SlotCache, plan_cache
 from latent_deliberation.inference.decode import Decoded, decode
-from latent_deliberation.inference.programs import Augmentation, Model, State, Weights
+from latent_deliberation.inference.passes import Augmentation, Model, State, Weights
 from latent_deliberation.inference.prompts import (
   Prompts,
   align,
@@ -24,10 +23,11 @@ from latent_deliberation.inference.prompts import (
   check_prompts,
   check_room,
 )
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.inference.ring_cache import SlotCache, plan_cache
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.fingerprint import fingerprint as compute_fingerprint
 from latent_deliberation.model.quantised import Quantised
+from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
 
 
@@ -96,7 +96,7 @@ class Generator:
         not divide over the mesh.
     """
     self._check_texts(prompts)
-    return self._call(programs.read, *self.place(align(prompts)))
+    return self._call(passes.read, *self.place(align(prompts)))
 
   def read_on(self, state: State, prompts: Prompts) -> State:
     """Reads more of every text of a state, which stays as it is; empty prompts add nothing.
@@ -110,7 +110,7 @@ class Generator:
                        'each, which may be empty')
     check_prompts(prompts, lengths, self.model.decoder.config.vocab_size)
     check_room(lengths + [len(prompt) for prompt in prompts], 0, self.model.plan.global_slots)
-    return self._call(programs.read_on, state, *self.place(align(prompts)))
+    return self._call(passes.read_on, state, *self.place(align(prompts)))
 
   def augment(self, state: State) -> Augmentation:
     """Latents for the end of every text of a state, which stays as it is.
@@ -124,7 +124,7 @@ class Generator:
     check_anchors(np.asarray(state.lengths), self.model.coprocessor.config.first_anchor)
     if self.worker is not self:
       return self.place(self.worker.augment(self.worker.place(state)))
-    return self._call(programs.augment, state)
+    return self._call(passes.augment, state)
 
   def attach(self, state: State, augmentation: Augmentation,
              rows: np.ndarray | None = None) -> State:
@@ -134,7 +134,7 @@ class Generator:
     """
     rows = np.ones(len(state.position), bool) if rows is None else rows
     with self._context():
-      return programs.attach(self.model, state, augmentation, self.place(rows))
+      return passes.attach(self.model, state, augmentation, self.place(rows))
 
   def warm_up(self, batch: int) -> None:
     """Compiles what makes latents for so many texts, so that the first do not wait for it.
@@ -157,13 +157,13 @@ class Generator:
     """
     self._check_texts(prompts)
     tokens, count = align(prompts)
-    found = np.asarray(self._call(programs.entropies, *self.place((tokens, count))))
+    found = np.asarray(self._call(passes.entropies, *self.place((tokens, count))))
     return [row[len(row) - size:] for row, size in zip(found, count, strict=True)]
 
   def choose(self, rows: np.ndarray, chosen: State, other: State) -> State:
     """`chosen` for the texts `rows`, `other` for the rest; both have written as many slots."""
     with self._context():
-      return programs.choose(self.place(rows), chosen, other)
+      return passes.choose(self.place(rows), chosen, other)
 
   def decode(self, state: State, *arguments: PyTree, **how: object) -> tuple[State, Decoded]:
     """See `inference.decode`; the keys and values of `state` are overwritten."""

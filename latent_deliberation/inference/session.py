@@ -9,8 +9,8 @@ import numpy as np
 from latent_deliberation.inference.background import Attempt
 from latent_deliberation.inference.completion import Completion, Decoding
 from latent_deliberation.inference.generator import Generator, copied
+from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import NEVER
-from latent_deliberation.inference.programs import State
 
 BLOCK = 16  # tokens of a text between two looks of the host
 

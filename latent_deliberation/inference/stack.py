@@ -13,13 +13,13 @@ import numpy as np
 from flax import struct
 
 from latent_deliberation.array_types import Array, Params
-from latent_deliberation.inference.cache import SlotCache
+from latent_deliberation.inference.ring_cache import SlotCache
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KeysValues
-from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.layers import LowRank, RMSNorm
 from latent_deliberation.model.quantised import input_axes
 from latent_deliberation.model.transformer import Block, layer_traits
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 CACHED_BYTES = 2**21  # a weight of fewer stays in a core's own cache, and turning it gains nothing
 

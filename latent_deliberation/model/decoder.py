@@ -15,9 +15,9 @@ from latent_deliberation.array_types import (
 )
 from latent_deliberation.model.attention import Visibility, softcap
 from latent_deliberation.model.cache import KeysValues, KVCache
-from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.layers import Embedder, contract
 from latent_deliberation.model.transformer import Transformer
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 
 class Decoder(nn.Module):

@@ -8,12 +8,12 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from latent_deliberation.array_types import Array, Rows, RowTokens, typed
-from latent_deliberation.model import attention, attention_fused, rotary, rotary_fused
+from latent_deliberation.model import attention, rotary
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KeysValues, KVCache
-from latent_deliberation.model.config import TransformerConfig
-from latent_deliberation.model.fused import layout
+from latent_deliberation.model.kernels import fused_attention, fused_rotary, tiling
 from latent_deliberation.model.layers import FeedForward, LowRank, Projection, RMSNorm
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 # Results inside of a block that have a name, so that a policy may keep them.
 _NAMED = ('queries', 'keys', 'values', 'feed_forward_out')
@@ -25,10 +25,10 @@ _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     'none': None,
     'full': _policies.nothing_saveable,
-    'mid': _policies.save_only_these_names(*_NAMED, *attention_fused.SAVED),
+    'mid': _policies.save_only_these_names(*_NAMED, *fused_attention.SAVED),
     'dots': _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(*attention_fused.SAVED)),
+        _policies.save_only_these_names(*fused_attention.SAVED)),
 }
 
 ATTENTIONS = ('plain', 'fused')  # the same functions, computed in two ways
@@ -75,7 +75,7 @@ class Attention(nn.Module):
     c = self.config
     axes = ('batch', 'trace', 'length', 'heads', 'head_dim')
     attend, rotate = (
-        (attention_fused.attend_visible, rotary_fused.rotate) if self.fused else
+        (fused_attention.attend_visible, fused_rotary.rotate) if self.fused else
         (attention.attend_visible, rotary.rotate))
 
     def project(name: str, heads: int, axis: str) -> Array:
@@ -134,7 +134,7 @@ class Block(nn.Module):
       fed = norm('feed_forward_out')(fed)
     x = nn.with_logical_constraint(x + fed, ('batch', 'trace', 'length', 'activation'))
     if self.fused:
-      x = attention_fused.row_major(x)
+      x = fused_attention.row_major(x)
     return x, fresh
 
 
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
     if self.attention == 'fused':
       # Padded once, in place of every layer's queries, keys and values, and all rows as one: XLA
       # would lay the tokens of a trace outside of the traces, and turn them for each kernel.
-      x, positions, visibility = layout.pad((x, positions, visibility))
+      x, positions, visibility = tiling.pad((x, positions, visibility))
       x = x.reshape(x.shape[0], 1, -1, x.shape[3])
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
     x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, visibility)

@@ -37,8 +37,8 @@ from latent_deliberation.model.checkpoints.source import (
   refuse_pickles,
   shape_differences,
 )
-from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 FORMATS = ('native', 'huggingface')  # that can be written
 TOKENIZER = 'tokenizer.model'

@@ -15,7 +15,7 @@ from orbax.checkpoint import utils as orbax_utils
 
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
-from latent_deliberation.training.checkpoint import Batches, Checkpointer
+from latent_deliberation.training.checkpointer import Batches, Checkpointer
 from latent_deliberation.training.identity import RunIdentity
 from latent_deliberation.training.metrics import MetricsWriter, Pace, format_duration
 from latent_deliberation.training.state import TrainState

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from latent_deliberation.data.config import DataConfig
 from latent_deliberation.data.corpus import open_corpus
+from latent_deliberation.data.data_config import DataConfig
 
 
 def configure(*files, **fields):

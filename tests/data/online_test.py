@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data import online
-from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.online import OnlineBatches
 from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.vocabularies import ByteVocabulary

@@ -8,7 +8,7 @@ import seqio
 import tensorflow as tf
 
 from latent_deliberation.data import packing
-from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.packing import pack, prepare
 from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.data.sources import build_source, read_texts

@@ -4,7 +4,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.tasks import Documents, build_task, iterate
 from latent_deliberation.data.vocabularies import ByteVocabulary

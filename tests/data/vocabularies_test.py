@@ -6,7 +6,7 @@ import sentencepiece
 import seqio
 import tensorflow as tf
 
-from latent_deliberation.data.config import DataConfig
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.vocabularies import (
   VOCABULARY_FILE,
   ByteVocabulary,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from latent_deliberation.deliberation.config import GATES, LATENTS
+from latent_deliberation.deliberation.deliberation_config import GATES, LATENTS
 from latent_deliberation.deliberation.placement import place
 from tests import tiny
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
-from latent_deliberation.deliberation.config import DeliberationConfig
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 
-from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.flops import (
   answer_flops,
   latents_flops,
   text_flops,
   traces_flops,
 )
-from latent_deliberation.model.config import PRESETS
-from latent_deliberation.model.flops import adapters_flops, forward_flops
+from latent_deliberation.deliberation.model_flops import adapters_flops, forward_flops
+from latent_deliberation.model.transformer_config import PRESETS
 
 MODEL = PRESETS['gemma2_2b']
 

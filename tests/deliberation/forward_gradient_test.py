@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from latent_deliberation.deliberation.config import LATENTS
-from latent_deliberation.model import attention_fused
+from latent_deliberation.deliberation.deliberation_config import LATENTS
+from latent_deliberation.model.kernels import fused_attention
 from tests import tiny
 from tests.deliberation.anchored import WEIGHT, many_traces, traces_at
 
@@ -42,9 +42,9 @@ def test_the_trunk_is_a_constant_unless_the_decoder_learns(decoder_params, batch
 def test_fused_attention_has_its_own_gradient_where_the_trunk_is_a_constant(
     decoder_params, batch, monkeypatch, tuned):
   """Through the scan over layers and under remat too, where everything is an argument."""
-  plain = attention_fused._plain_backward
+  plain = fused_attention._plain_backward
   calls = []
-  monkeypatch.setattr(attention_fused, '_plain_backward',
+  monkeypatch.setattr(fused_attention, '_plain_backward',
                       lambda *args: calls.append(args) or plain(*args))
   deliberator = dataclasses.replace(
       tiny.deliberator(attention='fused', remat='full'), tuned=tuned)

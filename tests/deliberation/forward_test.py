@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from latent_deliberation.batch import Batch
-from latent_deliberation.deliberation.config import GATES, LATENTS, SOFT_TOKENS, TRAINABLES
+from latent_deliberation.deliberation.deliberation_config import (
+  GATES,
+  LATENTS,
+  SOFT_TOKENS,
+  TRAINABLES,
+)
 from latent_deliberation.deliberation.placement import place
 from tests import tiny
 from tests.deliberation import dense_reference

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.batch import Batch
-from latent_deliberation.deliberation.config import DeliberationConfig
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.placement import place
 
 BATCH = Batch(tokens=jnp.array([[10, 11, 12, 20, 21, 22, 23, 0]]),

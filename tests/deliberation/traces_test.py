@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.batch import Batch
-from latent_deliberation.deliberation.config import LATENTS
+from latent_deliberation.deliberation.deliberation_config import LATENTS
 from latent_deliberation.deliberation.traces import gather_traces, sample_traces
 from tests import tiny
 

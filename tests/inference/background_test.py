@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_deliberation.inference import background, programs
+from latent_deliberation.inference import background, passes
 from latent_deliberation.inference.background import Arrival, Counts
 from latent_deliberation.inference.generate import generate, stream
 from latent_deliberation.inference.generator import Generator
@@ -108,10 +108,10 @@ def test_the_first_token_does_not_wait_for_the_coprocessor(generator, monkeypatc
 def test_after_warming_up_the_coprocessor_is_not_compiled_again(decoder_params):
   fresh, *_ = augmented(decoder_params, length=LENGTH - 1)
   fresh.warm_up(len(PROMPTS))
-  compiled = [program._cache_size() for program in (programs.augment, programs.attach)]
+  compiled = [program._cache_size() for program in (passes.augment, passes.attach)]
   generate(fresh, PROMPTS, decoding(delay=3))
   assert fresh.counts == Counts(begun=1, joined=1)
-  assert compiled == [program._cache_size() for program in (programs.augment, programs.attach)]
+  assert compiled == [program._cache_size() for program in (passes.augment, passes.attach)]
 
 
 def test_a_worker_on_another_device_makes_the_same_latents(made, decoder_params):

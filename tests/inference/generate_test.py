@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from latent_deliberation.deliberation.config import LATENTS
-from latent_deliberation.inference import decode, programs
+from latent_deliberation.deliberation.deliberation_config import LATENTS
+from latent_deliberation.inference import decode, passes
 from latent_deliberation.inference.background import Arrival
 from latent_deliberation.inference.completion import Decoding
 from latent_deliberation.inference.generate import generate, stream
@@ -187,9 +187,9 @@ def test_a_stream_begins_with_one_token_and_only_grows(plain):
 
 def test_nothing_is_compiled_again_for_other_prompts_and_numbers_of_tokens(plain):
   generate(plain, PROMPTS, Decoding(3))
-  compiled = decode.decode._cache_size(), programs.read._cache_size()
+  compiled = decode.decode._cache_size(), passes.read._cache_size()
   generate(plain, [prompt[:-1] for prompt in PROMPTS[:2]] + [PROMPTS[1]], Decoding(20))
-  assert (decode.decode._cache_size(), programs.read._cache_size()) == compiled
+  assert (decode.decode._cache_size(), passes.read._cache_size()) == compiled
 
 
 def test_any_mesh_decodes_what_one_device_does(refining, decoder_params):

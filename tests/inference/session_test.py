@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_deliberation.deliberation.config import LATENTS
+from latent_deliberation.deliberation.deliberation_config import LATENTS
 from latent_deliberation.inference.completion import Decoding
 from latent_deliberation.inference.generate import generate
 from latent_deliberation.inference.generator import Generator, copied

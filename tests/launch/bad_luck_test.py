@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from latent_deliberation.jobs.pretrain import pretrain
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.training.pretrain import pretrain
 from tests import finished
 
 

@@ -14,8 +14,6 @@ import tempfile
 import traceback
 from typing import NoReturn
 
-from latent_deliberation.jobs import quickstart  # noqa: F401
-
 
 def run(arguments: list[str]) -> tuple[int, str, str]:
   """One launch, as `python <arguments>` would run it."""

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.model.config import PRESETS
 from latent_deliberation.model.decoder import Decoder, boxed_shapes
+from latent_deliberation.model.transformer_config import PRESETS
 from tests import tiny
 from tests.deliberation import dense_reference
 

@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 from jax.experimental import topologies
 
-from latent_deliberation.model import rotary, rotary_fused
+from latent_deliberation.model import rotary
+from latent_deliberation.model.kernels import fused_rotary
 from latent_deliberation.model.rotary import rotary_frequencies
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
@@ -68,7 +69,7 @@ def evaluate(function, *inputs):
 def test_the_fused_form_has_the_values_and_gradients_of_the_plain_one(sizes):
   given = inputs(**sizes)
   for fused, plain in zip(*(jax.tree.leaves(evaluate(function, *given)) for function in (
-      rotary_fused.rotate, rotary.rotate)), strict=True):
+      fused_rotary.rotate, rotary.rotate)), strict=True):
     assert fused.dtype == plain.dtype and np.abs(plain.astype(jnp.float32)).max() > 0.1
     np.testing.assert_allclose(fused.astype(jnp.float32), plain.astype(jnp.float32), rtol=1e-5,
                                atol=0.02 if plain.dtype == jnp.bfloat16 else 1e-5)
@@ -79,7 +80,7 @@ def test_on_a_mesh_each_device_turns_its_own_texts_and_heads():
   mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
   with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(DEFAULT_RULES.items())):
     results, gradients = jax.jit(functools.partial(
-        evaluate.__wrapped__, rotary_fused.rotate))(*given)
+        evaluate.__wrapped__, fused_rotary.rotate))(*given)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
                (results, gradients), evaluate(rotary.rotate, *given))
   for heads, count in zip((*results, *gradients), (2, 1, 2, 1), strict=True):
@@ -87,7 +88,7 @@ def test_on_a_mesh_each_device_turns_its_own_texts_and_heads():
 
 
 def test_a_gpu_has_no_kernel_for_it():
-  lowered = evaluate.trace(rotary_fused.rotate, *inputs()).lower(lowering_platforms=('cuda',))
+  lowered = evaluate.trace(fused_rotary.rotate, *inputs()).lower(lowering_platforms=('cuda',))
   assert 'custom_call' not in lowered.as_text()
 
 
@@ -98,5 +99,5 @@ def test_the_kernel_compiles_for_a_tpu_at_a_size_that_fills_no_block(monkeypatch
   place = jax.sharding.SingleDeviceSharding(chip)
   given = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
            for x in inputs(traces=1, length=1040, dtype='bfloat16')]
-  compiled = evaluate.lower(rotary_fused.rotate, *given).compile()
+  compiled = evaluate.lower(fused_rotary.rotate, *given).compile()
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 4

@@ -13,7 +13,7 @@ import numpy as np
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.model import weights
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 from tests.parity import golden
 
 

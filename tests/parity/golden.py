@@ -11,8 +11,8 @@ import numpy as np
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.model.attention import Visibility
 from latent_deliberation.model.cache import KVCache
-from latent_deliberation.model.config import TransformerConfig
 from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 DIRECTORY = Path(__file__).parent / 'goldens'
 NAMES = ('gemma1', 'gemma1_multihead', 'gemma2', 'gemma2_bfloat16', 'gemma3', 'gemma3_multimodal')

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.model import weights
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 from tests.parity import golden
 from tests.parity.agreement import measure
 

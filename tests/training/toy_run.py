@@ -12,7 +12,7 @@ import optax
 
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.batch import Batch
-from latent_deliberation.training.checkpoint import Checkpointer
+from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.identity import RunIdentity
 from latent_deliberation.training.loop import LoopConfig, train
 from latent_deliberation.training.metrics import MetricsWriter

@@ -19,7 +19,7 @@ from latent_deliberation.model.checkpoints.layout import (
   stored_sharding,
 )
 from latent_deliberation.model.checkpoints.source import Source
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.progress import Progress
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout, stored_shape
 from latent_deliberation.model.checkpoints.source import Stored
-from latent_deliberation.model.config import PRESETS, TransformerConfig
+from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
 
 TABLE = 'embedder/input_embedding'  # padded with rows that no token has
 # Parts of a multimodal checkpoint that are no part of the decoder.

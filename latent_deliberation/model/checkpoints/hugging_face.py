@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout
 from latent_deliberation.model.checkpoints.source import Source
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 # The decoder's prefix in a multimodal checkpoint: transformers 4 and 5.
 _MULTIMODAL = ('language_model.model.', 'model.language_model.')

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 CONFIG = 'config.json'
 _KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}

@@ -18,7 +18,7 @@ from latent_deliberation.model.checkpoints.safetensors_writer import (
   gather,
   write_tensors,
 )
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 
 def write(directory: Path, config: TransformerConfig, params: Params,

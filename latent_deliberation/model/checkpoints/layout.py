@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 
 LAYERED = 'transformer/blocks/'  # parameters with a leading layer axis have paths that begin so
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from latent_deliberation.array_types import Params, PyTree
 from latent_deliberation.model.checkpoints.source import Source, Stored
-from latent_deliberation.model.config import TransformerConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
 

@@ -12,8 +12,8 @@ from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import google, hugging_face
 from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.source import Stored, check_tensors
-from latent_deliberation.model.config import PRESETS
 from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.model.transformer_config import PRESETS
 from tests.model.checkpoints import foreign
 
 FAMILY = {'gemma1': False, 'gemma2': False, 'gemma3': True}  # whether gates are transposed

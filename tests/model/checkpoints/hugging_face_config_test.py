@@ -10,7 +10,7 @@ from latent_deliberation.model.checkpoints.hugging_face_config import (
   shortest_period,
   write_config,
 )
-from latent_deliberation.model.config import PRESETS
+from latent_deliberation.model.transformer_config import PRESETS
 from tests.model.checkpoints import foreign
 
 # As on the hub: what decides the architecture, and what might be mistaken for it.

@@ -17,8 +17,8 @@ from latent_deliberation.model.checkpoints.layout import (
   stored_shapes,
   stored_sharding,
 )
-from latent_deliberation.model.config import PRESETS
 from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests.model.checkpoints import foreign
 

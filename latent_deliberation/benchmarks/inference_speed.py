@@ -1,0 +1,206 @@
+"""Speed of inference: against transformers, and what deliberation costs beside plain decoding.
+
+The same random weights on both sides, transformers in a process of its own, in alternating turns.
+"""
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import linen as nn
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.benchmarks.baseline import (
+  THREADS,
+  Peer,
+  alternate,
+  check_libraries,
+  describe_turns,
+  seconds_of,
+)
+from latent_deliberation.benchmarks.transformers_peer import CACHES, build_programs
+from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.files import write_json
+from latent_deliberation.inference.background import Arrival
+from latent_deliberation.inference.completion import Decoding
+from latent_deliberation.inference.generate import generate, stream
+from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.passes import State
+from latent_deliberation.inference.policy import ONCE
+from latent_deliberation.model import weights
+from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.transformer_config import TransformerConfig
+from latent_deliberation.planning.cost_plots import plot_speed
+
+SIZES = {
+    'small': TransformerConfig(vocab_size=4096, embed_dim=256, num_layers=4, num_heads=4,
+                               num_kv_heads=2, head_dim=64, hidden_dim=1024, window=256),
+    'medium': TransformerConfig(vocab_size=8192, embed_dim=512, num_layers=4, num_heads=8,
+                                num_kv_heads=4, head_dim=64, hidden_dim=2048, window=256),
+    'large': TransformerConfig(vocab_size=16_384, embed_dim=1024, num_layers=4, num_heads=8,
+                               num_kv_heads=4, head_dim=128, hidden_dim=4096, window=256),
+}
+BATCHES = (1, 8)
+PROMPT, DECODED = 128, 64  # tokens
+LENGTH = PROMPT + DECODED + 1  # of a cache
+NUM_LATENTS = (8, 32, 64)
+FIRST_TOKENS = 40  # pairs of times to the first token
+
+
+def benchmark(output: Path, repeats: int) -> dict[str, Any]:
+  """Measures every case and writes `output`, and its ratios as a PNG beside it.
+
+  Args:
+    repeats: alternations of each comparison.
+
+  Raises:
+    ImportError: torch or transformers is not installed.
+  """
+  check_libraries()
+  result: dict[str, Any] = {
+      'decode_ratio_vs_transformers': {}, 'prefill_ratio_vs_transformers': {},
+      'decode_tokens_per_second': {}, 'prefill_tokens_per_second': {},
+      'augmentation_in_decode_steps': {}, 'cache_bytes': {},
+      'transformers_seconds': {},
+      **describe_turns(repeats)}
+  for size, config in SIZES.items():
+    params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), int)))[
+        'params']
+    _compare(result, size, config, params, repeats)
+    _measure_augmentation(result, size, config, params, repeats)
+  logging.info('time to the first token')  # of the last size
+  result['first_token_ratio_background_vs_plain'] = _first_token_ratio(config, params)
+  write_json(output, result)
+  plot_speed(result, output.with_suffix('.png'))
+  return result
+
+
+def _prompts(config: TransformerConfig, batch: int) -> list[list[int]]:
+  tokens = np.random.default_rng(batch).integers(4, config.vocab_size, (batch, PROMPT))
+  return tokens.tolist()
+
+
+def _compare(result: dict[str, Any], size: str, config: TransformerConfig, params: Params,
+             repeats: int) -> None:
+  """Tokens per second of prefill and greedy decoding; transformers in its faster kind of cache."""
+  prompts = {f'{size}_batch{batch}': _prompts(config, batch) for batch in BATCHES}
+  with tempfile.TemporaryDirectory() as place:
+    weights.save(Path(place) / 'decoder', config, params, format='huggingface')
+    with Peer(build_programs, Path(place) / 'decoder', prompts, DECODED, THREADS) as peer:
+      for case, batch in prompts.items():
+        logging.info('%s: against transformers', case)
+        theirs = {program: functools.partial(peer.seconds, f'{case} {program}')
+                  for program in ('prefill', *CACHES)}
+        _compare_batch(result, case, batch, Generator(config, params, length=LENGTH), theirs,
+                       repeats)
+
+
+def _compare_batch(result: dict[str, Any], case: str, prompts: list[list[int]],
+                   generator: Generator, theirs: Mapping[str, Callable[[], float]],
+                   repeats: int) -> None:
+
+  def read() -> None:
+    jax.block_until_ready(generator.read(prompts).logits)
+
+  def whole() -> None:
+    generate(generator, prompts, Decoding(DECODED))
+
+  seconds = alternate({
+      'our prefill': functools.partial(seconds_of, read),
+      'our whole': functools.partial(seconds_of, whole), **theirs}, repeats)
+  median = {name: statistics.median(taken) for name, taken in seconds.items()}
+  result['transformers_seconds'][case] = {cache: median[cache] for cache in CACHES}
+  faster = min(CACHES, key=median.__getitem__)
+  decode = {'ours': _median_difference(seconds['our whole'], seconds['our prefill']),
+            'transformers': _median_difference(seconds[faster], seconds['prefill'])}
+  prefill = {'ours': median['our prefill'], 'transformers': median['prefill']}
+  for name, taken, tokens in (('decode', decode, DECODED), ('prefill', prefill, PROMPT)):
+    result[f'{name}_tokens_per_second'][case] = {
+        who: len(prompts) * tokens / time for who, time in taken.items()}
+    result[f'{name}_ratio_vs_transformers'][case] = taken['transformers'] / taken['ours']
+
+
+def _measure_augmentation(result: dict[str, Any], size: str, config: TransformerConfig,
+                          params: Params, repeats: int) -> None:
+  """Time of an augmentation over that of a decode step, and the cache's bytes by its formula."""
+  for num_latents in NUM_LATENTS:
+    for batch in BATCHES:
+      case = f'{size}_batch{batch}_latents{num_latents}'
+      logging.info('%s: an augmentation', case)
+      generator = _augmented(config, params, num_latents)
+      state = generator.read(_prompts(config, batch))
+
+      def augment(generator: Generator = generator, state: State = state) -> None:
+        jax.block_until_ready(generator.attach(state, generator.augment(state)))
+
+      def decode(generator: Generator = generator, state: State = state) -> None:
+        generate(generator, state, Decoding(DECODED))
+
+      seconds = alternate({'augment': functools.partial(seconds_of, augment),
+                           'decode': functools.partial(seconds_of, decode)}, repeats)
+      result['augmentation_in_decode_steps'][case] = DECODED * (
+          statistics.median(seconds['augment']) / statistics.median(seconds['decode']))
+      result['cache_bytes'][case] = {
+          'held': sum(leaf.nbytes for leaf in (*state.cache.keys, *state.cache.values)),
+          'formula': _cache_bytes(config, batch, num_latents)}
+
+
+def _augmented(config: TransformerConfig, params: Params, num_latents: int) -> Generator:
+  """A generator with a coprocessor as training begins with it."""
+  choices = DeliberationConfig(num_latents=num_latents, num_ahead=8, num_traces=1)
+  trained = nn.unbox(jax.jit(Coprocessor(config, choices).init)(jax.random.key(1), params))
+  return Generator(config, params, length=LENGTH, coprocessor=(choices, trained))
+
+
+def _cache_bytes(config: TransformerConfig, batch: int, num_latents: int) -> int:
+  """2 x sum over layers of min(reach, length) + Z slots, times B x K x H x 4 bytes."""
+  reach = {'local': config.window + num_latents - 1, 'global': LENGTH}
+  slots = sum(min(reach[kind], LENGTH) + num_latents for kind in config.layer_kinds)
+  return 2 * slots * batch * config.num_kv_heads * config.head_dim * 4
+
+
+def _first_token_ratio(config: TransformerConfig, params: Params) -> float:
+  """Time to the first token with the coprocessor in the background over that without one.
+
+  The median over pairs, whose order alternates. The latents are waited for at the end, so that no
+  coprocessor is at work while the next time is taken.
+  """
+  generator = _augmented(config, params, NUM_LATENTS[0])
+  prompts = _prompts(config, 1)
+  background = Decoding(8, policy=ONCE, arrival=Arrival(delay=7))
+
+  def first(how: Decoding) -> float:
+    begun = time.perf_counter()
+    tokens = stream(generator, prompts, how)
+    next(tokens)
+    taken = time.perf_counter() - begun
+    _drain(tokens)
+    return taken
+
+  ratios = []
+  pair = (Decoding(8), background)
+  for number in range(2 + FIRST_TOKENS):
+    order = pair if number % 2 else pair[::-1]
+    taken = {how: first(how) for how in order}
+    if number >= 2:  # the first ones compile
+      ratios.append(taken[background] / taken[pair[0]])
+  return statistics.median(ratios)
+
+
+def _drain(tokens: Iterator) -> None:
+  for _ in tokens:
+    pass
+
+
+def _median_difference(whole: list[float], part: list[float]) -> float:
+  """Of times taken in the same turns, so that a slow turn is slow in both."""
+  return statistics.median(one - other for one, other in zip(whole, part, strict=True))

@@ -1,0 +1,58 @@
+"""Converts a decoder between formats, and says what is in one without loading it."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+from latent_deliberation.directories import make_writable
+from latent_deliberation.model import weights
+from latent_deliberation.model.transformer_config import PRESETS
+from latent_deliberation.model.weights import Checkpoint
+from latent_deliberation.models import count_parameters
+
+
+def describe(checkpoint: Checkpoint) -> str:
+  """Architecture, sizes, dtypes and bytes of a decoder on disk, a line each."""
+  config, tensors = checkpoint.config, checkpoint.source.tensors
+  names = [name for name, preset in PRESETS.items() if preset == config]
+  dtypes = Counter(stored.dtype for stored in tensors.values())
+  lines = [f'{checkpoint.directory}: {checkpoint.format}',
+           'architecture   ' + (names[0] if names else 'of its own')]
+  lines += [f'  {key:<19}{value}' for key, value in dataclasses.asdict(config).items()]
+  lines += ['tensors        ' + ', '.join(f'{count} {dtype}' for dtype, count in dtypes.items()),
+            f'bytes          {sum(stored.nbytes for stored in tensors.values()):,}']
+  left_out = checkpoint.left_out
+  if left_out:
+    lines.append(f'left out       {len(left_out)} tensors that are no part of the decoder, such as '
+                 f'{left_out[0]}')
+  return '\n'.join(lines)
+
+
+def list_tensors(checkpoint: Checkpoint) -> str:
+  """Every tensor with its dtype and shape, a line each."""
+  tensors = checkpoint.source.tensors
+  width = max(map(len, tensors), default=0)
+  return '\n'.join(f'{name:<{width}}  {stored.dtype:<9} {list(stored.shape)}'
+                   for name, stored in tensors.items())
+
+
+def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None = None) -> str:
+  """Loads a decoder and writes it in another format, with its tokenizer where it has one.
+
+  Args:
+    target: a directory that does not exist yet; it appears whole or not at all.
+    format: one of weights.FORMATS.
+    dtype: to round the weights to; by default every bit is kept.
+
+  Returns: what was written, in words.
+  """
+  if target.exists():
+    raise FileExistsError(f'{target} exists already and is not written over: give another, or '
+                          'remove it')
+  make_writable(target.parent)
+  params = checkpoint.load(dtype=dtype)
+  weights.save(target, checkpoint.config, params, checkpoint.vocabulary, format,
+               checkpoint.tokenizer)
+  written = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
+  beside = f', with {checkpoint.tokenizer}' if checkpoint.tokenizer else ''
+  return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{beside}'

@@ -1,0 +1,123 @@
+"""What a run reads: the source of its text, its vocabulary and the form of its rows."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+VOCABULARY_FILE, ROWS_FOLDER = 'vocabulary.model', 'rows'  # in a directory of prepared data
+SOURCES = ('stdlib', 'text', 'tfds', 'mixture', 'synthetic')
+VOCABULARIES = ('sentencepiece', 'byte')
+MODES = ('packed', 'online')
+
+# 4 special ids, 256 bytes and the newline; every character of the corpus comes on top.
+SMALLEST_SENTENCEPIECE = 261
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from and how it becomes rows of tokens.
+
+  Attributes:
+    source: 'stdlib', the running interpreter's own standard library; 'text', local files; 'tfds',
+      a TensorFlow data set; 'mixture', a seqio task or mixture that is registered already;
+      'synthetic', questions of a task in data/synthetic.
+    files: for 'text': files, globs, or directories (every .txt and .jsonl below them). A .jsonl
+      file holds one document a line, any other file is one document.
+    text_key: the field that holds the text, in a line of .jsonl or in a TFDS example.
+    name: for 'tfds' a name with its version ('c4/en:3.1.0'), for 'mixture' the registered name,
+      for 'synthetic' the task, a key of TASKS in studies/synthetic/documents.py.
+    options: for 'synthetic', options of the task by name; those left out have its defaults.
+    documents: for 'synthetic', how many there are, of both splits.
+    questions: for 'synthetic', questions of a document, all about the same context.
+    data_dir: for 'tfds', where the prepared data set lies; '' for TFDS's own default.
+    vocabulary: 'sentencepiece' or 'byte'. A mixture brings its own, whatever is said here.
+    vocabulary_path: a SentencePiece model; '' trains one on the corpus and keeps it in the work
+      directory.
+    vocabulary_size: pieces of a vocabulary that is trained; no other vocabulary looks at it.
+    length: T, tokens of a row.
+    validation_percent: share of the documents held out, 1 to 99. A data set or mixture with a
+      'validation' split uses that one instead.
+    mode: 'packed' trains on rows packed once, 'online' on a stream; both validate on packed rows.
+    seed: of the order of documents, and of synthetic ones; the order of packed rows has its own.
+    max_tokens: tokens to pack of each split, cut to whole rows; 0 for every document once. With a
+      limit a mixture's training text repeats where it must to keep the rates.
+  """
+  source: str = 'stdlib'
+  files: tuple[str, ...] = ()
+  text_key: str = 'text'
+  name: str = ''
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+  documents: int = 100_000
+  questions: int = 16
+  data_dir: str = ''
+  vocabulary: str = 'sentencepiece'
+  vocabulary_path: str = ''
+  vocabulary_size: int = 4096
+  length: int = 256
+  validation_percent: int = 5
+  mode: str = 'packed'
+  seed: int = 0
+  max_tokens: int = 0
+
+  def __post_init__(self):
+    if isinstance(self.files, str):
+      raise ValueError(f'files = {self.files!r} is one string: write a tuple, ({self.files!r},)')
+    if not isinstance(self.options, Mapping):
+      raise ValueError(f"options = {self.options!r}: write a mapping, for instance {{'nodes': 8}}")
+    object.__setattr__(self, 'files', tuple(self.files))
+    object.__setattr__(self, 'options', dict(self.options))
+    for key, choices in (('source', SOURCES), ('vocabulary', VOCABULARIES), ('mode', MODES)):
+      if getattr(self, key) not in choices:
+        raise ValueError(f'{key} = {getattr(self, key)!r}: choose one of {choices}')
+    self._check_source()
+    self._check_vocabulary()
+    self._check_numbers()
+
+  def _check_source(self) -> None:
+    """Each source has the keys it needs, and no key that would be ignored."""
+    owners = {'files': ('text',), 'name': ('tfds', 'mixture', 'synthetic'),
+              'options': ('synthetic',), 'documents': ('synthetic',), 'questions': ('synthetic',)}
+    for key, sources in owners.items():
+      value, default = getattr(self, key), {} if key == 'options' else getattr(DataConfig, key)
+      if self.source in sources and default in ((), '') and not value:
+        raise ValueError(f'source = {self.source!r} needs {key}, which is empty')
+      if self.source not in sources and value != default:
+        raise ValueError(
+            f'{key} = {value!r} has no meaning for source = {self.source!r}: leave it at '
+            f'{default!r}, or choose a source among {sources}')
+    if self.data_dir and self.source != 'tfds':
+      raise ValueError(f"data_dir = {self.data_dir!r} belongs to source 'tfds', this is "
+                       f'{self.source!r}: leave it empty')
+    if self.source == 'tfds' and ':' not in self.name:
+      raise ValueError(f'name = {self.name!r} has no version: write name/config:version, for '
+                       "instance 'c4/en:3.1.0', so that a later release cannot change the data")
+    if not self.text_key:
+      raise ValueError("text_key = '': name the field that holds the text")
+
+  def _check_vocabulary(self) -> None:
+    if self.vocabulary_path and self.vocabulary == 'byte':
+      raise ValueError(f"vocabulary_path = {self.vocabulary_path!r}, but vocabulary = 'byte' has "
+                       "no file: leave it empty, or set vocabulary = 'sentencepiece'")
+    if self.vocabulary_path and self.source == 'mixture':
+      raise ValueError(f'vocabulary_path = {self.vocabulary_path!r}, but the mixture {self.name!r} '
+                       'brings its own vocabulary: leave it empty')
+
+  def _check_numbers(self) -> None:
+    bounds = {
+        'documents': (2, 2**63 - 1),  # one for each split
+        'questions': (1, 2**31 - 1),
+        'vocabulary_size': (SMALLEST_SENTENCEPIECE + 1, 2**31 - 1),
+        'length': (2, 2**31 - 1),
+        'validation_percent': (1, 99),
+        'seed': (0, 2**31 - 2),  # TensorFlow takes seeds modulo 2**31 - 1
+        'max_tokens': (0, 2**63 - 1),
+    }
+    for key, (low, high) in bounds.items():
+      value = getattr(self, key)
+      if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f'{key} = {value!r} is not an integer')
+      if not low <= value <= high:
+        raise ValueError(f'{key} = {value}: it must lie between {low} and {high}')
+    if 0 < self.max_tokens < self.length:
+      raise ValueError(f'max_tokens = {self.max_tokens} is less than one row of length = '
+                       f'{self.length} tokens: raise it, or set 0 for all')

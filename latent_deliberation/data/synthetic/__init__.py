@@ -1,1 +1,0 @@
-"""Synthetic tasks of known difficulty, generated as documents of questions."""

@@ -1,0 +1,217 @@
+"""The compiled programs of inference: read, read on, augment, attach; `decode` has the loop.
+
+All are pure. A `State` is a value, like the caches of training: augmenting leaves it alone,
+attaching gives another one, and detaching is going back to the one before. One base state can so
+serve many coprocessors at once.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from latent_deliberation.array_types import Array, Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.loss import entropy
+from latent_deliberation.deliberation.placement import place
+from latent_deliberation.inference import stack
+from latent_deliberation.inference.ring_cache import CachePlan, SlotCache, SlotIndex
+from latent_deliberation.model.cache import KeysValues
+from latent_deliberation.model.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """All that is compiled in, beside the shapes of the arrays.
+
+  Attributes:
+    decoder, coprocessor: without weights; there may be no coprocessor.
+    plan: slots of the cache.
+    rules: logical axis -> mesh axes; empty without a mesh.
+  """
+  decoder: Decoder
+  coprocessor: Coprocessor | None
+  plan: CachePlan
+  rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@struct.dataclass
+class Weights:
+  """Attributes:
+    embedder: table of the decoder.
+    layers: of the decoder.
+    coprocessor: its parameters but for a transformer: soft tokens and gate; None without one.
+    thinker: its layers; None for constant soft tokens.
+  """
+  embedder: Params
+  layers: stack.Layers
+  coprocessor: Params | None = None
+  thinker: stack.Layers | None = None
+
+
+@struct.dataclass
+class State:
+  """B texts that have been read, and what comes next.
+
+  Attributes:
+    cache: their keys and values.
+    hidden: [B, D] the decoder's state, after the final norm, that the next token is predicted from.
+    logits: [B, V] of the next token.
+    position: int32 [B] that the next token will have.
+    lengths: int32 [B] tokens of each text, without latents.
+  """
+  cache: SlotCache
+  hidden: Array
+  logits: Array
+  position: Array
+  lengths: Array
+
+
+@struct.dataclass
+class Augmentation:
+  """Latents for the end of each text of a state, read by the decoder and ready to be attached.
+
+  Attributes:
+    latents: keys and values of each layer, [B, 1, Z, K, H].
+    positions: int32 [B, Z] of the latents.
+    replaced: int32 [B, Z] positions of the tokens that they stand for; -1 for none.
+    anchor: int32 [B] position of the next token in the state that was augmented.
+    ahead: int32 [B] position of the next token behind the latents.
+    hidden: [B, D] the decoder's state that this token is predicted from.
+    logits: [B, V] of this token.
+    finite: bool [B] False where anything of a text's latents is not finite.
+  """
+  latents: tuple[KeysValues, ...]
+  positions: Array
+  replaced: Array
+  anchor: Array
+  ahead: Array
+  hidden: Array
+  logits: Array
+  finite: Array
+
+
+def embed(model: Model, weights: Weights, tokens: Array) -> Array:
+  """Input embeddings [B, Q, D] of tokens [B, Q]."""
+  variables = {'params': {'embedder': weights.embedder}}
+  return model.decoder.apply(variables, tokens[:, None], method='embed')[:, 0]
+
+
+def predict(model: Model, weights: Weights, hidden: Array) -> Array:
+  """Logits [B, V] of the next token, from hidden states [B, D]."""
+  return model.decoder.apply({'params': {'embedder': weights.embedder}}, hidden, method='logits')
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
+  """Reads texts from their beginning.
+
+  Args:
+    tokens: int32 [B, T]; a text stands at the end of its row, behind holes.
+    count: int32 [B] tokens of each text.
+  """
+  with nn.logical_axis_rules(model.rules):
+    config = model.decoder.config
+    index = _index(tokens, count, jnp.zeros_like(count))
+    hidden, fresh = stack.run(config, weights.layers, embed(model, weights, tokens),
+                              index.positions, index.segments)
+    cache = SlotCache.empty(model.plan, config, len(tokens), hidden.dtype).fill(fresh, index)
+    last = hidden[:, -1]
+    return State(cache, last, predict(model, weights, last), count, count)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def entropies(model: Model, weights: Weights, tokens: Array, count: Array) -> Array:
+  """Entropy of the next token behind every token, nats [B, T]; see `read`."""
+  with nn.logical_axis_rules(model.rules):
+    index = _index(tokens, count, jnp.zeros_like(count))
+    hidden, _ = stack.run(model.decoder.config, weights.layers, embed(model, weights, tokens),
+                          index.positions, index.segments)
+    # One position of every text at a time: all logits at once would be [B, T, V].
+    return jax.lax.map(lambda states: entropy(predict(model, weights, states)),
+                       jnp.swapaxes(hidden, 0, 1)).T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_on(model: Model, weights: Weights, state: State, tokens: Array, count: Array) -> State:
+  """Reads more of the same texts in one pass; see `read`. A text of no more tokens is as before."""
+  with nn.logical_axis_rules(model.rules):
+    index = _index(tokens, count, state.position)
+    hidden, fresh = stack.run(
+        model.decoder.config, weights.layers, embed(model, weights, tokens), index.positions,
+        index.segments, state.cache)
+    last, more = hidden[:, -1], (count > 0)[:, None]
+    return State(state.cache.append(fresh, index), jnp.where(more, last, state.hidden),
+                 jnp.where(more, predict(model, weights, last), state.logits),
+                 state.position + count, state.lengths + count)
+
+
+def _index(tokens: Array, count: Array, start: Array) -> SlotIndex:
+  """What to write for texts at the ends of their rows, whose first tokens are at `start` [B]."""
+  order = jnp.arange(tokens.shape[1]) - (tokens.shape[1] - count[:, None])
+  real = order >= 0
+  return SlotIndex(jnp.where(real, tokens, 0), jnp.where(real, start[:, None] + order, 0),
+                   real.astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def augment(model: Model, weights: Weights, state: State) -> Augmentation:
+  """Latents for the end of every text: the coprocessor reads its cache, the decoder the latents."""
+  with nn.logical_axis_rules(model.rules):
+    decoder, coprocessor = model.decoder.config, model.coprocessor
+    newest = state.cache.newest(coprocessor.config.num_latents)
+    text = Batch(newest.tokens, newest.segments, newest.positions)
+    last = jnp.full((len(newest.tokens), 1), coprocessor.config.num_latents - 1)
+    placement = place(text, last, coprocessor.config, num_ahead=1)
+    positions = placement.latent_positions[:, 0]
+    rest = embed(model, weights, placement.base_tokens[:, 0])[:, None]
+    thoughts = coprocessor.feed(weights.coprocessor, rest)
+    seen = jnp.ones_like(positions)
+    if weights.thinker is not None:
+      hidden, _ = stack.run(coprocessor.layers, weights.thinker, thoughts[:, 0], positions, seen,
+                            state.cache, coprocessor.transformer.lora)
+      thoughts = hidden[:, None]
+    latents = coprocessor.compose(weights.coprocessor, thoughts, rest)[:, 0]
+    replaces = (placement.coprocessor_horizon - placement.decoder_horizon > 0)  # [B, 1]
+    replaced = jnp.where(replaces, newest.positions, -1)
+    hidden, fresh = stack.run(decoder, weights.layers, latents, positions, seen,
+                              state.cache.hide(replaced))
+    logits = predict(model, weights, hidden[:, -1])
+    finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
+              for leaf in jax.tree.leaves((fresh, logits))]
+    return Augmentation(tuple(fresh), positions, replaced, state.position,
+                        placement.ahead_positions[:, 0, 0], hidden[:, -1], logits,
+                        jnp.stack(finite).all(axis=0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attach(model: Model, state: State, augmentation: Augmentation, rows: Array) -> State:
+  """The state with latents in the cache of the texts `rows`, where they are finite.
+
+  Texts that have gone on since they were augmented keep what their next token is predicted from;
+  what is decoded from there on sees the latents.
+  """
+  with nn.logical_axis_rules(model.rules):
+    rows = rows & augmentation.finite
+    cache = state.cache.attach(augmentation.latents, augmentation.positions,
+                               augmentation.replaced, rows)
+    in_time = (rows & (state.position == augmentation.anchor))[:, None]
+    shift = augmentation.ahead - augmentation.anchor
+    return state.replace(
+        cache=cache, hidden=jnp.where(in_time, augmentation.hidden, state.hidden),
+        logits=jnp.where(in_time, augmentation.logits, state.logits),
+        position=jnp.where(rows, state.position + shift, state.position))
+
+
+@jax.jit
+def choose(rows: Array, chosen: State, other: State) -> State:
+  """`chosen` for the texts `rows`, `other` for the rest; both have written as many slots."""
+  def pick(new: Array, old: Array) -> Array:
+    if old.ndim == 0:  # the cursor
+      return old
+    return jnp.where(jnp.expand_dims(rows, tuple(range(1, old.ndim))), new, old)
+  return jax.tree.map(pick, chosen, other)

@@ -1,0 +1,175 @@
+"""Compiles the train step for machines that are not there, and says what it would take on them."""
+
+import dataclasses
+import itertools
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+
+from latent_deliberation.batch import Batch
+from latent_deliberation.deliberation.flops import traces_flops
+from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.experiment import Experiment
+from latent_deliberation.files import write_json, write_whole
+from latent_deliberation.models import build_deliberator, frozen_shapes
+from latent_deliberation.planning import memory as memories
+from latent_deliberation.planning.collectives import find_collectives
+from latent_deliberation.planning.cost_plots import plot_plans
+from latent_deliberation.planning.plan import (
+  DOES_NOT_FIT,
+  ESTIMATE,
+  NO_ESTIMATE,
+  ONE_SLICE,
+  Plan,
+  Times,
+  advise,
+  estimate_times,
+  largest_operations,
+)
+from latent_deliberation.planning.program import parse
+from latent_deliberation.planning.table import name_mesh, write_csv
+from latent_deliberation.planning.topology import Topology
+from latent_deliberation.sharding import MeshConfig, batch_sharding, make_mesh
+from latent_deliberation.training.fit import Run
+from latent_deliberation.training.objectives import augmentation
+from latent_deliberation.training.step import LossFn
+from latent_deliberation.training.train import describe_training
+
+# The compiler refuses in two ways, before it assigns memory and afterwards.
+_NEEDED = re.compile(r'\(([\d.]+)([KMG])\) exceeds available HBM|Used ([\d.]+)([KMG]) of .* hbm')
+
+
+def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[MeshConfig],
+                  rule_sets: Sequence[Mapping[str, Sequence[str]]], output: Path) -> list[Plan]:
+  """Plans the step of launch/train.py on every mesh under every set of rules.
+
+  What cannot be sharded is found before anything is compiled; `output` is written after each plan.
+
+  Args:
+    topology: see `planning.topology.find_topology`.
+    meshes: none for that of the experiment.
+    rule_sets: changes of the experiment's rules, each; none for no change.
+    output: JSON of a plan, or of a list of them with a CSV and a PNG beside it.
+
+  Raises:
+    ValueError: a mesh or a rule does not suit the topology or the sizes.
+  """
+  experiment = dataclasses.replace(
+      experiment, computation=experiment.computation.on('tpu' if topology.chip else 'cpu'))
+  variants = [
+      dataclasses.replace(experiment, mesh=mesh, rules={**experiment.rules, **rules})
+      for mesh, rules in itertools.product(meshes or [experiment.mesh], rule_sets or [{}])]
+  runs = [describe_run(variant, topology) for variant in variants]
+  plans = []
+  for number, run in enumerate(runs, 1):
+    logging.info('compiling %d of %d: mesh %s on %s; a pod takes minutes', number, len(runs),
+                 dict(run.mesh.shape), topology.name)
+    plans.append(plan_step(run, topology))
+    logging.info('%s: %.0f s, %.2f GB a chip', name_mesh(plans[-1]), plans[-1].compile_seconds,
+                 plans[-1].hbm_bytes_per_chip / 1e9)
+    _write(plans, len(runs) > 1, output)
+  return plans
+
+
+def describe_run(experiment: Experiment, topology: Topology) -> Run:
+  """The run of launch/train.py with shapes in the place of weights, its sizes checked.
+
+  Raises:
+    ValueError: they do not suit the topology.
+  """
+  mesh = make_mesh(experiment.mesh, topology.devices)
+  run = describe_training(experiment, Path(), frozen_shapes(experiment, mesh), '', mesh)
+  run.check_sizes()
+  return run
+
+
+def _write(plans: Sequence[Plan], are_several: bool, output: Path) -> None:
+  records = [dataclasses.asdict(plan) for plan in plans]
+  content = records if are_several else records[0]
+  write_json(output, content)
+  if are_several:
+    write_whole(output.with_suffix('.csv'), write_csv(plans))
+    names = [f'{number}: {name_mesh(plan)}' for number, plan in enumerate(plans, 1)]
+    plot_plans(dict(zip(names, records, strict=True)), output.with_suffix('.png'))
+
+
+def plan_step(run: Run, topology: Topology,
+              objective: Callable[[Deliberator, int], LossFn] = augmentation) -> Plan:
+  """Lowers and compiles the step of a run, and reads the program that comes out.
+
+  Args:
+    run: with shapes in the place of weights.
+    topology: that its mesh is of.
+    objective: (deliberator, loss_chunk) -> the loss of a step.
+  """
+  experiment, mesh, chip = run.experiment, run.mesh, topology.chip
+  settings = experiment.training
+  step = run.make_step(objective(build_deliberator(experiment),
+                                 experiment.computation.loss_chunk))
+  batch = batch_shapes(experiment, mesh)
+  arguments = {
+      'frozen': memories.shard_bytes(run.frozen),
+      'trainable': memories.shard_bytes(run.abstract.params),
+      'optimizer': memories.shard_bytes(run.abstract.opt_state),
+      'batch': memories.shard_bytes(batch)}
+  begun = time.monotonic()
+  lowered = step.lower(run.abstract, batch)
+  try:
+    compiled, needed = lowered.compile(), None
+  except jax.errors.JaxRuntimeError as error:
+    compiled, needed = None, _needed_bytes(error)
+  seconds = time.monotonic() - begun
+  flops = settings.batch_size / mesh.size * traces_flops(
+      experiment.decoder, experiment.deliberation, experiment.data.length)
+  times, found, operations, unknown = Times(), [], [], ()
+  if compiled is None:
+    rest = max(needed - sum(arguments.values()), 0)
+    memory = memories.Memory(**arguments, activations=0, temporary=rest, peak=needed)
+  else:
+    program = parse(compiled.as_text())
+    memory = memories.measure(compiled, program, arguments)
+    found, unknown = find_collectives(program, mesh, topology), program.loops_of_unknown_length
+    if chip:
+      times = estimate_times(program, found, chip, flops)
+      operations = largest_operations(program, chip)
+  estimate = NO_ESTIMATE if chip is None else DOES_NOT_FIT if compiled is None else ESTIMATE
+  if times.mfu is not None and mesh.shape['replica'] > 1:
+    estimate += ONE_SLICE
+  texts = batch.tokens.sharding.shard_shape(batch.tokens.shape)[0]
+  capacity = chip.hbm_bytes if chip else None
+  return Plan(
+      topology=topology.name, mesh=dict(mesh.shape), rules=experiment.rules,
+      settings={'batch_size': settings.batch_size, 'accumulation': settings.accumulation,
+                'num_latents': experiment.deliberation.num_latents,
+                **dataclasses.asdict(experiment.computation),
+                'libtpu_init_args': os.environ.get('LIBTPU_INIT_ARGS', '')},
+      fits=None if chip is None else compiled is not None and memory.peak <= capacity,
+      hbm_bytes_per_chip=memory.peak, hbm_capacity=capacity, memory=memory,
+      remedy=advise(memory, capacity, experiment.computation.remat, settings.accumulation,
+                    texts // settings.accumulation) if chip else '',
+      model_flops_per_chip=flops, **dataclasses.asdict(times),
+      estimate=estimate, collectives=found, operations=operations, unknown_loops=unknown,
+      compile_seconds=seconds)
+
+
+def batch_shapes(experiment: Experiment, mesh: Mesh) -> Batch:
+  """Shapes and shardings of a training batch."""
+  leaf = jax.ShapeDtypeStruct((experiment.training.batch_size, experiment.data.length), jnp.int32,
+                              sharding=batch_sharding(mesh, experiment.rules))
+  return Batch(leaf, leaf, leaf)
+
+
+def _needed_bytes(error: jax.errors.JaxRuntimeError) -> int:
+  """What the compiler says that a step needs; any other of its errors is raised again."""
+  found = _NEEDED.search(str(error))
+  if found is None:
+    raise error
+  size, unit = found[1] or found[3], found[2] or found[4]
+  return int(float(size) * 1024 ** (1 + 'KMG'.index(unit)))

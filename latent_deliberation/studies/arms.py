@@ -1,0 +1,114 @@
+"""The arms of a study as its report has them: what they cost, scores, diagnostics."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from latent_deliberation.deliberation import flops
+from latent_deliberation.deliberation.model_flops import head_flops
+from latent_deliberation.evaluation.bootstrap import AheadNLL
+from latent_deliberation.evaluation.controls import BASELINE, CONTROLS, OWN
+from latent_deliberation.experiment import TrainingConfig
+from latent_deliberation.studies.outcomes import Outcomes
+from latent_deliberation.studies.scoring import QuestionMeasure, TextMeasure
+from latent_deliberation.studies.study_config import LATENTS, Study
+from latent_deliberation.studies.study_result import Arm, control_name
+from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
+from latent_deliberation.training.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredRun:
+  """One arm with one seed.
+
+  Attributes:
+    trained: parameters that learnt.
+    total: parameters in use.
+    scores: by control.
+  """
+  trained: int
+  total: int
+  scores: Mapping[str, Outcomes | AheadNLL]
+
+
+def describe_frozen(study: Study, run: ScoredRun, measure: QuestionMeasure | TextMeasure,
+                    seconds: float) -> Arm:
+  """The frozen decoder, which was pretrained in `seconds`."""
+  experiment = study.experiment
+  model, settings = experiment.decoder, experiment.pretraining
+  texts = settings.loop.num_steps * settings.batch_size
+  return Arm(
+      kind='decoder', trained=run.trained, total=run.total,
+      flops_per_token=flops.answer_flops(model, measure.prompt, measure.answer) / measure.answer,
+      train_flops=texts * flops.text_flops(model, experiment.data.length),
+      seeds=(experiment.seed,), seconds=(seconds,), **_scored([run.scores[BASELINE]]))
+
+
+def describe_chain(study: Study, frozen: Arm, measure: QuestionMeasure, outcomes: Outcomes,
+                   tokens: float) -> Arm:
+  """The frozen decoder again, behind chains of its own, of so many tokens on average."""
+  answer = flops.answer_flops(study.experiment.decoder, measure.prompt + tokens, measure.answer)
+  return dataclasses.replace(
+      frozen, kind=f'decoder with its own chain, {tokens:.0f} tokens', outcomes=(outcomes,),
+      flops_per_token=(answer + tokens * head_flops(study.experiment.decoder)) / measure.answer)
+
+
+def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
+                 measure: QuestionMeasure | TextMeasure,
+                 seconds: tuple[float, ...]) -> dict[str, Arm]:
+  """An arm and its controls, by their names in the report.
+
+  Args:
+    runs: with each seed of the study.
+    seconds: of each.
+  """
+  experiment, learns = study.variant(name, study.seeds[0]), study.arms[name].learns
+  model, config, settings = experiment.decoder, experiment.deliberation, experiment.training
+  texts, length = settings.loop.num_steps * settings.batch_size, experiment.data.length
+  answer = flops.answer_flops(model, measure.prompt, measure.answer)
+  training = flops.text_flops(model, length, config.lora_rank if learns == 'adapted' else 0)
+  if learns in (LATENTS, 'unified'):
+    answer += flops.latents_flops(model, config, measure.prompt)
+    training = flops.traces_flops(model, config, length, tuned=learns == 'unified')
+  kind = f'{config.trainable} {config.latents} latents' if learns == LATENTS else learns
+  arms = {}
+  for control in (BASELINE, OWN, *CONTROLS):  # as the report shows them
+    if control not in runs[0].scores:
+      continue
+    label = name if control in (OWN, BASELINE) else control_name(name, control)
+    arms[label] = Arm(
+        kind=kind, trained=runs[0].trained, total=runs[0].total,
+        flops_per_token=answer / measure.answer, train_flops=texts * training, seeds=study.seeds,
+        seconds=seconds, note=_describe_budget(study, settings),
+        **_scored([run.scores[control] for run in runs]))
+  return arms
+
+
+def _describe_budget(study: Study, settings: TrainingConfig) -> str:
+  """Whether an arm has the steps and texts of the study; operations stand beside it."""
+  common = study.experiment.training
+  same = (settings.loop.num_steps, settings.batch_size) == (
+      common.loop.num_steps, common.batch_size)
+  budget = f'{settings.loop.num_steps:,} steps of {settings.batch_size} texts'
+  return f'matched in tokens and steps: {budget}' if same else f'not matched: {budget}'
+
+
+def read_diagnostics(workdir: Path) -> list[dict[str, float]]:
+  """What a run logged about its latents and their content, by step.
+
+  Args:
+    workdir: of the run.
+  """
+  wanted, rows = {'validation/content': 'content'}, []
+  for row in read_metrics(workdir / METRICS_FILE):
+    found = {wanted[key] if key in wanted else key.removeprefix('latents/'): value
+             for key, value in row.items() if key in wanted or key.startswith('latents/')}
+    if found:
+      rows.append({'step': row['step'], **found})
+  return rows
+
+
+def _scored(scores: Sequence[Outcomes] | Sequence[AheadNLL]) -> dict[str, tuple]:
+  """The field of Arm that scores of this kind belong to."""
+  kind = 'outcomes' if isinstance(scores[0], Outcomes) else 'text'
+  return {kind: tuple(scores)}

@@ -1,0 +1,177 @@
+"""Runs a study: one frozen decoder, several arms over several seeds, one report."""
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.data.data_config import VOCABULARY_FILE
+from latent_deliberation.data.loading import prepare_data
+from latent_deliberation.directories import make_writable
+from latent_deliberation.distributed import first_does
+from latent_deliberation.evaluation.controls import BASELINE, CONTROLS, OWN
+from latent_deliberation.files import write_whole
+from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.models import count_parameters, load_frozen, open_frozen
+from latent_deliberation.phases import PhaseClock
+from latent_deliberation.progress import Progress
+from latent_deliberation.provenance import git_commit
+from latent_deliberation.sharding import make_mesh
+from latent_deliberation.studies.arms import (
+  ScoredRun,
+  describe_arm,
+  describe_chain,
+  describe_frozen,
+  read_diagnostics,
+)
+from latent_deliberation.studies.scoring import (
+  QuestionMeasure,
+  TextMeasure,
+  draw_questions,
+  open_measure,
+)
+from latent_deliberation.studies.study_config import CHAIN, LATENTS, Study
+from latent_deliberation.studies.study_page import write_study
+from latent_deliberation.studies.study_report import summarise_study
+from latent_deliberation.studies.study_result import StudyResult
+from latent_deliberation.studies.tune import describe_tuning, tune_decoder
+from latent_deliberation.training.pretrain import describe_pretraining, pretrain
+from latent_deliberation.training.train import describe_training, train_coprocessor
+
+
+def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str, Any]:
+  """Trains and scores every arm with every seed; what is complete is not trained again.
+
+  Args:
+    only: names of arms, the only ones to train and report; all without a name. They are scored on
+      what all arms of the study would be scored on.
+
+  Returns: the content of <workdir>/results.json, which is written with a page and plots beside it.
+
+  Raises:
+    ValueError: an arm that the study does not have, or see `check_arms`.
+  """
+  names = choose_arms(study, only)
+  mesh = make_mesh(study.experiment.mesh)
+  make_writable(workdir)
+  check_arms(study, names, workdir, mesh)
+  clock = PhaseClock(workdir / 'phases.json')
+  with clock.phase('data'):
+    prepare_data(study.experiment, workdir)
+    lessons = _prepare_lessons(study, workdir)
+    measure = open_measure(study, workdir, mesh)  # there must be enough text for it, hours later
+  with clock.phase('decoder'):
+    decoder = pretrain(study.experiment, workdir / 'decoder', workdir)
+  frozen, digest = load_frozen(study.experiment, open_frozen(study.experiment, decoder), mesh)
+  arms = {BASELINE: describe_frozen(
+      study, _score_frozen(study, frozen, measure), measure, clock.seconds['decoder'])}
+  if study.questions.chain_tokens:
+    with clock.phase(CHAIN):
+      written = measure.write_out(study.experiment, frozen)
+    arms[CHAIN] = describe_chain(study, arms[BASELINE], measure, *written)
+  progress = Progress(study.name, 'runs', len(names) * len(study.seeds))
+  for number, name in enumerate(names):
+    runs, seconds = [], []
+    for seed in study.seeds:
+      with clock.phase(phase := f'{name}, seed {seed}'):
+        runs.append(_run(study, name, seed, decoder, frozen, digest, workdir, lessons, measure,
+                         mesh))
+      seconds.append(clock.seconds[phase])
+      progress.update(number * len(study.seeds) + len(runs))
+    arms |= describe_arm(study, name, runs, measure, tuple(seconds))
+  summary = summarise_study(StudyResult(
+      name=study.name, arms=arms, config=dataclasses.asdict(study), git_commit=git_commit(),
+      command=' '.join(sys.argv), machine=_machine(), seconds=sum(clock.seconds.values()),
+      difficulty=measure.difficulty, positions=measure.positions,
+      diagnostics=_diagnostics(study, names, workdir)))
+  if jax.process_index() == 0:
+    write_study(summary, workdir)
+  return summary
+
+
+def choose_arms(study: Study, only: Sequence[str]) -> tuple[str, ...]:
+  """The arms of these names, in the study's order; every arm where there is no name."""
+  unknown = sorted(set(only) - set(study.arms))
+  if unknown:
+    raise ValueError(f'--arm={unknown[0]}: the study has no such arm, choose among '
+                     f'{tuple(study.arms)}')
+  return tuple(name for name in study.arms if name in only) if only else tuple(study.arms)
+
+
+def _prepare_lessons(study: Study, workdir: Path) -> Path:
+  """The directory of the text that arms train on, in the vocabulary of the decoder's."""
+  if not study.lessons:
+    return workdir
+  lessons = workdir / 'lessons'
+  vocabulary, kept = workdir / VOCABULARY_FILE, lessons / VOCABULARY_FILE
+
+  def copy() -> None:
+    if vocabulary.exists() and not kept.exists():
+      make_writable(lessons)
+      write_whole(kept, vocabulary.read_bytes())
+
+  first_does(f'copy the vocabulary to {kept}', copy)
+  prepare_data(study.variant(next(iter(study.arms)), study.seeds[0]), lessons)
+  return lessons
+
+
+def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) -> None:
+  """Raises before the first phase what would stop a later one of these arms."""
+  shapes = nn.unbox(boxed_shapes(study.experiment.decoder))
+  if study.questions.per_difficulty:
+    draw_questions(study)
+  describe_pretraining(study.experiment, workdir / 'decoder', mesh).check()
+  for name in names:
+    arm = study.arms[name]
+    for seed in study.seeds:
+      experiment, place = study.variant(name, seed), _place(workdir, name, seed)
+      if arm.learns == LATENTS:
+        describe_training(experiment, place, shapes, '', mesh).check()
+      else:
+        describe_tuning(experiment, arm.learns, shapes, '', place, mesh).check()
+
+
+def _place(workdir: Path, name: str, seed: int) -> Path:
+  return workdir / 'arms' / name / f'seed{seed}'
+
+
+def _score_frozen(study: Study, frozen: Params,
+                  measure: QuestionMeasure | TextMeasure) -> ScoredRun:
+  count = count_parameters(frozen)
+  return ScoredRun(count, count, measure(study.experiment, (BASELINE,), {}, frozen))
+
+
+def _run(study: Study, name: str, seed: int, decoder: Path, frozen: Params, digest: str,
+         workdir: Path, lessons: Path, measure: QuestionMeasure | TextMeasure,
+         mesh: Mesh) -> ScoredRun:
+  experiment, place = study.variant(name, seed), _place(workdir, name, seed)
+  learns = study.arms[name].learns
+  if learns == LATENTS:
+    params = train_coprocessor(experiment, decoder, place, lessons)
+    constant = experiment.deliberation.trainable == 'constant'
+    count = count_parameters(params)
+    scores = measure(experiment, (OWN,) if constant else (OWN, *CONTROLS), params, frozen)
+    return ScoredRun(count, count_parameters(frozen) + count, scores)
+  tuned = tune_decoder(experiment, learns, frozen, digest, place, lessons, mesh)
+  scores = measure(experiment, (OWN if tuned.latents else BASELINE,), tuned.latents, tuned.decoder)
+  total = count_parameters(tuned.decoder) + count_parameters(tuned.latents)
+  return ScoredRun(tuned.trained, total, scores)
+
+
+def _diagnostics(study: Study, names: Sequence[str],
+                 workdir: Path) -> dict[str, list[dict[str, float]]]:
+  """What each run of latents logged about them, by arm and seed."""
+  return {f'{name}, seed {seed}': read_diagnostics(_place(workdir, name, seed))
+          for name in names if study.arms[name].learns == LATENTS for seed in study.seeds}
+
+
+def _machine() -> str:
+  return (f'{jax.device_count()} {jax.default_backend()}, {platform.machine()}, Python '
+          f'{platform.python_version()}, jax {jax.__version__}')

@@ -1,0 +1,113 @@
+"""Synthetic documents by number; no TensorFlow here."""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.studies.synthetic.addition import Carries
+from latent_deliberation.studies.synthetic.arithmetic import Arithmetic
+from latent_deliberation.studies.synthetic.graphs import Graphs
+from latent_deliberation.studies.synthetic.pointer_chasing import Hops
+from latent_deliberation.studies.synthetic.question import Task
+from latent_deliberation.studies.synthetic.state_tracking import Groups
+from latent_deliberation.studies.synthetic.word_problems import Written
+
+TASKS = {'hops': Hops, 'groups': Groups, 'graphs': Graphs, 'arithmetic': Arithmetic,
+         'carries': Carries, 'written': Written}
+VERSION = 3  # of the generators: to be raised when the same options begin to give other documents
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticCorpus:
+  """Documents that are generated when they are read, in any order and on any host alike.
+
+  Attributes:
+    name: of the task, a key of TASKS.
+    task: what asks the questions.
+    seed: of all documents.
+    documents: of both splits.
+    questions: of a document.
+    validation_percent: share of the documents that is for validation, spread evenly.
+    text_key: under which `CorpusSource` offers the text.
+  """
+  name: str
+  task: Task
+  seed: int
+  documents: int
+  questions: int
+  validation_percent: int
+  text_key: str = 'text'
+
+  def numbers(self, split: str) -> np.ndarray:
+    """Numbers of the documents of 'train' or 'validation', int64; more documents move none."""
+    numbers = np.arange(self.documents)
+    return numbers[self._held_out(numbers) == (split == 'validation')]
+
+  def read(self, number: int) -> str:
+    """The text of one document."""
+    return self.task.document(self.random(number), self.questions, bool(self._held_out(number)))
+
+  def random(self, number: int) -> np.random.Generator:
+    """The randomness of one document, a function of task name, seed and number alone."""
+    # A stream for each number of the third of four words of the counter: none meets another.
+    counter = np.array([0, 0, number, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(key=self._key, counter=counter))
+
+  def _held_out(self, numbers: np.ndarray | int) -> np.ndarray | bool:
+    # For any percentage, 0 is for validation and 1 for training.
+    return numbers * self.validation_percent % 100 < self.validation_percent
+
+  @functools.cached_property
+  def _key(self) -> np.ndarray:
+    identity = json.dumps([self.name, self.seed]).encode()
+    return np.frombuffer(hashlib.sha256(identity).digest()[:16], '<u8').astype(np.uint64)
+
+  @property
+  def fingerprint(self) -> str:
+    """Hash of all that the documents depend on."""
+    options = {field.name: getattr(self.task, field.name)
+               for field in dataclasses.fields(self.task) if field.metadata.get('text', True)}
+    known = [VERSION, self.name, options, self.seed, self.documents,
+             self.questions, *filter(None, [self.task.contents])]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def open_synthetic(config: DataConfig) -> SyntheticCorpus:
+  """The documents of a 'synthetic' configuration.
+
+  Raises:
+    FileNotFoundError: a file that the task reads is absent.
+    ValueError: as `build` does, or the content of such a file is wrong.
+  """
+  task = build(config.name, config.options)
+  _ = task.contents  # reads its files, so that what is wrong with them is said here
+  return SyntheticCorpus(config.name, task, config.seed,
+                         config.documents, config.questions, config.validation_percent,
+                         config.text_key)
+
+
+def build(name: str, options: Mapping[str, Any]) -> Task:
+  """A task with its options, the others at their defaults.
+
+  Raises:
+    ValueError: no such task or option (the known ones are listed), or a value is not allowed.
+  """
+  if name not in TASKS:
+    raise ValueError(f'no synthetic task {name!r}: choose one of {tuple(TASKS)}')
+  known = [field.name for field in dataclasses.fields(TASKS[name])]
+  for option in options:
+    if option not in known:
+      near = difflib.get_close_matches(str(option), known, n=1)
+      hint = f'did you mean {near[0]!r}? ' if near else ''
+      raise ValueError(f'{name} has no option {option!r}: {hint}known options: {known}')
+  try:
+    return TASKS[name](**options)
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error

@@ -1,0 +1,85 @@
+"""State tracking: where operations take an item, in a solvable group and in one that is not."""
+
+import dataclasses
+import string
+
+import numpy as np
+
+from latent_deliberation.studies.synthetic.question import (
+  DrawnTask,
+  Question,
+  check_integer,
+  check_skew,
+  draw_difficulties,
+)
+
+# Row by row, where an operation takes the items 0 to 4. The cube of the second row swaps 0 and 1,
+# and any item can be taken anywhere: a transposition and a transitive group on 5 items make S5.
+S5_ROWS = ((0, 1, 2, 3, 4), (1, 0, 3, 4, 2), (2, 3, 4, 0, 1), (3, 4, 1, 2, 0), (4, 2, 0, 1, 3))
+GROUPS = ('s5', 'zp')
+OPERATIONS, ITEMS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
+LONGEST = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups(DrawnTask):
+  """'nbdE' asks where the operations b, d and e in turn take the item n, one letter; no context.
+
+  The last operation is a capital: the token that the answer is predicted from then is an operation
+  itself, and no operation before it looks like the end.
+
+  Operations form a Latin square: for either group, a random one takes every item everywhere equally
+  often, so that answers are uniform at every difficulty, and the two groups differ in nothing but
+  the square. In Z_p operation a adds 0, b adds 1 and so on, and the answer is the running sum that
+  begins at the asked item. In S5, of which the rows of the square are generators, sums do not help:
+  its word problem is NC1-complete (Barrington 1989).
+
+  Attributes:
+    group: 's5' or 'zp'.
+    modulus: p of 'zp', the number of items and of operations; S5 has 5.
+    length: difficulties are 1 to length operations.
+    skew: the probability of difficulty k is proportional to exp(-skew * k).
+  """
+  group: str = 's5'
+  modulus: int = 5
+  length: int = 6
+  skew: float = 0.0
+
+  def __post_init__(self):
+    if self.group not in GROUPS:
+      raise ValueError(f'group = {self.group!r}: choose one of {GROUPS}')
+    check_integer('modulus', self.modulus, 2, len(ITEMS), ', the letters there are for items')
+    if self.group == 's5' and self.modulus != 5:
+      raise ValueError(f"modulus = {self.modulus}, but group = 's5' acts on 5 items: leave it at "
+                       "5, or set group = 'zp'")
+    check_integer('length', self.length, 1, LONGEST)
+    check_skew(self.skew)
+
+  @property
+  def difficulties(self) -> tuple[int, ...]:
+    return tuple(range(1, self.length + 1))
+
+  @property
+  def anchors(self) -> str:
+    return OPERATIONS[:self.modulus].upper()
+
+  def ask(self, rng: np.random.Generator, count: int,
+          difficulty: int | None = None) -> list[Question]:
+    """See `DrawnTask.ask`."""
+    numbers = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
+    rows, items = self._rows(), rng.integers(self.modulus, size=count).tolist()
+    questions = []
+    for item, number in zip(items, numbers, strict=True):
+      *early, last = operations = rng.integers(self.modulus, size=number).tolist()
+      place = item
+      for operation in operations:
+        place = rows[operation][place]
+      asked = ''.join([OPERATIONS[operation] for operation in early]) + OPERATIONS[last].upper()
+      questions.append(Question('', ITEMS[item] + asked, ITEMS[place], number))
+    return questions
+
+  def _rows(self) -> tuple[tuple[int, ...], ...]:
+    if self.group == 's5':
+      return S5_ROWS
+    return tuple(tuple((item + added) % self.modulus for item in range(self.modulus))
+                 for added in range(self.modulus))

@@ -1,0 +1,203 @@
+"""Questions that were written down: files of lines 'question||chain #### answer', and stories.
+
+GSM8K and products of long numbers have this form at https://github.com/da03 (Deng et al., From
+Explicit CoT to Implicit CoT: Learning to Internalize CoT Step by Step, 2024).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+
+from latent_deliberation.studies.synthetic.question import (
+  Question,
+  check_integer,
+  check_skew,
+  draw_difficulties,
+  first_of_each,
+)
+from latent_deliberation.studies.synthetic.stories import Problem, tell_story
+
+DIRECT, CHAIN = '\n', ' ||'  # the sign behind a question: give the answer, or what leads to it
+ANSWER, END = ' ####', ';'  # before the answer that a chain leads to, and behind every answer
+HELD_OUT = 20  # of a training file, one line in so many is for validation
+FORM = 'question||chain #### answer'
+
+_MARKED = re.compile(r'<<(.+?)>>')
+_NUMBER = r'\$?\d[\d,]*(?:\.\d+)?%?'
+_OPERAND = rf'\(*{_NUMBER}\)*'
+_SPACED = re.compile(r'\s*([-+*/x×÷=()])\s*')
+_IN_PROSE = re.compile(rf'{_OPERAND}(?:[-+*/x×÷]{_OPERAND})+=-?{_NUMBER}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """'Tom has 3 pens. ... now?\\n' asks for '4;', and with ' ||' in the place of the newline for
+  ' <<3+1=4>> #### 4;'. One decoder learns both forms, and the sign tells it which is wanted.
+
+  Attributes:
+    train: path of the file that documents are drawn from; '' where all are stories.
+    asked: path of the file that is asked in the end; '' asks stories.
+    chains: share of the documents that have the chain written out.
+    stories: share of the documents that are generated (see stories.py).
+    equations: chains are the equations alone that are found in those of the file, '<<3+1=4>>' or
+      '3 + 1 = $4' in prose. A line in which there is none teaches its answer alone. False takes
+      chains as they are, for files without equations.
+    steps: difficulties are 1 to steps equations; questions of more count among the last, those
+      whose equations are not known among the first.
+    skew: the probability of a story of k equations is proportional to exp(-skew * k).
+  """
+  train: str = ''
+  asked: str = ''
+  chains: float = 0.5
+  stories: float = 0.0
+  equations: bool = True
+  steps: int = 5
+  skew: float = 0.0
+
+  def __post_init__(self):
+    for option in ('chains', 'stories'):
+      value = getattr(self, option)
+      if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f'{option} = {value!r}: it is a share, and must lie between 0 and 1')
+    for option in ('train', 'asked'):
+      if not isinstance(getattr(self, option), str):
+        raise ValueError(f"{option} = {getattr(self, option)!r}: write a path, or ''")
+    if not isinstance(self.equations, bool):
+      raise ValueError(f'equations = {self.equations!r}: it must be True or False')
+    check_integer('steps', self.steps, 1, 100)
+    check_skew(self.skew)
+    if not self.train and self.stories < 1:
+      raise ValueError(f"train = '' with stories = {self.stories}: give the path of a file of "
+                       f'lines {FORM!r}, or set stories = 1.0 to train on stories alone')
+
+  @property
+  def difficulties(self) -> tuple[int, ...]:
+    return tuple(range(1, self.steps + 1))
+
+  @property
+  def anchors(self) -> str:
+    return DIRECT
+
+  @property
+  def contents(self) -> str:
+    """See `Task.contents`. What is asked in the end is no part of a text."""
+    if not self.train:
+      return ''
+    return hashlib.sha256(repr(self._train).encode()).hexdigest()
+
+  def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
+    """See `Task.document`."""
+    return ''.join([self._write(rng, self._draw(rng, held_out)) for _ in range(count)])
+
+  def examine(self, rng: np.random.Generator, per_difficulty: int) -> list[Question]:
+    """See `Task.examine`; of a file, the first of each difficulty.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_problems`.
+    """
+    if not self.asked:
+      problems = [tell_story(rng, steps) for steps in self.difficulties
+                  for _ in range(per_difficulty)]
+      return [self._ask(problem) for problem in problems]
+    return first_of_each(map(self._ask, read_problems(self.asked, self.equations)), per_difficulty)
+
+  def ask_for_chain(self, question: Question) -> Question:
+    """The same question in the form whose answer follows a chain, which ends in ANSWER."""
+    return dataclasses.replace(question, question=question.question.removesuffix(DIRECT) + CHAIN,
+                               answer=f' {question.answer}')
+
+  def _ask(self, problem: Problem) -> Question:
+    return Question('', problem.text + DIRECT, problem.answer + END,
+                    min(problem.steps, self.steps))
+
+  def _write(self, rng: np.random.Generator, problem: Problem) -> str:
+    asked = self._ask(problem)
+    if rng.random() >= self.chains or not problem.chain:
+      return asked.question + asked.answer
+    asked = self.ask_for_chain(asked)
+    return f'{asked.question} {problem.chain}{ANSWER}{asked.answer}'
+
+  def _draw(self, rng: np.random.Generator, held_out: bool) -> Problem:
+    if rng.random() < self.stories:
+      return tell_story(rng, draw_difficulties(rng, 1, self.difficulties, None, self.skew)[0])
+    problems = self._train[::HELD_OUT] if held_out else self._taught
+    return problems[rng.integers(len(problems))]
+
+  @functools.cached_property
+  def _train(self) -> list[Problem]:
+    problems = read_problems(self.train, self.equations)
+    if len(problems) < 2:
+      raise ValueError(f'{self.train} has {len(problems)} question: at least 2 are needed, one to '
+                       'train on and one for validation')
+    return problems
+
+  @functools.cached_property
+  def _taught(self) -> list[Problem]:
+    return [problem for number, problem in enumerate(self._train) if number % HELD_OUT]
+
+
+def read_problems(path: str | Path, equations: bool = True) -> list[Problem]:
+  """The problems of a file of lines 'question||chain #### answer', in its order.
+
+  Empty lines are left out, and spaces around each part.
+
+  Args:
+    path: of the file.
+    equations: see `Written`; the commas of an answer are left out, too.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it has no problem, is not UTF-8 text, or a line has another form.
+  """
+  path = Path(path).expanduser()
+  if not path.is_file():
+    raise FileNotFoundError(f'no file {path}: give the path of a file of lines {FORM!r}')
+  try:
+    # Not splitlines, to which a question's U+2028 would be the end of a line.
+    lines = path.read_text(encoding='utf-8').split('\n')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is not UTF-8 text at byte {error.start}: convert it '
+                     '(iconv -t utf-8)') from error
+  problems = [_read_line(line, f'{path}:{number}', equations)
+              for number, line in enumerate(lines, 1) if line.strip()]
+  if not problems:
+    raise ValueError(f'{path} is empty: give a file of lines {FORM!r}')
+  return problems
+
+
+def _read_line(line: str, where: str, equations: bool) -> Problem:
+  text, bars, rest = line.partition('||')
+  chain, sign, answer = rest.partition('####')
+  text, chain, answer = text.strip(), chain.strip(), answer.strip()
+  if not (bars and sign and text and answer) or '||' in rest or '####' in answer:
+    raise ValueError(f'{where}: not of the form {FORM!r}, but {line[:100]!r}: repair the line, or '
+                     'leave it out')
+  if END in answer:
+    raise ValueError(f'{where}: the answer {answer!r} holds {END!r}, which ends an answer: repair '
+                     'the line, or leave it out')
+  for character, name in (('\0', 'NUL'), ('▁', "SentencePiece's own sign for a space")):
+    if character in line:
+      raise ValueError(f'{where}: it holds {character!r}, {name}, which a vocabulary cannot '
+                       'express: repair the line, or leave it out')
+  if not equations:
+    return Problem(text, chain, answer, 1)
+  found = find_equations(chain)
+  return Problem(text, ' '.join(f'<<{equation}>>' for equation in found), answer.replace(',', ''),
+                 max(1, len(found)))
+
+
+def find_equations(chain: str) -> list[str]:
+  """Equations of a chain, '3+1=4': those between '<<' and '>>', or those that are found in prose.
+
+  Of a chain in prose about one in seven has none that is found, and what is found is not checked.
+  """
+  marked = _MARKED.findall(chain)
+  if marked:
+    return marked
+  plain = [re.sub('[$,]', '', found) for found in _IN_PROSE.findall(_SPACED.sub(r'\1', chain))]
+  return [each.translate(str.maketrans('x×÷', '**/')) for each in plain
+          if each.count('(') == each.count(')')]

@@ -1,0 +1,81 @@
+"""Pretrains a decoder on packed text and writes it where a coprocessor can be trained on it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.data.data_config import VOCABULARY_FILE
+from latent_deliberation.data.loading import (
+  open_rows,
+  open_stream,
+  prepare_data,
+  validation_batches,
+)
+from latent_deliberation.experiment import Experiment
+from latent_deliberation.model import weights
+from latent_deliberation.models import build_decoder
+from latent_deliberation.sharding import make_mesh, place_batch
+from latent_deliberation.training.fit import Run, fit
+from latent_deliberation.training.objectives import language_modelling
+
+DECODER = 'decoder'
+
+
+def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
+  """Trains the decoder of an experiment from scratch, or goes on where it stopped.
+
+  Args:
+    workdir: of this run.
+    data: directory of prepared data; prepared now if it is not.
+
+  Returns: <workdir>/decoder, for `weights.load`.
+  """
+  mesh = make_mesh(experiment.mesh)
+  run = describe_pretraining(experiment, workdir, mesh)
+  run.check()
+  prepare_data(experiment, data)
+  batches = open_stream(experiment, data, run.section)
+  watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
+  loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)
+  params = fit(run, batches, loss_fn,
+               {'validation': _validation(experiment, loss_fn, watched, mesh)})
+  target = workdir / DECODER
+  if not target.exists():
+    vocabulary = open_rows(experiment, data, 'validation').manifest.recipe.vocabulary_hash
+    tokenizer = data / VOCABULARY_FILE
+    weights.save(target, experiment.decoder, params, vocabulary,
+                 tokenizer=tokenizer if tokenizer.is_file() else None)
+  return target
+
+
+def describe_pretraining(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:
+  """The run of `pretrain` in `workdir`."""
+  decoder = build_decoder(experiment)
+
+  def init(key: Array, frozen: Params) -> PyTree:
+    del frozen
+    return decoder.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+
+  return Run('pretrain', experiment, workdir, init=init, frozen={}, decoder='', mesh=mesh)
+
+
+def _validation(experiment: Experiment, loss_fn: Callable, watched: list,
+                mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
+  """Mean next-token loss over the watched validation batches."""
+
+  @jax.jit
+  def sums(params: Params, batch: PyTree) -> tuple[Array, Array]:
+    with nn.logical_axis_rules(tuple(experiment.rules.items())):
+      return loss_fn(params, {}, batch, jax.random.split(jax.random.key(0), len(batch.tokens)))
+
+  def evaluate(params: Params) -> Mapping[str, float]:
+    with jax.set_mesh(mesh):
+      scored = [sums(params, place_batch(batch, mesh, experiment.rules)) for batch in watched]
+    return {'loss': float(sum(total for total, _ in scored) / sum(count for _, count in scored))}
+
+  return evaluate

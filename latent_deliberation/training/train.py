@@ -1,0 +1,120 @@
+"""Trains a coprocessor (or constant soft tokens) on the kv-cache of a frozen decoder."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.batch import Batch
+from latent_deliberation.data.loading import (
+  check_known_vocabulary,
+  check_vocabulary,
+  open_rows,
+  open_stream,
+  prepare_data,
+  validation_batches,
+)
+from latent_deliberation.deliberation import package
+from latent_deliberation.deliberation.coprocessors import PACKAGE
+from latent_deliberation.deliberation.description import DESCRIPTION
+from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.evaluation.controls import BASELINE, OWN
+from latent_deliberation.evaluation.diagnostics import make_diagnosis
+from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
+from latent_deliberation.experiment import Experiment
+from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.models import build_deliberator, load_frozen, load_stored, open_frozen
+from latent_deliberation.sharding import make_mesh, place_batch
+from latent_deliberation.training.fit import Run, fit
+from latent_deliberation.training.objectives import augmentation
+
+
+def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data: Path) -> Params:
+  """Trains what `experiment.deliberation.trainable` says, or goes on where it stopped.
+
+  At the end it writes <workdir>/coprocessor, for `package.load`; one that is there already is left
+  alone.
+
+  Args:
+    decoder: directory of the frozen decoder.
+    workdir: of this run.
+    data: directory of prepared data; prepared now if it is not.
+
+  Returns: the trained parameters, float32.
+
+  Raises:
+    FileExistsError: there is something else at <workdir>/coprocessor.
+    RuntimeError: the decoder's weights changed, which nothing here may do.
+  """
+  mesh = make_mesh(experiment.mesh)
+  checkpoint = open_frozen(experiment, decoder)
+  shapes = nn.unbox(boxed_shapes(experiment.decoder))
+  planned = describe_training(experiment, workdir, shapes, checkpoint.fingerprint, mesh)
+  planned.check()
+  target = workdir / PACKAGE
+  if target.exists() and not (target / DESCRIPTION).exists():
+    raise FileExistsError(f'{target} is where the trained coprocessor will be written, but holds '
+                          'something else: use another --workdir, or move it away')
+  check_known_vocabulary(experiment, data, checkpoint)
+  prepare_data(experiment, data)
+  rows = open_rows(experiment, data, 'validation')
+  check_vocabulary(rows, checkpoint)
+  frozen, digest = load_frozen(experiment, checkpoint, mesh)
+  run = dataclasses.replace(planned, frozen=frozen, decoder=digest)
+  if experiment.computation.frozen_dtype == 'int8':
+    run = dataclasses.replace(
+        run, load_start=lambda: load_stored(experiment, checkpoint, mesh))
+  deliberator = build_deliberator(experiment)
+  batches = open_stream(experiment, data, run.section)
+  watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
+  before = fingerprint(frozen)
+  params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
+               {'validation': _validation(experiment, deliberator, frozen, watched, mesh),
+                'latents': _diagnosis(experiment, deliberator, frozen, watched[0], mesh)})
+  after = fingerprint(frozen)
+  if after != before:
+    raise RuntimeError(f'the frozen decoder had fingerprint {before} before training and has '
+                       f'{after} now: this is a bug, and its coprocessor is not to be trusted')
+  if not target.exists():
+    package.save(target, package.Package(
+        model=experiment.decoder, config=experiment.deliberation, decoder=digest,
+        vocabulary=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
+        params=params, frozen_dtype=experiment.computation.frozen_dtype))
+  return params
+
+
+def describe_training(experiment: Experiment, workdir: Path, frozen: Params, digest: str,
+                      mesh: Mesh) -> Run:
+  """The run of `train_coprocessor` in `workdir`, to train or to check."""
+  return Run('train', experiment, workdir, init=build_deliberator(experiment).coprocessor.init,
+             frozen=frozen, decoder=digest, mesh=mesh)
+
+
+def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params, watched: list,
+                mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
+  """Mean loss on ahead tokens, and what latents and their content change about it."""
+  config = deliberator.config
+  scorer = make_scorer(
+      deliberator, (BASELINE, OWN, 'shuffled'), num_traces=config.num_traces,
+      num_ahead=config.num_ahead, loss_chunk=experiment.computation.loss_chunk, seed=0, mesh=mesh,
+      rules=experiment.rules)
+
+  def evaluate(params: Params) -> Mapping[str, float]:
+    placed = (place_batch(batch, mesh, experiment.rules) for batch in watched)
+    scores = score_texts(scorer, params, frozen, placed)
+    mean = {arm: score.total.sum() / score.count.sum() for arm, score in scores.items()}
+    return {'loss': mean[OWN], 'gain': mean[BASELINE] - mean[OWN],
+            'content': mean['shuffled'] - mean[OWN]}
+
+  return evaluate
+
+
+def _diagnosis(experiment: Experiment, deliberator: Deliberator, frozen: Params, watched: Batch,
+               mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
+  """Sizes and effective rank of the latents in one validation batch."""
+  diagnose = make_diagnosis(deliberator, mesh, experiment.rules)
+  return lambda params: diagnose(params, frozen, place_batch(watched, mesh, experiment.rules))

@@ -1,0 +1,66 @@
+"""Programs in a process of their own, and turns."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from latent_deliberation.benchmarks.baseline import Peer, alternate
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+  # What is spawned has the path of this process, where pytest alone does not put the tests.
+  monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+
+
+def build_sleepers(short: float, long: float):
+  return {'short': lambda: time.sleep(short), 'long': lambda: time.sleep(long)}
+
+
+def build_faults():
+  return {'raise': lambda: [][0], 'end': lambda: os._exit(3)}
+
+
+def build_one_that_soon_ends():
+  threading.Timer(0.2, os._exit, (3,)).start()
+  return {'never': lambda: None}
+
+
+def refuse():
+  raise OSError('no such weights')
+
+
+def test_a_program_is_timed_where_it_runs():
+  with Peer(build_sleepers, 0.0, 0.3) as peer:
+    assert peer.seconds('short') < 0.2 < 0.3 <= peer.seconds('long')
+
+
+def test_what_fails_over_there_is_told_here():
+  with pytest.raises(RuntimeError, match='OSError: no such weights'):
+    Peer(refuse)
+  with Peer(build_faults) as peer, pytest.raises(RuntimeError, match='IndexError'):
+    peer.seconds('raise')
+  with Peer(build_faults) as peer, pytest.raises(RuntimeError, match='exit code 3'):
+    peer.seconds('end')
+
+
+def test_a_process_that_ended_between_two_turns_is_told_as_one_that_ended_in_its_own():
+  with Peer(build_one_that_soon_ends) as peer:
+    time.sleep(1.0)
+    with pytest.raises(RuntimeError, match='exit code 3'):
+      peer.seconds('never')
+
+
+def test_turns_alternate_after_a_first_run_of_each():
+  runs = []
+
+  def program(name: str):
+    runs.append(name)
+    return float(len(runs))
+
+  seconds = alternate({'a': lambda: program('a'), 'b': lambda: program('b')}, 2)
+  assert runs == ['a', 'b'] * 3
+  assert seconds == {'a': [3.0, 5.0], 'b': [4.0, 6.0]}

@@ -1,0 +1,96 @@
+"""A decoder may change its format without changing anything else."""
+
+import runpy
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from latent_deliberation.binding import bind
+from latent_deliberation.cli import convert as job
+from latent_deliberation.model import weights
+from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.transformer_config import PRESETS
+from latent_deliberation.training.train import train_coprocessor
+from tests import finished
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory, quickstart):
+  """The quickstart's decoder as a Hugging Face directory."""
+  target = tmp_path_factory.mktemp('convert') / 'exported'
+  job.convert(weights.open_checkpoint(quickstart / 'pretraining/decoder'), target, 'huggingface')
+  return target
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('one_device')
+def test_a_coprocessor_learns_the_same_from_the_decoder_in_another_format(
+    exported, quickstart, tmp_path):
+  experiment = finished.experiment()
+  params = train_coprocessor(experiment, exported, tmp_path / 'foreign', quickstart)
+  native = train_coprocessor(experiment, quickstart / 'pretraining/decoder', tmp_path / 'native',
+                             quickstart)
+  jax.tree.map(np.testing.assert_array_equal, params, native)
+  # Its decoder is known by its weights: the run goes on with either.
+  train_coprocessor(experiment, quickstart / 'pretraining/decoder', tmp_path / 'foreign',
+                    quickstart)
+
+
+def test_there_and_back_is_the_same_decoder_with_its_tokenizer(exported, quickstart, tmp_path):
+  original = quickstart / 'pretraining/decoder'
+  source = shutil.copytree(exported, tmp_path / 'source')
+  (source / weights.TOKENIZER).write_bytes(b'pieces')
+  said = job.convert(weights.open_checkpoint(source), tmp_path / 'back', 'native')
+  assert f'{tmp_path}/back: native, ' in said and f', with {source}/tokenizer.model' in said
+  assert (tmp_path / 'back' / weights.TOKENIZER).read_bytes() == b'pieces'
+  checkpoint = weights.open_checkpoint(tmp_path / 'back')
+  assert checkpoint.tokenizer == tmp_path / 'back' / weights.TOKENIZER
+  config, params = weights.load(tmp_path / 'back')
+  assert config == weights.open_checkpoint(original).config
+  assert fingerprint(params) == weights.open_checkpoint(original).fingerprint
+
+
+def test_rounding_is_asked_for(exported, tmp_path):
+  job.convert(weights.open_checkpoint(exported), tmp_path / 'short', 'huggingface', 'bfloat16')
+  _, params = weights.load(tmp_path / 'short')
+  _, wide = weights.load(exported)
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {'bfloat16'}
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(wide)} == {'float32'}
+
+
+def test_nothing_is_loaded_for_a_target_that_exists(exported, tmp_path, monkeypatch):
+  monkeypatch.setattr(weights.Checkpoint, 'load', lambda *unused, **also: pytest.fail('loaded'))
+  with pytest.raises(FileExistsError, match='exists already and is not written over'):
+    job.convert(weights.open_checkpoint(exported), tmp_path, 'native')
+
+
+def test_a_description_names_architecture_dtypes_and_bytes(exported):
+  said = job.describe(weights.open_checkpoint(exported))
+  config = weights.open_checkpoint(exported).config
+  assert f'{exported}: huggingface' in said
+  assert f'num_layers         {config.num_layers}\n' in said
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights.load(exported)[1]))
+  assert f' float32\nbytes          {size:,}' in said
+
+
+def test_a_list_has_every_tensor_with_its_shape(exported):
+  listed = job.list_tensors(weights.open_checkpoint(exported)).splitlines()
+  config = weights.open_checkpoint(exported).config
+  assert len(listed) == 2 + 11 * config.num_layers
+  assert any(line.split() == ['model.norm.weight', 'float32', f'[{config.embed_dim}]']
+             for line in listed)
+
+
+def test_a_config_takes_architecture_and_tokenizer_from_a_directory_or_a_preset(
+    exported, tmp_path):
+  get_config = runpy.run_path(str(finished.ROOT / 'configs/gemma2_2b.py'))['get_config']
+  source = shutil.copytree(exported, tmp_path / 'source')
+  (source / weights.TOKENIZER).write_bytes(b'pieces')
+  config = get_config(str(source))
+  assert config.data.vocabulary_path == str(source / weights.TOKENIZER)
+  assert bind(config).decoder == weights.open_checkpoint(exported).config
+  assert bind(get_config('gemma3_1b')).decoder == PRESETS['gemma3_1b']
+  with pytest.raises(ValueError, match="'gemma9' is neither a directory nor a preset; .*gemma3_1b"):
+    get_config('gemma9')

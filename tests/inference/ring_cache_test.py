@@ -1,0 +1,121 @@
+"""Slots hold the newest tokens of every text, whatever was written in what order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_deliberation.inference.ring_cache import SlotCache, SlotIndex, plan_cache
+from latent_deliberation.model.cache import KeysValues
+from tests import tiny
+
+BATCH, LENGTH, LATENTS = 3, 24, 2
+HEADS, WIDTH = tiny.CONFIG.num_kv_heads, tiny.CONFIG.head_dim
+PLAN = plan_cache(tiny.CONFIG, LENGTH, LATENTS, refining=True)
+
+
+def content(tokens, positions):
+  """Keys and values of each layer that say which token they belong to, [B, 1, Q, K, H]."""
+  shape = (*tokens.shape, HEADS, WIDTH)
+  own = jnp.asarray(tokens * 100 + positions, jnp.float32)[..., None, None]
+  return [KeysValues(jnp.broadcast_to(own + layer / 8, shape)[:, None],
+                     jnp.broadcast_to(-own - layer / 8, shape)[:, None])
+          for layer in range(tiny.CONFIG.num_layers)]
+
+
+def chunk(texts, counts, width):
+  """The next `counts` tokens of texts, at the ends of rows of `width`; the texts grow."""
+  tokens, positions, segments = np.zeros((3, BATCH, width), np.int32)
+  for row, count in enumerate(counts):
+    for order in range(count):
+      at = width - count + order
+      tokens[row, at] = len(texts[row]) % 37 + 1 + row
+      positions[row, at], segments[row, at] = len(texts[row]), 1
+      texts[row].append(int(tokens[row, at]))
+  return content(tokens, positions), SlotIndex(*map(jnp.asarray, (tokens, positions, segments)))
+
+
+def check(cache, texts):
+  """Each layer holds the last tokens of each text, with their own keys and values."""
+  for number, kind in enumerate(PLAN.kinds):
+    layer, index = cache.layer(number), cache.index[kind]
+    for row, text in enumerate(texts):
+      kept = min(len(text), PLAN.slots(kind))
+      expected = {at: text[at] for at in range(len(text) - kept, len(text))}
+      slots = np.flatnonzero(np.asarray(layer.segments[row]) > 0)
+      found = {int(layer.positions[row, slot]): int(index.tokens[row, slot]) for slot in slots}
+      assert found == expected
+      own = np.array([100 * text[at] + at for at in np.asarray(layer.positions[row, slots])])
+      np.testing.assert_array_equal(layer.keys[row, slots, 1, 3], own + number / 8)
+      np.testing.assert_array_equal(layer.values[row, slots, 0, 2], -own - number / 8)
+
+
+def filled(counts, width):
+  texts = [[] for _ in range(BATCH)]
+  empty = SlotCache.empty(PLAN, tiny.CONFIG, BATCH, 'float32')
+  return jax.jit(SlotCache.fill)(empty, *chunk(texts, counts, width)), texts
+
+
+def test_local_layers_keep_a_window_and_global_layers_everything():
+  assert (PLAN.slots('local'), PLAN.slots('global')) == (tiny.CONFIG.window + LATENTS - 1, LENGTH)
+  cache, _ = filled((4, 2, 1), 4)
+  assert [values.shape[2] - LATENTS for values in cache.values] == [5, LENGTH, 5]
+
+
+@pytest.mark.parametrize('counts, width', [((4, 2, 1), 4), ((7, 8, 3), 8), ((20, 6, 5), 32)])
+def test_whatever_is_written_the_newest_tokens_are_there(counts, width):
+  cache, texts = filled(counts, width)
+  check(cache, texts)
+  append = jax.jit(SlotCache.append)
+  step = ((1, 1, 1), 1)
+  for more, width in (step, ((0, 3, 2), 4), step, step, ((1, 0, 0), 2)):
+    cache = append(cache, *chunk(texts, more, width))
+    check(cache, texts)
+
+
+def test_a_popped_token_written_again_changes_no_bit():
+  cache, _ = filled((7, 8, 3), 8)
+  without, *newest = jax.jit(SlotCache.pop)(cache)
+  jax.tree.map(np.testing.assert_array_equal, jax.jit(SlotCache.append)(without, *newest), cache)
+
+
+def attached(cache, rows, hidden=(-1, -1), seed=0):
+  positions = jnp.full((BATCH, LATENTS), 50 + seed)
+  latents = content(np.full((BATCH, LATENTS), 9 + seed), np.asarray(positions))
+  return jax.jit(SlotCache.attach)(cache, latents, positions,
+                                   jnp.broadcast_to(jnp.array(hidden), (BATCH, LATENTS)),
+                                   jnp.asarray(rows))
+
+
+def seen(cache, number, row):
+  layer = cache.layer(number)
+  return sorted(int(at) for at in layer.positions[row][np.asarray(layer.segments[row]) > 0])
+
+
+def test_latents_hide_what_they_replace_in_their_own_texts_and_no_key_of_a_token_changes():
+  cache, texts = filled((4, 2, 4), 4)
+  both = attached(cache, [True, False, True], hidden=(2, 3))
+  for number, kind in enumerate(PLAN.kinds):
+    assert seen(both, number, 0) == [0, 1, 50, 50]
+    assert seen(both, number, 1) == [0, 1]
+    tokens = slice(0, PLAN.slots(kind))
+    np.testing.assert_array_equal(both.keys[number][..., tokens], cache.keys[number][..., tokens])
+    np.testing.assert_array_equal(both.values[number][1], cache.values[number][1])
+
+
+def test_other_latents_stand_in_the_place_of_the_first_and_show_what_those_had_hidden():
+  cache, _ = filled((4, 2, 4), 4)
+  first = attached(cache, [True] * 3, hidden=(2, 3))
+  second = attached(first, [True, False, True], hidden=(0, -1), seed=1)
+  assert seen(second, 1, 0) == [1, 2, 3, 51, 51]
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]),
+               (second.keys, second.index), (first.keys, first.index))
+
+
+def test_tokens_written_behind_latents_leave_them_where_they_are():
+  cache, texts = filled((4, 2, 4), 4)
+  both = attached(cache, [True] * 3)
+  for count, width in ((1, 1), (3, 4)):
+    both = jax.jit(SlotCache.append)(both, *chunk(texts, [count] * 3, width))
+  assert seen(both, 1, 0) == [*range(8), 50, 50]
+  assert seen(both, 0, 0) == [*range(3, 8), 50, 50]

@@ -1,0 +1,64 @@
+"""Curves of a study are drawn, whatever was measured."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from latent_deliberation.evaluation.plots import DPI
+from latent_deliberation.studies.study_plots import COLOURS, plot_diagnostics, plot_study
+from latent_deliberation.studies.study_report import summarise_study
+from tests.studies.results import answer, make_arm, questions, read, texts
+
+
+def colours_in(path) -> set[str]:
+  image = imread(path)[..., :3]
+  return {colour for colour in COLOURS
+          if (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.01).any()}
+
+
+@pytest.mark.parametrize('study, arms', [(questions, 2), (texts, 1)])
+def test_each_arm_has_its_colour_which_its_controls_share(tmp_path, study, arms):
+  plot_study(summarise_study(study(), samples=50), tmp_path / 'results.png')
+  assert imread(tmp_path / 'results.png').shape[:2] == (5 * DPI, 7 * DPI)
+  assert colours_in(tmp_path / 'results.png') == set(COLOURS[:arms])
+
+
+def test_the_arms_of_the_main_study_fit_one_panel_and_more_take_another(tmp_path):
+  main = ('frozen', 'own', 'shuffled', 'zero', 'mean', 'constant', 'unified', 'continued', 'lora')
+  for names, panels in ((main, 1), ((*main, 'rank8', 'rank8/shuffled'), 2)):
+    arms = {name: make_arm(answer(0.5)) for name in names}
+    plot_study(summarise_study(questions(arms=arms), samples=50), tmp_path / 'results.png')
+    assert imread(tmp_path / 'results.png').shape[:2] == (5 * DPI, panels * 7 * DPI)
+
+
+def test_figures_overall_are_drawn_where_questions_are_all_alike(tmp_path):
+  plot_study(summarise_study(questions(difficulty=None), samples=50), tmp_path / 'results.png')
+  assert colours_in(tmp_path / 'results.png') == set(COLOURS[:2])
+
+
+def test_a_control_that_ruins_perplexity_leaves_the_arms_apart(tmp_path):
+  for worst in (2.0, 12.0):
+    arms = {'frozen': make_arm(read(2.0)), 'own': make_arm(read(1.9)),
+            'zero': make_arm(read(worst)), 'constant': make_arm(read(1.99))}
+    plot_study(summarise_study(texts(arms=arms), samples=50), tmp_path / 'results.png')
+    image = imread(tmp_path / 'results.png')[..., :3]
+    own, constant = (
+      np.flatnonzero((np.abs(image - to_rgb(colour)).max(axis=-1) < 0.01).sum(axis=1) > 200).max()
+      for colour in COLOURS[:2])
+    assert own - constant > 50  # pixels; one line on a linear axis up to 2,000,000%
+
+
+def test_diagnostics_have_a_panel_for_each_quantity_and_a_line_for_each_run(tmp_path):
+  rows = [{'step': step, 'gate': 0.1 * step, 'content': None if step == 3 else 1.0 / step,
+           'effective_rank': 2.0, 'latent_norm_ratio': 0.5} for step in range(1, 6)]
+  plot_diagnostics({'own, seed 0': rows, 'own, seed 1': rows[:3]}, tmp_path / 'diagnostics.png')
+  height, width = imread(tmp_path / 'diagnostics.png').shape[:2]
+  assert (height, width) == (round(6.4 * DPI), round(12.6 * DPI))
+  assert colours_in(tmp_path / 'diagnostics.png') == set(COLOURS[:2])
+
+
+def test_one_quantity_has_one_panel(tmp_path):
+  plot_diagnostics({'own': [{'step': 1, 'gate': 0.1}, {'step': 2, 'gate': 0.2}]},
+                   tmp_path / 'diagnostics.png')
+  assert imread(tmp_path / 'diagnostics.png').shape[1] == round(4.2 * DPI)

@@ -1,0 +1,195 @@
+"""A study trains every arm once, scores all on the same questions, and refuses what is unfair."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from latent_deliberation.binding import as_config, bind
+from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.model import weights
+from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.studies import study as job
+from latent_deliberation.studies.study_config import QuestionsConfig, Study
+from tests import finished
+from tests.studies.tiny_study import study, written
+
+
+def run(workdir, which, *overrides):
+  """Runs the study as a user would, and returns its report."""
+  process = subprocess.run(
+      [sys.executable, 'launch/study.py', f'--config=tests/studies/tiny_study.py:{which}',
+       f'--workdir={workdir}', *overrides], cwd=finished.ROOT, env=finished.environment(),
+      text=True, capture_output=True, timeout=300)
+  assert process.returncode == 0, process.stderr
+  assert (workdir / 'results.md').read_text().strip() in process.stdout
+  return json.loads((workdir / 'results.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def finished_study(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('study')
+  return workdir, run(workdir, 'all')
+
+
+def test_every_arm_and_control_is_in_the_report(finished_study):
+  workdir, summary = finished_study
+  names = ['frozen', 'own', 'shuffled', 'zero', 'mean', 'adapted', 'constant', 'continued',
+           'unified']
+  assert sorted(summary['by_difficulty']) == ['1', '2', '3']
+  for scores in summary['by_difficulty'].values():
+    assert sorted(scores) == sorted(names)
+    for arm in scores.values():
+      assert 0 <= arm['accuracy'] <= 1 and len(arm['ci95']) == 2
+  assert summary['items'] == 9
+  assert (workdir / 'results.md').read_text().count('unified') >= 2
+  assert summary['diagnostics']['own, seed 0'][0]['effective_rank'] >= 1
+
+
+def test_the_frozen_decoder_stays_and_tuned_ones_leave_it(finished_study):
+  workdir, summary = finished_study
+  _, params = weights.load(workdir / 'decoder' / 'decoder')
+  described = json.loads((workdir / 'arms/own/seed0/coprocessor/coprocessor.json').read_text())
+  assert described['decoder'] == fingerprint(params)
+  overall = summary['overall']
+  assert overall['zero']['nll'] == pytest.approx(overall['frozen']['nll'], rel=1e-5)
+  for arm in ('continued', 'adapted', 'unified'):
+    assert overall[arm]['nll'] != pytest.approx(overall['frozen']['nll'], rel=1e-5)
+  arms = summary['arms']
+  assert arms['continued']['trained'] == arms['frozen']['total']
+  assert arms['adapted']['trained'] < arms['own']['trained']
+  assert arms['unified']['trained'] == arms['continued']['trained'] + arms['constant']['trained']
+  assert arms['own']['flops_per_token'] > arms['constant']['flops_per_token'] > (
+      arms['frozen']['flops_per_token'])
+
+
+@pytest.mark.slow
+def test_more_seeds_go_on_from_what_is_complete(finished_study):
+  workdir, summary = finished_study
+  trained = workdir / 'arms/own/seed0/coprocessor/coprocessor.json'
+  before = trained.stat().st_mtime_ns
+  more = run(workdir, 'own', '--config.seeds=(0,1)')
+  assert trained.stat().st_mtime_ns == before
+  assert more['overall']['own']['by_seed'][0] == summary['overall']['own']['by_seed'][0]
+  assert len(more['overall']['own']['by_seed']) == 2 and more['seeds']['own'] == [0, 1]
+  assert more['overall']['frozen'] == summary['overall']['frozen']
+
+
+@pytest.mark.slow
+def test_some_arms_are_reported_as_all_were_and_the_others_are_left_alone(finished_study):
+  workdir, summary = finished_study
+  some = run(workdir, 'all', '--arm=continued', '--arm=own')
+  assert list(some['overall']) == ['frozen', 'own', 'shuffled', 'zero', 'mean', 'continued']
+  for name in some['overall']:
+    assert some['overall'][name] == summary['overall'][name]
+
+
+def test_an_arm_that_the_study_lacks_is_refused_with_those_that_it_has():
+  assert job.choose_arms(study(), ['unified', 'own']) == ('own', 'unified')
+  assert job.choose_arms(study(), []) == tuple(study().arms)
+  with pytest.raises(ValueError, match="--arm=owm: the study has no such arm, .*'own', 'constant'"):
+    job.choose_arms(study(), ['own', 'owm'])
+
+
+@pytest.mark.slow
+def test_arms_learn_from_lessons_and_the_decoder_from_its_own_text(finished_study):
+  workdir, summary = finished_study
+  other = run(workdir, 'lessons')
+  assert other['overall']['frozen'] == summary['overall']['frozen']
+  assert json.loads((workdir / 'arms/taught/seed0/run.json').read_text())['data'] != (
+      json.loads((workdir / 'arms/own/seed0/run.json').read_text())['data'])
+  assert json.loads((workdir / 'decoder/run.json').read_text())['config']['data']['options'] == {
+      'nodes': 4, 'hops': 3}
+
+
+@pytest.mark.slow
+def test_text_is_scored_by_ahead_position(finished_study):
+  workdir, _ = finished_study
+  summary = run(workdir, 'own', '--config.questions.per_difficulty=0', '--config.seeds=(0,1)')
+  assert sorted(summary['by_position']) == ['1', '2']
+  assert np.isfinite(summary['by_position']['1']['own']['change_pct'])
+
+
+@pytest.mark.slow
+def test_written_questions_are_asked_behind_latents_and_behind_the_own_chain(tmp_path):
+  summary = run(tmp_path, 'written')
+  assert list(summary['overall']) == ['frozen', 'chain', 'own', 'shuffled', 'zero', 'mean']
+  assert summary['items'] == 6 and summary['arms']['chain']['kind'].startswith('decoder with its')
+  assert summary['arms']['chain']['flops_per_token'] > summary['arms']['own']['flops_per_token']
+  assert np.isfinite(summary['overall']['chain']['nll'])
+  kept = [(tmp_path / place / 'vocabulary.model').read_bytes() for place in ('', 'lessons')]
+  assert kept[0] == kept[1]
+
+
+def test_chains_and_other_options_are_of_questions_that_have_them():
+  with pytest.raises(ValueError, match="chain_tokens = 9, but chains are .*name = 'hops'"):
+    dataclasses.replace(study(), questions=QuestionsConfig(per_difficulty=3, chain_tokens=9))
+  start, asked = study(), QuestionsConfig(per_difficulty=3, chain_tokens=9)
+  for options, dtype, message in (
+      ({'stories': 1.0, 'chains': 0.0}, 'float32', 'with data.options.chains = 0'),
+      ({'stories': 1.0}, 'int8', "takes no weights of computation.frozen_dtype = 'int8'")):
+    written = dataclasses.replace(
+        start.experiment,
+        data=dataclasses.replace(start.experiment.data, name='written', options=options),
+        computation=dataclasses.replace(start.experiment.computation, frozen_dtype=dtype))
+    with pytest.raises(ValueError, match=message):
+      dataclasses.replace(start, experiment=written, questions=asked)
+  with pytest.raises(ValueError, match=r"questions.options = {'asked': ''}: hops has no option"):
+    dataclasses.replace(study(), questions=QuestionsConfig(options={'asked': ''}))
+
+
+@pytest.mark.parametrize(('arms', 'message'), [
+    ({}, 'there must be one'),
+    ({'frozen': {}}, "none of .*'frozen'"),
+    ({'a/b': {}}, 'slash'),
+    ({'own': {'learns': 'everything'}}, "learns = 'everything'"),
+    ({'own': {'lerns': 'latents'}}, "arms.own.lerns .* did you mean 'learns'"),
+    ({'own': {'changes': {'decoder': {'num_layers': 3}}}}, r"\['decoder'\] must be the same"),
+    ({'own': {'changes': {'deliberation': {'num_latent': 3}}}}, "did you mean 'num_latents'"),
+    ({'own': {'changes': {'deliberation': {'num_latents': 0}}}}, 'num_latents = 0'),
+])
+def test_unfair_or_unknown_arms_are_refused(arms, message):
+  with pytest.raises(ValueError, match=message):
+    study(arms)
+
+
+def test_lessons_are_options_of_the_task():
+  with pytest.raises(ValueError, match=r"lessons = {'skew': 2.0}, but data.source = 'stdlib'"):
+    study(data=DataConfig(vocabulary='byte', length=64), per_difficulty=0, lessons={'skew': 2.0})
+  with pytest.raises(ValueError, match=r"lessons = {'skw': 2.0}: hops has no option 'skw'"):
+    study(lessons={'skw': 2.0})
+  study(lessons={'skew': 2.0})
+
+
+def test_questions_need_a_task_that_asks_them():
+  with pytest.raises(ValueError, match="data.source = 'stdlib' asks no questions"):
+    study(data=DataConfig(vocabulary='byte', length=64))
+
+
+def test_a_study_binds_and_comes_back():
+  one = study()
+  assert bind(as_config(one), Study) == one
+
+
+@pytest.mark.parametrize('lines, error, message', [
+    (None, FileNotFoundError, 'no file .*asked.txt'), ('which? #### 4', ValueError, 'asked.txt:1'),
+    ('which?||4 #### 4', ValueError, 'difficulty 1 has 1 question, .* needs at least 2')])
+def test_a_file_of_questions_is_read_before_there_are_data(
+    lines, error, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(job, 'prepare_data', lambda *unused: pytest.fail('data were prepared'))
+  asked = tmp_path / 'asked.txt'
+  if lines is not None:
+    asked.write_text(lines)
+  start = written()
+  questions = dataclasses.replace(start.questions, options={'asked': str(asked)})
+  with pytest.raises(error, match=message):
+    job.run_study(dataclasses.replace(start, questions=questions), tmp_path / 'run')
+
+
+def test_arms_stay_in_the_order_of_the_list_behind_own():
+  arms = {f'{count} latents': {} for count in (4, 16, 8)} | {'own': {}}
+  assert list(bind(as_config(study(arms)), Study).arms) == [
+      'own', '4 latents', '16 latents', '8 latents']

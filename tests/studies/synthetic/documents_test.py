@@ -1,0 +1,115 @@
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+
+from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.packing import prepare
+from latent_deliberation.data.rows import PackedRows
+from latent_deliberation.data.sources import build_source, read_texts
+from latent_deliberation.data.vocabularies import ByteVocabulary
+from latent_deliberation.studies.synthetic.documents import TASKS, VERSION, build, open_synthetic
+from latent_deliberation.studies.synthetic.pointer_chasing import Hops
+
+
+def synthetic(name='hops', **fields):
+  options = {'stories': 1.0} if name == 'written' else {}  # which otherwise needs a file
+  return DataConfig(source='synthetic', name=name, vocabulary='byte', **{
+      'documents': 40, 'questions': 4, 'length': 32, 'options': options} | fields)
+
+
+def test_a_missing_file_is_named_before_anything_is_read_from_the_source():
+  with pytest.raises(FileNotFoundError, match='no file /none.txt: give the path'):
+    build_source(synthetic('written', options={'train': '/none.txt'}))
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_a_number_has_one_text_whatever_was_read_before(name):
+  first, second = open_synthetic(synthetic(name)), open_synthetic(synthetic(name))
+  numbers = range(40)
+  texts = [first.read(number) for number in numbers]
+  assert [second.read(np.int64(number)) for number in reversed(numbers)] == texts[::-1]
+  assert len(set(texts)) == 40
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_another_seed_has_other_texts(name):
+  first, second = (open_synthetic(synthetic(name, seed=seed)) for seed in (0, 1))
+  assert not {first.read(n) for n in range(40)} & {second.read(n) for n in range(40)}
+
+
+def test_more_documents_change_none():
+  small, large = (open_synthetic(synthetic(documents=count)) for count in (40, 1000))
+  assert [small.read(n) for n in range(40)] == [large.read(n) for n in range(40)]
+  for split in ('train', 'validation'):
+    numbers = large.numbers(split)
+    np.testing.assert_array_equal(small.numbers(split), numbers[numbers < 40])
+
+
+@pytest.mark.parametrize('percent', [1, 5, 37, 99])
+@pytest.mark.parametrize('documents', [2, 1000])
+def test_splits_share_nothing_and_have_their_percentage(percent, documents):
+  corpus = open_synthetic(synthetic(validation_percent=percent, documents=documents))
+  train, validation = corpus.numbers('train'), corpus.numbers('validation')
+  assert sorted([*train, *validation]) == list(range(documents))
+  assert len(train) and len(validation)
+  if documents == 1000:
+    assert len(validation) == 10 * percent
+
+
+def test_the_generators_of_this_version_give_these_documents():
+  # When this fails, the documents of existing configurations have changed: raise VERSION.
+  texts = ''.join(open_synthetic(synthetic(name)).read(n) for name in sorted(TASKS)
+                  for n in range(20))
+  assert (VERSION, hashlib.sha256(texts.encode()).hexdigest()[:16]) == (3, 'e474f88a22046bb3')
+
+
+@pytest.mark.parametrize('fields', [
+    {'name': 'groups'}, {'seed': 1}, {'documents': 41}, {'questions': 5}, {'options': {'hops': 3}},
+])
+def test_the_fingerprint_tells_different_documents_apart(fields):
+  config = synthetic()
+  other = dataclasses.replace(config, **fields)
+  assert open_synthetic(other).fingerprint != open_synthetic(config).fingerprint
+  defaults = dataclasses.replace(config, options=dataclasses.asdict(Hops()))
+  assert open_synthetic(defaults).fingerprint == open_synthetic(config).fingerprint
+
+
+def test_what_is_asked_of_graphs_is_no_part_of_the_text():
+  config = synthetic('graphs')
+  other = dataclasses.replace(config, options={'asked': 'prosqa_test.json'})
+  assert open_synthetic(other).fingerprint == open_synthetic(config).fingerprint
+  assert open_synthetic(other).read(1) == open_synthetic(config).read(1)
+
+
+def test_rows_hold_the_documents_word_for_word(tmp_path):
+  config = synthetic(length=256, text_key='document')
+  directory, vocabulary = prepare(config, tmp_path), ByteVocabulary()
+  corpus = open_synthetic(config)
+  for split in ('train', 'validation'):
+    texts = {corpus.read(number) for number in corpus.numbers(split)}
+    assert set(read_texts(build_source(config), split, 'document', 0)) == texts
+    row = PackedRows(directory / split).take([0])
+    first = row.tokens[0][row.segments[0] == 1]
+    assert first[0] == vocabulary.bos_id and first[-1] == vocabulary.eos_id
+    assert vocabulary.decode(first[1:-1].tolist()) in texts
+
+
+def test_rows_of_other_options_are_refused(tmp_path):
+  prepare(synthetic(), tmp_path)
+  with pytest.raises(ValueError, match='source_fingerprint: packed '):
+    prepare(synthetic(options={'nodes': 9}), tmp_path)
+
+
+@pytest.mark.parametrize(('name', 'options', 'message'), [
+    ('hop', {}, r"no synthetic task 'hop': choose one of \('hops', 'groups', 'graphs', 'arith"),
+    ('hops', {'node': 8}, "hops has no option 'node': did you mean 'nodes'.*'nodes', 'hops', 'sk"),
+    ('groups', {'xyz': 8}, "groups has no option 'xyz': known options: .'group', 'modulus', 'len"),
+    ('hops', {'nodes': 1}, 'hops: nodes = 1: it must lie between 2 and 26'),
+])
+def test_a_bad_task_or_option_is_named_with_what_is_known(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    build(name, options)
+  with pytest.raises(ValueError, match=message):
+    open_synthetic(synthetic(name, options=options))

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from latent_deliberation.studies.synthetic.addition import Carries
+from latent_deliberation.studies.synthetic.arithmetic import Arithmetic
+from latent_deliberation.studies.synthetic.graphs import Graphs
+from latent_deliberation.studies.synthetic.pointer_chasing import Hops
+from latent_deliberation.studies.synthetic.state_tracking import Groups
+
+TASKS = [Hops(), Hops(nodes=26, hops=9), Groups(), Groups(length=35), Groups('zp', 13), Graphs(),
+         Graphs(nodes=26, steps=11), Arithmetic(), Arithmetic('*', reverse=False), Carries(),
+         Carries(17)]
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_anchors_end_every_question_and_occur_nowhere_else(task):
+  for seed in range(20):
+    asked = task.ask(np.random.default_rng(seed), 12)
+    text = task.document(np.random.default_rng(seed), 12)
+    assert sum(character in task.anchors for character in text) == 12
+    assert all(question.question[-1] in task.anchors for question in asked)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_a_document_is_its_context_and_then_questions_with_answers(task):
+  asked = task.ask(np.random.default_rng(3), 5)
+  assert len({question.context for question in asked}) == 1
+  text = task.document(np.random.default_rng(3), 5)
+  assert text == asked[0].context + ''.join(q.question + q.answer for q in asked)
+  assert text.isascii() and text.isprintable()
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_all_difficulties_come_up_by_themselves(task):
+  asked = task.ask(np.random.default_rng(0), 1000)
+  assert {question.difficulty for question in asked} == set(task.difficulties)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_what_cannot_be_asked_is_named(task):
+  rng = np.random.default_rng(0)
+  beyond = task.difficulties[-1] + 1
+  with pytest.raises(ValueError, match=rf'difficulty = {beyond}: this task has \(1, '):
+    task.ask(rng, 1, beyond)
+  with pytest.raises(ValueError, match='0 questions: ask for at least 1'):
+    task.ask(rng, 0)

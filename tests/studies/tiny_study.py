@@ -1,0 +1,56 @@
+"""A study for tests: two steps of every arm, on a mesh of one device."""
+
+import dataclasses
+from types import MappingProxyType
+
+from latent_deliberation.binding import as_config, bind
+from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.studies.study_config import ArmConfig, QuestionsConfig, Study
+from tests import finished
+
+CONSTANT = {'deliberation': {'trainable': 'constant'}}
+ADAPTERS = {'deliberation': {'trainable': 'lora', 'lora_rank': 2}}
+ARMS = {'own': ArmConfig(), 'constant': ArmConfig(changes=CONSTANT),
+        'unified': ArmConfig('unified', CONSTANT), 'continued': ArmConfig('continued'),
+        'adapted': ArmConfig('adapted', ADAPTERS)}
+DATA = DataConfig(source='synthetic', name='hops', options={'nodes': 4, 'hops': 3}, documents=100,
+                  questions=6, vocabulary='byte', length=29, validation_percent=20)
+
+
+def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA, lessons=MappingProxyType({})):
+  """The study with some arms and seeds; on text where there are no questions."""
+  config = finished.config_of('tiny')
+  config.update_from_flattened_dict({
+      'training.loop.num_steps': 2, 'pretraining.loop.num_steps': 2, 'evaluation.num_texts': 16,
+      'evaluation.num_ahead': 2, 'evaluation.positions': (1, 2), 'deliberation.num_latents': 1,
+      'deliberation.num_ahead': 2, 'deliberation.num_traces': 6})
+  experiment = dataclasses.replace(bind(config), data=data)
+  anchors = dataclasses.replace(
+      experiment.deliberation, anchor_tokens=tuple(4 + ord(sign) for sign in 'ABCD'))
+  return Study(name='test', experiment=dataclasses.replace(experiment, deliberation=anchors),
+               arms=arms, seeds=seeds, lessons=lessons,
+               questions=QuestionsConfig(per_difficulty=per_difficulty, batch_size=4))
+
+
+def written():
+  """A study of generated stories, in pieces of a vocabulary that is trained, with a chain arm."""
+  start = study({'own': ARMS['own']})
+  experiment = dataclasses.replace(
+      start.experiment,
+      decoder=dataclasses.replace(start.experiment.decoder, vocab_size=400),
+      data=DataConfig(source='synthetic', name='written', options={'stories': 1.0, 'steps': 2},
+                      documents=400, questions=1, vocabulary_size=400, length=48,
+                      validation_percent=30),
+      deliberation=dataclasses.replace(start.experiment.deliberation, anchor_tokens=(4,)))
+  return dataclasses.replace(
+      start, experiment=experiment, lessons={'chains': 0.0},
+      questions=dataclasses.replace(start.questions, chain_tokens=12))
+
+
+def get_config(which='all'):
+  """The study with all arms, with the coprocessor alone, with its own lessons, or of stories."""
+  if which == 'written':
+    return as_config(written())
+  if which == 'lessons':
+    return as_config(study({'taught': ArmConfig()}, lessons={'skew': 2.0}))
+  return as_config(study({'all': ARMS, 'own': {'own': ARMS['own']}}[which]))

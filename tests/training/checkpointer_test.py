@@ -1,0 +1,220 @@
+"""Checkpoints are whole or absent, of one run, and come back bit for bit.
+
+Run as a script, this file saves in a process whose disk fills up, or which is killed, half-way.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import latent_deliberation
+from latent_deliberation.training.checkpointer import Checkpointer
+from latent_deliberation.training.identity import RunIdentity
+from latent_deliberation.training.state import TrainState
+
+IDENTITY = RunIdentity(job='train', config={'width': 8, 'keep': 2}, decoder='d1', data='rows1')
+
+
+class Position:
+  """Batches that hold nothing but their position."""
+  fingerprint = 'rows1'
+  restored = None
+
+  def save(self, directory, step):
+    (directory / 'position.json').write_text(json.dumps(step))
+
+  def restore(self, directory, step):
+    self.restored = (json.loads((directory / 'position.json').read_text()), step)
+
+
+def make_state(seed, width=8):
+  kernel = jax.random.normal(jax.random.key(seed), (width, width))
+  state = TrainState.create({'dense': {'kernel': kernel, 'bias': kernel[0]}}, optax.adam(1e-3))
+  return state.replace(step=state.step + seed)
+
+
+def abstract(state, sharding=None):
+  sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+
+
+def save_all(directory, steps, keep=10, width=8):
+  checkpointer = Checkpointer(directory, keep)
+  for step in steps:
+    checkpointer.save(step, make_state(step, width), Position(), IDENTITY)
+  checkpointer.close()
+
+
+def restore(directory, like=None, identity=IDENTITY, batches=None, free=(), sharding=None):
+  checkpointer = Checkpointer(directory, keep=10)
+  try:
+    like = abstract(make_state(0) if like is None else like, sharding)
+    return checkpointer.restore(like, batches or Position(), identity, free)
+  finally:
+    checkpointer.close()
+
+
+def assert_same(actual, expected):
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_the_newest_state_and_the_position_of_the_data_come_back(tmp_path):
+  save_all(tmp_path, [3, 5])
+  batches = Position()
+  restored = restore(tmp_path, batches=batches)
+  assert_same(restored, make_state(5))
+  assert batches.restored == (5, 5)
+
+
+def test_nothing_is_restored_from_a_new_directory(tmp_path):
+  assert restore(tmp_path / 'new') is None
+
+
+def test_a_state_may_be_donated_as_soon_as_it_is_being_saved(tmp_path):
+  advance = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+  checkpointer = Checkpointer(tmp_path, keep=1)
+  state = make_state(1, width=600)
+  checkpointer.save(1, state, Position(), IDENTITY)
+  for _ in range(5):
+    state = advance(state)
+  jax.block_until_ready(state)
+  checkpointer.close()
+  expected = make_state(1, width=600)
+  assert_same(restore(tmp_path, like=expected), expected)
+
+
+def test_the_state_lands_on_the_shardings_asked_for(tmp_path):
+  save_all(tmp_path, [1])
+  mesh = Mesh(np.array(jax.devices()), 'd')
+  sharding = NamedSharding(mesh, PartitionSpec())
+  restored = restore(tmp_path, sharding=sharding)
+  assert restored.params['dense']['kernel'].sharding == sharding
+
+
+def test_only_the_newest_checkpoints_and_their_data_are_kept(tmp_path):
+  save_all(tmp_path, [1, 2, 3, 4], keep=2)
+  assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {'3', '4', 'data'}
+  assert {path.name for path in (tmp_path / 'data').iterdir()} == {'3', '4'}
+
+
+@pytest.mark.parametrize('identity, line', [
+    (dataclasses.replace(IDENTITY, decoder='d2'), "decoder: 'd1' there, 'd2' now"),
+    (dataclasses.replace(IDENTITY, data='rows2'), "data: 'rows1' there, 'rows2' now"),
+    (dataclasses.replace(IDENTITY, config={'width': 9, 'keep': 2}), 'config.width: 8 there, 9 now'),
+])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, identity, line):
+  save_all(tmp_path, [1])
+  with pytest.raises(ValueError, match=f'(?s){tmp_path}/1 belongs to another run.*{line}'):
+    restore(tmp_path, identity=identity)
+
+
+def test_a_free_part_of_the_config_may_differ(tmp_path):
+  save_all(tmp_path, [1])
+  identity = dataclasses.replace(IDENTITY, config={'width': 8, 'keep': 3})
+  assert restore(tmp_path, identity=identity, free=('keep',)) is not None
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_paths_and_both_shapes(tmp_path):
+  save_all(tmp_path, [1])
+  with pytest.raises(ValueError, match=re.escape(
+      'params/dense/kernel: float32[8, 8] there, float32[9, 9] now')):
+    restore(tmp_path, like=make_state(0, width=9))
+  other = make_state(0)
+  with pytest.raises(ValueError, match=re.escape('params/gate: (nothing) there, float32[8] now')):
+    restore(tmp_path, like=other.replace(params={
+        **other.params, 'gate': other.params['dense']['bias']}))
+
+
+def test_a_checkpoint_of_another_program_is_refused(tmp_path):
+  with ocp.CheckpointManager(tmp_path) as manager:
+    manager.save(7, args=ocp.args.StandardSave({'kernel': np.ones(3)}))
+  with pytest.raises(ValueError, match=f'{tmp_path}/7 was not written by this project'):
+    restore(tmp_path)
+
+
+# Tensorstore's threads outlive the event loop of a read that failed.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('pattern', [
+    'state/d/*', 'state/manifest.ocdbt', 'state/_METADATA', 'about/metadata'])
+@pytest.mark.parametrize('kept', [0, 0.5])
+def test_a_damaged_checkpoint_is_named_with_the_way_back_to_an_older_one(tmp_path, pattern, kept):
+  save_all(tmp_path, [1, 2, 3])
+  damaged = next((tmp_path / '3').glob(pattern))
+  damaged.write_bytes(damaged.read_bytes()[:int(kept * damaged.stat().st_size)])
+  with pytest.raises(ValueError, match=f'(?s){tmp_path}/3 cannot.*: 1, 2.*remove {tmp_path}/3'):
+    restore(tmp_path)
+  shutil.rmtree(tmp_path / '3')
+  assert_same(restore(tmp_path), make_state(2))
+  save_all(tmp_path, [3])  # over what the removed one left in data
+  assert_same(restore(tmp_path), make_state(3))
+
+
+def test_a_step_that_is_not_new_is_refused_and_the_checkpoint_stays(tmp_path):
+  save_all(tmp_path, [4])
+  with pytest.raises(ValueError, match='cannot save step 2: .* one of step 4'):
+    save_all(tmp_path, [2])
+  assert_same(restore(tmp_path), make_state(4))
+
+
+def test_keeping_no_checkpoint_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='keep is 0; it must be 1 or more'):
+    Checkpointer(tmp_path, keep=0)
+
+
+def run_script(*arguments):
+  source = Path(latent_deliberation.__file__).parents[1]
+  return subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True,
+                        text=True, timeout=120, env={**os.environ, 'PYTHONPATH': str(source)})
+
+
+def test_a_full_disk_stops_the_run_at_the_next_call_and_the_last_checkpoint_survives(tmp_path):
+  process = run_script('full', tmp_path)
+  assert process.returncode == 0, process.stderr
+  assert re.fullmatch(f'(?s)the checkpoint of step 2 could not be written to {tmp_path}: .*'
+                      'Other checkpoints there: 1.*latest 1\n', process.stdout)
+  assert_same(restore(tmp_path, like=make_state(1, width=200)), make_state(1, width=200))
+
+
+def test_a_process_killed_while_saving_leaves_the_last_checkpoint(tmp_path):
+  process = run_script('killed', tmp_path)
+  assert process.returncode == -signal.SIGXFSZ, process.stderr
+  assert [path for path in tmp_path.iterdir() if path.name.startswith('2.')]
+  assert_same(restore(tmp_path, like=make_state(1, width=200)), make_state(1, width=200))
+  save_all(tmp_path, [3], width=200)
+  assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {'1', '3', 'data'}
+
+
+def save_beyond_the_limit(how, directory):
+  checkpointer = Checkpointer(directory, keep=1)
+  checkpointer.save(1, make_state(1, width=200), Position(), IDENTITY)
+  checkpointer.wait()
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+  if how == 'killed':
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # dies in the write; Python ignores it otherwise
+  checkpointer.save(2, make_state(2, width=200), Position(), IDENTITY)
+  try:
+    checkpointer.wait()
+  except RuntimeError as error:
+    print(error)
+  print('latest', checkpointer.latest_step())
+  checkpointer.close()
+
+
+if __name__ == '__main__':
+  save_beyond_the_limit(sys.argv[1], Path(sys.argv[2]))

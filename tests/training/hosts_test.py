@@ -1,0 +1,179 @@
+"""Two processes with four devices each do what one process with eight does.
+
+Run as a script, this file is one of the two: they pretrain, or train and resume what was cut off.
+"""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from latent_deliberation import distributed
+from latent_deliberation.deliberation import package
+from latent_deliberation.experiment import Experiment
+from latent_deliberation.model import weights
+from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.training.pretrain import DECODER, pretrain
+from latent_deliberation.training.train import PACKAGE, train_coprocessor
+from tests import finished
+
+STEPS, CUT = 4, 2
+# The axis that lies across the processes divides the batch in training, and not in pretraining.
+MESH = {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2}
+SHARED_ROWS = {**MESH, 'rules__batch': ('fsdp',)}
+OTHER_MESH = {'mesh__data': 1, 'mesh__fsdp': 4, 'mesh__tensor': 2}
+
+
+def experiment(texts: Path, places: dict) -> Experiment:
+  return finished.experiment(data__files=(str(texts),), training__loop__num_steps=STEPS,
+                             training__loop__save_every=CUT, **places)
+
+
+def cut_off(workdir: Path) -> None:
+  """Leaves what a run that was killed before its last checkpoint leaves."""
+  shutil.rmtree(workdir / PACKAGE)
+  shutil.rmtree(workdir / 'checkpoints' / str(STEPS))
+  shutil.rmtree(workdir / 'checkpoints/data' / str(STEPS))
+
+
+def run_as_one_of_two(address: str, index: str, data: str, texts: str, place: str,
+                      decoder: str = '') -> None:
+  """Pretrains a decoder; trains on the given one, if any."""
+  distributed.join(address, 2, int(index))
+  assert jax.local_device_count() == 4 and jax.device_count() == 8
+  workdir, data, texts = Path(place), Path(data), Path(texts)
+  if not decoder:
+    pretrain(experiment(texts, SHARED_ROWS), workdir / 'pretraining', data)
+    return
+
+  def train() -> None:
+    train_coprocessor(experiment(texts, MESH), Path(decoder), workdir / 'coprocessor', data)
+
+  def copy_and_cut() -> None:
+    for name in ('whole', 'taken_over'):
+      shutil.copytree(workdir / 'coprocessor', workdir / name)
+    cut_off(workdir / 'taken_over')
+    cut_off(workdir / 'coprocessor')
+
+  train()
+  distributed.first_does('cut the run off', copy_and_cut)
+  train()
+
+
+def run_two(place: Path, quickstart: Path, *decoder: str) -> Path:
+  """Runs this file as two processes with their files in `place`."""
+  address = free_address()
+  end_both(start_two([[sys.executable, __file__, address, str(index), str(quickstart),
+                       str(finished.TEXTS), str(place), *decoder] for index in range(2)],
+                     place / 'logs'), place / 'logs')
+  return place
+
+
+def start_two(commands: Sequence[list[str]], logs: Path) -> list[subprocess.Popen]:
+  """Processes 0 and 1, with stdout and stderr in <logs>/0.out, 0.err, ..."""
+  logs.mkdir()
+  processes = []
+  for index, command in enumerate(commands):
+    with open(logs / f'{index}.out', 'wb') as out, open(logs / f'{index}.err', 'wb') as errors:
+      processes.append(subprocess.Popen(
+          command, cwd=finished.ROOT, stdout=out, stderr=errors,
+          env={**finished.environment(), 'JAX_NUM_CPU_DEVICES': '4'}))
+  return processes
+
+
+def end_both(processes: Sequence[subprocess.Popen], logs: Path) -> None:
+  """Waits for both, and fails with their logs where one fails."""
+  try:
+    codes = [process.wait(timeout=200) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert codes == [0, 0], '\n\n'.join((logs / f'{index}.err').read_text() for index in range(2))
+
+
+def free_address() -> str:
+  with socket.socket() as found:
+    found.bind(('127.0.0.1', 0))
+    return f'127.0.0.1:{found.getsockname()[1]}'
+
+
+def assert_close(params, expected):
+  jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
+               params, expected)
+
+
+def assert_same_losses(workdir, expected):
+  one, other = ([[row['step'], row['loss'], row['grad_norm'], row['targets']]
+                 for row in read_metrics(place / FILE_NAME)] for place in (workdir, expected))
+  assert len(one) == STEPS
+  np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def steps_written(workdir):
+  """The step of every line of the metrics that is of a step, in the order of the file."""
+  lines = (workdir / FILE_NAME).read_text().splitlines()
+  return [json.loads(line)['step'] for line in lines if 'grad_norm' in line]
+
+
+def test_two_processes_that_hold_the_same_rows_pretrain_the_decoder_that_one_does_and_log_once(
+    quickstart, tmp_path):
+  by_two = run_two(tmp_path, quickstart) / 'pretraining'
+  decoder = pretrain(experiment(finished.TEXTS, SHARED_ROWS), tmp_path / 'one', quickstart)
+  assert_same_losses(by_two, tmp_path / 'one')
+  assert_close(weights.load(by_two / DECODER)[1], weights.load(decoder)[1])
+  assert steps_written(by_two) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_coprocessor_that_one_does_also_when_they_were_cut_off(
+    quickstart, tmp_path):
+  decoder, config = quickstart / 'pretraining' / DECODER, experiment(finished.TEXTS, MESH)
+  by_two = run_two(tmp_path, quickstart, str(decoder))
+  expected = train_coprocessor(config, decoder, tmp_path / 'one', quickstart)
+  for name in ('whole', 'coprocessor'):
+    assert_same_losses(by_two / name, tmp_path / 'one')
+    assert_close(package.load(by_two / name / PACKAGE).params, expected)
+  # What two began, one ends on another mesh.
+  taken_over = train_coprocessor(experiment(finished.TEXTS, OTHER_MESH), decoder,
+                                 by_two / 'taken_over', quickstart)
+  assert_close(taken_over, expected)
+  assert steps_written(by_two / 'whole') == [1, 2, 3, 4]
+  for name in ('coprocessor', 'taken_over'):
+    assert steps_written(by_two / name) == [1, 2, 3, 4, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_the_same_saved_step(quickstart, tmp_path):
+  address, logs, workdir = free_address(), tmp_path / 'logs', tmp_path / 'run'
+  processes = start_two([finished.command(
+      'pretrain', f'--workdir={workdir}', f'--data={quickstart}',
+      '--config.pretraining.loop.num_steps=10_000', '--config.pretraining.loop.save_every=10_000',
+      '--config.pretraining.loop.eval_every=10_000', f'--coordinator_address={address}',
+      '--process_count=2', f'--process_id={index}') for index in range(2)], logs)
+  try:
+    until = time.monotonic() + 120
+    while 'step 2/' not in (logs / '1.err').read_text() and time.monotonic() < until:
+      time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+  finally:
+    end_both(processes, logs)
+  step, = (int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+  assert 2 < step < 10_000
+  for index in range(2):
+    log = (logs / f'{index}.err').read_text()
+    assert f'stopped by preemption at step {step}/10000. Saved in' in log
+    assert any(line.startswith(f'[{index}/2] ') and f'step {step}/10000  loss' in line
+               for line in log.splitlines())
+
+
+if __name__ == '__main__':
+  run_as_one_of_two(*sys.argv[1:])

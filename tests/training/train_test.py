@@ -1,0 +1,124 @@
+"""Kinds of coprocessors, precisions and meshes that the quickstart does not go through."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_deliberation.deliberation import package
+from latent_deliberation.deliberation.description import describe
+from latent_deliberation.evaluation.evaluate import constant_variant
+from latent_deliberation.model import weights
+from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.training import train
+from latent_deliberation.training.fit import fit
+from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.training.train import train_coprocessor
+from tests import finished
+
+
+def losses(workdir):
+  rows = read_metrics(workdir / FILE_NAME)
+  return np.array([[row['loss'], row['grad_norm'], row['validation/loss']] for row in rows[1:]])
+
+
+@pytest.mark.usefixtures('one_device')
+def test_low_rank_adapters_are_trained_and_nothing_else(tmp_path, quickstart):
+  experiment = finished.experiment(deliberation__trainable='lora', deliberation__lora_rank=2)
+  params = train_coprocessor(
+      experiment, quickstart / 'pretraining/decoder', tmp_path / 'lora', quickstart)
+  assert set(params) == {'soft_tokens', 'gate', 'lora'}
+  assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(params))
+  written = package.load(tmp_path / 'lora/coprocessor')
+  assert fingerprint(written.params) == fingerprint(params)
+  assert written.config == experiment.deliberation
+  assert np.isfinite(losses(tmp_path / 'lora')).all()
+
+
+@pytest.mark.slow
+def test_bfloat16_rematerialisation_and_accumulation_train_on_a_mesh(tmp_path, quickstart):
+  """Two of each axis; the loss stays near that of float32 on one device."""
+  experiment = finished.experiment(
+      computation__dtype='bfloat16', computation__frozen_dtype='bfloat16',
+      computation__remat='full', mesh__data=2, mesh__fsdp=2, mesh__tensor=2,
+      training__accumulation=2)
+  params = train_coprocessor(
+      experiment, quickstart / 'pretraining/decoder', tmp_path / 'run', quickstart)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+  query = params['transformer']['blocks']['attention']['query']
+  assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(query))
+  assert not any(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(query))
+  assert fingerprint(package.load(tmp_path / 'run/coprocessor').params) == fingerprint(params)
+  np.testing.assert_allclose(
+      losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
+      rtol=0.02)
+
+
+@pytest.mark.parametrize('mesh', [
+    {}, pytest.param({'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2},
+                     marks=pytest.mark.slow)])
+def test_a_coprocessor_trains_on_a_decoder_in_int8_from_weights_that_were_not_rounded(
+    tmp_path, quickstart, monkeypatch, mesh):
+  decoder, started = quickstart / 'pretraining/decoder', []
+
+  def look(run, *others):
+    started.append((run.frozen, run.create_state().params))
+    return fit(run, *others)
+
+  monkeypatch.setattr(train, 'fit', look)
+  train_coprocessor(finished.experiment(computation__frozen_dtype='int8', **mesh), decoder,
+                    tmp_path / 'run', quickstart)
+  frozen, params = started[0]
+  _, stored = weights.load(decoder)
+  assert frozen['embedder']['table'].values.dtype == jnp.int8
+  assert fingerprint(params['transformer']) == fingerprint(stored['transformer'])
+  said = describe(tmp_path / 'run/coprocessor')
+  assert (said.frozen_dtype, said.decoder) == ('int8', fingerprint(stored))
+  np.testing.assert_allclose(
+      losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
+      rtol=0.02)
+
+
+def test_what_was_trained_says_on_which_decoder_and_vocabulary_and_how_long(quickstart):
+  said = describe(quickstart / 'coprocessor/coprocessor')
+  decoder = weights.open_checkpoint(quickstart / 'pretraining/decoder')
+  assert (said.decoder, said.vocabulary) == (decoder.fingerprint, decoder.vocabulary)
+  assert said.steps == 2
+  assert said.model == decoder.config
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('one_device')
+def test_a_finished_run_writes_its_coprocessor_where_it_is_gone_and_nothing_over_it(
+    tmp_path, quickstart):
+  run = shutil.copytree(quickstart / 'constant', tmp_path / 'run')
+  experiment = constant_variant(finished.experiment())
+  written = run / 'coprocessor'
+  trained = package.load(written)
+
+  def go_on():
+    train_coprocessor(experiment, quickstart / 'pretraining/decoder', run, quickstart)
+
+  (written / 'note').touch()
+  go_on()
+  assert (written / 'note').exists()
+  shutil.rmtree(written)
+  go_on()
+  again = package.load(written)
+  assert fingerprint(again.params) == fingerprint(trained.params)
+  assert describe(written) == describe(quickstart / 'constant/coprocessor')
+  (written / 'coprocessor.json').unlink()
+  with pytest.raises(FileExistsError, match=f'{written} is where the trained .*: use another'):
+    go_on()
+
+
+@pytest.mark.usefixtures('one_device')
+def test_a_decoder_that_changed_in_training_is_reported(tmp_path, quickstart, monkeypatch):
+  digests = iter(['one', 'two'])
+  monkeypatch.setattr(train, 'fingerprint', lambda params: next(digests))
+  monkeypatch.setattr(train, 'fit', lambda *unused: {})
+  with pytest.raises(RuntimeError, match='fingerprint one before training and has two now: this'):
+    train_coprocessor(finished.experiment(), quickstart / 'pretraining/decoder',
+                      tmp_path / 'run', quickstart)
