@@ -11,10 +11,15 @@ Another decoder takes its place after a colon: --config=configs/gemma2_2b.py:gem
 
 from pathlib import Path
 
-from latent_deliberation.binding import as_config
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.experiment import Computation, EvaluationConfig, Experiment, TrainingConfig
+from latent_deliberation.experiment import (
+  Computation,
+  EvaluationConfig,
+  Experiment,
+  TrainingConfig,
+  as_config,
+)
 from latent_deliberation.model import weights
 from latent_deliberation.model.transformer_config import find_preset
 from latent_deliberation.sharding import MeshConfig

@@ -4,10 +4,15 @@ Keys are explained where they are declared, in the dataclasses named here. Any o
 from the command line, as in --config.training.optimizer.learning_rate=1e-3.
 """
 
-from latent_deliberation.binding import as_config
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.experiment import Computation, EvaluationConfig, Experiment, TrainingConfig
+from latent_deliberation.experiment import (
+  Computation,
+  EvaluationConfig,
+  Experiment,
+  TrainingConfig,
+  as_config,
+)
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig

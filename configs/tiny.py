@@ -1,9 +1,8 @@
 """For tests: a decoder of 25 thousand parameters on bytes, seconds on one core."""
 
-from latent_deliberation.binding import as_config
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.experiment import EvaluationConfig, Experiment, TrainingConfig
+from latent_deliberation.experiment import EvaluationConfig, Experiment, TrainingConfig, as_config
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig

@@ -14,6 +14,7 @@ Q = T), M traces of a text are M rows that share its cache, a decode step is one
 
 import numpy as np
 from beartype import beartype
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree, jaxtyped
 
 Tokens = Int[Array | np.ndarray, 'B T']
@@ -31,3 +32,17 @@ __all__ = [
     'AheadMask', 'AheadTokens', 'Anchors', 'Array', 'Bool', 'Float', 'Int', 'Latents', 'Params',
     'PyTree', 'RowTokens', 'Rows', 'Tokens', 'typed',
 ]
+
+
+@struct.dataclass
+class Batch:
+  """Packed rows of documents, int32 [B, T] each (numpy on the host, jax on devices).
+
+  Attributes:
+    tokens: token ids; 0 is padding.
+    segments: 1, 2, ... for the documents of a row in order; 0 on padding.
+    positions: index of a token in its own document, from 0; 0 on padding.
+  """
+  tokens: Array
+  segments: Array
+  positions: Array

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,17 @@ def whole_directory(directory: Path) -> Iterator[Path]:
   finally:
     if is_writer:
       shutil.rmtree(partial, ignore_errors=True)
+
+
+def make_writable(directory: Path) -> None:
+  """Creates a directory if it is missing, and writes to it now, before any long work.
+
+  Raises: OSError when either cannot be done.
+  """
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory) as file:
+      file.write(b'probe')
+  except OSError as error:
+    raise OSError(f'{directory} cannot be written to ({error}): name another directory, or make '
+                  'room there') from error

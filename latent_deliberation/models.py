@@ -13,7 +13,7 @@ from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
-from latent_deliberation.model.quantised import Quantised, quantise
+from latent_deliberation.model.layers import Quantised, quantise
 from latent_deliberation.sharding import shardings_of
 
 

@@ -11,7 +11,8 @@ decoder, which alone can use them. Next, go on behind it: launch/generate.py --c
 from pathlib import Path
 
 from latent_deliberation.cli import app, flags
-from latent_deliberation.inference import context, generators
+from latent_deliberation.inference import prefix_cache
+from latent_deliberation.inference.generator import open_generator
 
 _DECODER = flags.define_directory('decoder', 'Of the decoder, in any format we read.')
 _COPROCESSOR = flags.define_directory('coprocessor', 'Of a trained coprocessor.')
@@ -23,10 +24,10 @@ _OUTPUT = flags.define_directory('output', 'To be written; must not exist yet.')
 
 def main() -> None:
   output = Path(_OUTPUT.value)
-  text = context.check_context(output, Path(_DOCUMENT.value), _COPROCESSOR.value)
-  generator, tokenizer = generators.open_generator(
+  text = prefix_cache.check_context(output, Path(_DOCUMENT.value), _COPROCESSOR.value)
+  generator, tokenizer = open_generator(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value)
-  tokens = context.save_context(text, output, generator, tokenizer)
+  tokens = prefix_cache.save_context(text, output, generator, tokenizer)
   print(f'{output}: {tokens} tokens and {generator.model.coprocessor.config.num_latents} latents. '
         f'Go on behind them: launch/generate.py --cache={output}')
 

@@ -15,7 +15,7 @@ Next, train on the mesh that is best: launch/train.py --config.mesh.fsdp=...
 from pathlib import Path
 
 from latent_deliberation.cli import app, flags
-from latent_deliberation.cli.mesh_flags import read_mesh, read_rules
+from latent_deliberation.cli.flags import read_mesh, read_rules
 from latent_deliberation.planning import table, topology
 from latent_deliberation.planning.compile import plan_training
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from latent_deliberation.cli import app, flags
 from latent_deliberation.evaluation.evaluate import evaluate
-from latent_deliberation.evaluation.page import format_table
+from latent_deliberation.evaluation.report import format_table
 
 flags.define_config(__file__)
 _DECODER = flags.define_directory('decoder', 'Of the frozen decoder.')

@@ -11,7 +11,7 @@ fraction of places that are augmented. The config is that of the training. Next,
 from pathlib import Path
 
 from latent_deliberation.cli import app, flags
-from latent_deliberation.evaluation.gate import PICTURE, fit_gate
+from latent_deliberation.evaluation.gating import PICTURE, fit_gate
 
 flags.define_config(__file__)
 _DECODER = flags.define_directory('decoder', 'Of the frozen decoder.')

@@ -9,11 +9,12 @@ Without a prompt it asks for one after the other. Latents come at its end, --at 
 from pathlib import Path
 
 from latent_deliberation.cli import app, flags, generate
-from latent_deliberation.inference import context, gates, generators
+from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.background import Arrival
-from latent_deliberation.inference.completion import Decoding
-from latent_deliberation.inference.policy import NEVER
-from latent_deliberation.inference.sampling import Sampling
+from latent_deliberation.inference.decode import Sampling
+from latent_deliberation.inference.generator import open_generator
+from latent_deliberation.inference.policy import NEVER, SCORES, combine, open_gate
+from latent_deliberation.inference.session import Decoding
 
 _DECODER = flags.define_directory('decoder', 'Of the decoder, in any format we read.')
 _COPROCESSOR = flags.define_directory('coprocessor', "Of a trained one; or 'none'.", '')
@@ -32,7 +33,7 @@ _AT = flags.define_numbers('at', [], 'Tokens after which to deliberate; 0 withou
 _EVERY = flags.define_number('every', 0, 'Deliberate after every so many tokens; 0: not.')
 _GATE = flags.define_directory('gate', 'Written by gate.py: deliberate where it opens.', '')
 _BUDGET = flags.define_number('budget', 0.25, 'Fraction of tokens at which it opens.')
-_SCORE = flags.define_choice('gate_score', gates.SCORES, 'What opens it.')
+_SCORE = flags.define_choice('gate_score', SCORES, 'What opens it.')
 _CACHE = flags.define_directory('cache', 'Of augment.py: prompts go on behind it.', '')
 _BACKGROUND = flags.define_switch('background', 'Do not wait for latents.')
 _JSON = flags.define_switch('json', 'Print a line of JSON for each prompt.')
@@ -44,16 +45,16 @@ def main() -> None:
   augments = generate.check_coprocessor(_COPROCESSOR.value, at=_AT.value, every=_EVERY.value,
                                         gate=_GATE.value, background=_BACKGROUND.value)
   prompts = generate.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
-  gate = gates.open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value) if _GATE.value else None
-  policy = gates.combine(_AT.value, _EVERY.value, gate, () if _CACHE.value else (0,))
+  gate = open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value) if _GATE.value else None
+  policy = combine(_AT.value, _EVERY.value, gate, () if _CACHE.value else (0,))
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
   arrival = Arrival(None if _BACKGROUND.value else 0)
   how = Decoding(_MAX_TOKENS.value, sampling, policy=policy if augments else NEVER, arrival=arrival)
   request = generate.Request(how, tuple(_STOP.value), _SEED.value, _JSON.value, _STREAM.value,
                              _COMPARE.value, _CACHE.value)
-  generator, tokenizer = generators.open_generator(
+  generator, tokenizer = open_generator(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)
-  behind = context.open_context(Path(_CACHE.value), generator) if _CACHE.value else None
+  behind = prefix_cache.open_context(Path(_CACHE.value), generator) if _CACHE.value else None
   generate.answer(generate.Writer(generator, tokenizer, request, behind), prompts)
 
 

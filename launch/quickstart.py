@@ -15,7 +15,7 @@ from pathlib import Path
 
 from latent_deliberation.cli import app, flags
 from latent_deliberation.cli.quickstart import quickstart
-from latent_deliberation.evaluation.page import format_table
+from latent_deliberation.evaluation.report import format_table
 
 flags.define_config(__file__, 'configs/quickstart.py')
 _WORKDIR = flags.define_directory('workdir', 'Of the run.', 'runs/quickstart')

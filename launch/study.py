@@ -12,7 +12,7 @@ from pathlib import Path
 from latent_deliberation.cli import app, flags
 from latent_deliberation.studies.study import run_study
 from latent_deliberation.studies.study_config import Study
-from latent_deliberation.studies.study_page import format_study
+from latent_deliberation.studies.study_report import format_study
 
 flags.define_config(__file__)
 _WORKDIR = flags.define_directory('workdir', 'Of the study.')

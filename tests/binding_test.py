@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from latent_deliberation.binding import bind, defaults_of
-from latent_deliberation.experiment import Experiment
+from latent_deliberation.experiment import Experiment, bind, defaults_of
 from tests import finished
 
 

@@ -9,8 +9,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh
 
-from latent_deliberation.binding import as_config, bind
-from latent_deliberation.experiment import Experiment
+from latent_deliberation.experiment import Experiment, as_config, bind
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.models import count_parameters

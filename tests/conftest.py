@@ -15,8 +15,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-from latent_deliberation.array_types import Params  # noqa: E402
-from latent_deliberation.batch import Batch  # noqa: E402
+from latent_deliberation.array_types import Batch, Params  # noqa: E402
 from latent_deliberation.experiment import Experiment  # noqa: E402
 from latent_deliberation.model.decoder import Decoder  # noqa: E402
 from tests import finished, tiny  # noqa: E402, F401  (finished, so that workers inherit its place)

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latent_deliberation.binding import bind
-from latent_deliberation.experiment import Experiment
+from latent_deliberation.experiment import Experiment, bind
 
 ROOT = Path(__file__).parents[1]
 _VARIABLE = 'LATENT_DELIBERATION_TESTS'

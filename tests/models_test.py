@@ -10,7 +10,7 @@ import pytest
 
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
-from latent_deliberation.model.quantised import quantise
+from latent_deliberation.model.layers import quantise
 from latent_deliberation.models import (
   build_decoder,
   count_parameters,

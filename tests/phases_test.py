@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 
-from latent_deliberation import phases
-from latent_deliberation.phases import PhaseClock
+from latent_deliberation import progress
+from latent_deliberation.progress import PhaseClock
 
 
 def test_the_clock_sums_over_launches_until_a_phase_is_complete(tmp_path, monkeypatch):
   now = itertools.count(0, 10)
-  monkeypatch.setattr(phases.time, 'perf_counter', lambda: float(next(now)))
+  monkeypatch.setattr(progress.time, 'perf_counter', lambda: float(next(now)))
 
   def launch(error=None):
     clock = PhaseClock(tmp_path / 'phases.json')

@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from latent_deliberation.array_types import Array, Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import Traces
-from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.attention import KVCache, Visibility
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
 

@@ -13,8 +13,8 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from latent_deliberation.binding import as_config, bind
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
 from latent_deliberation.studies.synthetic.addition import Carries
 

@@ -12,7 +12,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from latent_deliberation.binding import as_config, bind
+from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import ArmConfig, Study
 
 QUICKSTART = Path(__file__).parents[1] / 'quickstart.py'

@@ -19,8 +19,8 @@ import runpy
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from latent_deliberation.binding import as_config, bind
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import Study
 from latent_deliberation.studies.synthetic.graphs import Graphs
 

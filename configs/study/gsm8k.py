@@ -16,10 +16,15 @@ The third has all arms of hops.py.
 import runpy
 from pathlib import Path
 
-from latent_deliberation.binding import as_config
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.experiment import Computation, EvaluationConfig, Experiment, TrainingConfig
+from latent_deliberation.experiment import (
+  Computation,
+  EvaluationConfig,
+  Experiment,
+  TrainingConfig,
+  as_config,
+)
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
 from latent_deliberation.training.loop import LoopConfig

@@ -8,10 +8,15 @@ With :ablations a coprocessor is changed in one thing at a time, with :ranks it 
 rank or another.
 """
 
-from latent_deliberation.binding import as_config
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.experiment import Computation, EvaluationConfig, Experiment, TrainingConfig
+from latent_deliberation.experiment import (
+  Computation,
+  EvaluationConfig,
+  Experiment,
+  TrainingConfig,
+  as_config,
+)
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.studies.study_config import ArmConfig, QuestionsConfig, Study
 from latent_deliberation.studies.synthetic.pointer_chasing import Hops

@@ -13,7 +13,7 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from latent_deliberation.binding import as_config, bind
+from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import Study
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))

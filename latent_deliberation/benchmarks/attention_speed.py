@@ -10,8 +10,7 @@ import optax
 from absl import logging
 from flax import linen as nn
 
-from latent_deliberation.array_types import Array, Params, PyTree
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Params, PyTree
 from latent_deliberation.benchmarks.baseline import seconds_of
 from latent_deliberation.benchmarks.dense_mask import check_dense, dense_mask
 from latent_deliberation.benchmarks.step_speed import random_batch, ratios_of_turns

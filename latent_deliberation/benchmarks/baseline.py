@@ -9,8 +9,9 @@ import importlib.metadata
 import importlib.util
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -112,3 +113,63 @@ def alternate(programs: Mapping[str, Callable[[], float]],
     run()
   turns = [{name: run() for name, run in programs.items()} for _ in range(repeats)]
   return {name: [turn[name] for turn in turns] for name in programs}
+
+
+CACHES = {'dynamic': None, 'static': 'static'}  # as its `generate` calls them
+
+
+def build_programs(directory: Path, prompts: Mapping[str, Sequence[Sequence[int]]],
+                   num_tokens: int, threads: int) -> dict[str, Program]:
+  """Prefill and greedy generation of each batch of prompts, of the model in `directory`.
+
+  Returns: programs '<batch> prefill', '<batch> dynamic' and '<batch> static', the latter two with
+    their kind of cache.
+  """
+  import torch
+  import transformers
+  torch.set_num_threads(threads)
+  model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+
+  def prefill(ids: torch.Tensor) -> None:
+    with torch.inference_mode():
+      model(ids, use_cache=True, logits_to_keep=1)
+
+  def generate(ids: torch.Tensor, cache: str | None) -> None:
+    with torch.inference_mode():
+      model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                     max_new_tokens=num_tokens, min_new_tokens=num_tokens,
+                     cache_implementation=cache)
+
+  programs = {}
+  for name, batch in prompts.items():
+    ids = torch.tensor(batch)
+    programs[f'{name} prefill'] = lambda ids=ids: prefill(ids)
+    for kind, cache in CACHES.items():
+      programs[f'{name} {kind}'] = lambda ids=ids, cache=cache: generate(ids, cache)
+  return programs
+
+
+def build_steps(directory: Path, tokens: Sequence[Sequence[int]],
+                threads: int) -> dict[str, Program]:
+  """Eager programs 'forward' and 'forward_backward' (of all weights) of the model in `directory`.
+
+  Args:
+    tokens: B texts of T ids.
+  """
+  import torch
+  import transformers
+  torch.set_num_threads(threads)
+  # Eager attention is the one that has Gemma 2's soft-cap.
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      directory, attn_implementation='eager')
+  ids = torch.tensor(tokens)
+
+  def forward() -> None:
+    with torch.inference_mode():
+      model(ids, use_cache=False)
+
+  def forward_backward() -> None:
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+
+  return {'forward': forward, 'forward_backward': forward_backward}

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from latent_deliberation.array_types import Array, Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.placement import Placement, place
 from latent_deliberation.deliberation.traces import Traces, sample_traces
-from latent_deliberation.model.attention import Visibility, attend
-from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.attention import KVCache, Visibility, attend
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import FeedForward, RMSNorm
 from latent_deliberation.model.rotary import rotate

@@ -19,23 +19,23 @@ from flax import linen as nn
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.benchmarks.baseline import (
+  CACHES,
   THREADS,
   Peer,
   alternate,
+  build_programs,
   check_libraries,
   describe_turns,
   seconds_of,
 )
-from latent_deliberation.benchmarks.transformers_peer import CACHES, build_programs
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.files import write_json
 from latent_deliberation.inference.background import Arrival
-from latent_deliberation.inference.completion import Decoding
-from latent_deliberation.inference.generate import generate, stream
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import ONCE
+from latent_deliberation.inference.session import Decoding, generate, stream
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig

@@ -17,18 +17,17 @@ import numpy as np
 from absl import logging
 from flax import linen as nn
 
-from latent_deliberation.array_types import Array, Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.benchmarks.baseline import (
   THREADS,
   Peer,
   alternate,
+  build_steps,
   check_libraries,
   describe_turns,
   seconds_of,
 )
 from latent_deliberation.benchmarks.dense_mask import dense_mask, separate_traces
-from latent_deliberation.benchmarks.transformers_steps import build_steps
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator

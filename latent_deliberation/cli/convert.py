@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
-from latent_deliberation.directories import make_writable
+from latent_deliberation.files import make_writable
 from latent_deliberation.model import weights
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.model.weights import Checkpoint

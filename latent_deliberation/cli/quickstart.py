@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
-from flax import linen as nn
 
 from latent_deliberation.data.loading import prepare_data
-from latent_deliberation.directories import make_writable
 from latent_deliberation.evaluation.evaluate import constant_variant, evaluate, scored_batches
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.phases import PhaseClock
+from latent_deliberation.files import make_writable
+from latent_deliberation.progress import PhaseClock
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
 from latent_deliberation.training.train import describe_training, train_coprocessor
@@ -47,7 +45,6 @@ def check_phases(experiment: Experiment, pretraining: Path, coprocessor: Path,
                  constant: Path) -> None:
   """Raises before the first phase what would stop a later one; takes the runs' directories."""
   mesh = make_mesh(experiment.mesh)
-  shapes = nn.unbox(boxed_shapes(experiment.decoder))
   describe_pretraining(experiment, pretraining, mesh).check()
-  describe_training(experiment, coprocessor, shapes, '', mesh).check()
-  describe_training(constant_variant(experiment), constant, shapes, '', mesh).check()
+  describe_training(experiment, coprocessor, mesh).check()
+  describe_training(constant_variant(experiment), constant, mesh).check()

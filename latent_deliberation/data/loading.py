@@ -10,9 +10,9 @@ from sentencepiece import SentencePieceProcessor
 
 from latent_deliberation.data.data_config import ROWS_FOLDER, VOCABULARY_FILE
 from latent_deliberation.data.rows import PackedRows, PermutedBatches, permutation
-from latent_deliberation.directories import make_writable
 from latent_deliberation.distributed import first_does
 from latent_deliberation.experiment import Experiment
+from latent_deliberation.files import make_writable
 from latent_deliberation.inference.tokenizer import ByteTokenizer
 from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.sharding import make_mesh, rows_of_process

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch
 from latent_deliberation.data.data_config import DataConfig
-from latent_deliberation.data.filling import fill_rows
 from latent_deliberation.data.host_tensorflow import seqio, tf
-from latent_deliberation.data.rows import positions_in_segments
-from latent_deliberation.data.state import check_state, fingerprint_of, state_to_json
+from latent_deliberation.data.packing import fill_rows
+from latent_deliberation.data.rows import (
+  check_state,
+  fingerprint_of,
+  positions_in_segments,
+  state_to_json,
+)
 from latent_deliberation.data.tasks import Documents
 from latent_deliberation.files import write_whole
 

@@ -6,18 +6,122 @@ read where TensorFlow is not installed. Row k of training is permutation(seed, k
 order is a formula, so resuming reads nothing and does not depend on the number of hosts.
 """
 
+import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from latent_deliberation.batch import Batch
-from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, row_dtypes
-from latent_deliberation.data.state import check_state, fingerprint_of, state_to_json
+from latent_deliberation.array_types import Batch
 from latent_deliberation.files import write_whole
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = 'manifest.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """All that decides the contents of packed rows.
+
+  Attributes:
+    task: name of the seqio task or mixture.
+    split: 'train' or 'validation'.
+    source_fingerprint: of the documents; for local files a hash of their names and contents.
+    vocabulary_hash: see vocabularies.py.
+    vocabulary_size: V; every token is below it.
+    length: T, tokens of a row.
+    seed: of the order of documents.
+    max_tokens: where packing stopped; 0 for the end of the split.
+  """
+  task: str
+  split: str
+  source_fingerprint: str
+  vocabulary_hash: str
+  vocabulary_size: int
+  length: int
+  seed: int
+  max_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a folder of packed rows holds.
+
+  Attributes:
+    recipe: what it was made from.
+    rows: N.
+    tokens: tokens in them, padding not counted.
+    documents: documents in them.
+    text_bytes: UTF-8 bytes of text that the tokens stand for.
+    rows_per_file: rows of every file but the last.
+    content_hash: sha256 of the rows, file by file, tokens before segments.
+    format_version: of this layout.
+  """
+  recipe: Recipe
+  rows: int
+  tokens: int
+  documents: int
+  text_bytes: int
+  rows_per_file: int
+  content_hash: str
+  format_version: int = FORMAT_VERSION
+
+  def to_json(self) -> bytes:
+    return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True).encode() + b'\n'
+
+  @classmethod
+  def from_json(cls, content: bytes, origin: Path) -> 'Manifest':
+    """Reads what to_json wrote. Raises ValueError, naming `origin`, for anything else."""
+    try:
+      fields = json.loads(content)
+      version = fields['format_version']
+      if version == FORMAT_VERSION:
+        return cls(**(fields | {'recipe': Recipe(**fields['recipe'])}))
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(f'{origin} is not a manifest of packed rows ({error!r}): pack the data '
+                       'again into an empty folder') from error
+    raise ValueError(f'{origin} has format version {version}, this code reads {FORMAT_VERSION}: '
+                     'pack the data again into an empty folder')
+
+
+def row_dtypes(recipe: Recipe) -> dict[str, np.dtype]:
+  """The type of each kind of file: uint16 where every value fits, else int32."""
+  limits = {'tokens': recipe.vocabulary_size - 1, 'segments': recipe.length}
+  return {kind: np.dtype(np.uint16 if limit < 2**16 else np.int32)
+          for kind, limit in limits.items()}
+
+
+def fingerprint_of(identity: dict[str, str | int]) -> str:
+  """sha256 of what tells one sequence of batches from another."""
+  return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def state_to_json(identity: dict[str, str | int], step: int) -> bytes:
+  """The state of a sequence of batches, as `check_state` reads it."""
+  state = {'step': step, 'fingerprint': fingerprint_of(identity), **identity}
+  return json.dumps(state, indent=2, sort_keys=True).encode() + b'\n'
+
+
+def check_state(path: Path, identity: dict[str, str | int], step: int) -> None:
+  """Raises unless `path` holds the state of this step of this sequence; names what differs."""
+  if not path.is_file():
+    raise FileNotFoundError(f'no data state for step {step} at {path}: resume from a step that was '
+                            'saved, or start anew in an empty work directory')
+  try:
+    saved = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path} is not a data state ({error}): resume from another step') from error
+  expected = json.loads(state_to_json(identity, step))
+  different = [f'{key}: saved {saved.get(key)!r}, now {value!r}'
+               for key, value in expected.items() if saved.get(key) != value]
+  if different:
+    raise ValueError(f'{path} is of another sequence of batches ({"; ".join(different)}): resume '
+                     'with the settings that were saved, or start anew in an empty work directory')
+
 
 ALL_ROWS = (0, 100)  # percent, from and to
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
-from latent_deliberation.data.manifest import Recipe
+from latent_deliberation.data.rows import Recipe
 from latent_deliberation.data.sources import (
   SPLITS,
   build_source,

@@ -9,8 +9,7 @@ from flax import linen as nn
 from latent_deliberation.array_types import Array, Float, Latents, Params, PyTree, typed
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.placement import Placement
-from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.cache import KeysValues, KVCache
+from latent_deliberation.model.attention import KeysValues, KVCache, Visibility
 from latent_deliberation.model.layers import LowRank
 from latent_deliberation.model.transformer import Block, LayerTraits, Transformer, layer_traits
 from latent_deliberation.model.transformer_config import TransformerConfig

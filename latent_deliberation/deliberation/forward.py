@@ -5,15 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from latent_deliberation.array_types import Array, Float, Latents, Params, typed
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Float, Latents, Params, typed
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.loss import token_nll
 from latent_deliberation.deliberation.placement import Placement, place
 from latent_deliberation.deliberation.traces import Traces
-from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.attention import KVCache, Visibility
 from latent_deliberation.model.decoder import Decoder
 
 

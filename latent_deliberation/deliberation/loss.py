@@ -10,7 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typed
 from latent_deliberation.model.attention import softcap
-from latent_deliberation.model.quantised import Quantised
+from latent_deliberation.model.layers import Quantised
 
 # Up to this cap float32 holds the sum of exp over any vocabulary: exp(60) is 1e26 of its 3e38.
 SUMMABLE = 60.0

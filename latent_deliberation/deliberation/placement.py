@@ -7,8 +7,7 @@ else; the forward pass that uses them is one and the same.
 import jax.numpy as jnp
 from flax import struct
 
-from latent_deliberation.array_types import Array
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.traces import take_from_trunk
 

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from latent_deliberation.array_types import Array
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from latent_deliberation.array_types import Array, Bool, Float, Params, typed
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Bool, Float, Params, typed
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.placement import place
 from latent_deliberation.deliberation.traces import sample_traces

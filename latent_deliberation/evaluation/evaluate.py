@@ -9,34 +9,35 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from latent_deliberation.array_types import Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.data.loading import (
   check_vocabulary,
   open_rows,
   validation_batches,
   validation_texts,
 )
-from latent_deliberation.deliberation.coprocessors import find_coprocessor, load_coprocessor
-from latent_deliberation.directories import make_writable
-from latent_deliberation.evaluation import page, plots
+from latent_deliberation.deliberation.coprocessor_checkpoint import (
+  find_coprocessor,
+  load_coprocessor,
+)
+from latent_deliberation.evaluation import plots
 from latent_deliberation.evaluation.bootstrap import AheadNLL
-from latent_deliberation.evaluation.controls import BASELINE, OWN
-from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
+from latent_deliberation.evaluation.perplexity import BASELINE, OWN, make_scorer, score_texts
+from latent_deliberation.evaluation.plots import plot_visibility
 from latent_deliberation.evaluation.report import (
   Report,
   summarise,
 )
-from latent_deliberation.evaluation.visibility import plot_visibility
 from latent_deliberation.experiment import Experiment
+from latent_deliberation.files import make_writable
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.models import build_deliberator, count_parameters, load_frozen, open_frozen
 from latent_deliberation.progress import Progress
 from latent_deliberation.provenance import git_commit, peak_memory_bytes
 from latent_deliberation.sharding import make_mesh, place_batch
-from latent_deliberation.training.fit import check_divides
 from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
 from latent_deliberation.training.metrics import read_metrics
+from latent_deliberation.training.run import check_divides
 
 LOSSES = 'losses.png'
 PICTURES = {
@@ -110,7 +111,7 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
     if curves:
       plots.plot_losses(curves, output / LOSSES)
     plot_visibility(output / 'visibility.png', experiment.deliberation.latents)
-    page.write_report(summary, output)
+    report.write_report(summary, output)
   return summary
 
 

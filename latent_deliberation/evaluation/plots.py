@@ -5,15 +5,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from latent_deliberation.evaluation.controls import BASELINE
+from latent_deliberation.array_types import Array, Batch
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.deliberation.placement import place
 from latent_deliberation.evaluation.gating import GainCurve
+from latent_deliberation.evaluation.perplexity import BASELINE
 from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.files import write_whole
+from latent_deliberation.model.attention import Visibility, cached_mask, fresh_mask
 
 DPI = 130
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -139,3 +146,120 @@ def save_figure(figure: Figure, path: Path) -> None:
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=DPI, format='png')
   write_whole(path, buffer.getvalue())
+
+
+KINDS = {  # of cells, in Okabe and Ito's colours
+  'nothing': '#F2F2F2',
+  'trunk sees trunk': '#999999',
+  'trace sees trunk': '#56B4E9',
+  'trace sees its latents': '#E69F00',
+  'trace sees its ahead tokens': '#009E73',
+}
+TRUNK_TRUNK, TRACE_TRUNK, TRACE_LATENT, TRACE_AHEAD = range(1, len(KINDS))
+EVERYTHING = 2**30  # window of a global layer
+
+
+def plot_visibility(path: Path, latents: str = 'refining') -> None:
+  """Who may attend to whom in a small trunk of two documents with three traces (global layers).
+
+  Args:
+    path: of the PNG.
+    latents: 'paper', 'anchored' or 'refining'.
+  """
+  segments, anchors = np.repeat([1, 2], [8, 6]), np.array([2, 4, 11])
+  config = DeliberationConfig(num_latents=2, num_ahead=3, num_traces=3, latents=latents)
+  coprocessor, decoder = visibility(segments, anchors, config)
+  trunk = [f'{"ab"[segment - 1]}{position}' for segment, position in
+           zip(segments, _positions(segments), strict=True)]
+  soft = {f'trace\nat {trunk[anchor]}': ['s1', 's2'] for anchor in anchors}
+  fed = {f'trace\nat {trunk[anchor]}': ['z1', 'z2', *trunk[anchor + 1:anchor + config.num_ahead]]
+         for anchor in anchors}
+  figure = Figure(figsize=(8.2, 10.8), layout='constrained')
+  FigureCanvasAgg(figure)
+  above, below = figure.subplots(2, 1, height_ratios=(len(coprocessor), len(decoder)))
+  _draw_cells(above, coprocessor, soft, {'trunk': trunk, **soft})
+  _draw_cells(below, decoder, {'trunk': trunk, **fed}, {'trunk': trunk, **fed})
+  above.set_xlim(below.get_xlim())  # cells of one size
+  above.set_title('Coprocessor: soft tokens s read the cache and become latents z', loc='left')
+  where = 'replace the last tokens' if latents == 'refining' else 'stand behind the anchor'
+  below.set_title(f'Decoder: latents z {where}, ahead tokens follow', loc='left')
+  figure.legend(handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()],
+                loc='outside lower center', ncols=3, frameon=False,
+                title='What a row may attend to. The trunk packs two documents, a and b.')
+  save_figure(figure, path)
+
+
+def _draw_cells(axes: Axes, matrix: np.ndarray, rows: Mapping[str, list[str]],
+                columns: Mapping[str, list[str]]) -> None:
+  """One cell for a query (row) and a key (column); both come as names by group."""
+  axes.pcolormesh(matrix, cmap=ListedColormap(KINDS.values()), vmin=-0.5, vmax=len(KINDS) - 0.5,
+                  edgecolors='white', linewidth=1)
+  axes.set(aspect='equal', ylim=(len(matrix), 0))
+  row_names, column_names = sum(rows.values(), []), sum(columns.values(), [])
+  axes.set_yticks(np.arange(len(row_names)) + 0.5, row_names, fontsize=8)
+  axes.set_xticks(np.arange(len(column_names)) + 0.5, column_names, fontsize=8)
+  axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+  axes.spines[:].set_visible(False)
+  end = 0
+  for name, members in rows.items():
+    axes.text(-1.9, end + len(members) / 2, name, rotation=90, ha='center', va='center', fontsize=9)
+    end += len(members)
+    axes.hlines(end, 0, matrix.shape[1], color='black', linewidth=0.5)
+  for end in np.cumsum([len(members) for members in columns.values()]):
+    axes.vlines(end, 0, len(matrix), color='black', linewidth=0.5)
+
+
+def visibility(segments: np.ndarray, anchors: np.ndarray,
+               config: DeliberationConfig) -> tuple[np.ndarray, np.ndarray]:
+  """What sees what in the coprocessor's and in the decoder's pass, by the model's own masks.
+
+  Rows are queries, columns keys, a cell an index into KINDS. The coprocessor's rows are the soft
+  tokens of each trace; the decoder's are the trunk, then latents and ahead tokens of each trace,
+  without the last ahead token, which is a target only. Columns: the trunk, then the traces.
+
+  Args:
+    segments: [T] document of each trunk token, 1, 2, ... in order, no padding.
+    anchors: [M] trunk indices.
+    config: of the experiment.
+
+  Returns:
+    [M Z, T + M Z] and [T + M (Z + A - 1), T + M (Z + A - 1)].
+  """
+  trunk = jnp.asarray(segments, jnp.int32)[None]
+  batch = Batch(tokens=trunk, segments=trunk, positions=jnp.asarray(_positions(segments))[None])
+  placement = place(batch, jnp.asarray(anchors, jnp.int32)[None], config, config.num_ahead)
+  coprocessor = _trace_cells(
+    batch, placement.latent_positions, placement.segments, placement.coprocessor_horizon,
+    config.num_latents)
+  fed = jnp.concatenate([placement.latent_positions, placement.ahead_positions[..., :-1]], axis=2)
+  traces = _trace_cells(
+    batch, fed, placement.segments, placement.decoder_horizon, config.num_latents)
+  nothing_cached = jnp.zeros((1, 1), jnp.int32)
+  allowed = Visibility(trunk[:, None], nothing_cached)
+  prefill = fresh_mask(batch.positions[:, None], allowed, jnp.array(EVERYTHING))[0, 0]
+  decoder = np.zeros((traces.shape[1], traces.shape[1]), int)
+  decoder[:len(segments), :len(segments)] = TRUNK_TRUNK * np.asarray(prefill)
+  decoder[len(segments):] = traces
+  return coprocessor, decoder
+
+
+def _trace_cells(batch: Batch, positions: Array, segments: Array, horizon: Array,
+                 num_latents: int) -> np.ndarray:
+  """Cells of the traces of one text, [M Q, T + M Q]; `positions` are [1, M, Q]."""
+  _, traces, length = positions.shape
+  allowed = Visibility(jnp.broadcast_to(segments[..., None], positions.shape), horizon)
+  window = jnp.array(EVERYTHING)
+  cached = cached_mask(positions, allowed, batch.positions, batch.segments, window)[0]
+  fresh = fresh_mask(positions, allowed, window)[0]
+  kinds = np.where(np.arange(length) < num_latents, TRACE_LATENT, TRACE_AHEAD)
+  own = np.zeros((traces, length, traces, length), int)
+  each = np.arange(traces)
+  own[each, :, each] = fresh * kinds
+  size = traces * length
+  return np.concatenate(
+    [TRACE_TRUNK * np.asarray(cached).reshape(size, -1), own.reshape(size, size)], axis=1)
+
+
+def _positions(segments: np.ndarray) -> np.ndarray:
+  """Index of each token in its own document."""
+  return (np.arange(len(segments)) - np.searchsorted(segments, segments)).astype(np.int32)

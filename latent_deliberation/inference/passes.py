@@ -7,21 +7,97 @@ serve many coprocessors at once.
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from latent_deliberation.array_types import Array, Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.placement import place
-from latent_deliberation.inference import stack
 from latent_deliberation.inference.ring_cache import CachePlan, SlotCache, SlotIndex
-from latent_deliberation.model.cache import KeysValues
+from latent_deliberation.model.attention import KeysValues, Visibility
 from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.layers import LowRank, RMSNorm, input_axes
+from latent_deliberation.model.transformer import Block, layer_traits
+from latent_deliberation.model.transformer_config import TransformerConfig
+
+CACHED_BYTES = 2**21  # a weight of fewer stays in a core's own cache, and turning it gains nothing
+
+
+@struct.dataclass
+class Layers:
+  """Weights of a transformer, unstacked.
+
+  Attributes:
+    blocks: variables of each of the L blocks: 'params', with large projections turned, and 'lora'
+      where there are adapters.
+    final_norm: parameters of the norm behind them.
+  """
+  blocks: tuple[Params, ...]
+  final_norm: Params
+
+
+def unstack(transformer: Params) -> Layers:
+  """The layers of a scanned transformer's parameters; see `Projection` for what is turned."""
+  blocks = tuple({'params': _turn(layer)} for layer in _slices(transformer['blocks']))
+  return Layers(blocks, transformer['final_norm'])
+
+
+def adapt(layers: Layers, lora: Params) -> Layers:
+  """The same layers with low-rank adapters beside their weights; the last ones if few."""
+  adapters = _slices(lora['blocks'])
+  return layers.replace(blocks=tuple(
+      {**block, 'lora': adapter}
+      for block, adapter in zip(layers.blocks[-len(adapters):], adapters, strict=True)))
+
+
+def _slices(stacked: Params) -> list[Params]:
+  length = len(jax.tree.leaves(stacked)[0])
+  return [jax.tree.map(lambda leaf: leaf[number], stacked) for number in range(length)]  # noqa: B023
+
+
+def _turn(params: Params, inputs: int = 1) -> Params:
+  turned = {}
+  for name, child in params.items():
+    if isinstance(child, Mapping):
+      turned[name] = _turn(child, input_axes(name))
+    elif name == 'w' and child.nbytes >= CACHED_BYTES:
+      turned['turned'] = jnp.moveaxis(child, range(inputs), range(-inputs, 0))
+    else:
+      turned[name] = child
+  return turned
+
+
+def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, segments: Array,
+        cache: SlotCache | None = None, lora: LowRank | None = None,
+        ) -> tuple[Array, Sequence[KeysValues]]:
+  """Hidden states [B, Q, D] after the final norm, and keys and values of each layer.
+
+  Args:
+    x: [B, Q, D] embeddings of fresh tokens or latents.
+    positions, segments: [B, Q]; segment 0 is a hole, all else is one document.
+    cache: all that it shows is seen, inside a layer's window; where it has more layers than
+      `layers`, its last ones.
+    lora: rank and scale of the adapters in `layers`.
+  """
+  rows, positions = x[:, None], positions[:, None]
+  everything = jnp.full((len(x), 1), np.iinfo(np.int32).max)
+  visibility = Visibility(segments[:, None], everything)
+  traits = layer_traits(config)
+  block, fresh = Block(config, lora), []
+  skipped = len(cache.keys) - len(layers.blocks) if cache is not None else 0
+  for number, variables in enumerate(layers.blocks):
+    layer = jax.tree.map(lambda leaf: leaf[number], traits)  # noqa: B023
+    seen = None if cache is None else cache.layer(skipped + number)
+    rows, keys_values = block.apply(variables, rows, (layer, seen), positions, visibility)
+    fresh.append(keys_values)
+  hidden = RMSNorm(config.norm_epsilon).apply({'params': layers.final_norm}, rows)
+  return hidden[:, 0], fresh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +124,9 @@ class Weights:
     thinker: its layers; None for constant soft tokens.
   """
   embedder: Params
-  layers: stack.Layers
+  layers: Layers
   coprocessor: Params | None = None
-  thinker: stack.Layers | None = None
+  thinker: Layers | None = None
 
 
 @struct.dataclass
@@ -117,7 +193,7 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
   with nn.logical_axis_rules(model.rules):
     config = model.decoder.config
     index = _index(tokens, count, jnp.zeros_like(count))
-    hidden, fresh = stack.run(config, weights.layers, embed(model, weights, tokens),
+    hidden, fresh = run(config, weights.layers, embed(model, weights, tokens),
                               index.positions, index.segments)
     cache = SlotCache.empty(model.plan, config, len(tokens), hidden.dtype).fill(fresh, index)
     last = hidden[:, -1]
@@ -129,7 +205,7 @@ def entropies(model: Model, weights: Weights, tokens: Array, count: Array) -> Ar
   """Entropy of the next token behind every token, nats [B, T]; see `read`."""
   with nn.logical_axis_rules(model.rules):
     index = _index(tokens, count, jnp.zeros_like(count))
-    hidden, _ = stack.run(model.decoder.config, weights.layers, embed(model, weights, tokens),
+    hidden, _ = run(model.decoder.config, weights.layers, embed(model, weights, tokens),
                           index.positions, index.segments)
     # One position of every text at a time: all logits at once would be [B, T, V].
     return jax.lax.map(lambda states: entropy(predict(model, weights, states)),
@@ -141,7 +217,7 @@ def read_on(model: Model, weights: Weights, state: State, tokens: Array, count: 
   """Reads more of the same texts in one pass; see `read`. A text of no more tokens is as before."""
   with nn.logical_axis_rules(model.rules):
     index = _index(tokens, count, state.position)
-    hidden, fresh = stack.run(
+    hidden, fresh = run(
         model.decoder.config, weights.layers, embed(model, weights, tokens), index.positions,
         index.segments, state.cache)
     last, more = hidden[:, -1], (count > 0)[:, None]
@@ -172,13 +248,13 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
     thoughts = coprocessor.feed(weights.coprocessor, rest)
     seen = jnp.ones_like(positions)
     if weights.thinker is not None:
-      hidden, _ = stack.run(coprocessor.layers, weights.thinker, thoughts[:, 0], positions, seen,
+      hidden, _ = run(coprocessor.layers, weights.thinker, thoughts[:, 0], positions, seen,
                             state.cache, coprocessor.transformer.lora)
       thoughts = hidden[:, None]
     latents = coprocessor.compose(weights.coprocessor, thoughts, rest)[:, 0]
     replaces = (placement.coprocessor_horizon - placement.decoder_horizon > 0)  # [B, 1]
     replaced = jnp.where(replaces, newest.positions, -1)
-    hidden, fresh = stack.run(decoder, weights.layers, latents, positions, seen,
+    hidden, fresh = run(decoder, weights.layers, latents, positions, seen,
                               state.cache.hide(replaced))
     logits = predict(model, weights, hidden[:, -1])
     finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))

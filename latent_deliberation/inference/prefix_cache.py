@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from flax.serialization import from_state_dict, to_state_dict
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
-from latent_deliberation.files import whole_directory
+from latent_deliberation.files import make_writable, read_text, whole_directory
 from latent_deliberation.inference import passes
-from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.generator import NONE, Generator
 from latent_deliberation.inference.passes import Augmentation, Model, State
 from latent_deliberation.inference.ring_cache import CachePlan
+from latent_deliberation.inference.session import Prompts
+from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.model.fingerprint import fingerprint
 
 _DESCRIPTION, _ARRAYS, _FORMAT = 'cache.json', 'cache.safetensors', 1
@@ -170,3 +173,66 @@ def _read(path: Path) -> dict[str, jax.Array]:
   except (OSError, SafetensorError, ValueError) as error:
     raise ValueError(f'{path} cannot be read ({error}): it is truncated or absent; save the cache '
                      'again') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """One text in the decoder's cache, without latents and with them; neither is ever changed."""
+  plain: State
+  augmented: State
+
+
+def check_context(output: Path, document: Path, coprocessor: str) -> str:
+  """The text of a document, if it can be read and its cache written; before a decoder is loaded.
+
+  Raises:
+    FileExistsError: there is something at `output`.
+    FileNotFoundError: there is no such document.
+    OSError: `output` cannot be written.
+    ValueError: the document is empty or no UTF-8, or no coprocessor is given.
+  """
+  if coprocessor in ('', NONE):
+    raise ValueError(f'--coprocessor={coprocessor}: latents for the text are made by one: give the '
+                     'directory of a trained coprocessor')
+  if output.exists():
+    raise FileExistsError(f'{output} exists already and is not written over: give another')
+  text = read_text(document, 'the text to read ahead of time')
+  if not text:
+    raise ValueError(f'{document} is empty: give a text')
+  make_writable(output.absolute().parent)
+  return text
+
+
+def save_context(text: str, output: Path, generator: Generator, tokenizer: Tokenizer) -> int:
+  """Reads a text, makes latents for its end and writes both; returns its number of tokens.
+
+  Raises:
+    ValueError: the text is longer than the generator's cache, or too short for latents.
+  """
+  ids = tokenizer.encode(text)
+  state = generator.read([ids])
+  save(output, generator, state, generator.augment(state))
+  return len(ids)
+
+
+def open_context(directory: Path, generator: Generator) -> Context:
+  """What `save_context` has written.
+
+  Raises:
+    ValueError: it has several texts or no latents, or see `load`.
+  """
+  state, latents = load(directory, generator)
+  if len(state.position) != 1 or latents is None:
+    raise ValueError(f'the cache in {directory} has {len(state.position)} texts '
+                     f'{"without" if latents is None else "with"} latents beside them, 1 with '
+                     'latents is expected: write one with launch/augment.py')
+  return Context(state, generator.attach(state, latents))
+
+
+def read_behind(generator: Generator, context: Context, prompts: Prompts,
+                plain: bool = False) -> State:
+  """The state of each prompt behind the context; `plain` leaves its latents out."""
+  state = context.plain if plain else context.augmented
+  repeated = jax.tree.map(
+      lambda leaf: jnp.repeat(leaf, len(prompts), axis=0) if leaf.ndim else leaf, state)
+  return generator.read_on(repeated, prompts)

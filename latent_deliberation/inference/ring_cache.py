@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax import struct
 
 from latent_deliberation.array_types import Array
-from latent_deliberation.model.cache import KeysValues, KVCache
+from latent_deliberation.model.attention import KeysValues, KVCache
 from latent_deliberation.model.transformer_config import TransformerConfig
 
 Writer = Callable[[Array, Array, int], Array]  # (old, new, axis of the slots) -> array

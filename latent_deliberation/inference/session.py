@@ -1,16 +1,111 @@
 """A stream of tokens, in blocks: when to deliberate, when latents join, where texts end."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
-from latent_deliberation.inference.background import Attempt
-from latent_deliberation.inference.completion import Completion, Decoding
+from latent_deliberation.inference.background import Arrival, Attempt
+from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.passes import State
-from latent_deliberation.inference.policy import NEVER
+from latent_deliberation.inference.policy import NEVER, Policy
+
+Prompts = Sequence[Sequence[int]]
+SHORTEST = 16
+
+
+def check_prompts(prompts: Prompts, before: np.ndarray, vocab_size: int) -> None:
+  """Raises ValueError where there is no prompt, an empty text, or an unknown token.
+
+  Args:
+    before: [B] tokens that each text has already; one that has some may get an empty prompt.
+  """
+  if not len(prompts):
+    raise ValueError('there is no prompt: give at least one')
+  for number, prompt in enumerate(prompts):
+    if not len(prompt) and not before[number]:
+      raise ValueError(f'prompt {number} is empty: give at least the token that begins a text')
+    unknown = [token for token in prompt if not 0 <= token < vocab_size]
+    if unknown:
+      raise ValueError(f'prompt {number} has the token {unknown[0]}, the decoder knows 0 to '
+                       f'{vocab_size - 1}: use the vocabulary that it was trained with')
+
+
+def check_room(lengths: np.ndarray, more: int, room: int) -> None:
+  """Raises ValueError where a text of `lengths` [B] and `more` tokens does not fit a cache."""
+  longest = int(np.argmax(lengths))
+  if lengths[longest] + more > room:
+    raise ValueError(
+        f'text {longest} has {lengths[longest]} tokens, {more} more are asked for, and the cache '
+        f'has room for {room}: shorten it, ask for less, or give the generator more length')
+
+
+def check_anchors(lengths: np.ndarray, first_anchor: int) -> None:
+  """Raises ValueError where a text is too short for latents at its end."""
+  shortest = int(np.argmin(lengths))
+  if lengths[shortest] <= first_anchor:
+    raise ValueError(
+        f'text {shortest} has {lengths[shortest]} tokens, but refining latents stand in the place '
+        f'of its last {first_anchor + 1}: give a longer prompt')
+
+
+def align(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens int32 [B, T], each text at the end of its row, and the lengths [B] of the texts."""
+  count = np.array([len(prompt) for prompt in prompts], np.int32)
+  tokens = np.zeros((len(prompts), padded_length(int(count.max()))), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[len(row) - len(prompt):] = prompt
+  return tokens, count
+
+
+def padded_length(length: int) -> int:
+  """The least of 16, 24, 32, 48, 64, 96, ... that is `length` or more: few shapes to compile."""
+  padded = max(SHORTEST, 1 << (length - 1).bit_length()) if length else SHORTEST
+  return padded * 3 // 4 if padded > SHORTEST and length <= padded * 3 // 4 else padded
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """What is to be done behind the prompts.
+
+  Attributes:
+    max_tokens: decoded for every prompt, unless its text ends before.
+    sampling: how a token is chosen.
+    eos: id that ends a text; None for none.
+    stop: given all that was decoded for a prompt, after every token; True ends the text.
+    policy: when to deliberate.
+    arrival: when the latents join.
+  """
+  max_tokens: int
+  sampling: Sampling = Sampling()
+  eos: int | None = None
+  stop: Callable[[Sequence[int]], bool] | None = None
+  policy: Policy = NEVER
+  arrival: Arrival = Arrival()
+
+  def __post_init__(self):
+    if self.max_tokens < 1:
+      raise ValueError(f'max_tokens = {self.max_tokens}: at least 1 must be decoded')
+
+
+@dataclasses.dataclass
+class Completion:
+  """What was decoded for a prompt.
+
+  Attributes:
+    tokens: ids, that which ended the text included.
+    log_probabilities: of the tokens under the model itself, nats, before any filter.
+    ended: by 'eos', 'stop' or 'length'; '' while the text goes on.
+    latents_at: numbers of tokens after which latents joined.
+  """
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  log_probabilities: list[float] = dataclasses.field(default_factory=list)
+  ended: str = ''
+  latents_at: list[int] = dataclasses.field(default_factory=list)
+
 
 BLOCK = 16  # tokens of a text between two looks of the host
 
@@ -182,3 +277,47 @@ class Session:
       completion.ended = 'stop'
     elif len(completion.tokens) == self.how.max_tokens:
       completion.ended = 'length'
+
+
+def generate(generator: Generator, texts: Prompts | State, how: Decoding,
+             seeds: Sequence[int] | None = None) -> list[Completion]:
+  """Decodes to the end; see `stream`."""
+  *_, completions = stream(generator, texts, how, seeds)
+  return completions
+
+
+def stream(generator: Generator, texts: Prompts | State, how: Decoding,
+           seeds: Sequence[int] | None = None) -> Iterator[list[Completion]]:
+  """Checks everything, then decodes a block of tokens at a time.
+
+  Args:
+    generator: the decoder.
+    texts: prompts; or a state, which stays as it is.
+    how: what to do.
+    seeds: of the texts; default 0, 1, 2, ... A text is drawn by its own seed, whatever the others.
+
+  Returns: an iterator over the same growing completions; the first has one token.
+
+  Raises:
+    ValueError: a prompt is bad (see `Generator.read`), too short for latents, or too long for what
+      is to be decoded; the gate is of another width; or there is not one seed for each.
+  """
+  given = isinstance(texts, State)
+  lengths = np.asarray(texts.lengths) if given else np.array([len(prompt) for prompt in texts])
+  if not given:
+    check_prompts(texts, np.zeros(len(texts)), generator.model.decoder.config.vocab_size)
+  check_room(lengths, how.max_tokens, generator.model.plan.global_slots)
+  if generator.model.coprocessor is not None and how.policy != NEVER:
+    check_anchors(lengths, generator.model.coprocessor.config.first_anchor)
+  width, gate = generator.model.decoder.config.embed_dim, how.policy.gate
+  if gate is not None and gate.weight.shape != (width,):
+    raise ValueError(f'the weight of the gate has shape {gate.weight.shape}, the decoder asks for '
+                     f'{(width,)}: give a gate that was fitted on this decoder')
+  seeds = list(range(len(lengths))) if seeds is None else list(seeds)
+  if len(seeds) != len(lengths) or not all(0 <= seed < 2**32 for seed in seeds):
+    raise ValueError(f'{len(seeds)} seeds {seeds[:4]} for {len(lengths)} texts: give one for each, '
+                     'between 0 and 2**32 - 1')
+  if given:
+    return Session(generator, copied(texts), how, seeds).run()
+  filler = [texts[0]] * (-len(texts) % generator.shards)
+  return Session(generator, generator.read([*texts, *filler]), how, seeds).run()

@@ -13,8 +13,7 @@ from latent_deliberation.array_types import (
   Tokens,
   typed,
 )
-from latent_deliberation.model.attention import Visibility, softcap
-from latent_deliberation.model.cache import KeysValues, KVCache
+from latent_deliberation.model.attention import KeysValues, KVCache, Visibility, softcap
 from latent_deliberation.model.layers import Embedder, contract
 from latent_deliberation.model.transformer import Transformer
 from latent_deliberation.model.transformer_config import TransformerConfig

@@ -9,8 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from latent_deliberation.array_types import Array, Rows, RowTokens, typed
 from latent_deliberation.model import attention, rotary
-from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.cache import KeysValues, KVCache
+from latent_deliberation.model.attention import KeysValues, KVCache, Visibility
 from latent_deliberation.model.kernels import fused_attention, fused_rotary, tiling
 from latent_deliberation.model.layers import FeedForward, LowRank, Projection, RMSNorm
 from latent_deliberation.model.transformer_config import TransformerConfig

@@ -18,20 +18,14 @@ from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.files import whole_directory
-from latent_deliberation.model.checkpoints import (
-  google,
-  hugging_face,
-  hugging_face_config,
-  hugging_face_writer,
-  native,
-)
-from latent_deliberation.model.checkpoints.assemble import assemble
+from latent_deliberation.model.checkpoints import google, hugging_face, native
 from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.orbax_source import OrbaxSource, is_orbax
-from latent_deliberation.model.checkpoints.safetensors_source import SafetensorsSource
+from latent_deliberation.model.checkpoints.safetensors_io import SafetensorsSource
 from latent_deliberation.model.checkpoints.source import (
   READABLE,
   Source,
+  assemble,
   check_tensors,
   on_first_device,
   refuse_pickles,
@@ -157,7 +151,7 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
     return _open_native(directory)
   if is_orbax(directory):
     return _open_google(directory, config)
-  if (directory / hugging_face_config.CONFIG).is_file() or list(directory.glob('*.safetensors*')):
+  if (directory / hugging_face.CONFIG).is_file() or list(directory.glob('*.safetensors*')):
     return _open_hugging_face(directory)
   inner = [child for child in sorted(directory.iterdir()) if child.is_dir() and is_orbax(child)]
   if len(inner) == 1:  # the library's downloads put the tokenizer beside the checkpoint
@@ -165,7 +159,7 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
   refuse_pickles(directory)
   raise FileNotFoundError(
       f'{directory} holds no decoder: neither {native.DESCRIPTION}, which launch/pretrain.py '
-      f'writes to <workdir>/decoder, nor {hugging_face_config.CONFIG} and safetensors (Hugging '
+      f'writes to <workdir>/decoder, nor {hugging_face.CONFIG} and safetensors (Hugging '
       'Face), nor an orbax checkpoint (Google)')
 
 
@@ -188,7 +182,7 @@ def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoin
 
 def _open_hugging_face(directory: Path) -> Checkpoint:
   source = SafetensorsSource(directory, hugging_face.plain_name)
-  config = hugging_face_config.read_config(directory)
+  config = hugging_face.read_config(directory)
   layout = hugging_face.find_layout(config)
 
   def read(shardings: Mapping[str, Sharding]) -> Params:
@@ -227,4 +221,4 @@ def save(directory: str | Path, config: TransformerConfig, params: Params, vocab
     if format == 'native':
       native.write(partial, config, params, vocabulary)
     else:
-      hugging_face_writer.write(partial, config, params)
+      hugging_face.write(partial, config, params)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch
 from latent_deliberation.deliberation.flops import traces_flops
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json, write_whole
-from latent_deliberation.models import build_deliberator, frozen_shapes
+from latent_deliberation.models import build_deliberator
 from latent_deliberation.planning import memory as memories
 from latent_deliberation.planning.collectives import find_collectives
 from latent_deliberation.planning.cost_plots import plot_plans
@@ -37,8 +37,8 @@ from latent_deliberation.planning.program import parse
 from latent_deliberation.planning.table import name_mesh, write_csv
 from latent_deliberation.planning.topology import Topology
 from latent_deliberation.sharding import MeshConfig, batch_sharding, make_mesh
-from latent_deliberation.training.fit import Run
 from latent_deliberation.training.objectives import augmentation
+from latent_deliberation.training.run import Run
 from latent_deliberation.training.step import LossFn
 from latent_deliberation.training.train import describe_training
 
@@ -85,7 +85,7 @@ def describe_run(experiment: Experiment, topology: Topology) -> Run:
     ValueError: they do not suit the topology.
   """
   mesh = make_mesh(experiment.mesh, topology.devices)
-  run = describe_training(experiment, Path(), frozen_shapes(experiment, mesh), '', mesh)
+  run = describe_training(experiment, Path(), mesh)
   run.check_sizes()
   return run
 
@@ -112,10 +112,10 @@ def plan_step(run: Run, topology: Topology,
   experiment, mesh, chip = run.experiment, run.mesh, topology.chip
   settings = experiment.training
   step = run.make_step(objective(build_deliberator(experiment),
-                                 experiment.computation.loss_chunk))
+                                 experiment.computation.loss_chunk), run.frozen_shapes)
   batch = batch_shapes(experiment, mesh)
   arguments = {
-      'frozen': memories.shard_bytes(run.frozen),
+      'frozen': memories.shard_bytes(run.frozen_shapes),
       'trainable': memories.shard_bytes(run.abstract.params),
       'optimizer': memories.shard_bytes(run.abstract.opt_state),
       'batch': memories.shard_bytes(batch)}

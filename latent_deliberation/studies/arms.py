@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latent_deliberation.deliberation import flops
-from latent_deliberation.deliberation.model_flops import head_flops
+from latent_deliberation.deliberation.flops import head_flops
 from latent_deliberation.evaluation.bootstrap import AheadNLL
-from latent_deliberation.evaluation.controls import BASELINE, CONTROLS, OWN
+from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
 from latent_deliberation.experiment import TrainingConfig
-from latent_deliberation.studies.outcomes import Outcomes
 from latent_deliberation.studies.scoring import QuestionMeasure, TextMeasure
 from latent_deliberation.studies.study_config import LATENTS, Study
-from latent_deliberation.studies.study_result import Arm, control_name
+from latent_deliberation.studies.study_result import Arm, Outcomes, control_name
 from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
 from latent_deliberation.training.metrics import read_metrics
 

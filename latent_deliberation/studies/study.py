@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.data.data_config import VOCABULARY_FILE
 from latent_deliberation.data.loading import prepare_data
-from latent_deliberation.directories import make_writable
 from latent_deliberation.distributed import first_does
-from latent_deliberation.evaluation.controls import BASELINE, CONTROLS, OWN
-from latent_deliberation.files import write_whole
-from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
+from latent_deliberation.files import make_writable, write_whole
 from latent_deliberation.models import count_parameters, load_frozen, open_frozen
-from latent_deliberation.phases import PhaseClock
-from latent_deliberation.progress import Progress
+from latent_deliberation.progress import PhaseClock, Progress
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.studies.arms import (
@@ -38,8 +34,7 @@ from latent_deliberation.studies.scoring import (
   open_measure,
 )
 from latent_deliberation.studies.study_config import CHAIN, LATENTS, Study
-from latent_deliberation.studies.study_page import write_study
-from latent_deliberation.studies.study_report import summarise_study
+from latent_deliberation.studies.study_report import summarise_study, write_study
 from latent_deliberation.studies.study_result import StudyResult
 from latent_deliberation.studies.tune import describe_tuning, tune_decoder
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
@@ -124,7 +119,6 @@ def _prepare_lessons(study: Study, workdir: Path) -> Path:
 
 def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) -> None:
   """Raises before the first phase what would stop a later one of these arms."""
-  shapes = nn.unbox(boxed_shapes(study.experiment.decoder))
   if study.questions.per_difficulty:
     draw_questions(study)
   describe_pretraining(study.experiment, workdir / 'decoder', mesh).check()
@@ -133,9 +127,9 @@ def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) ->
     for seed in study.seeds:
       experiment, place = study.variant(name, seed), _place(workdir, name, seed)
       if arm.learns == LATENTS:
-        describe_training(experiment, place, shapes, '', mesh).check()
+        describe_training(experiment, place, mesh).check()
       else:
-        describe_tuning(experiment, arm.learns, shapes, '', place, mesh).check()
+        describe_tuning(experiment, arm.learns, place, mesh).check()
 
 
 def _place(workdir: Path, name: str, seed: int) -> Path:

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from latent_deliberation.binding import bind
-from latent_deliberation.evaluation.controls import BASELINE, CONTROLS, OWN
-from latent_deliberation.experiment import Experiment
+from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
+from latent_deliberation.experiment import Experiment, bind
 from latent_deliberation.studies.synthetic.documents import build
 from latent_deliberation.studies.tune import TUNINGS
 

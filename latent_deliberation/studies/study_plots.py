@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from latent_deliberation.evaluation.controls import BASELINE
+from latent_deliberation.evaluation.perplexity import BASELINE
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
 from latent_deliberation.studies.study_result import controlled_arm
 

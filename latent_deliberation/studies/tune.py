@@ -11,14 +11,14 @@ from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.data.loading import open_stream
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.model.lora import merge
+from latent_deliberation.model.layers import merge
 from latent_deliberation.models import build_decoder, build_deliberator, count_parameters
-from latent_deliberation.training.fit import Run, fit
 from latent_deliberation.training.objectives import (
   adaptation,
   language_modelling,
   unification,
 )
+from latent_deliberation.training.run import Run, fit
 from latent_deliberation.training.step import LossFn
 
 # 'unified': with constant soft tokens, by the coprocessor's loss; 'continued': by next-token loss;
@@ -52,9 +52,10 @@ def tune_decoder(experiment: Experiment, how: str, decoder: Params, digest: str,
   Raises:
     ValueError: `deliberation.trainable` is not what this way of tuning needs.
   """
-  run = describe_tuning(experiment, how, decoder, digest, workdir, mesh)
-  run.check()
-  params = fit(run, open_stream(experiment, data, run.section), _loss(experiment, how), {})
+  run = describe_tuning(experiment, how, workdir, mesh)
+  run.check(digest)
+  params = fit(run, open_stream(experiment, data, run.section), _loss(experiment, how), {},
+               frozen=decoder, decoder=digest)
   trained = count_parameters(params)
   if how == 'unified':
     return Tuned(params['decoder'], params['latents'], trained)
@@ -64,8 +65,7 @@ def tune_decoder(experiment: Experiment, how: str, decoder: Params, digest: str,
   return Tuned(params, {}, trained)
 
 
-def describe_tuning(experiment: Experiment, how: str, decoder: Params, digest: str, workdir: Path,
-                    mesh: Mesh) -> Run:
+def describe_tuning(experiment: Experiment, how: str, workdir: Path, mesh: Mesh) -> Run:
   """The run of `tune_decoder` in `workdir`; raises as that does."""
   needed = {'unified': 'constant', 'adapted': 'lora'}
   if how in needed and experiment.deliberation.trainable != needed[how]:
@@ -87,7 +87,8 @@ def describe_tuning(experiment: Experiment, how: str, decoder: Params, digest: s
             'continued': lambda: boxed,
             'adapted': lambda: coprocessor.init(key, decoder)['lora']}[how]()
 
-  return Run(how, experiment, workdir, init=init, frozen=decoder, decoder=digest, mesh=mesh)
+  return Run(how, experiment, workdir, mesh, init=init,
+             frozen_shapes=nn.unbox(boxed_shapes(experiment.decoder)))
 
 
 def _loss(experiment: Experiment, how: str) -> LossFn:

@@ -9,10 +9,9 @@ from typing import Protocol
 import jax
 import orbax.checkpoint as ocp
 
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch
 from latent_deliberation.distributed import first_does
-from latent_deliberation.training.identity import MISSING, RunIdentity, check_same_run
-from latent_deliberation.training.state import TrainState
+from latent_deliberation.training.step import TrainState
 
 
 class Batches(Protocol):
@@ -58,7 +57,7 @@ class Checkpointer:
     """The newest checkpoint, counting one that is still being written; None when there is none."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState, batches: Batches, identity: RunIdentity) -> None:
+  def save(self, step: int, state: TrainState, batches: Batches) -> None:
     """Starts writing a checkpoint. `state` may be donated as soon as this returns.
 
     Raises:
@@ -73,7 +72,7 @@ class Checkpointer:
     self._saving = step
     with self._failure_named():
       self._save_data(step, batches)
-      about = {'run': identity.to_json(), 'state': _describe(state)}
+      about = {'state': _describe(state)}
       self._manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
 
@@ -91,17 +90,16 @@ class Checkpointer:
     finally:
       self._manager.close()
 
-  def restore(self, abstract_state: TrainState, batches: Batches, identity: RunIdentity,
-              free: tuple[str, ...] = ()) -> TrainState | None:
+  def restore(self, abstract_state: TrainState, batches: Batches) -> TrainState | None:
     """The state of the newest checkpoint, with `batches` set to its position; None without any.
+
+    run.json beside the checkpoints says which run they are of.
 
     Args:
       abstract_state: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have.
       batches: the stream to set to the next batch.
-      identity: the run that wants to resume.
-      free: parts of the config that may differ, as in `claim`.
 
-    Raises: ValueError when the checkpoint is of another run, has other leaves or is damaged.
+    Raises: ValueError when the checkpoint has other leaves, is of other data or is damaged.
     """
     step = self.latest_step()
     if step is None:
@@ -111,10 +109,8 @@ class Checkpointer:
       raise ValueError(f"{place} was not written by this project (it has no 'about'): use another "
                        '--workdir.')
     with self._damage_explained(step):
-      about = self._manager.restore(
-          step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
-      run, leaves = about['run'], about['state']
-    check_same_run(place, run, identity, free)
+      leaves = self._manager.restore(
+          step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']['state']
     _check_same_leaves(place, leaves, _describe(abstract_state))
     with self._damage_explained(step):
       state = self._manager.restore(
@@ -180,7 +176,8 @@ def _describe(state: TrainState) -> dict[str, str]:
 
 
 def _check_same_leaves(place: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
-  lines = [f'  {path}: {there.get(path, MISSING)} there, {here.get(path, MISSING)} now'
+  absent = '(nothing)'
+  lines = [f'  {path}: {there.get(path, absent)} there, {here.get(path, absent)} now'
            for path in sorted(there | here) if there.get(path) != here.get(path)]
   if lines:
     raise ValueError('\n'.join([

@@ -13,12 +13,10 @@ import jax
 from absl import logging
 from orbax.checkpoint import utils as orbax_utils
 
-from latent_deliberation.array_types import Array, Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.training.checkpointer import Batches, Checkpointer
-from latent_deliberation.training.identity import RunIdentity
 from latent_deliberation.training.metrics import MetricsWriter, Pace, format_duration
-from latent_deliberation.training.state import TrainState
+from latent_deliberation.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,6 @@ def train(state: TrainState,
           config: LoopConfig,
           place: Callable[[Batch], Any],
           checkpointer: Checkpointer | None,
-          identity: RunIdentity,
           metrics: MetricsWriter,
           evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]]) -> TrainState:
   """Trains from `state.step` to `config.num_steps`.
@@ -69,7 +66,6 @@ def train(state: TrainState,
     config: length and cadences.
     place: the global batch on the devices, from this process's rows of it.
     checkpointer: None saves nothing.
-    identity: the run, kept in each checkpoint.
     metrics: takes the scalars at `log_every`, and the evaluators' as 'name/key'.
     evaluators: name -> function of the parameters.
 
@@ -106,7 +102,7 @@ def train(state: TrainState,
         logbook.record(*unseen)
         unseen = None
       if saving and checkpointer is not None:
-        checkpointer.save(done, state, batches, identity)
+        checkpointer.save(done, state, batches)
       if stopping:
         raise _preempted(stop, done, config, checkpointer)
       if evaluating:

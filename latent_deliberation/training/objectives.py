@@ -4,14 +4,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from latent_deliberation.array_types import Array, Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import token_nll
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.model.decoder import Decoder
-from latent_deliberation.model.layers import LowRank
-from latent_deliberation.model.lora import merge
+from latent_deliberation.model.layers import LowRank, merge
 from latent_deliberation.training.step import LossFn
 
 

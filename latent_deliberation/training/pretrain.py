@@ -20,8 +20,8 @@ from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.models import build_decoder
 from latent_deliberation.sharding import make_mesh, place_batch
-from latent_deliberation.training.fit import Run, fit
 from latent_deliberation.training.objectives import language_modelling
+from latent_deliberation.training.run import Run, fit
 
 DECODER = 'decoder'
 
@@ -43,7 +43,7 @@ def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
   loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)
   params = fit(run, batches, loss_fn,
-               {'validation': _validation(experiment, loss_fn, watched, mesh)})
+               {'validation': _validation(experiment, loss_fn, watched, mesh)}, frozen={})
   target = workdir / DECODER
   if not target.exists():
     vocabulary = open_rows(experiment, data, 'validation').manifest.recipe.vocabulary_hash
@@ -61,7 +61,7 @@ def describe_pretraining(experiment: Experiment, workdir: Path, mesh: Mesh) -> R
     del frozen
     return decoder.init(key, jnp.zeros((1, 1), jnp.int32))['params']
 
-  return Run('pretrain', experiment, workdir, init=init, frozen={}, decoder='', mesh=mesh)
+  return Run('pretrain', experiment, workdir, mesh, init=init, frozen_shapes={})
 
 
 def _validation(experiment: Experiment, loss_fn: Callable, watched: list,

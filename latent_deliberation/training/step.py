@@ -7,12 +7,29 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from latent_deliberation.array_types import Array, Params, PyTree
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Params, PyTree
 from latent_deliberation.sharding import batch_sharding, shardings_of
-from latent_deliberation.training.state import TrainState
+
+
+@struct.dataclass
+class TrainState:
+  """Attributes: step: int32, updates done; params: trainable tree; opt_state: of optax."""
+  step: Array
+  params: Params
+  opt_state: optax.OptState
+
+  @classmethod
+  def create(cls, params: Params, optimizer: optax.GradientTransformation) -> 'TrainState':
+    """A state at step 0, with master weights in float32 whatever the dtype they came in.
+
+    They are copies: a train step donates them, and some may have come from the frozen decoder.
+    """
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
+    return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
 
 # (trainable, frozen, batch, keys [B]) -> (loss summed over targets, number of targets)
 LossFn = Callable[[Params, Params, Batch, Array], tuple[Array, Array]]

@@ -1,14 +1,11 @@
 """Trains a coprocessor (or constant soft tokens) on the kv-cache of a frozen decoder."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flax import linen as nn
 from jax.sharding import Mesh
 
-from latent_deliberation.array_types import Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.data.loading import (
   check_known_vocabulary,
   check_vocabulary,
@@ -17,27 +14,29 @@ from latent_deliberation.data.loading import (
   prepare_data,
   validation_batches,
 )
-from latent_deliberation.deliberation import package
-from latent_deliberation.deliberation.coprocessors import PACKAGE
-from latent_deliberation.deliberation.description import DESCRIPTION
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION, PACKAGE
 from latent_deliberation.deliberation.forward import Deliberator
-from latent_deliberation.evaluation.controls import BASELINE, OWN
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
-from latent_deliberation.evaluation.perplexity import make_scorer, score_texts
+from latent_deliberation.evaluation.perplexity import BASELINE, OWN, make_scorer, score_texts
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.model.fingerprint import fingerprint
-from latent_deliberation.models import build_deliberator, load_frozen, load_stored, open_frozen
+from latent_deliberation.models import (
+  build_deliberator,
+  frozen_shapes,
+  load_frozen,
+  load_stored,
+  open_frozen,
+)
 from latent_deliberation.sharding import make_mesh, place_batch
-from latent_deliberation.training.fit import Run, fit
 from latent_deliberation.training.objectives import augmentation
+from latent_deliberation.training.run import Run, fit
 
 
 def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data: Path) -> Params:
   """Trains what `experiment.deliberation.trainable` says, or goes on where it stopped.
 
-  At the end it writes <workdir>/coprocessor, for `package.load`; one that is there already is left
-  alone.
+  At the end it writes <workdir>/coprocessor, for `coprocessor_checkpoint.load`; one that is there
+  already is left alone.
 
   Args:
     decoder: directory of the frozen decoder.
@@ -48,13 +47,11 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
 
   Raises:
     FileExistsError: there is something else at <workdir>/coprocessor.
-    RuntimeError: the decoder's weights changed, which nothing here may do.
   """
   mesh = make_mesh(experiment.mesh)
   checkpoint = open_frozen(experiment, decoder)
-  shapes = nn.unbox(boxed_shapes(experiment.decoder))
-  planned = describe_training(experiment, workdir, shapes, checkpoint.fingerprint, mesh)
-  planned.check()
+  run = describe_training(experiment, workdir, mesh)
+  run.check(checkpoint.fingerprint)
   target = workdir / PACKAGE
   if target.exists() and not (target / DESCRIPTION).exists():
     raise FileExistsError(f'{target} is where the trained coprocessor will be written, but holds '
@@ -63,35 +60,30 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   prepare_data(experiment, data)
   rows = open_rows(experiment, data, 'validation')
   check_vocabulary(rows, checkpoint)
-  frozen, digest = load_frozen(experiment, checkpoint, mesh)
-  run = dataclasses.replace(planned, frozen=frozen, decoder=digest)
-  if experiment.computation.frozen_dtype == 'int8':
-    run = dataclasses.replace(
-        run, load_start=lambda: load_stored(experiment, checkpoint, mesh))
+  frozen, fingerprint = load_frozen(experiment, checkpoint, mesh)
   deliberator = build_deliberator(experiment)
   batches = open_stream(experiment, data, run.section)
   watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
-  before = fingerprint(frozen)
+  is_rounded = experiment.computation.frozen_dtype == 'int8'
   params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
                {'validation': _validation(experiment, deliberator, frozen, watched, mesh),
-                'latents': _diagnosis(experiment, deliberator, frozen, watched[0], mesh)})
-  after = fingerprint(frozen)
-  if after != before:
-    raise RuntimeError(f'the frozen decoder had fingerprint {before} before training and has '
-                       f'{after} now: this is a bug, and its coprocessor is not to be trusted')
+                'latents': _diagnosis(experiment, deliberator, frozen, watched[0], mesh)},
+               frozen=frozen, decoder=fingerprint,
+               load_start=(lambda: load_stored(experiment, checkpoint, mesh)) if is_rounded
+               else None)
   if not target.exists():
-    package.save(target, package.Package(
-        model=experiment.decoder, config=experiment.deliberation, decoder=digest,
+    coprocessor_checkpoint.save(target, coprocessor_checkpoint.Package(
+        model=experiment.decoder, config=experiment.deliberation, decoder=fingerprint,
         vocabulary=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
         params=params, frozen_dtype=experiment.computation.frozen_dtype))
   return params
 
 
-def describe_training(experiment: Experiment, workdir: Path, frozen: Params, digest: str,
-                      mesh: Mesh) -> Run:
-  """The run of `train_coprocessor` in `workdir`, to train or to check."""
-  return Run('train', experiment, workdir, init=build_deliberator(experiment).coprocessor.init,
-             frozen=frozen, decoder=digest, mesh=mesh)
+def describe_training(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:
+  """The run of `train_coprocessor` in `workdir`, to train, to check or to compile."""
+  return Run('train', experiment, workdir, mesh,
+             init=build_deliberator(experiment).coprocessor.init,
+             frozen_shapes=frozen_shapes(experiment, mesh))
 
 
 def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params, watched: list,

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from latent_deliberation.benchmarks.attention_speed import benchmark
-from latent_deliberation.binding import bind
+from latent_deliberation.experiment import bind
 from tests import finished
 
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from latent_deliberation.binding import bind
 from latent_deliberation.cli import convert as job
+from latent_deliberation.experiment import bind
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.model.transformer_config import PRESETS

@@ -18,10 +18,9 @@ from latent_deliberation.cli.generate import (
 )
 from latent_deliberation.data.vocabularies import ByteVocabulary
 from latent_deliberation.inference.background import Arrival
-from latent_deliberation.inference.completion import Decoding
-from latent_deliberation.inference.gates import FittedGate
-from latent_deliberation.inference.generators import open_generator
-from latent_deliberation.inference.policy import NEVER, ONCE
+from latent_deliberation.inference.generator import open_generator
+from latent_deliberation.inference.policy import NEVER, ONCE, FittedGate
+from latent_deliberation.inference.session import Decoding
 from latent_deliberation.model import weights
 
 PROMPTS = ['Document 3: the', 'the 7th of the forty. the']

@@ -2,7 +2,7 @@
 
 import pytest
 
-from latent_deliberation.cli.mesh_flags import read_mesh, read_rules
+from latent_deliberation.cli.flags import read_mesh, read_rules
 from latent_deliberation.sharding import MeshConfig
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from latent_deliberation.data.filling import RowFiles, fill_rows
-from latent_deliberation.data.manifest import Recipe
+from latent_deliberation.data.packing import RowFiles, fill_rows
+from latent_deliberation.data.rows import Recipe
 
 BOS, EOS = 2, 1
 

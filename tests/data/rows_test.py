@@ -7,9 +7,15 @@ import sys
 import numpy as np
 import pytest
 
-from latent_deliberation.data.filling import RowFiles
-from latent_deliberation.data.manifest import MANIFEST_FILE, Manifest, Recipe
-from latent_deliberation.data.rows import PackedRows, PermutedBatches, positions_in_segments
+from latent_deliberation.data.packing import RowFiles
+from latent_deliberation.data.rows import (
+  MANIFEST_FILE,
+  Manifest,
+  PackedRows,
+  PermutedBatches,
+  Recipe,
+  positions_in_segments,
+)
 
 RECIPE = Recipe(task='t', split='train', source_fingerprint='s', vocabulary_hash='v',
                 vocabulary_size=100, length=6, seed=0, max_tokens=0)

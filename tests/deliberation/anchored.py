@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from latent_deliberation.array_types import Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import Traces, gather_traces
 from tests import tiny

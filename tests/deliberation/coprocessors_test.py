@@ -5,9 +5,13 @@ import shutil
 import jax
 import pytest
 
-from latent_deliberation.deliberation import package
-from latent_deliberation.deliberation.coprocessors import find_coprocessor, load_coprocessor
-from latent_deliberation.deliberation.description import Description, describe
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.deliberation.coprocessor_checkpoint import (
+  Description,
+  describe,
+  find_coprocessor,
+  load_coprocessor,
+)
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests import finished
@@ -62,7 +66,7 @@ def test_it_is_loaded_onto_the_mesh_for_its_own_decoder_alone(quickstart, descri
   mesh = make_mesh(MeshConfig(2, 2, 2))
   params = load_coprocessor(finished.experiment(), directory, described.decoder, mesh)
   assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(params))
-  assert fingerprint(params) == fingerprint(package.load(directory).params)
+  assert fingerprint(params) == fingerprint(coprocessor_checkpoint.load(directory).params)
   with pytest.raises(ValueError, match=f'{directory}: the coprocessor was trained on a decoder '
                      f'with fingerprint {described.decoder}, this one has another'):
     load_coprocessor(finished.experiment(), directory, 'another', mesh)

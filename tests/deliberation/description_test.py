@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from latent_deliberation.deliberation import package
-from latent_deliberation.deliberation.description import (
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.deliberation.coprocessor_checkpoint import (
   DESCRIPTION,
   Description,
   check_decoder,
@@ -57,7 +57,7 @@ def test_another_decoder_is_refused_with_both_fingerprints():
 
 def test_a_directory_without_a_coprocessor_is_refused(tmp_path):
   for directory in (tmp_path, tmp_path / 'absent'):
-    for read in (describe, package.load):
+    for read in (describe, coprocessor_checkpoint.load):
       with pytest.raises(FileNotFoundError, match=f'{directory} holds no trained coprocessor'):
         read(directory)
 
@@ -75,6 +75,6 @@ def test_a_damaged_description_is_refused(directory, damage):
   changed = damage(path.read_text())
   assert changed != path.read_text()
   path.write_text(changed)
-  for read in (describe, package.load):
+  for read in (describe, coprocessor_checkpoint.load):
     with pytest.raises(ValueError, match=f'{path} is damaged or of another format'):
       read(directory)

@@ -6,12 +6,13 @@ import pytest
 
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.flops import (
+  adapters_flops,
   answer_flops,
+  forward_flops,
   latents_flops,
   text_flops,
   traces_flops,
 )
-from latent_deliberation.deliberation.model_flops import adapters_flops, forward_flops
 from latent_deliberation.model.transformer_config import PRESETS
 
 MODEL = PRESETS['gemma2_2b']

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch
 from latent_deliberation.deliberation.deliberation_config import (
   GATES,
   LATENTS,

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from latent_deliberation.deliberation.loss import SUMMABLE, likeliest, token_nll
-from latent_deliberation.model.quantised import quantise
+from latent_deliberation.model.layers import quantise
 
 B, N, D, V = 2, 10, 4, 501
 

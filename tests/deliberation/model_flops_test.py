@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from latent_deliberation.deliberation.model_flops import attention_flops, forward_flops, head_flops
+from latent_deliberation.deliberation.flops import attention_flops, forward_flops, head_flops
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import PRESETS
 from tests import tiny

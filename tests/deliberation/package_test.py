@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from latent_deliberation.deliberation import package
-from latent_deliberation.deliberation.description import describe
-from latent_deliberation.deliberation.package import Package
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.deliberation.coprocessor_checkpoint import Package, describe
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
@@ -47,7 +46,7 @@ def full(decoder_params) -> Package:
 @pytest.fixture(scope='module')
 def saved(full, tmp_path_factory):
   directory = tmp_path_factory.mktemp('package') / 'coprocessor'
-  package.save(directory, full)
+  coprocessor_checkpoint.save(directory, full)
   return directory
 
 
@@ -62,21 +61,21 @@ def copied(saved, tmp_path):
     {'gate': 'channel'}])
 def test_what_is_loaded_is_what_was_saved(decoder_params, tmp_path, choices):
   expected = trained(decoder_params, **choices)
-  package.save(tmp_path / 'package', expected)
-  assert_same(package.load(tmp_path / 'package'), expected)
+  coprocessor_checkpoint.save(tmp_path / 'package', expected)
+  assert_same(coprocessor_checkpoint.load(tmp_path / 'package'), expected)
 
 
 def test_bfloat16_and_mixed_dtypes_survive_the_disk(full, tmp_path):
   short = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), full.params)
   mixed = dataclasses.replace(full, params=short | {'gate': full.params['gate']})
-  package.save(tmp_path / 'package', mixed)
-  loaded = package.load(tmp_path / 'package')
+  coprocessor_checkpoint.save(tmp_path / 'package', mixed)
+  loaded = coprocessor_checkpoint.load(tmp_path / 'package')
   assert loaded.params['soft_tokens'].dtype == jnp.bfloat16
   assert_same(loaded, mixed)
 
 
 def test_parameters_may_be_kept_rounded(saved, full):
-  loaded = package.load(saved, dtype='bfloat16')
+  loaded = coprocessor_checkpoint.load(saved, dtype='bfloat16')
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)),
                loaded.params, full.params)
 
@@ -84,17 +83,17 @@ def test_parameters_may_be_kept_rounded(saved, full):
 @pytest.mark.parametrize('file_bytes', [1 << 30, 5000])
 def test_sharded_parameters_are_saved_whole_and_read_straight_onto_a_mesh(
     saved, full, tmp_path, file_bytes):
-  sharded = package.load(saved, on_mesh)
+  sharded = coprocessor_checkpoint.load(saved, on_mesh)
   query = sharded.params['transformer']['blocks']['attention']['query']['w']
   assert query.shape == (3, 16, 4, 6)
   assert query.addressable_shards[0].data.shape == (3, 8, 2, 6)
   assert_same(sharded, full)
-  package.save(tmp_path / 'again', sharded, file_bytes)
-  assert_same(package.load(tmp_path / 'again'), full)
+  coprocessor_checkpoint.save(tmp_path / 'again', sharded, file_bytes)
+  assert_same(coprocessor_checkpoint.load(tmp_path / 'again'), full)
 
 
 def test_a_large_coprocessor_is_split_over_files_with_an_index(full, saved, tmp_path):
-  package.save(tmp_path / 'split', full, file_bytes=5000)
+  coprocessor_checkpoint.save(tmp_path / 'split', full, file_bytes=5000)
   files = sorted((tmp_path / 'split').glob('*.safetensors'))
   assert [path.name for path in files] == [
       f'coprocessor-{n:05d}-of-{len(files):05d}.safetensors' for n in range(1, len(files) + 1)]
@@ -129,7 +128,7 @@ def test_it_is_described_without_reading_its_parameters(copied, full):
 def test_nothing_is_written_over(saved, full):
   before = (saved / 'coprocessor.json').read_bytes()
   with pytest.raises(FileExistsError, match=f'{saved} exists already'):
-    package.save(saved, dataclasses.replace(full, steps=8))
+    coprocessor_checkpoint.save(saved, dataclasses.replace(full, steps=8))
   assert (saved / 'coprocessor.json').read_bytes() == before
 
 
@@ -138,9 +137,9 @@ def test_a_failure_while_writing_leaves_nothing_behind(full, tmp_path, monkeypat
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(
-      'latent_deliberation.model.checkpoints.safetensors_writer.save_file', full_disk)
+      'latent_deliberation.model.checkpoints.safetensors_io.save_file', full_disk)
   with pytest.raises(OSError, match='No space left'):
-    package.save(tmp_path / 'package', full)
+    coprocessor_checkpoint.save(tmp_path / 'package', full)
   assert list(tmp_path.iterdir()) == []
 
 
@@ -150,7 +149,7 @@ def test_parameters_of_another_config_are_not_written(full, tmp_path):
   with pytest.raises(ValueError, match=(
       r'(?s)gate: \[16, 16\] there, \(nothing\) expected\n'
       r'  soft_tokens: \[3, 16\] there, \[5, 16\] expected\nGive the configs')):
-    package.save(tmp_path / 'package', wrong)
+    coprocessor_checkpoint.save(tmp_path / 'package', wrong)
   assert not (tmp_path / 'package').exists()
 
 
@@ -171,22 +170,23 @@ def test_tensors_that_are_missing_misshapen_or_too_many_are_all_named(copied):
       '  gate: (nothing) there, [16, 16] expected\n'
       '  head: [4] there, (nothing) expected\n'
       '  soft_tokens: [2, 16] there, [3, 16] expected\nCopy the package again')):
-    package.load(copied)
+    coprocessor_checkpoint.load(copied)
 
 
 def test_a_truncated_file_is_refused(copied):
   path = copied / 'coprocessor.safetensors'
   path.write_bytes(path.read_bytes()[:-100])
   with pytest.raises(ValueError, match='coprocessor.safetensors .* is truncated or damaged'):
-    package.load(copied)
+    coprocessor_checkpoint.load(copied)
 
 
 @pytest.mark.parametrize('name', ['coprocessor.safetensors', 'coprocessor-00002-of'])
 def test_a_file_that_is_absent_is_named(full, tmp_path, name):
-  package.save(tmp_path / 'package', full, file_bytes=5000 if '-of' in name else 1 << 30)
+  coprocessor_checkpoint.save(
+      tmp_path / 'package', full, file_bytes=5000 if '-of' in name else 1 << 30)
   next((tmp_path / 'package').glob(f'{name}*')).unlink()
   with pytest.raises(FileNotFoundError, match=name):
-    package.load(tmp_path / 'package')
+    coprocessor_checkpoint.load(tmp_path / 'package')
 
 
 def test_parameters_that_were_exchanged_or_changed_by_a_bit_are_refused(copied, saved, full):
@@ -196,8 +196,8 @@ def test_parameters_that_were_exchanged_or_changed_by_a_bit_are_refused(copied, 
   path.write_bytes(content)
   with pytest.raises(ValueError, match=f'have fingerprint [0-9a-f]+, coprocessor.json says '
                      f'{fingerprint(full.params)}: one of the two was replaced or damaged'):
-    package.load(copied)
+    coprocessor_checkpoint.load(copied)
   shutil.copy(saved / path.name, path)
   edit(copied, fingerprint='f0')
   with pytest.raises(ValueError, match=f'fingerprint {fingerprint(full.params)}, .* says f0'):
-    package.load(copied)
+    coprocessor_checkpoint.load(copied)

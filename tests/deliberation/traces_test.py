@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch
 from latent_deliberation.deliberation.deliberation_config import LATENTS
 from latent_deliberation.deliberation.traces import gather_traces, sample_traces
 from tests import tiny

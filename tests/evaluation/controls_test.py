@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from latent_deliberation.evaluation.controls import mean, own, shuffled, zero
+from latent_deliberation.evaluation.perplexity import mean, own, shuffled, zero
 
 # Two texts of three traces; the first has two places, what stands at its third is no trace.
 THOUGHTS = jnp.arange(6.0).reshape(2, 3, 1, 1)

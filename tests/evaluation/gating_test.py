@@ -6,7 +6,7 @@ import pytest
 
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.evaluation import gating
-from latent_deliberation.evaluation.gating import Places, compare_gates, fit_gate, gain_curve
+from latent_deliberation.evaluation.gating import Places, compare_gates, fit_linear_gate, gain_curve
 from latent_deliberation.evaluation.perplexity import make_scorer
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 from tests import tiny
@@ -24,7 +24,7 @@ def synthetic(texts=40, seed=0, signal=1.0):
 
 
 def test_a_learned_gate_beats_entropy_and_chance_where_the_hidden_state_tells():
-  curves = compare_gates(fit_gate(synthetic()), synthetic(seed=1), FRACTIONS, samples=200)
+  curves = compare_gates(fit_linear_gate(synthetic()), synthetic(seed=1), FRACTIONS, samples=200)
   for name in ('entropy', 'random'):
     assert curves['learned'].low[1] > curves[name].high[1]
     assert abs(curves[name].above_chance[1]) < 0.1 * curves['learned'].above_chance[1]
@@ -39,15 +39,15 @@ def test_a_learned_gate_beats_entropy_and_chance_where_the_hidden_state_tells():
 
 def test_all_gates_agree_at_nothing_and_at_everything():
   places = synthetic(seed=2)
-  for curve in compare_gates(fit_gate(synthetic()), places, FRACTIONS, samples=50).values():
+  for curve in compare_gates(fit_linear_gate(synthetic()), places, FRACTIONS, samples=50).values():
     assert curve.gain[0] == curve.low[0] == curve.high[0] == 0
     np.testing.assert_allclose(curve.gain[-1], places.gain.mean())
     assert curve.low[-1] < curve.gain[-1] < curve.high[-1]
 
 
 def test_a_gate_of_noise_is_no_better_than_chance():
-  curves = compare_gates(fit_gate(synthetic(signal=0.0)), synthetic(seed=3, signal=0.0), FRACTIONS,
-                         samples=200)
+  curves = compare_gates(fit_linear_gate(synthetic(signal=0.0)), synthetic(seed=3, signal=0.0),
+                         FRACTIONS, samples=200)
   assert abs(curves['learned'].gain[2] - curves['random'].gain[2]) < 0.1
 
 
@@ -61,7 +61,7 @@ def test_a_threshold_takes_the_fraction_that_it_stands_for():
 
 def test_too_few_texts_are_refused():
   with pytest.raises(ValueError, match='4 texts: a gate is fitted on 5 at least'):
-    fit_gate(synthetic(texts=4))
+    fit_linear_gate(synthetic(texts=4))
 
 
 def test_places_hold_what_scoring_says_of_them(decoder_params):

@@ -5,13 +5,14 @@ import json
 import numpy as np
 
 from latent_deliberation.evaluation.bootstrap import AheadNLL
-from latent_deliberation.evaluation.page import (
+from latent_deliberation.evaluation.report import (
+  Report,
   format_page,
   format_table,
   state_bar,
+  summarise,
   write_report,
 )
-from latent_deliberation.evaluation.report import Report, summarise
 
 INTERVAL = [[-4.0, -2.0], [-2.0, 1.0]]
 

@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.evaluation.visibility import KINDS, plot_visibility, visibility
+from latent_deliberation.evaluation.plots import KINDS, plot_visibility, visibility
 
 SEGMENTS, ANCHORS = np.array([1, 1, 1, 1, 2, 2, 2]), np.array([2, 5])
 

@@ -10,9 +10,9 @@ from absl import logging
 
 from latent_deliberation.inference import background, session
 from latent_deliberation.inference.background import Counts
-from latent_deliberation.inference.generate import generate
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
+from latent_deliberation.inference.session import generate
 from tests import tiny
 from tests.inference.small import LENGTH, PROMPTS, assert_same, decoding
 

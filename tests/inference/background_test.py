@@ -10,9 +10,9 @@ import pytest
 
 from latent_deliberation.inference import background, passes
 from latent_deliberation.inference.background import Arrival, Counts
-from latent_deliberation.inference.generate import generate, stream
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import NEVER, ONCE
+from latent_deliberation.inference.session import generate, stream
 from tests import tiny
 from tests.inference.small import (
   LENGTH,

@@ -6,11 +6,10 @@ import pytest
 
 from latent_deliberation.cli.generate import Request, Writer
 from latent_deliberation.inference import prefix_cache
-from latent_deliberation.inference.completion import Decoding
-from latent_deliberation.inference.context import check_context, open_context, save_context
-from latent_deliberation.inference.generate import generate
-from latent_deliberation.inference.generators import open_generator
+from latent_deliberation.inference.generator import open_generator
 from latent_deliberation.inference.policy import NEVER, ONCE
+from latent_deliberation.inference.prefix_cache import check_context, open_context, save_context
+from latent_deliberation.inference.session import Decoding, generate
 
 TEXT, PROMPTS = 'Document 3: the ', ['7th', 'forty. the 9th']
 REQUEST = Request(Decoding(12), cache='given')

@@ -8,12 +8,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from latent_deliberation.evaluation import gating
-from latent_deliberation.evaluation.gate import fit_gate
-from latent_deliberation.inference.completion import Decoding
-from latent_deliberation.inference.gates import combine, open_gate
-from latent_deliberation.inference.generate import generate
-from latent_deliberation.inference.generators import open_generator
-from latent_deliberation.inference.policy import ONCE, Policy
+from latent_deliberation.evaluation.gating import fit_gate
+from latent_deliberation.inference.generator import open_generator
+from latent_deliberation.inference.policy import ONCE, Policy, combine, open_gate
+from latent_deliberation.inference.session import Decoding, generate
 from tests import finished
 
 CURVES = {'learned': dict(fractions=[0.0, 0.5, 1.0], thresholds=[None, 0.2, -0.4]),

@@ -9,13 +9,12 @@ import pytest
 from latent_deliberation.deliberation.deliberation_config import LATENTS
 from latent_deliberation.inference import decode, passes
 from latent_deliberation.inference.background import Arrival
-from latent_deliberation.inference.completion import Decoding
-from latent_deliberation.inference.generate import generate, stream
+from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import ONCE, Gate, Policy
-from latent_deliberation.inference.sampling import Sampling
+from latent_deliberation.inference.session import Decoding, generate, stream
 from latent_deliberation.model import weights
-from latent_deliberation.model.quantised import quantise
+from latent_deliberation.model.layers import quantise
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
 from tests.inference.small import (

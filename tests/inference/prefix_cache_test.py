@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from latent_deliberation.inference import prefix_cache
-from latent_deliberation.inference.completion import Decoding
-from latent_deliberation.inference.generate import generate
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import ONCE, Gate, Policy
+from latent_deliberation.inference.session import Decoding, generate
 from tests import tiny
 from tests.inference.small import LENGTH, PROMPTS, assert_same, augmented
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.inference.ring_cache import SlotCache, SlotIndex, plan_cache
-from latent_deliberation.model.cache import KeysValues
+from latent_deliberation.model.attention import KeysValues
 from tests import tiny
 
 BATCH, LENGTH, LATENTS = 3, 24, 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.deliberation.loss import entropy
-from latent_deliberation.inference.sampling import Sampling, filtered, sample
+from latent_deliberation.inference.decode import Sampling, filtered, sample
 
 P = np.array([0.05, 0.4, 0.2, 0.3, 0.04, 0.01])
 LOGITS = jnp.log(jnp.asarray(P, jnp.float32))[None] + 3

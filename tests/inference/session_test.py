@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from latent_deliberation.deliberation.deliberation_config import LATENTS
-from latent_deliberation.inference.completion import Decoding
-from latent_deliberation.inference.generate import generate
+from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.policy import Gate, Policy
-from latent_deliberation.inference.sampling import Sampling
+from latent_deliberation.inference.session import Decoding, generate
 from tests import tiny
 from tests.inference.small import (
   LENGTH,

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_deliberation.array_types import Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import gather_traces
 from latent_deliberation.inference.background import Arrival
-from latent_deliberation.inference.completion import Completion, Decoding
+from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import ONCE, Policy
-from latent_deliberation.inference.sampling import Sampling
+from latent_deliberation.inference.session import Completion, Decoding
 from tests import tiny
 
 LENGTH = 48

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_deliberation.inference import stack
+from latent_deliberation.inference import passes
 from latent_deliberation.inference.generator import Generator
 from tests import tiny
 from tests.inference.small import LENGTH, PROMPTS
@@ -14,7 +14,7 @@ from tests.inference.small import LENGTH, PROMPTS
 def test_turned_weights_say_what_weights_as_stored_say(decoder_params, monkeypatch, rows):
   prompts = PROMPTS[:rows]
   stored = Generator(tiny.CONFIG, decoder_params, length=LENGTH)
-  monkeypatch.setattr(stack, 'CACHED_BYTES', 0)
+  monkeypatch.setattr(passes, 'CACHED_BYTES', 0)
   turned = Generator(tiny.CONFIG, decoder_params, length=LENGTH)
   names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(
       turned.weights.layers.blocks[0])}

@@ -7,6 +7,7 @@ import pytest
 
 from latent_deliberation.model import attention
 from latent_deliberation.model.attention import (
+  KVCache,
   Visibility,
   attend,
   attend_visible,
@@ -14,7 +15,6 @@ from latent_deliberation.model.attention import (
   fresh_mask,
   softcap,
 )
-from latent_deliberation.model.cache import KVCache
 
 GLOBAL = jnp.array(jnp.iinfo(jnp.int32).max)
 

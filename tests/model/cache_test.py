@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.model.cache import KeysValues, KVCache
+from latent_deliberation.model.attention import KeysValues, KVCache
 
 
 def fresh(length, rows=1, seed=0):

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.layers import LowRank
-from latent_deliberation.model.lora import merge
+from latent_deliberation.model.layers import LowRank, merge
 from latent_deliberation.model.transformer import Transformer
 from tests import tiny
 

@@ -10,8 +10,7 @@ from flax import linen as nn
 
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.model.layers import FeedForward
-from latent_deliberation.model.quantised import Quantised, quantise
+from latent_deliberation.model.layers import FeedForward, Quantised, quantise
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from latent_deliberation.training.objectives import augmentation
 from tests import tiny

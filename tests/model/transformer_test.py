@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.attention import KVCache, Visibility
 from latent_deliberation.model.transformer import REMAT_POLICIES, Transformer
 from tests import tiny
 

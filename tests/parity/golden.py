@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_deliberation.array_types import Array, Params
-from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.cache import KVCache
+from latent_deliberation.model.attention import KVCache, Visibility
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
 

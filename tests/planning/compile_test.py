@@ -51,7 +51,7 @@ def test_the_parts_of_memory_are_those_of_the_arrays_that_training_puts_there(pl
   boxed = build_decoder(experiment).init(
       jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
   frozen = jax.device_put(nn.unbox(boxed), shardings_of(boxed, mesh, experiment.rules))
-  state = describe_training(experiment, Path(), frozen, '', mesh).create_state()
+  state = describe_training(experiment, Path(), mesh).create_state(frozen)
   on_first = lambda tree: sum(  # noqa: E731
       leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
   memory = planned[0][0].memory
@@ -76,8 +76,8 @@ def test_weights_in_int8_are_planned_with_their_scales():
   assert table.values.sharding.shard_shape(table.values.shape) == (130, 8)
   assert table.scale.sharding.shard_shape(table.scale.shape) == (130,)
   assert shapes['transformer']['final_norm']['scale'].dtype == jnp.float32
-  run = describe_training(experiment, Path(), shapes, '', mesh)
-  plain = describe_training(small(), Path(), frozen_shapes(small(), mesh), '', mesh)
+  run = describe_training(experiment, Path(), mesh)
+  plain = describe_training(small(), Path(), mesh)
   assert jax.tree.map(jax.typeof, run.abstract) == jax.tree.map(jax.typeof, plain.abstract)
 
 
@@ -85,8 +85,7 @@ def test_frozen_weights_may_be_whole_on_every_device_but_for_its_share_of_tensor
   experiment, mesh = small(computation__replicate_frozen=True), make_mesh(MESHES[0])
   table = frozen_shapes(experiment, mesh)['embedder']['table']
   assert table.sharding.shard_shape(table.shape) == (table.shape[0] // 2, table.shape[1])
-  soft_tokens = describe_training(
-      experiment, Path(), frozen_shapes(experiment, mesh), '', mesh).abstract.params['soft_tokens']
+  soft_tokens = describe_training(experiment, Path(), mesh).abstract.params['soft_tokens']
   assert soft_tokens.sharding.shard_shape(soft_tokens.shape)[1] == soft_tokens.shape[1] // 4
 
 

@@ -13,8 +13,8 @@ from latent_deliberation.studies.arms import (
   describe_frozen,
   read_diagnostics,
 )
-from latent_deliberation.studies.outcomes import Outcomes
 from latent_deliberation.studies.study_config import ArmConfig
+from latent_deliberation.studies.study_result import Outcomes
 from latent_deliberation.training.metrics import MetricsWriter
 from tests.studies.tiny_study import ARMS, study
 

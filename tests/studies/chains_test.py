@@ -9,7 +9,7 @@ from flax import linen as nn
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
-from latent_deliberation.studies.chains import write_chains
+from latent_deliberation.studies.scoring import write_chains
 from tests import tiny
 
 CONFIG = TransformerConfig(vocab_size=7, embed_dim=8, num_layers=1, num_heads=1, num_kv_heads=1,

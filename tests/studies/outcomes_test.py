@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from latent_deliberation.studies.outcomes import (
+from latent_deliberation.studies.study_result import (
   Outcomes,
   accuracy,
   accuracy_difference,

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Batch
 from latent_deliberation.deliberation.traces import gather_traces
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
-from latent_deliberation.studies.questions import (
+from latent_deliberation.studies.scoring import (
   batch_questions,
   make_question_scorer,
   score_questions,

@@ -3,8 +3,7 @@
 import numpy as np
 
 from latent_deliberation.evaluation.bootstrap import AheadNLL
-from latent_deliberation.studies.outcomes import Outcomes
-from latent_deliberation.studies.study_result import Arm, StudyResult
+from latent_deliberation.studies.study_result import Arm, Outcomes, StudyResult
 
 ITEMS = 40
 DIFFICULTY = np.arange(ITEMS) % 2 + 1

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from latent_deliberation.studies.study_page import format_study, write_study
-from latent_deliberation.studies.study_report import summarise_study
+from latent_deliberation.studies.study_report import format_study, summarise_study, write_study
 from tests.studies.results import answer, make_arm, questions, read, texts
 
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from latent_deliberation.binding import as_config, bind
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.studies import study as job

@@ -3,8 +3,8 @@
 import dataclasses
 from types import MappingProxyType
 
-from latent_deliberation.binding import as_config, bind
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import ArmConfig, QuestionsConfig, Study
 from tests import finished
 

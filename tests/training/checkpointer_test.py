@@ -3,7 +3,6 @@
 Run as a script, this file saves in a process whose disk fills up, or which is killed, half-way.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -23,10 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import latent_deliberation
 from latent_deliberation.training.checkpointer import Checkpointer
-from latent_deliberation.training.identity import RunIdentity
-from latent_deliberation.training.state import TrainState
-
-IDENTITY = RunIdentity(job='train', config={'width': 8, 'keep': 2}, decoder='d1', data='rows1')
+from latent_deliberation.training.step import TrainState
 
 
 class Position:
@@ -56,15 +52,15 @@ def abstract(state, sharding=None):
 def save_all(directory, steps, keep=10, width=8):
   checkpointer = Checkpointer(directory, keep)
   for step in steps:
-    checkpointer.save(step, make_state(step, width), Position(), IDENTITY)
+    checkpointer.save(step, make_state(step, width), Position())
   checkpointer.close()
 
 
-def restore(directory, like=None, identity=IDENTITY, batches=None, free=(), sharding=None):
+def restore(directory, like=None, batches=None, sharding=None):
   checkpointer = Checkpointer(directory, keep=10)
   try:
     like = abstract(make_state(0) if like is None else like, sharding)
-    return checkpointer.restore(like, batches or Position(), identity, free)
+    return checkpointer.restore(like, batches or Position())
   finally:
     checkpointer.close()
 
@@ -89,7 +85,7 @@ def test_a_state_may_be_donated_as_soon_as_it_is_being_saved(tmp_path):
   advance = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
   checkpointer = Checkpointer(tmp_path, keep=1)
   state = make_state(1, width=600)
-  checkpointer.save(1, state, Position(), IDENTITY)
+  checkpointer.save(1, state, Position())
   for _ in range(5):
     state = advance(state)
   jax.block_until_ready(state)
@@ -110,23 +106,6 @@ def test_only_the_newest_checkpoints_and_their_data_are_kept(tmp_path):
   save_all(tmp_path, [1, 2, 3, 4], keep=2)
   assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {'3', '4', 'data'}
   assert {path.name for path in (tmp_path / 'data').iterdir()} == {'3', '4'}
-
-
-@pytest.mark.parametrize('identity, line', [
-    (dataclasses.replace(IDENTITY, decoder='d2'), "decoder: 'd1' there, 'd2' now"),
-    (dataclasses.replace(IDENTITY, data='rows2'), "data: 'rows1' there, 'rows2' now"),
-    (dataclasses.replace(IDENTITY, config={'width': 9, 'keep': 2}), 'config.width: 8 there, 9 now'),
-])
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, identity, line):
-  save_all(tmp_path, [1])
-  with pytest.raises(ValueError, match=f'(?s){tmp_path}/1 belongs to another run.*{line}'):
-    restore(tmp_path, identity=identity)
-
-
-def test_a_free_part_of_the_config_may_differ(tmp_path):
-  save_all(tmp_path, [1])
-  identity = dataclasses.replace(IDENTITY, config={'width': 8, 'keep': 3})
-  assert restore(tmp_path, identity=identity, free=('keep',)) is not None
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_paths_and_both_shapes(tmp_path):
@@ -201,13 +180,13 @@ def test_a_process_killed_while_saving_leaves_the_last_checkpoint(tmp_path):
 
 def save_beyond_the_limit(how, directory):
   checkpointer = Checkpointer(directory, keep=1)
-  checkpointer.save(1, make_state(1, width=200), Position(), IDENTITY)
+  checkpointer.save(1, make_state(1, width=200), Position())
   checkpointer.wait()
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
   if how == 'killed':
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # dies in the write; Python ignores it otherwise
-  checkpointer.save(2, make_state(2, width=200), Position(), IDENTITY)
+  checkpointer.save(2, make_state(2, width=200), Position())
   try:
     checkpointer.wait()
   except RuntimeError as error:

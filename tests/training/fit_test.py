@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data.rows import PermutedBatches
-from latent_deliberation.deliberation import package
+from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
-from latent_deliberation.training.identity import RUN_FILE
 from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
 from latent_deliberation.training.pretrain import pretrain
+from latent_deliberation.training.run import RUN_FILE
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
 
@@ -81,7 +81,8 @@ def test_a_coprocessor_whose_training_was_stopped_is_bit_for_bit_that_of_one_tha
   decoder = quickstart / 'pretraining/decoder'
   check_stopping_changes_nothing(
       lambda workdir: train_coprocessor(experiment, decoder, workdir, quickstart),
-      lambda workdir: package.load(workdir / 'coprocessor').params, tmp_path, monkeypatch)
+      lambda workdir: coprocessor_checkpoint.load(workdir / 'coprocessor').params, tmp_path,
+      monkeypatch)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation import distributed
-from latent_deliberation.deliberation import package
+from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
@@ -141,7 +141,7 @@ def test_two_processes_train_the_coprocessor_that_one_does_also_when_they_were_c
   expected = train_coprocessor(config, decoder, tmp_path / 'one', quickstart)
   for name in ('whole', 'coprocessor'):
     assert_same_losses(by_two / name, tmp_path / 'one')
-    assert_close(package.load(by_two / name / PACKAGE).params, expected)
+    assert_close(coprocessor_checkpoint.load(by_two / name / PACKAGE).params, expected)
   # What two began, one ends on another mesh.
   taken_over = train_coprocessor(experiment(finished.TEXTS, OTHER_MESH), decoder,
                                  by_two / 'taken_over', quickstart)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from latent_deliberation.training.identity import CHECKPOINTS, RUN_FILE, RunIdentity, claim
+from latent_deliberation.training.run import CHECKPOINTS, RUN_FILE, RunIdentity, claim
 
 IDENTITY = RunIdentity(
     job='train', decoder='d1', data='rows1',

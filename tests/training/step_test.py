@@ -21,8 +21,7 @@ from latent_deliberation.sharding import (
   shardings_of,
 )
 from latent_deliberation.training.objectives import augmentation, language_modelling
-from latent_deliberation.training.state import TrainState
-from latent_deliberation.training.step import abstract_state, make_train_step
+from latent_deliberation.training.step import TrainState, abstract_state, make_train_step
 from tests import tiny
 
 BATCH = tiny.packed_batch([(7, 4, 8), (9, 6), (19,), (3, 3, 3), (5, 5, 5), (10, 9), (2,), (6, 13)])

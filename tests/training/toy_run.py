@@ -10,15 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from latent_deliberation.array_types import Array, Params
-from latent_deliberation.batch import Batch
+from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.training.checkpointer import Checkpointer
-from latent_deliberation.training.identity import RunIdentity
 from latent_deliberation.training.loop import LoopConfig, train
 from latent_deliberation.training.metrics import MetricsWriter
-from latent_deliberation.training.state import TrainState
+from latent_deliberation.training.step import TrainState
 
-IDENTITY = RunIdentity(job='toy', config={}, decoder='', data='toy')
 OPTIMIZER = optax.adam(0.1)
 
 
@@ -77,11 +74,11 @@ def run(workdir: Path, num_steps: int = 6, *, batches: ToyBatches | None = None,
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), state)
-    state = checkpointer.restore(abstract, batches, IDENTITY) or state
+    state = checkpointer.restore(abstract, batches) or state
   try:
     return train(state, train_step, batches, place=jax.device_put, checkpointer=checkpointer,
                  config=LoopConfig(num_steps, log_every, eval_every, save_every, keep=2),
-                 identity=IDENTITY, metrics=metrics, evaluators=evaluators or {})
+                 metrics=metrics, evaluators=evaluators or {})
   finally:
     metrics.close()
     if checkpointer is not None:

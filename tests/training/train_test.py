@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.deliberation import package
-from latent_deliberation.deliberation.description import describe
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.deliberation.coprocessor_checkpoint import describe
 from latent_deliberation.evaluation.evaluate import constant_variant
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.training import train
-from latent_deliberation.training.fit import fit
 from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.training.run import fit
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
 
@@ -31,7 +31,7 @@ def test_low_rank_adapters_are_trained_and_nothing_else(tmp_path, quickstart):
       experiment, quickstart / 'pretraining/decoder', tmp_path / 'lora', quickstart)
   assert set(params) == {'soft_tokens', 'gate', 'lora'}
   assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(params))
-  written = package.load(tmp_path / 'lora/coprocessor')
+  written = coprocessor_checkpoint.load(tmp_path / 'lora/coprocessor')
   assert fingerprint(written.params) == fingerprint(params)
   assert written.config == experiment.deliberation
   assert np.isfinite(losses(tmp_path / 'lora')).all()
@@ -50,7 +50,8 @@ def test_bfloat16_rematerialisation_and_accumulation_train_on_a_mesh(tmp_path, q
   query = params['transformer']['blocks']['attention']['query']
   assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(query))
   assert not any(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(query))
-  assert fingerprint(package.load(tmp_path / 'run/coprocessor').params) == fingerprint(params)
+  saved = coprocessor_checkpoint.load(tmp_path / 'run/coprocessor').params
+  assert fingerprint(saved) == fingerprint(params)
   np.testing.assert_allclose(
       losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
       rtol=0.02)
@@ -63,9 +64,9 @@ def test_a_coprocessor_trains_on_a_decoder_in_int8_from_weights_that_were_not_ro
     tmp_path, quickstart, monkeypatch, mesh):
   decoder, started = quickstart / 'pretraining/decoder', []
 
-  def look(run, *others):
-    started.append((run.frozen, run.create_state().params))
-    return fit(run, *others)
+  def look(run, *others, frozen, load_start, **more):
+    started.append((frozen, run.create_state(load_start()).params))
+    return fit(run, *others, frozen=frozen, load_start=load_start, **more)
 
   monkeypatch.setattr(train, 'fit', look)
   train_coprocessor(finished.experiment(computation__frozen_dtype='int8', **mesh), decoder,
@@ -96,7 +97,7 @@ def test_a_finished_run_writes_its_coprocessor_where_it_is_gone_and_nothing_over
   run = shutil.copytree(quickstart / 'constant', tmp_path / 'run')
   experiment = constant_variant(finished.experiment())
   written = run / 'coprocessor'
-  trained = package.load(written)
+  trained = coprocessor_checkpoint.load(written)
 
   def go_on():
     train_coprocessor(experiment, quickstart / 'pretraining/decoder', run, quickstart)
@@ -106,7 +107,7 @@ def test_a_finished_run_writes_its_coprocessor_where_it_is_gone_and_nothing_over
   assert (written / 'note').exists()
   shutil.rmtree(written)
   go_on()
-  again = package.load(written)
+  again = coprocessor_checkpoint.load(written)
   assert fingerprint(again.params) == fingerprint(trained.params)
   assert describe(written) == describe(quickstart / 'constant/coprocessor')
   (written / 'coprocessor.json').unlink()

@@ -1,9 +1,19 @@
 """The tensors of Hugging Face directories: their names and where they belong."""
 
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import traverse_util
 
-from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout
+from latent_deliberation.array_types import Params
+from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout, parameter_axes
+from latent_deliberation.model.checkpoints.safetensors_io import FILE_BYTES, gather, write_tensors
 from latent_deliberation.model.checkpoints.source import Source
 from latent_deliberation.model.transformer_config import TransformerConfig
 
@@ -69,3 +79,240 @@ def check_head(source: Source) -> None:
       source.read(name, table.shape, device) for name in (_HEAD, _TABLE)), equal_nan=True):
     raise ValueError(f'{source.directory}: {_HEAD} {list(head.shape)} is not equal to {_TABLE} '
                      f'{list(table.shape)}; a Gemma has one table for both')
+
+
+CONFIG = 'config.json'
+_KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
+
+_SIZES = {'vocab_size': 256_000, 'num_attention_heads': 8, 'num_key_value_heads': 4,
+          'head_dim': 256, 'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0}
+_DEFAULTS = {
+    'gemma': _SIZES | {
+        'hidden_size': 3072, 'intermediate_size': 24_576, 'num_hidden_layers': 28,
+        'num_attention_heads': 16, 'num_key_value_heads': 16},
+    'gemma2': _SIZES | {
+        'hidden_size': 2304, 'intermediate_size': 9216, 'num_hidden_layers': 26,
+        'sliding_window': 4096, 'query_pre_attn_scalar': 256, 'attn_logit_softcapping': 50.0,
+        'final_logit_softcapping': 30.0},
+    'gemma3_text': _SIZES | {
+        'vocab_size': 262_208, 'hidden_size': 2304, 'intermediate_size': 9216,
+        'num_hidden_layers': 26, 'sliding_window': 4096, 'query_pre_attn_scalar': 256,
+        'attn_logit_softcapping': None, 'final_logit_softcapping': None,
+        'rope_theta': 1_000_000.0, 'rope_local_base_freq': 10_000.0},
+}
+FAMILIES = (*_DEFAULTS, 'gemma3')
+# What a file may ask for, where our decoder has no choice; anything else is refused.
+_FIXED = {
+    'attention_bias': (False,), 'tie_word_embeddings': (True,),
+    'use_bidirectional_attention': (False, None), 'quantization_config': (None,),
+    'hidden_activation': ('gelu_pytorch_tanh', None)}
+_FIXED_IN = {
+    'gemma': {'hidden_act': ('gelu_pytorch_tanh', 'gelu', None)},  # all of which meant the former
+    'gemma2': {},
+    # transformers reads these and computes without them.
+    'gemma3_text': {'attn_logit_softcapping': (None,)},
+    'gemma3': {'attn_logit_softcapping': (None,), 'final_logit_softcapping': (None,)}}
+
+
+def read_config(directory: Path) -> TransformerConfig:
+  """The architecture that config.json describes; the text part where there are others.
+
+  Raises:
+    FileNotFoundError: there is no config.json.
+    ValueError: it is damaged, or describes what is not Gemma 1, 2 or 3.
+  """
+  path = Path(directory) / CONFIG
+  if not path.is_file():
+    raise FileNotFoundError(f'{directory} holds weights but no {CONFIG}, which says what they are: '
+                            'download it too')
+  try:
+    stored = json.loads(path.read_text())
+    family = stored['model_type']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{path} is damaged or names no model_type ({error}): download it '
+                     'again') from error
+  if family not in FAMILIES:
+    raise ValueError(f'{path}: model_type {family!r} is an architecture that we do not have; we '
+                     f'have {", ".join(FAMILIES)}')
+  fixed = _FIXED | _FIXED_IN[family]
+  if family == 'gemma3':
+    text = stored.get('text_config', {})
+    if not isinstance(text, dict):
+      raise ValueError(f'{path}: text_config is {text!r}, expected a dictionary: download it again')
+    # What the file says of the whole model holds for its text part.
+    stored = text | {key: stored[key] for key in fixed if key in stored}
+    family = 'gemma3_text'
+  for key, allowed in fixed.items():
+    if stored.get(key, allowed[0]) not in allowed:
+      raise ValueError(f'{path}: {key} = {stored[key]!r} is not supported, only {allowed[0]!r} is')
+  try:
+    return _config(family, _DEFAULTS[family] | stored)
+  except KeyError as error:
+    raise ValueError(f'{path} lacks {error}, or has it with a value that we do not know') from error
+  except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    raise ValueError(f'{path} describes no decoder of ours: {error}') from error
+
+
+def _config(family: str, stored: Mapping[str, Any]) -> TransformerConfig:
+  """A config from the keys of one file."""
+  common = dict(
+      vocab_size=stored['vocab_size'], embed_dim=stored['hidden_size'],
+      num_layers=stored['num_hidden_layers'], num_heads=stored['num_attention_heads'],
+      num_kv_heads=stored['num_key_value_heads'], head_dim=stored['head_dim'],
+      hidden_dim=stored['intermediate_size'], norm_epsilon=stored['rms_norm_eps'],
+      **_rotary(family, stored))
+  if family == 'gemma':
+    return TransformerConfig(**common, layer_pattern=('global',), attention_softcap=None,
+                             final_softcap=None, post_norms=False)
+  scalar = stored['query_pre_attn_scalar']
+  return TransformerConfig(
+      **common, layer_pattern=_layer_pattern(family, stored), window=stored['sliding_window'],
+      attention_softcap=stored['attn_logit_softcapping'],
+      final_softcap=stored['final_logit_softcapping'],
+      query_scale=None if scalar == stored['head_dim'] else scalar ** -0.5,
+      qk_norm=family == 'gemma3_text')
+
+
+def _rotary(family: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+  """Rotary settings, which transformers 5 keeps in dictionaries and 4 in loose keys."""
+  parameters = stored.get('rope_parameters') or {}
+  whole = {'rope_theta': stored['rope_theta'], **parameters.get('full_attention', parameters),
+           **(stored.get('rope_scaling') or {})}
+  local = whole
+  if family == 'gemma3_text':
+    local = {'rope_theta': stored['rope_local_base_freq'],
+             **parameters.get('sliding_attention', {})}
+  scaling = _linear_factor(whole)
+  if family != 'gemma' and _linear_factor(local) != 1:
+    raise ValueError('its sliding layers have scaled rotary embeddings; ours have them on full '
+                     'attention alone')
+  base, local_base = whole['rope_theta'], local['rope_theta']
+  return {'rope_base': base, 'rope_local_base': None if local_base == base else local_base,
+          'rope_scaling': scaling}
+
+
+def _linear_factor(rope: Mapping[str, Any]) -> float:
+  """By how much positions are divided."""
+  form = rope.get('rope_type', rope.get('type', 'default'))
+  if form not in ('default', 'linear'):
+    raise ValueError(f'rope_type is {form!r}; we have default and linear')
+  return float(rope['factor']) if form == 'linear' else 1.0
+
+
+def _layer_pattern(family: str, stored: Mapping[str, Any]) -> tuple[str, ...]:
+  """The shortest pattern that gives the kinds of all layers."""
+  layers = stored['num_hidden_layers']
+  if stored.get('layer_types'):
+    unknown = set(stored['layer_types']) - set(_KINDS)
+    if unknown:
+      raise ValueError(f'layer_types has {sorted(unknown)}; we have {", ".join(_KINDS)}')
+    kinds = [_KINDS[kind] for kind in stored['layer_types']]
+  else:
+    period = stored.get('sliding_window_pattern', 2 if family == 'gemma2' else 6)
+    kinds = ['global' if (layer + 1) % period == 0 else 'local' for layer in range(layers)]
+  if len(kinds) != layers:
+    raise ValueError(f'layer_types has {len(kinds)} entries, num_hidden_layers is {layers}')
+  return shortest_period(kinds)
+
+
+def shortest_period(kinds: Sequence[str]) -> tuple[str, ...]:
+  """The shortest prefix that, repeated and cut off, gives `kinds`."""
+  for period in range(1, len(kinds) + 1):
+    if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
+      return tuple(kinds[:period])
+  return tuple(kinds)
+
+
+def write_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
+  """Content of a config.json that transformers 4 and 5 read.
+
+  Raises:
+    ValueError: the config has a combination of features that no Gemma of transformers has.
+  """
+  family = _family(config)
+  scalar = config.head_dim if config.query_scale is None else config.query_scale ** -2
+  if abs(scalar - round(scalar)) > 1e-9 * scalar:
+    raise ValueError(f'query_scale = {config.query_scale} is not 1 / sqrt of an integer, which '
+                     "transformers' query_pre_attn_scalar must be: write it in our own format")
+  local_base = config.rope_base if config.rope_local_base is None else config.rope_local_base
+  linear = {'rope_type': 'linear', 'factor': config.rope_scaling}
+  scaling = {'rope_type': 'default'} if config.rope_scaling == 1 else linear
+  content = {
+      'architectures': [{'gemma': 'GemmaForCausalLM', 'gemma2': 'Gemma2ForCausalLM',
+                         'gemma3_text': 'Gemma3ForCausalLM'}[family]],
+      'model_type': family, 'dtype': dtype, 'torch_dtype': dtype, 'vocab_size': config.vocab_size,
+      'hidden_size': config.embed_dim, 'intermediate_size': config.hidden_dim,
+      'num_hidden_layers': config.num_layers, 'num_attention_heads': config.num_heads,
+      'num_key_value_heads': config.num_kv_heads, 'head_dim': config.head_dim,
+      'rms_norm_eps': config.norm_epsilon, 'rope_theta': config.rope_base,
+      'hidden_activation': 'gelu_pytorch_tanh', 'hidden_act': 'gelu_pytorch_tanh',
+      'attention_bias': False, 'attention_dropout': 0.0, 'tie_word_embeddings': True,
+      'pad_token_id': 0, 'eos_token_id': 1, 'bos_token_id': 2}
+  if family == 'gemma':
+    return content
+  names = {kind: name for name, kind in _KINDS.items()}
+  content |= {
+      'query_pre_attn_scalar': round(scalar), 'sliding_window': config.window,
+      'attn_logit_softcapping': config.attention_softcap,
+      'final_logit_softcapping': config.final_softcap,
+      'layer_types': [names[kind] for kind in config.layer_kinds]}
+  if family == 'gemma3_text':
+    content |= {
+        'rope_local_base_freq': local_base,
+        'rope_scaling': None if config.rope_scaling == 1 else linear,
+        'rope_parameters': {
+            'full_attention': {'rope_theta': config.rope_base, **scaling},
+            'sliding_attention': {'rope_theta': local_base, 'rope_type': 'default'}}}
+  return content
+
+
+def _family(config: TransformerConfig) -> str:
+  """model_type of the Gemma that has this config's features."""
+  plain_rotary = config.rope_local_base is None and config.rope_scaling == 1
+  plain_scale = config.query_scale is None or config.query_scale == config.head_dim ** -0.5
+  if config.post_norms and config.qk_norm and config.attention_softcap is None:
+    return 'gemma3_text'
+  if config.post_norms and not config.qk_norm and plain_rotary:
+    return 'gemma2'
+  if (not config.post_norms and not config.qk_norm and plain_rotary and plain_scale
+      and set(config.layer_kinds) == {'global'}
+      and config.attention_softcap is config.final_softcap is None):
+    return 'gemma'
+  raise ValueError(f'no Gemma has the features of {config}: write it in our own format')
+
+
+def write(directory: Path, config: TransformerConfig, params: Params,
+          file_bytes: int = FILE_BYTES) -> None:
+  """Writes config.json and safetensors into an empty directory, values as they are.
+
+  Process 0 writes; every process must call this, since shards are gathered.
+  """
+  dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+  content = write_config(config, dtypes.pop() if len(dtypes) == 1 else 'float32')
+  layout = find_layout(config)
+  write_tensors(directory, 'model', _sizes(layout, config, params),
+                _tensors(layout, config, params), file_bytes)
+  if jax.process_index() == 0:
+    (directory / CONFIG).write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _sizes(layout: Layout, config: TransformerConfig, params: Params) -> dict[str, int]:
+  """Bytes of every tensor, in the order in which `_tensors` gives them."""
+  flat = traverse_util.flatten_dict(params, sep='/')
+  sizes = {}
+  for path, entry in layout.items():
+    layers = config.num_layers if path.startswith(LAYERED) else 1
+    for layer in range(layers):
+      sizes[entry.name.format(layer)] = flat[path].nbytes // layers
+  return sizes
+
+
+def _tensors(layout: Layout, config: TransformerConfig,
+             params: Params) -> Iterator[tuple[str, np.ndarray]]:
+  """Every tensor on the host, one at a time."""
+  flat, axes = traverse_util.flatten_dict(params, sep='/'), parameter_axes(config)
+  for path, entry in layout.items():
+    layered = path.startswith(LAYERED)
+    for layer in range(config.num_layers if layered else 1):
+      piece = gather(flat[path][layer] if layered else flat[path])
+      yield entry.name.format(layer), rearrange(piece, f'{axes[path]} -> {entry.axes}')

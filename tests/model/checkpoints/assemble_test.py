@@ -11,8 +11,8 @@ import pytest
 from flax import traverse_util
 
 from latent_deliberation.model.checkpoints import google, hugging_face
-from latent_deliberation.model.checkpoints.assemble import assemble
 from latent_deliberation.model.checkpoints.layout import LAYERED
+from latent_deliberation.model.checkpoints.source import assemble
 from latent_deliberation.model.decoder import boxed_shapes
 from tests.model.checkpoints import foreign
 

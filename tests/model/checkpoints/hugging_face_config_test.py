@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from latent_deliberation.model.checkpoints.hugging_face_config import (
+from latent_deliberation.model.checkpoints.hugging_face import (
   read_config,
   shortest_period,
   write_config,

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from latent_deliberation.model import weights
-from latent_deliberation.model.checkpoints import hugging_face_writer, safetensors_writer
-from latent_deliberation.model.checkpoints.hugging_face_config import read_config
+from latent_deliberation.model.checkpoints import hugging_face, safetensors_io
+from latent_deliberation.model.checkpoints.hugging_face import read_config
 from latent_deliberation.model.decoder import boxed_shapes
 from tests.model.checkpoints import foreign
 from tests.parity import golden
@@ -30,8 +30,8 @@ def load_all(directory):
     ('gemma1_multihead', None), ('gemma2_bfloat16', 20_000), ('gemma3_multimodal', None)])
 def test_what_transformers_wrote_comes_back_to_the_bit(tmp_path, name, limit, monkeypatch):
   if limit is not None:
-    write = hugging_face_writer.write
-    monkeypatch.setattr(hugging_face_writer, 'write',
+    write = hugging_face.write
+    monkeypatch.setattr(hugging_face, 'write',
                         lambda *args: write(*args, file_bytes=limit))
   config, params = weights.load(golden.DIRECTORY / name)
   weights.save(tmp_path / 'target', config, params, format='huggingface')
@@ -49,7 +49,7 @@ def test_what_transformers_wrote_comes_back_to_the_bit(tmp_path, name, limit, mo
 
 
 def write(directory, params, family='gemma2'):
-  hugging_face_writer.write(directory, foreign.FAMILIES[family], params)
+  hugging_face.write(directory, foreign.FAMILIES[family], params)
 
 
 @pytest.mark.parametrize('family', foreign.FAMILIES)
@@ -102,7 +102,7 @@ def test_nothing_is_left_of_what_cannot_be_written(tmp_path, monkeypatch):
     path.write_bytes(b'part')
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(safetensors_writer, 'save_file', full)
+  monkeypatch.setattr(safetensors_io, 'save_file', full)
   with pytest.raises(OSError, match='No space left'):
     weights.save(tmp_path / 'target', config, params, format='huggingface')
   assert not list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from latent_deliberation.model.checkpoints import safetensors_source
-from latent_deliberation.model.checkpoints.safetensors_source import SafetensorsSource
+from latent_deliberation.model.checkpoints import safetensors_io
+from latent_deliberation.model.checkpoints.safetensors_io import SafetensorsSource
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests.model.checkpoints import foreign
 
@@ -54,7 +54,7 @@ class Counted:
 
 
 def test_each_device_reads_its_shard_and_no_more(directory, monkeypatch):
-  taken, real = [], safetensors_source.safe_open
+  taken, real = [], safetensors_io.safe_open
 
   class Spy:
     """safe_open, whose slices are counted; to take a whole tensor is an error."""
@@ -73,7 +73,7 @@ def test_each_device_reads_its_shard_and_no_more(directory, monkeypatch):
       return Counted(self.inside.get_slice(name), taken)
 
   source = open_source(directory)
-  monkeypatch.setattr(safetensors_source, 'safe_open', Spy)
+  monkeypatch.setattr(safetensors_io, 'safe_open', Spy)
   mesh = make_mesh(MeshConfig(2, 2, 2))
   sharding = NamedSharding(mesh, PartitionSpec('tensor', 'fsdp'))
   array = source.read('a', (8, 4), sharding)

@@ -8,8 +8,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from latent_deliberation.model.checkpoints.safetensors_source import SafetensorsSource
-from latent_deliberation.model.checkpoints.safetensors_writer import gather, write_tensors
+from latent_deliberation.model.checkpoints.safetensors_io import (
+  SafetensorsSource,
+  gather,
+  write_tensors,
+)
 from latent_deliberation.model.decoder import boxed_shapes
 from tests.model.checkpoints import foreign
 

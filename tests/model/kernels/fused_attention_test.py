@@ -12,16 +12,15 @@ from flax import linen as nn
 from jax.experimental import topologies
 
 from latent_deliberation.model import attention
-from latent_deliberation.model.attention import Visibility
-from latent_deliberation.model.cache import KVCache
-from latent_deliberation.model.kernels import fused_attention, machines
+from latent_deliberation.model.attention import KVCache, Visibility
+from latent_deliberation.model.kernels import fused_attention
 from latent_deliberation.model.kernels.tiling import Blocks
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
 GLOBAL = np.iinfo(np.int32).max
 # Two traces a product on a TPU, two or more blocks of all.
-TPU = dataclasses.replace(machines.TPU, blocks=Blocks(rows=64, keys=16, own=32))
-GPU = dataclasses.replace(machines.GPU, blocks=Blocks(rows=32, keys=16))
+TPU = dataclasses.replace(fused_attention.TPU, blocks=Blocks(rows=64, keys=16, own=32))
+GPU = dataclasses.replace(fused_attention.GPU, blocks=Blocks(rows=32, keys=16))
 DOCUMENTS = (15, 21)  # of both texts; the rest is padding
 
 
@@ -206,7 +205,7 @@ def test_rows_that_stand_alone_are_refused():
 def test_the_kernels_lower_for_a_gpu_at_sizes_that_fill_no_block(length, cap, width):
   inputs = shapes(3, length, 100, width)
   lowered = evaluate.trace(functools.partial(
-      fused_attention.attend_visible, kernels=machines.GPU), cap, *inputs).lower(
+      fused_attention.attend_visible, kernels=fused_attention.GPU), cap, *inputs).lower(
           lowering_platforms=('cuda',))
   assert lowered.as_text().count('@__gpu$xla.gpu.triton') == 3
 

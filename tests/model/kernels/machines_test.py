@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from latent_deliberation.model.kernels.machines import GPU, TPU, choose_kernels
+from latent_deliberation.model.kernels.fused_attention import GPU, TPU, choose_kernels
 
 
 def queries(width, dtype):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from latent_deliberation.model.kernels.machines import GPU, TPU
+from latent_deliberation.model.kernels.fused_attention import GPU, TPU
 from latent_deliberation.model.kernels.tiling import Layout
 
 

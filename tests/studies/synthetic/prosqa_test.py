@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from latent_deliberation.studies.synthetic.prosqa import AskedGraph, read_prosqa
+from latent_deliberation.studies.synthetic.graphs import AskedGraph, read_prosqa
 
 ITEM = {'question': 'Every gerpus is a terpus. Sally is a gerpus. Is Sally a hilpus or terpus?',
         'answer': 'Sally is a terpus.',

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from latent_deliberation.studies.synthetic.stories import LARGEST, tell_story
+from latent_deliberation.studies.synthetic.word_problems import LARGEST, tell_story
 
 OPERATIONS = {'+': int.__add__, '-': int.__sub__, '*': int.__mul__, '/': int.__floordiv__}
 
