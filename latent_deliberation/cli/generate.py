@@ -13,10 +13,10 @@ from absl import logging
 from latent_deliberation.files import read_text
 from latent_deliberation.inference import tokenizer as tokenizers
 from latent_deliberation.inference.generator import NONE, Generator
-from latent_deliberation.inference.passes import State
+from latent_deliberation.inference.passes import Prompts, State
 from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.prefix_cache import Context, read_behind
-from latent_deliberation.inference.session import Completion, Decoding, Prompts, generate, stream
+from latent_deliberation.inference.session import Completion, Decoding, generate, stream
 from latent_deliberation.inference.tokenizer import Tokenizer
 
 _COLUMN = 46

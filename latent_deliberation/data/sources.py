@@ -1,18 +1,43 @@
 """Documents as seqio data sources: local text, synthetic tasks and prepared TFDS data sets."""
 
 import hashlib
+import importlib
 import json
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from latent_deliberation.data.corpus import Corpus, open_corpus
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
-from latent_deliberation.studies.synthetic.documents import SyntheticCorpus, open_synthetic
 
 SPLITS = ('train', 'validation')
 TOGETHER = 16  # documents; a call from TensorFlow takes longer than to read a short one
+
+# data.source -> 'module:function', which makes a Corpus of a DataConfig. A new source of text is a
+# line here. Modules are imported by name, so that reading files does not load the studies.
+CORPORA = {
+    'stdlib': 'latent_deliberation.data.corpus:open_corpus',
+    'text': 'latent_deliberation.data.corpus:open_corpus',
+    'synthetic': 'latent_deliberation.studies.synthetic.documents:open_synthetic',
+}
+
+
+class Corpus(Protocol):
+  """Documents by number, of the splits 'train' and 'validation'.
+
+  Attributes:
+    text_key: name under which the text of a document is offered.
+    fingerprint: hash of all that the documents depend on.
+  """
+  text_key: str
+  fingerprint: str
+
+  def numbers(self, split: str) -> np.ndarray:
+    """Numbers of the documents of a split, int64 [n]."""
+
+  def read(self, number: int) -> str:
+    """The text of one document."""
 
 
 class CorpusSource(seqio.DataSource):
@@ -23,7 +48,7 @@ class CorpusSource(seqio.DataSource):
   since documents are looked up by number and not drawn from a Python generator.
   """
 
-  def __init__(self, corpus: Corpus | SyntheticCorpus):
+  def __init__(self, corpus: Corpus):
     self.corpus = corpus
     super().__init__(
         splits=SPLITS, num_input_examples={split: len(corpus.numbers(split)) for split in SPLITS},
@@ -64,15 +89,14 @@ def build_source(config: DataConfig) -> seqio.DataSource:
   """The documents of any configuration but a mixture, which brings its own.
 
   Raises:
-    FileNotFoundError, ValueError: see `open_corpus`, `open_synthetic` and `_open_tfds`.
+    FileNotFoundError, ValueError: see the functions in CORPORA, and `_open_tfds`.
   """
   if config.source == 'mixture':
     raise ValueError(f'the mixture {config.name!r} brings its own sources: take it from its task')
   if config.source == 'tfds':
     return _open_tfds(config)
-  if config.source == 'synthetic':
-    return CorpusSource(open_synthetic(config))
-  return CorpusSource(open_corpus(config))
+  module, _, function = CORPORA[config.source].partition(':')
+  return CorpusSource(getattr(importlib.import_module(module), function)(config))
 
 
 def _open_tfds(config: DataConfig) -> seqio.TfdsDataSource:

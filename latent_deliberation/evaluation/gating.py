@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from safetensors.numpy import save
 
 from latent_deliberation.array_types import Array, Batch, Params
@@ -28,9 +30,9 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import sample_traces
-from latent_deliberation.evaluation import plots
 from latent_deliberation.evaluation.evaluate import placed, scored_batches
 from latent_deliberation.evaluation.perplexity import BASELINE, OWN, arm_states
+from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable, whole_directory
 from latent_deliberation.inference.policy import RESULT, WEIGHTS
@@ -207,6 +209,22 @@ FRACTIONS = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())
 PICTURE = 'gate.png'
 
 
+def plot_gates(curves: Mapping[str, GainCurve], path: Path) -> None:
+  """Gain against the fraction of places that are augmented, for every gate."""
+  figure = Figure(figsize=(7, 5), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  for (name, curve), colour in zip(curves.items(), COLOURS.values(), strict=False):
+    axes.plot(curve.fractions, 1e3 * curve.gain, color=colour, label=f'{name} gate')
+    axes.fill_between(curve.fractions, 1e3 * curve.low, 1e3 * curve.high, color=colour, alpha=0.15,
+                      linewidth=0)
+  axes.set_xlabel('fraction of places that are augmented')
+  axes.set_ylabel('mean gain of a place, millinats on the tokens ahead')
+  axes.legend(frameon=False)
+  trim_axes(axes)
+  save_figure(figure, path)
+
+
 def fit_gate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: Path,
              output: Path) -> dict[str, Any]:
   """Measures gains on held-out text, fits a gate on one half of the texts, compares on the other.
@@ -258,7 +276,7 @@ def fit_gate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
       'git_commit': git_commit()}
   with whole_directory(output) as partial:
     if jax.process_index() == 0:
-      plots.plot_gates(curves, partial / PICTURE)
+      plot_gates(curves, partial / PICTURE)
       (partial / WEIGHTS).write_bytes(save({'weight': fitted.weight.astype(np.float32),
                                             'bias': np.array([fitted.bias], np.float32)}))
       (partial / RESULT).write_text(json.dumps(result, indent=2) + '\n')

@@ -16,7 +16,6 @@ from matplotlib.patches import Patch
 from latent_deliberation.array_types import Array, Batch
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.placement import place
-from latent_deliberation.evaluation.gating import GainCurve
 from latent_deliberation.evaluation.perplexity import BASELINE
 from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.files import write_whole
@@ -115,22 +114,6 @@ def plot_losses(panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[
     if curves:
       axes.legend(frameon=False, fontsize=9)
     trim_axes(axes)
-  save_figure(figure, path)
-
-
-def plot_gates(curves: Mapping[str, GainCurve], path: Path) -> None:
-  """Gain against the fraction of places that are augmented, for every gate."""
-  figure = Figure(figsize=(7, 5), layout='constrained')
-  FigureCanvasAgg(figure)
-  axes = figure.subplots()
-  for (name, curve), colour in zip(curves.items(), COLOURS.values(), strict=False):
-    axes.plot(curve.fractions, 1e3 * curve.gain, color=colour, label=f'{name} gate')
-    axes.fill_between(curve.fractions, 1e3 * curve.low, 1e3 * curve.high, color=colour, alpha=0.15,
-                      linewidth=0)
-  axes.set_xlabel('fraction of places that are augmented')
-  axes.set_ylabel('mean gain of a place, millinats on the tokens ahead')
-  axes.legend(frameon=False)
-  trim_axes(axes)
   save_figure(figure, path)
 
 

@@ -25,16 +25,19 @@ from latent_deliberation.inference import passes
 from latent_deliberation.inference import tokenizer as tokenizers
 from latent_deliberation.inference.background import Counts
 from latent_deliberation.inference.decode import Decoded, decode
-from latent_deliberation.inference.passes import Augmentation, Model, State, Weights
-from latent_deliberation.inference.policy import FittedGate
-from latent_deliberation.inference.ring_cache import SlotCache, plan_cache
-from latent_deliberation.inference.session import (
+from latent_deliberation.inference.passes import (
+  Augmentation,
+  Model,
   Prompts,
+  State,
+  Weights,
   align,
   check_anchors,
   check_prompts,
   check_room,
 )
+from latent_deliberation.inference.policy import FittedGate
+from latent_deliberation.inference.ring_cache import SlotCache, plan_cache
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder

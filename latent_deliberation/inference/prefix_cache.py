@@ -17,9 +17,8 @@ from safetensors.flax import load_file, save_file
 from latent_deliberation.files import make_writable, read_text, whole_directory
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.generator import NONE, Generator
-from latent_deliberation.inference.passes import Augmentation, Model, State
+from latent_deliberation.inference.passes import Augmentation, Model, Prompts, State
 from latent_deliberation.inference.ring_cache import CachePlan
-from latent_deliberation.inference.session import Prompts
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.model.fingerprint import fingerprint
 

@@ -23,7 +23,8 @@ from latent_deliberation.evaluation.evaluate import score_traces, scored_batches
 from latent_deliberation.evaluation.perplexity import BASELINE, arm_states
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.inference.generator import Generator
-from latent_deliberation.inference.session import Decoding, Prompts, generate
+from latent_deliberation.inference.passes import Prompts
+from latent_deliberation.inference.session import Decoding, generate
 from latent_deliberation.inference.tokenizer import BYTES, open_tokenizer
 from latent_deliberation.models import build_deliberator
 from latent_deliberation.progress import Progress
