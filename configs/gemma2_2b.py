@@ -63,4 +63,4 @@ def get_config(decoder: str = 'gemma2_2b'):
       training=training,
       evaluation=EvaluationConfig(
           num_texts=1024, batch_size=256, num_traces=128, num_ahead=32,
-          positions=(1, 2, 4, 8, 16, 32), watch_batches=4)))
+          positions=(1, 2, 4, 8, 16, 32), eval_batches=4)))

@@ -41,5 +41,5 @@ def get_config():
           loop=LoopConfig(num_steps=400, log_every=10, eval_every=100, save_every=200, keep=2)),
       evaluation=EvaluationConfig(
           num_texts=1024, batch_size=16, num_traces=16, num_ahead=16,
-          positions=(1, 2, 4, 8, 16), watch_batches=4,
+          positions=(1, 2, 4, 8, 16), eval_batches=4,
           rows_per_text=16)))

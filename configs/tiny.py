@@ -21,4 +21,4 @@ def get_config():
       training=training,
       evaluation=EvaluationConfig(
           num_texts=8, batch_size=8, num_traces=4, num_ahead=8, positions=(1, 2, 4, 8),
-          watch_batches=1)))
+          eval_batches=1)))

@@ -9,6 +9,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from latent_deliberation.errors import UserError
+
 ADDRESS = 'JAX_COORDINATOR_ADDRESS'
 # Variables that a launcher sets for each of its processes, and that jax finds the others by: how
 # many there are, and one that is there only where jax recognises the launcher.
@@ -17,7 +19,7 @@ LAUNCHERS = (('SLURM_NTASKS', 'SLURM_STEP_NODELIST'),
 PATIENCE_SECONDS = 24 * 3600  # for what one process does alone, such as packing a corpus
 
 
-def join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
+def initialize(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
   """Makes this process one of several, where there are several; call it before jax has devices.
 
   On a Cloud TPU, and under srun or mpirun, jax finds out by itself which processes there are;
@@ -29,12 +31,12 @@ def join(address: str | None = None, count: int | None = None, index: int | None
     index: of this one, 0 to count - 1.
 
   Raises:
-    ValueError: some of the three are given and some are not, or they cannot be.
+    UserError: some of the three are given and some are not, or they cannot be.
   """
   detected = address is None and count is None and index is None and _are_others_known()
   address = address or os.environ.get(ADDRESS) or None
   if detected:
-    _join_known()
+    _initialize_known()
   elif not (address is None and count is None and index is None):
     _check_given(address, count, index)
     logging.info('process %d of %d: waiting for all of them at %s', index, count, address)
@@ -46,15 +48,15 @@ def _check_given(address: str | None, count: int | None, index: int | None) -> N
   missing = [name for name, value in given.items() if value is None]
   if missing:
     there = ', '.join(f'{name}={value}' for name, value in given.items() if value is not None)
-    raise ValueError(
+    raise UserError(
         f'{there} (a flag, or {ADDRESS}) without {" and ".join(missing)}: several processes need '
         'all three, one process none')
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit():
-    raise ValueError(f'--coordinator_address={address}: it must be host:port of process 0, such as '
+    raise UserError(f'--coordinator_address={address}: it must be host:port of process 0, such as '
                      '10.0.0.2:8476')
   if not 0 <= index < count:
-    raise ValueError(f'--process_id={index} with --process_count={count}: it must lie between 0 '
+    raise UserError(f'--process_id={index} with --process_count={count}: it must lie between 0 '
                      f'and {count - 1}')
 
 
@@ -69,7 +71,7 @@ def _are_others_known() -> bool:
       mark in os.environ and int(os.environ.get(count, 1)) > 1 for count, mark in LAUNCHERS)
 
 
-def _join_known() -> None:
+def _initialize_known() -> None:
   logging.info('waiting for the other processes that jax knows of, if there are any')
   try:
     jax.distributed.initialize()
@@ -80,20 +82,20 @@ def _join_known() -> None:
     logging.warning('jax knows of no other TPU hosts: this process runs alone')
 
 
-def wait_for_all(name: str) -> None:
+def barrier(name: str) -> None:
   """Returns once every process has come here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
-def first_does(what: str, work: Callable[[], None]) -> None:
+def run_on_process_zero(what: str, work: Callable[[], None]) -> None:
   """Process 0 works and the others wait; where it fails, all of them raise.
 
   Args:
     what: completes "process 0 could not ...".
 
   Raises:
-    RuntimeError: on the others, where process 0 has raised an error of its own.
+    UserError: on the others, where process 0 has raised an error of its own.
   """
   if jax.process_count() == 1:
     work()
@@ -111,4 +113,4 @@ def first_does(what: str, work: Callable[[], None]) -> None:
   if failure is not None:
     raise failure
   if failed:
-    raise RuntimeError(f'process 0 could not {what}: its own log says why')
+    raise UserError(f'process 0 could not {what}: its own log says why')

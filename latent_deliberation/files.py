@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from latent_deliberation.distributed import wait_for_all
+from latent_deliberation.distributed import barrier
+from latent_deliberation.errors import UserError
 
 
 def read_text(path: Path, what: str) -> str:
@@ -21,15 +22,15 @@ def read_text(path: Path, what: str) -> str:
     what: that it should hold, for the message where there is none.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is no UTF-8.
+    UserError: there is no such file.
+    UserError: it is no UTF-8.
   """
   if not path.is_file():
-    raise FileNotFoundError(f'no file {path}: give one with {what}')
+    raise UserError(f'no file {path}: give one with {what}')
   try:
     return path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is not UTF-8 ({error}): convert it') from error
+    raise UserError(f'{path} is not UTF-8 ({error}): convert it') from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -58,24 +59,24 @@ def whole_directory(directory: Path) -> Iterator[Path]:
   Every process enters; process 0 makes the directory and gives it its name.
 
   Raises:
-    FileExistsError: `directory` exists already; nothing is overwritten.
+    UserError: `directory` exists already; nothing is overwritten.
   """
   directory = directory.absolute()
   if directory.exists():
-    raise FileExistsError(f'{directory} exists already and is not written over: give another, or '
+    raise UserError(f'{directory} exists already and is not written over: give another, or '
                           'remove it')
   partial = directory.with_name(f'.{directory.name}.partial')  # no user has one of this name
   is_writer = jax.process_index() == 0
   if is_writer:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
-  wait_for_all(f'{directory} begun')
+  barrier(f'{directory} begun')
   try:
     yield partial
-    wait_for_all(f'{directory} written')
+    barrier(f'{directory} written')
     if is_writer:
       os.replace(partial, directory)
-    wait_for_all(f'{directory} named')
+    barrier(f'{directory} named')
   finally:
     if is_writer:
       shutil.rmtree(partial, ignore_errors=True)
@@ -84,12 +85,12 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 def make_writable(directory: Path) -> None:
   """Creates a directory if it is missing, and writes to it now, before any long work.
 
-  Raises: OSError when either cannot be done.
+  Raises: UserError when either cannot be done.
   """
   try:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory) as file:
       file.write(b'probe')
   except OSError as error:
-    raise OSError(f'{directory} cannot be written to ({error}): name another directory, or make '
+    raise UserError(f'{directory} cannot be written to ({error}): name another directory, or make '
                   'room there') from error

@@ -36,7 +36,7 @@ def open_frozen(experiment: Experiment, directory: Path) -> weights.Checkpoint:
   """The frozen decoder on disk, in any format, checked before its weights are read.
 
   Raises:
-    ValueError: the decoder in `directory` is of another architecture than the experiment's, or
+    UserError: the decoder in `directory` is of another architecture than the experiment's, or
       damaged.
   """
   checkpoint = weights.open_checkpoint(directory, experiment.decoder)
@@ -50,15 +50,15 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   dtype = experiment.computation.frozen_dtype
   if dtype == 'int8':
     stored = load_stored(experiment, checkpoint, mesh)
-    digest = checkpoint.fingerprint or fingerprint(stored)
+    decoder_fingerprint = checkpoint.fingerprint or fingerprint(stored)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes(experiment, mesh))
-    return jax.jit(quantise, out_shardings=shardings)(stored), digest
+    return jax.jit(quantise, out_shardings=shardings)(stored), decoder_fingerprint
   place = lambda boxed: _frozen_shardings(boxed, experiment, mesh)  # noqa: E731
   if checkpoint.fingerprint:
     return checkpoint.load(place, dtype), checkpoint.fingerprint
   stored = checkpoint.load(place)
-  digest = fingerprint(stored)
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), digest
+  decoder_fingerprint = fingerprint(stored)
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), decoder_fingerprint
 
 
 def load_stored(experiment: Experiment, checkpoint: weights.Checkpoint, mesh: Mesh) -> Params:

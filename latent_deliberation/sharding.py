@@ -7,6 +7,7 @@ decides where a tensor lives is here: the rules, the mesh, and the shardings tha
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import PyTree
+from latent_deliberation.errors import UserError
 
 MESH_AXES = ('replica', 'data', 'fsdp', 'tensor')
 
@@ -52,11 +54,44 @@ class MeshConfig:
   tensor: int = 1
 
 
+def parse_mesh(text: str) -> MeshConfig:
+  """A mesh from 'data=1,fsdp=256,tensor=1'; axes that are left out have the default size.
+
+  Raises:
+    UserError: it names an axis that there is not, or a size that is no integer.
+  """
+  names = [field.name for field in dataclasses.fields(MeshConfig)]
+  sizes = {}
+  for part in text.split(','):
+    name, _, size = part.partition('=')
+    if name not in names or not re.fullmatch(r'-1|\d+', size) or name in sizes:
+      raise UserError(f'--mesh={text}: {part!r} must be AXIS=SIZE, each of {names} once at most, '
+                       'such as data=16,fsdp=16')
+    sizes[name] = int(size)
+  return MeshConfig(**sizes)
+
+
+def parse_rules(text: str) -> dict[str, tuple[str, ...]]:
+  """Changes of the rules from 'embed=fsdp+tensor,vocab=': logical axis = mesh axes.
+
+  Raises:
+    UserError: a part is of another form.
+  """
+  rules = {}
+  for part in text.split(','):
+    name, equals, axes = part.partition('=')
+    if not name or not equals or name in rules:
+      raise UserError(f'--rules={text}: {part!r} must be LOGICAL_AXIS=MESH_AXIS+MESH_AXIS, each '
+                       'logical axis once, such as embed=fsdp+tensor,vocab=')
+    rules[name] = tuple(axes.split('+')) if axes else ()
+  return rules
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """The (replica, data, fsdp, tensor) mesh over `devices`, by default all of them.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices, or the devices lie in several
+    UserError: the sizes do not multiply to the number of devices, or the devices lie in several
       slices and replica is not their number.
   """
   devices = jax.devices() if devices is None else list(devices)
@@ -68,7 +103,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   if len(slices) < 2:
     return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
   if sizes[0] != len(slices):
-    raise ValueError(
+    raise UserError(
         f'mesh {_named(sizes)}: replica is {sizes[0]}, but the devices lie in {len(slices)} '
         f'slices: set mesh.replica to {len(slices)}, so that gradients alone cross the network '
         'between them')
@@ -81,13 +116,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def _fill_sizes(sizes: Sequence[int], num_devices: int) -> list[int]:
   """The sizes, with the number of devices that are left in the place of -1."""
   if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-    raise ValueError(f'mesh {_named(sizes)}: sizes are positive, or -1 on one axis for all devices '
+    raise UserError(f'mesh {_named(sizes)}: sizes are positive, or -1 on one axis for all devices '
                      'that are left')
   known = math.prod(size for size in sizes if size != -1)
   rest, left_over = divmod(num_devices, known)
   sizes = [rest if size == -1 else size for size in sizes]
   if left_over or math.prod(sizes) != num_devices:
-    raise ValueError(
+    raise UserError(
         f'mesh {_named(sizes)} has {math.prod(sizes)} places for {num_devices} devices: the sizes '
         'must multiply to the number of devices')
   return sizes
@@ -101,18 +136,18 @@ def check_rules(rules: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]
   """The rules as a plain dict of tuples.
 
   Raises:
-    ValueError: a rule is for a logical axis that the model has not, or names one that no mesh has.
+    UserError: a rule is for a logical axis that the model has not, or names one that no mesh has.
   """
   rules = {name: tuple(axes) for name, axes in rules.items()}
   for name, axes in rules.items():
     if name not in LOGICAL_AXES:
       near = difflib.get_close_matches(name, LOGICAL_AXES, n=1)
       hint = f'did you mean {near[0]!r}? ' if near else ''
-      raise ValueError(f'rule {name!r} -> {axes}: no tensor has an axis of this name; {hint}The '
+      raise UserError(f'rule {name!r} -> {axes}: no tensor has an axis of this name; {hint}The '
                        f'logical axes are {LOGICAL_AXES}')
     unknown = sorted(set(axes) - set(MESH_AXES))
     if unknown:
-      raise ValueError(f'rule {name!r} -> {axes}: {unknown} are not mesh axes; those are '
+      raise UserError(f'rule {name!r} -> {axes}: {unknown} are not mesh axes; those are '
                        f'{MESH_AXES}')
   return rules
 
@@ -122,13 +157,13 @@ def partition_spec(names: Sequence[str | None], rules: Mapping[str, Sequence[str
   """The mesh axes of each axis of a tensor whose logical axes are `names`.
 
   Raises:
-    ValueError: two axes of the tensor would be split over the same mesh axis.
+    UserError: two axes of the tensor would be split over the same mesh axis.
   """
   entries = [tuple(rules.get(name, ())) for name in names]
   used = [axis for entry in entries for axis in entry]
   twice = sorted({axis for axis in used if used.count(axis) > 1})
   if twice:
-    raise ValueError(f'{where} {tuple(names)}: the rules use mesh axis {twice[0]!r} for more than '
+    raise UserError(f'{where} {tuple(names)}: the rules use mesh axis {twice[0]!r} for more than '
                      'one of its axes; change the rule of one of them')
   return PartitionSpec(*(entry or None for entry in entries))
 
@@ -139,7 +174,7 @@ def shardings_of(boxed: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) 
   Leaves without a box (step counters) are replicated.
 
   Raises:
-    ValueError: two axes of a leaf collide, or an axis does not divide over its mesh axes.
+    UserError: two axes of a leaf collide, or an axis does not divide over its mesh axes.
   """
 
   def of_leaf(path: Any, leaf: Any) -> NamedSharding:
@@ -151,7 +186,7 @@ def shardings_of(boxed: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) 
       axes = tuple(rules.get(name, ()))
       shards = math.prod(mesh.shape[axis] for axis in axes)
       if size % shards:
-        raise ValueError(
+        raise UserError(
             f'{where}: its axis {name!r} of {size} does not divide by the {shards} shards of mesh '
             f'axes {axes}; change the mesh or the rule of {name!r}')
     return NamedSharding(mesh, spec)
@@ -172,10 +207,10 @@ def batch_shards(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> int:
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh,
                 rules: Mapping[str, Sequence[str]]) -> None:
-  """Raises ValueError where a batch does not divide into microbatches and over the mesh."""
+  """Raises UserError where a batch does not divide into microbatches and over the mesh."""
   shards = batch_shards(mesh, rules)
   if batch_size % (shards * accumulation):
-    raise ValueError(
+    raise UserError(
         f'batch_size = {batch_size} does not divide into {accumulation} microbatches over '
         f'{shards} shards of mesh {dict(mesh.shape)}: it must be a multiple of '
         f'{shards * accumulation}')
@@ -192,7 +227,7 @@ def rows_of_process(batch_size: int, mesh: Mesh, rules: Mapping[str, Sequence[st
     process: index; default is this process.
 
   Raises:
-    ValueError: the batch does not divide over the mesh.
+    UserError: the batch does not divide over the mesh.
   """
   check_batch(batch_size, 1, mesh, rules)
   process = jax.process_index() if process is None else process
@@ -203,7 +238,7 @@ def rows_of_process(batch_size: int, mesh: Mesh, rules: Mapping[str, Sequence[st
 
 
 def check_own_rows(mesh: Mesh | AbstractMesh, rules: Mapping[str, Sequence[str]]) -> None:
-  """Raises ValueError where two processes hold the same rows of a batch; a plan has none."""
+  """Raises UserError where two processes hold the same rows of a batch; a plan has none."""
   if isinstance(mesh, AbstractMesh):
     return
   process = np.vectorize(lambda device: device.process_index)(mesh.devices)
@@ -211,7 +246,7 @@ def check_own_rows(mesh: Mesh | AbstractMesh, rules: Mapping[str, Sequence[str]]
             if name not in rules.get('batch', ())
             and (process != process.take([0], axis)).any()]
   if shared:
-    raise ValueError(
+    raise UserError(
         f'mesh {dict(mesh.shape)}: axes {shared} do not divide the batch and span processes, so '
         "that two of them need the same texts, which data.mode = 'online' cannot give: lay these "
         f'axes inside of one process ({np.bincount(process.ravel()).max()} devices), or pack the '

@@ -10,16 +10,20 @@ decoder, which alone can use them. Next, go on behind it: launch/generate.py --c
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags
+from absl import flags
+
+from latent_deliberation.cli import app
 from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.generator import open_generator
 
-_DECODER = flags.define_directory('decoder', 'Of the decoder, in any format we read.')
-_COPROCESSOR = flags.define_directory('coprocessor', 'Of a trained coprocessor.')
-_VOCABULARY = flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
-_DOCUMENT = flags.define_text('document', None, 'File with the text, UTF-8.')
-_LENGTH = flags.define_number('length', 2048, 'Tokens that the text may have.')
-_OUTPUT = flags.define_directory('output', 'To be written; must not exist yet.')
+_DECODER = app.define_directory('decoder', 'Directory of the decoder, in any format we read.')
+_COPROCESSOR = app.define_directory('coprocessor', 'Directory of a trained coprocessor.')
+_VOCABULARY = flags.DEFINE_string(
+    'vocabulary', '', "Path of a SentencePiece model, or 'byte'. Default: the decoder's own.")
+_DOCUMENT = flags.DEFINE_string(
+    'document', None, 'File with the text to read, in UTF-8.', required=True)
+_LENGTH = flags.DEFINE_integer('length', 2048, 'Largest number of tokens that the text may have.')
+_OUTPUT = app.define_directory('output', 'Directory to write the cache to; must not exist yet.')
 
 
 def main() -> None:

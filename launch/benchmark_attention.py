@@ -10,18 +10,22 @@ gradient, which must agree. Next, set --config.computation.attention for launch/
 
 from pathlib import Path
 
-from latent_deliberation.benchmarks.attention_speed import benchmark
-from latent_deliberation.cli import app, flags
+from absl import flags
 
-flags.define_config(__file__)
-_TEXTS = flags.define_count('texts', 1, 'Texts of the batch.')
-_DENSE = flags.define_switch('dense_mask', 'Compare with one dense mask, too.')
-_OUTPUT = flags.define_json('output', 'JSON file to write.')
-_REPEATS = flags.define_count('repeats', 10, 'Turns of the comparison.')
+from latent_deliberation.benchmarks.attention_speed import benchmark
+from latent_deliberation.cli import app
+from latent_deliberation.experiment import define_config, read_config
+
+define_config(__file__)
+_TEXTS = flags.DEFINE_integer('texts', 1, 'Number of texts in the batch.', lower_bound=1)
+_DENSE = flags.DEFINE_bool('dense_mask', False, 'Also measure one dense mask over all traces.')
+_OUTPUT = app.define_json('output', 'JSON file to write.')
+_REPEATS = flags.DEFINE_integer(
+    'repeats', 10, 'Number of turns in which all ways are measured.', lower_bound=1)
 
 
 def main() -> None:
-  result = benchmark(flags.experiment_from_flags(), _TEXTS.value, _DENSE.value,
+  result = benchmark(read_config(), _TEXTS.value, _DENSE.value,
                      Path(_OUTPUT.value), _REPEATS.value)
   for way, measured in result['measured'].items():
     print(f'{way:<11} {result["seconds"][way]:8.3f} s  loss {measured["loss"]:.4f}  gradient '

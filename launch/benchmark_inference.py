@@ -8,11 +8,14 @@ the ratios are drawn as a PNG beside the JSON. Next, decode with launch/generate
 
 from pathlib import Path
 
-from latent_deliberation.benchmarks.inference_speed import benchmark
-from latent_deliberation.cli import app, flags
+from absl import flags
 
-_OUTPUT = flags.define_json('output', 'JSON file to write, and a PNG beside it.')
-_REPEATS = flags.define_count('repeats', 5, 'Alternations of each comparison.')
+from latent_deliberation.benchmarks.inference_speed import benchmark
+from latent_deliberation.cli import app
+
+_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG beside it.')
+_REPEATS = flags.DEFINE_integer(
+    'repeats', 5, 'Number of turns of each comparison.', lower_bound=1)
 
 
 def main() -> None:

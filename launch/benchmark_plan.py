@@ -10,18 +10,21 @@ estimates are. A pod takes minutes for each of the two. Next, plan meshes with l
 
 from pathlib import Path
 
+from absl import flags
+
 from latent_deliberation.benchmarks.dense_plan import benchmark
-from latent_deliberation.cli import app, flags
+from latent_deliberation.cli import app
+from latent_deliberation.experiment import define_config, read_config
 from latent_deliberation.planning import topology
 
-flags.define_config(__file__)
-_TOPOLOGY = flags.define_text(
-    'topology', 'v5e:16x16', 'Chip and shape of the slice (v5e:16x16, v5p:4x4x8), or cpu:8.')
-_OUTPUT = flags.define_json('output', 'JSON file to write, and a PNG beside it.')
+define_config(__file__)
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', 'v5e:16x16', 'Chip and shape of the slice, such as v5e:16x16, or cpu:8.')
+_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG beside it.')
 
 
 def main() -> None:
-  result = benchmark(flags.experiment_from_flags(),
+  result = benchmark(read_config(),
                      topology.find_topology(_TOPOLOGY.value), Path(_OUTPUT.value))
   for way, plan in result['plans'].items():
     seconds = plan['estimated_step_seconds']

@@ -8,11 +8,14 @@ drawn as a PNG beside the JSON. Next, train with launch/train.py.
 
 from pathlib import Path
 
-from latent_deliberation.benchmarks.step_speed import benchmark
-from latent_deliberation.cli import app, flags
+from absl import flags
 
-_OUTPUT = flags.define_json('output', 'JSON file to write, and a PNG beside it.')
-_REPEATS = flags.define_count('repeats', 15, 'Turns of each comparison.')
+from latent_deliberation.benchmarks.step_speed import benchmark
+from latent_deliberation.cli import app
+
+_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG beside it.')
+_REPEATS = flags.DEFINE_integer(
+    'repeats', 15, 'Number of turns of each comparison.', lower_bound=1)
 
 
 def main() -> None:

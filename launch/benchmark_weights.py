@@ -9,13 +9,15 @@ launch/convert.py.
 
 from pathlib import Path
 
+from absl import flags
+
 from latent_deliberation.benchmarks.loading_memory import benchmark
-from latent_deliberation.cli import app, flags
+from latent_deliberation.cli import app
 from latent_deliberation.model.transformer_config import PRESETS
 
-_PRESET = flags.define_choice(
-    'preset', sorted(PRESETS, key='gemma2_2b'.__ne__), 'Size of the decoder.')
-_OUTPUT = flags.define_json('output', 'JSON file to write.')
+_PRESET = flags.DEFINE_enum(
+    'preset', 'gemma2_2b', sorted(PRESETS), 'Preset whose sizes the decoder has.')
+_OUTPUT = app.define_json('output', 'JSON file to write.')
 
 
 def main() -> None:

@@ -14,25 +14,28 @@ Next, train on the mesh that is best: launch/train.py --config.mesh.fsdp=...
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags
-from latent_deliberation.cli.flags import read_mesh, read_rules
+from absl import flags
+
+from latent_deliberation.cli import app
+from latent_deliberation.experiment import define_config, read_config
 from latent_deliberation.planning import table, topology
 from latent_deliberation.planning.compile import plan_training
+from latent_deliberation.sharding import parse_mesh, parse_rules
 
-flags.define_config(__file__)
-_TOPOLOGY = flags.define_text(
-    'topology', 'v5e:16x16', 'Chip and shape of the slice (v5e:16x16, v5p:4x4x8), or cpu:8.')
-_MESHES = flags.define_texts(
-    'mesh', 'Sizes of mesh axes, such as data=16,fsdp=16; several to compare. Default: the config.')
-_RULES = flags.define_texts(
-    'rules', 'Changes of the rules, such as embed=fsdp+tensor,vocab=; several to compare.')
-_OUTPUT = flags.define_json('output', 'JSON file to write.', 'plan.json')
+define_config(__file__)
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', 'v5e:16x16', 'Chip and shape of the slice, such as v5e:16x16, or cpu:8.')
+_MESHES = flags.DEFINE_multi_string(
+    'mesh', [], 'Sizes of mesh axes, such as data=16,fsdp=16; may be repeated. Default: the config.')
+_RULES = flags.DEFINE_multi_string(
+    'rules', [], 'Changes of the sharding rules, such as embed=fsdp+tensor; may be repeated.')
+_OUTPUT = app.define_json('output', 'JSON file to write.', 'plan.json')
 
 
 def main() -> None:
-  experiment = flags.experiment_from_flags()
-  meshes = [read_mesh(text) for text in _MESHES.value]
-  rules = [read_rules(text) for text in _RULES.value]
+  experiment = read_config()
+  meshes = [parse_mesh(text) for text in _MESHES.value]
+  rules = [parse_rules(text) for text in _RULES.value]
   plans = plan_training(experiment, topology.find_topology(_TOPOLOGY.value), meshes, rules,
                         Path(_OUTPUT.value))
   print('\n\n'.join(table.describe(plan) for plan in plans))

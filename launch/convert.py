@@ -12,15 +12,20 @@ Next, train a coprocessor with launch/train.py --config=configs/gemma2_2b.py:DIR
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, convert, flags
+from absl import flags
+
+from latent_deliberation.cli import app, convert
 from latent_deliberation.model import weights
 
-_SOURCE = flags.define_directory('source', 'Of the decoder to read.')
-_TARGET = flags.define_directory('target', 'To be written; must not exist yet.', '')
-_FORMAT = flags.define_choice('format', weights.FORMATS, 'To write.')
-_DTYPE = flags.define_choice('dtype', ('float32', 'bfloat16', 'float16'),
-                                    'To round to; by default every bit is kept.', required=False)
-_LIST = flags.define_switch('list', 'Also list every tensor.')
+_SOURCE = app.define_directory('source', 'Directory of the decoder to read.')
+_TARGET = app.define_directory(
+    'target', 'Directory to write the decoder to; must not exist yet. Default: only describe.', '')
+_FORMAT = flags.DEFINE_enum(
+    'format', weights.FORMATS[0], weights.FORMATS, 'Format to write the decoder in.')
+_DTYPE = flags.DEFINE_enum(
+    'dtype', None, ('float32', 'bfloat16', 'float16'),
+    'Dtype to round the weights to. Default: every bit is kept.')
+_LIST = flags.DEFINE_bool('list', False, 'Also list every tensor of the source.')
 
 
 def main() -> None:

@@ -9,22 +9,25 @@ train.py with deliberation.trainable=constant (pause tokens) joins the table. Op
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags
+from latent_deliberation.cli import app
 from latent_deliberation.evaluation.evaluate import evaluate
 from latent_deliberation.evaluation.report import format_table
+from latent_deliberation.experiment import define_config, read_config
 
-flags.define_config(__file__)
-_DECODER = flags.define_directory('decoder', 'Of the frozen decoder.')
-_COPROCESSOR = flags.define_directory('coprocessor', 'Of a finished train.py.')
-_DATA = flags.define_directory('data', 'Of prepared data.')
-_OUTPUT = flags.define_directory('output', 'For the report.')
-_CONSTANT = flags.define_directory(
-    'constant', 'The same, for constant soft tokens.', '')
+define_config(__file__)
+_DECODER = app.define_directory('decoder', 'Directory of the frozen decoder.')
+_COPROCESSOR = app.define_directory(
+    'coprocessor', 'Work directory of a finished training, or the coprocessor that it wrote.')
+_DATA = app.define_directory('data', 'Directory of prepared data.')
+_OUTPUT = app.define_directory('output', 'Directory to write the report to.')
+_CONSTANT = app.define_directory(
+    'constant', 'Work directory of trained constant soft tokens, as one more arm. Default: none.',
+    '')
 
 
 def main() -> None:
   summary = evaluate(
-      flags.experiment_from_flags(), decoder=Path(_DECODER.value),
+      read_config(), decoder=Path(_DECODER.value),
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value),
       constant=Path(_CONSTANT.value) if _CONSTANT.value else None)
   print(format_table(summary))

@@ -10,19 +10,21 @@ fraction of places that are augmented. The config is that of the training. Next,
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags
+from latent_deliberation.cli import app
 from latent_deliberation.evaluation.gating import PICTURE, fit_gate
+from latent_deliberation.experiment import define_config, read_config
 
-flags.define_config(__file__)
-_DECODER = flags.define_directory('decoder', 'Of the frozen decoder.')
-_COPROCESSOR = flags.define_directory('coprocessor', 'Of a finished train.py.')
-_DATA = flags.define_directory('data', 'Of prepared data.')
-_OUTPUT = flags.define_directory('output', 'To be written; must not exist yet.')
+define_config(__file__)
+_DECODER = app.define_directory('decoder', 'Directory of the frozen decoder.')
+_COPROCESSOR = app.define_directory(
+    'coprocessor', 'Work directory of a finished training, or the coprocessor that it wrote.')
+_DATA = app.define_directory('data', 'Directory of prepared data.')
+_OUTPUT = app.define_directory('output', 'Directory to write the gate to; must not exist yet.')
 
 
 def main() -> None:
   result = fit_gate(
-      flags.experiment_from_flags(), decoder=Path(_DECODER.value),
+      read_config(), decoder=Path(_DECODER.value),
       coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value))
   print('fraction augmented; by gate, mean gain of a place in millinats [95% interval], and what'
         ' of it is above chance')

@@ -8,37 +8,48 @@ Without a prompt it asks for one after the other. Latents come at its end, --at 
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags, generate
+from absl import flags
+
+from latent_deliberation.cli import app, generate
 from latent_deliberation.inference import prefix_cache
-from latent_deliberation.inference.background import Arrival
+from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.generator import open_generator
 from latent_deliberation.inference.policy import NEVER, SCORES, combine, open_gate
-from latent_deliberation.inference.session import Decoding
+from latent_deliberation.inference.session import DecodingOptions
 
-_DECODER = flags.define_directory('decoder', 'Of the decoder, in any format we read.')
-_COPROCESSOR = flags.define_directory('coprocessor', "Of a trained one; or 'none'.", '')
-_VOCABULARY = flags.define_text('vocabulary', '', "SentencePiece model, or 'byte'.")
-_PROMPT = flags.define_texts('prompt', 'What to write on behind; may be repeated.')
-_PROMPTS_FILE = flags.define_text('prompts_file', '', 'With a prompt a line, or .jsonl.')
-_STOP = flags.define_texts('stop', 'String that ends a text; may be repeated.')
-_MAX_TOKENS = flags.define_number('max_tokens', 64, 'To decode.')
-_LENGTH = flags.define_number('length', 2048, 'Tokens of a text, prompt and all.')
-_TEMPERATURE = flags.define_number('temperature', 0.0, 'Divides logits; 0 is greedy.')
-_TOP_K = flags.define_number('top_k', 0, 'Likeliest tokens to keep; 0 keeps all.')
-_TOP_P = flags.define_number('top_p', 1.0, 'Mass of the likeliest tokens to keep.')
-_MIN_P = flags.define_number('min_p', 0.0, 'Least probability over the greatest.')
-_SEED = flags.define_number('seed', 0, 'Of the first prompt; the others count on.')
-_AT = flags.define_numbers('at', [], 'Tokens after which to deliberate; 0 without a gate.')
-_EVERY = flags.define_number('every', 0, 'Deliberate after every so many tokens; 0: not.')
-_GATE = flags.define_directory('gate', 'Written by gate.py: deliberate where it opens.', '')
-_BUDGET = flags.define_number('budget', 0.25, 'Fraction of tokens at which it opens.')
-_SCORE = flags.define_choice('gate_score', SCORES, 'What opens it.')
-_CACHE = flags.define_directory('cache', 'Of augment.py: prompts go on behind it.', '')
-_BACKGROUND = flags.define_switch('background', 'Do not wait for latents.')
-_JSON = flags.define_switch('json', 'Print a line of JSON for each prompt.')
-_STREAM = flags.define_switch('stream', 'Print tokens as they come.')
-_COMPARE = flags.define_switch('compare', 'Print plain and augmented side by side.')
+_DECODER = app.define_directory('decoder', 'Directory of the decoder, in any format we read.')
+_COPROCESSOR = app.define_directory(
+    'coprocessor', "Directory of a trained coprocessor, or 'none'. Default: none.", '')
+_VOCABULARY = flags.DEFINE_string(
+    'vocabulary', '', "Path of a SentencePiece model, or 'byte'. Default: the decoder's own.")
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
+_PROMPTS_FILE = flags.DEFINE_string(
+    'prompts_file', '', "File with a prompt on each line, or .jsonl with a key 'prompt'.")
+_STOP = flags.DEFINE_multi_string('stop', [], 'String that ends a text; may be repeated.')
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 64, 'Largest number of tokens to decode.')
+_LENGTH = flags.DEFINE_integer('length', 2048, 'Room in the cache, in tokens, prompt included.')
+_TEMPERATURE = flags.DEFINE_float(
+    'temperature', 0.0, 'Sampling temperature; 0 takes the likeliest token.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Keep this many of the likeliest tokens; 0 keeps all.')
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Keep the likeliest tokens up to this probability mass.')
+_MIN_P = flags.DEFINE_float(
+    'min_p', 0.0, 'Keep tokens with at least this share of the largest probability.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the first prompt; each next prompt adds 1.')
+_AT = flags.DEFINE_multi_integer(
+    'at', [], 'Number of decoded tokens after which to make latents; may be repeated. Default: 0.')
+_EVERY = flags.DEFINE_integer('every', 0, 'Make latents after every so many tokens; 0 for never.')
+_GATE = app.define_directory(
+    'gate', 'Directory that launch/gate.py wrote; latents are made where the gate opens.', '')
+_BUDGET = flags.DEFINE_float('budget', 0.25, 'Fraction of tokens at which the gate opens.')
+_SCORE = flags.DEFINE_enum('gate_score', SCORES[0], SCORES, 'Score that opens the gate.')
+_CACHE = app.define_directory(
+    'cache', 'Directory that launch/augment.py wrote; prompts continue its text.', '')
+_BACKGROUND = flags.DEFINE_bool(
+    'background', False, 'Make latents in the background and decode on meanwhile.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one line of JSON for each prompt.')
+_STREAM = flags.DEFINE_bool('stream', False, 'Print the text while it is decoded.')
+_COMPARE = flags.DEFINE_bool('compare', False, 'Print plain and augmented text side by side.')
 
 
 def main() -> None:
@@ -48,9 +59,10 @@ def main() -> None:
   gate = open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value) if _GATE.value else None
   policy = combine(_AT.value, _EVERY.value, gate, () if _CACHE.value else (0,))
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
-  arrival = Arrival(None if _BACKGROUND.value else 0)
-  how = Decoding(_MAX_TOKENS.value, sampling, policy=policy if augments else NEVER, arrival=arrival)
-  request = generate.Request(how, tuple(_STOP.value), _SEED.value, _JSON.value, _STREAM.value,
+  timing = LatentTiming(None if _BACKGROUND.value else 0)
+  options = DecodingOptions(_MAX_TOKENS.value, sampling, policy=policy if augments else NEVER,
+                            timing=timing)
+  request = generate.Request(options, tuple(_STOP.value), _SEED.value, _JSON.value, _STREAM.value,
                              _COMPARE.value, _CACHE.value)
   generator, tokenizer = open_generator(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)

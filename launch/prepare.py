@@ -9,15 +9,17 @@ launch/pretrain.py, launch/train.py or launch/evaluate.py.
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags
+from latent_deliberation.cli import app
 from latent_deliberation.data.loading import prepare_data
+from latent_deliberation.experiment import define_config, read_config
 
-flags.define_config(__file__)
-_WORKDIR = flags.define_directory('workdir', 'Of the data.')
+define_config(__file__)
+_WORKDIR = app.define_directory('workdir', 'Directory to write vocabulary and packed rows to.')
 
 
 def main() -> None:
-  prepare_data(flags.experiment_from_flags(), Path(_WORKDIR.value))
+  experiment = read_config()
+  prepare_data(experiment.data, experiment.decoder.vocab_size, Path(_WORKDIR.value))
   print(f'Data: {_WORKDIR.value}')
 
 

@@ -8,17 +8,18 @@ where it was stopped. Next, train a coprocessor on <workdir>/decoder with launch
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags
+from latent_deliberation.cli import app
+from latent_deliberation.experiment import define_config, read_config
 from latent_deliberation.training.pretrain import pretrain
 
-flags.define_config(__file__)
-_WORKDIR = flags.define_directory('workdir', 'Of the run.')
-_DATA = flags.define_directory('data', 'Of prepared data; default is --workdir.', '')
+define_config(__file__)
+_WORKDIR = app.define_directory('workdir', 'Work directory of the run; the same command resumes it.')
+_DATA = app.define_directory('data', 'Directory of prepared data. Default: --workdir.', '')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  decoder = pretrain(flags.experiment_from_flags(), workdir, Path(_DATA.value or workdir))
+  decoder = pretrain(read_config(), workdir, Path(_DATA.value or workdir))
   print(f'Decoder: {decoder}\nNext: python launch/train.py --decoder={decoder} '
         f'--data={_DATA.value or workdir} --config=... --workdir=...')
 

@@ -13,17 +13,19 @@ Next: launch/pretrain.py, train.py and evaluate.py are its steps, for other size
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags
+from latent_deliberation.cli import app
 from latent_deliberation.cli.quickstart import quickstart
 from latent_deliberation.evaluation.report import format_table
+from latent_deliberation.experiment import define_config, read_config
 
-flags.define_config(__file__, 'configs/quickstart.py')
-_WORKDIR = flags.define_directory('workdir', 'Of the run.', 'runs/quickstart')
+define_config(__file__, 'configs/quickstart.py')
+_WORKDIR = app.define_directory(
+    'workdir', 'Directory for everything; the same command resumes it.', 'runs/quickstart')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  summary = quickstart(flags.experiment_from_flags(), workdir)
+  summary = quickstart(read_config(), workdir)
   print(format_table(summary))
   print(f'Report: {workdir / "report.md"}')
 

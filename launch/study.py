@@ -9,20 +9,24 @@ report is always about the arms of the last command.
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags
+from absl import flags
+
+from latent_deliberation.cli import app
+from latent_deliberation.experiment import define_config, read_config
 from latent_deliberation.studies.study import run_study
 from latent_deliberation.studies.study_config import Study
 from latent_deliberation.studies.study_report import format_study
 
-flags.define_config(__file__)
-_WORKDIR = flags.define_directory('workdir', 'Of the study.')
-_ARM = flags.define_texts(
-    'arm', 'Train and report this arm alone, or several; all of the config without it.')
+define_config(__file__)
+_WORKDIR = app.define_directory(
+    'workdir', 'Work directory of the study; the same command resumes it.')
+_ARM = flags.DEFINE_multi_string(
+    'arm', [], 'Name of an arm to train and report; may be repeated. Default: all arms.')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  study = flags.config_from_flags(Study)
+  study = read_config(Study)
   print(format_study(run_study(study, workdir, _ARM.value)))
   print(f'Report: {workdir / "results.md"}')
 

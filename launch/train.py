@@ -10,18 +10,19 @@ launch/evaluate.py.
 
 from pathlib import Path
 
-from latent_deliberation.cli import app, flags
+from latent_deliberation.cli import app
+from latent_deliberation.experiment import define_config, read_config
 from latent_deliberation.training.train import train_coprocessor
 
-flags.define_config(__file__)
-_DECODER = flags.define_directory('decoder', 'Of the frozen decoder.')
-_WORKDIR = flags.define_directory('workdir', 'Of the run.')
-_DATA = flags.define_directory('data', 'Of prepared data; default is --workdir.', '')
+define_config(__file__)
+_DECODER = app.define_directory('decoder', 'Directory of the frozen decoder.')
+_WORKDIR = app.define_directory('workdir', 'Work directory of the run; the same command resumes it.')
+_DATA = app.define_directory('data', 'Directory of prepared data. Default: --workdir.', '')
 
 
 def main() -> None:
   data = _DATA.value or _WORKDIR.value
-  train_coprocessor(flags.experiment_from_flags(), Path(_DECODER.value),
+  train_coprocessor(read_config(), Path(_DECODER.value),
                     Path(_WORKDIR.value), Path(data))
   print(f'Coprocessor: {_WORKDIR.value}/coprocessor\n'
         f'Next: python launch/evaluate.py --coprocessor={_WORKDIR.value} '

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, bind, defaults_of
 from tests import finished
 
@@ -12,21 +13,21 @@ from tests import finished
 def test_an_unknown_key_is_named_with_the_nearest_known_one():
   raw = finished.config_of('tiny').to_dict()
   raw['training']['optimizer']['learning_rat'] = raw['training']['optimizer'].pop('learning_rate')
-  with pytest.raises(ValueError, match=re.escape(
+  with pytest.raises(UserError, match=re.escape(
       "config.training.optimizer.learning_rat is not a key of this project: did you mean "
       "'learning_rate'?")):
     bind(raw)
 
 
 def test_an_unknown_key_like_no_other_is_shown_the_known_ones():
-  with pytest.raises(ValueError, match=r"config.zzz is not .* known keys: \['computation', 'data'"):
+  with pytest.raises(UserError, match=r"config.zzz is not .* known keys: \['computation', 'data'"):
     bind(finished.config_of('tiny').to_dict() | {'zzz': 1})
 
 
 def test_a_missing_key_is_named():
   raw = finished.config_of('tiny').to_dict()
   del raw['decoder']['head_dim']
-  with pytest.raises(ValueError, match=r"config.decoder has no \['head_dim'\]: give a value"):
+  with pytest.raises(UserError, match=r"config.decoder has no \['head_dim'\]: give a value"):
     bind(raw)
 
 
@@ -48,5 +49,5 @@ def test_a_section_has_the_defaults_of_its_place_or_else_of_its_class():
 
 def test_defaults_are_those_of_every_key_that_has_one():
   defaults = defaults_of(Experiment)
-  assert defaults['training']['portion'] == (0, 100) and defaults['data']['options'] == {}
+  assert defaults['training']['row_range_percent'] == (0, 100) and defaults['data']['options'] == {}
   assert defaults['computation']['remat'] == 'none' and 'batch_size' not in defaults['training']

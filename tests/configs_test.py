@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, as_config, bind
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
@@ -58,7 +59,7 @@ def test_a_study_binds_and_comes_back_with_every_key(name):
 
 
 def test_a_study_of_files_asks_for_their_directory():
-  with pytest.raises(ValueError, match='gsm8k.py:DIRECTORY, a directory with train_no_aug.txt'):
+  with pytest.raises(UserError, match='gsm8k.py:DIRECTORY, a directory with train_no_aug.txt'):
     finished.config_of('study/gsm8k')
 
 

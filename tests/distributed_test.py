@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation import distributed
+from latent_deliberation.errors import UserError
 
 ALONE = ('JAX_COORDINATOR_ADDRESS', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE',
          'OMPI_MCA_orte_hnp_uri')
@@ -21,14 +22,14 @@ def joined(monkeypatch):
 
 
 def test_a_machine_on_its_own_stays_one_process(joined):
-  distributed.join()
+  distributed.initialize()
   assert not joined
 
 
 def test_all_three_join_processes_and_the_address_may_be_a_variable(joined, monkeypatch):
-  distributed.join('10.0.0.2:8476', 4, 3)
+  distributed.initialize('10.0.0.2:8476', 4, 3)
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'other:1')
-  distributed.join(None, 2, 0)
+  distributed.initialize(None, 2, 0)
   assert joined == [('10.0.0.2:8476', 4, 3), ('other:1', 2, 0)]
 
 
@@ -40,15 +41,15 @@ def test_all_three_join_processes_and_the_address_may_be_a_variable(joined, monk
     (('host', 2, 1), '--coordinator_address=host: it must be host:port'),
     (('host:1', 2, 2), '--process_id=2 with --process_count=2: it must lie between 0 and 1')])
 def test_what_does_not_suffice_is_named_and_no_one_waits(joined, given, message):
-  with pytest.raises(ValueError, match=message):
-    distributed.join(*given)
+  with pytest.raises(UserError, match=message):
+    distributed.initialize(*given)
   assert not joined
 
 
 def test_an_address_in_the_environment_alone_is_not_passed_over(joined, monkeypatch):
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'host:1')
-  with pytest.raises(ValueError, match='JAX_COORDINATOR_ADDRESS.* without --process_count'):
-    distributed.join()
+  with pytest.raises(UserError, match='JAX_COORDINATOR_ADDRESS.* without --process_count'):
+    distributed.initialize()
 
 
 @pytest.mark.parametrize('environment, calls', [
@@ -59,7 +60,7 @@ def test_an_address_in_the_environment_alone_is_not_passed_over(joined, monkeypa
 def test_processes_of_a_launcher_join_by_themselves(joined, monkeypatch, environment, calls):
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
-  distributed.join()
+  distributed.initialize()
   assert joined == [()] * calls
 
 
@@ -71,14 +72,14 @@ def test_tpu_hosts_join_by_themselves_and_a_single_one_goes_on(joined, monkeypat
   before = jax.config.jax_platforms
   jax.config.update('jax_platforms', 'tpu,cpu')
   try:
-    distributed.join()
+    distributed.initialize()
     monkeypatch.setattr(jax.distributed, 'initialize', find_nobody)
-    distributed.join()
+    distributed.initialize()
   finally:
     jax.config.update('jax_platforms', before)
   assert joined == [(), ()]
 
 
 def test_alone_the_first_process_does_the_work_and_its_error_is_its_own():
-  with pytest.raises(FileNotFoundError, match='here'):
-    distributed.first_does('fail', lambda: np.fromfile('not here'))
+  with pytest.raises(UserError, match='here'):
+    distributed.run_on_process_zero('fail', lambda: np.fromfile('not here'))

@@ -4,6 +4,7 @@ import jax
 import pytest
 from flax import linen as nn
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import constant_variant
 from latent_deliberation.experiment import Computation
 from latent_deliberation.model.decoder import boxed_shapes
@@ -32,13 +33,13 @@ def test_automatic_attention_is_fused_on_tpus_alone(attention, platform, chosen)
     ({'evaluation__positions': ()}, r'positions = \(\)'),
     ({'evaluation__num_texts': 12}, 'num_texts = 12 is not a multiple of batch_size = 8'),
     ({'evaluation__batch_size': 1}, 'evaluation.batch_size = 1: .* at least 2'),
-    ({'evaluation__watch_batches': 0}, 'evaluation.watch_batches = 0: at least 1'),
+    ({'evaluation__eval_batches': 0}, 'evaluation.eval_batches = 0: at least 1'),
     ({'training__batch_size': 0}, 'config.training: batch_size = 0: at least 1'),
-    ({'training__portion': (50, 50)}, r'config.training: portion = \(50, 50\): two whole'),
-    ({'pretraining__portion': (0, 101)}, r'portion = \(0, 101\): two whole numbers are needed'),
-    ({'pretraining__portion': (0, 50.5)}, r'portion = \(0, 50.5\): two whole numbers are needed'),
-    ({'training__portion': (False, True)}, r'portion = \(False, True\): two whole numbers'),
-    ({'training__portion': (0, 50), 'data__mode': 'online'}, 'training.portion = .* but a stream'),
+    ({'training__row_range_percent': (50, 50)}, r'config.training: row_range_percent = \(50, 50\): two whole'),
+    ({'pretraining__row_range_percent': (0, 101)}, r'row_range_percent = \(0, 101\): two whole numbers are needed'),
+    ({'pretraining__row_range_percent': (0, 50.5)}, r'row_range_percent = \(0, 50.5\): two whole numbers are needed'),
+    ({'training__row_range_percent': (False, True)}, r'row_range_percent = \(False, True\): two whole numbers'),
+    ({'training__row_range_percent': (0, 50), 'data__mode': 'online'}, 'training.row_range_percent = .* but a stream'),
     ({'training__accumulation': 0}, 'config.training: accumulation = 0: at least 1'),
     ({'training__optimizer__learning_rate': -1.0}, 'config.training.optimizer: .*rate is -1.0'),
     ({'pretraining__loop__save_every': 0}, 'config.pretraining.loop: save_every is 0'),
@@ -55,7 +56,7 @@ def test_automatic_attention_is_fused_on_tpus_alone(attention, platform, chosen)
     ({'seed': -1}, 'seed = -1: it must lie between 0 and'),
 ])
 def test_a_value_that_cannot_be_is_refused_with_what_can(change, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     finished.experiment(**change)
 
 

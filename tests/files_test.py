@@ -4,6 +4,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import whole_directory, write_whole
 
 
@@ -21,7 +22,7 @@ def test_a_full_disk_keeps_the_old_content_and_leaves_nothing_behind(tmp_path, m
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(os, 'fsync', full)
-  with pytest.raises(OSError, match='No space left'):
+  with pytest.raises(UserError, match='No space left'):
     write_whole(path, b'new')
   assert path.read_bytes() == b'old'
   assert list(tmp_path.iterdir()) == [path]
@@ -54,14 +55,14 @@ def test_what_is_there_is_never_written_over(tmp_path, kind):
     target.mkdir()
   if kind == 'directory':
     (target / 'file').write_text('old')
-  with pytest.raises(FileExistsError, match=f'{target} exists already'), whole_directory(target):
+  with pytest.raises(UserError, match=f'{target} exists already'), whole_directory(target):
     pytest.fail('the block was entered')
   assert list(tmp_path.rglob('*')) == [target] + [target / 'file'] * (kind == 'directory')
 
 
 def test_a_target_that_appears_meanwhile_is_not_written_over(tmp_path):
   target = tmp_path / 'target'
-  with pytest.raises(OSError), whole_directory(target) as partial:
+  with pytest.raises(UserError), whole_directory(target) as partial:
     (partial / 'file').write_text('new')
     target.mkdir()
     (target / 'file').write_text('old')

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.model.layers import quantise
@@ -30,10 +31,10 @@ def mesh():
 def test_the_decoder_that_was_pretrained_is_loaded_in_the_dtype_that_it_is_kept_in(
     quickstart, mesh):
   checkpoint = open_frozen(finished.experiment(), quickstart / 'pretraining/decoder')
-  params, digest = load_frozen(finished.experiment(), checkpoint, mesh)
+  params, decoder_fingerprint = load_frozen(finished.experiment(), checkpoint, mesh)
   rounded, same = load_frozen(
       finished.experiment(computation__frozen_dtype='bfloat16'), checkpoint, mesh)
-  assert digest == same == fingerprint(params)
+  assert decoder_fingerprint == same == fingerprint(params)
   for leaf, short in zip(jax.tree.leaves(params), jax.tree.leaves(rounded), strict=True):
     assert short.dtype == jnp.bfloat16
     assert jnp.array_equal(leaf.astype(jnp.bfloat16), short)
@@ -46,8 +47,8 @@ def test_a_decoder_in_int8_is_that_of_its_weights_and_lies_where_a_plan_says(
       computation__frozen_dtype='int8', computation__replicate_frozen=replicated, mesh__fsdp=2)
   mesh = make_mesh(experiment.mesh)
   checkpoint = open_frozen(experiment, quickstart / 'pretraining/decoder')
-  params, digest = load_frozen(experiment, checkpoint, mesh)
-  assert digest == checkpoint.fingerprint
+  params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
+  assert decoder_fingerprint == checkpoint.fingerprint
   expected = jax.jit(quantise)(checkpoint.load())
   assert fingerprint(params) == fingerprint(expected)
   assert count_parameters(params) == 27_040
@@ -56,7 +57,7 @@ def test_a_decoder_in_int8_is_that_of_its_weights_and_lies_where_a_plan_says(
 
 
 def test_a_decoder_of_other_sizes_is_refused_with_both(quickstart):
-  with pytest.raises(ValueError, match='decoder.window: 8 there, 9 in the config\nChange the con'):
+  with pytest.raises(UserError, match='decoder.window: 8 there, 9 in the config\nChange the con'):
     open_frozen(finished.experiment(decoder__window=9), quickstart / 'pretraining/decoder')
 
 
@@ -66,12 +67,12 @@ def test_a_truncated_decoder_is_refused(tmp_path, quickstart, mesh):
   decoder = shutil.copytree(quickstart / 'pretraining/decoder', tmp_path / 'decoder')
   largest = max((path for path in decoder.rglob('*') if path.is_file()), key=os.path.getsize)
   largest.write_bytes(largest.read_bytes()[:100])
-  with pytest.raises(ValueError, match=f'{decoder}/weights cannot be read .* write it again'):
+  with pytest.raises(UserError, match=f'{decoder}/weights cannot be read .* write it again'):
     load_frozen(finished.experiment(), open_frozen(finished.experiment(), decoder), mesh)
 
 
 def test_a_directory_without_a_decoder_is_refused(tmp_path):
-  with pytest.raises(FileNotFoundError, match='holds no decoder: neither decoder.json, which'):
+  with pytest.raises(UserError, match='holds no decoder: neither decoder.json, which'):
     open_frozen(finished.experiment(), tmp_path)
 
 

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.models import build_deliberator
 from latent_deliberation.sharding import (
@@ -46,7 +47,7 @@ def test_a_mesh_spans_all_devices_and_one_axis_takes_what_is_left(config, shape)
     (MeshConfig(-1, -1), "'data': -1, 'fsdp': -1, .* -1 on one axis"),
     (MeshConfig(0), "'data': 0, .*sizes are positive")])
 def test_a_mesh_that_the_devices_do_not_fill_is_refused(config, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     make_mesh(config)
 
 
@@ -55,13 +56,13 @@ def test_a_mesh_may_take_some_of_the_devices():
 
 
 def test_a_rule_for_an_unknown_mesh_axis_is_refused():
-  with pytest.raises(ValueError, match=r"rule 'embed' -> \('model',\): \['model'\] are not mesh"):
+  with pytest.raises(UserError, match=r"rule 'embed' -> \('model',\): \['model'\] are not mesh"):
     check_rules({**DEFAULT_RULES, 'embed': ['model']})
   assert check_rules({'embed': ['fsdp', 'tensor']}) == {'embed': ('fsdp', 'tensor')}
 
 
 def test_a_rule_for_an_axis_that_no_tensor_has_is_refused_with_the_nearest():
-  with pytest.raises(ValueError, match=r"rule 'emebd' -> \('fsdp',\): .* did you mean 'embed'\? .*"
+  with pytest.raises(UserError, match=r"rule 'emebd' -> \('fsdp',\): .* did you mean 'embed'\? .*"
                      "'activation', 'batch'"):
     check_rules({'emebd': ['fsdp']})
 
@@ -96,13 +97,13 @@ def test_a_tensor_is_split_by_the_rules_of_its_axes():
 
 def test_two_axes_of_a_tensor_cannot_share_a_mesh_axis():
   rules = {**DEFAULT_RULES, 'head_dim': ('tensor',)}
-  with pytest.raises(ValueError, match="weight .*'head_dim'.*mesh axis 'tensor' for more than one"):
+  with pytest.raises(UserError, match="weight .*'head_dim'.*mesh axis 'tensor' for more than one"):
     partition_spec(('embed', 'heads', 'head_dim'), rules, where='weight')
 
 
 def test_an_axis_that_does_not_divide_is_named_with_its_size():
   boxed = {'norm': nn.Partitioned(jnp.zeros((6,)), ('embed',))}
-  with pytest.raises(ValueError, match=r"\['norm'\]: its axis 'embed' of 6 does not divide by the "
+  with pytest.raises(UserError, match=r"\['norm'\]: its axis 'embed' of 6 does not divide by the "
                      r"4 shards of mesh axes \('fsdp',\)"):
     shardings_of(boxed, make_mesh(MeshConfig(2, 4)), DEFAULT_RULES)
 
@@ -125,7 +126,7 @@ def test_a_decoder_lies_in_shards_and_what_has_no_axes_lies_everywhere():
 def test_a_batch_divides_into_microbatches_over_the_mesh():
   mesh = make_mesh(MeshConfig(2, 2, 2))
   check_batch(16, accumulation=4, mesh=mesh, rules=DEFAULT_RULES)
-  with pytest.raises(ValueError, match='batch_size = 8 does not divide into 4 microbatches over 4 '
+  with pytest.raises(UserError, match='batch_size = 8 does not divide into 4 microbatches over 4 '
                      'shards .* multiple of 16'):
     check_batch(8, accumulation=4, mesh=mesh, rules=DEFAULT_RULES)
 
@@ -176,7 +177,7 @@ def test_only_the_replica_axis_goes_from_slice_to_slice(config, inside):
 @pytest.mark.parametrize('config, given', [
     (MeshConfig(), 1), (MeshConfig(replica=4, data=2), 4), (MeshConfig(fsdp=8), 1)])
 def test_a_replica_axis_that_is_not_the_slices_is_refused(config, given):
-  with pytest.raises(ValueError, match=f'replica is {given}, but the devices lie in 2 slices: set '
+  with pytest.raises(UserError, match=f'replica is {given}, but the devices lie in 2 slices: set '
                      'mesh.replica to 2'):
     make_mesh(config, chips(slices=2))
 
@@ -194,13 +195,13 @@ def test_the_rows_of_a_process_are_those_of_its_devices_in_any_order(processes, 
 
 
 def test_rows_of_a_batch_that_does_not_divide_are_refused():
-  with pytest.raises(ValueError, match='batch_size = 6 does not divide .* over 4 shards'):
+  with pytest.raises(UserError, match='batch_size = 6 does not divide .* over 4 shards'):
     rows_of_process(6, mesh_of_processes([[[0], [0]], [[1], [1]]]), DEFAULT_RULES, 0)
 
 
 def test_a_stream_is_refused_where_an_axis_that_does_not_divide_the_batch_spans_processes():
   check_own_rows(mesh_of_processes([[[0, 0], [1, 1]]]), DEFAULT_RULES)
-  with pytest.raises(ValueError, match=r"axes \['tensor'\] .* one process \(2 devices\), or pack"):
+  with pytest.raises(UserError, match=r"axes \['tensor'\] .* one process \(2 devices\), or pack"):
     check_own_rows(mesh_of_processes([[[0, 1], [0, 1]]]), DEFAULT_RULES)
 
 

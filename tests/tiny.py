@@ -18,7 +18,7 @@ from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import Traces
-from latent_deliberation.model.attention import KVCache, Visibility
+from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
 
@@ -114,12 +114,12 @@ def read_on(decoder_params: Params, x: Array, positions: Array, cache: KVCache,
   """
   variables, decoder = {'params': decoder_params}, Decoder(CONFIG)
   positions = jnp.broadcast_to(positions, (len(x), 1, x.shape[1]))
-  visibility = Visibility(jnp.ones_like(positions), jnp.full((len(x), 1), cache.length))
-  hidden, fresh = decoder.apply(variables, x[:, None], positions, visibility, cache,
+  mask_spec = AttentionMaskSpec(jnp.ones_like(positions), jnp.full((len(x), 1), cache.length))
+  hidden, fresh = decoder.apply(variables, x[:, None], positions, mask_spec, cache,
                                 method='transform')
   hidden = hidden[:, 0]
   logits = decoder.apply(variables, hidden, method='logits')
-  return hidden, logits, cache.append(fresh, positions, visibility.segments)
+  return hidden, logits, cache.append(fresh, positions, mask_spec.segments)
 
 
 def embed(decoder_params: Params, tokens: Array) -> Array:

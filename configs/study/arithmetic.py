@@ -14,25 +14,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
-from latent_deliberation.studies.synthetic.addition import Carries
+from latent_deliberation.studies.synthetic.addition import Addition
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 QUESTIONS = 11  # of a training document
-TASK = Carries(4, skew=0.5)
+TASK = Addition(4, skew=0.5)
 
 
 def get_config(size='quick'):
   """A coprocessor and constant soft tokens beside the frozen decoder, or a size of hops.py."""
   if size not in HOPS['SIZES']:
-    raise ValueError(f'arithmetic.py:{size}: choose one of {sorted(HOPS["SIZES"])}')
+    raise UserError(f'arithmetic.py:{size}: choose one of {sorted(HOPS["SIZES"])}')
   study = bind(HOPS['get_config'](size), Study)
   start = study.experiment
   experiment = replace(
       start,
       data=DataConfig(
-          source='synthetic', name='carries', vocabulary='byte', documents=12_000,
+          source='synthetic', name='addition', vocabulary='byte', documents=12_000,
           options={'carries': TASK.carries, 'skew': TASK.skew},
           questions=QUESTIONS, length=2 + QUESTIONS * (2 * TASK.carries + 3),
           validation_percent=2),
@@ -43,5 +44,5 @@ def get_config(size='quick'):
                            anchor_tokens=HOPS['ids'](TASK.anchors)),
       evaluation=replace(start.evaluation, num_traces=QUESTIONS))
   return as_config(replace(
-      study, name='carries', experiment=experiment, lessons={'skew': 0.0},
+      study, name='addition', experiment=experiment, arm_data_options={'skew': 0.0},
       questions=QuestionsConfig(per_difficulty=500)))

@@ -50,5 +50,5 @@ def get_config(choice='quick'):
                            anchor_tokens=HOPS['ids'](task.anchors)),
       evaluation=replace(start.evaluation, num_traces=QUESTIONS))
   return as_config(replace(
-      study, name=f'reachability, {name} graphs', experiment=experiment, lessons={'skew': 0.0},
+      study, name=f'reachability, {name} graphs', experiment=experiment, arm_data_options={'skew': 0.0},
       questions=replace(study.questions, options=asked)))

@@ -17,7 +17,7 @@ from pathlib import Path
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import Study
-from latent_deliberation.studies.synthetic.state_tracking import Groups
+from latent_deliberation.studies.synthetic.state_tracking import StateTracking
 
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 GROUPS = {'s5': 's5', 'cyclic': 'zp'}
@@ -28,15 +28,15 @@ def get_config(choice='s5'):
   """'s5' or 'cyclic', alone or with a size of hops.py behind an underscore."""
   group, size = HOPS['read_choice']('groups.py', choice, tuple(GROUPS))
   study = bind(HOPS['get_config'](size), Study)
-  task, start = Groups(GROUPS[group], length=6, skew=0.3), study.experiment
+  task, start = StateTracking(GROUPS[group], length=6, skew=0.3), study.experiment
   experiment = replace(
       start,
       data=DataConfig(
-          source='synthetic', name='groups', vocabulary='byte', documents=20_000,
+          source='synthetic', name='state_tracking', vocabulary='byte', documents=20_000,
           options={'group': task.group, 'length': task.length, 'skew': task.skew},
           questions=QUESTIONS, length=128, validation_percent=2),
       pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=2000)),
       training=replace(start.training, loop=replace(start.training.loop, num_steps=2000)),
       deliberation=replace(start.deliberation, anchor_tokens=HOPS['ids'](task.anchors)))
   return as_config(replace(
-      study, name=f'state tracking, {group}', experiment=experiment, lessons={'skew': 0.0}))
+      study, name=f'state tracking, {group}', experiment=experiment, arm_data_options={'skew': 0.0}))

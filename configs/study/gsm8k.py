@@ -18,6 +18,7 @@ from pathlib import Path
 
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import (
   Computation,
   EvaluationConfig,
@@ -42,13 +43,13 @@ def get_config(choice=''):
   if not colon:
     size, directory = 'quick', choice
   if not directory or size not in SIZES or not colon and choice in SIZES:
-    raise ValueError(f'gsm8k.py:{choice}: write --config=configs/study/gsm8k.py:DIRECTORY, a '
+    raise UserError(f'gsm8k.py:{choice}: write --config=configs/study/gsm8k.py:DIRECTORY, a '
                      'directory with train_no_aug.txt and test.txt, or SIZE:DIRECTORY with one of '
                      f'{SIZES}')
   train, asked = (Path(directory) / name for name in ('train_no_aug.txt', 'test.txt'))
   return as_config(Study(
       name='word problems', arms=HOPS['SIZES'][size], experiment=_experiment(str(train)),
-      lessons={'chains': 0.0, 'skew': 0.0},
+      arm_data_options={'chains': 0.0, 'skew': 0.0},
       questions=QuestionsConfig(
           per_difficulty=1000, batch_size=128, chain_tokens=80, options={'asked': str(asked)})))
 
@@ -59,7 +60,7 @@ def _experiment(train):
           vocab_size=PIECES, embed_dim=64, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=16,
           hidden_dim=192, window=512, attention_softcap=None, final_softcap=None),
       data=DataConfig(
-          source='synthetic', name='written', vocabulary_size=PIECES, documents=110_000,
+          source='synthetic', name='word_problems', vocabulary_size=PIECES, documents=110_000,
           options={'train': train, 'chains': 0.5, 'stories': 0.9, 'skew': 0.7},
           questions=1, length=256, validation_percent=2),
       computation=Computation(scan=False),
@@ -79,4 +80,4 @@ def _experiment(train):
           loop=LoopConfig(num_steps=800, log_every=50, eval_every=400, save_every=400, keep=2)),
       evaluation=EvaluationConfig(
           num_texts=128, batch_size=16, num_traces=8, num_ahead=5, positions=(1,),
-          watch_batches=4))
+          eval_batches=4))

@@ -10,6 +10,7 @@ rank or another.
 
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import (
   Computation,
   EvaluationConfig,
@@ -19,13 +20,13 @@ from latent_deliberation.experiment import (
 )
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.studies.study_config import ArmConfig, QuestionsConfig, Study
-from latent_deliberation.studies.synthetic.pointer_chasing import Hops
+from latent_deliberation.studies.synthetic.pointer_chasing import PointerChasing
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 
 FIRST_BYTE = 4  # id of byte 0 in the byte vocabulary
 QUESTIONS = 20  # of a training document
-TASK = Hops(nodes=6, hops=4, skew=1.0)
+TASK = PointerChasing(nodes=6, hops=4, skew=1.0)
 
 
 def ids(signs):
@@ -43,10 +44,11 @@ def _adapters(rank):
 
 CONSTANT, ADAPTERS = {'trainable': 'constant'}, _adapters(8)
 ARMS = {
-    'own': _latents(), 'constant': _latents(**CONSTANT), 'lora': _latents(**ADAPTERS),
-    'unified': ArmConfig('unified', {'deliberation': CONSTANT}),
-    'continued': ArmConfig('continued'),
-    'adapted': ArmConfig('adapted', {'deliberation': ADAPTERS})}
+    'own': _latents(), 'constant': _latents(**CONSTANT),
+    'lora coprocessor': _latents(**ADAPTERS),
+    'joint': ArmConfig('joint', {'deliberation': CONSTANT}),
+    'finetuned': ArmConfig('finetuned'),
+    'lora': ArmConfig('lora', {'deliberation': ADAPTERS})}
 ABLATIONS = {
     'own': _latents(),
     'two latents': _latents(num_latents=2),
@@ -81,7 +83,7 @@ def read_choice(where, choice, names):
   name = parts.pop(0) if parts and parts[0] in names else names[0]
   size = parts.pop(0) if parts else 'quick'
   if parts or size not in SIZES:
-    raise ValueError(f'{where}:{choice}: choose one of {tuple(names)} or of {sorted(SIZES)}, or '
+    raise UserError(f'{where}:{choice}: choose one of {tuple(names)} or of {sorted(SIZES)}, or '
                      'one of each with _ between them')
   return name, size
 
@@ -89,7 +91,7 @@ def read_choice(where, choice, names):
 def get_config(size='full'):
   """'full': every arm; 'quick': the coprocessor and constant soft tokens; 'ablations'; 'ranks'."""
   if size not in SIZES:
-    raise ValueError(f'hops.py:{size}: choose one of {sorted(SIZES)}')
+    raise UserError(f'hops.py:{size}: choose one of {sorted(SIZES)}')
   return as_config(Study(
       name=f'pointer chasing, {size}', arms=SIZES[size], experiment=_experiment(),
       questions=QuestionsConfig(per_difficulty=1000)))
@@ -101,7 +103,7 @@ def _experiment():
           vocab_size=260, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16,
           hidden_dim=128, window=512, attention_softcap=None, final_softcap=None),
       data=DataConfig(
-          source='synthetic', name='hops', vocabulary='byte', documents=100_000,
+          source='synthetic', name='pointer_chasing', vocabulary='byte', documents=100_000,
           options={'nodes': TASK.nodes, 'hops': TASK.hops, 'skew': TASK.skew},
           questions=QUESTIONS, length=3 + 2 * TASK.nodes + 3 * QUESTIONS, validation_percent=2),
       computation=Computation(scan=False),
@@ -122,4 +124,4 @@ def _experiment():
           loop=LoopConfig(num_steps=3000, log_every=100, eval_every=500, save_every=1000, keep=2)),
       evaluation=EvaluationConfig(
           num_texts=256, batch_size=16, num_traces=QUESTIONS, num_ahead=1, positions=(1,),
-          watch_batches=4))
+          eval_batches=4))

@@ -19,17 +19,17 @@ from latent_deliberation.studies.study_config import Study
 HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
 FACTS = 2 * HOPS['TASK'].nodes + 1  # tokens, with the sign that ends them
 QUESTIONS = 3 * HOPS['QUESTIONS']  # tokens, with their answers
-LESSONS = {'same': {}, 'hard': {'skew': 0.0}}  # by how they differ from the decoder's text
+ARM_DATA_OPTIONS = {'same': {}, 'hard': {'skew': 0.0}}  # by how they differ from the decoder's text
 
 
 def get_config(choice='same'):
   """'same' or 'hard', alone or with a size of hops.py behind an underscore."""
-  lessons, size = HOPS['read_choice']('offline.py', choice, tuple(LESSONS))
+  kind, size = HOPS['read_choice']('offline.py', choice, tuple(ARM_DATA_OPTIONS))
   study = bind(HOPS['get_config'](size), Study)
   start = study.experiment
   experiment = replace(start, deliberation=replace(
       start.deliberation, num_latents=FACTS, num_ahead=QUESTIONS, num_traces=1,
       anchor_tokens=HOPS['ids'](';')))
   return as_config(replace(
-      study, name=f'pointer chasing, offline, {lessons} lessons', experiment=experiment,
-      lessons=LESSONS[lessons], questions=replace(study.questions, offline=True)))
+      study, name=f'pointer chasing, offline, {kind} questions', experiment=experiment,
+      arm_data_options=ARM_DATA_OPTIONS[kind], questions=replace(study.questions, offline=True)))

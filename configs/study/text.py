@@ -20,6 +20,7 @@ import importlib.util
 import runpy
 from pathlib import Path
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import ArmConfig, Study
 
@@ -31,16 +32,16 @@ AHEAD = {f'{count} ahead': ArmConfig(
 CONTROLS = {
     '16 constant': ArmConfig(
         changes={'deliberation': {'num_latents': 16, 'trainable': 'constant'}}),
-    'continued': ArmConfig('continued')}
-# The decoder's own training ended at 1.6e-4; 'continued' begins at 3e-3 again, as latents do.
-GENTLY = {f'continued {how}': ArmConfig(
-    'continued', {'training': {'optimizer': {'learning_rate': rate}}})
+    'finetuned': ArmConfig('finetuned')}
+# The decoder's own training ended at 1.6e-4; 'finetuned' begins at 3e-3 again, as latents do.
+GENTLY = {f'finetuned {how}': ArmConfig(
+    'finetuned', {'training': {'optimizer': {'learning_rate': rate}}})
           for how, rate in (('gently', 5e-4), ('at rest', 1.6e-4))}
 ADAPTERS = runpy.run_path(str(Path(__file__).with_name('hops.py')))['ADAPTERS']
 TUNED = {
-    '16 by adapters': ArmConfig(changes={'deliberation': {'num_latents': 16, **ADAPTERS}}),
-    'unified': ArmConfig('unified', CONTROLS['16 constant'].changes),
-    'adapted': ArmConfig('adapted', {'deliberation': ADAPTERS})}
+    '16, lora coprocessor': ArmConfig(changes={'deliberation': {'num_latents': 16, **ADAPTERS}}),
+    'joint': ArmConfig('joint', CONTROLS['16 constant'].changes),
+    'lora': ArmConfig('lora', {'deliberation': ADAPTERS})}
 ARMS = {'quickstart': LATENTS | CONTROLS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS,
         'fresh': LATENTS | CONTROLS | GENTLY, 'full': LATENTS | CONTROLS | TUNED}
 PACKAGES = ('flax', 'jax', 'keras', 'matplotlib', 'numpy', 'optax', 'scipy', 'tensorflow_datasets')
@@ -50,7 +51,7 @@ FRESH_ROWS = 50_000  # of 256 tokens: nine tenths are the decoder's, and one ten
 def get_config(size='quickstart'):
   """With 16 traces a text, and N_A = 16, the paper's, but for 'ahead'."""
   if size not in ARMS:
-    raise ValueError(f'text.py:{size}: choose one of {tuple(ARMS)}')
+    raise UserError(f'text.py:{size}: choose one of {tuple(ARMS)}')
   experiment = bind(runpy.run_path(str(QUICKSTART))['get_config']())
   experiment = dataclasses.replace(
       experiment,
@@ -86,16 +87,16 @@ def _with_fresh_text(experiment):
           experiment.data, source='text', files=tuple(_sources(name) for name in PACKAGES),
           max_tokens=FRESH_ROWS * experiment.data.length),
       pretraining=dataclasses.replace(
-          start, portion=(0, 90),
+          start, row_range_percent=(0, 90),
           loop=dataclasses.replace(
               start.loop, num_steps=2800, eval_every=200, save_every=350)),
-      training=dataclasses.replace(experiment.training, portion=(90, 100)))
+      training=dataclasses.replace(experiment.training, row_range_percent=(90, 100)))
 
 
 def _sources(package):
   spec = importlib.util.find_spec(package)  # finds it without importing it
   if spec is None:
-    raise ModuleNotFoundError(
+    raise UserError(
         f'text.py:fresh reads the sources of {package}, which is not installed: pip install -r '
         'requirements.txt')
   return str(Path(spec.origin).parent / '**' / '*.py')

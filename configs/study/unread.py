@@ -26,14 +26,14 @@ def get_config():
   experiment = dataclasses.replace(
       experiment,
       pretraining=dataclasses.replace(
-          start, portion=READ,
+          start, row_range_percent=READ,
           loop=dataclasses.replace(start.loop, num_steps=STEPS, eval_every=200, save_every=350)),
       evaluation=dataclasses.replace(experiment.evaluation, num_texts=512))
-  unread = {'training': {'portion': UNREAD}}
+  unread = {'training': {'row_range_percent': UNREAD}}
   return as_config(Study(
       name='text that the decoder has read', experiment=experiment,
       arms={
-          'read': ArmConfig(changes={'training': {'portion': READ}}),
+          'read': ArmConfig(changes={'training': {'row_range_percent': READ}}),
           'unread': ArmConfig(changes=unread),
           'constant': ArmConfig(changes={**unread, 'deliberation': {'trainable': 'constant'}}),
-          'continued': ArmConfig('continued', unread)}))
+          'finetuned': ArmConfig('finetuned', unread)}))

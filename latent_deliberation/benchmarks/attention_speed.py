@@ -14,6 +14,7 @@ from latent_deliberation.array_types import Array, Batch, Params, PyTree
 from latent_deliberation.benchmarks.baseline import seconds_of
 from latent_deliberation.benchmarks.dense_mask import check_dense, dense_mask
 from latent_deliberation.benchmarks.step_speed import random_batch, ratios_of_turns
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json
 from latent_deliberation.models import build_decoder, build_deliberator
@@ -35,10 +36,10 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
     repeats: turns.
 
   Raises:
-    ValueError: the frozen weights are int8, or the dense mask has no such model or coprocessor.
+    UserError: the frozen weights are int8, or the dense mask has no such model or coprocessor.
   """
   if experiment.computation.frozen_dtype == 'int8':
-    raise ValueError("computation.frozen_dtype = 'int8': this benchmark makes float32 or "
+    raise UserError("computation.frozen_dtype = 'int8': this benchmark makes float32 or "
                      "bfloat16 weights; set --config.computation.frozen_dtype=bfloat16")
   if with_dense:
     check_dense(experiment.decoder, experiment.deliberation)

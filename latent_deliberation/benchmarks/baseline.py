@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import jax
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.provenance import git_commit
 
 Program = Callable[[], None]
@@ -27,7 +28,7 @@ def check_libraries() -> None:
   """Raises ImportError where what transformers runs on is not installed."""
   missing = [name for name in LIBRARIES if not importlib.util.find_spec(name)]
   if missing:
-    raise ImportError(f"the peer of this benchmark needs {missing}: pip install -e '.[parity]'")
+    raise UserError(f"the baseline of this benchmark needs {missing}: pip install -e '.[parity]'")
 
 
 def describe_turns(repeats: int) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def describe_turns(repeats: int) -> dict[str, Any]:
           'repeats': repeats, 'git_commit': git_commit()}
 
 
-class Peer:
+class Baseline:
   """Programs in a process of their own, which ends with the `with` block.
 
   Args:
@@ -45,7 +46,7 @@ class Peer:
       imported, since it is sent by its name; so are the arguments, as values.
 
   Raises:
-    RuntimeError: `build` failed.
+    UserError: `build` failed.
   """
 
   def __init__(self, build: Callable[..., Mapping[str, Program]], *arguments: Any):
@@ -75,10 +76,10 @@ class Peer:
       answer = self._pipe.recv()
     except (EOFError, ConnectionResetError):
       self._process.join()
-      raise RuntimeError('the process of the peer ended without an answer, exit code '
+      raise UserError('the process of the baseline ended without an answer, exit code '
                          f'{self._process.exitcode}: is there memory for it?') from None
     if isinstance(answer, str):
-      raise RuntimeError(f'the peer failed: {answer}')
+      raise UserError(f'the baseline failed: {answer}')
     return answer
 
 

@@ -12,7 +12,8 @@ from latent_deliberation.deliberation.deliberation_config import DeliberationCon
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.placement import Placement, place
 from latent_deliberation.deliberation.traces import Traces, sample_traces
-from latent_deliberation.model.attention import KVCache, Visibility, attend
+from latent_deliberation.errors import UserError
+from latent_deliberation.model.attention import AttentionMaskSpec, KVCache, attend
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import FeedForward, RMSNorm
 from latent_deliberation.model.rotary import rotate
@@ -37,7 +38,7 @@ def separate_traces(deliberator: Deliberator, loss_chunk: int) -> LossFn:
 
 
 def check_dense(model: TransformerConfig, latents: DeliberationConfig) -> None:
-  """Raises ValueError for what `dense_mask` is not written for: it would have another value."""
+  """Raises UserError for what `dense_mask` is not written for: it would have another value."""
   for name, value, needed in (
       ('deliberation.trainable', latents.trainable, 'full'),
       ('deliberation.reads', latents.reads, 'cache'),
@@ -45,7 +46,7 @@ def check_dense(model: TransformerConfig, latents: DeliberationConfig) -> None:
       ('deliberation.max_delay', latents.max_delay, 0),
       ('decoder.post_norms', model.post_norms, True), ('decoder.qk_norm', model.qk_norm, False)):
     if value != needed:
-      raise ValueError(f'{name} = {value!r}: the dense mask is written for {needed!r} alone; set '
+      raise UserError(f'{name} = {value!r}: the dense mask is written for {needed!r} alone; set '
                        'it so, or leave the dense mask out')
 
 
@@ -53,7 +54,7 @@ def dense_mask(deliberator: Deliberator, loss_chunk: int) -> LossFn:
   """Trunk and traces as one sequence of T + M (Z + A - 1) tokens under one mask.
 
   Raises:
-    ValueError: see `check_dense`.
+    UserError: see `check_dense`.
   """
   check_dense(deliberator.decoder.config, deliberator.config)
 
@@ -86,15 +87,15 @@ def _dense_latents(deliberator: Deliberator, params: Params, decoder_params: Par
   """Latents [B, M, Z, D]; the soft tokens of all traces are one row of M Z tokens."""
   coprocessor = deliberator.coprocessor
   batch, num_traces, num_latents = placement.latent_positions.shape
-  rest = _embed(deliberator, decoder_params, placement.base_tokens)
+  base = _embed(deliberator, decoder_params, placement.base_tokens)
   row = lambda leaf: jnp.repeat(leaf, num_latents, axis=1)[:, None]  # noqa: E731
   first = jnp.broadcast_to(jnp.arange(num_traces) * num_latents, (batch, num_traces))
-  thoughts, _ = coprocessor.transformer.apply(
+  outputs, _ = coprocessor.transformer.apply(
       {'params': params['transformer']},
-      coprocessor.feed(params, rest).reshape(batch, 1, num_traces * num_latents, -1),
+      coprocessor.feed(params, base).reshape(batch, 1, num_traces * num_latents, -1),
       placement.latent_positions.reshape(batch, 1, -1),
-      Visibility(row(placement.segments), row(placement.coprocessor_horizon), row(first)), cache)
-  return coprocessor.compose(params, thoughts.reshape(rest.shape), rest)
+      AttentionMaskSpec(row(placement.segments), row(placement.coprocessor_prefix_length), row(first)), cache)
+  return coprocessor.compose(params, outputs.reshape(base.shape), base)
 
 
 def _dense_second_pass(deliberator: Deliberator, decoder_params: Params, latents: Array,
@@ -115,11 +116,11 @@ def _dense_second_pass(deliberator: Deliberator, decoder_params: Params, latents
       [placement.latent_positions, placement.ahead_positions[..., :-1]], axis=-1))
   segments = behind(batch.segments, spread(placement.segments))
   order = jnp.arange(positions.shape[1])
-  horizon = behind(jnp.broadcast_to(order[:length] + 1, batch.tokens.shape),
-                   spread(placement.decoder_horizon))
+  prefix_length = behind(jnp.broadcast_to(order[:length] + 1, batch.tokens.shape),
+                   spread(placement.decoder_prefix_length))
   trace = jnp.where(order < length, -1, (order - length) // queries)
 
-  in_trunk = (order < length) & (order < horizon[..., None])
+  in_trunk = (order < length) & (order < prefix_length[..., None])
   in_trace = (trace >= 0) & (trace[:, None] == trace) & (order <= order[:, None])
   same = (segments[..., None] == segments[:, None]) & (segments[:, None] > 0)
   visible = (in_trunk | in_trace) & same

@@ -29,7 +29,7 @@ def benchmark(experiment: Experiment, topology: Topology, output: Path) -> dict[
     seconds are None where it does not fit, or the topology gives none.
 
   Raises:
-    ValueError: a mesh or a rule does not suit the topology or the sizes; or see `check_dense`.
+    UserError: a mesh or a rule does not suit the topology or the sizes; or see `check_dense`.
   """
   check_dense(experiment.decoder, experiment.deliberation)
   ours = dataclasses.replace(

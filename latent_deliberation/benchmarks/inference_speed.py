@@ -21,7 +21,7 @@ from latent_deliberation.array_types import Params
 from latent_deliberation.benchmarks.baseline import (
   CACHES,
   THREADS,
-  Peer,
+  Baseline,
   alternate,
   build_programs,
   check_libraries,
@@ -31,11 +31,11 @@ from latent_deliberation.benchmarks.baseline import (
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.files import write_json
-from latent_deliberation.inference.background import Arrival
+from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import ONCE
-from latent_deliberation.inference.session import Decoding, generate, stream
+from latent_deliberation.inference.session import DecodingOptions, generate, stream
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
@@ -63,7 +63,7 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
     repeats: alternations of each comparison.
 
   Raises:
-    ImportError: torch or transformers is not installed.
+    UserError: torch or transformers is not installed.
   """
   check_libraries()
   result: dict[str, Any] = {
@@ -95,10 +95,10 @@ def _compare(result: dict[str, Any], size: str, config: TransformerConfig, param
   prompts = {f'{size}_batch{batch}': _prompts(config, batch) for batch in BATCHES}
   with tempfile.TemporaryDirectory() as place:
     weights.save(Path(place) / 'decoder', config, params, format='huggingface')
-    with Peer(build_programs, Path(place) / 'decoder', prompts, DECODED, THREADS) as peer:
+    with Baseline(build_programs, Path(place) / 'decoder', prompts, DECODED, THREADS) as baseline:
       for case, batch in prompts.items():
         logging.info('%s: against transformers', case)
-        theirs = {program: functools.partial(peer.seconds, f'{case} {program}')
+        theirs = {program: functools.partial(baseline.seconds, f'{case} {program}')
                   for program in ('prefill', *CACHES)}
         _compare_batch(result, case, batch, Generator(config, params, length=LENGTH), theirs,
                        repeats)
@@ -112,7 +112,7 @@ def _compare_batch(result: dict[str, Any], case: str, prompts: list[list[int]],
     jax.block_until_ready(generator.read(prompts).logits)
 
   def whole() -> None:
-    generate(generator, prompts, Decoding(DECODED))
+    generate(generator, prompts, DecodingOptions(DECODED))
 
   seconds = alternate({
       'our prefill': functools.partial(seconds_of, read),
@@ -143,7 +143,7 @@ def _measure_augmentation(result: dict[str, Any], size: str, config: Transformer
         jax.block_until_ready(generator.attach(state, generator.augment(state)))
 
       def decode(generator: Generator = generator, state: State = state) -> None:
-        generate(generator, state, Decoding(DECODED))
+        generate(generator, state, DecodingOptions(DECODED))
 
       seconds = alternate({'augment': functools.partial(seconds_of, augment),
                            'decode': functools.partial(seconds_of, decode)}, repeats)
@@ -176,18 +176,18 @@ def _first_token_ratio(config: TransformerConfig, params: Params) -> float:
   """
   generator = _augmented(config, params, NUM_LATENTS[0])
   prompts = _prompts(config, 1)
-  background = Decoding(8, policy=ONCE, arrival=Arrival(delay=7))
+  background = DecodingOptions(8, policy=ONCE, timing=LatentTiming(delay=7))
 
-  def first(how: Decoding) -> float:
+  def first(options: DecodingOptions) -> float:
     begun = time.perf_counter()
-    tokens = stream(generator, prompts, how)
+    tokens = stream(generator, prompts, options)
     next(tokens)
     taken = time.perf_counter() - begun
     _drain(tokens)
     return taken
 
   ratios = []
-  pair = (Decoding(8), background)
+  pair = (DecodingOptions(8), background)
   for number in range(2 + FIRST_TOKENS):
     order = pair if number % 2 else pair[::-1]
     taken = {how: first(how) for how in order}

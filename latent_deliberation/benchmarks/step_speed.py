@@ -20,7 +20,7 @@ from flax import linen as nn
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.benchmarks.baseline import (
   THREADS,
-  Peer,
+  Baseline,
   alternate,
   build_steps,
   check_libraries,
@@ -55,7 +55,7 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
     repeats: turns of each comparison.
 
   Raises:
-    ImportError: torch or transformers is not installed.
+    UserError: torch or transformers is not installed.
   """
   check_libraries()
   params = nn.unbox(jax.jit(Decoder(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 1), int)))[
@@ -103,12 +103,12 @@ def _compare_decoders(params: Params, repeats: int) -> dict[str, Any]:
                                     jax.random.split(jax.random.key(0), TEXTS))}
   with tempfile.TemporaryDirectory() as place:
     weights.save(Path(place) / 'decoder', CONFIG, params, format='huggingface')
-    with Peer(build_steps, Path(place) / 'decoder', batch.tokens.tolist(), THREADS) as peer:
+    with Baseline(build_steps, Path(place) / 'decoder', batch.tokens.tolist(), THREADS) as baseline:
       result = {}
       for name, program in ours.items():
         logging.info('%s: against transformers', name)
         result[name] = ratios_of_turns(
-            {'ours': program, 'transformers': functools.partial(peer.seconds, name)}, repeats)
+            {'ours': program, 'transformers': functools.partial(baseline.seconds, name)}, repeats)
       return result
 
 

@@ -1,4 +1,4 @@
-"""What every launch script does around its job: processes, logging, errors for people."""
+"""What every launch script does around its job: flags, processes, logging, errors for people."""
 
 import contextlib
 import io
@@ -6,52 +6,50 @@ import logging as python_logging
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 
-from latent_deliberation import distributed
+from latent_deliberation.distributed import initialize
+from latent_deliberation.errors import UserError
 
 # --help of a launch script shows the flags that are defined through this module as its own.
 flags.disclaim_key_flags()
 
-_PACKAGE = Path(__file__).parents[1]
 _GRACE_SECONDS = 20
 
 
 def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
   """Parses the flags and runs the job.
 
-  Bad input ends the process with its message and code 1, without a traceback (--verbosity=1 logs
-  it); anything unforeseen keeps its traceback.
+  A UserError ends the process with its message and code 1, without a traceback (--verbosity=1
+  logs it). Any other exception keeps its traceback.
 
   Args:
     job: the work.
     prepare: what flags change about jax, before it has devices.
   """
-  # Otherwise an error inside of jax would seem to come from the line of ours that called it.
-  jax.config.update('jax_traceback_filtering', 'off')
   _define_processes()
   try:
     app.run(lambda argv: _main(job, prepare, argv), flags_parser=_parse_flags)
   except KeyboardInterrupt:
     logging.debug('interrupted here:', exc_info=True)
     _end_at_once('Interrupted: the same command goes on from what is complete.')
-  except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
-    if not _is_foreseen(error):
-      raise
+  except UserError as error:
     logging.debug('the error below, with its traceback:', exc_info=True)
-    raise SystemExit(f'{type(error).__name__}: {error}') from None
+    raise SystemExit(f'Error: {error}') from None
 
 
 def _define_processes() -> None:
   """Defines the flags of a run on several hosts; on a Cloud TPU none of them is needed."""
-  flags.DEFINE_string('coordinator_address', None, 'host:port of process 0, of several processes.')
-  flags.DEFINE_integer('process_count', None, 'Number of processes.', lower_bound=1)
-  flags.DEFINE_integer('process_id', None, 'Of this process, from 0 on.', lower_bound=0)
+  flags.DEFINE_string('coordinator_address', None,
+                      'Address of process 0, as host:port, where several processes run.')
+  flags.DEFINE_integer('process_count', None, 'Number of processes that run together.',
+                       lower_bound=1)
+  flags.DEFINE_integer('process_id', None, 'Number of this process, counted from 0.',
+                       lower_bound=0)
 
 
 def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str]) -> None:
@@ -65,7 +63,7 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
                                       record.pathname)
   prepare()
   values = flags.FLAGS
-  distributed.join(values.coordinator_address, values.process_count, values.process_id)
+  initialize(values.coordinator_address, values.process_count, values.process_id)
   index, count = jax.process_index(), jax.process_count()
   if count > 1:
     _name_process(index, count)
@@ -114,19 +112,46 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except (KeyError, AttributeError) as error:
     while error.args and isinstance(error.args[0], Exception):
       error = error.args[0]
-    raise ValueError(f'--config names what is not there: {error.args[0]}\nKeys are declared in '
-                     f'{_PACKAGE}/jobs/experiment.py and what it imports.') from error
+    raise UserError(f'--config names a key that does not exist: {error.args[0]}\n'
+                    'docs/config.md lists all keys.') from error
   except flags.Error as error:
     # "Error whilst parsing config file" holds a traceback, of which the last line is the error.
     lines = str(error).strip().splitlines()
     message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1].strip()}'
-    raise ValueError(f'{message}\n--help lists the flags.') from error
+    raise UserError(f'{message}\n--help lists the flags.') from error
 
 
-def _is_foreseen(error: Exception) -> bool:
-  """Whether an error is a message for people: from the file system, or raised by this project."""
-  if isinstance(error, OSError):
-    return True
-  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-  is_ours = _PACKAGE in Path(frame.f_code.co_filename).parents
-  return is_ours and not isinstance(error, jax.errors.JaxRuntimeError)
+def define_directory(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
+  """Defines a flag that names a directory; it is required where there is no default."""
+  flag = flags.DEFINE_string(name, default, meaning, required=default is None)
+  flags.register_validator(name, _check_directory)
+  return flag
+
+
+def define_json(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
+  """Defines a flag that names a .json to write, in a directory that exists.
+
+  It is required where there is no default.
+  """
+  flag = flags.DEFINE_string(name, default, meaning, required=default is None)
+  flags.register_validator(name, _check_json)
+  return flag
+
+
+def _check_directory(path: str | None) -> bool:
+  if path and ':/' in path:
+    raise flags.ValidationError('it is a URL, and must be a path: mount the bucket (gcsfuse, for '
+                                'instance) and give the path under the mount.')
+  if path and Path(path).exists() and not Path(path).is_dir():
+    raise flags.ValidationError('it is a file, and must be a directory: give another path.')
+  return True
+
+
+def _check_json(path: str | None) -> bool:
+  # A picture or a table beside it may have its name with another ending.
+  if path is not None and (
+      not path.endswith('.json') or not Path(path).absolute().parent.is_dir()
+      or Path(path).is_dir()):
+    raise flags.ValidationError('it must be a file in a directory that exists, and end in .json: '
+                                'give another path.')
+  return True

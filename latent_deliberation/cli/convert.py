@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable
 from latent_deliberation.model import weights
 from latent_deliberation.model.transformer_config import PRESETS
@@ -47,7 +48,7 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   Returns: what was written, in words.
   """
   if target.exists():
-    raise FileExistsError(f'{target} exists already and is not written over: give another, or '
+    raise UserError(f'{target} exists already and is not written over: give another, or '
                           'remove it')
   make_writable(target.parent)
   params = checkpoint.load(dtype=dtype)

@@ -10,13 +10,14 @@ from typing import Any
 
 from absl import logging
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import read_text
 from latent_deliberation.inference import tokenizer as tokenizers
 from latent_deliberation.inference.generator import NONE, Generator
 from latent_deliberation.inference.passes import Prompts, State
 from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.prefix_cache import Context, read_behind
-from latent_deliberation.inference.session import Completion, Decoding, generate, stream
+from latent_deliberation.inference.session import Completion, DecodingOptions, generate, stream
 from latent_deliberation.inference.tokenizer import Tokenizer
 
 _COLUMN = 46
@@ -26,11 +27,11 @@ def check_coprocessor(coprocessor: str, **flags: object) -> bool:
   """Whether there is one to make latents; '' is none, and so is an explicit 'none'.
 
   Raises:
-    ValueError: there is not, and flags say when latents come.
+    UserError: there is not, and flags say when latents come.
   """
   given = [f'--{name}' for name, value in flags.items() if value]
   if given and not coprocessor:
-    raise ValueError(f'{", ".join(given)} without a --coprocessor, which makes the latents: give '
+    raise UserError(f'{", ".join(given)} without a --coprocessor, which makes the latents: give '
                      'one, or leave the rest out')
   return coprocessor not in ('', NONE)
 
@@ -40,7 +41,7 @@ class Request:
   """What is asked for; all that can be wrong with it is, before a decoder is loaded.
 
   Attributes:
-    how: what to do; its `stop` and `eos` are set from what follows and from the tokenizer.
+    options: what to do; its `stop` and `eos` are set from what follows and from the tokenizer.
     stop: strings that end a text and are not part of it.
     seed: of the first prompt; the others count on.
     as_json: print a line of JSON for each prompt.
@@ -48,7 +49,7 @@ class Request:
     compared: write plainly, and with latents beside it.
     cache: directory of launch/augment.py, behind whose text prompts go on; '' for none.
   """
-  how: Decoding
+  options: DecodingOptions
   stop: tuple[str, ...] = ()
   seed: int = 0
   as_json: bool = False
@@ -59,19 +60,19 @@ class Request:
   def __post_init__(self):
     tokenizers.check_stops(self.stop)
     if not 0 <= self.seed < 2**32:
-      raise ValueError(f'seed = {self.seed}: give one between 0 and 2**32 - 1')
+      raise UserError(f'seed = {self.seed}: give one between 0 and 2**32 - 1')
     if self.streamed and (self.as_json or self.compared):
-      raise ValueError('--stream prints text as it comes, --json and --compare print it when it is '
+      raise UserError('--stream prints text as it comes, --json and --compare print it when it is '
                        'there: choose one of them')
-    if self.cache and self.how.policy != NEVER:
-      raise ValueError(f'--cache={self.cache} brings its latents with it, and --at, --every or '
+    if self.cache and self.options.policy != NEVER:
+      raise UserError(f'--cache={self.cache} brings its latents with it, and --at, --every or '
                        '--gate ask for more, which would have to be made from a cache without: '
                        'choose one of them')
-    if self.cache and self.how.arrival != Decoding.arrival:
-      raise ValueError(f'--cache={self.cache} brings its latents with it, and --background is for '
+    if self.cache and self.options.timing != DecodingOptions.timing:
+      raise UserError(f'--cache={self.cache} brings its latents with it, and --background is for '
                        'latents that are yet to be made: leave one of them out')
-    if self.compared and self.how.policy == NEVER and not self.cache:
-      raise ValueError('--compare shows text with latents beside plain text, and none are asked '
+    if self.compared and self.options.policy == NEVER and not self.cache:
+      raise UserError('--compare shows text with latents beside plain text, and none are asked '
                        'for: give a --coprocessor, or leave --compare out')
 
 
@@ -103,7 +104,7 @@ class Writer:
     for completion, in stream(self.generator, self._texts([prompt]), self._decoding(),
                               self._seeds(1)):
       text = self._text(completion)
-      if not completion.ended:
+      if not completion.finish_reason:
         # What may yet become another character, or the beginning of a stop string, is held back.
         text = text.rstrip('\ufffd')
         text = text[:max(0, len(text) - max(map(len, self.request.stop), default=1) + 1)]
@@ -124,11 +125,11 @@ class Writer:
     # Without the token that begins a text, which the context has.
     return read_behind(self.generator, self.context, [more[1:] for more in ids], plain)
 
-  def _decoding(self, plain: bool = False) -> Decoding:
-    how, strings = self.request.how, self.request.stop
+  def _decoding(self, plain: bool = False) -> DecodingOptions:
+    options, strings = self.request.options, self.request.stop
     stop = tokenizers.stop_at(self.tokenizer, strings) if strings else None
-    return dataclasses.replace(how, eos=self.tokenizer.eos, stop=stop,
-                               policy=NEVER if plain else how.policy)
+    return dataclasses.replace(options, eos=self.tokenizer.eos, stop=stop,
+                               policy=NEVER if plain else options.policy)
 
   def _seeds(self, count: int) -> list[int]:
     return [(self.request.seed + number) % 2**32 for number in range(count)]
@@ -136,20 +137,20 @@ class Writer:
   def _text(self, completion: Completion) -> str:
     text = self.tokenizer.decode(completion.tokens)
     ends = [text.find(string) for string in self.request.stop if string in text]
-    return text[:min(ends)] if completion.ended == 'stop' and ends else text
+    return text[:min(ends)] if completion.finish_reason == 'stop' and ends else text
 
 
 def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
   """Prompts of the command line and of a file, one a line, or of .jsonl under 'prompt'.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: the file has no prompt, a line of .jsonl has none, or one is empty or no Unicode.
+    UserError: there is no such file.
+    UserError: the file has no prompt, a line of .jsonl has none, or one is empty or no Unicode.
   """
   prompts = [*prompts, *(_read_lines(Path(file)) if file else ())]
   for number, prompt in enumerate(prompts):
     if not prompt:
-      raise ValueError(f'prompt {number} is empty: write something, or leave the line out')
+      raise UserError(f'prompt {number} is empty: write something, or leave the line out')
     _check_unicode(prompt, f'prompt {number}')
   return prompts
 
@@ -159,7 +160,7 @@ def _read_lines(path: Path) -> list[str]:
   # Not splitlines, which takes some characters inside of a text for ends of lines.
   lines = text.removesuffix('\n').split('\n') if text else []
   if not lines:
-    raise ValueError(f'{path} is empty: write a prompt a line, or leave --prompts_file out')
+    raise UserError(f'{path} is empty: write a prompt a line, or leave --prompts_file out')
   if path.suffix == '.jsonl':
     lines = [_read_object(line, f'{path}, line {number}') for number, line in enumerate(lines, 1)]
   return lines
@@ -171,7 +172,7 @@ def _read_object(line: str, name: str) -> str:
     if not isinstance(prompt, str):
       raise TypeError(f'it is {prompt!r}')
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{name}: every line must be an object with a text as "prompt" '
+    raise UserError(f'{name}: every line must be an object with a text as "prompt" '
                      f'({type(error).__name__}: {error})') from error
   return prompt
 
@@ -180,7 +181,7 @@ def _check_unicode(text: str, name: str) -> None:
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise ValueError(f'{name} is {text!r}, which is no Unicode ({error.reason}): give UTF-8'
+    raise UserError(f'{name} is {text!r}, which is no Unicode ({error.reason}): give UTF-8'
                      ) from error
 
 
@@ -188,7 +189,7 @@ def answer(writer: Writer, prompts: Sequence[str]) -> None:
   """Prints what is written behind prompts; without any, asks for one after the other.
 
   Raises:
-    ValueError: a prompt is bad; where they are asked for, this is said of each and does not end it.
+    UserError: a prompt is bad; where they are asked for, this is said of each and does not end it.
   """
   request = writer.request
 
@@ -207,7 +208,7 @@ def answer(writer: Writer, prompts: Sequence[str]) -> None:
         print(_side_by_side(result) if request.compared else result['prompt'] + result['text'],
               flush=True)
 
-  if request.how.arrival.delay is None and request.how.policy != NEVER:
+  if request.options.timing.delay is None and request.options.policy != NEVER:
     logging.info('compiling the coprocessor')  # else latents would come too late for short texts
     writer.generator.warm_up(1 if request.streamed or not prompts else len(prompts))
   if prompts:
@@ -218,8 +219,8 @@ def answer(writer: Writer, prompts: Sequence[str]) -> None:
       show([prompt])
     except ValueError as error:  # of this prompt; the next may be better
       print(error, file=sys.stderr)
-  if writer.generator.counts.begun:
-    logging.info('latents: %s', writer.generator.counts)
+  if writer.generator.stats.begun:
+    logging.info('latents: %s', writer.generator.stats)
 
 
 def _ask() -> Iterator[str]:
@@ -238,7 +239,7 @@ def _side_by_side(result: dict[str, Any]) -> str:
   columns = []
   for name, title in (('plain', 'plain'), ('augmented', 'with latents')):
     found = result[name]
-    total = sum(found['log_probabilities'])
+    total = sum(found['logprobs'])
     head = f'{title}: {total:.2f} nats, {total / len(found["tokens"]):.3f} a token'
     columns.append([head, *textwrap.wrap(found['text'], _COLUMN, replace_whitespace=False,
                                          drop_whitespace=False)])

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from jax.sharding import Mesh
 
 from latent_deliberation.data.loading import prepare_data
-from latent_deliberation.evaluation.evaluate import constant_variant, evaluate, scored_batches
+from latent_deliberation.evaluation.evaluate import constant_variant, evaluate, open_held_out
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable
+from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, PRETRAINING
 from latent_deliberation.progress import PhaseClock
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
@@ -20,14 +22,15 @@ def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
 
   Returns: the content of <workdir>/report.json.
   """
-  runs = {'decoder': workdir / 'pretraining', 'coprocessor': workdir / 'coprocessor',
-          'constant soft tokens': workdir / 'constant'}
+  runs = {'decoder': workdir / PRETRAINING, 'coprocessor': workdir / COPROCESSOR,
+          'constant soft tokens': workdir / CONSTANT}
   make_writable(workdir)
-  check_phases(experiment, *runs.values())
-  clock = PhaseClock(workdir / 'phases.json')
+  mesh = make_mesh(experiment.mesh)
+  check_phases(experiment, mesh, *runs.values())
+  clock = PhaseClock(workdir / PHASES_FILE)
   with clock.phase('data'):
-    prepare_data(experiment, workdir)
-    scored_batches(experiment, workdir)  # there must be enough of them, hours later
+    prepare_data(experiment.data, experiment.decoder.vocab_size, workdir)
+    open_held_out(experiment, workdir, mesh)  # there must be enough of them, hours later
   with clock.phase('decoder'):
     decoder = pretrain(experiment, runs['decoder'], workdir)
   with clock.phase('coprocessor'):
@@ -41,10 +44,9 @@ def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
       runs=runs)
 
 
-def check_phases(experiment: Experiment, pretraining: Path, coprocessor: Path,
+def check_phases(experiment: Experiment, mesh: Mesh, pretraining: Path, coprocessor: Path,
                  constant: Path) -> None:
   """Raises before the first phase what would stop a later one; takes the runs' directories."""
-  mesh = make_mesh(experiment.mesh)
   describe_pretraining(experiment, pretraining, mesh).check()
   describe_training(experiment, coprocessor, mesh).check()
   describe_training(constant_variant(experiment), constant, mesh).check()

@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.progress import Progress
 
 STDLIB_SUFFIXES = ('.py', '.rst', '.txt')
@@ -83,8 +84,8 @@ def open_corpus(config: DataConfig) -> Corpus:
   to hold out is trained on, while there are smaller ones. Empty documents are left out.
 
   Raises:
-    FileNotFoundError: a glob or directory without a file to read.
-    ValueError: a file that is not UTF-8 text, a line that is not JSON or has no text, or fewer than
+    UserError: a glob or directory without a file to read.
+    UserError: a file that is not UTF-8 text, a line that is not JSON or has no text, or fewer than
       two documents. The message names the file, and the byte or line in it.
   """
   files = _stdlib_files() if config.source == 'stdlib' else _text_files(config.files)
@@ -101,7 +102,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     progress.update(index + 1)
   file_of, start, size = np.array(places, np.int64).reshape(-1, 3).T
   if len(size) < 2:
-    raise ValueError(
+    raise UserError(
         f'the corpus has {len(size)} documents that are not empty in {len(files)} files, and needs '
         'at least 2, one to train on and one to validate on: give more files, or cut the text into '
         'several (split -C 64k --additional-suffix=.txt all.txt part-)')
@@ -143,7 +144,7 @@ def _stdlib_files() -> tuple[TextFile, ...]:
         else:
           files.append(TextFile(path.relative_to(root).as_posix(), path))
   if not files:
-    raise FileNotFoundError(
+    raise MissingError(
         f'the standard library at {root} has no file {", ".join(STDLIB_SUFFIXES)}: this '
         "interpreter comes without its sources, use source = 'text' with files of your own")
   return tuple(sorted(files, key=lambda file: file.name))
@@ -163,7 +164,7 @@ def _text_files(patterns: tuple[str, ...]) -> tuple[TextFile, ...]:
       paths = [Path(path) for path in glob.glob(pattern, recursive=True)]
     paths = [path for path in paths if path.is_file()]
     if not paths:
-      raise FileNotFoundError(
+      raise MissingError(
           f'no file matches {pattern!r} (seen from {os.getcwd()}): give existing files, a glob, or '
           'a directory with .txt or .jsonl files')
     # A file that two patterns match is one file.
@@ -197,19 +198,19 @@ def _parse_line(line: bytes, start: int, number: int, path: Path, text_key: str)
   try:
     record = json.loads(_decode(line, path, start))
   except json.JSONDecodeError as error:
-    raise ValueError(
+    raise UserError(
         f'{where}: not JSON ({error}): a .jsonl file has one JSON object a line') from error
   if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
     found = sorted(record) if isinstance(record, dict) else type(record).__name__
-    raise ValueError(f'{where}: no text under text_key = {text_key!r}, found {found}: set text_key '
+    raise UserError(f'{where}: no text under text_key = {text_key!r}, found {found}: set text_key '
                      'to the field that holds the text')
   text = record[text_key]
   if '\0' in text:
-    raise ValueError(f'{where}: the text holds a NUL character: it is binary, leave the line out')
+    raise UserError(f'{where}: the text holds a NUL character: it is binary, leave the line out')
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise ValueError(f'{where}: half a surrogate pair at character {error.start}, which is not '
+    raise UserError(f'{where}: half a surrogate pair at character {error.start}, which is not '
                      'Unicode text: repair the line or leave it out') from error
   return text
 
@@ -218,7 +219,7 @@ def _decode(content: bytes, path: Path, start: int = 0) -> str:
   """Text of a file, or of its part from byte `start` on; Python sources may name an encoding."""
   nul = content.find(b'\0')
   if nul >= 0:
-    raise ValueError(f'{path}: NUL at byte {start + nul}: a binary file, not text; leave it out')
+    raise UserError(f'{path}: NUL at byte {start + nul}: a binary file, not text; leave it out')
   encoding = 'utf-8'
   if path.suffix == '.py':
     with contextlib.suppress(SyntaxError):
@@ -226,5 +227,5 @@ def _decode(content: bytes, path: Path, start: int = 0) -> str:
   try:
     return content.decode(encoding)
   except UnicodeDecodeError as error:
-    raise ValueError(f'{path}: not {encoding} text at byte {start + error.start} ({error.reason}): '
+    raise UserError(f'{path}: not {encoding} text at byte {start + error.start} ({error.reason}): '
                      'convert it (iconv -t utf-8) or leave it out') from error

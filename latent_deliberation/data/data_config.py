@@ -1,16 +1,26 @@
 """What a run reads: the source of its text, its vocabulary and the form of its rows."""
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-VOCABULARY_FILE, ROWS_FOLDER = 'vocabulary.model', 'rows'  # in a directory of prepared data
+from latent_deliberation.errors import UserError
+
 SOURCES = ('stdlib', 'text', 'tfds', 'mixture', 'synthetic')
 VOCABULARIES = ('sentencepiece', 'byte')
 MODES = ('packed', 'online')
 
-# 4 special ids, 256 bytes and the newline; every character of the corpus comes on top.
-SMALLEST_SENTENCEPIECE = 261
+# Special ids of every vocabulary that is made here, as Gemma has them.
+PAD_ID, EOS_ID, BOS_ID, UNK_ID = 0, 1, 2, 3
+SPECIAL_IDS = 4
+
+# The byte vocabulary: a byte has its value plus SPECIAL_IDS.
+BYTE_VOCABULARY_SIZE = SPECIAL_IDS + 256
+BYTE_VOCABULARY_HASH = hashlib.sha256(b'bytes from 4 on').hexdigest()
+
+# Special ids, bytes and the newline; every character of the corpus comes on top.
+SMALLEST_SENTENCEPIECE = BYTE_VOCABULARY_SIZE + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +71,14 @@ class DataConfig:
 
   def __post_init__(self):
     if isinstance(self.files, str):
-      raise ValueError(f'files = {self.files!r} is one string: write a tuple, ({self.files!r},)')
+      raise UserError(f'files = {self.files!r} is one string: write a tuple, ({self.files!r},)')
     if not isinstance(self.options, Mapping):
-      raise ValueError(f"options = {self.options!r}: write a mapping, for instance {{'nodes': 8}}")
+      raise UserError(f"options = {self.options!r}: write a mapping, for instance {{'nodes': 8}}")
     object.__setattr__(self, 'files', tuple(self.files))
     object.__setattr__(self, 'options', dict(self.options))
     for key, choices in (('source', SOURCES), ('vocabulary', VOCABULARIES), ('mode', MODES)):
       if getattr(self, key) not in choices:
-        raise ValueError(f'{key} = {getattr(self, key)!r}: choose one of {choices}')
+        raise UserError(f'{key} = {getattr(self, key)!r}: choose one of {choices}')
     self._check_source()
     self._check_vocabulary()
     self._check_numbers()
@@ -80,26 +90,26 @@ class DataConfig:
     for key, sources in owners.items():
       value, default = getattr(self, key), {} if key == 'options' else getattr(DataConfig, key)
       if self.source in sources and default in ((), '') and not value:
-        raise ValueError(f'source = {self.source!r} needs {key}, which is empty')
+        raise UserError(f'source = {self.source!r} needs {key}, which is empty')
       if self.source not in sources and value != default:
-        raise ValueError(
+        raise UserError(
             f'{key} = {value!r} has no meaning for source = {self.source!r}: leave it at '
             f'{default!r}, or choose a source among {sources}')
     if self.data_dir and self.source != 'tfds':
-      raise ValueError(f"data_dir = {self.data_dir!r} belongs to source 'tfds', this is "
+      raise UserError(f"data_dir = {self.data_dir!r} belongs to source 'tfds', this is "
                        f'{self.source!r}: leave it empty')
     if self.source == 'tfds' and ':' not in self.name:
-      raise ValueError(f'name = {self.name!r} has no version: write name/config:version, for '
+      raise UserError(f'name = {self.name!r} has no version: write name/config:version, for '
                        "instance 'c4/en:3.1.0', so that a later release cannot change the data")
     if not self.text_key:
-      raise ValueError("text_key = '': name the field that holds the text")
+      raise UserError("text_key = '': name the field that holds the text")
 
   def _check_vocabulary(self) -> None:
     if self.vocabulary_path and self.vocabulary == 'byte':
-      raise ValueError(f"vocabulary_path = {self.vocabulary_path!r}, but vocabulary = 'byte' has "
+      raise UserError(f"vocabulary_path = {self.vocabulary_path!r}, but vocabulary = 'byte' has "
                        "no file: leave it empty, or set vocabulary = 'sentencepiece'")
     if self.vocabulary_path and self.source == 'mixture':
-      raise ValueError(f'vocabulary_path = {self.vocabulary_path!r}, but the mixture {self.name!r} '
+      raise UserError(f'vocabulary_path = {self.vocabulary_path!r}, but the mixture {self.name!r} '
                        'brings its own vocabulary: leave it empty')
 
   def _check_numbers(self) -> None:
@@ -115,9 +125,19 @@ class DataConfig:
     for key, (low, high) in bounds.items():
       value = getattr(self, key)
       if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f'{key} = {value!r} is not an integer')
+        raise UserError(f'{key} = {value!r} is not an integer')
       if not low <= value <= high:
-        raise ValueError(f'{key} = {value}: it must lie between {low} and {high}')
+        raise UserError(f'{key} = {value}: it must lie between {low} and {high}')
     if 0 < self.max_tokens < self.length:
-      raise ValueError(f'max_tokens = {self.max_tokens} is less than one row of length = '
+      raise UserError(f'max_tokens = {self.max_tokens} is less than one row of length = '
                        f'{self.length} tokens: raise it, or set 0 for all')
+
+
+def encode_bytes(text: str) -> list[int]:
+  """Ids of a text in the byte vocabulary, without special ones."""
+  return [SPECIAL_IDS + byte for byte in text.encode()]
+
+
+def decode_bytes(ids: Sequence[int]) -> str:
+  """The text of ids in the byte vocabulary; bytes that are not UTF-8 come out as U+FFFD."""
+  return bytes(i - SPECIAL_IDS for i in ids if i >= SPECIAL_IDS).decode(errors='replace')

@@ -22,6 +22,7 @@ from latent_deliberation.data.rows import (
   state_to_json,
 )
 from latent_deliberation.data.tasks import Documents
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import write_whole
 
 GROUP_DOCUMENTS = 128  # filled together; only the last row of a group has padding to speak of
@@ -43,8 +44,8 @@ class OnlineBatches:
     fingerprint: of everything that shapes the stream but the hosts.
 
   Raises:
-    ValueError: hosts cannot have equal shares of a batch; or see `Documents.open`.
-    FileNotFoundError: see `Documents.open`.
+    UserError: hosts cannot have equal shares of a batch; or see `Documents.open`.
+    UserError: see `Documents.open`.
   """
 
   def __init__(self, config: DataConfig, workdir: Path, batch_size: int, seed: int,
@@ -72,18 +73,18 @@ class OnlineBatches:
     """The next batch, numpy int32 [B / process_count, T].
 
     Raises:
-      ValueError: `step` is not the one after the last; or a document holds the padding id.
-      RuntimeError: the stream has no document.
+      UserError: `step` is not the one after the last; or a document holds the padding id.
+      UserError: the stream has no document.
     """
     if step != self._next_step:
-      raise ValueError(f'step {step} asked for, but the stream stands at {self._next_step} and '
+      raise UserError(f'step {step} asked for, but the stream stands at {self._next_step} and '
                        'goes forward only: restore a saved state, or use packed rows')
     try:
       tokens, segments = (part.numpy() for part in next(self._iterator))
     except StopIteration:
-      raise RuntimeError(f"{self._identity['task']} has no document in split 'train'") from None
+      raise UserError(f"{self._identity['task']} has no document in split 'train'") from None
     except tf.errors.InvalidArgumentError as error:
-      raise ValueError(error.message) from error
+      raise UserError(error.message) from error
     self._next_step += 1
     return Batch(tokens=tokens, segments=segments, positions=positions_in_segments(segments))
 
@@ -91,10 +92,10 @@ class OnlineBatches:
     """Writes this host's state, with which `step` comes next, whole or not at all.
 
     Raises:
-      ValueError: the stream stands at another step; or the same step of another stream is there.
+      UserError: the stream stands at another step; or the same step of another stream is there.
     """
     if step != self._next_step:
-      raise ValueError(f'step {step} cannot be saved, the stream stands at {self._next_step}: save '
+      raise UserError(f'step {step} cannot be saved, the stream stands at {self._next_step}: save '
                        'before the next batch is asked for')
     final = _state_directory(directory, step, self._identity['process_index'])
     if final.exists():
@@ -111,8 +112,8 @@ class OnlineBatches:
     """Goes to where `save` was called, so that `step` comes next.
 
     Raises:
-      FileNotFoundError: nothing was saved for the step and this host.
-      ValueError: the state is of another stream; names what differs.
+      UserError: nothing was saved for the step and this host.
+      UserError: the state is of another stream; names what differs.
     """
     # The first host's tells how many there were: the own state may be missing for that reason.
     check_state(_state_directory(directory, step, 0) / 'state.json',
@@ -130,10 +131,10 @@ def _state_directory(directory: Path, step: int, process_index: int) -> Path:
 def _share(batch_size: int, process_index: int, process_count: int) -> int:
   """Rows of a global batch that each host reads."""
   if batch_size < 1 or batch_size % process_count:
-    raise ValueError(f'batch_size = {batch_size} cannot be divided among {process_count} hosts: '
+    raise UserError(f'batch_size = {batch_size} cannot be divided among {process_count} hosts: '
                      f'choose a multiple of {process_count}')
   if not 0 <= process_index < process_count:
-    raise ValueError(f'process_index = {process_index}: there are {process_count} hosts, from 0 on')
+    raise UserError(f'process_index = {process_index}: there are {process_count} hosts, from 0 on')
   return batch_size // process_count
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from latent_deliberation.data.data_config import ROWS_FOLDER, DataConfig
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.host_tensorflow import seqio
 from latent_deliberation.data.rows import MANIFEST_FILE, Manifest, PackedRows, Recipe, row_dtypes
 from latent_deliberation.data.sources import SPLITS
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import bytes_per_token
+from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.files import write_whole
+from latent_deliberation.paths import ROWS
 from latent_deliberation.progress import Progress
 
 
@@ -107,14 +109,14 @@ def prepare(config: DataConfig, workdir: Path) -> Path:
   Returns: <workdir>/rows.
 
   Raises:
-    FileNotFoundError, ValueError: see `Documents.open` and `pack`; or the rows that are there were
+    UserError: see `Documents.open` and `pack`; or the rows that are there were
       made from something else, with each difference named.
   """
   workdir = Path(workdir)
-  directory = workdir / ROWS_FOLDER
+  directory = workdir / ROWS
   try:
     documents = Documents.open(config, workdir)
-  except FileNotFoundError as absent:
+  except MissingError as absent:
     if config.mode != 'packed' or not all((directory / split).exists() for split in SPLITS):
       raise
     for split in SPLITS:
@@ -138,7 +140,7 @@ def _check_recipe(directory: Path, expected: Mapping[str, Any]) -> None:
   different = [f'{key}: packed {getattr(found, key)!r}, configured {value!r}'
                for key, value in expected.items() if getattr(found, key) != value]
   if different:
-    raise ValueError(f'{directory} was packed from something else ({"; ".join(different)}): use '
+    raise UserError(f'{directory} was packed from something else ({"; ".join(different)}): use '
                      'another work directory, or delete this folder to pack again')
 
 
@@ -153,12 +155,12 @@ def pack(documents: Documents, recipe: Recipe, directory: Path,
     tokens_per_file: size of one .npy file.
 
   Raises:
-    FileExistsError: the folder is there.
-    ValueError: the split has no token, or a document holds the padding id.
+    UserError: the folder is there.
+    UserError: the split has no token, or a document holds the padding id.
   """
   final, partial = directory / recipe.split, directory / f'.{recipe.split}.partial'
   if final.exists():
-    raise FileExistsError(f'{final} is there already: delete it to pack again')
+    raise UserError(f'{final} is there already: delete it to pack again')
   if partial.exists():
     logging.warning('Starting anew where an earlier run was stopped: %s', partial)
     shutil.rmtree(partial)
@@ -207,7 +209,7 @@ def _write_rows(documents: Documents, recipe: Recipe, directory: Path,
   if chunk:
     files.write(chunk)
   if not files.rows:
-    raise ValueError(f'{recipe.task} has no token in split {recipe.split!r}: give more documents, '
+    raise UserError(f'{recipe.task} has no token in split {recipe.split!r}: give more documents, '
                      'or change validation_percent')
   return Manifest(
       recipe=recipe, rows=files.rows, tokens=files.tokens, documents=begun,

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from latent_deliberation.array_types import Batch
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import write_whole
 
 FORMAT_VERSION = 1
@@ -75,16 +76,16 @@ class Manifest:
 
   @classmethod
   def from_json(cls, content: bytes, origin: Path) -> 'Manifest':
-    """Reads what to_json wrote. Raises ValueError, naming `origin`, for anything else."""
+    """Reads what to_json wrote. Raises UserError, naming `origin`, for anything else."""
     try:
       fields = json.loads(content)
       version = fields['format_version']
       if version == FORMAT_VERSION:
         return cls(**(fields | {'recipe': Recipe(**fields['recipe'])}))
     except (ValueError, TypeError, KeyError) as error:
-      raise ValueError(f'{origin} is not a manifest of packed rows ({error!r}): pack the data '
+      raise UserError(f'{origin} is not a manifest of packed rows ({error!r}): pack the data '
                        'again into an empty folder') from error
-    raise ValueError(f'{origin} has format version {version}, this code reads {FORMAT_VERSION}: '
+    raise UserError(f'{origin} has format version {version}, this code reads {FORMAT_VERSION}: '
                      'pack the data again into an empty folder')
 
 
@@ -109,29 +110,29 @@ def state_to_json(identity: dict[str, str | int], step: int) -> bytes:
 def check_state(path: Path, identity: dict[str, str | int], step: int) -> None:
   """Raises unless `path` holds the state of this step of this sequence; names what differs."""
   if not path.is_file():
-    raise FileNotFoundError(f'no data state for step {step} at {path}: resume from a step that was '
+    raise UserError(f'no data state for step {step} at {path}: resume from a step that was '
                             'saved, or start anew in an empty work directory')
   try:
     saved = json.loads(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f'{path} is not a data state ({error}): resume from another step') from error
+    raise UserError(f'{path} is not a data state ({error}): resume from another step') from error
   expected = json.loads(state_to_json(identity, step))
   different = [f'{key}: saved {saved.get(key)!r}, now {value!r}'
                for key, value in expected.items() if saved.get(key) != value]
   if different:
-    raise ValueError(f'{path} is of another sequence of batches ({"; ".join(different)}): resume '
+    raise UserError(f'{path} is of another sequence of batches ({"; ".join(different)}): resume '
                      'with the settings that were saved, or start anew in an empty work directory')
 
 
 ALL_ROWS = (0, 100)  # percent, from and to
 
 
-def check_portion(portion: Sequence[int]) -> tuple[int, int]:
-  """A portion of rows in percent, from and to. Raises ValueError where it is none."""
-  given = tuple(portion) if isinstance(portion, Sequence) else ()
+def check_row_range(row_range_percent: Sequence[int]) -> tuple[int, int]:
+  """A row_range_percent of rows in percent, from and to. Raises UserError where it is none."""
+  given = tuple(row_range_percent) if isinstance(row_range_percent, Sequence) else ()
   if not (len(given) == 2 and all(type(percent) is int for percent in given)
           and 0 <= given[0] < given[1] <= 100):
-    raise ValueError(f'portion = {portion!r}: two whole numbers are needed, from and to, between 0 '
+    raise UserError(f'row_range_percent = {row_range_percent!r}: two whole numbers are needed, from and to, between 0 '
                      'and 100, as in (0, 50)')
   return given
 
@@ -140,18 +141,20 @@ class PackedRows:
   """One split of packed rows, opened for reading at random.
 
   Attributes:
+    directory: of the split.
     manifest: see Manifest.
     fingerprint: sha256 of the manifest; names the contents, since that holds their hash.
 
   Raises:
-    FileNotFoundError: no manifest, or a file is missing.
-    ValueError: a file is truncated, or is not the one that the manifest speaks of.
+    UserError: no manifest, or a file is missing.
+    UserError: a file is truncated, or is not the one that the manifest speaks of.
   """
 
   def __init__(self, directory: Path):
-    path = Path(directory) / MANIFEST_FILE
+    self.directory = Path(directory)
+    path = self.directory / MANIFEST_FILE
     if not path.is_file():
-      raise FileNotFoundError(f'no packed rows in {directory}: {MANIFEST_FILE} is missing. Pack '
+      raise UserError(f'no packed rows in {directory}: {MANIFEST_FILE} is missing. Pack '
                               'the data first, or name the folder of one split (.../train)')
     self.manifest = Manifest.from_json(path.read_bytes(), path)
     self.fingerprint = hashlib.sha256(self.manifest.to_json()).hexdigest()
@@ -197,13 +200,13 @@ def _open_file(path: Path, rows: int, length: int, dtype: np.dtype) -> np.ndarra
   try:
     array = np.load(path, mmap_mode='r', allow_pickle=False)
   except FileNotFoundError:
-    raise FileNotFoundError(f'{path} is missing, though {MANIFEST_FILE} counts on it: copy the '
+    raise UserError(f'{path} is missing, though {MANIFEST_FILE} counts on it: copy the '
                             'folder again, or delete it and pack the data again') from None
   except (ValueError, OSError, EOFError) as error:
-    raise ValueError(f'{path} ({path.stat().st_size} bytes) is truncated or not an .npy file '
+    raise UserError(f'{path} ({path.stat().st_size} bytes) is truncated or not an .npy file '
                      f'({error}): copy the folder again, or delete it and pack again') from error
   if array.shape != (rows, length) or array.dtype != dtype:
-    raise ValueError(f'{path} has {array.dtype} {list(array.shape)}, {MANIFEST_FILE} promises '
+    raise UserError(f'{path} has {array.dtype} {list(array.shape)}, {MANIFEST_FILE} promises '
                      f'{dtype} {[rows, length]}: a file of another packing. Copy the folder again, '
                      'or delete it and pack again')
   return array
@@ -238,29 +241,29 @@ class PermutedBatches:
     batch_size: B, rows of a global batch; may exceed N.
     seed: of the order, 0 to 2**32 - 1.
     mine: places in the global batch that this host reads, int [n]; default is all of them.
-    portion: percent of the rows, from and to, in the order in which they were packed.
+    row_range_percent: percent of the rows, from and to, in the order in which they were packed.
 
   Attributes:
-    fingerprint: of rows, batch size, seed and portion, and not of `mine`.
+    fingerprint: of rows, batch size, seed and row_range_percent, and not of `mine`.
 
   Raises:
-    ValueError: the batch is empty, or there are no rows; see also `check_portion`.
+    UserError: the batch is empty, or there are no rows; see also `check_row_range`.
   """
 
   def __init__(self, rows: PackedRows, batch_size: int, seed: int, mine: np.ndarray | None = None,
-               portion: tuple[int, int] = ALL_ROWS):
+               row_range_percent: tuple[int, int] = ALL_ROWS):
     if batch_size < 1:
-      raise ValueError(f'batch_size = {batch_size}: at least 1 is needed')
+      raise UserError(f'batch_size = {batch_size}: at least 1 is needed')
     self._mine = np.arange(batch_size) if mine is None else mine
-    first, last = (len(rows) * percent // 100 for percent in check_portion(portion))
+    first, last = (len(rows) * percent // 100 for percent in check_row_range(row_range_percent))
     if first == last:
-      raise ValueError(f'{portion[0]} to {portion[1]} percent of {len(rows)} packed rows are none: '
-                       'there is nothing to make batches of; pack more text, or widen the portion')
+      raise UserError(f'{row_range_percent[0]} to {row_range_percent[1]} percent of {len(rows)} packed rows are none: '
+                       'there is nothing to make batches of; pack more text, or widen the row_range_percent')
     self._rows, self._batch_size, self._seed = rows, batch_size, seed
     self._first, self._size = first, last - first
     self._identity = {'rows': rows.fingerprint, 'batch_size': batch_size, 'seed': seed}
     if self._size < len(rows):
-      self._identity['portion'] = list(portion)
+      self._identity['portion'] = list(row_range_percent)  # its name on disk
     self.fingerprint = fingerprint_of(self._identity)
 
   def __call__(self, step: int) -> Batch:
@@ -282,8 +285,8 @@ class PermutedBatches:
     """Checks that `save` was called for this step and for this very sequence.
 
     Raises:
-      FileNotFoundError: nothing was saved for the step.
-      ValueError: other rows, seed, batch size or portion; names both.
+      UserError: nothing was saved for the step.
+      UserError: other rows, seed, batch size or row_range_percent; names both.
     """
     check_state(_state_file(directory, step), self._identity, step)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
+from latent_deliberation.errors import MissingError, UserError
 
 SPLITS = ('train', 'validation')
 TOGETHER = 16  # documents; a call from TensorFlow takes longer than to read a short one
@@ -64,11 +65,11 @@ class CorpusSource(seqio.DataSource):
   def get_dataset(self, split: str = 'train', shuffle: bool = True, seed: int | None = None,
                   shard_info: seqio.ShardInfo | None = None, *, sequence_length=None,
                   use_cached: bool = False, num_epochs: int | None = 1) -> tf.data.Dataset:
-    """The documents of a split. Raises ValueError when there are fewer documents than shards."""
+    """The documents of a split. Raises UserError when there are fewer documents than shards."""
     numbers = self.corpus.numbers(split)
     if shard_info:
       if len(numbers) < shard_info.num_shards:
-        raise ValueError(f'split {split!r} has {len(numbers)} documents for '
+        raise UserError(f'split {split!r} has {len(numbers)} documents for '
                          f'{shard_info.num_shards} hosts: use fewer hosts, or packed rows')
       numbers = numbers[shard_info.index::shard_info.num_shards]
     dataset = tf.data.Dataset.from_tensor_slices(numbers)
@@ -89,10 +90,10 @@ def build_source(config: DataConfig) -> seqio.DataSource:
   """The documents of any configuration but a mixture, which brings its own.
 
   Raises:
-    FileNotFoundError, ValueError: see the functions in CORPORA, and `_open_tfds`.
+    UserError: see the functions in CORPORA, and `_open_tfds`.
   """
   if config.source == 'mixture':
-    raise ValueError(f'the mixture {config.name!r} brings its own sources: take it from its task')
+    raise UserError(f'the mixture {config.name!r} brings its own sources: take it from its task')
   if config.source == 'tfds':
     return _open_tfds(config)
   module, _, function = CORPORA[config.source].partition(':')
@@ -103,23 +104,23 @@ def _open_tfds(config: DataConfig) -> seqio.TfdsDataSource:
   """A data set that is prepared already; without a 'validation' split the start of 'train' is it.
 
   Raises:
-    FileNotFoundError: no such prepared data set.
-    ValueError: it has no split 'train', or no string feature text_key.
+    UserError: no such prepared data set.
+    UserError: it has no split 'train', or no string feature text_key.
   """
   place = config.data_dir or "TFDS's default directory"
   try:
     info = seqio.TfdsDataSource(config.name, config.data_dir or None).tfds_dataset.info
     splits = sorted(info.splits)
   except Exception as error:  # TFDS raises half a dozen unrelated classes here
-    raise FileNotFoundError(f'TFDS cannot open {config.name!r} in {place}: {error}') from error
+    raise MissingError(f'TFDS cannot open {config.name!r} in {place}: {error}') from error
   if not splits:
-    raise FileNotFoundError(f'TFDS knows {config.name!r}, but {place} does not hold it prepared: '
+    raise MissingError(f'TFDS knows {config.name!r}, but {place} does not hold it prepared: '
                             'run tfds build, or set data_dir to the folder above the data set')
   if 'train' not in splits:
-    raise ValueError(f"{config.name!r} has the splits {splits} and no 'train'")
+    raise UserError(f"{config.name!r} has the splits {splits} and no 'train'")
   feature = info.features[config.text_key] if config.text_key in info.features else None
   if feature is None or feature.tf_dtype != tf.string:
-    raise ValueError(f'{config.name!r} has no text under text_key = {config.text_key!r}, its '
+    raise UserError(f'{config.name!r} has no text under text_key = {config.text_key!r}, its '
                      f'features are {sorted(info.features)}: set text_key to the one with the text')
   held_out = f'{config.validation_percent}%'
   slices = {'train': 'train', 'validation': 'validation'}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.data_config import PAD_ID, DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.rows import Recipe
 from latent_deliberation.data.sources import (
@@ -19,12 +19,12 @@ from latent_deliberation.data.sources import (
   source_fingerprint,
 )
 from latent_deliberation.data.vocabularies import (
-  PAD_ID,
   Vocabulary,
   check_vocabulary,
   open_vocabulary,
   vocabulary_hash,
 )
+from latent_deliberation.errors import UserError
 
 SHUFFLED_DOCUMENTS = 1000  # of sources that can only shuffle their files
 
@@ -66,7 +66,7 @@ class Documents:
     """Checks the source, then trains or loads the vocabulary kept in the work directory.
 
     Raises:
-      FileNotFoundError, ValueError: see `build_source`, `open_vocabulary`, `check_vocabulary`; or
+      UserError: see `build_source`, `open_vocabulary`, `check_vocabulary`; or
         no such mixture is registered, or it lacks targets or a split.
     """
     if config.source == 'mixture':
@@ -80,16 +80,16 @@ class Documents:
   def _of_mixture(cls, name: str) -> 'Documents':
     registered = sorted([*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()])
     if name not in registered:
-      raise ValueError(f'no seqio task or mixture {name!r}, registered are {registered}: import '
+      raise UserError(f'no seqio task or mixture {name!r}, registered are {registered}: import '
                        'the module that registers it')
     provider = seqio.get_mixture_or_task(name)
     missing = sorted(set(SPLITS) - set(provider.splits))
     if missing:
-      raise ValueError(f'{name!r} has the splits {sorted(provider.splits)}, and lacks {missing}: '
+      raise UserError(f'{name!r} has the splits {sorted(provider.splits)}, and lacks {missing}: '
                        "give its source both, for instance by slicing, {'train': 'train[5%:]', "
                        "'validation': 'train[:5%]'}")
     if 'targets' not in provider.output_features:
-      raise ValueError(f'{name!r} has the features {sorted(provider.output_features)} and no '
+      raise UserError(f'{name!r} has the features {sorted(provider.output_features)} and no '
                        "'targets', which is what a decoder reads")
     vocabulary = provider.output_features['targets'].vocabulary
     check_vocabulary(vocabulary, name)
@@ -150,4 +150,4 @@ def iterate(dataset: tf.data.Dataset) -> Iterator[np.ndarray]:
   try:
     yield from dataset.as_numpy_iterator()
   except tf.errors.InvalidArgumentError as error:
-    raise ValueError(error.message) from error
+    raise UserError(error.message) from error

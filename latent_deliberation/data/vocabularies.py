@@ -9,12 +9,21 @@ import numpy as np
 import sentencepiece
 from absl import logging
 
-from latent_deliberation.data.data_config import VOCABULARY_FILE, DataConfig
+from latent_deliberation.data.data_config import (
+  BOS_ID,
+  BYTE_VOCABULARY_HASH,
+  EOS_ID,
+  PAD_ID,
+  SPECIAL_IDS,
+  UNK_ID,
+  DataConfig,
+  decode_bytes,
+  encode_bytes,
+)
 from latent_deliberation.data.host_tensorflow import seqio, tf
+from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.files import write_whole
-
-PAD_ID, EOS_ID, BOS_ID, UNK_ID = 0, 1, 2, 3
-SPECIAL_IDS = 4
+from latent_deliberation.paths import VOCABULARY_FILE
 
 # Merges of a few thousand pieces settle on less text than this, which trains in about ten seconds.
 TRAINING_BYTES = 16 << 20
@@ -42,10 +51,10 @@ class ByteVocabulary(seqio.Vocabulary):
     return SPECIAL_IDS + 256
 
   def _encode(self, s: str) -> list[int]:
-    return [SPECIAL_IDS + byte for byte in s.encode()]
+    return encode_bytes(s)
 
   def _decode(self, ids: Sequence[int]) -> str:
-    return bytes(i - SPECIAL_IDS for i in ids if i >= SPECIAL_IDS).decode(errors='replace')
+    return decode_bytes(ids)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
     return SPECIAL_IDS + tf.cast(tf.io.decode_raw(s, tf.uint8), tf.int32)
@@ -72,7 +81,7 @@ def train_sentencepiece(texts: Iterable[str], path: Path, size: int) -> None:
   U+2581, SentencePiece's own sign for a space). A newline is always one piece.
 
   Raises:
-    ValueError: the text has too few or too many characters and pairs for `size` pieces.
+    UserError: the text has too few or too many characters and pairs for `size` pieces.
   """
   model = io.BytesIO()
   try:
@@ -85,7 +94,7 @@ def train_sentencepiece(texts: Iterable[str], path: Path, size: int) -> None:
         remove_extra_whitespaces=False, minloglevel=2)
   except RuntimeError as error:
     reason = str(error).rpartition('] ')[2]
-    raise ValueError(f'vocabulary_size = {size} does not fit the text: {reason} Change '
+    raise UserError(f'vocabulary_size = {size} does not fit the text: {reason} Change '
                      "vocabulary_size, give more text, or set vocabulary = 'byte'") from error
   write_whole(path, model.getvalue())
 
@@ -106,17 +115,17 @@ def load_vocabulary(path: Path) -> seqio.SentencePieceVocabulary:
   """Opens a SentencePiece model.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: not a SentencePiece model, or `check_vocabulary` refuses it.
+    UserError: there is no such file.
+    UserError: not a SentencePiece model, or `check_vocabulary` refuses it.
   """
   if not path.is_file():
-    raise FileNotFoundError(f'no vocabulary at {path}: give the path of a SentencePiece model, or '
+    raise MissingError(f'no vocabulary at {path}: give the path of a SentencePiece model, or '
                             "vocabulary_path = '' to train one")
   vocabulary = seqio.SentencePieceVocabulary(str(path))
   try:
     vocabulary.load_model()
   except Exception as error:  # protobuf and SentencePiece have no error class in common
-    raise ValueError(f'{path} ({path.stat().st_size} bytes) is not a SentencePiece model: {error}. '
+    raise UserError(f'{path} ({path.stat().st_size} bytes) is not a SentencePiece model: {error}. '
                      'Give another vocabulary_path, or delete a damaged file') from error
   check_vocabulary(vocabulary, str(path))
   return vocabulary
@@ -129,21 +138,21 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
   token (Llama and Mistral: <unk>) would lose tokens silently.
 
   Raises:
-    ValueError: as above, or a kind of vocabulary other than SentencePiece and ByteVocabulary.
+    UserError: as above, or a kind of vocabulary other than SentencePiece and ByteVocabulary.
   """
   if not isinstance(vocabulary, Vocabulary):
-    raise ValueError(f'{origin}: vocabulary of type {type(vocabulary).__name__}; rows need a '
+    raise UserError(f'{origin}: vocabulary of type {type(vocabulary).__name__}; rows need a '
                      'SentencePieceVocabulary or the ByteVocabulary of this package')
   pad_id = vocabulary.pad_id
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
     pad_id = vocabulary.tokenizer.pad_id()
   if pad_id != PAD_ID:
-    raise ValueError(
+    raise UserError(
         f'{origin}: id 0 is the token {vocabulary.tokenizer.id_to_piece(0)!r} and the pad id is '
         f'{pad_id}, but rows are padded with 0. Train the vocabulary with --pad_id=0 --eos_id=1 '
         '--bos_id=2 --unk_id=3, or take one that has <pad> at 0, as Gemma does')
   if vocabulary.bos_id in (None, -1) or vocabulary.eos_id in (None, -1):
-    raise ValueError(
+    raise UserError(
         f'{origin}: bos id {vocabulary.bos_id}, eos id {vocabulary.eos_id}: every document begins '
         'and ends with one. Train the vocabulary with --eos_id=1 --bos_id=2, or take another')
 
@@ -158,7 +167,7 @@ def open_vocabulary(config: DataConfig, workdir: Path,
     texts: the training split, asked for only when a vocabulary must be trained.
 
   Raises:
-    FileNotFoundError, ValueError: see `load_vocabulary` and `train_sentencepiece`; or the work
+    UserError: see `load_vocabulary` and `train_sentencepiece`; or the work
       directory holds another vocabulary than the configuration asks for.
   """
   if config.vocabulary == 'byte':
@@ -177,7 +186,7 @@ def open_vocabulary(config: DataConfig, workdir: Path,
     vocabulary = load_vocabulary(kept)
     asked, found = f'{config.vocabulary_size} pieces', f'{vocabulary.vocab_size} pieces'
   if asked != found:
-    raise ValueError(f'{kept} has {found}, the configuration asks for {asked}: use another work '
+    raise UserError(f'{kept} has {found}, the configuration asks for {asked}: use another work '
                      'directory, or configure the vocabulary that is there')
   return vocabulary
 
@@ -185,7 +194,7 @@ def open_vocabulary(config: DataConfig, workdir: Path,
 def vocabulary_hash(vocabulary: Vocabulary) -> str:
   """sha256 of all that decides how text becomes ids."""
   if isinstance(vocabulary, ByteVocabulary):
-    return hashlib.sha256(b'bytes from 4 on').hexdigest()
+    return BYTE_VOCABULARY_HASH
   return hashlib.sha256(vocabulary.sp_model).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The coprocessor: soft tokens read the decoder's kv-cache and come out as thoughts."""
+"""The coprocessor: soft tokens read the decoder's kv-cache and come out as outputs."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from flax import linen as nn
 from latent_deliberation.array_types import Array, Float, Latents, Params, PyTree, typed
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.placement import Placement
-from latent_deliberation.model.attention import KeysValues, KVCache, Visibility
+from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues, KVCache
 from latent_deliberation.model.layers import LowRank
 from latent_deliberation.model.transformer import Block, LayerTraits, Transformer, layer_traits
 from latent_deliberation.model.transformer_config import TransformerConfig
@@ -21,7 +21,7 @@ RESTED_SPREAD = 0.1  # of soft tokens that are added to an embedding, over that 
 
 @dataclasses.dataclass(frozen=True)
 class Coprocessor:
-  """Maps a kv-cache to Z thoughts, and those to latents, in one forward pass (paper, section 2.1).
+  """Maps a kv-cache to Z outputs, and those to latents, in one forward pass (paper, section 2.1).
 
   Its parameters are {'soft_tokens': [Z, D]}, a 'gate' ([D] or [D, D]; not for 'paper' latents),
   and a full 'transformer', or 'lora' adapters on the decoder's own, or neither of the two.
@@ -80,7 +80,7 @@ class Coprocessor:
   def _init_transformer(self, key: Array, decoder_params: Params) -> Params:
     rows = jnp.zeros((1, 1, 1, self.model.embed_dim))
     index = jnp.zeros((1, 1, 1), jnp.int32)
-    variables = self.transformer.init(key, rows, index, Visibility(index, index[0]))
+    variables = self.transformer.init(key, rows, index, AttentionMaskSpec(index, index[0]))
     if self.config.trainable == 'lora':
       return {'lora': variables['lora']}
     boxed = variables['params']
@@ -91,19 +91,19 @@ class Coprocessor:
     return {'transformer': boxed}
 
   @typed
-  def think(self, params: Params, decoder_params: Params, rest: Latents, placement: Placement,
+  def read_cache(self, params: Params, decoder_params: Params, base: Latents, placement: Placement,
             trunk: Float[Array, 'B T D'], cache: KVCache) -> Latents:
     """Outputs o [B, M, Z, D] of the final layer at the soft tokens.
 
     Args:
       params: of the coprocessor.
       decoder_params: the frozen weights that 'lora' adapts.
-      rest: [B, M, Z, D] embeddings of the tokens that the latents rest on.
+      base: [B, M, Z, D] embeddings of the tokens that the latents base on.
       placement: where the soft tokens stand, and how much of the cache they read.
       trunk: the decoder's final hidden states of the trunks.
       cache: the decoder's, of the same.
     """
-    soft = self.feed(params, rest)
+    soft = self.feed(params, base)
     if self.config.trainable == 'constant':
       return soft
     segments = jnp.broadcast_to(placement.segments[..., None], placement.latent_positions.shape)
@@ -119,7 +119,7 @@ class Coprocessor:
       cache = cache.replace(keys=cache.keys[first:], values=cache.values[first:])
     hidden, _ = self.transformer.apply(
         variables, soft, placement.latent_positions,
-        Visibility(segments, placement.coprocessor_horizon), cache)
+        AttentionMaskSpec(segments, placement.coprocessor_prefix_length), cache)
     return hidden
 
   def _last_layers(self, decoder_params: Params) -> Params:
@@ -132,10 +132,10 @@ class Coprocessor:
     """The keys and values that each layer's own projections make of the final states."""
     block = Block(self.layers, self.transformer.lora)
     positions, segments = cache.positions[:, None], cache.segments[:, None]
-    visibility = Visibility(segments, jnp.zeros_like(positions[:, :, 0]))
+    mask_spec = AttentionMaskSpec(segments, jnp.zeros_like(positions[:, :, 0]))
 
     def read(layer: PyTree, traits: LayerTraits) -> KeysValues:
-      _, fresh = block.apply(layer, trunk[:, None], (traits, None), positions, visibility)
+      _, fresh = block.apply(layer, trunk[:, None], (traits, None), positions, mask_spec)
       return fresh  # all else of the block is not computed, since nothing needs it
 
     blocks = {name: tree['blocks'] for name, tree in variables.items()}
@@ -143,15 +143,15 @@ class Coprocessor:
     return KVCache.empty(fresh).append(fresh, positions, segments)
 
   @typed
-  def feed(self, params: Params, rest: Latents) -> Latents:
-    """The soft tokens [B, M, Z, D] that the transformer reads; constant ones are the thoughts."""
-    soft = jnp.broadcast_to(params['soft_tokens'].astype(self.dtype), rest.shape)
-    return soft + rest if self.config.rests else soft
+  def feed(self, params: Params, base: Latents) -> Latents:
+    """The soft tokens [B, M, Z, D] that the transformer reads; constant ones are the outputs."""
+    soft = jnp.broadcast_to(params['soft_tokens'].astype(self.dtype), base.shape)
+    return soft + base if self.config.rests else soft
 
   @typed
-  def compose(self, params: Params, thoughts: Latents, rest: Latents) -> Latents:
-    """Latents z for thoughts o: o itself, or o through the gate on top of what it rests on."""
+  def compose(self, params: Params, outputs: Latents, base: Latents) -> Latents:
+    """Latents z for outputs o: o itself, or o through the gate on top of what it rests on."""
     if self.config.latents == 'paper':
-      return thoughts
-    gate = params['gate'].astype(thoughts.dtype)
-    return rest + (thoughts * gate if self.config.gate == 'channel' else thoughts @ gate)
+      return outputs
+    gate = params['gate'].astype(outputs.dtype)
+    return base + (outputs * gate if self.config.gate == 'channel' else outputs @ gate)

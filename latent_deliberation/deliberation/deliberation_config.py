@@ -3,13 +3,15 @@
 import dataclasses
 import math
 
+from latent_deliberation.errors import UserError
+
 LATENTS = ('paper', 'anchored', 'refining')
 POSITIONS = ('shift', 'share')
 INITIALISATIONS = ('decoder', 'scratch')
 TRAINABLES = ('full', 'lora', 'constant')
 READS = ('cache', 'states')
 GATES = ('channel', 'matrix')
-SOFT_TOKENS = ('free', 'rested')
+SOFT_TOKENS = ('free', 'additive')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class DeliberationConfig:
     gate: what multiplies o, zero at the start: one factor a 'channel', or a [D, D] 'matrix'
       (measured: -0.63% against -0.49% at position 1).
     soft_tokens: what the coprocessor is fed (the paper: learned embeddings, 'free' of the text);
-      'rested' ones are added to the embedding of the token that the latent rests on, so that a
+      'additive' ones are added to the embedding of the token that the latent rests on, so that a
       coprocessor initialised from the decoder begins with the decoder's own reading of it.
       'constant' ones have no coprocessor to read them, and are free whatever this says.
     lora_rank, lora_alpha: of the adapters, whose product is multiplied by lora_alpha / lora_rank,
@@ -63,7 +65,7 @@ class DeliberationConfig:
   num_layers: int = 0
   reads: str = 'cache'
   gate: str = 'matrix'
-  soft_tokens: str = 'rested'
+  soft_tokens: str = 'additive'
   lora_rank: int = 128
   lora_alpha: float | None = None
   max_delay: int = 0
@@ -75,29 +77,29 @@ class DeliberationConfig:
                           ('initialisation', INITIALISATIONS), ('trainable', TRAINABLES),
                           ('reads', READS), ('gate', GATES), ('soft_tokens', SOFT_TOKENS)):
       if getattr(self, name) not in allowed:
-        raise ValueError(f'{name} = {getattr(self, name)!r}: must be one of {allowed}')
+        raise UserError(f'{name} = {getattr(self, name)!r}: must be one of {allowed}')
     for name in ('num_latents', 'num_ahead', 'num_traces', 'lora_rank'):
       if getattr(self, name) < 1:
-        raise ValueError(f'{name} = {getattr(self, name)}: at least 1 is needed')
+        raise UserError(f'{name} = {getattr(self, name)}: at least 1 is needed')
     if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-      raise ValueError(f'lora_alpha = {self.lora_alpha}: it must be above 0, or None')
+      raise UserError(f'lora_alpha = {self.lora_alpha}: it must be above 0, or None')
     if self.num_layers < 0:
-      raise ValueError(f'num_layers = {self.num_layers}: at least 1 is needed, or 0 for as many as '
+      raise UserError(f'num_layers = {self.num_layers}: at least 1 is needed, or 0 for as many as '
                        'the decoder has')
     if not 0 <= self.max_delay <= max(self.num_ahead - 2, 0):
-      raise ValueError(
+      raise UserError(
           f'max_delay = {self.max_delay}, num_ahead = {self.num_ahead}: a delay is at least 0, and '
           'leaves an ahead token to be predicted after it: lower max_delay to num_ahead - 2')
 
   def check_trunk(self, length: int) -> None:
-    """Raises ValueError where a trunk of `length` tokens cannot hold the traces asked for."""
+    """Raises UserError where a trunk of `length` tokens cannot hold the traces asked for."""
     anchors = length - self.first_anchor - 1
     if self.num_ahead >= length:
-      raise ValueError(
+      raise UserError(
           f'num_ahead = {self.num_ahead} tokens do not fit behind an anchor in a trunk of '
           f'{length} tokens: lower num_ahead or raise data.length')
     if self.num_traces > anchors:
-      raise ValueError(
+      raise UserError(
           f'num_traces = {self.num_traces}, but a trunk of {length} tokens has {anchors} places '
           f'for an anchor of {self.num_latents} {self.latents} latents: lower num_traces or '
           'num_latents, or raise data.length')
@@ -114,7 +116,7 @@ class DeliberationConfig:
   @property
   def rests(self) -> bool:
     """Whether a coprocessor is fed soft tokens on top of the embeddings that latents rest on."""
-    return self.soft_tokens == 'rested' and self.trainable != 'constant'
+    return self.soft_tokens == 'additive' and self.trainable != 'constant'
 
   @property
   def first_anchor(self) -> int:

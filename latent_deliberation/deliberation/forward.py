@@ -11,7 +11,7 @@ from latent_deliberation.deliberation.deliberation_config import DeliberationCon
 from latent_deliberation.deliberation.loss import token_nll
 from latent_deliberation.deliberation.placement import Placement, place
 from latent_deliberation.deliberation.traces import Traces
-from latent_deliberation.model.attention import KVCache, Visibility
+from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.decoder import Decoder
 
 
@@ -51,8 +51,8 @@ class Deliberator:
     trunk, cache = self.prefill(decoder_params, batch)
     placement = place(batch, traces.anchors, self.config, traces.ahead_tokens.shape[-1],
                       traces.delay)
-    thoughts = self.coprocess(params, decoder_params, placement, trunk, cache)
-    latents = self.latents(params, decoder_params, placement, thoughts)
+    outputs = self.coprocess(params, decoder_params, placement, trunk, cache)
+    latents = self.latents(params, decoder_params, placement, outputs)
     return self.second_pass(decoder_params, latents, traces, placement, cache)
 
   def prefill(self, decoder_params: Params, batch: Batch) -> tuple[Array, KVCache]:
@@ -65,13 +65,13 @@ class Deliberator:
   def coprocess(self, params: Params, decoder_params: Params, placement: Placement, trunk: Array,
                 cache: KVCache) -> Latents:
     """The coprocessor reads the cache. Its outputs [B, M, Z, D] at the soft tokens."""
-    rest = self._rest(decoder_params, placement)
-    return self.coprocessor.think(params, decoder_params, rest, placement, trunk, cache)
+    base = self._rest(decoder_params, placement)
+    return self.coprocessor.read_cache(params, decoder_params, base, placement, trunk, cache)
 
   def latents(self, params: Params, decoder_params: Params, placement: Placement,
-              thoughts: Latents) -> Latents:
+              outputs: Latents) -> Latents:
     """What the decoder is fed for the coprocessor's outputs."""
-    return self.coprocessor.compose(params, thoughts, self._rest(decoder_params, placement))
+    return self.coprocessor.compose(params, outputs, self._rest(decoder_params, placement))
 
   def second_pass(self, decoder_params: Params, latents: Latents, traces: Traces,
                   placement: Placement, cache: KVCache) -> Float[Array, 'B M A D']:
@@ -91,17 +91,17 @@ class Deliberator:
         self._decoder_visibility(placement, segments), cache, method='transform')
     return hidden[:, :, self.config.num_latents - 1:]
 
-  def _decoder_visibility(self, placement: Placement, segments: Array) -> Visibility:
+  def _decoder_visibility(self, placement: Placement, segments: Array) -> AttentionMaskSpec:
     """What the second pass may see, [B, M, Z + A - 1]."""
     if placement.late is None:
-      return Visibility(segments, placement.decoder_horizon)
+      return AttentionMaskSpec(segments, placement.decoder_prefix_length)
     late = jnp.pad(placement.late[..., :-1], ((0, 0), (0, 0), (self.config.num_latents, 0)))
-    horizon = jnp.where(late, placement.coprocessor_horizon[..., None],
-                        placement.decoder_horizon[..., None])
-    return Visibility(segments, horizon, jnp.where(late, self.config.num_latents, 0))
+    prefix_length = jnp.where(late, placement.coprocessor_prefix_length[..., None],
+                        placement.decoder_prefix_length[..., None])
+    return AttentionMaskSpec(segments, prefix_length, jnp.where(late, self.config.num_latents, 0))
 
   def _rest(self, decoder_params: Params, placement: Placement) -> Latents:
-    """Embeddings [B, M, Z, D] of the tokens that the latents rest on."""
+    """Embeddings [B, M, Z, D] of the tokens that the latents base on."""
     return self.decoder.apply({'params': decoder_params}, placement.base_tokens, method='embed')
 
 

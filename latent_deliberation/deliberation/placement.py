@@ -1,4 +1,4 @@
-"""Where latents stand: their positions, the tokens they rest on, and what their trace may see.
+"""Where latents stand: their positions, the tokens they base on, and what their trace may see.
 
 The three parametrisations and two position schemes differ in these few integers and in nothing
 else; the forward pass that uses them is one and the same.
@@ -18,17 +18,17 @@ class Placement:
     segments: [B, M] document of the trace.
     latent_positions: [B, M, Z].
     ahead_positions: [B, M, A].
-    base_tokens: [B, M, Z] token whose embedding a latent, or a rested soft token, starts from.
-    coprocessor_horizon: [B, M] trunk tokens that the coprocessor reads.
-    decoder_horizon: [B, M] trunk tokens that the decoder's second pass reads beside latents.
+    base_tokens: [B, M, Z] token whose embedding a latent, or a additive soft token, starts from.
+    coprocessor_prefix_length: [B, M] trunk tokens that the coprocessor reads.
+    decoder_prefix_length: [B, M] trunk tokens that the decoder's second pass reads beside latents.
     late: bool [B, M, A] ahead tokens that were read before the latents came; None for none.
   """
   segments: Array
   latent_positions: Array
   ahead_positions: Array
   base_tokens: Array
-  coprocessor_horizon: Array
-  decoder_horizon: Array
+  coprocessor_prefix_length: Array
+  decoder_prefix_length: Array
   late: Array | None = None
 
 
@@ -43,13 +43,13 @@ def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: i
   anchor_positions = take_from_trunk(batch.positions, anchors)[..., None]
   ahead_positions = anchor_positions + 1 + jnp.arange(num_ahead)
   late = None if delay is None else jnp.arange(num_ahead) < delay[..., None]
-  horizon = anchors + 1
-  decoder_horizon = horizon
+  prefix_length = anchors + 1
+  decoder_prefix_length = prefix_length
   base = jnp.broadcast_to(anchors[..., None], (*anchors.shape, config.num_latents))
   if config.latents == 'refining':
     base = anchors[..., None] + 1 - config.num_latents + latents
     latent_positions = anchor_positions + 1 - config.num_latents + latents
-    decoder_horizon = horizon - config.num_latents
+    decoder_prefix_length = prefix_length - config.num_latents
   elif config.positions == 'share':
     latent_positions = anchor_positions + 0 * latents
   else:
@@ -63,6 +63,6 @@ def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: i
       latent_positions=latent_positions,
       ahead_positions=ahead_positions,
       base_tokens=take_from_trunk(batch.tokens, base),
-      coprocessor_horizon=horizon,
-      decoder_horizon=decoder_horizon,
+      coprocessor_prefix_length=prefix_length,
+      decoder_prefix_length=decoder_prefix_length,
       late=late)

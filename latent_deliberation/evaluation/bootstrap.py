@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from latent_deliberation.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class AheadNLL:
@@ -19,11 +21,11 @@ class AheadNLL:
 
   def __post_init__(self):
     if self.total.ndim != 2 or self.total.shape != self.count.shape:
-      raise ValueError(
+      raise UserError(
           f'total has shape {self.total.shape}, count {self.count.shape}: both must be [texts, A]')
     targets = self.count.sum(axis=0)
     if not targets.all():
-      raise ValueError(
+      raise UserError(
           f'ahead position {int(targets.argmin()) + 1} has no target in any of '
           f'{len(self.count)} texts, at least 1 is needed: evaluate on more or longer texts, or '
           'on fewer ahead positions')
@@ -31,7 +33,7 @@ class AheadNLL:
     if not finite.all():
       position = int(finite.argmin())
       text = int(np.isfinite(self.total[:, position]).argmin())
-      raise ValueError(
+      raise UserError(
           f'the loss of text {text} at ahead position {position + 1} is '
           f'{self.total[text, position]}, expected a finite number: the weights or the '
           'computation are broken')
@@ -58,16 +60,16 @@ class Change:
 
 
 def check_paired(arms: Mapping[str, AheadNLL]) -> None:
-  """Raises ValueError unless all arms scored the same targets of the same texts."""
+  """Raises UserError unless all arms scored the same targets of the same texts."""
   (first, reference), *others = arms.items()
   for name, arm in others:
     if arm.count.shape != reference.count.shape:
-      raise ValueError(
+      raise UserError(
           f'{name} has [texts, A] = {list(arm.count.shape)}, {first} has '
           f'{list(reference.count.shape)}: evaluate both on the same texts and ahead positions')
     if not np.array_equal(arm.count, reference.count):
       text, position = np.argwhere(arm.count != reference.count)[0]
-      raise ValueError(
+      raise UserError(
           f'text {text} has {arm.count[text, position]} targets at ahead position {position + 1} '
           f'in {name} and {reference.count[text, position]} in {first}: evaluate both on the '
           'same traces')
@@ -85,14 +87,14 @@ def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
   Where few texts reach a position, a draw may hold none of them; such draws are left out there.
   Memory: 16 bytes for each of samples x texts.
 
-  Raises: ValueError when the arms did not score the same targets, or when a position has targets
+  Raises: UserError when the arms did not score the same targets, or when a position has targets
   in one text only.
   """
   check_paired({'arm': arm, 'baseline': baseline})
   texts = len(arm.count)
   reached = np.count_nonzero(arm.count, axis=0)
   if reached.min() < 2:
-    raise ValueError(
+    raise UserError(
         f'ahead position {int(reached.argmin()) + 1} has targets in 1 of {texts} texts, an '
         'interval needs at least 2: evaluate on more texts, or on fewer ahead positions')
   rng = np.random.default_rng(seed)

@@ -20,8 +20,8 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
   """Compiles diagnose(params, decoder_params, batch) -> figures, on the same traces at every call.
 
   They are 'norm', root mean square of the latents over that of input embeddings; 'moved', the same
-  of what separates latents from the embeddings that they rest on; 'gate', root mean square of the
-  gate (absent for 'paper' latents); 'effective_rank' of the thoughts.
+  of what separates latents from the embeddings that they base on; 'gate', root mean square of the
+  gate (absent for 'paper' latents); 'effective_rank' of the outputs.
   """
 
   @jax.jit
@@ -31,15 +31,15 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
                              deliberator.config)
       trunk, cache = deliberator.prefill(decoder_params, batch)
       placement = place(batch, traces.anchors, deliberator.config, deliberator.config.num_ahead)
-      thoughts = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
-      latents = deliberator.latents(params, decoder_params, placement, thoughts)
-      rest = deliberator.latents(params, decoder_params, placement, jnp.zeros_like(thoughts))
+      outputs = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
+      latents = deliberator.latents(params, decoder_params, placement, outputs)
+      base = deliberator.latents(params, decoder_params, placement, jnp.zeros_like(outputs))
     table = decoder_params['embedder']['table']
     embedding = _size(table) * deliberator.decoder.config.embed_dim ** 0.5
-    valid = jnp.broadcast_to(traces.valid[..., None], thoughts.shape[:-1])
+    valid = jnp.broadcast_to(traces.valid[..., None], outputs.shape[:-1])
     found = {'norm': _size(latents, valid) / embedding,
-             'moved': _size(latents - rest, valid) / embedding,
-             'effective_rank': effective_rank(thoughts.reshape(-1, thoughts.shape[-1]),
+             'moved': _size(latents - base, valid) / embedding,
+             'effective_rank': effective_rank(outputs.reshape(-1, outputs.shape[-1]),
                                               valid.reshape(-1))}
     return found | ({'gate': _size(params['gate'])} if 'gate' in params else {})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Batch, Params
@@ -16,26 +17,22 @@ from latent_deliberation.data.loading import (
   validation_batches,
   validation_texts,
 )
+from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.deliberation.coprocessor_checkpoint import (
   find_coprocessor,
   load_coprocessor,
 )
-from latent_deliberation.evaluation import plots
 from latent_deliberation.evaluation.bootstrap import AheadNLL
 from latent_deliberation.evaluation.perplexity import BASELINE, OWN, make_scorer, score_texts
-from latent_deliberation.evaluation.plots import plot_visibility
-from latent_deliberation.evaluation.report import (
-  Report,
-  summarise,
-)
+from latent_deliberation.evaluation.plots import plot_changes, plot_losses, plot_visibility
+from latent_deliberation.evaluation.report import Report, summarise, write_report
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable
-from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.models import build_deliberator, count_parameters, load_frozen, open_frozen
+from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.progress import Progress
 from latent_deliberation.provenance import git_commit, peak_memory_bytes
 from latent_deliberation.sharding import make_mesh, place_batch
-from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
 from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.run import check_divides
 
@@ -71,54 +68,85 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   Returns: the content of report.json.
   """
   begun = time.perf_counter()
+  # Everything that can be wrong is checked, and all that is read is read, before anything is scored.
   mesh = make_mesh(experiment.mesh)
   check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
   make_writable(output)
   checkpoint = open_frozen(experiment, decoder)
-  rows = open_rows(experiment, data, 'validation')
-  check_vocabulary(rows, checkpoint)
-  pauses = constant_variant(experiment)
-  vocabulary = rows.manifest.recipe.vocabulary_hash
-  coprocessor = find_coprocessor(experiment, coprocessor, vocabulary)
-  constant = find_coprocessor(pauses, constant, vocabulary) if constant else None
+  held_out = open_held_out(experiment, data, mesh)
+  check_vocabulary(held_out.rows, checkpoint)
+  constant_experiment = constant_variant(experiment)
+  coprocessor = find_trained(experiment, coprocessor, held_out.rows)
+  constant = find_trained(constant_experiment, constant, held_out.rows) if constant else None
   curves = _curves(runs or {'coprocessor': coprocessor.parent})
-  held_out = scored_batches(experiment, data)
-  # All that is read is read before anything is scored.
-  frozen, digest = load_frozen(experiment, checkpoint, mesh)
-  before = fingerprint(frozen)
-  params = load_coprocessor(experiment, coprocessor, digest, mesh)
-  soft_tokens = load_coprocessor(pauses, constant, digest, mesh) if constant else None
+  frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
+  loading = dict(decoder_fingerprint=decoder_fingerprint, mesh=mesh, rules=experiment.rules,
+                 frozen_dtype=experiment.computation.frozen_dtype)
+  params = load_coprocessor(coprocessor, **loading)
+  soft_tokens = load_coprocessor(constant, **loading) if constant else None
+
   arms = score_traces(experiment, (BASELINE, OWN, 'shuffled', 'zero'), params, frozen,
-                      held_out, mesh)
+                      held_out.batches, mesh)
   counts = {'frozen decoder': count_parameters(frozen), 'coprocessor': count_parameters(params)}
   if constant:
-    arms['constant'] = score_traces(pauses, (OWN,), soft_tokens, frozen, held_out, mesh)[OWN]
+    arms['constant'] = score_traces(constant_experiment, (OWN,), soft_tokens, frozen,
+                                    held_out.batches, mesh)[OWN]
     counts['constant soft tokens'] = count_parameters(soft_tokens)
-  texts = validation_texts(experiment, data, len(held_out))
-  report = Report(
-      arms={name: scores.merged(texts) for name, scores in arms.items()},
+  summary = summarise(Report(
+      arms={name: scores.merged(held_out.texts) for name, scores in arms.items()},
       positions=experiment.evaluation.positions,
       num_ahead=experiment.deliberation.num_ahead,
-      decoder_fingerprints=(before, fingerprint(frozen)),
+      decoder_fingerprint=decoder_fingerprint,
       parameters=counts,
       seconds={**(seconds or {}), 'evaluation': time.perf_counter() - begun},
       peak_memory_bytes=peak_memory_bytes(), git_commit=git_commit(),
       config=dataclasses.asdict(experiment),
-      pictures={name: caption for name, caption in PICTURES.items() if curves or name != LOSSES})
-  summary = summarise(report, experiment.evaluation.bootstrap_samples)
+      pictures={name: caption for name, caption in PICTURES.items() if curves or name != LOSSES}),
+      experiment.evaluation.bootstrap_samples)
   if jax.process_index() == 0:
-    plots.plot_changes(summary, output / 'changes.png')
+    plot_changes(summary, output / 'changes.png')
     if curves:
-      plots.plot_losses(curves, output / LOSSES)
+      plot_losses(curves, output / LOSSES)
     plot_visibility(output / 'visibility.png', experiment.deliberation.latents)
-    report.write_report(summary, output)
+    write_report(summary, output)
   return summary
 
 
-def scored_batches(experiment: Experiment, data: Path) -> list[Batch]:
-  """The held-out text of the report. Raises: ValueError when there is less than it asks for."""
-  wanted = experiment.evaluation
-  return validation_batches(experiment, data, wanted.num_texts // wanted.batch_size)
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """Held-out text that arms are scored on.
+
+  Attributes:
+    rows: packed rows of the validation split.
+    batches: this process's share of each batch.
+    texts: int [rows of all batches], the text that each row belongs to.
+  """
+  rows: PackedRows
+  batches: list[Batch]
+  texts: np.ndarray
+
+
+def open_held_out(experiment: Experiment, data: Path, mesh: Mesh) -> HeldOut:
+  """The held-out text that `experiment.evaluation` asks for.
+
+  Raises:
+    UserError: there is less of it.
+  """
+  config = experiment.evaluation
+  rows = open_rows(data, 'validation', length=experiment.data.length,
+                   vocab_size=experiment.decoder.vocab_size)
+  batches = validation_batches(rows, config.num_texts // config.batch_size, config.batch_size,
+                               mesh, experiment.rules)
+  texts = validation_texts(rows, len(batches) * config.batch_size, config.rows_per_text)
+  return HeldOut(rows, batches, texts)
+
+
+def find_trained(experiment: Experiment, directory: Path, rows: PackedRows) -> Path:
+  """`find_coprocessor`, for the coprocessor that the experiment trains, to read these rows."""
+  return find_coprocessor(
+      directory, decoder_config=experiment.decoder, config=experiment.deliberation,
+      steps=experiment.training.loop.num_steps,
+      vocabulary=rows.manifest.recipe.vocabulary_hash)
 
 
 def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params, frozen: Params,

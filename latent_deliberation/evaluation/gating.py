@@ -22,15 +22,15 @@ from matplotlib.figure import Figure
 from safetensors.numpy import save
 
 from latent_deliberation.array_types import Array, Batch, Params
-from latent_deliberation.data.loading import check_vocabulary, open_rows, validation_texts
+from latent_deliberation.data.loading import check_vocabulary
 from latent_deliberation.deliberation.coprocessor_checkpoint import (
-  find_coprocessor,
   load_coprocessor,
 )
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import sample_traces
-from latent_deliberation.evaluation.evaluate import placed, scored_batches
+from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.evaluate import find_trained, open_held_out, placed
 from latent_deliberation.evaluation.perplexity import BASELINE, OWN, arm_states
 from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
 from latent_deliberation.experiment import Experiment
@@ -114,9 +114,9 @@ class LearnedGate:
 
 
 def check_texts(texts: np.ndarray) -> None:
-  """Raises ValueError where a gate cannot be fitted on so few texts, int [n], each once."""
+  """Raises UserError where a gate cannot be fitted on so few texts, int [n], each once."""
   if len(texts) < 5:
-    raise ValueError(f'{len(texts)} texts: a gate is fitted on 5 at least, a fifth of them held '
+    raise UserError(f'{len(texts)} texts: a gate is fitted on 5 at least, a fifth of them held '
                      'out, and compared on as many others: evaluate on more (evaluation.num_texts)')
 
 
@@ -124,7 +124,7 @@ def fit_linear_gate(places: Places, seed: int = 0) -> LearnedGate:
   """Ridge regression of the gain; its strength is chosen on a fifth of the texts, held out.
 
   Raises:
-    ValueError: there are fewer than five texts.
+    UserError: there are fewer than five texts.
   """
   texts = np.unique(places.text)
   check_texts(texts)
@@ -238,38 +238,38 @@ def fit_gate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
   Returns: the content of gate.json.
 
   Raises:
-    FileExistsError: there is something at `output`.
-    OSError: it cannot be written.
-    ValueError: the held-out texts are too few, or see `evaluate`.
+    UserError: there is something at `output`.
+    UserError: it cannot be written.
+    UserError: the held-out texts are too few, or see `evaluate`.
   """
   if output.exists():
-    raise FileExistsError(f'{output} exists already and is not written over: give another')
+    raise UserError(f'{output} exists already and is not written over: give another')
   make_writable(output.absolute().parent)
   mesh = make_mesh(experiment.mesh)
   check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
   checkpoint = open_frozen(experiment, decoder)
-  rows = open_rows(experiment, data, 'validation')
-  check_vocabulary(rows, checkpoint)
-  found = find_coprocessor(experiment, coprocessor, rows.manifest.recipe.vocabulary_hash)
-  held_out = scored_batches(experiment, data)
-  texts = validation_texts(experiment, data, len(held_out))
-  fitted_on = np.unique(texts)[::2]
+  held_out = open_held_out(experiment, data, mesh)
+  check_vocabulary(held_out.rows, checkpoint)
+  found = find_trained(experiment, coprocessor, held_out.rows)
+  fitted_on = np.unique(held_out.texts)[::2]
   check_texts(fitted_on)
-  frozen, digest = load_frozen(experiment, checkpoint, mesh)
-  params = load_coprocessor(experiment, found, digest, mesh)
+  frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
+  params = load_coprocessor(
+      found, decoder_fingerprint=decoder_fingerprint, mesh=mesh, rules=experiment.rules,
+      frozen_dtype=experiment.computation.frozen_dtype)
   deliberator = build_deliberator(experiment).with_traces(
       experiment.evaluation.num_traces, experiment.deliberation.num_ahead)
   places = measure_places(
-      deliberator, params, frozen, placed(experiment, held_out, (BASELINE, OWN), mesh),
-      texts, loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
+      deliberator, params, frozen, placed(experiment, held_out.batches, (BASELINE, OWN), mesh),
+      held_out.texts, loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
       rules=experiment.rules)
   first = np.isin(places.text, fitted_on)
   fitted, others = fit_linear_gate(places.where(first)), places.where(~first)
   curves = compare_gates(fitted, others, FRACTIONS,
-                                experiment.evaluation.bootstrap_samples)
+                         experiment.evaluation.bootstrap_samples)
   result = {
       'places': len(others.gain), 'texts': len(np.unique(others.text)),
-      'num_ahead': experiment.deliberation.num_ahead, 'decoder': digest,
+      'num_ahead': experiment.deliberation.num_ahead, 'decoder': decoder_fingerprint,
       'curves': {name: {field: np.where(np.isfinite(values), values, None).tolist()
                         for field, values in vars(curve).items()}
                  for name, curve in curves.items()},

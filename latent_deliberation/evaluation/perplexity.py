@@ -19,31 +19,31 @@ OWN = 'own'
 Control = Callable[[Array, Array], Array]
 
 
-def own(thoughts: Array, valid: Array) -> Array:
+def own(outputs: Array, valid: Array) -> Array:
   """The coprocessor's own outputs."""
   del valid
-  return thoughts
+  return outputs
 
 
-def shuffled(thoughts: Array, valid: Array) -> Array:
+def shuffled(outputs: Array, valid: Array) -> Array:
   """Those of the previous text in the batch: same distribution, wrong content."""
-  thoughts, valid = jnp.roll(thoughts, 1, axis=0), jnp.roll(valid, 1, axis=0)
+  outputs, valid = jnp.roll(outputs, 1, axis=0), jnp.roll(valid, 1, axis=0)
   # Valid traces stand first; where the other text has fewer, they come again.
   count = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
   trace = jnp.arange(valid.shape[1]) % count
-  return jnp.take_along_axis(thoughts, trace[..., None, None], axis=1)
+  return jnp.take_along_axis(outputs, trace[..., None, None], axis=1)
 
 
-def zero(thoughts: Array, valid: Array) -> Array:
+def zero(outputs: Array, valid: Array) -> Array:
   """None at all."""
   del valid
-  return jnp.zeros_like(thoughts)
+  return jnp.zeros_like(outputs)
 
 
-def mean(thoughts: Array, valid: Array) -> Array:
+def mean(outputs: Array, valid: Array) -> Array:
   """The mean over all texts and traces of the batch, at each latent: form without content."""
-  average = jnp.mean(thoughts, axis=(0, 1), keepdims=True, where=valid[..., None, None])
-  return jnp.broadcast_to(average, thoughts.shape)
+  average = jnp.mean(outputs, axis=(0, 1), keepdims=True, where=valid[..., None, None])
+  return jnp.broadcast_to(average, outputs.shape)
 
 
 ARMS: Mapping[str, Control] = {OWN: own, 'shuffled': shuffled, 'zero': zero, 'mean': mean}
@@ -104,9 +104,9 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
   num_ahead = traces.ahead_tokens.shape[-1]
   trunk, cache = deliberator.prefill(decoder_params, batch)
   placement = place(batch, traces.anchors, deliberator.config, num_ahead, traces.delay)
-  thoughts = None
+  outputs = None
   if set(arms) - {BASELINE}:
-    thoughts = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
+    outputs = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
   states = {}
   for arm in arms:
     if arm == BASELINE:
@@ -114,7 +114,7 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
       states[arm] = take_from_trunk(trunk, jnp.minimum(index, batch.tokens.shape[1] - 1))
     else:
       latents = deliberator.latents(params, decoder_params, placement,
-                                    ARMS[arm](thoughts, traces.valid))
+                                    ARMS[arm](outputs, traces.valid))
       hidden = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
       if traces.delay is not None:  # the first token is predicted before latents come
         alone = take_from_trunk(trunk, traces.anchors)

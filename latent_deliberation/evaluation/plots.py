@@ -19,7 +19,7 @@ from latent_deliberation.deliberation.placement import place
 from latent_deliberation.evaluation.perplexity import BASELINE
 from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.files import write_whole
-from latent_deliberation.model.attention import Visibility, cached_mask, fresh_mask
+from latent_deliberation.model.attention import AttentionMaskSpec, cached_mask, fresh_mask
 
 DPI = 130
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -212,13 +212,13 @@ def visibility(segments: np.ndarray, anchors: np.ndarray,
   batch = Batch(tokens=trunk, segments=trunk, positions=jnp.asarray(_positions(segments))[None])
   placement = place(batch, jnp.asarray(anchors, jnp.int32)[None], config, config.num_ahead)
   coprocessor = _trace_cells(
-    batch, placement.latent_positions, placement.segments, placement.coprocessor_horizon,
+    batch, placement.latent_positions, placement.segments, placement.coprocessor_prefix_length,
     config.num_latents)
   fed = jnp.concatenate([placement.latent_positions, placement.ahead_positions[..., :-1]], axis=2)
   traces = _trace_cells(
-    batch, fed, placement.segments, placement.decoder_horizon, config.num_latents)
+    batch, fed, placement.segments, placement.decoder_prefix_length, config.num_latents)
   nothing_cached = jnp.zeros((1, 1), jnp.int32)
-  allowed = Visibility(trunk[:, None], nothing_cached)
+  allowed = AttentionMaskSpec(trunk[:, None], nothing_cached)
   prefill = fresh_mask(batch.positions[:, None], allowed, jnp.array(EVERYTHING))[0, 0]
   decoder = np.zeros((traces.shape[1], traces.shape[1]), int)
   decoder[:len(segments), :len(segments)] = TRUNK_TRUNK * np.asarray(prefill)
@@ -226,11 +226,11 @@ def visibility(segments: np.ndarray, anchors: np.ndarray,
   return coprocessor, decoder
 
 
-def _trace_cells(batch: Batch, positions: Array, segments: Array, horizon: Array,
+def _trace_cells(batch: Batch, positions: Array, segments: Array, prefix_length: Array,
                  num_latents: int) -> np.ndarray:
   """Cells of the traces of one text, [M Q, T + M Q]; `positions` are [1, M, Q]."""
   _, traces, length = positions.shape
-  allowed = Visibility(jnp.broadcast_to(segments[..., None], positions.shape), horizon)
+  allowed = AttentionMaskSpec(jnp.broadcast_to(segments[..., None], positions.shape), prefix_length)
   window = jnp.array(EVERYTHING)
   cached = cached_mask(positions, allowed, batch.positions, batch.segments, window)[0]
   fresh = fresh_mask(positions, allowed, window)[0]

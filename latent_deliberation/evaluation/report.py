@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.bootstrap import (
   AheadNLL,
   Change,
@@ -42,7 +43,7 @@ class Report:
     arms: scores by arm, 'frozen' and any others of LABELS, on the same traces.
     positions: ahead positions of the table, from 1, increasing.
     num_ahead: N_A, the last ahead position that training had a loss on.
-    decoder_fingerprints: of the frozen weights, before training and after evaluation.
+    decoder_fingerprint: of the frozen weights.
     parameters: number of parameters by name.
     seconds: wall-clock time by phase.
     peak_memory_bytes: of this process.
@@ -54,7 +55,7 @@ class Report:
   arms: Mapping[str, AheadNLL]
   positions: tuple[int, ...]
   num_ahead: int
-  decoder_fingerprints: tuple[str, str]
+  decoder_fingerprint: str
   parameters: Mapping[str, int]
   seconds: Mapping[str, float]
   peak_memory_bytes: int
@@ -65,14 +66,14 @@ class Report:
 
   def __post_init__(self):
     if BASELINE not in self.arms or not set(self.arms) <= set(LABELS):
-      raise ValueError(
+      raise UserError(
           f'arms {sorted(self.arms)}: {BASELINE!r} is needed, and others must be among '
           f'{list(LABELS)}')
     check_paired(self.arms)
     length = self.arms[BASELINE].count.shape[1]
     if not self.positions or list(self.positions) != sorted(
         set(self.positions) & set(range(1, length + 1))):
-      raise ValueError(
+      raise UserError(
           f'positions = {self.positions}: must be increasing, from 1 to the {length} ahead '
           'positions that were scored')
 
@@ -94,7 +95,6 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
   content = None
   if {OWN, 'shuffled'} <= set(names):
     content = relative_change(report.arms[OWN], report.arms['shuffled'], samples, seed)
-  before, after = report.decoder_fingerprints
   return {
     'positions': list(report.positions),
     'num_ahead': report.num_ahead,
@@ -108,8 +108,7 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
     'parameters': {name: int(count) for name, count in report.parameters.items()},
     'seconds': {name: float(seconds) for name, seconds in report.seconds.items()},
     'peak_memory_bytes': int(report.peak_memory_bytes),
-    'decoder_unchanged': before == after,
-    'decoder_fingerprint': {'before': before, 'after': after},
+    'decoder_fingerprint': report.decoder_fingerprint,
     'git_commit': report.git_commit,
     'config': dict(report.config),
     'pictures': dict(report.pictures),
@@ -213,10 +212,6 @@ def format_page(summary: Mapping[str, Any]) -> str:
   """The whole report as a page of GitHub markdown."""
   header, rows = _table(summary)
   table = [header, ['--:'] * len(header), *rows]
-  fingerprint = summary['decoder_fingerprint']
-  decoder = (f'bit-identical before and after ({fingerprint["before"]})'
-             if summary['decoder_unchanged'] else
-             f'CHANGED, from {fingerprint["before"]} to {fingerprint["after"]}')
   parts = [
     '# Perplexity by ahead position',
     '\n'.join(f'| {" | ".join(row)} |' for row in table),
@@ -226,7 +221,7 @@ def format_page(summary: Mapping[str, Any]) -> str:
     *summary['notes'],
     '## The run',
     '\n'.join([
-      f'- decoder weights: {decoder}',
+      f'- decoder weights: fingerprint {summary["decoder_fingerprint"]}, frozen',
       *(f'- parameters, {name}: {count:,}' for name, count in summary['parameters'].items()),
       *(f'- seconds, {name}: {seconds:,.1f}' for name, seconds in summary['seconds'].items()),
       f'- peak memory: {summary["peak_memory_bytes"] / 2**30:.2f} GiB',

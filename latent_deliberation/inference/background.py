@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 import jax
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.inference.passes import Augmentation, State
 
 
 @dataclasses.dataclass
-class Counts:
+class AugmentationStats:
   """What became of the augmentations that were asked for.
 
   Attributes:
@@ -33,7 +34,7 @@ class Counts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrival:
+class LatentTiming:
   """When latents join.
 
   Attributes:
@@ -46,22 +47,22 @@ class Arrival:
 
   def __post_init__(self):
     if self.delay is not None and self.delay < 0:
-      raise ValueError(f'delay = {self.delay}: latents join after 0 tokens or more')
+      raise UserError(f'delay = {self.delay}: latents join after 0 tokens or more')
     if not self.timeout > 0:
-      raise ValueError(f'timeout = {self.timeout} s: it must be above 0')
+      raise UserError(f'timeout = {self.timeout} s: it must be above 0')
 
 
-_attempts: 'weakref.WeakSet[Attempt]' = weakref.WeakSet()
+_running: 'weakref.WeakSet[BackgroundAugmentation]' = weakref.WeakSet()
 
 
 @atexit.register
 def _wait() -> None:
   """Waits, within their time, for threads that still compute: Python would abort at its end."""
-  for attempt in list(_attempts):
+  for attempt in list(_running):
     attempt.wait()
 
 
-class Attempt:
+class BackgroundAugmentation:
   """One augmentation in a thread of its own, from the moment on at which it is made."""
 
   def __init__(self, augment: Callable[[State], Augmentation], state: State, timeout: float):
@@ -74,7 +75,7 @@ class Attempt:
     self._ended = threading.Event()
     # A daemon: a coprocessor that hangs must not keep the process from ending.
     thread = threading.Thread(target=self._work, args=(augment, state), daemon=True)
-    _attempts.add(self)
+    _running.add(self)
     try:
       thread.start()
     except RuntimeError as error:  # there are too many threads
@@ -105,7 +106,7 @@ class Attempt:
     """The latents.
 
     Raises:
-      RuntimeError: there are none; says why.
+      UserError: there are none; says why.
     """
     self.wait()
     if self._result is not None:

@@ -10,10 +10,11 @@ from flax import struct
 
 from latent_deliberation.array_types import Array, Float, Int, typed
 from latent_deliberation.deliberation.loss import entropy
+from latent_deliberation.errors import UserError
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.passes import Model, State, Weights, embed, predict
 from latent_deliberation.inference.policy import Gate
-from latent_deliberation.inference.ring_cache import SlotCache, SlotIndex
+from latent_deliberation.inference.ring_cache import RingKVCache, SlotIndex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Sampling:
 
   def __post_init__(self):
     if not 0 <= self.temperature < float('inf'):
-      raise ValueError(f'temperature = {self.temperature}: it must be 0 (greedy) or above')
+      raise UserError(f'temperature = {self.temperature}: it must be 0 (greedy) or above')
     if self.top_k is not None and self.top_k < 1:
-      raise ValueError(f'top_k = {self.top_k}: at least 1 token must be kept; None keeps all')
+      raise UserError(f'top_k = {self.top_k}: at least 1 token must be kept; None keeps all')
     if not 0 < self.top_p <= 1:
-      raise ValueError(f'top_p = {self.top_p}: it must lie above 0, up to 1, which keeps all')
+      raise UserError(f'top_p = {self.top_p}: it must lie above 0, up to 1, which keeps all')
     if not 0 <= self.min_p <= 1:
-      raise ValueError(f'min_p = {self.min_p}: it must lie between 0, which keeps all, and 1')
+      raise UserError(f'min_p = {self.min_p}: it must lie between 0, which keeps all, and 1')
 
 
 @typed
@@ -82,13 +83,13 @@ class Decoded:
 
   Attributes:
     tokens: int32 [size, B]; 0 where a text has ended. Only the first `steps` rows are filled.
-    log_probabilities: float32 [size, B].
+    logprobs: float32 [size, B].
     steps: int32 [].
     active: bool [B] texts that have not ended.
     opened: bool [B] texts whose gate opens at their next token.
   """
   tokens: Array
-  log_probabilities: Array
+  logprobs: Array
   steps: Array
   active: Array
   opened: Array
@@ -123,10 +124,10 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     return (step < limit) & active.any() & ~opened.any()
 
   def body(carry: tuple) -> tuple:
-    step, cache, newest, _, logits, position, tokens, log_probabilities, active, _ = carry
+    step, cache, newest, _, logits, position, tokens, logprobs, active, _ = carry
     cache = _with_batch(cache).append(*newest)
     drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + step)
-    token, log_probability = sample(drawn, logits, sampling)
+    token, logprob = sample(drawn, logits, sampling)
     token = jnp.where(active, token, 0)
     index = jax.tree.map(lambda leaf: leaf[:, None], SlotIndex(
         token, position, active.astype(jnp.int32)))
@@ -136,12 +137,12 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     hidden = hidden[:, -1]
     logits = predict(model, weights, hidden)
     tokens = tokens.at[step].set(token)
-    log_probabilities = log_probabilities.at[step].set(log_probability)
+    logprobs = logprobs.at[step].set(logprob)
     position = position + active
     if eos is not None:
       active = active & (token != eos)
     return (step + 1, _without_batch(cache), (fresh, index), hidden, logits, position, tokens,
-            log_probabilities, active, opens(step + 1, hidden, logits, active))
+            logprobs, active, opens(step + 1, hidden, logits, active))
 
   with nn.logical_axis_rules(model.rules):
     begun = state.cache.replace(keys=keys_values[0], values=keys_values[1])
@@ -151,14 +152,14 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
              state.position, jnp.zeros((size, len(active)), jnp.int32),
              jnp.zeros((size, len(active))), active,
              opens(first, state.hidden, state.logits, active))
-    steps, cache, newest, hidden, logits, position, tokens, log_probabilities, active, opened = (
+    steps, cache, newest, hidden, logits, position, tokens, logprobs, active, opened = (
         jax.lax.while_loop(go_on, body, carry))
     state = State(_with_batch(cache).append(*newest), hidden, logits, position,
                   state.lengths + position - state.position)
-    return state, Decoded(tokens, log_probabilities, steps, active, opened)
+    return state, Decoded(tokens, logprobs, steps, active, opened)
 
 
-def _without_batch(cache: SlotCache) -> SlotCache:
+def _without_batch(cache: RingKVCache) -> RingKVCache:
   """A cache of one text without its batch axis, to be carried through a loop.
 
   XLA leaves an axis of 1 out of matrix products; were it there in what is carried, every step would
@@ -170,7 +171,7 @@ def _without_batch(cache: SlotCache) -> SlotCache:
                        values=tuple(each[0] for each in cache.values))
 
 
-def _with_batch(cache: SlotCache) -> SlotCache:
+def _with_batch(cache: RingKVCache) -> RingKVCache:
   """The way back."""
   if cache.keys[0].ndim == 4:
     return cache

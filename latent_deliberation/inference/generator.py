@@ -11,19 +11,19 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import Params, PyTree
-from latent_deliberation.data.data_config import VOCABULARY_FILE
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.coprocessor_checkpoint import (
   check_decoder,
   compare_frozen_dtype,
   describe,
-  locate_package,
+  locate_coprocessor,
 )
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.errors import UserError
 from latent_deliberation.inference import passes
 from latent_deliberation.inference import tokenizer as tokenizers
-from latent_deliberation.inference.background import Counts
+from latent_deliberation.inference.background import AugmentationStats
 from latent_deliberation.inference.decode import Decoded, decode
 from latent_deliberation.inference.passes import (
   Augmentation,
@@ -37,7 +37,7 @@ from latent_deliberation.inference.passes import (
   check_room,
 )
 from latent_deliberation.inference.policy import FittedGate
-from latent_deliberation.inference.ring_cache import SlotCache, plan_cache
+from latent_deliberation.inference.ring_cache import RingKVCache, plan_cache
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder
@@ -45,6 +45,7 @@ from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.model.fingerprint import fingerprint as compute_fingerprint
 from latent_deliberation.model.layers import Quantised
 from latent_deliberation.model.transformer_config import TransformerConfig
+from latent_deliberation.paths import VOCABULARY_FILE
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
 
 
@@ -76,12 +77,12 @@ class Generator:
       fingerprint: of the decoder's weights; computed where it is not given.
 
     Raises:
-      ValueError: `length` is not positive, the coprocessor has other widths, or weights are int8.
+      UserError: `length` is not positive, the coprocessor has other widths, or weights are int8.
     """
     if length < 1:
-      raise ValueError(f'length = {length}: a cache needs room for 1 token at least')
+      raise UserError(f'length = {length}: a cache needs room for 1 token at least')
     if isinstance(params['embedder']['table'], Quantised):
-      raise ValueError("the decoder's weights are in int8, which inference does not compute with: "
+      raise UserError("the decoder's weights are in int8, which inference does not compute with: "
                        'give them as they are stored')
     choices, trained = coprocessor or (None, None)
     num_latents, refining = 0, False
@@ -96,7 +97,7 @@ class Generator:
     self.weights = _take_apart(params, choices, trained)
     self.worker = worker or self
     self.fingerprint = fingerprint or compute_fingerprint(params)
-    self.counts = Counts()
+    self.stats = AugmentationStats()
     self._mesh, self._rules = mesh, rules
     self._warned = False
 
@@ -109,7 +110,7 @@ class Generator:
     """Reads texts from their beginnings, of any lengths.
 
     Raises:
-      ValueError: there is no prompt, one is empty or too long or has an unknown token, or they do
+      UserError: there is no prompt, one is empty or too long or has an unknown token, or they do
         not divide over the mesh.
     """
     self._check_texts(prompts)
@@ -119,11 +120,11 @@ class Generator:
     """Reads more of every text of a state, which stays as it is; empty prompts add nothing.
 
     Raises:
-      ValueError: as `read`, or there is not one prompt for each text.
+      UserError: as `read`, or there is not one prompt for each text.
     """
     lengths = np.asarray(state.lengths)
     if len(prompts) != len(lengths):
-      raise ValueError(f'{len(prompts)} prompts for a state of {len(lengths)} texts: give one for '
+      raise UserError(f'{len(prompts)} prompts for a state of {len(lengths)} texts: give one for '
                        'each, which may be empty')
     check_prompts(prompts, lengths, self.model.decoder.config.vocab_size)
     check_room(lengths + [len(prompt) for prompt in prompts], 0, self.model.plan.global_slots)
@@ -133,11 +134,11 @@ class Generator:
     """Latents for the end of every text of a state, which stays as it is.
 
     Raises:
-      RuntimeError: there is no coprocessor.
-      ValueError: a text is too short for refining latents.
+      UserError: there is no coprocessor.
+      UserError: a text is too short for refining latents.
     """
     if self.model.coprocessor is None:
-      raise RuntimeError('this generator has no coprocessor: make one that has, for latents')
+      raise UserError('this generator has no coprocessor: make one that has, for latents')
     check_anchors(np.asarray(state.lengths), self.model.coprocessor.config.first_anchor)
     if self.worker is not self:
       return self.place(self.worker.augment(self.worker.place(state)))
@@ -157,11 +158,11 @@ class Generator:
     """Compiles what makes latents for so many texts, so that the first do not wait for it.
 
     Raises:
-      RuntimeError: there is no coprocessor.
-      ValueError: the cache has no room for latents.
+      UserError: there is no coprocessor.
+      UserError: the cache has no room for latents.
     """
     if self.model.coprocessor is None:
-      raise RuntimeError('this generator has no coprocessor: there is nothing to compile')
+      raise UserError('this generator has no coprocessor: there is nothing to compile')
     shortest = [0] * (self.model.coprocessor.config.first_anchor + 1)
     state = self.read([shortest] * (batch + -batch % self.shards))
     jax.block_until_ready(self.attach(state, self.augment(state)))
@@ -170,7 +171,7 @@ class Generator:
     """Entropy of the next token behind every token of each prompt, nats; for `policy.calibrate`.
 
     Raises:
-      ValueError: see `read`.
+      UserError: see `read`.
     """
     self._check_texts(prompts)
     tokens, count = align(prompts)
@@ -200,14 +201,14 @@ class Generator:
     """Says why there are no latents, once in the life of this generator."""
     if not self._warned:
       logging.warning('No latents: %s. The decoder goes on without them; this is said once, '
-                      'Generator.counts has the number of times.', reason)
+                      'Generator.stats has the number of times.', reason)
     self._warned = True
 
   def _check_texts(self, prompts: Prompts) -> None:
     check_prompts(prompts, np.zeros(len(prompts)), self.model.decoder.config.vocab_size)
     check_room(np.array([len(prompt) for prompt in prompts]), 0, self.model.plan.global_slots)
     if len(prompts) % self.shards:
-      raise ValueError(f'{len(prompts)} prompts do not divide over the {self.shards} shards of the '
+      raise UserError(f'{len(prompts)} prompts do not divide over the {self.shards} shards of the '
                        'mesh: give a multiple')
 
   def _call(self, program: Callable[..., PyTree], *arguments: PyTree, **how: object) -> PyTree:
@@ -225,17 +226,17 @@ def copied(state: State) -> State:
 
 
 @jax.jit
-def _copy(cache: SlotCache) -> SlotCache:
+def _copy(cache: RingKVCache) -> RingKVCache:
   return jax.tree.map(jnp.copy, cache)
 
 
 def _check_choices(config: TransformerConfig, choices: DeliberationConfig, trained: Params) -> None:
   if choices.reads == 'states':
-    raise ValueError("this coprocessor has reads = 'states': it reads the decoder's hidden states, "
+    raise UserError("this coprocessor has reads = 'states': it reads the decoder's hidden states, "
                      'which generation does not keep; generate with one that reads the cache')
   expected = (choices.num_latents, config.embed_dim)
   if trained['soft_tokens'].shape != expected:
-    raise ValueError(
+    raise UserError(
         f'the soft tokens of the coprocessor have shape {trained["soft_tokens"].shape}, its '
         f'choices and the decoder ask for {expected}: it belongs to another decoder')
 
@@ -245,13 +246,13 @@ def _take_apart(params: Params, choices: DeliberationConfig | None,
   layers = passes.unstack(params['transformer'])
   if choices is None:
     return Weights(params['embedder'], layers)
-  thinker = {
+  coprocessor_layers = {
       'full': lambda: passes.unstack(trained['transformer']),
       'lora': lambda: passes.adapt(layers, trained['lora']),
       'constant': lambda: None,
   }[choices.trainable]()
   own = {name: trained[name] for name in ('soft_tokens', 'gate') if name in trained}
-  return Weights(params['embedder'], layers, own, thinker)
+  return Weights(params['embedder'], layers, own, coprocessor_layers)
 
 
 NONE = 'none'  # in the place of a coprocessor
@@ -270,44 +271,44 @@ def open_generator(decoder: Path, coprocessor: str = '', vocabulary: str = '',
     gate: to be checked against the decoder.
 
   Raises:
-    FileNotFoundError: there is no decoder, coprocessor or vocabulary.
-    ValueError: one of them is damaged, or they do not belong together.
+    UserError: there is no decoder, coprocessor or vocabulary.
+    UserError: one of them is damaged, or they do not belong together.
   """
   checkpoint = weights.open_checkpoint(decoder)
   tokenizer = open_tokenizer(checkpoint, vocabulary)
   trained = None
   if coprocessor not in ('', NONE):
-    place = locate_package(Path(coprocessor))
+    place = locate_coprocessor(Path(coprocessor))
     trained = describe(place)
-    if trained.model != checkpoint.config:
-      raise ValueError(f'the coprocessor in {place} is for a decoder with {trained.model}, the one '
+    if trained.decoder_config != checkpoint.config:
+      raise UserError(f'the coprocessor in {place} is for a decoder with {trained.decoder_config}, the one '
                        f'in {decoder} has {checkpoint.config}: give the decoder that it was '
                        'trained on')
 
-  def check_digest(digest: str) -> None:
+  def check_digest(decoder_fingerprint: str) -> None:
     if trained is not None:
-      check_decoder(trained, digest)
+      check_decoder(trained, decoder_fingerprint)
     if gate is not None:
-      gate.check_decoder(digest)
+      gate.check_decoder(decoder_fingerprint)
 
   if checkpoint.fingerprint:
     check_digest(checkpoint.fingerprint)
   params = checkpoint.load()
-  digest = checkpoint.fingerprint or fingerprint(params)
-  check_digest(digest)
+  decoder_fingerprint = checkpoint.fingerprint or fingerprint(params)
+  check_digest(decoder_fingerprint)
   if trained is not None:
     compare_frozen_dtype(trained, params['embedder']['table'].dtype.name)
     trained = (trained.config, coprocessor_checkpoint.load(place).params)
   return Generator(checkpoint.config, params, length=length, coprocessor=trained,
-                   fingerprint=digest), tokenizer
+                   fingerprint=decoder_fingerprint), tokenizer
 
 
 def open_tokenizer(checkpoint: weights.Checkpoint, vocabulary: str = '') -> Tokenizer:
   """The tokenizer that is asked for, or the one that lies beside a decoder or its run.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is not the one that the decoder was trained with.
+    UserError: there is none.
+    UserError: it is not the one that the decoder was trained with.
   """
   if not vocabulary and checkpoint.vocabulary == tokenizers.ByteTokenizer.hash:
     vocabulary = tokenizers.BYTES
@@ -316,16 +317,16 @@ def open_tokenizer(checkpoint: weights.Checkpoint, vocabulary: str = '') -> Toke
     places = [place / VOCABULARY_FILE for place in (directory, *directory.parents[:2])]
     found = checkpoint.tokenizer or next((path for path in places if path.is_file()), None)
     if found is None:
-      raise FileNotFoundError(f'no vocabulary beside the decoder in {directory}: give --vocabulary='
+      raise UserError(f'no vocabulary beside the decoder in {directory}: give --vocabulary='
                               f'PATH, its SentencePiece model, or --vocabulary={tokenizers.BYTES}')
     vocabulary = str(found)
   tokenizer = tokenizers.open_tokenizer(vocabulary)
   if checkpoint.vocabulary and tokenizer.hash != checkpoint.vocabulary:
-    raise ValueError(f'the decoder in {checkpoint.directory} was trained with the vocabulary '
+    raise UserError(f'the decoder in {checkpoint.directory} was trained with the vocabulary '
                      f'{checkpoint.vocabulary}, {vocabulary} is {tokenizer.hash}: give the '
                      'vocabulary.model of its data')
   if tokenizer.size > checkpoint.config.vocab_size:
-    raise ValueError(f'{vocabulary} has {tokenizer.size} pieces, the decoder in '
+    raise UserError(f'{vocabulary} has {tokenizer.size} pieces, the decoder in '
                      f'{checkpoint.directory} has {checkpoint.config.vocab_size} embeddings: give '
                      'the vocabulary that it was trained with')
   return tokenizer

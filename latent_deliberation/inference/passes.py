@@ -19,8 +19,9 @@ from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.placement import place
-from latent_deliberation.inference.ring_cache import CachePlan, SlotCache, SlotIndex
-from latent_deliberation.model.attention import KeysValues, Visibility
+from latent_deliberation.errors import UserError
+from latent_deliberation.inference.ring_cache import CachePlan, RingKVCache, SlotIndex
+from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import LowRank, RMSNorm, input_axes
 from latent_deliberation.model.transformer import Block, layer_traits
@@ -34,7 +35,7 @@ class Layers:
   """Weights of a transformer, unstacked.
 
   Attributes:
-    blocks: variables of each of the L blocks: 'params', with large projections turned, and 'lora'
+    blocks: variables of each of the L blocks: 'params', with large projections transposed, and 'lora'
       where there are adapters.
     final_norm: parameters of the norm behind them.
   """
@@ -43,7 +44,7 @@ class Layers:
 
 
 def unstack(transformer: Params) -> Layers:
-  """The layers of a scanned transformer's parameters; see `Projection` for what is turned."""
+  """The layers of a scanned transformer's parameters; see `Projection` for what is transposed."""
   blocks = tuple({'params': _turn(layer)} for layer in _slices(transformer['blocks']))
   return Layers(blocks, transformer['final_norm'])
 
@@ -62,39 +63,39 @@ def _slices(stacked: Params) -> list[Params]:
 
 
 def _turn(params: Params, inputs: int = 1) -> Params:
-  turned = {}
+  transposed = {}
   for name, child in params.items():
     if isinstance(child, Mapping):
-      turned[name] = _turn(child, input_axes(name))
+      transposed[name] = _turn(child, input_axes(name))
     elif name == 'w' and child.nbytes >= CACHED_BYTES:
-      turned['turned'] = jnp.moveaxis(child, range(inputs), range(-inputs, 0))
+      transposed['transposed'] = jnp.moveaxis(child, range(inputs), range(-inputs, 0))
     else:
-      turned[name] = child
-  return turned
+      transposed[name] = child
+  return transposed
 
 
 def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, segments: Array,
-        cache: SlotCache | None = None, lora: LowRank | None = None,
+        cache: RingKVCache | None = None, lora: LowRank | None = None,
         ) -> tuple[Array, Sequence[KeysValues]]:
   """Hidden states [B, Q, D] after the final norm, and keys and values of each layer.
 
   Args:
     x: [B, Q, D] embeddings of fresh tokens or latents.
-    positions, segments: [B, Q]; segment 0 is a hole, all else is one document.
+    positions, segments: [B, Q]; segment 0 is a padding, all else is one document.
     cache: all that it shows is seen, inside a layer's window; where it has more layers than
       `layers`, its last ones.
     lora: rank and scale of the adapters in `layers`.
   """
   rows, positions = x[:, None], positions[:, None]
   everything = jnp.full((len(x), 1), np.iinfo(np.int32).max)
-  visibility = Visibility(segments[:, None], everything)
+  mask_spec = AttentionMaskSpec(segments[:, None], everything)
   traits = layer_traits(config)
   block, fresh = Block(config, lora), []
   skipped = len(cache.keys) - len(layers.blocks) if cache is not None else 0
   for number, variables in enumerate(layers.blocks):
     layer = jax.tree.map(lambda leaf: leaf[number], traits)  # noqa: B023
     seen = None if cache is None else cache.layer(skipped + number)
-    rows, keys_values = block.apply(variables, rows, (layer, seen), positions, visibility)
+    rows, keys_values = block.apply(variables, rows, (layer, seen), positions, mask_spec)
     fresh.append(keys_values)
   hidden = RMSNorm(config.norm_epsilon).apply({'params': layers.final_norm}, rows)
   return hidden[:, 0], fresh
@@ -105,36 +106,36 @@ SHORTEST = 16
 
 
 def check_prompts(prompts: Prompts, before: np.ndarray, vocab_size: int) -> None:
-  """Raises ValueError where there is no prompt, an empty text, or an unknown token.
+  """Raises UserError where there is no prompt, an empty text, or an unknown token.
 
   Args:
     before: [B] tokens that each text has already; one that has some may get an empty prompt.
   """
   if not len(prompts):
-    raise ValueError('there is no prompt: give at least one')
+    raise UserError('there is no prompt: give at least one')
   for number, prompt in enumerate(prompts):
     if not len(prompt) and not before[number]:
-      raise ValueError(f'prompt {number} is empty: give at least the token that begins a text')
+      raise UserError(f'prompt {number} is empty: give at least the token that begins a text')
     unknown = [token for token in prompt if not 0 <= token < vocab_size]
     if unknown:
-      raise ValueError(f'prompt {number} has the token {unknown[0]}, the decoder knows 0 to '
+      raise UserError(f'prompt {number} has the token {unknown[0]}, the decoder knows 0 to '
                        f'{vocab_size - 1}: use the vocabulary that it was trained with')
 
 
 def check_room(lengths: np.ndarray, more: int, room: int) -> None:
-  """Raises ValueError where a text of `lengths` [B] and `more` tokens does not fit a cache."""
+  """Raises UserError where a text of `lengths` [B] and `more` tokens does not fit a cache."""
   longest = int(np.argmax(lengths))
   if lengths[longest] + more > room:
-    raise ValueError(
+    raise UserError(
         f'text {longest} has {lengths[longest]} tokens, {more} more are asked for, and the cache '
         f'has room for {room}: shorten it, ask for less, or give the generator more length')
 
 
 def check_anchors(lengths: np.ndarray, first_anchor: int) -> None:
-  """Raises ValueError where a text is too short for latents at its end."""
+  """Raises UserError where a text is too short for latents at its end."""
   shortest = int(np.argmin(lengths))
   if lengths[shortest] <= first_anchor:
-    raise ValueError(
+    raise UserError(
         f'text {shortest} has {lengths[shortest]} tokens, but refining latents stand in the place '
         f'of its last {first_anchor + 1}: give a longer prompt')
 
@@ -175,12 +176,12 @@ class Weights:
     embedder: table of the decoder.
     layers: of the decoder.
     coprocessor: its parameters but for a transformer: soft tokens and gate; None without one.
-    thinker: its layers; None for constant soft tokens.
+    coprocessor_layers: its layers; None for constant soft tokens.
   """
   embedder: Params
   layers: Layers
   coprocessor: Params | None = None
-  thinker: Layers | None = None
+  coprocessor_layers: Layers | None = None
 
 
 @struct.dataclass
@@ -194,7 +195,7 @@ class State:
     position: int32 [B] that the next token will have.
     lengths: int32 [B] tokens of each text, without latents.
   """
-  cache: SlotCache
+  cache: RingKVCache
   hidden: Array
   logits: Array
   position: Array
@@ -241,7 +242,7 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
   """Reads texts from their beginning.
 
   Args:
-    tokens: int32 [B, T]; a text stands at the end of its row, behind holes.
+    tokens: int32 [B, T]; a text stands at the end of its row, behind padding.
     count: int32 [B] tokens of each text.
   """
   with nn.logical_axis_rules(model.rules):
@@ -249,7 +250,7 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
     index = _index(tokens, count, jnp.zeros_like(count))
     hidden, fresh = run(config, weights.layers, embed(model, weights, tokens),
                               index.positions, index.segments)
-    cache = SlotCache.empty(model.plan, config, len(tokens), hidden.dtype).fill(fresh, index)
+    cache = RingKVCache.empty(model.plan, config, len(tokens), hidden.dtype).fill(fresh, index)
     last = hidden[:, -1]
     return State(cache, last, predict(model, weights, last), count, count)
 
@@ -298,15 +299,15 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
     last = jnp.full((len(newest.tokens), 1), coprocessor.config.num_latents - 1)
     placement = place(text, last, coprocessor.config, num_ahead=1)
     positions = placement.latent_positions[:, 0]
-    rest = embed(model, weights, placement.base_tokens[:, 0])[:, None]
-    thoughts = coprocessor.feed(weights.coprocessor, rest)
+    base = embed(model, weights, placement.base_tokens[:, 0])[:, None]
+    outputs = coprocessor.feed(weights.coprocessor, base)
     seen = jnp.ones_like(positions)
-    if weights.thinker is not None:
-      hidden, _ = run(coprocessor.layers, weights.thinker, thoughts[:, 0], positions, seen,
+    if weights.coprocessor_layers is not None:
+      hidden, _ = run(coprocessor.layers, weights.coprocessor_layers, outputs[:, 0], positions, seen,
                             state.cache, coprocessor.transformer.lora)
-      thoughts = hidden[:, None]
-    latents = coprocessor.compose(weights.coprocessor, thoughts, rest)[:, 0]
-    replaces = (placement.coprocessor_horizon - placement.decoder_horizon > 0)  # [B, 1]
+      outputs = hidden[:, None]
+    latents = coprocessor.compose(weights.coprocessor, outputs, base)[:, 0]
+    replaces = (placement.coprocessor_prefix_length - placement.decoder_prefix_length > 0)  # [B, 1]
     replaced = jnp.where(replaces, newest.positions, -1)
     hidden, fresh = run(decoder, weights.layers, latents, positions, seen,
                               state.cache.hide(replaced))
@@ -339,9 +340,9 @@ def attach(model: Model, state: State, augmentation: Augmentation, rows: Array) 
 
 @jax.jit
 def choose(rows: Array, chosen: State, other: State) -> State:
-  """`chosen` for the texts `rows`, `other` for the rest; both have written as many slots."""
+  """`chosen` for the texts `rows`, `other` for the base; both have written as many slots."""
   def pick(new: Array, old: Array) -> Array:
-    if old.ndim == 0:  # the cursor
+    if old.ndim == 0:  # the write_index
       return old
     return jnp.where(jnp.expand_dims(rows, tuple(range(1, old.ndim))), new, old)
   return jax.tree.map(pick, chosen, other)

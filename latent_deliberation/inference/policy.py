@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from latent_deliberation.array_types import Array
+from latent_deliberation.errors import UserError
 
 
 @struct.dataclass(eq=False)
@@ -53,18 +54,18 @@ class Policy:
   def __post_init__(self):
     object.__setattr__(self, 'at', tuple(sorted(set(self.at))))
     if self.at and self.at[0] < 0:
-      raise ValueError(f'at = {self.at}: tokens are counted from 0, the end of the prompt, on')
+      raise UserError(f'at = {self.at}: tokens are counted from 0, the end of the prompt, on')
     for name in ('every', 'apart'):
       value = getattr(self, name)
       if value is not None and value < 1:
-        raise ValueError(f'{name} = {value}: there must be at least 1 token in between')
+        raise UserError(f'{name} = {value}: there must be at least 1 token in between')
     if self.gate is not None and self.threshold is None:
-      raise ValueError('a gate without a threshold: give the score above which it opens')
+      raise UserError('a gate without a threshold: give the score above which it opens')
     if self.threshold is not None:
       if math.isnan(self.threshold):
-        raise ValueError(f'threshold = {self.threshold}: give a number of nats')
+        raise UserError(f'threshold = {self.threshold}: give a number of nats')
       if self.gate is None and self.threshold < 0:
-        raise ValueError(f'threshold = {self.threshold}: an entropy in nats is 0 or above')
+        raise UserError(f'threshold = {self.threshold}: an entropy in nats is 0 or above')
 
   @property
   def repeats(self) -> bool:
@@ -92,9 +93,9 @@ def calibrate(entropies: Sequence[float], budget: float) -> float:
   """
   entropies = np.asarray(entropies, np.float64)
   if not 0 <= budget <= 1:
-    raise ValueError(f'budget = {budget}: it is a fraction of tokens, between 0 and 1')
+    raise UserError(f'budget = {budget}: it is a fraction of tokens, between 0 and 1')
   if not entropies.size or not np.isfinite(entropies).all():
-    raise ValueError(f'{entropies.size} entropies, {np.isfinite(entropies).sum()} of them finite: '
+    raise UserError(f'{entropies.size} entropies, {np.isfinite(entropies).sum()} of them finite: '
                      'give those of the tokens of some validation text')
   return float(np.quantile(entropies, 1 - budget))
 
@@ -117,9 +118,9 @@ class FittedGate:
   policy: Policy
 
   def check_decoder(self, fingerprint: str) -> None:
-    """Raises ValueError unless this is the decoder that it was fitted on."""
+    """Raises UserError unless this is the decoder that it was fitted on."""
     if fingerprint != self.decoder:
-      raise ValueError(f'the gate in {self.directory} was fitted on a decoder with fingerprint '
+      raise UserError(f'the gate in {self.directory} was fitted on a decoder with fingerprint '
                        f'{self.decoder}, this one has {fingerprint}: fit one with launch/gate.py')
 
 
@@ -132,12 +133,12 @@ def open_gate(directory: Path, score: str, budget: float) -> FittedGate:
       fractions the threshold is interpolated.
 
   Raises:
-    FileNotFoundError: there is no gate in `directory`.
-    ValueError: it is damaged, or has no threshold for this budget.
+    UserError: there is no gate in `directory`.
+    UserError: it is damaged, or has no threshold for this budget.
   """
   for name in (RESULT, WEIGHTS):
     if not (directory / name).is_file():
-      raise FileNotFoundError(f'{directory} holds no {name}: give the output of launch/gate.py')
+      raise UserError(f'{directory} holds no {name}: give the output of launch/gate.py')
   try:
     result = json.loads((directory / RESULT).read_text())
     curve, decoder = result['curves'][score], result['decoder']
@@ -148,10 +149,10 @@ def open_gate(directory: Path, score: str, budget: float) -> FittedGate:
     arrays = load_file(directory / WEIGHTS)
     gate = Gate(arrays['weight'], arrays['bias'][0])
   except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
-    raise ValueError(f'the gate in {directory} is damaged ({type(error).__name__}: {error}): fit '
+    raise UserError(f'the gate in {directory} is damaged ({type(error).__name__}: {error}): fit '
                      'it again with launch/gate.py') from error
   if not fractions[0] <= budget <= fractions[-1]:
-    raise ValueError(
+    raise UserError(
         f'budget = {budget}: {directory / RESULT} has thresholds for fractions from {fractions[0]} '
         f'to {fractions[-1]}; give one of these, or no coprocessor to deliberate nowhere')
   threshold = float(np.interp(budget, fractions, thresholds))

@@ -14,6 +14,7 @@ from flax.serialization import from_state_dict, to_state_dict
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable, read_text, whole_directory
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.generator import NONE, Generator
@@ -32,9 +33,9 @@ def save(directory: Path, generator: Generator, state: State,
   """Writes a state, and latents for its end if they are given; whole or not at all.
 
   Raises:
-    FileExistsError: `directory` exists already; nothing is overwritten.
+    UserError: `directory` exists already; nothing is overwritten.
   """
-  written = int(state.cache.cursor)
+  written = int(state.cache.write_index)
   trimmed = state.replace(cache=state.cache.resized(_trimmed(generator.model.plan, written)))
   tree = to_state_dict({'state': trimmed, 'augmentation': augmentation})
   arrays = {path: leaf for path, leaf in traverse_util.flatten_dict(tree, sep='/').items()
@@ -54,8 +55,8 @@ def load(directory: Path, generator: Generator) -> tuple[State, Augmentation | N
   The generator may have another length than the one that saved, if what is there fits.
 
   Raises:
-    FileNotFoundError: there is no cache in `directory`.
-    ValueError: it is damaged, of an older version, of another decoder, or laid out otherwise.
+    UserError: there is no cache in `directory`.
+    UserError: it is damaged, of an older version, of another decoder, or laid out otherwise.
   """
   directory = Path(directory)
   described = _describe(directory)
@@ -69,7 +70,7 @@ def load(directory: Path, generator: Generator) -> tuple[State, Augmentation | N
   for path in sorted(arrays.keys() | expected.keys()):
     there, here = (getattr(tree.get(path), 'shape', None) for tree in (arrays, expected))
     if there != here:
-      raise ValueError(f'{directory / _ARRAYS}: {path} has shape {there}, {_DESCRIPTION} means '
+      raise UserError(f'{directory / _ARRAYS}: {path} has shape {there}, {_DESCRIPTION} means '
                        f'{here}: one of the two was replaced; save the cache again')
   tree = from_state_dict(template, traverse_util.unflatten_dict(
       {path: arrays.get(path) for path in flat}, sep='/'))
@@ -100,14 +101,14 @@ def _layout(generator: Generator) -> dict[str, Any]:
 def _describe(directory: Path) -> dict[str, Any]:
   path = directory / _DESCRIPTION
   if not path.is_file():
-    raise FileNotFoundError(f'{directory} holds no {_DESCRIPTION}: give a directory that '
+    raise UserError(f'{directory} holds no {_DESCRIPTION}: give a directory that '
                             'inference.stored.save has written')
   try:
     described = json.loads(path.read_text())
     if described['format'] != _FORMAT:
-      raise ValueError(f'format {described["format"]!r}, expected {_FORMAT}')
+      raise UserError(f'format {described["format"]!r}, expected {_FORMAT}')
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} is damaged or of another format ({type(error).__name__}: {error}); '
+    raise UserError(f'{path} is damaged or of another format ({type(error).__name__}: {error}); '
                      'save the cache again') from error
   _refuse_older(directory, described, _KEYS)
   return described
@@ -117,27 +118,27 @@ def _refuse_older(directory: Path, there: Mapping[str, Any], expected: Iterable[
                   section: str = '') -> None:
   absent = [section + key for key in expected if key not in there]
   if absent:
-    raise ValueError(f'the cache in {directory} is of an older version, whose {_DESCRIPTION} does '
+    raise UserError(f'the cache in {directory} is of an older version, whose {_DESCRIPTION} does '
                      f'not say {absent}, which this one needs: save the cache again')
 
 
 def _check(directory: Path, described: dict[str, Any], generator: Generator) -> None:
   if described['decoder'] != generator.fingerprint:
-    raise ValueError(f'the cache in {directory} was made by a decoder with fingerprint '
+    raise UserError(f'the cache in {directory} was made by a decoder with fingerprint '
                      f'{described["decoder"]}, this one has {generator.fingerprint}: read the text '
                      'with this decoder and save it again')
   different = [(name, described[name], value) for name, value in _layout(generator).items()
                if described[name] != value]
   for name, there, here in different:
     if there is None or here is None:
-      raise ValueError(f'the cache in {directory} was made {_with(there)}, this generator works '
+      raise UserError(f'the cache in {directory} was made {_with(there)}, this generator works '
                        f'{_with(here)}: give the one that made it, or save the cache again')
     if isinstance(there, dict):
       _refuse_older(directory, there, here, f'{name}.')
       there, here = _differences(there, here)
     # Slots that are not reached yet may be more or fewer.
     if not name.endswith('_slots') or described['written'] > min(there, here):
-      raise ValueError(f'the cache in {directory} has {name} = {there}, this generator has {here}, '
+      raise UserError(f'the cache in {directory} has {name} = {there}, this generator has {here}, '
                        f'and {described["written"]} slots are written: make a generator that has '
                        'the same, or save the cache again with this one')
 
@@ -170,7 +171,7 @@ def _read(path: Path) -> dict[str, jax.Array]:
   try:
     return load_file(path)
   except (OSError, SafetensorError, ValueError) as error:
-    raise ValueError(f'{path} cannot be read ({error}): it is truncated or absent; save the cache '
+    raise UserError(f'{path} cannot be read ({error}): it is truncated or absent; save the cache '
                      'again') from error
 
 
@@ -185,19 +186,19 @@ def check_context(output: Path, document: Path, coprocessor: str) -> str:
   """The text of a document, if it can be read and its cache written; before a decoder is loaded.
 
   Raises:
-    FileExistsError: there is something at `output`.
-    FileNotFoundError: there is no such document.
-    OSError: `output` cannot be written.
-    ValueError: the document is empty or no UTF-8, or no coprocessor is given.
+    UserError: there is something at `output`.
+    UserError: there is no such document.
+    UserError: `output` cannot be written.
+    UserError: the document is empty or no UTF-8, or no coprocessor is given.
   """
   if coprocessor in ('', NONE):
-    raise ValueError(f'--coprocessor={coprocessor}: latents for the text are made by one: give the '
+    raise UserError(f'--coprocessor={coprocessor}: latents for the text are made by one: give the '
                      'directory of a trained coprocessor')
   if output.exists():
-    raise FileExistsError(f'{output} exists already and is not written over: give another')
+    raise UserError(f'{output} exists already and is not written over: give another')
   text = read_text(document, 'the text to read ahead of time')
   if not text:
-    raise ValueError(f'{document} is empty: give a text')
+    raise UserError(f'{document} is empty: give a text')
   make_writable(output.absolute().parent)
   return text
 
@@ -206,7 +207,7 @@ def save_context(text: str, output: Path, generator: Generator, tokenizer: Token
   """Reads a text, makes latents for its end and writes both; returns its number of tokens.
 
   Raises:
-    ValueError: the text is longer than the generator's cache, or too short for latents.
+    UserError: the text is longer than the generator's cache, or too short for latents.
   """
   ids = tokenizer.encode(text)
   state = generator.read([ids])
@@ -218,11 +219,11 @@ def open_context(directory: Path, generator: Generator) -> Context:
   """What `save_context` has written.
 
   Raises:
-    ValueError: it has several texts or no latents, or see `load`.
+    UserError: it has several texts or no latents, or see `load`.
   """
   state, latents = load(directory, generator)
   if len(state.position) != 1 or latents is None:
-    raise ValueError(f'the cache in {directory} has {len(state.position)} texts '
+    raise UserError(f'the cache in {directory} has {len(state.position)} texts '
                      f'{"without" if latents is None else "with"} latents beside them, 1 with '
                      'latents is expected: write one with launch/augment.py')
   return Context(state, generator.attach(state, latents))

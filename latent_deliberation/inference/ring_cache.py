@@ -1,7 +1,7 @@
 """A kv-cache of fixed slots, written in place inside a compiled loop.
 
 All rows of a batch write the same slot at the same step: prompts are aligned at their ENDS (short
-ones have holes before them), so that a decode step is one slice update instead of a scatter over
+ones have padding before them), so that a decode step is one slice update instead of a scatter over
 rows. Layers of one kind share an index of what stands where. The slots of a kind are a ring:
 global layers have as many as a text has tokens, local layers only those that a window reaches.
 
@@ -64,9 +64,9 @@ class SlotIndex:
   """What stands in the slots of one kind of layer, int32 [B, slots + Z] each.
 
   Attributes:
-    tokens: ids; 0 for holes and latents.
+    tokens: ids; 0 for padding and latents.
     positions: rotary positions.
-    segments: 1 for what is seen; 0 for a hole; -1 for a token that latents hide.
+    segments: 1 for what is seen; 0 for a padding; -1 for a token that latents hide.
   """
   tokens: Array
   positions: Array
@@ -74,34 +74,34 @@ class SlotIndex:
 
 
 @struct.dataclass
-class SlotCache:
+class RingKVCache:
   """Keys and values of B texts in fixed slots.
 
   Attributes:
     keys, values: of each of the L layers, [B, K, H, slots + Z] and [B, K, slots + Z, H]: as matrix
       products read them, so that a decode step copies neither.
     index: kind of layer -> what stands in its slots.
-    cursor: int32 [], slots written so far; the newest token of every text is in the one before.
+    write_index: int32 [], slots written so far; the newest token of every text is in the one before.
     plan: the number of slots.
   """
   keys: tuple[Array, ...]
   values: tuple[Array, ...]
   index: dict[str, SlotIndex]
-  cursor: Array
+  write_index: Array
   plan: CachePlan = struct.field(pytree_node=False)
 
   @classmethod
-  def empty(cls, plan: CachePlan, config: TransformerConfig, batch: int, dtype: str) -> 'SlotCache':
-    """A cache of holes."""
+  def empty(cls, plan: CachePlan, config: TransformerConfig, batch: int, dtype: str) -> 'RingKVCache':
+    """A cache of padding."""
     widths = {kind: plan.slots(kind) + plan.latent_slots for kind in plan.kinds}
     values = tuple(jnp.zeros((batch, config.num_kv_heads, widths[kind], config.head_dim), dtype)
                    for kind in plan.kinds)
     keys = tuple(jnp.swapaxes(each, 2, 3) for each in values)
     nothing = {kind: jnp.zeros((batch, width), jnp.int32) for kind, width in widths.items()}
-    index = {kind: SlotIndex(hole, hole, hole) for kind, hole in nothing.items()}
+    index = {kind: SlotIndex(padding, padding, padding) for kind, padding in nothing.items()}
     return cls(keys, values, index, jnp.zeros((), jnp.int32), plan)
 
-  def fill(self, fresh: Sequence[KeysValues], index: SlotIndex) -> 'SlotCache':
+  def fill(self, fresh: Sequence[KeysValues], index: SlotIndex) -> 'RingKVCache':
     """The cache with the first tokens of every text, as `append` would write them, but faster."""
     length = index.tokens.shape[1]
 
@@ -113,26 +113,26 @@ class SlotCache:
         return jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis)
       return write
 
-    return self._written(writer, fresh, index, self.cursor + length)
+    return self._written(writer, fresh, index, self.write_index + length)
 
-  def append(self, fresh: Sequence[KeysValues], index: SlotIndex) -> 'SlotCache':
+  def append(self, fresh: Sequence[KeysValues], index: SlotIndex) -> 'RingKVCache':
     """The cache with up to Q more tokens in every text.
 
     Args:
       fresh: of each layer, [B, 1, Q, K, H].
-      index: [B, Q]; holes come before the tokens of a text. Texts stay aligned at their ends, but
-        for those that have ended, which take one hole at every step of Q = 1.
+      index: [B, Q]; padding come before the tokens of a text. Texts stay aligned at their ends, but
+        for those that have ended, which take one padding at every step of Q = 1.
     """
     length = index.tokens.shape[1]
     count = jnp.sum(index.segments > 0, axis=1)
-    cursor = self.cursor + (1 if length == 1 else jnp.max(count))
+    write_index = self.write_index + (1 if length == 1 else jnp.max(count))
 
     def writer(slots: int) -> Writer:
       if length == 1:
-        at = self.cursor % slots
+        at = self.write_index % slots
         return lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis)
-      age = (cursor - 1 - jnp.arange(slots)) % slots  # 0 for the newest token
-      kept = (self.cursor - 1 - (age - count[:, None])) % slots
+      age = (write_index - 1 - jnp.arange(slots)) % slots  # 0 for the newest token
+      kept = (self.write_index - 1 - (age - count[:, None])) % slots
       sources = jnp.where(age < count[:, None], slots + length - 1 - age, kept)
 
       def write(old: Array, new: Array, axis: int) -> Array:
@@ -142,10 +142,10 @@ class SlotCache:
         return jnp.concatenate([taken, latents], axis)
       return write
 
-    return self._written(writer, fresh, index, cursor)
+    return self._written(writer, fresh, index, write_index)
 
   def attach(self, latents: Sequence[KeysValues], positions: Array, hidden: Array,
-             rows: Array) -> 'SlotCache':
+             rows: Array) -> 'RingKVCache':
     """The cache with latents, in the place of those that it may hold already.
 
     Args:
@@ -164,10 +164,10 @@ class SlotCache:
       return write
 
     index = SlotIndex(jnp.zeros_like(positions), positions, jnp.ones_like(positions))
-    shown = self._written(writer, latents, index, self.cursor).hide(hidden)
+    shown = self._written(writer, latents, index, self.write_index).hide(hidden)
     return shown.replace(index=jax.tree.map(choose, shown.index, self.index))
 
-  def hide(self, positions: Array) -> 'SlotCache':
+  def hide(self, positions: Array) -> 'RingKVCache':
     """The cache with the tokens at `positions` [B, Z] hidden, and all others shown."""
     index = {}
     for kind, where in self.index.items():
@@ -177,7 +177,7 @@ class SlotCache:
       index[kind] = where.replace(segments=jnp.where(hidden, -shown, shown))
     return self.replace(index=index)
 
-  def resized(self, plan: CachePlan) -> 'SlotCache':
+  def resized(self, plan: CachePlan) -> 'RingKVCache':
     """The cache in the slots of another plan, where those that only one has are not written yet."""
 
     def resize(kind: str, array: Array, axis: int) -> Array:
@@ -192,7 +192,7 @@ class SlotCache:
               for arrays, axis in ((self.keys, _KEYS), (self.values, _VALUES))]
     index = {kind: jax.tree.map(functools.partial(resize, kind, axis=1), where)
              for kind, where in self.index.items()}
-    return SlotCache(*layers, index, self.cursor, plan)
+    return RingKVCache(*layers, index, self.write_index, plan)
 
   def layer(self, number: int) -> KVCache:
     """What a block reads of one layer."""
@@ -200,16 +200,16 @@ class SlotCache:
     return KVCache(_outside(self.keys[number], _KEYS), _outside(self.values[number], _VALUES),
                    index.positions, index.segments)
 
-  def pop(self) -> tuple['SlotCache', list[KeysValues], SlotIndex]:
+  def pop(self) -> tuple['RingKVCache', list[KeysValues], SlotIndex]:
     """The cache with its newest token still to be appended, and what `append` is to be given.
 
     A loop that appends a token at the start of the next step reads what it has just written; were
     it to write what it has read, XLA would copy the whole cache at every step.
     """
-    cursor = self.cursor - 1
+    write_index = self.write_index - 1
 
     def newest(kind: str, array: Array, axis: int) -> Array:
-      return jax.lax.dynamic_slice_in_dim(array, cursor % self.plan.slots(kind), 1, axis)
+      return jax.lax.dynamic_slice_in_dim(array, write_index % self.plan.slots(kind), 1, axis)
 
     fresh = [
         KeysValues(_outside(newest(kind, keys, _KEYS), _KEYS)[:, None],
@@ -217,16 +217,16 @@ class SlotCache:
         for kind, keys, values in zip(self.plan.kinds, self.keys, self.values, strict=True)]
     kind = max(self.index, key=self.plan.slots)
     index = jax.tree.map(lambda leaf: newest(kind, leaf, 1), self.index[kind])
-    return self.replace(cursor=cursor), fresh, index
+    return self.replace(write_index=write_index), fresh, index
 
   def newest(self, count: int) -> SlotIndex:
     """The last `count` tokens of every text, [B, count]."""
     kind = max(self.index, key=self.plan.slots)
-    at = (self.cursor - count + jnp.arange(count)) % self.plan.slots(kind)
+    at = (self.write_index - count + jnp.arange(count)) % self.plan.slots(kind)
     return jax.tree.map(lambda leaf: jnp.take(leaf, at, axis=1), self.index[kind])
 
   def _written(self, writer: Callable[[int], Writer], fresh: Sequence[KeysValues],
-               index: SlotIndex, cursor: Array) -> 'SlotCache':
+               index: SlotIndex, write_index: Array) -> 'RingKVCache':
     """The cache after the writes of writer(slots) to every layer and to what stands where."""
     writers = {kind: writer(self.plan.slots(kind)) for kind in self.index}
 
@@ -242,7 +242,7 @@ class SlotCache:
         values=layers(self.values, [each.values for each in fresh], _VALUES),
         index={kind: jax.tree.map(functools.partial(write, axis=1), self.index[kind], index)
                for kind, write in writers.items()},
-        cursor=cursor)
+        write_index=write_index)
 
 
 def _inside(fresh: Array, axis: int) -> Array:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from latent_deliberation.inference.background import Arrival, Attempt
+from latent_deliberation.errors import UserError
+from latent_deliberation.inference.background import BackgroundAugmentation, LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.passes import (
@@ -21,7 +22,7 @@ from latent_deliberation.inference.policy import NEVER, Policy
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class DecodingOptions:
   """What is to be done behind the prompts.
 
   Attributes:
@@ -37,11 +38,11 @@ class Decoding:
   eos: int | None = None
   stop: Callable[[Sequence[int]], bool] | None = None
   policy: Policy = NEVER
-  arrival: Arrival = Arrival()
+  timing: LatentTiming = LatentTiming()
 
   def __post_init__(self):
     if self.max_tokens < 1:
-      raise ValueError(f'max_tokens = {self.max_tokens}: at least 1 must be decoded')
+      raise UserError(f'max_tokens = {self.max_tokens}: at least 1 must be decoded')
 
 
 @dataclasses.dataclass
@@ -50,13 +51,13 @@ class Completion:
 
   Attributes:
     tokens: ids, that which ended the text included.
-    log_probabilities: of the tokens under the model itself, nats, before any filter.
+    logprobs: of the tokens under the model itself, nats, before any filter.
     ended: by 'eos', 'stop' or 'length'; '' while the text goes on.
     latents_at: numbers of tokens after which latents joined.
   """
   tokens: list[int] = dataclasses.field(default_factory=list)
-  log_probabilities: list[float] = dataclasses.field(default_factory=list)
-  ended: str = ''
+  logprobs: list[float] = dataclasses.field(default_factory=list)
+  finish_reason: str = ''
   latents_at: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -82,15 +83,15 @@ class Session:
     completions: what was decoded, by text.
   """
 
-  def __init__(self, generator: Generator, state: State, how: Decoding, seeds: list[int]):
+  def __init__(self, generator: Generator, state: State, options: DecodingOptions, seeds: list[int]):
     """Begins from a state, which is overwritten.
 
     Args:
       seeds: of the texts; rows of the state behind those are filler.
     """
-    self.generator, self.how, self.state, self.policy = generator, how, state, how.policy
+    self.generator, self.options, self.state, self.policy = generator, options, state, options.policy
     if generator.model.coprocessor is None and self.policy != NEVER:
-      generator.counts.begun += 1
+      generator.stats.begun += 1
       self._fail('there is no coprocessor')
       self.policy = NEVER
     batch = len(state.position)
@@ -99,7 +100,7 @@ class Session:
     seeds = np.array(seeds + [0] * (batch - len(seeds)), np.uint32)
     self.keys = jax.vmap(jax.random.key)(generator.place(seeds))
     self.count = 0
-    self.base, self.base_count, self.attempt = None, 0, None
+    self.base, self.base_count, self.augmentation = None, 0, None
     self.attached, self.asked, self.opened = np.zeros((3, batch), bool)
     self.gate_from = np.zeros(batch, np.int32)
 
@@ -112,10 +113,10 @@ class Session:
         self._join()
       if self._decode():
         yield self.completions
-      if self.asked.any() and self.attempt is None:
+      if self.asked.any() and self.augmentation is None:
         self._begin()  # after a token, which does not have to wait for the coprocessor to start
     if self.asked.any():
-      self.generator.counts.late += 1
+      self.generator.stats.late += 1
 
   def _ask(self) -> None:
     """Takes the plain states of the texts that are to deliberate now, if there are any."""
@@ -123,14 +124,14 @@ class Session:
     self.asked = self.active & (everywhere | self.opened)
     if not self.asked.any():
       return
-    self.generator.counts.begun += 1
+    self.generator.stats.begun += 1
     try:
       self._part()
     except RuntimeError as error:  # as where there is no memory for another cache
       self._fail(f'there is no plain cache to make them from: {error}')
       self._settle()
       return
-    if self.how.arrival.delay == 0:
+    if self.options.timing.delay == 0:
       self._begin()
 
   def _part(self) -> None:
@@ -142,24 +143,24 @@ class Session:
       plain = self.generator.choose(
           self.attached, self.generator.read_on(self.base, since), state)
       state = self.generator.choose(again, plain, state)
-    elif self.how.arrival.delay != 0:
+    elif self.options.timing.delay != 0:
       state = copied(plain)
     self.state, self.attached = state, self.attached & ~again
     self.base, self.base_count = plain, self.count
 
   def _begin(self) -> None:
-    self.attempt = Attempt(self.generator.augment, self.base, self.how.arrival.timeout)
+    self.augmentation = BackgroundAugmentation(self.generator.augment, self.base, self.options.timing.timeout)
 
   def _is_time(self) -> bool:
-    if self.attempt is None:
+    if self.augmentation is None:
       return False
-    delay = self.how.arrival.delay
-    return self.attempt.is_ready() if delay is None else self.count >= self.base_count + delay
+    delay = self.options.timing.delay
+    return self.augmentation.is_ready() if delay is None else self.count >= self.base_count + delay
 
   def _join(self) -> None:
     """Attaches the latents that were awaited, or goes on without."""
     try:
-      augmentation = self.attempt.result()
+      augmentation = self.augmentation.result()
       rows = self.asked & self.active & np.asarray(augmentation.finite)
       if rows.any():
         self.state = self.generator.attach(self.state, augmentation, rows)
@@ -169,7 +170,7 @@ class Session:
       if (self.asked & self.active & ~rows).any():
         self._fail('some are not finite')
       else:
-        self.generator.counts.joined += 1
+        self.generator.stats.joined += 1
       self.attached = self.attached | rows
       for completion, joins in zip(self.completions, rows, strict=False):
         completion.latents_at += [self.count] * bool(joins)
@@ -180,22 +181,22 @@ class Session:
     if not (self.policy.repeats and self.attached.any()):
       self.base = None
     self.gate_from[self.asked] = self.count + self.policy.apart
-    self.asked, self.attempt = np.zeros_like(self.asked), None
+    self.asked, self.augmentation = np.zeros_like(self.asked), None
 
   def _fail(self, reason: str) -> None:
-    self.generator.counts.failed += 1
+    self.generator.stats.failed += 1
     self.generator.warn(reason)
 
   def _limit(self) -> int:
     """Tokens until the host must look again."""
-    stops = [BLOCK, self.how.max_tokens - self.count]
+    stops = [BLOCK, self.options.max_tokens - self.count]
     following = self.policy.next_stop(self.count + 1)
     if following is not None:
       stops.append(following - self.count)
-    if not self.count or (self.asked.any() and self.attempt is None):
+    if not self.count or (self.asked.any() and self.augmentation is None):
       stops.append(1)
     elif self.asked.any():
-      delay = self.how.arrival.delay
+      delay = self.options.timing.delay
       stops.append(1 if delay is None else self.base_count + delay - self.count)
     return min(stops)
 
@@ -207,70 +208,70 @@ class Session:
     self.state, decoded = self.generator.decode(
         self.state, self.keys, np.int32(self.count), self.generator.place(self.active),
         np.int32(self._limit()), threshold, self.policy.gate,
-        self.generator.place(self.gate_from), sampling=self.how.sampling, size=BLOCK,
-        eos=self.how.eos)
+        self.generator.place(self.gate_from), sampling=self.options.sampling, size=BLOCK,
+        eos=self.options.eos)
     decoded = jax.device_get(decoded)
     self.count += int(decoded.steps)
     self.opened = decoded.opened
     for number, completion in enumerate(self.completions):
       for step in range(decoded.steps):
-        if completion.ended:
+        if completion.finish_reason:
           break
         self._add(completion, int(decoded.tokens[step, number]),
-                  float(decoded.log_probabilities[step, number]))
-      self.active[number] = not completion.ended
+                  float(decoded.logprobs[step, number]))
+      self.active[number] = not completion.finish_reason
     return int(decoded.steps)
 
-  def _add(self, completion: Completion, token: int, log_probability: float) -> None:
+  def _add(self, completion: Completion, token: int, logprob: float) -> None:
     completion.tokens.append(token)
-    completion.log_probabilities.append(log_probability)
-    if token == self.how.eos:
-      completion.ended = 'eos'
-    elif self.how.stop is not None and self.how.stop(completion.tokens):
-      completion.ended = 'stop'
-    elif len(completion.tokens) == self.how.max_tokens:
-      completion.ended = 'length'
+    completion.logprobs.append(logprob)
+    if token == self.options.eos:
+      completion.finish_reason = 'eos'
+    elif self.options.stop is not None and self.options.stop(completion.tokens):
+      completion.finish_reason = 'stop'
+    elif len(completion.tokens) == self.options.max_tokens:
+      completion.finish_reason = 'length'
 
 
-def generate(generator: Generator, texts: Prompts | State, how: Decoding,
+def generate(generator: Generator, texts: Prompts | State, options: DecodingOptions,
              seeds: Sequence[int] | None = None) -> list[Completion]:
   """Decodes to the end; see `stream`."""
-  *_, completions = stream(generator, texts, how, seeds)
+  *_, completions = stream(generator, texts, options, seeds)
   return completions
 
 
-def stream(generator: Generator, texts: Prompts | State, how: Decoding,
+def stream(generator: Generator, texts: Prompts | State, options: DecodingOptions,
            seeds: Sequence[int] | None = None) -> Iterator[list[Completion]]:
   """Checks everything, then decodes a block of tokens at a time.
 
   Args:
     generator: the decoder.
     texts: prompts; or a state, which stays as it is.
-    how: what to do.
+    options: what to do.
     seeds: of the texts; default 0, 1, 2, ... A text is drawn by its own seed, whatever the others.
 
   Returns: an iterator over the same growing completions; the first has one token.
 
   Raises:
-    ValueError: a prompt is bad (see `Generator.read`), too short for latents, or too long for what
+    UserError: a prompt is bad (see `Generator.read`), too short for latents, or too long for what
       is to be decoded; the gate is of another width; or there is not one seed for each.
   """
   given = isinstance(texts, State)
   lengths = np.asarray(texts.lengths) if given else np.array([len(prompt) for prompt in texts])
   if not given:
     check_prompts(texts, np.zeros(len(texts)), generator.model.decoder.config.vocab_size)
-  check_room(lengths, how.max_tokens, generator.model.plan.global_slots)
-  if generator.model.coprocessor is not None and how.policy != NEVER:
+  check_room(lengths, options.max_tokens, generator.model.plan.global_slots)
+  if generator.model.coprocessor is not None and options.policy != NEVER:
     check_anchors(lengths, generator.model.coprocessor.config.first_anchor)
-  width, gate = generator.model.decoder.config.embed_dim, how.policy.gate
+  width, gate = generator.model.decoder.config.embed_dim, options.policy.gate
   if gate is not None and gate.weight.shape != (width,):
-    raise ValueError(f'the weight of the gate has shape {gate.weight.shape}, the decoder asks for '
+    raise UserError(f'the weight of the gate has shape {gate.weight.shape}, the decoder asks for '
                      f'{(width,)}: give a gate that was fitted on this decoder')
   seeds = list(range(len(lengths))) if seeds is None else list(seeds)
   if len(seeds) != len(lengths) or not all(0 <= seed < 2**32 for seed in seeds):
-    raise ValueError(f'{len(seeds)} seeds {seeds[:4]} for {len(lengths)} texts: give one for each, '
+    raise UserError(f'{len(seeds)} seeds {seeds[:4]} for {len(lengths)} texts: give one for each, '
                      'between 0 and 2**32 - 1')
   if given:
-    return Session(generator, copied(texts), how, seeds).run()
+    return Session(generator, copied(texts), options, seeds).run()
   filler = [texts[0]] * (-len(texts) % generator.shards)
-  return Session(generator, generator.read([*texts, *filler]), how, seeds).run()
+  return Session(generator, generator.read([*texts, *filler]), options, seeds).run()

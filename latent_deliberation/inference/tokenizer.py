@@ -7,8 +7,17 @@ from typing import Protocol
 
 import sentencepiece
 
+from latent_deliberation.data.data_config import (
+  BOS_ID,
+  BYTE_VOCABULARY_HASH,
+  BYTE_VOCABULARY_SIZE,
+  EOS_ID,
+  decode_bytes,
+  encode_bytes,
+)
+from latent_deliberation.errors import UserError
+
 BYTES = 'byte'  # what stands for the byte vocabulary where a path is asked for
-_BYTE_EOS, _BYTE_BOS, _SPECIAL_IDS = 1, 2, 4  # as in data/vocabularies.py, which needs TensorFlow
 
 
 class Tokenizer(Protocol):
@@ -30,17 +39,17 @@ class Tokenizer(Protocol):
 
 class ByteTokenizer:
   """UTF-8 bytes as ids from 4 on."""
-  size = _SPECIAL_IDS + 256
-  eos = _BYTE_EOS
-  hash = hashlib.sha256(b'bytes from 4 on').hexdigest()
+  size = BYTE_VOCABULARY_SIZE
+  eos = EOS_ID
+  hash = BYTE_VOCABULARY_HASH
 
   def encode(self, text: str) -> list[int]:
     """See Tokenizer."""
-    return [_BYTE_BOS, *(_SPECIAL_IDS + byte for byte in text.encode())]
+    return [BOS_ID, *encode_bytes(text)]
 
   def decode(self, ids: Sequence[int]) -> str:
     """See Tokenizer; bytes that are no UTF-8 come out as U+FFFD."""
-    return bytes(i - _SPECIAL_IDS for i in ids if i >= _SPECIAL_IDS).decode(errors='replace')
+    return decode_bytes(ids)
 
 
 class SentencePieceTokenizer:
@@ -50,23 +59,23 @@ class SentencePieceTokenizer:
     """Reads the model.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no SentencePiece model, or it has no ids that begin and end a text.
+      UserError: there is no such file.
+      UserError: it is no SentencePiece model, or it has no ids that begin and end a text.
     """
     if not path.is_file():
-      raise FileNotFoundError(f'no vocabulary at {path}: give the path of a SentencePiece model, '
+      raise UserError(f'no vocabulary at {path}: give the path of a SentencePiece model, '
                               f'or {BYTES!r} for the byte vocabulary')
     model = path.read_bytes()
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as error:  # SentencePiece raises what its C++ raises
-      raise ValueError(f'{path} ({len(model)} bytes) is not a SentencePiece model: {error}. Give '
+      raise UserError(f'{path} ({len(model)} bytes) is not a SentencePiece model: {error}. Give '
                        'another path, or delete a damaged file') from error
     self.size = self._model.vocab_size()
     self.eos = self._model.eos_id()
     self.hash = hashlib.sha256(model).hexdigest()
     if self._model.bos_id() < 0 or self.eos < 0:
-      raise ValueError(f'{path}: bos id {self._model.bos_id()}, eos id {self.eos}: a text begins '
+      raise UserError(f'{path}: bos id {self._model.bos_id()}, eos id {self.eos}: a text begins '
                        'and ends with one. Give the vocabulary that the decoder was trained with')
 
   def encode(self, text: str) -> list[int]:
@@ -84,17 +93,17 @@ def open_tokenizer(vocabulary: str | Path) -> Tokenizer:
 
 
 def check_stops(strings: Sequence[str]) -> None:
-  """Raises ValueError where a string that is to end a text is empty."""
+  """Raises UserError where a string that is to end a text is empty."""
   if '' in strings:
-    raise ValueError(f'stop strings {list(strings)}: an empty one would end every text at once; '
+    raise UserError(f'stop strings {list(strings)}: an empty one would end every text at once; '
                      'leave it out')
 
 
 def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-  """Whether decoded tokens have just completed one of some strings: `Decoding.stop`.
+  """Whether decoded tokens have just completed one of some strings: `DecodingOptions.stop`.
 
   Raises:
-    ValueError: a string is empty.
+    UserError: a string is empty.
   """
   check_stops(strings)
   # A token may begin before the string that it completes; a character is 4 tokens (bytes) at most.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, RowTokens, typed
+from latent_deliberation.errors import UserError
 
 
 @struct.dataclass
@@ -60,7 +61,7 @@ class KVCache:
       segments: [B, 1, Q].
     """
     if fresh.keys.shape[2] != 1:
-      raise ValueError(
+      raise UserError(
           f'{fresh.keys.shape[2]} rows of fresh tokens, expected 1: traces of one text are '
           'alternatives, so each continues a cache of its own')
     return KVCache(
@@ -72,11 +73,15 @@ class KVCache:
   def truncate(self, length: int) -> 'KVCache':
     """The first `length` tokens: detaching latents is truncating the cache they were added to."""
     if not 0 <= length <= self.length:
-      raise ValueError(f'cannot truncate a cache of {self.length} tokens to {length}')
+      raise UserError(f'cannot truncate a cache of {self.length} tokens to {length}')
     return KVCache(
         keys=self.keys[:, :, :length], values=self.values[:, :, :length],
         positions=self.positions[:, :length], segments=self.segments[:, :length])
 
+
+# Names of the fused kernel's results, which a remat policy may keep, so that the backward pass
+# need not run the kernel again.
+FUSED_RESULTS = ('attention_mixed', 'attention_lse')
 
 MASKED = -1e30  # finite, so that a query with nothing to see gives zeros and no NaN
 
@@ -86,45 +91,45 @@ MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 
 @struct.dataclass
-class Visibility:
+class AttentionMaskSpec:
   """What rows of fresh tokens may see, beyond causality and the sliding window.
 
   Attributes:
     segments: [B, M, Q] document of each fresh token; a token sees its own document only.
-    horizon: [B, M], or [B, M, Q] where tokens of a row differ, number of leading cached tokens that
+    prefix_length: [B, M], or [B, M, Q] where tokens of a row differ, number of leading cached tokens that
       are seen (by a trace: up to its anchor).
     first: [B, M, Q] index in its row of the first fresh token that each token sees; None for 0.
   """
   segments: Array
-  horizon: Array
+  prefix_length: Array
   first: Array | None = None
 
 
 @typed
-def fresh_mask(positions: RowTokens, visibility: Visibility,
+def fresh_mask(positions: RowTokens, mask_spec: AttentionMaskSpec,
                window: Int[Array, '']) -> Bool[Array, 'B M Q P']:
   """Who sees whom within a row: causal by order in the row, own segment, inside the window."""
   order = jnp.arange(positions.shape[-1])
   causal = order[:, None] >= order
-  same = visibility.segments[..., :, None] == visibility.segments[..., None, :]
+  same = mask_spec.segments[..., :, None] == mask_spec.segments[..., None, :]
   near = positions[..., :, None] - positions[..., None, :] < window
-  real = visibility.segments[..., None, :] > 0
+  real = mask_spec.segments[..., None, :] > 0
   visible = causal & same & near & real
-  if visibility.first is not None:
-    visible &= order >= visibility.first[..., None]
+  if mask_spec.first is not None:
+    visible &= order >= mask_spec.first[..., None]
   return visible
 
 
 @typed
-def cached_mask(positions: RowTokens, visibility: Visibility, cached_positions: Int[Array, 'B S'],
+def cached_mask(positions: RowTokens, mask_spec: AttentionMaskSpec, cached_positions: Int[Array, 'B S'],
                 cached_segments: Int[Array, 'B S'],
                 window: Int[Array, '']) -> Bool[Array, 'B M Q S']:
-  """Which cached tokens a fresh token sees: up to the horizon, own segment, inside the window."""
+  """Which cached tokens a fresh token sees: up to the prefix_length, own segment, inside the window."""
   order = jnp.arange(cached_positions.shape[-1])
-  horizon = visibility.horizon
-  before = order < (horizon if horizon.ndim == 3 else horizon[..., None])[..., None]
+  prefix_length = mask_spec.prefix_length
+  before = order < (prefix_length if prefix_length.ndim == 3 else prefix_length[..., None])[..., None]
   segments = cached_segments[:, None, None, :]
-  same = visibility.segments[..., None] == segments
+  same = mask_spec.segments[..., None] == segments
   near = positions[..., None] - cached_positions[:, None, None, :] < window
   return before & same & near & (segments > 0)
 
@@ -140,7 +145,7 @@ def attend_visible(
     keys: Float[Array, 'B M Q K H'],
     values: Float[Array, 'B M Q K H'],
     positions: RowTokens,
-    visibility: Visibility,
+    mask_spec: AttentionMaskSpec,
     window: Int[Array, ''],
     cache: KVCache | None = None,
     cap: float | None = None,
@@ -152,10 +157,10 @@ def attend_visible(
     window: [] keys that a query sees, its own included.
     cache: of one layer, [B, S, K, H]; None where rows see nothing but themselves.
   """
-  visible = fresh_mask(positions, visibility, window)
+  visible = fresh_mask(positions, mask_spec, window)
   if cache is not None:
     cached_visible = cached_mask(
-        positions, visibility, cache.positions, cache.segments, window)
+        positions, mask_spec, cache.positions, cache.segments, window)
   length = queries.shape[2]
   block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
 

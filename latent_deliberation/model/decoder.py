@@ -13,7 +13,7 @@ from latent_deliberation.array_types import (
   Tokens,
   typed,
 )
-from latent_deliberation.model.attention import KeysValues, KVCache, Visibility, softcap
+from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues, KVCache, softcap
 from latent_deliberation.model.layers import Embedder, contract
 from latent_deliberation.model.transformer import Transformer
 from latent_deliberation.model.transformer_config import TransformerConfig
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
     positions, segments = positions[:, None], segments[:, None]
     nothing = jnp.zeros((tokens.shape[0], 1), jnp.int32)
     hidden, fresh = self.transform(
-        self.embed(tokens[:, None]), positions, Visibility(segments, nothing))
+        self.embed(tokens[:, None]), positions, AttentionMaskSpec(segments, nothing))
     return hidden[:, 0], KVCache.empty(fresh).append(fresh, positions, segments)
 
   @typed
@@ -70,10 +70,10 @@ class Decoder(nn.Module):
     """Input embeddings, scaled, in the compute dtype."""
     return self.embedder.encode(tokens, self.dtype)
 
-  def transform(self, x: Array, positions: Array, visibility: Visibility,
+  def transform(self, x: Array, positions: Array, mask_spec: AttentionMaskSpec,
                 cache: KVCache | None = None) -> tuple[Array, KeysValues]:
     """The stack on given input embeddings: where latents enter. See Transformer."""
-    return self.transformer(x, positions, visibility, cache)
+    return self.transformer(x, positions, mask_spec, cache)
 
   def logits(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Soft-capped next-token logits, float32."""

@@ -12,6 +12,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Float, Params, Rows, RowTokens, typed
+from latent_deliberation.errors import UserError
 
 
 @struct.dataclass
@@ -51,7 +52,7 @@ class LowRank:
 
   def __post_init__(self):
     if self.rank < 1:
-      raise ValueError(f'lora rank = {self.rank}: at least 1 is needed')
+      raise UserError(f'lora rank = {self.rank}: at least 1 is needed')
 
   @property
   def scale(self) -> float:
@@ -92,15 +93,15 @@ def contract(x: Array, weight: Array, inputs: int = 1,
   return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
 
 
-def multiply(x: Array, weight: Array, inputs: int = 1, rows: bool = True) -> Array:
+def multiply(x: Array, weight: Array, inputs: int = 1, flatten_batch: bool = True) -> Array:
   """Contracts the last `inputs` axes of x with the first ones of a weight.
 
   Args:
-    rows: all else is rows of one matrix. From more axes XLA on a CPU makes a weight's gradient by
+    flatten_batch: all else is rows of one matrix. From more axes XLA on a CPU makes a weight's gradient by
       turning x and the cotangent first, and computes again, element by element, whatever they were
       made from. On a TPU it fuses less and turns more where texts, tokens and heads are so merged.
   """
-  if not rows:
+  if not flatten_batch:
     return jnp.tensordot(x, weight, axes=inputs)
   width = math.prod(weight.shape[:inputs])
   y = jnp.matmul(x.reshape(-1, width), weight.reshape(width, -1))
@@ -129,7 +130,7 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
 class Projection(nn.Module):
   """A linear map from the last `inputs` axes of x to the axes `shape[inputs:]`, without bias.
 
-  Its weight 'w' has the input axes first, as checkpoints have it. Inference may give 'turned'
+  Its weight 'w' has the input axes first, as checkpoints have it. Inference may give 'transposed'
   instead, with the output axes first, which a CPU reads faster; see `contract`.
 
   Attributes:
@@ -137,13 +138,13 @@ class Projection(nn.Module):
     axes: logical names of the same axes.
     inputs: how many leading axes of the weight are contracted.
     lora: adds a low-rank term beside the weight.
-    rows: see `multiply`.
+    flatten_batch: see `multiply`.
   """
   shape: Sequence[int]
   axes: Sequence[str]
   inputs: int = 1
   lora: LowRank | None = None
-  rows: bool = True
+  flatten_batch: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -152,14 +153,14 @@ class Projection(nn.Module):
     init = nn.initializers.variance_scaling(
         1.0, 'fan_in', 'truncated_normal', in_axis=contracted,
         out_axis=tuple(range(inputs, len(shape))))
-    if self.has_variable('params', 'turned'):
-      y = contract(x, self.get_variable('params', 'turned').astype(x.dtype), inputs)
+    if self.has_variable('params', 'transposed'):
+      y = contract(x, self.get_variable('params', 'transposed').astype(x.dtype), inputs)
     else:
       weight = self.param('w', nn.with_logical_partitioning(init, axes), shape)
       if isinstance(weight, Quantised):
         y = multiply_quantised(x, weight, inputs, axes)
       else:
-        y = multiply(x, weight.astype(x.dtype), inputs, self.rows)
+        y = multiply(x, weight.astype(x.dtype), inputs, self.flatten_batch)
     if self.lora is None:
       return y
     rank = self.lora.rank
@@ -169,8 +170,8 @@ class Projection(nn.Module):
     up = self.variable('lora', 'b', lambda: nn.with_logical_partitioning(
         nn.initializers.zeros, ('rank',) + axes[inputs:])(
             self.make_rng('params'), (rank,) + shape[inputs:]))
-    low = multiply(x, down.value.astype(x.dtype), inputs, self.rows)
-    low = multiply(low, up.value.astype(x.dtype), rows=self.rows)
+    low = multiply(x, down.value.astype(x.dtype), inputs, self.flatten_batch)
+    low = multiply(low, up.value.astype(x.dtype), flatten_batch=self.flatten_batch)
     return y + low * self.lora.scale
 
 
@@ -178,20 +179,20 @@ class FeedForward(nn.Module):
   """Gated feed-forward: (gelu(x W_gate) * x W_up) W_down, with the tanh form of gelu."""
   hidden_dim: int
   lora: LowRank | None = None
-  rows: bool = True
+  flatten_batch: bool = True
 
   @nn.compact
   @typed
   def __call__(self, x: Rows) -> Rows:
     width = x.shape[-1]
     into = dict(shape=(width, self.hidden_dim), axes=('embed', 'mlp'), lora=self.lora,
-                rows=self.rows)
+                flatten_batch=self.flatten_batch)
     gate = Projection(**into, name='gate')(x)
     up = Projection(**into, name='up')(x)
     hidden = nn.gelu(gate, approximate=True) * up
     hidden = nn.with_logical_constraint(hidden, ('batch', 'trace', 'length', 'mlp'))
     return Projection((self.hidden_dim, width), ('mlp', 'embed'), lora=self.lora,
-                      rows=self.rows, name='down')(hidden)
+                      flatten_batch=self.flatten_batch, name='down')(hidden)
 
 
 class Embedder(nn.Module):

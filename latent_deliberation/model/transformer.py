@@ -1,5 +1,8 @@
 """The stack of blocks. One call serves every pass: prefill, coprocessor, second pass, decoding."""
 
+import importlib
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +11,14 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from latent_deliberation.array_types import Array, Rows, RowTokens, typed
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import attention, rotary
-from latent_deliberation.model.attention import KeysValues, KVCache, Visibility
-from latent_deliberation.model.kernels import fused_attention, fused_rotary, tiling
+from latent_deliberation.model.attention import (
+  FUSED_RESULTS,
+  AttentionMaskSpec,
+  KeysValues,
+  KVCache,
+)
 from latent_deliberation.model.layers import FeedForward, LowRank, Projection, RMSNorm
 from latent_deliberation.model.transformer_config import TransformerConfig
 
@@ -19,18 +27,22 @@ _NAMED = ('queries', 'keys', 'values', 'feed_forward_out')
 _policies = jax.checkpoint_policies
 
 # What the backward pass keeps of a block beside its input: everything; nothing; what costs most to
-# compute for each byte (for a Gemma-2 2B a third of what 'dots' keeps); every matrix product. The
-# fused kernel's results are not plain attention's, and so are named in attention_fused.
+# compute for each byte (for a Gemma-2 2B a third of what 'dots' keeps); every matrix product.
 REMAT_POLICIES = {
     'none': None,
     'full': _policies.nothing_saveable,
-    'mid': _policies.save_only_these_names(*_NAMED, *fused_attention.SAVED),
+    'mid': _policies.save_only_these_names(*_NAMED, *FUSED_RESULTS),
     'dots': _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(*fused_attention.SAVED)),
+        _policies.save_only_these_names(*FUSED_RESULTS)),
 }
 
 ATTENTIONS = ('plain', 'fused')  # the same functions, computed in two ways
+
+
+def _fused_kernels() -> ModuleType:
+  """The fused functions; imported only where they are asked for, since a CPU needs no Pallas."""
+  return importlib.import_module('latent_deliberation.model.kernels.fused_attention')
 
 
 @struct.dataclass
@@ -69,17 +81,18 @@ class Attention(nn.Module):
   fused: bool = False
 
   @nn.compact
-  def __call__(self, x: Array, positions: Array, visibility: Visibility, traits: LayerTraits,
+  def __call__(self, x: Array, positions: Array, mask_spec: AttentionMaskSpec, traits: LayerTraits,
                cache: KVCache | None) -> tuple[Array, KeysValues]:
     c = self.config
     axes = ('batch', 'trace', 'length', 'heads', 'head_dim')
-    attend, rotate = (
-        (fused_attention.attend_visible, fused_rotary.rotate) if self.fused else
-        (attention.attend_visible, rotary.rotate))
+    if self.fused:
+      attend, rotate = _fused_kernels().attend_visible, _fused_kernels().rotate
+    else:
+      attend, rotate = attention.attend_visible, rotary.rotate
 
     def project(name: str, heads: int, axis: str) -> Array:
       y = Projection((c.embed_dim, heads, c.head_dim), ('embed', axis, 'head_dim'),
-                     lora=self.lora, rows=not self.fused, name=name)(x)
+                     lora=self.lora, flatten_batch=not self.fused, name=name)(x)
       return y.reshape(*positions.shape, heads, c.head_dim)
 
     queries = project('query', c.num_heads, 'heads')
@@ -96,11 +109,11 @@ class Attention(nn.Module):
     # A cache may be kept in another dtype than the one this pass computes in.
     cache = cache and cache.replace(
         keys=cache.keys.astype(x.dtype), values=cache.values.astype(x.dtype))
-    mixed = attend(queries, keys, values, positions, visibility, traits.window, cache,
+    mixed = attend(queries, keys, values, positions, mask_spec, traits.window, cache,
                    c.attention_softcap)
     mixed = mixed.reshape(*x.shape[:3], c.num_heads, c.head_dim)
     out = Projection((c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed'),
-                     inputs=2, lora=self.lora, rows=not self.fused, name='out')(mixed)
+                     inputs=2, lora=self.lora, flatten_batch=not self.fused, name='out')(mixed)
     return out, KeysValues(keys, values)
 
 
@@ -118,11 +131,11 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, layer: tuple[LayerTraits, KVCache | None], positions: Array,
-               visibility: Visibility) -> tuple[Array, KeysValues]:
+               mask_spec: AttentionMaskSpec) -> tuple[Array, KeysValues]:
     traits, cache = layer
     norm = lambda name: RMSNorm(self.config.norm_epsilon, name=name)  # noqa: E731
     mixed, fresh = Attention(self.config, self.lora, self.fused, name='attention')(
-        norm('attention_in')(x), positions, visibility, traits, cache)
+        norm('attention_in')(x), positions, mask_spec, traits, cache)
     if self.config.post_norms:
       mixed = norm('attention_out')(mixed)
     x = x + mixed
@@ -133,7 +146,7 @@ class Block(nn.Module):
       fed = norm('feed_forward_out')(fed)
     x = nn.with_logical_constraint(x + fed, ('batch', 'trace', 'length', 'activation'))
     if self.fused:
-      x = fused_attention.row_major(x)
+      x = _fused_kernels().row_major(x)
     return x, fresh
 
 
@@ -155,18 +168,18 @@ class Transformer(nn.Module):
 
   @nn.compact
   @typed
-  def __call__(self, x: Rows, positions: RowTokens, visibility: Visibility,
+  def __call__(self, x: Rows, positions: RowTokens, mask_spec: AttentionMaskSpec,
                cache: KVCache | None = None) -> tuple[Rows, KeysValues]:
     """Hidden states of fresh tokens after the final norm, and their keys and values.
 
     Args:
       x: [B, M, Q, D] embeddings.
       positions: [B, M, Q] rotary positions.
-      visibility: what the rows may see.
+      mask_spec: what the rows may see.
       cache: of the same B texts; shared by all M rows of a text, and never changed.
     """
     if self.attention not in ATTENTIONS:
-      raise ValueError(f'attention = {self.attention!r}: must be one of {ATTENTIONS}')
+      raise UserError(f'attention = {self.attention!r}: must be one of {ATTENTIONS}')
     block = Block
     if REMAT_POLICIES[self.remat] is not None:
       block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
@@ -179,10 +192,10 @@ class Transformer(nn.Module):
     if self.attention == 'fused':
       # Padded once, in place of every layer's queries, keys and values, and all rows as one: XLA
       # would lay the tokens of a trace outside of the traces, and turn them for each kernel.
-      x, positions, visibility = tiling.pad((x, positions, visibility))
+      x, positions, mask_spec = _fused_kernels().pad((x, positions, mask_spec))
       x = x.reshape(x.shape[0], 1, -1, x.shape[3])
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
-    x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, visibility)
+    x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, mask_spec)
     x = RMSNorm(self.config.norm_epsilon, name='final_norm')(x)
     x = x.reshape(*positions.shape, x.shape[3])
     return x[:, :, :length], jax.tree.map(lambda leaf: leaf[:, :, :, :length], fresh)

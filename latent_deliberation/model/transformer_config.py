@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from latent_deliberation.errors import UserError
+
 LAYER_KINDS = ('local', 'global')
 
 
@@ -60,23 +62,23 @@ class TransformerConfig:
                  'hidden_dim', 'window'):
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'{name} = {value!r}: a decoder needs an integer of at least 1')
+        raise UserError(f'{name} = {value!r}: a decoder needs an integer of at least 1')
     for name in ('attention_softcap', 'final_softcap', 'query_scale', 'rope_base',
                  'rope_local_base', 'rope_scaling', 'norm_epsilon'):
       value = getattr(self, name)
       if value is None and name not in ('rope_base', 'rope_scaling', 'norm_epsilon'):
         continue
       if not isinstance(value, int | float) or not 0 < value < float('inf'):
-        raise ValueError(f'{name} = {value!r}: it must be a finite number above 0')
+        raise UserError(f'{name} = {value!r}: it must be a finite number above 0')
     if self.num_heads % self.num_kv_heads:
-      raise ValueError(
+      raise UserError(
           f'num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}: '
           'every kv head serves the same number of query heads')
     if self.head_dim % 2:
-      raise ValueError(f'head_dim = {self.head_dim} is odd: rotary embeddings turn pairs of it')
+      raise UserError(f'head_dim = {self.head_dim} is odd: rotary embeddings turn pairs of it')
     unknown = set(self.layer_pattern) - set(LAYER_KINDS)
     if unknown or not self.layer_pattern:
-      raise ValueError(
+      raise UserError(
           f'layer_pattern = {self.layer_pattern}: its entries must be among {LAYER_KINDS}')
 
   @property
@@ -88,7 +90,7 @@ class TransformerConfig:
   def last(self, num_layers: int) -> 'TransformerConfig':
     """The architecture of the last layers alone. ValueError: there are not so many, or none."""
     if not 0 < num_layers <= self.num_layers:
-      raise ValueError(f'num_layers = {num_layers}: a decoder of {self.num_layers} layers has 1 to '
+      raise UserError(f'num_layers = {num_layers}: a decoder of {self.num_layers} layers has 1 to '
                        f'{self.num_layers} last ones')
     return dataclasses.replace(
         self, num_layers=num_layers, layer_pattern=self.layer_kinds[-num_layers:])
@@ -143,8 +145,8 @@ PRESETS = {
 
 
 def find_preset(name: str) -> TransformerConfig:
-  """A published size by name. Raises: ValueError with the names that there are."""
+  """A published size by name. Raises: UserError with the names that there are."""
   if name not in PRESETS:
-    raise ValueError(f'{name!r} is neither a directory nor a preset; presets are '
+    raise UserError(f'{name!r} is neither a directory nor a preset; presets are '
                      f'{", ".join(PRESETS)}')
   return PRESETS[name]

@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import whole_directory
 from latent_deliberation.model.checkpoints import google, hugging_face, native
 from latent_deliberation.model.checkpoints.layout import stored_shapes
@@ -75,7 +76,7 @@ class Checkpoint:
     return [name for name in self.source.tensors if name not in self._expected]
 
   def check(self) -> None:
-    """Raises ValueError where the tensors are not those of the config; names all of them."""
+    """Raises UserError where the tensors are not those of the config; names all of them."""
     check_tensors(self.source, self._expected, self._padded, self._is_foreign)
 
   def load(self, shardings: Callable[[PyTree], PyTree] | None = None,
@@ -88,10 +89,10 @@ class Checkpoint:
       dtype: what to keep the weights in; default as stored.
 
     Raises:
-      ValueError: see `check`; or the tensors are damaged.
+      UserError: see `check`; or the tensors are damaged.
     """
     if dtype is not None and str(jnp.dtype(dtype)) not in READABLE:
-      raise ValueError(f'dtype {dtype!r}: weights are kept in one of {READABLE}')
+      raise UserError(f'dtype {dtype!r}: weights are kept in one of {READABLE}')
     self.check()
     boxed = boxed_shapes(self.config)
     placed = (shardings or on_first_device)(boxed)
@@ -127,8 +128,8 @@ def open_checkpoint(path: str | Path, config: TransformerConfig | None = None) -
     config: the architecture, which an orbax checkpoint of sizes that no preset has does not tell.
 
   Raises:
-    FileNotFoundError: there is no decoder.
-    ValueError: what is there is damaged, pickled, or of an architecture that we do not have, or
+    UserError: there is no decoder.
+    UserError: what is there is damaged, pickled, or of an architecture that we do not have, or
       not of `config`.
   """
   checkpoint = _open(Path(path).absolute(), config)
@@ -136,7 +137,7 @@ def open_checkpoint(path: str | Path, config: TransformerConfig | None = None) -
     there, here = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
     lines = [f'  decoder.{key}: {there[key]!r} there, {here[key]!r} in the config'
              for key in there if there[key] != here[key]]
-    raise ValueError('\n'.join([f'the decoder in {path} is another one:', *lines,
+    raise UserError('\n'.join([f'the decoder in {path} is another one:', *lines,
                                 'Change the config, or give the decoder that it means.']))
   return checkpoint
 
@@ -144,7 +145,7 @@ def open_checkpoint(path: str | Path, config: TransformerConfig | None = None) -
 def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
   """The checkpoint in a directory, by what is in it."""
   if not directory.is_dir():
-    raise FileNotFoundError(
+    raise UserError(
         f'{directory} is ' + ('a file: give the directory that it lies in' if directory.exists()
                               else 'not there: give the directory of a decoder'))
   if (directory / native.DESCRIPTION).is_file():
@@ -157,7 +158,7 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
   if len(inner) == 1:  # the library's downloads put the tokenizer beside the checkpoint
     return _open_google(inner[0], config)
   refuse_pickles(directory)
-  raise FileNotFoundError(
+  raise UserError(
       f'{directory} holds no decoder: neither {native.DESCRIPTION}, which launch/pretrain.py '
       f'writes to <workdir>/decoder, nor {hugging_face.CONFIG} and safetensors (Hugging '
       'Face), nor an orbax checkpoint (Google)')
@@ -204,16 +205,16 @@ def save(directory: str | Path, config: TransformerConfig, params: Params, vocab
     tokenizer: a SentencePiece model to lay beside the weights.
 
   Raises:
-    FileExistsError: `directory` exists already; nothing is overwritten.
-    ValueError: an unknown format, an architecture that the format cannot describe, or parameters
+    UserError: `directory` exists already; nothing is overwritten.
+    UserError: an unknown format, an architecture that the format cannot describe, or parameters
       of another architecture.
   """
   if format not in FORMATS:
-    raise ValueError(f'format {format!r}: a decoder is written as one of {FORMATS}')
+    raise UserError(f'format {format!r}: a decoder is written as one of {FORMATS}')
   given = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}
   lines = shape_differences(given, native.shapes(config))
   if lines:
-    raise ValueError('\n'.join(['these parameters are not of this config:', *lines,
+    raise UserError('\n'.join(['these parameters are not of this config:', *lines,
                                 'Give the config that they were made with.']))
   with whole_directory(Path(directory)) as partial:
     if tokenizer is not None and jax.process_index() == 0:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.planning.program import Instruction, Program, array_bytes
 from latent_deliberation.planning.topology import Topology
 
@@ -149,7 +150,7 @@ def read_groups(attributes: str, num_devices: int) -> np.ndarray:
     return devices.reshape(-1, int(np.prod(devices.shape[-len(inside):])))
   if 'replica_groups={}' in attributes:
     return np.arange(num_devices)[None]
-  raise ValueError(f'no replica groups that are known here in {attributes[:200]!r}: '
+  raise UserError(f'no replica groups that are known here in {attributes[:200]!r}: '
                    'latent_deliberation.planning reads the programs of jax 0.10')
 
 

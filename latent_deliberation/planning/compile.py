@@ -59,7 +59,7 @@ def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[M
     output: JSON of a plan, or of a list of them with a CSV and a PNG beside it.
 
   Raises:
-    ValueError: a mesh or a rule does not suit the topology or the sizes.
+    UserError: a mesh or a rule does not suit the topology or the sizes.
   """
   experiment = dataclasses.replace(
       experiment, computation=experiment.computation.on('tpu' if topology.chip else 'cpu'))
@@ -82,7 +82,7 @@ def describe_run(experiment: Experiment, topology: Topology) -> Run:
   """The run of launch/train.py with shapes in the place of weights, its sizes checked.
 
   Raises:
-    ValueError: they do not suit the topology.
+    UserError: they do not suit the topology.
   """
   mesh = make_mesh(experiment.mesh, topology.devices)
   run = describe_training(experiment, Path(), mesh)

@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from latent_deliberation.errors import UserError
+
 # Where the digits in a type's name are not its bits.
 ITEM_BYTES = {'pred': 1, 'token': 0}
 
@@ -121,7 +123,7 @@ def parse(text: str) -> Program:
   """Reads the text of an optimised HLO module.
 
   Raises:
-    ValueError: it is none.
+    UserError: it is none.
   """
   computations, entry, current = {}, None, None
   for line in text.splitlines():
@@ -137,7 +139,7 @@ def parse(text: str) -> Program:
     elif current:  # the metadata of a kernel spans several lines, braces among them
       current[-1] += line
   if entry is None:
-    raise ValueError(f'this is no HLO module, for it has no ENTRY: {text[:60]!r}')
+    raise UserError(f'this is no HLO module, for it has no ENTRY: {text[:60]!r}')
   return Program({name: [_parse_instruction(*_LINE.match(line).groups()) for line in lines]
                   for name, lines in computations.items()}, entry)
 
@@ -161,7 +163,7 @@ def _closing(text: str, opening: int) -> int:
     depth += {'(': 1, ')': -1}.get(text[index], 0)
     if depth == 0:
       return index
-  raise ValueError(f'a parenthesis is never closed: {text[:80]!r}')
+  raise UserError(f'a parenthesis is never closed: {text[:80]!r}')
 
 
 def array_bytes(shape: str, hbm_only: bool = False) -> list[int]:

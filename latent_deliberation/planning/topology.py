@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from latent_deliberation.errors import UserError
+
 _CPU = 'cpu'
 _FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 _CUBIC = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16',
@@ -78,14 +80,14 @@ def prepare(name: str, recipe: Path) -> None:
       plan is of the program that would run, unless this environment has some already.
 
   Raises:
-    ValueError: the name is none of a topology.
+    UserError: the name is none of a topology.
   """
   flags = re.search(r'^LIBTPU_INIT_ARGS=(.*)$', recipe.read_text(), re.MULTILINE)
   os.environ.setdefault('LIBTPU_INIT_ARGS', flags[1])
   kind, _, shape = name.partition(':')
   if kind == _CPU:
     if not shape.isdecimal() or int(shape) < 1:
-      raise ValueError(f'--topology={name}: {_explain()}')
+      raise UserError(f'--topology={name}: {_explain()}')
     jax.config.update('jax_num_cpu_devices', int(shape))
   jax.config.update('jax_platforms', _CPU)  # libtpu is there to compile, and finds no TPU
 
@@ -94,20 +96,20 @@ def find_topology(name: str) -> Topology:
   """The devices of 'v5e:16x16', 'v5p:4x4x8', 'v6e:16x16', ..., or 'cpu:8'; see `prepare`.
 
   Raises:
-    ValueError: there is no such topology; those that there are are listed.
-    RuntimeError: libtpu is not installed, or this process has fewer virtual devices.
+    UserError: there is no such topology; those that there are are listed.
+    UserError: libtpu is not installed, or this process has fewer virtual devices.
   """
   kind, _, shape = name.partition(':')
   if kind == _CPU and shape.isdecimal():
     devices = jax.devices(_CPU)
     if not 1 <= int(shape) <= len(devices):
-      raise RuntimeError(f'{name}: this process has {len(devices)} virtual CPU devices; it would '
+      raise UserError(f'{name}: this process has {len(devices)} virtual CPU devices; it would '
                          'have to be started with more')
     return Topology(name, devices[:int(shape)], None)
   if kind not in CHIPS or shape.count('x') != CHIPS[kind].shapes[0].count('x'):
-    raise ValueError(f'--topology={name}: {_explain()}')
+    raise UserError(f'--topology={name}: {_explain()}')
   if importlib.util.find_spec('libtpu') is None:
-    raise RuntimeError(f"--topology={name} needs TPU's compiler, libtpu, which is not installed: "
+    raise UserError(f"--topology={name} needs TPU's compiler, libtpu, which is not installed: "
                        "pip install -e '.[tpu]', or plan on virtual devices, --topology=cpu:8")
   # One process compiles beside another, and none asks a metadata server what machine this is.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
@@ -115,7 +117,7 @@ def find_topology(name: str) -> Topology:
   try:
     devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
   except (jax.errors.JaxRuntimeError, ValueError) as error:
-    raise ValueError(f'--topology={name}: {str(error).splitlines()[0]}\n{_explain()}') from error
+    raise UserError(f'--topology={name}: {str(error).splitlines()[0]}\n{_explain()}') from error
   return Topology(name, devices, CHIPS[kind])
 
 

@@ -9,10 +9,10 @@ from latent_deliberation.deliberation.flops import head_flops
 from latent_deliberation.evaluation.bootstrap import AheadNLL
 from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
 from latent_deliberation.experiment import TrainingConfig
-from latent_deliberation.studies.scoring import QuestionMeasure, TextMeasure
+from latent_deliberation.paths import METRICS_FILE
+from latent_deliberation.studies.scoring import QuestionScorer, TextScorer
 from latent_deliberation.studies.study_config import LATENTS, Study
 from latent_deliberation.studies.study_result import Arm, Outcomes, control_name
-from latent_deliberation.training.metrics import FILE_NAME as METRICS_FILE
 from latent_deliberation.training.metrics import read_metrics
 
 
@@ -30,7 +30,7 @@ class ScoredRun:
   scores: Mapping[str, Outcomes | AheadNLL]
 
 
-def describe_frozen(study: Study, run: ScoredRun, measure: QuestionMeasure | TextMeasure,
+def describe_frozen(study: Study, run: ScoredRun, scorer: QuestionScorer | TextScorer,
                     seconds: float) -> Arm:
   """The frozen decoder, which was pretrained in `seconds`."""
   experiment = study.experiment
@@ -38,22 +38,22 @@ def describe_frozen(study: Study, run: ScoredRun, measure: QuestionMeasure | Tex
   texts = settings.loop.num_steps * settings.batch_size
   return Arm(
       kind='decoder', trained=run.trained, total=run.total,
-      flops_per_token=flops.answer_flops(model, measure.prompt, measure.answer) / measure.answer,
+      flops_per_token=flops.answer_flops(model, scorer.prompt, scorer.answer) / scorer.answer,
       train_flops=texts * flops.text_flops(model, experiment.data.length),
       seeds=(experiment.seed,), seconds=(seconds,), **_scored([run.scores[BASELINE]]))
 
 
-def describe_chain(study: Study, frozen: Arm, measure: QuestionMeasure, outcomes: Outcomes,
+def describe_chain(study: Study, frozen: Arm, scorer: QuestionScorer, outcomes: Outcomes,
                    tokens: float) -> Arm:
   """The frozen decoder again, behind chains of its own, of so many tokens on average."""
-  answer = flops.answer_flops(study.experiment.decoder, measure.prompt + tokens, measure.answer)
+  answer = flops.answer_flops(study.experiment.decoder, scorer.prompt + tokens, scorer.answer)
   return dataclasses.replace(
       frozen, kind=f'decoder with its own chain, {tokens:.0f} tokens', outcomes=(outcomes,),
-      flops_per_token=(answer + tokens * head_flops(study.experiment.decoder)) / measure.answer)
+      flops_per_token=(answer + tokens * head_flops(study.experiment.decoder)) / scorer.answer)
 
 
 def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
-                 measure: QuestionMeasure | TextMeasure,
+                 scorer: QuestionScorer | TextScorer,
                  seconds: tuple[float, ...]) -> dict[str, Arm]:
   """An arm and its controls, by their names in the report.
 
@@ -64,11 +64,11 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
   experiment, learns = study.variant(name, study.seeds[0]), study.arms[name].learns
   model, config, settings = experiment.decoder, experiment.deliberation, experiment.training
   texts, length = settings.loop.num_steps * settings.batch_size, experiment.data.length
-  answer = flops.answer_flops(model, measure.prompt, measure.answer)
-  training = flops.text_flops(model, length, config.lora_rank if learns == 'adapted' else 0)
-  if learns in (LATENTS, 'unified'):
-    answer += flops.latents_flops(model, config, measure.prompt)
-    training = flops.traces_flops(model, config, length, tuned=learns == 'unified')
+  answer = flops.answer_flops(model, scorer.prompt, scorer.answer)
+  training = flops.text_flops(model, length, config.lora_rank if learns == 'lora' else 0)
+  if learns in (LATENTS, 'joint'):
+    answer += flops.latents_flops(model, config, scorer.prompt)
+    training = flops.traces_flops(model, config, length, tuned=learns == 'joint')
   kind = f'{config.trainable} {config.latents} latents' if learns == LATENTS else learns
   arms = {}
   for control in (BASELINE, OWN, *CONTROLS):  # as the report shows them
@@ -77,7 +77,7 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
     label = name if control in (OWN, BASELINE) else control_name(name, control)
     arms[label] = Arm(
         kind=kind, trained=runs[0].trained, total=runs[0].total,
-        flops_per_token=answer / measure.answer, train_flops=texts * training, seeds=study.seeds,
+        flops_per_token=answer / scorer.answer, train_flops=texts * training, seeds=study.seeds,
         seconds=seconds, note=_describe_budget(study, settings),
         **_scored([run.scores[control] for run in runs]))
   return arms

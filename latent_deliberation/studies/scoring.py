@@ -12,21 +12,21 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import Array, Batch, Params
-from latent_deliberation.data.data_config import VOCABULARY_FILE
-from latent_deliberation.data.loading import validation_texts
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import likeliest
 from latent_deliberation.deliberation.traces import gather_traces
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.bootstrap import AheadNLL
-from latent_deliberation.evaluation.evaluate import score_traces, scored_batches
+from latent_deliberation.evaluation.evaluate import open_held_out, score_traces
 from latent_deliberation.evaluation.perplexity import BASELINE, arm_states
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.passes import Prompts
-from latent_deliberation.inference.session import Decoding, generate
+from latent_deliberation.inference.session import DecodingOptions, generate
 from latent_deliberation.inference.tokenizer import BYTES, open_tokenizer
 from latent_deliberation.models import build_deliberator
+from latent_deliberation.paths import VOCABULARY_FILE
 from latent_deliberation.progress import Progress
 from latent_deliberation.studies.study_config import Study
 from latent_deliberation.studies.study_result import Outcomes
@@ -49,19 +49,19 @@ def write_chains(generator: Generator, prompts: Prompts, sign: Sequence[int], ma
     eos: id that ends a text.
 
   Raises:
-    ValueError: see `generate`.
+    UserError: see `generate`.
   """
   sign = list(sign)
-  how = Decoding(max_tokens, eos=eos, stop=lambda tokens: list(tokens[-len(sign):]) == sign)
+  options = DecodingOptions(max_tokens, eos=eos, stop=lambda tokens: list(tokens[-len(sign):]) == sign)
   order = np.argsort([len(prompt) for prompt in prompts], kind='stable').tolist()
   chains: list[list[int]] = [[] for _ in prompts]
   progress = Progress('Writing chains', 'questions', len(prompts))
   for first in range(0, len(order), batch_size):
     chosen = order[first:first + batch_size]
     filler = [chosen[0]] * (batch_size - len(chosen))  # one shape for all batches
-    written = generate(generator, [prompts[number] for number in [*chosen, *filler]], how)
+    written = generate(generator, [prompts[number] for number in [*chosen, *filler]], options)
     for number, completion in zip(chosen, written, strict=False):
-      ended = completion.ended == 'stop'
+      ended = completion.finish_reason == 'stop'
       chains[number] = completion.tokens if ended else [
           *(token for token in completion.tokens if token != eos), *sign]
     progress.update(first + len(chosen))
@@ -96,16 +96,16 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
     offline: latents come behind the context, before the question is known; otherwise behind it.
 
   Raises:
-    ValueError: there is no question, or one whose latents would come before any token.
+    UserError: there is no question, or one whose latents would come before any token.
   """
   if not parts:
-    raise ValueError('there are no questions: ask for at least 1 of each difficulty')
+    raise UserError('there are no questions: ask for at least 1 of each difficulty')
   lengths = np.array([[len(part) for part in question] for question in parts])
   start, end = lengths[:, :2].sum(axis=1), lengths.sum(axis=1)
   anchors = (lengths[:, 0] if offline else start) - 1
   if anchors.min() < 0 or (end <= start).any():
     wrong = int(np.argmax((anchors < 0) | (end <= start)))
-    raise ValueError(f'question {wrong} has {lengths[wrong].tolist()} tokens of context, question '
+    raise UserError(f'question {wrong} has {lengths[wrong].tolist()} tokens of context, question '
                      'and answer: there must be a token before the latents, and an answer')
   tokens = np.zeros((len(parts), end.max()), np.int32)
   for row, question in zip(tokens, parts, strict=True):
@@ -179,7 +179,7 @@ def score_questions(scorer: Scorer, params: Params, decoder_params: Params,
           for arm, outcomes in scored.items()}
 
 
-class QuestionMeasure:
+class QuestionScorer:
   """Scores arms on the same questions.
 
   Attributes:
@@ -244,15 +244,15 @@ def draw_questions(study: Study) -> tuple[Task, list[Question]]:
   """The task of a study and what it asks; nothing else need be there.
 
   Raises:
-    FileNotFoundError: the file to ask from is absent.
-    ValueError: its content is wrong, or there are too few questions of a difficulty.
+    UserError: the file to ask from is absent.
+    UserError: its content is wrong, or there are too few questions of a difficulty.
   """
   asked, config = study.questions, study.experiment.data
   task = build(config.name, {**config.options, **asked.options})
   questions = task.examine(np.random.default_rng(asked.seed), asked.per_difficulty)
   levels, counts = np.unique([question.difficulty for question in questions], return_counts=True)
   if counts.min() < 2:
-    raise ValueError(f'difficulty {levels[counts.argmin()]} has 1 question, an interval needs at '
+    raise UserError(f'difficulty {levels[counts.argmin()]} has 1 question, an interval needs at '
                      'least 2: ask more of it, or raise questions.per_difficulty')
   return task, questions
 
@@ -261,23 +261,23 @@ def _check_room(study: Study, first: int) -> None:
   for name in study.arms:
     config = study.variant(name, study.seeds[0]).deliberation
     if config.first_anchor > first:
-      raise ValueError(
+      raise UserError(
           f'arms.{name}: {config.num_latents} {config.latents} latents need as many tokens up to '
           f'their anchor, and the shortest question has {first + 1}: lower num_latents, or choose '
           "latents = 'anchored' or 'paper', which stand behind it")
 
 
 def check_same_signs(choices: Mapping[str, DeliberationConfig]) -> None:
-  """Raises ValueError where arms on text would be scored at different anchors."""
+  """Raises UserError where arms on text would be scored at different anchors."""
   (first, expected), *others = ((name, each.anchor_tokens) for name, each in choices.items())
   for name, signs in others:
     if signs != expected:
-      raise ValueError(
+      raise UserError(
           f'arms.{name} has anchor_tokens = {signs}, arms.{first} {expected}: arms are scored on '
           "text at the same anchors, so set them alike in the study's experiment")
 
 
-class TextMeasure:
+class TextScorer:
   """Scores arms on the same held-out text, by ahead position.
 
   Attributes:
@@ -291,8 +291,7 @@ class TextMeasure:
     self._mesh, experiment = mesh, study.experiment
     self.positions = experiment.evaluation.positions
     self.prompt, self.answer = experiment.data.length / 2, float(experiment.evaluation.num_ahead)
-    self._held_out = scored_batches(experiment, data)
-    self._texts = validation_texts(experiment, data, len(self._held_out))
+    self._held_out = open_held_out(experiment, data, mesh)
     # The same traces for all arms and seeds, so that each text's targets are the same.
     self._seed = experiment.seed
     choices = {name: study.variant(name, study.seeds[0]).deliberation for name in study.arms}
@@ -303,12 +302,12 @@ class TextMeasure:
                decoder: Params) -> Mapping[str, AheadNLL]:
     """Sums by text and ahead position for each arm; see `make_scorer`."""
     experiment = dataclasses.replace(experiment, seed=self._seed)
-    scores = score_traces(experiment, arms, params, decoder, self._held_out, self._mesh,
-                          self._first_anchor)
-    return {arm: score.merged(self._texts) for arm, score in scores.items()}
+    scores = score_traces(experiment, arms, params, decoder, self._held_out.batches,
+                          self._mesh, self._first_anchor)
+    return {arm: score.merged(self._held_out.texts) for arm, score in scores.items()}
 
 
-def open_measure(study: Study, data: Path, mesh: Mesh) -> QuestionMeasure | TextMeasure:
-  """The measure that a study asks for, on data that are prepared in `data`."""
-  kind = QuestionMeasure if study.questions.per_difficulty else TextMeasure
+def open_scorer(study: Study, data: Path, mesh: Mesh) -> QuestionScorer | TextScorer:
+  """The scorer that a study asks for, on data that are prepared in `data`."""
+  kind = QuestionScorer if study.questions.per_difficulty else TextScorer
   return kind(study, data, mesh)

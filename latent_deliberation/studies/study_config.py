@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
 from latent_deliberation.experiment import Experiment, bind
 from latent_deliberation.studies.synthetic.documents import build
@@ -20,8 +21,8 @@ class ArmConfig:
 
   Attributes:
     learns: 'latents' of a frozen decoder (a coprocessor, or constant soft tokens: see
-      deliberation.trainable), or a way to tune the decoder itself: 'unified', 'continued' or
-      'adapted' (see studies/tune.py).
+      deliberation.trainable), or a way to tune the decoder itself: 'joint', 'finetuned' or
+      'lora' (see studies/tune.py).
     changes: of the study's experiment, as nested mappings: {'deliberation': {'num_latents': 4}}.
   """
   learns: str = LATENTS
@@ -30,7 +31,7 @@ class ArmConfig:
   def __post_init__(self):
     object.__setattr__(self, 'changes', _merged({}, self.changes))
     if self.learns not in (LATENTS, *TUNINGS):
-      raise ValueError(f'learns = {self.learns!r}: must be one of {(LATENTS, *TUNINGS)}')
+      raise UserError(f'learns = {self.learns!r}: must be one of {(LATENTS, *TUNINGS)}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class QuestionsConfig:
     options: of the synthetic task, where what is asked differs from the text, such as
       {'asked': 'test.txt'}.
     chain_tokens: tokens that the frozen decoder may write before it answers, in an arm of its own
-      called 'chain'; 0 for no such arm. Only the task 'written' teaches chains.
+      called 'chain'; 0 for no such arm. Only the task 'word_problems' teaches chains.
   """
   per_difficulty: int = 0
   batch_size: int = 250
@@ -60,7 +61,7 @@ class QuestionsConfig:
     for name, least in (('per_difficulty', 0), ('batch_size', 2), ('seed', 0),
                         ('chain_tokens', 0)):
       if getattr(self, name) < least:
-        raise ValueError(f'{name} = {getattr(self, name)}: at least {least} is needed')
+        raise UserError(f'{name} = {getattr(self, name)}: at least {least} is needed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Study:
       are called 'shuffled', 'zero' and 'mean', of any other NAME 'NAME/shuffled' and so on.
     seeds: of what the arms train; each has its own initialisation, traces and order of text.
     questions: see QuestionsConfig.
-    lessons: options of the synthetic task by which the text that arms train on differs from the
+    arm_data_options: options of the synthetic task by which the text that arms train on differs from the
       decoder's, such as {'skew': 0.0} for hard questions as often as easy ones. The same for every
-      arm (which part of those rows an arm reads may be its change, training.portion); what is asked
+      arm (which part of those rows an arm reads may be its change, training.row_range_percent); what is asked
       in the end does not depend on it.
   """
   name: str
@@ -82,34 +83,34 @@ class Study:
   arms: Mapping[str, ArmConfig]
   seeds: tuple[int, ...] = (0, 1, 2)
   questions: QuestionsConfig = QuestionsConfig()
-  lessons: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  arm_data_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     object.__setattr__(self, 'seeds', tuple(self.seeds))
-    object.__setattr__(self, 'lessons', dict(self.lessons))
+    object.__setattr__(self, 'arm_data_options', dict(self.arm_data_options))
     if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-      raise ValueError(f'seeds = {self.seeds}: give one or more, all different')
+      raise UserError(f'seeds = {self.seeds}: give one or more, all different')
     if self.questions.per_difficulty and self.experiment.data.source != 'synthetic':
-      raise ValueError(f'questions.per_difficulty = {self.questions.per_difficulty}, but '
+      raise UserError(f'questions.per_difficulty = {self.questions.per_difficulty}, but '
                        f'data.source = {self.experiment.data.source!r} asks no questions: set 0, '
                        "or choose 'synthetic'")
-    self._check_options('lessons', self.lessons)
+    self._check_options('arm_data_options', self.arm_data_options)
     self._check_options('questions.options', self.questions.options)
     asked, name = self.questions, self.experiment.data.name
-    if asked.chain_tokens and not (asked.per_difficulty and name == 'written'):
-      raise ValueError(f'questions.chain_tokens = {asked.chain_tokens}, but chains are for '
-                       f"questions of the task 'written', and here data.name = {name!r} and "
+    if asked.chain_tokens and not (asked.per_difficulty and name == 'word_problems'):
+      raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but chains are for '
+                       f"questions of the task 'word_problems', and here data.name = {name!r} and "
                        f'questions.per_difficulty = {asked.per_difficulty}: set 0')
     if asked.chain_tokens and not build(name, self.experiment.data.options).chains:
-      raise ValueError(f'questions.chain_tokens = {asked.chain_tokens}, but with '
+      raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but with '
                        'data.options.chains = 0 the decoder reads no chain: raise it, or set '
                        'questions.chain_tokens to 0')
     if asked.chain_tokens and self.experiment.computation.frozen_dtype == 'int8':
-      raise ValueError(f'questions.chain_tokens = {asked.chain_tokens}, but generation takes no '
+      raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but generation takes no '
                        "weights of computation.frozen_dtype = 'int8': set one of them otherwise")
     reserved = {BASELINE, CHAIN, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
-      raise ValueError(f'arms are called {sorted(self.arms)}: there must be one, none without a '
+      raise UserError(f'arms are called {sorted(self.arms)}: there must be one, none without a '
                        f'name or with a slash in it, and none of {(BASELINE, CHAIN, *CONTROLS)}')
     object.__setattr__(self, 'arms', {
         name: arm if isinstance(arm, ArmConfig) else bind(arm, ArmConfig, f'arms.{name}')
@@ -122,27 +123,27 @@ class Study:
     if not options:
       return
     if data.source != 'synthetic':
-      raise ValueError(f'{key} = {options}, but data.source = {data.source!r} has no options: '
+      raise UserError(f'{key} = {options}, but data.source = {data.source!r} has no options: '
                        "leave them out, or choose 'synthetic'")
     try:
       build(data.name, {**data.options, **options})
-    except ValueError as error:
-      raise ValueError(f'{key} = {options}: {error}') from error
+    except UserError as error:
+      raise UserError(f'{key} = {options}: {error}') from error
 
   def variant(self, arm: str, seed: int) -> Experiment:
-    """The experiment of one arm with one seed, on the text of `lessons`.
+    """The experiment of one arm with one seed, on the text of `arm_data_options`.
 
     Raises:
-      ValueError: a change names what is not there, is not allowed, or would give the arm another
+      UserError: a change names what is not there, is not allowed, or would give the arm another
         decoder or other packed rows than the others have.
     """
     changes = self.arms[arm].changes
     shared = sorted(set(changes) & set(SHARED))
     if shared:
-      raise ValueError(f'arms.{arm}.changes: {shared} must be the same in every arm; change the '
+      raise UserError(f'arms.{arm}.changes: {shared} must be the same in every arm; change the '
                        "study's experiment")
     config = _merged(dataclasses.asdict(self.experiment), changes)
-    config['data']['options'] |= self.lessons
+    config['data']['options'] |= self.arm_data_options
     return dataclasses.replace(bind(config, where=f'arms.{arm}'), seed=seed)
 
 

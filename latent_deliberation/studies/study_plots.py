@@ -102,7 +102,7 @@ def _scale_changes(axes: Axes, rows: Mapping[str, Any]) -> None:
 
 def plot_diagnostics(diagnostics: Mapping[str, Sequence[Mapping[str, float | None]]],
                      path: Path) -> None:
-  """What was watched during training, a panel for each quantity and a line for each run.
+  """What was eval_batches during training, a panel for each quantity and a line for each run.
 
   Args:
     diagnostics: by run, rows of {'step': ..., quantity: ...}; None where it was not finite.

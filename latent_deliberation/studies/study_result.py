@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.bootstrap import AheadNLL, check_paired
 from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
 
@@ -29,17 +30,17 @@ class Outcomes:
 
   def __post_init__(self):
     if self.nll.ndim != 1 or self.nll.shape != self.correct.shape:
-      raise ValueError(
+      raise UserError(
           f'nll has shape {self.nll.shape}, correct {self.correct.shape}: both must be [items]')
     if self.correct.dtype != bool:
-      raise ValueError(f'correct is {self.correct.dtype}, expected bool: compare before, such as '
+      raise UserError(f'correct is {self.correct.dtype}, expected bool: compare before, such as '
                        'with hits == tokens')
     if not len(self.nll):
-      raise ValueError('0 items, at least 1 is needed: evaluate on more questions')
+      raise UserError('0 items, at least 1 is needed: evaluate on more questions')
     finite = np.isfinite(self.nll)
     if not finite.all():
       item = int(finite.argmin())
-      raise ValueError(
+      raise UserError(
           f'the nll of item {item} is {self.nll[item]}, expected a finite number: the weights or '
           'the computation are broken')
 
@@ -67,7 +68,7 @@ def accuracy(runs: Sequence[Outcomes], samples: int = 2000, seed: int = 0) -> Es
 
   Memory: 16 bytes for each of samples x items.
 
-  Raises: ValueError when the runs have different numbers of items, or fewer than 2.
+  Raises: UserError when the runs have different numbers of items, or fewer than 2.
   """
   check_same_items({'runs': runs})
   return _estimate(_correct(runs), samples, seed)
@@ -103,7 +104,7 @@ def mcnemar(one: Outcomes, other: Outcomes) -> tuple[int, int, float]:
   Returns: questions that `one` alone has right, those that `other` alone has right, and the
     two-sided p-value: were both as good, the first count of n would be binomial(n, 1/2).
 
-  Raises: ValueError when the two have different numbers of items.
+  Raises: UserError when the two have different numbers of items.
   """
   check_same_items({'one': [one], 'other': [other]})
   one_only = int(np.count_nonzero(one.correct & ~other.correct))
@@ -118,15 +119,15 @@ def mcnemar(one: Outcomes, other: Outcomes) -> tuple[int, int, float]:
 
 
 def check_same_items(arms: Mapping[str, Sequence[Outcomes]]) -> None:
-  """Raises ValueError unless every arm has a run, and all runs have equally many items."""
+  """Raises UserError unless every arm has a run, and all runs have equally many items."""
   for name, runs in arms.items():
     if not runs:
-      raise ValueError(f'{name} has 0 runs, at least 1 is needed: give the outcomes of a seed')
+      raise UserError(f'{name} has 0 runs, at least 1 is needed: give the outcomes of a seed')
   first, reference = next((name, len(runs[0].nll)) for name, runs in arms.items())
   for name, runs in arms.items():
     for at, run in enumerate(runs):
       if len(run.nll) != reference:
-        raise ValueError(
+        raise UserError(
             f'run {at} of {name} has {len(run.nll)} items, run 0 of {first} has {reference}: '
             'evaluate all on the same questions')
 
@@ -143,7 +144,7 @@ def _estimate(values: np.ndarray, samples: int, seed: int) -> Estimate:
   """Mean of `values`, [items], and the interval that drawing items anew gives it."""
   items = len(values)
   if items < 2:
-    raise ValueError(
+    raise UserError(
         f'{items} item, an interval needs at least 2: evaluate on more questions')
   low, high = np.percentile(_draw(items, samples, seed) @ values / items, (2.5, 97.5))
   return Estimate(float(values.mean()), float(low), float(high))
@@ -187,14 +188,14 @@ class Arm:
 
   def __post_init__(self):
     if not 0 < self.flops_per_token < math.inf or not 0 <= self.train_flops < math.inf:
-      raise ValueError(f'flops_per_token = {self.flops_per_token}, train_flops = '
+      raise UserError(f'flops_per_token = {self.flops_per_token}, train_flops = '
                        f'{self.train_flops}: must be finite, the first above 0')
     if bool(self.outcomes) == bool(self.text):
-      raise ValueError(f'an arm has {len(self.outcomes)} outcomes and {len(self.text)} scores on '
+      raise UserError(f'an arm has {len(self.outcomes)} outcomes and {len(self.text)} scores on '
                        'text: give one of both, for each seed')
     runs = len(self.outcomes) + len(self.text)
     if not runs == len(self.seeds) == len(self.seconds):
-      raise ValueError(f'an arm has {runs} runs, {len(self.seeds)} seeds and {len(self.seconds)} '
+      raise UserError(f'an arm has {runs} runs, {len(self.seeds)} seeds and {len(self.seconds)} '
                        'seconds: give one of each for every seed')
 
 
@@ -228,15 +229,15 @@ class StudyResult:
 
   def __post_init__(self):
     if next(iter(self.arms), None) != BASELINE:
-      raise ValueError(f'arms {list(self.arms)}: the first must be {BASELINE!r}, to which the '
+      raise UserError(f'arms {list(self.arms)}: the first must be {BASELINE!r}, to which the '
                        'others are compared')
     for name in self.arms:
       if (arm := controlled_arm(name)) is not None and arm not in self.arms:
-        raise ValueError(f'{name!r} is a control of {arm!r}, which is not among the arms '
+        raise UserError(f'{name!r} is a control of {arm!r}, which is not among the arms '
                          f'{list(self.arms)}: name it after its arm, as in ARM/shuffled')
     of_text = [name for name, arm in self.arms.items() if arm.text]
     if of_text and len(of_text) < len(self.arms):
-      raise ValueError(f'of the arms {list(self.arms)} only {of_text} have scores on text, the '
+      raise UserError(f'of the arms {list(self.arms)} only {of_text} have scores on text, the '
                        'others have answers to questions: report them as two studies')
     if of_text:
       self._check_text()
@@ -247,27 +248,27 @@ class StudyResult:
     check_same_items({name: arm.outcomes for name, arm in self.arms.items()})
     items = len(self.arms[BASELINE].outcomes[0].nll)
     if self.positions is not None:
-      raise ValueError(f'positions = {self.positions}, but the arms answered questions: leave '
+      raise UserError(f'positions = {self.positions}, but the arms answered questions: leave '
                        'them None')
     if self.difficulty is None:
       return
     if self.difficulty.shape != (items,) or self.difficulty.dtype.kind not in 'iu':
-      raise ValueError(f'difficulty is {self.difficulty.dtype} {list(self.difficulty.shape)}, '
+      raise UserError(f'difficulty is {self.difficulty.dtype} {list(self.difficulty.shape)}, '
                        f'expected an integer for each of the {items} items')
     levels, counts = np.unique(self.difficulty, return_counts=True)
     if counts.min() < 2:
-      raise ValueError(f'difficulty {levels[counts.argmin()]} has 1 item, an interval needs at '
+      raise UserError(f'difficulty {levels[counts.argmin()]} has 1 item, an interval needs at '
                        'least 2: evaluate on more questions')
 
   def _check_text(self):
     check_paired({f'{name}, seed {seed}': run for name, arm in self.arms.items()
                   for seed, run in zip(arm.seeds, arm.text, strict=True)})
     if self.difficulty is not None:
-      raise ValueError('difficulty is given, but the arms were scored on text: leave it None')
+      raise UserError('difficulty is given, but the arms were scored on text: leave it None')
     length = self.arms[BASELINE].text[0].count.shape[1]
     if not self.positions or list(self.positions) != sorted(
         set(self.positions) & set(range(1, length + 1))):
-      raise ValueError(f'positions = {self.positions}: must be increasing, from 1 to the {length} '
+      raise UserError(f'positions = {self.positions}: must be increasing, from 1 to the {length} '
                        'ahead positions that were scored')
 
 

@@ -10,7 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from latent_deliberation.array_types import Batch
-from latent_deliberation.distributed import first_does
+from latent_deliberation.distributed import run_on_process_zero
+from latent_deliberation.errors import UserError
 from latent_deliberation.training.step import TrainState
 
 
@@ -44,7 +45,7 @@ class Checkpointer:
   def __init__(self, directory: Path, keep: int):
     """Opens or creates `directory`, which keeps the newest `keep` checkpoints."""
     if keep < 1:
-      raise ValueError(f'keep is {keep}; it must be 1 or more, or nothing could be resumed.')
+      raise UserError(f'keep is {keep}; it must be 1 or more, or nothing could be resumed.')
     self.directory = directory.absolute()
     self._saving: int | None = None
     self._manager = ocp.CheckpointManager(
@@ -61,13 +62,13 @@ class Checkpointer:
     """Starts writing a checkpoint. `state` may be donated as soon as this returns.
 
     Raises:
-      ValueError: there is a checkpoint of this step, or of a later one, already.
-      RuntimeError: this save, or the one before it, could not be written.
+      UserError: there is a checkpoint of this step, or of a later one, already.
+      UserError: this save, or the one before it, could not be written.
     """
     self.wait()
     latest = self.latest_step()
     if latest is not None and latest >= step:
-      raise ValueError(f'cannot save step {step}: {self.directory} has one of step {latest}. '
+      raise UserError(f'cannot save step {step}: {self.directory} has one of step {latest}. '
                        'Restore that one first, or use another --workdir.')
     self._saving = step
     with self._failure_named():
@@ -99,14 +100,14 @@ class Checkpointer:
       abstract_state: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have.
       batches: the stream to set to the next batch.
 
-    Raises: ValueError when the checkpoint has other leaves, is of other data or is damaged.
+    Raises: UserError when the checkpoint has other leaves, is of other data or is damaged.
     """
     step = self.latest_step()
     if step is None:
       return None
     place = f'the checkpoint {self.directory / str(step)}'
     if not (self.directory / str(step) / 'about').is_dir():
-      raise ValueError(f"{place} was not written by this project (it has no 'about'): use another "
+      raise UserError(f"{place} was not written by this project (it has no 'about'): use another "
                        '--workdir.')
     with self._damage_explained(step):
       leaves = self._manager.restore(
@@ -128,7 +129,7 @@ class Checkpointer:
       shutil.rmtree(directory, ignore_errors=True)  # left by a save that never became whole
       directory.mkdir(parents=True)
 
-    first_does(f'make {directory}', make_empty)
+    run_on_process_zero(f'make {directory}', make_empty)
     batches.save(directory, step)
 
   def _prune_data(self) -> None:
@@ -148,7 +149,7 @@ class Checkpointer:
     except Exception as error:
       step, self._saving = self._saving, None
       self._manager.reload()  # forgets the failed step, and lists again those it was to replace
-      raise RuntimeError(
+      raise UserError(
           f'the checkpoint of step {step} could not be written to {self.directory}: {error}\n'
           f'{self._describe_whole_steps()} Make it writable or free some space: the same command '
           'then goes on from the newest of them.') from error
@@ -159,7 +160,7 @@ class Checkpointer:
       yield
     except Exception as error:
       folder = self.directory / str(step)
-      raise ValueError(
+      raise UserError(
           f'the checkpoint {folder} cannot be read ({type(error).__name__}: {error}).\n'
           f'{self._describe_whole_steps(before=step)} If its files are damaged, remove {folder}: '
           'the same command then goes on from the newest that is left.') from error
@@ -180,6 +181,6 @@ def _check_same_leaves(place: str, there: Mapping[str, str], here: Mapping[str, 
   lines = [f'  {path}: {there.get(path, absent)} there, {here.get(path, absent)} now'
            for path in sorted(there | here) if there.get(path) != here.get(path)]
   if lines:
-    raise ValueError('\n'.join([
+    raise UserError('\n'.join([
         f'{place} holds another model or optimizer:', *lines[:20],
         f'{len(lines)} leaves differ. Use another --workdir, or the code that wrote it.']))

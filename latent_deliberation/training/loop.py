@@ -14,6 +14,7 @@ from absl import logging
 from orbax.checkpoint import utils as orbax_utils
 
 from latent_deliberation.array_types import Array, Batch, Params
+from latent_deliberation.errors import UserError
 from latent_deliberation.training.checkpointer import Batches, Checkpointer
 from latent_deliberation.training.metrics import MetricsWriter, Pace, format_duration
 from latent_deliberation.training.step import TrainState
@@ -34,7 +35,7 @@ class LoopConfig:
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
       if value < 1:
-        raise ValueError(f'{name} is {value}; it must be 1 or more.')
+        raise UserError(f'{name} is {value}; it must be 1 or more.')
 
 
 class Preempted(SystemExit):
@@ -71,13 +72,13 @@ def train(state: TrainState,
 
   Raises:
     Preempted: after SIGTERM or SIGINT, with the finished step saved.
-    FloatingPointError: the loss or the gradient's norm is not finite; such a state is never saved.
-    ValueError: the state is past the end of the run.
-    RuntimeError: a checkpoint could not be written.
+    UserError: the loss or the gradient's norm is not finite; such a state is never saved.
+    UserError: the state is past the end of the run.
+    UserError: a checkpoint could not be written.
   """
   start = int(state.step)
   if start > config.num_steps:
-    raise ValueError(f'the state is at step {start}, past num_steps {config.num_steps}: '
+    raise UserError(f'the state is at step {start}, past num_steps {config.num_steps}: '
                      'raise num_steps, or use another --workdir.')
   logbook = _Logbook(config, metrics, checkpointer)
   evaluating = start > 0 and _is_due(start, config.eval_every, config)
@@ -149,7 +150,7 @@ class _Logbook:
     values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
     for name in ('loss', 'grad_norm'):
       if not math.isfinite(values[name]):
-        raise FloatingPointError(
+        raise UserError(
             f'{name} is {values[name]} at step {step}. {self._describe_last_good()} The same '
             'command would meet it again: lower the learning rate or clip_norm, in another '
             '--workdir.')

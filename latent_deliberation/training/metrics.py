@@ -10,13 +10,13 @@ from typing import Any, BinaryIO
 import jax
 from absl import logging
 
+from latent_deliberation.paths import METRICS_FILE
+
 # Not clu.metric_writers: it imports TensorFlow, which training machines need not have.
 try:
   from tensorboardX import SummaryWriter
 except ImportError:
   SummaryWriter = None
-
-FILE_NAME = 'metrics.jsonl'
 
 
 class MetricsWriter:
@@ -31,7 +31,7 @@ class MetricsWriter:
     if jax.process_index() != 0:
       return
     directory.mkdir(parents=True, exist_ok=True)
-    self._file = open(directory / FILE_NAME, 'a+b')
+    self._file = open(directory / METRICS_FILE, 'a+b')
     _end_torn_line(self._file)
     if SummaryWriter is not None:
       self._events = SummaryWriter(str(directory / 'tensorboard'))
@@ -66,7 +66,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
   Lines of the same step are joined. Where a resumed run wrote a step again, its values win.
   A line torn by a crash is skipped, with a warning.
 
-  Raises: FileNotFoundError when there is no such file.
+  Raises: UserError when there is no such file.
   """
   steps: dict[int, dict[str, Any]] = {}
   for number, line in enumerate(path.read_text().splitlines(), start=1):

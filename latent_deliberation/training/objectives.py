@@ -46,7 +46,7 @@ def augmentation(deliberator: Deliberator, loss_chunk: int) -> LossFn:
   return loss
 
 
-def unification(deliberator: Deliberator, loss_chunk: int) -> LossFn:
+def joint_training(deliberator: Deliberator, loss_chunk: int) -> LossFn:
   """The loss of `augmentation`, by the decoder's weights and by constant soft tokens at once.
 
   The control of arXiv 2510.00494: one model that learns to use its latents, in the place of two.
@@ -61,7 +61,7 @@ def unification(deliberator: Deliberator, loss_chunk: int) -> LossFn:
   return loss
 
 
-def adaptation(decoder: Decoder, low_rank: LowRank, loss_chunk: int) -> LossFn:
+def lora_training(decoder: Decoder, low_rank: LowRank, loss_chunk: int) -> LossFn:
   """Next-token loss of a frozen decoder, by low-rank adapters on its transformer."""
   next_token = language_modelling(decoder, loss_chunk)
 

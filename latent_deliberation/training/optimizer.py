@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from latent_deliberation.array_types import Array, Params
+from latent_deliberation.errors import UserError
 
 _SHAPES = {
     'constant': jnp.ones_like,
@@ -54,16 +55,16 @@ class OptimizerConfig:
     }
     for name, (demand, met) in demands.items():
       if not met:
-        raise ValueError(f'optimizer.{name} is {getattr(self, name)!r}; it must be {demand}.')
+        raise UserError(f'optimizer.{name} is {getattr(self, name)!r}; it must be {demand}.')
 
 
 def build_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   """The learning rate of each step, as a function of the steps already done.
 
-  Raises: ValueError when warm-up is longer than the run.
+  Raises: UserError when warm-up is longer than the run.
   """
   if config.warmup_steps > num_steps:
-    raise ValueError(f'optimizer.warmup_steps is {config.warmup_steps}, but the run has only '
+    raise UserError(f'optimizer.warmup_steps is {config.warmup_steps}, but the run has only '
                      f'{num_steps} steps: shorten the warm-up or train longer.')
   decay_steps = max(1, num_steps - config.warmup_steps)
   floor = 1.0 if config.schedule == 'constant' else config.final_fraction
@@ -87,7 +88,7 @@ def build_optimizer(config: OptimizerConfig, num_steps: int,
     num_steps: length of the run, which the schedule spans.
     multipliers: top-level key of the parameters -> factor on its learning rate.
 
-  Raises: ValueError when warm-up is longer than the run; from `init`, when the parameters lack the
+  Raises: UserError when warm-up is longer than the run; from `init`, when the parameters lack the
     key of a multiplier.
   """
   return optax.chain(
@@ -111,7 +112,7 @@ def _scale_by_key(multipliers: Mapping[str, float]) -> optax.GradientTransformat
   def init(params: Mapping[str, Params]) -> optax.EmptyState:
     unknown = sorted(set(multipliers) - set(params))
     if unknown:
-      raise ValueError(f'learning-rate multipliers name {unknown}, but the trainable parameters '
+      raise UserError(f'learning-rate multipliers name {unknown}, but the trainable parameters '
                        f'are {sorted(params)}: drop or rename those multipliers.')
     return optax.EmptyState()
 

@@ -9,21 +9,19 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
-from latent_deliberation.data.data_config import VOCABULARY_FILE
 from latent_deliberation.data.loading import (
+  open_batches,
   open_rows,
-  open_stream,
   prepare_data,
   validation_batches,
 )
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.models import build_decoder
+from latent_deliberation.paths import DECODER, VOCABULARY_FILE
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import language_modelling
 from latent_deliberation.training.run import Run, fit
-
-DECODER = 'decoder'
 
 
 def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
@@ -38,17 +36,20 @@ def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
   mesh = make_mesh(experiment.mesh)
   run = describe_pretraining(experiment, workdir, mesh)
   run.check()
-  prepare_data(experiment, data)
-  batches = open_stream(experiment, data, run.section)
-  watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
+  prepare_data(experiment.data, experiment.decoder.vocab_size, data)
+  rows = open_rows(data, 'validation', length=experiment.data.length,
+                   vocab_size=experiment.decoder.vocab_size)
+  batches = open_batches(experiment, data, run.section, mesh)
+  evaluation = experiment.evaluation
+  eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
+                                    experiment.rules)
   loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)
   params = fit(run, batches, loss_fn,
-               {'validation': _validation(experiment, loss_fn, watched, mesh)}, frozen={})
+               {'validation': _validation(experiment, loss_fn, eval_batches, mesh)}, frozen={})
   target = workdir / DECODER
   if not target.exists():
-    vocabulary = open_rows(experiment, data, 'validation').manifest.recipe.vocabulary_hash
     tokenizer = data / VOCABULARY_FILE
-    weights.save(target, experiment.decoder, params, vocabulary,
+    weights.save(target, experiment.decoder, params, rows.manifest.recipe.vocabulary_hash,
                  tokenizer=tokenizer if tokenizer.is_file() else None)
   return target
 
@@ -64,9 +65,9 @@ def describe_pretraining(experiment: Experiment, workdir: Path, mesh: Mesh) -> R
   return Run('pretrain', experiment, workdir, mesh, init=init, frozen_shapes={})
 
 
-def _validation(experiment: Experiment, loss_fn: Callable, watched: list,
+def _validation(experiment: Experiment, loss_fn: Callable, eval_batches: list,
                 mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
-  """Mean next-token loss over the watched validation batches."""
+  """Mean next-token loss over the eval_batches validation batches."""
 
   @jax.jit
   def sums(params: Params, batch: PyTree) -> tuple[Array, Array]:
@@ -75,7 +76,7 @@ def _validation(experiment: Experiment, loss_fn: Callable, watched: list,
 
   def evaluate(params: Params) -> Mapping[str, float]:
     with jax.set_mesh(mesh):
-      scored = [sums(params, place_batch(batch, mesh, experiment.rules)) for batch in watched]
+      scored = [sums(params, place_batch(batch, mesh, experiment.rules)) for batch in eval_batches]
     return {'loss': float(sum(total for total, _ in scored) / sum(count for _, count in scored))}
 
   return evaluate

@@ -15,9 +15,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
-from latent_deliberation.distributed import first_does, wait_for_all
+from latent_deliberation.distributed import barrier, run_on_process_zero
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
 from latent_deliberation.files import make_writable, write_json
+from latent_deliberation.paths import CHECKPOINTS, RUN_FILE, with_current_names
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
 from latent_deliberation.training.checkpointer import Batches, Checkpointer
 from latent_deliberation.training.loop import train
@@ -31,8 +33,6 @@ from latent_deliberation.training.step import (
   make_train_step,
 )
 
-RUN_FILE = 'run.json'
-CHECKPOINTS = 'checkpoints'
 MISSING = '(nothing)'
 
 
@@ -58,7 +58,7 @@ class RunIdentity:
     try:
       self.to_json()
     except TypeError as error:
-      raise ValueError(f'the config of job {self.job!r} cannot be written as JSON ({error}): '
+      raise UserError(f'the config of job {self.job!r} cannot be written as JSON ({error}): '
                        'use dicts, lists, strings, numbers, booleans and None.') from error
 
   def to_json(self) -> dict[str, Any]:
@@ -79,21 +79,21 @@ def claim_workdir(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = 
     identity: the run that wants it.
     free: dotted paths of the config, or of whole sections, that may differ from the earlier launch.
 
-  Raises: ValueError when the directory holds another run, or checkpoints that no run.json explains.
+  Raises: UserError when the directory holds another run, or checkpoints that no run.json explains.
   """
   if ':/' in str(workdir):
-    raise ValueError(f'--workdir is {str(workdir)!r}, which is a URL; it must be a path: mount the '
+    raise UserError(f'--workdir is {str(workdir)!r}, which is a URL; it must be a path: mount the '
                      'bucket (gcsfuse, for instance) and give the path under the mount.')
   path = workdir / RUN_FILE
   if not path.exists() and (workdir / CHECKPOINTS).exists():
-    raise ValueError(f'{workdir / CHECKPOINTS} exists, but {path} does not: these checkpoints are '
+    raise UserError(f'{workdir / CHECKPOINTS} exists, but {path} does not: these checkpoints are '
                      'of an unknown run. Restore the file, or use another --workdir.')
-  wait_for_all(f'{path} looked at')  # before process 0 goes on to make what is refused above
-  first_does(f'write {path}', lambda: _write_once(path, identity))
+  barrier(f'{path} looked at')  # before process 0 goes on to make what is refused above
+  run_on_process_zero(f'write {path}', lambda: _write_once(path, identity))
   try:
     saved = json.loads(path.read_text())
   except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
+    raise UserError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
                      'the file, or use another --workdir.') from error
   check_same_run(str(workdir), saved, identity, free)  # also by the others of a new run
 
@@ -107,9 +107,10 @@ def check_same_run(place: str, saved: Mapping[str, Any], identity: RunIdentity,
                    free: tuple[str, ...]) -> None:
   """Checks that `saved`, the identity found at `place`, is that of this run.
 
-  Raises: ValueError with each key that differs, its two values and the remedy.
+  Raises: UserError with each key that differs, its two values and the remedy.
   """
-  there, here = dict(_leaves(saved)), dict(_leaves(identity.to_json()))
+  there = dict(_leaves(with_current_names(saved)))
+  here = dict(_leaves(identity.to_json()))
   defaults = _leaves({'config': json.loads(json.dumps(identity.defaults))})
   there = {key: value for key, value in defaults if key in here} | there
   prefixes = tuple(f'config.{path}.' for path in free)
@@ -118,7 +119,7 @@ def check_same_run(place: str, saved: Mapping[str, Any], identity: RunIdentity,
            if there.get(key, MISSING) != here.get(key, MISSING)
            and not f'{key}.'.startswith(prefixes)]
   if lines:
-    raise ValueError('\n'.join([
+    raise UserError('\n'.join([
         f'{place} belongs to another run:', *lines,
         'Use another --workdir, or go back to the values that are there.']))
 
@@ -233,7 +234,7 @@ class Run:
         accumulation=settings.accumulation)
 
   def check_sizes(self) -> None:
-    """Raises ValueError where this run does not fit its mesh.
+    """Raises UserError where this run does not fit its mesh.
 
     Batches or sizes do not divide over it, it asks two processes for the same texts of a stream, or
     the warm-up is longer than the run.
@@ -246,8 +247,8 @@ class Run:
       check_own_rows(self.mesh, experiment.rules)
     try:
       _ = self.abstract
-    except ValueError as error:
-      raise ValueError(f'{self.section}: {error}') from error
+    except UserError as error:
+      raise UserError(f'{self.section}: {error}') from error
 
   def check(self, decoder: str = '') -> None:
     """Raises what would stop this run later, as far as it shows without data and weights.
@@ -256,8 +257,8 @@ class Run:
       decoder: fingerprint of the frozen decoder; '' where it is not known yet.
 
     Raises:
-      ValueError: see `check_sizes`; or the directory holds another run.
-      OSError: the directory cannot be written to.
+      UserError: see `check_sizes`; or the directory holds another run.
+      UserError: the directory cannot be written to.
     """
     self.check_sizes()
     make_writable(self.workdir)
@@ -275,8 +276,8 @@ def check_divides(section: str, batch_size: int, accumulation: int, mesh: Mesh,
   """`check_batch`, with the section of the config named in the error."""
   try:
     check_batch(batch_size, accumulation, mesh, experiment.rules)
-  except ValueError as error:
-    raise ValueError(f'{section}: {error}') from error
+  except UserError as error:
+    raise UserError(f'{section}: {error}') from error
 
 
 def fit(run: Run, batches: Batches, loss_fn: LossFn,

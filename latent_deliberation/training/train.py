@@ -9,14 +9,15 @@ from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.data.loading import (
   check_known_vocabulary,
   check_vocabulary,
+  open_batches,
   open_rows,
-  open_stream,
   prepare_data,
   validation_batches,
 )
 from latent_deliberation.deliberation import coprocessor_checkpoint
-from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION, PACKAGE
+from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
 from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
 from latent_deliberation.evaluation.perplexity import BASELINE, OWN, make_scorer, score_texts
 from latent_deliberation.experiment import Experiment
@@ -27,6 +28,7 @@ from latent_deliberation.models import (
   load_stored,
   open_frozen,
 )
+from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.run import Run, fit
@@ -46,34 +48,38 @@ def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data
   Returns: the trained parameters, float32.
 
   Raises:
-    FileExistsError: there is something else at <workdir>/coprocessor.
+    UserError: there is something else at <workdir>/coprocessor.
   """
   mesh = make_mesh(experiment.mesh)
   checkpoint = open_frozen(experiment, decoder)
   run = describe_training(experiment, workdir, mesh)
   run.check(checkpoint.fingerprint)
-  target = workdir / PACKAGE
+  target = workdir / COPROCESSOR
   if target.exists() and not (target / DESCRIPTION).exists():
-    raise FileExistsError(f'{target} is where the trained coprocessor will be written, but holds '
+    raise UserError(f'{target} is where the trained coprocessor will be written, but holds '
                           'something else: use another --workdir, or move it away')
-  check_known_vocabulary(experiment, data, checkpoint)
-  prepare_data(experiment, data)
-  rows = open_rows(experiment, data, 'validation')
+  check_known_vocabulary(experiment.data, data, checkpoint)
+  prepare_data(experiment.data, experiment.decoder.vocab_size, data)
+  rows = open_rows(data, 'validation', length=experiment.data.length,
+                   vocab_size=experiment.decoder.vocab_size)
   check_vocabulary(rows, checkpoint)
   frozen, fingerprint = load_frozen(experiment, checkpoint, mesh)
   deliberator = build_deliberator(experiment)
-  batches = open_stream(experiment, data, run.section)
-  watched = validation_batches(experiment, data, experiment.evaluation.watch_batches)
+  batches = open_batches(experiment, data, run.section, mesh)
+  evaluation = experiment.evaluation
+  eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
+                                    experiment.rules)
   is_rounded = experiment.computation.frozen_dtype == 'int8'
   params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
-               {'validation': _validation(experiment, deliberator, frozen, watched, mesh),
-                'latents': _diagnosis(experiment, deliberator, frozen, watched[0], mesh)},
+               {'validation': _validation(experiment, deliberator, frozen, eval_batches, mesh),
+                'latents': _diagnosis(experiment, deliberator, frozen, eval_batches[0], mesh)},
                frozen=frozen, decoder=fingerprint,
                load_start=(lambda: load_stored(experiment, checkpoint, mesh)) if is_rounded
                else None)
   if not target.exists():
-    coprocessor_checkpoint.save(target, coprocessor_checkpoint.Package(
-        model=experiment.decoder, config=experiment.deliberation, decoder=fingerprint,
+    coprocessor_checkpoint.save(target, coprocessor_checkpoint.CoprocessorCheckpoint(
+        decoder_config=experiment.decoder, config=experiment.deliberation,
+        decoder_fingerprint=fingerprint,
         vocabulary=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
         params=params, frozen_dtype=experiment.computation.frozen_dtype))
   return params
@@ -86,7 +92,7 @@ def describe_training(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:
              frozen_shapes=frozen_shapes(experiment, mesh))
 
 
-def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params, watched: list,
+def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params, eval_batches: list,
                 mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
   """Mean loss on ahead tokens, and what latents and their content change about it."""
   config = deliberator.config
@@ -96,7 +102,7 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
       rules=experiment.rules)
 
   def evaluate(params: Params) -> Mapping[str, float]:
-    placed = (place_batch(batch, mesh, experiment.rules) for batch in watched)
+    placed = (place_batch(batch, mesh, experiment.rules) for batch in eval_batches)
     scores = score_texts(scorer, params, frozen, placed)
     mean = {arm: score.total.sum() / score.count.sum() for arm, score in scores.items()}
     return {'loss': mean[OWN], 'gain': mean[BASELINE] - mean[OWN],
@@ -105,8 +111,8 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
   return evaluate
 
 
-def _diagnosis(experiment: Experiment, deliberator: Deliberator, frozen: Params, watched: Batch,
+def _diagnosis(experiment: Experiment, deliberator: Deliberator, frozen: Params, eval_batches: Batch,
                mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
   """Sizes and effective rank of the latents in one validation batch."""
   diagnose = make_diagnosis(deliberator, mesh, experiment.rules)
-  return lambda params: diagnose(params, frozen, place_batch(watched, mesh, experiment.rules))
+  return lambda params: diagnose(params, frozen, place_batch(eval_batches, mesh, experiment.rules))

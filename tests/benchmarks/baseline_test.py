@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from latent_deliberation.benchmarks.baseline import Peer, alternate
+from latent_deliberation.benchmarks.baseline import Baseline, alternate
+from latent_deliberation.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -34,24 +35,24 @@ def refuse():
 
 
 def test_a_program_is_timed_where_it_runs():
-  with Peer(build_sleepers, 0.0, 0.3) as peer:
-    assert peer.seconds('short') < 0.2 < 0.3 <= peer.seconds('long')
+  with Baseline(build_sleepers, 0.0, 0.3) as baseline:
+    assert baseline.seconds('short') < 0.2 < 0.3 <= baseline.seconds('long')
 
 
 def test_what_fails_over_there_is_told_here():
-  with pytest.raises(RuntimeError, match='OSError: no such weights'):
-    Peer(refuse)
-  with Peer(build_faults) as peer, pytest.raises(RuntimeError, match='IndexError'):
-    peer.seconds('raise')
-  with Peer(build_faults) as peer, pytest.raises(RuntimeError, match='exit code 3'):
-    peer.seconds('end')
+  with pytest.raises(UserError, match='OSError: no such weights'):
+    Baseline(refuse)
+  with Baseline(build_faults) as baseline, pytest.raises(UserError, match='IndexError'):
+    baseline.seconds('raise')
+  with Baseline(build_faults) as baseline, pytest.raises(UserError, match='exit code 3'):
+    baseline.seconds('end')
 
 
 def test_a_process_that_ended_between_two_turns_is_told_as_one_that_ended_in_its_own():
-  with Peer(build_one_that_soon_ends) as peer:
+  with Baseline(build_one_that_soon_ends) as baseline:
     time.sleep(1.0)
-    with pytest.raises(RuntimeError, match='exit code 3'):
-      peer.seconds('never')
+    with pytest.raises(UserError, match='exit code 3'):
+      baseline.seconds('never')
 
 
 def test_turns_alternate_after_a_first_run_of_each():

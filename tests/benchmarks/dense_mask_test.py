@@ -1,17 +1,18 @@
-"""The peers of the benchmark of a step compute what they are compared with."""
+"""The baselines of the benchmark of a step compute what they are compared with."""
 
 import jax
 import numpy as np
 import pytest
 
 from latent_deliberation.benchmarks.dense_mask import check_dense, dense_mask, separate_traces
+from latent_deliberation.errors import UserError
 from latent_deliberation.training.objectives import augmentation
 from tests import tiny
 
 
-@pytest.mark.parametrize('peer, latents', [
+@pytest.mark.parametrize('baseline, latents', [
     (dense_mask, 'paper'), (dense_mask, 'refining'), (separate_traces, 'paper')])
-def test_a_peer_has_the_loss_and_the_gradient_of_the_train_step(peer, latents, batch,
+def test_a_peer_has_the_loss_and_the_gradient_of_the_train_step(baseline, latents, batch,
                                                                 decoder_params):
   deliberator = tiny.deliberator(latents=latents, positions='shift', soft_tokens='free')
   params = tiny.coprocessor_params(deliberator, decoder_params)
@@ -19,7 +20,7 @@ def test_a_peer_has_the_loss_and_the_gradient_of_the_train_step(peer, latents, b
   (total, targets), gradient = jax.jit(jax.value_and_grad(
       augmentation(deliberator, loss_chunk=5), has_aux=True))(params, decoder_params, batch, keys)
   (theirs, their_targets), their_gradient = jax.jit(jax.value_and_grad(
-      peer(deliberator, loss_chunk=5), has_aux=True))(params, decoder_params, batch, keys)
+      baseline(deliberator, loss_chunk=5), has_aux=True))(params, decoder_params, batch, keys)
   assert targets == their_targets
   np.testing.assert_allclose(theirs, total, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4),
@@ -32,7 +33,7 @@ def test_a_peer_has_the_loss_and_the_gradient_of_the_train_step(peer, latents, b
     ({'max_delay': 1, 'num_ahead': 4}, 'deliberation.max_delay = 1')])
 def test_what_the_mask_would_compute_otherwise_is_refused(choices, message):
   deliberator = tiny.deliberator(**choices)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     check_dense(deliberator.decoder.config, deliberator.config)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     dense_mask(deliberator, loss_chunk=5)

@@ -13,7 +13,7 @@ from tests import finished
 
 @pytest.fixture
 def planned(monkeypatch, tmp_path):
-  """Benchmarks a small step whose peer takes given seconds, and three times the memory."""
+  """Benchmarks a small step whose baseline takes given seconds, and three times the memory."""
   plan_step = dense_plan.plan_step
 
   def benchmark(seconds_of_peer):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.cli import convert as job
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import bind
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
@@ -62,7 +63,7 @@ def test_rounding_is_asked_for(exported, tmp_path):
 
 def test_nothing_is_loaded_for_a_target_that_exists(exported, tmp_path, monkeypatch):
   monkeypatch.setattr(weights.Checkpoint, 'load', lambda *unused, **also: pytest.fail('loaded'))
-  with pytest.raises(FileExistsError, match='exists already and is not written over'):
+  with pytest.raises(UserError, match='exists already and is not written over'):
     job.convert(weights.open_checkpoint(exported), tmp_path, 'native')
 
 
@@ -92,5 +93,5 @@ def test_a_config_takes_architecture_and_tokenizer_from_a_directory_or_a_preset(
   assert config.data.vocabulary_path == str(source / weights.TOKENIZER)
   assert bind(config).decoder == weights.open_checkpoint(exported).config
   assert bind(get_config('gemma3_1b')).decoder == PRESETS['gemma3_1b']
-  with pytest.raises(ValueError, match="'gemma9' is neither a directory nor a preset; .*gemma3_1b"):
+  with pytest.raises(UserError, match="'gemma9' is neither a directory nor a preset; .*gemma3_1b"):
     get_config('gemma9')

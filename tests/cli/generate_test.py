@@ -17,14 +17,15 @@ from latent_deliberation.cli.generate import (
   read_prompts,
 )
 from latent_deliberation.data.vocabularies import ByteVocabulary
-from latent_deliberation.inference.background import Arrival
+from latent_deliberation.errors import UserError
+from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.generator import open_generator
 from latent_deliberation.inference.policy import NEVER, ONCE, FittedGate
-from latent_deliberation.inference.session import Decoding
+from latent_deliberation.inference.session import DecodingOptions
 from latent_deliberation.model import weights
 
 PROMPTS = ['Document 3: the', 'the 7th of the forty. the']
-AUGMENTED = Request(Decoding(24, policy=ONCE))
+AUGMENTED = Request(DecodingOptions(24, policy=ONCE))
 
 
 @pytest.fixture(scope='module')
@@ -56,8 +57,8 @@ def test_text_is_that_of_the_tokens_and_json_says_all(opened, capsys):
   for prompt, line in zip(PROMPTS, lines, strict=True):
     assert line['prompt'] == prompt and line['latents_at'] == [0]
     assert line['text'] == ByteVocabulary().decode(line['tokens'])
-    assert len(line['log_probabilities']) == len(line['tokens']) <= 24
-    assert line['ended'] in ('eos', 'length')
+    assert len(line['logprobs']) == len(line['tokens']) <= 24
+    assert line['finish_reason'] in ('eos', 'length')
 
 
 def test_a_stream_is_the_same_text_in_pieces(opened, writer, capsys):
@@ -69,12 +70,12 @@ def test_a_stream_is_the_same_text_in_pieces(opened, writer, capsys):
 
 
 def test_a_stop_string_ends_the_text_before_it_streamed_or_not(opened):
-  whole, = Writer(*opened, Request(Decoding(24))).write(PROMPTS[:1])
+  whole, = Writer(*opened, Request(DecodingOptions(24))).write(PROMPTS[:1])
   # The second one is longer than what a stream has seen when it first looks for it.
   for string in (whole['text'][6:9], whole['text'][:21]):
-    writer = Writer(*opened, Request(Decoding(24), stop=(string, 'never there')))
+    writer = Writer(*opened, Request(DecodingOptions(24), stop=(string, 'never there')))
     found, = writer.write(PROMPTS[:1])
-    assert found['ended'] == 'stop'
+    assert found['finish_reason'] == 'stop'
     assert found['text'] == whole['text'][:whole['text'].index(string)]
     assert ''.join(writer.write_slowly(PROMPTS[0])) == found['text']
 
@@ -83,10 +84,10 @@ def test_comparing_shows_both_with_their_log_probabilities(opened, capsys):
   writer = asked(opened, compared=True)
   result = writer.compare(PROMPTS)[1]
   assert result['plain']['latents_at'] == [] and result['augmented']['latents_at'] == [0]
-  assert result['plain']['log_probabilities'] != result['augmented']['log_probabilities']
+  assert result['plain']['logprobs'] != result['augmented']['logprobs']
   answer(writer, PROMPTS)
   shown = capsys.readouterr().out
-  total = sum(result['plain']['log_probabilities'])
+  total = sum(result['plain']['logprobs'])
   assert f'plain: {total:.2f} nats' in shown and '| with latents: -' in shown
 
 
@@ -118,9 +119,9 @@ def test_prompts_come_from_the_command_line_and_from_files(tmp_path):
     ('a.txt', b'caf\xe9', 'a.txt is not UTF-8 .*: convert it')])
 def test_files_without_good_prompts_are_refused(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     read_prompts([], str(tmp_path / name))
-  with pytest.raises(FileNotFoundError, match='no file'):
+  with pytest.raises(UserError, match='no file'):
     read_prompts([], 'nothing.txt')
 
 
@@ -130,21 +131,21 @@ def test_in_the_background_the_coprocessor_is_compiled_before_the_first_prompt(
   monkeypatch.setattr(opened[0], 'warm_up', order.append)
   monkeypatch.setattr(Writer, 'write', lambda self, prompts: order.append(prompts) or [])
   monkeypatch.setattr(Writer, 'write_slowly', lambda self, prompt: iter([prompt]))
-  how = Decoding(4, policy=ONCE, arrival=Arrival(None))
-  answer(asked(opened, how=how), PROMPTS)
-  answer(asked(opened, how=how, streamed=True), PROMPTS)
+  options = DecodingOptions(4, policy=ONCE, timing=LatentTiming(None))
+  answer(asked(opened, options=options), PROMPTS)
+  answer(asked(opened, options=options, streamed=True), PROMPTS)
   assert order == [2, PROMPTS, 1]
 
 
 @pytest.mark.parametrize('more, message', [
     (dict(as_json=True, streamed=True), 'choose one'),
     (dict(compared=True, streamed=True), 'choose one'),
-    (dict(compared=True, how=Decoding(4, policy=NEVER)), 'give a --coprocessor'),
-    (dict(cache='there', how=Decoding(4, arrival=Arrival(None))), '--background is for latents'),
+    (dict(compared=True, how=DecodingOptions(4, policy=NEVER)), 'give a --coprocessor'),
+    (dict(cache='there', how=DecodingOptions(4, timing=LatentTiming(None))), '--background is for latents'),
     (dict(seed=-1), 'seed = -1: .* between 0 and'),
     (dict(stop=('a', '')), 'an empty one would end')])
 def test_what_cannot_be_done_is_refused_before_a_decoder_is_there(more, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     dataclasses.replace(AUGMENTED, **more)
 
 
@@ -153,28 +154,28 @@ def test_what_does_not_belong_together_is_refused(quickstart, tmp_path):
   config, params = weights.load(decoder)
   vocabulary = weights.open_checkpoint(decoder).vocabulary
   gate = FittedGate(tmp_path, 'abc', ONCE)
-  with pytest.raises(ValueError, match='was fitted on a decoder with fingerprint abc, this one'):
+  with pytest.raises(UserError, match='was fitted on a decoder with fingerprint abc, this one'):
     open_generator(decoder, coprocessor, gate=gate)
   weights.save(tmp_path / 'negative', config, jax.tree.map(np.negative, params), vocabulary)
   weights.save(tmp_path / 'foreign', config, params, 'abc')
   weights.save(tmp_path / 'unknown', config, params)
-  with pytest.raises(ValueError, match='was trained on a decoder with fingerprint'):
+  with pytest.raises(UserError, match='was trained on a decoder with fingerprint'):
     open_generator(tmp_path / 'negative', coprocessor)
-  with pytest.raises(FileNotFoundError, match='holds no trained coprocessor'):
+  with pytest.raises(UserError, match='holds no trained coprocessor'):
     open_generator(decoder, str(tmp_path))
-  with pytest.raises(ValueError, match='was trained with the vocabulary abc, byte is '):
+  with pytest.raises(UserError, match='was trained with the vocabulary abc, byte is '):
     open_generator(tmp_path / 'foreign', vocabulary='byte')
-  with pytest.raises(FileNotFoundError, match='no vocabulary beside the decoder'):
+  with pytest.raises(UserError, match='no vocabulary beside the decoder'):
     open_generator(tmp_path / 'unknown')
   (tmp_path / 'vocabulary.model').write_bytes(b'damaged')
-  with pytest.raises(ValueError, match='is not a SentencePiece model'):
+  with pytest.raises(UserError, match='is not a SentencePiece model'):
     open_generator(tmp_path / 'unknown')
-  with pytest.raises(FileNotFoundError, match='no vocabulary at'):
+  with pytest.raises(UserError, match='no vocabulary at'):
     open_generator(decoder, vocabulary=str(tmp_path / 'nothing'))
 
 
 def test_flags_that_say_when_latents_come_need_a_coprocessor():
-  with pytest.raises(ValueError, match='--every, --gate without a --coprocessor'):
+  with pytest.raises(UserError, match='--every, --gate without a --coprocessor'):
     check_coprocessor('', at=[], every=8, gate='runs/gate')
   assert check_coprocessor('runs/coprocessor', every=8)
   assert not check_coprocessor('none', every=8) and not check_coprocessor('', every=0, gate='')

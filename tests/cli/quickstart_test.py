@@ -10,6 +10,7 @@ from PIL import Image
 
 from latent_deliberation.cli import quickstart as job
 from latent_deliberation.cli.quickstart import quickstart as run_quickstart
+from latent_deliberation.errors import UserError
 from latent_deliberation.training.pretrain import pretrain
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
@@ -94,9 +95,9 @@ def test_what_cannot_be_trained_with_is_refused_before_there_are_data(
     change, message, tmp_path, quickstart):
   experiment = finished.experiment(**change)
   decoder = quickstart / 'pretraining/decoder'
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     run_quickstart(experiment, tmp_path / 'new')
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     if message.startswith('training'):
       train_coprocessor(experiment, decoder, tmp_path / 'new', tmp_path)
     else:
@@ -113,7 +114,7 @@ def test_what_cannot_be_trained_with_is_refused_before_there_are_data(
 def test_what_does_not_fit_eight_devices_is_refused_before_there_are_data(
     change, message, tmp_path):
   assert len(jax.devices()) == 8
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     run_quickstart(finished.experiment(**change), tmp_path)
 
 
@@ -133,19 +134,19 @@ def test_what_can_be_trained_with_goes_on_to_the_data(change, tmp_path, quicksta
 @pytest.mark.usefixtures('no_data', 'one_device')
 def test_a_directory_of_another_run_is_refused_before_there_are_data(quickstart, tmp_path):
   changed = finished.experiment(pretraining__optimizer__learning_rate=0.5)
-  with pytest.raises(ValueError, match='config.pretraining.*_rate: 0.01 there, 0.5 now'):
+  with pytest.raises(UserError, match='config.pretraining.*_rate: 0.01 there, 0.5 now'):
     pretrain(changed, quickstart / 'pretraining', tmp_path)
-  with pytest.raises(ValueError, match='pretraining belongs to another run:.*\n.*0.01 there, 0.5'):
+  with pytest.raises(UserError, match='pretraining belongs to another run:.*\n.*0.01 there, 0.5'):
     run_quickstart(changed, quickstart)
   changed = finished.experiment(deliberation__gate='channel')
-  with pytest.raises(ValueError, match="coprocessor belongs to another run:.*\n.*'matrix' there"):
+  with pytest.raises(UserError, match="coprocessor belongs to another run:.*\n.*'matrix' there"):
     run_quickstart(changed, quickstart)
 
 
 @pytest.mark.usefixtures('no_data', 'one_device')
 def test_a_directory_that_cannot_be_written_to_is_refused_before_there_are_data(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(OSError, match='file/run cannot be written to .*name another directory'):
+  with pytest.raises(UserError, match='file/run cannot be written to .*name another directory'):
     run_quickstart(finished.experiment(), tmp_path / 'file/run')
 
 
@@ -153,5 +154,5 @@ def test_a_directory_that_cannot_be_written_to_is_refused_before_there_are_data(
 def test_too_little_validation_text_for_the_report_is_found_before_anything_is_trained(
     tmp_path, quickstart, monkeypatch):
   monkeypatch.setattr(job, 'pretrain', lambda *unused: pytest.fail('training began'))
-  with pytest.raises(ValueError, match='need 8000 rows, .*: lower evaluation.num_texts'):
+  with pytest.raises(UserError, match='need 8000 rows, .*: lower evaluation.num_texts'):
     run_quickstart(finished.experiment(evaluation__num_texts=8000), tmp_path)

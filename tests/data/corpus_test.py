@@ -6,6 +6,7 @@ import pytest
 
 from latent_deliberation.data.corpus import open_corpus
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.errors import UserError
 
 
 def configure(*files, **fields):
@@ -89,38 +90,38 @@ def test_a_glob_may_name_files_of_any_kind(tmp_path):
 
 
 def test_a_glob_that_matches_nothing_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"no file matches '.*nothing-\*\.txt'"):
+  with pytest.raises(UserError, match=r"no file matches '.*nothing-\*\.txt'"):
     open_corpus(configure(tmp_path / 'nothing-*.txt'))
 
 
 def test_a_directory_without_text_is_named(tmp_path):
   (tmp_path / 'image.png').write_bytes(b'\x89PNG')
-  with pytest.raises(FileNotFoundError, match='no file matches'):
+  with pytest.raises(UserError, match='no file matches'):
     open_corpus(configure(tmp_path))
 
 
 def test_a_corpus_of_empty_files_is_refused(tmp_path):
   for name in ('a.txt', 'b.txt'):
     (tmp_path / name).touch()
-  with pytest.raises(ValueError, match='has 0 documents that are not empty in 2 files'):
+  with pytest.raises(UserError, match='has 0 documents that are not empty in 2 files'):
     open_corpus(configure(tmp_path))
 
 
 def test_a_single_document_cannot_be_split_and_the_remedy_is_named(tmp_path):
   (tmp_path / 'all.txt').write_text('one document')
-  with pytest.raises(ValueError, match='has 1 documents.*needs at least 2.*split -C 64k'):
+  with pytest.raises(UserError, match='has 1 documents.*needs at least 2.*split -C 64k'):
     open_corpus(configure(tmp_path / 'all.txt'))
 
 
 def test_a_binary_file_is_named_with_the_place(tmp_path):
   (write_two(tmp_path) / 'b.txt').write_bytes(b'text\0\1')
-  with pytest.raises(ValueError, match=r'b\.txt: NUL at byte 4'):
+  with pytest.raises(UserError, match=r'b\.txt: NUL at byte 4'):
     open_corpus(configure(tmp_path))
 
 
 def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path):
   (write_two(tmp_path) / 'b.txt').write_bytes('naïve größe'.encode('latin-1'))
-  with pytest.raises(ValueError, match=r'b\.txt: not utf-8 text at byte 2 .*iconv'):
+  with pytest.raises(UserError, match=r'b\.txt: not utf-8 text at byte 2 .*iconv'):
     open_corpus(configure(tmp_path))
 
 
@@ -135,7 +136,7 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path):
 ])
 def test_a_bad_line_is_named(tmp_path, line, message):
   (tmp_path / 'lines.jsonl').write_bytes(b'{"text": "ok"}\n' + line + b'\n{"text": "ok"}\n')
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     open_corpus(configure(tmp_path))
 
 
@@ -171,7 +172,7 @@ def test_sources_may_declare_an_encoding_and_unreadable_ones_are_left_out(small_
 
 def test_an_interpreter_without_sources_is_told_so(tmp_path, monkeypatch):
   monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
-  with pytest.raises(FileNotFoundError, match="use source = 'text'"):
+  with pytest.raises(UserError, match="use source = 'text'"):
     open_corpus(DataConfig())
 
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.errors import UserError
 
 
 def test_the_defaults_read_the_standard_library():
@@ -32,9 +33,9 @@ def test_a_list_of_files_becomes_a_tuple():
     ({'options': {'nodes': 8}}, "options = {'nodes': 8} has no meaning for source = 'stdlib'"),
     ({'documents': 10}, "documents = 10 has no meaning for source = 'stdlib': leave it at 100000"),
     ({'questions': 2}, "questions = 2 has no meaning for source = 'stdlib'"),
-    ({'source': 'synthetic', 'name': 'hops', 'options': 'nodes'}, 'write a mapping'),
-    ({'source': 'synthetic', 'name': 'hops', 'documents': 1}, 'documents = 1: it must lie betw'),
-    ({'source': 'synthetic', 'name': 'hops', 'questions': 0}, 'questions = 0: it must lie betw'),
+    ({'source': 'synthetic', 'name': 'pointer_chasing', 'options': 'nodes'}, 'write a mapping'),
+    ({'source': 'synthetic', 'name': 'pointer_chasing', 'documents': 1}, 'documents = 1: it must lie betw'),
+    ({'source': 'synthetic', 'name': 'pointer_chasing', 'questions': 0}, 'questions = 0: it must lie betw'),
     ({'data_dir': '/data'}, "belongs to source 'tfds', this is 'stdlib'"),
     ({'text_key': ''}, "text_key = ''"),
     ({'vocabulary': 'byte', 'vocabulary_path': 'v.model'}, "vocabulary = 'byte' has no file"),
@@ -49,13 +50,13 @@ def test_a_list_of_files_becomes_a_tuple():
     ({'max_tokens': 255}, 'max_tokens = 255 is less than one row of length = 256'),
 ])
 def test_a_wrong_field_is_named_with_its_value_and_the_remedy(fields, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     DataConfig(**fields)
 
 
 def test_options_of_a_task_are_copied_and_leave_a_configuration_hashable():
   options = {'nodes': 6}
-  config = DataConfig(source='synthetic', name='hops', options=options)
+  config = DataConfig(source='synthetic', name='pointer_chasing', options=options)
   options['nodes'] = 7
   assert config.options == {'nodes': 6}
   assert hash(config) == hash(dataclasses.replace(config))

@@ -7,16 +7,35 @@ import pytest
 
 from latent_deliberation.data import loading
 from latent_deliberation.data.loading import (
+  open_batches,
   open_rows,
-  open_stream,
   prepare_data,
   validation_batches,
 )
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
-from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.paths import METRICS_FILE
+from latent_deliberation.sharding import MeshConfig, make_mesh
+from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.pretrain import pretrain
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
+
+
+def prepare(experiment, directory):
+  prepare_data(experiment.data, experiment.decoder.vocab_size, directory)
+
+
+def open_split(experiment, directory, split='train'):
+  return open_rows(directory, split, length=experiment.data.length,
+                   vocab_size=experiment.decoder.vocab_size)
+
+
+def read_validation(directory, num_batches):
+  experiment = finished.experiment()
+  return validation_batches(
+      open_split(experiment, directory, 'validation'), num_batches,
+      experiment.evaluation.batch_size, make_mesh(experiment.mesh), experiment.rules)
 
 
 def files_of(directory: Path) -> dict[Path, int]:
@@ -26,7 +45,7 @@ def files_of(directory: Path) -> dict[Path, int]:
 def test_data_that_are_there_are_not_made_again(quickstart):
   before = files_of(quickstart / 'rows')
   assert before
-  prepare_data(finished.experiment(), quickstart)
+  prepare(finished.experiment(), quickstart)
   assert files_of(quickstart / 'rows') == before
 
 
@@ -42,15 +61,15 @@ def test_a_corpus_that_is_not_text_is_refused_before_anything_is_trained(
   (texts / 'bad.txt').write_bytes(content)
   (texts / 'empty.txt').write_bytes(b'')
   experiment = finished.experiment(data__files=(str(texts),))
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     pretrain(experiment, tmp_path / 'run', tmp_path / 'run')
   assert not (tmp_path / 'run/rows').exists()
 
 
 def test_files_that_are_not_there_are_named(tmp_path):
   experiment = finished.experiment(data__files=('nothing/*.txt',))
-  with pytest.raises(FileNotFoundError, match="no file matches 'nothing/.*.txt' .*seen from"):
-    prepare_data(experiment, tmp_path)
+  with pytest.raises(UserError, match="no file matches 'nothing/.*.txt' .*seen from"):
+    prepare(experiment, tmp_path)
 
 
 def test_a_vocabulary_that_pads_with_a_token_is_refused(tmp_path, quickstart):
@@ -62,34 +81,34 @@ def test_a_vocabulary_that_pads_with_a_token_is_refused(tmp_path, quickstart):
         model_type='char', vocab_size=17, unk_id=0, bos_id=1, eos_id=2, minloglevel=2)
   experiment = finished.experiment(
       data__vocabulary='sentencepiece', data__vocabulary_path=str(model))
-  with pytest.raises(ValueError, match=f"{model}: id 0 is the token '<unk>' and the pad id is -1"):
-    prepare_data(experiment, tmp_path)
+  with pytest.raises(UserError, match=f"{model}: id 0 is the token '<unk>' and the pad id is -1"):
+    prepare(experiment, tmp_path)
 
 
 def test_rows_of_another_length_or_a_larger_vocabulary_are_refused(quickstart):
-  with pytest.raises(ValueError, match='rows in .* have 64 tokens, data.length is 32: prepare'):
-    open_rows(finished.experiment(data__length=32), quickstart, 'train')
+  with pytest.raises(UserError, match='rows in .* have 64 tokens, data.length is 32: prepare'):
+    open_split(finished.experiment(data__length=32), quickstart)
   experiment = finished.experiment(  # whose size is not known before
       decoder__vocab_size=200, data__vocabulary='sentencepiece', data__vocabulary_path='some.model')
-  with pytest.raises(ValueError, match='vocabulary of 260 pieces, the decoder has 200 embeddings'):
-    open_rows(experiment, quickstart, 'train')
+  with pytest.raises(UserError, match='vocabulary of 260 pieces, the decoder has 200 embeddings'):
+    open_split(experiment, quickstart)
 
 
 def test_more_validation_text_than_there_is_is_refused(quickstart):
-  with pytest.raises(ValueError, match=r'100 validation batches of evaluation.batch_size = 8 need '
+  with pytest.raises(UserError, match=r'100 validation batches of evaluation.batch_size = 8 need '
                      r'800 rows, .* has \d+: lower evaluation.num_texts'):
-    validation_batches(finished.experiment(), quickstart, 100)
+    read_validation(quickstart, 100)
 
 
 def test_validation_is_the_same_at_every_call(quickstart):
-  first, again = (validation_batches(finished.experiment(), quickstart, 2) for _ in range(2))
+  first, again = (read_validation(quickstart, 2) for _ in range(2))
   for one, other in zip(first, again, strict=True):
     np.testing.assert_array_equal(one.tokens, other.tokens)
   assert not np.array_equal(first[0].tokens, first[1].tokens)
 
 
 def test_a_coprocessor_does_not_begin_with_the_rows_that_its_decoder_began_with(quickstart):
-  first = [open_stream(finished.experiment(), quickstart, section)(0).tokens
+  first = [open_batches(finished.experiment(), quickstart, section, make_mesh(MeshConfig()))(0).tokens
            for section in ('pretraining', 'training', 'training')]
   np.testing.assert_array_equal(first[1], first[2])
   assert not np.array_equal(first[0], first[1])
@@ -97,28 +116,28 @@ def test_a_coprocessor_does_not_begin_with_the_rows_that_its_decoder_began_with(
 
 def test_a_decoder_and_its_coprocessor_may_read_different_text(quickstart):
   experiment = finished.experiment(
-      pretraining__portion=(0, 50), training__portion=(50, 100))
-  rows = open_rows(experiment, quickstart, 'train')
+      pretraining__row_range_percent=(0, 50), training__row_range_percent=(50, 100))
+  rows = open_split(experiment, quickstart)
   half = {row.tobytes() for row in rows.take(np.arange(len(rows) // 2)).tokens}
   for section, inside in (('pretraining', True), ('training', False)):
-    batches = open_stream(experiment, quickstart, section)
+    batches = open_batches(experiment, quickstart, section, make_mesh(MeshConfig()))
     assert all((row.tobytes() in half) == inside
                for step in range(4) for row in batches(step).tokens)
 
 
 def test_rows_are_read_where_seqio_is_not_installed(quickstart, tmp_path, monkeypatch):
   monkeypatch.setattr(loading.importlib.util, 'find_spec', lambda name: None)
-  prepare_data(finished.experiment(), quickstart)
-  assert open_stream(finished.experiment(), quickstart, 'training')(0).tokens.shape == (8, 64)
-  with pytest.raises(FileNotFoundError, match='seqio, which would make it, is not installed'):
-    prepare_data(finished.experiment(), tmp_path)
+  prepare(finished.experiment(), quickstart)
+  assert open_batches(finished.experiment(), quickstart, 'training', make_mesh(MeshConfig()))(0).tokens.shape == (8, 64)
+  with pytest.raises(UserError, match='seqio, which would make it, is not installed'):
+    prepare(finished.experiment(), tmp_path)
 
 
 def test_a_directory_that_cannot_be_written_to_is_named_before_the_text_is_read(tmp_path):
   (tmp_path / 'file').write_text('')
   experiment = finished.experiment(data__files=('nothing/*.txt',))
-  with pytest.raises(OSError, match='file/data cannot be written to .*: name another directory'):
-    prepare_data(experiment, tmp_path / 'file/data')
+  with pytest.raises(UserError, match='file/data cannot be written to .*: name another directory'):
+    prepare(experiment, tmp_path / 'file/data')
 
 
 @pytest.mark.slow
@@ -129,7 +148,7 @@ def test_a_decoder_and_a_coprocessor_are_trained_on_a_stream(tmp_path, quickstar
   train_coprocessor(experiment, decoder, tmp_path / 'coprocessor', tmp_path)
   assert not (tmp_path / 'rows/train').exists()
   for run, steps in (('decoder', 4), ('coprocessor', 2)):
-    losses = [row['loss'] for row in read_metrics(tmp_path / run / FILE_NAME)]
+    losses = [row['loss'] for row in read_metrics(tmp_path / run / METRICS_FILE)]
     assert len(losses) == steps and np.isfinite(losses).all()
   assert list((tmp_path / 'coprocessor/checkpoints/data/2').rglob('iterator*'))
 
@@ -140,8 +159,8 @@ def test_a_decoder_and_a_coprocessor_are_trained_on_a_stream(tmp_path, quickstar
      'data.vocabulary_size: 300 pieces, but decoder.vocab_size.* 260')])
 def test_a_vocabulary_that_does_not_fit_the_decoder_is_refused_before_any_work(
     overrides, message, tmp_path):
-  with pytest.raises(ValueError, match=message):
-    prepare_data(finished.experiment(**overrides), tmp_path / 'data')
+  with pytest.raises(UserError, match=message):
+    prepare(finished.experiment(**overrides), tmp_path / 'data')
   assert not (tmp_path / 'data').exists()
 
 
@@ -151,7 +170,7 @@ def test_no_vocabulary_is_made_for_a_decoder_that_has_one_already(tmp_path, quic
   config, params = weights.load(quickstart / 'pretraining/decoder')
   weights.save(tmp_path / 'decoder', config, params, format='huggingface')
   experiment = finished.experiment(data__vocabulary='sentencepiece', data__vocabulary_size=262)
-  with pytest.raises(ValueError, match='decoder does not say with which vocabulary it was trained'):
+  with pytest.raises(UserError, match='decoder does not say with which vocabulary it was trained'):
     train_coprocessor(experiment, tmp_path / 'decoder', tmp_path / 'run', tmp_path / 'data')
   assert not (tmp_path / 'data').exists()
 
@@ -174,6 +193,6 @@ def test_a_tokenizer_that_does_not_fit_the_decoder_is_refused_before_any_work(
   experiment = finished.experiment(
       data__vocabulary='sentencepiece', data__vocabulary_path=str(path),
       decoder__vocab_size=vocab_size)
-  with pytest.raises(ValueError, match=message.replace('320', str(pieces))):
-    prepare_data(experiment, tmp_path / 'data')
+  with pytest.raises(UserError, match=message.replace('320', str(pieces))):
+    prepare(experiment, tmp_path / 'data')
   assert not (tmp_path / 'data').exists()

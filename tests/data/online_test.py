@@ -8,6 +8,7 @@ from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.online import OnlineBatches
 from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.vocabularies import ByteVocabulary
+from latent_deliberation.errors import UserError
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_state_of_another_stream_is_refused_with_both(config, tmp_path, argume
   batches = OnlineBatches(config, tmp_path, 4, 0)
   batches(0)
   batches.save(tmp_path / 'state', 1)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     OnlineBatches(config, tmp_path, *arguments).restore(tmp_path / 'state', 1)
 
 
@@ -94,23 +95,23 @@ def test_a_state_of_fewer_hosts_is_refused_by_those_that_had_none_too(config, tm
   batches.save(tmp_path / 'state', 0)
   later = OnlineBatches(config, tmp_path, 4, 0, 1, 2)
   assert later.fingerprint == batches.fingerprint
-  with pytest.raises(ValueError, match='process_count: saved 1, now 2'):
+  with pytest.raises(UserError, match='process_count: saved 1, now 2'):
     later.restore(tmp_path / 'state', 0)
 
 
 def test_a_missing_state_is_named(config, tmp_path):
-  with pytest.raises(FileNotFoundError, match='no data state for step 5'):
+  with pytest.raises(UserError, match='no data state for step 5'):
     OnlineBatches(config, tmp_path, 4, 0).restore(tmp_path / 'state', 5)
 
 
 def test_steps_come_in_order(config, tmp_path):
   batches = OnlineBatches(config, tmp_path, 4, 0)
-  with pytest.raises(ValueError, match='step 1 asked for, but the stream stands at 0'):
+  with pytest.raises(UserError, match='step 1 asked for, but the stream stands at 0'):
     batches(1)
   batches(0)
-  with pytest.raises(ValueError, match='step 0 asked for, but the stream stands at 1'):
+  with pytest.raises(UserError, match='step 0 asked for, but the stream stands at 1'):
     batches(0)
-  with pytest.raises(ValueError, match='step 5 cannot be saved, the stream stands at 1'):
+  with pytest.raises(UserError, match='step 5 cannot be saved, the stream stands at 1'):
     batches.save(tmp_path / 'state', 5)
 
 
@@ -123,7 +124,7 @@ def test_saving_a_step_again_changes_nothing_and_never_overwrites_another_run(co
   assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'state').rglob('*')} == before
   other = OnlineBatches(config, tmp_path, 4, 1)
   other(0)
-  with pytest.raises(ValueError, match='seed: saved 0, now 1'):
+  with pytest.raises(UserError, match='seed: saved 0, now 1'):
     other.save(tmp_path / 'state', 1)
 
 
@@ -135,9 +136,9 @@ def test_a_saved_state_is_whole_or_absent(config, tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(online, 'write_whole', full)
-    with pytest.raises(OSError, match='No space'):
+    with pytest.raises(UserError, match='No space'):
       batches.save(tmp_path / 'state', 0)
-  with pytest.raises(FileNotFoundError, match='no data state for step 0'):
+  with pytest.raises(UserError, match='no data state for step 0'):
     batches.restore(tmp_path / 'state', 0)
   batches.save(tmp_path / 'state', 0)
   batches.restore(tmp_path / 'state', 0)
@@ -145,5 +146,5 @@ def test_a_saved_state_is_whole_or_absent(config, tmp_path, monkeypatch):
 
 
 def test_a_batch_that_hosts_cannot_share_is_refused(config, tmp_path):
-  with pytest.raises(ValueError, match='batch_size = 4 cannot be divided among 3 hosts'):
+  with pytest.raises(UserError, match='batch_size = 4 cannot be divided among 3 hosts'):
     OnlineBatches(config, tmp_path, 4, 0, 0, 3)

@@ -14,6 +14,7 @@ from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.tasks import Documents
 from latent_deliberation.data.vocabularies import ByteVocabulary, load_vocabulary
+from latent_deliberation.errors import UserError
 
 
 def local(corpus_directory, **fields):
@@ -112,7 +113,7 @@ def test_rows_of_another_configuration_are_refused_with_both_values(
     corpus_directory, tmp_path, fields, message):
   directory = prepare(local(corpus_directory), tmp_path)
   before = PackedRows(directory / 'train').fingerprint
-  with pytest.raises(ValueError, match=f'{message}.*another work directory'):
+  with pytest.raises(UserError, match=f'{message}.*another work directory'):
     prepare(local(corpus_directory, **fields), tmp_path)
   assert PackedRows(directory / 'train').fingerprint == before
 
@@ -122,7 +123,7 @@ def test_rows_of_a_changed_corpus_are_refused(corpus_directory, tmp_path):
   shutil.copytree(corpus_directory, copy)
   prepare(local(copy), tmp_path / 'work')
   (copy / 'odd' / '1.txt').write_text('changed')
-  with pytest.raises(ValueError, match='source_fingerprint: packed '):
+  with pytest.raises(UserError, match='source_fingerprint: packed '):
     prepare(local(copy), tmp_path / 'work')
 
 
@@ -135,12 +136,12 @@ def test_rows_whose_source_stayed_elsewhere_are_taken_if_they_are_whole(
   with caplog.at_level('WARNING'):
     assert prepare(local(texts), workdir) == directory
   assert 'no file matches' in caplog.text and 'are taken as they are' in caplog.text
-  with pytest.raises(ValueError, match='seed: packed 0, configured 1'):
+  with pytest.raises(UserError, match='seed: packed 0, configured 1'):
     prepare(local(texts, seed=1), workdir)
-  with pytest.raises(FileNotFoundError, match='no file matches'):
+  with pytest.raises(UserError, match='no file matches'):
     prepare(local(texts, mode='online'), workdir)
   shutil.rmtree(directory / 'validation')
-  with pytest.raises(FileNotFoundError, match='no file matches'):
+  with pytest.raises(UserError, match='no file matches'):
     prepare(local(texts), workdir)
 
 
@@ -169,7 +170,7 @@ def test_packed_rows_are_never_overwritten(corpus_directory, tmp_path):
   config = local(corpus_directory)
   directory = prepare(config, tmp_path)
   documents = Documents.open(config, tmp_path)
-  with pytest.raises(FileExistsError, match='train is there already'):
+  with pytest.raises(UserError, match='train is there already'):
     pack(documents, documents.recipe(config, 'train'), directory)
 
 
@@ -209,7 +210,7 @@ def test_up_to_a_limit_training_text_repeats_at_its_rates_and_validation_does_no
 
 def test_a_split_without_a_token_is_refused(tmp_path):
   config = add_mixture('empty', [(['', ''], 1.0)])
-  with pytest.raises(ValueError, match="empty has no token in split 'train'"):
+  with pytest.raises(UserError, match="empty has no token in split 'train'"):
     prepare(config, tmp_path)
   assert list((tmp_path / 'rows').iterdir()) == []
 

@@ -16,6 +16,7 @@ from latent_deliberation.data.rows import (
   Recipe,
   positions_in_segments,
 )
+from latent_deliberation.errors import UserError
 
 RECIPE = Recipe(task='t', split='train', source_fingerprint='s', vocabulary_hash='v',
                 vocabulary_size=100, length=6, seed=0, max_tokens=0)
@@ -83,28 +84,28 @@ def test_the_fingerprint_follows_the_contents(tmp_path):
 
 
 def test_a_folder_without_rows_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r'no packed rows in .*manifest.json is missing'):
+  with pytest.raises(UserError, match=r'no packed rows in .*manifest.json is missing'):
     PackedRows(tmp_path)
 
 
 @pytest.mark.parametrize('content', [b'', b'{}', b'[]', b'{"format_version": 1, "rows": 3}'])
 def test_a_foreign_manifest_is_named(directory, content):
   (directory / MANIFEST_FILE).write_bytes(content)
-  with pytest.raises(ValueError, match='manifest.json is not a manifest of packed rows'):
+  with pytest.raises(UserError, match='manifest.json is not a manifest of packed rows'):
     PackedRows(directory)
 
 
 def test_another_format_version_is_refused_with_both(directory):
   fields = json.loads((directory / MANIFEST_FILE).read_text()) | {'format_version': 7, 'new': 1}
   (directory / MANIFEST_FILE).write_text(json.dumps(fields))
-  with pytest.raises(ValueError, match='format version 7, this code reads 1'):
+  with pytest.raises(UserError, match='format version 7, this code reads 1'):
     PackedRows(directory)
 
 
 @pytest.mark.parametrize('kind', ['tokens', 'segments'])
 def test_a_missing_file_is_named(directory, kind):
   (directory / f'{kind}-00002.npy').unlink()
-  with pytest.raises(FileNotFoundError, match=f'{kind}-00002.npy is missing'):
+  with pytest.raises(UserError, match=f'{kind}-00002.npy is missing'):
     PackedRows(directory)
 
 
@@ -112,14 +113,14 @@ def test_a_missing_file_is_named(directory, kind):
 def test_a_truncated_file_is_named(directory, size):
   path = directory / 'tokens-00001.npy'
   path.write_bytes(path.read_bytes()[:size])
-  with pytest.raises(ValueError, match=r'tokens-00001.npy \(\d+ bytes\) is truncated'):
+  with pytest.raises(UserError, match=r'tokens-00001.npy \(\d+ bytes\) is truncated'):
     PackedRows(directory)
 
 
 @pytest.mark.parametrize('array', [np.zeros((4, 7), np.uint16), np.zeros((4, 6), np.int32)])
 def test_a_file_of_another_packing_is_refused_with_both_shapes(directory, array):
   np.save(directory / 'tokens-00001.npy', array)
-  with pytest.raises(ValueError, match=r'promises uint16 \[4, 6\]'):
+  with pytest.raises(UserError, match=r'promises uint16 \[4, 6\]'):
     PackedRows(directory)
 
 
@@ -158,38 +159,38 @@ def test_a_host_reads_its_rows_of_the_same_global_batch(directory, mine):
 
 
 def test_an_empty_batch_is_refused(directory):
-  with pytest.raises(ValueError, match='batch_size = 0: at least 1'):
+  with pytest.raises(UserError, match='batch_size = 0: at least 1'):
     PermutedBatches(PackedRows(directory), 0, 0)
 
 
 def test_no_rows_make_no_batches(directory, tmp_path):
-  with pytest.raises(ValueError, match='0 to 100 percent of 0 packed rows are none'):
+  with pytest.raises(UserError, match='0 to 100 percent of 0 packed rows are none'):
     PermutedBatches(PackedRows(write_rows(tmp_path / 'empty', rows=0)), 2, 0)
-  with pytest.raises(ValueError, match='40 to 49 percent of 10 packed rows are none'):
-    PermutedBatches(PackedRows(directory), 2, 0, portion=(40, 49))
+  with pytest.raises(UserError, match='40 to 49 percent of 10 packed rows are none'):
+    PermutedBatches(PackedRows(directory), 2, 0, row_range_percent=(40, 49))
 
 
-@pytest.mark.parametrize(('portion', 'expected'), [
+@pytest.mark.parametrize(('row_range_percent', 'expected'), [
     ((0, 40), {0, 1, 2, 3}), ((40, 100), {4, 5, 6, 7, 8, 9}), ((45, 55), {4})])
-def test_every_epoch_of_a_portion_holds_each_of_its_rows_once(directory, portion, expected):
-  batches = PermutedBatches(PackedRows(directory), len(expected), 3, portion=portion)
+def test_every_epoch_of_a_portion_holds_each_of_its_rows_once(directory, row_range_percent, expected):
+  batches = PermutedBatches(PackedRows(directory), len(expected), 3, row_range_percent=row_range_percent)
   for epoch in range(3):
     assert sorted(numbers(batches(epoch))) == sorted(expected)
 
 
-@pytest.mark.parametrize('portion', [50, None, '05', (50, 0), (0, 200), (0, 30, 60), (0, 5.5)])
-def test_what_is_no_portion_is_refused(directory, portion):
-  with pytest.raises(ValueError, match=re.escape(f'portion = {portion!r}: two whole numbers')):
-    PermutedBatches(PackedRows(directory), 2, 3, portion=portion)
+@pytest.mark.parametrize('row_range_percent', [50, None, '05', (50, 0), (0, 200), (0, 30, 60), (0, 5.5)])
+def test_what_is_no_portion_is_refused(directory, row_range_percent):
+  with pytest.raises(UserError, match=re.escape(f'row_range_percent = {row_range_percent!r}: two whole numbers')):
+    PermutedBatches(PackedRows(directory), 2, 3, row_range_percent=row_range_percent)
 
 
 def test_a_portion_is_part_of_a_sequence_and_of_what_is_saved_of_it(directory, tmp_path):
   rows = PackedRows(directory)
-  whole, half = PermutedBatches(rows, 2, 3), PermutedBatches(rows, 2, 3, portion=(0, 50))
+  whole, half = PermutedBatches(rows, 2, 3), PermutedBatches(rows, 2, 3, row_range_percent=(0, 50))
   assert whole.fingerprint != half.fingerprint
   half.save(tmp_path, 7)
-  with pytest.raises(ValueError, match=r'portion: saved \[0, 50\], now \[50, 100\]'):
-    PermutedBatches(rows, 2, 3, portion=(50, 100)).restore(tmp_path, 7)
+  with pytest.raises(UserError, match=r'row_range_percent: saved \[0, 50\], now \[50, 100\]'):
+    PermutedBatches(rows, 2, 3, row_range_percent=(50, 100)).restore(tmp_path, 7)
 
 
 def test_a_saved_state_is_accepted_on_another_number_of_hosts(directory, tmp_path):
@@ -200,7 +201,7 @@ def test_a_saved_state_is_accepted_on_another_number_of_hosts(directory, tmp_pat
 def test_a_step_that_was_not_saved_is_named(directory, tmp_path):
   batches = PermutedBatches(PackedRows(directory), 6, 1)
   batches.save(tmp_path, 7)
-  with pytest.raises(FileNotFoundError, match='no data state for step 8'):
+  with pytest.raises(UserError, match='no data state for step 8'):
     batches.restore(tmp_path, 8)
 
 
@@ -208,14 +209,14 @@ def test_a_step_that_was_not_saved_is_named(directory, tmp_path):
     (5, 1, 'batch_size: saved 6, now 5'), (6, 2, 'seed: saved 1, now 2')])
 def test_another_sequence_is_refused_with_both(directory, tmp_path, batch_size, seed, message):
   PermutedBatches(PackedRows(directory), 6, 1).save(tmp_path, 7)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     PermutedBatches(PackedRows(directory), batch_size, seed).restore(tmp_path, 7)
 
 
 def test_a_state_of_other_rows_is_refused(directory, tmp_path):
   PermutedBatches(PackedRows(directory), 6, 1).save(tmp_path, 7)
   other = write_rows(tmp_path / 'other', recipe=dataclasses.replace(RECIPE, source_fingerprint='x'))
-  with pytest.raises(ValueError, match="rows: saved '.*', now '"):
+  with pytest.raises(UserError, match="rows: saved '.*', now '"):
     PermutedBatches(PackedRows(other), 6, 1).restore(tmp_path, 7)
 
 
@@ -223,5 +224,5 @@ def test_a_damaged_state_is_named(directory, tmp_path):
   batches = PermutedBatches(PackedRows(directory), 6, 1)
   batches.save(tmp_path, 7)
   (tmp_path / 'batches-7.json').write_text('{"step":')
-  with pytest.raises(ValueError, match='batches-7.json is not a data state'):
+  with pytest.raises(UserError, match='batches-7.json is not a data state'):
     batches.restore(tmp_path, 7)

@@ -8,6 +8,7 @@ from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.tasks import Documents, build_task, iterate
 from latent_deliberation.data.vocabularies import ByteVocabulary
+from latent_deliberation.errors import UserError
 
 BYTES = {'vocabulary': 'byte'}
 
@@ -91,7 +92,7 @@ def test_a_host_reads_only_its_own_documents(corpus_directory, monkeypatch):
 
 
 def test_more_hosts_than_documents_are_refused(corpus_directory):
-  with pytest.raises(ValueError, match=r'has \d documents for 30 hosts'):
+  with pytest.raises(UserError, match=r'has \d documents for 30 hosts'):
     build_source(local(corpus_directory)).get_dataset(
         'validation', shard_info=seqio.ShardInfo(0, 30))
 
@@ -150,41 +151,41 @@ def test_tfds_data_sets_have_different_fingerprints(tfds_directory, tmp_path):
 
 
 def test_a_tfds_name_that_does_not_exist_is_named_with_the_place(tfds_directory, tmp_path):
-  with pytest.raises(FileNotFoundError, match="cannot open 'absent:1.0.0' in .*tfds"):
+  with pytest.raises(UserError, match="cannot open 'absent:1.0.0' in .*tfds"):
     Documents.open(remote(tfds_directory, 'absent:1.0.0'), tmp_path)
 
 
 def test_a_tfds_data_set_that_is_not_prepared_is_never_downloaded(tmp_path):
-  with pytest.raises(FileNotFoundError, match='does not hold it prepared: run tfds build'):
+  with pytest.raises(UserError, match='does not hold it prepared: run tfds build'):
     Documents.open(remote(tmp_path, 'ag_news_subset:1.0.0'), tmp_path)
 
 
 @pytest.mark.parametrize('key', ['text', 'id'])
 def test_a_tfds_feature_without_text_is_refused(tfds_directory, tmp_path, key):
-  with pytest.raises(ValueError, match=rf"text_key = '{key}', its features are \['body', 'id'\]"):
+  with pytest.raises(UserError, match=rf"text_key = '{key}', its features are \['body', 'id'\]"):
     Documents.open(remote(tfds_directory, 'both:1.0.0', text_key=key), tmp_path)
 
 
 def test_a_mixture_that_is_not_registered_is_named_with_the_remedy(tmp_path):
-  with pytest.raises(ValueError, match="no seqio task or mixture 'absent'.*import the module"):
+  with pytest.raises(UserError, match="no seqio task or mixture 'absent'.*import the module"):
     Documents.open(DataConfig(source='mixture', name='absent'), tmp_path)
 
 
 def test_a_mixture_without_a_validation_split_is_refused(tmp_path):
   register('train_only', function_source(['a'], splits=('train',)))
-  with pytest.raises(ValueError, match=r"has the splits \['train'\], and lacks \['validation'\]"):
+  with pytest.raises(UserError, match=r"has the splits \['train'\], and lacks \['validation'\]"):
     Documents.open(DataConfig(source='mixture', name='train_only'), tmp_path)
 
 
 def test_a_mixture_without_targets_is_refused(tmp_path):
   register('inputs_only', function_source(['a'], feature='inputs'), feature='inputs')
-  with pytest.raises(ValueError, match=r"has the features \['inputs'\] and no 'targets'"):
+  with pytest.raises(UserError, match=r"has the features \['inputs'\] and no 'targets'"):
     Documents.open(DataConfig(source='mixture', name='inputs_only'), tmp_path)
 
 
 def test_a_mixture_with_a_vocabulary_without_bos_is_refused(tmp_path):
   register('foreign', function_source(['a']), vocabulary=seqio.ByteVocabulary())
-  with pytest.raises(ValueError, match='foreign: vocabulary of type ByteVocabulary'):
+  with pytest.raises(UserError, match='foreign: vocabulary of type ByteVocabulary'):
     Documents.open(DataConfig(source='mixture', name='foreign'), tmp_path)
 
 
@@ -193,7 +194,7 @@ def test_a_document_with_the_padding_id_is_refused(tmp_path):
       lambda example: {'targets': tf.concat([example['targets'], [0, 5]], axis=0)})
   register('padded', function_source(['a']), (seqio.preprocessors.tokenize, pad))
   documents = Documents.open(DataConfig(source='mixture', name='padded'), tmp_path)
-  with pytest.raises(ValueError, match='padded: a document contains id 0, which is padding'):
+  with pytest.raises(UserError, match='padded: a document contains id 0, which is padding'):
     list(iterate(documents.stream('train', 0)))
 
 

@@ -16,6 +16,7 @@ from latent_deliberation.data.vocabularies import (
   train_sentencepiece,
   vocabulary_hash,
 )
+from latent_deliberation.errors import UserError
 
 LINES = 'def größe(x):\n    if x > 10:\n        return [x, "ab", 2025]\n\n\n\tpass  # done\r\n'
 TEXTS = [LINES * 4, 'the quick brown fox jumps over the lazy dog\n' * 4,
@@ -82,34 +83,34 @@ def test_indentation_and_newlines_are_pieces_and_digits_stand_alone(trained):
 
 
 def test_a_size_that_the_text_cannot_fill_is_named(tmp_path):
-  with pytest.raises(ValueError, match=r'vocabulary_size = 4096 does not fit .* <= \d+'):
+  with pytest.raises(UserError, match=r'vocabulary_size = 4096 does not fit .* <= \d+'):
     train_sentencepiece(TEXTS, tmp_path / 'v.model', 4096)
-  with pytest.raises(ValueError, match='vocabulary_size = 262 does not fit .* 262 vs'):
+  with pytest.raises(UserError, match='vocabulary_size = 262 does not fit .* 262 vs'):
     train_sentencepiece(TEXTS, tmp_path / 'v.model', 262)
   assert not list(tmp_path.iterdir())
 
 
 def test_a_vocabulary_whose_id_0_is_a_real_token_is_refused(tmp_path):
   path = train_foreign(tmp_path / 'llama.model')
-  with pytest.raises(ValueError, match=r"id 0 is the token '<unk>' and the pad id is -1.*--pad_id"):
+  with pytest.raises(UserError, match=r"id 0 is the token '<unk>' and the pad id is -1.*--pad_id"):
     load_vocabulary(path)
 
 
 def test_a_vocabulary_without_bos_is_refused(tmp_path):
   path = train_foreign(tmp_path / 't5.model', pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
-  with pytest.raises(ValueError, match='bos id -1, eos id 1'):
+  with pytest.raises(UserError, match='bos id -1, eos id 1'):
     load_vocabulary(path)
 
 
 def test_a_missing_vocabulary_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match='no vocabulary at .*absent.model'):
+  with pytest.raises(UserError, match='no vocabulary at .*absent.model'):
     load_vocabulary(tmp_path / 'absent.model')
 
 
 def test_a_file_that_is_no_vocabulary_is_named(tmp_path):
   for content in (b'', b'not a model'):
     (tmp_path / 'v.model').write_bytes(content)
-    with pytest.raises(ValueError, match=rf'v.model \({len(content)} bytes\) is not a Sentence'):
+    with pytest.raises(UserError, match=rf'v.model \({len(content)} bytes\) is not a Sentence'):
       load_vocabulary(tmp_path / 'v.model')
 
 
@@ -135,9 +136,9 @@ def test_a_trained_vocabulary_is_kept_and_not_trained_again(tmp_path):
 def test_a_work_directory_with_another_vocabulary_is_refused(tmp_path, trained):
   open_vocabulary(DataConfig(vocabulary_size=319), tmp_path, lambda: TEXTS)
   kept = (tmp_path / VOCABULARY_FILE).read_bytes()
-  with pytest.raises(ValueError, match='has 319 pieces, the configuration asks for 320 pieces'):
+  with pytest.raises(UserError, match='has 319 pieces, the configuration asks for 320 pieces'):
     open_vocabulary(DataConfig(vocabulary_size=320), tmp_path, lambda: TEXTS)
-  with pytest.raises(ValueError, match='the configuration asks for .*another work directory'):
+  with pytest.raises(UserError, match='the configuration asks for .*another work directory'):
     open_vocabulary(DataConfig(vocabulary_path=trained.sentencepiece_model_file), tmp_path,
                     lambda: TEXTS)
   assert (tmp_path / VOCABULARY_FILE).read_bytes() == kept

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from latent_deliberation.deliberation.deliberation_config import GATES, LATENTS
 from latent_deliberation.deliberation.placement import place
+from latent_deliberation.errors import UserError
 from tests import tiny
 
 
@@ -22,9 +23,9 @@ def thoughts_and_latents(deliberator, params, decoder_params, batch):
   def compute(params):
     trunk, cache = deliberator.prefill(decoder_params, batch)
     placement = place(batch, jnp.array([[2, 5, 9], [3, 7, 13]]), deliberator.config, 1)
-    thoughts = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
-    return thoughts, deliberator.latents(params, decoder_params, placement, thoughts), (
-        tiny.embed(decoder_params, placement.base_tokens.reshape(2, -1)).reshape(thoughts.shape))
+    outputs = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
+    return outputs, deliberator.latents(params, decoder_params, placement, outputs), (
+        tiny.embed(decoder_params, placement.base_tokens.reshape(2, -1)).reshape(outputs.shape))
 
   return compute(params)
 
@@ -66,7 +67,7 @@ def test_a_smaller_coprocessor_starts_as_the_last_layers(decoder_params):
 
 
 def test_it_can_have_no_more_layers_than_the_decoder():
-  with pytest.raises(ValueError, match='num_layers = 4.* 3 layers'):
+  with pytest.raises(UserError, match='num_layers = 4.* 3 layers'):
     tiny.deliberator(num_layers=4)
 
 
@@ -77,27 +78,27 @@ def test_it_reads_the_cache_of_its_layers_or_the_states_alone(
   deliberator, boxed = started(decoder_params, **choices)
   trunk, cache = deliberator.prefill(decoder_params, batch)
   placement = place(batch, jnp.array([[2, 5, 9], [3, 7, 13]]), deliberator.config, 1)
-  think = lambda trunk, cache: deliberator.coprocess(  # noqa: E731
+  read_cache = lambda trunk, cache: deliberator.coprocess(  # noqa: E731
       nn.unbox(boxed), decoder_params, placement, trunk, cache)
-  thoughts = think(trunk, cache)
+  outputs = read_cache(trunk, cache)
   for layer in range(3):
     other = cache.replace(values=cache.values.at[layer].mul(2))
-    assert np.allclose(think(trunk, other), thoughts) == (layer not in layers)
-  assert np.allclose(think(2 + trunk, cache), thoughts) == bool(layers)
+    assert np.allclose(read_cache(trunk, other), outputs) == (layer not in layers)
+  assert np.allclose(read_cache(2 + trunk, cache), outputs) == bool(layers)
 
 
 def test_adapters_start_as_the_decoder(batch, decoder_params):
-  params, thoughts = {}, {}
+  params, outputs = {}, {}
   for trainable in ('full', 'lora'):
     deliberator, boxed = started(decoder_params, trainable=trainable)
     params[trainable] = nn.unbox(boxed)
-    thoughts[trainable], _, _ = thoughts_and_latents(
+    outputs[trainable], _, _ = thoughts_and_latents(
         deliberator, params[trainable], decoder_params, batch)
   np.testing.assert_array_equal(params['full']['soft_tokens'], params['lora']['soft_tokens'])
-  np.testing.assert_allclose(thoughts['lora'], thoughts['full'], atol=2e-5)
+  np.testing.assert_allclose(outputs['lora'], outputs['full'], atol=2e-5)
 
 
-@pytest.mark.parametrize('soft_tokens, share', [('free', 1.0), ('rested', 0.1)])
+@pytest.mark.parametrize('soft_tokens, share', [('free', 1.0), ('additive', 0.1)])
 def test_soft_tokens_start_with_the_spread_of_embeddings_or_a_tenth_of_it(
     decoder_params, soft_tokens, share):
   _, boxed = started(decoder_params, num_latents=200, soft_tokens=soft_tokens)
@@ -110,22 +111,22 @@ def test_soft_tokens_start_with_the_spread_of_embeddings_or_a_tenth_of_it(
 @pytest.mark.parametrize('gate', GATES)
 def test_latents_start_as_the_embeddings_that_they_rest_on(batch, decoder_params, latents, gate):
   deliberator, boxed = started(decoder_params, latents=latents, gate=gate)
-  thoughts, latents, rest = thoughts_and_latents(
+  outputs, latents, base = thoughts_and_latents(
       deliberator, nn.unbox(boxed), decoder_params, batch)
-  assert np.abs(thoughts).max() > 0.1
-  np.testing.assert_array_equal(latents, rest)
+  assert np.abs(outputs).max() > 0.1
+  np.testing.assert_array_equal(latents, base)
 
 
 def test_the_latents_of_the_paper_are_the_thoughts_themselves(batch, decoder_params):
   deliberator, boxed = started(decoder_params, latents='paper')
-  thoughts, latents, _ = thoughts_and_latents(
+  outputs, latents, _ = thoughts_and_latents(
       deliberator, nn.unbox(boxed), decoder_params, batch)
-  np.testing.assert_array_equal(latents, thoughts)
+  np.testing.assert_array_equal(latents, outputs)
 
 
 def test_constant_thoughts_are_the_soft_tokens_wherever_they_are_put(batch, decoder_params):
   deliberator, boxed = started(decoder_params, trainable='constant')
   params = nn.unbox(boxed)
-  thoughts, _, _ = thoughts_and_latents(deliberator, params, decoder_params, batch)
+  outputs, _, _ = thoughts_and_latents(deliberator, params, decoder_params, batch)
   np.testing.assert_array_equal(
-      thoughts, np.broadcast_to(params['soft_tokens'], thoughts.shape))
+      outputs, np.broadcast_to(params['soft_tokens'], outputs.shape))

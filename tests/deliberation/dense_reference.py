@@ -65,10 +65,10 @@ def text_forward(config: TransformerConfig, choices: DeliberationConfig, params:
     here, shown, ahead_from = positions[anchor], anchor + 1, positions[anchor] + 1
     if choices.latents == 'refining':
       stand = [here - latents + 1 + i for i in range(latents)]
-      rest = [anchor - latents + 1 + i for i in range(latents)]
+      base = [anchor - latents + 1 + i for i in range(latents)]
       shown = anchor + 1 - latents
     else:
-      rest = [anchor] * latents
+      base = [anchor] * latents
       if choices.positions == 'share':
         stand = [here] * latents
       else:
@@ -81,37 +81,37 @@ def text_forward(config: TransformerConfig, choices: DeliberationConfig, params:
     for i in range(min(delay, num_ahead - 1)):  # read when there were no latents
       places[latents + i] = Place(trace, latents + i, segment, here + 1 + i, anchor + 1, latents)
     fed_places += places
-    rest_tokens.append(tokens[rest])
+    rest_tokens.append(tokens[base])
     ahead_tokens.append(tokens[np.minimum(anchor + 1 + np.arange(num_ahead - 1), length - 1)])
 
   table = decoder_params['embedder']['table'] * np.sqrt(config.embed_dim)
-  rest = table[np.stack(rest_tokens)]  # [M, Z, D]
+  base = table[np.stack(rest_tokens)]  # [M, Z, D]
 
   # First pass: the trunk alone, for the keys and values that the coprocessor reads.
   _, cached = transformer(config, decoder_params['transformer'], table[tokens], positions,
                           masks(trunk, trunk, config))
 
   # The coprocessor: the soft tokens of all traces behind the cached trunk.
-  soft = jnp.broadcast_to(params['soft_tokens'], rest.shape)
+  soft = jnp.broadcast_to(params['soft_tokens'], base.shape)
   if choices.trainable == 'constant':
-    thoughts = soft
+    outputs = soft
   else:
-    if choices.soft_tokens == 'rested':
-      soft = soft + rest
+    if choices.soft_tokens == 'additive':
+      soft = soft + base
     factor = 1 if choices.lora_alpha is None else choices.lora_alpha / choices.lora_rank
     weights = params['transformer'] if choices.trainable == 'full' else merged(
         decoder_params['transformer'], params['lora'], factor)
-    thoughts, _ = transformer(
+    outputs, _ = transformer(
         config, weights, soft.reshape(-1, config.embed_dim),
         np.array([place.position for place in soft_places]),
         masks(soft_places, trunk + soft_places, config), cached)
-    thoughts = thoughts.reshape(rest.shape)
+    outputs = outputs.reshape(base.shape)
   if choices.latents == 'paper':
-    z = thoughts
+    z = outputs
   elif choices.gate == 'channel':
-    z = rest + params['gate'] * thoughts
+    z = base + params['gate'] * outputs
   else:
-    z = rest + jnp.einsum('MZD,DE->MZE', thoughts, params['gate'])
+    z = base + jnp.einsum('MZD,DE->MZE', outputs, params['gate'])
 
   # Second pass: the trunk, again, and behind it the latents and ahead tokens of every trace.
   fed = jnp.concatenate([z, table[np.stack(ahead_tokens)]], axis=1)

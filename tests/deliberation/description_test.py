@@ -15,6 +15,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   read_description,
   write_description,
 )
+from latent_deliberation.errors import UserError
 from tests import tiny
 
 WRITTEN = Description(tiny.CONFIG, tiny.CHOICES, decoder='d0', vocabulary='v0', steps=7,
@@ -51,14 +52,14 @@ def test_weights_that_are_int8_on_one_side_alone_are_warned_of(caplog, trained, 
 
 def test_another_decoder_is_refused_with_both_fingerprints():
   check_decoder(WRITTEN, 'd0')
-  with pytest.raises(ValueError, match='decoder with fingerprint d0, this one has d1: give the'):
+  with pytest.raises(UserError, match='decoder with fingerprint d0, this one has d1: give the'):
     check_decoder(WRITTEN, 'd1')
 
 
 def test_a_directory_without_a_coprocessor_is_refused(tmp_path):
   for directory in (tmp_path, tmp_path / 'absent'):
     for read in (describe, coprocessor_checkpoint.load):
-      with pytest.raises(FileNotFoundError, match=f'{directory} holds no trained coprocessor'):
+      with pytest.raises(UserError, match=f'{directory} holds no trained coprocessor'):
         read(directory)
 
 
@@ -76,5 +77,5 @@ def test_a_damaged_description_is_refused(directory, damage):
   assert changed != path.read_text()
   path.write_text(changed)
   for read in (describe, coprocessor_checkpoint.load):
-    with pytest.raises(ValueError, match=f'{path} is damaged or of another format'):
+    with pytest.raises(UserError, match=f'{path} is damaged or of another format'):
       read(directory)

@@ -76,16 +76,16 @@ def test_latents_that_come_late_are_seen_by_later_tokens_alone(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def think(deliberator, params, decoder_params, text, trunk, cache, num_ahead):
+def read_cache(deliberator, params, decoder_params, text, trunk, cache, num_ahead):
   """Latents for texts that end at their anchors, and where they and the ahead tokens stand."""
   last = jnp.full((len(text.tokens), 1), text.tokens.shape[1] - 1)
   placement = place(text, last, deliberator.config, len(num_ahead))
-  thoughts = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
-  return deliberator.latents(params, decoder_params, placement, thoughts), placement
+  outputs = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
+  return deliberator.latents(params, decoder_params, placement, outputs), placement
 
 
 def inferred(deliberator, params, decoder_params, tokens, ahead_tokens):
-  """Hidden states [b, A, D] as a server computes them: prefill, think, decode token by token.
+  """Hidden states [b, A, D] as a server computes them: prefill, read_cache, decode token by token.
 
   Args:
     tokens: [b, n] documents up to their anchors.
@@ -94,7 +94,7 @@ def inferred(deliberator, params, decoder_params, tokens, ahead_tokens):
   length, num_ahead = tokens.shape[1], ahead_tokens.shape[1]
   trunk, _, cache = tiny.read(decoder_params, tokens)
   text = Batch(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(length), tokens.shape))
-  latents, placement = think(
+  latents, placement = read_cache(
       deliberator, params, decoder_params, text, trunk, cache, tuple(range(num_ahead)))
   if deliberator.config.latents == 'refining':
     cache = cache.truncate(length - deliberator.config.num_latents)

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from latent_deliberation.deliberation import coprocessor_checkpoint
-from latent_deliberation.deliberation.coprocessor_checkpoint import Package, describe
+from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint, describe
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
@@ -20,10 +21,10 @@ from tests import tiny
 INDEX = 'model.safetensors.index.json'
 
 
-def trained(decoder_params, **choices) -> Package:
+def trained(decoder_params, **choices) -> CoprocessorCheckpoint:
   """A coprocessor with every parameter far from zero."""
   deliberator = tiny.deliberator(**choices)
-  return Package(tiny.CONFIG, deliberator.config, decoder='d0', vocabulary='v0', steps=7,
+  return CoprocessorCheckpoint(tiny.CONFIG, deliberator.config, decoder='d0', vocabulary='v0', steps=7,
                  frozen_dtype='int8',
                  params=tiny.coprocessor_params(deliberator, decoder_params))
 
@@ -32,14 +33,14 @@ def on_mesh(boxed):
   return shardings_of(boxed, make_mesh(MeshConfig(2, 2, 2)), DEFAULT_RULES)
 
 
-def assert_same(actual: Package, expected: Package) -> None:
+def assert_same(actual: CoprocessorCheckpoint, expected: CoprocessorCheckpoint) -> None:
   """Equal to the bit, dtypes included."""
   assert fingerprint(actual.params) == fingerprint(expected.params)
   assert dataclasses.replace(actual, params=0) == dataclasses.replace(expected, params=0)
 
 
 @pytest.fixture(scope='module')
-def full(decoder_params) -> Package:
+def full(decoder_params) -> CoprocessorCheckpoint:
   return trained(decoder_params)
 
 
@@ -122,12 +123,12 @@ def test_a_small_one_is_two_files_that_say_what_they_are(saved, full):
 def test_it_is_described_without_reading_its_parameters(copied, full):
   (copied / 'coprocessor.safetensors').unlink()
   described = describe(copied)
-  assert dataclasses.replace(full, params=0) == Package(**vars(described), params=0)
+  assert dataclasses.replace(full, params=0) == CoprocessorCheckpoint(**vars(described), params=0)
 
 
 def test_nothing_is_written_over(saved, full):
   before = (saved / 'coprocessor.json').read_bytes()
-  with pytest.raises(FileExistsError, match=f'{saved} exists already'):
+  with pytest.raises(UserError, match=f'{saved} exists already'):
     coprocessor_checkpoint.save(saved, dataclasses.replace(full, steps=8))
   assert (saved / 'coprocessor.json').read_bytes() == before
 
@@ -138,7 +139,7 @@ def test_a_failure_while_writing_leaves_nothing_behind(full, tmp_path, monkeypat
 
   monkeypatch.setattr(
       'latent_deliberation.model.checkpoints.safetensors_io.save_file', full_disk)
-  with pytest.raises(OSError, match='No space left'):
+  with pytest.raises(UserError, match='No space left'):
     coprocessor_checkpoint.save(tmp_path / 'package', full)
   assert list(tmp_path.iterdir()) == []
 
@@ -146,7 +147,7 @@ def test_a_failure_while_writing_leaves_nothing_behind(full, tmp_path, monkeypat
 def test_parameters_of_another_config_are_not_written(full, tmp_path):
   wrong = dataclasses.replace(
       full, config=dataclasses.replace(full.config, num_latents=5, latents='paper'))
-  with pytest.raises(ValueError, match=(
+  with pytest.raises(UserError, match=(
       r'(?s)gate: \[16, 16\] there, \(nothing\) expected\n'
       r'  soft_tokens: \[3, 16\] there, \[5, 16\] expected\nGive the configs')):
     coprocessor_checkpoint.save(tmp_path / 'package', wrong)
@@ -165,7 +166,7 @@ def test_tensors_that_are_missing_misshapen_or_too_many_are_all_named(copied):
   tensors['soft_tokens'] = tensors['soft_tokens'][:2]
   tensors['head'] = np.zeros(4, np.float32)
   save_file(tensors, path)
-  with pytest.raises(ValueError, match=re.escape(
+  with pytest.raises(UserError, match=re.escape(
       f'{copied} does not hold the coprocessor that its coprocessor.json describes:\n'
       '  gate: (nothing) there, [16, 16] expected\n'
       '  head: [4] there, (nothing) expected\n'
@@ -176,7 +177,7 @@ def test_tensors_that_are_missing_misshapen_or_too_many_are_all_named(copied):
 def test_a_truncated_file_is_refused(copied):
   path = copied / 'coprocessor.safetensors'
   path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(ValueError, match='coprocessor.safetensors .* is truncated or damaged'):
+  with pytest.raises(UserError, match='coprocessor.safetensors .* is truncated or damaged'):
     coprocessor_checkpoint.load(copied)
 
 
@@ -185,7 +186,7 @@ def test_a_file_that_is_absent_is_named(full, tmp_path, name):
   coprocessor_checkpoint.save(
       tmp_path / 'package', full, file_bytes=5000 if '-of' in name else 1 << 30)
   next((tmp_path / 'package').glob(f'{name}*')).unlink()
-  with pytest.raises(FileNotFoundError, match=name):
+  with pytest.raises(UserError, match=name):
     coprocessor_checkpoint.load(tmp_path / 'package')
 
 
@@ -194,10 +195,10 @@ def test_parameters_that_were_exchanged_or_changed_by_a_bit_are_refused(copied, 
   content = bytearray(path.read_bytes())
   content[-1] ^= 1
   path.write_bytes(content)
-  with pytest.raises(ValueError, match=f'have fingerprint [0-9a-f]+, coprocessor.json says '
+  with pytest.raises(UserError, match=f'have fingerprint [0-9a-f]+, coprocessor.json says '
                      f'{fingerprint(full.params)}: one of the two was replaced or damaged'):
     coprocessor_checkpoint.load(copied)
   shutil.copy(saved / path.name, path)
   edit(copied, fingerprint='f0')
-  with pytest.raises(ValueError, match=f'fingerprint {fingerprint(full.params)}, .* says f0'):
+  with pytest.raises(UserError, match=f'fingerprint {fingerprint(full.params)}, .* says f0'):
     coprocessor_checkpoint.load(copied)

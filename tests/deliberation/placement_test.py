@@ -30,5 +30,5 @@ def test_a_trace_stands_where_its_scheme_says(
   np.testing.assert_array_equal(placement.latent_positions, [[stand]])
   np.testing.assert_array_equal(placement.ahead_positions, [[ahead]])
   np.testing.assert_array_equal(placement.base_tokens, [[base]])
-  np.testing.assert_array_equal(placement.coprocessor_horizon, [[reads]])
-  np.testing.assert_array_equal(placement.decoder_horizon, [[shown]])
+  np.testing.assert_array_equal(placement.coprocessor_prefix_length, [[reads]])
+  np.testing.assert_array_equal(placement.decoder_prefix_length, [[shown]])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.bootstrap import AheadNLL, check_paired, relative_change
 
 
@@ -97,32 +98,32 @@ def test_a_position_that_only_two_texts_reach_has_a_finite_interval():
 
 def test_a_position_with_no_target_is_named():
   count = np.array([[1, 1, 0], [1, 2, 0]])
-  with pytest.raises(ValueError, match='ahead position 3 has no target in any of 2 texts'):
+  with pytest.raises(UserError, match='ahead position 3 has no target in any of 2 texts'):
     AheadNLL(1.0 * count, count)
 
 
 def test_a_position_that_one_text_reaches_has_no_interval():
   count = np.array([[1, 1], [1, 0], [1, 0]])
   scores = AheadNLL(1.0 * count, count)
-  with pytest.raises(ValueError, match='ahead position 2 has targets in 1 of 3 texts.*at least 2'):
+  with pytest.raises(UserError, match='ahead position 2 has targets in 1 of 3 texts.*at least 2'):
     relative_change(scores, scores)
 
 
 def test_a_loss_that_is_not_finite_is_named():
   total = np.ones((3, 4))
   total[1, 2] = np.nan
-  with pytest.raises(ValueError, match='text 1 at ahead position 3 is nan'):
+  with pytest.raises(UserError, match='text 1 at ahead position 3 is nan'):
     AheadNLL(total, np.ones((3, 4), int))
 
 
 def test_shapes_that_differ_are_both_named():
-  with pytest.raises(ValueError, match=r'total has shape \(2, 3\), count \(2, 4\)'):
+  with pytest.raises(UserError, match=r'total has shape \(2, 3\), count \(2, 4\)'):
     AheadNLL(np.ones((2, 3)), np.ones((2, 4), int))
 
 
 def test_arms_of_different_size_are_both_named():
   one, two = (AheadNLL(np.ones((texts, 3)), np.ones((texts, 3), int)) for texts in (4, 5))
-  with pytest.raises(ValueError, match=r'own has \[texts, A\] = \[5, 3\], frozen has \[4, 3\]'):
+  with pytest.raises(UserError, match=r'own has \[texts, A\] = \[5, 3\], frozen has \[4, 3\]'):
     check_paired({'frozen': one, 'own': two})
 
 
@@ -130,7 +131,7 @@ def test_arms_with_different_targets_are_both_named():
   count = np.ones((4, 3), int)
   other = count.copy()
   other[2, 1] = 7
-  with pytest.raises(ValueError, match='text 2 has 7 targets at ahead position 2 in own and 1 in'):
+  with pytest.raises(UserError, match='text 2 has 7 targets at ahead position 2 in own and 1 in'):
     check_paired({'frozen': AheadNLL(1.0 * count, count), 'own': AheadNLL(1.0 * count, other)})
 
 

@@ -1,4 +1,4 @@
-"""Controls have the form of own thoughts, and none of their content."""
+"""Controls have the form of own outputs, and none of their content."""
 
 import jax.numpy as jnp
 import numpy as np

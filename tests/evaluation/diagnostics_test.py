@@ -1,4 +1,4 @@
-"""Sizes of latents are ratios that can be checked, and the rank is that of the thoughts."""
+"""Sizes of latents are ratios that can be checked, and the rank is that of the outputs."""
 
 import jax
 import jax.numpy as jnp

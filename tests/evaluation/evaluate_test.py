@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation import evaluate as job
 from latent_deliberation.evaluation.evaluate import evaluate
 from latent_deliberation.model import weights
@@ -58,7 +59,7 @@ def test_a_coprocessor_of_another_decoder_is_refused(quickstart, tmp_path):
   config, params = weights.load(quickstart / 'pretraining/decoder')
   other = jax.tree.map(lambda leaf: -leaf, params)
   weights.save(tmp_path / 'decoder', config, other)
-  with pytest.raises(ValueError, match='coprocessor was trained on a decoder with fingerprint '
+  with pytest.raises(UserError, match='coprocessor was trained on a decoder with fingerprint '
                      f'{fingerprint(params)}, this one has {fingerprint(other)}: give the decoder'):
     score(quickstart, tmp_path / 'out', decoder=tmp_path / 'decoder')
 
@@ -66,19 +67,19 @@ def test_a_coprocessor_of_another_decoder_is_refused(quickstart, tmp_path):
 @pytest.mark.usefixtures('no_scoring')
 def test_a_coprocessor_of_another_config_is_refused(quickstart, tmp_path):
   experiment = finished.experiment(deliberation__gate='channel')
-  with pytest.raises(ValueError, match="config.deliberation.gate: 'matrix' there, 'channel' now"):
+  with pytest.raises(UserError, match="config.deliberation.gate: 'matrix' there, 'channel' now"):
     score(quickstart, tmp_path, experiment)
 
 
 @pytest.mark.usefixtures('no_scoring')
 def test_a_full_coprocessor_in_the_place_of_constant_soft_tokens_is_refused(quickstart, tmp_path):
-  with pytest.raises(ValueError, match="trainable: 'full' there, 'constant' now"):
+  with pytest.raises(UserError, match="trainable: 'full' there, 'constant' now"):
     score(quickstart, tmp_path, constant=quickstart / 'coprocessor')
 
 
 @pytest.mark.usefixtures('no_scoring')
 def test_a_directory_without_a_coprocessor_is_refused(quickstart, tmp_path):
-  with pytest.raises(FileNotFoundError, match='name a directory in which launch/train.py has'):
+  with pytest.raises(UserError, match='name a directory in which launch/train.py has'):
     score(quickstart, tmp_path, coprocessor=tmp_path / 'nothing')
   assert not (tmp_path / 'nothing').exists()
 
@@ -88,19 +89,19 @@ def test_a_truncated_coprocessor_is_refused(quickstart, tmp_path):
   coprocessor = shutil.copytree(quickstart / 'coprocessor', tmp_path / 'coprocessor')
   damaged = coprocessor / 'coprocessor/coprocessor.safetensors'
   damaged.write_bytes(damaged.read_bytes()[:100])
-  with pytest.raises(ValueError, match='coprocessor.safetensors .100 bytes. is not a whole'):
+  with pytest.raises(UserError, match='coprocessor.safetensors .100 bytes. is not a whole'):
     score(quickstart, tmp_path / 'out', coprocessor=coprocessor)
 
 
 @pytest.mark.usefixtures('no_scoring')
 def test_a_report_that_could_not_be_written_is_not_begun(quickstart, tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(OSError, match='file cannot be written to .*: name another directory'):
+  with pytest.raises(UserError, match='file cannot be written to .*: name another directory'):
     score(quickstart, tmp_path / 'file')
 
 
 @pytest.mark.usefixtures('no_scoring')
 def test_more_texts_than_there_are_is_refused(quickstart, tmp_path):
   experiment = finished.experiment(evaluation__num_texts=8000)
-  with pytest.raises(ValueError, match='need 8000 rows, .*: lower evaluation.num_texts'):
+  with pytest.raises(UserError, match='need 8000 rows, .*: lower evaluation.num_texts'):
     score(quickstart, tmp_path, experiment)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation import gating
 from latent_deliberation.evaluation.gating import Places, compare_gates, fit_linear_gate, gain_curve
 from latent_deliberation.evaluation.perplexity import make_scorer
@@ -60,7 +61,7 @@ def test_a_threshold_takes_the_fraction_that_it_stands_for():
 
 
 def test_too_few_texts_are_refused():
-  with pytest.raises(ValueError, match='4 texts: a gate is fitted on 5 at least'):
+  with pytest.raises(UserError, match='4 texts: a gate is fitted on 5 at least'):
     fit_linear_gate(synthetic(texts=4))
 
 

@@ -1,4 +1,4 @@
-"""Each arm is scored on the same targets, and differs from the others in its thoughts alone."""
+"""Each arm is scored on the same targets, and differs from the others in its outputs alone."""
 
 import jax
 import jax.numpy as jnp

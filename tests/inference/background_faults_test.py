@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from absl import logging
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.inference import background, session
-from latent_deliberation.inference.background import Counts
+from latent_deliberation.inference.background import AugmentationStats
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
 from latent_deliberation.inference.session import generate
@@ -62,18 +63,18 @@ def test_a_coprocessor_that_fails_changes_no_bit_is_said_once_and_counted(
     found = generate(generator, PROMPTS, patient)
     assert_same(found, plain)
     assert not any(completion.latents_at for completion in found)
-  assert generator.counts.joined == 0
-  assert generator.counts.begun == generator.counts.failed + generator.counts.late >= 2
-  if generator.counts.failed:
+  assert generator.stats.joined == 0
+  assert generator.stats.begun == generator.stats.failed + generator.stats.late >= 2
+  if generator.stats.failed:
     said, = warnings
     assert message in said and 'The decoder goes on without them' in said
   if delay is not None:
-    assert generator.counts == Counts(begun=4, failed=4)
+    assert generator.stats == AugmentationStats(begun=4, failed=4)
 
 
 def test_a_thread_that_ends_without_a_word_is_a_failure(generator, monkeypatch, warnings):
   plain = generate(generator, PROMPTS, decoding(NEVER))
-  monkeypatch.setattr(background.Attempt, '_run', lambda *unused: None)
+  monkeypatch.setattr(background.BackgroundAugmentation, '_run', lambda *unused: None)
   assert_same(generate(generator, PROMPTS, decoding(delay=0)), plain)
   assert 'its thread ended without a result' in warnings[0]
 
@@ -98,8 +99,8 @@ def test_where_there_is_no_room_for_a_thread_or_a_cache_the_plain_stream_goes_on
   found = generate(generator, state, decoding(
       Policy(at=(0,), threshold=0.0), max_tokens=28, delay=delay))
   assert_same(found, plain)
-  assert generator.counts.joined == 0 and 'RESOURCE_EXHAUSTED' in warnings[0]
-  assert generator.counts.begun == generator.counts.failed + generator.counts.late >= 1
+  assert generator.stats.joined == 0 and 'RESOURCE_EXHAUSTED' in warnings[0]
+  assert generator.stats.begun == generator.stats.failed + generator.stats.late >= 1
 
 
 def test_one_text_whose_latents_are_not_finite_stays_plain_alone(generator, monkeypatch, warnings):
@@ -126,7 +127,7 @@ def test_parameters_that_are_not_numbers_are_noticed(made, decoder_params, warni
                      coprocessor=(deliberator.config, params))
   plain = generate(broken, PROMPTS, decoding(NEVER))
   assert_same(generate(broken, PROMPTS, decoding()), plain)
-  assert broken.counts == Counts(begun=1, failed=1)
+  assert broken.stats == AugmentationStats(begun=1, failed=1)
   state = broken.read(PROMPTS)
   by_hand = broken.attach(state, broken.augment(state))
   assert_same(generate(broken, by_hand, decoding(NEVER)), plain)
@@ -135,8 +136,8 @@ def test_parameters_that_are_not_numbers_are_noticed(made, decoder_params, warni
 def test_a_missing_coprocessor_is_the_plain_decoder(decoder_params, warnings):
   plain = Generator(tiny.CONFIG, decoder_params, length=LENGTH)
   assert_same(generate(plain, PROMPTS, decoding()), generate(plain, PROMPTS, decoding(NEVER)))
-  assert plain.counts == Counts(begun=1, failed=1)
+  assert plain.stats == AugmentationStats(begun=1, failed=1)
   assert 'there is no coprocessor' in warnings[0]
   for call in (lambda: plain.augment(plain.read(PROMPTS)), lambda: plain.warm_up(1)):
-    with pytest.raises(RuntimeError, match='has no coprocessor'):
+    with pytest.raises(UserError, match='has no coprocessor'):
       call()

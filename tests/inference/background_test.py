@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.inference import background, passes
-from latent_deliberation.inference.background import Arrival, Counts
+from latent_deliberation.inference.background import AugmentationStats, LatentTiming
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import NEVER, ONCE
 from latent_deliberation.inference.session import generate, stream
@@ -26,7 +27,7 @@ from tests.inference.small import (
 
 def test_an_interruption_of_waiting_does_not_forget_a_thread_that_computes():
   gate = threading.Event()
-  attempt = background.Attempt(lambda state: gate.wait(60) and state, np.float32(7), 60)
+  attempt = background.BackgroundAugmentation(lambda state: gate.wait(60) and state, np.float32(7), 60)
   interrupt = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
   interrupt.start()
   with pytest.raises(KeyboardInterrupt):
@@ -53,8 +54,8 @@ def test_late_latents_are_seen_from_where_they_join_and_not_before(generator, de
     assert after.latents_at == [delay]
     # The token that was next when they joined had been predicted without them.
     assert after.tokens[:delay + 1] == before.tokens[:delay + 1]
-    assert after.log_probabilities[:delay + 1] == before.log_probabilities[:delay + 1]
-    assert after.log_probabilities[delay + 1] != before.log_probabilities[delay + 1]
+    assert after.logprobs[:delay + 1] == before.logprobs[:delay + 1]
+    assert after.logprobs[delay + 1] != before.logprobs[delay + 1]
 
 
 @pytest.mark.parametrize('latents, positions', [
@@ -65,7 +66,7 @@ def test_late_latents_are_what_training_with_that_delay_knew(decoder_params, lat
       PROMPTS, generate(late, PROMPTS, decoding(max_tokens=11, delay=3)), strict=True):
     expected = trained_log_probabilities(*trained, decoder_params, prompt, completion.tokens, 3)
     # The first token is predicted by the last latent in training, by the last token here.
-    np.testing.assert_allclose(completion.log_probabilities[1:], expected[1:], atol=5e-5)
+    np.testing.assert_allclose(completion.logprobs[1:], expected[1:], atol=5e-5)
 
 
 def test_latents_that_come_when_they_are_ready_join_where_they_would_with_that_delay(
@@ -83,7 +84,7 @@ def test_latents_that_come_when_they_are_ready_join_where_they_would_with_that_d
       time.sleep(0.05)
   monkeypatch.setattr(generator, 'augment', own)
   joined, = completions[0].latents_at
-  assert joined >= 5 and generator.counts.joined == 1
+  assert joined >= 5 and generator.stats.joined == 1
   assert_same(completions, generate(generator, PROMPTS, decoding(delay=joined, max_tokens=28)))
 
 
@@ -92,7 +93,7 @@ def test_latents_that_never_come_in_time_are_counted_as_late(generator, monkeypa
   monkeypatch.setattr(generator, 'augment', lambda state: gate.wait(60))
   found = generate(generator, PROMPTS, decoding(delay=None))
   gate.set()
-  assert generator.counts == Counts(begun=1, late=1)
+  assert generator.stats == AugmentationStats(begun=1, late=1)
   monkeypatch.undo()
   assert_same(found, generate(generator, PROMPTS, decoding(NEVER)))
 
@@ -110,7 +111,7 @@ def test_after_warming_up_the_coprocessor_is_not_compiled_again(decoder_params):
   fresh.warm_up(len(PROMPTS))
   compiled = [program._cache_size() for program in (passes.augment, passes.attach)]
   generate(fresh, PROMPTS, decoding(delay=3))
-  assert fresh.counts == Counts(begun=1, joined=1)
+  assert fresh.stats == AugmentationStats(begun=1, joined=1)
   assert compiled == [program._cache_size() for program in (passes.augment, passes.attach)]
 
 
@@ -124,12 +125,12 @@ def test_a_worker_on_another_device_makes_the_same_latents(made, decoder_params)
   for delay in (0, 2):
     assert_same(generate(helped, PROMPTS, decoding(delay=delay)),
                 generate(generator, PROMPTS, decoding(delay=delay)))
-  assert helped.counts == Counts(begun=2, joined=2)
+  assert helped.stats == AugmentationStats(begun=2, joined=2)
 
 
 @pytest.mark.parametrize('values, message', [
     (dict(delay=-1), 'delay = -1'), (dict(timeout=0), 'timeout = 0'),
     (dict(timeout=float('nan')), 'timeout = nan')])
 def test_arrivals_that_cannot_be_are_refused(values, message):
-  with pytest.raises(ValueError, match=message):
-    Arrival(**values)
+  with pytest.raises(UserError, match=message):
+    LatentTiming(**values)

@@ -4,7 +4,7 @@ import pytest
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.deliberation.forward import Deliberator
-from latent_deliberation.inference.background import Counts
+from latent_deliberation.inference.background import AugmentationStats
 from latent_deliberation.inference.generator import Generator
 from tests.inference.small import augmented
 
@@ -18,5 +18,5 @@ def made(decoder_params) -> tuple[Generator, Deliberator, Params]:
 @pytest.fixture
 def generator(made) -> Generator:
   """That of `made`, which has counted nothing and warned of nothing."""
-  made[0].counts, made[0]._warned = Counts(), False
+  made[0].stats, made[0]._warned = AugmentationStats(), False
   return made[0]

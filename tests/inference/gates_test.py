@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation import gating
 from latent_deliberation.evaluation.gating import fit_gate
 from latent_deliberation.inference.generator import open_generator
 from latent_deliberation.inference.policy import ONCE, Policy, combine, open_gate
-from latent_deliberation.inference.session import Decoding, generate
+from latent_deliberation.inference.session import DecodingOptions, generate
 from tests import finished
 
 CURVES = {'learned': dict(fractions=[0.0, 0.5, 1.0], thresholds=[None, 0.2, -0.4]),
@@ -40,14 +41,14 @@ def test_entropy_has_a_curve_of_its_own_and_no_weights(directory):
 
 @pytest.mark.parametrize('budget', [-0.1, 0.0, 0.49, 1.2, float('nan')])
 def test_a_budget_without_a_threshold_is_refused(directory, budget):
-  with pytest.raises(ValueError, match=f'budget = {budget}: .* for fractions from 0.5 to 1.0'):
+  with pytest.raises(UserError, match=f'budget = {budget}: .* for fractions from 0.5 to 1.0'):
     open_gate(directory, 'learned', budget)
 
 
 def test_a_gate_of_another_decoder_is_refused(directory):
   gate = open_gate(directory, 'learned', 0.5)
   gate.check_decoder('abc')
-  with pytest.raises(ValueError, match='with fingerprint abc, this one has abd: fit one'):
+  with pytest.raises(UserError, match='with fingerprint abc, this one has abd: fit one'):
     gate.check_decoder('abd')
 
 
@@ -62,7 +63,7 @@ def test_a_gate_that_was_fitted_opens_where_it_should(quickstart, tmp_path):
   prompts = [tokenizer.encode(f'Document {number}: the') for number in range(8)]
   scores = fitted.policy.gate.score(generator.read(prompts).hidden)
   policy = dataclasses.replace(fitted.policy, threshold=float(np.median(scores)))
-  completions = generate(generator, prompts, Decoding(1, policy=policy))
+  completions = generate(generator, prompts, DecodingOptions(1, policy=policy))
   opened = [completion.latents_at == [0] for completion in completions]
   assert opened == list(scores > policy.threshold) and sum(opened) == 4
 
@@ -94,8 +95,8 @@ def test_places_and_a_gate_are_asked_for_together(directory, at, every, gated, e
 def test_a_damaged_or_missing_gate_is_refused(directory, name):
   path = directory / name
   path.write_bytes(path.read_bytes()[:20])
-  with pytest.raises(ValueError, match='is damaged .*: fit it again with launch/gate.py'):
+  with pytest.raises(UserError, match='is damaged .*: fit it again with launch/gate.py'):
     open_gate(directory, 'learned', 0.5)
   path.unlink()
-  with pytest.raises(FileNotFoundError, match=f'holds no {name}: give the output of launch/gate'):
+  with pytest.raises(UserError, match=f'holds no {name}: give the output of launch/gate'):
     open_gate(directory, 'learned', 0.5)

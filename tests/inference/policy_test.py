@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.inference.policy import NEVER, ONCE, Gate, Policy, calibrate
 
 
@@ -39,5 +40,5 @@ def test_a_calibrated_threshold_spends_its_budget(budget):
     (lambda: calibrate([1.0], 1.5), 'budget = 1.5'), (lambda: calibrate([], 0.5), '0 entropies'),
     (lambda: calibrate([1.0, float('nan')], 0.5), '2 entropies, 1 of them finite')])
 def test_what_cannot_be_is_refused(call, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     call()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.inference.ring_cache import SlotCache, SlotIndex, plan_cache
+from latent_deliberation.inference.ring_cache import RingKVCache, SlotIndex, plan_cache
 from latent_deliberation.model.attention import KeysValues
 from tests import tiny
 
@@ -52,8 +52,8 @@ def check(cache, texts):
 
 def filled(counts, width):
   texts = [[] for _ in range(BATCH)]
-  empty = SlotCache.empty(PLAN, tiny.CONFIG, BATCH, 'float32')
-  return jax.jit(SlotCache.fill)(empty, *chunk(texts, counts, width)), texts
+  empty = RingKVCache.empty(PLAN, tiny.CONFIG, BATCH, 'float32')
+  return jax.jit(RingKVCache.fill)(empty, *chunk(texts, counts, width)), texts
 
 
 def test_local_layers_keep_a_window_and_global_layers_everything():
@@ -66,7 +66,7 @@ def test_local_layers_keep_a_window_and_global_layers_everything():
 def test_whatever_is_written_the_newest_tokens_are_there(counts, width):
   cache, texts = filled(counts, width)
   check(cache, texts)
-  append = jax.jit(SlotCache.append)
+  append = jax.jit(RingKVCache.append)
   step = ((1, 1, 1), 1)
   for more, width in (step, ((0, 3, 2), 4), step, step, ((1, 0, 0), 2)):
     cache = append(cache, *chunk(texts, more, width))
@@ -75,14 +75,14 @@ def test_whatever_is_written_the_newest_tokens_are_there(counts, width):
 
 def test_a_popped_token_written_again_changes_no_bit():
   cache, _ = filled((7, 8, 3), 8)
-  without, *newest = jax.jit(SlotCache.pop)(cache)
-  jax.tree.map(np.testing.assert_array_equal, jax.jit(SlotCache.append)(without, *newest), cache)
+  without, *newest = jax.jit(RingKVCache.pop)(cache)
+  jax.tree.map(np.testing.assert_array_equal, jax.jit(RingKVCache.append)(without, *newest), cache)
 
 
 def attached(cache, rows, hidden=(-1, -1), seed=0):
   positions = jnp.full((BATCH, LATENTS), 50 + seed)
   latents = content(np.full((BATCH, LATENTS), 9 + seed), np.asarray(positions))
-  return jax.jit(SlotCache.attach)(cache, latents, positions,
+  return jax.jit(RingKVCache.attach)(cache, latents, positions,
                                    jnp.broadcast_to(jnp.array(hidden), (BATCH, LATENTS)),
                                    jnp.asarray(rows))
 
@@ -116,6 +116,6 @@ def test_tokens_written_behind_latents_leave_them_where_they_are():
   cache, texts = filled((4, 2, 4), 4)
   both = attached(cache, [True] * 3)
   for count, width in ((1, 1), (3, 4)):
-    both = jax.jit(SlotCache.append)(both, *chunk(texts, [count] * 3, width))
+    both = jax.jit(RingKVCache.append)(both, *chunk(texts, [count] * 3, width))
   assert seen(both, 1, 0) == [*range(8), 50, 50]
   assert seen(both, 0, 0) == [*range(3, 8), 50, 50]

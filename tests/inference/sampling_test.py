@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.deliberation.loss import entropy
+from latent_deliberation.errors import UserError
 from latent_deliberation.inference.decode import Sampling, filtered, sample
 
 P = np.array([0.05, 0.4, 0.2, 0.3, 0.04, 0.01])
@@ -61,5 +62,5 @@ def test_entropy_is_that_of_the_distribution_even_where_tokens_are_impossible():
     (dict(top_p=0.0), 'top_p = 0.0'), (dict(top_p=1.1), 'top_p = 1.1'),
     (dict(min_p=-0.1), 'min_p = -0.1'), (dict(min_p=2.0), 'min_p = 2.0')])
 def test_what_cannot_be_is_refused(values, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     Sampling(**values)

@@ -10,7 +10,7 @@ from latent_deliberation.deliberation.deliberation_config import LATENTS
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.generator import Generator, copied
 from latent_deliberation.inference.policy import Gate, Policy
-from latent_deliberation.inference.session import Decoding, generate
+from latent_deliberation.inference.session import DecodingOptions, generate
 from tests import tiny
 from tests.inference.small import (
   LENGTH,
@@ -34,9 +34,9 @@ def test_latents_at_several_places_are_each_what_training_knew_there(
   generator, *trained = augmented(decoder_params, latents=latents, positions='shift')
   # Two prompts, as every length of text is compiled by itself in training's forward pass.
   for prompt, completion in zip(
-      PROMPTS[1:], generate(generator, PROMPTS[1:], Decoding(14, policy=policy)), strict=True):
+      PROMPTS[1:], generate(generator, PROMPTS[1:], DecodingOptions(14, policy=policy)), strict=True):
     assert completion.latents_at == list(stops)
-    tokens, found = completion.tokens, completion.log_probabilities
+    tokens, found = completion.tokens, completion.logprobs
     np.testing.assert_allclose(found[:stops[0]], plain_log_probabilities(
         decoder_params, prompt, tokens[:stops[0]]), atol=5e-5)
     for start, end in itertools.pairwise((*stops, 14)):
@@ -48,13 +48,13 @@ def test_latents_at_several_places_are_each_what_training_knew_there(
 @pytest.mark.parametrize('gate', [None, GATE], ids=['entropy', 'learned'])
 def test_texts_deliberate_where_their_gate_opens_and_nowhere_else(made, decoder_params, gate):
   generator, *trained = made
-  plain = generate(generator, PROMPTS, Decoding(12))
+  plain = generate(generator, PROMPTS, DecodingOptions(12))
   score = entropies_of if gate is None else predictions_of
   scores = [score(decoder_params, prompt, completion.tokens)
             for prompt, completion in zip(PROMPTS, plain, strict=True)]
   threshold = float(np.quantile(np.concatenate(scores), 0.79))  # between two of 36
   policy = Policy(threshold=threshold, gate=gate, apart=12)
-  completions = generate(generator, PROMPTS, Decoding(12, policy=policy))
+  completions = generate(generator, PROMPTS, DecodingOptions(12, policy=policy))
   expected = [list(np.flatnonzero(score > threshold)[:1]) for score in scores]
   assert [completion.latents_at for completion in completions] == expected
   assert sorted(map(len, expected)) != [0, 0, 0]
@@ -64,7 +64,7 @@ def test_texts_deliberate_where_their_gate_opens_and_nowhere_else(made, decoder_
     if at < 12:
       trained_says = trained_log_probabilities(
           *trained, decoder_params, prompt + after.tokens[:at], after.tokens[at:])
-      np.testing.assert_allclose(after.log_probabilities[at:], trained_says, atol=5e-5)
+      np.testing.assert_allclose(after.logprobs[at:], trained_says, atol=5e-5)
 
 
 def test_the_gate_scores_every_step_by_the_hidden_state_of_the_uncached_decoder(decoder_params):

@@ -10,11 +10,11 @@ import numpy as np
 from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import gather_traces
-from latent_deliberation.inference.background import Arrival
+from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.policy import ONCE, Policy
-from latent_deliberation.inference.session import Completion, Decoding
+from latent_deliberation.inference.session import Completion, DecodingOptions
 from tests import tiny
 
 LENGTH = 48
@@ -33,9 +33,9 @@ def augmented(decoder_params: Params, length: int = LENGTH, mesh: Any = None,
   return generator, deliberator, params
 
 
-def decoding(policy: Policy = ONCE, max_tokens: int = 12, **arrival: Any) -> Decoding:
+def decoding(policy: Policy = ONCE, max_tokens: int = 12, **arrival: Any) -> DecodingOptions:
   """Sampled tokens, with latents that arrive so."""
-  return Decoding(max_tokens, Sampling(temperature=1.0), policy=policy, arrival=Arrival(**arrival))
+  return DecodingOptions(max_tokens, Sampling(temperature=1.0), policy=policy, timing=LatentTiming(**arrival))
 
 
 def plain_log_probabilities(decoder_params: Params, prompt: Sequence[int],
@@ -71,4 +71,4 @@ def assert_same(first: list[Completion], second: list[Completion]) -> None:
   """The same tokens, and log-probabilities to the bit."""
   for one, other in zip(first, second, strict=True):
     assert one.tokens == other.tokens
-    assert one.log_probabilities == other.log_probabilities
+    assert one.logprobs == other.logprobs

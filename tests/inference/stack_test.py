@@ -1,4 +1,4 @@
-"""Large weights are turned for speed, and say the same."""
+"""Large weights are transposed for speed, and say the same."""
 
 import jax
 import numpy as np
@@ -15,12 +15,12 @@ def test_turned_weights_say_what_weights_as_stored_say(decoder_params, monkeypat
   prompts = PROMPTS[:rows]
   stored = Generator(tiny.CONFIG, decoder_params, length=LENGTH)
   monkeypatch.setattr(passes, 'CACHED_BYTES', 0)
-  turned = Generator(tiny.CONFIG, decoder_params, length=LENGTH)
+  transposed = Generator(tiny.CONFIG, decoder_params, length=LENGTH)
   names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(
-      turned.weights.layers.blocks[0])}
-  assert 'turned' in names and 'w' not in names
-  one, other = stored.read(prompts), turned.read(prompts)
+      transposed.weights.layers.blocks[0])}
+  assert 'transposed' in names and 'w' not in names
+  one, other = stored.read(prompts), transposed.read(prompts)
   np.testing.assert_allclose(one.logits, other.logits, rtol=1e-5, atol=1e-5)
   token = [[7]] * rows
-  np.testing.assert_allclose(stored.read_on(one, token).logits, turned.read_on(other, token).logits,
+  np.testing.assert_allclose(stored.read_on(one, token).logits, transposed.read_on(other, token).logits,
                              rtol=1e-5, atol=1e-5)

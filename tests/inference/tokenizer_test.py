@@ -3,6 +3,7 @@
 import pytest
 
 from latent_deliberation.data import vocabularies
+from latent_deliberation.errors import UserError
 from latent_deliberation.inference.tokenizer import ByteTokenizer, open_tokenizer, stop_at
 
 TEXTS = ['def f(x):\n    return x + 1  # é — 漢字 🙂', ' leading and trailing ', 'ß']
@@ -40,13 +41,13 @@ def test_a_stop_string_is_noticed_at_the_token_that_completes_it(model):
                    if any(string in tokenizer.decode(ids[:i]) for string in strings))
       assert [stop(ids[:i]) for i in range(1, first + 1)] == [False] * (first - 1) + [True]
     assert not stop_at(tokenizer, ['nowhere'])(ids)
-  with pytest.raises(ValueError, match='an empty one would end every text'):
+  with pytest.raises(UserError, match='an empty one would end every text'):
     stop_at(ByteTokenizer(), ['a', ''])
 
 
 def test_what_is_no_vocabulary_is_refused(tmp_path, model):
-  with pytest.raises(FileNotFoundError, match="no vocabulary at .*, or 'byte'"):
+  with pytest.raises(UserError, match="no vocabulary at .*, or 'byte'"):
     open_tokenizer(tmp_path / 'nothing')
   (tmp_path / 'cut').write_bytes(model.read_bytes()[:100])
-  with pytest.raises(ValueError, match=r'cut \(100 bytes\) is not a SentencePiece model'):
+  with pytest.raises(UserError, match=r'cut \(100 bytes\) is not a SentencePiece model'):
     open_tokenizer(tmp_path / 'cut')

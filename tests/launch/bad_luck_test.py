@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.paths import METRICS_FILE
+from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.pretrain import pretrain
 from tests import finished
 
@@ -108,4 +109,4 @@ def test_a_run_survives_a_kill_a_full_disk_and_a_sigterm_and_then_ends(tmp_path,
   pretrain(finished.experiment(pretraining__loop__num_steps=150), workdir, run)
   assert newest(workdir) == 150
   assert (workdir / 'decoder/decoder.json').exists()
-  assert [row['step'] for row in read_metrics(workdir / FILE_NAME)] == list(range(1, 151))
+  assert [row['step'] for row in read_metrics(workdir / METRICS_FILE)] == list(range(1, 151))

@@ -7,8 +7,8 @@ import pytest
 
 from latent_deliberation.model import attention
 from latent_deliberation.model.attention import (
+  AttentionMaskSpec,
   KVCache,
-  Visibility,
   attend,
   attend_visible,
   cached_mask,
@@ -28,13 +28,13 @@ def index(*values):
 
 
 def fresh(positions, segments, window=GLOBAL):
-  allowed = Visibility(index(*segments)[None, None], index(0)[None])
+  allowed = AttentionMaskSpec(index(*segments)[None, None], index(0)[None])
   return draw(fresh_mask(index(*positions)[None, None], allowed, jnp.asarray(window))[0, 0])
 
 
-def cached(positions, segments, horizon, window=GLOBAL):
+def cached(positions, segments, prefix_length, window=GLOBAL):
   """Fresh tokens (positions, segments) over a cache of documents of 3 and 3 tokens and padding."""
-  allowed = Visibility(index(*segments)[None, None], index(horizon)[None])
+  allowed = AttentionMaskSpec(index(*segments)[None, None], index(prefix_length)[None])
   return draw(cached_mask(
       index(*positions)[None, None], allowed, index(0, 1, 2, 0, 1, 2, 0)[None],
       index(1, 1, 1, 2, 2, 2, 0)[None], jnp.asarray(window))[0, 0])
@@ -62,18 +62,18 @@ def test_a_row_is_causal_by_order_where_its_tokens_share_a_position():
 
 
 def test_cached_tokens_are_seen_up_to_the_horizon_in_the_own_document():
-  assert cached([2, 3], [1, 1], horizon=2) == ['xx.....', 'xx.....']
-  assert cached([2, 3], [2, 2], horizon=5) == ['...xx..', '...xx..']
-  assert cached([2, 3], [2, 0], horizon=7) == ['...xxx.', '.......']
+  assert cached([2, 3], [1, 1], prefix_length=2) == ['xx.....', 'xx.....']
+  assert cached([2, 3], [2, 2], prefix_length=5) == ['...xx..', '...xx..']
+  assert cached([2, 3], [2, 0], prefix_length=7) == ['...xxx.', '.......']
 
 
-@pytest.mark.parametrize('horizon', [0, -2])
-def test_an_empty_horizon_shows_nothing(horizon):
-  assert cached([2], [1], horizon) == ['.......']
+@pytest.mark.parametrize('prefix_length', [0, -2])
+def test_an_empty_horizon_shows_nothing(prefix_length):
+  assert cached([2], [1], prefix_length) == ['.......']
 
 
 def test_a_window_reaches_into_the_cache_exactly_as_far_as_it_says():
-  assert cached([2, 3, 4], [2] * 3, horizon=6, window=3) == ['...xxx.', '....xx.', '.....x.']
+  assert cached([2, 3, 4], [2] * 3, prefix_length=6, window=3) == ['...xxx.', '....xx.', '.....x.']
 
 
 def example(seed=0, cached_length=5, length=3):
@@ -94,7 +94,7 @@ def example(seed=0, cached_length=5, length=3):
 
 
 def joined(inputs, visible):
-  """Keys, values [B, M, P, K, H] and visibility [B, M, Q, P], the cache behind the fresh tokens."""
+  """Keys, values [B, M, P, K, H] and mask_spec [B, M, Q, P], the cache behind the fresh tokens."""
 
   def join(name):
     cached = inputs[f'cached_{name}'][:, None]
@@ -209,11 +209,11 @@ def test_blocks_of_queries_give_the_values_and_gradients_of_the_row_as_a_whole(m
   cache = KVCache(array(2, slots, 2, 8), array(2, slots, 2, 8),
                   jnp.broadcast_to(jnp.arange(slots), (2, slots)), jnp.ones((2, slots), int))
   positions = jnp.broadcast_to(slots + jnp.arange(length), (2, 3, length))
-  visibility = Visibility(jnp.broadcast_to(jnp.arange(length) // 9 + 1, positions.shape),
+  mask_spec = AttentionMaskSpec(jnp.broadcast_to(jnp.arange(length) // 9 + 1, positions.shape),
                           jnp.full((2, 3), slots))
 
   def loss(*fresh):
-    mixed = attend_visible(*fresh, positions, visibility, jnp.array(7), cache, cap=5.0)
+    mixed = attend_visible(*fresh, positions, mask_spec, jnp.array(7), cache, cap=5.0)
     return jnp.sum(jnp.sin(mixed)), mixed
 
   results = []
@@ -229,5 +229,5 @@ def test_a_block_is_not_compared_with_the_tokens_after_it(monkeypatch):
   ones = jnp.ones((1, 1, 8, 1, 2))
   keys = ones.at[:, :, 4:].set(jnp.nan)
   seen = attend_visible(ones, keys, keys, jnp.arange(8)[None, None],
-                        Visibility(jnp.ones((1, 1, 8), int), jnp.zeros((1, 1), int)), GLOBAL)
+                        AttentionMaskSpec(jnp.ones((1, 1, 8), int), jnp.zeros((1, 1), int)), GLOBAL)
   assert np.isfinite(seen[:, :, :4]).all() and np.isnan(seen[:, :, 4:]).all()

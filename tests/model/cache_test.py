@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.attention import KeysValues, KVCache
 
 
@@ -39,11 +40,11 @@ def test_truncating_undoes_appending_and_neither_changes_the_cache():
 
 
 def test_traces_of_one_text_cannot_be_appended_to_one_cache():
-  with pytest.raises(ValueError, match='3 rows of fresh tokens, expected 1'):
+  with pytest.raises(UserError, match='3 rows of fresh tokens, expected 1'):
     KVCache.empty(fresh(2)[0]).append(*fresh(2, rows=3))
 
 
 @pytest.mark.parametrize('length', [-1, 4])
 def test_a_length_that_the_cache_does_not_have_is_refused(length):
-  with pytest.raises(ValueError, match=f'cache of 3 tokens to {length}'):
+  with pytest.raises(UserError, match=f'cache of 3 tokens to {length}'):
     KVCache.empty(fresh(3)[0]).append(*fresh(3)).truncate(length)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.layers import (
   Embedder,
   FeedForward,
@@ -52,7 +53,7 @@ def test_a_new_adapter_changes_nothing_and_can_learn():
 
 
 def test_a_rank_below_one_is_refused():
-  with pytest.raises(ValueError, match='lora rank = 0: at least 1'):
+  with pytest.raises(UserError, match='lora rank = 0: at least 1'):
     LowRank(rank=0)
 
 

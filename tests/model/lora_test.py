@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from latent_deliberation.model.attention import Visibility
+from latent_deliberation.model.attention import AttentionMaskSpec
 from latent_deliberation.model.layers import LowRank, merge
 from latent_deliberation.model.transformer import Transformer
 from tests import tiny
@@ -16,12 +16,12 @@ def test_merged_weights_compute_what_weights_with_adapters_beside_them_do(decode
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 7, tiny.CONFIG.embed_dim)),
                   jnp.float32)
   positions = jnp.broadcast_to(jnp.arange(7), (2, 1, 7))
-  visibility = Visibility(jnp.ones_like(positions), jnp.zeros((2, 1), jnp.int32))
+  mask_spec = AttentionMaskSpec(jnp.ones_like(positions), jnp.zeros((2, 1), jnp.int32))
   weights = decoder_params['transformer']
   beside, _ = Transformer(tiny.CONFIG, lora=low_rank).apply(
-      {'params': weights, 'lora': adapters}, x, positions, visibility)
+      {'params': weights, 'lora': adapters}, x, positions, mask_spec)
   plain = Transformer(tiny.CONFIG)
-  folded, _ = plain.apply({'params': merge(weights, adapters, low_rank)}, x, positions, visibility)
-  without, _ = plain.apply({'params': weights}, x, positions, visibility)
+  folded, _ = plain.apply({'params': merge(weights, adapters, low_rank)}, x, positions, mask_spec)
+  without, _ = plain.apply({'params': weights}, x, positions, mask_spec)
   np.testing.assert_allclose(folded, beside, rtol=1e-4, atol=1e-5)
   assert np.abs(without - beside).max() > 0.1

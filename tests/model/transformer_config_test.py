@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
 from tests import tiny
 
@@ -18,7 +19,7 @@ from tests import tiny
     ({'layer_pattern': ()}, r'layer_pattern = \(\)'),
 ])
 def test_impossible_sizes_are_refused_by_name_and_value(change, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     dataclasses.replace(tiny.CONFIG, **change)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from latent_deliberation.model.attention import KVCache, Visibility
+from latent_deliberation.errors import UserError
+from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.transformer import REMAT_POLICIES, Transformer
 from tests import tiny
 
@@ -18,18 +19,18 @@ def trunk_rows(batch, seed=0):
   """Random embeddings for a batch, its positions and what its tokens may see."""
   segments = batch.segments[:, None]
   x = jax.random.normal(jax.random.key(seed), (*segments.shape, tiny.CONFIG.embed_dim))
-  return x, batch.positions[:, None], Visibility(segments, jnp.zeros(segments.shape[:2], jnp.int32))
+  return x, batch.positions[:, None], AttentionMaskSpec(segments, jnp.zeros(segments.shape[:2], jnp.int32))
 
 
 def values_and_gradients(batch, params, **how):
   """Hidden states and keys, and gradients of both, with the stack computed in some way."""
   transformer = Transformer(tiny.CONFIG, **how)
-  x, positions, visibility = trunk_rows(batch)
+  x, positions, mask_spec = trunk_rows(batch)
 
   @jax.jit
   def compute(params, x):
     outputs, pull = jax.vjp(
-        lambda *given: transformer.apply({'params': given[0]}, given[1], positions, visibility),
+        lambda *given: transformer.apply({'params': given[0]}, given[1], positions, mask_spec),
         params, x)
     return outputs, pull(jax.tree.map(jnp.cos, outputs))
 
@@ -66,7 +67,7 @@ def is_jaxpr(leaf):
 
 def test_only_a_backward_pass_that_keeps_nothing_runs_the_fused_kernel_again(
     batch, decoder_params):
-  x, positions, visibility = trunk_rows(batch)
+  x, positions, mask_spec = trunk_rows(batch)
   keys = jnp.ones((tiny.CONFIG.num_layers, *x.shape[:1], 5, tiny.CONFIG.num_kv_heads,
                    tiny.CONFIG.head_dim))
   index = jnp.ones((x.shape[0], 5), jnp.int32)
@@ -74,7 +75,7 @@ def test_only_a_backward_pass_that_keeps_nothing_runs_the_fused_kernel_again(
   def runs(remat):
     transformer = Transformer(tiny.CONFIG, attention='fused', remat=remat)
     return kernels(jax.make_jaxpr(jax.grad(lambda x: transformer.apply(
-        {'params': decoder_params['transformer']}, x, positions, visibility,
+        {'params': decoder_params['transformer']}, x, positions, mask_spec,
         KVCache(keys, keys, index, index))[0].sum()))(x).jaxpr)
 
   once = runs('none')
@@ -84,12 +85,12 @@ def test_only_a_backward_pass_that_keeps_nothing_runs_the_fused_kernel_again(
 
 def test_a_fused_stack_turns_wide_heads_in_a_kernel_and_gives_what_the_plain_one_gives(batch):
   config = dataclasses.replace(tiny.CONFIG, head_dim=256, layer_pattern=('global',), num_layers=1)
-  x, positions, visibility = trunk_rows(batch)
+  x, positions, mask_spec = trunk_rows(batch)
   plain, fused = (Transformer(config, attention=way) for way in ('plain', 'fused'))
-  params = nn.unbox(plain.init(jax.random.key(1), x, positions, visibility))
+  params = nn.unbox(plain.init(jax.random.key(1), x, positions, mask_spec))
 
   def total(transformer, x):
-    hidden, fresh = transformer.apply(params, x, positions, visibility)
+    hidden, fresh = transformer.apply(params, x, positions, mask_spec)
     return jnp.sum(jnp.cos(hidden)) + jnp.sum(jnp.cos(fresh.keys))
 
   jaxpr = jax.make_jaxpr(functools.partial(total, fused))(x)
@@ -100,7 +101,7 @@ def test_a_fused_stack_turns_wide_heads_in_a_kernel_and_gives_what_the_plain_one
 
 
 def test_an_unknown_way_to_compute_attention_is_refused(batch):
-  with pytest.raises(ValueError, match="attention = 'flash': must be one of .*'plain', 'fused'"):
+  with pytest.raises(UserError, match="attention = 'flash': must be one of .*'plain', 'fused'"):
     Transformer(tiny.CONFIG, attention='flash').init(jax.random.key(0), *trunk_rows(batch))
 
 
@@ -144,8 +145,8 @@ def test_rows_that_share_a_cache_do_not_see_each_other(decoder_params, batch):
   _, _, cache = tiny.read(decoder_params, batch.tokens, batch.positions, batch.segments)
   x = jax.random.normal(jax.random.key(0), (2, 3, 2, tiny.CONFIG.embed_dim))
   positions = jnp.broadcast_to(jnp.array([4, 5]), x.shape[:3])
-  visibility = Visibility(jnp.ones_like(positions), jnp.full((2, 3), 4))
+  mask_spec = AttentionMaskSpec(jnp.ones_like(positions), jnp.full((2, 3), 4))
   touched = influence(Transformer(tiny.CONFIG), decoder_params['transformer'], x, positions,
-                      visibility, cache)
+                      mask_spec, cache)
   own = np.einsum('BC,MN,PQ->BMPCNQ', np.eye(2), np.eye(3), np.tri(2))
   np.testing.assert_array_equal(touched, own > 0)

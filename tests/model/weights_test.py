@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
@@ -69,7 +70,7 @@ def test_bfloat16_weights_survive_the_disk_as_bfloat16(tmp_path, decoder_params)
 
 def test_nothing_is_written_over(saved, decoder_params):
   before = (saved / 'decoder.json').read_bytes()
-  with pytest.raises(FileExistsError, match=f'{saved} exists already'):
+  with pytest.raises(UserError, match=f'{saved} exists already'):
     weights.save(saved, tiny.CONFIG, decoder_params)
   assert (saved / 'decoder.json').read_bytes() == before
 
@@ -89,7 +90,7 @@ def edit(directory, **changes):
 def test_a_description_that_is_cut_short_is_refused(copied):
   path = copied / 'decoder.json'
   path.write_text(path.read_text()[:-30])
-  with pytest.raises(ValueError, match='decoder.json is damaged or of another format'):
+  with pytest.raises(UserError, match='decoder.json is damaged or of another format'):
     weights.load(copied)
 
 
@@ -98,7 +99,7 @@ def test_a_description_that_is_cut_short_is_refused(copied):
     {'config': {**dataclasses.asdict(tiny.CONFIG), 'num_kv_heads': 3}}])
 def test_a_description_of_another_kind_is_refused(copied, changes):
   edit(copied, **changes)
-  with pytest.raises(ValueError, match='decoder.json is damaged or of another format'):
+  with pytest.raises(UserError, match='decoder.json is damaged or of another format'):
     weights.load(copied)
 
 
@@ -108,7 +109,7 @@ def test_a_description_of_another_kind_is_refused(copied, changes):
     ({'hidden_dim': 10}, [3, 20, 16], [3, 10, 16])])
 def test_a_description_of_other_sizes_is_refused_with_both(copied, change, there, here):
   edit(copied, config=dataclasses.asdict(dataclasses.replace(tiny.CONFIG, **change)))
-  with pytest.raises(ValueError, match=re.escape(f'has shape {there}, expected {here}')):
+  with pytest.raises(UserError, match=re.escape(f'has shape {there}, expected {here}')):
     weights.load(copied)
 
 
@@ -117,7 +118,7 @@ def test_weights_that_were_exchanged_are_refused(copied, tmp_path, decoder_param
   weights.save(tmp_path / 'other', tiny.CONFIG, other)
   shutil.rmtree(copied / 'weights')
   shutil.move(tmp_path / 'other' / 'weights', copied / 'weights')
-  with pytest.raises(ValueError, match=f'fingerprint {fingerprint(other)}, decoder.json says '
+  with pytest.raises(UserError, match=f'fingerprint {fingerprint(other)}, decoder.json says '
                      f'{fingerprint(decoder_params)}'):
     weights.load(copied)
 
@@ -126,9 +127,9 @@ def test_weights_that_are_cut_short_or_gone_are_refused(copied):
   largest = max((path for path in (copied / 'weights').rglob('*') if path.is_file()),
                 key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:largest.stat().st_size // 2])
-  with pytest.raises(ValueError, match='cannot be read .* write it again') as error:
+  with pytest.raises(UserError, match='cannot be read .* write it again') as error:
     weights.load(copied)
   assert len(str(error.value)) < 500  # not the whole specification of a TensorStore
   shutil.rmtree(copied / 'weights')
-  with pytest.raises(ValueError, match='is not a whole orbax checkpoint'):
+  with pytest.raises(UserError, match='is not a whole orbax checkpoint'):
     weights.load(copied)

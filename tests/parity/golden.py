@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_deliberation.array_types import Array, Params
-from latent_deliberation.model.attention import KVCache, Visibility
+from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
 
@@ -73,10 +73,10 @@ def step(config: TransformerConfig, params: Params, tokens: Array, position: int
   decoder, variables = Decoder(config), {'params': params}
   tokens = tokens[:, None, None]
   positions = jnp.full_like(tokens, position)
-  visibility = Visibility(jnp.ones_like(tokens), jnp.full((len(tokens), 1), cache.length))
+  mask_spec = AttentionMaskSpec(jnp.ones_like(tokens), jnp.full((len(tokens), 1), cache.length))
   x = decoder.apply(variables, tokens, method='embed')
-  hidden, fresh = decoder.apply(variables, x, positions, visibility, cache, method='transform')
-  grown = cache.append(fresh, positions, visibility.segments)
+  hidden, fresh = decoder.apply(variables, x, positions, mask_spec, cache, method='transform')
+  grown = cache.append(fresh, positions, mask_spec.segments)
   kept = KVCache(keys=grown.keys[:, :, 1:], values=grown.values[:, :, 1:],
                  positions=grown.positions[:, 1:], segments=grown.segments[:, 1:])
   return decoder.apply(variables, hidden[:, 0, 0], method='logits'), kept

@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
+from latent_deliberation.errors import UserError  # noqa: E402
 from latent_deliberation.model import weights  # noqa: E402
 from tests.parity import golden, make_goldens, tiny_models  # noqa: E402
 
@@ -58,7 +59,7 @@ def test_transformers_reads_the_legacy_configs_as_the_same_models(
     written, reference, tokens, tmp_path):
   # Else our reading of them would be tested against our own idea of them.
   if written.name == make_goldens.SHARDED:
-    with pytest.raises(ValueError, match='layer_types'):
+    with pytest.raises(UserError, match='layer_types'):
       make_goldens.legacy_config(json.loads((written / 'config.json').read_text()))
     return
   directory = tmp_path / 'legacy'

@@ -2,6 +2,7 @@
 
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.planning.collectives import HOP_SECONDS, find_collectives, read_groups
 from latent_deliberation.planning.program import parse
 from tests.planning.machines import slice_of
@@ -27,7 +28,7 @@ def test_groups_are_read_in_every_way_that_xla_writes_them(written, groups):
 
 
 def test_groups_of_another_form_are_refused():
-  with pytest.raises(ValueError, match="no replica groups .* 'replica_groups=new"):
+  with pytest.raises(UserError, match="no replica groups .* 'replica_groups=new"):
     read_groups('replica_groups=new', 4)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Computation, Experiment
 from latent_deliberation.models import build_decoder, frozen_shapes
 from latent_deliberation.planning.compile import plan_training
@@ -135,7 +136,7 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_compiled(
     mesh, rules, message, tmp_path, monkeypatch):
   monkeypatch.setattr('latent_deliberation.planning.compile.plan_step',
                       lambda run, topology: pytest.fail('too late'))
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     plan_training(small(), EIGHT, [MeshConfig(), mesh], [rules], tmp_path / 'plan.json')
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.planning.program import array_bytes, parse
 from tests.planning.programs import LOOPS
 
@@ -46,5 +47,5 @@ def test_what_lies_in_an_inner_memory_is_not_in_hbm():
 
 
 def test_other_text_is_refused():
-  with pytest.raises(ValueError, match="no ENTRY: 'module {}'"):
+  with pytest.raises(UserError, match="no ENTRY: 'module {}'"):
     parse('module {}')

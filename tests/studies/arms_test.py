@@ -69,9 +69,9 @@ def test_training_costs_what_each_kind_of_arm_reads():
     model, length = variant.decoder, variant.data.length
     texts = variant.training.loop.num_steps * variant.training.batch_size
     learns = asked.arms[name].learns
-    rank = variant.deliberation.lora_rank if learns == 'adapted' else 0
-    expected = (flops.text_flops(model, length, rank) if learns in ('continued', 'adapted') else
-                flops.traces_flops(model, variant.deliberation, length, tuned=learns == 'unified'))
+    rank = variant.deliberation.lora_rank if learns == 'lora' else 0
+    expected = (flops.text_flops(model, length, rank) if learns in ('finetuned', 'lora') else
+                flops.traces_flops(model, variant.deliberation, length, tuned=learns == 'joint'))
     assert spent[name] == texts * expected, name
   assert len({asked.arms[name].learns for name in asked.arms}) > 2
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.studies.study_result import (
   Outcomes,
   accuracy,
@@ -111,30 +112,30 @@ def test_selected_questions_keep_their_outcomes():
 def test_different_numbers_of_items_are_both_named():
   one, other = outcomes(True, False, True), outcomes(True, False)
   for call in (lambda: accuracy([one, other]), lambda: nll([one, other])):
-    with pytest.raises(ValueError, match='run 1 of runs has 2 items, run 0 of runs has 3'):
+    with pytest.raises(UserError, match='run 1 of runs has 2 items, run 0 of runs has 3'):
       call()
-  with pytest.raises(ValueError, match='run 0 of baseline_runs has 2 items, run 0 of runs has 3'):
+  with pytest.raises(UserError, match='run 0 of baseline_runs has 2 items, run 0 of runs has 3'):
     accuracy_difference([one], [other])
-  with pytest.raises(ValueError, match='run 0 of other has 2 items, run 0 of one has 3'):
+  with pytest.raises(UserError, match='run 0 of other has 2 items, run 0 of one has 3'):
     mcnemar(one, other)
 
 
 def test_too_few_items_or_runs_are_refused():
-  with pytest.raises(ValueError, match='0 items, at least 1 is needed'):
+  with pytest.raises(UserError, match='0 items, at least 1 is needed'):
     outcomes()
-  with pytest.raises(ValueError, match='1 item, an interval needs at least 2'):
+  with pytest.raises(UserError, match='1 item, an interval needs at least 2'):
     accuracy([outcomes(True)])
-  with pytest.raises(ValueError, match='baseline_runs has 0 runs, at least 1 is needed'):
+  with pytest.raises(UserError, match='baseline_runs has 0 runs, at least 1 is needed'):
     nll_difference([outcomes(True, False)], [])
 
 
 def test_an_nll_that_is_not_finite_is_named():
-  with pytest.raises(ValueError, match='the nll of item 2 is nan, expected a finite number'):
+  with pytest.raises(UserError, match='the nll of item 2 is nan, expected a finite number'):
     Outcomes(np.array([1.0, 2.0, np.nan]), np.zeros(3, bool))
 
 
 def test_shapes_and_types_that_do_not_fit_are_named():
-  with pytest.raises(ValueError, match=r'nll has shape \(3,\), correct \(2,\)'):
+  with pytest.raises(UserError, match=r'nll has shape \(3,\), correct \(2,\)'):
     Outcomes(np.zeros(3), np.zeros(2, bool))
-  with pytest.raises(ValueError, match='correct is float64, expected bool'):
+  with pytest.raises(UserError, match='correct is float64, expected bool'):
     Outcomes(np.zeros(3), np.zeros(3))

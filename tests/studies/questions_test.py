@@ -7,6 +7,7 @@ import pytest
 
 from latent_deliberation.array_types import Batch
 from latent_deliberation.deliberation.traces import gather_traces
+from latent_deliberation.errors import UserError
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 from latent_deliberation.studies.scoring import (
   batch_questions,
@@ -96,9 +97,9 @@ def test_the_last_batch_is_filled_from_the_start():
 
 
 def test_questions_that_cannot_be_asked_are_refused():
-  with pytest.raises(ValueError, match='no questions'):
+  with pytest.raises(UserError, match='no questions'):
     batch_questions([], 2)
-  with pytest.raises(ValueError, match=r'question 1 has \[0, 1, 1\]'):
+  with pytest.raises(UserError, match=r'question 1 has \[0, 1, 1\]'):
     batch_questions([PARTS[0], ([], [3], [4])], 2, offline=True)
-  with pytest.raises(ValueError, match=r'question 0 has \[1, 1, 0\]'):
+  with pytest.raises(UserError, match=r'question 0 has \[1, 1, 0\]'):
     batch_questions([([2], [3], [])], 2)

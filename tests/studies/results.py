@@ -31,7 +31,7 @@ def make_arm(*runs: Outcomes | AheadNLL, **changes) -> Arm:
 def questions(**changes) -> StudyResult:
   """Own latents answer 60 and 70%, those of another example 20%, the frozen decoder 20%."""
   return StudyResult(**{
-    'name': 'hops',
+    'name': 'pointer_chasing',
     'arms': {
       'frozen': make_arm(answer(0.2), kind='decoder', trained=0, flops_per_token=2e6),
       'own': make_arm(answer(0.6, 1.0), answer(0.7, 1.2), note='same steps as constant'),

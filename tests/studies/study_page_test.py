@@ -69,12 +69,12 @@ def test_the_page_of_a_study_of_text_has_perplexity_and_changes_at_each_position
 @pytest.mark.parametrize('study', [questions, texts])
 def test_a_written_study_reads_back_and_renders_again(tmp_path, study):
   summary = summarise_study(study(diagnostics={'own': [{'step': 1, 'gate': 0.1}]}), samples=50)
-  write_study(summary, tmp_path / 'hops')
-  stored = json.loads((tmp_path / 'hops' / 'results.json').read_text())
-  page = (tmp_path / 'hops' / 'results.md').read_text()
+  write_study(summary, tmp_path / 'pointer_chasing')
+  stored = json.loads((tmp_path / 'pointer_chasing' / 'results.json').read_text())
+  page = (tmp_path / 'pointer_chasing' / 'results.md').read_text()
   assert stored == summary
   assert page == format_study(stored)
-  pictures = {path.name for path in (tmp_path / 'hops').iterdir()} - {'results.json', 'results.md'}
+  pictures = {path.name for path in (tmp_path / 'pointer_chasing').iterdir()} - {'results.json', 'results.md'}
   assert pictures == {'results.png', 'diagnostics.png'}
   assert all(f']({picture})' in page for picture in pictures)
 

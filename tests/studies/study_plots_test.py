@@ -25,7 +25,7 @@ def test_each_arm_has_its_colour_which_its_controls_share(tmp_path, study, arms)
 
 
 def test_the_arms_of_the_main_study_fit_one_panel_and_more_take_another(tmp_path):
-  main = ('frozen', 'own', 'shuffled', 'zero', 'mean', 'constant', 'unified', 'continued', 'lora')
+  main = ('frozen', 'own', 'shuffled', 'zero', 'mean', 'constant', 'joint', 'finetuned', 'lora')
   for names, panels in ((main, 1), ((*main, 'rank8', 'rank8/shuffled'), 2)):
     arms = {name: make_arm(answer(0.5)) for name in names}
     plot_study(summarise_study(questions(arms=arms), samples=50), tmp_path / 'results.png')

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
@@ -37,15 +38,15 @@ def finished_study(tmp_path_factory):
 
 def test_every_arm_and_control_is_in_the_report(finished_study):
   workdir, summary = finished_study
-  names = ['frozen', 'own', 'shuffled', 'zero', 'mean', 'adapted', 'constant', 'continued',
-           'unified']
+  names = ['frozen', 'own', 'shuffled', 'zero', 'mean', 'lora', 'constant', 'finetuned',
+           'joint']
   assert sorted(summary['by_difficulty']) == ['1', '2', '3']
   for scores in summary['by_difficulty'].values():
     assert sorted(scores) == sorted(names)
     for arm in scores.values():
       assert 0 <= arm['accuracy'] <= 1 and len(arm['ci95']) == 2
   assert summary['items'] == 9
-  assert (workdir / 'results.md').read_text().count('unified') >= 2
+  assert (workdir / 'results.md').read_text().count('joint') >= 2
   assert summary['diagnostics']['own, seed 0'][0]['effective_rank'] >= 1
 
 
@@ -56,12 +57,12 @@ def test_the_frozen_decoder_stays_and_tuned_ones_leave_it(finished_study):
   assert described['decoder'] == fingerprint(params)
   overall = summary['overall']
   assert overall['zero']['nll'] == pytest.approx(overall['frozen']['nll'], rel=1e-5)
-  for arm in ('continued', 'adapted', 'unified'):
+  for arm in ('finetuned', 'lora', 'joint'):
     assert overall[arm]['nll'] != pytest.approx(overall['frozen']['nll'], rel=1e-5)
   arms = summary['arms']
-  assert arms['continued']['trained'] == arms['frozen']['total']
-  assert arms['adapted']['trained'] < arms['own']['trained']
-  assert arms['unified']['trained'] == arms['continued']['trained'] + arms['constant']['trained']
+  assert arms['finetuned']['trained'] == arms['frozen']['total']
+  assert arms['lora']['trained'] < arms['own']['trained']
+  assert arms['joint']['trained'] == arms['finetuned']['trained'] + arms['constant']['trained']
   assert arms['own']['flops_per_token'] > arms['constant']['flops_per_token'] > (
       arms['frozen']['flops_per_token'])
 
@@ -82,22 +83,22 @@ def test_more_seeds_go_on_from_what_is_complete(finished_study):
 def test_some_arms_are_reported_as_all_were_and_the_others_are_left_alone(finished_study):
   workdir, summary = finished_study
   some = run(workdir, 'all', '--arm=continued', '--arm=own')
-  assert list(some['overall']) == ['frozen', 'own', 'shuffled', 'zero', 'mean', 'continued']
+  assert list(some['overall']) == ['frozen', 'own', 'shuffled', 'zero', 'mean', 'finetuned']
   for name in some['overall']:
     assert some['overall'][name] == summary['overall'][name]
 
 
 def test_an_arm_that_the_study_lacks_is_refused_with_those_that_it_has():
-  assert job.choose_arms(study(), ['unified', 'own']) == ('own', 'unified')
+  assert job.choose_arms(study(), ['joint', 'own']) == ('own', 'joint')
   assert job.choose_arms(study(), []) == tuple(study().arms)
-  with pytest.raises(ValueError, match="--arm=owm: the study has no such arm, .*'own', 'constant'"):
+  with pytest.raises(UserError, match="--arm=owm: the study has no such arm, .*'own', 'constant'"):
     job.choose_arms(study(), ['own', 'owm'])
 
 
 @pytest.mark.slow
 def test_arms_learn_from_lessons_and_the_decoder_from_its_own_text(finished_study):
   workdir, summary = finished_study
-  other = run(workdir, 'lessons')
+  other = run(workdir, 'arm_data_options')
   assert other['overall']['frozen'] == summary['overall']['frozen']
   assert json.loads((workdir / 'arms/taught/seed0/run.json').read_text())['data'] != (
       json.loads((workdir / 'arms/own/seed0/run.json').read_text())['data'])
@@ -115,17 +116,17 @@ def test_text_is_scored_by_ahead_position(finished_study):
 
 @pytest.mark.slow
 def test_written_questions_are_asked_behind_latents_and_behind_the_own_chain(tmp_path):
-  summary = run(tmp_path, 'written')
+  summary = run(tmp_path, 'word_problems')
   assert list(summary['overall']) == ['frozen', 'chain', 'own', 'shuffled', 'zero', 'mean']
   assert summary['items'] == 6 and summary['arms']['chain']['kind'].startswith('decoder with its')
   assert summary['arms']['chain']['flops_per_token'] > summary['arms']['own']['flops_per_token']
   assert np.isfinite(summary['overall']['chain']['nll'])
-  kept = [(tmp_path / place / 'vocabulary.model').read_bytes() for place in ('', 'lessons')]
+  kept = [(tmp_path / place / 'vocabulary.model').read_bytes() for place in ('', 'arm_data_options')]
   assert kept[0] == kept[1]
 
 
 def test_chains_and_other_options_are_of_questions_that_have_them():
-  with pytest.raises(ValueError, match="chain_tokens = 9, but chains are .*name = 'hops'"):
+  with pytest.raises(UserError, match="chain_tokens = 9, but chains are .*name = 'hops'"):
     dataclasses.replace(study(), questions=QuestionsConfig(per_difficulty=3, chain_tokens=9))
   start, asked = study(), QuestionsConfig(per_difficulty=3, chain_tokens=9)
   for options, dtype, message in (
@@ -133,11 +134,11 @@ def test_chains_and_other_options_are_of_questions_that_have_them():
       ({'stories': 1.0}, 'int8', "takes no weights of computation.frozen_dtype = 'int8'")):
     written = dataclasses.replace(
         start.experiment,
-        data=dataclasses.replace(start.experiment.data, name='written', options=options),
+        data=dataclasses.replace(start.experiment.data, name='word_problems', options=options),
         computation=dataclasses.replace(start.experiment.computation, frozen_dtype=dtype))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
       dataclasses.replace(start, experiment=written, questions=asked)
-  with pytest.raises(ValueError, match=r"questions.options = {'asked': ''}: hops has no option"):
+  with pytest.raises(UserError, match=r"questions.options = {'asked': ''}: hops has no option"):
     dataclasses.replace(study(), questions=QuestionsConfig(options={'asked': ''}))
 
 
@@ -152,20 +153,20 @@ def test_chains_and_other_options_are_of_questions_that_have_them():
     ({'own': {'changes': {'deliberation': {'num_latents': 0}}}}, 'num_latents = 0'),
 ])
 def test_unfair_or_unknown_arms_are_refused(arms, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     study(arms)
 
 
 def test_lessons_are_options_of_the_task():
-  with pytest.raises(ValueError, match=r"lessons = {'skew': 2.0}, but data.source = 'stdlib'"):
-    study(data=DataConfig(vocabulary='byte', length=64), per_difficulty=0, lessons={'skew': 2.0})
-  with pytest.raises(ValueError, match=r"lessons = {'skw': 2.0}: hops has no option 'skw'"):
-    study(lessons={'skw': 2.0})
-  study(lessons={'skew': 2.0})
+  with pytest.raises(UserError, match=r"arm_data_options = {'skew': 2.0}, but data.source = 'stdlib'"):
+    study(data=DataConfig(vocabulary='byte', length=64), per_difficulty=0, arm_data_options={'skew': 2.0})
+  with pytest.raises(UserError, match=r"arm_data_options = {'skw': 2.0}: hops has no option 'skw'"):
+    study(arm_data_options={'skw': 2.0})
+  study(arm_data_options={'skew': 2.0})
 
 
 def test_questions_need_a_task_that_asks_them():
-  with pytest.raises(ValueError, match="data.source = 'stdlib' asks no questions"):
+  with pytest.raises(UserError, match="data.source = 'stdlib' asks no questions"):
     study(data=DataConfig(vocabulary='byte', length=64))
 
 

@@ -11,13 +11,13 @@ from tests import finished
 CONSTANT = {'deliberation': {'trainable': 'constant'}}
 ADAPTERS = {'deliberation': {'trainable': 'lora', 'lora_rank': 2}}
 ARMS = {'own': ArmConfig(), 'constant': ArmConfig(changes=CONSTANT),
-        'unified': ArmConfig('unified', CONSTANT), 'continued': ArmConfig('continued'),
-        'adapted': ArmConfig('adapted', ADAPTERS)}
-DATA = DataConfig(source='synthetic', name='hops', options={'nodes': 4, 'hops': 3}, documents=100,
+        'joint': ArmConfig('joint', CONSTANT), 'finetuned': ArmConfig('finetuned'),
+        'lora': ArmConfig('lora', ADAPTERS)}
+DATA = DataConfig(source='synthetic', name='pointer_chasing', options={'nodes': 4, 'hops': 3}, documents=100,
                   questions=6, vocabulary='byte', length=29, validation_percent=20)
 
 
-def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA, lessons=MappingProxyType({})):
+def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA, arm_data_options=MappingProxyType({})):
   """The study with some arms and seeds; on text where there are no questions."""
   config = finished.config_of('tiny')
   config.update_from_flattened_dict({
@@ -28,7 +28,7 @@ def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA, lessons=MappingPro
   anchors = dataclasses.replace(
       experiment.deliberation, anchor_tokens=tuple(4 + ord(sign) for sign in 'ABCD'))
   return Study(name='test', experiment=dataclasses.replace(experiment, deliberation=anchors),
-               arms=arms, seeds=seeds, lessons=lessons,
+               arms=arms, seeds=seeds, arm_data_options=arm_data_options,
                questions=QuestionsConfig(per_difficulty=per_difficulty, batch_size=4))
 
 
@@ -38,19 +38,19 @@ def written():
   experiment = dataclasses.replace(
       start.experiment,
       decoder=dataclasses.replace(start.experiment.decoder, vocab_size=400),
-      data=DataConfig(source='synthetic', name='written', options={'stories': 1.0, 'steps': 2},
+      data=DataConfig(source='synthetic', name='word_problems', options={'stories': 1.0, 'steps': 2},
                       documents=400, questions=1, vocabulary_size=400, length=48,
                       validation_percent=30),
       deliberation=dataclasses.replace(start.experiment.deliberation, anchor_tokens=(4,)))
   return dataclasses.replace(
-      start, experiment=experiment, lessons={'chains': 0.0},
+      start, experiment=experiment, arm_data_options={'chains': 0.0},
       questions=dataclasses.replace(start.questions, chain_tokens=12))
 
 
 def get_config(which='all'):
-  """The study with all arms, with the coprocessor alone, with its own lessons, or of stories."""
-  if which == 'written':
+  """The study with all arms, with the coprocessor alone, with its own arm_data_options, or of stories."""
+  if which == 'word_problems':
     return as_config(written())
-  if which == 'lessons':
-    return as_config(study({'taught': ArmConfig()}, lessons={'skew': 2.0}))
+  if which == 'arm_data_options':
+    return as_config(study({'taught': ArmConfig()}, arm_data_options={'skew': 2.0}))
   return as_config(study({'all': ARMS, 'own': {'own': ARMS['own']}}[which]))

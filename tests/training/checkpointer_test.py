@@ -21,6 +21,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import latent_deliberation
+from latent_deliberation.errors import UserError
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.step import TrainState
 
@@ -110,11 +111,11 @@ def test_only_the_newest_checkpoints_and_their_data_are_kept(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused_with_paths_and_both_shapes(tmp_path):
   save_all(tmp_path, [1])
-  with pytest.raises(ValueError, match=re.escape(
+  with pytest.raises(UserError, match=re.escape(
       'params/dense/kernel: float32[8, 8] there, float32[9, 9] now')):
     restore(tmp_path, like=make_state(0, width=9))
   other = make_state(0)
-  with pytest.raises(ValueError, match=re.escape('params/gate: (nothing) there, float32[8] now')):
+  with pytest.raises(UserError, match=re.escape('params/gate: (nothing) there, float32[8] now')):
     restore(tmp_path, like=other.replace(params={
         **other.params, 'gate': other.params['dense']['bias']}))
 
@@ -122,7 +123,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_paths_and_both_shapes(tmp
 def test_a_checkpoint_of_another_program_is_refused(tmp_path):
   with ocp.CheckpointManager(tmp_path) as manager:
     manager.save(7, args=ocp.args.StandardSave({'kernel': np.ones(3)}))
-  with pytest.raises(ValueError, match=f'{tmp_path}/7 was not written by this project'):
+  with pytest.raises(UserError, match=f'{tmp_path}/7 was not written by this project'):
     restore(tmp_path)
 
 
@@ -135,7 +136,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_back_to_an_older_one(tmp_pat
   save_all(tmp_path, [1, 2, 3])
   damaged = next((tmp_path / '3').glob(pattern))
   damaged.write_bytes(damaged.read_bytes()[:int(kept * damaged.stat().st_size)])
-  with pytest.raises(ValueError, match=f'(?s){tmp_path}/3 cannot.*: 1, 2.*remove {tmp_path}/3'):
+  with pytest.raises(UserError, match=f'(?s){tmp_path}/3 cannot.*: 1, 2.*remove {tmp_path}/3'):
     restore(tmp_path)
   shutil.rmtree(tmp_path / '3')
   assert_same(restore(tmp_path), make_state(2))
@@ -145,13 +146,13 @@ def test_a_damaged_checkpoint_is_named_with_the_way_back_to_an_older_one(tmp_pat
 
 def test_a_step_that_is_not_new_is_refused_and_the_checkpoint_stays(tmp_path):
   save_all(tmp_path, [4])
-  with pytest.raises(ValueError, match='cannot save step 2: .* one of step 4'):
+  with pytest.raises(UserError, match='cannot save step 2: .* one of step 4'):
     save_all(tmp_path, [2])
   assert_same(restore(tmp_path), make_state(4))
 
 
 def test_keeping_no_checkpoint_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='keep is 0; it must be 1 or more'):
+  with pytest.raises(UserError, match='keep is 0; it must be 1 or more'):
     Checkpointer(tmp_path, keep=0)
 
 

@@ -12,13 +12,14 @@ import pytest
 
 from latent_deliberation.data.rows import PermutedBatches
 from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.paths import METRICS_FILE, RUN_FILE
 from latent_deliberation.training.loop import Preempted
-from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.pretrain import pretrain
-from latent_deliberation.training.run import RUN_FILE
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
 
@@ -31,7 +32,7 @@ pytestmark = [
 def losses(workdir: Path) -> list[dict[str, float]]:
   """Metrics by step, without what depends on the clock."""
   return [{key: value for key, value in row.items() if key not in ('seconds', 'tokens_per_second')}
-          for row in read_metrics(workdir / FILE_NAME)]
+          for row in read_metrics(workdir / METRICS_FILE)]
 
 
 def stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +100,7 @@ def resume(workdir: Path, quickstart: Path, data: Path | None = None, decoder: P
 
 def test_another_config_is_refused_with_the_key_and_both_values(coprocessor, quickstart):
   changed = finished.experiment(training__optimizer__learning_rate=0.5)
-  with pytest.raises(ValueError, match=r'(?s)coprocessor belongs to another run:\n'
+  with pytest.raises(UserError, match=r'(?s)coprocessor belongs to another run:\n'
                      r'  config.training.optimizer.learning_rate: 0.01 there, 0.5 now\nUse anoth'):
     resume(coprocessor, quickstart, experiment=changed)
 
@@ -115,38 +116,38 @@ def test_what_only_the_other_job_reads_may_change(coprocessor, quickstart):
 def test_a_run_begun_before_there_was_a_key_goes_on_with_its_default(coprocessor, quickstart):
   path = coprocessor / RUN_FILE
   record = json.loads(path.read_text())
-  del record['config']['training']['portion']
+  del record['config']['training']['row_range_percent']
   path.write_text(json.dumps(record))
   resume(coprocessor, quickstart)
   # What the choices do not read may have been anything.
   record['config']['deliberation']['lora_alpha'] = 128.0
   path.write_text(json.dumps(record))
   resume(coprocessor, quickstart)
-  with pytest.raises(ValueError, match=r'training.portion: \[0, 100\] there, \[0, 50\] now'):
-    resume(coprocessor, quickstart, experiment=finished.experiment(training__portion=(0, 50)))
+  with pytest.raises(UserError, match=r'training.row_range_percent: \[0, 100\] there, \[0, 50\] now'):
+    resume(coprocessor, quickstart, experiment=finished.experiment(training__row_range_percent=(0, 50)))
 
 
 def test_another_decoder_is_refused(coprocessor, quickstart, tmp_path):
   config, params = weights.load(quickstart / 'pretraining/decoder')
   other = jax.tree.map(lambda leaf: 2 * leaf, params)
   weights.save(tmp_path / 'decoder', config, other)
-  with pytest.raises(ValueError, match=f"decoder: '[0-9a-f]+' there, '{fingerprint(other)}' now"):
+  with pytest.raises(UserError, match=f"decoder: '[0-9a-f]+' there, '{fingerprint(other)}' now"):
     resume(coprocessor, quickstart, decoder=tmp_path / 'decoder')
 
 
 def test_rows_of_another_vocabulary_than_the_decoders_are_refused(quickstart, tmp_path):
   config, params = weights.load(quickstart / 'pretraining/decoder')
   weights.save(tmp_path / 'decoder', config, params, vocabulary='another')
-  with pytest.raises(ValueError, match='made with the vocabulary .*, the decoder .* with another'):
+  with pytest.raises(UserError, match='made with the vocabulary .*, the decoder .* with another'):
     resume(tmp_path / 'run', quickstart, decoder=tmp_path / 'decoder')
 
 
 def test_other_data_are_refused(coprocessor, quickstart, tmp_path):
   finished.write_texts(tmp_path / 'texts', [f'{n} other words. ' * 60 for n in range(40)])
   experiment = finished.experiment(data__files=(str(tmp_path / 'texts'),))
-  with pytest.raises(ValueError, match="another run:\n  data: '[0-9a-f]+' there, '[0-9a-f]+' now"):
+  with pytest.raises(UserError, match="another run:\n  data: '[0-9a-f]+' there, '[0-9a-f]+' now"):
     resume(coprocessor, quickstart, tmp_path / 'data', experiment=experiment)
-  with pytest.raises(ValueError, match='rows/train was packed from something else .*source_finger'):
+  with pytest.raises(UserError, match='rows/train was packed from something else .*source_finger'):
     resume(coprocessor, quickstart, experiment=experiment)
 
 
@@ -155,7 +156,7 @@ def test_the_same_files_with_other_contents_are_refused(coprocessor, quickstart,
   data = shutil.copytree(quickstart, tmp_path / 'data', ignore=lambda *_: ['coprocessor'])
   manifest['content_hash'] = 'other'
   (data / 'rows/train/manifest.json').write_text(json.dumps(manifest))
-  with pytest.raises(ValueError, match="another run:\n  data: '"):
+  with pytest.raises(UserError, match="another run:\n  data: '"):
     resume(coprocessor, quickstart, data)
 
 
@@ -163,7 +164,7 @@ def test_a_truncated_checkpoint_is_named_and_removing_it_goes_back_to_the_one_be
     coprocessor, quickstart):
   damaged = next((coprocessor / 'checkpoints/2/state/d').iterdir())
   damaged.write_bytes(damaged.read_bytes()[:100])
-  with pytest.raises(ValueError, match=r'(?s)checkpoints/2 cannot be read.*there: 1\. If its '):
+  with pytest.raises(UserError, match=r'(?s)checkpoints/2 cannot be read.*there: 1\. If its '):
     resume(coprocessor, quickstart)
   shutil.rmtree(coprocessor / 'checkpoints/2')
   resume(coprocessor, quickstart)
@@ -172,11 +173,11 @@ def test_a_truncated_checkpoint_is_named_and_removing_it_goes_back_to_the_one_be
 
 def test_checkpoints_of_an_unknown_run_are_refused(coprocessor, quickstart):
   (coprocessor / 'run.json').unlink()
-  with pytest.raises(ValueError, match='run.json does not: these checkpoints are of an unknown'):
+  with pytest.raises(UserError, match='run.json does not: these checkpoints are of an unknown'):
     resume(coprocessor, quickstart)
 
 
 def test_the_directory_of_another_job_is_refused(quickstart, tmp_path):
   workdir = shutil.copytree(quickstart / 'pretraining', tmp_path / 'pretraining')
-  with pytest.raises(ValueError, match="job: 'pretrain' there, 'train' now"):
+  with pytest.raises(UserError, match="job: 'pretrain' there, 'train' now"):
     resume(workdir, quickstart)

@@ -21,8 +21,9 @@ from latent_deliberation import distributed
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
-from latent_deliberation.training.metrics import FILE_NAME, read_metrics
-from latent_deliberation.training.pretrain import DECODER, pretrain
+from latent_deliberation.paths import DECODER, METRICS_FILE
+from latent_deliberation.training.metrics import read_metrics
+from latent_deliberation.training.pretrain import pretrain
 from latent_deliberation.training.train import PACKAGE, train_coprocessor
 from tests import finished
 
@@ -48,7 +49,7 @@ def cut_off(workdir: Path) -> None:
 def run_as_one_of_two(address: str, index: str, data: str, texts: str, place: str,
                       decoder: str = '') -> None:
   """Pretrains a decoder; trains on the given one, if any."""
-  distributed.join(address, 2, int(index))
+  distributed.initialize(address, 2, int(index))
   assert jax.local_device_count() == 4 and jax.device_count() == 8
   workdir, data, texts = Path(place), Path(data), Path(texts)
   if not decoder:
@@ -65,7 +66,7 @@ def run_as_one_of_two(address: str, index: str, data: str, texts: str, place: st
     cut_off(workdir / 'coprocessor')
 
   train()
-  distributed.first_does('cut the run off', copy_and_cut)
+  distributed.run_on_process_zero('cut the run off', copy_and_cut)
   train()
 
 
@@ -113,14 +114,14 @@ def assert_close(params, expected):
 
 def assert_same_losses(workdir, expected):
   one, other = ([[row['step'], row['loss'], row['grad_norm'], row['targets']]
-                 for row in read_metrics(place / FILE_NAME)] for place in (workdir, expected))
+                 for row in read_metrics(place / METRICS_FILE)] for place in (workdir, expected))
   assert len(one) == STEPS
   np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
 def steps_written(workdir):
   """The step of every line of the metrics that is of a step, in the order of the file."""
-  lines = (workdir / FILE_NAME).read_text().splitlines()
+  lines = (workdir / METRICS_FILE).read_text().splitlines()
   return [json.loads(line)['step'] for line in lines if 'grad_norm' in line]
 
 

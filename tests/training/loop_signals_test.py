@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import pytest
 
+from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training.loop import Preempted
-from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.training.metrics import read_metrics
 from tests.training.toy_run import ToyBatches, run, saved_steps
 
 
@@ -43,7 +44,7 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path):
 
   with pytest.raises(Preempted, match='SIGTERM at step 2/2'):
     run(tmp_path, num_steps=2, evaluators={'held_out': interrupt})
-  assert read_metrics(tmp_path / FILE_NAME)[-1]['held_out/one'] == 1.0
+  assert read_metrics(tmp_path / METRICS_FILE)[-1]['held_out/one'] == 1.0
 
 
 def test_a_second_interrupt_acts_at_once(tmp_path):

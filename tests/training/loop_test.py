@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
+from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training.loop import LoopConfig
-from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.training.metrics import read_metrics
 from tests.training.toy_run import JITTED_STEP, ToyBatches, run, saved_steps
 
 
@@ -22,7 +24,7 @@ def kill_at(step):
 
 
 def losses(workdir):
-  return {row['step']: row['loss'] for row in read_metrics(workdir / FILE_NAME) if 'loss' in row}
+  return {row['step']: row['loss'] for row in read_metrics(workdir / METRICS_FILE) if 'loss' in row}
 
 
 def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
@@ -47,7 +49,7 @@ def test_the_last_step_is_always_saved_and_a_finished_run_trains_no_more(tmp_pat
 def test_metrics_are_logged_at_the_cadence_and_at_the_end(tmp_path, caplog):
   with caplog.at_level(logging.INFO, logger='absl'):
     run(tmp_path, num_steps=5, log_every=2, checkpoints=False)
-  rows = read_metrics(tmp_path / FILE_NAME)
+  rows = read_metrics(tmp_path / METRICS_FILE)
   assert [row['step'] for row in rows] == [2, 4, 5]
   assert all(row['grad_norm'] > 0 and row['tokens_per_second'] > 0 for row in rows)
   assert 'step 4/5  loss ' in caplog.text and 'ETA ' in caplog.text
@@ -59,7 +61,7 @@ def test_evaluators_see_the_parameters_at_their_steps_and_at_the_end(tmp_path):
 
   state = run(tmp_path, num_steps=5, eval_every=2, log_every=100, save_every=2,
               evaluators={'held_out': evaluate})
-  rows = {row['step']: row['held_out/first'] for row in read_metrics(tmp_path / FILE_NAME)}
+  rows = {row['step']: row['held_out/first'] for row in read_metrics(tmp_path / METRICS_FILE)}
   assert sorted(rows) == [2, 4, 5]
   assert rows[5] == float(state.params['w'][0])
   assert len(set(rows.values())) == 3
@@ -74,7 +76,7 @@ def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(tmp_path):
   assert saved_steps(tmp_path) == [2]
   run(tmp_path, num_steps=4, eval_every=2, save_every=2,
       evaluators={'held_out': lambda params: {'one': 1.0}})
-  rows = read_metrics(tmp_path / FILE_NAME)
+  rows = read_metrics(tmp_path / METRICS_FILE)
   assert [row['step'] for row in rows if 'held_out/one' in row] == [2, 4]
 
 
@@ -89,7 +91,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_never_saved(
 
   good = {1: 3, 2: 2, 4: None}[save_every]
   last = rf'last good checkpoint is \S+/{good}\.' if good else 'There is no checkpoint in'
-  with pytest.raises(FloatingPointError, match=rf'{name} is {value} at step 4\. .*{last}'):
+  with pytest.raises(UserError, match=rf'{name} is {value} at step 4\. .*{last}'):
     run(tmp_path, num_steps=8, train_step=train_step, save_every=save_every)
   assert max(saved_steps(tmp_path), default=None) == good
   assert max(losses(tmp_path)) == 3
@@ -117,11 +119,11 @@ def test_steps_are_read_one_behind_so_that_the_device_never_waits(tmp_path):
 
 def test_a_state_past_the_end_is_refused(tmp_path):
   run(tmp_path, num_steps=5)
-  with pytest.raises(ValueError, match='at step 5, past num_steps 4'):
+  with pytest.raises(UserError, match='at step 5, past num_steps 4'):
     run(tmp_path, num_steps=4)
 
 
 @pytest.mark.parametrize('field', ['num_steps', 'log_every', 'eval_every', 'save_every', 'keep'])
 def test_a_length_or_cadence_below_one_is_refused(field):
-  with pytest.raises(ValueError, match=f'{field} is 0; it must be 1 or more'):
+  with pytest.raises(UserError, match=f'{field} is 0; it must be 1 or more'):
     LoopConfig(**{**dict(num_steps=1, log_every=1, eval_every=1, save_every=1, keep=1), field: 0})

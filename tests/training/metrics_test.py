@@ -4,14 +4,9 @@ import json
 
 import pytest
 
+from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training import metrics
-from latent_deliberation.training.metrics import (
-    FILE_NAME,
-    MetricsWriter,
-    Pace,
-    format_duration,
-    read_metrics,
-)
+from latent_deliberation.training.metrics import MetricsWriter, Pace, format_duration, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +19,7 @@ def write(directory, *rows):
   for step, values in rows:
     writer.write(step, values)
   writer.close()
-  return directory / FILE_NAME
+  return directory / METRICS_FILE
 
 
 def test_each_line_is_a_json_object_with_step_and_seconds(tmp_path):
@@ -37,7 +32,7 @@ def test_each_line_is_a_json_object_with_step_and_seconds(tmp_path):
 def test_a_line_is_on_disk_before_the_writer_is_closed(tmp_path):
   writer = MetricsWriter(tmp_path)
   writer.write(1, {'loss': 2.0})
-  assert read_metrics(tmp_path / FILE_NAME)[0]['loss'] == 2.0
+  assert read_metrics(tmp_path / METRICS_FILE)[0]['loss'] == 2.0
   writer.close()
 
 

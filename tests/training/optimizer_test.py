@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -81,7 +82,7 @@ def test_a_multiplier_scales_the_updates_below_its_key_and_no_others():
 
 
 def test_a_multiplier_for_an_unknown_key_is_refused_with_the_keys_there_are():
-  with pytest.raises(ValueError, match=r"\['gates'\].*\['body', 'gate'\]"):
+  with pytest.raises(UserError, match=r"\['gates'\].*\['body', 'gate'\]"):
     build_optimizer(CONFIG, 10, {'gates': 10.0}).init(parameters())
 
 
@@ -97,12 +98,12 @@ def test_moments_keep_the_logical_axes_of_boxed_parameters():
     ('weight_decay', -1.0), ('clip_norm', 0.0),
 ])
 def test_a_bad_setting_is_refused_by_name(field, value):
-  with pytest.raises(ValueError, match=f'optimizer.{field} is {value!r}; it must be'):
+  with pytest.raises(UserError, match=f'optimizer.{field} is {value!r}; it must be'):
     dataclasses.replace(CONFIG, **{field: value})
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
-  with pytest.raises(ValueError, match='warmup_steps is 11, but the run has only 10'):
+  with pytest.raises(UserError, match='warmup_steps is 11, but the run has only 10'):
     build_optimizer(dataclasses.replace(CONFIG, warmup_steps=11), 10)
 
 

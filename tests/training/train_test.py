@@ -9,18 +9,20 @@ import pytest
 
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import describe
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import constant_variant
 from latent_deliberation.model import weights
 from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training import train
-from latent_deliberation.training.metrics import FILE_NAME, read_metrics
+from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.run import fit
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
 
 
 def losses(workdir):
-  rows = read_metrics(workdir / FILE_NAME)
+  rows = read_metrics(workdir / METRICS_FILE)
   return np.array([[row['loss'], row['grad_norm'], row['validation/loss']] for row in rows[1:]])
 
 
@@ -76,7 +78,7 @@ def test_a_coprocessor_trains_on_a_decoder_in_int8_from_weights_that_were_not_ro
   assert frozen['embedder']['table'].values.dtype == jnp.int8
   assert fingerprint(params['transformer']) == fingerprint(stored['transformer'])
   said = describe(tmp_path / 'run/coprocessor')
-  assert (said.frozen_dtype, said.decoder) == ('int8', fingerprint(stored))
+  assert (said.frozen_dtype, said.decoder_fingerprint) == ('int8', fingerprint(stored))
   np.testing.assert_allclose(
       losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
       rtol=0.02)
@@ -85,7 +87,7 @@ def test_a_coprocessor_trains_on_a_decoder_in_int8_from_weights_that_were_not_ro
 def test_what_was_trained_says_on_which_decoder_and_vocabulary_and_how_long(quickstart):
   said = describe(quickstart / 'coprocessor/coprocessor')
   decoder = weights.open_checkpoint(quickstart / 'pretraining/decoder')
-  assert (said.decoder, said.vocabulary) == (decoder.fingerprint, decoder.vocabulary)
+  assert (said.decoder_fingerprint, said.vocabulary) == (decoder.fingerprint, decoder.vocabulary)
   assert said.steps == 2
   assert said.model == decoder.config
 
@@ -111,7 +113,7 @@ def test_a_finished_run_writes_its_coprocessor_where_it_is_gone_and_nothing_over
   assert fingerprint(again.params) == fingerprint(trained.params)
   assert describe(written) == describe(quickstart / 'constant/coprocessor')
   (written / 'coprocessor.json').unlink()
-  with pytest.raises(FileExistsError, match=f'{written} is where the trained .*: use another'):
+  with pytest.raises(UserError, match=f'{written} is where the trained .*: use another'):
     go_on()
 
 
@@ -120,6 +122,6 @@ def test_a_decoder_that_changed_in_training_is_reported(tmp_path, quickstart, mo
   digests = iter(['one', 'two'])
   monkeypatch.setattr(train, 'fingerprint', lambda params: next(digests))
   monkeypatch.setattr(train, 'fit', lambda *unused: {})
-  with pytest.raises(RuntimeError, match='fingerprint one before training and has two now: this'):
+  with pytest.raises(UserError, match='fingerprint one before training and has two now: this'):
     train_coprocessor(finished.experiment(), quickstart / 'pretraining/decoder',
                       tmp_path / 'run', quickstart)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout, stored_shape
 from latent_deliberation.model.checkpoints.source import Stored
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
@@ -33,7 +34,7 @@ def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig
   """The preset that has the checkpoint's sizes; what shapes do not show comes from the preset.
 
   Raises:
-    ValueError: no preset has them; lists those that there are.
+    UserError: no preset has them; lists those that there are.
   """
   found = _sizes(tensors, origin)
   for config in PRESETS.values():
@@ -44,7 +45,7 @@ def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig
   known = '\n'.join(
       f'  {name}: ' + ', '.join(f'{key} {getattr(config, key)}' for key in found)
       for name, config in PRESETS.items())
-  raise ValueError(
+  raise UserError(
       f'{origin} holds a decoder of ' + ', '.join(f'{key} {size}' for key, size in found.items())
       + f', and its format does not tell the rest of the architecture. Sizes known:\n{known}\n'
       'Pass the config of yours to weights.load(..., config=...)')
@@ -57,7 +58,7 @@ def _sizes(tensors: Mapping[str, Stored], origin: str) -> dict[str, int]:
   ranks = {out: 3, down: 2} | ({shared: 4} if shared in tensors else {})
   for name, rank in ranks.items():
     if name not in tensors or len(tensors[name].shape) != rank:
-      raise ValueError(f"{origin} is an orbax checkpoint, but not of Google's gemma library: it "
+      raise UserError(f"{origin} is an orbax checkpoint, but not of Google's gemma library: it "
                        f'has no {name} of {rank} axes. It holds {sorted(tensors)[:8]} ...')
   layers = {name.split('/')[0] for name in tensors if name.startswith('layer_')}
   heads, head_dim, width = tensors[out].shape

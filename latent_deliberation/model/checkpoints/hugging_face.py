@@ -12,6 +12,7 @@ from einops import rearrange
 from flax import traverse_util
 
 from latent_deliberation.array_types import Params
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout, parameter_axes
 from latent_deliberation.model.checkpoints.safetensors_io import FILE_BYTES, gather, write_tensors
 from latent_deliberation.model.checkpoints.source import Source
@@ -67,7 +68,7 @@ def find_layout(config: TransformerConfig) -> Layout:
 
 
 def check_head(source: Source) -> None:
-  """Raises ValueError where an output head is stored that is not the embedding.
+  """Raises UserError where an output head is stored that is not the embedding.
 
   Some writers store a tied head; one of its own is not Gemma.
   """
@@ -77,7 +78,7 @@ def check_head(source: Source) -> None:
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   if head != table or not jnp.array_equal(*(
       source.read(name, table.shape, device) for name in (_HEAD, _TABLE)), equal_nan=True):
-    raise ValueError(f'{source.directory}: {_HEAD} {list(head.shape)} is not equal to {_TABLE} '
+    raise UserError(f'{source.directory}: {_HEAD} {list(head.shape)} is not equal to {_TABLE} '
                      f'{list(table.shape)}; a Gemma has one table for both')
 
 
@@ -118,39 +119,39 @@ def read_config(directory: Path) -> TransformerConfig:
   """The architecture that config.json describes; the text part where there are others.
 
   Raises:
-    FileNotFoundError: there is no config.json.
-    ValueError: it is damaged, or describes what is not Gemma 1, 2 or 3.
+    UserError: there is no config.json.
+    UserError: it is damaged, or describes what is not Gemma 1, 2 or 3.
   """
   path = Path(directory) / CONFIG
   if not path.is_file():
-    raise FileNotFoundError(f'{directory} holds weights but no {CONFIG}, which says what they are: '
+    raise UserError(f'{directory} holds weights but no {CONFIG}, which says what they are: '
                             'download it too')
   try:
     stored = json.loads(path.read_text())
     family = stored['model_type']
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} is damaged or names no model_type ({error}): download it '
+    raise UserError(f'{path} is damaged or names no model_type ({error}): download it '
                      'again') from error
   if family not in FAMILIES:
-    raise ValueError(f'{path}: model_type {family!r} is an architecture that we do not have; we '
+    raise UserError(f'{path}: model_type {family!r} is an architecture that we do not have; we '
                      f'have {", ".join(FAMILIES)}')
   fixed = _FIXED | _FIXED_IN[family]
   if family == 'gemma3':
     text = stored.get('text_config', {})
     if not isinstance(text, dict):
-      raise ValueError(f'{path}: text_config is {text!r}, expected a dictionary: download it again')
+      raise UserError(f'{path}: text_config is {text!r}, expected a dictionary: download it again')
     # What the file says of the whole model holds for its text part.
     stored = text | {key: stored[key] for key in fixed if key in stored}
     family = 'gemma3_text'
   for key, allowed in fixed.items():
     if stored.get(key, allowed[0]) not in allowed:
-      raise ValueError(f'{path}: {key} = {stored[key]!r} is not supported, only {allowed[0]!r} is')
+      raise UserError(f'{path}: {key} = {stored[key]!r} is not supported, only {allowed[0]!r} is')
   try:
     return _config(family, _DEFAULTS[family] | stored)
   except KeyError as error:
-    raise ValueError(f'{path} lacks {error}, or has it with a value that we do not know') from error
+    raise UserError(f'{path} lacks {error}, or has it with a value that we do not know') from error
   except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-    raise ValueError(f'{path} describes no decoder of ours: {error}') from error
+    raise UserError(f'{path} describes no decoder of ours: {error}') from error
 
 
 def _config(family: str, stored: Mapping[str, Any]) -> TransformerConfig:
@@ -184,7 +185,7 @@ def _rotary(family: str, stored: Mapping[str, Any]) -> dict[str, Any]:
              **parameters.get('sliding_attention', {})}
   scaling = _linear_factor(whole)
   if family != 'gemma' and _linear_factor(local) != 1:
-    raise ValueError('its sliding layers have scaled rotary embeddings; ours have them on full '
+    raise UserError('its sliding layers have scaled rotary embeddings; ours have them on full '
                      'attention alone')
   base, local_base = whole['rope_theta'], local['rope_theta']
   return {'rope_base': base, 'rope_local_base': None if local_base == base else local_base,
@@ -195,7 +196,7 @@ def _linear_factor(rope: Mapping[str, Any]) -> float:
   """By how much positions are divided."""
   form = rope.get('rope_type', rope.get('type', 'default'))
   if form not in ('default', 'linear'):
-    raise ValueError(f'rope_type is {form!r}; we have default and linear')
+    raise UserError(f'rope_type is {form!r}; we have default and linear')
   return float(rope['factor']) if form == 'linear' else 1.0
 
 
@@ -205,13 +206,13 @@ def _layer_pattern(family: str, stored: Mapping[str, Any]) -> tuple[str, ...]:
   if stored.get('layer_types'):
     unknown = set(stored['layer_types']) - set(_KINDS)
     if unknown:
-      raise ValueError(f'layer_types has {sorted(unknown)}; we have {", ".join(_KINDS)}')
+      raise UserError(f'layer_types has {sorted(unknown)}; we have {", ".join(_KINDS)}')
     kinds = [_KINDS[kind] for kind in stored['layer_types']]
   else:
     period = stored.get('sliding_window_pattern', 2 if family == 'gemma2' else 6)
     kinds = ['global' if (layer + 1) % period == 0 else 'local' for layer in range(layers)]
   if len(kinds) != layers:
-    raise ValueError(f'layer_types has {len(kinds)} entries, num_hidden_layers is {layers}')
+    raise UserError(f'layer_types has {len(kinds)} entries, num_hidden_layers is {layers}')
   return shortest_period(kinds)
 
 
@@ -227,12 +228,12 @@ def write_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
   """Content of a config.json that transformers 4 and 5 read.
 
   Raises:
-    ValueError: the config has a combination of features that no Gemma of transformers has.
+    UserError: the config has a combination of features that no Gemma of transformers has.
   """
   family = _family(config)
   scalar = config.head_dim if config.query_scale is None else config.query_scale ** -2
   if abs(scalar - round(scalar)) > 1e-9 * scalar:
-    raise ValueError(f'query_scale = {config.query_scale} is not 1 / sqrt of an integer, which '
+    raise UserError(f'query_scale = {config.query_scale} is not 1 / sqrt of an integer, which '
                      "transformers' query_pre_attn_scalar must be: write it in our own format")
   local_base = config.rope_base if config.rope_local_base is None else config.rope_local_base
   linear = {'rope_type': 'linear', 'factor': config.rope_scaling}
@@ -278,7 +279,7 @@ def _family(config: TransformerConfig) -> str:
       and set(config.layer_kinds) == {'global'}
       and config.attention_softcap is config.final_softcap is None):
     return 'gemma'
-  raise ValueError(f'no Gemma has the features of {config}: write it in our own format')
+  raise UserError(f'no Gemma has the features of {config}: write it in our own format')
 
 
 def write(directory: Path, config: TransformerConfig, params: Params,

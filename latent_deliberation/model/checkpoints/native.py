@@ -11,6 +11,7 @@ from flax import traverse_util
 from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Params
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.layout import LAYERED, axis_sizes, parameter_axes
 from latent_deliberation.model.checkpoints.orbax_source import OrbaxSource
 from latent_deliberation.model.fingerprint import fingerprint
@@ -34,21 +35,21 @@ class Description:
 
 
 def describe(directory: Path) -> Description:
-  """Reads decoder.json. Raises: ValueError where it is damaged."""
+  """Reads decoder.json. Raises: UserError where it is damaged."""
   path = directory / DESCRIPTION
   try:
     stored = json.loads(path.read_text())
     if stored['format'] != _FORMAT:
-      raise ValueError(f'format {stored["format"]}, expected {_FORMAT}')
+      raise UserError(f'format {stored["format"]}, expected {_FORMAT}')
     return Description(TransformerConfig(**stored['config']), stored['fingerprint'],
                        stored['vocabulary'])
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} is damaged or of another format ({error}); write the decoder '
+    raise UserError(f'{path} is damaged or of another format ({error}); write the decoder '
                      'again') from error
 
 
 def open_weights(directory: Path) -> OrbaxSource:
-  """The tensors, named by the paths of our parameters. Raises: ValueError for a damaged one."""
+  """The tensors, named by the paths of our parameters. Raises: UserError for a damaged one."""
   return OrbaxSource(directory / _WEIGHTS, lambda name: name)
 
 
@@ -65,14 +66,14 @@ def read(source: OrbaxSource, description: Description,
   """The parameters as stored, each on its sharding.
 
   Raises:
-    ValueError: the weights are not those that decoder.json describes.
+    UserError: the weights are not those that decoder.json describes.
   """
   flat = {path: source.read(path, shape, shardings[path])
           for path, shape in shapes(description.config).items()}
   params = traverse_util.unflatten_dict(flat, sep='/')
   actual = fingerprint(params)
   if actual != description.fingerprint:
-    raise ValueError(
+    raise UserError(
         f'{source.directory}: the weights have fingerprint {actual}, {DESCRIPTION} says '
         f'{description.fingerprint}: one of the two was replaced; write the decoder again')
   return params
@@ -82,9 +83,9 @@ def write(directory: Path, config: TransformerConfig, params: Params, vocabulary
   """Writes a decoder into an empty directory and returns its fingerprint."""
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(directory.absolute() / _WEIGHTS, params)
-  digest = fingerprint(params)
+  decoder_fingerprint = fingerprint(params)
   if jax.process_index() == 0:
-    description = {'format': _FORMAT, 'fingerprint': digest, 'vocabulary': vocabulary,
+    description = {'format': _FORMAT, 'fingerprint': decoder_fingerprint, 'vocabulary': vocabulary,
                    'config': dataclasses.asdict(config)}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
-  return digest
+  return decoder_fingerprint

@@ -10,6 +10,7 @@ from flax import traverse_util
 from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Array
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.source import Stored
 
 _MARKS = ('_METADATA', 'manifest.ocdbt', 'checkpoint')
@@ -27,7 +28,7 @@ class OrbaxSource:
     rename: from the keys of an array, joined by '/', to its name in `tensors`.
 
   Raises:
-    ValueError: the checkpoint cannot be read, or an array is there twice.
+    UserError: the checkpoint cannot be read, or an array is there twice.
   """
 
   def __init__(self, directory: Path, rename: Callable[[str], str]):
@@ -36,17 +37,17 @@ class OrbaxSource:
     try:
       metadata = self._checkpointer.metadata(self.directory).item_metadata
     except Exception as error:  # orbax raises many kinds for files that are cut short or missing
-      raise ValueError(f'{directory} is not a whole orbax checkpoint ({_short(error)}): download '
+      raise UserError(f'{directory} is not a whole orbax checkpoint ({_short(error)}): download '
                        'or write it again') from error
     if metadata is None:  # orbax only logs what it could not read
-      raise ValueError(f'{directory} is not a whole orbax checkpoint (its _METADATA is missing or '
+      raise UserError(f'{directory} is not a whole orbax checkpoint (its _METADATA is missing or '
                        'damaged): download or write it again')
     self.tensors: dict[str, Stored] = {}
     self._keys: dict[str, tuple[str, ...]] = {}
     for keys, leaf in traverse_util.flatten_dict(metadata.tree).items():
       name = rename('/'.join(map(str, keys)))
       if name in self.tensors:
-        raise ValueError(f'{directory} has {name} twice, under {self._keys[name]} and {keys}: '
+        raise UserError(f'{directory} has {name} twice, under {self._keys[name]} and {keys}: '
                          'write it again with one of the two')
       self.tensors[name] = Stored(tuple(leaf.shape), str(leaf.dtype))
       self._keys[name] = keys
@@ -61,7 +62,7 @@ class OrbaxSource:
           item=traverse_util.unflatten_dict({keys: wanted}),
           restore_args=traverse_util.unflatten_dict({keys: leaf}), partial_restore=True))
     except Exception as error:  # as above
-      raise ValueError(f'{name} of {self.directory} cannot be read ({_short(error)}): the '
+      raise UserError(f'{name} of {self.directory} cannot be read ({_short(error)}): the '
                        'checkpoint is damaged; download or write it again') from error
     return traverse_util.flatten_dict(restored)[keys]
 

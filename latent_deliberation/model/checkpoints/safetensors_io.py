@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from latent_deliberation.array_types import Array
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.source import Stored, refuse_pickles
 from latent_deliberation.progress import Progress
 
@@ -31,8 +32,8 @@ class SafetensorsSource:
     rename: from the names in the files to those of `tensors`.
 
   Raises:
-    FileNotFoundError: no safetensors, or files that the index names are absent.
-    ValueError: a file is damaged, a tensor is there twice, or there are pickled weights only.
+    UserError: no safetensors, or files that the index names are absent.
+    UserError: a file is damaged, a tensor is there twice, or there are pickled weights only.
   """
 
   def __init__(self, directory: Path, rename: Callable[[str], str]):
@@ -48,7 +49,7 @@ class SafetensorsSource:
           duplicates.append(f'  {other} in {file.name}, {stored_name} in {path.name}')
         self.tensors[name], self._places[name] = stored, (path, stored_name)
     if duplicates:
-      raise ValueError('\n'.join([f'{directory} has tensors twice:', *duplicates,
+      raise UserError('\n'.join([f'{directory} has tensors twice:', *duplicates,
                                   'Keep one of each: download or write the directory again.']))
 
   def read(self, name: str, shape: tuple[int, ...], sharding: Sharding) -> Array:
@@ -71,7 +72,7 @@ def weight_files(directory: Path) -> list[Path]:
     names = sorted(set(_weight_map(index).values()))
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
-      raise FileNotFoundError(f'{index} names files that {directory} does not have: {absent}. '
+      raise UserError(f'{index} names files that {directory} does not have: {absent}. '
                               'Download them, or the whole directory again')
     return [directory / name for name in names]
   if (directory / SINGLE).is_file():
@@ -79,10 +80,10 @@ def weight_files(directory: Path) -> list[Path]:
   others = sorted(directory.glob('*.safetensors'))
   if not others:
     refuse_pickles(directory)
-    raise FileNotFoundError(f'{directory} holds neither {SINGLE} nor {INDEX}: give the directory '
+    raise UserError(f'{directory} holds neither {SINGLE} nor {INDEX}: give the directory '
                             'that has the weights')
   if len(others) > 1:
-    raise FileNotFoundError(f'{directory} holds {[path.name for path in others]} but no {INDEX}, '
+    raise UserError(f'{directory} holds {[path.name for path in others]} but no {INDEX}, '
                             'which says what belongs together: download it too')
   return others
 
@@ -93,7 +94,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     weight_map = json.loads(index.read_text())['weight_map']
     return {str(name): str(file) for name, file in weight_map.items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f'{index} is damaged ({type(error).__name__}: {error}): download it '
+    raise UserError(f'{index} is damaged ({type(error).__name__}: {error}): download it '
                      'again') from error
 
 
@@ -105,11 +106,11 @@ def _header(path: Path) -> dict[str, Stored]:
       foreign = {name: part.get_dtype() for name, part in slices.items()
                  if part.get_dtype() not in _DTYPES}
       if foreign:
-        raise ValueError(f'{path} holds dtypes that we do not read: {foreign}')
+        raise UserError(f'{path} holds dtypes that we do not read: {foreign}')
       return {name: Stored(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
               for name, part in slices.items()}
   except SafetensorError as error:
-    raise ValueError(f'{path} ({path.stat().st_size} bytes) is not a whole safetensors file '
+    raise UserError(f'{path} ({path.stat().st_size} bytes) is not a whole safetensors file '
                      f'({error}): it is truncated or damaged; download or write it '
                      'again') from error
 

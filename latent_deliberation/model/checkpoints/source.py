@@ -15,6 +15,7 @@ from flax import traverse_util
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.layout import (
   LAYERED,
   Entry,
@@ -58,10 +59,10 @@ class Source(Protocol):
 
 
 def refuse_pickles(directory: Path) -> None:
-  """Raises ValueError where a directory holds pickled weights; call it where no others are."""
+  """Raises UserError where a directory holds pickled weights; call it where no others are."""
   pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
   if pickles:
-    raise ValueError(
+    raise UserError(
         f'{directory} holds pickled weights {pickles}, which are not read, since unpickling runs '
         'code: load them with transformers and write them with save_pretrained, which makes '
         'safetensors')
@@ -77,7 +78,7 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], padde
     is_foreign: whether a name belongs to what is no part of the decoder, such as a vision tower.
 
   Raises:
-    ValueError: names every tensor that is missing, too many, or of another shape or dtype.
+    UserError: names every tensor that is missing, too many, or of another shape or dtype.
   """
   lines, unreadable = [], []
   for name, shape in expected.items():
@@ -98,7 +99,7 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], padde
               'download or write the directory again.')
     if not lines:
       remedy = 'Convert it to one of these with the library that wrote it.'
-    raise ValueError('\n'.join([
+    raise UserError('\n'.join([
         f'{source.directory} does not hold the decoder that its config describes:',
         *lines, *unreadable, remedy]))
 

@@ -1,7 +1,7 @@
 """Fused attention: the same function as the plain one, without scores in memory.
 
 Plain attention writes [M * Q, S] scores of every head. Here a kernel makes them block by block and
-leaves out the blocks of keys that no query of a block sees: beyond its furthest horizon, before its
+leaves out the blocks of keys that no query of a block sees: beyond its furthest prefix_length, before its
 sliding window, in other documents. Traces in the order of their anchors so cost half of the keys.
 """
 
@@ -20,9 +20,11 @@ from jax.experimental.layout import with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from latent_deliberation.array_types import Array, Float, Int, PyTree, RowTokens, typed
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import attention
-from latent_deliberation.model.attention import KVCache, Visibility
+from latent_deliberation.model.attention import FUSED_RESULTS, AttentionMaskSpec, KVCache
 from latent_deliberation.model.kernels import gpu_attention, tpu_attention
+from latent_deliberation.model.kernels.fused_rotary import rotate
 from latent_deliberation.model.kernels.tiling import (
   Blocks,
   Inputs,
@@ -30,7 +32,11 @@ from latent_deliberation.model.kernels.tiling import (
   Operands,
   Tiles,
   lay_out,
+  pad,
 )
+
+# What model/transformer.py takes from here in place of its own plain functions.
+__all__ = ['attend_visible', 'pad', 'rotate', 'row_major']
 
 # Of a token of one head, that a GPU's shared memory has room for; see gpu_attention.py.
 GPU_ROW_BYTES = 512
@@ -77,24 +83,20 @@ def choose_kernels(queries: Array) -> Kernels:
     queries: [..., H].
 
   Raises:
-    ValueError: another platform, or heads that a GPU cannot hold.
+    UserError: another platform, or heads that a GPU cannot hold.
   """
   platform = jax.default_backend()
   if platform not in ('cpu', 'tpu', 'gpu'):
-    raise ValueError(f"attention = 'fused' on platform {platform!r}: its kernels are for TPUs and "
+    raise UserError(f"attention = 'fused' on platform {platform!r}: its kernels are for TPUs and "
                      "NVIDIA GPUs (and interpreted on CPUs, for tests); set attention = 'plain'")
   if platform != 'gpu':
     return TPU
   width, row_bytes = queries.shape[-1], queries.shape[-1] * queries.dtype.itemsize
   if width < 16 or width.bit_count() > 1 or row_bytes > GPU_ROW_BYTES:
-    raise ValueError(f"attention = 'fused' on a GPU with heads of {width} x {queries.dtype}: its "
+    raise UserError(f"attention = 'fused' on a GPU with heads of {width} x {queries.dtype}: its "
                      f'kernels take a power of two from 16 on, up to {GPU_ROW_BYTES} bytes; set '
                      "attention = 'plain', or dtype = 'bfloat16' where the bytes are too many")
   return GPU
-
-
-# What a remat policy may keep of a layer so that its backward pass need not run the kernel again.
-SAVED = ('attention_mixed', 'attention_lse')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,7 @@ def attend_visible(
     keys: Float[Array, 'B M Q K H'],
     values: Float[Array, 'B M Q K H'],
     positions: RowTokens,
-    visibility: Visibility,
+    mask_spec: AttentionMaskSpec,
     window: Int[Array, ''],
     cache: KVCache | None = None,
     cap: float | None = None,
@@ -130,14 +132,14 @@ def attend_visible(
     kernels: for tests and tuning; by default those of the machine at hand, a TPU's on a CPU.
 
   Raises:
-    ValueError: another platform; heads that a GPU cannot hold; several rows without a cache; heads
+    UserError: another platform; heads that a GPU cannot hold; several rows without a cache; heads
       split otherwise than kv heads.
   """
   kernels = kernels or choose_kernels(queries)
-  if cache is None and (queries.shape[1] > 1 or visibility.first is not None):
-    raise ValueError(f"attention = 'fused' on {queries.shape[1]} rows without a cache: it takes "
+  if cache is None and (queries.shape[1] > 1 or mask_spec.first is not None):
+    raise UserError(f"attention = 'fused' on {queries.shape[1]} rows without a cache: it takes "
                      "rows over a cache, or one causal row; set attention = 'plain'")
-  inputs = Inputs(queries, keys, values, positions, visibility, window, cache)
+  inputs = Inputs(queries, keys, values, positions, mask_spec, window, cache)
   return _over_mesh(functools.partial(_attend, Options(cap, kernels)), inputs)(inputs)
 
 
@@ -149,7 +151,7 @@ def _over_mesh(function, inputs: Inputs):
   fresh = nn.logical_to_mesh_axes(('batch', 'trace', None, 'kv_heads'))
   batch, trace, _, kv_heads = fresh
   if queries != fresh and inputs.keys.shape[3] > 1:
-    raise ValueError(
+    raise UserError(
         f"attention = 'fused': the rules split 'heads' over {queries[3]} and 'kv_heads' over "
         f'{kv_heads}, so that a device lacks the keys of its queries; give both the same rule')
   rows, text = PartitionSpec(batch, trace), PartitionSpec(batch)
@@ -183,7 +185,7 @@ def _run(options: Options, inputs: Inputs) -> tuple[Array, tuple[Operands, Array
   layout = options.layout(shape, kv_heads, inputs.cache and inputs.cache.keys.shape[1])
   operands = lay_out(layout, inputs)
   mixed, lse = map(checkpoint_name, options.kernels.run(
-      options.kernels.forward, layout.tiles, *operands), SAVED)
+      options.kernels.forward, layout.tiles, *operands), FUSED_RESULTS)
   return layout.unflatten(mixed, shape), (operands, mixed, lse)
 
 

@@ -38,8 +38,8 @@ class Sight(NamedTuple):
 
 def _shared_sight(index, at) -> Sight:
   """Of rows `at` of a reference to [4, R]; the counterpart of `cached_mask`."""
-  segment, reach, horizon, _ = (index[part, at] for part in range(4))
-  return Sight(segment, reach, jnp.zeros_like(horizon), horizon)
+  segment, reach, prefix_length, _ = (index[part, at] for part in range(4))
+  return Sight(segment, reach, jnp.zeros_like(prefix_length), prefix_length)
 
 
 def _own_sight(index, at, start: Array, size: int, tiles: Tiles) -> Sight:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_deliberation.array_types import Array, PyTree
-from latent_deliberation.model.attention import MASKED, KVCache, Visibility
+from latent_deliberation.model.attention import MASKED, AttentionMaskSpec, KVCache
 
 # exp of a score that a soft-cap bounds by this, summed over any number of keys, fits a float32.
 BOUNDED_CAP = 60.0
@@ -20,7 +20,7 @@ class Rows(NamedTuple):
   Attributes:
     queries: [B, N, I * R, H].
     index: int32 [B, I, 4, R]: segment (0 sees nothing); position that a key must be beyond to be
-      inside the window; horizon; place in its chunk of the first own key that may be seen.
+      inside the window; prefix_length; place in its chunk of the first own key that may be seen.
     begin, end: int32 [B, I] range of blocks of shared keys that a block of queries sees.
   """
   queries: Array
@@ -112,7 +112,7 @@ class Inputs(NamedTuple):
   keys: Array
   values: Array
   positions: Array
-  visibility: Visibility
+  mask_spec: AttentionMaskSpec
   window: Array
   cache: KVCache | None
 
@@ -197,13 +197,13 @@ class Layout:
 def lay_out(layout: Layout, inputs: Inputs) -> Operands:
   """What the kernels are given. A row over itself is a row over a cache that is this row."""
   tiles, cache = layout.tiles, inputs.cache
-  segments, first = inputs.visibility.segments, inputs.visibility.first
+  segments, first = inputs.mask_spec.segments, inputs.mask_spec.first
   batch, traces, length = segments.shape
   if cache is None:
     shown = jnp.arange(1, length + 1)
     cache = KVCache(inputs.keys[:, 0], inputs.values[:, 0], inputs.positions[:, 0], segments[:, 0])
   else:
-    shown = inputs.visibility.horizon
+    shown = inputs.mask_spec.prefix_length
     shown = shown if shown.ndim == 3 else shown[..., None]
   first = jnp.zeros_like(segments) if first is None else first
   # Own keys are numbered through a chunk; a query sees those of its own trace, up to itself.
@@ -237,19 +237,19 @@ def _blocks_seen(rows: Array, keys: Array) -> tuple[Array, Array]:
     rows: [B, I, 4, R] index of the queries.
     keys: [B, J, 2, keys] index of the shared keys.
   """
-  segment, reach, horizon, _ = jnp.moveaxis(rows, 2, 0)
+  segment, reach, prefix_length, _ = jnp.moveaxis(rows, 2, 0)
   real = segment > 0
   lowest = jnp.min(segment, axis=-1, where=real, initial=FAR)[..., None]
   highest = jnp.max(segment, axis=-1)[..., None]
   reach = jnp.min(reach, axis=-1, where=real, initial=FAR)[..., None]
-  horizon = jnp.max(horizon, axis=-1, where=real, initial=0)[..., None]
+  prefix_length = jnp.max(prefix_length, axis=-1, where=real, initial=0)[..., None]
 
   segment, position = keys[:, None, :, 0], keys[:, None, :, 1]
   blocks, size = segment.shape[-2:]
   seen = ((jnp.max(segment, axis=-1) >= lowest)
           & (jnp.min(segment, axis=-1, where=segment > 0, initial=FAR) <= highest)
           & (jnp.max(position, axis=-1, where=segment > 0, initial=-FAR) > reach)
-          & (jnp.arange(blocks) * size < horizon))
+          & (jnp.arange(blocks) * size < prefix_length))
   begin = jnp.argmax(seen, axis=-1).astype(jnp.int32)
   end = blocks - jnp.argmax(seen[..., ::-1], axis=-1).astype(jnp.int32)
   return begin, jnp.where(seen.any(axis=-1), end, begin)

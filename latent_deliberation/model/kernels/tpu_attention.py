@@ -158,7 +158,7 @@ def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
 
 def _cost(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()],
           products: tuple[int, int], touched: tuple[Array, ...]) -> pl.CostEstimate:
-  """What runs where horizons rise evenly from the beginning of the shared keys to their end.
+  """What runs where prefix_lengths rise evenly from the beginning of the shared keys to their end.
 
   Args:
     products: matrix products with shared and with own keys.

@@ -18,7 +18,7 @@ MOST_CARRIES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Carries(DrawnTask):
+class Addition(DrawnTask):
   """'8h2e4B' adds 428 to 147 and asks for the hundreds digit of the sum, '5'. No context.
 
   Numbers are written column by column, the least significant first, with letters from a for 0 to j

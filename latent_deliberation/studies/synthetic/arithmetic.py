@@ -5,6 +5,7 @@ import operator
 
 import numpy as np
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.studies.synthetic.question import (
   DrawnTask,
   Question,
@@ -39,10 +40,10 @@ class Arithmetic(DrawnTask):
 
   def __post_init__(self):
     if self.operation not in OPERATIONS:
-      raise ValueError(f'operation = {self.operation!r}: choose one of {tuple(OPERATIONS)}')
+      raise UserError(f'operation = {self.operation!r}: choose one of {tuple(OPERATIONS)}')
     check_integer('digits', self.digits, 1, MOST_DIGITS)
     if not isinstance(self.reverse, bool):
-      raise ValueError(f'reverse = {self.reverse!r}: it must be True or False')
+      raise UserError(f'reverse = {self.reverse!r}: it must be True or False')
     check_skew(self.skew)
 
   @property

@@ -11,16 +11,21 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.data.data_config import DataConfig
-from latent_deliberation.studies.synthetic.addition import Carries
+from latent_deliberation.errors import UserError
+from latent_deliberation.studies.synthetic.addition import Addition
 from latent_deliberation.studies.synthetic.arithmetic import Arithmetic
 from latent_deliberation.studies.synthetic.graphs import Graphs
-from latent_deliberation.studies.synthetic.pointer_chasing import Hops
+from latent_deliberation.studies.synthetic.pointer_chasing import PointerChasing
 from latent_deliberation.studies.synthetic.question import Task
-from latent_deliberation.studies.synthetic.state_tracking import Groups
-from latent_deliberation.studies.synthetic.word_problems import Written
+from latent_deliberation.studies.synthetic.state_tracking import StateTracking
+from latent_deliberation.studies.synthetic.word_problems import WordProblems
 
-TASKS = {'hops': Hops, 'groups': Groups, 'graphs': Graphs, 'arithmetic': Arithmetic,
-         'carries': Carries, 'written': Written}
+TASKS = {'pointer_chasing': PointerChasing, 'state_tracking': StateTracking, 'graphs': Graphs,
+         'arithmetic': Arithmetic, 'addition': Addition, 'word_problems': WordProblems}
+# Names that key the random stream of a task, where it had another name when its documents were
+# first drawn. Another key would draw other documents.
+STREAMS = {'pointer_chasing': 'hops', 'state_tracking': 'groups', 'addition': 'carries',
+           'word_problems': 'written'}
 VERSION = 3  # of the generators: to be raised when the same options begin to give other documents
 
 
@@ -66,7 +71,7 @@ class SyntheticCorpus:
 
   @functools.cached_property
   def _key(self) -> np.ndarray:
-    identity = json.dumps([self.name, self.seed]).encode()
+    identity = json.dumps([STREAMS.get(self.name, self.name), self.seed]).encode()
     return np.frombuffer(hashlib.sha256(identity).digest()[:16], '<u8').astype(np.uint64)
 
   @property
@@ -74,7 +79,7 @@ class SyntheticCorpus:
     """Hash of all that the documents depend on."""
     options = {field.name: getattr(self.task, field.name)
                for field in dataclasses.fields(self.task) if field.metadata.get('text', True)}
-    known = [VERSION, self.name, options, self.seed, self.documents,
+    known = [VERSION, STREAMS.get(self.name, self.name), options, self.seed, self.documents,
              self.questions, *filter(None, [self.task.contents])]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -83,8 +88,8 @@ def open_synthetic(config: DataConfig) -> SyntheticCorpus:
   """The documents of a 'synthetic' configuration.
 
   Raises:
-    FileNotFoundError: a file that the task reads is absent.
-    ValueError: as `build` does, or the content of such a file is wrong.
+    UserError: a file that the task reads is absent.
+    UserError: as `build` does, or the content of such a file is wrong.
   """
   task = build(config.name, config.options)
   _ = task.contents  # reads its files, so that what is wrong with them is said here
@@ -97,17 +102,17 @@ def build(name: str, options: Mapping[str, Any]) -> Task:
   """A task with its options, the others at their defaults.
 
   Raises:
-    ValueError: no such task or option (the known ones are listed), or a value is not allowed.
+    UserError: no such task or option (the known ones are listed), or a value is not allowed.
   """
   if name not in TASKS:
-    raise ValueError(f'no synthetic task {name!r}: choose one of {tuple(TASKS)}')
+    raise UserError(f'no synthetic task {name!r}: choose one of {tuple(TASKS)}')
   known = [field.name for field in dataclasses.fields(TASKS[name])]
   for option in options:
     if option not in known:
       near = difflib.get_close_matches(str(option), known, n=1)
       hint = f'did you mean {near[0]!r}? ' if near else ''
-      raise ValueError(f'{name} has no option {option!r}: {hint}known options: {known}')
+      raise UserError(f'{name} has no option {option!r}: {hint}known options: {known}')
   try:
     return TASKS[name](**options)
-  except ValueError as error:
-    raise ValueError(f'{name}: {error}') from error
+  except UserError as error:
+    raise UserError(f'{name}: {error}') from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.studies.synthetic.question import (
   DrawnTask,
   Question,
@@ -46,25 +47,25 @@ def read_prosqa(path: str | Path) -> list[AskedGraph]:
   """The graphs of a JSON file of the ProsQA release, in its order.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is not JSON, is empty, or an item has not the form of the release.
+    UserError: there is no such file.
+    UserError: it is not JSON, is empty, or an item has not the form of the release.
   """
   path = Path(path).expanduser()
   if not path.is_file():
-    raise FileNotFoundError(f'no file {path}: give a JSON file of the ProsQA release')
+    raise UserError(f'no file {path}: give a JSON file of the ProsQA release')
   try:
     items = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
-    raise ValueError(f'{path} is not JSON ({error}): give a file of the ProsQA release') from error
+    raise UserError(f'{path} is not JSON ({error}): give a file of the ProsQA release') from error
   if not isinstance(items, list) or not items:
-    raise ValueError(f'{path} holds no list of questions, but {str(items)[:100]}: give a file of '
+    raise UserError(f'{path} holds no list of questions, but {str(items)[:100]}: give a file of '
                      'the ProsQA release')
   graphs = []
   for number, item in enumerate(items):
     try:
       graphs.append(_graph_of(item))
     except (KeyError, TypeError, ValueError) as error:
-      raise ValueError(f'{path}, item {number}: not {FORM}, but {str(item)[:200]}: give a file of '
+      raise UserError(f'{path}, item {number}: not {FORM}, but {str(item)[:200]}: give a file of '
                        'the ProsQA release') from error
   return graphs
 
@@ -103,7 +104,7 @@ LETTERS = string.ascii_lowercase
 class Graphs(DrawnTask):
   """'acbd...;' says a->c, b->d; 'dk?A' asks whether d or k can be reached from a, one letter.
 
-  The start comes last and as a capital, as in `Hops`: the token that the answer is predicted from
+  The start comes last and as a capital, as in `PointerChasing`: the token that the answer is predicted from
   is the one to look up, and no arrow looks like a question. '?' tells a question from a link.
 
   Nodes come in pairs of twins: a graph of nodes / 2 is drawn, every node is doubled, and an arrow
@@ -132,11 +133,11 @@ class Graphs(DrawnTask):
     check_integer('nodes', self.nodes, 2 * self.steps + 4, len(LETTERS),
                   f', letters enough for steps = {self.steps} and branches')
     if self.nodes % 2:
-      raise ValueError(f'nodes = {self.nodes} is odd, and nodes come in pairs: take one more')
+      raise UserError(f'nodes = {self.nodes} is odd, and nodes come in pairs: take one more')
     check_skew(self.skew)
     check_integer('links', self.links, 0, 1000)
     if not isinstance(self.asked, str):
-      raise ValueError(f"asked = {self.asked!r}: write a path, or ''")
+      raise UserError(f"asked = {self.asked!r}: write a path, or ''")
 
   @property
   def difficulties(self) -> tuple[int, ...]:
@@ -155,13 +156,13 @@ class Graphs(DrawnTask):
     """See `Task.examine`; of a file, the first of each number of steps.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_prosqa`; or no graph of the file is small enough.
+      UserError: see `read_prosqa`; or no graph of the file is small enough.
     """
     if not self.asked:
       return super().examine(rng, per_difficulty)
     small = [graph for graph in read_prosqa(self.asked) if graph.nodes <= self.nodes]
     if not small:
-      raise ValueError(f'{self.asked} has no graph of at most nodes = {self.nodes} nodes: raise '
+      raise UserError(f'{self.asked} has no graph of at most nodes = {self.nodes} nodes: raise '
                        f'nodes, to {len(LETTERS)} at most')
     return first_of_each([self._pose(rng, graph) for graph in small], per_difficulty)
 

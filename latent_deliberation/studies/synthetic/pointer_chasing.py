@@ -19,7 +19,7 @@ DIGITS = '123456789'
 
 
 @dataclasses.dataclass(frozen=True)
-class Hops(DrawnTask):
+class PointerChasing(DrawnTask):
   """'acbdca...;' says a->c, b->d, c->a; '3A' asks for the node three hops on from a, one letter.
 
   The start comes last and as a capital: the token that the answer is predicted from then is the one

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from latent_deliberation.errors import UserError
+
 LARGEST_SKEW = 10
 
 
@@ -63,7 +65,7 @@ class DrawnTask(abc.ABC):
     """`count` questions about one fresh context, of one difficulty or of random ones.
 
     Raises:
-      ValueError: the task has no such difficulty, or count is not positive.
+      UserError: the task has no such difficulty, or count is not positive.
     """
 
   def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
@@ -90,13 +92,13 @@ def draw_difficulties(rng: np.random.Generator, count: int, choices: tuple[int, 
     skew: the probability of a choice k is proportional to exp(-skew * k).
 
   Raises:
-    ValueError: `difficulty` is not among the choices, or count is not positive.
+    UserError: `difficulty` is not among the choices, or count is not positive.
   """
   if count < 1:
-    raise ValueError(f'{count} questions: ask for at least 1')
+    raise UserError(f'{count} questions: ask for at least 1')
   if difficulty is not None:
     if difficulty not in choices:
-      raise ValueError(f'difficulty = {difficulty!r}: this task has {choices}')
+      raise UserError(f'difficulty = {difficulty!r}: this task has {choices}')
     return [difficulty] * count
   bounds = np.exp(-skew * np.array(choices)).cumsum()
   places = bounds[:-1].searchsorted(rng.random(count) * bounds[-1], side='right')
@@ -124,16 +126,16 @@ def first_of_each(questions: Iterable[Question], count: int) -> list[Question]:
 
 
 def check_integer(option: str, value: Any, low: int, high: int, reason: str = '') -> None:
-  """Raises ValueError unless an option is an integer between two bounds."""
+  """Raises UserError unless an option is an integer between two bounds."""
   if not isinstance(value, int) or isinstance(value, bool):
-    raise ValueError(f'{option} = {value!r} is not an integer')
+    raise UserError(f'{option} = {value!r} is not an integer')
   if not low <= value <= high:
-    raise ValueError(f'{option} = {value}: it must lie between {low} and {high}{reason}')
+    raise UserError(f'{option} = {value}: it must lie between {low} and {high}{reason}')
 
 
 def check_skew(value: Any) -> None:
-  """Raises ValueError unless a skew is a number of moderate size."""
+  """Raises UserError unless a skew is a number of moderate size."""
   if not isinstance(value, (int, float)) or isinstance(value, bool):
-    raise ValueError(f'skew = {value!r} is not a number')
+    raise UserError(f'skew = {value!r} is not a number')
   if not abs(value) <= LARGEST_SKEW:  # a NaN fails, too
-    raise ValueError(f'skew = {value}: it must lie between {-LARGEST_SKEW} and {LARGEST_SKEW}')
+    raise UserError(f'skew = {value}: it must lie between {-LARGEST_SKEW} and {LARGEST_SKEW}')

@@ -5,6 +5,7 @@ import string
 
 import numpy as np
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.studies.synthetic.question import (
   DrawnTask,
   Question,
@@ -22,7 +23,7 @@ LONGEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups(DrawnTask):
+class StateTracking(DrawnTask):
   """'nbdE' asks where the operations b, d and e in turn take the item n, one letter; no context.
 
   The last operation is a capital: the token that the answer is predicted from then is an operation
@@ -47,10 +48,10 @@ class Groups(DrawnTask):
 
   def __post_init__(self):
     if self.group not in GROUPS:
-      raise ValueError(f'group = {self.group!r}: choose one of {GROUPS}')
+      raise UserError(f'group = {self.group!r}: choose one of {GROUPS}')
     check_integer('modulus', self.modulus, 2, len(ITEMS), ', the letters there are for items')
     if self.group == 's5' and self.modulus != 5:
-      raise ValueError(f"modulus = {self.modulus}, but group = 's5' acts on 5 items: leave it at "
+      raise UserError(f"modulus = {self.modulus}, but group = 's5' acts on 5 items: leave it at "
                        "5, or set group = 'zp'")
     check_integer('length', self.length, 1, LONGEST)
     check_skew(self.skew)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.studies.synthetic.question import (
   Question,
   check_integer,
@@ -101,7 +102,7 @@ _IN_PROSE = re.compile(rf'{_OPERAND}(?:[-+*/x×÷]{_OPERAND})+=-?{_NUMBER}')
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class WordProblems:
   """'Tom has 3 pens. ... now?\\n' asks for '4;', and with ' ||' in the place of the newline for
   ' <<3+1=4>> #### 4;'. One decoder learns both forms, and the sign tells it which is wanted.
 
@@ -129,16 +130,16 @@ class Written:
     for option in ('chains', 'stories'):
       value = getattr(self, option)
       if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f'{option} = {value!r}: it is a share, and must lie between 0 and 1')
+        raise UserError(f'{option} = {value!r}: it is a share, and must lie between 0 and 1')
     for option in ('train', 'asked'):
       if not isinstance(getattr(self, option), str):
-        raise ValueError(f"{option} = {getattr(self, option)!r}: write a path, or ''")
+        raise UserError(f"{option} = {getattr(self, option)!r}: write a path, or ''")
     if not isinstance(self.equations, bool):
-      raise ValueError(f'equations = {self.equations!r}: it must be True or False')
+      raise UserError(f'equations = {self.equations!r}: it must be True or False')
     check_integer('steps', self.steps, 1, 100)
     check_skew(self.skew)
     if not self.train and self.stories < 1:
-      raise ValueError(f"train = '' with stories = {self.stories}: give the path of a file of "
+      raise UserError(f"train = '' with stories = {self.stories}: give the path of a file of "
                        f'lines {FORM!r}, or set stories = 1.0 to train on stories alone')
 
   @property
@@ -164,7 +165,7 @@ class Written:
     """See `Task.examine`; of a file, the first of each difficulty.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_problems`.
+      UserError: see `read_problems`.
     """
     if not self.asked:
       problems = [tell_story(rng, steps) for steps in self.difficulties
@@ -198,7 +199,7 @@ class Written:
   def _train(self) -> list[Problem]:
     problems = read_problems(self.train, self.equations)
     if len(problems) < 2:
-      raise ValueError(f'{self.train} has {len(problems)} question: at least 2 are needed, one to '
+      raise UserError(f'{self.train} has {len(problems)} question: at least 2 are needed, one to '
                        'train on and one for validation')
     return problems
 
@@ -214,25 +215,25 @@ def read_problems(path: str | Path, equations: bool = True) -> list[Problem]:
 
   Args:
     path: of the file.
-    equations: see `Written`; the commas of an answer are left out, too.
+    equations: see `WordProblems`; the commas of an answer are left out, too.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it has no problem, is not UTF-8 text, or a line has another form.
+    UserError: there is no such file.
+    UserError: it has no problem, is not UTF-8 text, or a line has another form.
   """
   path = Path(path).expanduser()
   if not path.is_file():
-    raise FileNotFoundError(f'no file {path}: give the path of a file of lines {FORM!r}')
+    raise MissingError(f'no file {path}: give the path of a file of lines {FORM!r}')
   try:
     # Not splitlines, to which a question's U+2028 would be the end of a line.
     lines = path.read_text(encoding='utf-8').split('\n')
   except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is not UTF-8 text at byte {error.start}: convert it '
+    raise UserError(f'{path} is not UTF-8 text at byte {error.start}: convert it '
                      '(iconv -t utf-8)') from error
   problems = [_read_line(line, f'{path}:{number}', equations)
               for number, line in enumerate(lines, 1) if line.strip()]
   if not problems:
-    raise ValueError(f'{path} is empty: give a file of lines {FORM!r}')
+    raise UserError(f'{path} is empty: give a file of lines {FORM!r}')
   return problems
 
 
@@ -241,14 +242,14 @@ def _read_line(line: str, where: str, equations: bool) -> Problem:
   chain, sign, answer = rest.partition('####')
   text, chain, answer = text.strip(), chain.strip(), answer.strip()
   if not (bars and sign and text and answer) or '||' in rest or '####' in answer:
-    raise ValueError(f'{where}: not of the form {FORM!r}, but {line[:100]!r}: repair the line, or '
+    raise UserError(f'{where}: not of the form {FORM!r}, but {line[:100]!r}: repair the line, or '
                      'leave it out')
   if END in answer:
-    raise ValueError(f'{where}: the answer {answer!r} holds {END!r}, which ends an answer: repair '
+    raise UserError(f'{where}: the answer {answer!r} holds {END!r}, which ends an answer: repair '
                      'the line, or leave it out')
   for character, name in (('\0', 'NUL'), ('▁', "SentencePiece's own sign for a space")):
     if character in line:
-      raise ValueError(f'{where}: it holds {character!r}, {name}, which a vocabulary cannot '
+      raise UserError(f'{where}: it holds {character!r}, {name}, which a vocabulary cannot '
                        'express: repair the line, or leave it out')
   if not equations:
     return Problem(text, chain, answer, 1)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import google, hugging_face
 from latent_deliberation.model.checkpoints.layout import stored_shapes
@@ -89,7 +90,7 @@ def test_vision_parts_are_left(arrays):
             'transformer/embedder/mm_input_projection/w': np.ones((2, 3), np.float32),
             'transformer/embedder/mm_soft_embedding_norm/scale': np.ones(2, np.float32)}
   open_memory({**arrays, **vision}, foreign.FAMILIES['gemma2'])
-  with pytest.raises(ValueError, match='layer_0/audio: not expected'):
+  with pytest.raises(UserError, match='layer_0/audio: not expected'):
     open_memory({**arrays, 'transformer/layer_0/audio': np.ones(2)}, foreign.FAMILIES['gemma2'])
 
 
@@ -153,7 +154,7 @@ def test_a_published_checkpoint_is_recognised_by_its_sizes(name):
 
 def test_unknown_sizes_are_refused_with_those_we_know_and_the_way_on(tmp_path, arrays):
   foreign.write_orbax(tmp_path / 'checkpoint', foreign.as_flat(arrays))
-  with pytest.raises(ValueError, match=re.escape('weights.load(..., config=...)')) as error:
+  with pytest.raises(UserError, match=re.escape('weights.load(..., config=...)')) as error:
     weights.load(tmp_path / 'checkpoint')
   message = str(error.value)
   assert message.startswith(f'{tmp_path}/checkpoint holds a decoder of embed_dim 16, num_layers 3, '
@@ -179,13 +180,13 @@ def test_a_checkpoint_beside_its_tokenizer_is_found(tmp_path, arrays):
   checkpoint.check()
   assert checkpoint.format == 'google'
   shutil.copytree(tmp_path / 'gemma' / 'checkpoint', tmp_path / 'gemma' / 'second')
-  with pytest.raises(FileNotFoundError, match=f'{tmp_path}/gemma holds no decoder'):
+  with pytest.raises(UserError, match=f'{tmp_path}/gemma holds no decoder'):
     weights.open_checkpoint(tmp_path / 'gemma', foreign.FAMILIES['gemma2'])
 
 
 def test_another_checkpoint_of_orbax_is_refused_with_what_it_holds(tmp_path):
   foreign.write_orbax(tmp_path / 'checkpoint', {'step': np.ones(2), 'opt': {'mu': np.ones(3)}})
-  with pytest.raises(ValueError, match="not of Google's gemma library: .* \\['opt/mu', 'step'"):
+  with pytest.raises(UserError, match="not of Google's gemma library: .* \\['opt/mu', 'step'"):
     weights.open_checkpoint(tmp_path / 'checkpoint')
 
 
@@ -194,7 +195,7 @@ def test_every_array_that_does_not_fit_is_named_with_both_shapes(arrays):
              'embedder/input_embedding': np.ones((37, 16), np.float32),
              'layer_3/mlp/linear/w': np.ones((20, 16), np.float32)}
   del changed['layer_2/post_ffw_norm/scale']
-  with pytest.raises(ValueError) as error:
+  with pytest.raises(UserError) as error:
     open_memory(changed, foreign.FAMILIES['gemma2'])
   assert sorted(line.strip() for line in str(error.value).split('\n')[1:-1]) == [
       'embedder/input_embedding: has shape [37, 16], expected [38, 16]',
@@ -212,5 +213,5 @@ def test_first_arrays_that_show_no_size_are_refused_by_name(arrays, name, shape)
   tensors[f'layer_0/{name}'] = Stored(shape, 'float32')
   if shape is None:
     del tensors[f'layer_0/{name}']
-  with pytest.raises(ValueError, match=f'origin .*layer_0/{name}'):
+  with pytest.raises(UserError, match=f'origin .*layer_0/{name}'):
     google.find_config(tensors, 'origin')

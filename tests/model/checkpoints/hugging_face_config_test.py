@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.hugging_face import (
   read_config,
   shortest_period,
@@ -103,7 +104,7 @@ def test_bases_by_kind_of_layer_are_read_in_the_words_of_transformers_5(tmp_path
 
 
 def test_an_unknown_architecture_is_named_with_those_we_have(tmp_path):
-  with pytest.raises(ValueError, match="model_type 'llama' is an architecture that we do not have; "
+  with pytest.raises(UserError, match="model_type 'llama' is an architecture that we do not have; "
                      'we have gemma, gemma2, gemma3_text, gemma3$'):
     read(tmp_path, {'model_type': 'llama'})
 
@@ -114,7 +115,7 @@ def test_an_unknown_architecture_is_named_with_those_we_have(tmp_path):
     ('tie_word_embeddings', False), ('quantization_config', {'quant_method': 'bitsandbytes'}),
     ('hidden_activation', 'relu'), ('rope_scaling', {'type': 'dynamic', 'factor': 2.0})])
 def test_what_our_decoder_does_not_do_is_refused(tmp_path, family, key, value):
-  with pytest.raises(ValueError, match=f'{tmp_path}/config.json.*{key[:4]}'):
+  with pytest.raises(UserError, match=f'{tmp_path}/config.json.*{key[:4]}'):
     read(tmp_path, {**foreign.HF_CONFIGS[family], key: value})
 
 
@@ -123,23 +124,23 @@ def test_what_our_decoder_does_not_do_is_refused(tmp_path, family, key, value):
     ('gemma1', 'rope_parameters', {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 2.0}),
     ('gemma2', 'rope_parameters', {'rope_type': 'llama3', 'rope_theta': 1e4, 'factor': 2.0})])
 def test_what_no_decoder_of_a_family_does_is_refused(tmp_path, family, key, value):
-  with pytest.raises(ValueError, match=f'{tmp_path}/config.json.*{key[:4]}'):
+  with pytest.raises(UserError, match=f'{tmp_path}/config.json.*{key[:4]}'):
     read(tmp_path, {**foreign.HF_CONFIGS[family], key: value})
 
 
 @pytest.mark.parametrize('key, value', [
     ('quantization_config', {'quant_method': 'bitsandbytes'}), ('tie_word_embeddings', False)])
 def test_what_a_multimodal_config_asks_for_all_its_parts_is_refused_too(tmp_path, key, value):
-  with pytest.raises(ValueError, match=key):
+  with pytest.raises(UserError, match=key):
     read(tmp_path, {**PUBLISHED['gemma3_4b'], key: value})
 
 
 def test_scaled_positions_are_refused_where_local_layers_would_have_them_too(tmp_path):
   # One rotary embedding serves all layers of a Gemma 2; ours scales global layers alone.
-  with pytest.raises(ValueError, match='sliding layers have scaled rotary embeddings'):
+  with pytest.raises(UserError, match='sliding layers have scaled rotary embeddings'):
     read(tmp_path, {**foreign.HF_CONFIGS['gemma2'],
                     'rope_scaling': {'type': 'linear', 'factor': 2.0}})
-  with pytest.raises(ValueError, match='sliding layers have scaled rotary embeddings'):
+  with pytest.raises(UserError, match='sliding layers have scaled rotary embeddings'):
     read(tmp_path, {**foreign.HF_CONFIGS['gemma3'], 'rope_parameters': {
         'full_attention': {'rope_type': 'default', 'rope_theta': 50.0},
         'sliding_attention': {'rope_type': 'linear', 'rope_theta': 20.0, 'factor': 2.0}}})
@@ -155,7 +156,7 @@ def test_scaled_positions_of_a_gemma_of_global_layers_are_read(tmp_path):
     '{"model_type": "gemma2", ', '[]', 'null', '{}', '{"model_type": ["gemma2"]}',
     '{"model_type": "gemma3", "text_config": [1]}'])
 def test_a_damaged_file_is_refused(tmp_path, content):
-  with pytest.raises(ValueError, match=f'{tmp_path}/config.json'):
+  with pytest.raises(UserError, match=f'{tmp_path}/config.json'):
     read(tmp_path, content)
 
 
@@ -166,12 +167,12 @@ def test_a_damaged_file_is_refused(tmp_path, content):
     ({'layer_types': ['full_attention'] * 2}, 'layer_types has 2 entries, num_hidden_layers is 3'),
     ({'layer_types': ['full_attention', 'chunked_attention', 'full_attention']}, 'chunked')])
 def test_impossible_values_are_refused(tmp_path, change, message):
-  with pytest.raises(ValueError, match=f'{tmp_path}/config.json .*({message})'):
+  with pytest.raises(UserError, match=f'{tmp_path}/config.json .*({message})'):
     read(tmp_path, {**foreign.HF_CONFIGS['gemma2'], **change})
 
 
 def test_weights_without_a_config_are_refused(tmp_path):
-  with pytest.raises(FileNotFoundError, match=f'{tmp_path} holds weights but no config.json'):
+  with pytest.raises(UserError, match=f'{tmp_path} holds weights but no config.json'):
     read_config(tmp_path)
 
 
@@ -180,13 +181,13 @@ def test_weights_without_a_config_are_refused(tmp_path):
     {'post_norms': False}])
 def test_a_combination_that_no_gemma_has_is_not_written(change):
   config = dataclasses.replace(foreign.FAMILIES['gemma2'], **change)
-  with pytest.raises(ValueError, match='no Gemma has the features of'):
+  with pytest.raises(UserError, match='no Gemma has the features of'):
     write_config(config, 'float32')
 
 
 def test_a_query_scale_that_transformers_cannot_hold_is_not_written():
   config = dataclasses.replace(foreign.FAMILIES['gemma2'], query_scale=0.7)
-  with pytest.raises(ValueError, match='query_scale = 0.7 is not 1 / sqrt of an integer'):
+  with pytest.raises(UserError, match='query_scale = 0.7 is not 1 / sqrt of an integer'):
     write_config(config, 'float32')
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import hugging_face
 from latent_deliberation.model.decoder import boxed_shapes
@@ -75,10 +76,10 @@ def test_a_head_of_its_own_is_refused(tmp_path, tensors):
   head = tensors['model.embed_tokens.weight'].copy()
   head[-1, -1] += 1
   write(tmp_path, {**tensors, 'lm_head.weight': head})
-  with pytest.raises(ValueError, match='lm_head.weight .* is not equal to model.embed_tokens'):
+  with pytest.raises(UserError, match='lm_head.weight .* is not equal to model.embed_tokens'):
     weights.load(tmp_path)
   write(tmp_path, {**tensors, 'lm_head.weight': head[:30]})
-  with pytest.raises(ValueError, match=re.escape('lm_head.weight [30, 16] is not equal to '
+  with pytest.raises(UserError, match=re.escape('lm_head.weight [30, 16] is not equal to '
                                                  'model.embed_tokens.weight [38, 16]')):
     weights.load(tmp_path)
 
@@ -96,7 +97,7 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error_before_any_is_read(t
   tensors['model.layers.0.self_attn.q_proj.bias'] = np.ones(24, np.float32)
   checkpoint = weights.open_checkpoint(write(tmp_path, tensors))
   monkeypatch.setattr(checkpoint.source, 'read', None)
-  with pytest.raises(ValueError, match=f'{tmp_path} does not hold the decoder') as error:
+  with pytest.raises(UserError, match=f'{tmp_path} does not hold the decoder') as error:
     checkpoint.load()
   lines = [line.strip() for line in str(error.value).split('\n')[1:-1]]
   assert sorted(lines) == [
@@ -108,9 +109,9 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error_before_any_is_read(t
 
 
 def test_weights_of_another_family_are_refused(tmp_path, tensors):
-  with pytest.raises(ValueError, match='layers.1.post_feedforward_layernorm.weight: not expected'):
+  with pytest.raises(UserError, match='layers.1.post_feedforward_layernorm.weight: not expected'):
     weights.load(write(tmp_path / '1', tensors, 'gemma1'))
-  with pytest.raises(ValueError, match='layers.2.self_attn.k_norm.weight: missing, expected .6.'):
+  with pytest.raises(UserError, match='layers.2.self_attn.k_norm.weight: missing, expected .6.'):
     weights.load(write(tmp_path / '3', tensors, 'gemma3'))
 
 

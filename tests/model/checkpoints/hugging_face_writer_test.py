@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import hugging_face, safetensors_io
 from latent_deliberation.model.checkpoints.hugging_face import read_config
@@ -93,9 +94,9 @@ def test_our_format_and_theirs_turn_into_each_other_to_the_bit(tmp_path):
 def test_nothing_is_left_of_what_cannot_be_written(tmp_path, monkeypatch):
   params, config = foreign.params_of('gemma2'), foreign.FAMILIES['gemma2']
   other = dataclasses.replace(config, rope_scaling=2.0)
-  with pytest.raises(ValueError, match='no Gemma has the features'):
+  with pytest.raises(UserError, match='no Gemma has the features'):
     weights.save(tmp_path / 'target', other, params, format='huggingface')
-  with pytest.raises(ValueError, match="format 'gguf': .*'native', 'huggingface'"):
+  with pytest.raises(UserError, match="format 'gguf': .*'native', 'huggingface'"):
     weights.save(tmp_path / 'target', config, params, format='gguf')
 
   def full(tensors, path, metadata):
@@ -103,14 +104,14 @@ def test_nothing_is_left_of_what_cannot_be_written(tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(safetensors_io, 'save_file', full)
-  with pytest.raises(OSError, match='No space left'):
+  with pytest.raises(UserError, match='No space left'):
     weights.save(tmp_path / 'target', config, params, format='huggingface')
   assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_written_over(tmp_path):
   (tmp_path / 'target').mkdir()
-  with pytest.raises(FileExistsError, match=f'{tmp_path}/target exists already'):
+  with pytest.raises(UserError, match=f'{tmp_path}/target exists already'):
     weights.save(tmp_path / 'target', foreign.FAMILIES['gemma2'], foreign.params_of('gemma2'),
                  format='huggingface')
 
@@ -119,6 +120,6 @@ def test_nothing_is_written_over(tmp_path):
 @pytest.mark.parametrize('format', weights.FORMATS)
 def test_parameters_that_are_not_of_the_config_are_refused(tmp_path, change, format):
   config = dataclasses.replace(foreign.FAMILIES['gemma2'], **change)
-  with pytest.raises(ValueError):
+  with pytest.raises(UserError):
     weights.save(tmp_path / 'target', config, foreign.params_of('gemma2'), format=format)
   assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import native
 from latent_deliberation.model.decoder import boxed_shapes
@@ -68,5 +69,5 @@ def test_a_description_that_leaves_something_out_is_refused(saved, tmp_path, key
   content = json.loads((saved / 'decoder.json').read_text())
   del content[key]
   (tmp_path / 'decoder.json').write_text(json.dumps(content))
-  with pytest.raises(ValueError, match=f'{tmp_path}/decoder.json is damaged .*{key}'):
+  with pytest.raises(UserError, match=f'{tmp_path}/decoder.json is damaged .*{key}'):
     weights.open_checkpoint(tmp_path)

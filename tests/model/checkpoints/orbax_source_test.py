@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.orbax_source import OrbaxSource, is_orbax
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests.model.checkpoints import foreign
@@ -64,14 +65,14 @@ def test_reading_one_array_touches_no_other(tmp_path):
     (directory / name).write_bytes(b'')
   source = open_source(directory)
   foreign.assert_same(foreign.read_all(source, ['a/b/w']), {'a/b/w': BY_NAME['a/b/w']})
-  with pytest.raises(ValueError, match=f'c/e of {directory} cannot be read') as error:
+  with pytest.raises(UserError, match=f'c/e of {directory} cannot be read') as error:
     foreign.read_all(source, ['c/e'])
   assert len(str(error.value)) < 500  # not the whole specification of a TensorStore
   gc.collect()  # reads that orbax abandoned complain when collected: here, where it is ignored
 
 
 def test_an_array_that_is_there_twice_is_refused_with_both_keys(saved):
-  with pytest.raises(ValueError, match=r"has same twice, under \('c', 'd'\) and \('c', 'e'\)"):
+  with pytest.raises(UserError, match=r"has same twice, under \('c', 'd'\) and \('c', 'e'\)"):
     OrbaxSource(saved, lambda name: 'same' if name.startswith('c') else name)
 
 
@@ -82,7 +83,7 @@ def test_a_damaged_description_is_refused(copied, damage):
     path.write_bytes(path.read_bytes()[:40])
   else:
     path.unlink()
-  with pytest.raises(ValueError, match=f'{copied} is not a whole orbax checkpoint') as error:
+  with pytest.raises(UserError, match=f'{copied} is not a whole orbax checkpoint') as error:
     open_source(copied)
   assert 'NoneType' not in str(error.value)  # says what is wrong, not what that led to
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints import safetensors_io
 from latent_deliberation.model.checkpoints.safetensors_io import SafetensorsSource
 from latent_deliberation.sharding import MeshConfig, make_mesh
@@ -88,7 +89,7 @@ def test_tensors_that_are_there_twice_are_all_refused_with_both_places(tmp_path)
   first, second, third = sorted(tmp_path.glob('*.safetensors'))
   save_file({'a': b, 'b': b}, second)
   save_file({'d': b, 'D': b}, third)
-  with pytest.raises(ValueError, match=f'{tmp_path} has tensors twice') as error:
+  with pytest.raises(UserError, match=f'{tmp_path} has tensors twice') as error:
     open_source(tmp_path, str.lower)
   lines = [line.strip() for line in str(error.value).split('\n')[1:-1]]
   assert sorted(lines) == sorted([
@@ -100,7 +101,7 @@ def test_a_file_that_is_cut_short_is_refused_with_its_name_and_size(directory, k
   path = sorted(directory.glob('*.safetensors'))[-1]
   content = path.read_bytes()[:kept]
   path.write_bytes(content)
-  with pytest.raises(ValueError, match=re.escape(f'{path} ({len(content)} bytes) is not a whole '
+  with pytest.raises(UserError, match=re.escape(f'{path} ({len(content)} bytes) is not a whole '
                                                  'safetensors file')):
     open_source(directory)
 
@@ -108,7 +109,7 @@ def test_a_file_that_is_cut_short_is_refused_with_its_name_and_size(directory, k
 def test_a_pointer_in_the_place_of_a_large_file_is_refused(directory):
   path = sorted(directory.glob('*.safetensors'))[0]
   path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n')
-  with pytest.raises(ValueError, match=f'{path} .* is not a whole safetensors file'):
+  with pytest.raises(UserError, match=f'{path} .* is not a whole safetensors file'):
     open_source(directory)
 
 
@@ -117,7 +118,7 @@ def test_an_index_that_names_absent_files_is_refused_with_all_of_them(tmp_path):
   gone = [tmp_path / f'model-0000{number}-of-00003.safetensors' for number in (1, 3)]
   for path in gone:
     path.unlink()
-  with pytest.raises(FileNotFoundError, match='index.json names files that .* does not have') as e:
+  with pytest.raises(UserError, match='index.json names files that .* does not have') as e:
     open_source(tmp_path)
   assert str([path.name for path in gone]) in str(e.value)
 
@@ -126,7 +127,7 @@ def test_an_index_that_names_absent_files_is_refused_with_all_of_them(tmp_path):
 def test_a_damaged_index_is_refused(tmp_path, content):
   foreign.write_hf(tmp_path, {}, ARRAYS, files=2)
   (tmp_path / 'model.safetensors.index.json').write_text(content)
-  with pytest.raises(ValueError, match='model.safetensors.index.json is damaged'):
+  with pytest.raises(UserError, match='model.safetensors.index.json is damaged'):
     open_source(tmp_path)
 
 
@@ -141,7 +142,7 @@ def test_several_files_without_an_index_are_refused(tmp_path):
   index = tmp_path / 'model.safetensors.index.json'
   content = json.loads(index.read_text())
   index.unlink()
-  with pytest.raises(FileNotFoundError, match='but no model.safetensors.index.json') as error:
+  with pytest.raises(UserError, match='but no model.safetensors.index.json') as error:
     open_source(tmp_path)
   assert all(name in str(error.value) for name in content['weight_map'].values())
 
@@ -153,7 +154,7 @@ def test_one_file_may_have_any_name(tmp_path):
 
 def test_a_directory_without_weights_is_refused(tmp_path):
   (tmp_path / 'config.json').write_text('{}')
-  with pytest.raises(FileNotFoundError, match=f'{tmp_path} holds neither model.safetensors nor '):
+  with pytest.raises(UserError, match=f'{tmp_path} holds neither model.safetensors nor '):
     open_source(tmp_path)
 
 

@@ -11,8 +11,9 @@ import pytest
 from flax import linen as nn
 from jax.experimental import topologies
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import attention
-from latent_deliberation.model.attention import KVCache, Visibility
+from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.kernels import fused_attention
 from latent_deliberation.model.kernels.tiling import Blocks
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
@@ -53,19 +54,19 @@ class Case:
     normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
     cache = self.cache(normal)
     anchors = np.sort(random.integers(0, self.cached, (2, self.traces)), axis=-1)
-    anchors[:, 0], anchors[0, -1] = -1, self.cached - 1  # horizon 0, and a full one
+    anchors[:, 0], anchors[0, -1] = -1, self.cached - 1  # prefix_length 0, and a full one
     at_anchor = lambda x: np.take_along_axis(  # noqa: E731
         np.asarray(x), np.maximum(anchors, 0), axis=1)[..., None]
     order = np.arange(self.length)
-    horizon, first = anchors + 1, None
+    prefix_length, first = anchors + 1, None
     if self.late:  # tokens of a row differ in what they see of the trunk, and of the row
-      horizon = np.maximum(horizon[..., None] - 2 * (order % 2), 0)
+      prefix_length = np.maximum(prefix_length[..., None] - 2 * (order % 2), 0)
       first = jnp.broadcast_to(order // 2, (2, self.traces, self.length)).astype(jnp.int32)
     segments = jnp.broadcast_to(at_anchor(cache.segments), (2, self.traces, self.length))
     fresh = [normal(2, self.traces, self.length, heads, 6)
              for heads in (self.heads, self.kv_heads, self.kv_heads)]
     return (*fresh, jnp.asarray(at_anchor(cache.positions) + 1 + order),
-            Visibility(segments, jnp.asarray(horizon, jnp.int32), first),
+            AttentionMaskSpec(segments, jnp.asarray(prefix_length, jnp.int32), first),
             jnp.array(self.window, jnp.int32), cache)
 
 
@@ -125,8 +126,8 @@ def test_scores_of_any_size_do_not_overflow(fused):
 def test_one_row_without_a_cache_equals_plain_attention(fused):
   queries, keys, values, *_, window, cache = Case(traces=1, length=48, window=9).inputs()
   positions, segments = cache.positions[:, None], cache.segments[:, None]
-  visibility = Visibility(segments, jnp.zeros((2, 1), jnp.int32))
-  check_equal(fused, Case(), (queries, keys, values, positions, visibility, window, None))
+  mask_spec = AttentionMaskSpec(segments, jnp.zeros((2, 1), jnp.int32))
+  check_equal(fused, Case(), (queries, keys, values, positions, mask_spec, window, None))
 
 
 def test_an_empty_cache_shows_nothing(fused):
@@ -148,27 +149,27 @@ def test_gradients_flow_into_a_cache_that_is_not_constant():
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(fused):
-  *inputs, visibility, window, cache = Case().inputs()
-  nothing = visibility.replace(segments=jnp.zeros_like(visibility.segments))
+  *inputs, mask_spec, window, cache = Case().inputs()
+  nothing = mask_spec.replace(segments=jnp.zeros_like(mask_spec.segments))
   for result in jax.tree.leaves(evaluate(fused, 0.8, *inputs, nothing, window, cache)):
     assert np.all(result == 0)
 
 
-@pytest.mark.parametrize('horizon, window, documents, unseen', [
+@pytest.mark.parametrize('prefix_length, window, documents, unseen', [
     (16, GLOBAL, (48,), slice(16, 48)), (48, 3, (48,), slice(0, 32)),
-    (48, GLOBAL, (16, 32), slice(0, 16))], ids=['horizon', 'window', 'document'])
-def test_blocks_of_keys_that_no_query_sees_are_not_read(fused, horizon, window, documents, unseen):
-  *fresh, positions, visibility, _, cache = Case().inputs()
+    (48, GLOBAL, (16, 32), slice(0, 16))], ids=['prefix_length', 'window', 'document'])
+def test_blocks_of_keys_that_no_query_sees_are_not_read(fused, prefix_length, window, documents, unseen):
+  *fresh, positions, mask_spec, _, cache = Case().inputs()
   where = np.repeat(np.arange(len(documents)), documents) + 1
   cache = cache.replace(segments=jnp.array([where, where]),
                         positions=jnp.array([np.arange(48)] * 2))
   # All traces stand behind the trunk, in its last document.
-  visibility = visibility.replace(
-      segments=jnp.full_like(visibility.segments, len(documents)),
-      horizon=jnp.full_like(visibility.horizon, horizon))
+  mask_spec = mask_spec.replace(
+      segments=jnp.full_like(mask_spec.segments, len(documents)),
+      prefix_length=jnp.full_like(mask_spec.prefix_length, prefix_length))
   positions = jnp.broadcast_to(jnp.arange(34, 37), positions.shape)
   run = lambda cache: evaluate(  # noqa: E731
-      fused, 0.8, *fresh, positions, visibility, jnp.array(window), cache)
+      fused, 0.8, *fresh, positions, mask_spec, jnp.array(window), cache)
   # A key that is read and masked would spread its NaN, 0 times NaN.
   poisoned = cache.replace(keys=cache.keys.at[:, unseen].set(jnp.nan),
                            values=cache.values.at[:, unseen].set(jnp.nan))
@@ -192,12 +193,12 @@ def test_heads_that_are_split_otherwise_than_kv_heads_are_refused():
   rules = {**DEFAULT_RULES, 'kv_heads': ()}
   with (jax.set_mesh(make_mesh(MeshConfig(4, 1, 2))),
         nn.logical_axis_rules(tuple(rules.items())),
-        pytest.raises(ValueError, match="split 'heads' over tensor and 'kv_heads' over None")):
+        pytest.raises(UserError, match="split 'heads' over tensor and 'kv_heads' over None")):
     on_tpu(*Case().inputs(), cap=None)
 
 
 def test_rows_that_stand_alone_are_refused():
-  with pytest.raises(ValueError, match="'fused' on 5 rows without a cache: .* 'plain'"):
+  with pytest.raises(UserError, match="'fused' on 5 rows without a cache: .* 'plain'"):
     on_tpu(*Case().inputs()[:-1], cap=None)
 
 
@@ -219,7 +220,7 @@ def shapes(traces, length, cached, width, **where):
   queries, keys, cache = (shape(2, *sizes, width, dtype=jnp.bfloat16) for sizes in (
       (traces, length, 4), (traces, length, 2), (cached, 2)))
   return (queries, keys, keys, shape(2, traces, length),
-          Visibility(shape(2, traces, length), shape(2, traces)), shape(),
+          AttentionMaskSpec(shape(2, traces, length), shape(2, traces)), shape(),
           KVCache(cache, cache, shape(2, cached), shape(2, cached)))
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model.kernels.fused_attention import GPU, TPU, choose_kernels
 
 
@@ -19,7 +20,7 @@ def test_each_machine_has_its_kernels_and_a_cpu_those_of_a_tpu(monkeypatch, plat
 
 def test_another_platform_is_refused(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'metal')
-  with pytest.raises(ValueError, match="'fused' on platform 'metal': .* set .* 'plain'"):
+  with pytest.raises(UserError, match="'fused' on platform 'metal': .* set .* 'plain'"):
     choose_kernels(queries(256, 'bfloat16'))
 
 
@@ -28,5 +29,5 @@ def test_another_platform_is_refused(monkeypatch):
     (256, 'float32', "256 x float32.*dtype = 'bfloat16'")])
 def test_heads_that_a_gpu_cannot_hold_are_refused(monkeypatch, width, dtype, words):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  with pytest.raises(ValueError, match=f"'fused' on a GPU with heads of {words}"):
+  with pytest.raises(UserError, match=f"'fused' on a GPU with heads of {words}"):
     choose_kernels(queries(width, dtype))

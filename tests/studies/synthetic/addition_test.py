@@ -3,7 +3,8 @@ import collections
 import numpy as np
 import pytest
 
-from latent_deliberation.studies.synthetic.addition import Carries
+from latent_deliberation.errors import UserError
+from latent_deliberation.studies.synthetic.addition import Addition
 
 
 def numbers_of(asked):
@@ -13,7 +14,7 @@ def numbers_of(asked):
   return [int(sign) for sign in signs[::2]], ['abcdefghij'.index(sign) for sign in signs[1::2]]
 
 
-@pytest.mark.parametrize('task', [Carries(), Carries(17), Carries(1)])
+@pytest.mark.parametrize('task', [Addition(), Addition(17), Addition(1)])
 def test_the_answer_is_the_digit_of_the_sum_in_the_last_column(task):
   rng = np.random.default_rng(0)
   for difficulty in (None, *task.difficulties):
@@ -26,15 +27,15 @@ def test_the_answer_is_the_digit_of_the_sum_in_the_last_column(task):
 
 def test_the_carry_is_decided_as_far_down_as_the_difficulty_says():
   rng = np.random.default_rng(1)
-  for difficulty in Carries().difficulties:
-    for asked in Carries().ask(rng, 50, difficulty):
+  for difficulty in Addition().difficulties:
+    for asked in Addition().ask(rng, 50, difficulty):
       below = [a + b for a, b in zip(*numbers_of(asked), strict=True)][-2::-1]
       assert below[:difficulty - 1] == [9] * (difficulty - 1) and below[difficulty - 1] != 9
 
 
 @pytest.mark.parametrize('difficulty', [1, 4])
 def test_without_the_carry_half_of_the_answers_are_right_and_all_digits_come_up(difficulty):
-  asked = Carries().ask(np.random.default_rng(2), 4000, difficulty)
+  asked = Addition().ask(np.random.default_rng(2), 4000, difficulty)
   digits = collections.Counter()
   carried = 0
   for each in asked:
@@ -47,17 +48,17 @@ def test_without_the_carry_half_of_the_answers_are_right_and_all_digits_come_up(
 
 
 def test_skew_is_the_decay_of_difficulties():
-  asked = Carries(3, skew=0.5).ask(np.random.default_rng(0), 30_000)
+  asked = Addition(3, skew=0.5).ask(np.random.default_rng(0), 30_000)
   counts = collections.Counter(question.difficulty for question in asked)
   assert counts[1] / counts[2] == pytest.approx(np.exp(0.5), rel=0.1)
   assert counts[2] / counts[3] == pytest.approx(np.exp(0.5), rel=0.1)
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ({'carries': 0}, 'carries = 0: it must lie between 1 and 64'),
-    ({'carries': True}, 'carries = True is not an integer'),
+    ({'addition': 0}, 'carries = 0: it must lie between 1 and 64'),
+    ({'addition': True}, 'carries = True is not an integer'),
     ({'skew': 11}, 'skew = 11: it must lie between -10 and 10'),
 ])
 def test_a_bad_option_is_named_with_its_bounds(options, message):
-  with pytest.raises(ValueError, match=message):
-    Carries(**options)
+  with pytest.raises(UserError, match=message):
+    Addition(**options)

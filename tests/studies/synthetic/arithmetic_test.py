@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.studies.synthetic.arithmetic import Arithmetic
 
 
@@ -42,5 +43,5 @@ def test_skew_is_the_decay_of_difficulties():
     ({'reverse': 1}, 'reverse = 1: it must be True or False'),
 ])
 def test_a_bad_option_is_named_with_its_bounds(options, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     Arithmetic(**options)

@@ -9,19 +9,20 @@ from latent_deliberation.data.packing import prepare
 from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.vocabularies import ByteVocabulary
+from latent_deliberation.errors import UserError
 from latent_deliberation.studies.synthetic.documents import TASKS, VERSION, build, open_synthetic
-from latent_deliberation.studies.synthetic.pointer_chasing import Hops
+from latent_deliberation.studies.synthetic.pointer_chasing import PointerChasing
 
 
-def synthetic(name='hops', **fields):
-  options = {'stories': 1.0} if name == 'written' else {}  # which otherwise needs a file
+def synthetic(name='pointer_chasing', **fields):
+  options = {'stories': 1.0} if name == 'word_problems' else {}  # which otherwise needs a file
   return DataConfig(source='synthetic', name=name, vocabulary='byte', **{
       'documents': 40, 'questions': 4, 'length': 32, 'options': options} | fields)
 
 
 def test_a_missing_file_is_named_before_anything_is_read_from_the_source():
-  with pytest.raises(FileNotFoundError, match='no file /none.txt: give the path'):
-    build_source(synthetic('written', options={'train': '/none.txt'}))
+  with pytest.raises(UserError, match='no file /none.txt: give the path'):
+    build_source(synthetic('word_problems', options={'train': '/none.txt'}))
 
 
 @pytest.mark.parametrize('name', TASKS)
@@ -66,13 +67,13 @@ def test_the_generators_of_this_version_give_these_documents():
 
 
 @pytest.mark.parametrize('fields', [
-    {'name': 'groups'}, {'seed': 1}, {'documents': 41}, {'questions': 5}, {'options': {'hops': 3}},
+    {'name': 'state_tracking'}, {'seed': 1}, {'documents': 41}, {'questions': 5}, {'options': {'hops': 3}},
 ])
 def test_the_fingerprint_tells_different_documents_apart(fields):
   config = synthetic()
   other = dataclasses.replace(config, **fields)
   assert open_synthetic(other).fingerprint != open_synthetic(config).fingerprint
-  defaults = dataclasses.replace(config, options=dataclasses.asdict(Hops()))
+  defaults = dataclasses.replace(config, options=dataclasses.asdict(PointerChasing()))
   assert open_synthetic(defaults).fingerprint == open_synthetic(config).fingerprint
 
 
@@ -98,18 +99,18 @@ def test_rows_hold_the_documents_word_for_word(tmp_path):
 
 def test_rows_of_other_options_are_refused(tmp_path):
   prepare(synthetic(), tmp_path)
-  with pytest.raises(ValueError, match='source_fingerprint: packed '):
+  with pytest.raises(UserError, match='source_fingerprint: packed '):
     prepare(synthetic(options={'nodes': 9}), tmp_path)
 
 
 @pytest.mark.parametrize(('name', 'options', 'message'), [
-    ('hop', {}, r"no synthetic task 'hop': choose one of \('hops', 'groups', 'graphs', 'arith"),
-    ('hops', {'node': 8}, "hops has no option 'node': did you mean 'nodes'.*'nodes', 'hops', 'sk"),
-    ('groups', {'xyz': 8}, "groups has no option 'xyz': known options: .'group', 'modulus', 'len"),
-    ('hops', {'nodes': 1}, 'hops: nodes = 1: it must lie between 2 and 26'),
+    ('hop', {}, r"no synthetic task 'hop': choose one of \('pointer_chasing', 'state_tracking', 'graphs', 'arith"),
+    ('pointer_chasing', {'node': 8}, "hops has no option 'node': did you mean 'nodes'.*'nodes', 'hops', 'sk"),
+    ('state_tracking', {'xyz': 8}, "groups has no option 'xyz': known options: .'group', 'modulus', 'len"),
+    ('pointer_chasing', {'nodes': 1}, 'hops: nodes = 1: it must lie between 2 and 26'),
 ])
 def test_a_bad_task_or_option_is_named_with_what_is_known(name, options, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     build(name, options)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     open_synthetic(synthetic(name, options=options))

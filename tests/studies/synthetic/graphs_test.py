@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.studies.synthetic.graphs import Graphs
 
 TASKS = [Graphs(), Graphs(nodes=26, steps=11), Graphs(nodes=26, steps=3), Graphs(nodes=6, steps=1)]
@@ -115,7 +116,7 @@ def test_the_same_questions_are_asked_with_links_and_without():
     ({'asked': 3}, "asked = 3: write a path, or ''"),
 ])
 def test_a_bad_option_is_named_with_its_bounds(options, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     Graphs(**options)
 
 
@@ -137,5 +138,5 @@ def test_graphs_of_a_file_are_asked_in_letters_of_their_own(tmp_path):
   assert len({asked.context for asked in questions}) == 20
   assert {asked.question.index(asked.answer) for asked in questions} == {0, 1}
   assert len(task.examine(np.random.default_rng(0), 7)) == 7
-  with pytest.raises(ValueError, match='prosqa.json has no graph of at most nodes = 6 nodes'):
+  with pytest.raises(UserError, match='prosqa.json has no graph of at most nodes = 6 nodes'):
     Graphs(nodes=6, steps=1, asked=str(path)).examine(np.random.default_rng(0), 7)

@@ -3,7 +3,8 @@ import collections
 import numpy as np
 import pytest
 
-from latent_deliberation.studies.synthetic.pointer_chasing import Hops
+from latent_deliberation.errors import UserError
+from latent_deliberation.studies.synthetic.pointer_chasing import PointerChasing
 
 
 def follow(context, start, hops):
@@ -15,7 +16,7 @@ def follow(context, start, hops):
   return start
 
 
-@pytest.mark.parametrize('task', [Hops(), Hops(nodes=26, hops=9), Hops(nodes=2, hops=1)])
+@pytest.mark.parametrize('task', [PointerChasing(), PointerChasing(nodes=26, hops=9), PointerChasing(nodes=2, hops=1)])
 def test_every_answer_is_the_node_that_many_arrows_on(task):
   rng = np.random.default_rng(0)
   for difficulty in (None, *task.difficulties):
@@ -28,14 +29,14 @@ def test_every_answer_is_the_node_that_many_arrows_on(task):
 
 def test_a_context_is_one_cycle_through_all_nodes():
   for seed in range(20):
-    context = Hops(nodes=7).ask(np.random.default_rng(seed), 1)[0].context
+    context = PointerChasing(nodes=7).ask(np.random.default_rng(seed), 1)[0].context
     assert len(context) == 15
     assert {follow(context, 'a', hops) for hops in range(7)} == set('abcdefg')
 
 
 @pytest.mark.parametrize('difficulty', [1, 4, 5])
 def test_every_other_node_is_the_answer_equally_often(difficulty):
-  task, rng = Hops(nodes=6, hops=5), np.random.default_rng(0)
+  task, rng = PointerChasing(nodes=6, hops=5), np.random.default_rng(0)
   answers = collections.Counter()
   for _ in range(6000):
     asked, = task.ask(rng, 1, difficulty)
@@ -48,14 +49,14 @@ def test_every_other_node_is_the_answer_equally_often(difficulty):
 def test_the_place_of_a_pair_in_the_text_says_nothing():
   rng, places = np.random.default_rng(0), collections.Counter()
   for _ in range(4000):
-    asked, = Hops(nodes=8).ask(rng, 1, 1)
+    asked, = PointerChasing(nodes=8).ask(rng, 1, 1)
     places[asked.context.index(asked.question[1].lower() + asked.answer) // 2] += 1
   assert set(places) == set(range(8)) and max(places.values()) < 600
 
 
 @pytest.mark.parametrize(('skew', 'ratio'), [(0.0, 1.0), (1.0, np.e), (-1.0, 1 / np.e)])
 def test_skew_is_the_decay_of_difficulties(skew, ratio):
-  asked = Hops(nodes=5, hops=3, skew=skew).ask(np.random.default_rng(0), 30_000)
+  asked = PointerChasing(nodes=5, hops=3, skew=skew).ask(np.random.default_rng(0), 30_000)
   counts = collections.Counter(question.difficulty for question in asked)
   assert counts[1] / counts[2] == pytest.approx(ratio, rel=0.1)
   assert counts[2] / counts[3] == pytest.approx(ratio, rel=0.1)
@@ -63,7 +64,7 @@ def test_skew_is_the_decay_of_difficulties(skew, ratio):
 
 def test_no_question_comes_twice_before_all_of_its_difficulty_came():
   for seed in range(20):
-    asked = Hops(nodes=8).ask(np.random.default_rng(seed), 8, 3)
+    asked = PointerChasing(nodes=8).ask(np.random.default_rng(seed), 8, 3)
     assert len({question.question for question in asked}) == 8
 
 
@@ -72,10 +73,10 @@ def test_no_question_comes_twice_before_all_of_its_difficulty_came():
     ({'nodes': 8.0}, 'nodes = 8.0 is not an integer'),
     ({'nodes': 5}, 'hops = 5: it must lie between 1 and 4, one digit and less than nodes = 5'),
     ({'nodes': 26, 'hops': 10}, 'hops = 10: it must lie between 1 and 9'),
-    ({'hops': 0}, 'hops = 0'),
+    ({'pointer_chasing': 0}, 'hops = 0'),
     ({'skew': 'steep'}, "skew = 'steep' is not a number"),
     ({'skew': float('nan')}, 'skew = nan: it must lie between -10 and 10'),
 ])
 def test_a_bad_option_is_named_with_its_bounds(options, message):
-  with pytest.raises(ValueError, match=message):
-    Hops(**options)
+  with pytest.raises(UserError, match=message):
+    PointerChasing(**options)

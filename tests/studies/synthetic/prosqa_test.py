@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.studies.synthetic.graphs import AskedGraph, read_prosqa
 
 ITEM = {'question': 'Every gerpus is a terpus. Sally is a gerpus. Is Sally a hilpus or terpus?',
@@ -42,10 +43,10 @@ def test_an_item_is_its_graph(tmp_path):
     ([{key: value for key, value in ITEM.items() if key != 'neg_target'}], 'item 0: not an object'),
 ])
 def test_a_file_that_is_not_prosqa_is_named(tmp_path, content, message):
-  with pytest.raises(ValueError, match=f'other.json.*{message}'):
+  with pytest.raises(UserError, match=f'other.json.*{message}'):
     read_prosqa(write(tmp_path / 'other.json', content))
 
 
 def test_a_missing_file_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match='none.json: give a JSON file'):
+  with pytest.raises(UserError, match='none.json: give a JSON file'):
     read_prosqa(tmp_path / 'none.json')

@@ -1,15 +1,16 @@
 import numpy as np
 import pytest
 
-from latent_deliberation.studies.synthetic.addition import Carries
+from latent_deliberation.errors import UserError
+from latent_deliberation.studies.synthetic.addition import Addition
 from latent_deliberation.studies.synthetic.arithmetic import Arithmetic
 from latent_deliberation.studies.synthetic.graphs import Graphs
-from latent_deliberation.studies.synthetic.pointer_chasing import Hops
-from latent_deliberation.studies.synthetic.state_tracking import Groups
+from latent_deliberation.studies.synthetic.pointer_chasing import PointerChasing
+from latent_deliberation.studies.synthetic.state_tracking import StateTracking
 
-TASKS = [Hops(), Hops(nodes=26, hops=9), Groups(), Groups(length=35), Groups('zp', 13), Graphs(),
-         Graphs(nodes=26, steps=11), Arithmetic(), Arithmetic('*', reverse=False), Carries(),
-         Carries(17)]
+TASKS = [PointerChasing(), PointerChasing(nodes=26, hops=9), StateTracking(), StateTracking(length=35), StateTracking('zp', 13), Graphs(),
+         Graphs(nodes=26, steps=11), Arithmetic(), Arithmetic('*', reverse=False), Addition(),
+         Addition(17)]
 
 
 @pytest.mark.parametrize('task', TASKS)
@@ -40,7 +41,7 @@ def test_all_difficulties_come_up_by_themselves(task):
 def test_what_cannot_be_asked_is_named(task):
   rng = np.random.default_rng(0)
   beyond = task.difficulties[-1] + 1
-  with pytest.raises(ValueError, match=rf'difficulty = {beyond}: this task has \(1, '):
+  with pytest.raises(UserError, match=rf'difficulty = {beyond}: this task has \(1, '):
     task.ask(rng, 1, beyond)
-  with pytest.raises(ValueError, match='0 questions: ask for at least 1'):
+  with pytest.raises(UserError, match='0 questions: ask for at least 1'):
     task.ask(rng, 0)

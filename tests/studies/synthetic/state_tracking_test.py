@@ -4,7 +4,8 @@ import itertools
 import numpy as np
 import pytest
 
-from latent_deliberation.studies.synthetic.state_tracking import ITEMS, S5_ROWS, Groups
+from latent_deliberation.errors import UserError
+from latent_deliberation.studies.synthetic.state_tracking import ITEMS, S5_ROWS, StateTracking
 
 
 def operations_of(asked):
@@ -27,7 +28,7 @@ def test_the_operations_of_s5_generate_it_and_are_a_latin_square():
   assert all(sorted(column) == [0, 1, 2, 3, 4] for column in zip(*S5_ROWS, strict=True))
 
 
-@pytest.mark.parametrize('task', [Groups(length=35), Groups(skew=1.0)])
+@pytest.mark.parametrize('task', [StateTracking(length=35), StateTracking(skew=1.0)])
 def test_s5_answers_where_products_of_permutation_matrices_take_an_item(task):
   matrices = [np.eye(5, dtype=int)[list(row)] for row in S5_ROWS]  # [from, to]
   rng = np.random.default_rng(0)
@@ -43,7 +44,7 @@ def test_s5_answers_where_products_of_permutation_matrices_take_an_item(task):
 
 @pytest.mark.parametrize('modulus', [2, 5, 13])
 def test_zp_answers_the_sum_that_begins_at_the_asked_number(modulus):
-  task, rng = Groups(group='zp', modulus=modulus), np.random.default_rng(0)
+  task, rng = StateTracking(group='zp', modulus=modulus), np.random.default_rng(0)
   for difficulty in (None, *task.difficulties):
     for asked in task.ask(rng, 6, difficulty):
       added = sum(operations_of(asked))
@@ -51,7 +52,7 @@ def test_zp_answers_the_sum_that_begins_at_the_asked_number(modulus):
 
 
 def test_the_two_groups_differ_in_answers_alone():
-  pairs = [[Groups(group=group).ask(np.random.default_rng(seed), 12) for group in ('s5', 'zp')]
+  pairs = [[StateTracking(group=group).ask(np.random.default_rng(seed), 12) for group in ('s5', 'zp')]
            for seed in range(10)]
   for s5, zp in pairs:
     assert [q.question for q in s5] == [q.question for q in zp]
@@ -63,7 +64,7 @@ def test_the_two_groups_differ_in_answers_alone():
 def test_every_item_is_the_answer_equally_often_wherever_it_starts(group, difficulty):
   rng, answers = np.random.default_rng(0), collections.Counter()
   for _ in range(5000):
-    asked, = Groups(group=group).ask(rng, 1, difficulty)
+    asked, = StateTracking(group=group).ask(rng, 1, difficulty)
     answers[asked.question[0] + asked.answer] += 1
   # 200 +- 14 are expected of each, and chi-squared with 24 degrees of freedom stays below 57.
   assert len(answers) == 25
@@ -71,7 +72,7 @@ def test_every_item_is_the_answer_equally_often_wherever_it_starts(group, diffic
 
 
 def test_skew_is_the_decay_of_difficulties():
-  asked = Groups(length=3, skew=0.5).ask(np.random.default_rng(0), 30_000)
+  asked = StateTracking(length=3, skew=0.5).ask(np.random.default_rng(0), 30_000)
   counts = collections.Counter(question.difficulty for question in asked)
   assert counts[1] / counts[2] == pytest.approx(np.exp(0.5), rel=0.1)
   assert counts[2] / counts[3] == pytest.approx(np.exp(0.5), rel=0.1)
@@ -86,5 +87,5 @@ def test_skew_is_the_decay_of_difficulties():
     ({'length': True}, 'length = True is not an integer'),
 ])
 def test_a_bad_option_is_named_with_its_bounds(options, message):
-  with pytest.raises(ValueError, match=message):
-    Groups(**options)
+  with pytest.raises(UserError, match=message):
+    StateTracking(**options)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.errors import UserError
 from latent_deliberation.studies.synthetic.documents import open_synthetic
 from latent_deliberation.studies.synthetic.word_problems import (
-  Written,
+  WordProblems,
   find_equations,
   read_problems,
 )
@@ -31,7 +32,7 @@ def draw(task, count=400, held_out=False):
 
 
 def test_both_forms_have_their_share_and_differ_in_the_sign_behind_the_question(files):
-  texts = draw(Written(train=files[0], chains=0.25))
+  texts = draw(WordProblems(train=files[0], chains=0.25))
   direct, chains = ([text for text in texts if (' ||' in text) == written]
                     for written in (False, True))
   assert 0.15 < len(chains) / len(texts) < 0.35
@@ -39,26 +40,26 @@ def test_both_forms_have_their_share_and_differ_in_the_sign_behind_the_question(
   assert 'Tom has 101 pens. He buys 2 more. How many now? || <<101+2=103>> #### 103;' in chains
   assert all(text.count('\n') == 1 for text in direct)
   assert not any('\n' in text for text in chains)
-  assert not any('||' in text for text in draw(Written(train=files[0], chains=0.0)))
+  assert not any('||' in text for text in draw(WordProblems(train=files[0], chains=0.0)))
 
 
 def test_no_question_is_for_training_and_for_validation(files):
-  task = Written(train=files[0], chains=0.0)
+  task = WordProblems(train=files[0], chains=0.0)
   train, validation = set(draw(task)), set(draw(task, held_out=True))
   assert len(train) == 57 and len(validation) == 3
   assert not train & validation
 
 
 def test_stories_have_their_share(files):
-  texts = draw(Written(train=files[0], stories=0.75))
+  texts = draw(WordProblems(train=files[0], stories=0.75))
   assert 0.65 < np.mean(['How many now?' not in text for text in texts]) < 0.85
-  texts = draw(Written(stories=1.0, chains=1.0, skew=1.0))
+  texts = draw(WordProblems(stories=1.0, chains=1.0, skew=1.0))
   counts = np.bincount([text.count('<<') for text in texts])
   assert len(counts) == 6 and counts[1] > 2 * counts[2] > 2 * counts[3]
 
 
 def test_a_file_is_asked_in_its_order_by_number_of_equations(files):
-  task = Written(train=files[0], asked=files[1], steps=2)
+  task = WordProblems(train=files[0], asked=files[1], steps=2)
   asked = task.examine(np.random.default_rng(0), 3)
   assert [each.difficulty for each in asked] == [1, 1, 1, 2, 2, 2]
   assert [each.question for each in asked] == ['None given?\n', *['One?\n'] * 2, *['Two?\n'] * 2,
@@ -69,7 +70,7 @@ def test_a_file_is_asked_in_its_order_by_number_of_equations(files):
 
 
 def test_stories_are_asked_where_there_is_no_file():
-  task = Written(stories=1.0)
+  task = WordProblems(stories=1.0)
   asked = task.examine(np.random.default_rng(0), 4)
   assert [each.difficulty for each in asked] == [k for k in range(1, 6) for _ in range(4)]
   assert all(each.question[-1] in task.anchors for each in asked)
@@ -88,7 +89,7 @@ def test_equations_are_found_between_marks_or_in_prose(chain, equations):
 def test_products_of_long_numbers_have_chains_that_stay_as_they_are(tmp_path):
   path = tmp_path / 'products.txt'
   path.write_text('1 2 * 3 0||3 6 + 0 0 0 #### 3 6 0\n' * 2)
-  task = Written(train=str(path), asked=str(path), equations=False, chains=1.0)
+  task = WordProblems(train=str(path), asked=str(path), equations=False, chains=1.0)
   assert set(draw(task, 5)) == {'1 2 * 3 0 || 3 6 + 0 0 0 #### 3 6 0;'}
   assert [each.difficulty for each in task.examine(np.random.default_rng(0), 9)] == [1, 1]
 
@@ -106,18 +107,18 @@ def test_products_of_long_numbers_have_chains_that_stay_as_they_are(tmp_path):
 def test_a_wrong_line_is_named_with_its_number_and_the_form(tmp_path, line, message):
   path = tmp_path / 'asked.txt'
   path.write_text(f'Right?||<<1+1=2>> #### 2\n{line}\n', encoding='utf-8')
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     read_problems(path)
 
 
 def test_a_file_that_is_missing_empty_or_no_text_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"no file .*none.txt: give the path of a file of li"):
+  with pytest.raises(UserError, match=r"no file .*none.txt: give the path of a file of li"):
     read_problems(tmp_path / 'none.txt')
   (tmp_path / 'empty.txt').write_text('\n')
-  with pytest.raises(ValueError, match='empty.txt is empty'):
+  with pytest.raises(UserError, match='empty.txt is empty'):
     read_problems(tmp_path / 'empty.txt')
   (tmp_path / 'bytes.txt').write_bytes(b'a\xff')
-  with pytest.raises(ValueError, match='bytes.txt is not UTF-8 text at byte 1'):
+  with pytest.raises(UserError, match='bytes.txt is not UTF-8 text at byte 1'):
     read_problems(tmp_path / 'bytes.txt')
 
 
@@ -130,13 +131,13 @@ def test_a_file_that_is_missing_empty_or_no_text_is_named(tmp_path):
     ({'train': 7}, "train = 7: write a path"),
 ])
 def test_bad_options_are_named(options, message):
-  with pytest.raises(ValueError, match=message):
-    Written(**options)
+  with pytest.raises(UserError, match=message):
+    WordProblems(**options)
 
 
 def test_the_fingerprint_follows_the_text_of_the_training_file_alone(files):
   train, asked = files
-  config = DataConfig(source='synthetic', name='written', questions=1, documents=9,
+  config = DataConfig(source='synthetic', name='word_problems', questions=1, documents=9,
                       options={'train': train, 'asked': asked})
   before = open_synthetic(config).fingerprint
   with open(asked, 'a') as file:
