@@ -11,8 +11,7 @@ from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
-from latent_deliberation.model.decoder import Decoder, boxed_shapes
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
 from latent_deliberation.model.layers import Quantised, quantise
 from latent_deliberation.sharding import shardings_of
 

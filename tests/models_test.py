@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import boxed_shapes, fingerprint
 from latent_deliberation.model.layers import quantise
 from latent_deliberation.models import (
   build_decoder,

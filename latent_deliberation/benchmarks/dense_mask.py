@@ -10,8 +10,7 @@ from flax import linen as nn
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
-from latent_deliberation.deliberation.placement import Placement, place
-from latent_deliberation.deliberation.traces import Traces, sample_traces
+from latent_deliberation.deliberation.traces import Placement, Traces, place, sample_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.model.attention import AttentionMaskSpec, KVCache, attend
 from latent_deliberation.model.decoder import Decoder

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Float, Latents, Params, PyTree, typed
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.deliberation.placement import Placement
+from latent_deliberation.deliberation.traces import Placement
 from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues, KVCache
 from latent_deliberation.model.layers import LowRank
 from latent_deliberation.model.transformer import Block, LayerTraits, Transformer, layer_traits

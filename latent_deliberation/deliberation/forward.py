@@ -9,8 +9,7 @@ from latent_deliberation.array_types import Array, Batch, Float, Latents, Params
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.loss import token_nll
-from latent_deliberation.deliberation.placement import Placement, place
-from latent_deliberation.deliberation.traces import Traces
+from latent_deliberation.deliberation.traces import Placement, Traces, place
 from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.decoder import Decoder
 

@@ -9,8 +9,7 @@ from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Batch, Bool, Float, Params, typed
 from latent_deliberation.deliberation.forward import Deliberator
-from latent_deliberation.deliberation.placement import place
-from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.deliberation.traces import place, sample_traces
 
 Diagnose = Callable[[Params, Params, Batch], Mapping[str, float]]
 

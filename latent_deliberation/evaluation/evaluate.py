@@ -22,8 +22,13 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   find_coprocessor,
   load_coprocessor,
 )
-from latent_deliberation.evaluation.bootstrap import AheadNLL
-from latent_deliberation.evaluation.perplexity import BASELINE, OWN, make_scorer, score_texts
+from latent_deliberation.evaluation.perplexity import (
+  BASELINE,
+  OWN,
+  AheadNLL,
+  make_scorer,
+  score_texts,
+)
 from latent_deliberation.evaluation.plots import plot_changes, plot_losses, plot_visibility
 from latent_deliberation.evaluation.report import Report, summarise, write_report
 from latent_deliberation.experiment import Experiment

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from latent_deliberation.array_types import Array, Batch
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.deliberation.placement import place
+from latent_deliberation.deliberation.traces import place
 from latent_deliberation.evaluation.perplexity import BASELINE
 from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.files import write_whole

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.bootstrap import (
+from latent_deliberation.evaluation.perplexity import (
+  BASELINE,
+  OWN,
   AheadNLL,
   Change,
   check_paired,
   relative_change,
 )
-from latent_deliberation.evaluation.perplexity import BASELINE, OWN
 from latent_deliberation.files import write_whole
 
 LABELS = {

@@ -40,9 +40,8 @@ from latent_deliberation.inference.policy import FittedGate
 from latent_deliberation.inference.ring_cache import RingKVCache, plan_cache
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.model import weights
-from latent_deliberation.model.decoder import Decoder
-from latent_deliberation.model.fingerprint import fingerprint
-from latent_deliberation.model.fingerprint import fingerprint as compute_fingerprint
+from latent_deliberation.model.decoder import Decoder, fingerprint
+from latent_deliberation.model.decoder import fingerprint as compute_fingerprint
 from latent_deliberation.model.layers import Quantised
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import VOCABULARY_FILE

@@ -18,7 +18,7 @@ from flax import struct
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.loss import entropy
-from latent_deliberation.deliberation.placement import place
+from latent_deliberation.deliberation.traces import place
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference.ring_cache import CachePlan, RingKVCache, SlotIndex
 from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues

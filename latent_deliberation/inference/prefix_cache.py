@@ -21,7 +21,7 @@ from latent_deliberation.inference.generator import NONE, Generator
 from latent_deliberation.inference.passes import Augmentation, Model, Prompts, State
 from latent_deliberation.inference.ring_cache import CachePlan
 from latent_deliberation.inference.tokenizer import Tokenizer
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import fingerprint
 
 _DESCRIPTION, _ARRAYS, _FORMAT = 'cache.json', 'cache.safetensors', 1
 _KEYS = ('decoder', 'written', 'texts', 'augmented', 'model', 'dtype', 'coprocessor',

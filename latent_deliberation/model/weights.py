@@ -21,13 +21,14 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.files import whole_directory
 from latent_deliberation.model.checkpoints import google, hugging_face, native
 from latent_deliberation.model.checkpoints.layout import stored_shapes
-from latent_deliberation.model.checkpoints.orbax_source import OrbaxSource, is_orbax
 from latent_deliberation.model.checkpoints.safetensors_io import SafetensorsSource
 from latent_deliberation.model.checkpoints.source import (
   READABLE,
+  OrbaxSource,
   Source,
   assemble,
   check_tensors,
+  is_orbax,
   on_first_device,
   refuse_pickles,
   shape_differences,

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from latent_deliberation.deliberation import flops
 from latent_deliberation.deliberation.flops import head_flops
-from latent_deliberation.evaluation.bootstrap import AheadNLL
-from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
+from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN, AheadNLL
 from latent_deliberation.experiment import TrainingConfig
 from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.studies.scoring import QuestionScorer, TextScorer

@@ -17,9 +17,8 @@ from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import likeliest
 from latent_deliberation.deliberation.traces import gather_traces
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.bootstrap import AheadNLL
 from latent_deliberation.evaluation.evaluate import open_held_out, score_traces
-from latent_deliberation.evaluation.perplexity import BASELINE, arm_states
+from latent_deliberation.evaluation.perplexity import BASELINE, AheadNLL, arm_states
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.inference.generator import Generator
 from latent_deliberation.inference.passes import Prompts

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_deliberation.evaluation.bootstrap import AheadNLL, Change, relative_change
-from latent_deliberation.evaluation.perplexity import BASELINE
+from latent_deliberation.evaluation.perplexity import BASELINE, AheadNLL, Change, relative_change
 from latent_deliberation.files import write_whole
 from latent_deliberation.studies.study_plots import plot_diagnostics, plot_study
 from latent_deliberation.studies.study_result import (

@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.bootstrap import AheadNLL, check_paired
-from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
+from latent_deliberation.evaluation.perplexity import (
+  BASELINE,
+  CONTROLS,
+  OWN,
+  AheadNLL,
+  check_paired,
+)
 
 
 @dataclasses.dataclass(frozen=True)

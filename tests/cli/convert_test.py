@@ -11,7 +11,7 @@ from latent_deliberation.cli import convert as job
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import bind
 from latent_deliberation.model import weights
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished

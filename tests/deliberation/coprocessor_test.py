@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from latent_deliberation.deliberation.deliberation_config import GATES, LATENTS
-from latent_deliberation.deliberation.placement import place
+from latent_deliberation.deliberation.traces import place
 from latent_deliberation.errors import UserError
 from tests import tiny
 

@@ -13,7 +13,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   load_coprocessor,
 )
 from latent_deliberation.errors import UserError
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 from tests import finished
 

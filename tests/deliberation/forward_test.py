@@ -15,7 +15,7 @@ from latent_deliberation.deliberation.deliberation_config import (
   SOFT_TOKENS,
   TRAINABLES,
 )
-from latent_deliberation.deliberation.placement import place
+from latent_deliberation.deliberation.traces import place
 from tests import tiny
 from tests.deliberation import dense_reference
 from tests.deliberation.anchored import ANCHORS, WEIGHT, many_traces, traces_at

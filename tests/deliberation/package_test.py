@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint, describe
 from latent_deliberation.errors import UserError
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
 

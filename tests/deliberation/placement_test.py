@@ -6,7 +6,7 @@ import pytest
 
 from latent_deliberation.array_types import Batch
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.deliberation.placement import place
+from latent_deliberation.deliberation.traces import place
 
 BATCH = Batch(tokens=jnp.array([[10, 11, 12, 20, 21, 22, 23, 0]]),
               segments=jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]]),

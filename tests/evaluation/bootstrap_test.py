@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.bootstrap import AheadNLL, check_paired, relative_change
+from latent_deliberation.evaluation.perplexity import AheadNLL, check_paired, relative_change
 
 
 def random_arms(texts: int = 40, ahead: int = 3, seed: int = 0) -> tuple[AheadNLL, AheadNLL]:

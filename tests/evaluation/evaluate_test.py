@@ -11,7 +11,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation import evaluate as job
 from latent_deliberation.evaluation.evaluate import evaluate
 from latent_deliberation.model import weights
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import fingerprint
 from tests import finished
 
 pytestmark = pytest.mark.usefixtures('one_device')

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from latent_deliberation.evaluation.bootstrap import AheadNLL
+from latent_deliberation.evaluation.perplexity import AheadNLL
 from latent_deliberation.evaluation.report import (
   Report,
   format_page,

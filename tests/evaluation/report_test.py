@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.bootstrap import AheadNLL, relative_change
+from latent_deliberation.evaluation.perplexity import AheadNLL, relative_change
 from latent_deliberation.evaluation.report import Report, summarise
 
 TEXTS, AHEAD = 20, 8

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from latent_deliberation.model import fingerprint as module
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model import decoder as module
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.sharding import MeshConfig, make_mesh
 
 VALUES = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)

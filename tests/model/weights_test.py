@@ -13,7 +13,7 @@ import pytest
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
 

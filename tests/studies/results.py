@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from latent_deliberation.evaluation.bootstrap import AheadNLL
+from latent_deliberation.evaluation.perplexity import AheadNLL
 from latent_deliberation.studies.study_result import Arm, Outcomes, StudyResult
 
 ITEMS = 40

@@ -12,7 +12,7 @@ from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.model import weights
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.studies import study as job
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
 from tests import finished

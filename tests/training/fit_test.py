@@ -15,7 +15,7 @@ from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import METRICS_FILE, RUN_FILE
 from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import read_metrics

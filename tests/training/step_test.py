@@ -11,8 +11,7 @@ import pytest
 from flax import linen as nn
 
 from latent_deliberation.deliberation.traces import sample_traces
-from latent_deliberation.model.decoder import Decoder, boxed_shapes
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
 from latent_deliberation.sharding import (
   DEFAULT_RULES,
   MeshConfig,

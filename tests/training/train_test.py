@@ -12,7 +12,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import describe
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import constant_variant
 from latent_deliberation.model import weights
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training import train
 from latent_deliberation.training.metrics import read_metrics

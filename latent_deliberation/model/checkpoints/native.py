@@ -13,8 +13,8 @@ from jax.sharding import Sharding
 from latent_deliberation.array_types import Params
 from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.layout import LAYERED, axis_sizes, parameter_axes
-from latent_deliberation.model.checkpoints.orbax_source import OrbaxSource
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.checkpoints.source import OrbaxSource
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import TransformerConfig
 
 DESCRIPTION, _WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1

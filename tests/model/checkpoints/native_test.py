@@ -9,8 +9,7 @@ import pytest
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import native
-from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.model.fingerprint import fingerprint
+from latent_deliberation.model.decoder import boxed_shapes, fingerprint
 from tests.model.checkpoints import foreign
 
 CONFIG = foreign.FAMILIES['gemma3']

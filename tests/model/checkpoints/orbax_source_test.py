@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.model.checkpoints.orbax_source import OrbaxSource, is_orbax
+from latent_deliberation.model.checkpoints.source import OrbaxSource, is_orbax
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests.model.checkpoints import foreign
 
