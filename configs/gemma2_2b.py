@@ -1,12 +1,34 @@
-"""Gemma-2 2B with the paper's setting (section 3): 1024 texts of 2048 tokens, 128 traces, N_A = 16.
+"""Gemma 2 2B with the paper's setting (section 3), for a v5e slice of 256 chips.
 
-Latents are the paper's, too: appended outputs at free soft tokens. It names neither positions, nor
-optimiser, learning rate and precision; those below are ours. Data are the user's: give
---config.data.name and .data_dir.
+The setting is 1024 texts of 2048 tokens, 128 traces, N_A = 16, and the paper's latents: appended
+outputs at free soft tokens. The paper does not give positions, optimiser, learning rate or
+precision; those below are ours. Training text is yours: set --config.data.name and .data_dir.
 
-Another decoder takes its place after a colon: --config=configs/gemma2_2b.py:gemma3_1b, a preset, or
---config=configs/gemma2_2b.py:DIRECTORY, whose architecture and tokenizer.model are taken from there
-(any format that launch/convert.py reads). Without one, give .vocabulary_path for Gemma's own model.
+Add these flags to --config=configs/gemma2_2b.py for your machine. docs/planner.md has an estimate
+for each slice. The two lines for one chip are by arithmetic alone, and have a smaller batch.
+
+  v5e:16x16              (none)
+  v5e:16x16, 64 latents  --config.deliberation.num_latents=64 --config.computation.remat=mid
+  v5p:4x4x8              --config.training.accumulation=2 --config.computation.replicate_frozen=True
+  v5p:4x4x8, 64 latents  --config.training.accumulation=2 --config.computation.replicate_frozen=True
+                         --config.deliberation.num_latents=64 --config.computation.remat=mid
+  v6e:16x16              --config.training.accumulation=2 --config.computation.replicate_frozen=True
+                         --config.computation.loss_chunk=256
+  v6e:16x16, 64 latents  --config.training.accumulation=4 --config.computation.replicate_frozen=True
+                         --config.deliberation.num_latents=64 --config.computation.remat=mid
+  one chip of 96 GB      --config.mesh.fsdp=1 --config.training.batch_size=32
+                         --config.training.accumulation=32 --config.evaluation.batch_size=2
+  one chip of 16 GB      --config.mesh.fsdp=1 --config.training.batch_size=32
+                         --config.training.accumulation=32 --config.evaluation.batch_size=2
+                         --config.deliberation.trainable=lora --config.computation.remat=full
+
+With several slices add --config.mesh.replica, the number of slices. The batch must be a multiple of
+accumulation times the number of chips.
+
+Another decoder goes after a colon. --config=configs/gemma2_2b.py:gemma3_1b is a preset.
+--config=configs/gemma2_2b.py:DIRECTORY takes architecture and tokenizer.model from a directory, in
+any format that launch/convert.py reads. Without a directory, give the path of Gemma's tokenizer:
+--config.data.vocabulary_path.
 """
 
 from pathlib import Path
@@ -28,13 +50,7 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 
 
 def get_config(decoder: str = 'gemma2_2b'):
-  """For a v5e-256 pod slice: 16 x 16 chips, data parallel over one axis, fsdp over the other.
-
-  A chip has one text at a time. With 64 latents it needs --config.computation.remat=mid. Chips with
-  more memory (v5p, v6e) take two or more texts at a time, and the frozen weights whole:
-  --config.training.accumulation=2 --config.computation.replicate_frozen=True, on a v6e with
-  --config.computation.loss_chunk=256, too. With several slices give their number as
-  --config.mesh.replica. docs/tpu.md has a table of what each slice gives.
+  """Returns the config for 16 x 16 chips: data parallel over one axis, fsdp over the other.
 
   Args:
     decoder: name of a preset, or directory of a decoder.

@@ -1,7 +1,7 @@
 """The quickstart: a decoder of 0.75 M parameters on the standard library's text, on two cores.
 
-Keys are explained where they are declared, in the dataclasses named here. Any of them can be set
-from the command line, as in --config.training.optimizer.learning_rate=1e-3.
+docs/config.md explains every key. Each can be set on the command line, as in
+--config.training.optimizer.learning_rate=1e-3.
 """
 
 from latent_deliberation.data.data_config import DataConfig
@@ -19,7 +19,7 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 
 
 def get_config():
-  """The main job at a size for a laptop; gemma2_2b.py is the same at the paper's."""
+  """Returns the config of the main job for a laptop; gemma2_2b.py has the paper's sizes."""
   return as_config(Experiment(
       decoder=TransformerConfig(
           vocab_size=2048, embed_dim=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,

@@ -1,4 +1,4 @@
-"""For tests: a decoder of 25 thousand parameters on bytes, seconds on one core."""
+"""A config for tests: a decoder of 25 thousand parameters on bytes; seconds on one core."""
 
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
@@ -9,7 +9,7 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 
 
 def get_config():
-  """Four steps of everything."""
+  """Returns a config with four steps of each training."""
   training = TrainingConfig(
       batch_size=8, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
       loop=LoopConfig(num_steps=4, log_every=1, eval_every=2, save_every=2, keep=2))

@@ -1,4 +1,4 @@
-"""The axis legend, named array types, and `typed`, which checks them while a function is traced.
+"""The legend of axes, named array types, and `typed`, which checks types while jax traces.
 
 Axes, the same letters in annotations and in einsum strings:
 
@@ -8,8 +8,8 @@ Axes, the same letters in annotations and in einsum strings:
     Q fresh tokens     P fresh keys (= Q)  G = N / K
     H head width       F feed-forward width
 
-Every forward pass works on rows of fresh tokens, [B, M, Q]: a packed trunk is one row (M = 1,
-Q = T), M traces of a text are M rows that share its cache, a decode step is one row of one token.
+Every forward pass works on rows of fresh tokens, [B, M, Q]. A packed trunk is one row (M = 1,
+Q = T). M traces of a text are M rows that share its cache. A decode step is one row of one token.
 """
 
 import numpy as np
@@ -20,29 +20,26 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, jaxtyped
 Tokens = Int[Array | np.ndarray, 'B T']
 Rows = Float[Array, 'B M Q D']
 RowTokens = Int[Array, 'B M Q']
-Anchors = Int[Array, 'B M']
-AheadTokens = Int[Array, 'B M A']
-AheadMask = Bool[Array, 'B M A']
 Latents = Float[Array, 'B M Z D']
 Params = PyTree
 
 typed = jaxtyped(typechecker=beartype)
 
 __all__ = [
-    'AheadMask', 'AheadTokens', 'Anchors', 'Array', 'Bool', 'Float', 'Int', 'Latents', 'Params',
-    'PyTree', 'RowTokens', 'Rows', 'Tokens', 'typed',
+    'Array', 'Batch', 'Bool', 'Float', 'Int', 'Latents', 'Params', 'PyTree', 'RowTokens', 'Rows',
+    'Tokens', 'typed',
 ]
 
 
 @struct.dataclass
 class Batch:
-  """Packed rows of documents, int32 [B, T] each (numpy on the host, jax on devices).
+  """Packed rows of documents, int32. They are numpy arrays on the host and jax arrays on devices.
 
   Attributes:
     tokens: token ids; 0 is padding.
-    segments: 1, 2, ... for the documents of a row in order; 0 on padding.
-    positions: index of a token in its own document, from 0; 0 on padding.
+    segments: number of each token's document in its row, from 1; 0 on padding.
+    positions: index of each token in its own document, from 0; 0 on padding.
   """
-  tokens: Array
-  segments: Array
-  positions: Array
+  tokens: Int[Array | np.ndarray, 'B T']
+  segments: Int[Array | np.ndarray, 'B T']
+  positions: Int[Array | np.ndarray, 'B T']

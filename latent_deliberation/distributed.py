@@ -1,4 +1,4 @@
-"""The processes of one run, one on each host: how they find each other, wait, and agree."""
+"""The processes of one run, one on each host: they find each other, wait, and fail together."""
 
 import os
 from collections.abc import Callable
@@ -12,26 +12,27 @@ from orbax.checkpoint import multihost
 from latent_deliberation.errors import UserError
 
 ADDRESS = 'JAX_COORDINATOR_ADDRESS'
-# Variables that a launcher sets for each of its processes, and that jax finds the others by: how
-# many there are, and one that is there only where jax recognises the launcher.
+# Variables that a launcher sets for each of its processes: their number, and one that exists only
+# where jax recognises the launcher and so finds the other processes.
 LAUNCHERS = (('SLURM_NTASKS', 'SLURM_STEP_NODELIST'),
              ('OMPI_COMM_WORLD_SIZE', 'OMPI_MCA_orte_hnp_uri'))
-PATIENCE_SECONDS = 24 * 3600  # for what one process does alone, such as packing a corpus
+PATIENCE_SECONDS = 24 * 3600  # for the work of one process alone, such as packing a corpus
 
 
-def initialize(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
-  """Makes this process one of several, where there are several; call it before jax has devices.
+def initialize(address: str | None = None, count: int | None = None,
+               index: int | None = None) -> None:
+  """Joins the processes of a run, where there are several. Call it before jax has devices.
 
-  On a Cloud TPU, and under srun or mpirun, jax finds out by itself which processes there are;
-  elsewhere all three are to be given. With nothing given, a machine on its own stays one process.
+  On a Cloud TPU, and under srun or mpirun, jax finds the processes by itself. Elsewhere give all
+  three arguments. With none of them, a single machine stays one process.
 
   Args:
     address: host:port of process 0; default is the variable JAX_COORDINATOR_ADDRESS.
     count: number of processes.
-    index: of this one, 0 to count - 1.
+    index: index of this process, 0 to count - 1.
 
   Raises:
-    UserError: some of the three are given and some are not, or they cannot be.
+    UserError: one of the three is missing or has a value that it cannot have.
   """
   detected = address is None and count is None and index is None and _are_others_known()
   address = address or os.environ.get(ADDRESS) or None
@@ -47,10 +48,10 @@ def _check_given(address: str | None, count: int | None, index: int | None) -> N
   given = {'--coordinator_address': address, '--process_count': count, '--process_id': index}
   missing = [name for name, value in given.items() if value is None]
   if missing:
-    there = ', '.join(f'{name}={value}' for name, value in given.items() if value is not None)
+    present = ', '.join(f'{name}={value}' for name, value in given.items() if value is not None)
     raise UserError(
-        f'{there} (a flag, or {ADDRESS}) without {" and ".join(missing)}: several processes need '
-        'all three, one process none')
+        f'{present} (a flag, or {ADDRESS}) without {" and ".join(missing)}: give all three for '
+        'several processes, and none for one process')
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit():
     raise UserError(f'--coordinator_address={address}: it must be host:port of process 0, such as '
@@ -61,41 +62,42 @@ def _check_given(address: str | None, count: int | None, index: int | None) -> N
 
 
 def _is_on_tpu() -> bool:
-  """Whether jax will use the TPUs of this machine; it says so itself where it sees their chips."""
+  """Whether jax will use the TPUs of this machine. jax sets the option where it sees chips."""
   return (jax.config.jax_platforms or '').split(',')[0] == 'tpu'
 
 
 def _are_others_known() -> bool:
-  """Whether jax can find out by itself which processes there are."""
+  """Whether jax can find the other processes by itself."""
   return _is_on_tpu() or any(
       mark in os.environ and int(os.environ.get(count, 1)) > 1 for count, mark in LAUNCHERS)
 
 
 def _initialize_known() -> None:
-  logging.info('waiting for the other processes that jax knows of, if there are any')
+  logging.info('waiting for the other processes that jax finds, if any')
   try:
     jax.distributed.initialize()
   except ValueError as error:
-    # What jax says where no variable and no metadata server speaks of a pod, as in a notebook.
+    # jax's error where no variable and no metadata server describes a pod, as in a notebook.
     if not _is_on_tpu() or 'coordinator_address should be defined' not in str(error):
       raise
-    logging.warning('jax knows of no other TPU hosts: this process runs alone')
+    logging.warning('jax found no other TPU hosts: this process runs alone')
 
 
 def barrier(name: str) -> None:
-  """Returns once every process has come here."""
+  """Returns once every process has called it."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
-def run_on_process_zero(what: str, work: Callable[[], None]) -> None:
-  """Process 0 works and the others wait; where it fails, all of them raise.
+def run_on_process_zero(task: str, work: Callable[[], None]) -> None:
+  """Runs `work` on process 0 while the others wait. If it fails, every process raises.
 
   Args:
-    what: completes "process 0 could not ...".
+    task: the task, to complete "process 0 could not ...".
+    work: the function to run.
 
   Raises:
-    UserError: on the others, where process 0 has raised an error of its own.
+    UserError: on every other process, where process 0 raised an error.
   """
   if jax.process_count() == 1:
     work()
@@ -104,13 +106,13 @@ def run_on_process_zero(what: str, work: Callable[[], None]) -> None:
   if jax.process_index() == 0:
     try:
       work()
-    except Exception as error:  # raised below, when the others know
+    except Exception as error:  # raised below, once the others know
       failure = error
-  # With all processes named this is no collective, which may time out where the work is long.
+  # A list of processes makes this a barrier with our own timeout; a collective's may be too short.
   multihost.sync_global_processes(
-      what, timeout=PATIENCE_SECONDS, processes=set(range(jax.process_count())))
+      task, timeout=PATIENCE_SECONDS, processes=set(range(jax.process_count())))
   failed = multihost_utils.broadcast_one_to_all(np.array(failure is not None))
   if failure is not None:
     raise failure
   if failed:
-    raise UserError(f'process 0 could not {what}: its own log says why')
+    raise UserError(f'process 0 could not {task}: see its own log')

@@ -1,11 +1,11 @@
-"""The one class of errors that are meant for people."""
+"""The errors that are meant for people. Every other exception is a bug or bad luck."""
 
 
 class UserError(ValueError):
-  """What was asked for cannot be done.
+  """A request that cannot be met.
 
-  The message names the thing, its value and the remedy. Launch scripts print it without a
-  traceback. Every other exception is a bug, or bad luck, and keeps its traceback.
+  The message names the thing, its value and the remedy, in that order. Launch scripts print it
+  without a traceback. Every other exception keeps its traceback.
   """
 
 

@@ -1,7 +1,13 @@
-"""An experiment as typed values, checked before anything runs."""
+"""The configuration of an experiment, and its binding to ml_collections and to flags.
+
+Each section is a frozen dataclass that checks its values, and the docstring of a section describes
+its keys. A config file returns `as_config` of an Experiment: a ConfigDict, any key of which a flag
+can override. `bind` makes it an Experiment again.
+"""
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,21 +35,24 @@ FROZEN_DTYPES = (*DTYPES, 'int8')
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """How the same mathematics is computed.
+  """How the same mathematics is computed: precision, memory and kernels.
 
   Attributes:
-    dtype: of activations, and of the weights inside matrix products.
-    frozen_dtype: what the frozen decoder's weights are kept in; 'int8' has a float32 scale for each
-      output channel, and norms as stored. What learns is always float32, and starts from weights
-      that were not rounded to int8.
-    remat: what the backward pass keeps of a block: 'none' all, 'full' nothing; see REMAT_POLICIES.
-    scan: loop over stacked layers (compiles fast at any depth) or unroll them (runs faster on CPU).
-    loss_chunk: targets of a text whose logits exist at the same time.
-    attention: 'plain', or 'fused' in kernels for TPUs and NVIDIA GPUs that keep no scores in
-      memory, and on TPUs turn heads by positions in one pass; 'auto' is 'fused' on TPUs and 'plain'
-      elsewhere: on a GPU no kernel of ours ran yet.
-    replicate_frozen: every device keeps the frozen weights whole (but for its share of the axis
-      'tensor') and need not gather them, a layer at a time in each pass, from the shards of 'fsdp'.
+    dtype: dtype of activations, and of weights inside matrix products.
+    frozen_dtype: dtype that the frozen decoder's weights are kept in, also 'int8'.
+      'int8' has a float32 scale for each output channel, and keeps norms as stored. Trainable
+      parameters are always float32, and start from weights that were not rounded to int8.
+    remat: activations of a block that the backward pass keeps: 'none' keeps all, 'full' nothing.
+      Rematerialisation computes the others again. REMAT_POLICIES lists all values.
+    scan: loop over stacked layers, which compiles fast at any depth; otherwise unroll them.
+      Unrolled layers run faster on a CPU.
+    loss_chunk: number of targets of a text whose logits exist at the same time.
+    attention: implementation of attention: 'plain', 'fused' or 'auto'.
+      'fused' uses kernels for TPUs and NVIDIA GPUs that keep no scores in memory. On TPUs they also
+      rotate heads by their positions in one pass. 'auto' is 'fused' on TPUs and 'plain' elsewhere,
+      since our kernels have not run on a GPU yet.
+    replicate_frozen: keep the frozen weights whole on every device, but for the axis 'tensor'.
+      Otherwise each pass gathers them from the shards of 'fsdp', one layer at a time.
   """
   dtype: str = 'float32'
   frozen_dtype: str = 'float32'
@@ -56,18 +65,20 @@ class Computation:
   def __post_init__(self):
     for name, known in (('dtype', DTYPES), ('frozen_dtype', FROZEN_DTYPES)):
       if getattr(self, name) not in known:
-        raise UserError(f'computation.{name} = {getattr(self, name)!r}: must be one of {known}')
+        raise UserError(f'computation.{name} = {getattr(self, name)!r}: it must be one of '
+                        f'{known}')
     if self.remat not in REMAT_POLICIES:
-      raise UserError(f'computation.remat = {self.remat!r}: must be one of '
-                       f'{sorted(REMAT_POLICIES)}')
+      raise UserError(f'computation.remat = {self.remat!r}: it must be one of '
+                      f'{sorted(REMAT_POLICIES)}')
     known = sorted((*ATTENTIONS, 'auto'))
     if self.attention not in known:
-      raise UserError(f'computation.attention = {self.attention!r}: must be one of {known}')
+      raise UserError(f'computation.attention = {self.attention!r}: it must be one of '
+                      f'{known}')
     if self.loss_chunk < 1:
-      raise UserError(f'computation.loss_chunk = {self.loss_chunk}: at least 1 is needed')
+      raise UserError(f'computation.loss_chunk = {self.loss_chunk}: it must be 1 or more')
 
   def on(self, platform: str) -> 'Computation':
-    """The same with what 'auto' means on this platform ('tpu', 'gpu', 'cpu')."""
+    """Returns a copy with 'auto' resolved for a platform ('tpu', 'gpu' or 'cpu')."""
     if self.attention != 'auto':
       return self
     return dataclasses.replace(self, attention='fused' if platform == 'tpu' else 'plain')
@@ -78,14 +89,15 @@ class TrainingConfig:
   """One training run.
 
   Attributes:
-    batch_size: B, texts of a global batch.
-    optimizer: see OptimizerConfig.
-    loop: see LoopConfig.
-    accumulation: microbatches that a batch is split into, one after the other.
-    multipliers: top-level key of the trainable parameters -> factor on its learning rate; a key
-      that this variant's parameters lack (a gate, with 'paper' latents) is without effect.
-    row_range_percent: percent of the packed training rows that are read, from and to: (0, 50) for a decoder
-      and (50, 100) for its coprocessor give the coprocessor text that the decoder has not read.
+    batch_size: B, number of texts in a global batch.
+    optimizer: optimizer and schedule; see OptimizerConfig.
+    loop: length and cadences; see LoopConfig.
+    accumulation: number of microbatches that a batch is split into, one after the other.
+    multipliers: factors on learning rates, by top-level key of the trainable parameters.
+      A key that the parameters lack (such as 'gate' with 'paper' latents) has no effect.
+    row_range_percent: range of the packed training rows that are read, in percent.
+      (0, 50) for pretraining and (50, 100) for training give the coprocessor text that the decoder
+      has not read.
   """
   batch_size: int
   optimizer: OptimizerConfig
@@ -98,22 +110,24 @@ class TrainingConfig:
     object.__setattr__(self, 'row_range_percent', check_row_range(self.row_range_percent))
     for name in ('batch_size', 'accumulation'):
       if getattr(self, name) < 1:
-        raise UserError(f'{name} = {getattr(self, name)}: at least 1 is needed')
+        raise UserError(f'{name} = {getattr(self, name)}: it must be 1 or more')
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """Attributes:
-    num_texts: validation rows of the report.
-    batch_size: rows at a time.
-    num_traces: M, traces of a row.
-    num_ahead: ahead positions scored; may exceed what training had a loss on.
-    positions: ahead positions of the table, from 1.
-    eval_batches: batches that training looks at every eval_every steps.
-    bootstrap_samples: resamplings behind an interval.
-    delay: ahead tokens that are read before latents join the cache, in the report.
-    rows_per_text: consecutive packed rows that count as one text when texts are resampled, since
-      rows of one document are no independent witnesses.
+  """How a decoder and a coprocessor are scored on held-out text.
+
+  Attributes:
+    num_texts: number of validation rows that the report scores.
+    batch_size: number of rows that are scored at a time.
+    num_traces: M, number of traces of a row.
+    num_ahead: number of ahead positions that are scored; may exceed the training's.
+    positions: ahead positions that the report's table shows, counted from 1.
+    eval_batches: number of batches that training evaluates every eval_every steps.
+    bootstrap_samples: number of bootstrap resamplings for each interval.
+    rows_per_text: number of consecutive packed rows that count as one text in a resampling.
+      Rows of one document are not independent.
+    delay: number of ahead tokens that the report reads before latents join the cache.
   """
   num_texts: int
   batch_size: int
@@ -130,25 +144,38 @@ class EvaluationConfig:
     increasing = list(self.positions) == sorted(set(self.positions))
     if not self.positions or not increasing or not (
         1 <= self.positions[0] <= self.positions[-1] <= self.num_ahead):
-      raise UserError(f'evaluation.positions = {self.positions}: must increase, from 1 on up to '
-                       f'num_ahead = {self.num_ahead}')
+      raise UserError(f'evaluation.positions = {self.positions}: they must increase, from 1 or '
+                      f'more to at most num_ahead = {self.num_ahead}')
     if self.batch_size < 2:
-      raise UserError(f'evaluation.batch_size = {self.batch_size}: latents of another text of the '
-                       'batch are one of the controls; at least 2 is needed')
+      raise UserError(f'evaluation.batch_size = {self.batch_size}: it must be 2 or more, since one '
+                      'control takes the latents of another text of the batch')
     if self.num_texts < self.batch_size or self.num_texts % self.batch_size:
       raise UserError(f'evaluation.num_texts = {self.num_texts} is not a multiple of batch_size = '
-                       f'{self.batch_size}: change one of the two')
+                      f'{self.batch_size}: change one of the two')
     if not 0 <= self.delay < self.num_ahead:
-      raise UserError(f'evaluation.delay = {self.delay}: it must lie between 0 and num_ahead - 1, '
-                       f'{self.num_ahead - 1}')
+      raise UserError(f'evaluation.delay = {self.delay}: it must lie between 0 and '
+                      f'num_ahead - 1 = {self.num_ahead - 1}')
     for name in ('num_traces', 'eval_batches', 'bootstrap_samples', 'rows_per_text'):
       if getattr(self, name) < 1:
-        raise UserError(f'evaluation.{name} = {getattr(self, name)}: at least 1 is needed')
+        raise UserError(f'evaluation.{name} = {getattr(self, name)}: it must be 1 or more')
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """Everything that a run depends on, beside its directories. See configs/quickstart.py."""
+  """The whole configuration of a run, except for its directories. See configs/quickstart.py.
+
+  Attributes:
+    decoder: architecture of the decoder; see TransformerConfig.
+    data: text, vocabulary and rows; see DataConfig.
+    pretraining: training run of the decoder; see TrainingConfig.
+    deliberation: latents and coprocessor; see DeliberationConfig.
+    training: training run of the coprocessor; see TrainingConfig.
+    evaluation: scores of the report and during training; see EvaluationConfig.
+    computation: dtypes, memory and kernels; see Computation.
+    mesh: number of devices along each mesh axis; see MeshConfig.
+    rules: mesh axes that each logical axis of a tensor is split over.
+    seed: seed of parameters, traces and the order of training rows.
+  """
   decoder: TransformerConfig
   data: DataConfig
   pretraining: TrainingConfig
@@ -169,14 +196,17 @@ class Experiment:
     for section in ('pretraining', 'training'):
       row_range_percent = getattr(self, section).row_range_percent
       if self.data.mode == 'online' and row_range_percent != ALL_ROWS:
-        raise UserError(f"{section}.row_range_percent = {row_range_percent}, but a stream (data.mode = 'online') has "
-                         f"no rows to count: set it to {ALL_ROWS}, or data.mode = 'packed'")
+        raise UserError(
+            f'{section}.row_range_percent = {row_range_percent}, but a stream has no rows to '
+            f"count (data.mode = 'online'): set it to {ALL_ROWS}, or set data.mode = 'packed'")
+    # The fused kernels keep all traces of a text in one row.
     for axis in ('trace', 'length'):
       if self.computation.attention != 'plain' and axis in self.rules and self.rules[axis]:
         raise UserError(
             f'rule {axis!r} -> {self.rules[axis]} with computation.attention = '
-            f'{self.computation.attention!r}: the fused kernels have all traces of a text in one '
-            "row and do not divide it; leave the rule out, or set attention = 'plain'")
+            f'{self.computation.attention!r}: the fused kernels do not divide this axis. Leave the '
+            "rule out, or set attention = 'plain'")
+    # A trunk must hold the traces of training and those of the evaluation.
     self.deliberation.check_trunk(self.data.length)
     try:
       scored = self.deliberation.with_traces(self.evaluation.num_traces, self.evaluation.num_ahead)
@@ -188,16 +218,16 @@ class Experiment:
     for section, parts in (('pretraining', ('embedder', 'transformer')), ('training', PARTS)):
       unknown = sorted(set(getattr(self, section).multipliers) - set(parts))
       if unknown:
-        raise UserError(f'{section}.multipliers names {unknown}: what learns there is among '
-                         f'{parts}')
+        raise UserError(f'{section}.multipliers names {unknown}: the trainable parameters are '
+                        f'among {parts}')
 
 
 def as_config(experiment: Any) -> ConfigDict:
-  """Every key of an experiment, or a study, with its value, locked, for flags to override."""
+  """Returns an experiment, or a study, as a locked ConfigDict that flags can override."""
 
   def fill(tree: Mapping[str, Any]) -> ConfigDict:
-    # A bare None could not be overridden by a flag; all our optional values are floats. Keys stay
-    # in order, since a report has a study's arms as they were listed.
+    # A flag cannot override a bare None; all our optional values are floats. Keys keep their
+    # order, since a report lists a study's arms in it.
     return ConfigDict({key: fill(value) if isinstance(value, Mapping)
                        else config_dict.placeholder(float) if value is None else value
                        for key, value in tree.items()}, sort_keys=False)
@@ -206,7 +236,7 @@ def as_config(experiment: Any) -> ConfigDict:
 
 
 def defaults_of(kind: type) -> dict[str, Any]:
-  """The defaults of a dataclass, as nested dicts without the keys that have none."""
+  """Returns the defaults of a dataclass as nested dicts, without the keys that have none."""
   defaults = {}
   for field in dataclasses.fields(kind):
     if field.default is not dataclasses.MISSING:
@@ -221,11 +251,16 @@ def defaults_of(kind: type) -> dict[str, Any]:
 
 
 def bind(config: Mapping[str, Any], kind: type = Experiment, where: str = 'config') -> Any:
-  """A frozen dataclass of `kind` from a nested mapping such as a ConfigDict.
+  """Makes a frozen dataclass of `kind` from a nested mapping such as a ConfigDict.
+
+  Args:
+    config: the values.
+    kind: the dataclass.
+    where: dotted path of `config`, for error messages.
 
   Raises:
-    UserError: a key is unknown (the nearest known one is suggested) or missing, or a value is not
-      allowed; names the key by its dotted path.
+    UserError: a key is unknown or missing, or a value is not allowed. The message names the key by
+      its dotted path, and suggests the nearest known key.
   """
   fields = {field.name: field for field in dataclasses.fields(kind)}
   for key in config:
@@ -238,6 +273,7 @@ def bind(config: Mapping[str, Any], kind: type = Experiment, where: str = 'confi
                    and field.default_factory is dataclasses.MISSING)
   if missing:
     raise UserError(f'{where} has no {missing}: give a value, as configs/quickstart.py does')
+  # Sections become dataclasses themselves, other mappings plain dicts.
   values = {}
   for key in config:
     value, field = config[key], fields[key]
@@ -256,11 +292,13 @@ def define_config(launch_script: str, default: str | None = None) -> None:
   """Defines the flag --config of a launch script.
 
   Args:
-    launch_script: path of the script, which lies in launch/.
-    default: path of a config file, relative to the root of the source tree; the flag is required
-      without one.
+    launch_script: path of the script, which is in launch/.
+    default: path of a config file, relative to the root of the source tree. Without a default, the
+      flag is required.
   """
   root = Path(launch_script).resolve().parents[1]
+  if str(root) not in sys.path:  # so that config files can import their neighbours
+    sys.path.insert(0, str(root))
   config_flags.DEFINE_config_file(
       'config', str(root / default) if default else None,
       'Config file. Any key can be overridden, as in --config.training.batch_size=16.',
@@ -270,5 +308,5 @@ def define_config(launch_script: str, default: str | None = None) -> None:
 
 
 def read_config(kind: type = Experiment) -> Any:
-  """The value of --config and its overrides, as a checked dataclass of `kind`."""
+  """Returns --config and its overrides as a checked dataclass of `kind`."""
   return bind(flags.FLAGS.config, kind)

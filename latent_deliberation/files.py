@@ -1,4 +1,7 @@
-"""Writing a file, or a directory, whole or not at all; reading a text."""
+"""Files and directories that are written whole or not at all, and texts that are read.
+
+Where one cannot be written, these functions raise a UserError that names the path.
+"""
 
 import contextlib
 import json
@@ -16,14 +19,14 @@ from latent_deliberation.errors import UserError
 
 
 def read_text(path: Path, what: str) -> str:
-  """The text of a file.
+  """Returns the text of a file.
 
   Args:
-    what: that it should hold, for the message where there is none.
+    path: path of the file.
+    what: what the file should hold, for the error message.
 
   Raises:
-    UserError: there is no such file.
-    UserError: it is no UTF-8.
+    UserError: there is no such file, or it is not UTF-8.
   """
   if not path.is_file():
     raise UserError(f'no file {path}: give one with {what}')
@@ -33,49 +36,67 @@ def read_text(path: Path, what: str) -> str:
     raise UserError(f'{path} is not UTF-8 ({error}): convert it') from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-  """Writes `content` to `path`, which holds the old content or the new one, never a part of it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'.{path.name}.partial-{os.getpid()}')
+@contextlib.contextmanager
+def explain_failed_write(path: Path) -> Iterator[None]:
+  """Turns an OSError of the block, which writes to `path`, into a UserError."""
   try:
-    with partial.open('wb') as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
+    yield
+  except OSError as error:
+    raise UserError(f'{path} cannot be written to ({error}): make it writable or free some '
+                    'space') from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+  """Writes `content` to `path`, which always holds the old or the new content and never a part.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  partial = path.with_name(f'.{path.name}.partial-{os.getpid()}')
+  with explain_failed_write(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with partial.open('wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(partial, path)
+    finally:
+      partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-  """The same for a value as JSON, indented to be read."""
+  """Writes a value as indented JSON. Raises as `write_whole` does."""
   write_whole(path, json.dumps(value, indent=2).encode() + b'\n')
 
 
 @contextlib.contextmanager
 def whole_directory(directory: Path) -> Iterator[Path]:
-  """A directory to write into, which becomes `directory` when the block ends without an error.
+  """Yields a directory to write into, which becomes `directory` if the block raises no error.
 
-  Every process enters; process 0 makes the directory and gives it its name.
+  Every process enters. Process 0 creates the directory and renames it at the end.
 
   Raises:
     UserError: `directory` exists already; nothing is overwritten.
+    UserError: the directory cannot be created or renamed. Errors of the block stay as they are.
   """
   directory = directory.absolute()
   if directory.exists():
-    raise UserError(f'{directory} exists already and is not written over: give another, or '
-                          'remove it')
-  partial = directory.with_name(f'.{directory.name}.partial')  # no user has one of this name
+    raise UserError(f'{directory} exists already and is not overwritten: name another directory, '
+                    'or remove this one')
+  partial = directory.with_name(f'.{directory.name}.partial')  # a name that no user chooses
   is_writer = jax.process_index() == 0
   if is_writer:
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+    with explain_failed_write(directory):
+      partial.mkdir(parents=True)
   barrier(f'{directory} begun')
   try:
     yield partial
     barrier(f'{directory} written')
     if is_writer:
-      os.replace(partial, directory)
+      with explain_failed_write(directory):
+        os.replace(partial, directory)
     barrier(f'{directory} named')
   finally:
     if is_writer:
@@ -83,14 +104,20 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 
 
 def make_writable(directory: Path) -> None:
-  """Creates a directory if it is missing, and writes to it now, before any long work.
+  """Creates a directory if it is missing, and tests that it can be written to.
 
-  Raises: UserError when either cannot be done.
+  Long work calls this first.
+
+  Raises:
+    UserError: the directory is a URL, or cannot be created or written to.
   """
+  if ':/' in str(directory):
+    raise UserError(f'{directory} is a URL, and must be a path: mount the bucket (gcsfuse, for '
+                    'instance) and give the path under the mount')
   try:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory) as file:
       file.write(b'probe')
   except OSError as error:
-    raise UserError(f'{directory} cannot be written to ({error}): name another directory, or make '
-                  'room there') from error
+    raise UserError(f'{directory} cannot be written to ({error}): name another directory, or free '
+                    'some space there') from error

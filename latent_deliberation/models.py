@@ -1,6 +1,7 @@
-"""The modules that an experiment describes, and the weights that it has on disk."""
+"""The modules of an experiment, and the weights of its frozen decoder."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -17,37 +18,39 @@ from latent_deliberation.sharding import shardings_of
 
 
 def build_decoder(experiment: Experiment) -> Decoder:
-  """The decoder, without weights."""
-  how = experiment.computation.on(jax.default_backend())
-  return Decoder(experiment.decoder, dtype=how.dtype, remat=how.remat, scan=how.scan,
-                 attention=how.attention)
+  """Returns the decoder, without weights."""
+  return Decoder(experiment.decoder, **_options(experiment))
 
 
 def build_deliberator(experiment: Experiment) -> Deliberator:
-  """The decoder and its coprocessor, without weights."""
-  how = experiment.computation.on(jax.default_backend())
-  coprocessor = Coprocessor(experiment.decoder, experiment.deliberation, dtype=how.dtype,
-                            remat=how.remat, scan=how.scan, attention=how.attention)
+  """Returns the decoder and its coprocessor, without weights."""
+  coprocessor = Coprocessor(experiment.decoder, experiment.deliberation, **_options(experiment))
   return Deliberator(build_decoder(experiment), coprocessor)
 
 
-def open_frozen(experiment: Experiment, directory: Path) -> weights.Checkpoint:
-  """The frozen decoder on disk, in any format, checked before its weights are read.
+def _options(experiment: Experiment) -> dict[str, Any]:
+  """The options of a module's computation on the devices of this process."""
+  computation = experiment.computation.on(jax.default_backend())
+  return {name: getattr(computation, name) for name in ('dtype', 'remat', 'scan', 'attention')}
+
+
+def open_frozen(experiment: Experiment, decoder_dir: Path) -> weights.Checkpoint:
+  """Opens the frozen decoder, in any format, and checks it before its weights are read.
 
   Raises:
-    UserError: the decoder in `directory` is of another architecture than the experiment's, or
-      damaged.
+    UserError: the decoder has another architecture than the experiment's, or is damaged.
   """
-  checkpoint = weights.open_checkpoint(directory, experiment.decoder)
+  checkpoint = weights.open_checkpoint(decoder_dir, experiment.decoder)
   checkpoint.check()
   return checkpoint
 
 
 def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
                 mesh: Mesh) -> tuple[Params, str]:
-  """The weights of the frozen decoder, on their shards, and their fingerprint as stored."""
+  """Loads the frozen decoder onto its shards. Returns its weights, and their stored fingerprint."""
   dtype = experiment.computation.frozen_dtype
   if dtype == 'int8':
+    # Quantise on the mesh, from the weights as stored.
     stored = load_stored(experiment, checkpoint, mesh)
     decoder_fingerprint = checkpoint.fingerprint or fingerprint(stored)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes(experiment, mesh))
@@ -55,20 +58,21 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   place = lambda boxed: _frozen_shardings(boxed, experiment, mesh)  # noqa: E731
   if checkpoint.fingerprint:
     return checkpoint.load(place, dtype), checkpoint.fingerprint
+  # A foreign checkpoint has no fingerprint, which needs the weights before they are rounded.
   stored = checkpoint.load(place)
   decoder_fingerprint = fingerprint(stored)
   return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), decoder_fingerprint
 
 
 def load_stored(experiment: Experiment, checkpoint: weights.Checkpoint, mesh: Mesh) -> Params:
-  """The weights of the frozen decoder as they are on disk, in the shards of what learns."""
+  """Loads the frozen decoder's weights as stored, onto the shards of trainable parameters."""
   return checkpoint.load(lambda boxed: shardings_of(boxed, mesh, experiment.rules))
 
 
 def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Params:
-  """Shapes, dtypes and shardings of what `load_frozen` gives, without any weights.
+  """Returns shapes, dtypes and shardings of the weights that `load_frozen` loads.
 
-  Beside int8 the norms count as float32, since how they are stored is not known here.
+  In an int8 decoder the norms count as float32, since their stored dtype is not known here.
   """
   boxed, dtype = boxed_shapes(experiment.decoder), experiment.computation.frozen_dtype
   if dtype == 'int8':
@@ -87,6 +91,6 @@ def _frozen_shardings(boxed: PyTree, experiment: Experiment, mesh: Mesh) -> PyTr
 
 
 def count_parameters(params: Params) -> int:
-  """Number of scalars in a tree of arrays, boxed or not; scales of int8 do not count."""
+  """Returns the number of scalars in a tree of arrays, boxed or not, without int8's scales."""
   leaves = jax.tree.leaves(nn.unbox(params), is_leaf=lambda leaf: isinstance(leaf, Quantised))
   return sum(leaf.size for leaf in leaves)

@@ -1,19 +1,19 @@
-"""Names on disk: the files of a run's directory, and old names inside of them.
+"""Names on disk: the files of a run's directory, and the old names that they may contain.
 
   WORKDIR/
-    run.json              what the run is; a resumption is compared with it
-    metrics.jsonl         logged numbers, a line for each logged step
-    checkpoints/          what training goes on from
+    run.json              identity of the run, which a resumed run must have
+    metrics.jsonl         logged numbers, one line for each logged step
+    checkpoints/          states that training resumes from
     decoder/              written by pretraining
     coprocessor/          written by training: coprocessor.json, coprocessor.safetensors
   DATA/                   may be the same directory
-    vocabulary.model      SentencePiece model that the rows were made with
+    vocabulary.model      SentencePiece model of the rows
     rows/train, rows/validation
   quickstart and studies
     pretraining/, coprocessor/, constant/     work directories of the quickstart's runs
     decoder/, arms/NAME/seedN/                work directories of a study's runs
     phases.json           seconds of each phase
-    report.json, report.md; results.json, results.md; pictures beside them
+    report.json, report.md, results.json, results.md, and pictures
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ COPROCESSOR = 'coprocessor'
 
 VOCABULARY_FILE = 'vocabulary.model'
 ROWS = 'rows'
-ARM_DATA = 'lessons'  # in a study's directory: text of the arms, where it differs
+ARM_DATA = 'lessons'  # in a study's directory: the arms' own text, where they have some
 
 PRETRAINING, CONSTANT = 'pretraining', 'constant'  # in a quickstart's directory
 PHASES_FILE = 'phases.json'
@@ -40,7 +40,7 @@ def arm_directory(workdir: Path, arm: str, seed: int) -> Path:
   return workdir / 'arms' / arm / f'seed{seed}'
 
 
-# Keys and values that configurations were saved with, and what they are called now.
+# Old keys and values of saved configurations, with their current names.
 OLD_KEYS = {'portion': 'row_range_percent', 'watch_batches': 'eval_batches',
             'lessons': 'arm_data_options'}
 OLD_VALUES = {
@@ -53,7 +53,7 @@ OLD_VALUES = {
 
 
 def with_current_names(saved: Any) -> Any:
-  """A saved configuration, as nested dicts and lists, under the names of today."""
+  """Returns a saved configuration, as nested dicts, with current names for old ones."""
   if not isinstance(saved, Mapping):
     return saved
   renamed = {}

@@ -1,4 +1,4 @@
-"""Progress lines of long work."""
+"""Progress of long work: lines with the time left, and seconds of each phase."""
 
 import json
 import math
@@ -11,16 +11,29 @@ import jax
 from absl import logging
 
 from latent_deliberation.files import write_json
-from latent_deliberation.training.metrics import format_duration
+
+
+def format_duration(seconds: float) -> str:
+  """'42s', '3m12s', '2h05m' or '1d04h': the two largest units."""
+  minutes, second = divmod(round(seconds), 60)
+  hours, minute = divmod(minutes, 60)
+  days, hour = divmod(hours, 24)
+  if days:
+    return f'{days}d{hour:02}h'
+  if hours:
+    return f'{hours}h{minute:02}m'
+  if minutes:
+    return f'{minutes}m{second:02}s'
+  return f'{second}s'
 
 
 class Progress:
-  """Logs how far a piece of work is and when it will end, every ten seconds at most.
+  """Logs the progress of a piece of work and the time left, every ten seconds at most.
 
   Args:
-    work: what is being done, a noun phrase.
-    unit: what is counted, a plural.
-    total: how many units there are; None or infinite when nobody knows.
+    work: the work, a noun phrase.
+    unit: the unit that is counted, a plural.
+    total: number of units; None or infinite where it is not known.
   """
 
   def __init__(self, work: str, unit: str, total: float | None):
@@ -29,7 +42,7 @@ class Progress:
     self._start = self._last = time.monotonic()
 
   def update(self, done: int) -> None:
-    """Tells that `done` units are finished."""
+    """Notes that `done` units are finished."""
     now = time.monotonic()
     if now - self._last < 10.0:
       return
@@ -42,7 +55,7 @@ class Progress:
 
 
 class PhaseClock:
-  """Seconds of each phase, summed over the launches that it took to complete it."""
+  """Seconds of each phase, kept in a file and summed over the launches of a resumed run."""
 
   def __init__(self, path: Path):
     self._path = path
@@ -52,7 +65,7 @@ class PhaseClock:
 
   @contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Times a phase and keeps what it took, also when it is stopped."""
+    """Times a phase, also one that is stopped. A phase that is complete is not timed again."""
     logging.info('=== %s', name)
     if name in self._complete:
       yield
@@ -63,6 +76,6 @@ class PhaseClock:
       self._complete.append(name)
     finally:
       self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-      if jax.process_index() == 0:  # of several that share the file
+      if jax.process_index() == 0:  # processes share the file
         write_json(self._path, {'seconds': self.seconds, 'complete': self._complete})
       logging.info('=== %s: %s', name, format_duration(self.seconds[name]))

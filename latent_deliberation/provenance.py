@@ -1,4 +1,4 @@
-"""Where a result comes from: the code that made it, and the memory that this took."""
+"""The origin of a result: the commit of the code, and the memory of the process."""
 
 import resource
 import subprocess
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 def peak_memory_bytes() -> int:
-  """Most memory that this process has held at once, in bytes."""
+  """Returns the most memory that this process has held at once, in bytes."""
   unit = 1 if sys.platform == 'darwin' else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def git_commit(source: Path = Path(__file__).parent) -> str:
-  """Commit of the source tree, '+changes' behind it where tracked files differ from it.
+  """Returns the commit of the source tree, followed by '+changes' where tracked files differ.
 
-  'unknown' where `source` is not tracked by git, as in an installed copy.
+  Returns 'unknown' where git does not track `source`, as in an installed copy.
   """
   def git(*arguments: str) -> str:
     return subprocess.run(('git', '--no-optional-locks', *arguments), cwd=source, check=True,

@@ -1,7 +1,7 @@
-"""One mesh, one table of rules: which mesh axes carry which logical axis of a tensor.
+"""The mesh, and one table of rules from a tensor's logical axes to mesh axes.
 
-The model names the logical axes of its weights and activations and knows no mesh. Everything that
-decides where a tensor lives is here: the rules, the mesh, and the shardings that follow from both.
+The model names the logical axes of its weights and activations, and knows no mesh. The rules, the
+mesh, and the shardings that follow from both are here.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ MESH_AXES = ('replica', 'data', 'fsdp', 'tensor')
 LOGICAL_AXES = ('activation', 'batch', 'embed', 'gated', 'head_dim', 'heads', 'kv_heads', 'latent',
                 'layers', 'length', 'mlp', 'norm', 'rank', 'slot', 'trace', 'vocab')
 
-# Logical axis -> mesh axes. Texts go over replica, data and fsdp; weights are stored in fsdp shards
-# and split over tensor; what is not named here is replicated.
+# Logical axis -> mesh axes. Texts are split over replica, data and fsdp. Weights are stored in fsdp
+# shards and split over tensor. Every other axis is replicated.
 DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     'batch': ('replica', 'data', 'fsdp'),
     'embed': ('fsdp',),
@@ -39,14 +39,14 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1, on one axis at most, takes all that are left.
+  """Number of devices along each mesh axis. One axis may be -1, for all devices that are left.
 
   Attributes:
-    replica: slices (on TPUs; nodes, where jax says so), between which the network is slow. Only the
-      sum of gradients crosses it, once a step: texts are divided over it, weights are not.
-    data: texts alone are divided over it, as over replica, but inside of a slice.
-    fsdp: texts, and the shards that weights are stored in.
-    tensor: heads, feed-forward and vocabulary.
+    replica: number of TPU slices, or of nodes where jax reports them, with a slow network between.
+      Texts are split over it, weights are not. Only the sum of gradients crosses it, once a step.
+    data: number of devices inside a slice that texts are split over, but not weights.
+    fsdp: number of devices that texts are split over, and the stored shards of weights.
+    tensor: number of devices that heads, feed-forward and vocabulary are split over.
   """
   replica: int = dataclasses.field(default=1, kw_only=True)
   data: int = -1
@@ -55,10 +55,10 @@ class MeshConfig:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-  """A mesh from 'data=1,fsdp=256,tensor=1'; axes that are left out have the default size.
+  """Reads a mesh such as 'data=1,fsdp=256,tensor=1'. An axis that is left out keeps its default.
 
   Raises:
-    UserError: it names an axis that there is not, or a size that is no integer.
+    UserError: an axis is unknown or comes twice, or a size is not an integer.
   """
   names = [field.name for field in dataclasses.fields(MeshConfig)]
   sizes = {}
@@ -72,10 +72,10 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def parse_rules(text: str) -> dict[str, tuple[str, ...]]:
-  """Changes of the rules from 'embed=fsdp+tensor,vocab=': logical axis = mesh axes.
+  """Reads changes of the rules such as 'embed=fsdp+tensor,vocab=': logical axis = mesh axes.
 
   Raises:
-    UserError: a part is of another form.
+    UserError: a part has another form, or an axis comes twice.
   """
   rules = {}
   for part in text.split(','):
@@ -88,11 +88,11 @@ def parse_rules(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """The (replica, data, fsdp, tensor) mesh over `devices`, by default all of them.
+  """Returns the (replica, data, fsdp, tensor) mesh over `devices`, by default all of them.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices, or the devices lie in several
-      slices and replica is not their number.
+    UserError: the sizes do not multiply to the number of devices, or `replica` is not the number
+      of slices of devices in several slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = _fill_sizes([getattr(config, axis) for axis in MESH_AXES], len(devices))
@@ -105,22 +105,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   if sizes[0] != len(slices):
     raise UserError(
         f'mesh {_named(sizes)}: replica is {sizes[0]}, but the devices lie in {len(slices)} '
-        f'slices: set mesh.replica to {len(slices)}, so that gradients alone cross the network '
-        'between them')
-  # As a mesh of one slice, each of them: jax orders its devices by their links.
+        f'slices: set mesh.replica to {len(slices)}, so only gradients cross the network '
+        'between slices')
+  # One mesh for each slice, since jax orders the devices of a mesh by their links.
   inside = [jax.make_mesh(sizes[1:], MESH_AXES[1:], devices=slices[number]).devices
             for number in sorted(slices)]
   return Mesh(np.stack(inside), MESH_AXES, axis_types=types)
 
 
 def _fill_sizes(sizes: Sequence[int], num_devices: int) -> list[int]:
-  """The sizes, with the number of devices that are left in the place of -1."""
+  """Returns the sizes, with the number of devices that are left in place of -1."""
   if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-    raise UserError(f'mesh {_named(sizes)}: sizes are positive, or -1 on one axis for all devices '
-                     'that are left')
+    raise UserError(f'mesh {_named(sizes)}: sizes must be positive, or -1 on one axis for all '
+                    'devices that are left')
   known = math.prod(size for size in sizes if size != -1)
-  rest, left_over = divmod(num_devices, known)
-  sizes = [rest if size == -1 else size for size in sizes]
+  remaining, left_over = divmod(num_devices, known)
+  sizes = [remaining if size == -1 else size for size in sizes]
   if left_over or math.prod(sizes) != num_devices:
     raise UserError(
         f'mesh {_named(sizes)} has {math.prod(sizes)} places for {num_devices} devices: the sizes '
@@ -133,10 +133,10 @@ def _named(sizes: Sequence[int]) -> dict[str, int]:
 
 
 def check_rules(rules: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-  """The rules as a plain dict of tuples.
+  """Returns the rules as a plain dict of tuples.
 
   Raises:
-    UserError: a rule is for a logical axis that the model has not, or names one that no mesh has.
+    UserError: a rule names an unknown logical axis or an unknown mesh axis.
   """
   rules = {name: tuple(axes) for name, axes in rules.items()}
   for name, axes in rules.items():
@@ -144,17 +144,22 @@ def check_rules(rules: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]
       near = difflib.get_close_matches(name, LOGICAL_AXES, n=1)
       hint = f'did you mean {near[0]!r}? ' if near else ''
       raise UserError(f'rule {name!r} -> {axes}: no tensor has an axis of this name; {hint}The '
-                       f'logical axes are {LOGICAL_AXES}')
+                      f'logical axes are {LOGICAL_AXES}')
     unknown = sorted(set(axes) - set(MESH_AXES))
     if unknown:
       raise UserError(f'rule {name!r} -> {axes}: {unknown} are not mesh axes; those are '
-                       f'{MESH_AXES}')
+                      f'{MESH_AXES}')
   return rules
 
 
 def partition_spec(names: Sequence[str | None], rules: Mapping[str, Sequence[str]],
                    where: str = 'tensor') -> PartitionSpec:
-  """The mesh axes of each axis of a tensor whose logical axes are `names`.
+  """Returns the mesh axes of each axis of a tensor with logical axes `names`.
+
+  Args:
+    names: logical axes of the tensor; None for an axis that is not split.
+    rules: mesh axes of each logical axis.
+    where: name of the tensor, for the error message.
 
   Raises:
     UserError: two axes of the tensor would be split over the same mesh axis.
@@ -164,17 +169,17 @@ def partition_spec(names: Sequence[str | None], rules: Mapping[str, Sequence[str
   twice = sorted({axis for axis in used if used.count(axis) > 1})
   if twice:
     raise UserError(f'{where} {tuple(names)}: the rules use mesh axis {twice[0]!r} for more than '
-                     'one of its axes; change the rule of one of them')
+                    'one of its axes; change the rule of one of them')
   return PartitionSpec(*(entry or None for entry in entries))
 
 
 def shardings_of(boxed: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> PyTree:
-  """A NamedSharding for every leaf of a tree whose leaves are boxed with logical axes.
+  """Returns a NamedSharding for every leaf of a tree that is boxed with logical axes.
 
-  Leaves without a box (step counters) are replicated.
+  Leaves without a box, such as step counters, are replicated.
 
   Raises:
-    UserError: two axes of a leaf collide, or an axis does not divide over its mesh axes.
+    UserError: two axes of a leaf use one mesh axis, or an axis does not divide over its mesh axes.
   """
 
   def of_leaf(path: Any, leaf: Any) -> NamedSharding:
@@ -196,18 +201,18 @@ def shardings_of(boxed: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) 
 
 
 def batch_sharding(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> NamedSharding:
-  """Sharding of any array whose first axis is the texts of a batch."""
+  """Returns the sharding of any array whose first axis is the texts of a batch."""
   return NamedSharding(mesh, partition_spec(('batch',), rules))
 
 
 def batch_shards(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> int:
-  """Over how many shards texts are divided, of which a batch is a multiple."""
+  """Returns the number of shards that texts are split over. A batch must be a multiple of it."""
   return math.prod(mesh.shape[axis] for axis in rules.get('batch', ()))
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh,
                 rules: Mapping[str, Sequence[str]]) -> None:
-  """Raises UserError where a batch does not divide into microbatches and over the mesh."""
+  """Raises UserError where a batch does not divide into microbatches over the mesh."""
   shards = batch_shards(mesh, rules)
   if batch_size % (shards * accumulation):
     raise UserError(
@@ -218,13 +223,16 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh,
 
 def rows_of_process(batch_size: int, mesh: Mesh, rules: Mapping[str, Sequence[str]],
                     process: int | None = None) -> np.ndarray:
-  """Rows of a global batch that lie on the devices of a process, int64 [n], ascending.
+  """Returns the rows of a global batch on the devices of a process, int64 [n], ascending.
 
-  They need be no range, since a mesh orders devices by their links and not by their hosts, and two
-  processes may hold the same ones.
+  They may have gaps, since a mesh orders devices by their links and not by their hosts. Two
+  processes may hold the same rows.
 
   Args:
-    process: index; default is this process.
+    batch_size: number of rows of the global batch.
+    mesh: mesh of the run.
+    rules: mesh axes of each logical axis.
+    process: index of the process; default is this process.
 
   Raises:
     UserError: the batch does not divide over the mesh.
@@ -238,8 +246,8 @@ def rows_of_process(batch_size: int, mesh: Mesh, rules: Mapping[str, Sequence[st
 
 
 def check_own_rows(mesh: Mesh | AbstractMesh, rules: Mapping[str, Sequence[str]]) -> None:
-  """Raises UserError where two processes hold the same rows of a batch; a plan has none."""
-  if isinstance(mesh, AbstractMesh):
+  """Raises UserError where two processes hold the same rows of a batch."""
+  if isinstance(mesh, AbstractMesh):  # a planner's mesh has no processes
     return
   process = np.vectorize(lambda device: device.process_index)(mesh.devices)
   shared = [name for axis, name in enumerate(mesh.axis_names)
@@ -247,20 +255,20 @@ def check_own_rows(mesh: Mesh | AbstractMesh, rules: Mapping[str, Sequence[str]]
             and (process != process.take([0], axis)).any()]
   if shared:
     raise UserError(
-        f'mesh {dict(mesh.shape)}: axes {shared} do not divide the batch and span processes, so '
-        "that two of them need the same texts, which data.mode = 'online' cannot give: lay these "
-        f'axes inside of one process ({np.bincount(process.ravel()).max()} devices), or pack the '
-        "text first (data.mode = 'packed')")
+        f'mesh {dict(mesh.shape)}: axes {shared} do not divide the batch and span processes. Two '
+        "processes need the same texts, which data.mode = 'online' cannot give: keep these axes "
+        f'inside one process ({np.bincount(process.ravel()).max()} devices), or set '
+        "data.mode = 'packed'")
 
 
 def place_batch(batch: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> PyTree:
-  """Global device arrays of B rows from the `rows_of_process` that each process gives."""
+  """Puts a global batch on the devices, of which each process passes its `rows_of_process`."""
   sharding = batch_sharding(mesh, rules)
   shards = batch_shards(mesh, rules)
-  mine = len(rows_of_process(shards, mesh, rules))  # of the shards: one row each
+  own_shards = len(rows_of_process(shards, mesh, rules))  # counted on a batch of one row a shard
 
   batch = jax.tree.map(np.asarray, batch)
-  batch_size = len(jax.tree.leaves(batch)[0]) * shards // mine
+  batch_size = len(jax.tree.leaves(batch)[0]) * shards // own_shards
   rows = rows_of_process(batch_size, mesh, rules)
 
   def place(leaf: np.ndarray) -> jax.Array:

@@ -1,11 +1,11 @@
-"""Reads a text and makes latents for its end, once, for prompts that come another day.
+"""Reads a text and makes latents for its end, once, for prompts that come later.
 
   python launch/augment.py --decoder=runs/quickstart/pretraining/decoder \\
       --coprocessor=runs/quickstart/coprocessor --document=docs/gpu.md --output=runs/cache \\
       --length=8192
 
 Writes the decoder's kv-cache and the latents as safetensors, with a JSON file that names the
-decoder, which alone can use them. Next, go on behind it: launch/generate.py --cache=runs/cache.
+decoder. No other decoder can use them. Next, launch/generate.py --cache=runs/cache continues them.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app
-from latent_deliberation.inference import prefix_cache
-from latent_deliberation.inference.generator import open_generator
+from latent_deliberation.inference.engine import open_engine
+from latent_deliberation.inference.prefix_cache import check_context, save_context
 
 _DECODER = app.define_directory('decoder', 'Directory of the decoder, in any format we read.')
 _COPROCESSOR = app.define_directory('coprocessor', 'Directory of a trained coprocessor.')
@@ -28,12 +28,12 @@ _OUTPUT = app.define_directory('output', 'Directory to write the cache to; must 
 
 def main() -> None:
   output = Path(_OUTPUT.value)
-  text = prefix_cache.check_context(output, Path(_DOCUMENT.value), _COPROCESSOR.value)
-  generator, tokenizer = open_generator(
+  text = check_context(output, Path(_DOCUMENT.value), _COPROCESSOR.value)
+  engine, tokenizer = open_engine(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value)
-  tokens = prefix_cache.save_context(text, output, generator, tokenizer)
-  print(f'{output}: {tokens} tokens and {generator.model.coprocessor.config.num_latents} latents. '
-        f'Go on behind them: launch/generate.py --cache={output}')
+  tokens = save_context(text, output, engine, tokenizer)
+  print(f'{output}: {tokens} tokens and {engine.model.coprocessor.config.num_latents} latents. '
+        f'Continue them: launch/generate.py --cache={output}')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
-"""Measures decoding and prefill against transformers, and what deliberation costs beside them.
+"""Times prefill and decoding against transformers, and the cost of an augmentation.
 
-  pip install -e '.[parity]' && python launch/benchmark_inference.py --output=inference.json
+  pip install -e '.[parity]'
+  python launch/benchmark_inference.py --output=inference.json
 
-The same random Gemma-2 weights, in three sizes, transformers in a process of its own, in turns;
-the ratios are drawn as a PNG beside the JSON. Next, decode with launch/generate.py.
+Both sides have the same random Gemma 2 weights, in three sizes. They run in turns, transformers in
+a process of its own. The ratios are drawn as a PNG next to the JSON. Next, decode with
+launch/generate.py.
 """
 
 from pathlib import Path
@@ -13,7 +15,7 @@ from absl import flags
 from latent_deliberation.benchmarks.inference_speed import benchmark
 from latent_deliberation.cli import app
 
-_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG beside it.')
+_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG next to it.')
 _REPEATS = flags.DEFINE_integer(
     'repeats', 5, 'Number of turns of each comparison.', lower_bound=1)
 
@@ -22,10 +24,10 @@ def main() -> None:
   result = benchmark(Path(_OUTPUT.value), _REPEATS.value)
   for name in ('decode', 'prefill'):
     for case, ratio in result[f'{name}_ratio_vs_transformers'].items():
-      print(f'{name:<8} {case:<14} {ratio:5.1f} x transformers')
+      print(f'{name:<8} {case:<14} {ratio:5.1f} x as fast as transformers')
   for case, steps in result['augmentation_in_decode_steps'].items():
     print(f'augment  {case:<24} {steps:5.1f} decode steps')
-  print(f'first token, background over plain: '
+  print('time to the first token, with a coprocessor in the background over without one: '
         f'{result["first_token_ratio_background_vs_plain"]:.3f}')
 
 

@@ -1,11 +1,11 @@
-"""Plans a train step on a TPU slice that is not there, and the same step under one dense mask.
+"""Plans a train step for a TPU slice, without a TPU, and the same step under one dense mask.
 
   python launch/benchmark_plan.py --config=configs/gemma2_2b.py --topology=v5e:16x16 \\
       --output=dense.json
 
-The mask is over trunk and traces as one sequence, the formulation that shared-prefix attention
-replaces. It gets remat 'full' and one text of a chip at a time. See launch/compile.py for what the
-estimates are. A pod takes minutes for each of the two. Next, plan meshes with launch/compile.py.
+The dense mask has trunk and traces as one sequence. Shared-prefix attention replaces it. The plan
+of the mask has remat 'full' and one text a chip at a time. launch/compile.py --help explains the
+estimates. Each of the two plans takes minutes for a pod. Next, plan meshes with launch/compile.py.
 """
 
 from pathlib import Path
@@ -19,8 +19,9 @@ from latent_deliberation.planning import topology
 
 define_config(__file__)
 _TOPOLOGY = flags.DEFINE_string(
-    'topology', 'v5e:16x16', 'Chip and shape of the slice, such as v5e:16x16, or cpu:8.')
-_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG beside it.')
+    'topology', 'v5e:16x16',
+    'Chip and shape of a TPU slice, such as v5e:16x16, or virtual devices, such as cpu:8.')
+_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG next to it.')
 
 
 def main() -> None:
@@ -33,8 +34,8 @@ def main() -> None:
           f'{", DOES NOT FIT" if plan["fits"] is False else ""}')
   ratios = result['over_ours']
   if ratios['seconds'] is not None:
-    print(f'ours is {ratios["seconds"]:.2f} x faster, by the estimate')
-  print(f'ours needs {ratios["memory"]:.2f} x less memory')
+    print(f'The dense mask takes {ratios["seconds"]:.2f} x the time of ours, by the estimate.')
+  print(f'The dense mask takes {ratios["memory"]:.2f} x the memory of ours.')
 
 
 if __name__ == '__main__':

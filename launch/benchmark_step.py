@@ -1,9 +1,10 @@
-"""Measures a train step against one dense mask, a text a trace, and transformers' Gemma 2.
+"""Times a train step against one dense mask, one text a trace, and transformers' Gemma 2.
 
-  pip install -e '.[parity]' && python launch/benchmark_step.py --output=step.json
+  pip install -e '.[parity]'
+  python launch/benchmark_step.py --output=step.json
 
-The same random weights in alternating turns, transformers in a process of its own; the ratios are
-drawn as a PNG beside the JSON. Next, train with launch/train.py.
+All have the same random weights. They run in turns, transformers in a process of its own. The
+ratios are drawn as a PNG next to the JSON. Next, train with launch/train.py.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from absl import flags
 from latent_deliberation.benchmarks.step_speed import benchmark
 from latent_deliberation.cli import app
 
-_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG beside it.')
+_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG next to it.')
 _REPEATS = flags.DEFINE_integer(
     'repeats', 15, 'Number of turns of each comparison.', lower_bound=1)
 
@@ -23,7 +24,7 @@ def main() -> None:
   for kind in ('step', 'decoder'):
     for case, measured in result[kind].items():
       for other, ratio in measured['over_ours'].items():
-        print(f'{kind:<8} {case:<22} {ratio:5.2f} x faster than: {other}')
+        print(f'{kind:<8} {case:<22} {ratio:5.2f} x as fast as: {other}')
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
-"""Measures the memory and the time that loading a decoder of a published size takes.
+"""Measures the memory and the time to load a decoder of a published size.
 
   python launch/benchmark_weights.py --preset=gemma2_2b --output=weights.json
 
-Writes a synthetic Hugging Face directory of that size beside --output (5.2 GB for gemma2_2b in
-bfloat16), loads it in a process of its own, and removes it. Next, see what is in a real one with
-launch/convert.py.
+Writes a directory in Hugging Face's format with random weights next to --output, loads it in a
+process of its own, and removes it. It takes 5.2 GB of disk for gemma2_2b. Next, describe a real
+checkpoint with launch/convert.py.
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ from latent_deliberation.cli import app
 from latent_deliberation.model.transformer_config import PRESETS
 
 _PRESET = flags.DEFINE_enum(
-    'preset', 'gemma2_2b', sorted(PRESETS), 'Preset whose sizes the decoder has.')
+    'preset', 'gemma2_2b', sorted(PRESETS), 'Published size of the decoder.')
 _OUTPUT = app.define_json('output', 'JSON file to write.')
 
 
 def main() -> None:
   measured = benchmark(_PRESET.value, Path(_OUTPUT.value))
   print(f'{measured["weight_bytes"] / 1e9:.2f} GB of weights in {measured["seconds"]:.0f} s '
-        f'({measured["seconds_over_safetensors_alone"]:.1f} x what safetensors alone takes to read '
-        f'them); peak memory {measured["peak_bytes"] / 1e9:.2f} GB, '
+        f'({measured["seconds_over_safetensors_alone"]:.1f} x the time in which safetensors alone '
+        f'reads them); peak memory {measured["peak_bytes"] / 1e9:.2f} GB, '
         f'{measured["peak_over_weights"]:.2f} x the weights')
 
 

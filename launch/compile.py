@@ -1,15 +1,16 @@
-"""Plans training on a TPU slice that is not there: memory, time, utilisation, collectives.
+"""Plans training on a TPU slice, without a TPU: memory, time, utilisation and collectives.
 
   python launch/compile.py --config=configs/gemma2_2b.py --topology=v5e:16x16 --output=plan.json \\
       --mesh=data=16,fsdp=16 --mesh=fsdp=256
 
-Compiles the very step that launch/train.py runs with TPU's own compiler (pip install -e '.[tpu]'),
-without a TPU; --topology=cpu:8 plans memory and collectives on eight virtual devices. Every --mesh
-is planned under every --rules; several plans make a table, with a CSV and a PNG beside --output.
-The seconds are an estimate by the compiler's cycles and the links' bandwidth: contention in the
-network and host input are left out, and nothing is run. Flags for the compiler are those of
-LIBTPU_INIT_ARGS where it is set, otherwise those that the recipes train with (recipes/tpu.env).
-Next, train on the mesh that is best: launch/train.py --config.mesh.fsdp=...
+Compiles the train step of launch/train.py with the compiler for TPUs (pip install -e '.[tpu]').
+Nothing is run. --topology=cpu:8 plans memory and collectives on eight virtual devices instead.
+
+Each --mesh is planned under each --rules. Several plans make a table, with a CSV and a PNG next to
+--output. The seconds are estimates, by the compiler's cycles and the bandwidth of the links. They
+leave out contention in the network and the input from the host. The compiler's flags are those of
+LIBTPU_INIT_ARGS. If that is not set, they are those of launch/recipes/tpu.env.
+Next, train on the best mesh: launch/train.py --config.mesh.fsdp=...
 """
 
 from pathlib import Path
@@ -24,12 +25,14 @@ from latent_deliberation.sharding import parse_mesh, parse_rules
 
 define_config(__file__)
 _TOPOLOGY = flags.DEFINE_string(
-    'topology', 'v5e:16x16', 'Chip and shape of the slice, such as v5e:16x16, or cpu:8.')
+    'topology', 'v5e:16x16',
+    'Chip and shape of a TPU slice, such as v5e:16x16, or virtual devices, such as cpu:8.')
 _MESHES = flags.DEFINE_multi_string(
-    'mesh', [], 'Sizes of mesh axes, such as data=16,fsdp=16; may be repeated. Default: the config.')
+    'mesh', [], "Sizes of mesh axes, such as data=16,fsdp=16. Default: the config's mesh")
 _RULES = flags.DEFINE_multi_string(
-    'rules', [], 'Changes of the sharding rules, such as embed=fsdp+tensor; may be repeated.')
-_OUTPUT = app.define_json('output', 'JSON file to write.', 'plan.json')
+    'rules', [],
+    "Changes of the config's sharding rules, such as embed=fsdp+tensor. Default: no change")
+_OUTPUT = app.define_json('output', 'JSON file to write the plan to.', 'plan.json')
 
 
 def main() -> None:

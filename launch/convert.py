@@ -1,13 +1,14 @@
-"""Says what decoder is in a directory, lists its tensors, or writes it in another format.
+"""Describes the decoder in a directory, lists its tensors, or writes it in another format.
 
   python launch/convert.py --source=gemma-2-2b
   python launch/convert.py --source=gemma-2-2b --list
   python launch/convert.py --source=gemma-2-2b --target=decoder
   python launch/convert.py --source=runs/decoder/decoder --target=exported --format=huggingface
 
-Sources are our own directories, Hugging Face's (safetensors) and the orbax checkpoints of Google's
-gemma library; nothing needs converting before it is trained on. Without --target nothing is loaded.
-Next, train a coprocessor with launch/train.py --config=configs/gemma2_2b.py:DIRECTORY.
+It reads our own directories, those of Hugging Face (safetensors) and the orbax checkpoints of
+Google's gemma library. Training reads them too, so nothing has to be converted first. Without
+--target, no weights are loaded. Next, train a coprocessor for a decoder in DIRECTORY:
+launch/train.py --config=configs/gemma2_2b.py:DIRECTORY --decoder=DIRECTORY.
 """
 
 from pathlib import Path
@@ -19,7 +20,9 @@ from latent_deliberation.model import weights
 
 _SOURCE = app.define_directory('source', 'Directory of the decoder to read.')
 _TARGET = app.define_directory(
-    'target', 'Directory to write the decoder to; must not exist yet. Default: only describe.', '')
+    'target',
+    'Directory to write the decoder to; must not exist yet. Default: only describe it.',
+    '')
 _FORMAT = flags.DEFINE_enum(
     'format', weights.FORMATS[0], weights.FORMATS, 'Format to write the decoder in.')
 _DTYPE = flags.DEFINE_enum(

@@ -3,8 +3,9 @@
   python launch/evaluate.py --config=configs/quickstart.py --decoder=runs/decoder/decoder \\
       --coprocessor=runs/coprocessor --data=runs/decoder --output=runs/report
 
-The config is that of the training, except for its section `evaluation`. With --constant, a run of
-train.py with deliberation.trainable=constant (pause tokens) joins the table. Open report.md next.
+Give the config of the training; its section `evaluation` may differ. --constant adds an arm: a run
+of launch/train.py with deliberation.trainable=constant (pause tokens). Next, open report.md in
+--output.
 """
 
 from pathlib import Path
@@ -17,19 +18,19 @@ from latent_deliberation.experiment import define_config, read_config
 define_config(__file__)
 _DECODER = app.define_directory('decoder', 'Directory of the frozen decoder.')
 _COPROCESSOR = app.define_directory(
-    'coprocessor', 'Work directory of a finished training, or the coprocessor that it wrote.')
+    'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
 _DATA = app.define_directory('data', 'Directory of prepared data.')
 _OUTPUT = app.define_directory('output', 'Directory to write the report to.')
 _CONSTANT = app.define_directory(
-    'constant', 'Work directory of trained constant soft tokens, as one more arm. Default: none.',
+    'constant', 'Work directory of trained constant soft tokens, to add as an arm. Default: none.',
     '')
 
 
 def main() -> None:
   summary = evaluate(
-      read_config(), decoder=Path(_DECODER.value),
-      coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value),
-      constant=Path(_CONSTANT.value) if _CONSTANT.value else None)
+      read_config(), decoder_dir=Path(_DECODER.value), coprocessor_dir=Path(_COPROCESSOR.value),
+      data=Path(_DATA.value), output=Path(_OUTPUT.value),
+      constant_dir=Path(_CONSTANT.value) if _CONSTANT.value else None)
   print(format_table(summary))
   print(f'Report: {Path(_OUTPUT.value) / "report.md"}')
 

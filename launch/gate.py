@@ -1,11 +1,12 @@
-"""Fits a gate that tells where latents are worth their time, and draws what it buys.
+"""Fits a gate that tells where latents are worth their time, and measures its value.
 
   python launch/gate.py --config=configs/quickstart.py --decoder=runs/decoder/decoder \\
       --coprocessor=runs/coprocessor --data=runs/decoder --output=runs/gate
 
-Held-out text is scored with and without latents; half of the texts fit a gate on the decoder's
-hidden state, the others compare it with the decoder's uncertainty and with chance: gain against the
-fraction of places that are augmented. The config is that of the training. Next, look at gate.png.
+Scores held-out text with and without latents. Half of the texts fit a gate on the decoder's hidden
+state. The other half compares it with the decoder's uncertainty and with chance, by the gain at
+each fraction of places that are augmented. Give the config of the training. Next, open gate.png in
+--output.
 """
 
 from pathlib import Path
@@ -17,17 +18,17 @@ from latent_deliberation.experiment import define_config, read_config
 define_config(__file__)
 _DECODER = app.define_directory('decoder', 'Directory of the frozen decoder.')
 _COPROCESSOR = app.define_directory(
-    'coprocessor', 'Work directory of a finished training, or the coprocessor that it wrote.')
+    'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
 _DATA = app.define_directory('data', 'Directory of prepared data.')
 _OUTPUT = app.define_directory('output', 'Directory to write the gate to; must not exist yet.')
 
 
 def main() -> None:
   result = fit_gate(
-      read_config(), decoder=Path(_DECODER.value),
-      coprocessor=Path(_COPROCESSOR.value), data=Path(_DATA.value), output=Path(_OUTPUT.value))
-  print('fraction augmented; by gate, mean gain of a place in millinats [95% interval], and what'
-        ' of it is above chance')
+      read_config(), decoder_dir=Path(_DECODER.value), coprocessor_dir=Path(_COPROCESSOR.value),
+      data=Path(_DATA.value), output=Path(_OUTPUT.value))
+  print('Fraction augmented; for each gate the mean gain of a place in millinats [95% interval], '
+        'and the part of it above chance:')
   for number, fraction in enumerate(result['curves']['random']['fractions']):
     if number % 4 == 0:
       cells = (

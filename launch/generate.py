@@ -1,9 +1,10 @@
-"""Writes on behind prompts: the frozen decoder alone, or with the latents of a coprocessor.
+"""Continues prompts: the frozen decoder alone, or with the latents of a coprocessor.
 
   python launch/generate.py --decoder=runs/decoder/decoder --coprocessor=runs/coprocessor --compare
 
-Without a prompt it asks for one after the other. Latents come at its end, --at other places,
---every so many tokens, where a --gate opens, or with a --cache. Next, measure: launch/evaluate.py.
+Without a prompt it asks for one after the other. Latents are made at the end of a prompt, --at
+other places, --every so many tokens, or where a --gate opens. With a --cache they are there
+already. Next, measure with launch/evaluate.py.
 """
 
 from pathlib import Path
@@ -11,11 +12,11 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app, generate
-from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
-from latent_deliberation.inference.generator import open_generator
+from latent_deliberation.inference.engine import open_engine
 from latent_deliberation.inference.policy import NEVER, SCORES, combine, open_gate
+from latent_deliberation.inference.prefix_cache import open_context
 from latent_deliberation.inference.session import DecodingOptions
 
 _DECODER = app.define_directory('decoder', 'Directory of the decoder, in any format we read.')
@@ -23,10 +24,10 @@ _COPROCESSOR = app.define_directory(
     'coprocessor', "Directory of a trained coprocessor, or 'none'. Default: none.", '')
 _VOCABULARY = flags.DEFINE_string(
     'vocabulary', '', "Path of a SentencePiece model, or 'byte'. Default: the decoder's own.")
-_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated.')
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue')
 _PROMPTS_FILE = flags.DEFINE_string(
     'prompts_file', '', "File with a prompt on each line, or .jsonl with a key 'prompt'.")
-_STOP = flags.DEFINE_multi_string('stop', [], 'String that ends a text; may be repeated.')
+_STOP = flags.DEFINE_multi_string('stop', [], 'String that ends a text')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 64, 'Largest number of tokens to decode.')
 _LENGTH = flags.DEFINE_integer('length', 2048, 'Room in the cache, in tokens, prompt included.')
 _TEMPERATURE = flags.DEFINE_float(
@@ -37,7 +38,7 @@ _MIN_P = flags.DEFINE_float(
     'min_p', 0.0, 'Keep tokens with at least this share of the largest probability.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the first prompt; each next prompt adds 1.')
 _AT = flags.DEFINE_multi_integer(
-    'at', [], 'Number of decoded tokens after which to make latents; may be repeated. Default: 0.')
+    'at', [], 'Number of decoded tokens after which to make latents. Default: 0')
 _EVERY = flags.DEFINE_integer('every', 0, 'Make latents after every so many tokens; 0 for never.')
 _GATE = app.define_directory(
     'gate', 'Directory that launch/gate.py wrote; latents are made where the gate opens.', '')
@@ -64,10 +65,10 @@ def main() -> None:
                             timing=timing)
   request = generate.Request(options, tuple(_STOP.value), _SEED.value, _JSON.value, _STREAM.value,
                              _COMPARE.value, _CACHE.value)
-  generator, tokenizer = open_generator(
+  engine, tokenizer = open_engine(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)
-  behind = prefix_cache.open_context(Path(_CACHE.value), generator) if _CACHE.value else None
-  generate.answer(generate.Writer(generator, tokenizer, request, behind), prompts)
+  context = open_context(Path(_CACHE.value), engine) if _CACHE.value else None
+  generate.answer(generate.Writer(engine, tokenizer, request, context), prompts)
 
 
 if __name__ == '__main__':

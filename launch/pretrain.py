@@ -2,8 +2,8 @@
 
   python launch/pretrain.py --config=configs/quickstart.py --workdir=runs/decoder
 
-Text is tokenised and packed first, in --data, where there is none yet. The same command goes on
-where it was stopped. Next, train a coprocessor on <workdir>/decoder with launch/train.py.
+Text is first tokenised and packed in --data, if that has not been done. The same command resumes a
+run that was stopped. Next, train a coprocessor for <workdir>/decoder with launch/train.py.
 """
 
 from pathlib import Path
@@ -13,14 +13,15 @@ from latent_deliberation.experiment import define_config, read_config
 from latent_deliberation.training.pretrain import pretrain
 
 define_config(__file__)
-_WORKDIR = app.define_directory('workdir', 'Work directory of the run; the same command resumes it.')
+_WORKDIR = app.define_directory(
+    'workdir', 'Work directory of the run; the same command resumes it.')
 _DATA = app.define_directory('data', 'Directory of prepared data. Default: --workdir.', '')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  decoder = pretrain(read_config(), workdir, Path(_DATA.value or workdir))
-  print(f'Decoder: {decoder}\nNext: python launch/train.py --decoder={decoder} '
+  decoder_dir = pretrain(read_config(), workdir, Path(_DATA.value or workdir))
+  print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={decoder_dir} '
         f'--data={_DATA.value or workdir} --config=... --workdir=...')
 
 

@@ -1,10 +1,10 @@
 """Runs a study: arms with controls over several seeds, on one frozen decoder.
 
-  python launch/study.py --config=configs/study/hops.py:quick --workdir=runs/hops
+  python launch/study.py --config=configs/study/pointer_chasing.py:quick --workdir=runs/chasing
 
-Everything is kept in --workdir (open results.md there), and the same command goes on where it was
-stopped, run by run. With --arm it trains and reports some of the arms, for a part of the time; the
-report is always about the arms of the last command.
+Everything is kept in --workdir. The same command resumes a study that was stopped. With --arm it
+trains and reports some of the arms, in less time; the report is about the arms of the last command.
+Next, open results.md in --workdir.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ define_config(__file__)
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of the study; the same command resumes it.')
 _ARM = flags.DEFINE_multi_string(
-    'arm', [], 'Name of an arm to train and report; may be repeated. Default: all arms.')
+    'arm', [], 'Name of an arm to train and report. Default: all arms')
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
   python launch/train.py --config=configs/quickstart.py --decoder=runs/decoder/decoder \\
       --data=runs/decoder --workdir=runs/coprocessor
 
-The config says what learns (deliberation.trainable: 'full', 'lora' or 'constant'), and how latents
-are made. The same command goes on where it was stopped. Next, measure what was gained with
-launch/evaluate.py.
+The config says which parameters are trained (deliberation.trainable: 'full', 'lora' or 'constant')
+and how latents are made. The same command resumes a run that was stopped. Next, measure the gain
+with launch/evaluate.py.
 """
 
 from pathlib import Path
@@ -16,14 +16,14 @@ from latent_deliberation.training.train import train_coprocessor
 
 define_config(__file__)
 _DECODER = app.define_directory('decoder', 'Directory of the frozen decoder.')
-_WORKDIR = app.define_directory('workdir', 'Work directory of the run; the same command resumes it.')
+_WORKDIR = app.define_directory(
+    'workdir', 'Work directory of the run; the same command resumes it.')
 _DATA = app.define_directory('data', 'Directory of prepared data. Default: --workdir.', '')
 
 
 def main() -> None:
   data = _DATA.value or _WORKDIR.value
-  train_coprocessor(read_config(), Path(_DECODER.value),
-                    Path(_WORKDIR.value), Path(data))
+  train_coprocessor(read_config(), Path(_DECODER.value), Path(_WORKDIR.value), Path(data))
   print(f'Coprocessor: {_WORKDIR.value}/coprocessor\n'
         f'Next: python launch/evaluate.py --coprocessor={_WORKDIR.value} '
         f'--decoder={_DECODER.value} --data={data} --config=... --output=...')

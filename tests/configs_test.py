@@ -21,12 +21,8 @@ from latent_deliberation.training.train import describe_training
 from tests import finished
 
 CONFIGS = sorted(path.stem for path in (finished.ROOT / 'configs').glob('*.py'))
-
-
 STUDIES = sorted(path.stem for path in (finished.ROOT / 'configs' / 'study').glob('*.py'))
-
-
-ARGUMENTS = {'gsm8k': ('directory',)}  # of studies that do not start without one
+ARGUMENTS = {'word_problems': ('directory',)}  # of studies that need one
 
 
 def leaves(tree: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
@@ -38,7 +34,8 @@ def leaves(tree: Mapping[str, Any], path: str = '') -> Iterator[tuple[str, Any]]
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_a_config_binds_and_comes_back_with_every_key(name):
+def test_config_binds_and_comes_back(name):
+  """With every key."""
   config = finished.config_of(name)
   experiment = bind(config)
   assert isinstance(experiment, Experiment)
@@ -49,7 +46,8 @@ def test_a_config_binds_and_comes_back_with_every_key(name):
 
 
 @pytest.mark.parametrize('name', STUDIES)
-def test_a_study_binds_and_comes_back_with_every_key(name):
+def test_study_config_binds_and_comes_back(name):
+  """With every key."""
   config = finished.config_of(f'study/{name}', *ARGUMENTS.get(name, ()))
   study = bind(config, Study)
   assert bind(as_config(study), Study) == study
@@ -58,13 +56,29 @@ def test_a_study_binds_and_comes_back_with_every_key(name):
       assert study.variant(arm, seed).seed == seed
 
 
-def test_a_study_of_files_asks_for_their_directory():
-  with pytest.raises(UserError, match='gsm8k.py:DIRECTORY, a directory with train_no_aug.txt'):
-    finished.config_of('study/gsm8k')
+def test_study_of_files_needs_a_directory():
+  with pytest.raises(UserError, match='word_problems.py:DIRECTORY.*train_no_aug.txt'):
+    finished.config_of('study/word_problems')
+
+
+def test_configs_import_their_neighbours():
+  """No config file runs another one by its path."""
+  for path in (finished.ROOT / 'configs').rglob('*.py'):
+    assert 'runpy' not in path.read_text(), path
+
+
+@pytest.mark.parametrize('choice, name', [
+    ('graphs.py', 'study/graphs'), ('offline.py', 'study/offline'),
+    ('state_tracking.py', 'study/state_tracking'), ('addition.py', 'study/addition'),
+    ('pointer_chasing.py', 'study/pointer_chasing')])
+def test_unknown_size_is_refused(choice, name):
+  with pytest.raises(UserError, match=f"{choice}:huge.*'quick'"):
+    finished.config_of(name, 'huge')
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_every_key_can_be_set_and_no_other(name):
+def test_every_key_can_be_set(name):
+  """And no other key."""
   config = finished.config_of(name)
   for key, value in leaves(config):
     config.update_from_flattened_dict({key: value})
@@ -78,7 +92,7 @@ def test_every_key_can_be_set_and_no_other(name):
     config.training.batch_size = 'eight'
 
 
-def test_gemma2_2b_has_the_setting_of_the_paper_and_fits_its_mesh(tmp_path):
+def test_gemma2_2b_is_as_in_the_paper(tmp_path):
   """Everything but arrays is made: 2.6 billion parameters, their optimiser and their shardings."""
   experiment = bind(finished.config_of('gemma2_2b'))
   assert experiment.decoder == PRESETS['gemma2_2b']
@@ -90,7 +104,7 @@ def test_gemma2_2b_has_the_setting_of_the_paper_and_fits_its_mesh(tmp_path):
   shapes = nn.unbox(boxed_shapes(experiment.decoder))
   assert count_parameters(shapes) == 2_614_341_888
   mesh = AbstractMesh((1, 16, 16, 1), MESH_AXES)
-  run = describe_training(experiment, tmp_path, shapes, '', mesh)
+  run = describe_training(experiment, tmp_path, mesh)
   run.check()
   describe_pretraining(experiment, tmp_path, mesh).check()
   embed = run.abstract.params['transformer']['blocks']['attention']['query']

@@ -5,10 +5,10 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-# A shell's process in the background ignores what Ctrl-C sends, and so would tests that send it.
+# A background process of a shell ignores SIGINT, and so would tests that send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before jax starts its backend. A test that starts a process of its own passes these on to it.
+# Set before jax starts its backend. Processes that tests start inherit it.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax  # noqa: E402
@@ -20,24 +20,47 @@ from latent_deliberation.experiment import Experiment  # noqa: E402
 from latent_deliberation.model.decoder import Decoder  # noqa: E402
 from tests import finished, tiny  # noqa: E402, F401  (finished, so that workers inherit its place)
 
-# Slow code, compiled four times as fast. XLA refuses to start on a flag that it does not know, so
-# these are set only for the versions on which they were tried.
+# Slower code that compiles four times as fast. XLA refuses to start on an unknown flag, so these
+# are set only for versions on which they were tried.
 if jax.__version__.startswith('0.10.'):
   os.environ.setdefault(
       'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false')
-# Not by a flag: a process that a test starts is to see one device, as on a laptop.
+# Not by a flag, since processes that tests start should see one device, as on a laptop.
 jax.config.update('jax_num_cpu_devices', 8)
+
+
+# Modules that start processes, train, or compile large programs. A test of any other module is
+# `unit`, unless it is slow or uses the finished quickstart. `pytest -m unit` takes under a minute.
+NOT_UNIT = (
+    'api', 'benchmarks/', 'cli/convert', 'cli/generate', 'cli/quickstart', 'data/loading',
+    'data/online', 'deliberation/coprocessor', 'deliberation/flops', 'deliberation/forward',
+    'evaluation/diagnostics', 'evaluation/evaluate', 'evaluation/gating', 'evaluation/perplexity',
+    'inference/background', 'inference/engine', 'inference/passes', 'inference/prefix_cache',
+    'inference/session', 'launch/bad_luck', 'launch/launch', 'launch/recipes', 'model/kernels/',
+    'parity/', 'planning/compile', 'readme', 'studies/chains', 'studies/questions',
+    'studies/scoring', 'studies/study_test', 'studies/tune', 'training/checkpointer',
+    'training/fit', 'training/hosts', 'training/loop', 'training/step', 'training/train')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Marks tests as `unit`, before -m selects tests by their marks."""
+  for item in items:
+    module = item.path.relative_to(Path(__file__).parent).as_posix()
+    is_large = module.startswith(NOT_UNIT) or 'quickstart' in item.fixturenames
+    if not is_large and item.get_closest_marker('slow') is None:
+      item.add_marker('unit')
 
 
 @pytest.fixture(scope='session')
 def decoder() -> Decoder:
-  """A decoder in which every feature matters; see tests/tiny.py."""
+  """The decoder in which every feature matters; see tests/tiny.py."""
   return Decoder(tiny.CONFIG)
 
 
 @pytest.fixture(scope='session')
 def decoder_params() -> Params:
-  """Its weights, far from an initialisation."""
+  """Random weights of that decoder."""
   return tiny.decoder_params()
 
 
@@ -49,7 +72,7 @@ def batch() -> Batch:
 
 @pytest.fixture(scope='session', autouse=True)
 def compilations_kept() -> Iterator[None]:
-  """Programs that take long to compile are looked up on disk, by all workers."""
+  """All workers share compiled programs on disk."""
   settings = {'jax_compilation_cache_dir': str(finished.COMPILED),
               'jax_persistent_cache_min_compile_time_secs': 0.2}
   for name, value in settings.items():
@@ -60,18 +83,18 @@ def compilations_kept() -> Iterator[None]:
 
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Meshes over one device, which compiles in a quarter of the time that eight take."""
+  """Meshes over one device, which compile in a quarter of the time that eight take."""
   devices = jax.devices()[:1]
   monkeypatch.setattr(jax, 'devices', lambda: devices)
 
 
 @pytest.fixture(scope='session')
 def quickstart() -> Path:
-  """The work directory of a finished quickstart; not to be written to."""
+  """The work directory of a finished quickstart, which tests must not write to."""
   return finished.quickstart()[0]
 
 
 @pytest.fixture(scope='session')
 def experiment(quickstart: Path) -> Experiment:
-  """The experiment that it ran."""
+  """The experiment of that quickstart."""
   return finished.experiment()

@@ -1,4 +1,4 @@
-"""Processes join where they were told to, or where jax knows of others, and nowhere else."""
+"""Processes join where flags say so or jax finds others, and nowhere else."""
 
 import jax
 import numpy as np
@@ -21,12 +21,14 @@ def joined(monkeypatch):
   return calls
 
 
-def test_a_machine_on_its_own_stays_one_process(joined):
+def test_single_machine(joined):
+  """A single machine stays one process."""
   distributed.initialize()
   assert not joined
 
 
-def test_all_three_join_processes_and_the_address_may_be_a_variable(joined, monkeypatch):
+def test_given_processes(joined, monkeypatch):
+  """All three arguments join processes, and the address may be a variable."""
   distributed.initialize('10.0.0.2:8476', 4, 3)
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'other:1')
   distributed.initialize(None, 2, 0)
@@ -34,21 +36,23 @@ def test_all_three_join_processes_and_the_address_may_be_a_variable(joined, monk
 
 
 @pytest.mark.parametrize('given, message', [
-    (('host:1', None, None), '--coordinator_address=host:1 .* without --process_count and --proc'),
-    (('host:1', 2, None), '--process_count=2 .* without --process_id: several'),
-    ((None, 2, 1), '--process_count=2, --process_id=1 .* without --coordinator_address'),
-    ((None, None, 0), '--process_id=0 .* without --coordinator_address and --process_count'),
-    (('host', 2, 1), '--coordinator_address=host: it must be host:port'),
-    (('host:1', 2, 2), '--process_id=2 with --process_count=2: it must lie between 0 and 1')])
-def test_what_does_not_suffice_is_named_and_no_one_waits(joined, given, message):
+    (('host:1', None, None), '--coordinator_address=host:1 .*--process_count.*--process_id'),
+    (('host:1', 2, None), '--process_count=2 .*--process_id'),
+    ((None, 2, 1), '--process_count=2, --process_id=1 .*--coordinator_address'),
+    ((None, None, 0), '--process_id=0 .*--coordinator_address.*--process_count'),
+    (('host', 2, 1), '--coordinator_address=host:.*host:port'),
+    (('host:1', 2, 2), '--process_id=2.*--process_count=2.*0 and 1')])
+def test_bad_arguments(joined, given, message):
+  """Missing or bad arguments are named, and nothing is joined."""
   with pytest.raises(UserError, match=message):
     distributed.initialize(*given)
   assert not joined
 
 
-def test_an_address_in_the_environment_alone_is_not_passed_over(joined, monkeypatch):
+def test_address_alone(joined, monkeypatch):
+  """An address in the environment alone is refused."""
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'host:1')
-  with pytest.raises(UserError, match='JAX_COORDINATOR_ADDRESS.* without --process_count'):
+  with pytest.raises(UserError, match='JAX_COORDINATOR_ADDRESS.*--process_count'):
     distributed.initialize()
 
 
@@ -57,14 +61,16 @@ def test_an_address_in_the_environment_alone_is_not_passed_over(joined, monkeypa
     ({'SLURM_NTASKS': '1', 'SLURM_STEP_NODELIST': 'node1'}, 0),
     ({'SLURM_NTASKS': '2'}, 0),  # in a batch script, outside of srun
     ({'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_MCA_orte_hnp_uri': '1.0;tcp://10.0.0.2:3'}, 1)])
-def test_processes_of_a_launcher_join_by_themselves(joined, monkeypatch, environment, calls):
+def test_launchers(joined, monkeypatch, environment, calls):
+  """Processes of a launcher join by themselves."""
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   distributed.initialize()
   assert joined == [()] * calls
 
 
-def test_tpu_hosts_join_by_themselves_and_a_single_one_goes_on(joined, monkeypatch):
+def test_tpu_hosts(joined, monkeypatch):
+  """TPU hosts join by themselves, and a single one runs alone."""
   def find_nobody():
     joined.append(())
     raise ValueError('coordinator_address should be defined.')
@@ -80,6 +86,7 @@ def test_tpu_hosts_join_by_themselves_and_a_single_one_goes_on(joined, monkeypat
   assert joined == [(), ()]
 
 
-def test_alone_the_first_process_does_the_work_and_its_error_is_its_own():
-  with pytest.raises(UserError, match='here'):
+def test_run_alone():
+  """A single process does the work, and its error stays as it is."""
+  with pytest.raises(FileNotFoundError, match='not here'):
     distributed.run_on_process_zero('fail', lambda: np.fromfile('not here'))

@@ -1,3 +1,5 @@
+"""Files and directories are written whole or not at all, and failures name the path."""
+
 import os
 from pathlib import Path
 
@@ -5,16 +7,18 @@ import jax
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import whole_directory, write_whole
+from latent_deliberation.files import make_writable, whole_directory, write_whole
 
 
-def test_a_new_content_replaces_the_old_one(tmp_path):
+def test_write_whole(tmp_path):
+  """New content replaces the old."""
   write_whole(tmp_path / 'deep' / 'file', b'old')
   write_whole(tmp_path / 'deep' / 'file', b'new')
   assert (tmp_path / 'deep' / 'file').read_bytes() == b'new'
 
 
-def test_a_full_disk_keeps_the_old_content_and_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_write_whole_on_full_disk(tmp_path, monkeypatch):
+  """A full disk is named, keeps the old content and leaves no other file."""
   path = tmp_path / 'file'
   write_whole(path, b'old')
 
@@ -22,13 +26,14 @@ def test_a_full_disk_keeps_the_old_content_and_leaves_nothing_behind(tmp_path, m
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(os, 'fsync', full)
-  with pytest.raises(UserError, match='No space left'):
+  with pytest.raises(UserError, match=f'{path}.*No space left'):
     write_whole(path, b'new')
   assert path.read_bytes() == b'old'
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_directory_appears_with_all_that_was_written_into_it(tmp_path):
+def test_whole_directory(tmp_path):
+  """A directory appears with everything that was written into it."""
   target = tmp_path / 'deep' / 'target'
   with whole_directory(target) as partial:
     (partial / 'file').write_text('content')
@@ -37,17 +42,20 @@ def test_a_directory_appears_with_all_that_was_written_into_it(tmp_path):
   assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
-def test_an_error_inside_leaves_nothing_of_a_directory(tmp_path, error):
-  with pytest.raises(error), whole_directory(tmp_path / 'target') as partial:
+@pytest.mark.parametrize('error', [ValueError, OSError, KeyboardInterrupt])
+def test_error_inside(tmp_path, error):
+  """An error of the block leaves no directory, and stays as it is."""
+  with pytest.raises(error) as raised, whole_directory(tmp_path / 'target') as partial:
     (partial / 'inner').mkdir()
     (partial / 'inner' / 'file').write_text('content')
     raise error
+  assert raised.type is error
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('kind', ['directory', 'empty directory', 'file'])
-def test_what_is_there_is_never_written_over(tmp_path, kind):
+def test_no_overwriting(tmp_path, kind):
+  """An existing file or directory is not overwritten."""
   target = tmp_path / 'target'
   if kind == 'file':
     target.write_text('old')
@@ -55,14 +63,15 @@ def test_what_is_there_is_never_written_over(tmp_path, kind):
     target.mkdir()
   if kind == 'directory':
     (target / 'file').write_text('old')
-  with pytest.raises(UserError, match=f'{target} exists already'), whole_directory(target):
+  with pytest.raises(UserError, match=f'{target}.*exists'), whole_directory(target):
     pytest.fail('the block was entered')
   assert list(tmp_path.rglob('*')) == [target] + [target / 'file'] * (kind == 'directory')
 
 
-def test_a_target_that_appears_meanwhile_is_not_written_over(tmp_path):
+def test_target_appears(tmp_path):
+  """A target that appears meanwhile is not overwritten."""
   target = tmp_path / 'target'
-  with pytest.raises(UserError), whole_directory(target) as partial:
+  with pytest.raises(UserError, match=str(target)), whole_directory(target) as partial:
     (partial / 'file').write_text('new')
     target.mkdir()
     (target / 'file').write_text('old')
@@ -70,7 +79,8 @@ def test_a_target_that_appears_meanwhile_is_not_written_over(tmp_path):
   assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path):
+def test_killed_process(tmp_path):
+  """The files of a killed process are removed."""
   killed = whole_directory(tmp_path / 'target')
   left = killed.__enter__()
   (left / 'old').write_text('old')
@@ -80,7 +90,8 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
   assert list(tmp_path.iterdir()) == [tmp_path / 'target']
 
 
-def test_a_relative_path_is_that_of_the_start(tmp_path, monkeypatch):
+def test_relative_path(tmp_path, monkeypatch):
+  """A relative path is that of the start."""
   (tmp_path / 'other').mkdir()
   monkeypatch.chdir(tmp_path)
   with whole_directory(Path('target')):
@@ -88,9 +99,27 @@ def test_a_relative_path_is_that_of_the_start(tmp_path, monkeypatch):
   assert (tmp_path / 'target').is_dir()
 
 
-def test_other_processes_than_the_first_touch_nothing(tmp_path, monkeypatch):
+def test_other_processes(tmp_path, monkeypatch):
+  """Other processes than the first write nothing."""
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
   with whole_directory(tmp_path / 'target') as partial:
     assert partial.parent == tmp_path
     assert not list(tmp_path.iterdir())
+  assert not list(tmp_path.iterdir())
+
+
+def test_failed_directory(tmp_path):
+  """A directory that cannot be created is named."""
+  (tmp_path / 'file').touch()
+  for write in (lambda path: whole_directory(path).__enter__(), make_writable,
+                lambda path: write_whole(path, b'')):
+    with pytest.raises(UserError, match=f'{tmp_path}/file/inner'):
+      write(tmp_path / 'file/inner')
+
+
+def test_url(tmp_path, monkeypatch):
+  """A URL is refused, and does not become a local folder."""
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match='gs:/bucket/run.*mount'):
+    make_writable(Path('gs://bucket/run'))
   assert not list(tmp_path.iterdir())

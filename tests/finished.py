@@ -1,6 +1,6 @@
-"""One tiny quickstart, run once by its launch script for all tests that look at a finished run.
+"""One tiny quickstart, run once by its launch script for all tests that need a finished run.
 
-pytest's workers share it, and compilations too: the first one that wants it runs it.
+pytest's workers share it and its compilations. The first worker that needs it runs it.
 """
 
 import fcntl
@@ -38,13 +38,13 @@ OVERRIDES = {
 
 
 def environment() -> dict[str, str]:
-  """For processes that tests start: this source tree, one device, compilations shared."""
+  """Variables for processes that tests start: this source tree, shared compilations."""
   return {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(COMPILED),
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
 
 def command(script: str, *arguments: str) -> list[str]:
-  """A launch script on the configuration of `experiment()`, as a user would type it."""
+  """Returns the command of a launch script on the configuration of `experiment()`."""
   overrides = [f'--config.{key}={value}' for key, value in OVERRIDES.items()]
   return [sys.executable, f'launch/{script}.py', '--config=configs/tiny.py', *overrides, *arguments]
 
@@ -56,12 +56,12 @@ def launch(script: str, *arguments: str, **options: Any) -> subprocess.Completed
 
 
 def config_of(name: str, *arguments: str) -> Any:
-  """What get_config(...) of configs/<name>.py returns."""
+  """Returns get_config(...) of configs/<name>.py."""
   return runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config'](*arguments)
 
 
 def experiment(**overrides: Any) -> Experiment:
-  """The experiment of the finished quickstart, with other values for some dotted keys ('__')."""
+  """Returns the experiment of the finished quickstart with overrides, such as data__mode='x'."""
   config = config_of('tiny')
   config.update_from_flattened_dict(
       OVERRIDES | {key.replace('__', '.'): value for key, value in overrides.items()})
@@ -69,7 +69,7 @@ def experiment(**overrides: Any) -> Experiment:
 
 
 def write_texts(directory: Path, documents: Sequence[str]) -> None:
-  """Half of the documents as .txt files, the other half as lines of one .jsonl."""
+  """Writes half of the documents as .txt files, the other half as lines of one .jsonl."""
   directory.mkdir(parents=True)
   half = len(documents) // 2
   for number, text in enumerate(documents[:half]):
@@ -80,7 +80,7 @@ def write_texts(directory: Path, documents: Sequence[str]) -> None:
 
 @functools.cache
 def quickstart() -> tuple[Path, str]:
-  """The work directory of the finished quickstart, and what it printed."""
+  """Returns the work directory of the finished quickstart, and its standard output."""
   with (_PLACE / 'lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not _PRINTED.exists():
@@ -89,7 +89,7 @@ def quickstart() -> tuple[Path, str]:
 
 
 def _run_quickstart() -> str:
-  for earlier in (TEXTS, QUICKSTART):  # of a worker that failed
+  for earlier in (TEXTS, QUICKSTART):  # left by a worker that failed
     shutil.rmtree(earlier, ignore_errors=True)
   write_texts(TEXTS, [f'Document {number}: ' + f'the {number}th of the forty. ' * 25
                       for number in range(40)])

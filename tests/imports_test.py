@@ -1,4 +1,4 @@
-"""Imports point one way, down; and training runs where neither TensorFlow nor seqio is."""
+"""Imports follow the rings, stay few, and need neither TensorFlow nor seqio for training."""
 
 import ast
 import subprocess
@@ -15,7 +15,7 @@ PACKAGE = 'latent_deliberation'
 # Three rings: what a train step and a prompt need; studies; tools. No ring imports the next one.
 STUDIES, TOOLS = ('studies',), ('benchmarks', 'planning')
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets')
-# Modules that import those, and so may not be imported by a module that must do without.
+# Modules that import those. No other module may import one of these when it is loaded.
 NEED_TENSORFLOW = tuple(f'{PACKAGE}.data.{name}' for name in (
     'host_tensorflow', 'online', 'packing', 'sources', 'tasks', 'vocabularies'))
 
@@ -40,7 +40,7 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
 
 
 def imports_when_loaded(path: Path) -> set[str]:
-  """What importing a module imports: not what its functions import when they are called."""
+  """Everything that loading a module imports, without the imports inside its functions."""
   tree = ast.parse(path.read_text())
   for node in ast.walk(tree):
     if isinstance(node, ast.FunctionDef):
@@ -58,18 +58,46 @@ def test_rings(path):
   assert not imported & set(further)
 
 
-def test_no_two_modules_share_a_name():
+def closure_of(script: Path) -> set[Path]:
+  """A script and all files of the library, but for empty ones, that it may import."""
+  found, waiting = set(), [script]
+  while waiting:
+    path = waiting.pop()
+    if path in found or not path.read_text().strip():
+      continue
+    found.add(path)
+    for name in imports_of(ast.parse(path.read_text())):
+      if name.split('.')[0] == PACKAGE:
+        place = finished.ROOT.joinpath(*name.split('.'))
+        waiting += [each for each in (place.with_suffix('.py'), place / '__init__.py')
+                    if each.is_file()]
+  return found
+
+
+@pytest.mark.parametrize('script', ['train', 'generate'])
+def test_closure(script):
+  """A train step, and a prompt, are read in at most 50 files of the inner ring."""
+  files = closure_of(finished.ROOT / f'launch/{script}.py')
+  assert 20 < len(files) <= 50
+  library = {path for path in files if path.is_relative_to(finished.ROOT / PACKAGE)}
+  assert not {folder_of(path) for path in library} & {*STUDIES, *TOOLS}
+
+
+def test_module_names():
+  """No two modules share a name."""
   stems = [path.stem for path in modules() if path.stem != '__init__']
   assert sorted(stems) == sorted(set(stems))
 
 
-def test_nothing_in_the_library_imports_launch_configs_or_tests():
+def test_library_is_closed():
+  """The library imports nothing of launch, configs or tests."""
   for path in modules():
     roots = {name.split('.')[0] for name in imports_of(ast.parse(path.read_text()))}
     assert not roots & {'launch', 'configs', 'tests'}, path
 
 
-def test_launch_scripts_stay_short_and_call_the_library():
+def test_launch_scripts():
+  """Launch scripts are short and import nothing but the library and absl."""
   scripts = list((finished.ROOT / 'launch').glob('*.py'))
   assert len(scripts) >= 4
   for path in scripts:
@@ -79,7 +107,8 @@ def test_launch_scripts_stay_short_and_call_the_library():
 
 
 @pytest.mark.parametrize('path', modules(), ids=lambda path: f'{folder_of(path)}-{path.stem}')
-def test_only_the_pipeline_imports_tensorflow_when_it_is_loaded(path):
+def test_tensorflow(path):
+  """Only the modules that prepare data import TensorFlow when they are loaded."""
   needed = {name for name in imports_when_loaded(path)
             if name.split('.')[0] in HEAVY or name in NEED_TENSORFLOW}
   module = '.'.join((PACKAGE, *path.relative_to(finished.ROOT / PACKAGE).with_suffix('').parts))
@@ -89,7 +118,8 @@ def test_only_the_pipeline_imports_tensorflow_when_it_is_loaded(path):
     assert not needed
 
 
-def test_training_loads_neither_tensorflow_nor_seqio():
+def test_training_without_tensorflow():
+  """Training loads neither TensorFlow nor seqio."""
   code = ('import sys\nfrom latent_deliberation.cli import quickstart\n'
           f'print(sorted(set(sys.modules) & set({HEAVY!r})))')
   process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""A decoder is loaded whole and as configured, or not at all."""
+"""The frozen decoder is loaded whole and as configured, or not at all."""
 
 import dataclasses
 import os
@@ -27,8 +27,8 @@ def mesh():
   return make_mesh(MeshConfig())
 
 
-def test_the_decoder_that_was_pretrained_is_loaded_in_the_dtype_that_it_is_kept_in(
-    quickstart, mesh):
+def test_frozen_dtype(quickstart, mesh):
+  """The pretrained decoder is loaded in its frozen dtype."""
   checkpoint = open_frozen(finished.experiment(), quickstart / 'pretraining/decoder')
   params, decoder_fingerprint = load_frozen(finished.experiment(), checkpoint, mesh)
   rounded, same = load_frozen(
@@ -40,8 +40,8 @@ def test_the_decoder_that_was_pretrained_is_loaded_in_the_dtype_that_it_is_kept_
 
 
 @pytest.mark.parametrize('replicated', [False, True])
-def test_a_decoder_in_int8_is_that_of_its_weights_and_lies_where_a_plan_says(
-    quickstart, replicated):
+def test_int8(quickstart, replicated):
+  """An int8 decoder has the planned shardings and the fingerprint of its stored weights."""
   experiment = finished.experiment(
       computation__frozen_dtype='int8', computation__replicate_frozen=replicated, mesh__fsdp=2)
   mesh = make_mesh(experiment.mesh)
@@ -55,27 +55,31 @@ def test_a_decoder_in_int8_is_that_of_its_weights_and_lies_where_a_plan_says(
       jax.typeof, frozen_shapes(experiment, mesh))
 
 
-def test_a_decoder_of_other_sizes_is_refused_with_both(quickstart):
-  with pytest.raises(UserError, match='decoder.window: 8 there, 9 in the config\nChange the con'):
+def test_other_sizes(quickstart):
+  """A decoder of other sizes is refused with both."""
+  with pytest.raises(UserError, match='decoder.window.*8.*9'):
     open_frozen(finished.experiment(decoder__window=9), quickstart / 'pretraining/decoder')
 
 
 # Tensorstore's threads outlive the event loop of a read that failed.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_a_truncated_decoder_is_refused(tmp_path, quickstart, mesh):
+def test_truncated(tmp_path, quickstart, mesh):
+  """A truncated decoder is refused."""
   decoder = shutil.copytree(quickstart / 'pretraining/decoder', tmp_path / 'decoder')
   largest = max((path for path in decoder.rglob('*') if path.is_file()), key=os.path.getsize)
   largest.write_bytes(largest.read_bytes()[:100])
-  with pytest.raises(UserError, match=f'{decoder}/weights cannot be read .* write it again'):
+  with pytest.raises(UserError, match=f'{decoder}/weights'):
     load_frozen(finished.experiment(), open_frozen(finished.experiment(), decoder), mesh)
 
 
-def test_a_directory_without_a_decoder_is_refused(tmp_path):
-  with pytest.raises(UserError, match='holds no decoder: neither decoder.json, which'):
+def test_no_decoder(tmp_path):
+  """A directory without a decoder is refused."""
+  with pytest.raises(UserError, match=f'{tmp_path}.*decoder.json'):
     open_frozen(finished.experiment(), tmp_path)
 
 
-def test_the_computation_does_not_change_the_parameters():
+def test_computation_changes_no_shape():
+  """The computation does not change the parameters."""
   experiment = finished.experiment()
   computation = dataclasses.replace(
       experiment.computation, dtype='bfloat16', remat='full', scan=False, attention='fused')

@@ -1,9 +1,13 @@
+"""Progress lines show the time left, and times of phases outlive a launch."""
+
 import itertools
 import time
 
+import pytest
 from absl import logging
 
-from latent_deliberation.progress import Progress
+from latent_deliberation import progress
+from latent_deliberation.progress import PhaseClock, Progress, format_duration
 
 
 def lines_of(monkeypatch, total, seconds_between):
@@ -11,22 +15,50 @@ def lines_of(monkeypatch, total, seconds_between):
   lines, clock = [], itertools.count(0, seconds_between)
   monkeypatch.setattr(time, 'monotonic', lambda: next(clock))
   monkeypatch.setattr(logging, 'info', lambda text, *values: lines.append(text % values))
-  progress = Progress('Packing train', 'documents', total)
+  packing = Progress('Packing train', 'documents', total)
   for done in range(1, 7):
-    progress.update(done)
+    packing.update(done)
   return lines
 
 
-def test_the_time_left_follows_from_the_pace_so_far(monkeypatch):
+def test_time_left(monkeypatch):
+  """The time left follows from the pace so far."""
   lines = lines_of(monkeypatch, 10, 10)
   assert lines[0] == 'Packing train: 1 of 10 documents, 90 s left'
   assert lines[-1] == 'Packing train: 6 of 10 documents, 40 s left'
 
 
-def test_lines_come_every_ten_seconds_at_most(monkeypatch):
+def test_ten_seconds(monkeypatch):
+  """Lines come every ten seconds at most."""
   assert len(lines_of(monkeypatch, 10, 4)) == 2
 
 
-def test_without_a_known_total_only_the_count_is_told(monkeypatch):
+def test_unknown_total(monkeypatch):
+  """Without a known total, a line shows the count alone."""
   for total in (None, float('inf')):
     assert lines_of(monkeypatch, total, 10)[0] == 'Packing train: 1 documents'
+
+
+def test_phase_clock(tmp_path, monkeypatch):
+  """The clock sums over launches until a phase is complete."""
+  now = itertools.count(0, 10)
+  monkeypatch.setattr(progress.time, 'perf_counter', lambda: float(next(now)))
+
+  def launch(error=None):
+    clock = PhaseClock(tmp_path / 'phases.json')
+    with clock.phase('decoder'):
+      if error:
+        raise error
+    return clock.seconds
+
+  with pytest.raises(SystemExit):
+    launch(SystemExit(0))
+  assert launch() == {'decoder': 20}
+  assert launch() == {'decoder': 20}
+
+
+@pytest.mark.parametrize('seconds, text', [
+    (0.4, '0s'), (59.6, '1m00s'), (192, '3m12s'), (7500, '2h05m'), (100_800, '1d04h')])
+def test_format_duration(seconds, text):
+  """A duration shows its two largest units."""
+  assert format_duration(seconds) == text

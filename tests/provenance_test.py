@@ -1,4 +1,4 @@
-"""Where a result comes from."""
+"""The commit and the memory that a result names."""
 
 import subprocess
 
@@ -12,7 +12,8 @@ def test_peak_memory_is_in_bytes():
   assert held.nbytes < peak_memory_bytes() < 2**40
 
 
-def test_git_commit_tells_changes_and_is_unknown_outside_git(tmp_path, monkeypatch):
+def test_git_commit(tmp_path, monkeypatch):
+  """The commit shows changes, and is unknown outside git."""
   monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
   for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'):  # set inside a git hook
     monkeypatch.delenv(name, raising=False)

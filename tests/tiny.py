@@ -1,7 +1,7 @@
 """A decoder of a few thousand weights in which every feature of the architecture matters.
 
-Caps are small, windows shorter than documents, norms off zero, sizes all different, so that a
-mistake in any of them moves the outputs by far more than rounding: decoder_test.py checks that.
+Caps are small, windows are shorter than documents, norms are not zero, and all sizes differ. So a
+mistake in any of them changes the outputs by far more than rounding. decoder_test.py checks that.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ CHOICES = DeliberationConfig(num_latents=3, num_ahead=4, num_traces=4, lora_rank
 
 
 def randomised(params: Params, seed: int, spread: float = 0.3) -> Params:
-  """The same tree with every leaf drawn anew, zeros of an initialisation included; unboxed."""
+  """Returns the same tree, unboxed, with every leaf drawn at random, also those that are zero."""
   leaves, structure = jax.tree.flatten(nn.unbox(params))
   random = np.random.default_rng(seed)
   return jax.tree.unflatten(structure, [
@@ -39,13 +39,13 @@ def randomised(params: Params, seed: int, spread: float = 0.3) -> Params:
 
 
 def decoder_params(config: TransformerConfig = CONFIG, seed: int = 0) -> Params:
-  """Weights of a decoder."""
+  """Returns random weights of a decoder."""
   shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   return randomised(shapes['params'], seed)
 
 
 def packed_batch(documents: Sequence[Sequence[int]], seed: int = 0, length: int = LENGTH) -> Batch:
-  """Texts of documents of the given lengths, padded to `length`."""
+  """Returns texts of documents of the given lengths, padded to `length`."""
   random = np.random.default_rng(seed)
   tokens, segments, positions = np.zeros((3, len(documents), length), np.int32)
   for text, lengths in enumerate(documents):
@@ -61,34 +61,34 @@ def packed_batch(documents: Sequence[Sequence[int]], seed: int = 0, length: int 
 
 def deliberator(model: TransformerConfig = CONFIG, attention: str = 'plain', remat: str = 'none',
                 **choices) -> Deliberator:
-  """A deliberator with CHOICES, some of them replaced."""
-  config, how = dataclasses.replace(CHOICES, **choices), dict(attention=attention, remat=remat)
-  return Deliberator(Decoder(model, **how), Coprocessor(model, config, **how))
+  """Returns a deliberator with CHOICES, some of them replaced."""
+  config, options = dataclasses.replace(CHOICES, **choices), dict(attention=attention, remat=remat)
+  return Deliberator(Decoder(model, **options), Coprocessor(model, config, **options))
 
 
 def coprocessor_params(deliberator: Deliberator, decoder_params: Params, seed: int = 1) -> Params:
-  """Weights of its coprocessor as if trained: no gate and no adapter is zero."""
+  """Returns parameters of its coprocessor as if trained: no gate and no adapter is zero."""
   shapes = jax.eval_shape(deliberator.coprocessor.init, jax.random.key(0), decoder_params)
   return randomised(shapes, seed)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def start(deliberator: Deliberator, key: Array, decoder_params: Params) -> Params:
-  """The parameters that a coprocessor starts with, boxed."""
+  """Returns the initial parameters of a coprocessor, boxed."""
   return deliberator.coprocessor.init(key, decoder_params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(deliberator: Deliberator, params: Params, decoder_params: Params, batch: Batch,
             traces: Traces) -> Array:
-  """The hidden states [B, M, A, D] of Deliberator.forward."""
+  """Returns the hidden states [B, M, A, D] of Deliberator.forward."""
   return deliberator.forward(params, decoder_params, batch, traces)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward_and_gradient(deliberator: Deliberator, params: Params, decoder_params: Params,
                          batch: Batch, traces: Traces, weight: Array) -> tuple[Array, Params]:
-  """The same, and the gradient of their sum weighted by [B, M, A, D]."""
+  """Returns the hidden states and the gradient of their sum weighted by [B, M, A, D]."""
   hidden, pull = jax.vjp(
       lambda params: deliberator.forward(params, decoder_params, batch, traces), params)
   return hidden, pull(weight)[0]
@@ -98,7 +98,7 @@ def forward_and_gradient(deliberator: Deliberator, params: Params, decoder_param
 def read(decoder_params: Params, tokens: Array, positions: Array | None = None,
          segments: Array | None = None, config: TransformerConfig = CONFIG,
          ) -> tuple[Array, Array, KVCache]:
-  """Hidden states, logits and cache of whole texts [B, T]."""
+  """Returns hidden states, logits and cache of whole texts [B, T]."""
   variables = {'params': decoder_params}
   hidden, cache = Decoder(config).apply(variables, tokens, positions, segments, method='prefill')
   return hidden, Decoder(config).apply(variables, hidden, method='logits'), cache
@@ -107,10 +107,10 @@ def read(decoder_params: Params, tokens: Array, positions: Array | None = None,
 @jax.jit
 def read_on(decoder_params: Params, x: Array, positions: Array, cache: KVCache,
             ) -> tuple[Array, Array, KVCache]:
-  """Hidden states, logits and longer cache for embeddings x [B, Q, D] behind a cache.
+  """Returns hidden states, logits and the longer cache for embeddings x [B, Q, D] after a cache.
 
   Args:
-    positions: [Q]; all of the cache, and all of x, is one document a text.
+    positions: [Q] position ids. The cache and x of a text are one document.
   """
   variables, decoder = {'params': decoder_params}, Decoder(CONFIG)
   positions = jnp.broadcast_to(positions, (len(x), 1, x.shape[1]))
@@ -123,5 +123,5 @@ def read_on(decoder_params: Params, x: Array, positions: Array, cache: KVCache,
 
 
 def embed(decoder_params: Params, tokens: Array) -> Array:
-  """Input embeddings [B, Q, D] of tokens [B, Q]."""
+  """Returns the input embeddings [B, Q, D] of tokens [B, Q]."""
   return Decoder(CONFIG).apply({'params': decoder_params}, tokens[:, None], method='embed')[:, 0]

@@ -6,37 +6,38 @@
   python launch/study.py --config=configs/study/graphs.py:prosqa --workdir=runs/prosqa \\
       --config.questions.options.asked=prosqa_test.json
 
-Decoder and arms are those of hops.py:quick, or of another size of it as in the second command
-(prosqa_full), but for what the arms train on: long paths as often as short ones, unlike the
-decoder's text. Answers are one of two, so that guessing is right half of the time. Among its
-questions every document has links, an arrow each: without them the decoder guesses even where one
-arrow leads to the answer (docs/results.md). The third command has graphs of 26 nodes and 42 arrows,
-so that ProsQA's own can be asked of the same arms, as in the fourth; results.json is then about
-those. Its decoder guesses all the same, after as many steps: a null result.
+Decoder and arms are those of pointer_chasing.py:quick, or of another size of it as in the second
+command. The arms train on long paths as often as on short ones; the decoder reads mostly short
+ones. An answer is one of two nodes, and guessing is right half of the time.
+
+Every document also has links among its questions, each of one arrow. Without them the decoder
+guesses even where one arrow leads to the answer.
+
+The third command has graphs of 26 nodes and 42 arrows. They are as large as those of ProsQA, whose
+questions the fourth command asks of the same arms; results.json is then about these. After as many
+steps its decoder still guesses: a null result.
 """
 
-import runpy
 from dataclasses import asdict, replace
-from pathlib import Path
 
+from configs.study import pointer_chasing
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import Study
 from latent_deliberation.studies.synthetic.graphs import Graphs
 
-HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
-QUESTIONS = 12  # of a training document, and as many links
+QUESTIONS = 12  # in a training document, and as many links
 TASKS = {'small': Graphs(nodes=10, steps=3, skew=1.5, links=QUESTIONS),
          'prosqa': Graphs(nodes=26, steps=3, skew=1.5, links=QUESTIONS)}
 
 
 def get_config(choice='quick'):
-  """A size of hops.py, or 'prosqa', alone or with a size behind an underscore."""
-  name, size = HOPS['read_choice']('graphs.py', choice, tuple(TASKS))
-  study = bind(HOPS['get_config'](size), Study)
+  """A size of pointer_chasing.py, or 'prosqa', alone or with a size after an underscore."""
+  name, size = pointer_chasing.read_choice('graphs.py', choice, tuple(TASKS))
+  study = bind(pointer_chasing.get_config(size), Study)
   task, start = TASKS[name], study.experiment
   options = asdict(task)
-  asked = {'asked': options.pop('asked')}  # no part of the text
+  asked = {'asked': options.pop('asked')}  # changes the questions, not the text
   arrows = 2 * (task.nodes - task.steps - 2)
   experiment = replace(
       start,
@@ -47,8 +48,8 @@ def get_config(choice='quick'):
       pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=4000)),
       training=replace(start.training, loop=replace(start.training.loop, num_steps=1500)),
       deliberation=replace(start.deliberation, num_traces=QUESTIONS,
-                           anchor_tokens=HOPS['ids'](task.anchors)),
+                           anchor_tokens=pointer_chasing.ids(task.anchors)),
       evaluation=replace(start.evaluation, num_traces=QUESTIONS))
   return as_config(replace(
-      study, name=f'reachability, {name} graphs', experiment=experiment, arm_data_options={'skew': 0.0},
-      questions=replace(study.questions, options=asked)))
+      study, name=f'reachability, {name} graphs', experiment=experiment,
+      arm_data_options={'skew': 0.0}, questions=replace(study.questions, options=asked)))

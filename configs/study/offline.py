@@ -3,33 +3,32 @@
   python launch/study.py --config=configs/study/offline.py --workdir=runs/offline
   python launch/study.py --config=configs/study/offline.py:hard --workdir=runs/offline_hard
 
-Pointer chasing as in hops.py:quick, with the same decoder and text, but latents refine the facts
-themselves as soon as all of them have been read, and every question behind them is answered from
-what they prepared. In the second command arms learn on text with all numbers of hops equally often;
-hard_full and full have every arm of hops.py.
+Pointer chasing as in pointer_chasing.py:quick, with the same decoder and text. Here latents refine
+the facts themselves, once all facts have been read. Every question after them is answered from
+these latents. In the second command the arms train on text with all numbers of hops equally often.
+The sizes full and hard_full have every arm of pointer_chasing.py.
 """
 
-import runpy
 from dataclasses import replace
-from pathlib import Path
 
+from configs.study import pointer_chasing
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import Study
 
-HOPS = runpy.run_path(str(Path(__file__).with_name('hops.py')))
-FACTS = 2 * HOPS['TASK'].nodes + 1  # tokens, with the sign that ends them
-QUESTIONS = 3 * HOPS['QUESTIONS']  # tokens, with their answers
-ARM_DATA_OPTIONS = {'same': {}, 'hard': {'skew': 0.0}}  # by how they differ from the decoder's text
+FACTS = 2 * pointer_chasing.TASK.nodes + 1  # tokens, with the sign that ends them
+QUESTIONS = 3 * pointer_chasing.QUESTIONS  # tokens, with their answers
+# Where the text of the arms differs from the decoder's.
+ARM_DATA_OPTIONS = {'same': {}, 'hard': {'skew': 0.0}}
 
 
 def get_config(choice='same'):
-  """'same' or 'hard', alone or with a size of hops.py behind an underscore."""
-  kind, size = HOPS['read_choice']('offline.py', choice, tuple(ARM_DATA_OPTIONS))
-  study = bind(HOPS['get_config'](size), Study)
+  """'same' or 'hard', alone or with a size of pointer_chasing.py after an underscore."""
+  kind, size = pointer_chasing.read_choice('offline.py', choice, tuple(ARM_DATA_OPTIONS))
+  study = bind(pointer_chasing.get_config(size), Study)
   start = study.experiment
   experiment = replace(start, deliberation=replace(
       start.deliberation, num_latents=FACTS, num_ahead=QUESTIONS, num_traces=1,
-      anchor_tokens=HOPS['ids'](';')))
+      anchor_tokens=pointer_chasing.ids(';')))
   return as_config(replace(
       study, name=f'pointer chasing, offline, {kind} questions', experiment=experiment,
       arm_data_options=ARM_DATA_OPTIONS[kind], questions=replace(study.questions, offline=True)))

@@ -1,30 +1,33 @@
-"""Perplexity by ahead position: the shape of the paper's Table 1, and what it hangs on.
+"""Perplexity by ahead position: the shape of the paper's Table 1, and what it depends on.
 
   python launch/study.py --config=configs/study/text.py --workdir=runs/text
   python launch/study.py --config=configs/study/text.py:ahead --workdir=runs/text_ahead
   python launch/study.py --config=configs/study/text.py:plateau --workdir=runs/text_plateau
   python launch/study.py --config=configs/study/text.py:fresh --workdir=runs/text_fresh
 
-Every arm trains for as many steps on as many traces, and the table has the coprocessor's own
-latents beside those of another text. The first command has 4 to 32 latents, and beside them
-constant soft tokens and the decoder continued on the same text (text.py:full has adapters and a
-unified arm, too); the second 8 latents and 4 to 32 ahead tokens; text and decoder are the
-quickstart's. The third has the first's arms on a decoder of 2 M parameters that has read the text
-one and a half times. The fourth has them on the quickstart's decoder after 15 tokens a weight, each
-read once, and on text that it has not read: sources of packages that requirements.txt installs,
-three times as much text.
+Every arm trains for the same number of steps on the same number of traces. The table shows the
+coprocessor's own latents and those of another text.
+
+- The first command has 4 to 32 latents, constant soft tokens, and the decoder finetuned on the same
+  text. Text and decoder are those of the quickstart. text.py:full adds the arms 'joint' and 'lora'.
+- The second has 8 latents and 4 to 32 ahead tokens.
+- The third has the first command's arms on a decoder of 2 M parameters, which has read the text one
+  and a half times.
+- The fourth has them on the quickstart's decoder after 15 tokens a weight, each read once. The arms
+  train on text that the decoder has not read. The text is three times as long: sources of packages
+  that requirements.txt installs.
 """
 
 import dataclasses
 import importlib.util
-import runpy
 from pathlib import Path
 
+from configs import quickstart
+from configs.study.pointer_chasing import ADAPTERS
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import ArmConfig, Study
 
-QUICKSTART = Path(__file__).parents[1] / 'quickstart.py'
 LATENTS = {f'{count} latents': ArmConfig(changes={'deliberation': {'num_latents': count}})
            for count in (4, 8, 16, 32)}
 AHEAD = {f'{count} ahead': ArmConfig(
@@ -33,11 +36,10 @@ CONTROLS = {
     '16 constant': ArmConfig(
         changes={'deliberation': {'num_latents': 16, 'trainable': 'constant'}}),
     'finetuned': ArmConfig('finetuned')}
-# The decoder's own training ended at 1.6e-4; 'finetuned' begins at 3e-3 again, as latents do.
-GENTLY = {f'finetuned {how}': ArmConfig(
+# The decoder's own training ended at a rate of 1.6e-4. 'finetuned' begins at 3e-3, as latents do.
+GENTLY = {f'finetuned {name}': ArmConfig(
     'finetuned', {'training': {'optimizer': {'learning_rate': rate}}})
-          for how, rate in (('gently', 5e-4), ('at rest', 1.6e-4))}
-ADAPTERS = runpy.run_path(str(Path(__file__).with_name('hops.py')))['ADAPTERS']
+          for name, rate in (('gently', 5e-4), ('at rest', 1.6e-4))}
 TUNED = {
     '16, lora coprocessor': ArmConfig(changes={'deliberation': {'num_latents': 16, **ADAPTERS}}),
     'joint': ArmConfig('joint', CONTROLS['16 constant'].changes),
@@ -45,14 +47,14 @@ TUNED = {
 ARMS = {'quickstart': LATENTS | CONTROLS, 'ahead': AHEAD, 'plateau': LATENTS | CONTROLS,
         'fresh': LATENTS | CONTROLS | GENTLY, 'full': LATENTS | CONTROLS | TUNED}
 PACKAGES = ('flax', 'jax', 'keras', 'matplotlib', 'numpy', 'optax', 'scipy', 'tensorflow_datasets')
-FRESH_ROWS = 50_000  # of 256 tokens: nine tenths are the decoder's, and one tenth the arms'
+FRESH_ROWS = 50_000  # of 256 tokens: nine tenths for the decoder, one tenth for the arms
 
 
 def get_config(size='quickstart'):
-  """With 16 traces a text, and N_A = 16, the paper's, but for 'ahead'."""
+  """16 traces a text, and N_A = 16 as in the paper; the arms of 'ahead' have other N_A."""
   if size not in ARMS:
     raise UserError(f'text.py:{size}: choose one of {tuple(ARMS)}')
-  experiment = bind(runpy.run_path(str(QUICKSTART))['get_config']())
+  experiment = bind(quickstart.get_config())
   experiment = dataclasses.replace(
       experiment,
       deliberation=dataclasses.replace(experiment.deliberation, num_ahead=16, num_traces=16),
@@ -94,9 +96,9 @@ def _with_fresh_text(experiment):
 
 
 def _sources(package):
-  spec = importlib.util.find_spec(package)  # finds it without importing it
+  spec = importlib.util.find_spec(package)  # finds the package without importing it
   if spec is None:
     raise UserError(
-        f'text.py:fresh reads the sources of {package}, which is not installed: pip install -r '
-        'requirements.txt')
+        f'text.py:fresh reads the sources of {package}, which is not installed: run pip install '
+        '-r requirements.txt')
   return str(Path(spec.origin).parent / '**' / '*.py')

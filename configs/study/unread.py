@@ -1,27 +1,25 @@
-"""Text that the decoder has read, or has not: which should its coprocessor learn on?
+"""Text that the decoder has read, or has not: which should its coprocessor train on?
 
   python launch/study.py --config=configs/study/unread.py --workdir=runs/unread
 
-The quickstart's decoder reads one half of the text, three times, and so knows it. One coprocessor
-then learns on that half, another on the other half; both are scored on text that nobody has read.
-Constant soft tokens, and the decoder continued, learn on the other half, too.
+The quickstart's decoder reads one half of the text three times, and so knows it. One coprocessor
+trains on that half, another on the other half. Both are scored on held-out text. The controls,
+constant soft tokens and the finetuned decoder, train on the other half.
 """
 
 import dataclasses
-import runpy
-from pathlib import Path
 
+from configs import quickstart
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import ArmConfig, Study
 
-QUICKSTART = Path(__file__).parents[1] / 'quickstart.py'
 READ, UNREAD = (0, 50), (50, 100)  # percent of the rows
-STEPS = 1400  # of the decoder
+STEPS = 1400  # of the decoder's training
 
 
 def get_config():
-  """The quickstart's coprocessor, by the text that it learns on, and two controls."""
-  experiment = bind(runpy.run_path(str(QUICKSTART))['get_config']())
+  """The quickstart's coprocessor on either half of the text, and two controls."""
+  experiment = bind(quickstart.get_config())
   start = experiment.pretraining
   experiment = dataclasses.replace(
       experiment,

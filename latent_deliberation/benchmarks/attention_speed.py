@@ -1,4 +1,4 @@
-"""Speed of an experiment's train step on the device at hand, by the way attention is computed."""
+"""Speed of an experiment's train step on this device, with fused, plain and dense attention."""
 
 import dataclasses
 from pathlib import Path
@@ -25,24 +25,30 @@ from latent_deliberation.training.step import LossFn
 
 def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: Path,
               repeats: int) -> dict[str, Any]:
-  """Forward and backward of random texts by fused and plain attention, and by one dense mask.
+  """Times forward and backward passes on random texts with each kind of attention.
 
-  Loss and norm of the gradient are written beside the seconds: they must agree to rounding.
+  The loss and the norm of the gradient are written too. They must agree to rounding.
 
   Args:
-    experiment: sizes, latents and computation (dtypes, remat, loss_chunk); its mesh is unused.
-    with_dense: it keeps what all layers make, whatever remat says: for few layers.
-    output: JSON to write.
-    repeats: turns.
+    experiment: sizes, latents and computation (dtypes, remat, loss_chunk); its mesh is not used.
+    num_texts: number of texts in the batch.
+    with_dense: whether to time the dense mask, too; it keeps the results of all layers, whatever
+      remat says, so give it few layers.
+    output: JSON file to write.
+    repeats: number of turns.
+
+  Returns: the content of `output`.
 
   Raises:
-    UserError: the frozen weights are int8, or the dense mask has no such model or coprocessor.
+    UserError: the frozen weights are int8, or the dense mask is not written for this experiment.
   """
   if experiment.computation.frozen_dtype == 'int8':
-    raise UserError("computation.frozen_dtype = 'int8': this benchmark makes float32 or "
-                     "bfloat16 weights; set --config.computation.frozen_dtype=bfloat16")
+    raise UserError("computation.frozen_dtype = 'int8': this benchmark has no int8 weights. Set "
+                    '--config.computation.frozen_dtype=bfloat16.')
   if with_dense:
     check_dense(experiment.decoder, experiment.deliberation)
+
+  # Random weights and texts, the same for every program.
   key = jax.random.key(0)
   decoder, coprocessor = build_decoder(experiment), build_deliberator(experiment).coprocessor
   frozen = jax.jit(lambda: _cast(
@@ -51,6 +57,8 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
   params = nn.unbox(jax.jit(coprocessor.init)(key, frozen))
   batch = random_batch(num_texts, experiment.data.length, experiment.decoder.vocab_size)
   arguments = params, frozen, batch, jax.random.split(key, num_texts)
+
+  # Each program runs once for its numbers, and is then timed in turns.
   programs, measured = {}, {}
   for way, loss in _losses(experiment, with_dense).items():
     logging.info('%s: compiling', way)
@@ -68,23 +76,26 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
 
 
 def _losses(experiment: Experiment, with_dense: bool) -> dict[str, LossFn]:
-  """The same loss in each way; 'ours' is the fused one."""
+  """Returns the same loss with each kind of attention; 'ours' is the fused one."""
   computation = experiment.computation
 
-  def ours(attention: str) -> LossFn:
-    how = dataclasses.replace(computation, attention=attention)
-    return augmentation(build_deliberator(dataclasses.replace(experiment, computation=how)),
-                        computation.loss_chunk)
+  def with_attention(attention: str) -> LossFn:
+    changed = dataclasses.replace(
+        experiment, computation=dataclasses.replace(computation, attention=attention))
+    return augmentation(build_deliberator(changed), computation.loss_chunk)
 
-  losses = {'ours': ours('fused'), 'plain': ours('plain')}
+  losses = {'ours': with_attention('fused'), 'plain': with_attention('plain')}
   if with_dense:
     dense = dense_mask(build_deliberator(experiment), computation.loss_chunk)
-    losses['dense mask'] = lambda params, *rest: dense(_cast(params, computation.dtype), *rest)
+    losses['dense mask'] = lambda params, *others: dense(_cast(params, computation.dtype), *others)
   return losses
 
 
 def _loss_and_norm(loss: LossFn):
-  """A step's work without the optimiser; the norm keeps all gradients from being left out."""
+  """Returns a train step without the optimiser.
+
+  It returns the norm of the gradient. Otherwise the compiler could drop a part of the gradient.
+  """
 
   def step(params: Params, frozen: Params, batch: Batch, keys: Array) -> tuple[Array, Array]:
     (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, keys)

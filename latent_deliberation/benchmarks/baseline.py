@@ -1,7 +1,8 @@
-"""Programs timed in turns: ours, and those of another library in a process of its own.
+"""Times programs in turns: ours, and those of the baseline, transformers, in a process of its own.
 
-Two libraries in one process disturb each other: threads that wait by spinning take the cores of the
-other's. In turns, a machine that is slow for a while is slow for all. Only ratios may be quoted.
+Two libraries in one process disturb each other, since threads that wait by spinning take cores from
+the other library. A machine that is slow for a while is slow for every program of a turn. So quote
+ratios only, never seconds.
 """
 
 import contextlib
@@ -21,18 +22,20 @@ from latent_deliberation.provenance import git_commit
 
 Program = Callable[[], None]
 LIBRARIES = ('torch', 'transformers')
-THREADS = 2  # of torch
+THREADS = 2  # that torch uses
+CACHES = {'dynamic': None, 'static': 'static'}  # name -> cache_implementation of its `generate`
 
 
 def check_libraries() -> None:
-  """Raises ImportError where what transformers runs on is not installed."""
+  """Raises UserError if a library of the baseline is not installed."""
   missing = [name for name in LIBRARIES if not importlib.util.find_spec(name)]
   if missing:
-    raise UserError(f"the baseline of this benchmark needs {missing}: pip install -e '.[parity]'")
+    raise UserError(f'{missing} are not installed, and the baseline of this benchmark needs them: '
+                    "pip install -e '.[parity]'")
 
 
 def describe_turns(repeats: int) -> dict[str, Any]:
-  """What a benchmark against transformers was run with, as its JSON says it."""
+  """Returns versions, devices and turns of a benchmark against transformers, for its JSON."""
   return {'versions': {name: importlib.metadata.version(name) for name in (*LIBRARIES, 'jax')},
           'devices': f'{jax.device_count()} {jax.default_backend()}', 'threads_of_torch': THREADS,
           'repeats': repeats, 'git_commit': git_commit()}
@@ -42,15 +45,16 @@ class Baseline:
   """Programs in a process of their own, which ends with the `with` block.
 
   Args:
-    build: called there with the arguments, returns the programs by name. A function that can be
-      imported, since it is sent by its name; so are the arguments, as values.
+    build: called in that process with the arguments; returns the programs by name. It is pickled,
+      so it must be a function of a module.
+    arguments: arguments of `build`, which are pickled too.
 
   Raises:
     UserError: `build` failed.
   """
 
   def __init__(self, build: Callable[..., Mapping[str, Program]], *arguments: Any):
-    context = multiprocessing.get_context('spawn')  # a fork would take our threads' locks with it
+    context = multiprocessing.get_context('spawn')  # a fork would copy locks that our threads hold
     self._pipe, other_end = context.Pipe()
     self._process = context.Process(
         target=_serve, args=(other_end, build, arguments), daemon=True)
@@ -66,8 +70,13 @@ class Baseline:
     self._process.join()
 
   def seconds(self, name: str) -> float:
-    """Time that one run of the program takes; RuntimeError where it fails."""
-    with contextlib.suppress(BrokenPipeError):  # what it said before it ended may be there
+    """Returns the seconds of one run of the program.
+
+    Raises:
+      UserError: the program failed, or its process ended.
+    """
+    # A process that has ended may have sent its error before.
+    with contextlib.suppress(BrokenPipeError):
       self._pipe.send(name)
     return self._receive()
 
@@ -76,28 +85,29 @@ class Baseline:
       answer = self._pipe.recv()
     except (EOFError, ConnectionResetError):
       self._process.join()
-      raise UserError('the process of the baseline ended without an answer, exit code '
-                         f'{self._process.exitcode}: is there memory for it?') from None
+      raise UserError('The process of the baseline ended with exit code '
+                      f'{self._process.exitcode}. It may need more memory.') from None
     if isinstance(answer, str):
-      raise UserError(f'the baseline failed: {answer}')
+      raise UserError(f'The baseline failed: {answer}')
     return answer
 
 
 def _serve(pipe: Connection, build: Callable[..., Mapping[str, Program]],
            arguments: tuple[Any, ...]) -> None:
+  """Sends 0 when the programs are built, then the seconds of each program that is named."""
   try:
     programs = build(*arguments)
     pipe.send(0.0)
     while True:
       pipe.send(seconds_of(programs[pipe.recv()]))
   except EOFError:
-    pass  # the other end is closed: no more is wanted
-  except Exception as error:  # whatever it is, it is told over there
+    pass  # the other end is closed
+  except Exception as error:  # any error is sent, and raised by the other process
     pipe.send(f'{type(error).__name__}: {error}')
 
 
 def seconds_of(program: Program) -> float:
-  """Wall-clock time of one run."""
+  """Returns the wall-clock time of one run."""
   begun = time.perf_counter()
   program()
   return time.perf_counter() - begun
@@ -105,10 +115,11 @@ def seconds_of(program: Program) -> float:
 
 def alternate(programs: Mapping[str, Callable[[], float]],
               repeats: int) -> dict[str, list[float]]:
-  """Seconds of each program at every turn, after each has run once.
+  """Returns the seconds of each program in each turn. Before the turns, each runs once.
 
   Args:
-    programs: by name, each runs once and returns what it took.
+    programs: functions by name; each runs a program once and returns its seconds.
+    repeats: number of turns.
   """
   for run in programs.values():
     run()
@@ -116,15 +127,18 @@ def alternate(programs: Mapping[str, Callable[[], float]],
   return {name: [turn[name] for turn in turns] for name in programs}
 
 
-CACHES = {'dynamic': None, 'static': 'static'}  # as its `generate` calls them
-
-
 def build_programs(directory: Path, prompts: Mapping[str, Sequence[Sequence[int]]],
                    num_tokens: int, threads: int) -> dict[str, Program]:
-  """Prefill and greedy generation of each batch of prompts, of the model in `directory`.
+  """Builds prefill and greedy generation of transformers for each batch of prompts.
 
-  Returns: programs '<batch> prefill', '<batch> dynamic' and '<batch> static', the latter two with
-    their kind of cache.
+  Args:
+    directory: directory of the model.
+    prompts: batches by name; a batch is a list of token ids for each prompt.
+    num_tokens: number of tokens to generate.
+    threads: threads that torch uses.
+
+  Returns: programs '<batch> prefill', and '<batch> dynamic' and '<batch> static', which generate
+    with that kind of cache.
   """
   import torch
   import transformers
@@ -152,15 +166,17 @@ def build_programs(directory: Path, prompts: Mapping[str, Sequence[Sequence[int]
 
 def build_steps(directory: Path, tokens: Sequence[Sequence[int]],
                 threads: int) -> dict[str, Program]:
-  """Eager programs 'forward' and 'forward_backward' (of all weights) of the model in `directory`.
+  """Builds transformers' programs 'forward' and 'forward_backward', with gradients of all weights.
 
   Args:
+    directory: directory of the model.
     tokens: B texts of T ids.
+    threads: threads that torch uses.
   """
   import torch
   import transformers
   torch.set_num_threads(threads)
-  # Eager attention is the one that has Gemma 2's soft-cap.
+  # Only eager attention has Gemma 2's soft-cap.
   model = transformers.AutoModelForCausalLM.from_pretrained(
       directory, attn_implementation='eager')
   ids = torch.tensor(tokens)

@@ -1,6 +1,7 @@
-"""The loss of training in the ways that shared-prefix attention replaces; for benchmarks only.
+"""Two slower ways to compute the training loss, for benchmarks: separate traces, one dense mask.
 
-Both have the value and the gradient of `objectives.augmentation`, to rounding.
+Shared-prefix attention replaces both. Their value and gradient are those of
+`objectives.augmentation`, to rounding.
 """
 
 import jax
@@ -22,7 +23,7 @@ from latent_deliberation.training.step import LossFn
 
 
 def separate_traces(deliberator: Deliberator, loss_chunk: int) -> LossFn:
-  """Each trace as a text of its own: its trunk is read again for every trace."""
+  """Returns the loss with each trace as a text of its own, which repeats the trunk a trace."""
   alone = deliberator.with_traces(1, deliberator.config.num_ahead)
 
   def loss(params: Params, decoder_params: Params, batch: Batch,
@@ -37,7 +38,7 @@ def separate_traces(deliberator: Deliberator, loss_chunk: int) -> LossFn:
 
 
 def check_dense(model: TransformerConfig, latents: DeliberationConfig) -> None:
-  """Raises UserError for what `dense_mask` is not written for: it would have another value."""
+  """Raises UserError for options that `dense_mask` does not have; its loss would be another."""
   for name, value, needed in (
       ('deliberation.trainable', latents.trainable, 'full'),
       ('deliberation.reads', latents.reads, 'cache'),
@@ -45,15 +46,15 @@ def check_dense(model: TransformerConfig, latents: DeliberationConfig) -> None:
       ('deliberation.max_delay', latents.max_delay, 0),
       ('decoder.post_norms', model.post_norms, True), ('decoder.qk_norm', model.qk_norm, False)):
     if value != needed:
-      raise UserError(f'{name} = {value!r}: the dense mask is written for {needed!r} alone; set '
-                       'it so, or leave the dense mask out')
+      raise UserError(f'{name} = {value!r}, but the dense mask needs {needed!r}. Set that, or '
+                      'leave the dense mask out.')
 
 
 def dense_mask(deliberator: Deliberator, loss_chunk: int) -> LossFn:
-  """Trunk and traces as one sequence of T + M (Z + A - 1) tokens under one mask.
+  """Returns the loss with trunk and traces as one sequence of T + M (Z + A - 1) tokens.
 
   Raises:
-    UserError: see `check_dense`.
+    UserError: the deliberator has an option that the mask lacks; see `check_dense`.
   """
   check_dense(deliberator.decoder.config, deliberator.config)
 
@@ -72,6 +73,7 @@ def dense_mask(deliberator: Deliberator, loss_chunk: int) -> LossFn:
 
 def _summed(deliberator: Deliberator, hidden: Array, traces: Traces, decoder_params: Params,
             loss_chunk: int) -> tuple[Array, Array]:
+  """Returns (summed negative log-likelihood, number of targets)."""
   nll = ahead_nll(hidden, traces, decoder_params, deliberator.decoder.config.final_softcap,
                   loss_chunk)
   return jnp.sum(nll * traces.counted), jnp.sum(traces.counted)
@@ -83,7 +85,7 @@ def _embed(deliberator: Deliberator, decoder_params: Params, tokens: Array) -> A
 
 def _dense_latents(deliberator: Deliberator, params: Params, decoder_params: Params,
                    placement: Placement, cache: KVCache) -> Array:
-  """Latents [B, M, Z, D]; the soft tokens of all traces are one row of M Z tokens."""
+  """Returns latents [B, M, Z, D]; the soft tokens of all traces are one row of M Z tokens."""
   coprocessor = deliberator.coprocessor
   batch, num_traces, num_latents = placement.latent_positions.shape
   base = _embed(deliberator, decoder_params, placement.base_tokens)
@@ -93,30 +95,36 @@ def _dense_latents(deliberator: Deliberator, params: Params, decoder_params: Par
       {'params': params['transformer']},
       coprocessor.feed(params, base).reshape(batch, 1, num_traces * num_latents, -1),
       placement.latent_positions.reshape(batch, 1, -1),
-      AttentionMaskSpec(row(placement.segments), row(placement.coprocessor_prefix_length), row(first)), cache)
+      AttentionMaskSpec(row(placement.segments), row(placement.coprocessor_prefix_length),
+                        row(first)), cache)
   return coprocessor.compose(params, outputs.reshape(base.shape), base)
 
 
 def _dense_second_pass(deliberator: Deliberator, decoder_params: Params, latents: Array,
                        batch: Batch, traces: Traces, placement: Placement) -> Array:
-  """Hidden states [B, M, A, D] that predict the ahead tokens."""
+  """Returns hidden states [B, M, A, D] that predict the ahead tokens."""
   num_texts, num_traces, num_latents, width = latents.shape
   length = batch.tokens.shape[1]
+
+  # One sequence: the trunk, then latents and ahead tokens of each trace.
   trunk = _embed(deliberator, decoder_params, batch.tokens[:, None])
   ahead = _embed(deliberator, decoder_params, traces.ahead_tokens[..., :-1])
   fed = jnp.concatenate([latents, ahead], axis=2)
   queries = fed.shape[2]
   x = jnp.concatenate([trunk, fed.reshape(num_texts, 1, -1, width)], axis=2)
 
-  behind = lambda ours, theirs: jnp.concatenate(  # noqa: E731
-      [ours, theirs.reshape(num_texts, -1)], axis=1)
+  # Positions, segments and length of the visible prefix, of each token of the sequence.
+  append = lambda trunk, traces: jnp.concatenate(  # noqa: E731
+      [trunk, traces.reshape(num_texts, -1)], axis=1)
   spread = lambda leaf: jnp.repeat(leaf, queries, axis=1)  # noqa: E731
-  positions = behind(batch.positions, jnp.concatenate(
+  positions = append(batch.positions, jnp.concatenate(
       [placement.latent_positions, placement.ahead_positions[..., :-1]], axis=-1))
-  segments = behind(batch.segments, spread(placement.segments))
+  segments = append(batch.segments, spread(placement.segments))
   order = jnp.arange(positions.shape[1])
-  prefix_length = behind(jnp.broadcast_to(order[:length] + 1, batch.tokens.shape),
-                   spread(placement.decoder_prefix_length))
+  prefix_length = append(jnp.broadcast_to(order[:length] + 1, batch.tokens.shape),
+                         spread(placement.decoder_prefix_length))
+
+  # A token sees its prefix of the trunk and the earlier tokens of its own trace.
   trace = jnp.where(order < length, -1, (order - length) // queries)
 
   in_trunk = (order < length) & (order < prefix_length[..., None])
@@ -131,7 +139,7 @@ def _dense_second_pass(deliberator: Deliberator, decoder_params: Params, latents
 
 def _transform(decoder: Decoder, weights: Params, x: Array, positions: Array,
                visible: Array) -> Array:
-  """Gemma 2's stack over one row a text, [B, 1, S, D], under a mask [B, 1, S, S]."""
+  """Runs Gemma 2's layers over one row a text, [B, 1, S, D], under a mask [B, 1, S, S]."""
   config = decoder.config
   apart = positions[..., :, None] - positions[..., None, :]
   scale = config.head_dim ** -0.5 if config.query_scale is None else config.query_scale
@@ -148,8 +156,8 @@ def _transform(decoder: Decoder, weights: Params, x: Array, positions: Array,
                    visible & (apart < traits.window), cap=config.attention_softcap)
     mixed = jnp.tensordot(mixed, block['attention']['out']['w'], axes=2)
     x = x + norm(block['attention_out'], mixed)
-    # No gradient of a weight is asked for, so that rows of one matrix would only cost a TPU.
-    fed = FeedForward(config.hidden_dim, rows=False).apply(
+    # Weights get no gradient here, and without one, flattening only costs time on a TPU.
+    fed = FeedForward(config.hidden_dim, flatten_batch=False).apply(
         {'params': block['feed_forward']}, norm(block['feed_forward_in'], x))
     x = x + norm(block['feed_forward_out'], fed)
     return nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation')), None

@@ -1,4 +1,4 @@
-"""Plans of a train step and of the same under one dense mask, for a machine that is not there."""
+"""Plans of a train step, and of the same step under one dense mask, for a TPU slice."""
 
 import dataclasses
 from pathlib import Path
@@ -18,18 +18,20 @@ WAYS = {'ours': augmentation, 'dense mask': dense_mask}
 
 
 def benchmark(experiment: Experiment, topology: Topology, output: Path) -> dict[str, Any]:
-  """Plans both and writes `output`, and a PNG beside it.
+  """Plans both steps and writes `output`, and a PNG next to it.
 
   Args:
-    experiment: for ours as it is; for the mask see `as_dense`.
-    topology: see `planning.topology.find_topology`.
+    experiment: the experiment to plan; `as_dense` changes it for the mask.
+    topology: machine to plan for; see `planning.topology.find_topology`.
+    output: JSON file to write.
 
   Returns:
-    'plans', and 'over_ours': times the seconds and times the bytes of a chip that the mask takes;
-    seconds are None where it does not fit, or the topology gives none.
+    'plans' by name, and 'over_ours': seconds, and bytes of a chip, of the mask over those of ours.
+    Seconds are None if the mask does not fit, or the topology has no seconds.
 
   Raises:
-    UserError: a mesh or a rule does not suit the topology or the sizes; or see `check_dense`.
+    UserError: a mesh or a rule does not suit the topology or the sizes.
+    UserError: the dense mask is not written for this experiment; see `check_dense`.
   """
   check_dense(experiment.decoder, experiment.deliberation)
   ours = dataclasses.replace(
@@ -51,9 +53,10 @@ def benchmark(experiment: Experiment, topology: Topology, output: Path) -> dict[
 
 
 def as_dense(experiment: Experiment, num_devices: int) -> Experiment:
-  """What a dense mask needs least memory by: nothing kept of a block, few texts at a time.
+  """Returns the experiment with which a dense mask needs the least memory.
 
-  The kernels are not for it. Texts are divided over all devices, as far as there are any.
+  Nothing is kept of a block, and each device has one text at a time if the batch has enough texts.
+  Attention is plain, since the fused kernels have no such mask.
   """
   training, computation = experiment.training, experiment.computation
   return dataclasses.replace(

@@ -1,6 +1,6 @@
-"""Speed of inference: against transformers, and what deliberation costs beside plain decoding.
+"""Speed of inference against transformers, and the cost of deliberation against plain decoding.
 
-The same random weights on both sides, transformers in a process of its own, in alternating turns.
+Both sides have the same random weights. They run in turns, transformers in a process of its own.
 """
 
 import functools
@@ -32,7 +32,7 @@ from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.files import write_json
 from latent_deliberation.inference.background import LatentTiming
-from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import ONCE
 from latent_deliberation.inference.session import DecodingOptions, generate, stream
@@ -51,16 +51,19 @@ SIZES = {
 }
 BATCHES = (1, 8)
 PROMPT, DECODED = 128, 64  # tokens
-LENGTH = PROMPT + DECODED + 1  # of a cache
+LENGTH = PROMPT + DECODED + 1  # tokens of a cache
 NUM_LATENTS = (8, 32, 64)
 FIRST_TOKENS = 40  # pairs of times to the first token
 
 
 def benchmark(output: Path, repeats: int) -> dict[str, Any]:
-  """Measures every case and writes `output`, and its ratios as a PNG beside it.
+  """Times every case and writes `output`, and its ratios as a PNG next to it.
 
   Args:
-    repeats: alternations of each comparison.
+    output: JSON file to write.
+    repeats: turns of each comparison.
+
+  Returns: the content of `output`.
 
   Raises:
     UserError: torch or transformers is not installed.
@@ -76,8 +79,8 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
     params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), int)))[
         'params']
     _compare(result, size, config, params, repeats)
-    _measure_augmentation(result, size, config, params, repeats)
-  logging.info('time to the first token')  # of the last size
+    _time_augmentation(result, size, config, params, repeats)
+  logging.info('time to the first token')  # with the last size
   result['first_token_ratio_background_vs_plain'] = _first_token_ratio(config, params)
   write_json(output, result)
   plot_speed(result, output.with_suffix('.png'))
@@ -91,7 +94,7 @@ def _prompts(config: TransformerConfig, batch: int) -> list[list[int]]:
 
 def _compare(result: dict[str, Any], size: str, config: TransformerConfig, params: Params,
              repeats: int) -> None:
-  """Tokens per second of prefill and greedy decoding; transformers in its faster kind of cache."""
+  """Adds tokens per second of prefill and of greedy decoding, with transformers' faster cache."""
   prompts = {f'{size}_batch{batch}': _prompts(config, batch) for batch in BATCHES}
   with tempfile.TemporaryDirectory() as place:
     weights.save(Path(place) / 'decoder', config, params, format='huggingface')
@@ -100,23 +103,26 @@ def _compare(result: dict[str, Any], size: str, config: TransformerConfig, param
         logging.info('%s: against transformers', case)
         theirs = {program: functools.partial(baseline.seconds, f'{case} {program}')
                   for program in ('prefill', *CACHES)}
-        _compare_batch(result, case, batch, Generator(config, params, length=LENGTH), theirs,
+        _compare_batch(result, case, batch, Engine(config, params, length=LENGTH), theirs,
                        repeats)
 
 
 def _compare_batch(result: dict[str, Any], case: str, prompts: list[list[int]],
-                   generator: Generator, theirs: Mapping[str, Callable[[], float]],
+                   engine: Engine, theirs: Mapping[str, Callable[[], float]],
                    repeats: int) -> None:
+  """Adds one batch's tokens per second, and the ratios of ours to transformers'."""
 
   def read() -> None:
-    jax.block_until_ready(generator.read(prompts).logits)
+    jax.block_until_ready(engine.read(prompts).logits)
 
   def whole() -> None:
-    generate(generator, prompts, DecodingOptions(DECODED))
+    generate(engine, prompts, DecodingOptions(DECODED))
 
   seconds = alternate({
       'our prefill': functools.partial(seconds_of, read),
       'our whole': functools.partial(seconds_of, whole), **theirs}, repeats)
+
+  # Decoding alone is the time of the whole less that of the prefill.
   median = {name: statistics.median(taken) for name, taken in seconds.items()}
   result['transformers_seconds'][case] = {cache: median[cache] for cache in CACHES}
   faster = min(CACHES, key=median.__getitem__)
@@ -125,25 +131,25 @@ def _compare_batch(result: dict[str, Any], case: str, prompts: list[list[int]],
   prefill = {'ours': median['our prefill'], 'transformers': median['prefill']}
   for name, taken, tokens in (('decode', decode, DECODED), ('prefill', prefill, PROMPT)):
     result[f'{name}_tokens_per_second'][case] = {
-        who: len(prompts) * tokens / time for who, time in taken.items()}
+        library: len(prompts) * tokens / time for library, time in taken.items()}
     result[f'{name}_ratio_vs_transformers'][case] = taken['transformers'] / taken['ours']
 
 
-def _measure_augmentation(result: dict[str, Any], size: str, config: TransformerConfig,
-                          params: Params, repeats: int) -> None:
-  """Time of an augmentation over that of a decode step, and the cache's bytes by its formula."""
+def _time_augmentation(result: dict[str, Any], size: str, config: TransformerConfig,
+                       params: Params, repeats: int) -> None:
+  """Adds the time of an augmentation in decode steps, and the bytes of the cache."""
   for num_latents in NUM_LATENTS:
     for batch in BATCHES:
       case = f'{size}_batch{batch}_latents{num_latents}'
       logging.info('%s: an augmentation', case)
-      generator = _augmented(config, params, num_latents)
-      state = generator.read(_prompts(config, batch))
+      engine = _augmented(config, params, num_latents)
+      state = engine.read(_prompts(config, batch))
 
-      def augment(generator: Generator = generator, state: State = state) -> None:
-        jax.block_until_ready(generator.attach(state, generator.augment(state)))
+      def augment(engine: Engine = engine, state: State = state) -> None:
+        jax.block_until_ready(engine.attach(state, engine.augment(state)))
 
-      def decode(generator: Generator = generator, state: State = state) -> None:
-        generate(generator, state, DecodingOptions(DECODED))
+      def decode(engine: Engine = engine, state: State = state) -> None:
+        generate(engine, state, DecodingOptions(DECODED))
 
       seconds = alternate({'augment': functools.partial(seconds_of, augment),
                            'decode': functools.partial(seconds_of, decode)}, repeats)
@@ -154,33 +160,36 @@ def _measure_augmentation(result: dict[str, Any], size: str, config: Transformer
           'formula': _cache_bytes(config, batch, num_latents)}
 
 
-def _augmented(config: TransformerConfig, params: Params, num_latents: int) -> Generator:
-  """A generator with a coprocessor as training begins with it."""
+def _augmented(config: TransformerConfig, params: Params, num_latents: int) -> Engine:
+  """Returns an engine with the coprocessor that training starts from."""
   choices = DeliberationConfig(num_latents=num_latents, num_ahead=8, num_traces=1)
   trained = nn.unbox(jax.jit(Coprocessor(config, choices).init)(jax.random.key(1), params))
-  return Generator(config, params, length=LENGTH, coprocessor=(choices, trained))
+  return Engine(config, params, length=LENGTH, coprocessor=(choices, trained))
 
 
 def _cache_bytes(config: TransformerConfig, batch: int, num_latents: int) -> int:
-  """2 x sum over layers of min(reach, length) + Z slots, times B x K x H x 4 bytes."""
+  """Returns the bytes of a cache: 2 x B x K x H x 4 for each slot.
+
+  A layer has min(reach, length) + Z slots.
+  """
   reach = {'local': config.window + num_latents - 1, 'global': LENGTH}
   slots = sum(min(reach[kind], LENGTH) + num_latents for kind in config.layer_kinds)
   return 2 * slots * batch * config.num_kv_heads * config.head_dim * 4
 
 
 def _first_token_ratio(config: TransformerConfig, params: Params) -> float:
-  """Time to the first token with the coprocessor in the background over that without one.
+  """Returns the time to the first token with a coprocessor in the background over that without.
 
-  The median over pairs, whose order alternates. The latents are waited for at the end, so that no
-  coprocessor is at work while the next time is taken.
+  It is the median over pairs, whose order alternates. Each run waits for its latents at the end.
+  So no coprocessor is still at work during the next run.
   """
-  generator = _augmented(config, params, NUM_LATENTS[0])
+  engine = _augmented(config, params, NUM_LATENTS[0])
   prompts = _prompts(config, 1)
   background = DecodingOptions(8, policy=ONCE, timing=LatentTiming(delay=7))
 
   def first(options: DecodingOptions) -> float:
     begun = time.perf_counter()
-    tokens = stream(generator, prompts, options)
+    tokens = stream(engine, prompts, options)
     next(tokens)
     taken = time.perf_counter() - begun
     _drain(tokens)
@@ -190,8 +199,8 @@ def _first_token_ratio(config: TransformerConfig, params: Params) -> float:
   pair = (DecodingOptions(8), background)
   for number in range(2 + FIRST_TOKENS):
     order = pair if number % 2 else pair[::-1]
-    taken = {how: first(how) for how in order}
-    if number >= 2:  # the first ones compile
+    taken = {options: first(options) for options in order}
+    if number >= 2:  # the first two compile
       ratios.append(taken[background] / taken[pair[0]])
   return statistics.median(ratios)
 
@@ -202,5 +211,5 @@ def _drain(tokens: Iterator) -> None:
 
 
 def _median_difference(whole: list[float], part: list[float]) -> float:
-  """Of times taken in the same turns, so that a slow turn is slow in both."""
+  """Returns the median of whole less part, of the same turn: a slow turn is slow in both."""
   return statistics.median(one - other for one, other in zip(whole, part, strict=True))

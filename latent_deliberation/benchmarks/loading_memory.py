@@ -1,4 +1,4 @@
-"""Measures how much memory and time it takes to load a decoder of a published size."""
+"""Memory and time to load a decoder of a published size."""
 
 import json
 import multiprocessing
@@ -24,18 +24,22 @@ from latent_deliberation.provenance import git_commit, peak_memory_bytes
 
 
 def benchmark(preset: str, output: Path) -> dict[str, Any]:
-  """Writes a synthetic Hugging Face directory in bfloat16, loads it, and writes what it took.
+  """Writes random weights in Hugging Face's format, in bfloat16, and measures loading them.
 
-  The time is to be compared with that of the safetensors library, which reads every tensor once and
+  The time to compare with is that of the safetensors library, which reads every tensor once and
   keeps none.
+
+  Args:
+    preset: name of a published size.
+    output: JSON file to write; the weights are written to its directory, and removed.
 
   Returns: the content of `output`.
   """
   config = find_preset(preset)
   with tempfile.TemporaryDirectory(prefix='weights-', dir=output.absolute().parent) as place:
-    logging.info('writing a synthetic %s', preset)
+    logging.info('writing random weights of %s', preset)
     _run_apart(write_synthetic, Path(place), config)
-    logging.info('reading it')
+    logging.info('reading them')
     alone = _run_apart(_read, place)
     measured = _run_apart(_load, place)
   result = {
@@ -49,13 +53,13 @@ def benchmark(preset: str, output: Path) -> dict[str, Any]:
 
 
 def _run_apart(function: Callable, *arguments: Any) -> Any:
-  """The result of a function in a fresh process, whose peak of memory is its own."""
+  """Returns the result of a function in a new process, whose peak of memory is its own."""
   with multiprocessing.get_context('spawn').Pool(1) as process:
     return process.apply(function, arguments)
 
 
 def write_synthetic(directory: Path, config: TransformerConfig) -> None:
-  """Weights of small random values, in as many files as a published checkpoint has."""
+  """Writes small random weights, in as many files as a published checkpoint has."""
   shapes = stored_shapes(find_layout(config), config)
   random = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(jnp.bfloat16)
 
@@ -69,7 +73,7 @@ def write_synthetic(directory: Path, config: TransformerConfig) -> None:
 
 
 def _load(directory: str) -> dict[str, Any]:
-  """Loads a decoder as a user does."""
+  """Loads a decoder as a user does, and returns seconds and bytes."""
   jnp.zeros(1).block_until_ready()
   before, begun = peak_memory_bytes(), time.perf_counter()
   _, params = weights.load(directory)
@@ -80,7 +84,7 @@ def _load(directory: str) -> dict[str, Any]:
 
 
 def _read(directory: str) -> float:
-  """Seconds in which the safetensors library reads every tensor."""
+  """Returns the seconds in which the safetensors library reads every tensor."""
   begun = time.perf_counter()
   for path in weight_files(Path(directory)):
     with safe_open(path, 'numpy') as file:

@@ -1,7 +1,7 @@
-"""Speed of a train step: against one dense mask and a text a trace, and against transformers.
+"""Speed of a train step against one dense mask, a text a trace, and transformers.
 
-Both sides have the same random weights and run in alternating turns, transformers in a process of
-its own. Ratios of times taken in the same turn are what may be quoted.
+All have the same random weights. They run in turns, transformers in a process of its own. Only the
+ratios of times of the same turn may be quoted.
 """
 
 import functools
@@ -41,18 +41,22 @@ from latent_deliberation.training.objectives import augmentation, language_model
 CONFIG = TransformerConfig(vocab_size=4096, embed_dim=256, num_layers=4, num_heads=4,
                            num_kv_heads=2, head_dim=64, hidden_dim=1024, window=256)
 TRUNK, AHEAD = 256, 16
-# Traces and latents: from the paper's traces a token (128 on 2048) by way of the quickstart's 64 to
-# the paper's traces a text, whose mask would take over 25 GB with 64 latents.
+# Traces and latents. 16 traces are the paper's number for each token of the text (128 on 2048), 64
+# are the quickstart's, and 128 are the paper's for each text. A dense mask of 128 traces and 64
+# latents would take over 25 GB.
 CASES = ((16, 16), (16, 64), (32, 16), (32, 64), (64, 16), (64, 64), (128, 16))
-TEXTS, LENGTH = 4, 512  # of the decoder alone
+TEXTS, LENGTH = 4, 512  # when the decoder alone is timed
 WAYS = {'ours': augmentation, 'dense mask': dense_mask, 'text a trace': separate_traces}
 
 
 def benchmark(output: Path, repeats: int) -> dict[str, Any]:
-  """Measures every case and writes `output`, and its ratios as a PNG beside it.
+  """Times every case and writes `output`, and its ratios as a PNG next to it.
 
   Args:
+    output: JSON file to write.
     repeats: turns of each comparison.
+
+  Returns: the content of `output`.
 
   Raises:
     UserError: torch or transformers is not installed.
@@ -73,26 +77,27 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
   return result
 
 
-def _compare_ways(decoder: Params, num_traces: int, num_latents: int,
+def _compare_ways(decoder_params: Params, num_traces: int, num_latents: int,
                   repeats: int) -> dict[str, Any]:
-  """Forward and backward of one text's traces, in each of the three ways."""
+  """Times forward and backward of one text's traces in each of the three ways."""
   choices = DeliberationConfig(
       num_latents=num_latents, num_ahead=AHEAD, num_traces=num_traces, latents='paper',
       positions='shift', soft_tokens='free')
   coprocessor = Coprocessor(CONFIG, choices, scan=False)
   deliberator = Deliberator(Decoder(CONFIG, scan=False), coprocessor)
-  params = nn.unbox(jax.jit(coprocessor.init)(jax.random.key(1), decoder))
+  params = nn.unbox(jax.jit(coprocessor.init)(jax.random.key(1), decoder_params))
   batch, keys = random_batch(1, TRUNK, CONFIG.vocab_size), jax.random.split(jax.random.key(2), 1)
   logging.info('%d traces, %d latents', num_traces, num_latents)
   programs = {}
   for way, objective in WAYS.items():
     loss = objective(deliberator, num_traces * AHEAD)
-    programs[way] = _compiled(jax.value_and_grad(loss, has_aux=True), params, decoder, batch, keys)
+    programs[way] = _compiled(jax.value_and_grad(loss, has_aux=True), params, decoder_params,
+                              batch, keys)
   return ratios_of_turns(programs, repeats)
 
 
 def _compare_decoders(params: Params, repeats: int) -> dict[str, Any]:
-  """Our decoder and transformers', forward and with the gradient of all weights."""
+  """Times our decoder and transformers': forward, and with the gradient of all weights."""
   decoder = Decoder(CONFIG, scan=False)
   batch = random_batch(TEXTS, LENGTH, CONFIG.vocab_size)
   loss = language_modelling(decoder, LENGTH)
@@ -113,7 +118,7 @@ def _compare_decoders(params: Params, repeats: int) -> dict[str, Any]:
 
 
 def random_batch(num_texts: int, length: int, vocab_size: int) -> Batch:
-  """Texts of random tokens, each one document."""
+  """Returns texts of random tokens, each one document."""
   tokens = np.random.default_rng(0).integers(4, vocab_size, (num_texts, length))
   positions = np.broadcast_to(np.arange(length), tokens.shape)
   return Batch(*(jnp.asarray(leaf, jnp.int32)
@@ -122,13 +127,13 @@ def random_batch(num_texts: int, length: int, vocab_size: int) -> Batch:
 
 def _compiled(function: Callable[..., Any], *arguments: Params | Batch | Array,
               ) -> Callable[[], float]:
-  """A program that runs the function once and returns the seconds."""
+  """Returns a program that runs the function once and returns the seconds."""
   compiled = jax.jit(function)
   return lambda: seconds_of(lambda: jax.block_until_ready(compiled(*arguments)))
 
 
 def ratios_of_turns(programs: dict[str, Callable[[], float]], repeats: int) -> dict[str, Any]:
-  """Median seconds of each program, and of the others' times over ours in the same turn."""
+  """Returns median seconds of each program, and median ratios to 'ours' of the same turn."""
   seconds = alternate(programs, repeats)
   over_ours = {name: statistics.median(one / ours for one, ours in
                                        zip(taken, seconds['ours'], strict=True))

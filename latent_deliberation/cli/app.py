@@ -1,4 +1,14 @@
-"""What every launch script does around its job: flags, processes, logging, errors for people."""
+"""The frame of every launch script: it parses flags, starts jax and logging, and ends cleanly.
+
+A script defines its flags, and gives its work to `run`:
+
+  _WORKDIR = app.define_directory('workdir', 'Work directory of the run.')
+
+  def main() -> None: ...
+
+  if __name__ == '__main__':
+    app.run(main)
+"""
 
 import contextlib
 import io
@@ -15,61 +25,67 @@ from absl import app, flags, logging
 from latent_deliberation.distributed import initialize
 from latent_deliberation.errors import UserError
 
-# --help of a launch script shows the flags that are defined through this module as its own.
+# --help of a launch script lists the flags that this module defines among the script's own.
 flags.disclaim_key_flags()
 
-_GRACE_SECONDS = 20
+_GRACE_SECONDS = 20  # for other processes to fail with their own message
 
 
 def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
   """Parses the flags and runs the job.
 
-  A UserError ends the process with its message and code 1, without a traceback (--verbosity=1
-  logs it). Any other exception keeps its traceback.
+  A UserError ends the process with code 1 and "Error: " and its message. Its traceback is logged
+  with --verbosity=1. Any other exception is a bug, or bad luck, and keeps its traceback.
 
   Args:
-    job: the work.
-    prepare: what flags change about jax, before it has devices.
+    job: the work of the script.
+    prepare: called after the flags are parsed and before jax has devices.
   """
   _define_processes()
   try:
     app.run(lambda argv: _main(job, prepare, argv), flags_parser=_parse_flags)
   except KeyboardInterrupt:
     logging.debug('interrupted here:', exc_info=True)
-    _end_at_once('Interrupted: the same command goes on from what is complete.')
+    _end_at_once('Interrupted. Run the same command again to continue from what is complete.')
   except UserError as error:
     logging.debug('the error below, with its traceback:', exc_info=True)
-    raise SystemExit(f'Error: {error}') from None
+    raise SystemExit(f'Error: {error}') from None  # printed to stderr, with code 1
 
 
 def _define_processes() -> None:
-  """Defines the flags of a run on several hosts; on a Cloud TPU none of them is needed."""
+  """Defines the flags of a run of several processes; a Cloud TPU needs none of them."""
   flags.DEFINE_string('coordinator_address', None,
-                      'Address of process 0, as host:port, where several processes run.')
-  flags.DEFINE_integer('process_count', None, 'Number of processes that run together.',
+                      'Address of process 0, as host:port. Only for a run of several processes.')
+  flags.DEFINE_integer('process_count', None,
+                       'Number of processes that run together. Default: one, or as the TPU says.',
                        lower_bound=1)
-  flags.DEFINE_integer('process_id', None, 'Number of this process, counted from 0.',
+  flags.DEFINE_integer('process_id', None,
+                       'Number of this process, from 0. Only for a run of several processes.',
                        lower_bound=0)
 
 
 def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str]) -> None:
+  """Runs the job in this process, which is one of one or several."""
   if len(argv) > 1:
     raise app.UsageError(f'{argv[1:]} are not flags: write --name=value')
-  logging.set_verbosity(max(flags.FLAGS.verbosity, logging.INFO))
-  # jax logs each kind of device that a machine does not have.
-  python_logging.getLogger('jax').setLevel(python_logging.WARNING)
-  # orbax logs a dozen lines a checkpoint; its warnings and errors come back as exceptions.
-  logging.get_absl_logger().addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in
-                                      record.pathname)
-  prepare()
   values = flags.FLAGS
+
+  # Our own log from INFO on, other libraries' from WARNING on: at INFO, jax logs each kind of
+  # device that the machine lacks, and orbax, through absl's logger, a dozen lines a checkpoint.
+  logging.set_verbosity(max(values.verbosity, logging.INFO))
+  python_logging.getLogger('jax').setLevel(python_logging.WARNING)
+  logging.get_absl_logger().addFilter(_is_worth_a_line)
+
+  # Devices exist from here on.
+  prepare()
   initialize(values.coordinator_address, values.process_count, values.process_id)
   index, count = jax.process_index(), jax.process_count()
   if count > 1:
     _name_process(index, count)
   logging.info('%d %s devices, process %d of %d', jax.device_count(), jax.default_backend(), index,
                count)
-  # Every process logs, and the first reports.
+
+  # Every process logs. Only the first one prints.
   with contextlib.redirect_stdout(io.StringIO()) if index else contextlib.nullcontext():
     try:
       job()
@@ -79,8 +95,17 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
       raise
 
 
+def _is_worth_a_line(record: python_logging.LogRecord) -> bool:
+  """Whether to log a record: all but those of orbax below WARNING."""
+  return (record.levelno >= python_logging.WARNING
+          or f'{os.sep}orbax{os.sep}' not in record.pathname)
+
+
 def _end_at_once(message: str) -> None:
-  """Ends the process without the interpreter's shutdown, in which a compiling thread crashes."""
+  """Ends the process with code 1, without the interpreter's shutdown.
+
+  A thread that compiles crashes in that shutdown.
+  """
   logging.flush()
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
@@ -88,51 +113,65 @@ def _end_at_once(message: str) -> None:
 
 
 def _end_soon() -> None:
-  """Ends this process soon even where the others go on, and so never come to meet it at the end."""
+  """Ends this process in _GRACE_SECONDS at the latest, with code 1.
+
+  Its shutdown waits for the other processes. They may still be at work, and never join it.
+  """
   end = threading.Timer(_GRACE_SECONDS, os._exit, (1,))
   end.daemon = True
   end.start()
 
 
 def _name_process(index: int, count: int) -> None:
-  """Begins every line of the log with the process, since logs of several are often read as one."""
+  """Puts the number of the process before each line of the log.
+
+  The logs of several processes are often read as one.
+  """
   handler = logging.get_absl_handler()
-  written = handler.python_handler.format
+  format_plainly = handler.python_handler.format
 
   def format_line(record: python_logging.LogRecord) -> str:
-    return f'[{index}/{count}] {written(record)}'
+    return f'[{index}/{count}] {format_plainly(record)}'
 
   handler.python_handler.format = format_line
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """As app.parse_flags_with_usage, but for what ml_collections raises with a traceback."""
+  """Parses the flags as absl does, and turns errors of flags and of --config into a UserError.
+
+  ml_collections would end the process with a traceback.
+  """
   try:
-    return flags.FLAGS(argv)
+    others = flags.FLAGS(argv)
+    # For a file that cannot be read, ml_collections raises when its config is first used.
+    if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
+      _ = flags.FLAGS.config.keys
+    return others
+  except OSError as error:
+    raise UserError(f'--config: {str(error).splitlines()[-1].strip()}') from error
   except (KeyError, AttributeError) as error:
+    # The exception that names the key, and the nearest known one, is inside the others.
     while error.args and isinstance(error.args[0], Exception):
       error = error.args[0]
-    raise UserError(f'--config names a key that does not exist: {error.args[0]}\n'
-                    'docs/config.md lists all keys.') from error
+    raise UserError(f'--config has no such key: {error.args[0]}\n'
+                    'docs/config.md explains all keys, and launch/config.py prints those of a '
+                    'config.') from error
   except flags.Error as error:
-    # "Error whilst parsing config file" holds a traceback, of which the last line is the error.
+    # An error in a config file comes with a traceback. Its last line is the error.
     lines = str(error).strip().splitlines()
     message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1].strip()}'
-    raise UserError(f'{message}\n--help lists the flags.') from error
+    raise UserError(f'{message}\n--help lists all flags.') from error
 
 
 def define_directory(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
-  """Defines a flag that names a directory; it is required where there is no default."""
+  """Defines a flag for a directory; it is required if it has no default."""
   flag = flags.DEFINE_string(name, default, meaning, required=default is None)
   flags.register_validator(name, _check_directory)
   return flag
 
 
 def define_json(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
-  """Defines a flag that names a .json to write, in a directory that exists.
-
-  It is required where there is no default.
-  """
+  """Defines a flag for a JSON file to write; it is required if it has no default."""
   flag = flags.DEFINE_string(name, default, meaning, required=default is None)
   flags.register_validator(name, _check_json)
   return flag
@@ -140,18 +179,17 @@ def define_json(name: str, meaning: str, default: str | None = None) -> flags.Fl
 
 def _check_directory(path: str | None) -> bool:
   if path and ':/' in path:
-    raise flags.ValidationError('it is a URL, and must be a path: mount the bucket (gcsfuse, for '
-                                'instance) and give the path under the mount.')
+    raise flags.ValidationError('this is a URL. Mount the bucket, with gcsfuse for instance, and '
+                                'give the path of the mount.')
   if path and Path(path).exists() and not Path(path).is_dir():
-    raise flags.ValidationError('it is a file, and must be a directory: give another path.')
+    raise flags.ValidationError('this is a file. Give the path of a directory.')
   return True
 
 
 def _check_json(path: str | None) -> bool:
-  # A picture or a table beside it may have its name with another ending.
+  # Pictures and tables next to it have the same name with another ending.
   if path is not None and (
       not path.endswith('.json') or not Path(path).absolute().parent.is_dir()
       or Path(path).is_dir()):
-    raise flags.ValidationError('it must be a file in a directory that exists, and end in .json: '
-                                'give another path.')
+    raise flags.ValidationError('give a path that ends in .json, in a directory that exists.')
   return True

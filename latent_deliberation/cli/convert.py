@@ -1,4 +1,4 @@
-"""Converts a decoder between formats, and says what is in one without loading it."""
+"""Describes a decoder on disk without loading it, and converts it to another format."""
 
 import dataclasses
 from collections import Counter
@@ -13,7 +13,7 @@ from latent_deliberation.models import count_parameters
 
 
 def describe(checkpoint: Checkpoint) -> str:
-  """Architecture, sizes, dtypes and bytes of a decoder on disk, a line each."""
+  """Returns architecture, sizes, dtypes and bytes of a decoder on disk, a line each."""
   config, tensors = checkpoint.config, checkpoint.source.tensors
   names = [name for name, preset in PRESETS.items() if preset == config]
   dtypes = Counter(stored.dtype for stored in tensors.values())
@@ -24,13 +24,13 @@ def describe(checkpoint: Checkpoint) -> str:
             f'bytes          {sum(stored.nbytes for stored in tensors.values()):,}']
   left_out = checkpoint.left_out
   if left_out:
-    lines.append(f'left out       {len(left_out)} tensors that are no part of the decoder, such as '
-                 f'{left_out[0]}')
+    lines.append(f'not used       {len(left_out)} tensors that are not part of the decoder, such '
+                 f'as {left_out[0]}')
   return '\n'.join(lines)
 
 
 def list_tensors(checkpoint: Checkpoint) -> str:
-  """Every tensor with its dtype and shape, a line each."""
+  """Returns every tensor with its dtype and shape, a line each."""
   tensors = checkpoint.source.tensors
   width = max(map(len, tensors), default=0)
   return '\n'.join(f'{name:<{width}}  {stored.dtype:<9} {list(stored.shape)}'
@@ -38,22 +38,25 @@ def list_tensors(checkpoint: Checkpoint) -> str:
 
 
 def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None = None) -> str:
-  """Loads a decoder and writes it in another format, with its tokenizer where it has one.
+  """Loads a decoder and writes it in another format, with its tokenizer if it has one.
 
   Args:
-    target: a directory that does not exist yet; it appears whole or not at all.
+    checkpoint: the decoder to read.
+    target: directory to write; it appears whole or not at all.
     format: one of weights.FORMATS.
-    dtype: to round the weights to; by default every bit is kept.
+    dtype: dtype to round the weights to. Default: every bit is kept.
 
-  Returns: what was written, in words.
+  Returns: a sentence on what was written.
+
+  Raises:
+    UserError: `target` exists already, or cannot be written.
   """
   if target.exists():
-    raise UserError(f'{target} exists already and is not written over: give another, or '
-                          'remove it')
+    raise UserError(f'{target} exists already. Give another directory, or remove it.')
   make_writable(target.parent)
   params = checkpoint.load(dtype=dtype)
   weights.save(target, checkpoint.config, params, checkpoint.vocabulary, format,
                checkpoint.tokenizer)
   written = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
-  beside = f', with {checkpoint.tokenizer}' if checkpoint.tokenizer else ''
-  return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{beside}'
+  tokenizer = f', with {checkpoint.tokenizer}' if checkpoint.tokenizer else ''
+  return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{tokenizer}'

@@ -1,4 +1,4 @@
-"""Text behind prompts, plain or with latents, for a terminal or as JSON."""
+"""Continues prompts, plain or with latents, for a terminal or as JSON."""
 
 import dataclasses
 import json
@@ -12,42 +12,45 @@ from absl import logging
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import read_text
-from latent_deliberation.inference import tokenizer as tokenizers
-from latent_deliberation.inference.generator import NONE, Generator
+from latent_deliberation.inference.engine import NONE, Engine
 from latent_deliberation.inference.passes import Prompts, State
 from latent_deliberation.inference.policy import NEVER
-from latent_deliberation.inference.prefix_cache import Context, read_behind
-from latent_deliberation.inference.session import Completion, DecodingOptions, generate, stream
-from latent_deliberation.inference.tokenizer import Tokenizer
+from latent_deliberation.inference.prefix_cache import Context, read_after
+from latent_deliberation.inference.session import DecodingOptions, generate, stream, text_of
+from latent_deliberation.inference.tokenizer import Tokenizer, check_stops, stop_at
 
 _COLUMN = 46
 
 
 def check_coprocessor(coprocessor: str, **flags: object) -> bool:
-  """Whether there is one to make latents; '' is none, and so is an explicit 'none'.
+  """Returns whether there is a coprocessor; '' and 'none' are none.
+
+  Args:
+    coprocessor: value of --coprocessor.
+    flags: values of the flags that say when latents are made.
 
   Raises:
-    UserError: there is not, and flags say when latents come.
+    UserError: --coprocessor is absent, and one of the flags is given.
   """
   given = [f'--{name}' for name, value in flags.items() if value]
   if given and not coprocessor:
     raise UserError(f'{", ".join(given)} without a --coprocessor, which makes the latents: give '
-                     'one, or leave the rest out')
+                    'one, or leave the others out')
   return coprocessor not in ('', NONE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What is asked for; all that can be wrong with it is, before a decoder is loaded.
+  """One request of the command line, checked before a decoder is loaded.
 
   Attributes:
-    options: what to do; its `stop` and `eos` are set from what follows and from the tokenizer.
+    options: how to decode. `stop` and `eos` are set later, from `stop` here and the tokenizer.
     stop: strings that end a text and are not part of it.
-    seed: of the first prompt; the others count on.
+    seed: seed of the first prompt; each next prompt adds 1.
     as_json: print a line of JSON for each prompt.
-    streamed: print text as it comes.
-    compared: write plainly, and with latents beside it.
-    cache: directory of launch/augment.py, behind whose text prompts go on; '' for none.
+    streamed: print text while it is decoded.
+    compared: print plain and augmented text side by side.
+    cache: directory that launch/augment.py wrote, whose text prompts continue; '' for none.
   """
   options: DecodingOptions
   stop: tuple[str, ...] = ()
@@ -58,61 +61,61 @@ class Request:
   cache: str = ''
 
   def __post_init__(self):
-    tokenizers.check_stops(self.stop)
+    check_stops(self.stop)
     if not 0 <= self.seed < 2**32:
       raise UserError(f'seed = {self.seed}: give one between 0 and 2**32 - 1')
     if self.streamed and (self.as_json or self.compared):
-      raise UserError('--stream prints text as it comes, --json and --compare print it when it is '
-                       'there: choose one of them')
+      raise UserError('--stream prints text while it is decoded, --json and --compare print it at '
+                      'the end: choose one of them')
     if self.cache and self.options.policy != NEVER:
-      raise UserError(f'--cache={self.cache} brings its latents with it, and --at, --every or '
-                       '--gate ask for more, which would have to be made from a cache without: '
-                       'choose one of them')
+      raise UserError(f'--cache={self.cache} has latents, and more of them (--at, --every, --gate) '
+                      'are made only from a cache without: choose one of them')
     if self.cache and self.options.timing != DecodingOptions.timing:
-      raise UserError(f'--cache={self.cache} brings its latents with it, and --background is for '
-                       'latents that are yet to be made: leave one of them out')
+      raise UserError(f'--cache={self.cache} has latents, and --background is for latents that are '
+                      'still to be made: leave one of them out')
     if self.compared and self.options.policy == NEVER and not self.cache:
-      raise UserError('--compare shows text with latents beside plain text, and none are asked '
-                       'for: give a --coprocessor, or leave --compare out')
+      raise UserError('--compare shows plain text and text with latents, and there are no latents: '
+                      'give a --coprocessor, or leave --compare out')
 
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-  """What turns prompts into text.
+  """Continues prompts as a request says.
 
   Attributes:
-    generator: the decoder, with a coprocessor or without.
-    tokenizer: of the decoder.
-    request: what is asked for.
+    engine: the decoder, with a coprocessor or without.
+    tokenizer: tokenizer of the decoder.
+    request: the request.
     context: the cache that the request names, opened.
   """
-  generator: Generator
+  engine: Engine
   tokenizer: Tokenizer
   request: Request
   context: Context | None = None
 
   def write(self, prompts: Sequence[str], plain: bool = False) -> list[dict[str, Any]]:
-    """For each prompt: its text, tokens, log-probabilities, and how it ended."""
-    completions = generate(self.generator, self._texts(prompts, plain), self._decoding(plain),
+    """Returns prompt, text, tokens, logprobs, finish_reason and latents_at for each prompt."""
+    completions = generate(self.engine, self._texts(prompts, plain), self._decoding(plain),
                            self._seeds(len(prompts)))
-    return [{'prompt': prompt, 'text': self._text(completion), **dataclasses.asdict(completion)}
+    return [{'prompt': prompt, 'text': text_of(completion, self.tokenizer, self.request.stop),
+             **dataclasses.asdict(completion)}
             for prompt, completion in zip(prompts, completions, strict=True)]
 
   def write_slowly(self, prompt: str) -> Iterator[str]:
-    """The text behind one prompt in pieces, as it is decoded."""
+    """Yields the continuation of one prompt in pieces, while it is decoded."""
     said = ''
-    for completion, in stream(self.generator, self._texts([prompt]), self._decoding(),
+    for completion, in stream(self.engine, self._texts([prompt]), self._decoding(),
                               self._seeds(1)):
-      text = self._text(completion)
+      text = text_of(completion, self.tokenizer, self.request.stop)
       if not completion.finish_reason:
-        # What may yet become another character, or the beginning of a stop string, is held back.
+        # The end may yet become another character, or be the beginning of a stop string.
         text = text.rstrip('\ufffd')
         text = text[:max(0, len(text) - max(map(len, self.request.stop), default=1) + 1)]
       yield text[len(said):]
       said = max(said, text, key=len)
 
   def compare(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """For each prompt, what is written plainly and what with latents."""
+    """Returns, for each prompt, what is written plainly and what is written with latents."""
     plain = self.write(prompts, plain=True)
     augmented = self.write(prompts)
     return [{'prompt': prompt, 'plain': one, 'augmented': other}
@@ -122,30 +125,29 @@ class Writer:
     ids = [self.tokenizer.encode(prompt) for prompt in prompts]
     if self.context is None:
       return ids
-    # Without the token that begins a text, which the context has.
-    return read_behind(self.generator, self.context, [more[1:] for more in ids], plain)
+    # The context has the token that begins a text already.
+    return read_after(self.engine, self.context, [more[1:] for more in ids], plain)
 
   def _decoding(self, plain: bool = False) -> DecodingOptions:
-    options, strings = self.request.options, self.request.stop
-    stop = tokenizers.stop_at(self.tokenizer, strings) if strings else None
-    return dataclasses.replace(options, eos=self.tokenizer.eos, stop=stop,
+    options = self.request.options
+    return dataclasses.replace(options, eos=self.tokenizer.eos,
+                               stop=stop_at(self.tokenizer, self.request.stop),
                                policy=NEVER if plain else options.policy)
 
   def _seeds(self, count: int) -> list[int]:
     return [(self.request.seed + number) % 2**32 for number in range(count)]
 
-  def _text(self, completion: Completion) -> str:
-    text = self.tokenizer.decode(completion.tokens)
-    ends = [text.find(string) for string in self.request.stop if string in text]
-    return text[:min(ends)] if completion.finish_reason == 'stop' and ends else text
-
 
 def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
-  """Prompts of the command line and of a file, one a line, or of .jsonl under 'prompt'.
+  """Returns the prompts of the command line, then those of a file.
+
+  Args:
+    file: path of a file with a prompt on each line, or of a .jsonl with a key 'prompt'; '' for
+      none.
 
   Raises:
-    UserError: there is no such file.
-    UserError: the file has no prompt, a line of .jsonl has none, or one is empty or no Unicode.
+    UserError: the file is absent or has no prompt, a line of a .jsonl has none, or a prompt is
+      empty or not Unicode.
   """
   prompts = [*prompts, *(_read_lines(Path(file)) if file else ())]
   for number, prompt in enumerate(prompts):
@@ -156,11 +158,11 @@ def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[str]:
-  text = read_text(path, 'a prompt a line')
-  # Not splitlines, which takes some characters inside of a text for ends of lines.
+  text = read_text(path, 'a prompt on each line')
+  # Not splitlines, which also splits at some characters within a text.
   lines = text.removesuffix('\n').split('\n') if text else []
   if not lines:
-    raise UserError(f'{path} is empty: write a prompt a line, or leave --prompts_file out')
+    raise UserError(f'{path} is empty: write a prompt on each line, or leave --prompts_file out')
   if path.suffix == '.jsonl':
     lines = [_read_object(line, f'{path}, line {number}') for number, line in enumerate(lines, 1)]
   return lines
@@ -173,7 +175,7 @@ def _read_object(line: str, name: str) -> str:
       raise TypeError(f'it is {prompt!r}')
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{name}: every line must be an object with a text as "prompt" '
-                     f'({type(error).__name__}: {error})') from error
+                    f'({type(error).__name__}: {error})') from error
   return prompt
 
 
@@ -181,15 +183,15 @@ def _check_unicode(text: str, name: str) -> None:
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise UserError(f'{name} is {text!r}, which is no Unicode ({error.reason}): give UTF-8'
-                     ) from error
+    raise UserError(f'{name} is {text!r}, which is not Unicode ({error.reason}): give UTF-8'
+                    ) from error
 
 
 def answer(writer: Writer, prompts: Sequence[str]) -> None:
-  """Prints what is written behind prompts; without any, asks for one after the other.
+  """Prints the continuations of prompts; without any, asks for one after the other.
 
   Raises:
-    UserError: a prompt is bad; where they are asked for, this is said of each and does not end it.
+    UserError: a prompt is bad. If it was typed, the error is printed and the next one follows.
   """
   request = writer.request
 
@@ -208,23 +210,24 @@ def answer(writer: Writer, prompts: Sequence[str]) -> None:
         print(_side_by_side(result) if request.compared else result['prompt'] + result['text'],
               flush=True)
 
+  # In the background, latents would otherwise come too late for short texts.
   if request.options.timing.delay is None and request.options.policy != NEVER:
-    logging.info('compiling the coprocessor')  # else latents would come too late for short texts
-    writer.generator.warm_up(1 if request.streamed or not prompts else len(prompts))
+    logging.info('compiling the coprocessor')
+    writer.engine.warm_up(1 if request.streamed or not prompts else len(prompts))
   if prompts:
     show(prompts)
   for prompt in () if prompts else _ask():
     try:
       _check_unicode(prompt, 'the prompt')
       show([prompt])
-    except ValueError as error:  # of this prompt; the next may be better
+    except UserError as error:  # this prompt is bad; the next one may be better
       print(error, file=sys.stderr)
-  if writer.generator.stats.begun:
-    logging.info('latents: %s', writer.generator.stats)
+  if writer.engine.stats.begun:
+    logging.info('latents: %s', writer.engine.stats)
 
 
 def _ask() -> Iterator[str]:
-  """Lines that someone types, until the end of the input."""
+  """Yields the lines that someone types, until the end of the input."""
   while True:
     if sys.stdin.isatty():
       print('prompt> ', end='', flush=True)
@@ -236,6 +239,7 @@ def _ask() -> Iterator[str]:
 
 
 def _side_by_side(result: dict[str, Any]) -> str:
+  """Formats a result of `Writer.compare` as two columns, plain and with latents."""
   columns = []
   for name, title in (('plain', 'plain'), ('augmented', 'with latents')):
     found = result[name]

@@ -1,4 +1,4 @@
-"""The main job, end to end: text, decoder, coprocessor, controls, report."""
+"""The quickstart: data, decoder, coprocessor, constant soft tokens and report, in one command."""
 
 from pathlib import Path
 from typing import Any
@@ -18,35 +18,50 @@ from latent_deliberation.training.train import describe_training, train_coproces
 
 
 def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
-  """Runs every phase in `workdir`; those that are complete are not run again.
+  """Runs every phase in `workdir`. Phases that are complete are not run again.
 
   Returns: the content of <workdir>/report.json.
+
+  Raises:
+    UserError: a phase cannot run with this experiment; raised before the first one begins.
   """
   runs = {'decoder': workdir / PRETRAINING, 'coprocessor': workdir / COPROCESSOR,
           'constant soft tokens': workdir / CONSTANT}
   make_writable(workdir)
   mesh = make_mesh(experiment.mesh)
   check_phases(experiment, mesh, *runs.values())
+
   clock = PhaseClock(workdir / PHASES_FILE)
   with clock.phase('data'):
     prepare_data(experiment.data, experiment.decoder.vocab_size, workdir)
-    open_held_out(experiment, workdir, mesh)  # there must be enough of them, hours later
+    # Fails now, not hours later, if there is too little held-out text for the report.
+    open_held_out(experiment, workdir, mesh)
   with clock.phase('decoder'):
-    decoder = pretrain(experiment, runs['decoder'], workdir)
+    decoder_dir = pretrain(experiment, runs['decoder'], workdir)
   with clock.phase('coprocessor'):
-    train_coprocessor(experiment, decoder, runs['coprocessor'], workdir)
+    train_coprocessor(experiment, decoder_dir, runs['coprocessor'], workdir)
   with clock.phase('constant soft tokens'):
-    train_coprocessor(constant_variant(experiment), decoder, runs['constant soft tokens'], workdir)
+    train_coprocessor(constant_variant(experiment), decoder_dir, runs['constant soft tokens'],
+                      workdir)
   logging.info('=== evaluation')
   return evaluate(
-      experiment, decoder=decoder, coprocessor=runs['coprocessor'],
-      constant=runs['constant soft tokens'], data=workdir, output=workdir, seconds=clock.seconds,
-      runs=runs)
+      experiment, decoder_dir=decoder_dir, coprocessor_dir=runs['coprocessor'],
+      constant_dir=runs['constant soft tokens'], data=workdir, output=workdir,
+      seconds=clock.seconds, runs=runs)
 
 
 def check_phases(experiment: Experiment, mesh: Mesh, pretraining: Path, coprocessor: Path,
                  constant: Path) -> None:
-  """Raises before the first phase what would stop a later one; takes the runs' directories."""
+  """Checks all phases before the first one begins.
+
+  Args:
+    experiment: the experiment of all phases.
+    mesh: the mesh of all phases.
+    pretraining, coprocessor, constant: work directories of the three runs.
+
+  Raises:
+    UserError: one of the runs cannot start, or its directory belongs to another run.
+  """
   describe_pretraining(experiment, pretraining, mesh).check()
   describe_training(experiment, coprocessor, mesh).check()
   describe_training(constant_variant(experiment), constant, mesh).check()

@@ -1,9 +1,10 @@
 """Local text as an indexed, checked list of documents; no TensorFlow here.
 
-Opening a corpus reads all of it once: every file is decoded and every line parsed, so that a bad
-byte is named before any long work, and the contents are hashed for the manifest of what is packed.
+Opening a corpus reads all of it once. Every file is decoded and every line parsed, so that a bad
+byte is named before any long work. The contents are hashed for the manifest of packed rows.
+
 Afterwards a document is read by its number, which makes shuffling and sharding exact and cheap. The
-index costs about 30 bytes a document; beyond some 10^8 documents use a TFDS data set.
+index takes about 30 bytes a document. For more than about 10^8 documents use a TFDS data set.
 """
 
 import array
@@ -29,22 +30,27 @@ from latent_deliberation.progress import Progress
 STDLIB_SUFFIXES = ('.py', '.rst', '.txt')
 STDLIB_LEFT_OUT = frozenset(
     ('test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'))
-GIANT = 4  # no document held out is more than this part of the text to hold out
+GIANT = 4  # a document of more than 1 / GIANT of the text to hold out is trained on
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-  """Attributes: name: path within the corpus, the same on every machine; path: where it lies."""
+  """A file of a corpus.
+
+  Attributes:
+    name: path within the corpus, the same on every machine.
+    path: path on this machine.
+  """
   name: str
   path: Path
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-  """Documents by number.
+class TextCorpus:
+  """Local documents by number; a `Corpus` as sources.py describes it.
 
   Attributes:
-    files: sorted by name.
+    files: files of the corpus, sorted by name.
     text_key: field of a .jsonl line that holds its text.
     file_of: int32 [documents], index into files.
     start: int64 [documents], first byte of the document in its file.
@@ -61,11 +67,11 @@ class Corpus:
   fingerprint: str
 
   def numbers(self, split: str) -> np.ndarray:
-    """Numbers of the documents of 'train' or 'validation', int64."""
+    """Returns the numbers of the documents of 'train' or 'validation', int64."""
     return np.flatnonzero(self.held_out == (split == 'validation'))
 
   def read(self, number: int) -> str:
-    """The text of one document."""
+    """Returns the text of one document."""
     file = self.files[self.file_of[number]]
     with file.path.open('rb') as stream:
       stream.seek(self.start[number])
@@ -75,49 +81,54 @@ class Corpus:
     return _decode(content, file.path)
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig) -> TextCorpus:
   """Lists, checks, hashes and splits the documents of a 'stdlib' or 'text' configuration.
 
-  A document is held out when the hash of its name says so: the same documents on every machine,
-  and adding files moves none of the old ones. When no document (or every one) falls to validation,
-  the one that is nearest to doing so changes sides. A document of more than a quarter of the text
-  to hold out is trained on, while there are smaller ones. Empty documents are left out.
+  The hash of its name decides whether a document is held out. The choice is therefore the same on
+  every machine, and new files do not move old documents. Empty documents are left out.
+
+  Two exceptions keep the splits useful. If one split would be empty, the document that is nearest
+  to the limit changes sides. A document of more than a quarter of the text to hold out is trained
+  on, unless all held-out documents are as large.
 
   Raises:
-    UserError: a glob or directory without a file to read.
-    UserError: a file that is not UTF-8 text, a line that is not JSON or has no text, or fewer than
+    MissingError: a glob or directory has no file to read.
+    UserError: a file is not UTF-8 text, a line is not JSON or has no text, or there are fewer than
       two documents. The message names the file, and the byte or line in it.
   """
   files = _stdlib_files() if config.source == 'stdlib' else _text_files(config.files)
-  # Packed arrays, since a corpus may have millions of documents.
+  # Plain arrays, since a corpus may have millions of documents.
   name_hashes, places = bytearray(), array.array('q')
   corpus_hash = hashlib.sha256()
   progress = Progress('Checking the corpus', 'files', len(files))
   for index, file in enumerate(files):
+    # The hash of a document's name decides its split, that of all contents is the fingerprint.
     file_hash = hashlib.sha256()
     for name, start, size in _index_file(file, config.text_key, file_hash):
       name_hashes += hashlib.sha256(name.encode()).digest()[:8]
       places.extend((index, start, size))
     corpus_hash.update(f'{file.name}\0{file_hash.hexdigest()}\0'.encode())
     progress.update(index + 1)
+  # One row for each document, as columns.
   file_of, start, size = np.array(places, np.int64).reshape(-1, 3).T
   if len(size) < 2:
     raise UserError(
-        f'the corpus has {len(size)} documents that are not empty in {len(files)} files, and needs '
-        'at least 2, one to train on and one to validate on: give more files, or cut the text into '
-        'several (split -C 64k --additional-suffix=.txt all.txt part-)')
-  corpus = Corpus(files, config.text_key, file_of.astype(np.int32), start, size,
-                  _hold_out(np.frombuffer(name_hashes, '>u8'), size, config.validation_percent),
-                  corpus_hash.hexdigest())
+        f'the corpus has {len(size)} documents that are not empty in {len(files)} files. It needs '
+        'at least 2, one to train on and one to validate on. Give more files, or split the text '
+        '(split -C 64k --additional-suffix=.txt all.txt part-)')
+  held_out = _hold_out(np.frombuffer(name_hashes, '>u8'), size, config.validation_percent)
+  corpus = TextCorpus(files, config.text_key, file_of.astype(np.int32), start, size, held_out,
+                      corpus_hash.hexdigest())
   logging.info('The corpus has %d documents in %d files, %.1f MB, %d documents held out.',
                len(size), len(files), size.sum() / 1e6, corpus.held_out.sum())
   return corpus
 
 
 def _hold_out(hashes: np.ndarray, size: np.ndarray, percent: int) -> np.ndarray:
+  """Returns whether each document is held out, bool [documents]; see `open_corpus`."""
   held_out = hashes < np.uint64(2**64 * percent // 100)
-  # One document that filled most of the validation text would be all that it says something about
-  # (in the standard library, the language reference of pydoc_data is 6% of everything).
+  # A validation loss must not depend on a single document. In the standard library, the language
+  # reference of pydoc_data is 6% of all text.
   giant = size > size.sum() * percent / 100 / GIANT
   if (held_out & ~giant).any():
     held_out &= ~giant
@@ -129,7 +140,7 @@ def _hold_out(hashes: np.ndarray, size: np.ndarray, percent: int) -> np.ndarray:
 
 
 def _stdlib_files() -> tuple[TextFile, ...]:
-  """Sources and text documentation of the interpreter, without its tests and what pip put in."""
+  """Returns sources and text documentation of the interpreter, without tests and packages."""
   root = Path(sysconfig.get_path('stdlib'))
   files = []
   for folder, folders, names in os.walk(root):
@@ -158,6 +169,7 @@ def _text_files(patterns: tuple[str, ...]) -> tuple[TextFile, ...]:
       root = Path(pattern)
       paths = [path for suffix in ('txt', 'jsonl') for path in root.rglob(f'*.{suffix}')]
     else:
+      # Names are relative to the part of the pattern before its first wildcard.
       parts = Path(pattern).parts[:-1]
       fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
       root = Path(*parts[:fixed])
@@ -175,7 +187,7 @@ def _text_files(patterns: tuple[str, ...]) -> tuple[TextFile, ...]:
 
 def _index_file(file: TextFile, text_key: str,
                 file_hash: 'hashlib._Hash') -> Iterator[tuple[str, int, int]]:
-  """Yields (name, first byte, bytes) of a file's documents, checked; feeds the file to its hash."""
+  """Yields (name, first byte, bytes) of a file's documents, checked; updates the file's hash."""
   if file.path.suffix != '.jsonl':
     content = file.path.read_bytes()
     file_hash.update(content)
@@ -193,7 +205,7 @@ def _index_file(file: TextFile, text_key: str,
 
 
 def _parse_line(line: bytes, start: int, number: int, path: Path, text_key: str) -> str:
-  """The text of a line of .jsonl, or an error that says where and what is wrong."""
+  """Returns the text of a line of .jsonl. Raises UserError that names the place and the fault."""
   where = f'{path}:{number}'
   try:
     record = json.loads(_decode(line, path, start))
@@ -203,23 +215,26 @@ def _parse_line(line: bytes, start: int, number: int, path: Path, text_key: str)
   if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
     found = sorted(record) if isinstance(record, dict) else type(record).__name__
     raise UserError(f'{where}: no text under text_key = {text_key!r}, found {found}: set text_key '
-                     'to the field that holds the text')
+                    'to the field that holds the text')
   text = record[text_key]
   if '\0' in text:
-    raise UserError(f'{where}: the text holds a NUL character: it is binary, leave the line out')
+    raise UserError(f'{where}: the text holds a NUL character, so it is binary: leave the line out')
   try:
     text.encode()
   except UnicodeEncodeError as error:
     raise UserError(f'{where}: half a surrogate pair at character {error.start}, which is not '
-                     'Unicode text: repair the line or leave it out') from error
+                    'Unicode text: repair the line or leave it out') from error
   return text
 
 
 def _decode(content: bytes, path: Path, start: int = 0) -> str:
-  """Text of a file, or of its part from byte `start` on; Python sources may name an encoding."""
+  """Returns the text of a file, or of its part from byte `start` on.
+
+  Python sources may declare an encoding. Everything else is UTF-8.
+  """
   nul = content.find(b'\0')
   if nul >= 0:
-    raise UserError(f'{path}: NUL at byte {start + nul}: a binary file, not text; leave it out')
+    raise UserError(f'{path}: NUL at byte {start + nul}, so it is a binary file: leave it out')
   encoding = 'utf-8'
   if path.suffix == '.py':
     with contextlib.suppress(SyntaxError):
@@ -228,4 +243,4 @@ def _decode(content: bytes, path: Path, start: int = 0) -> str:
     return content.decode(encoding)
   except UnicodeDecodeError as error:
     raise UserError(f'{path}: not {encoding} text at byte {start + error.start} ({error.reason}): '
-                     'convert it (iconv -t utf-8) or leave it out') from error
+                    'convert it (iconv -t utf-8) or leave it out') from error

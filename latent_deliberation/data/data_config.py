@@ -1,4 +1,7 @@
-"""What a run reads: the source of its text, its vocabulary and the form of its rows."""
+"""DataConfig: the source of a run's text, its vocabulary and the form of its rows.
+
+The byte vocabulary is here too, since programs without TensorFlow use it.
+"""
 
 import dataclasses
 import hashlib
@@ -7,19 +10,26 @@ from typing import Any
 
 from latent_deliberation.errors import UserError
 
+# sources.py says how to add a source, and checks on import that it can read each of these.
 SOURCES = ('stdlib', 'text', 'tfds', 'mixture', 'synthetic')
 VOCABULARIES = ('sentencepiece', 'byte')
 MODES = ('packed', 'online')
 
-# Special ids of every vocabulary that is made here, as Gemma has them.
+# Keys that only some sources read. The others would ignore them, so they are refused there.
+KEYS_OF_SOURCES = {
+    'files': ('text',), 'name': ('tfds', 'mixture', 'synthetic'), 'data_dir': ('tfds',),
+    'options': ('synthetic',), 'documents': ('synthetic',), 'questions': ('synthetic',)}
+NEEDED_KEYS = ('files', 'name')  # those of them that have no usable default
+
+# Special ids of every vocabulary that this project makes. They are Gemma's.
 PAD_ID, EOS_ID, BOS_ID, UNK_ID = 0, 1, 2, 3
 SPECIAL_IDS = 4
 
-# The byte vocabulary: a byte has its value plus SPECIAL_IDS.
+# The byte vocabulary: the id of a byte is its value plus SPECIAL_IDS.
 BYTE_VOCABULARY_SIZE = SPECIAL_IDS + 256
 BYTE_VOCABULARY_HASH = hashlib.sha256(b'bytes from 4 on').hexdigest()
 
-# Special ids, bytes and the newline; every character of the corpus comes on top.
+# Special ids, bytes and the newline. Each character of the corpus needs one piece more.
 SMALLEST_SENTENCEPIECE = BYTE_VOCABULARY_SIZE + 1
 
 
@@ -28,29 +38,34 @@ class DataConfig:
   """Where text comes from and how it becomes rows of tokens.
 
   Attributes:
-    source: 'stdlib', the running interpreter's own standard library; 'text', local files; 'tfds',
-      a TensorFlow data set; 'mixture', a seqio task or mixture that is registered already;
-      'synthetic', questions of a task in data/synthetic.
-    files: for 'text': files, globs, or directories (every .txt and .jsonl below them). A .jsonl
-      file holds one document a line, any other file is one document.
-    text_key: the field that holds the text, in a line of .jsonl or in a TFDS example.
-    name: for 'tfds' a name with its version ('c4/en:3.1.0'), for 'mixture' the registered name,
-      for 'synthetic' the task, a key of TASKS in studies/synthetic/documents.py.
-    options: for 'synthetic', options of the task by name; those left out have its defaults.
-    documents: for 'synthetic', how many there are, of both splits.
-    questions: for 'synthetic', questions of a document, all about the same context.
-    data_dir: for 'tfds', where the prepared data set lies; '' for TFDS's own default.
-    vocabulary: 'sentencepiece' or 'byte'. A mixture brings its own, whatever is said here.
-    vocabulary_path: a SentencePiece model; '' trains one on the corpus and keeps it in the work
-      directory.
-    vocabulary_size: pieces of a vocabulary that is trained; no other vocabulary looks at it.
+    source: where the documents come from.
+      'stdlib' reads the standard library of the running interpreter, 'text' local files, 'tfds' a
+      TensorFlow data set. 'mixture' takes a seqio task or mixture that is already registered.
+      'synthetic' draws questions of a task in studies/synthetic.
+    files: for 'text': files, globs or directories.
+      A directory stands for all .txt and .jsonl files below it. A .jsonl file holds one document
+      a line. Any other file is one document.
+    text_key: field that holds the text, in a line of .jsonl or in a TFDS example.
+    name: for 'tfds', the data set with its version, such as 'c4/en:3.1.0'.
+      For 'mixture', the registered name. For 'synthetic', the task: a key of TASKS in
+      studies/synthetic/documents.py.
+    options: for 'synthetic': options of the task by name; the others keep their defaults.
+    documents: for 'synthetic': number of documents, both splits together.
+    questions: for 'synthetic': questions in a document, all about the same context.
+    data_dir: for 'tfds': directory of prepared data sets; '' for TFDS's own default.
+    vocabulary: 'sentencepiece' or 'byte'; a mixture brings its own instead.
+    vocabulary_path: path of a SentencePiece model; '' trains one.
+      The trained model is kept in the work directory.
+    vocabulary_size: number of pieces of a trained vocabulary; others ignore it.
     length: T, tokens of a row.
-    validation_percent: share of the documents held out, 1 to 99. A data set or mixture with a
-      'validation' split uses that one instead.
-    mode: 'packed' trains on rows packed once, 'online' on a stream; both validate on packed rows.
-    seed: of the order of documents, and of synthetic ones; the order of packed rows has its own.
-    max_tokens: tokens to pack of each split, cut to whole rows; 0 for every document once. With a
-      limit a mixture's training text repeats where it must to keep the rates.
+    validation_percent: percentage of the documents that is held out, 1 to 99.
+      A data set or mixture with a 'validation' split uses that split instead.
+    mode: 'packed' trains on rows that are packed once, 'online' on a stream.
+      Validation always reads packed rows.
+    seed: seed of the order of documents, and of synthetic documents.
+      The order of packed rows has a seed of its own.
+    max_tokens: tokens to pack of each split, cut to whole rows; 0 packs every document once.
+      With a limit, a mixture repeats training text where it must to keep its rates.
   """
   source: str = 'stdlib'
   files: tuple[str, ...] = ()
@@ -84,33 +99,28 @@ class DataConfig:
     self._check_numbers()
 
   def _check_source(self) -> None:
-    """Each source has the keys it needs, and no key that would be ignored."""
-    owners = {'files': ('text',), 'name': ('tfds', 'mixture', 'synthetic'),
-              'options': ('synthetic',), 'documents': ('synthetic',), 'questions': ('synthetic',)}
-    for key, sources in owners.items():
+    """Raises UserError unless the source has the keys that it needs, and none that it ignores."""
+    for key, sources in KEYS_OF_SOURCES.items():
       value, default = getattr(self, key), {} if key == 'options' else getattr(DataConfig, key)
-      if self.source in sources and default in ((), '') and not value:
+      if self.source in sources and key in NEEDED_KEYS and not value:
         raise UserError(f'source = {self.source!r} needs {key}, which is empty')
       if self.source not in sources and value != default:
         raise UserError(
             f'{key} = {value!r} has no meaning for source = {self.source!r}: leave it at '
             f'{default!r}, or choose a source among {sources}')
-    if self.data_dir and self.source != 'tfds':
-      raise UserError(f"data_dir = {self.data_dir!r} belongs to source 'tfds', this is "
-                       f'{self.source!r}: leave it empty')
     if self.source == 'tfds' and ':' not in self.name:
-      raise UserError(f'name = {self.name!r} has no version: write name/config:version, for '
-                       "instance 'c4/en:3.1.0', so that a later release cannot change the data")
+      raise UserError(f'name = {self.name!r} has no version. Write name/config:version, for '
+                      "instance 'c4/en:3.1.0'. Otherwise a later release could change the data")
     if not self.text_key:
       raise UserError("text_key = '': name the field that holds the text")
 
   def _check_vocabulary(self) -> None:
     if self.vocabulary_path and self.vocabulary == 'byte':
       raise UserError(f"vocabulary_path = {self.vocabulary_path!r}, but vocabulary = 'byte' has "
-                       "no file: leave it empty, or set vocabulary = 'sentencepiece'")
+                      "no file: leave it empty, or set vocabulary = 'sentencepiece'")
     if self.vocabulary_path and self.source == 'mixture':
       raise UserError(f'vocabulary_path = {self.vocabulary_path!r}, but the mixture {self.name!r} '
-                       'brings its own vocabulary: leave it empty')
+                      'brings its own vocabulary: leave it empty')
 
   def _check_numbers(self) -> None:
     bounds = {
@@ -130,14 +140,17 @@ class DataConfig:
         raise UserError(f'{key} = {value}: it must lie between {low} and {high}')
     if 0 < self.max_tokens < self.length:
       raise UserError(f'max_tokens = {self.max_tokens} is less than one row of length = '
-                       f'{self.length} tokens: raise it, or set 0 for all')
+                      f'{self.length} tokens: raise it, or set 0 for every document')
 
 
 def encode_bytes(text: str) -> list[int]:
-  """Ids of a text in the byte vocabulary, without special ones."""
+  """Returns the ids of a text in the byte vocabulary, without special ids."""
   return [SPECIAL_IDS + byte for byte in text.encode()]
 
 
 def decode_bytes(ids: Sequence[int]) -> str:
-  """The text of ids in the byte vocabulary; bytes that are not UTF-8 come out as U+FFFD."""
+  """Returns the text of ids in the byte vocabulary.
+
+  Special ids are left out. Bytes that are not UTF-8 become U+FFFD.
+  """
   return bytes(i - SPECIAL_IDS for i in ids if i >= SPECIAL_IDS).decode(errors='replace')

@@ -1,7 +1,7 @@
-"""TensorFlow and seqio for the input pipeline: on the CPU, and quiet.
+"""TensorFlow and seqio for the input pipeline, on the CPU and with few log lines.
 
-Every module of the pipeline imports them from here. Left alone, TensorFlow would take the memory
-of the GPUs that jax needs.
+Every module of the pipeline imports them from here. Otherwise TensorFlow would reserve the memory
+of the GPUs, which jax needs.
 """
 
 import os

@@ -1,4 +1,8 @@
-"""Data of an experiment: prepared where seqio is installed, read anywhere."""
+"""The data of an experiment: prepared on a machine with seqio, read on any machine.
+
+`prepare_data` makes them. `open_batches` gives training batches, `validation_batches` those of an
+evaluation. The checks compare the vocabulary of the data with the decoder.
+"""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -28,37 +32,44 @@ VALIDATION_ORDER = 0  # seed of the order of validation rows, the same for every
 def prepare_data(config: DataConfig, vocab_size: int, directory: Path) -> None:
   """Makes vocabulary and packed rows in `directory`, or checks those that are there.
 
-  Without seqio, rows that are there are taken as they are. Process 0 works, the others wait.
+  Without seqio, existing rows are used unchecked. Process 0 works, the others wait.
 
   Args:
-    vocab_size: number of the decoder's embeddings; the vocabulary must fit.
+    vocab_size: number of embeddings of the decoder, which bounds the vocabulary.
+
+  Raises:
+    UserError: there are no rows, and seqio is not installed.
+    UserError: see `check_pieces`, and `prepare` in packing.py.
   """
   check_pieces(config, vocab_size)
   if importlib.util.find_spec('seqio') is None:
     if not (directory / ROWS).is_dir():
       raise UserError(
-          f'{directory / ROWS} does not exist, and seqio, which would make it, is not installed: '
-          'prepare the data on another machine and copy the directory here')
+          f'{directory / ROWS} does not exist, and seqio is not installed to make it: prepare the '
+          'data on another machine and copy the directory here')
   else:
     run_on_process_zero(f'prepare the data in {directory}', lambda: _prepare(config, directory))
 
 
 def _prepare(config: DataConfig, directory: Path) -> None:
   from latent_deliberation.data.packing import prepare  # imports TensorFlow, which not all have
-  if not (directory / ROWS).is_dir():  # those that are there may be read-only
+  if not (directory / ROWS).is_dir():  # a directory with rows may be read-only
     make_writable(directory)
   prepare(config, directory)
 
 
 def check_pieces(data: DataConfig, vocab_size: int) -> None:
-  """Compares the vocabulary that the data will have with the decoder, as far as it is known now.
+  """Compares the size of the vocabulary with the decoder, before any long work.
+
+  A mixture's vocabulary is not known yet. A missing file is reported when it is opened.
 
   Raises:
     UserError: there are more pieces than embeddings, or the tokenizer cannot be read.
   """
   path = Path(data.vocabulary_path).expanduser()
   if data.source == 'mixture' or data.vocabulary_path and not path.is_file():
-    return  # one that is missing is spoken of where it is needed
+    return
+  # A vocabulary that is trained later has data.vocabulary_size pieces.
   if data.vocabulary == 'byte':
     origin, pieces = 'the byte vocabulary', BYTE_VOCABULARY_SIZE
   elif data.vocabulary_path:
@@ -67,41 +78,42 @@ def check_pieces(data: DataConfig, vocab_size: int) -> None:
     origin, pieces = 'data.vocabulary_size', data.vocabulary_size
   if pieces > vocab_size:
     raise UserError(
-        f'{origin}: {pieces} pieces, but decoder.vocab_size, the number of embeddings, is {vocab_size}: '
-        'take the vocabulary that the decoder was trained with, or another decoder')
+        f'{origin}: {pieces} pieces, but decoder.vocab_size, the number of embeddings, is '
+        f'{vocab_size}: use the vocabulary that the decoder was trained with, or another decoder')
+  # A decoder may have some more embeddings than pieces, for padding, but hardly twice as many.
   if data.vocabulary_path and pieces < vocab_size // 2:
-    logging.warning('%s has %d pieces, the decoder %d embeddings: is it the tokenizer that the '
-                    'decoder was trained with?', origin, pieces, vocab_size)
+    logging.warning('%s has %d pieces, the decoder %d embeddings. Check that the decoder was '
+                    'trained with this tokenizer.', origin, pieces, vocab_size)
 
 
 def _count_pieces(path: Path) -> int:
   try:
     return SentencePieceProcessor(model_file=str(path)).vocab_size()
   except RuntimeError as error:
-    raise UserError(f'{path} is not a SentencePiece model: give another data.vocabulary_path'
-                     ) from error
+    raise UserError(
+        f'{path} is not a SentencePiece model: give another data.vocabulary_path') from error
 
 
 def check_known_vocabulary(data: DataConfig, directory: Path, decoder: Checkpoint) -> None:
-  """Raises UserError where a vocabulary would be made for a decoder that has one already."""
+  """Raises UserError if a new vocabulary would be trained for a decoder that has one already."""
   if (decoder.vocabulary or data.source == 'mixture' or data.vocabulary == 'byte'
       or data.vocabulary_path or (directory / VOCABULARY_FILE).exists()):
     return
   raise UserError(
-      f'{decoder.directory} does not say with which vocabulary it was trained, and a new one means '
-      'nothing to it: give its tokenizer (data.vocabulary_path, or the directory as in '
-      '--config=configs/gemma2_2b.py:DIRECTORY, which takes the tokenizer.model there)')
+      f'{decoder.directory} does not name the vocabulary that it was trained with, and cannot use '
+      'a new one. Give its tokenizer: set data.vocabulary_path, or give the directory as in '
+      '--config=configs/gemma2_2b.py:DIRECTORY, which takes the tokenizer.model there')
 
 
 def open_rows(directory: Path, split: str, *, length: int, vocab_size: int) -> PackedRows:
-  """Packed rows of a split.
+  """Opens the packed rows of a split.
 
   Args:
-    length: T, tokens that each row should have.
-    vocab_size: number of the decoder's embeddings.
+    length: T, tokens that a row must have.
+    vocab_size: number of embeddings of the decoder.
 
   Raises:
-    UserError: rows have another length, or ids that the decoder does not know.
+    UserError: rows have another length, or more ids than the decoder has embeddings.
   """
   rows = PackedRows(directory / ROWS / split)
   if rows.vocabulary_size > vocab_size:
@@ -111,29 +123,31 @@ def open_rows(directory: Path, split: str, *, length: int, vocab_size: int) -> P
         'or use the vocabulary that the decoder was trained with')
   if rows.length != length:
     raise UserError(f'the rows in {directory} have {rows.length} tokens, data.length is '
-                     f'{length}: prepare the data in another directory')
+                    f'{length}: prepare the data in another directory')
   return rows
 
 
 def check_vocabulary(rows: PackedRows, decoder: Checkpoint) -> None:
-  """Raises UserError where the rows' ids mean other pieces than those the decoder learnt."""
-  there = rows.manifest.recipe.vocabulary_hash
-  if decoder.vocabulary and there != decoder.vocabulary:
+  """Raises UserError if the rows were made with another vocabulary than the decoder's."""
+  found = rows.manifest.recipe.vocabulary_hash
+  if decoder.vocabulary and found != decoder.vocabulary:
     raise UserError(
-        f'the rows were made with the vocabulary {there}, the decoder was trained with '
+        f'the rows were made with the vocabulary {found}, the decoder was trained with '
         f'{decoder.vocabulary}: prepare the text with the vocabulary.model of the decoder '
         '(data.vocabulary_path), in another directory')
 
 
 def open_batches(experiment: Experiment, directory: Path, section: str, mesh: Mesh) -> Batches:
-  """Endless training batches of this process, packed or online as the experiment says.
+  """Returns endless training batches of this process, packed or online as data.mode says.
 
   Args:
-    section: 'pretraining' or 'training', whose batch size and range of rows are taken. The two
-      have different orders: a coprocessor must not begin with the rows that its decoder began with.
-    mesh: decides which rows of a batch this process reads.
+    section: 'pretraining' or 'training': section with the batch size and the range of rows. The two
+      have different orders, so that a coprocessor does not begin with the rows that its decoder
+      began with.
+    mesh: mesh that determines which rows of a batch this process reads.
   """
   settings = getattr(experiment, section)
+  # Even seeds order pretraining, odd seeds training.
   seed = 2 * experiment.seed + ('pretraining', 'training').index(section)
   if experiment.data.mode == 'online':
     from latent_deliberation.data.online import OnlineBatches  # imports TensorFlow
@@ -148,9 +162,9 @@ def open_batches(experiment: Experiment, directory: Path, section: str, mesh: Me
 
 def validation_batches(rows: PackedRows, num_batches: int, batch_size: int, mesh: Mesh,
                        rules: Mapping[str, Sequence[str]]) -> list[Batch]:
-  """This process's rows of the same validation batches at every call.
+  """Returns this process's rows of the first validation batches, the same at every call.
 
-  Neighbours are of different documents as a rule.
+  Rows are in a fixed random order, so neighbours are usually of different documents.
 
   Raises:
     UserError: there are too few rows.
@@ -167,7 +181,7 @@ def validation_batches(rows: PackedRows, num_batches: int, batch_size: int, mesh
 
 
 def validation_texts(rows: PackedRows, num_rows: int, rows_per_text: int) -> np.ndarray:
-  """The text that each of the first `num_rows` validation rows belongs to, int [num_rows].
+  """Returns the text that each of the first `num_rows` validation rows is of, int [num_rows].
 
   Args:
     rows_per_text: consecutive packed rows that count as one text.

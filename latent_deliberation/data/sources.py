@@ -1,4 +1,13 @@
-"""Documents as seqio data sources: local text, synthetic tasks and prepared TFDS data sets."""
+"""Sources of text, as seqio data sources of documents.
+
+How to add a source of text:
+  1. Write a function that makes a `Corpus` from a DataConfig. corpus.py is an example.
+  2. Name it in CORPORA, and add its name to SOURCES in data_config.py.
+  3. If it reads keys of DataConfig that only some sources read, such as `files`, add it to
+     KEYS_OF_SOURCES in data_config.py.
+Splitting, shuffling, sharding among hosts, packing and resuming then work as for every source.
+A seqio task or mixture needs no code here: register it, and set source = 'mixture'.
+"""
 
 import hashlib
 import importlib
@@ -8,45 +17,48 @@ from typing import Protocol
 
 import numpy as np
 
-from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.data_config import SOURCES, DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.errors import MissingError, UserError
 
 SPLITS = ('train', 'validation')
-TOGETHER = 16  # documents; a call from TensorFlow takes longer than to read a short one
+# Documents that TensorFlow reads in one call. A call takes longer than to read a short document.
+TOGETHER = 16
 
-# data.source -> 'module:function', which makes a Corpus of a DataConfig. A new source of text is a
-# line here. Modules are imported by name, so that reading files does not load the studies.
+# data.source -> 'module:function', which makes a Corpus from a DataConfig. Modules are imported by
+# name when they are needed, so that reading files does not load the studies.
 CORPORA = {
     'stdlib': 'latent_deliberation.data.corpus:open_corpus',
     'text': 'latent_deliberation.data.corpus:open_corpus',
     'synthetic': 'latent_deliberation.studies.synthetic.documents:open_synthetic',
 }
+OTHERS = ('tfds', 'mixture')  # `build_source` and tasks.py read these without a Corpus
+assert {*CORPORA, *OTHERS} == set(SOURCES), 'CORPORA and SOURCES in data_config.py differ'
 
 
 class Corpus(Protocol):
   """Documents by number, of the splits 'train' and 'validation'.
 
   Attributes:
-    text_key: name under which the text of a document is offered.
-    fingerprint: hash of all that the documents depend on.
+    text_key: key of the text in the examples that seqio reads.
+    fingerprint: hash of everything that determines the documents.
   """
   text_key: str
   fingerprint: str
 
   def numbers(self, split: str) -> np.ndarray:
-    """Numbers of the documents of a split, int64 [n]."""
+    """Returns the numbers of the documents of a split, int64 [n]."""
 
   def read(self, number: int) -> str:
-    """The text of one document."""
+    """Returns the text of one document."""
 
 
 class CorpusSource(seqio.DataSource):
-  """A corpus of local or synthetic documents, with examples {text_key: string}.
+  """A corpus as a seqio data source, with examples {text_key: string}.
 
-  Shuffles all documents anew each epoch. Shards by document, and a host reads only its own ones
-  (seqio's FunctionDataSource makes every host read everything). Its iterators can be checkpointed,
-  since documents are looked up by number and not drawn from a Python generator.
+  It shuffles all documents anew each epoch. It shards by document, and a host reads only its own
+  documents. With seqio's FunctionDataSource every host would read all of them. Its iterators can be
+  checkpointed, since documents are read by number and not from a Python generator.
   """
 
   def __init__(self, corpus: Corpus):
@@ -65,12 +77,12 @@ class CorpusSource(seqio.DataSource):
   def get_dataset(self, split: str = 'train', shuffle: bool = True, seed: int | None = None,
                   shard_info: seqio.ShardInfo | None = None, *, sequence_length=None,
                   use_cached: bool = False, num_epochs: int | None = 1) -> tf.data.Dataset:
-    """The documents of a split. Raises UserError when there are fewer documents than shards."""
+    """Returns the documents of a split. Raises UserError if there are fewer than shards."""
     numbers = self.corpus.numbers(split)
     if shard_info:
       if len(numbers) < shard_info.num_shards:
         raise UserError(f'split {split!r} has {len(numbers)} documents for '
-                         f'{shard_info.num_shards} hosts: use fewer hosts, or packed rows')
+                        f'{shard_info.num_shards} hosts: use fewer hosts, or packed rows')
       numbers = numbers[shard_info.index::shard_info.num_shards]
     dataset = tf.data.Dataset.from_tensor_slices(numbers)
     if shuffle:
@@ -78,7 +90,7 @@ class CorpusSource(seqio.DataSource):
     return dataset.batch(TOGETHER).map(self._read, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
 
   def _read(self, numbers: tf.Tensor) -> dict[str, tf.Tensor]:
-    # Called stateless, or tf.data would refuse to checkpoint the iterator.
+    # Stateless, because tf.data does not checkpoint iterators with stateful functions.
     texts = tf.numpy_function(self._read_together, [numbers], tf.string, stateful=False)
     return {self.corpus.text_key: tf.ensure_shape(texts, (None,))}
 
@@ -87,10 +99,10 @@ class CorpusSource(seqio.DataSource):
 
 
 def build_source(config: DataConfig) -> seqio.DataSource:
-  """The documents of any configuration but a mixture, which brings its own.
+  """Returns the documents of a configuration. A mixture brings its own sources.
 
   Raises:
-    UserError: see the functions in CORPORA, and `_open_tfds`.
+    UserError: the source is a mixture; see also the functions in CORPORA, and `_open_tfds`.
   """
   if config.source == 'mixture':
     raise UserError(f'the mixture {config.name!r} brings its own sources: take it from its task')
@@ -101,10 +113,10 @@ def build_source(config: DataConfig) -> seqio.DataSource:
 
 
 def _open_tfds(config: DataConfig) -> seqio.TfdsDataSource:
-  """A data set that is prepared already; without a 'validation' split the start of 'train' is it.
+  """Returns a prepared data set. If it has no 'validation' split, the start of 'train' becomes it.
 
   Raises:
-    UserError: no such prepared data set.
+    MissingError: there is no such prepared data set.
     UserError: it has no split 'train', or no string feature text_key.
   """
   place = config.data_dir or "TFDS's default directory"
@@ -115,26 +127,28 @@ def _open_tfds(config: DataConfig) -> seqio.TfdsDataSource:
     raise MissingError(f'TFDS cannot open {config.name!r} in {place}: {error}') from error
   if not splits:
     raise MissingError(f'TFDS knows {config.name!r}, but {place} does not hold it prepared: '
-                            'run tfds build, or set data_dir to the folder above the data set')
+                       'run tfds build, or set data_dir to the folder above the data set')
   if 'train' not in splits:
-    raise UserError(f"{config.name!r} has the splits {splits} and no 'train'")
+    raise UserError(f"{config.name!r} has the splits {splits} and no 'train': choose a data set "
+                    'that has one')
   feature = info.features[config.text_key] if config.text_key in info.features else None
   if feature is None or feature.tf_dtype != tf.string:
     raise UserError(f'{config.name!r} has no text under text_key = {config.text_key!r}, its '
-                     f'features are {sorted(info.features)}: set text_key to the one with the text')
+                    f'features are {sorted(info.features)}: set text_key to the one with the text')
   held_out = f'{config.validation_percent}%'
   slices = {'train': 'train', 'validation': 'validation'}
   if 'validation' not in splits:
     slices = {'train': f'train[{held_out}:]', 'validation': f'train[:{held_out}]'}
-  # Read-only: nothing is ever downloaded or built behind the user's back.
+  # Read-only, so that nothing is downloaded or built without the user's knowledge.
   return seqio.TfdsDataSource(config.name, config.data_dir or None, splits=slices, read_only=True)
 
 
 def source_fingerprint(source: seqio.DataSource) -> str:
-  """A hash of a source's documents: of their contents for local text, else of what is known.
+  """Returns a hash of the documents of a source.
 
-  For synthetic documents that is all that they depend on, for TFDS the name and the size of every
-  shard. Of other sources seqio knows a name, and no change behind it can be seen.
+  For local text the hash input is the contents, for synthetic documents everything that determines
+  them. For TFDS it is the name and the sizes of the shards. For other sources it is only the name
+  that seqio knows, so a change of their documents goes unnoticed.
   """
   if isinstance(source, CorpusSource):
     return source.corpus.fingerprint
@@ -148,7 +162,7 @@ def source_fingerprint(source: seqio.DataSource) -> str:
 
 
 def read_texts(source: seqio.DataSource, split: str, text_key: str, seed: int) -> Iterator[str]:
-  """The texts of a split in shuffled order."""
+  """Yields the texts of a split in shuffled order."""
   dataset = source.get_dataset(split, shuffle=True, seed=seed)
   for example in dataset.as_numpy_iterator():
     yield example[text_key].decode()

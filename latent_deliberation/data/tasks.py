@@ -1,4 +1,4 @@
-"""seqio tasks over documents, and the stream that packing and online batches both start from."""
+"""seqio tasks over documents, and the stream of documents that packing and online batches read."""
 
 import dataclasses
 import functools
@@ -12,12 +12,7 @@ import numpy as np
 from latent_deliberation.data.data_config import PAD_ID, DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.rows import Recipe
-from latent_deliberation.data.sources import (
-  SPLITS,
-  build_source,
-  read_texts,
-  source_fingerprint,
-)
+from latent_deliberation.data.sources import SPLITS, build_source, read_texts, source_fingerprint
 from latent_deliberation.data.vocabularies import (
   Vocabulary,
   check_vocabulary,
@@ -26,15 +21,14 @@ from latent_deliberation.data.vocabularies import (
 )
 from latent_deliberation.errors import UserError
 
-SHUFFLED_DOCUMENTS = 1000  # of sources that can only shuffle their files
+SHUFFLED_DOCUMENTS = 1000  # shuffle buffer for sources that only shuffle their files
 
 
 def build_task(config: DataConfig, source: seqio.DataSource, vocabulary: Vocabulary) -> seqio.Task:
-  """The task that reads and tokenises documents, one example {'targets': int32 [n]} each.
+  """Returns the task that reads and tokenises documents, one example {'targets': int32 [n]} each.
 
-  Its name carries a hash of the source and the vocabulary. It is not registered, so that nothing
-  outlives a change of the files behind it; seqio.TaskRegistry.add_provider(task.name, task) puts
-  it into a mixture.
+  Its name contains a hash of the source and the vocabulary. It is not registered, because its files
+  may change. seqio.TaskRegistry.add_provider(task.name, task) makes it usable in a mixture.
   """
   identity = json.dumps([source_fingerprint(source), config.text_key, config.validation_percent,
                          vocabulary_hash(vocabulary)])
@@ -53,9 +47,9 @@ class Documents:
   """The tokenised documents of a configuration.
 
   Attributes:
-    provider: the task, or the registered task or mixture.
-    vocabulary: of its targets.
-    source_fingerprint: hash of what it reads.
+    provider: a task made here, or a registered task or mixture.
+    vocabulary: vocabulary of its targets.
+    source_fingerprint: hash of the documents that it reads.
   """
   provider: seqio.Task | seqio.Mixture
   vocabulary: Vocabulary
@@ -63,11 +57,11 @@ class Documents:
 
   @classmethod
   def open(cls, config: DataConfig, workdir: Path) -> 'Documents':
-    """Checks the source, then trains or loads the vocabulary kept in the work directory.
+    """Opens the source, then trains or loads the vocabulary in the work directory.
 
     Raises:
-      UserError: see `build_source`, `open_vocabulary`, `check_vocabulary`; or
-        no such mixture is registered, or it lacks targets or a split.
+      UserError: no such mixture is registered, or it lacks targets or a split.
+      UserError: see `build_source`, `open_vocabulary` and `check_vocabulary`.
     """
     if config.source == 'mixture':
       return cls._of_mixture(config.name)
@@ -80,26 +74,27 @@ class Documents:
   def _of_mixture(cls, name: str) -> 'Documents':
     registered = sorted([*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()])
     if name not in registered:
-      raise UserError(f'no seqio task or mixture {name!r}, registered are {registered}: import '
-                       'the module that registers it')
+      raise UserError(f'name = {name!r} is no registered seqio task or mixture: import the module '
+                      f'that registers it. Registered are {registered}')
     provider = seqio.get_mixture_or_task(name)
     missing = sorted(set(SPLITS) - set(provider.splits))
     if missing:
       raise UserError(f'{name!r} has the splits {sorted(provider.splits)}, and lacks {missing}: '
-                       "give its source both, for instance by slicing, {'train': 'train[5%:]', "
-                       "'validation': 'train[:5%]'}")
+                      "give its source both, for instance by slicing, {'train': 'train[5%:]', "
+                      "'validation': 'train[:5%]'}")
     if 'targets' not in provider.output_features:
       raise UserError(f'{name!r} has the features {sorted(provider.output_features)} and no '
-                       "'targets', which is what a decoder reads")
+                      "'targets', which a decoder reads: name the feature with the text so")
     vocabulary = provider.output_features['targets'].vocabulary
     check_vocabulary(vocabulary, name)
+    # The documents of a mixture are determined by its tasks, their sources and their rates.
     parts = [[task.name, source_fingerprint(task.source)] for task in seqio.get_subtasks(provider)]
     if isinstance(provider, seqio.Mixture):
       parts.append([provider.get_rate(task) for task in provider.tasks])
     return cls(provider, vocabulary, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
   def recipe(self, config: DataConfig, split: str) -> Recipe:
-    """What rows packed from these documents are made from."""
+    """Returns the recipe of rows that are packed from these documents."""
     return Recipe(
         task=self.provider.name, split=split, source_fingerprint=self.source_fingerprint,
         vocabulary_hash=vocabulary_hash(self.vocabulary),
@@ -108,25 +103,25 @@ class Documents:
 
   def stream(self, split: str, seed: int, shard: seqio.ShardInfo | None = None,
              repeat: bool = False) -> tf.data.Dataset:
-    """Whole documents in shuffled order, int32 [n] each, with BOS first and EOS last.
+    """Returns whole documents in shuffled order, int32 [n] each, from BOS to EOS.
 
-    No length is given to seqio, which would cut documents to it and throw the rest away, and
-    nothing is cached in memory, which breaks symbolic checkpoints of small data sets. BOS and EOS
-    are added where the task has not done so; documents without a token are left out. A document
-    with a 0 stops the stream (tf.errors.InvalidArgumentError), since packing would take the 0 for
-    padding and lose it.
+    BOS and EOS are added where the task has not added them. Documents without a token are left out.
+    A document that holds id 0 stops the stream with tf.errors.InvalidArgumentError: packing would
+    take the 0 for padding and lose it.
 
     Args:
       split: 'train' or 'validation'.
-      seed: of the order.
+      seed: seed of the order.
       shard: this host's share of the documents.
-      repeat: go on forever, a mixture at its rates. Otherwise every document comes once, and a
-        mixture keeps its rates only until a part of it runs out.
+      repeat: whether to go on forever, with a mixture at its rates. Otherwise every document comes
+        once, and a mixture keeps its rates only until one of its tasks runs out.
     """
     tasks = [task for task in seqio.get_subtasks(self.provider) if split in task.splits]
     rates = ([self.provider.get_rate(task) for task in tasks]
              if isinstance(self.provider, seqio.Mixture) else None)
-    # Mixed here, since a seqio mixture ends with the first task that runs out.
+    # Mixed here, since a seqio mixture ends when its first task runs out. Without a
+    # sequence_length, seqio does not cut documents. Without a cache in memory, small data sets can
+    # be checkpointed symbolically.
     dataset = tf.data.Dataset.sample_from_datasets([
         task.get_dataset(
             sequence_length=None, split=split, shuffle=True, seed=seed, shard_info=shard,
@@ -137,8 +132,9 @@ class Documents:
 
   def _frame(self, tokens: tf.Tensor) -> tf.Tensor:
     tf.debugging.assert_none_equal(tokens, PAD_ID, message=(
-        f'{self.provider.name}: a document contains id {PAD_ID}, which is padding: its task must '
-        'not pad, and its vocabulary must not use the id'))
+        f'{self.provider.name}: a document holds id {PAD_ID}, which is padding. Its task must not '
+        'pad, and its vocabulary must not use the id'))
+    # Each is added once, unless the task has added it.
     bos_id, eos_id = self.vocabulary.bos_id, self.vocabulary.eos_id
     bos = tf.fill([tf.cast(tokens[0] != bos_id, tf.int32)], bos_id)
     eos = tf.fill([tf.cast(tokens[-1] != eos_id, tf.int32)], eos_id)
@@ -146,7 +142,7 @@ class Documents:
 
 
 def iterate(dataset: tf.data.Dataset) -> Iterator[np.ndarray]:
-  """The elements of a dataset as numpy arrays; bad documents raise ValueError."""
+  """Yields the elements of a dataset as numpy arrays. A document with id 0 raises UserError."""
   try:
     yield from dataset.as_numpy_iterator()
   except tf.errors.InvalidArgumentError as error:

@@ -1,4 +1,7 @@
-"""Vocabularies with Gemma's special ids: padding 0, end 1, beginning 2, unknown 3."""
+"""Vocabularies of the input pipeline: UTF-8 bytes, or SentencePiece models, trained or given.
+
+Those made here have Gemma's special ids: padding 0, end 1, beginning 2, unknown 3.
+"""
 
 import hashlib
 import io
@@ -12,6 +15,7 @@ from absl import logging
 from latent_deliberation.data.data_config import (
   BOS_ID,
   BYTE_VOCABULARY_HASH,
+  BYTE_VOCABULARY_SIZE,
   EOS_ID,
   PAD_ID,
   SPECIAL_IDS,
@@ -25,14 +29,14 @@ from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.files import write_whole
 from latent_deliberation.paths import VOCABULARY_FILE
 
-# Merges of a few thousand pieces settle on less text than this, which trains in about ten seconds.
+# More text than this hardly changes a few thousand pieces. It trains in about ten seconds.
 TRAINING_BYTES = 16 << 20
-# SentencePiece leaves lines of more than 4192 bytes out; a character has at most 4.
+# In characters of at most 4 bytes. SentencePiece leaves out lines of more than 4192 bytes.
 LONGEST_LINE = 1000
 
 
 class ByteVocabulary(seqio.Vocabulary):
-  """UTF-8 bytes as ids from 4 on, behind Gemma's special ids: 260 in all."""
+  """The byte vocabulary of data_config.py for seqio."""
 
   @property
   def bos_id(self) -> int:
@@ -48,7 +52,7 @@ class ByteVocabulary(seqio.Vocabulary):
 
   @property
   def _base_vocab_size(self) -> int:
-    return SPECIAL_IDS + 256
+    return BYTE_VOCABULARY_SIZE
 
   def _encode(self, s: str) -> list[int]:
     return encode_bytes(s)
@@ -74,11 +78,11 @@ Vocabulary = ByteVocabulary | seqio.SentencePieceVocabulary
 
 
 def train_sentencepiece(texts: Iterable[str], path: Path, size: int) -> None:
-  """Trains `size` BPE pieces on the first 16 MB of `texts` and writes the model whole to `path`.
+  """Trains `size` BPE pieces on the first 16 MB of `texts` and writes the model to `path`.
 
-  As in Gemma: digits stand alone, unknown characters fall back to bytes, nothing is normalised, and
-  spaces are kept, runs of them as pieces of their own, so that text comes back unchanged (but for
-  U+2581, SentencePiece's own sign for a space). A newline is always one piece.
+  As in Gemma, each digit is a piece, unknown characters fall back to bytes, and nothing is
+  normalised. Spaces are kept, and runs of spaces may be pieces. Text therefore comes back
+  unchanged, except for U+2581, SentencePiece's own sign for a space. A newline is always one piece.
 
   Raises:
     UserError: the text has too few or too many characters and pairs for `size` pieces.
@@ -95,12 +99,12 @@ def train_sentencepiece(texts: Iterable[str], path: Path, size: int) -> None:
   except RuntimeError as error:
     reason = str(error).rpartition('] ')[2]
     raise UserError(f'vocabulary_size = {size} does not fit the text: {reason} Change '
-                     "vocabulary_size, give more text, or set vocabulary = 'byte'") from error
+                    "vocabulary_size, give more text, or set vocabulary = 'byte'") from error
   write_whole(path, model.getvalue())
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-  """Lines to train on, long ones cut, until there are enough bytes."""
+  """Yields lines to train on, the long ones in parts, until there are enough bytes."""
   room = TRAINING_BYTES
   for text in texts:
     for line in text.split('\n'):
@@ -115,34 +119,34 @@ def load_vocabulary(path: Path) -> seqio.SentencePieceVocabulary:
   """Opens a SentencePiece model.
 
   Raises:
-    UserError: there is no such file.
-    UserError: not a SentencePiece model, or `check_vocabulary` refuses it.
+    MissingError: there is no such file.
+    UserError: the file is not a SentencePiece model, or `check_vocabulary` refuses it.
   """
   if not path.is_file():
     raise MissingError(f'no vocabulary at {path}: give the path of a SentencePiece model, or '
-                            "vocabulary_path = '' to train one")
+                       "vocabulary_path = '' to train one")
   vocabulary = seqio.SentencePieceVocabulary(str(path))
   try:
     vocabulary.load_model()
   except Exception as error:  # protobuf and SentencePiece have no error class in common
     raise UserError(f'{path} ({path.stat().st_size} bytes) is not a SentencePiece model: {error}. '
-                     'Give another vocabulary_path, or delete a damaged file') from error
+                    'Give another vocabulary_path, or delete a damaged file') from error
   check_vocabulary(vocabulary, str(path))
   return vocabulary
 
 
 def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
-  """Refuses a vocabulary in which padding, beginning or end is missing or is a real token.
+  """Refuses a vocabulary in which padding, beginning or end is missing, or is a real token.
 
-  Rows are padded with 0, and packing takes every 0 for padding: a vocabulary that gives id 0 to a
-  token (Llama and Mistral: <unk>) would lose tokens silently.
+  Rows are padded with 0, and packing takes every 0 for padding. A vocabulary that gives id 0 to a
+  token would lose that token silently. In Llama and Mistral it is <unk>.
 
   Raises:
-    UserError: as above, or a kind of vocabulary other than SentencePiece and ByteVocabulary.
+    UserError: as above, or the vocabulary is neither SentencePiece nor a ByteVocabulary.
   """
   if not isinstance(vocabulary, Vocabulary):
-    raise UserError(f'{origin}: vocabulary of type {type(vocabulary).__name__}; rows need a '
-                     'SentencePieceVocabulary or the ByteVocabulary of this package')
+    raise UserError(f'{origin}: vocabulary of type {type(vocabulary).__name__}: use a '
+                    'SentencePieceVocabulary or the ByteVocabulary of this package')
   pad_id = vocabulary.pad_id
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
     pad_id = vocabulary.tokenizer.pad_id()
@@ -153,25 +157,28 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
         '--bos_id=2 --unk_id=3, or take one that has <pad> at 0, as Gemma does')
   if vocabulary.bos_id in (None, -1) or vocabulary.eos_id in (None, -1):
     raise UserError(
-        f'{origin}: bos id {vocabulary.bos_id}, eos id {vocabulary.eos_id}: every document begins '
-        'and ends with one. Train the vocabulary with --eos_id=1 --bos_id=2, or take another')
+        f'{origin}: bos id {vocabulary.bos_id}, eos id {vocabulary.eos_id}, but every document '
+        'needs both. Train the vocabulary with --eos_id=1 --bos_id=2, or take another')
 
 
 def open_vocabulary(config: DataConfig, workdir: Path,
                     texts: Callable[[], Iterable[str]]) -> Vocabulary:
-  """The vocabulary of a work directory; a SentencePiece model is kept there and never overwritten.
+  """Opens the vocabulary of a work directory, which keeps a SentencePiece model as its own copy.
+
+  A copy that is there is never overwritten.
 
   Args:
-    config: says which kind, and the path or size.
-    workdir: holds, or will hold, vocabulary.model.
-    texts: the training split, asked for only when a vocabulary must be trained.
+    config: kind of the vocabulary, and its path or size.
+    workdir: directory that holds, or will hold, vocabulary.model.
+    texts: returns the training split; called only if a vocabulary must be trained.
 
   Raises:
-    UserError: see `load_vocabulary` and `train_sentencepiece`; or the work
-      directory holds another vocabulary than the configuration asks for.
+    UserError: the work directory holds another vocabulary than the configuration asks for.
+    UserError: see `load_vocabulary` and `train_sentencepiece`.
   """
   if config.vocabulary == 'byte':
     return ByteVocabulary()
+  # The copy in the work directory is the one that is used. What the configuration says is compared.
   kept = workdir / VOCABULARY_FILE
   if config.vocabulary_path:
     given = load_vocabulary(Path(config.vocabulary_path).expanduser())
@@ -187,27 +194,28 @@ def open_vocabulary(config: DataConfig, workdir: Path,
     asked, found = f'{config.vocabulary_size} pieces', f'{vocabulary.vocab_size} pieces'
   if asked != found:
     raise UserError(f'{kept} has {found}, the configuration asks for {asked}: use another work '
-                     'directory, or configure the vocabulary that is there')
+                    'directory, or configure the vocabulary that is there')
   return vocabulary
 
 
 def vocabulary_hash(vocabulary: Vocabulary) -> str:
-  """sha256 of all that decides how text becomes ids."""
+  """Returns the sha256 of everything that determines how text becomes ids."""
   if isinstance(vocabulary, ByteVocabulary):
     return BYTE_VOCABULARY_HASH
   return hashlib.sha256(vocabulary.sp_model).hexdigest()
 
 
 def bytes_per_token(vocabulary: Vocabulary) -> np.ndarray:
-  """UTF-8 bytes of text that each id stands for, int32 [V]; 0 for special ids.
+  """Returns the UTF-8 bytes of text that each id stands for, int32 [V]; 0 for special ids.
 
-  Exact for a vocabulary that leaves text as it is, like those trained here and Gemma's.
+  Exact for a vocabulary that does not change text, such as those trained here and Gemma's.
   """
   if isinstance(vocabulary, ByteVocabulary):
     return (np.arange(vocabulary.vocab_size) >= SPECIAL_IDS).astype(np.int32)
   tokenizer = vocabulary.tokenizer
 
   def width(i: int) -> int:
+    """Returns the bytes of a piece, in which U+2581 stands for a space."""
     if tokenizer.is_control(i) or tokenizer.is_unknown(i):
       return 0
     return 1 if tokenizer.is_byte(i) else len(tokenizer.id_to_piece(i).replace('▁', ' ').encode())

@@ -1,4 +1,4 @@
-"""The coprocessor: soft tokens read the decoder's kv-cache and come out as outputs."""
+"""The coprocessor: soft tokens read the decoder's kv-cache and become outputs, then latents."""
 
 import dataclasses
 
@@ -14,25 +14,26 @@ from latent_deliberation.model.layers import LowRank
 from latent_deliberation.model.transformer import Block, LayerTraits, Transformer, layer_traits
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-# Top-level keys that a coprocessor's parameters may have; which ones, its config decides.
+# All top-level keys that a coprocessor's parameters may have. Its config decides which it has.
 PARTS = ('soft_tokens', 'gate', 'transformer', 'lora')
-RESTED_SPREAD = 0.1  # of soft tokens that are added to an embedding, over that embedding's own
+ADDITIVE_SPREAD = 0.1  # spread of additive soft tokens, relative to that of embeddings
 
 
 @dataclasses.dataclass(frozen=True)
 class Coprocessor:
   """Maps a kv-cache to Z outputs, and those to latents, in one forward pass (paper, section 2.1).
 
-  Its parameters are {'soft_tokens': [Z, D]}, a 'gate' ([D] or [D, D]; not for 'paper' latents),
-  and a full 'transformer', or 'lora' adapters on the decoder's own, or neither of the two.
+  The parameters are 'soft_tokens' [Z, D] and, unless latents are those of the 'paper', a 'gate'
+  [D] or [D, D]. A coprocessor that is not constant also has a full 'transformer', or 'lora'
+  adapters on the decoder's own transformer.
 
   Attributes:
-    model: sizes, those of the decoder.
-    config: the experiment's choices.
-    dtype: of the computation.
+    decoder_config: architecture of the decoder.
+    config: how latents are made.
+    dtype: dtype of the computation.
     remat, scan, attention: see Transformer.
   """
-  model: TransformerConfig
+  decoder_config: TransformerConfig
   config: DeliberationConfig
   dtype: str = 'float32'
   remat: str = 'none'
@@ -41,16 +42,17 @@ class Coprocessor:
 
   def __post_init__(self):
     if self.config.num_layers:
-      self.model.last(self.config.num_layers)  # raises where there are not so many
+      self.decoder_config.last(self.config.num_layers)  # raises where the decoder has fewer
 
   @property
   def layers(self) -> TransformerConfig:
-    """Architecture of the coprocessor itself. ValueError: it has more layers than the decoder."""
-    return self.model.last(self.config.num_layers) if self.config.num_layers else self.model
+    """Architecture of the coprocessor itself. Raises UserError where it is too deep."""
+    config = self.decoder_config
+    return config.last(self.config.num_layers) if self.config.num_layers else config
 
   @property
   def transformer(self) -> Transformer:
-    """The stack, without weights."""
+    """The coprocessor's transformer, without weights."""
     lora = None
     if self.config.trainable == 'lora':
       lora = LowRank(self.config.lora_rank, self.config.lora_alpha)
@@ -58,16 +60,17 @@ class Coprocessor:
                        attention=self.attention)
 
   def init(self, key: Array, decoder_params: Params) -> Params:
-    """Trainable parameters, boxed with their logical axes.
+    """Returns new trainable parameters, boxed with their logical axes.
 
-    Soft tokens start with the spread of the decoder's own input embeddings, the gate at zero.
+    Soft tokens start with the spread of the decoder's input embeddings, or with a tenth of it
+    where they are additive. The gate starts at zero.
     """
     soft_key, transformer_key = jax.random.split(key)
-    width = self.model.embed_dim
+    width = self.decoder_config.embed_dim
     table = decoder_params['embedder']['table'].astype(jnp.float32)
     spread = jnp.sqrt(jnp.mean(table ** 2) * width)
-    if self.config.rests:
-      spread = spread * RESTED_SPREAD
+    if self.config.is_additive:
+      spread = spread * ADDITIVE_SPREAD
     soft = spread * jax.random.normal(soft_key, (self.config.num_latents, width))
     params = {'soft_tokens': nn.LogicallyPartitioned(soft, ('latent', 'embed'))}
     if self.config.latents != 'paper':
@@ -78,7 +81,7 @@ class Coprocessor:
     return params
 
   def _init_transformer(self, key: Array, decoder_params: Params) -> Params:
-    rows = jnp.zeros((1, 1, 1, self.model.embed_dim))
+    rows = jnp.zeros((1, 1, 1, self.decoder_config.embed_dim))
     index = jnp.zeros((1, 1, 1), jnp.int32)
     variables = self.transformer.init(key, rows, index, AttentionMaskSpec(index, index[0]))
     if self.config.trainable == 'lora':
@@ -92,26 +95,28 @@ class Coprocessor:
 
   @typed
   def read_cache(self, params: Params, decoder_params: Params, base: Latents, placement: Placement,
-            trunk: Float[Array, 'B T D'], cache: KVCache) -> Latents:
-    """Outputs o [B, M, Z, D] of the final layer at the soft tokens.
+                 trunk: Float[Array, 'B T D'], cache: KVCache) -> Latents:
+    """Returns the final layer's outputs o [B, M, Z, D] at the soft tokens.
 
     Args:
-      params: of the coprocessor.
+      params: parameters of the coprocessor.
       decoder_params: the frozen weights that 'lora' adapts.
-      base: [B, M, Z, D] embeddings of the tokens that the latents base on.
-      placement: where the soft tokens stand, and how much of the cache they read.
+      base: [B, M, Z, D] embeddings of the base tokens of the latents.
+      placement: positions of the soft tokens, and how much of the cache they read.
       trunk: the decoder's final hidden states of the trunks.
-      cache: the decoder's, of the same.
+      cache: the decoder's kv-cache of the trunks.
     """
     soft = self.feed(params, base)
     if self.config.trainable == 'constant':
       return soft
     segments = jnp.broadcast_to(placement.segments[..., None], placement.latent_positions.shape)
+    # The weights: the coprocessor's own, or the decoder's with adapters.
     if self.config.trainable == 'lora':
       weights = self._last_layers(decoder_params)
       variables = {'params': weights, 'lora': params['lora']}
     else:
       variables = {'params': params['transformer']}
+    # The cache: keys and values of the final states, or the last layers of the decoder's cache.
     if self.config.reads == 'states':
       cache = self._read_states(variables, trunk, cache)
     elif self.config.num_layers:
@@ -123,20 +128,20 @@ class Coprocessor:
     return hidden
 
   def _last_layers(self, decoder_params: Params) -> Params:
-    """The decoder's transformer, without the layers that the coprocessor has not."""
+    """The decoder's transformer, with as many of its last layers as the coprocessor has."""
     transformer = decoder_params['transformer']
     last = jax.tree.map(lambda leaf: leaf[-self.layers.num_layers:], transformer['blocks'])
     return {**transformer, 'blocks': last}
 
   def _read_states(self, variables: PyTree, trunk: Array, cache: KVCache) -> KVCache:
-    """The keys and values that each layer's own projections make of the final states."""
+    """A cache of the keys and values that each layer projects from the final hidden states."""
     block = Block(self.layers, self.transformer.lora)
     positions, segments = cache.positions[:, None], cache.segments[:, None]
     mask_spec = AttentionMaskSpec(segments, jnp.zeros_like(positions[:, :, 0]))
 
     def read(layer: PyTree, traits: LayerTraits) -> KeysValues:
       _, fresh = block.apply(layer, trunk[:, None], (traits, None), positions, mask_spec)
-      return fresh  # all else of the block is not computed, since nothing needs it
+      return fresh  # jit drops the rest of the block, which nothing uses
 
     blocks = {name: tree['blocks'] for name, tree in variables.items()}
     fresh = jax.vmap(read)(blocks, layer_traits(self.layers))
@@ -144,13 +149,13 @@ class Coprocessor:
 
   @typed
   def feed(self, params: Params, base: Latents) -> Latents:
-    """The soft tokens [B, M, Z, D] that the transformer reads; constant ones are the outputs."""
+    """Returns the transformer's input [B, M, Z, D]; 'constant' soft tokens are also the outputs."""
     soft = jnp.broadcast_to(params['soft_tokens'].astype(self.dtype), base.shape)
-    return soft + base if self.config.rests else soft
+    return soft + base if self.config.is_additive else soft
 
   @typed
   def compose(self, params: Params, outputs: Latents, base: Latents) -> Latents:
-    """Latents z for outputs o: o itself, or o through the gate on top of what it rests on."""
+    """Returns latents z for outputs o: o itself, or base + gate * o."""
     if self.config.latents == 'paper':
       return outputs
     gate = params['gate'].astype(outputs.dtype)

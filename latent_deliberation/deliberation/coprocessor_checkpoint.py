@@ -1,6 +1,10 @@
-"""A trained coprocessor on disk: weights as safetensors, and coprocessor.json, which says what it is.
+"""The checkpoint of a trained coprocessor: its parameters as safetensors, and coprocessor.json.
 
-Its decoder is named by a fingerprint of the decoder's weights, so a wrong pair is always refused.
+coprocessor.json describes the coprocessor and holds two fingerprints: one of its parameters, and
+one of its decoder's weights. A coprocessor is refused for any other decoder.
+
+`save` and `load` write and read a checkpoint. `locate_coprocessor`, `find_coprocessor` and
+`load_coprocessor` find the one of a run, compare it with a config and load it onto a mesh.
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ from latent_deliberation.array_types import Params, PyTree
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import whole_directory
+from latent_deliberation.files import explain_failed_write, whole_directory
 from latent_deliberation.model.checkpoints.safetensors_io import (
   FILE_BYTES,
   SafetensorsSource,
@@ -34,21 +38,22 @@ from latent_deliberation.progress import Progress
 from latent_deliberation.sharding import shardings_of
 
 DESCRIPTION, _FORMAT = 'coprocessor.json', 1
-REMEDY = ('Copy the package again, or remove it and run launch/train.py once more, which writes '
-          'it anew from its checkpoint')
+_STEM = 'coprocessor'  # of the safetensors files
+REMEDY = ('Copy the coprocessor again, or remove it and run launch/train.py once more, which '
+          'writes it again from the checkpoint of its run')
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What a trained coprocessor is, without its weights.
+  """A trained coprocessor, described without its parameters.
 
   Attributes:
     decoder_config: architecture of its decoder.
     config: how its latents are made, and what was trained.
-    decoder_fingerprint: of its decoder's weights, as they are stored.
-    vocabulary: hash of the vocabulary of the text that it was trained on.
-    steps: updates that it was trained for.
-    frozen_dtype: what its decoder's weights were kept in meanwhile; '' in packages that do not say.
+    decoder_fingerprint: fingerprint of its decoder's weights as stored.
+    vocabulary: hash of the vocabulary of the training text.
+    steps: number of updates that it was trained for.
+    frozen_dtype: dtype of the decoder's weights during training; '' where it is not known.
   """
   decoder_config: TransformerConfig
   config: DeliberationConfig
@@ -58,14 +63,27 @@ class Description:
   frozen_dtype: str = dataclasses.field(default='', kw_only=True)
 
 
-def write_description(directory: Path, description: Description, fingerprint: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class CoprocessorCheckpoint(Description):
+  """A trained coprocessor.
+
+  Attributes:
+    params: parameters of `Coprocessor(decoder_config, config)`.
+  """
+  params: Params
+
+
+def write_description(directory: Path, description: Description, params_fingerprint: str) -> None:
   """Writes coprocessor.json.
 
   Args:
-    fingerprint: of the parameters beside it.
+    directory: an existing directory.
+    description: the coprocessor.
+    params_fingerprint: fingerprint of its parameters.
   """
   content = {
-      'format': _FORMAT, 'fingerprint': fingerprint, 'decoder': description.decoder_fingerprint,
+      'format': _FORMAT, 'fingerprint': params_fingerprint,
+      'decoder': description.decoder_fingerprint,
       'vocabulary': description.vocabulary, 'steps': description.steps,
       'frozen_dtype': description.frozen_dtype,
       'config': dataclasses.asdict(description.config),
@@ -74,16 +92,15 @@ def write_description(directory: Path, description: Description, fingerprint: st
 
 
 def read_description(directory: Path) -> tuple[Description, str]:
-  """What coprocessor.json says, and the fingerprint of the parameters beside it.
+  """Reads coprocessor.json: the description, and the fingerprint of the parameters.
 
   Raises:
-    UserError: there is none.
-    UserError: it is damaged.
+    UserError: `directory` has no coprocessor.json, or a damaged one.
   """
   path = directory / DESCRIPTION
   if not path.is_file():
-    raise UserError(f'{directory} holds no trained coprocessor: {DESCRIPTION}, which '
-                            'launch/train.py writes to <workdir>/coprocessor, is not there')
+    raise UserError(f'{directory} holds no trained coprocessor: {DESCRIPTION} is missing. '
+                    'Name the <workdir>/coprocessor that launch/train.py wrote')
   try:
     stored = json.loads(path.read_text())
     if stored['format'] != _FORMAT:
@@ -92,88 +109,85 @@ def read_description(directory: Path) -> tuple[Description, str]:
         TransformerConfig(**stored['model']),
         DeliberationConfig(**with_current_names(stored['config'])),
         stored['decoder'], stored['vocabulary'], stored['steps'],
-        frozen_dtype=stored.get('frozen_dtype', ''))  # which earlier packages lack
+        frozen_dtype=stored.get('frozen_dtype', ''))  # absent in early checkpoints
     return description, stored['fingerprint']
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is damaged or of another format ({type(error).__name__}: {error}). '
-                     f'{REMEDY}') from error
+                    f'{REMEDY}') from error
 
 
 def describe(directory: str | Path) -> Description:
-  """What coprocessor.json says alone; see `read_description` for what is raised."""
+  """Reads the description alone. Raises as `read_description` does."""
   return read_description(Path(directory))[0]
 
 
 def check_decoder(description: Description, decoder_fingerprint: str) -> None:
-  """Raises UserError unless this is the fingerprint of the decoder that it was trained on."""
+  """Raises UserError unless the coprocessor was trained on the decoder with this fingerprint."""
   if decoder_fingerprint != description.decoder_fingerprint:
     raise UserError(
-        'the coprocessor was trained on a decoder with fingerprint '
-        f'{description.decoder_fingerprint}, this one has {decoder_fingerprint}: give the decoder that it was trained on, or train one for this')
+        'the coprocessor was trained on the decoder with fingerprint '
+        f'{description.decoder_fingerprint}, this decoder has {decoder_fingerprint}: give that '
+        'decoder, or train a coprocessor on this one')
 
 
 def compare_frozen_dtype(description: Description, dtype: str) -> None:
-  """Logs a warning where frozen weights are int8 now and were not in training, or the reverse.
+  """Logs a warning where the decoder is int8 now and was not in training, or the reverse.
 
   Args:
-    dtype: what the decoder's weights are kept in now.
+    description: the coprocessor.
+    dtype: dtype of the decoder's weights now.
   """
   trained = description.frozen_dtype
   if trained and (trained == 'int8') != (dtype == 'int8'):
     logging.warning(
-        'the coprocessor was trained beside frozen weights in %s, and reads those of %s now: it '
-        'works, on slightly other hidden states; train one beside %s for exact results', trained,
-        dtype, dtype)
+        'the coprocessor was trained on frozen weights in %s and now reads weights in %s: it '
+        'works, but hidden states differ slightly. Train it on weights in %s for exact results.',
+        trained, dtype, dtype)
 
 
-_STEM = 'coprocessor'
-
-
-@dataclasses.dataclass(frozen=True)
-class CoprocessorCheckpoint(Description):
-  """A trained coprocessor. Attributes: params: what `Coprocessor(model, config)` takes."""
-  params: Params
-
-
-def save(directory: str | Path, package: CoprocessorCheckpoint,
+def save(directory: str | Path, checkpoint: CoprocessorCheckpoint,
          file_bytes: int = FILE_BYTES) -> None:
-  """Writes a package, whole or not at all, every bit as it is.
+  """Writes a checkpoint whole or not at all, bit for bit.
 
-  Every process must call this, since shards are gathered, a parameter at a time.
+  Every process must call this, since shards are gathered, one parameter at a time.
 
   Args:
-    file_bytes: limit of a file; several, and an index of them, are written where one is not enough.
+    directory: directory to create.
+    checkpoint: the coprocessor.
+    file_bytes: limit of a file's size; above it, several files and an index are written.
 
   Raises:
-    UserError: `directory` exists already; nothing is overwritten.
-    UserError: the parameters are not those of the configs.
+    UserError: `directory` exists already, or cannot be written.
+    UserError: the parameters are not those that the configs describe.
   """
-  flat = traverse_util.flatten_dict(package.params, sep='/')
+  # The parameters must be those that `load` will expect.
+  flat = traverse_util.flatten_dict(checkpoint.params, sep='/')
   given = {path: leaf.shape for path, leaf in flat.items()}
-  lines = shape_differences(given, _shapes(_boxed_shapes(package)))
+  lines = shape_differences(given, _shapes(_boxed_shapes(checkpoint)))
   if lines:
     raise UserError('\n'.join([
-        'these parameters are not those of the coprocessor that `config` and `decoder_config` describe:',
-        *lines, 'Give the configs that it was trained with.']))
-  with whole_directory(Path(directory)) as partial:
+        'the parameters are not those that `config` and `decoder_config` describe:', *lines,
+        'Give the configs that the coprocessor was trained with.']))
+  with whole_directory(Path(directory)) as partial, explain_failed_write(Path(directory)):
     write_tensors(partial, _STEM, {path: leaf.nbytes for path, leaf in flat.items()},
                   ((path, gather(leaf)) for path, leaf in flat.items()), file_bytes)
-    params_fingerprint = fingerprint(package.params)  # every process takes part
+    params_fingerprint = fingerprint(checkpoint.params)  # every process takes part
     if jax.process_index() == 0:
-      write_description(partial, package, params_fingerprint)
+      write_description(partial, checkpoint, params_fingerprint)
 
 
 def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = None,
          dtype: DTypeLike | None = None) -> CoprocessorCheckpoint:
-  """Reads a package.
+  """Reads a checkpoint.
 
   Args:
-    shardings: maps boxed shapes to shardings, onto which parameters are read directly, so that a
-      host holds its share alone; default is the first device.
-    dtype: what to keep the parameters in; default as stored.
+    directory: directory of the checkpoint.
+    shardings: function from boxed shapes to shardings. Parameters are read directly onto these, so
+      each host holds its own share alone. Default is the first device.
+    dtype: dtype to keep the parameters in; default as stored.
 
   Raises:
-    UserError: there is none, or a file of it is absent.
+    UserError: there is no checkpoint, or one of its files is missing.
     UserError: it is damaged, or its parameters are not those that it describes.
   """
   directory = Path(directory)
@@ -184,21 +198,21 @@ def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = N
   params = _read(source, traverse_util.flatten_dict(placed, sep='/'))
   actual = fingerprint(params)
   if actual != expected:
-    raise UserError(f'{directory}: the parameters have fingerprint {actual}, {DESCRIPTION} says '
-                     f'{expected}: one of the two was replaced or damaged. {REMEDY}')
+    raise UserError(f'{directory}: the parameters have fingerprint {actual}, but {DESCRIPTION} '
+                    f'says {expected}: one of the two was replaced or damaged. {REMEDY}')
   if dtype is not None:
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
   return CoprocessorCheckpoint(**vars(description), params=params)
 
 
 def _open_weights(directory: Path, boxed: PyTree) -> SafetensorsSource:
-  """The tensors, which are named by the paths of the parameters; checked against their shapes."""
+  """Opens the tensors, named by parameter paths, and checks names and shapes."""
   if not any(directory.glob('*.safetensors')):
-    raise UserError(f'{directory} has {DESCRIPTION}, but {_STEM}.safetensors is not there. '
-                            f'{REMEDY}')
+    raise UserError(f'{directory} has {DESCRIPTION}, but {_STEM}.safetensors is missing. '
+                    f'{REMEDY}')
   source = SafetensorsSource(directory, lambda name: name)
-  there = {name: stored.shape for name, stored in source.tensors.items()}
-  lines = shape_differences(there, _shapes(boxed))
+  stored = {name: tensor.shape for name, tensor in source.tensors.items()}
+  lines = shape_differences(stored, _shapes(boxed))
   if lines:
     raise UserError('\n'.join([
         f'{directory} does not hold the coprocessor that its {DESCRIPTION} describes:', *lines,
@@ -207,7 +221,7 @@ def _open_weights(directory: Path, boxed: PyTree) -> SafetensorsSource:
 
 
 def _read(source: SafetensorsSource, shardings: Mapping[str, Sharding]) -> Params:
-  """The parameters as stored, each on its sharding."""
+  """Reads the parameters as stored, each onto its sharding."""
   progress = Progress('reading the coprocessor', 'parameters', len(shardings))
   flat = {}
   for path, sharding in shardings.items():
@@ -217,7 +231,7 @@ def _read(source: SafetensorsSource, shardings: Mapping[str, Sharding]) -> Param
 
 
 def _boxed_shapes(description: Description) -> PyTree:
-  """Shapes of the parameters, boxed with their logical axes; nothing is allocated."""
+  """Shapes of the parameters, boxed with their logical axes. Allocates nothing."""
   coprocessor = Coprocessor(description.decoder_config, description.config)
   return jax.eval_shape(coprocessor.init, jax.random.key(0),
                         nn.unbox(boxed_shapes(description.decoder_config)))
@@ -229,7 +243,7 @@ def _shapes(boxed: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def locate_coprocessor(directory: Path) -> Path:
-  """The checkpoint that `directory` is, or that the run in it wrote.
+  """Returns the checkpoint at `directory`, or the one that the run in `directory` wrote.
 
   Raises:
     UserError: there is none.
@@ -238,59 +252,64 @@ def locate_coprocessor(directory: Path) -> Path:
     if (place / DESCRIPTION).is_file():
       return place
   raise UserError(
-      f'{directory} holds no trained coprocessor: name a directory in which launch/train.py has '
-      f'ended (where it was stopped, the same command goes on), or the {COPROCESSOR}/ that it wrote')
+      f'{directory} holds no trained coprocessor: name the work directory of a finished '
+      f'launch/train.py, or its {COPROCESSOR}/. The same command resumes a run that was stopped')
 
 
 def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
                      config: DeliberationConfig, steps: int, vocabulary: str) -> Path:
-  """Locates a trained coprocessor and checks that it is the expected one; reads no weights.
+  """Locates a trained coprocessor and checks that it is the expected one. Reads no parameters.
 
   Args:
     directory: the checkpoint, or the work directory of the run that wrote it.
-    decoder_config, config, steps: what it should have been trained with.
-    vocabulary: hash of the vocabulary of the text that it is to read.
+    decoder_config: expected architecture of its decoder.
+    config: expected config of its latents.
+    steps: expected number of updates.
+    vocabulary: hash of the vocabulary of the text that it will read.
 
   Raises:
-    UserError: there is none.
-    UserError: it is of another config or vocabulary, or damaged.
+    UserError: there is no checkpoint, or a damaged one.
+    UserError: the coprocessor has another config or vocabulary.
   """
   found = locate_coprocessor(directory)
   description = describe(found)
+  # Steps count too: with the same config, a control may have been trained for longer.
   lines = []
-  if description.steps != steps:  # a control might have been trained for longer
-    lines = [f'  config.training.loop.num_steps: {description.steps} there, {steps} now']
-  for section, there, here in (('decoder', description.decoder_config, decoder_config),
-                               ('deliberation', description.config, config)):
-    there, here = dataclasses.asdict(there), dataclasses.asdict(here)
-    lines += [f'  config.{section}.{key}: {there[key]!r} there, {here[key]!r} now'
-              for key in there
-              if there[key] != here[key] and key not in config.without_effect]
+  if description.steps != steps:
+    lines = [f'  config.training.loop.num_steps: {description.steps} saved, {steps} now']
+  for section, saved, current in (('decoder', description.decoder_config, decoder_config),
+                                  ('deliberation', description.config, config)):
+    saved, current = dataclasses.asdict(saved), dataclasses.asdict(current)
+    lines += [f'  config.{section}.{key}: {saved[key]!r} saved, {current[key]!r} now'
+              for key in saved
+              if saved[key] != current[key] and key not in config.without_effect]
   if lines:
     raise UserError('\n'.join([
-        f'the coprocessor in {found} is another one:', *lines,
-        'Use the config that it was trained with, or name the coprocessor that the config means.']))
+        f'the coprocessor in {found} has another config:', *lines,
+        'Use the config that it was trained with, or name the coprocessor of this config.']))
   if description.vocabulary != vocabulary:
     raise UserError(
-        f'the coprocessor in {found} was trained on text with the vocabulary '
-        f'{description.vocabulary}, these rows were made with {vocabulary}: prepare the text with '
-        'the vocabulary of the training (data.vocabulary_path), in another directory')
+        f'the coprocessor in {found} was trained with vocabulary {description.vocabulary}, but '
+        f'these rows have vocabulary {vocabulary}: prepare the text in another directory, with '
+        'data.vocabulary_path set to the vocabulary of the training')
   return found
 
 
 def load_coprocessor(directory: Path, *, decoder_fingerprint: str, frozen_dtype: str, mesh: Mesh,
                      rules: Mapping[str, Sequence[str]]) -> Params:
-  """The parameters of a trained coprocessor, on their shards.
+  """Loads the parameters of a trained coprocessor onto their shards.
 
-  A warning says where the frozen weights are int8 now and were not in training, or the reverse.
+  Logs a warning where the decoder is int8 now and was not in training, or the reverse.
 
   Args:
-    decoder_fingerprint: of the decoder that it is to work with.
-    frozen_dtype: what that decoder's weights are kept in.
-    mesh, rules: where the parameters go.
+    directory: directory of the checkpoint.
+    decoder_fingerprint: fingerprint of the decoder that it will work with.
+    frozen_dtype: dtype of that decoder's weights.
+    mesh: devices to load onto.
+    rules: mesh axes of each logical axis.
 
   Raises:
-    UserError: it was trained on another decoder, or is damaged.
+    UserError: the coprocessor was trained on another decoder, or is damaged.
   """
   description = describe(directory)
   try:

@@ -1,4 +1,4 @@
-"""The choices of an experiment on latents. Those the paper leaves open say so."""
+"""Configuration of latents. A choice that the paper leaves open says so."""
 
 import dataclasses
 import math
@@ -16,44 +16,49 @@ SOFT_TOKENS = ('free', 'additive')
 
 @dataclasses.dataclass(frozen=True)
 class DeliberationConfig:
-  """How latents are made, where they enter the decoder, and how many of what there are.
+  """How latents are made, where they enter the decoder, and how many there are.
 
   Attributes:
-    num_latents: Z, latents of a trace (N_L in the paper).
-    num_ahead: A, true tokens after the anchor that the loss is on (N_A).
-    num_traces: M, traces drawn from each text.
-    latents: what the decoder is fed; the ablations in docs/results.md say why 'refining' is the
-      default. With o_i the coprocessor's output at soft token i:
-      'paper':    z_i = o_i, behind the anchor.
-      'anchored': z_i = embedding of the anchor token + gate * o_i, behind the anchor.
-      'refining': z_i = embedding of trunk token (anchor - Z + i) + gate * o_i, in that token's
-                  place: with the gate at zero this is the frozen decoder.
-    positions: position ids of latents that stand behind the anchor (not stated in the paper):
-      'shift' counts on from the anchor and moves the ahead tokens by Z; 'share' puts all of them
-      at the anchor's own position and leaves the ahead tokens where they are. Refining latents
-      always have the positions of the tokens that they replace.
-    initialisation: of the coprocessor's transformer, the 'decoder's weights or 'scratch'.
-    trainable: 'full' transformer; 'lora' adapters on the decoder's frozen weights; or 'constant',
-      soft tokens alone in the place of o (with 'paper' latents: pause tokens).
-    num_layers: of the coprocessor, which has the shapes, the cache and, at the start, the weights
-      of the decoder's last so many layers; 0 for all of them, as in the paper.
-    reads: the decoder's kv-'cache', as in the paper, or its final hidden 'states' alone, of which
-      every layer of the coprocessor makes keys and values of its own: a control, which inference
-      has no use for.
-    gate: what multiplies o, zero at the start: one factor a 'channel', or a [D, D] 'matrix'
-      (measured: -0.63% against -0.49% at position 1).
-    soft_tokens: what the coprocessor is fed (the paper: learned embeddings, 'free' of the text);
-      'additive' ones are added to the embedding of the token that the latent rests on, so that a
-      coprocessor initialised from the decoder begins with the decoder's own reading of it.
-      'constant' ones have no coprocessor to read them, and are free whatever this says.
-    lora_rank, lora_alpha: of the adapters, whose product is multiplied by lora_alpha / lora_rank,
-      or by 1 where lora_alpha is None; unused otherwise. With a factor of 16 a coprocessor's
-      adapters learnt next to nothing in our studies (docs/results.md, ranks of adapters).
-    max_delay: ahead tokens that the decoder may have read before latents join its cache; training
-      draws a delay for every trace, uniformly from 0 to this, and has its loss on tokens that are
-      predicted once latents are there. The paper trains without delay (0).
-    anchor_tokens: ids behind which latents may come in training, such as the sign that ends a
-      question; empty for anywhere, as in the paper's training.
+    num_latents: Z, number of latents of a trace (N_L in the paper).
+    num_ahead: A, number of true tokens after the anchor that the loss covers (N_A in the paper).
+    num_traces: M, number of traces drawn from each text.
+    latents: form of a latent: 'refining', 'anchored' or 'paper'.
+      With o_i as the coprocessor's output at soft token i, the decoder reads as latent z_i:
+      'paper': z_i = o_i, placed after the anchor.
+      'anchored': z_i = embedding of the anchor token + gate * o_i, placed after the anchor.
+      'refining': z_i = embedding of trunk token (anchor - Z + i) + gate * o_i, placed where that
+      token is. With the gate at zero this is the frozen decoder.
+      The ablations in docs/results say why 'refining' is the default.
+    positions: position ids of latents that are placed after the anchor: 'share' or 'shift'.
+      'share' gives every latent the anchor's own position and does not move the ahead tokens.
+      'shift' counts on from the anchor and moves the ahead tokens by Z. The paper does not say
+      which. Refining latents always have the positions of the tokens that they replace.
+    initialisation: start of the coprocessor's transformer: 'decoder' weights or 'scratch'.
+    trainable: trained part of the coprocessor: 'full', 'lora' or 'constant'.
+      'full' trains a whole transformer. 'lora' trains adapters on the decoder's frozen weights.
+      'constant' trains soft tokens alone, which then are the outputs (pause tokens, with 'paper'
+      latents).
+    num_layers: number of layers of the coprocessor; 0 for all of the decoder's, as in the paper.
+      A smaller one has the shapes, the cache and the first weights of the decoder's last layers.
+    reads: input of the coprocessor's attention: 'cache' or 'states'.
+      'cache' is the decoder's kv-cache, as in the paper. 'states' is a control: each layer makes
+      its own keys and values from the decoder's final hidden states. Inference does not support it.
+    gate: factor on the outputs, zero at the start: 'matrix' or 'channel'.
+      'matrix' is [D, D], 'channel' has one factor for each channel (measured at position 1: -0.63%
+      for 'matrix', -0.49% for 'channel').
+    soft_tokens: input of the coprocessor: 'additive' or 'free'.
+      'free' are learned embeddings, as in the paper. 'additive' are added to the embedding of each
+      latent's base token. A coprocessor that starts from the decoder's weights then begins with the
+      decoder's own reading of that token. Constant soft tokens are always free.
+    lora_rank: rank of the adapters; unused unless trainable is 'lora'.
+    lora_alpha: scale of the adapters: their product is multiplied by lora_alpha / lora_rank.
+      None multiplies by 1. Unused unless trainable is 'lora'. With a factor of 16 the adapters
+      learned almost nothing in our studies (docs/results, ranks of adapters).
+    max_delay: largest number of ahead tokens that the decoder reads before latents join its cache.
+      Training draws a delay for each trace, uniformly from 0 to this. The loss then covers the
+      tokens that are predicted with latents in the cache. 0 is no delay, as in the paper.
+    anchor_tokens: token ids that an anchor may have in training; empty for any token.
+      The sign that ends a question is an example. The paper's training uses any token.
   """
   num_latents: int
   num_ahead: int
@@ -77,27 +82,27 @@ class DeliberationConfig:
                           ('initialisation', INITIALISATIONS), ('trainable', TRAINABLES),
                           ('reads', READS), ('gate', GATES), ('soft_tokens', SOFT_TOKENS)):
       if getattr(self, name) not in allowed:
-        raise UserError(f'{name} = {getattr(self, name)!r}: must be one of {allowed}')
+        raise UserError(f'{name} = {getattr(self, name)!r}: it must be one of {allowed}')
     for name in ('num_latents', 'num_ahead', 'num_traces', 'lora_rank'):
       if getattr(self, name) < 1:
-        raise UserError(f'{name} = {getattr(self, name)}: at least 1 is needed')
+        raise UserError(f'{name} = {getattr(self, name)}: it must be 1 or more')
     if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
       raise UserError(f'lora_alpha = {self.lora_alpha}: it must be above 0, or None')
     if self.num_layers < 0:
-      raise UserError(f'num_layers = {self.num_layers}: at least 1 is needed, or 0 for as many as '
-                       'the decoder has')
+      raise UserError(f'num_layers = {self.num_layers}: it must be 1 or more, or 0 for as many as '
+                      'the decoder has')
     if not 0 <= self.max_delay <= max(self.num_ahead - 2, 0):
       raise UserError(
-          f'max_delay = {self.max_delay}, num_ahead = {self.num_ahead}: a delay is at least 0, and '
-          'leaves an ahead token to be predicted after it: lower max_delay to num_ahead - 2')
+          f'max_delay = {self.max_delay}, num_ahead = {self.num_ahead}: max_delay must lie between '
+          '0 and num_ahead - 2, so that an ahead token is left to predict')
 
   def check_trunk(self, length: int) -> None:
-    """Raises UserError where a trunk of `length` tokens cannot hold the traces asked for."""
+    """Raises UserError where a trunk of `length` tokens cannot hold the configured traces."""
     anchors = length - self.first_anchor - 1
     if self.num_ahead >= length:
       raise UserError(
-          f'num_ahead = {self.num_ahead} tokens do not fit behind an anchor in a trunk of '
-          f'{length} tokens: lower num_ahead or raise data.length')
+          f'num_ahead = {self.num_ahead} does not fit after an anchor in a trunk of {length} '
+          'tokens: lower num_ahead or raise data.length')
     if self.num_traces > anchors:
       raise UserError(
           f'num_traces = {self.num_traces}, but a trunk of {length} tokens has {anchors} places '
@@ -105,17 +110,17 @@ class DeliberationConfig:
           'num_latents, or raise data.length')
 
   def with_traces(self, num_traces: int, num_ahead: int) -> 'DeliberationConfig':
-    """To be scored with, for which the delay of training has no meaning."""
+    """Returns the config for scoring, where traces bring their own delay."""
     return dataclasses.replace(self, num_traces=num_traces, num_ahead=num_ahead, max_delay=0)
 
   @property
   def without_effect(self) -> tuple[str, ...]:
-    """Keys that mean nothing with these choices, in which a run and its resumption may differ."""
+    """Keys that these choices do not use. A resumed run may change them."""
     return () if self.trainable == 'lora' else ('lora_rank', 'lora_alpha')
 
   @property
-  def rests(self) -> bool:
-    """Whether a coprocessor is fed soft tokens on top of the embeddings that latents rest on."""
+  def is_additive(self) -> bool:
+    """Whether the coprocessor reads soft tokens plus the embeddings of base tokens."""
     return self.soft_tokens == 'additive' and self.trainable != 'constant'
 
   @property

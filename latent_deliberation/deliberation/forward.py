@@ -19,8 +19,9 @@ class Deliberator:
   """A frozen decoder and the coprocessor that augments its cache.
 
   Attributes:
-    decoder, coprocessor: without weights.
-    tuned: gradients flow through the trunk's cache; only for a control in which the decoder learns.
+    decoder: the decoder module, without weights.
+    coprocessor: the coprocessor, without weights.
+    tuned: whether gradients flow through the trunk's cache, for a control that trains the decoder.
   """
   decoder: Decoder
   coprocessor: Coprocessor
@@ -31,7 +32,7 @@ class Deliberator:
     return self.coprocessor.config
 
   def with_traces(self, num_traces: int, num_ahead: int) -> 'Deliberator':
-    """The same, for other numbers of traces and ahead tokens, and delays that traces bring."""
+    """Returns a copy for other numbers of traces and ahead tokens; traces bring their own delay."""
     config = self.config.with_traces(num_traces, num_ahead)
     return dataclasses.replace(
         self, coprocessor=dataclasses.replace(self.coprocessor, config=config))
@@ -39,11 +40,11 @@ class Deliberator:
   @typed
   def forward(self, params: Params, decoder_params: Params, batch: Batch,
               traces: Traces) -> Float[Array, 'B M A D']:
-    """Hidden states from which each ahead token is predicted, all traces of all texts at once.
+    """Returns the hidden states that predict each ahead token, for all traces of all texts.
 
     Args:
-      params: of the coprocessor.
-      decoder_params: frozen.
+      params: parameters of the coprocessor.
+      decoder_params: frozen weights of the decoder.
       batch: the trunks.
       traces: where to deliberate.
     """
@@ -55,7 +56,7 @@ class Deliberator:
     return self.second_pass(decoder_params, latents, traces, placement, cache)
 
   def prefill(self, decoder_params: Params, batch: Batch) -> tuple[Array, KVCache]:
-    """First pass: the decoder reads the trunks. Hidden states [B, T, D] and their kv-cache."""
+    """First pass: the decoder reads the trunks. Returns hidden states [B, T, D] and kv-cache."""
     hidden, cache = self.decoder.apply(
         {'params': decoder_params}, batch.tokens, batch.positions, batch.segments,
         method='prefill')
@@ -63,22 +64,22 @@ class Deliberator:
 
   def coprocess(self, params: Params, decoder_params: Params, placement: Placement, trunk: Array,
                 cache: KVCache) -> Latents:
-    """The coprocessor reads the cache. Its outputs [B, M, Z, D] at the soft tokens."""
-    base = self._rest(decoder_params, placement)
+    """The coprocessor reads the cache. Returns its outputs [B, M, Z, D] at the soft tokens."""
+    base = self._base(decoder_params, placement)
     return self.coprocessor.read_cache(params, decoder_params, base, placement, trunk, cache)
 
   def latents(self, params: Params, decoder_params: Params, placement: Placement,
               outputs: Latents) -> Latents:
-    """What the decoder is fed for the coprocessor's outputs."""
-    return self.coprocessor.compose(params, outputs, self._rest(decoder_params, placement))
+    """Returns the latents that the decoder reads, made from the coprocessor's outputs."""
+    return self.coprocessor.compose(params, outputs, self._base(decoder_params, placement))
 
   def second_pass(self, decoder_params: Params, latents: Latents, traces: Traces,
                   placement: Placement, cache: KVCache) -> Float[Array, 'B M A D']:
-    """The decoder reads [latents, ahead tokens] behind the trunk's cache.
+    """Second pass: the decoder reads [latents, ahead tokens] after the trunk's cache.
 
-    The last latent predicts the first ahead token, ahead token i predicts ahead token i + 1; the
-    last ahead token predicts nothing that the loss is on and is not fed. Ahead tokens that were
-    read before the latents came see the trunk as it was, and no latents.
+    The last latent predicts the first ahead token, and ahead token i predicts ahead token i + 1.
+    The last ahead token predicts nothing that the loss covers, so the decoder does not read it.
+    Ahead tokens that precede delayed latents see the unchanged trunk and no latents.
     """
     ahead = self.decoder.apply(
         {'params': decoder_params}, traces.ahead_tokens[..., :-1], method='embed')
@@ -87,27 +88,27 @@ class Deliberator:
     segments = jnp.broadcast_to(placement.segments[..., None], positions.shape)
     hidden, _ = self.decoder.apply(
         {'params': decoder_params}, jnp.concatenate([latents, ahead], axis=2), positions,
-        self._decoder_visibility(placement, segments), cache, method='transform')
+        self._decoder_mask_spec(placement, segments), cache, method='transform')
     return hidden[:, :, self.config.num_latents - 1:]
 
-  def _decoder_visibility(self, placement: Placement, segments: Array) -> AttentionMaskSpec:
-    """What the second pass may see, [B, M, Z + A - 1]."""
+  def _decoder_mask_spec(self, placement: Placement, segments: Array) -> AttentionMaskSpec:
+    """What the second pass may attend to, [B, M, Z + A - 1]."""
     if placement.late is None:
       return AttentionMaskSpec(segments, placement.decoder_prefix_length)
     late = jnp.pad(placement.late[..., :-1], ((0, 0), (0, 0), (self.config.num_latents, 0)))
     prefix_length = jnp.where(late, placement.coprocessor_prefix_length[..., None],
-                        placement.decoder_prefix_length[..., None])
+                              placement.decoder_prefix_length[..., None])
     return AttentionMaskSpec(segments, prefix_length, jnp.where(late, self.config.num_latents, 0))
 
-  def _rest(self, decoder_params: Params, placement: Placement) -> Latents:
-    """Embeddings [B, M, Z, D] of the tokens that the latents base on."""
+  def _base(self, decoder_params: Params, placement: Placement) -> Latents:
+    """Embeddings [B, M, Z, D] of the base tokens of the latents."""
     return self.decoder.apply({'params': decoder_params}, placement.base_tokens, method='embed')
 
 
 @typed
 def ahead_nll(hidden: Float[Array, 'B M A D'], traces: Traces, decoder_params: Params,
               final_softcap: float | None, loss_chunk: int) -> Float[Array, 'B M A']:
-  """-log p of each ahead token, nats; those that are not valid have a value all the same."""
+  """Returns -log p of each ahead token in nats; invalid ahead tokens get a value as well."""
   batch, num_traces, num_ahead, width = hidden.shape
   nll = token_nll(
       hidden.reshape(batch, num_traces * num_ahead, width),

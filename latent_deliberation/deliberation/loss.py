@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, a slice of the targets at a time; entropy."""
+"""Cross-entropy over a large vocabulary, one slice of the targets at a time, and entropy."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typ
 from latent_deliberation.model.attention import softcap
 from latent_deliberation.model.layers import Quantised
 
-# Up to this cap float32 holds the sum of exp over any vocabulary: exp(60) is 1e26 of its 3e38.
+# Up to this cap the sum of exp over any vocabulary fits float32: exp(60) is 1e26, the limit 3e38.
 SUMMABLE = 60.0
 
 OutputHead = Float[Array, 'V D'] | Quantised
@@ -22,18 +22,19 @@ OutputHead = Float[Array, 'V D'] | Quantised
 def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
               unembedding: OutputHead, cap: float | None,
               chunk: int) -> Float[Array, 'B N']:
-  """-log p(target) in nats, float32, from hidden states and the (tied) output head.
+  """Returns -log p(target) in nats, float32, from hidden states and the (tied) output head.
 
-  Only [B, chunk, V] logits exist at a time: with V = 256,000, B = 8 and 2048 targets a text all of
-  them at once would be 16.8 GB in float32. Where the output head is a constant they exist once, and
-  the gradient of the hidden states is computed with the loss; otherwise again in the backward pass.
+  Only [B, chunk, V] logits exist at a time. All of them at once would take 16.8 GB in float32 for
+  V = 256,000, B = 8 and 2048 targets per text. Where the output head is a constant, the gradient
+  of the hidden states is computed together with the loss, so logits are computed once. Otherwise
+  the backward pass computes them again.
 
   Args:
-    hidden: states after the final norm.
+    hidden: hidden states after the final norm.
     targets: token ids.
     unembedding: the output head.
-    cap: soft-cap of the logits.
-    chunk: targets of a text per slice; the last slice may be shorter.
+    cap: soft-cap of the logits; None for none.
+    chunk: number of targets of a text per slice; the last slice may be shorter.
   """
   return _by_slices(functools.partial(_nll, cap), hidden, targets, unembedding, chunk)
 
@@ -57,7 +58,7 @@ def _nll_forward(cap: float | None, hidden: CustomVJPPrimal, targets: CustomVJPP
 
   if not is_constant:
     return of_hidden(hidden.value), (hidden.value, targets.value, unembedding)
-  # A target depends on its own hidden state alone, so that ones give the gradient of each.
+  # Each loss depends on its own hidden state alone, so a cotangent of ones gives each gradient.
   nll, pull = jax.vjp(of_hidden, hidden.value)
   gradient, = pull(jnp.ones_like(nll))
   return nll, gradient
@@ -83,7 +84,7 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 def likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
               unembedding: OutputHead, cap: float | None,
               chunk: int) -> Bool[Array, 'B N']:
-  """Whether no token has a higher logit than the target; arguments as for `token_nll`."""
+  """Returns whether no token has a higher logit than the target; arguments as in `token_nll`."""
 
   def is_top(hidden: Array, targets: Array, unembedding: Array | Quantised) -> Array:
     logits = _logits(cap, hidden, unembedding)
@@ -93,33 +94,33 @@ def likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
 
 
 def _logits(cap: float | None, hidden: Array, unembedding: Array | Quantised) -> Array:
-  """[n, V] in float32, of a head as `_by_slices` gives it."""
+  """Logits [n, V] in float32, for a head as `_by_slices` passes it."""
   if isinstance(unembedding, Quantised):
     unembedding = unembedding.astype(hidden.dtype).T
   return softcap(jnp.matmul(hidden, unembedding, preferred_element_type='float32'), cap)
 
 
 def _log_sum_exp(logits: Array, cap: float | None) -> Array:
-  """Without looking for the largest first, one more pass over them all, where a cap bounds them."""
+  """log(sum(exp(logits))). Bounded logits need no first pass that finds the largest."""
   if cap is None or cap > SUMMABLE:
     return jax.nn.logsumexp(logits, axis=-1)
   return jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
 
 
 def _chosen(logits: Array, targets: Array) -> Array:
-  """As a sum: the gradient of a gather is a scatter, for which XLA writes that of all logits."""
+  """The targets' logits, as a masked sum: XLA would write all logits for a gather's gradient."""
   is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[..., None]
   return jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
 
 
 def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
                unembedding: Array | Quantised, chunk: int) -> Array:
-  """measure(hidden [n, D], targets [n], head) -> [n], of all texts over slices of their N targets.
+  """Applies measure(hidden [n, D], targets [n], head) -> [n] to slices of the N targets.
 
-  The head is [D, V], turned once for all slices, or quantised and as it is, [V, D], which every
-  slice converts as it reads it.
+  `measure` gets the head as [D, V], transposed once for all slices. A quantised head stays
+  [V, D], and every slice converts it.
   """
-  # Whole tokens: a device that has a part of each would gather the others for every slice.
+  # Shard the head by whole tokens. With a part of each, devices would gather it for every slice.
   if isinstance(unembedding, Quantised):
     unembedding = jax.tree.map(
         lambda leaf: nn.with_logical_constraint(leaf, ('vocab', None)[:leaf.ndim]), unembedding)
@@ -129,12 +130,13 @@ def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
   batch, length, width = hidden.shape
 
   def of_slice(hidden: Array, targets: Array) -> Array:
-    # Rows of one matrix, for the product and all that follows, or XLA would fuse less of it.
+    # Flatten to the rows of one matrix, since XLA then fuses more of what follows.
     measured = measure(hidden.reshape(-1, width), targets.reshape(-1), unembedding)
     return measured.reshape(targets.shape)
 
   if length <= chunk:
     return of_slice(hidden, targets)
+  # A loop over slices of equal size, and one call for the rest.
   whole = length // chunk * chunk
   slices = (
       jnp.moveaxis(hidden[:, :whole].reshape(batch, -1, chunk, width), 1, 0),
@@ -148,6 +150,6 @@ def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
 
 @typed
 def entropy(logits: Float[Array, 'B V']) -> Float[Array, 'B']:
-  """Of the next token, nats."""
+  """Returns the entropy of the next token in nats."""
   log_p = jax.nn.log_softmax(logits, axis=-1)
   return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

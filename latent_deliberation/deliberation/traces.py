@@ -1,15 +1,15 @@
-"""Traces: where in a trunk to deliberate, and where their latents and ahead tokens stand.
+"""Traces: the anchors in a trunk, their ahead tokens, and the placement of their latents.
 
-Paper, section 2.3. `sample_traces` draws anchors, `place` gives positions and prefix lengths. The
-three parametrisations of latents and the two position schemes differ in the integers of a
-Placement and in nothing else; one forward pass serves all of them.
+Paper, section 2.3. `sample_traces` draws anchors. `place` computes positions and prefix lengths.
+The three kinds of latents and the two position schemes differ only in the integers of a Placement,
+so one forward pass serves all of them.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from latent_deliberation.array_types import Array, Batch
+from latent_deliberation.array_types import Array, Batch, Bool, Int
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 
 
@@ -18,23 +18,23 @@ class Traces:
   """M traces of each of B texts, in the order of their anchors.
 
   Attributes:
-    anchors: int32 [B, M] trunk index of the last token that a trace may see.
-    valid: bool [B, M] False where a text had fewer than M places left.
-    ahead_tokens: int32 [B, M, A] the tokens behind the anchor.
-    ahead_valid: bool [B, M, A] False past the end of the anchor's document.
-    delay: int32 [B, M] ahead tokens that have been read when the latents join; None for none.
+    anchors: trunk index of the last token that a trace may see.
+    valid: False where a text had fewer than M places for an anchor.
+    ahead_tokens: the tokens after the anchor.
+    ahead_valid: False past the end of the anchor's document.
+    delay: number of ahead tokens that are read before the latents join; None for no delays.
   """
-  anchors: Array
-  valid: Array
-  ahead_tokens: Array
-  ahead_valid: Array
-  delay: Array | None = None
+  anchors: Int[Array, 'B M']
+  valid: Bool[Array, 'B M']
+  ahead_tokens: Int[Array, 'B M A']
+  ahead_valid: Bool[Array, 'B M A']
+  delay: Int[Array, 'B M'] | None = None
 
   @property
-  def counted(self) -> Array:
-    """bool [B, M, A] valid ahead tokens that the latents had a chance to predict.
+  def counted(self) -> Bool[Array, 'B M A']:
+    """Valid ahead tokens that the latents had a chance to predict.
 
-    The token after a delay of d is predicted by the d-th, which had not seen them.
+    With a delay of d > 0, ahead token d predicts ahead token d + 1 and has seen no latents.
     """
     if self.delay is None:
       return self.ahead_valid
@@ -45,23 +45,25 @@ class Traces:
 
 def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig,
                   first_anchor: int = 0) -> Traces:
-  """Draws M distinct anchors from every text, uniformly among those that can hold a trace.
+  """Draws M distinct anchors from every text, uniformly among all places that can hold a trace.
 
-  An anchor needs a next token in its own document and `config.first_anchor` tokens before it, and
-  is one of `config.anchor_tokens` where there are any.
-  The draw depends on a text's own key alone, so neither the mesh nor gradient accumulation
-  changes it.
+  An anchor needs a next token in its own document and `config.first_anchor` tokens before it. Where
+  `config.anchor_tokens` is not empty, the anchor is one of them. The draw depends on a text's own
+  key alone, so neither the mesh nor gradient accumulation changes it.
 
   Args:
-    keys: [B] PRNG keys, one a text.
+    keys: [B] PRNG keys, one for each text.
     batch: packed texts.
-    first_anchor: least index in its document that an anchor may have, beside that of `config`.
+    config: number of traces, ahead tokens and delays.
+    first_anchor: least index in its document that an anchor may have, if above `config`'s.
   """
+  # Places that can hold a trace.
   following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
   allowed = ((batch.segments > 0) & (following == batch.segments)
              & (batch.positions >= max(first_anchor, config.first_anchor)))
   if config.anchor_tokens:
     allowed &= jnp.isin(batch.tokens, jnp.array(config.anchor_tokens))
+  # The M places with the highest random scores. Places that are not allowed score -1.
   length = batch.tokens.shape[1]
   score = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
   score, anchors = jax.lax.top_k(jnp.where(allowed, score, -1.0), config.num_traces)
@@ -78,7 +80,7 @@ def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig,
 
 
 def gather_traces(batch: Batch, anchors: Array, valid: Array, num_ahead: int) -> Traces:
-  """The traces of given anchors [B, M]; ahead tokens of another document are marked invalid."""
+  """Returns the traces of given anchors [B, M]; ahead tokens of other documents are invalid."""
   length = batch.tokens.shape[1]
   index = anchors[..., None] + 1 + jnp.arange(num_ahead)
   inside = index < length
@@ -91,37 +93,44 @@ def gather_traces(batch: Batch, anchors: Array, valid: Array, num_ahead: int) ->
 
 
 def take_from_trunk(trunk: Array, index: Array) -> Array:
-  """trunk [B, T] at indices [B, M, ...]."""
+  """Returns trunk [B, T] at indices [B, M, ...]."""
   return jax.vmap(lambda row, at: row[at])(trunk, index)
 
 
 @struct.dataclass
 class Placement:
-  """Attributes, all int32:
-    segments: [B, M] document of the trace.
-    latent_positions: [B, M, Z].
-    ahead_positions: [B, M, A].
-    base_tokens: [B, M, Z] token whose embedding a latent, or a additive soft token, starts from.
-    coprocessor_prefix_length: [B, M] trunk tokens that the coprocessor reads.
-    decoder_prefix_length: [B, M] trunk tokens that the decoder's second pass reads beside latents.
-    late: bool [B, M, A] ahead tokens that were read before the latents came; None for none.
+  """Positions and prefix lengths of the traces of each text.
+
+  Attributes:
+    segments: document of the trace.
+    latent_positions: position ids of the latents, and of the soft tokens.
+    ahead_positions: position ids of the ahead tokens.
+    base_tokens: token whose embedding is the base of a latent, and of an additive soft token.
+    coprocessor_prefix_length: number of trunk tokens that the coprocessor reads.
+    decoder_prefix_length: number of trunk tokens that the decoder's second pass reads.
+    late: ahead tokens that are read before the latents join; None for no delays.
   """
-  segments: Array
-  latent_positions: Array
-  ahead_positions: Array
-  base_tokens: Array
-  coprocessor_prefix_length: Array
-  decoder_prefix_length: Array
-  late: Array | None = None
+  segments: Int[Array, 'B M']
+  latent_positions: Int[Array, 'B M Z']
+  ahead_positions: Int[Array, 'B M A']
+  base_tokens: Int[Array, 'B M Z']
+  coprocessor_prefix_length: Int[Array, 'B M']
+  decoder_prefix_length: Int[Array, 'B M']
+  late: Bool[Array, 'B M A'] | None = None
 
 
 def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: int,
           delay: Array | None = None) -> Placement:
-  """Placement of the traces that start at `anchors` [B, M].
+  """Returns the placement of the traces at `anchors` [B, M].
 
   Args:
-    delay: [B, M] ahead tokens that are read before the latents come; None for none.
+    batch: packed texts.
+    anchors: trunk indices.
+    config: kind of latents and position scheme.
+    num_ahead: A, number of ahead tokens.
+    delay: [B, M] number of ahead tokens that are read before the latents join; None for none.
   """
+  # Ahead tokens continue the document, and 'paper' and 'anchored' latents have the anchor as base.
   latents = jnp.arange(config.num_latents)
   anchor_positions = take_from_trunk(batch.positions, anchors)[..., None]
   ahead_positions = anchor_positions + 1 + jnp.arange(num_ahead)
@@ -129,6 +138,8 @@ def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: i
   prefix_length = anchors + 1
   decoder_prefix_length = prefix_length
   base = jnp.broadcast_to(anchors[..., None], (*anchors.shape, config.num_latents))
+  # Refining latents replace the last Z trunk tokens. Others share the anchor's position, or
+  # shift the ahead tokens that come after them.
   if config.latents == 'refining':
     base = anchors[..., None] + 1 - config.num_latents + latents
     latent_positions = anchor_positions + 1 - config.num_latents + latents
@@ -139,7 +150,7 @@ def place(batch: Batch, anchors: Array, config: DeliberationConfig, num_ahead: i
     latent_positions = anchor_positions + 1 + latents
     shifted = ahead_positions + config.num_latents
     ahead_positions = shifted if late is None else jnp.where(late, ahead_positions, shifted)
-  # Traces that do not exist have arbitrary anchors; their indices must still be indices.
+  # Invalid traces have arbitrary anchors, whose indices must still not be negative.
   base = jnp.maximum(base, 0)
   return Placement(
       segments=take_from_trunk(batch.segments, anchors),

@@ -18,9 +18,11 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
                    rules: Mapping[str, Sequence[str]]) -> Diagnose:
   """Compiles diagnose(params, decoder_params, batch) -> figures, on the same traces at every call.
 
-  They are 'norm', root mean square of the latents over that of input embeddings; 'moved', the same
-  of what separates latents from the embeddings that they base on; 'gate', root mean square of the
-  gate (absent for 'paper' latents); 'effective_rank' of the outputs.
+  The figures:
+    'norm': root mean square of the latents, divided by that of input embeddings.
+    'moved': the same for latents minus the embeddings that they start from.
+    'gate': root mean square of the gate; absent for 'paper' latents.
+    'effective_rank': see `effective_rank`, of the coprocessor's outputs.
   """
 
   @jax.jit
@@ -32,6 +34,7 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
       placement = place(batch, traces.anchors, deliberator.config, deliberator.config.num_ahead)
       outputs = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
       latents = deliberator.latents(params, decoder_params, placement, outputs)
+      # With outputs of zero, latents are the embeddings that they start from.
       base = deliberator.latents(params, decoder_params, placement, jnp.zeros_like(outputs))
     table = decoder_params['embedder']['table']
     embedding = _size(table) * deliberator.decoder.config.embed_dim ** 0.5
@@ -51,17 +54,17 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
 
 
 def _size(x: Array, valid: Array | None = None) -> Array:
-  """Root mean square, float32; of the valid vectors along the last axis, or of all."""
+  """Root mean square in float32, over the valid vectors (along the last axis) or over all."""
   where = None if valid is None else valid[..., None]
   return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), where=where))
 
 
 @typed
 def effective_rank(rows: Float[Array, 'R D'], valid: Bool[Array, 'R']) -> Float[Array, '']:
-  """exp of the entropy of the spectrum of the rows' covariance (Roy and Vetterli 2007), 1 to D.
+  """exp of the entropy of the spectrum of the rows' covariance, between 1 and D.
 
-  Rows that are all alike have rank 1, as those on a line have. Those that are not valid are left
-  out.
+  Rows that are all equal have rank 1, and so have rows on a line. Rows that are not valid are left
+  out. (Roy and Vetterli 2007)
   """
   rows, where = rows.astype(jnp.float32), valid[:, None]
   centred = jnp.where(where, rows - jnp.mean(rows, axis=0, where=where), 0)

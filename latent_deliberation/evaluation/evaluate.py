@@ -1,4 +1,4 @@
-"""Scores a trained coprocessor against its controls and writes the report."""
+"""Scores a trained coprocessor against its controls, and writes the report."""
 
 import dataclasses
 import time
@@ -29,7 +29,7 @@ from latent_deliberation.evaluation.perplexity import (
   make_scorer,
   score_texts,
 )
-from latent_deliberation.evaluation.plots import plot_changes, plot_losses, plot_visibility
+from latent_deliberation.evaluation.plots import plot_attention, plot_changes, plot_losses
 from latent_deliberation.evaluation.report import Report, summarise, write_report
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable
@@ -41,62 +41,74 @@ from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.run import check_divides
 
-LOSSES = 'losses.png'
+CHANGES, LOSSES, ATTENTION = 'changes.png', 'losses.png', 'visibility.png'
 PICTURES = {
-    'changes.png': 'Change of perplexity by ahead position, with 95% intervals.',
+    CHANGES: 'Change of perplexity by ahead position, with 95% intervals.',
     LOSSES: 'Losses in training.',
-    'visibility.png': 'Who may attend to whom: a small trunk of two documents with three traces.',
+    ATTENTION: 'Who may attend to whom: a small trunk of two documents with three traces.',
 }
 
 
 def constant_variant(experiment: Experiment) -> Experiment:
-  """The pause-token baseline: soft tokens alone, as many and trained as long."""
+  """The same experiment for the pause-token baseline: trained soft tokens without a coprocessor."""
   deliberation = dataclasses.replace(experiment.deliberation, trainable='constant')
   return dataclasses.replace(experiment, deliberation=deliberation)
 
 
-def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: Path, output: Path,
-             constant: Path | None = None, seconds: Mapping[str, float] | None = None,
+def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path, data: Path,
+             output: Path, constant_dir: Path | None = None,
+             seconds: Mapping[str, float] | None = None,
              runs: Mapping[str, Path] | None = None) -> dict[str, Any]:
-  """Scores all arms on the same traces of held-out text; writes report.json, report.md, PNGs.
+  """Scores all arms on the same traces of held-out text; writes report.json, report.md and PNGs.
 
   Args:
-    decoder: directory of the frozen decoder.
-    coprocessor: work directory in which it was trained, or the package that was written there.
-    data: directory of prepared data; its text need not be that of the training.
-    output: where the report goes; created.
-    constant: the same for the constant soft tokens; their arm is left out without it.
-    seconds: wall-clock time of earlier phases, for the report.
-    runs: work directories whose losses are drawn, by name; default that of the coprocessor, where
-      its package still lies in one.
+    experiment: configuration of the training, with the `evaluation` to do.
+    decoder_dir: directory of the frozen decoder.
+    coprocessor_dir: work directory of a training, or the coprocessor checkpoint that it wrote.
+    data: directory of prepared data; its text may differ from the text of the training.
+    output: directory of the report; created.
+    constant_dir: the same as `coprocessor_dir` for the constant soft tokens; None leaves them out.
+    seconds: wall-clock time of earlier phases, by name, for the report.
+    runs: work directories of the losses to draw, by name. Default: the one that holds the
+      coprocessor checkpoint.
 
   Returns: the content of report.json.
+
+  Raises:
+    UserError: there is too little text, a directory holds something else, or one cannot be written.
   """
   begun = time.perf_counter()
-  # Everything that can be wrong is checked, and all that is read is read, before anything is scored.
+  # Check everything that can be wrong before the long part, without loading any weights.
   mesh = make_mesh(experiment.mesh)
   check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
   make_writable(output)
-  checkpoint = open_frozen(experiment, decoder)
+  checkpoint = open_frozen(experiment, decoder_dir)
   held_out = open_held_out(experiment, data, mesh)
   check_vocabulary(held_out.rows, checkpoint)
   constant_experiment = constant_variant(experiment)
-  coprocessor = find_trained(experiment, coprocessor, held_out.rows)
-  constant = find_trained(constant_experiment, constant, held_out.rows) if constant else None
-  curves = _curves(runs or {'coprocessor': coprocessor.parent})
-  frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
+  coprocessor_dir = find_trained(experiment, coprocessor_dir, held_out.rows)
+  if constant_dir:
+    constant_dir = find_trained(constant_experiment, constant_dir, held_out.rows)
+  curves = _read_losses(runs or {'coprocessor': coprocessor_dir.parent})
+
+  # Load the weights.
+  decoder_params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
   loading = dict(decoder_fingerprint=decoder_fingerprint, mesh=mesh, rules=experiment.rules,
                  frozen_dtype=experiment.computation.frozen_dtype)
-  params = load_coprocessor(coprocessor, **loading)
-  soft_tokens = load_coprocessor(constant, **loading) if constant else None
+  params = load_coprocessor(coprocessor_dir, **loading)
+  soft_tokens = load_coprocessor(constant_dir, **loading) if constant_dir else None
 
-  arms = score_traces(experiment, (BASELINE, OWN, 'shuffled', 'zero'), params, frozen,
+  # Score every arm. Constant soft tokens have weights of their own, and so a pass of their own.
+  arms = score_traces(experiment, (BASELINE, OWN, 'shuffled', 'zero'), params, decoder_params,
                       held_out.batches, mesh)
-  counts = {'frozen decoder': count_parameters(frozen), 'coprocessor': count_parameters(params)}
-  if constant:
-    arms['constant'] = score_traces(constant_experiment, (OWN,), soft_tokens, frozen,
+  counts = {'frozen decoder': count_parameters(decoder_params),
+            'coprocessor': count_parameters(params)}
+  if constant_dir:
+    arms['constant'] = score_traces(constant_experiment, (OWN,), soft_tokens, decoder_params,
                                     held_out.batches, mesh)[OWN]
     counts['constant soft tokens'] = count_parameters(soft_tokens)
+
+  # Summarise and write.
   summary = summarise(Report(
       arms={name: scores.merged(held_out.texts) for name, scores in arms.items()},
       positions=experiment.evaluation.positions,
@@ -109,22 +121,22 @@ def evaluate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: 
       pictures={name: caption for name, caption in PICTURES.items() if curves or name != LOSSES}),
       experiment.evaluation.bootstrap_samples)
   if jax.process_index() == 0:
-    plot_changes(summary, output / 'changes.png')
+    plot_changes(summary, output / CHANGES)
     if curves:
       plot_losses(curves, output / LOSSES)
-    plot_visibility(output / 'visibility.png', experiment.deliberation.latents)
+    plot_attention(output / ATTENTION, experiment.deliberation.latents)
     write_report(summary, output)
   return summary
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """Held-out text that arms are scored on.
+  """Held-out text to score arms on.
 
   Attributes:
     rows: packed rows of the validation split.
     batches: this process's share of each batch.
-    texts: int [rows of all batches], the text that each row belongs to.
+    texts: int [rows of all batches], number of the text that each row belongs to.
   """
   rows: PackedRows
   batches: list[Batch]
@@ -132,10 +144,10 @@ class HeldOut:
 
 
 def open_held_out(experiment: Experiment, data: Path, mesh: Mesh) -> HeldOut:
-  """The held-out text that `experiment.evaluation` asks for.
+  """Reads the amount of held-out text that `experiment.evaluation` names.
 
   Raises:
-    UserError: there is less of it.
+    UserError: there is less text.
   """
   config = experiment.evaluation
   rows = open_rows(data, 'validation', length=experiment.data.length,
@@ -147,42 +159,47 @@ def open_held_out(experiment: Experiment, data: Path, mesh: Mesh) -> HeldOut:
 
 
 def find_trained(experiment: Experiment, directory: Path, rows: PackedRows) -> Path:
-  """`find_coprocessor`, for the coprocessor that the experiment trains, to read these rows."""
+  """Finds the checkpoint of the coprocessor that the experiment trains, to score on these rows.
+
+  Raises:
+    UserError: see `find_coprocessor`.
+  """
   return find_coprocessor(
       directory, decoder_config=experiment.decoder, config=experiment.deliberation,
       steps=experiment.training.loop.num_steps,
       vocabulary=rows.manifest.recipe.vocabulary_hash)
 
 
-def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params, frozen: Params,
-                 held_out: list[Batch], mesh: Mesh, first_anchor: int = 0) -> dict[str, AheadNLL]:
-  """Scores of the arms with these parameters, on the same traces for any parameters.
+def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params,
+                 decoder_params: Params, batches: list[Batch], mesh: Mesh,
+                 first_anchor: int = 0) -> dict[str, AheadNLL]:
+  """Scores the arms with these parameters; any other parameters get the same traces.
 
-  Experiments are scored on the same traces if seed, `first_anchor` and `anchor_tokens` are the
-  same, and `first_anchor` is no lower than that of each: see `sample_traces`.
+  Two experiments get the same traces if `seed`, `first_anchor` and `anchor_tokens` are equal, and
+  `first_anchor` is at least the first anchor of each experiment: see `sample_traces`.
   """
   scorer = make_scorer(
       build_deliberator(experiment), arms, num_traces=experiment.evaluation.num_traces,
       num_ahead=experiment.evaluation.num_ahead, loss_chunk=experiment.computation.loss_chunk,
       seed=experiment.seed, mesh=mesh, rules=experiment.rules, delay=experiment.evaluation.delay,
       first_anchor=first_anchor)
-  return score_texts(scorer, params, frozen, placed(experiment, held_out, arms, mesh))
+  return score_texts(scorer, params, decoder_params, place_batches(experiment, batches, arms, mesh))
 
 
-def placed(experiment: Experiment, held_out: list[Batch], arms: tuple[str, ...],
-           mesh: Mesh) -> Iterator[Batch]:
-  """The batches on devices, one at a time, with a line of progress every ten seconds."""
-  progress = Progress(f'scoring {", ".join(arms)}', 'batches', len(held_out))
-  for done, batch in enumerate(held_out):
+def place_batches(experiment: Experiment, batches: list[Batch], arms: tuple[str, ...],
+                  mesh: Mesh) -> Iterator[Batch]:
+  """Yields the batches on devices, one at a time, and logs progress every ten seconds."""
+  progress = Progress(f'scoring {", ".join(arms)}', 'batches', len(batches))
+  for done, batch in enumerate(batches):
     progress.update(done)
     yield place_batch(batch, mesh, experiment.rules)
 
 
-def _curves(runs: Mapping[str, Path]) -> dict[str, dict[str, tuple[list, list]]]:
-  """Training and validation losses of each run that has any, as (steps, values)."""
+def _read_losses(runs: Mapping[str, Path]) -> dict[str, dict[str, tuple[list, list]]]:
+  """Training and validation losses of each run that logged any, as (steps, values)."""
   curves = {}
   for name, workdir in runs.items():
-    if not (workdir / METRICS_FILE).exists():  # a package that was moved to another place
+    if not (workdir / METRICS_FILE).exists():  # the checkpoint was moved away from its run
       continue
     rows = read_metrics(workdir / METRICS_FILE)
     curves[name] = {

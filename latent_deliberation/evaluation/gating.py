@@ -1,8 +1,9 @@
-"""When is it worth to deliberate? Gates that say so before the coprocessor runs, and what they buy.
+"""When is it worth to deliberate? A gate that says so before the coprocessor runs, and its value.
 
-A gate gives every place in a text a score, from what the plain decoder knows there. With a budget
-of a fraction of all places, those of the highest scores are augmented; the gain is the fall of the
-negative log-likelihood of the tokens ahead, measured at all places and counted where augmented.
+A gate gives every place in a text a score, from what the plain decoder knows there. A budget is a
+fraction of all places; those with the highest scores are augmented. The gain of a place is the fall
+of the negative log-likelihood of the tokens ahead. It is measured at all places and counted at
+those that are augmented.
 """
 
 import dataclasses
@@ -23,14 +24,12 @@ from safetensors.numpy import save
 
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.data.loading import check_vocabulary
-from latent_deliberation.deliberation.coprocessor_checkpoint import (
-  load_coprocessor,
-)
+from latent_deliberation.deliberation.coprocessor_checkpoint import load_coprocessor
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.evaluate import find_trained, open_held_out, placed
+from latent_deliberation.evaluation.evaluate import find_trained, open_held_out, place_batches
 from latent_deliberation.evaluation.perplexity import BASELINE, OWN, arm_states
 from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
 from latent_deliberation.experiment import Experiment
@@ -42,6 +41,8 @@ from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.run import check_divides
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of the features
+FRACTIONS = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())
+PICTURE = 'gate.png'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Places:
   """Places in texts at which both the plain decoder and the augmented one were scored.
 
   Attributes:
-    hidden: float32 [n, D] the decoder's hidden state there.
-    entropy: float64 [n] of its next token, nats.
-    gain: float64 [n] nats that latents save on the tokens ahead, all together.
-    text: int [n] the text that a place is in.
+    hidden: float32 [n, D] hidden state of the decoder.
+    entropy: float64 [n] entropy of the decoder's next token, nats.
+    gain: float64 [n] nats that latents save on the tokens ahead, summed.
+    text: int [n] number of the text that holds the place.
   """
   hidden: np.ndarray
   entropy: np.ndarray
@@ -60,19 +61,27 @@ class Places:
   text: np.ndarray
 
   def where(self, chosen: np.ndarray) -> 'Places':
-    """Some of the places."""
+    """Some of the places, bool [n]."""
     return Places(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
 
 
-def measure_places(deliberator: Deliberator, params: Params, decoder_params: Params,
-                   batches: Iterable[Batch], labels: np.ndarray, *, loss_chunk: int, seed: int,
-                   mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Places:
-  """Scores plain and own latents at places drawn from every text.
+def score_places(deliberator: Deliberator, params: Params, decoder_params: Params,
+                 batches: Iterable[Batch], labels: np.ndarray, *, loss_chunk: int, seed: int,
+                 mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Places:
+  """Scores the plain decoder and own latents at places drawn from every text.
 
   Args:
-    labels: int [rows] the text of each row of all batches, in order.
+    deliberator: decoder and coprocessor; its config says how many places a row has.
+    params: weights of the coprocessor.
+    decoder_params: weights of the decoder.
+    batches: packed rows.
+    labels: int [rows of all batches] number of the text that each row belongs to.
+    loss_chunk: targets of a row whose logits exist at the same time.
+    seed: seed of the draw.
+    mesh: devices to compute on.
+    rules: logical axis rules.
   """
-  def measure(params: Params, decoder_params: Params, batch: Batch, index: Array) -> tuple:
+  def score(params: Params, decoder_params: Params, batch: Batch, index: Array) -> tuple:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index), len(batch.tokens))
     cap = deliberator.decoder.config.final_softcap
     with nn.logical_axis_rules(tuple(rules.items())):
@@ -83,13 +92,13 @@ def measure_places(deliberator: Deliberator, params: Params, decoder_params: Par
       hidden = states[BASELINE][:, :, 0]  # at the anchor
       predict = functools.partial(
           deliberator.decoder.apply, {'params': decoder_params}, method='logits')
-      # A trace at a time: all logits at once would be too many.
+      # One trace at a time: all logits at once would be too many.
       uncertainty = jax.lax.map(lambda states: entropy(predict(states)),
                                 jnp.swapaxes(hidden, 0, 1))
     gain = jnp.sum((plain - own) * traces.ahead_valid, axis=-1)
     return hidden.astype(jnp.float32), jnp.swapaxes(uncertainty, 0, 1), gain, traces.valid
 
-  compiled = jax.jit(measure, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  compiled = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
   found, row = [], 0
   for index, batch in enumerate(batches):
     with jax.set_mesh(mesh):
@@ -114,14 +123,14 @@ class LearnedGate:
 
 
 def check_texts(texts: np.ndarray) -> None:
-  """Raises UserError where a gate cannot be fitted on so few texts, int [n], each once."""
+  """Raises UserError if these texts, distinct numbers [n], are too few to fit a gate on."""
   if len(texts) < 5:
-    raise UserError(f'{len(texts)} texts: a gate is fitted on 5 at least, a fifth of them held '
-                     'out, and compared on as many others: evaluate on more (evaluation.num_texts)')
+    raise UserError(f'{len(texts)} texts: a gate needs at least 5 to be fitted on, and as many '
+                    'others to be compared on. Raise evaluation.num_texts.')
 
 
 def fit_linear_gate(places: Places, seed: int = 0) -> LearnedGate:
-  """Ridge regression of the gain; its strength is chosen on a fifth of the texts, held out.
+  """Ridge regression of the gain. A held-out fifth of the texts chooses the strength of the ridge.
 
   Raises:
     UserError: there are fewer than five texts.
@@ -149,15 +158,15 @@ def _ridge(places: Places, ridge: float) -> LearnedGate:
 
 @dataclasses.dataclass(frozen=True)
 class GainCurve:
-  """Mean gain of a place, over all places, when some are augmented.
+  """Gain by the fraction of places that are augmented, as a mean over all places.
 
-  Attributes, one value a fraction each:
-    fractions: of places that are augmented.
-    thresholds: score that these have at least.
-    gain: nats.
+  Attributes, with one value for each fraction:
+    fractions: fraction of places that are augmented.
+    thresholds: lowest score of these places.
+    gain: mean gain, nats.
     low, high: ends of its 95% interval (bootstrap over texts).
-    above_chance: nats beyond what as many places by chance are expected to gain, which is the
-      fraction of what all places do.
+    above_chance: nats beyond the gain of as many places drawn by chance, which is expected to be
+      that fraction of the gain of all places.
     above_low, above_high: ends of its 95% interval, paired.
   """
   fractions: np.ndarray
@@ -172,7 +181,16 @@ class GainCurve:
 
 def gain_curve(places: Places, scores: np.ndarray, fractions: Sequence[float], samples: int,
                seed: int = 0) -> GainCurve:
-  """What augmenting the places of the highest scores gains, at each fraction of all places."""
+  """Computes the gain from the places with the highest scores, at each fraction of all places.
+
+  Args:
+    places: the places.
+    scores: float [n] score that a gate gives each place.
+    fractions: fractions of places to augment.
+    samples: draws of the bootstrap.
+    seed: seed of the bootstrap.
+  """
+  # Sum the gain of the chosen places by text, a column for each fraction.
   order = np.argsort(-scores, kind='stable')
   taken = np.round(np.asarray(fractions) * len(scores)).astype(int)
   rank = np.empty(len(scores), int)
@@ -182,6 +200,8 @@ def gain_curve(places: Places, scores: np.ndarray, fractions: Sequence[float], s
   for column, count in enumerate(taken):
     np.add.at(sums[:, column], member, places.gain * (rank < count))
   counts = np.bincount(member)
+
+  # Draw texts with replacement: places of one text are not independent.
   drawn = np.random.default_rng(seed).multinomial(
       len(texts), np.full(len(texts), 1 / len(texts)), samples)
   fractions = np.asarray(fractions)
@@ -205,12 +225,8 @@ def compare_gates(fitted: LearnedGate, places: Places, fractions: Sequence[float
           for name, values in scores.items()}
 
 
-FRACTIONS = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())
-PICTURE = 'gate.png'
-
-
 def plot_gates(curves: Mapping[str, GainCurve], path: Path) -> None:
-  """Gain against the fraction of places that are augmented, for every gate."""
+  """Draws the gain of every gate against the fraction of places that are augmented."""
   figure = Figure(figsize=(7, 5), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots()
@@ -225,48 +241,53 @@ def plot_gates(curves: Mapping[str, GainCurve], path: Path) -> None:
   save_figure(figure, path)
 
 
-def fit_gate(experiment: Experiment, *, decoder: Path, coprocessor: Path, data: Path,
+def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path, data: Path,
              output: Path) -> dict[str, Any]:
-  """Measures gains on held-out text, fits a gate on one half of the texts, compares on the other.
+  """Fits a gate on one half of the held-out texts, and compares gates on the other half.
 
   Args:
-    decoder: directory of the frozen decoder.
-    coprocessor: directory of the trained one.
+    experiment: configuration of the training, with the `evaluation` to do.
+    decoder_dir: directory of the frozen decoder.
+    coprocessor_dir: work directory of a training, or the coprocessor checkpoint that it wrote.
     data: directory of prepared data.
-    output: for gate.json, gate.safetensors and gate.png; must not exist yet.
+    output: new directory for gate.json, gate.safetensors and gate.png.
 
   Returns: the content of gate.json.
 
   Raises:
-    UserError: there is something at `output`.
-    UserError: it cannot be written.
-    UserError: the held-out texts are too few, or see `evaluate`.
+    UserError: `output` exists or cannot be written.
+    UserError: there are too few held-out texts, or a directory holds something else.
   """
+  # Check everything that can be wrong before the long part.
   if output.exists():
-    raise UserError(f'{output} exists already and is not written over: give another')
+    raise UserError(f'{output} exists already and is not overwritten. Name a new directory.')
   make_writable(output.absolute().parent)
   mesh = make_mesh(experiment.mesh)
   check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
-  checkpoint = open_frozen(experiment, decoder)
+  checkpoint = open_frozen(experiment, decoder_dir)
   held_out = open_held_out(experiment, data, mesh)
   check_vocabulary(held_out.rows, checkpoint)
-  found = find_trained(experiment, coprocessor, held_out.rows)
-  fitted_on = np.unique(held_out.texts)[::2]
+  coprocessor_dir = find_trained(experiment, coprocessor_dir, held_out.rows)
+  fitted_on = np.unique(held_out.texts)[::2]  # every second text fits, the others compare
   check_texts(fitted_on)
-  frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
+
+  # Score all places once, plain and augmented.
+  decoder_params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
   params = load_coprocessor(
-      found, decoder_fingerprint=decoder_fingerprint, mesh=mesh, rules=experiment.rules,
+      coprocessor_dir, decoder_fingerprint=decoder_fingerprint, mesh=mesh, rules=experiment.rules,
       frozen_dtype=experiment.computation.frozen_dtype)
   deliberator = build_deliberator(experiment).with_traces(
       experiment.evaluation.num_traces, experiment.deliberation.num_ahead)
-  places = measure_places(
-      deliberator, params, frozen, placed(experiment, held_out.batches, (BASELINE, OWN), mesh),
-      held_out.texts, loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
+  places = score_places(
+      deliberator, params, decoder_params,
+      place_batches(experiment, held_out.batches, (BASELINE, OWN), mesh), held_out.texts,
+      loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
       rules=experiment.rules)
+
+  # Fit, compare and write.
   first = np.isin(places.text, fitted_on)
   fitted, others = fit_linear_gate(places.where(first)), places.where(~first)
-  curves = compare_gates(fitted, others, FRACTIONS,
-                         experiment.evaluation.bootstrap_samples)
+  curves = compare_gates(fitted, others, FRACTIONS, experiment.evaluation.bootstrap_samples)
   result = {
       'places': len(others.gain), 'texts': len(np.unique(others.text)),
       'num_ahead': experiment.deliberation.num_ahead, 'decoder': decoder_fingerprint,

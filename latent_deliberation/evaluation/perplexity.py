@@ -1,7 +1,9 @@
-"""Perplexity by ahead position: scores of each control, and paired bootstrap intervals over texts.
+"""Perplexity by ahead position, in three steps.
 
-Controls stand in for a coprocessor's own outputs, so that the content of latents can be told from
-their mere presence.
+1. Controls: outputs that replace a coprocessor's own, to tell the content of latents from their
+   presence.
+2. Scores: nats of every arm at each ahead position of each text, on the same traces for all arms.
+3. Changes: relative change of perplexity between two arms, with a paired bootstrap over texts.
 """
 
 import dataclasses
@@ -18,14 +20,50 @@ from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.traces import Traces, place, sample_traces, take_from_trunk
 from latent_deliberation.errors import UserError
 
+BASELINE = 'frozen'  # the decoder alone; all other arms are compared with it
+OWN = 'own'
+Control = Callable[[Array, Array], Array]
+
+
+def own(outputs: Array, valid: Array) -> Array:
+  """The coprocessor's own outputs."""
+  del valid
+  return outputs
+
+
+def shuffled(outputs: Array, valid: Array) -> Array:
+  """The outputs of the previous text in the batch: same distribution, wrong content."""
+  outputs, valid = jnp.roll(outputs, 1, axis=0), jnp.roll(valid, 1, axis=0)
+  # Valid traces come first. If the other text has fewer traces, they are used again.
+  count = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+  trace = jnp.arange(valid.shape[1]) % count
+  return jnp.take_along_axis(outputs, trace[..., None, None], axis=1)
+
+
+def zero(outputs: Array, valid: Array) -> Array:
+  """Outputs of zero."""
+  del valid
+  return jnp.zeros_like(outputs)
+
+
+def mean(outputs: Array, valid: Array) -> Array:
+  """The mean over all texts and traces of the batch, for each latent: form without content."""
+  average = jnp.mean(outputs, axis=(0, 1), keepdims=True, where=valid[..., None, None])
+  return jnp.broadcast_to(average, outputs.shape)
+
+
+ARMS: Mapping[str, Control] = {OWN: own, 'shuffled': shuffled, 'zero': zero, 'mean': mean}
+# Arms in which something else replaces an arm's own latents.
+CONTROLS = tuple(name for name in ARMS if name != OWN)
+
 
 @dataclasses.dataclass(frozen=True)
 class AheadNLL:
-  """What one arm of an evaluation scored on every text.
+  """Scores of one arm on every text.
 
   Attributes:
-    total: float64 [texts, A] nats, summed over the traces of a text, at each ahead position.
-    count: [texts, A] targets in that sum; 0 where none of the text's traces reaches so far.
+    total: float64 [texts, A] nats at each ahead position, summed over the traces of a text.
+    count: [texts, A] number of targets in that sum; 0 if no trace of the text reaches the position.
   """
   total: np.ndarray
   count: np.ndarray
@@ -38,16 +76,15 @@ class AheadNLL:
     if not targets.all():
       raise UserError(
           f'ahead position {int(targets.argmin()) + 1} has no target in any of '
-          f'{len(self.count)} texts, at least 1 is needed: evaluate on more or longer texts, or '
-          'on fewer ahead positions')
+          f'{len(self.count)} texts. Evaluate on more or longer texts, or on fewer '
+          'ahead positions.')
     finite = np.isfinite(self.total).all(axis=0)
     if not finite.all():
       position = int(finite.argmin())
       text = int(np.isfinite(self.total[:, position]).argmin())
       raise UserError(
           f'the loss of text {text} at ahead position {position + 1} is '
-          f'{self.total[text, position]}, expected a finite number: the weights or the '
-          'computation are broken')
+          f'{self.total[text, position]}: the weights or the computation are broken')
 
   @property
   def nll(self) -> np.ndarray:
@@ -55,106 +92,11 @@ class AheadNLL:
     return self.total.sum(axis=0) / self.count.sum(axis=0)
 
   def merged(self, labels: np.ndarray) -> 'AheadNLL':
-    """The same sums with rows of equal label, int [texts], taken together as one text."""
+    """Adds up the rows that have equal labels, int [texts], as one text."""
     groups, member = np.unique(labels, return_inverse=True)
     sums = np.zeros((2, len(groups), self.count.shape[1]))
     np.add.at(sums, (slice(None), member), np.stack([self.total, self.count]))
     return AheadNLL(sums[0], sums[1].astype(self.count.dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-  """Change of perplexity in percent at each ahead position, [A], with the ends of its interval."""
-  percent: np.ndarray
-  low: np.ndarray
-  high: np.ndarray
-
-
-def check_paired(arms: Mapping[str, AheadNLL]) -> None:
-  """Raises UserError unless all arms scored the same targets of the same texts."""
-  (first, reference), *others = arms.items()
-  for name, arm in others:
-    if arm.count.shape != reference.count.shape:
-      raise UserError(
-          f'{name} has [texts, A] = {list(arm.count.shape)}, {first} has '
-          f'{list(reference.count.shape)}: evaluate both on the same texts and ahead positions')
-    if not np.array_equal(arm.count, reference.count):
-      text, position = np.argwhere(arm.count != reference.count)[0]
-      raise UserError(
-          f'text {text} has {arm.count[text, position]} targets at ahead position {position + 1} '
-          f'in {name} and {reference.count[text, position]} in {first}: evaluate both on the '
-          'same traces')
-
-
-def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
-                    seed: int = 0) -> Change:
-  """Relative change of perplexity from `baseline` to `arm`, with a 95% percentile interval.
-
-  100 * (exp(nll_arm - nll_baseline) - 1), nll being the mean over all targets. In each of
-  `samples` draws the texts are drawn anew, with replacement and the same for both arms, so
-  what makes a text hard for both cancels (paired percentile bootstrap, Efron 1979). Texts and
-  not targets are drawn, because targets of one text are not independent.
-
-  Where few texts reach a position, a draw may hold none of them; such draws are left out there.
-  Memory: 16 bytes for each of samples x texts.
-
-  Raises: UserError when the arms did not score the same targets, or when a position has targets
-  in one text only.
-  """
-  check_paired({'arm': arm, 'baseline': baseline})
-  texts = len(arm.count)
-  reached = np.count_nonzero(arm.count, axis=0)
-  if reached.min() < 2:
-    raise UserError(
-        f'ahead position {int(reached.argmin()) + 1} has targets in 1 of {texts} texts, an '
-        'interval needs at least 2: evaluate on more texts, or on fewer ahead positions')
-  rng = np.random.default_rng(seed)
-  weights = rng.multinomial(texts, np.full(texts, 1 / texts), size=samples).astype(np.float64)
-  difference, count = weights @ (arm.total - baseline.total), weights @ arm.count
-  drawn = np.where(count > 0, difference, np.nan) / np.maximum(count, 1)
-  low, high = _to_percent(np.nanpercentile(drawn, (2.5, 97.5), axis=0))
-  return Change(_to_percent(arm.nll - baseline.nll), low, high)
-
-
-def _to_percent(difference: np.ndarray) -> np.ndarray:
-  return 100 * np.expm1(difference)
-
-
-BASELINE = 'frozen'  # the arm that all others are compared with: the decoder alone
-OWN = 'own'
-Control = Callable[[Array, Array], Array]
-
-
-def own(outputs: Array, valid: Array) -> Array:
-  """The coprocessor's own outputs."""
-  del valid
-  return outputs
-
-
-def shuffled(outputs: Array, valid: Array) -> Array:
-  """Those of the previous text in the batch: same distribution, wrong content."""
-  outputs, valid = jnp.roll(outputs, 1, axis=0), jnp.roll(valid, 1, axis=0)
-  # Valid traces stand first; where the other text has fewer, they come again.
-  count = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
-  trace = jnp.arange(valid.shape[1]) % count
-  return jnp.take_along_axis(outputs, trace[..., None, None], axis=1)
-
-
-def zero(outputs: Array, valid: Array) -> Array:
-  """None at all."""
-  del valid
-  return jnp.zeros_like(outputs)
-
-
-def mean(outputs: Array, valid: Array) -> Array:
-  """The mean over all texts and traces of the batch, at each latent: form without content."""
-  average = jnp.mean(outputs, axis=(0, 1), keepdims=True, where=valid[..., None, None])
-  return jnp.broadcast_to(average, outputs.shape)
-
-
-ARMS: Mapping[str, Control] = {OWN: own, 'shuffled': shuffled, 'zero': zero, 'mean': mean}
-# What stands in the place of an arm's own latents.
-CONTROLS = tuple(name for name in ARMS if name != OWN)
 
 
 # (params, decoder_params, batch, index of the batch) -> {arm: [B, A] summed nats}, [B, A] targets
@@ -166,15 +108,21 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
                 delay: int = 0, first_anchor: int = 0) -> Scorer:
   """Compiles the scoring of one batch under several arms, on the same traces.
 
+  Traces are drawn from fold_in(seed, index of the batch). Two deliberators get the same targets if
+  they get the same `first_anchor`.
+
   Args:
     deliberator: decoder and coprocessor.
     arms: 'frozen' (the decoder alone) and names of ARMS.
-    num_traces: M; traces are drawn from fold_in(seed, index of the batch), so that two
-      deliberators are scored on the same targets where their anchors may begin at the same index.
-    num_ahead: A; may exceed what the coprocessor was trained with.
+    num_traces: M, traces of a text.
+    num_ahead: A, ahead positions; may exceed the number of the training.
+    loss_chunk: targets of a text whose logits exist at the same time.
+    seed: seed of the traces.
+    mesh: devices to compute on.
+    rules: logical axis rules.
     delay: ahead tokens that are read before latents join the cache.
-    first_anchor: see `sample_traces`; the highest of all deliberators that are to be scored on the
-      same targets.
+    first_anchor: lowest index of an anchor, see `sample_traces`. To compare deliberators, give the
+      highest first anchor of them all.
   """
   scored = deliberator.with_traces(num_traces, num_ahead)
 
@@ -203,9 +151,9 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
 
 def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
                decoder_params: Params, batch: Batch, traces: Traces) -> dict[str, Array]:
-  """Hidden states [B, M, A, D] that predict the ahead tokens, for each arm; prefilled once.
+  """Hidden states [B, M, A, D] that predict the ahead tokens, for each arm, after one prefill.
 
-  Where 'frozen' is the only arm, `params` is not looked at.
+  `params` is not read if 'frozen' is the only arm.
   """
   num_ahead = traces.ahead_tokens.shape[-1]
   trunk, cache = deliberator.prefill(decoder_params, batch)
@@ -222,7 +170,7 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
       latents = deliberator.latents(params, decoder_params, placement,
                                     ARMS[arm](outputs, traces.valid))
       hidden = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
-      if traces.delay is not None:  # the first token is predicted before latents come
+      if traces.delay is not None:  # a delay lets the trunk predict the first token
         alone = take_from_trunk(trunk, traces.anchors)
         hidden = hidden.at[:, :, 0].set(
             jnp.where((traces.delay == 0)[..., None], hidden[:, :, 0], alone))
@@ -232,7 +180,7 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
 
 def score_texts(scorer: Scorer, params: Params, decoder_params: Params,
                 batches: Iterable[Batch]) -> dict[str, AheadNLL]:
-  """Sums by text and ahead position over all batches, for each arm of the scorer."""
+  """Scores all batches with every arm of the scorer."""
   totals: dict[str, list[np.ndarray]] = {}
   counts = []
   for index, batch in enumerate(batches):
@@ -242,3 +190,66 @@ def score_texts(scorer: Scorer, params: Params, decoder_params: Params,
     counts.append(count)
   count = np.concatenate(counts)
   return {arm: AheadNLL(np.concatenate(total), count) for arm, total in totals.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """Change of perplexity in percent at each ahead position, [A], with the ends of its interval."""
+  percent: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+
+
+def check_paired(arms: Mapping[str, AheadNLL]) -> None:
+  """Raises UserError unless all arms scored the same targets of the same texts."""
+  (first, reference), *others = arms.items()
+  for name, arm in others:
+    if arm.count.shape != reference.count.shape:
+      raise UserError(
+          f'{name} has [texts, A] = {list(arm.count.shape)}, {first} has '
+          f'{list(reference.count.shape)}. Evaluate both on the same texts and ahead positions.')
+    if not np.array_equal(arm.count, reference.count):
+      text, position = np.argwhere(arm.count != reference.count)[0]
+      raise UserError(
+          f'text {text} has {arm.count[text, position]} targets at ahead position {position + 1} '
+          f'in {name} and {reference.count[text, position]} in {first}. Evaluate both on the same '
+          'traces.')
+
+
+def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
+                    seed: int = 0) -> Change:
+  """Relative change of perplexity from `baseline` to `arm`, with a 95% percentile interval.
+
+  The change is 100 * (exp(nll_arm - nll_baseline) - 1), with nll the mean over all targets.
+
+  The interval is a paired percentile bootstrap (Efron 1979). Each draw takes texts with
+  replacement, the same for both arms, so that what makes a text hard for both cancels. It takes
+  texts and not targets, because targets of one text are not independent. If few texts reach a
+  position, a draw may hold none of them; such a draw is left out at that position.
+
+  Args:
+    arm, baseline: scores on the same targets.
+    samples: draws of the bootstrap; memory is 16 bytes for each draw and text.
+    seed: seed of the bootstrap.
+
+  Raises:
+    UserError: the arms did not score the same targets.
+    UserError: only one text has targets at a position.
+  """
+  check_paired({'arm': arm, 'baseline': baseline})
+  texts = len(arm.count)
+  reached = np.count_nonzero(arm.count, axis=0)
+  if reached.min() < 2:
+    raise UserError(
+        f'ahead position {int(reached.argmin()) + 1} has targets in 1 of {texts} texts, and an '
+        'interval needs 2. Evaluate on more texts, or on fewer ahead positions.')
+  rng = np.random.default_rng(seed)
+  weights = rng.multinomial(texts, np.full(texts, 1 / texts), size=samples).astype(np.float64)
+  difference, count = weights @ (arm.total - baseline.total), weights @ arm.count
+  drawn = np.where(count > 0, difference, np.nan) / np.maximum(count, 1)
+  low, high = _to_percent(np.nanpercentile(drawn, (2.5, 97.5), axis=0))
+  return Change(_to_percent(arm.nll - baseline.nll), low, high)
+
+
+def _to_percent(difference: np.ndarray) -> np.ndarray:
+  return 100 * np.expm1(difference)

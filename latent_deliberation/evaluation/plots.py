@@ -1,4 +1,8 @@
-"""The curves of a report, each a PNG written whole or not at all."""
+"""Pictures of a report: its curves, and who may attend to whom.
+
+Each is a PNG, written whole or not at all. The picture of attention is made from the masks of the
+model.
+"""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,13 +32,13 @@ MARKERS = {'own': 'o', 'shuffled': 's', 'constant': '^', 'zero': 'D'}
 
 
 def plot_changes(summary: Mapping[str, Any], path: Path) -> None:
-  """Change of perplexity by ahead position for every arm, with 95% intervals.
+  """Draws the change of perplexity by ahead position for every arm, with 95% intervals.
 
-  A second panel shows own latents close up where another arm's change is far larger.
+  If another arm changes far more than own latents, a second panel shows own latents close up.
 
   Args:
-    summary: of `report.summarise`, or a report.json.
-    path: of the PNG.
+    summary: result of `report.summarise`, or the content of a report.json.
+    path: file of the PNG.
   """
   arms = {name: arm for name, arm in summary['all_positions'].items() if name != BASELINE}
   low, high = _extent(arms.values())
@@ -47,7 +51,7 @@ def plot_changes(summary: Mapping[str, Any], path: Path) -> None:
     _draw_changes(axes, arms, summary)
   panels[0].set_ylabel('change of perplexity, %')
   if wide:
-    # Linear within the reach of own latents, logarithmic beyond: both can be read.
+    # Linear within the range of own latents, logarithmic beyond it.
     panels[0].set_yscale('symlog', linthresh=max(-own_low, own_high))
     panels[0].set_ylim(1.5 * low, 1.5 * high)
     panels[0].set_title('every arm')
@@ -86,14 +90,14 @@ def _draw_changes(axes: Axes, arms: Mapping[str, Any], summary: Mapping[str, Any
 
 def plot_losses(panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
                 path: Path) -> None:
-  """Losses by step, a panel for each model.
+  """Draws losses by step, in a panel for each model.
 
-  Training is drawn as it was logged, and as a running mean over a tenth of the run.
+  The training loss is drawn as it was logged, and as a running mean over a tenth of the run.
 
   Args:
     panels: {'decoder': {'training': (steps, nats per token), 'validation': ...}, ...}; a curve
-      of no steps is left out.
-    path: of the PNG.
+      without steps is left out.
+    path: file of the PNG.
   """
   figure = Figure(figsize=(4.8 * len(panels), 4), layout='constrained')
   FigureCanvasAgg(figure)
@@ -118,7 +122,7 @@ def plot_losses(panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[
 
 
 def trim_axes(axes: Axes) -> None:
-  """Takes away the frame, and draws a light grid behind the data."""
+  """Removes the top and right of the frame, and draws a light grid behind the data."""
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', color='#DDDDDD', linewidth=0.6)
   axes.set_axisbelow(True)
@@ -131,7 +135,7 @@ def save_figure(figure: Figure, path: Path) -> None:
   write_whole(path, buffer.getvalue())
 
 
-KINDS = {  # of cells, in Okabe and Ito's colours
+KINDS = {  # kinds of cells in the picture of attention, in Okabe and Ito's colours
   'nothing': '#F2F2F2',
   'trunk sees trunk': '#999999',
   'trace sees trunk': '#56B4E9',
@@ -139,19 +143,19 @@ KINDS = {  # of cells, in Okabe and Ito's colours
   'trace sees its ahead tokens': '#009E73',
 }
 TRUNK_TRUNK, TRACE_TRUNK, TRACE_LATENT, TRACE_AHEAD = range(1, len(KINDS))
-EVERYTHING = 2**30  # window of a global layer
+GLOBAL_WINDOW = 2**30  # of a global layer
 
 
-def plot_visibility(path: Path, latents: str = 'refining') -> None:
-  """Who may attend to whom in a small trunk of two documents with three traces (global layers).
+def plot_attention(path: Path, latents: str = 'refining') -> None:
+  """Draws who may attend to whom: a trunk of two documents with three traces, global layers.
 
   Args:
-    path: of the PNG.
+    path: file of the PNG.
     latents: 'paper', 'anchored' or 'refining'.
   """
   segments, anchors = np.repeat([1, 2], [8, 6]), np.array([2, 4, 11])
   config = DeliberationConfig(num_latents=2, num_ahead=3, num_traces=3, latents=latents)
-  coprocessor, decoder = visibility(segments, anchors, config)
+  coprocessor, decoder = attention_cells(segments, anchors, config)
   trunk = [f'{"ab"[segment - 1]}{position}' for segment, position in
            zip(segments, _positions(segments), strict=True)]
   soft = {f'trace\nat {trunk[anchor]}': ['s1', 's2'] for anchor in anchors}
@@ -164,7 +168,7 @@ def plot_visibility(path: Path, latents: str = 'refining') -> None:
   _draw_cells(below, decoder, {'trunk': trunk, **fed}, {'trunk': trunk, **fed})
   above.set_xlim(below.get_xlim())  # cells of one size
   above.set_title('Coprocessor: soft tokens s read the cache and become latents z', loc='left')
-  where = 'replace the last tokens' if latents == 'refining' else 'stand behind the anchor'
+  where = 'replace the last tokens' if latents == 'refining' else 'follow the anchor'
   below.set_title(f'Decoder: latents z {where}, ahead tokens follow', loc='left')
   figure.legend(handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()],
                 loc='outside lower center', ncols=3, frameon=False,
@@ -174,7 +178,7 @@ def plot_visibility(path: Path, latents: str = 'refining') -> None:
 
 def _draw_cells(axes: Axes, matrix: np.ndarray, rows: Mapping[str, list[str]],
                 columns: Mapping[str, list[str]]) -> None:
-  """One cell for a query (row) and a key (column); both come as names by group."""
+  """Draws a cell for each query (row) and key (column); their names are given by group."""
   axes.pcolormesh(matrix, cmap=ListedColormap(KINDS.values()), vmin=-0.5, vmax=len(KINDS) - 0.5,
                   edgecolors='white', linewidth=1)
   axes.set(aspect='equal', ylim=(len(matrix), 0))
@@ -192,18 +196,19 @@ def _draw_cells(axes: Axes, matrix: np.ndarray, rows: Mapping[str, list[str]],
     axes.vlines(end, 0, len(matrix), color='black', linewidth=0.5)
 
 
-def visibility(segments: np.ndarray, anchors: np.ndarray,
-               config: DeliberationConfig) -> tuple[np.ndarray, np.ndarray]:
-  """What sees what in the coprocessor's and in the decoder's pass, by the model's own masks.
+def attention_cells(segments: np.ndarray, anchors: np.ndarray,
+                    config: DeliberationConfig) -> tuple[np.ndarray, np.ndarray]:
+  """Who may attend to whom in the coprocessor's pass and in the decoder's second pass.
 
-  Rows are queries, columns keys, a cell an index into KINDS. The coprocessor's rows are the soft
-  tokens of each trace; the decoder's are the trunk, then latents and ahead tokens of each trace,
-  without the last ahead token, which is a target only. Columns: the trunk, then the traces.
+  Rows are queries, columns are keys, and a cell is an index into KINDS. The coprocessor's rows are
+  the soft tokens of each trace. The decoder's rows are the trunk, then latents and ahead tokens of
+  each trace. The last ahead token is left out, since it is only a target. Columns are the trunk,
+  then the traces.
 
   Args:
-    segments: [T] document of each trunk token, 1, 2, ... in order, no padding.
+    segments: [T] document of each trunk token, 1, 2, ... in order, without padding.
     anchors: [M] trunk indices.
-    config: of the experiment.
+    config: settings of deliberation.
 
   Returns:
     [M Z, T + M Z] and [T + M (Z + A - 1), T + M (Z + A - 1)].
@@ -219,7 +224,7 @@ def visibility(segments: np.ndarray, anchors: np.ndarray,
     batch, fed, placement.segments, placement.decoder_prefix_length, config.num_latents)
   nothing_cached = jnp.zeros((1, 1), jnp.int32)
   allowed = AttentionMaskSpec(trunk[:, None], nothing_cached)
-  prefill = fresh_mask(batch.positions[:, None], allowed, jnp.array(EVERYTHING))[0, 0]
+  prefill = fresh_mask(batch.positions[:, None], allowed, jnp.array(GLOBAL_WINDOW))[0, 0]
   decoder = np.zeros((traces.shape[1], traces.shape[1]), int)
   decoder[:len(segments), :len(segments)] = TRUNK_TRUNK * np.asarray(prefill)
   decoder[len(segments):] = traces
@@ -228,10 +233,10 @@ def visibility(segments: np.ndarray, anchors: np.ndarray,
 
 def _trace_cells(batch: Batch, positions: Array, segments: Array, prefix_length: Array,
                  num_latents: int) -> np.ndarray:
-  """Cells of the traces of one text, [M Q, T + M Q]; `positions` are [1, M, Q]."""
+  """Cells of the traces of one text, [M Q, T + M Q]; `positions` is [1, M, Q]."""
   _, traces, length = positions.shape
   allowed = AttentionMaskSpec(jnp.broadcast_to(segments[..., None], positions.shape), prefix_length)
-  window = jnp.array(EVERYTHING)
+  window = jnp.array(GLOBAL_WINDOW)
   cached = cached_mask(positions, allowed, batch.positions, batch.segments, window)[0]
   fresh = fresh_mask(positions, allowed, window)[0]
   kinds = np.where(np.arange(length) < num_latents, TRACE_LATENT, TRACE_AHEAD)
@@ -244,5 +249,5 @@ def _trace_cells(batch: Batch, positions: Array, segments: Array, prefix_length:
 
 
 def _positions(segments: np.ndarray) -> np.ndarray:
-  """Index of each token in its own document."""
+  """Index of each token within its document."""
   return (np.arange(len(segments)) - np.searchsorted(segments, segments)).astype(np.int32)

@@ -1,8 +1,8 @@
-"""What an evaluation measured, and the figures that follow from it as plain JSON values.
+"""The report of an evaluation: from scores to plain JSON values, and from these to a page.
 
-    summary = summarise(Report(...))
-    print(format_table(summary))          from evaluation.page
-    write_report(summary, workdir)
+    summary = summarise(Report(...))      every figure, as in report.json
+    print(format_table(summary))          for a terminal
+    write_report(summary, directory)      report.json and report.md
 """
 
 import dataclasses
@@ -31,26 +31,27 @@ LABELS = {
   'constant': 'constant soft tokens',
   'zero': 'zero latents',
 }
-# Ahead positions at which own latents must be below the other arm for a gain to be called shown.
+# A gain counts as shown if own latents have a lower perplexity than the other arm at all of these
+# ahead positions.
 BELOW_FROZEN = (1, 2, 4)
 BELOW_SHUFFLED = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What an evaluation measured.
+  """The measurements of an evaluation.
 
   Attributes:
-    arms: scores by arm, 'frozen' and any others of LABELS, on the same traces.
+    arms: scores by arm, 'frozen' and others of LABELS, on the same traces.
     positions: ahead positions of the table, from 1, increasing.
     num_ahead: N_A, the last ahead position that training had a loss on.
-    decoder_fingerprint: of the frozen weights.
+    decoder_fingerprint: fingerprint of the frozen weights.
     parameters: number of parameters by name.
     seconds: wall-clock time by phase.
-    peak_memory_bytes: of this process.
-    git_commit: of the source tree.
-    config: of the run; values that JSON has no form for are written as str.
-    pictures: caption by file name, in the report's directory.
+    peak_memory_bytes: peak memory of this process.
+    git_commit: commit of the source tree.
+    config: configuration of the run; values without a JSON form are written as str.
+    pictures: captions by file name, in the directory of the report.
     notes: free sentences.
   """
   arms: Mapping[str, AheadNLL]
@@ -67,25 +68,23 @@ class Report:
 
   def __post_init__(self):
     if BASELINE not in self.arms or not set(self.arms) <= set(LABELS):
-      raise UserError(
-          f'arms {sorted(self.arms)}: {BASELINE!r} is needed, and others must be among '
-          f'{list(LABELS)}')
+      raise UserError(f'arms = {sorted(self.arms)}: give {BASELINE!r}, and others only from '
+                      f'{list(LABELS)}')
     check_paired(self.arms)
     length = self.arms[BASELINE].count.shape[1]
     if not self.positions or list(self.positions) != sorted(
         set(self.positions) & set(range(1, length + 1))):
-      raise UserError(
-          f'positions = {self.positions}: must be increasing, from 1 to the {length} ahead '
-          'positions that were scored')
+      raise UserError(f'positions = {self.positions}: must increase, from 1 to the {length} scored '
+                      'ahead positions')
 
 
 def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
-  """All figures of a report as plain JSON values; arms are in the order of LABELS.
+  """All figures of a report as plain JSON values, with arms in the order of LABELS.
 
   Args:
-    report: what was measured.
+    report: the measurements.
     samples: draws of the bootstrap.
-    seed: of the bootstrap.
+    seed: seed of the bootstrap.
   """
   baseline = report.arms[BASELINE]
   names = [name for name in LABELS if name in report.arms]
@@ -131,10 +130,11 @@ def _pick(curve: Mapping[str, list], indices: Iterable[int]) -> dict[str, list]:
 
 
 def _bar(own: Change, content: Change) -> dict[str, Any]:
-  """Where own latents are below the frozen decoder (whole interval), and below shuffled ones.
+  """Whether a gain is shown: own latents are below the frozen decoder and below shuffled latents.
 
-  Against shuffled latents the bar asks for the point estimate alone; the interval is stated too.
-  A position that was not scored is absent, and then the bar is not passed.
+  Against the frozen decoder the whole interval must be below zero. Against shuffled latents the
+  point estimate is enough; the interval is stated too. A position that was not scored is absent,
+  and then the bar is not passed.
   """
   scored = len(own.percent)
   frozen = {str(at): bool(own.high[at - 1] < 0) for at in BELOW_FROZEN if at <= scored}
@@ -148,17 +148,17 @@ def _bar(own: Change, content: Change) -> dict[str, Any]:
 
 
 def state_bar(summary: Mapping[str, Any]) -> str:
-  """The bar's outcome in one sentence, by position."""
+  """Whether a gain is shown, and at which positions, in short sentences."""
   bar = summary['bar']
   if bar is None:
-    return 'Gain not measured: it needs the own and the shuffled latents.'
+    return 'Gain not measured: it needs the arms with own and with shuffled latents.'
   shuffled = bar['own_below_shuffled']
   frozen = _where(bar['own_below_frozen'], BELOW_FROZEN)
   point = _where({at: below['point'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
   interval = _where({at: below['interval'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
-  return (f'Gain {"shown" if bar["passed"] else "not shown"}: own latents below the frozen '
-          f'decoder, with an interval that excludes zero, {frozen}; below another text\'s latents '
-          f'{point}, with an interval that excludes zero {interval}.')
+  return (f'Gain {"shown" if bar["passed"] else "not shown"}. Own latents are below the frozen '
+          f'decoder, with an interval below zero, {frozen}. They are below another text\'s latents '
+          f'{point}; the interval is below zero {interval}.')
 
 
 def _where(below: Mapping[str, bool], wanted: Iterable[int]) -> str:
@@ -176,7 +176,7 @@ def _where(below: Mapping[str, bool], wanted: Iterable[int]) -> str:
 
 
 def _table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-  """Header and rows: position, perplexity of the baseline, then one change for each other arm."""
+  """Header and rows: position, perplexity of the baseline, change of every other arm."""
   arms = summary['arms']
   compared = {LABELS[name]: arm for name, arm in arms.items() if name != BASELINE}
   if summary['content_effect'] is not None:
@@ -192,9 +192,11 @@ def _table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _legend(summary: Mapping[str, Any]) -> str:
-  text = ('Perplexity of the frozen decoder, and its relative change in percent [95% interval: '
-          f'paired bootstrap over {summary["texts"]:,} texts, {summary["targets"][0]:,} targets at '
-          f'ahead position {summary["positions"][0]}].')
+  text = ('Perplexity of the frozen decoder, and its relative change in percent with a 95% '
+          f'interval (paired bootstrap over {summary["texts"]:,} texts). There are '
+          f'{summary["targets"][0]:,} targets at ahead position {summary["positions"][0]}.')
+  if 'shuffled' in summary['arms']:
+    text += " Another text's latents are also called 'shuffled'."
   if summary['positions'][-1] > summary['num_ahead']:
     text += f' † beyond the {summary["num_ahead"]} ahead tokens of training.'
   return text
@@ -210,18 +212,24 @@ def format_table(summary: Mapping[str, Any]) -> str:
 
 
 def format_page(summary: Mapping[str, Any]) -> str:
-  """The whole report as a page of GitHub markdown."""
+  """The whole report as a page of GitHub Markdown."""
+  parts = ['# Perplexity by ahead position', *format_parts(summary, summary['pictures'])]
+  return '\n\n'.join(parts) + '\n'
+
+
+def format_parts(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
+  """Paragraphs of a report: table, gain, pictures (captions by file name), and the run."""
   header, rows = _table(summary)
   table = [header, ['--:'] * len(header), *rows]
-  parts = [
-    '# Perplexity by ahead position',
+  return [
     '\n'.join(f'| {" | ".join(row)} |' for row in table),
     _legend(summary),
     f'**{state_bar(summary)}**',
-    *(f'![{caption}]({file})' for file, caption in summary['pictures'].items()),
+    *(f'![{caption}]({file})' for file, caption in pictures.items()),
     *summary['notes'],
     '## The run',
     '\n'.join([
+      *(f'- {key}: {summary[key]}' for key in ('command', 'machine') if key in summary),
       f'- decoder weights: fingerprint {summary["decoder_fingerprint"]}, frozen',
       *(f'- parameters, {name}: {count:,}' for name, count in summary['parameters'].items()),
       *(f'- seconds, {name}: {seconds:,.1f}' for name, seconds in summary['seconds'].items()),
@@ -229,7 +237,6 @@ def format_page(summary: Mapping[str, Any]) -> str:
       f'- git commit: {summary["git_commit"]}',
     ]),
   ]
-  return '\n\n'.join(parts) + '\n'
 
 
 def write_report(summary: Mapping[str, Any], directory: Path) -> None:

@@ -1,7 +1,7 @@
-"""The coprocessor at work while the decoder goes on, and what may go wrong with it.
+"""The coprocessor runs in the background while the decoder goes on.
 
-Whatever does go wrong, the decoder's own output goes on, bit for bit as it would have been: there
-are no latents, one warning, and a count.
+If anything goes wrong with it, the decoder's output continues bit for bit as it would have been.
+There are then no latents, one warning, and a count.
 """
 
 import atexit
@@ -19,10 +19,10 @@ from latent_deliberation.inference.passes import Augmentation, State
 
 @dataclasses.dataclass
 class AugmentationStats:
-  """What became of the augmentations that were asked for.
+  """Counts of augmentations by their outcome.
 
   Attributes:
-    begun: asked for.
+    begun: requested.
     joined: joined the cache.
     failed: raised, took too long, ended without a result, or were not finite.
     late: not ready when the last token was decoded.
@@ -35,11 +35,11 @@ class AugmentationStats:
 
 @dataclasses.dataclass(frozen=True)
 class LatentTiming:
-  """When latents join.
+  """When latents join the cache.
 
   Attributes:
-    delay: decoded tokens after which they join, waited for if need be; 0 is synchronous. None: in
-      the background, at the first token before which they are ready.
+    delay: number of decoded tokens after which they join. The decoder waits for them there, so 0
+      is synchronous. None: in the background, at the first token before which they are ready.
     timeout: seconds after which they are given up.
   """
   delay: int | None = 0
@@ -47,7 +47,7 @@ class LatentTiming:
 
   def __post_init__(self):
     if self.delay is not None and self.delay < 0:
-      raise UserError(f'delay = {self.delay}: latents join after 0 tokens or more')
+      raise UserError(f'delay = {self.delay}: it must be 0 tokens or more')
     if not self.timeout > 0:
       raise UserError(f'timeout = {self.timeout} s: it must be above 0')
 
@@ -57,23 +57,23 @@ _running: 'weakref.WeakSet[BackgroundAugmentation]' = weakref.WeakSet()
 
 @atexit.register
 def _wait() -> None:
-  """Waits, within their time, for threads that still compute: Python would abort at its end."""
-  for attempt in list(_running):
-    attempt.wait()
+  """Waits for threads that still compute, within their time; else Python would abort at exit."""
+  for background in list(_running):
+    background.wait()
 
 
 class BackgroundAugmentation:
-  """One augmentation in a thread of its own, from the moment on at which it is made."""
+  """One augmentation, which starts in a thread of its own as soon as it is made."""
 
   def __init__(self, augment: Callable[[State], Augmentation], state: State, timeout: float):
-    """Starts to augment a state, which must not be donated as long as this has not ended."""
+    """Starts to augment a state, which must not be donated before this has ended."""
     self._deadline = time.monotonic() + timeout
     self._timeout = timeout
     self._result: Augmentation | None = None
     self._error: BaseException | None = None
-    # Not Thread.join, which forgets a thread that still computes when Ctrl-C interrupts it.
+    # Not Thread.join: after Ctrl-C has interrupted it, it forgets a thread that still computes.
     self._ended = threading.Event()
-    # A daemon: a coprocessor that hangs must not keep the process from ending.
+    # A daemon, since a coprocessor that hangs must not keep the process from ending.
     thread = threading.Thread(target=self._work, args=(augment, state), daemon=True)
     _running.add(self)
     try:
@@ -95,18 +95,18 @@ class BackgroundAugmentation:
       self._error = error
 
   def is_ready(self) -> bool:
-    """Whether `result` will not wait."""
+    """Whether `result` returns, or raises, without waiting."""
     return self._ended.is_set() or time.monotonic() >= self._deadline
 
   def wait(self) -> None:
-    """Waits until it has ended or its time is over."""
+    """Waits until the augmentation has ended or its time is over."""
     self._ended.wait(max(0.0, self._deadline - time.monotonic()))
 
   def result(self) -> Augmentation:
-    """The latents.
+    """Returns the latents, after waiting for them.
 
     Raises:
-      UserError: there are none; says why.
+      RuntimeError: there are none; the message says why.
     """
     self.wait()
     if self._result is not None:

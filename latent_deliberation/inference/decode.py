@@ -1,4 +1,4 @@
-"""The loop that decodes: one compiled program, whatever the prompts, in which nothing is copied."""
+"""Sampling, and the loop that decodes: one program for all prompts, which copies no cache."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from latent_deliberation.array_types import Array, Float, Int, typed
+from latent_deliberation.array_types import Array, Bool, Float, Int, typed
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference import passes
@@ -19,13 +19,13 @@ from latent_deliberation.inference.ring_cache import RingKVCache, SlotIndex
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is chosen. Filters apply to the tempered distribution, in the order given here.
+  """How a token is chosen. The filters work on the tempered distribution, in this order.
 
   Attributes:
-    temperature: what logits are divided by; 0 takes the likeliest token.
-    top_k: keeps the k likeliest tokens; None for all.
-    top_p: keeps the likeliest tokens up to the one at which their mass reaches p.
-    min_p: keeps tokens at least p times as likely as the likeliest.
+    temperature: divisor of the logits; 0 takes the likeliest token.
+    top_k: number of the likeliest tokens to keep; None keeps all.
+    top_p: keeps the likeliest tokens up to the one at which their probability mass reaches top_p.
+    min_p: keeps tokens at least min_p times as likely as the likeliest.
   """
   temperature: float = 0.0
   top_k: int | None = None
@@ -36,16 +36,16 @@ class Sampling:
     if not 0 <= self.temperature < float('inf'):
       raise UserError(f'temperature = {self.temperature}: it must be 0 (greedy) or above')
     if self.top_k is not None and self.top_k < 1:
-      raise UserError(f'top_k = {self.top_k}: at least 1 token must be kept; None keeps all')
+      raise UserError(f'top_k = {self.top_k}: it must be 1 or more, or None to keep all')
     if not 0 < self.top_p <= 1:
-      raise UserError(f'top_p = {self.top_p}: it must lie above 0, up to 1, which keeps all')
+      raise UserError(f'top_p = {self.top_p}: it must be above 0 and at most 1, which keeps all')
     if not 0 <= self.min_p <= 1:
-      raise UserError(f'min_p = {self.min_p}: it must lie between 0, which keeps all, and 1')
+      raise UserError(f'min_p = {self.min_p}: it must be from 0, which keeps all, to 1')
 
 
 @typed
 def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
-  """Tempered logits, -inf where a filter drops a token; the likeliest is always kept."""
+  """Returns tempered logits, with -inf for dropped tokens; the likeliest is always kept."""
   logits = logits / sampling.temperature
   drop = lambda least: jnp.where(logits < least, -jnp.inf, logits)  # noqa: E731
   if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -53,6 +53,7 @@ def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B
   if sampling.top_p < 1:
     falling = -jnp.sort(-logits, axis=-1)
     probabilities = jax.nn.softmax(falling, axis=-1)
+    # A token stays if the mass of all likelier ones has not reached top_p.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     logits = drop(jnp.min(jnp.where(before < sampling.top_p, falling, jnp.inf), axis=-1,
                           keepdims=True))
@@ -64,10 +65,10 @@ def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B
 @typed
 def sample(keys: Array, logits: Float[Array, 'B V'],
            sampling: Sampling) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
-  """A token for each text, and its log-probability under the model itself, before any filter.
+  """Returns a token for each text, and its log-probability under the model, before any filter.
 
   Args:
-    keys: [B] PRNG keys, one a text, so that a text's tokens do not depend on the others.
+    keys: [B] PRNG keys. Each text has its own, so its tokens do not depend on the other texts.
   """
   if sampling.temperature == 0:
     tokens = jnp.argmax(logits, axis=-1)
@@ -79,20 +80,20 @@ def sample(keys: Array, logits: Float[Array, 'B V'],
 
 @struct.dataclass
 class Decoded:
-  """What a call of `decode` did.
+  """Result of a call of `decode`. Only the first `steps` rows are filled.
 
   Attributes:
-    tokens: int32 [size, B]; 0 where a text has ended. Only the first `steps` rows are filled.
-    logprobs: float32 [size, B].
-    steps: int32 [].
-    active: bool [B] texts that have not ended.
-    opened: bool [B] texts whose gate opens at their next token.
+    tokens: token ids; 0 where a text has ended.
+    logprobs: log-probabilities of the tokens under the model, nats.
+    steps: number of tokens that were decoded for every active text.
+    active: True for texts that have not ended.
+    opened: True for texts whose gate opens at their next token.
   """
-  tokens: Array
-  logprobs: Array
-  steps: Array
-  active: Array
-  opened: Array
+  tokens: Int[Array, 'size B']
+  logprobs: Float[Array, 'size B']
+  steps: Int[Array, '']
+  active: Bool[Array, 'B']
+  opened: Bool[Array, 'B']
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling', 'size', 'eos'),
@@ -104,14 +105,15 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
   """Decodes up to `limit` tokens of every active text in one loop.
 
   Args:
-    keys_values: the cache's keys and values, which are overwritten; `state` has others or none.
-    keys: [B] PRNG keys.
-    count: int32 [] tokens decoded so far; the token after n others is drawn with fold_in(key, n).
-    limit: at most `size`, which is compiled in.
-    threshold: score in nats above which the loop stops, before the token is drawn; None for never.
-    gate: what gives the score; None for the entropy of the next token.
-    gate_from: int32 [B] tokens that must be decoded before a text's gate may open.
-    eos: id that ends a text.
+    keys_values: keys and values of the cache, which are overwritten. Those in `state` are not used.
+    keys: [B] PRNG keys. The token after n decoded ones is drawn with fold_in(key, n).
+    count: int32 [], number of tokens decoded so far.
+    active: bool [B], texts that go on.
+    limit: number of tokens, at most `size`, which is compiled in.
+    threshold: score in nats above which the loop stops before it draws the token; None for never.
+    gate: source of the score; None for the entropy of the next token.
+    gate_from: int32 [B], tokens that must be decoded before a text's gate may open.
+    eos: id that ends a text; None for none.
   """
   def opens(step: Array, hidden: Array, logits: Array, active: Array) -> Array:
     if threshold is None:
@@ -119,23 +121,29 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     score = entropy(logits) if gate is None else gate.score(hidden)
     return active & (count + step >= gate_from) & (score > threshold)
 
-  def go_on(carry: tuple) -> Array:
+  def goes_on(carry: tuple) -> Array:
     step, *_, active, opened = carry
     return (step < limit) & active.any() & ~opened.any()
 
   def body(carry: tuple) -> tuple:
     step, cache, newest, _, logits, position, tokens, logprobs, active, _ = carry
+    # The token of the step before is appended first; see `RingKVCache.pop`.
     cache = _with_batch(cache).append(*newest)
+
+    # Draw the next token. A text that has ended writes a padding, with segment 0.
     drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + step)
     token, logprob = sample(drawn, logits, sampling)
     token = jnp.where(active, token, 0)
     index = jax.tree.map(lambda leaf: leaf[:, None], SlotIndex(
         token, position, active.astype(jnp.int32)))
+
+    # Read it, and predict the one after it.
     hidden, fresh = passes.run(model.decoder.config, weights.layers,
-                              embed(model, weights, index.tokens), index.positions,
-                              index.segments, cache)
+                               embed(model, weights, index.tokens), index.positions,
+                               index.segments, cache)
     hidden = hidden[:, -1]
     logits = predict(model, weights, hidden)
+
     tokens = tokens.at[step].set(token)
     logprobs = logprobs.at[step].set(logprob)
     position = position + active
@@ -145,25 +153,25 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
             logprobs, active, opens(step + 1, hidden, logits, active))
 
   with nn.logical_axis_rules(model.rules):
-    begun = state.cache.replace(keys=keys_values[0], values=keys_values[1])
-    cache, *newest = begun.pop()
+    cache = state.cache.replace(keys=keys_values[0], values=keys_values[1])
+    cache, *newest = cache.pop()
     first = jnp.zeros((), jnp.int32)
     carry = (first, _without_batch(cache), tuple(newest), state.hidden, state.logits,
              state.position, jnp.zeros((size, len(active)), jnp.int32),
              jnp.zeros((size, len(active))), active,
              opens(first, state.hidden, state.logits, active))
     steps, cache, newest, hidden, logits, position, tokens, logprobs, active, opened = (
-        jax.lax.while_loop(go_on, body, carry))
+        jax.lax.while_loop(goes_on, body, carry))
     state = State(_with_batch(cache).append(*newest), hidden, logits, position,
                   state.lengths + position - state.position)
     return state, Decoded(tokens, logprobs, steps, active, opened)
 
 
 def _without_batch(cache: RingKVCache) -> RingKVCache:
-  """A cache of one text without its batch axis, to be carried through a loop.
+  """Takes the batch axis off a cache of one text, before a loop carries it.
 
-  XLA leaves an axis of 1 out of matrix products; were it there in what is carried, every step would
-  copy the whole cache to take it away.
+  XLA leaves an axis of 1 out of matrix products. If the carried cache had that axis, every step
+  would copy the whole cache to take it away.
   """
   if cache.keys[0].shape[0] > 1:
     return cache
@@ -172,7 +180,7 @@ def _without_batch(cache: RingKVCache) -> RingKVCache:
 
 
 def _with_batch(cache: RingKVCache) -> RingKVCache:
-  """The way back."""
+  """Undoes `_without_batch`."""
   if cache.keys[0].ndim == 4:
     return cache
   return cache.replace(keys=tuple(each[None] for each in cache.keys),

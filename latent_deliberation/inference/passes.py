@@ -1,8 +1,11 @@
 """The compiled programs of inference: read, read on, augment, attach; `decode` has the loop.
 
-All are pure. A `State` is a value, like the caches of training: augmenting leaves it alone,
-attaching gives another one, and detaching is going back to the one before. One base state can so
-serve many coprocessors at once.
+In order: prompts (checks, and arrays for them), the stack of blocks that every program runs, the
+values that programs take and give, and the programs.
+
+All programs are pure. A `State` is a value, like the caches of training: augmenting leaves it
+alone, attaching gives another one, and detaching is going back to the one before. One base state
+can therefore serve many coprocessors at once.
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from latent_deliberation.array_types import Array, Batch, Params
+from latent_deliberation.array_types import Array, Batch, Bool, Float, Int, Params
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import place
@@ -27,7 +30,65 @@ from latent_deliberation.model.layers import LowRank, RMSNorm, input_axes
 from latent_deliberation.model.transformer import Block, layer_traits
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-CACHED_BYTES = 2**21  # a weight of fewer stays in a core's own cache, and turning it gains nothing
+# --- Prompts ---
+
+Prompts = Sequence[Sequence[int]]
+SHORTEST = 16  # padded length of the shortest prompts
+
+
+def check_prompts(prompts: Prompts, before: np.ndarray, vocab_size: int) -> None:
+  """Raises UserError where there is no prompt, an empty text, or an unknown token.
+
+  Args:
+    before: [B] tokens that each text has already. A text that has some may get an empty prompt.
+  """
+  if not len(prompts):
+    raise UserError('there is no prompt: give at least one')
+  for number, prompt in enumerate(prompts):
+    if not len(prompt) and not before[number]:
+      raise UserError(f'prompt {number} is empty: give at least the token that begins a text')
+    unknown = [token for token in prompt if not 0 <= token < vocab_size]
+    if unknown:
+      raise UserError(f'prompt {number} has the token {unknown[0]}, but the decoder knows 0 to '
+                      f'{vocab_size - 1}: use the vocabulary that it was trained with')
+
+
+def check_room(lengths: np.ndarray, more: int, room: int) -> None:
+  """Raises UserError where a text of `lengths` [B] and `more` tokens does not fit a cache."""
+  longest = int(np.argmax(lengths))
+  if lengths[longest] + more > room:
+    raise UserError(
+        f'text {longest} has {lengths[longest]} tokens, {more} more are requested, and the cache '
+        f'has room for {room}: shorten the text, request fewer, or raise length')
+
+
+def check_anchors(lengths: np.ndarray, first_anchor: int) -> None:
+  """Raises UserError where a text is too short for latents at its end."""
+  shortest = int(np.argmin(lengths))
+  if lengths[shortest] <= first_anchor:
+    raise UserError(
+        f'text {shortest} has {lengths[shortest]} tokens, but refining latents replace its last '
+        f'{first_anchor + 1}: give a longer prompt')
+
+
+def align(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
+  """Returns tokens int32 [B, T], with each text at the end of its row, and the lengths [B]."""
+  count = np.array([len(prompt) for prompt in prompts], np.int32)
+  tokens = np.zeros((len(prompts), padded_length(int(count.max()))), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[len(row) - len(prompt):] = prompt
+  return tokens, count
+
+
+def padded_length(length: int) -> int:
+  """Rounds up to one of 16, 24, 32, 48, 64, 96, ..., so that few shapes are compiled."""
+  padded = max(SHORTEST, 1 << (length - 1).bit_length()) if length else SHORTEST
+  return padded * 3 // 4 if padded > SHORTEST and length <= padded * 3 // 4 else padded
+
+
+# --- The stack of blocks ---
+
+CACHED_BYTES = 2**21  # a smaller weight stays in a core's cache, so transposing it gains nothing
 
 
 @struct.dataclass
@@ -35,22 +96,27 @@ class Layers:
   """Weights of a transformer, unstacked.
 
   Attributes:
-    blocks: variables of each of the L blocks: 'params', with large projections transposed, and 'lora'
-      where there are adapters.
-    final_norm: parameters of the norm behind them.
+    blocks: variables of each of the L blocks: 'params', with large projections transposed, and
+      'lora' where there are adapters.
+    final_norm: parameters of the norm after the blocks.
   """
   blocks: tuple[Params, ...]
   final_norm: Params
 
 
-def unstack(transformer: Params) -> Layers:
-  """The layers of a scanned transformer's parameters; see `Projection` for what is transposed."""
-  blocks = tuple({'params': _turn(layer)} for layer in _slices(transformer['blocks']))
+def unstack(transformer: Params | Layers) -> Layers:
+  """Takes a scanned transformer's parameters apart; see `Projection` for what is transposed.
+
+  Layers that are unstacked already stay as they are.
+  """
+  if isinstance(transformer, Layers):
+    return transformer
+  blocks = tuple({'params': _transpose_large(layer)} for layer in _slices(transformer['blocks']))
   return Layers(blocks, transformer['final_norm'])
 
 
 def adapt(layers: Layers, lora: Params) -> Layers:
-  """The same layers with low-rank adapters beside their weights; the last ones if few."""
+  """Returns the same layers with low-rank adapters; only the last ones if there are fewer."""
   adapters = _slices(lora['blocks'])
   return layers.replace(blocks=tuple(
       {**block, 'lora': adapter}
@@ -62,11 +128,11 @@ def _slices(stacked: Params) -> list[Params]:
   return [jax.tree.map(lambda leaf: leaf[number], stacked) for number in range(length)]  # noqa: B023
 
 
-def _turn(params: Params, inputs: int = 1) -> Params:
+def _transpose_large(params: Params, inputs: int = 1) -> Params:
   transposed = {}
   for name, child in params.items():
     if isinstance(child, Mapping):
-      transposed[name] = _turn(child, input_axes(name))
+      transposed[name] = _transpose_large(child, input_axes(name))
     elif name == 'w' and child.nbytes >= CACHED_BYTES:
       transposed['transposed'] = jnp.moveaxis(child, range(inputs), range(-inputs, 0))
     else:
@@ -77,15 +143,16 @@ def _turn(params: Params, inputs: int = 1) -> Params:
 def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, segments: Array,
         cache: RingKVCache | None = None, lora: LowRank | None = None,
         ) -> tuple[Array, Sequence[KeysValues]]:
-  """Hidden states [B, Q, D] after the final norm, and keys and values of each layer.
+  """Runs the blocks; returns hidden states [B, Q, D] after the final norm, and keys and values.
 
   Args:
     x: [B, Q, D] embeddings of fresh tokens or latents.
-    positions, segments: [B, Q]; segment 0 is a padding, all else is one document.
-    cache: all that it shows is seen, inside a layer's window; where it has more layers than
-      `layers`, its last ones.
+    positions, segments: [B, Q]. Segment 0 is padding; all else is one document.
+    cache: all tokens that it shows are seen, within a layer's window. If it has more layers than
+      `layers`, its last ones are read.
     lora: rank and scale of the adapters in `layers`.
   """
+  # One row of fresh tokens for each text, which sees the whole prefix.
   rows, positions = x[:, None], positions[:, None]
   everything = jnp.full((len(x), 1), np.iinfo(np.int32).max)
   mask_spec = AttentionMaskSpec(segments[:, None], everything)
@@ -101,67 +168,17 @@ def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, s
   return hidden[:, 0], fresh
 
 
-Prompts = Sequence[Sequence[int]]
-SHORTEST = 16
-
-
-def check_prompts(prompts: Prompts, before: np.ndarray, vocab_size: int) -> None:
-  """Raises UserError where there is no prompt, an empty text, or an unknown token.
-
-  Args:
-    before: [B] tokens that each text has already; one that has some may get an empty prompt.
-  """
-  if not len(prompts):
-    raise UserError('there is no prompt: give at least one')
-  for number, prompt in enumerate(prompts):
-    if not len(prompt) and not before[number]:
-      raise UserError(f'prompt {number} is empty: give at least the token that begins a text')
-    unknown = [token for token in prompt if not 0 <= token < vocab_size]
-    if unknown:
-      raise UserError(f'prompt {number} has the token {unknown[0]}, the decoder knows 0 to '
-                       f'{vocab_size - 1}: use the vocabulary that it was trained with')
-
-
-def check_room(lengths: np.ndarray, more: int, room: int) -> None:
-  """Raises UserError where a text of `lengths` [B] and `more` tokens does not fit a cache."""
-  longest = int(np.argmax(lengths))
-  if lengths[longest] + more > room:
-    raise UserError(
-        f'text {longest} has {lengths[longest]} tokens, {more} more are asked for, and the cache '
-        f'has room for {room}: shorten it, ask for less, or give the generator more length')
-
-
-def check_anchors(lengths: np.ndarray, first_anchor: int) -> None:
-  """Raises UserError where a text is too short for latents at its end."""
-  shortest = int(np.argmin(lengths))
-  if lengths[shortest] <= first_anchor:
-    raise UserError(
-        f'text {shortest} has {lengths[shortest]} tokens, but refining latents stand in the place '
-        f'of its last {first_anchor + 1}: give a longer prompt')
-
-
-def align(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens int32 [B, T], each text at the end of its row, and the lengths [B] of the texts."""
-  count = np.array([len(prompt) for prompt in prompts], np.int32)
-  tokens = np.zeros((len(prompts), padded_length(int(count.max()))), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[len(row) - len(prompt):] = prompt
-  return tokens, count
-
-
-def padded_length(length: int) -> int:
-  """The least of 16, 24, 32, 48, 64, 96, ... that is `length` or more: few shapes to compile."""
-  padded = max(SHORTEST, 1 << (length - 1).bit_length()) if length else SHORTEST
-  return padded * 3 // 4 if padded > SHORTEST and length <= padded * 3 // 4 else padded
+# --- Values that the programs take and give ---
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """All that is compiled in, beside the shapes of the arrays.
+  """The static part of the programs, which is compiled in.
 
   Attributes:
-    decoder, coprocessor: without weights; there may be no coprocessor.
-    plan: slots of the cache.
+    decoder: the module, without weights.
+    coprocessor: the same for the coprocessor; None without one.
+    plan: numbers of slots of the cache.
     rules: logical axis -> mesh axes; empty without a mesh.
   """
   decoder: Decoder
@@ -172,11 +189,13 @@ class Model:
 
 @struct.dataclass
 class Weights:
-  """Attributes:
-    embedder: table of the decoder.
-    layers: of the decoder.
-    coprocessor: its parameters but for a transformer: soft tokens and gate; None without one.
-    coprocessor_layers: its layers; None for constant soft tokens.
+  """Weights of a decoder and its coprocessor.
+
+  Attributes:
+    embedder: embedding table of the decoder.
+    layers: layers of the decoder.
+    coprocessor: soft tokens and gate of the coprocessor; None without one.
+    coprocessor_layers: layers of the coprocessor; None for constant soft tokens.
   """
   embedder: Params
   layers: Layers
@@ -186,54 +205,57 @@ class Weights:
 
 @struct.dataclass
 class State:
-  """B texts that have been read, and what comes next.
+  """B texts that have been read, and the prediction of their next tokens.
 
   Attributes:
-    cache: their keys and values.
-    hidden: [B, D] the decoder's state, after the final norm, that the next token is predicted from.
-    logits: [B, V] of the next token.
-    position: int32 [B] that the next token will have.
-    lengths: int32 [B] tokens of each text, without latents.
+    cache: keys and values of the texts.
+    hidden: the decoder's state, after the final norm, that predicts the next token.
+    logits: prediction of the next token.
+    position: position of the next token.
+    lengths: number of tokens of each text, without latents.
   """
   cache: RingKVCache
-  hidden: Array
-  logits: Array
-  position: Array
-  lengths: Array
+  hidden: Float[Array, 'B D']
+  logits: Float[Array, 'B V']
+  position: Int[Array, 'B']
+  lengths: Int[Array, 'B']
 
 
 @struct.dataclass
 class Augmentation:
-  """Latents for the end of each text of a state, read by the decoder and ready to be attached.
+  """Latents for the end of each text of a state, already read by the decoder.
 
   Attributes:
     latents: keys and values of each layer, [B, 1, Z, K, H].
-    positions: int32 [B, Z] of the latents.
-    replaced: int32 [B, Z] positions of the tokens that they stand for; -1 for none.
-    anchor: int32 [B] position of the next token in the state that was augmented.
-    ahead: int32 [B] position of the next token behind the latents.
-    hidden: [B, D] the decoder's state that this token is predicted from.
-    logits: [B, V] of this token.
-    finite: bool [B] False where anything of a text's latents is not finite.
+    positions: positions of the latents.
+    replaced: positions of the tokens that the latents replace; -1 for none.
+    anchor: position of the next token in the state that was augmented.
+    ahead: position of the next token after the latents.
+    hidden: the decoder's state that predicts this token.
+    logits: prediction of this token.
+    finite: False where any value of a text's latents is not finite.
   """
   latents: tuple[KeysValues, ...]
-  positions: Array
-  replaced: Array
-  anchor: Array
-  ahead: Array
-  hidden: Array
-  logits: Array
-  finite: Array
+  positions: Int[Array, 'B Z']
+  replaced: Int[Array, 'B Z']
+  anchor: Int[Array, 'B']
+  ahead: Int[Array, 'B']
+  hidden: Float[Array, 'B D']
+  logits: Float[Array, 'B V']
+  finite: Bool[Array, 'B']
+
+
+# --- Programs ---
 
 
 def embed(model: Model, weights: Weights, tokens: Array) -> Array:
-  """Input embeddings [B, Q, D] of tokens [B, Q]."""
+  """Returns input embeddings [B, Q, D] of tokens [B, Q]."""
   variables = {'params': {'embedder': weights.embedder}}
   return model.decoder.apply(variables, tokens[:, None], method='embed')[:, 0]
 
 
 def predict(model: Model, weights: Weights, hidden: Array) -> Array:
-  """Logits [B, V] of the next token, from hidden states [B, D]."""
+  """Returns logits [B, V] of the next token, from hidden states [B, D]."""
   return model.decoder.apply({'params': {'embedder': weights.embedder}}, hidden, method='logits')
 
 
@@ -242,14 +264,14 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
   """Reads texts from their beginning.
 
   Args:
-    tokens: int32 [B, T]; a text stands at the end of its row, behind padding.
-    count: int32 [B] tokens of each text.
+    tokens: int32 [B, T], with each text at the end of its row, after padding.
+    count: int32 [B], number of tokens of each text.
   """
   with nn.logical_axis_rules(model.rules):
     config = model.decoder.config
     index = _index(tokens, count, jnp.zeros_like(count))
-    hidden, fresh = run(config, weights.layers, embed(model, weights, tokens),
-                              index.positions, index.segments)
+    hidden, fresh = run(config, weights.layers, embed(model, weights, tokens), index.positions,
+                        index.segments)
     cache = RingKVCache.empty(model.plan, config, len(tokens), hidden.dtype).fill(fresh, index)
     last = hidden[:, -1]
     return State(cache, last, predict(model, weights, last), count, count)
@@ -257,11 +279,11 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
 
 @functools.partial(jax.jit, static_argnums=0)
 def entropies(model: Model, weights: Weights, tokens: Array, count: Array) -> Array:
-  """Entropy of the next token behind every token, nats [B, T]; see `read`."""
+  """Returns the entropy of the next token after every token, nats [B, T]; see `read`."""
   with nn.logical_axis_rules(model.rules):
     index = _index(tokens, count, jnp.zeros_like(count))
     hidden, _ = run(model.decoder.config, weights.layers, embed(model, weights, tokens),
-                          index.positions, index.segments)
+                    index.positions, index.segments)
     # One position of every text at a time: all logits at once would be [B, T, V].
     return jax.lax.map(lambda states: entropy(predict(model, weights, states)),
                        jnp.swapaxes(hidden, 0, 1)).T
@@ -271,18 +293,48 @@ def entropies(model: Model, weights: Weights, tokens: Array, count: Array) -> Ar
 def read_on(model: Model, weights: Weights, state: State, tokens: Array, count: Array) -> State:
   """Reads more of the same texts in one pass; see `read`. A text of no more tokens is as before."""
   with nn.logical_axis_rules(model.rules):
-    index = _index(tokens, count, state.position)
-    hidden, fresh = run(
-        model.decoder.config, weights.layers, embed(model, weights, tokens), index.positions,
-        index.segments, state.cache)
+    hidden, fresh, index = _continue(model, weights, state, tokens, count)
     last, more = hidden[:, -1], (count > 0)[:, None]
     return State(state.cache.append(fresh, index), jnp.where(more, last, state.hidden),
                  jnp.where(more, predict(model, weights, last), state.logits),
                  state.position + count, state.lengths + count)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def score_on(model: Model, weights: Weights, state: State, tokens: Array, count: Array) -> Array:
+  """Returns the log-probability of every token that `read_on` would read, nats [B, T].
+
+  It is 0 on padding.
+  """
+  with nn.logical_axis_rules(model.rules):
+    hidden, _, index = _continue(model, weights, state, tokens, count)
+    # Each token is predicted by the hidden state before it, the first one by that of the state.
+    length = tokens.shape[1]
+    is_first = jnp.arange(length) == length - count[:, None]
+    before = jnp.where(is_first[..., None], state.hidden[:, None], jnp.roll(hidden, 1, axis=1))
+
+    def logprob(inputs: tuple[Array, Array]) -> Array:
+      states, token = inputs
+      logits = predict(model, weights, states)
+      chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+      return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    # One position of every text at a time, as in `entropies`.
+    logprobs = jax.lax.map(logprob, (jnp.swapaxes(before, 0, 1), index.tokens.T)).T
+    return jnp.where(index.segments > 0, logprobs, 0.0)
+
+
+def _continue(model: Model, weights: Weights, state: State, tokens: Array, count: Array,
+              ) -> tuple[Array, Sequence[KeysValues], SlotIndex]:
+  """Runs more tokens of the texts of a state; returns hidden states, keys and values, and index."""
+  index = _index(tokens, count, state.position)
+  hidden, fresh = run(model.decoder.config, weights.layers, embed(model, weights, tokens),
+                      index.positions, index.segments, state.cache)
+  return hidden, fresh, index
+
+
 def _index(tokens: Array, count: Array, start: Array) -> SlotIndex:
-  """What to write for texts at the ends of their rows, whose first tokens are at `start` [B]."""
+  """Returns the index of texts at the ends of their rows, whose first tokens are at `start` [B]."""
   order = jnp.arange(tokens.shape[1]) - (tokens.shape[1] - count[:, None])
   real = order >= 0
   return SlotIndex(jnp.where(real, tokens, 0), jnp.where(real, start[:, None] + order, 0),
@@ -291,27 +343,38 @@ def _index(tokens: Array, count: Array, start: Array) -> SlotIndex:
 
 @functools.partial(jax.jit, static_argnums=0)
 def augment(model: Model, weights: Weights, state: State) -> Augmentation:
-  """Latents for the end of every text: the coprocessor reads its cache, the decoder the latents."""
+  """Makes latents for the end of every text.
+
+  The coprocessor reads the cache of the texts, and the decoder then reads the latents (paper,
+  section 2.1).
+  """
   with nn.logical_axis_rules(model.rules):
     decoder, coprocessor = model.decoder.config, model.coprocessor
+
+    # Where latents go: one trace in each text, whose anchor is the last token.
     newest = state.cache.newest(coprocessor.config.num_latents)
     text = Batch(newest.tokens, newest.segments, newest.positions)
     last = jnp.full((len(newest.tokens), 1), coprocessor.config.num_latents - 1)
     placement = place(text, last, coprocessor.config, num_ahead=1)
     positions = placement.latent_positions[:, 0]
+
+    # The coprocessor reads the whole cache; constant soft tokens are outputs as they are.
     base = embed(model, weights, placement.base_tokens[:, 0])[:, None]
     outputs = coprocessor.feed(weights.coprocessor, base)
     seen = jnp.ones_like(positions)
     if weights.coprocessor_layers is not None:
-      hidden, _ = run(coprocessor.layers, weights.coprocessor_layers, outputs[:, 0], positions, seen,
-                            state.cache, coprocessor.transformer.lora)
+      hidden, _ = run(coprocessor.layers, weights.coprocessor_layers, outputs[:, 0], positions,
+                      seen, state.cache, coprocessor.transformer.lora)
       outputs = hidden[:, None]
     latents = coprocessor.compose(weights.coprocessor, outputs, base)[:, 0]
+
+    # The decoder reads the latents. Refining ones replace the last tokens, which are hidden.
     replaces = (placement.coprocessor_prefix_length - placement.decoder_prefix_length > 0)  # [B, 1]
     replaced = jnp.where(replaces, newest.positions, -1)
     hidden, fresh = run(decoder, weights.layers, latents, positions, seen,
-                              state.cache.hide(replaced))
+                        state.cache.hide(replaced))
     logits = predict(model, weights, hidden[:, -1])
+
     finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
               for leaf in jax.tree.leaves((fresh, logits))]
     return Augmentation(tuple(fresh), positions, replaced, state.position,
@@ -321,10 +384,10 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
 
 @functools.partial(jax.jit, static_argnums=0)
 def attach(model: Model, state: State, augmentation: Augmentation, rows: Array) -> State:
-  """The state with latents in the cache of the texts `rows`, where they are finite.
+  """Returns the state with latents in the cache of the texts `rows`, where they are finite.
 
-  Texts that have gone on since they were augmented keep what their next token is predicted from;
-  what is decoded from there on sees the latents.
+  A text that has gone on since it was augmented keeps the prediction of its next token. The tokens
+  after that one see the latents.
   """
   with nn.logical_axis_rules(model.rules):
     rows = rows & augmentation.finite
@@ -340,7 +403,10 @@ def attach(model: Model, state: State, augmentation: Augmentation, rows: Array) 
 
 @jax.jit
 def choose(rows: Array, chosen: State, other: State) -> State:
-  """`chosen` for the texts `rows`, `other` for the base; both have written as many slots."""
+  """Takes `chosen` for the texts `rows` and `other` for the others.
+
+  Both must have written as many slots.
+  """
   def pick(new: Array, old: Array) -> Array:
     if old.ndim == 0:  # the write_index
       return old

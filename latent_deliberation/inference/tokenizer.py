@@ -1,4 +1,4 @@
-"""Text to ids and back, without TensorFlow."""
+"""Text to ids and back, without TensorFlow; and strings that end a text."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -17,24 +17,24 @@ from latent_deliberation.data.data_config import (
 )
 from latent_deliberation.errors import UserError
 
-BYTES = 'byte'  # what stands for the byte vocabulary where a path is asked for
+BYTES = 'byte'  # name of the byte vocabulary, in the place of a path
 
 
 class Tokenizer(Protocol):
   """Attributes:
-    size: ids that there are.
+    size: number of ids.
     eos: id that ends a text.
-    hash: of all that decides how text becomes ids; the same as in a decoder's description.
+    hash: hash of everything that decides how text becomes ids, as in a decoder's description.
   """
   size: int
   eos: int
   hash: str
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, the one that begins every text first."""
+    """Returns the ids of a text; the first one begins every text."""
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids, without special ones."""
+    """Returns the text of ids, without special ones."""
 
 
 class ByteTokenizer:
@@ -48,7 +48,7 @@ class ByteTokenizer:
     return [BOS_ID, *encode_bytes(text)]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """See Tokenizer; bytes that are no UTF-8 come out as U+FFFD."""
+    """See Tokenizer. Bytes that are not UTF-8 become U+FFFD."""
     return decode_bytes(ids)
 
 
@@ -59,24 +59,24 @@ class SentencePieceTokenizer:
     """Reads the model.
 
     Raises:
-      UserError: there is no such file.
-      UserError: it is no SentencePiece model, or it has no ids that begin and end a text.
+      UserError: there is no such file, it is not a SentencePiece model, or it has no ids that begin
+        and end a text.
     """
     if not path.is_file():
       raise UserError(f'no vocabulary at {path}: give the path of a SentencePiece model, '
-                              f'or {BYTES!r} for the byte vocabulary')
+                      f'or {BYTES!r} for the byte vocabulary')
     model = path.read_bytes()
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as error:  # SentencePiece raises what its C++ raises
       raise UserError(f'{path} ({len(model)} bytes) is not a SentencePiece model: {error}. Give '
-                       'another path, or delete a damaged file') from error
+                      'another path, or delete a damaged file') from error
     self.size = self._model.vocab_size()
     self.eos = self._model.eos_id()
     self.hash = hashlib.sha256(model).hexdigest()
     if self._model.bos_id() < 0 or self.eos < 0:
       raise UserError(f'{path}: bos id {self._model.bos_id()}, eos id {self.eos}: a text begins '
-                       'and ends with one. Give the vocabulary that the decoder was trained with')
+                      'and ends with one. Give the vocabulary that the decoder was trained with')
 
   def encode(self, text: str) -> list[int]:
     """See Tokenizer."""
@@ -88,26 +88,31 @@ class SentencePieceTokenizer:
 
 
 def open_tokenizer(vocabulary: str | Path) -> Tokenizer:
-  """The tokenizer of a SentencePiece model's path, or of 'byte'; see there for what is raised."""
+  """Opens a SentencePiece model, or 'byte'; raises what `SentencePieceTokenizer` does."""
   return ByteTokenizer() if vocabulary == BYTES else SentencePieceTokenizer(Path(vocabulary))
 
 
 def check_stops(strings: Sequence[str]) -> None:
-  """Raises UserError where a string that is to end a text is empty."""
+  """Raises UserError where one of the strings that end a text is empty."""
   if '' in strings:
     raise UserError(f'stop strings {list(strings)}: an empty one would end every text at once; '
-                     'leave it out')
+                    'leave it out')
 
 
-def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-  """Whether decoded tokens have just completed one of some strings: `DecodingOptions.stop`.
+def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+  """Returns a function for `DecodingOptions.stop`, or None without any string.
+
+  Given decoded tokens, it tells whether the last one has completed one of the strings.
 
   Raises:
     UserError: a string is empty.
   """
   check_stops(strings)
-  # A token may begin before the string that it completes; a character is 4 tokens (bytes) at most.
-  reach = 4 * max(map(len, strings), default=0) + 4
+  if not strings:
+    return None
+  # A token may begin before the string that it completes. A character has at most 4 bytes, and
+  # so at most 4 tokens.
+  reach = 4 * max(map(len, strings)) + 4
 
   def stop(tokens: Sequence[int]) -> bool:
     text = tokenizer.decode(tokens[-reach:])

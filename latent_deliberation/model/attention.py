@@ -1,10 +1,12 @@
-"""Shared-prefix attention: rows of fresh tokens attend jointly to a common cache and to themselves.
+"""The kv-cache, attention masks, and attention of fresh tokens to a shared cache and to themselves.
 
 M traces of a text share the trunk's cached keys. Their scores are computed as
     (fresh queries) x (cached keys)            [M * Q, S] per head and text, one matrix product,
     (fresh queries) x (own fresh keys)         [Q, Q] per trace,
 and normalised by ONE softmax over both. The dense mask of the paper's figure would have
 (S + M * Q)^2 scores, nearly all of them masked out.
+
+`AttentionMaskSpec` says what each token may see; `fresh_mask` and `cached_mask` are the rules.
 """
 
 import math
@@ -19,29 +21,29 @@ from latent_deliberation.errors import UserError
 
 @struct.dataclass
 class KeysValues:
-  """Keys (already rotated to their positions) and values of fresh tokens, [L, B, M, Q, K, H]."""
-  keys: Array
-  values: Array
+  """Rotated keys and values of fresh tokens, of L layers or of one."""
+  keys: Float[Array, '... B M Q K H']
+  values: Float[Array, '... B M Q K H']
 
 
 @struct.dataclass
 class KVCache:
-  """What a decoder remembers of B texts of S tokens, packed or not.
+  """The kv-cache of B texts of S tokens, packed or not. It has L layers, or is that of one.
 
   Attributes:
-    keys: [L, B, S, K, H], already rotated to their positions.
-    values: [L, B, S, K, H].
-    positions: [B, S] position of each token in its own document.
-    segments: [B, S] document of each token; 0 is a hole that nobody sees.
+    keys: rotated to their positions.
+    values: values of the same tokens.
+    positions: position of each token in its own document.
+    segments: document of each token; 0 is padding, which no token sees.
   """
-  keys: Array
-  values: Array
-  positions: Array
-  segments: Array
+  keys: Float[Array, '... B S K H']
+  values: Float[Array, '... B S K H']
+  positions: Int[Array, 'B S']
+  segments: Int[Array, 'B S']
 
   @classmethod
   def empty(cls, fresh: KeysValues) -> 'KVCache':
-    """A cache of no tokens, shaped to have `fresh` appended."""
+    """Returns a cache of no tokens that `fresh` can be appended to."""
     layers, batch, _, _, heads, width = fresh.keys.shape
     keys = jnp.zeros((layers, batch, 0, heads, width), fresh.keys.dtype)
     index = jnp.zeros((batch, 0), jnp.int32)
@@ -49,21 +51,24 @@ class KVCache:
 
   @property
   def length(self) -> int:
-    """S, the number of cached tokens of each text."""
+    """Number of cached tokens of each text, S."""
     return self.keys.shape[2]
 
   def append(self, fresh: KeysValues, positions: Array, segments: Array) -> 'KVCache':
-    """The cache with one row of fresh tokens behind it.
+    """Returns the cache with one row of fresh tokens after its last token.
 
     Args:
-      fresh: [L, B, 1, Q, K, H]; a text's cache grows by one row at a time.
-      positions: [B, 1, Q].
-      segments: [B, 1, Q].
+      fresh: [L, B, 1, Q, K, H] keys and values.
+      positions: [B, 1, Q] positions.
+      segments: [B, 1, Q] documents.
+
+    Raises:
+      UserError: there are several rows.
     """
     if fresh.keys.shape[2] != 1:
       raise UserError(
           f'{fresh.keys.shape[2]} rows of fresh tokens, expected 1: traces of one text are '
-          'alternatives, so each continues a cache of its own')
+          'alternatives, so append each to a cache of its own')
     return KVCache(
         keys=jnp.concatenate([self.keys, fresh.keys[:, :, 0]], axis=2),
         values=jnp.concatenate([self.values, fresh.values[:, :, 0]], axis=2),
@@ -71,44 +76,46 @@ class KVCache:
         segments=jnp.concatenate([self.segments, segments[:, 0]], axis=1))
 
   def truncate(self, length: int) -> 'KVCache':
-    """The first `length` tokens: detaching latents is truncating the cache they were added to."""
+    """Returns the first `length` tokens. This also detaches latents that were appended."""
     if not 0 <= length <= self.length:
-      raise UserError(f'cannot truncate a cache of {self.length} tokens to {length}')
+      raise UserError(
+          f'length = {length}: a cache of {self.length} tokens can be truncated to 0 to '
+          f'{self.length}')
     return KVCache(
         keys=self.keys[:, :, :length], values=self.values[:, :, :length],
         positions=self.positions[:, :length], segments=self.segments[:, :length])
 
 
-# Names of the fused kernel's results, which a remat policy may keep, so that the backward pass
-# need not run the kernel again.
+# Names of the fused kernel's results. A remat policy may keep them, which saves the backward pass
+# a second run of the kernel.
 FUSED_RESULTS = ('attention_mixed', 'attention_lse')
 
-MASKED = -1e30  # finite, so that a query with nothing to see gives zeros and no NaN
+MASKED = -1e30  # finite: a query that sees nothing gives zeros and no NaN
 
-# Long rows go by blocks of queries, none of which is compared with the tokens after it: down to
-# half of the scores, and few enough at a time for a CPU's cache.
+# A long row is cut into blocks of queries. No block is compared with the tokens after it, which
+# saves up to half of the scores. The scores of a block fit a CPU's cache.
 MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 
 @struct.dataclass
 class AttentionMaskSpec:
-  """What rows of fresh tokens may see, beyond causality and the sliding window.
+  """The limits on what fresh tokens see, besides causality and the sliding window.
 
   Attributes:
-    segments: [B, M, Q] document of each fresh token; a token sees its own document only.
-    prefix_length: [B, M], or [B, M, Q] where tokens of a row differ, number of leading cached tokens that
-      are seen (by a trace: up to its anchor).
-    first: [B, M, Q] index in its row of the first fresh token that each token sees; None for 0.
+    segments: document of each fresh token; a token sees only its own document.
+    prefix_length: number of leading cached tokens that are seen (by a trace: up to its anchor);
+      one number for each row, or one for each token.
+    first: index, in the row, of the first fresh token that each token sees; None for 0.
   """
-  segments: Array
-  prefix_length: Array
-  first: Array | None = None
+  segments: Int[Array, 'B M Q']
+  prefix_length: Int[Array, 'B M'] | Int[Array, 'B M Q']
+  first: Int[Array, 'B M Q'] | None = None
 
 
 @typed
 def fresh_mask(positions: RowTokens, mask_spec: AttentionMaskSpec,
                window: Int[Array, '']) -> Bool[Array, 'B M Q P']:
-  """Who sees whom within a row: causal by order in the row, own segment, inside the window."""
+  """Returns which tokens of its row each token sees: earlier, same segment, inside the window."""
   order = jnp.arange(positions.shape[-1])
   causal = order[:, None] >= order
   same = mask_spec.segments[..., :, None] == mask_spec.segments[..., None, :]
@@ -121,13 +128,13 @@ def fresh_mask(positions: RowTokens, mask_spec: AttentionMaskSpec,
 
 
 @typed
-def cached_mask(positions: RowTokens, mask_spec: AttentionMaskSpec, cached_positions: Int[Array, 'B S'],
-                cached_segments: Int[Array, 'B S'],
+def cached_mask(positions: RowTokens, mask_spec: AttentionMaskSpec,
+                cached_positions: Int[Array, 'B S'], cached_segments: Int[Array, 'B S'],
                 window: Int[Array, '']) -> Bool[Array, 'B M Q S']:
-  """Which cached tokens a fresh token sees: up to the prefix_length, own segment, inside the window."""
+  """Returns which cached tokens each token sees: in the prefix, same segment, inside the window."""
   order = jnp.arange(cached_positions.shape[-1])
-  prefix_length = mask_spec.prefix_length
-  before = order < (prefix_length if prefix_length.ndim == 3 else prefix_length[..., None])[..., None]
+  length = mask_spec.prefix_length
+  before = order < (length if length.ndim == 3 else length[..., None])[..., None]
   segments = cached_segments[:, None, None, :]
   same = mask_spec.segments[..., None] == segments
   near = positions[..., None] - cached_positions[:, None, None, :] < window
@@ -135,7 +142,7 @@ def cached_mask(positions: RowTokens, mask_spec: AttentionMaskSpec, cached_posit
 
 
 def softcap(x: Array, cap: float | None) -> Array:
-  """cap * tanh(x / cap), or x where cap is None (Gemma 2, arXiv 2408.00118, section 2)."""
+  """Returns cap * tanh(x / cap), or x if cap is None (Gemma 2, arXiv 2408.00118, section 2)."""
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -150,12 +157,14 @@ def attend_visible(
     cache: KVCache | None = None,
     cap: float | None = None,
 ) -> Float[Array, 'B M Q N H']:
-  """Attention of fresh tokens to what they may see of a cache and of their own row; see `attend`.
+  """Attention of fresh tokens to the visible part of a cache and of their own row; see `attend`.
 
   Args:
-    keys, values: of the fresh tokens.
-    window: [] keys that a query sees, its own included.
-    cache: of one layer, [B, S, K, H]; None where rows see nothing but themselves.
+    keys, values: those of the fresh tokens.
+    mask_spec: limits on what the tokens see.
+    window: number of keys that a query sees, with its own.
+    cache: cache of one layer, [B, S, K, H]; None if rows see only themselves.
+    cap: soft-cap of the scores; None for no cap.
   """
   visible = fresh_mask(positions, mask_spec, window)
   if cache is not None:
@@ -184,15 +193,15 @@ def attend(
     cached_visible: Bool[Array, 'B M Q S'] | None = None,
     cap: float | None = None,
 ) -> Float[Array, 'B M Q N H']:
-  """Attention of fresh tokens to (cached tokens, fresh tokens of their own row), one softmax.
+  """Attention of fresh tokens to cached tokens and to those of their own row, by one softmax.
 
-  Scores, softmax and accumulation are float32; the result has the queries' dtype. Queries come
-  scaled. A query that sees nothing gets zeros.
+  Scores, softmax and sums are float32; the result has the dtype of the queries, which are scaled
+  already. A query that sees nothing gets zeros.
   """
   batch, traces, length, heads, width = queries.shape
   kv_heads = fresh_keys.shape[-2]
-  # Rows of a matrix of its own for each (text, head): of all traces for what is cached, of each
-  # trace for what is its own. XLA turns whole scores on a CPU where a product is not such a matrix.
+  # Each (text, head) has a matrix of queries: those of all traces for cached keys, those of one
+  # trace for its own keys. For any other form of product, XLA on a CPU transposes all scores.
   grouped = jnp.transpose(
       queries.reshape(batch, traces, length, kv_heads, heads // kv_heads, width),
       (0, 3, 1, 4, 2, 5))
@@ -217,13 +226,14 @@ def attend(
 
   peak = jax.lax.stop_gradient(
       jnp.max(jnp.stack([part.max(axis=-1, initial=MASKED) for part, _ in parts]), axis=0))
-  # A row of nothing but MASKED has that as its peak; raised, its weights vanish instead of being 1.
+  # The peak of a row that sees nothing is MASKED. Raised, it makes the weights 0 instead of 1.
   peak = jnp.maximum(peak, MASKED / 2)[..., None]
   weights = [jnp.exp(part - peak) for part, _ in parts]
   total = sum(weight.sum(axis=-1) for weight in weights)
   mixed = sum(product(weight.astype(values.dtype), values)
               for weight, (_, values) in zip(weights, parts, strict=True))
-  # Nothing seen: 0 / 1, not 0 / tiny, whose gradient overflows. Anything seen: the total is >= 1.
+  # A query that sees nothing gets 0 / 1, since the gradient of 0 / tiny overflows. The total of
+  # any other query is at least 1.
   total = jnp.where(total > 0, total, 1.0)
   mixed = jnp.transpose(mixed / total[..., None], (0, 2, 4, 1, 3, 5))
   return mixed.reshape(queries.shape).astype(queries.dtype)

@@ -1,4 +1,7 @@
-"""A language model: embed, transform, unembed; and the fingerprint that weights are known by."""
+"""The decoder: a language model of embedder, transformer and output head.
+
+`fingerprint` gives any tree of weights a short name that changes with every bit of it.
+"""
 
 import hashlib
 
@@ -27,8 +30,8 @@ class Decoder(nn.Module):
   """A Gemma-style decoder. Its parameters are {'embedder': ..., 'transformer': ...}.
 
   Attributes:
-    config: sizes.
-    dtype: of the computation; the weights keep theirs.
+    config: architecture.
+    dtype: dtype of the computation; the weights keep their own.
     remat, scan, attention: see Transformer.
   """
   config: TransformerConfig
@@ -46,10 +49,12 @@ class Decoder(nn.Module):
   def __call__(self, tokens: Tokens, positions: Tokens | None = None,
                segments: Tokens | None = None,
                ) -> tuple[Float[Array, 'B T V'], KVCache]:
-    """Logits of whole texts, float32, and their kv-cache.
+    """Returns the logits of whole texts, float32, and their kv-cache.
 
     Args:
-      tokens: ids; positions: default 0..T-1; segments: default one document a row.
+      tokens: token ids.
+      positions: position of each token in its document; default 0..T-1.
+      segments: document of each token, 0 for padding; default one document a text.
     """
     hidden, cache = self.prefill(tokens, positions, segments)
     return self.logits(hidden), cache
@@ -57,7 +62,7 @@ class Decoder(nn.Module):
   @typed
   def prefill(self, tokens: Tokens, positions: Tokens | None = None,
               segments: Tokens | None = None) -> tuple[Float[Array, 'B T D'], KVCache]:
-    """Hidden states [B, T, D] of whole texts, and the kv-cache that holds them."""
+    """Returns the hidden states of whole texts, and their kv-cache; arguments as in `__call__`."""
     tokens = jnp.asarray(tokens)
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -71,36 +76,35 @@ class Decoder(nn.Module):
 
   @typed
   def embed(self, tokens: RowTokens) -> Rows:
-    """Input embeddings, scaled, in the compute dtype."""
+    """Returns scaled input embeddings, in the dtype of the computation."""
     return self.embedder.encode(tokens, self.dtype)
 
   def transform(self, x: Array, positions: Array, mask_spec: AttentionMaskSpec,
                 cache: KVCache | None = None) -> tuple[Array, KeysValues]:
-    """The stack on given input embeddings: where latents enter. See Transformer."""
+    """Runs the transformer on embeddings, which may be latents. See Transformer."""
     return self.transformer(x, positions, mask_spec, cache)
 
   def logits(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
-    """Soft-capped next-token logits, float32."""
+    """Returns soft-capped next-token logits, float32."""
     raw = contract(hidden, self.embedder.table.astype(hidden.dtype),
                    preferred_element_type='float32')
     return softcap(raw, self.config.final_softcap)
 
 
 def boxed_shapes(config: TransformerConfig) -> PyTree:
-  """Shapes of a decoder's parameters, boxed with their logical axes; nothing is allocated."""
+  """Returns the shapes of a decoder's parameters, boxed with logical axes; allocates nothing."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)['params']
 
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-_BLOCK = 1 << 24  # elements whose hashes exist at the same time
+_BLOCK = 1 << 24  # elements that are hashed at a time, to bound memory
 
 
 def _checksums(leaf: Array) -> Array:
-  """Two uint32 sums over the bits of a leaf, each element weighted by a hash of its index.
+  """Returns two uint32 sums over the bits of a leaf, weighted by a hash of each element's index.
 
-  Integer sums wrap, so they are exact in any order: sharded or not, in blocks or at once, the
-  result is the same.
+  Integer sums wrap and are therefore exact in any order. Neither shards nor blocks change them.
   """
   if leaf.ndim == 0 or not _is_whole_along_first_axis(leaf):
     return _block_checksums(leaf, 0)
@@ -111,38 +115,38 @@ def _checksums(leaf: Array) -> Array:
 
 
 def _is_whole_along_first_axis(leaf: Array) -> bool:
-  """Whether every device has all of the first axis, so that slices of it move nothing."""
+  """Whether every device has the whole first axis: its slices then move no data."""
   return leaf.sharding.shard_shape(leaf.shape)[0] == leaf.shape[0] > 0
 
 
 @jax.jit
 def _block_checksums(leaf: Array, start: Array) -> Array:
-  """The sums over a leaf whose first element has index `start` along the first axis."""
+  """Returns the sums over a leaf whose first element has index `start` along the first axis."""
   bits = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
   index = jnp.zeros(leaf.shape, jnp.uint32)
   for axis in range(leaf.ndim):
     step = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
     step += jnp.uint32(start) if axis == 0 else 0
     index = _mix(index + step + jnp.uint32(0x9E3779B9) * jnp.uint32(axis + 1))
-  # Odd weights are invertible mod 2^32: no change of one element can cancel.
+  # Odd weights are invertible mod 2^32, so that a change of one element always shows.
   first = jnp.sum(bits * (index | 1), dtype=jnp.uint32)
   second = jnp.sum(_mix(bits ^ index), dtype=jnp.uint32)
   return jnp.stack([first, second])
 
 
 def _mix(x: Array) -> Array:
-  """An invertible scrambling of 32-bit integers (two rounds of xor-shift and multiply)."""
+  """Scrambles 32-bit integers, invertibly (two rounds of xor-shift and multiply)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
   x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
   return x ^ (x >> 16)
 
 
 def fingerprint(params: Params) -> str:
-  """Hex digest of a tree of arrays: their paths, shapes, dtypes and every bit of their values."""
+  """Returns a hash of a tree of arrays: paths, shapes, dtypes and every bit; 32 hex digits."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   sums = jax.device_get([_checksums(jnp.asarray(leaf)) for _, leaf in leaves])
-  digest = hashlib.sha256()
+  hasher = hashlib.sha256()
   for (path, leaf), checksum in zip(leaves, sums, strict=True):
-    digest.update(f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} '.encode())
-    digest.update(np.asarray(checksum).astype('<u4').tobytes())
-  return digest.hexdigest()[:32]
+    hasher.update(f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} '.encode())
+    hasher.update(np.asarray(checksum).astype('<u4').tobytes())
+  return hasher.hexdigest()[:32]

@@ -1,4 +1,8 @@
-"""The parts of a block that are not attention: norms, projections, embeddings, feed-forward."""
+"""The layers besides attention: norms, projections, feed-forward and embeddings.
+
+The weight W of a projection can be adapted and compressed. `LowRank` adds an adapter A B, and
+`merge` folds it into W. `quantise` stores W as int8 (`Quantised`).
+"""
 
 import dataclasses
 import functools
@@ -11,31 +15,31 @@ from flax import linen as nn
 from flax import struct
 from jax.typing import DTypeLike
 
-from latent_deliberation.array_types import Array, Float, Params, Rows, RowTokens, typed
+from latent_deliberation.array_types import Array, Float, Int, Params, Rows, RowTokens, typed
 from latent_deliberation.errors import UserError
 
 
 @struct.dataclass
 class Quantised:
-  """The matrix values * scale; it stands in a tree of parameters where the matrix stood.
+  """The matrix values * scale. It replaces the matrix in a tree of parameters.
 
   Attributes:
-    values: int8, of the shape of the matrix.
-    scale: float32, of that shape without the axes that a product contracts.
-    contracted: those axes, counted from the last one, so that they are the same in a stack of
-      layers and in a layer of it.
+    values: int8, in the shape of the matrix.
+    scale: float32, in that shape without the axes that a product contracts.
+    contracted: those axes, counted from the last one, which makes them the same in a stack of
+      layers and in one of its layers.
   """
-  values: Array
-  scale: Array
+  values: Int[Array, '...']
+  scale: Float[Array, '...']
   contracted: tuple[int, ...] = struct.field(pytree_node=False)
 
   @property
   def size(self) -> int:
-    """Entries of the matrix."""
+    """Number of entries of the matrix."""
     return self.values.size
 
   def astype(self, dtype: DTypeLike) -> Array:
-    """The matrix itself, rounded once."""
+    """Returns the matrix itself, rounded once."""
     scale = jnp.expand_dims(self.scale, self.contracted)
     return (self.values.astype(jnp.float32) * scale).astype(dtype)
 
@@ -44,19 +48,19 @@ class Quantised:
 class LowRank:
   """LoRA (arXiv 2106.09685): y = x W + (alpha / rank) x A B, with B zero at the start.
 
-  A and B live in the variable collection 'lora', so that W stays in 'params' and stays frozen.
-  Without an alpha the factor is 1.
+  A and B live in the variable collection 'lora', apart from the frozen W in 'params'. Without an
+  alpha the factor is 1.
   """
   rank: int
   alpha: float | None = None
 
   def __post_init__(self):
     if self.rank < 1:
-      raise UserError(f'lora rank = {self.rank}: at least 1 is needed')
+      raise UserError(f'lora rank = {self.rank}: set at least 1')
 
   @property
   def scale(self) -> float:
-    """What the product of A and B is multiplied by."""
+    """The factor on the product of A and B."""
     return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
@@ -65,8 +69,7 @@ class RMSNorm(nn.Module):
   epsilon: float
 
   @nn.compact
-  def __call__(self, x: Float[Array, '... C'],
-               ) -> Float[Array, '... C']:
+  def __call__(self, x: Float[Array, '... C']) -> Float[Array, '... C']:
     scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
                        (x.shape[-1],))
     wide = x.astype(jnp.float32)
@@ -74,15 +77,15 @@ class RMSNorm(nn.Module):
     return (normed * (1 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-FEW_ROWS = 64
+FEW_ROWS = 64  # up to which the time of a product is that of reading the weight
 
 
 def contract(x: Array, weight: Array, inputs: int = 1,
              preferred_element_type: str | None = None) -> Array:
   """Contracts the last `inputs` axes of x with those of a weight, whose other axes come first.
 
-  With few rows the time is that of reading the weight, and XLA on a CPU reads the left operand of a
-  matrix product up to twice as fast as the right one; with many, transposing the result costs more.
+  XLA on a CPU reads the left operand of a matrix product up to twice as fast as the right one. With
+  few rows, the weight is therefore the left operand. With many, transposing the result costs more.
   """
   ours = tuple(range(x.ndim - inputs, x.ndim))
   theirs = tuple(range(weight.ndim - inputs, weight.ndim))
@@ -97,9 +100,10 @@ def multiply(x: Array, weight: Array, inputs: int = 1, flatten_batch: bool = Tru
   """Contracts the last `inputs` axes of x with the first ones of a weight.
 
   Args:
-    flatten_batch: all else is rows of one matrix. From more axes XLA on a CPU makes a weight's gradient by
-      turning x and the cotangent first, and computes again, element by element, whatever they were
-      made from. On a TPU it fuses less and turns more where texts, tokens and heads are so merged.
+    flatten_batch: whether the other axes of x become the rows of one matrix. On a CPU this is
+      faster: with more axes, XLA transposes x and the cotangent for the gradient of a weight, and
+      computes again, element by element, what they were made from. On a TPU it is slower: XLA
+      fuses less and transposes more.
   """
   if not flatten_batch:
     return jnp.tensordot(x, weight, axes=inputs)
@@ -114,11 +118,11 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
   Args:
     axes: logical names of the weight's axes.
   """
-  # Storage alone divides 'embed'. Without this, shards would be converted and then gathered.
+  # Shards along 'embed' are gathered first, as int8. XLA would convert them to floats before.
   whole = tuple('activation' if axis == 'embed' else axis for axis in axes)
 
-  # Kept for the backward pass, what int8 is converted to would be all layers in floats. A guard
-  # against merging both conversions, which a scan keeps apart, makes it half as slow again on TPUs.
+  # The backward pass converts the int8 again; otherwise it would keep all layers as floats. A scan
+  # keeps the two conversions apart. The guard of prevent_cse would take half as long again on TPUs.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def product(x: Array, weight: Quantised) -> Array:
     weight = weight.replace(values=nn.with_logical_constraint(weight.values, whole))
@@ -130,14 +134,14 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
 class Projection(nn.Module):
   """A linear map from the last `inputs` axes of x to the axes `shape[inputs:]`, without bias.
 
-  Its weight 'w' has the input axes first, as checkpoints have it. Inference may give 'transposed'
+  Its weight 'w' has the input axes first, as in checkpoints. Inference may give 'transposed'
   instead, with the output axes first, which a CPU reads faster; see `contract`.
 
   Attributes:
     shape: sizes of the weight, input axes first.
     axes: logical names of the same axes.
-    inputs: how many leading axes of the weight are contracted.
-    lora: adds a low-rank term beside the weight.
+    inputs: number of leading axes of the weight that are contracted.
+    lora: low-rank adapter that is added to the weight; None for no adapter.
     flatten_batch: see `multiply`.
   """
   shape: Sequence[int]
@@ -196,7 +200,7 @@ class FeedForward(nn.Module):
 
 
 class Embedder(nn.Module):
-  """One [V, D] table, read as input embeddings (times sqrt(D)) and as output head."""
+  """One [V, D] table: the input embeddings (times sqrt(D)) and the output head."""
   vocab_size: int
   embed_dim: int
 
@@ -208,21 +212,22 @@ class Embedder(nn.Module):
 
   @typed
   def encode(self, tokens: RowTokens, dtype: str) -> Rows:
-    """Input embeddings of tokens, in `dtype`, scaled by sqrt(D) as Gemma does."""
+    """Returns the input embeddings of tokens in `dtype`, scaled by sqrt(D) as in Gemma."""
     rows = jax.tree.map(lambda leaf: leaf[tokens], self.table).astype(dtype)
-    # Gemma rounds the factor to the dtype that it computes in.
+    # Gemma rounds the factor to the dtype of the computation.
     return rows * jnp.asarray(self.embed_dim ** 0.5, dtype)
 
 
 def merge(params: Params, adapters: Params, low_rank: LowRank) -> Params:
-  """Parameters of a scanned transformer with W + (alpha / rank) A B in the place of every W.
+  """Returns the parameters of a transformer with W + (alpha / rank) A B in the place of every W.
 
-  The same function as the weights with adapters beside them (see LowRank), as one set of weights;
+  The merged weights compute the same function as weights with adapters (see LowRank). The result is
   differentiable by the adapters.
 
   Args:
-    params: of a Transformer, without boxes.
+    params: parameters of a Transformer, without boxes.
     adapters: its collection 'lora'; A is [L, inputs.., rank], B is [L, rank, outputs..].
+    low_rank: rank and alpha of the adapters.
   """
   if set(adapters) == {'a', 'b'}:
     update = jax.vmap(lambda down, up: jnp.tensordot(down, up, axes=1))(
@@ -232,22 +237,22 @@ def merge(params: Params, adapters: Params, low_rank: LowRank) -> Params:
                        for name, child in adapters.items()}}
 
 
-LARGEST = 127
+LARGEST = 127  # of an int8
 
 
 def input_axes(name: str) -> int:
-  """Leading axes of a weight that its product contracts, by the name of the block's projection."""
-  return 2 if name == 'out' else 1  # heads and what is in them are contracted together
+  """Returns the number of leading axes that a projection of a block contracts, by its name."""
+  return 2 if name == 'out' else 1  # N and H are contracted together
 
 
 def quantise(params: Params) -> Params:
-  """A decoder with Quantised matrices, its table included; norms stay as they are.
+  """Returns a decoder's parameters with Quantised matrices and table; norms stay as they are.
 
-  A scale is the largest absolute value of its channel over 127, so that an entry is off by half a
+  A scale is the largest absolute value of its channel, over 127. The error of an entry is half a
   scale at most.
 
   Args:
-    params: of a decoder, boxed with logical axes or not.
+    params: parameters of a decoder, boxed with logical axes or not.
   """
   return _quantise_tree(params, inputs=1)
 
@@ -260,7 +265,7 @@ def _quantise_tree(params: Params, inputs: int) -> Params:
     elif name == 'table':
       quantised[name] = _quantise_matrix(child, (-1,))
     elif name == 'w':
-      first = 1 - nn.unbox(child).ndim  # behind the axis of layers
+      first = 1 - nn.unbox(child).ndim  # after the axis of layers
       quantised[name] = _quantise_matrix(child, tuple(range(first, first + inputs)))
     else:
       quantised[name] = child

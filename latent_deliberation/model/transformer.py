@@ -1,4 +1,8 @@
-"""The stack of blocks. One call serves every pass: prefill, coprocessor, second pass, decoding."""
+"""The transformer: L blocks of attention and feed-forward, scanned over stacked weights.
+
+One call serves every pass: prefill, coprocessor, second pass and decoding. attention = 'plain' runs
+model/attention.py and model/rotary.py, 'fused' the kernels in model/kernels.
+"""
 
 import importlib
 from types import ModuleType
@@ -10,7 +14,7 @@ from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from latent_deliberation.array_types import Array, Rows, RowTokens, typed
+from latent_deliberation.array_types import Array, Float, Int, Rows, RowTokens, typed
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import attention, rotary
 from latent_deliberation.model.attention import (
@@ -22,43 +26,44 @@ from latent_deliberation.model.attention import (
 from latent_deliberation.model.layers import FeedForward, LowRank, Projection, RMSNorm
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-# Results inside of a block that have a name, so that a policy may keep them.
+# Names of results inside a block, by which a policy may keep them.
 _NAMED = ('queries', 'keys', 'values', 'feed_forward_out')
 _policies = jax.checkpoint_policies
 
-# What the backward pass keeps of a block beside its input: everything; nothing; what costs most to
-# compute for each byte (for a Gemma-2 2B a third of what 'dots' keeps); every matrix product.
+# What the backward pass keeps of a block, besides its input.
 REMAT_POLICIES = {
-    'none': None,
+    'none': None,  # no recomputation: everything is kept
     'full': _policies.nothing_saveable,
+    # What costs most to compute for each byte; for Gemma-2 2B, a third of the bytes of 'dots'.
     'mid': _policies.save_only_these_names(*_NAMED, *FUSED_RESULTS),
+    # Every matrix product.
     'dots': _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
         _policies.save_only_these_names(*FUSED_RESULTS)),
 }
 
-ATTENTIONS = ('plain', 'fused')  # the same functions, computed in two ways
+ATTENTIONS = ('plain', 'fused')  # two computations of the same functions
 
 
 def _fused_kernels() -> ModuleType:
-  """The fused functions; imported only where they are asked for, since a CPU needs no Pallas."""
+  """Returns the fused functions, imported lazily, because plain attention needs no Pallas."""
   return importlib.import_module('latent_deliberation.model.kernels.fused_attention')
 
 
 @struct.dataclass
 class LayerTraits:
-  """What distinguishes local and global layers; as arrays, so that both are one scanned body.
+  """The differences of local and global layers, as arrays: one scanned body serves both kinds.
 
   Attributes:
-    window: [] int32, keys that a query sees, its own included.
-    frequencies: [H / 2] float32, of the rotary embedding.
+    window: number of keys that a query sees, with its own; one number, or one for each layer.
+    frequencies: [H / 2] or [L, H / 2], of the rotary embedding.
   """
-  window: Array
-  frequencies: Array
+  window: Int[Array, '...']
+  frequencies: Float[Array, '... half']
 
 
 def layer_traits(config: TransformerConfig) -> LayerTraits:
-  """Traits of the L layers, stacked; the window of a global layer is past any position."""
+  """Returns the traits of the L layers, stacked. A global layer's window exceeds any position."""
   c = config
   local_base = c.rope_base if c.rope_local_base is None else c.rope_local_base
   traits = {
@@ -73,8 +78,10 @@ class Attention(nn.Module):
   """Grouped-query attention with rotary positions, over a cache and over the fresh tokens.
 
   Attributes:
-    fused: attention and rotary embedding by kernels, and products as these want them; see
-      `layers.multiply`.
+    config: architecture.
+    lora: low-rank adapters of the projections; None for none.
+    fused: whether kernels compute attention and rotary embedding. Projections then keep the axes
+      of x; see `layers.multiply`.
   """
   config: TransformerConfig
   lora: LowRank | None = None
@@ -106,7 +113,7 @@ class Attention(nn.Module):
     queries = nn.with_logical_constraint(queries, axes)
     queries, keys, values = map(checkpoint_name, (queries, keys, values), _NAMED[:3])
 
-    # A cache may be kept in another dtype than the one this pass computes in.
+    # The cache may have another dtype than this pass.
     cache = cache and cache.replace(
         keys=cache.keys.astype(x.dtype), values=cache.values.astype(x.dtype))
     mixed = attend(queries, keys, values, positions, mask_spec, traits.window, cache,
@@ -120,10 +127,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
   """x + norm(attention(norm(x))), then x + norm(feed-forward(norm(x))).
 
-  The outer norms are absent where the config has no post_norms.
+  The outer norms are absent if the config has no post_norms.
 
   Attributes:
-    fused: as in Attention, and activations in rows.
+    config, lora: as in Attention.
+    fused: as in Attention; x is then row-major in memory, too.
   """
   config: TransformerConfig
   lora: LowRank | None = None
@@ -154,11 +162,12 @@ class Transformer(nn.Module):
   """L blocks, scanned over stacked weights, and the final norm.
 
   Attributes:
-    config: sizes.
-    lora: low-rank adapters on every projection, in the collection 'lora'.
-    remat: what the backward pass keeps of a block, a key of REMAT_POLICIES.
-    scan: False unrolls the loop over layers (same weights, same result; longer to compile).
-    attention: how it is computed, one of ATTENTIONS.
+    config: architecture.
+    lora: low-rank adapters on every projection, in the collection 'lora'; None for none.
+    remat: key of REMAT_POLICIES, which says what the backward pass keeps of a block.
+    scan: whether layers are scanned; False unrolls them (same weights and result, slower to
+      compile).
+    attention: computation of attention, one of ATTENTIONS.
   """
   config: TransformerConfig
   lora: LowRank | None = None
@@ -170,13 +179,16 @@ class Transformer(nn.Module):
   @typed
   def __call__(self, x: Rows, positions: RowTokens, mask_spec: AttentionMaskSpec,
                cache: KVCache | None = None) -> tuple[Rows, KeysValues]:
-    """Hidden states of fresh tokens after the final norm, and their keys and values.
+    """Returns the hidden states of fresh tokens after the final norm, and their keys and values.
 
     Args:
-      x: [B, M, Q, D] embeddings.
-      positions: [B, M, Q] rotary positions.
-      mask_spec: what the rows may see.
-      cache: of the same B texts; shared by all M rows of a text, and never changed.
+      x: embeddings.
+      positions: rotary positions.
+      mask_spec: limits on what the rows see.
+      cache: cache of the same B texts, which all M rows of a text share; it stays as it is.
+
+    Raises:
+      UserError: unknown attention; see also kernels.fused_attention.attend_visible.
     """
     if self.attention not in ATTENTIONS:
       raise UserError(f'attention = {self.attention!r}: must be one of {ATTENTIONS}')
@@ -190,8 +202,9 @@ class Transformer(nn.Module):
     )(self.config, self.lora, self.attention == 'fused', name='blocks')
     length = x.shape[2]
     if self.attention == 'fused':
-      # Padded once, in place of every layer's queries, keys and values, and all rows as one: XLA
-      # would lay the tokens of a trace outside of the traces, and turn them for each kernel.
+      # Padding x once saves padding queries, keys and values in every layer. All traces become one
+      # row, because XLA would put the axis of tokens outside that of traces, and transpose both
+      # for each kernel.
       x, positions, mask_spec = _fused_kernels().pad((x, positions, mask_spec))
       x = x.reshape(x.shape[0], 1, -1, x.shape[3])
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
@@ -201,7 +214,7 @@ class Transformer(nn.Module):
     return x[:, :, :length], jax.tree.map(lambda leaf: leaf[:, :, :, :length], fresh)
 
   def _per_layer(self, cache: KVCache | None) -> KVCache | None:
-    """The cache with a layer axis on every leaf, since scan slices all of them."""
+    """Returns the cache with a layer axis on every leaf, because scan slices all of them."""
     if cache is None:
       return None
     tile = lambda leaf: jnp.broadcast_to(leaf, (self.config.num_layers, *leaf.shape))  # noqa: E731

@@ -1,4 +1,4 @@
-"""The architecture of a decoder, and the published sizes by name."""
+"""TransformerConfig, the architecture of a decoder, and PRESETS, the published sizes by name."""
 
 import dataclasses
 
@@ -11,31 +11,31 @@ LAYER_KINDS = ('local', 'global')
 class TransformerConfig:
   """A Gemma-style decoder: grouped-query attention, gated feed-forward, RMS norms.
 
-  The defaults are Gemma 2's. Gemma 1 has global layers only, no caps and no post-norms. Gemma 3
-  (its text part) has no caps, but query-key norms, five local layers to a global one, and a rotary
-  base of its own for each of the two kinds.
+  The defaults are those of Gemma 2. Gemma 1 has only global layers, no caps and no post-norms. The
+  text part of Gemma 3 has query-key norms and no caps. It has five local layers for each global
+  one, and each of the two kinds has its own rotary base.
 
   Attributes:
     vocab_size: V; rows of the embedding, which is also the output head.
-    embed_dim: D, model width.
-    num_layers: L.
-    num_heads: N, query heads.
-    num_kv_heads: K; divides N.
-    head_dim: H; even, since rotary embeddings turn pairs.
+    embed_dim: D, width of the model.
+    num_layers: L, number of blocks.
+    num_heads: N, number of query heads.
+    num_kv_heads: K, number of key and value heads; divides N.
+    head_dim: H, width of a head; even, because rotary embeddings rotate pairs.
     hidden_dim: F, width of each of the two gated feed-forward branches.
     layer_pattern: kinds of the layers, repeated from the first layer on; 'local' sees a sliding
-      window, 'global' everything before it.
-    window: keys that a local layer sees, the query's own included.
+      window, 'global' sees everything before it.
+    window: number of keys that a local layer sees, with the query's own.
     attention_softcap: scores become cap * tanh(scores / cap); None for no cap.
     final_softcap: the same for the output logits.
     query_scale: factor on the queries; None for head_dim ** -0.5.
-    qk_norm: RMS norms on every head's query and key, before they are rotated.
-    post_norms: RMS norms behind attention and feed-forward too, not only before them.
+    qk_norm: whether each head's query and key have RMS norms, before they are rotated.
+    post_norms: whether attention and feed-forward have RMS norms after them, too.
     rope_base: wavelength base of the rotary embedding.
-    rope_local_base: the same on local layers; None where it is rope_base.
-    rope_scaling: factor by which global layers' positions are divided (linear scaling, arXiv
+    rope_local_base: wavelength base on local layers; None for rope_base.
+    rope_scaling: factor that positions are divided by on global layers (linear scaling, arXiv
       2306.15595).
-    norm_epsilon: added to the mean square in every RMS norm.
+    norm_epsilon: number added to the mean square in every RMS norm.
   """
   vocab_size: int
   embed_dim: int
@@ -62,36 +62,36 @@ class TransformerConfig:
                  'hidden_dim', 'window'):
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f'{name} = {value!r}: a decoder needs an integer of at least 1')
+        raise UserError(f'{name} = {value!r} is not an integer of at least 1: set one')
     for name in ('attention_softcap', 'final_softcap', 'query_scale', 'rope_base',
                  'rope_local_base', 'rope_scaling', 'norm_epsilon'):
       value = getattr(self, name)
       if value is None and name not in ('rope_base', 'rope_scaling', 'norm_epsilon'):
         continue
       if not isinstance(value, int | float) or not 0 < value < float('inf'):
-        raise UserError(f'{name} = {value!r}: it must be a finite number above 0')
+        raise UserError(f'{name} = {value!r} is not a finite number above 0: set one')
     if self.num_heads % self.num_kv_heads:
       raise UserError(
           f'num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}: '
-          'every kv head serves the same number of query heads')
+          'each kv head serves the same number of query heads, so change one of the two')
     if self.head_dim % 2:
-      raise UserError(f'head_dim = {self.head_dim} is odd: rotary embeddings turn pairs of it')
+      raise UserError(f'head_dim = {self.head_dim} is odd: set an even number')
     unknown = set(self.layer_pattern) - set(LAYER_KINDS)
     if unknown or not self.layer_pattern:
       raise UserError(
-          f'layer_pattern = {self.layer_pattern}: its entries must be among {LAYER_KINDS}')
+          f'layer_pattern = {self.layer_pattern}: give one or more of {LAYER_KINDS}')
 
   @property
   def layer_kinds(self) -> tuple[str, ...]:
-    """Kind of each of the L layers."""
+    """The kind of each of the L layers."""
     period = len(self.layer_pattern)
     return tuple(self.layer_pattern[i % period] for i in range(self.num_layers))
 
   def last(self, num_layers: int) -> 'TransformerConfig':
-    """The architecture of the last layers alone. ValueError: there are not so many, or none."""
+    """Returns the architecture of the last layers. UserError: there are not that many, or none."""
     if not 0 < num_layers <= self.num_layers:
-      raise UserError(f'num_layers = {num_layers}: a decoder of {self.num_layers} layers has 1 to '
-                       f'{self.num_layers} last ones')
+      raise UserError(f'num_layers = {num_layers}: the decoder has {self.num_layers} layers; set a '
+                      f'number from 1 to {self.num_layers}')
     return dataclasses.replace(
         self, num_layers=num_layers, layer_pattern=self.layer_kinds[-num_layers:])
 
@@ -145,8 +145,8 @@ PRESETS = {
 
 
 def find_preset(name: str) -> TransformerConfig:
-  """A published size by name. Raises: UserError with the names that there are."""
+  """Returns the preset of a name. UserError: there is none; the message lists the names."""
   if name not in PRESETS:
     raise UserError(f'{name!r} is neither a directory nor a preset; presets are '
-                     f'{", ".join(PRESETS)}')
+                    f'{", ".join(PRESETS)}')
   return PRESETS[name]

@@ -1,7 +1,9 @@
-"""Weights of a decoder, in and out: our own format, Hugging Face directories, Google's orbax.
+"""Loads and saves the weights of a decoder: native, Hugging Face and Google checkpoints.
 
   config, params = weights.load('gemma-2-2b', dtype=jnp.float32)
   logits, cache = Decoder(config).apply({'params': params}, tokens)
+
+`_open` decides the format of a directory. Each format is a module of model/checkpoints.
 """
 
 import dataclasses
@@ -17,8 +19,8 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Params, PyTree
-from latent_deliberation.errors import UserError
-from latent_deliberation.files import whole_directory
+from latent_deliberation.errors import MissingError, UserError
+from latent_deliberation.files import explain_failed_write, whole_directory
 from latent_deliberation.model.checkpoints import google, hugging_face, native
 from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.safetensors_io import SafetensorsSource
@@ -36,21 +38,21 @@ from latent_deliberation.model.checkpoints.source import (
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-FORMATS = ('native', 'huggingface')  # that can be written
+FORMATS = ('native', 'huggingface')  # of `save`; 'google' can only be read
 TOKENIZER = 'tokenizer.model'
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A decoder on disk, of which names and shapes have been read.
+  """A decoder on disk. Names and shapes of its tensors are known; its weights are not read yet.
 
   Attributes:
-    directory: where it lies.
+    directory: directory of the checkpoint.
     format: 'native', 'huggingface' or 'google'.
-    config: the architecture.
-    source: the tensors that are there.
-    fingerprint: of the weights as stored; '' where the format does not tell.
-    vocabulary: hash of the vocabulary of the training text; '' where it is not known.
+    config: architecture.
+    source: tensors of the checkpoint.
+    fingerprint: fingerprint of the weights as stored; '' if the format has none.
+    vocabulary: hash of the vocabulary of the training text; '' if unknown.
   """
   directory: Path
   format: str
@@ -65,42 +67,42 @@ class Checkpoint:
 
   @property
   def tokenizer(self) -> Path | None:
-    """The SentencePiece model beside the weights, where there is one."""
-    # The gemma library's downloads hold the checkpoint and its tokenizer side by side.
+    """Path of the SentencePiece model in the directory; None if there is none."""
+    # Google's downloads have the tokenizer next to the directory of the checkpoint.
     around = [self.directory.parent] if self.format == 'google' else []
     paths = (place / TOKENIZER for place in (self.directory, *around))
     return next(filter(Path.is_file, paths), None)
 
   @property
   def left_out(self) -> list[str]:
-    """Tensors that are no part of the decoder, such as those of a vision tower."""
+    """Names of tensors of other parts than the decoder, such as a vision tower."""
     return [name for name in self.source.tensors if name not in self._expected]
 
   def check(self) -> None:
-    """Raises UserError where the tensors are not those of the config; names all of them."""
+    """Raises UserError if tensors differ from those of the config; the message lists them all."""
     check_tensors(self.source, self._expected, self._padded, self._is_foreign)
 
   def load(self, shardings: Callable[[PyTree], PyTree] | None = None,
            dtype: DTypeLike | None = None) -> Params:
-    """The parameters; values that are not finite are warned of by path.
+    """Returns the parameters. Logs a warning for each that has values that are not finite.
 
     Args:
-      shardings: maps boxed shapes to shardings, onto which tensors are read directly, so that a
-        host holds its share and one tensor more; default is the first device.
-      dtype: what to keep the weights in; default as stored.
+      shardings: function from boxed shapes to shardings. Tensors are read straight onto them: a
+        host holds its share and one tensor more. Default: the first device.
+      dtype: dtype of the parameters; default as stored.
 
     Raises:
-      UserError: see `check`; or the tensors are damaged.
+      UserError: see `check`; or tensors are damaged, or the dtype is not one of READABLE.
     """
     if dtype is not None and str(jnp.dtype(dtype)) not in READABLE:
-      raise UserError(f'dtype {dtype!r}: weights are kept in one of {READABLE}')
+      raise UserError(f'dtype = {dtype!r}: set one of {READABLE}')
     self.check()
     boxed = boxed_shapes(self.config)
     placed = (shardings or on_first_device)(boxed)
     flat = traverse_util.flatten_dict(
         self._read(traverse_util.flatten_dict(placed, sep='/')), sep='/')
     for path, leaf in flat.items():
-      if dtype is not None:  # one at a time, so that there are never two of all
+      if dtype is not None:  # one at a time, to hold only one leaf in both dtypes
         flat[path] = leaf.astype(dtype)
       if not _is_finite(flat[path]):
         logging.warning('%s: %s has values that are not finite (NaN or infinity) in %s',
@@ -113,42 +115,45 @@ def _is_finite(leaf: Array) -> Array:
   return jnp.isfinite(leaf).all()
 
 
-def load(path: str | Path, dtype: DTypeLike | None = None,
+def load(directory: str | Path, dtype: DTypeLike | None = None,
          shardings: Callable[[PyTree], PyTree] | None = None,
          config: TransformerConfig | None = None) -> tuple[TransformerConfig, Params]:
-  """A decoder's architecture and its parameters; see `open_checkpoint` and `Checkpoint.load`."""
-  checkpoint = open_checkpoint(path, config)
+  """Returns a decoder's architecture and parameters.
+
+  Arguments and errors are those of `open_checkpoint` and `Checkpoint.load`.
+  """
+  checkpoint = open_checkpoint(directory, config)
   return checkpoint.config, checkpoint.load(shardings, dtype)
 
 
-def open_checkpoint(path: str | Path, config: TransformerConfig | None = None) -> Checkpoint:
-  """A decoder on disk, in any format that we read, without reading its weights.
+def open_checkpoint(directory: str | Path, config: TransformerConfig | None = None) -> Checkpoint:
+  """Opens a decoder of any format, without reading its weights.
 
   Args:
-    path: a directory.
-    config: the architecture, which an orbax checkpoint of sizes that no preset has does not tell.
+    directory: directory of the decoder.
+    config: architecture that the decoder must have; default the stored one. A Google checkpoint
+      needs it if no preset has its sizes.
 
   Raises:
-    UserError: there is no decoder.
-    UserError: what is there is damaged, pickled, or of an architecture that we do not have, or
-      not of `config`.
+    UserError: there is no decoder, or it is damaged, pickled, of an unsupported architecture or of
+      another one than `config`.
   """
-  checkpoint = _open(Path(path).absolute(), config)
+  checkpoint = _open(Path(directory).absolute(), config)
   if config is not None and checkpoint.config != config:
-    there, here = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
-    lines = [f'  decoder.{key}: {there[key]!r} there, {here[key]!r} in the config'
-             for key in there if there[key] != here[key]]
-    raise UserError('\n'.join([f'the decoder in {path} is another one:', *lines,
-                                'Change the config, or give the decoder that it means.']))
+    stored, wanted = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
+    lines = [f'  decoder.{key}: {stored[key]!r} in the checkpoint, {wanted[key]!r} in the config'
+             for key in stored if stored[key] != wanted[key]]
+    raise UserError('\n'.join([f'the decoder in {directory} differs from the config:', *lines,
+                               'Change the config, or give another decoder.']))
   return checkpoint
 
 
 def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
-  """The checkpoint in a directory, by what is in it."""
+  """Decides the format of a checkpoint by the files in its directory, and opens it."""
+  if directory.is_file():
+    raise UserError(f'{directory} is a file: give its directory')
   if not directory.is_dir():
-    raise UserError(
-        f'{directory} is ' + ('a file: give the directory that it lies in' if directory.exists()
-                              else 'not there: give the directory of a decoder'))
+    raise MissingError(f'{directory} does not exist: give the directory of a decoder')
   if (directory / native.DESCRIPTION).is_file():
     return _open_native(directory)
   if is_orbax(directory):
@@ -156,13 +161,13 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
   if (directory / hugging_face.CONFIG).is_file() or list(directory.glob('*.safetensors*')):
     return _open_hugging_face(directory)
   inner = [child for child in sorted(directory.iterdir()) if child.is_dir() and is_orbax(child)]
-  if len(inner) == 1:  # the library's downloads put the tokenizer beside the checkpoint
+  if len(inner) == 1:  # Google's downloads have the checkpoint in a folder next to the tokenizer
     return _open_google(inner[0], config)
   refuse_pickles(directory)
-  raise UserError(
+  raise MissingError(
       f'{directory} holds no decoder: neither {native.DESCRIPTION}, which launch/pretrain.py '
-      f'writes to <workdir>/decoder, nor {hugging_face.CONFIG} and safetensors (Hugging '
-      'Face), nor an orbax checkpoint (Google)')
+      f'writes to <workdir>/decoder, nor {hugging_face.CONFIG} and safetensors (Hugging Face), '
+      'nor an orbax checkpoint (Google). Give the directory of a decoder')
 
 
 def _open_native(directory: Path) -> Checkpoint:
@@ -198,26 +203,28 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
 
 def save(directory: str | Path, config: TransformerConfig, params: Params, vocabulary: str = '',
          format: str = 'native', tokenizer: Path | None = None) -> None:
-  """Writes a decoder, whole or not at all, every bit as it is.
+  """Writes a decoder bit by bit. After an error, nothing is left of it.
 
   Args:
-    vocabulary: hash of the vocabulary that it was trained with; kept by our own format.
+    directory: new directory.
+    config: architecture.
+    params: parameters of that architecture.
+    vocabulary: hash of the vocabulary of the training text; only the native format keeps it.
     format: one of FORMATS.
-    tokenizer: a SentencePiece model to lay beside the weights.
+    tokenizer: path of a SentencePiece model to copy into the directory; default none.
 
   Raises:
-    UserError: `directory` exists already; nothing is overwritten.
-    UserError: an unknown format, an architecture that the format cannot describe, or parameters
-      of another architecture.
+    UserError: `directory` exists or cannot be written; or the format is unknown or cannot describe
+      the architecture; or the parameters are those of another architecture.
   """
   if format not in FORMATS:
-    raise UserError(f'format {format!r}: a decoder is written as one of {FORMATS}')
+    raise UserError(f'format = {format!r}: set one of {FORMATS}')
   given = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}
   lines = shape_differences(given, native.shapes(config))
   if lines:
-    raise UserError('\n'.join(['these parameters are not of this config:', *lines,
-                                'Give the config that they were made with.']))
-  with whole_directory(Path(directory)) as partial:
+    raise UserError('\n'.join(['the parameters differ from the config:', *lines,
+                               'Give the config that they were made with.']))
+  with whole_directory(Path(directory)) as partial, explain_failed_write(Path(directory)):
     if tokenizer is not None and jax.process_index() == 0:
       shutil.copyfile(tokenizer, partial / TOKENIZER)
     if format == 'native':

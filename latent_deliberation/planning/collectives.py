@@ -1,4 +1,7 @@
-"""What chips send each other: along which mesh axis, how much, how long, and whether they wait."""
+"""Collectives of a compiled step: mesh axis, bytes, seconds, and how many of them are exposed.
+
+A collective is an exchange between chips. Its seconds are exposed where no computation hides them.
+"""
 
 import collections
 import dataclasses
@@ -13,8 +16,9 @@ from latent_deliberation.planning.program import Instruction, Program, array_byt
 from latent_deliberation.planning.topology import Topology
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-HOP_SECONDS = 1e-6  # that a message needs from a chip to its neighbour
+HOP_SECONDS = 1e-6  # of a message from a chip to its neighbour
 
+# The three ways in which XLA writes groups of devices.
 _LISTED = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}')
 _IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]"
@@ -24,15 +28,18 @@ _CHANNEL = re.compile(r'channel_id=(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """Attributes:
+  """One exchange between chips, which a step runs once or more.
+
+  Attributes:
     kind: one of KINDS.
-    axis: mesh axes over which it goes, joined by '+'.
-    bytes: of the whole array that a chip ends with, or begins with (reduce-scatter), each time.
-    count: times in a step.
-    overlapped: computation goes on meanwhile.
-    seconds: all times together; None where the links are unknown.
-    exposed_seconds: those of them in which the chip computes nothing.
-    op_name: the call of ours that it comes from.
+    axis: mesh axes that it goes along, joined by '+'.
+    bytes: size of the whole array that a chip ends with, or begins with (reduce-scatter), each
+      time.
+    count: runs in a step.
+    overlapped: whether computation goes on meanwhile.
+    seconds: time of all runs; None if the links are unknown.
+    exposed_seconds: part of `seconds` in which the chip computes nothing.
+    op_name: name in our code that XLA keeps with it.
   """
   kind: str
   axis: str
@@ -46,13 +53,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """A collective in an instruction, or one of several that carry it on.
+  """One of the instructions that make up a collective.
 
   Attributes:
-    place: of the instruction in the schedule.
+    place: index of the instruction in the schedule.
     kind: one of KINDS.
-    is_async: computation goes on meanwhile.
-    collective: itself.
+    is_async: whether computation goes on meanwhile.
+    collective: the collective itself, which may be fused into the instruction.
   """
   place: int
   kind: str
@@ -61,11 +68,11 @@ class _Part:
 
 
 def find_collectives(program: Program, mesh: Mesh, topology: Topology) -> list[Collective]:
-  """All of a step's, those that take longest first.
+  """Returns all collectives of a step, longest first.
 
-  An asynchronous one is a row of fusions that share its channel, or a pair of start and done; what
-  is scheduled from its first to its last hides it, as far as that takes as long. Messages at the
-  same time are taken to have the links to themselves.
+  An asynchronous collective is a series of fusions with one channel, or a start and a done. The
+  instructions scheduled from its first to its last hide it, for as long as they take. Each
+  collective is assumed to have the links to itself.
   """
   found = []
   for name, times in program.runs.items():
@@ -78,9 +85,11 @@ def find_collectives(program: Program, mesh: Mesh, topology: Topology) -> list[C
 
 def _by_channel(program: Program, instructions: Sequence[Instruction]
                 ) -> Mapping[str, list[_Part]]:
+  """Groups the instructions of each collective, in the order of the schedule."""
   channels = collections.defaultdict(list)
   starts = {}
   for place, instruction in enumerate(instructions):
+    # A done belongs to the start that it reads.
     begun = instruction.operands[0] if instruction.operands else ''
     if instruction.opcode.endswith('-done') and begun in starts:
       key = starts[begun]
@@ -96,7 +105,7 @@ def _by_channel(program: Program, instructions: Sequence[Instruction]
 
 def _collectives_in(program: Program, instruction: Instruction
                     ) -> Iterator[tuple[Instruction, str, bool]]:
-  """(collective, kind, is asynchronous) of an instruction, or of those fused into it."""
+  """Yields (collective, kind, is asynchronous) of an instruction and of those fused into it."""
   callees = () if instruction.opcode == 'call' else instruction.called('calls')
   inside = [instruction, *(part for callee in callees for part in program.computations[callee])]
   is_async = instruction.opcode.startswith('async') or any(
@@ -110,11 +119,12 @@ def _collectives_in(program: Program, instruction: Instruction
 
 def _describe(parts: Sequence[_Part], meanwhile: Sequence[Instruction], times: int, mesh: Mesh,
               topology: Topology) -> Collective:
+  """Returns one collective; `meanwhile` is what is scheduled between its parts."""
   first, is_async = parts[0], any(part.is_async for part in parts)
   collective = first.collective
   groups = read_groups(collective.attributes, mesh.size)
   sizes = array_bytes(collective.shape)
-  # The result of a start holds its operands as well.
+  # The result of a start contains its operands, too.
   whole = max(sizes) if collective.opcode.endswith('-start') else sum(sizes)
   if collective.opcode == 'reduce-scatter':
     whole *= len(groups[0])
@@ -129,12 +139,16 @@ def _describe(parts: Sequence[_Part], meanwhile: Sequence[Instruction], times: i
 
 
 def read_groups(attributes: str, num_devices: int) -> np.ndarray:
-  """Devices, by their place in the mesh, that exchange with each other, int [groups, devices].
+  """Returns groups of devices that exchange with each other, as int [groups, devices].
 
-  Of a collective-permute, the (source, target) pairs.
+  A device is its index in the mesh. For a collective-permute these are (source, target) pairs.
+
+  Args:
+    attributes: attributes of the instruction, as XLA prints them.
+    num_devices: devices of the mesh.
 
   Raises:
-    ValueError: XLA writes them in a way that is unknown here.
+    UserError: the groups are written in an unknown form.
   """
   listed, iota, named = (form.search(attributes) for form in (_LISTED, _IOTA, _NAMED))
   if listed:
@@ -150,8 +164,8 @@ def read_groups(attributes: str, num_devices: int) -> np.ndarray:
     return devices.reshape(-1, int(np.prod(devices.shape[-len(inside):])))
   if 'replica_groups={}' in attributes:
     return np.arange(num_devices)[None]
-  raise UserError(f'no replica groups that are known here in {attributes[:200]!r}: '
-                   'latent_deliberation.planning reads the programs of jax 0.10')
+  raise UserError(f'replica groups are written in an unknown form in {attributes[:200]!r}. The '
+                  'planner reads programs of jax 0.10: install that version.')
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -164,19 +178,21 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
 
 
 def _axes_of(groups: np.ndarray, mesh: Mesh) -> list[str]:
-  """Mesh axes along which the devices of some group differ."""
+  """Returns the mesh axes along which the devices of some group differ."""
   places = np.stack(np.unravel_index(groups, tuple(mesh.shape.values())))
   differ = (places != places[..., :1]).any(axis=(1, 2))
   return [axis for axis, differs in zip(mesh.axis_names, differ, strict=True) if differs]
 
 
 def _seconds(kind: str, whole: int, group: np.ndarray, mesh: Mesh, topology: Topology) -> float:
-  """Of one exchange by rings over the physical axes that a group spans, all of them at once.
+  """Returns the time of one run, over all physical axes that a group spans at once.
 
-  Each chip of a ring sends both ways; on an open row the last chip's share passes every link, so
-  that it takes twice as long. Formulas: https://jax-ml.github.io/scaling-book/sharding.
+  Each chip of a ring sends both ways. An open row takes twice as long, since the share of its last
+  chip passes every link. Formulas: https://jax-ml.github.io/scaling-book/sharding.
   """
   chip = topology.chip
+
+  # Chips of the group along each physical axis, and whether these close to a ring.
   places = np.array([mesh.devices.flat[device].coords for device in group])[:, :len(topology.shape)]
   lengths = [len(np.unique(column)) for column in places.T]
   spanned = [axis for axis, length in enumerate(lengths) if length > 1]
@@ -186,6 +202,8 @@ def _seconds(kind: str, whole: int, group: np.ndarray, mesh: Mesh, topology: Top
             for axis in spanned]
   if kind == 'collective-permute':
     return max(HOP_SECONDS, whole / chip.link_bandwidth)
+
+  # Whatever takes longer: the hops of a small message, or the bytes of a large one.
   hops = sum(lengths[axis] // (2 if ring else 1)
              for axis, ring in zip(spanned, closed, strict=True))
   bandwidth = sum(chip.link_bandwidth * (2 if ring else 1) for ring in closed)

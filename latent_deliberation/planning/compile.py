@@ -1,4 +1,4 @@
-"""Compiles the train step for machines that are not there, and says what it would take on them."""
+"""Compiles the train step for a TPU slice, without a TPU, and plans its memory and time."""
 
 import dataclasses
 import itertools
@@ -19,9 +19,9 @@ from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.models import build_deliberator
-from latent_deliberation.planning import memory as memories
 from latent_deliberation.planning.collectives import find_collectives
 from latent_deliberation.planning.cost_plots import plot_plans
+from latent_deliberation.planning.memory import Memory, divide_memory, shard_bytes
 from latent_deliberation.planning.plan import (
   DOES_NOT_FIT,
   ESTIMATE,
@@ -42,21 +42,22 @@ from latent_deliberation.training.run import Run
 from latent_deliberation.training.step import LossFn
 from latent_deliberation.training.train import describe_training
 
-# The compiler refuses in two ways, before it assigns memory and afterwards.
+# The compiler refuses a step that is too large before it assigns memory, or afterwards.
 _NEEDED = re.compile(r'\(([\d.]+)([KMG])\) exceeds available HBM|Used ([\d.]+)([KMG]) of .* hbm')
 
 
 def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[MeshConfig],
                   rule_sets: Sequence[Mapping[str, Sequence[str]]], output: Path) -> list[Plan]:
-  """Plans the step of launch/train.py on every mesh under every set of rules.
+  """Plans the step of launch/train.py on each mesh under each set of rules.
 
-  What cannot be sharded is found before anything is compiled; `output` is written after each plan.
+  All shardings are checked before anything is compiled. `output` is written after each plan.
 
   Args:
-    topology: see `planning.topology.find_topology`.
-    meshes: none for that of the experiment.
-    rule_sets: changes of the experiment's rules, each; none for no change.
-    output: JSON of a plan, or of a list of them with a CSV and a PNG beside it.
+    experiment: the experiment to plan.
+    topology: machine to plan for; see `planning.topology.find_topology`.
+    meshes: meshes to plan; empty for the experiment's mesh.
+    rule_sets: changes of the experiment's rules, one set a plan; empty for no change.
+    output: JSON file for one plan, or for a list of plans with a CSV and a PNG next to it.
 
   Raises:
     UserError: a mesh or a rule does not suit the topology or the sizes.
@@ -69,7 +70,7 @@ def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[M
   runs = [describe_run(variant, topology) for variant in variants]
   plans = []
   for number, run in enumerate(runs, 1):
-    logging.info('compiling %d of %d: mesh %s on %s; a pod takes minutes', number, len(runs),
+    logging.info('compiling %d of %d: mesh %s on %s. A pod takes minutes.', number, len(runs),
                  dict(run.mesh.shape), topology.name)
     plans.append(plan_step(run, topology))
     logging.info('%s: %.0f s, %.2f GB a chip', name_mesh(plans[-1]), plans[-1].compile_seconds,
@@ -79,10 +80,10 @@ def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[M
 
 
 def describe_run(experiment: Experiment, topology: Topology) -> Run:
-  """The run of launch/train.py with shapes in the place of weights, its sizes checked.
+  """Returns the run of launch/train.py, with shapes instead of weights.
 
   Raises:
-    UserError: they do not suit the topology.
+    UserError: the sizes of the experiment do not suit the topology.
   """
   mesh = make_mesh(experiment.mesh, topology.devices)
   run = describe_training(experiment, Path(), mesh)
@@ -91,6 +92,7 @@ def describe_run(experiment: Experiment, topology: Topology) -> Run:
 
 
 def _write(plans: Sequence[Plan], are_several: bool, output: Path) -> None:
+  """Writes one plan as JSON, or several as JSON, CSV and PNG."""
   records = [dataclasses.asdict(plan) for plan in plans]
   content = records if are_several else records[0]
   write_json(output, content)
@@ -102,23 +104,27 @@ def _write(plans: Sequence[Plan], are_several: bool, output: Path) -> None:
 
 def plan_step(run: Run, topology: Topology,
               objective: Callable[[Deliberator, int], LossFn] = augmentation) -> Plan:
-  """Lowers and compiles the step of a run, and reads the program that comes out.
+  """Compiles the step of a run, and reads the plan from the compiled program.
 
   Args:
-    run: with shapes in the place of weights.
-    topology: that its mesh is of.
-    objective: (deliberator, loss_chunk) -> the loss of a step.
+    run: a run with shapes instead of weights.
+    topology: machine of its mesh.
+    objective: function of (deliberator, loss_chunk) that returns the loss of a step.
   """
   experiment, mesh, chip = run.experiment, run.mesh, topology.chip
   settings = experiment.training
+
+  # The arguments of the step, which are in memory all the time.
   step = run.make_step(objective(build_deliberator(experiment),
                                  experiment.computation.loss_chunk), run.frozen_shapes)
   batch = batch_shapes(experiment, mesh)
   arguments = {
-      'frozen': memories.shard_bytes(run.frozen_shapes),
-      'trainable': memories.shard_bytes(run.abstract.params),
-      'optimizer': memories.shard_bytes(run.abstract.opt_state),
-      'batch': memories.shard_bytes(batch)}
+      'frozen': shard_bytes(run.frozen_shapes),
+      'trainable': shard_bytes(run.abstract.params),
+      'optimizer': shard_bytes(run.abstract.opt_state),
+      'batch': shard_bytes(batch)}
+
+  # The compiler gives a program, or the bytes that a step would need and the chip does not have.
   begun = time.monotonic()
   lowered = step.lower(run.abstract, batch)
   try:
@@ -126,15 +132,17 @@ def plan_step(run: Run, topology: Topology,
   except jax.errors.JaxRuntimeError as error:
     compiled, needed = None, _needed_bytes(error)
   seconds = time.monotonic() - begun
+
+  # Memory, collectives and time of that program.
   flops = settings.batch_size / mesh.size * traces_flops(
       experiment.decoder, experiment.deliberation, experiment.data.length)
   times, found, operations, unknown = Times(), [], [], ()
   if compiled is None:
-    rest = max(needed - sum(arguments.values()), 0)
-    memory = memories.Memory(**arguments, activations=0, temporary=rest, peak=needed)
+    temporary = max(needed - sum(arguments.values()), 0)
+    memory = Memory(**arguments, activations=0, temporary=temporary, peak=needed)
   else:
     program = parse(compiled.as_text())
-    memory = memories.measure(compiled, program, arguments)
+    memory = divide_memory(compiled, program, arguments)
     found, unknown = find_collectives(program, mesh, topology), program.loops_of_unknown_length
     if chip:
       times = estimate_times(program, found, chip, flops)
@@ -160,14 +168,14 @@ def plan_step(run: Run, topology: Topology,
 
 
 def batch_shapes(experiment: Experiment, mesh: Mesh) -> Batch:
-  """Shapes and shardings of a training batch."""
+  """Returns shapes and shardings of a training batch."""
   leaf = jax.ShapeDtypeStruct((experiment.training.batch_size, experiment.data.length), jnp.int32,
                               sharding=batch_sharding(mesh, experiment.rules))
   return Batch(leaf, leaf, leaf)
 
 
 def _needed_bytes(error: jax.errors.JaxRuntimeError) -> int:
-  """What the compiler says that a step needs; any other of its errors is raised again."""
+  """Returns the bytes that a step needs by the compiler's error; raises any other error again."""
   found = _NEEDED.search(str(error))
   if found is None:
     raise error

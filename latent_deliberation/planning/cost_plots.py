@@ -1,4 +1,4 @@
-"""What things cost, drawn: speed against others, and plans of a training step."""
+"""Plots of costs: speed of inference and of a train step, and plans of a train step."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +13,17 @@ from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
 
 
 def plot_speed(result: Mapping[str, Any], path: Path) -> None:
-  """Speed of inference over that of transformers, and what an augmentation costs.
+  """Draws the speed of inference against transformers, and the cost of an augmentation.
 
   Args:
-    result: of `benchmark_inference.benchmark`.
-    path: of the PNG.
+    result: result of `inference_speed.benchmark`.
+    path: PNG to write.
   """
   figure = Figure(figsize=(11, 5), layout='constrained')
   FigureCanvasAgg(figure)
   speed, cost = figure.subplots(1, 2)
+
+  # Left: ratios of speed, two bars a case.
   cases = list(result['decode_ratio_vs_transformers'])
   for name, colour, side in (('decode', COLOURS['own'], -0.2), ('prefill', COLOURS['zero'], 0.2)):
     ratios = result[f'{name}_ratio_vs_transformers']
@@ -32,6 +34,8 @@ def plot_speed(result: Mapping[str, Any], path: Path) -> None:
   speed.set_xticks(range(len(cases)), [case.replace('_batch', '\nbatch ') for case in cases])
   speed.set_ylabel('tokens/s over those of transformers')
   speed.legend(frameon=False)
+
+  # Right: decode steps that an augmentation takes.
   costs = result['augmentation_in_decode_steps']
   names = [case.replace('_batch', ', batch ').replace('_latents', ', ') for case in costs]
   cost.barh(names, list(costs.values()), color=COLOURS['constant'])
@@ -46,11 +50,11 @@ def plot_speed(result: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_step_ratios(result: Mapping[str, Any], path: Path) -> None:
-  """How many times as long others take for what ours computes.
+  """Draws the time of the others over the time of ours.
 
   Args:
-    result: of `benchmark_step.benchmark`.
-    path: of the PNG.
+    result: result of `step_speed.benchmark`.
+    path: PNG to write.
   """
   bars = [(f'{other}: {case.replace("_", " and ")}', ratio, COLOURS[colour])
           for kind, colour in (('step', 'own'), ('decoder', 'zero'))
@@ -69,11 +73,11 @@ def plot_step_ratios(result: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_plans(named: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-  """Estimated seconds and memory of several plans, a bar each.
+  """Draws estimated seconds and memory of several plans, a bar each.
 
   Args:
-    named: plans by name, as in a plan.json; seconds are missing where there is no estimate.
-    path: of the PNG.
+    named: plans by name, as in a plan.json; seconds are None without an estimate.
+    path: PNG to write.
   """
   names, plans = list(named), list(named.values())
   figure = Figure(figsize=(11, 1.6 + 0.5 * len(plans)), layout='constrained')
@@ -93,7 +97,7 @@ def plot_plans(named: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def _draw_bars(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
-  """Horizontal bars of stacked parts, the first name on top."""
+  """Draws horizontal bars of stacked parts, the first name on top."""
   left = np.zeros(len(names))
   for (part, sizes), colour in zip(parts.items(), (*COLOURS.values(), '#E69F00'), strict=False):
     axes.barh(names, sizes, left=left, color=colour, label=part)

@@ -1,4 +1,4 @@
-"""What lies in a chip's memory: arguments by what they are, activations, temporaries."""
+"""Memory of a chip during a step, by purpose: arguments, activations and temporaries."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from latent_deliberation.array_types import PyTree
 from latent_deliberation.planning.program import Instruction, Program, array_bytes
 
 _INDEX = re.compile(r'index=(\d+)')
-# What gives its operand another name, or writes into it.
+# Instructions whose result is the buffer of their operand.
 _IN_PLACE = ('bitcast', 'optimization-barrier', 'dynamic-update-slice', 'while')
 
 
@@ -20,10 +20,10 @@ class Memory:
   """Bytes on one chip.
 
   Attributes:
-    frozen, trainable, optimizer, batch: arguments of the step, which lie there all the time.
-    activations: alive where the backward pass begins, beside the arguments.
+    frozen, trainable, optimizer, batch: arguments of the step, which are there all the time.
+    activations: buffers alive when the backward pass begins, without the arguments.
     temporary: the rest of the peak.
-    peak: most that there is at a time, as the compiler allocates it.
+    peak: largest memory at one time, as the compiler allocates it.
   """
   frozen: int
   trainable: int
@@ -35,7 +35,7 @@ class Memory:
 
   @property
   def state(self) -> int:
-    """What lies there whatever the batch: weights, and what the optimiser remembers."""
+    """Bytes that do not depend on the batch: weights and the optimiser's state."""
     return self.frozen + self.trainable + self.optimizer
 
   @property
@@ -47,31 +47,31 @@ class Memory:
 
 
 def shard_bytes(tree: PyTree) -> int:
-  """Of the shards of arrays, or of shapes with shardings, that one device holds."""
+  """Returns the bytes that one device holds of a tree of arrays, or of shapes with shardings."""
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
              for leaf in jax.tree.leaves(tree))
 
 
-def measure(compiled: jax.stages.Compiled, program: Program,
-            arguments: Mapping[str, int]) -> Memory:
-  """The parts of a compiled step's memory.
+def divide_memory(compiled: jax.stages.Compiled, program: Program,
+                  arguments: Mapping[str, int]) -> Memory:
+  """Returns the parts of a compiled step's memory.
 
   Args:
-    compiled: the step.
-    program: the same, parsed.
+    compiled: the compiled step.
+    program: the same step, parsed.
     arguments: bytes on a chip of 'frozen', 'trainable', 'optimizer' and 'batch'.
   """
   peak = compiled.memory_analysis().peak_memory_in_bytes
-  rest = max(peak - sum(arguments.values()), 0)
-  activations = min(activation_bytes(program), rest)
-  return Memory(**arguments, activations=activations, temporary=rest - activations, peak=peak)
+  others = max(peak - sum(arguments.values()), 0)
+  activations = min(activation_bytes(program), others)
+  return Memory(**arguments, activations=activations, temporary=others - activations, peak=peak)
 
 
 def activation_bytes(program: Program) -> int:
-  """Bytes alive in HBM where the first loop of the backward pass begins; 0 without such a loop.
+  """Returns the bytes alive in HBM when the first loop of the backward pass begins.
 
-  Buffers are followed through tuples and loops, which pass them on without copying. The schedule
-  that XLA prints is the one that is run.
+  It is 0 without such a loop. Tuples and loops pass buffers on without copying, so buffers are
+  followed through them. XLA prints instructions in the order in which they run.
   """
   most = 0
   for name in program.runs:
@@ -84,8 +84,8 @@ def activation_bytes(program: Program) -> int:
 
 
 def _alive_bytes(instructions: list[Instruction], place: int) -> int:
-  """Bytes of buffers that are written before `place` and read there or later."""
-  # For each instruction, the buffers of its result: (name, number in the tuple).
+  """Returns the bytes of buffers that are written before `place` and read there or later."""
+  # Instruction -> buffers of its result, each as (name, index in the tuple).
   buffers: dict[str, list[tuple[str, int]]] = {}
   sizes: dict[tuple[str, int], int] = {}
   alive = set()
@@ -93,10 +93,12 @@ def _alive_bytes(instructions: list[Instruction], place: int) -> int:
     operands = [buffers[name] for name in instruction.operands if name in buffers]
     if index >= place:
       alive.update(buffer for operand in operands for buffer in operand if buffer in sizes)
+
+    # The buffers of its result: other instructions' buffers, or new ones.
     made = array_bytes(instruction.shape, hbm_only=True)
     if instruction.opcode == 'parameter':
       buffers[instruction.name] = [(instruction.name, number) for number in range(len(made))]
-      continue  # arguments, which are counted as such
+      continue  # they are arguments, and are not activations
     if instruction.opcode == 'get-tuple-element':
       buffers[instruction.name] = [
           operands[0][int(_INDEX.search(instruction.attributes)[1])]] if operands else []
@@ -105,7 +107,7 @@ def _alive_bytes(instructions: list[Instruction], place: int) -> int:
     elif instruction.opcode in _IN_PLACE and operands:
       buffers[instruction.name] = operands[0]
     elif instruction.opcode == 'copy-done':
-      buffers[instruction.name] = operands[0][:1]  # of (target, source, ...)
+      buffers[instruction.name] = operands[0][:1]  # the first of (target, source, ...)
     else:
       buffers[instruction.name] = [(instruction.name, number) for number in range(len(made))]
       if index < place:

@@ -1,4 +1,4 @@
-"""A plan of one training step on one mesh: does it fit, how long does it take, and why."""
+"""The plan of a train step on one mesh: whether it fits, its estimated time, and the reasons."""
 
 import collections
 import dataclasses
@@ -12,26 +12,31 @@ from latent_deliberation.planning.program import Instruction, Program
 from latent_deliberation.planning.topology import Chip
 
 ESTIMATE = (
-    "The compiler's cycles, loops multiplied out, over the clock (a kernel of ours counts by the "
-    'operations and bytes that it states), and the collectives that no computation hides, by their '
-    'bytes over the links. Left out: contention of collectives with each other and with memory, '
-    'operations that the compiler gives no cycles, host input, checkpoints, evaluation. Nothing '
-    'was run.')
+    "An estimate; nothing was run. Compute is the compiler's cycles over the clock, with every "
+    'run of a loop. Our kernels count by the operations and bytes that they state. Exposed '
+    'collectives count by their bytes over the links. Left out: contention of collectives with '
+    'each other and with memory, operations without cycles, host input, checkpoints, evaluation.')
 NO_ESTIMATE = ('Virtual CPU devices have no clock, no links and no memory of their own: only a TPU '
                'topology gives seconds.')
-DOES_NOT_FIT = "TPU's compiler gives no program for what does not fit, and so no seconds."
-ONE_SLICE = (' All chips are taken to lie in one slice: collectives over replica count at the '
-             'speed of its links, and the network between slices is slower.')
-NUM_OPERATIONS = 16
-MOST_TIMES = 64  # as many chips that are still advised
-REMATS = ('none', 'dots', 'mid', 'full')  # by what they keep, most first
-# Parts of an op_name that tell nothing of the model.
+DOES_NOT_FIT = 'No seconds: the compiler for TPUs gives no program for a step that does not fit.'
+ONE_SLICE = (' All chips are assumed to be in one slice. The network between slices is slower than '
+             'its links, so collectives over replica will take longer.')
+NUM_OPERATIONS = 16  # largest ones that a plan lists
+MOST_TIMES = 64  # largest factor on the chips that is advised
+REMATS = ('none', 'dots', 'mid', 'full')  # the one that keeps most first
+# Parts of an op_name that are not modules of the model.
 _UNTOLD = ('jit(step)', 'while', 'body', 'closed_call', 'checkpoint', 'transformer', 'blocks')
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-  """Attributes: what: part of the model; seconds: all runs together; count: runs in a step."""
+  """A part of the model, or a kind of instruction, with its time.
+
+  Attributes:
+    what: name of the part.
+    seconds: time of all runs in a step.
+    count: runs in a step.
+  """
   what: str
   seconds: float
   count: int
@@ -39,26 +44,30 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Attributes:
-    topology: its name.
+  """The plan of one train step on one mesh.
+
+  Attributes:
+    topology: name of the topology.
     mesh: devices along each axis.
     rules: logical axis -> mesh axes.
     settings: keys of the experiment that change time or memory, with their values.
-    fits: into the memory of the chip; None where that is unknown.
-    hbm_bytes_per_chip: most that a step holds at a time.
-    hbm_capacity: of the chip.
-    memory: the same bytes by what they are.
-    remedy: what would make it fit; '' where it does.
-    model_flops_per_chip: of the architecture, one step; nothing computed twice counts twice.
-    estimated_step_seconds: compute and exposed collectives; see `estimate`.
-    compute_seconds, exposed_seconds, overlapped_seconds: of computation, and of collectives.
-    mfu: model FLOPs over what the chip could do in the estimated time.
-    mfu_without_collectives: the same over compute_seconds.
-    estimate: what the seconds are, or why there are none.
-    collectives: those of a step, longest first.
-    operations: those that take longest.
-    unknown_loops: loops of unknown length, counted as one run.
-    compile_seconds: on this machine.
+    fits: whether the step fits into the memory of the chip; None if that is unknown.
+    hbm_bytes_per_chip: largest memory of a step at one time.
+    hbm_capacity: memory of the chip; None if unknown.
+    memory: hbm_bytes_per_chip by purpose.
+    remedy: changes that would make the step fit; '' if it fits.
+    model_flops_per_chip: operations of the architecture in a step; recomputation does not count.
+    estimated_step_seconds: compute_seconds and exposed_seconds.
+    compute_seconds: time of computation.
+    exposed_seconds: time of collectives that no computation hides.
+    overlapped_seconds: time of collectives that computation hides.
+    mfu: model FLOPs over the FLOPs that the chip could do in the estimated time.
+    mfu_without_collectives: the same for compute_seconds.
+    estimate: explanation of the seconds, or the reason why there are none.
+    collectives: collectives of a step, longest first.
+    operations: operations that take longest.
+    unknown_loops: loops of unknown length, which count as one run.
+    compile_seconds: time of the compilation on this machine.
   """
   topology: str
   mesh: Mapping[str, int]
@@ -85,7 +94,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-  """Attributes: see the attributes of the same names of `Plan`."""
+  """The times of a plan; see the attributes of the same names of `Plan`."""
   estimated_step_seconds: float | None = None
   compute_seconds: float | None = None
   exposed_seconds: float | None = None
@@ -96,10 +105,13 @@ class Times:
 
 def estimate_times(program: Program, found: Sequence[Collective], chip: Chip,
                    model_flops: float) -> Times:
-  """What a step takes on a chip.
+  """Returns the estimated times of a step on a chip.
 
   Args:
-    model_flops: of one chip and step.
+    program: the compiled step.
+    found: collectives of the step.
+    chip: the chip.
+    model_flops: operations of the architecture for one chip and step.
   """
   compute = sum(times * operation_seconds(instruction, chip) for instruction, times in program)
   exposed = sum(row.exposed_seconds for row in found)
@@ -111,7 +123,10 @@ def estimate_times(program: Program, found: Sequence[Collective], chip: Chip,
 
 
 def operation_seconds(instruction: Instruction, chip: Chip) -> float:
-  """Of one run: by the compiler's cycles, or by what a kernel's author states; 0 without either."""
+  """Returns the seconds of one run, by the compiler's cycles or by the cost that a kernel states.
+
+  They are 0 without either.
+  """
   if instruction.cycles is not None:
     return instruction.cycles / chip.clock
   if instruction.opcode == 'custom-call' and instruction.kernel_cost:
@@ -121,7 +136,7 @@ def operation_seconds(instruction: Instruction, chip: Chip) -> float:
 
 
 def largest_operations(program: Program, chip: Chip) -> list[Operation]:
-  """The parts of the model that take longest, all of their instructions together."""
+  """Returns the parts of the model that take longest, each with all of its instructions."""
   seconds, counts = collections.Counter(), collections.Counter()
   for instruction, times in program:
     once = operation_seconds(instruction, chip)
@@ -134,20 +149,21 @@ def largest_operations(program: Program, chip: Chip) -> list[Operation]:
 
 
 def _name_part(instruction: Instruction) -> str:
-  """The module and the pass that an instruction belongs to: its op_name without loops and calls."""
+  """Returns module and pass of an instruction: its op_name without loops and calls."""
   parts = [part for part in instruction.op_name.split('/')[:-1] if part not in _UNTOLD]
   return '/'.join(parts) or instruction.op_name or instruction.opcode
 
 
 def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
            texts_per_chip: int) -> str:
-  """What is too large, and which settings would make it fit, by arithmetic; '' where it fits.
+  """Returns the largest part of a step that does not fit, and settings that would help, or ''.
 
   Args:
-    memory: of the step as it is.
+    memory: memory of the step as planned.
     capacity: bytes of a chip.
-    remat, accumulation: as they are set.
-    texts_per_chip: of a microbatch.
+    remat: `computation.remat` of the plan.
+    accumulation: `training.accumulation` of the plan.
+    texts_per_chip: texts of a microbatch on a chip.
   """
   if memory.peak <= capacity:
     return ''
@@ -155,25 +171,28 @@ def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
           f'is {memory.largest} ({getattr(memory, memory.largest) / 1e9:.1f} GB).')
   if memory.state > capacity:
     factor = -(-memory.state // int(capacity))
-    return (f'{over} Weights and optimiser alone need {memory.state / 1e9:.1f} GB: remat and '
-            f'accumulation do not help; shard them {factor} times as far, over more chips or by a '
-            'larger mesh.fsdp or mesh.tensor.')
+    return (f'{over} Weights and optimiser alone need {memory.state / 1e9:.1f} GB. Neither remat '
+            f'nor accumulation helps. Use {factor} times as many shards: more chips, or a larger '
+            'mesh.fsdp or mesh.tensor.')
+
+  # Remat keeps less; accumulation divides what a microbatch needs.
   work = memory.peak - memory.state
   less = REMATS[REMATS.index(remat) + 1:]
   ways = [f'computation.remat={" or ".join(less)} keeps less of a block'] if less else []
-  # Summed gradients live from one microbatch to the next.
+  # With accumulation, summed gradients live from one microbatch to the next.
   room = capacity - memory.state - memory.trainable
   factors = [factor for factor in range(2, texts_per_chip + 1) if texts_per_chip % factor == 0
              and work / factor <= room]
   if factors:
     ways.append(f'training.accumulation={accumulation * factors[0]} divides what a microbatch '
                 f'needs by {factors[0]}')
-  # A larger fsdp divides weights, and the texts of a microbatch as far as there are several.
+
+  # A larger fsdp divides weights, and the texts of a microbatch if there are several.
   more = next((factor for factor in range(2, MOST_TIMES + 1)
                if memory.state / factor + work / math.gcd(factor, texts_per_chip) <= capacity), 0)
   if more:
     ways.append(f'{more} times as many chips in mesh.fsdp, with the same batch')
   if not ways:
-    return (f'{over} Neither remat, accumulation nor more chips would help: lower data.length, '
-            'deliberation.num_traces or num_latents.')
-  return f'{over} These would help, by arithmetic: ' + '; '.join(ways) + '.'
+    return (f'{over} Neither remat, accumulation nor more chips would help. Lower data.length, '
+            'deliberation.num_traces or deliberation.num_latents.')
+  return f'{over} Any of these would help, by arithmetic: ' + '; '.join(ways) + '.'

@@ -1,4 +1,4 @@
-"""The optimised program as XLA prints it: what runs, how often, with the compiler's estimates."""
+"""Reads a compiled program from XLA's text: its instructions, runs and estimated cycles."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from latent_deliberation.errors import UserError
 
-# Where the digits in a type's name are not its bits.
+# Types whose names do not contain their number of bits.
 ITEM_BYTES = {'pred': 1, 'token': 0}
 
 _HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -27,8 +27,9 @@ class Instruction:
   """One line of a computation.
 
   Attributes:
-    name, opcode: of the instruction.
-    shape: of its result, as printed: an array, or a tuple in parentheses.
+    name: its name, unique in the program.
+    opcode: its operation, such as 'fusion'.
+    shape: shape of its result, as printed: an array, or a tuple in parentheses.
     operands: names of the instructions that it reads.
     attributes: the rest of the line.
   """
@@ -40,40 +41,42 @@ class Instruction:
 
   @property
   def cycles(self) -> int | None:
-    """The compiler's estimate, None where it makes none."""
+    """Cycles of one run by the compiler's estimate; None without an estimate."""
     found = _CYCLES.search(self.attributes)
     return int(found[1]) if found else None
 
   @property
   def op_name(self) -> str:
-    """The call of ours that it comes from; '' where XLA does not say."""
+    """Name in our code that XLA keeps with the instruction; '' if it keeps none."""
     found = _OP_NAME.search(self.attributes)
     return found[1] if found else ''
 
   @property
   def kernel_cost(self) -> tuple[int, int] | None:
-    """(operations, bytes) that the author of a kernel gave with it."""
+    """(operations, bytes) that a kernel states as its cost; None if it states none."""
     found = _COST.search(self.attributes)
     return (int(found[1]), int(found[2])) if found else None
 
   def called(self, attribute: str) -> tuple[str, ...]:
-    """Names of the computations that an attribute such as 'calls' or 'body' holds."""
+    """Returns the names of computations in an attribute such as 'calls' or 'body'."""
     found = re.search(rf'\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)', self.attributes)
     return tuple(_NAME.findall(found[1])) if found else ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Attributes:
-    computations: instructions of each, in the order in which they are scheduled.
-    entry: name of the one that runs first.
+  """An optimised HLO module.
+
+  Attributes:
+    computations: name -> instructions, in the order of the schedule.
+    entry: name of the computation that runs first.
   """
   computations: Mapping[str, Sequence[Instruction]]
   entry: str
 
   @functools.cached_property
   def runs(self) -> Mapping[str, int]:
-    """How often each computation runs in a step; those inside of fusions are left out."""
+    """Number of runs of each computation in a step. Those inside fusions are left out."""
     runs = collections.Counter()
     todo = [(self.entry, 1)]
     while todo:
@@ -92,9 +95,10 @@ class Program:
     return runs
 
   def trips(self, loop: Instruction) -> int | None:
-    """How often a loop's body runs: what XLA knows, or the bound that its counter is compared with.
+    """Returns the number of runs of a loop's body, or None if it is unknown.
 
-    A scan counts from 0 in steps of 1. None where neither is there.
+    XLA may know it. Otherwise it is the bound of the loop's counter, since a scan counts from 0 in
+    steps of 1.
     """
     known = _TRIPS.search(loop.attributes)
     if known:
@@ -108,12 +112,12 @@ class Program:
 
   @property
   def loops_of_unknown_length(self) -> tuple[str, ...]:
-    """Loops whose body is counted as one run."""
+    """Names of loops of unknown length, whose body counts as one run."""
     return tuple(instruction.name for instruction, _ in self
                  if instruction.opcode == 'while' and self.trips(instruction) is None)
 
   def __iter__(self) -> Iterator[tuple[Instruction, int]]:
-    """Each instruction that runs, with how often it does."""
+    """Yields each instruction that runs, with its number of runs."""
     for name, times in self.runs.items():
       for instruction in self.computations[name]:
         yield instruction, times
@@ -123,7 +127,7 @@ def parse(text: str) -> Program:
   """Reads the text of an optimised HLO module.
 
   Raises:
-    UserError: it is none.
+    UserError: the text is not an HLO module.
   """
   computations, entry, current = {}, None, None
   for line in text.splitlines():
@@ -136,15 +140,16 @@ def parse(text: str) -> Program:
       current = None
     elif _LINE.match(line):
       current.append(line)
-    elif current:  # the metadata of a kernel spans several lines, braces among them
+    elif current:  # a kernel's metadata spans several lines
       current[-1] += line
   if entry is None:
-    raise UserError(f'this is no HLO module, for it has no ENTRY: {text[:60]!r}')
+    raise UserError(f'not an HLO module, since it has no ENTRY: {text[:60]!r}')
   return Program({name: [_parse_instruction(*_LINE.match(line).groups()) for line in lines]
                   for name, lines in computations.items()}, entry)
 
 
 def _parse_instruction(name: str, rest: str) -> Instruction:
+  """Splits 'SHAPE OPCODE(OPERANDS), ATTRIBUTES'; a constant's value is its attributes."""
   end = _closing(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
   shape, rest = rest[:end], rest[end:].lstrip()
   opening = rest.index('(')
@@ -157,21 +162,21 @@ def _parse_instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-  """Index of the parenthesis that closes the one at `opening`."""
+  """Returns the index of the parenthesis that closes the one at `opening`."""
   depth = 0
   for index in range(opening, len(text)):
     depth += {'(': 1, ')': -1}.get(text[index], 0)
     if depth == 0:
       return index
-  raise UserError(f'a parenthesis is never closed: {text[:80]!r}')
+  raise UserError(f'not an HLO module, since a parenthesis is never closed: {text[:80]!r}')
 
 
 def array_bytes(shape: str, hbm_only: bool = False) -> list[int]:
-  """Bytes of each array of a shape, without the padding of tiles that are not full.
+  """Returns the bytes of each array of a shape, without the padding of partly filled tiles.
 
   Args:
-    shape: as printed, of an array or a tuple.
-    hbm_only: what lies in one of a TPU's inner memories counts 0.
+    shape: shape of an array or a tuple, as printed.
+    hbm_only: whether an array in one of a TPU's inner memories counts as 0 bytes.
   """
   sizes = []
   for kind, dimensions, layout in _ARRAY.findall(shape):

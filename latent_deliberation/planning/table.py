@@ -1,4 +1,4 @@
-"""Plans as people read them: one in full, several side by side."""
+"""Plans as text: one in full, several as a table."""
 
 import collections
 import csv
@@ -9,37 +9,43 @@ from typing import Any
 
 from latent_deliberation.planning.plan import Plan
 
-_ROWS = 12
+_ROWS = 12  # of collectives that are printed
 
 
 def describe(plan: Plan) -> str:
-  """One plan, in full."""
+  """Returns one plan in full."""
   memory = dataclasses.asdict(plan.memory)
   peak = memory.pop('peak')
   fits = {True: 'fits', False: 'DOES NOT FIT', None: 'unknown whether it fits'}[plan.fits]
   capacity = f' of {plan.hbm_capacity / 1e9:.1f} GB' if plan.hbm_capacity else ''
   settings = ', '.join(f'{name}={value}' for name, value in plan.settings.items() if value != '')
+
+  # Memory.
   lines = [
       f'{plan.topology}, mesh {name_mesh(plan)}: {fits}', f'({settings})', '',
       f'Memory of a chip: {_size(peak)}{capacity}',
       *(f'  {name:<12}{_size(size):>12}' for name, size in memory.items()),
       *([plan.remedy] if plan.remedy else []), '',
-      f'Model FLOPs of a chip and step: {plan.model_flops_per_chip / 1e12:.3g} T']
+      f'Model FLOPs a chip and step: {plan.model_flops_per_chip / 1e12:.3g} T']
+
+  # Time, where there is an estimate.
   if plan.estimated_step_seconds is not None:
     lines += [
         f'Estimated step: {plan.estimated_step_seconds:.3g} s = {plan.compute_seconds:.3g} s '
-        f'compute + {plan.exposed_seconds:.3g} s exposed collectives; '
-        f'{plan.overlapped_seconds:.3g} s of collectives are hidden',
+        f'compute + {plan.exposed_seconds:.3g} s exposed collectives',
+        f'Hidden collectives: {plan.overlapped_seconds:.3g} s',
         f'Model-FLOPs utilisation: {plan.mfu:.1%} ({plan.mfu_without_collectives:.1%} without '
         'collectives)']
   lines += [f'({plan.estimate})']
   if plan.unknown_loops:
-    lines.append(f'Loops of unknown length, counted as one run: {", ".join(plan.unknown_loops)}')
+    lines.append(f'Loops of unknown length count as one run: {", ".join(plan.unknown_loops)}')
+
+  # The largest parts of that time.
   if plan.collectives:
     lines += ['', f'{"collective":<20}{"axis":<18}{"":<12}{"count":>7}{"bytes":>12}{"seconds":>10}'
               f'{"exposed":>10}', *_sum_collectives(plan)]
   if plan.operations:
-    lines += ['', 'Largest operations, seconds of a step:']
+    lines += ['', 'Largest operations, in seconds a step:']
     lines += [f'  {operation.seconds:8.4f}  x{operation.count:<6} {operation.what}'
               for operation in plan.operations]
   lines.append(f'\nCompiled in {plan.compile_seconds:.0f} s.')
@@ -51,6 +57,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _sum_collectives(plan: Plan) -> list[str]:
+  """Returns a line for each kind, axis and overlap, with sums over a step."""
   groups = collections.defaultdict(list)
   for row in plan.collectives:
     groups[row.kind, row.axis, row.overlapped].append(row)
@@ -67,12 +74,12 @@ def _sum_collectives(plan: Plan) -> list[str]:
 
 
 def name_mesh(plan: Plan) -> str:
-  """Such as 'replica=1,data=16,fsdp=16,tensor=1'."""
+  """Returns a name such as 'replica=1,data=16,fsdp=16,tensor=1'."""
   return ','.join(f'{axis}={size}' for axis, size in plan.mesh.items())
 
 
 def flatten(plan: Plan) -> dict[str, Any]:
-  """The numbers of a plan, one level deep, for a table of several."""
+  """Returns the numbers of a plan, one level deep, as a row of a table."""
   row = {'topology': plan.topology, **plan.mesh, **plan.settings,
          **{f'rule_{name}': '+'.join(axes) for name, axes in plan.rules.items()}}
   for field in dataclasses.fields(Plan):
@@ -83,7 +90,7 @@ def flatten(plan: Plan) -> dict[str, Any]:
 
 
 def write_csv(plans: Sequence[Plan]) -> bytes:
-  """A row a plan."""
+  """Returns a CSV with a row a plan."""
   rows = [flatten(plan) for plan in plans]
   columns = list(dict.fromkeys(column for row in rows for column in row))
   text = io.StringIO()
@@ -94,7 +101,7 @@ def write_csv(plans: Sequence[Plan]) -> bytes:
 
 
 def compare(plans: Sequence[Plan]) -> str:
-  """Several plans, a line each, numbered as in the plot; settings that all share are left out."""
+  """Returns a line a plan, numbered as in the plot, without the settings that all plans share."""
   rows = [flatten(plan) for plan in plans]
   fixed = ('topology', *plans[0].mesh)
   differing = [key for key in rows[0] if key in plans[0].settings or key.startswith('rule_')

@@ -1,4 +1,4 @@
-"""Machines to plan for: TPU slices that nobody here owns, and virtual CPU devices."""
+"""Machines to plan for: TPU slices, which need not exist here, and virtual CPU devices."""
 
 import dataclasses
 import importlib.util
@@ -21,16 +21,16 @@ _CUBIC = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8'
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a chip can do at most, as its maker publishes it, or its compiler says.
+  """The limits of a chip, as published or as its compiler reports them.
 
   Attributes:
     flops: bfloat16 operations a second.
-    hbm_bytes: memory that a program may use; the compiler refuses one that needs more.
-    hbm_bandwidth: bytes a second.
-    clock: cycles a second, of the cycles that the compiler estimates.
+    hbm_bytes: memory for a program; the compiler refuses a program that needs more.
+    hbm_bandwidth: bytes a second from its memory.
+    clock: cycles a second; the compiler's estimates are in cycles.
     link_bandwidth: bytes a second over one link to a neighbour, one way.
-    ring: an axis of the slice closes to a ring where its chips are a multiple of this.
-    shapes: slices that are offered.
+    ring: an axis of a slice closes to a ring if its number of chips is a multiple of this.
+    shapes: shapes of the slices that are offered.
   """
   flops: float
   hbm_bytes: float
@@ -41,10 +41,10 @@ class Chip:
   shapes: tuple[str, ...]
 
 
-# https://cloud.google.com/tpu/docs (v5e, v5p, v6e) for operations and bandwidth of memory; its
-# bytes are what libtpu 0.0.42 calls available when it refuses a program. What a link gives one way
-# is from https://jax-ml.github.io/scaling-book/tpus, somewhat less than is published there. At
-# these clocks all of a chip's multipliers make its peak.
+# Operations and memory bandwidth: https://cloud.google.com/tpu/docs (v5e, v5p, v6e). Bytes: what
+# libtpu 0.0.42 reports as available when it refuses a program. Links, one way:
+# https://jax-ml.github.io/scaling-book/tpus, a little below the published bandwidth. Clocks: those
+# at which all multipliers of a chip reach its published peak.
 CHIPS = {
     'v5e': Chip(197e12, 15.75 * 2**30, 819e9, 1.5e9, 45e9, 16, _FLAT),
     'v5p': Chip(459e12, 95.74 * 2**30, 2765e9, 1.75e9, 90e9, 4, _CUBIC),
@@ -54,10 +54,12 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Attributes:
-    name: as it was given, such as 'v5e:16x16'.
-    devices: to compile for; abstract ones of a TPU slice, or virtual ones of this CPU.
-    chip: None for virtual devices, of which nothing is known but their number.
+  """A machine to plan for.
+
+  Attributes:
+    name: name that the user gave, such as 'v5e:16x16'.
+    devices: devices to compile for: abstract ones of a TPU slice, or virtual ones of this CPU.
+    chip: limits of its chips; None for virtual devices.
   """
   name: str
   devices: Sequence[Any]
@@ -65,22 +67,22 @@ class Topology:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Chips along each physical axis; (N,) where there are no links."""
+    """Chips along each physical axis; (N,) for virtual devices, which have no links."""
     if self.chip is None:
       return (len(self.devices),)
     return tuple(int(size) for size in re.findall(r'\d+', self.name.split(':')[1]))
 
 
 def prepare(name: str, recipe: Path) -> None:
-  """Sets what jax and libtpu read when they start; to be called before there are devices.
+  """Sets what jax and libtpu read when they start. Call it before jax has devices.
 
   Args:
-    name: of the topology.
-    recipe: environment that training runs in. The compiler gets its LIBTPU_INIT_ARGS, so that a
-      plan is of the program that would run, unless this environment has some already.
+    name: name of the topology.
+    recipe: file with the environment of training. The compiler gets the same LIBTPU_INIT_ARGS as
+      training, unless this process has the variable already.
 
   Raises:
-    UserError: the name is none of a topology.
+    UserError: there is no such topology.
   """
   flags = re.search(r'^LIBTPU_INIT_ARGS=(.*)$', recipe.read_text(), re.MULTILINE)
   os.environ.setdefault('LIBTPU_INIT_ARGS', flags[1])
@@ -89,29 +91,32 @@ def prepare(name: str, recipe: Path) -> None:
     if not shape.isdecimal() or int(shape) < 1:
       raise UserError(f'--topology={name}: {_explain()}')
     jax.config.update('jax_num_cpu_devices', int(shape))
-  jax.config.update('jax_platforms', _CPU)  # libtpu is there to compile, and finds no TPU
+  jax.config.update('jax_platforms', _CPU)  # libtpu only compiles here
 
 
 def find_topology(name: str) -> Topology:
-  """The devices of 'v5e:16x16', 'v5p:4x4x8', 'v6e:16x16', ..., or 'cpu:8'; see `prepare`.
+  """Returns the topology of a name: 'v5e:16x16', 'v5p:4x4x8', 'v6e:16x16' or 'cpu:8', for instance.
+
+  `prepare` comes first.
 
   Raises:
-    UserError: there is no such topology; those that there are are listed.
+    UserError: there is no such topology; the message lists all.
     UserError: libtpu is not installed, or this process has fewer virtual devices.
   """
   kind, _, shape = name.partition(':')
   if kind == _CPU and shape.isdecimal():
     devices = jax.devices(_CPU)
     if not 1 <= int(shape) <= len(devices):
-      raise UserError(f'{name}: this process has {len(devices)} virtual CPU devices; it would '
-                         'have to be started with more')
+      raise UserError(f'{name}: this process has {len(devices)} virtual CPU devices. Start it '
+                      'with more.')
     return Topology(name, devices[:int(shape)], None)
   if kind not in CHIPS or shape.count('x') != CHIPS[kind].shapes[0].count('x'):
     raise UserError(f'--topology={name}: {_explain()}')
   if importlib.util.find_spec('libtpu') is None:
-    raise UserError(f"--topology={name} needs TPU's compiler, libtpu, which is not installed: "
-                       "pip install -e '.[tpu]', or plan on virtual devices, --topology=cpu:8")
-  # One process compiles beside another, and none asks a metadata server what machine this is.
+    raise UserError(f'--topology={name} needs libtpu, the compiler for TPUs, which is not '
+                    "installed: pip install -e '.[tpu]', or plan on virtual devices with "
+                    '--topology=cpu:8')
+  # Several processes may compile, and no metadata server is asked about this machine.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   try:
@@ -123,5 +128,5 @@ def find_topology(name: str) -> Topology:
 
 def _explain() -> str:
   known = '\n'.join(f'  {kind}: {", ".join(chip.shapes)}' for kind, chip in CHIPS.items())
-  return ('a topology is a chip, a colon and the shape of the slice, such as v5e:16x16, or cpu:8 '
-          f'for eight virtual devices. Slices that are offered:\n{known}')
+  return ('a topology is CHIP:SHAPE, such as v5e:16x16, or cpu:8 for eight virtual devices. '
+          f'Shapes that are offered:\n{known}')

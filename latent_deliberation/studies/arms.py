@@ -1,11 +1,10 @@
-"""The arms of a study as its report has them: what they cost, scores, diagnostics."""
+"""The arms of a study as its report shows them: costs, scores and diagnostics."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latent_deliberation.deliberation import flops
-from latent_deliberation.deliberation.flops import head_flops
 from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN, AheadNLL
 from latent_deliberation.experiment import TrainingConfig
 from latent_deliberation.paths import METRICS_FILE
@@ -20,9 +19,9 @@ class ScoredRun:
   """One arm with one seed.
 
   Attributes:
-    trained: parameters that learnt.
-    total: parameters in use.
-    scores: by control.
+    trained: number of trained parameters.
+    total: number of parameters in use.
+    scores: scores by control.
   """
   trained: int
   total: int
@@ -44,11 +43,12 @@ def describe_frozen(study: Study, run: ScoredRun, scorer: QuestionScorer | TextS
 
 def describe_chain(study: Study, frozen: Arm, scorer: QuestionScorer, outcomes: Outcomes,
                    tokens: float) -> Arm:
-  """The frozen decoder again, behind chains of its own, of so many tokens on average."""
+  """The frozen decoder that answers after its own chain, of this many tokens on average."""
   answer = flops.answer_flops(study.experiment.decoder, scorer.prompt + tokens, scorer.answer)
+  chain = tokens * flops.head_flops(study.experiment.decoder)
   return dataclasses.replace(
       frozen, kind=f'decoder with its own chain, {tokens:.0f} tokens', outcomes=(outcomes,),
-      flops_per_token=(answer + tokens * head_flops(study.experiment.decoder)) / scorer.answer)
+      flops_per_token=(answer + chain) / scorer.answer)
 
 
 def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
@@ -57,12 +57,16 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
   """An arm and its controls, by their names in the report.
 
   Args:
-    runs: with each seed of the study.
-    seconds: of each.
+    study: the study.
+    name: name of the arm.
+    runs: the run of each seed.
+    scorer: scorer of the study.
+    seconds: wall-clock time of each run.
   """
   experiment, learns = study.variant(name, study.seeds[0]), study.arms[name].learns
   model, config, settings = experiment.decoder, experiment.deliberation, experiment.training
   texts, length = settings.loop.num_steps * settings.batch_size, experiment.data.length
+  # Tuned decoders cost what the decoder costs; arms with latents also make and read latents.
   answer = flops.answer_flops(model, scorer.prompt, scorer.answer)
   training = flops.text_flops(model, length, config.lora_rank if learns == 'lora' else 0)
   if learns in (LATENTS, 'joint'):
@@ -70,7 +74,7 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
     training = flops.traces_flops(model, config, length, tuned=learns == 'joint')
   kind = f'{config.trainable} {config.latents} latents' if learns == LATENTS else learns
   arms = {}
-  for control in (BASELINE, OWN, *CONTROLS):  # as the report shows them
+  for control in (BASELINE, OWN, *CONTROLS):  # the order of the report
     if control not in runs[0].scores:
       continue
     label = name if control in (OWN, BASELINE) else control_name(name, control)
@@ -83,7 +87,7 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
 
 
 def _describe_budget(study: Study, settings: TrainingConfig) -> str:
-  """Whether an arm has the steps and texts of the study; operations stand beside it."""
+  """Whether an arm has the steps and texts of the study; the report also shows its operations."""
   common = study.experiment.training
   same = (settings.loop.num_steps, settings.batch_size) == (
       common.loop.num_steps, common.batch_size)
@@ -92,10 +96,10 @@ def _describe_budget(study: Study, settings: TrainingConfig) -> str:
 
 
 def read_diagnostics(workdir: Path) -> list[dict[str, float]]:
-  """What a run logged about its latents and their content, by step.
+  """Reads what a run logged about its latents and their content, by step.
 
   Args:
-    workdir: of the run.
+    workdir: work directory of the run.
   """
   wanted, rows = {'validation/content': 'content'}, []
   for row in read_metrics(workdir / METRICS_FILE):
@@ -107,6 +111,6 @@ def read_diagnostics(workdir: Path) -> list[dict[str, float]]:
 
 
 def _scored(scores: Sequence[Outcomes] | Sequence[AheadNLL]) -> dict[str, tuple]:
-  """The field of Arm that scores of this kind belong to."""
-  kind = 'outcomes' if isinstance(scores[0], Outcomes) else 'text'
-  return {kind: tuple(scores)}
+  """The field of Arm that holds scores of this kind."""
+  field = 'outcomes' if isinstance(scores[0], Outcomes) else 'text_scores'
+  return {field: tuple(scores)}

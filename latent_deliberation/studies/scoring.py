@@ -1,4 +1,7 @@
-"""How a study scores an arm: on questions with one right answer, or on text by ahead position."""
+"""Scores the arms of a study: on questions with one right answer, or on text by ahead position.
+
+A study of questions may also score chains of thought that the frozen decoder writes by itself.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +23,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import open_held_out, score_traces
 from latent_deliberation.evaluation.perplexity import BASELINE, AheadNLL, arm_states
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.passes import Prompts
 from latent_deliberation.inference.session import DecodingOptions, generate
 from latent_deliberation.inference.tokenizer import BYTES, open_tokenizer
@@ -34,51 +37,18 @@ from latent_deliberation.studies.synthetic.question import Question, Task
 from latent_deliberation.studies.synthetic.word_problems import ANSWER
 
 
-def write_chains(generator: Generator, prompts: Prompts, sign: Sequence[int], max_tokens: int,
-                 batch_size: int, eos: int) -> list[list[int]]:
-  """The chain that the decoder writes behind each prompt, and `sign` at its end.
-
-  Args:
-    generator: the plain decoder.
-    prompts: [N] ids.
-    sign: ids that end a chain. Behind one that ends otherwise (by `eos`, which is taken away, or
-      after max_tokens) they are put, so that an answer can be asked for all the same.
-    max_tokens: of a chain.
-    batch_size: prompts at a time, of similar lengths.
-    eos: id that ends a text.
-
-  Raises:
-    UserError: see `generate`.
-  """
-  sign = list(sign)
-  options = DecodingOptions(max_tokens, eos=eos, stop=lambda tokens: list(tokens[-len(sign):]) == sign)
-  order = np.argsort([len(prompt) for prompt in prompts], kind='stable').tolist()
-  chains: list[list[int]] = [[] for _ in prompts]
-  progress = Progress('Writing chains', 'questions', len(prompts))
-  for first in range(0, len(order), batch_size):
-    chosen = order[first:first + batch_size]
-    filler = [chosen[0]] * (batch_size - len(chosen))  # one shape for all batches
-    written = generate(generator, [prompts[number] for number in [*chosen, *filler]], options)
-    for number, completion in zip(chosen, written, strict=False):
-      ended = completion.finish_reason == 'stop'
-      chains[number] = completion.tokens if ended else [
-          *(token for token in completion.tokens if token != eos), *sign]
-    progress.update(first + len(chosen))
-  return chains
-
-
 @struct.dataclass
 class Questions:
   """B questions, each with its answer.
 
   Attributes:
-    text: one document a row, [B, T]; padding behind it.
+    batch: [B, T] one document a row, then padding.
     anchors: int32 [B] index of the last token before the latents.
     start: int32 [B] index of the first token of the answer.
-    end: int32 [B] index behind its last.
+    end: int32 [B] index after the last token of the answer.
     span: A, ahead tokens that reach from any anchor to the end of its answer.
   """
-  text: Batch
+  batch: Batch
   anchors: Array
   start: Array
   end: Array
@@ -87,25 +57,26 @@ class Questions:
 
 def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
                     batch_size: int, offline: bool = False) -> list[Questions]:
-  """Batches of one shape for questions given as ids of context, question and answer.
+  """Packs questions into batches of one shape.
 
   Args:
-    batch_size: B. The last batch is filled up with questions from the start, so that the controls
-      of its own are as in the others; whoever scores has the number of questions.
-    offline: latents come behind the context, before the question is known; otherwise behind it.
+    parts: ids of context, question and answer, for each question.
+    batch_size: B. The last batch is filled up with the first questions, so that its controls are
+      like those of the others. `score_questions` drops these again.
+    offline: put latents after the context and not after the question.
 
   Raises:
-    UserError: there is no question, or one whose latents would come before any token.
+    UserError: there is no question, an answer is empty, or latents would come before any token.
   """
   if not parts:
-    raise UserError('there are no questions: ask for at least 1 of each difficulty')
+    raise UserError('there are no questions: ask at least 1 of each difficulty')
   lengths = np.array([[len(part) for part in question] for question in parts])
   start, end = lengths[:, :2].sum(axis=1), lengths.sum(axis=1)
   anchors = (lengths[:, 0] if offline else start) - 1
   if anchors.min() < 0 or (end <= start).any():
     wrong = int(np.argmax((anchors < 0) | (end <= start)))
     raise UserError(f'question {wrong} has {lengths[wrong].tolist()} tokens of context, question '
-                     'and answer: there must be a token before the latents, and an answer')
+                    'and answer. It needs a token before the latents, and an answer.')
   tokens = np.zeros((len(parts), end.max()), np.int32)
   for row, question in zip(tokens, parts, strict=True):
     ids = np.concatenate([np.asarray(part, np.int32) for part in question])
@@ -123,7 +94,7 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
   return batches
 
 
-# (params, decoder_params, questions) -> {arm: nats of the answers [B], whether they are given [B]}
+# (params, decoder_params, questions) -> {arm: nats of the answers [B], whether they are right [B]}
 Scorer = Callable[[Params, Params, Questions], Mapping[str, tuple[Array, Array]]]
 
 
@@ -131,11 +102,15 @@ def make_question_scorer(deliberator: Deliberator, arms: Sequence[str], *, loss_
                          mesh: Mesh, rules: Mapping[str, Sequence[str]], delay: int = 0) -> Scorer:
   """Compiles the scoring of one batch under several arms.
 
-  An answer counts as given when each of its tokens is the likeliest behind those before it: greedy
+  An answer is right if each of its tokens is the likeliest one after the tokens before it: greedy
   decoding would write it.
 
   Args:
-    arms: 'frozen' (the decoder alone) and names of controls.ARMS.
+    deliberator: decoder and coprocessor.
+    arms: 'frozen' (the decoder alone) and names of perplexity.ARMS.
+    loss_chunk: targets of a question whose logits exist at the same time.
+    mesh: devices to compute on.
+    rules: logical axis rules.
     delay: ahead tokens that are read before latents join the cache.
   """
 
@@ -143,17 +118,17 @@ def make_question_scorer(deliberator: Deliberator, arms: Sequence[str], *, loss_
             questions: Questions) -> dict[str, tuple[Array, Array]]:
     with nn.logical_axis_rules(tuple(rules.items())):
       anchors = questions.anchors[:, None]
-      traces = gather_traces(questions.text, anchors, anchors >= 0, questions.span)
+      traces = gather_traces(questions.batch, anchors, anchors >= 0, questions.span)
       traces = traces.replace(delay=jnp.full_like(anchors, delay) if delay else None)
       index = anchors + 1 + jnp.arange(questions.span)
       answer = (index >= questions.start[:, None]) & (index < questions.end[:, None])
-      states = arm_states(deliberator, arms, params, decoder_params, questions.text, traces)
+      states = arm_states(deliberator, arms, params, decoder_params, questions.batch, traces)
       cap, scores = deliberator.decoder.config.final_softcap, {}
       for arm, hidden in states.items():
         nll = ahead_nll(hidden, traces, decoder_params, cap, loss_chunk)[:, 0]
-        given = likeliest(hidden[:, 0], traces.ahead_tokens[:, 0],
+        right = likeliest(hidden[:, 0], traces.ahead_tokens[:, 0],
                           decoder_params['embedder']['table'], cap, loss_chunk)
-        scores[arm] = jnp.sum(nll * answer, axis=1), jnp.all(given | ~answer, axis=1)
+        scores[arm] = jnp.sum(nll * answer, axis=1), jnp.all(right | ~answer, axis=1)
     return scores
 
   compiled = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -168,28 +143,62 @@ def make_question_scorer(deliberator: Deliberator, arms: Sequence[str], *, loss_
 
 def score_questions(scorer: Scorer, params: Params, decoder_params: Params,
                     batches: Iterable[Questions], count: int) -> dict[str, Outcomes]:
-  """What each arm of the scorer did on the first `count` questions of the batches."""
+  """Outcomes of each arm of the scorer on the first `count` questions of the batches."""
   scored: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
   for questions in batches:
     for arm, outcome in jax.device_get(scorer(params, decoder_params, questions)).items():
       scored.setdefault(arm, []).append(outcome)
   return {arm: Outcomes(np.concatenate([nll for nll, _ in outcomes])[:count].astype(np.float64),
-                        np.concatenate([given for _, given in outcomes])[:count])
+                        np.concatenate([right for _, right in outcomes])[:count])
           for arm, outcomes in scored.items()}
+
+
+def write_chains(engine: Engine, prompts: Prompts, sign: Sequence[int], max_tokens: int,
+                 batch_size: int, eos: int) -> list[list[int]]:
+  """Writes a chain after each prompt with the decoder; every chain ends in `sign`.
+
+  Args:
+    engine: the plain decoder.
+    prompts: [N] ids.
+    sign: ids that end a chain. A chain that ends otherwise gets them appended, in the place of an
+      `eos`, so that an answer can follow.
+    max_tokens: most tokens that the decoder writes for a chain.
+    batch_size: prompts at a time, of similar lengths.
+    eos: id that ends a text.
+
+  Raises:
+    UserError: see `generate`.
+  """
+  sign = list(sign)
+  options = DecodingOptions(
+      max_tokens, eos=eos, stop=lambda tokens: list(tokens[-len(sign):]) == sign)
+  order = np.argsort([len(prompt) for prompt in prompts], kind='stable').tolist()
+  chains: list[list[int]] = [[] for _ in prompts]
+  progress = Progress('Writing chains', 'questions', len(prompts))
+  for first in range(0, len(order), batch_size):
+    chosen = order[first:first + batch_size]
+    filler = [chosen[0]] * (batch_size - len(chosen))  # one shape for all batches, compiled once
+    written = generate(engine, [prompts[number] for number in [*chosen, *filler]], options)
+    for number, completion in zip(chosen, written, strict=False):
+      ended = completion.finish_reason == 'stop'
+      chains[number] = completion.tokens if ended else [
+          *(token for token in completion.tokens if token != eos), *sign]
+    progress.update(first + len(chosen))
+  return chains
 
 
 class QuestionScorer:
   """Scores arms on the same questions.
 
   Attributes:
-    difficulty: int [items].
-    positions: None, as only text has them.
+    difficulty: int [items] difficulty of each question.
+    positions: None; only text has ahead positions.
     prompt, answer: mean number of tokens.
   """
   positions = None
 
   def __init__(self, study: Study, data: Path, mesh: Mesh):
-    self._mesh, self._asked, config = mesh, study.questions, study.experiment.data
+    self._mesh, self._config, config = mesh, study.questions, study.experiment.data
     byte = config.vocabulary == 'byte'
     self._tokenizer = open_tokenizer(
         BYTES if byte else config.vocabulary_path or data / VOCABULARY_FILE)
@@ -198,32 +207,35 @@ class QuestionScorer:
     parts = [self._encode(question) for question in self._questions]
     self.prompt = float(np.mean([len(context) + len(question) for context, question, _ in parts]))
     self.answer = float(np.mean([len(answer) for *_, answer in parts]))
-    self._batches = batch_questions(parts, self._asked.batch_size, self._asked.offline)
+    self._batches = batch_questions(parts, self._config.batch_size, self._config.offline)
     _check_room(study, min(int(batch.anchors.min()) for batch in self._batches))
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
-               decoder: Params) -> Mapping[str, Outcomes]:
+               decoder_params: Params) -> Mapping[str, Outcomes]:
     """Outcomes by arm, 'frozen' and names of controls; see `make_question_scorer`."""
-    return self._score(experiment, arms, params, decoder, self._batches)
+    return self._score(experiment, arms, params, decoder_params, self._batches)
 
-  def write_out(self, experiment: Experiment, decoder: Params) -> tuple[Outcomes, float]:
-    """Outcomes of the plain decoder behind chains that it writes itself, and tokens of a chain.
+  def score_chains(self, experiment: Experiment,
+                   decoder_params: Params) -> tuple[Outcomes, float]:
+    """Lets the plain decoder write a chain for each question, and scores the answers after them.
 
-    What is scored is the answer behind the chain: it is right where greedy decoding would go on to
-    write it. The chain has `questions.chain_tokens` tokens at most; see `write_chains`.
+    An answer is right if greedy decoding would go on to write it. A chain has at most
+    `questions.chain_tokens` tokens; see `write_chains`.
+
+    Returns: the outcomes, and the mean number of tokens of a chain.
     """
     parts = [self._encode(self._task.ask_for_chain(question)) for question in self._questions]
     prompts = [[*context, *question] for context, question, _ in parts]
     sign = self._tokenizer.encode(ANSWER)[1:]
-    room = max(map(len, prompts)) + self._asked.chain_tokens
-    generator = Generator(experiment.decoder, decoder, length=room, mesh=self._mesh,
-                          rules=experiment.rules, dtype=experiment.computation.dtype)
-    chains = write_chains(generator, prompts, sign, self._asked.chain_tokens,
-                          self._asked.batch_size, self._tokenizer.eos)
+    room = max(map(len, prompts)) + self._config.chain_tokens
+    engine = Engine(experiment.decoder, decoder_params, length=room, mesh=self._mesh,
+                    rules=experiment.rules, dtype=experiment.computation.dtype)
+    chains = write_chains(engine, prompts, sign, self._config.chain_tokens,
+                          self._config.batch_size, self._tokenizer.eos)
     batches = batch_questions(
         [(prompt, chain, answer) for prompt, chain, (*_, answer)
-         in zip(prompts, chains, parts, strict=True)], self._asked.batch_size)
-    scores = self._score(experiment, (BASELINE,), {}, decoder, batches)
+         in zip(prompts, chains, parts, strict=True)], self._config.batch_size)
+    scores = self._score(experiment, (BASELINE,), {}, decoder_params, batches)
     return scores[BASELINE], float(np.mean([len(chain) for chain in chains]))
 
   def _encode(self, question: Question) -> tuple[list[int], list[int], list[int]]:
@@ -231,58 +243,59 @@ class QuestionScorer:
     encode = self._tokenizer.encode
     return encode(question.context), encode(question.question)[1:], encode(question.answer)[1:]
 
-  def _score(self, experiment: Experiment, arms: tuple[str, ...], params: Params, decoder: Params,
-             batches: list[Questions]) -> Mapping[str, Outcomes]:
+  def _score(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
+             decoder_params: Params, batches: list[Questions]) -> Mapping[str, Outcomes]:
     scorer = make_question_scorer(
         build_deliberator(experiment), arms, loss_chunk=experiment.computation.loss_chunk,
         mesh=self._mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
-    return score_questions(scorer, params, decoder, batches, len(self.difficulty))
+    return score_questions(scorer, params, decoder_params, batches, len(self.difficulty))
 
 
 def draw_questions(study: Study) -> tuple[Task, list[Question]]:
-  """The task of a study and what it asks; nothing else need be there.
+  """Draws the questions of a study from its task. No data need be prepared.
 
   Raises:
-    UserError: the file to ask from is absent.
-    UserError: its content is wrong, or there are too few questions of a difficulty.
+    UserError: the file of the questions is missing or wrong.
+    UserError: a difficulty has only one question.
   """
-  asked, config = study.questions, study.experiment.data
-  task = build(config.name, {**config.options, **asked.options})
-  questions = task.examine(np.random.default_rng(asked.seed), asked.per_difficulty)
+  settings, data = study.questions, study.experiment.data
+  task = build(data.name, {**data.options, **settings.options})
+  questions = task.examine(np.random.default_rng(settings.seed), settings.per_difficulty)
   levels, counts = np.unique([question.difficulty for question in questions], return_counts=True)
   if counts.min() < 2:
-    raise UserError(f'difficulty {levels[counts.argmin()]} has 1 question, an interval needs at '
-                     'least 2: ask more of it, or raise questions.per_difficulty')
+    raise UserError(f'difficulty {levels[counts.argmin()]} has 1 question, and an interval needs '
+                    '2. Ask more of this difficulty, or raise questions.per_difficulty.')
   return task, questions
 
 
 def _check_room(study: Study, first: int) -> None:
+  """Raises UserError if an arm's latents do not fit up to `first`, the first anchor's index."""
   for name in study.arms:
     config = study.variant(name, study.seeds[0]).deliberation
     if config.first_anchor > first:
       raise UserError(
-          f'arms.{name}: {config.num_latents} {config.latents} latents need as many tokens up to '
-          f'their anchor, and the shortest question has {first + 1}: lower num_latents, or choose '
-          "latents = 'anchored' or 'paper', which stand behind it")
+          f'arms.{name} has {config.num_latents} {config.latents} latents, which replace as many '
+          f'tokens, and the shortest question has {first + 1}. Lower num_latents, or choose '
+          "latents = 'anchored' or 'paper', which come after the question.")
 
 
 def check_same_signs(choices: Mapping[str, DeliberationConfig]) -> None:
-  """Raises UserError where arms on text would be scored at different anchors."""
+  """Raises UserError if arms on text would be scored at different anchors."""
   (first, expected), *others = ((name, each.anchor_tokens) for name, each in choices.items())
   for name, signs in others:
     if signs != expected:
       raise UserError(
-          f'arms.{name} has anchor_tokens = {signs}, arms.{first} {expected}: arms are scored on '
-          "text at the same anchors, so set them alike in the study's experiment")
+          f'arms.{name} has anchor_tokens = {signs}, arms.{first} has {expected}. Arms are scored '
+          "on text at the same anchors. Set anchor_tokens in the study's experiment.")
 
 
 class TextScorer:
   """Scores arms on the same held-out text, by ahead position.
 
   Attributes:
-    difficulty: None, as text has none.
+    difficulty: None; text has no difficulty.
     positions: ahead positions of the report.
-    prompt, answer: mean number of tokens before an anchor, and of scored ones behind it.
+    prompt, answer: mean number of tokens before an anchor, and of scored tokens after it.
   """
   difficulty = None
 
@@ -298,15 +311,15 @@ class TextScorer:
     self._first_anchor = max(choice.first_anchor for choice in choices.values())
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
-               decoder: Params) -> Mapping[str, AheadNLL]:
-    """Sums by text and ahead position for each arm; see `make_scorer`."""
+               decoder_params: Params) -> Mapping[str, AheadNLL]:
+    """Scores by text and ahead position for each arm; see `make_scorer`."""
     experiment = dataclasses.replace(experiment, seed=self._seed)
-    scores = score_traces(experiment, arms, params, decoder, self._held_out.batches,
+    scores = score_traces(experiment, arms, params, decoder_params, self._held_out.batches,
                           self._mesh, self._first_anchor)
     return {arm: score.merged(self._held_out.texts) for arm, score in scores.items()}
 
 
 def open_scorer(study: Study, data: Path, mesh: Mesh) -> QuestionScorer | TextScorer:
-  """The scorer that a study asks for, on data that are prepared in `data`."""
+  """The scorer of a study, on the data prepared in `data`."""
   kind = QuestionScorer if study.questions.per_difficulty else TextScorer
   return kind(study, data, mesh)

@@ -49,46 +49,55 @@ from latent_deliberation.training.train import describe_training, train_coproces
 
 
 def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str, Any]:
-  """Trains and scores every arm with every seed; what is complete is not trained again.
+  """Trains and scores every arm with every seed. Complete runs are not trained again.
 
   Args:
-    only: names of arms, the only ones to train and report; all without a name. They are scored on
-      what all arms of the study would be scored on.
+    study: the study.
+    workdir: work directory of the study.
+    only: names of the arms to train and report; all arms if empty. Some arms are scored exactly as
+      all arms would be.
 
-  Returns: the content of <workdir>/results.json, which is written with a page and plots beside it.
+  Returns: the content of <workdir>/results.json; a page and plots are written beside it.
 
   Raises:
-    UserError: an arm that the study does not have, or see `check_arms`.
+    UserError: the study has no such arm, or see `check_arms`.
   """
+  # Check everything that can be wrong before the first phase.
   names = choose_arms(study, only)
   mesh = make_mesh(study.experiment.mesh)
   make_writable(workdir)
   check_arms(study, names, workdir, mesh)
+
+  # Data and decoder, which all arms share.
   clock = PhaseClock(workdir / PHASES_FILE)
   with clock.phase('data'):
     prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
     arm_data = _prepare_arm_data(study, workdir)
-    scorer = open_scorer(study, workdir, mesh)  # there must be enough text for it, hours later
+    # Fails now, not hours later, if there is too little text to score on.
+    scorer = open_scorer(study, workdir, mesh)
   with clock.phase('decoder'):
-    decoder = pretrain(study.experiment, workdir / DECODER, workdir)
-  frozen, decoder_fingerprint = load_frozen(
-      study.experiment, open_frozen(study.experiment, decoder), mesh)
+    decoder_dir = pretrain(study.experiment, workdir / DECODER, workdir)
+  decoder_params, decoder_fingerprint = load_frozen(
+      study.experiment, open_frozen(study.experiment, decoder_dir), mesh)
+  frozen = FrozenDecoder(decoder_dir, decoder_params, decoder_fingerprint)
   arms = {BASELINE: describe_frozen(
-      study, _score_frozen(study, frozen, scorer), scorer, clock.seconds['decoder'])}
+      study, _score_frozen(study, decoder_params, scorer), scorer, clock.seconds['decoder'])}
   if study.questions.chain_tokens:
     with clock.phase(CHAIN):
-      written = scorer.write_out(study.experiment, frozen)
-    arms[CHAIN] = describe_chain(study, arms[BASELINE], scorer, *written)
+      outcomes, tokens = scorer.score_chains(study.experiment, decoder_params)
+    arms[CHAIN] = describe_chain(study, arms[BASELINE], scorer, outcomes, tokens)
+
+  # Every arm with every seed.
   progress = Progress(study.name, 'runs', len(names) * len(study.seeds))
   for number, name in enumerate(names):
     runs, seconds = [], []
     for seed in study.seeds:
       with clock.phase(phase := f'{name}, seed {seed}'):
-        runs.append(_run(study, name, seed, decoder, frozen, decoder_fingerprint, workdir, arm_data, scorer,
-                         mesh))
+        runs.append(_run_arm(study, name, seed, frozen, workdir, arm_data, scorer, mesh))
       seconds.append(clock.seconds[phase])
       progress.update(number * len(study.seeds) + len(runs))
     arms |= describe_arm(study, name, runs, scorer, tuple(seconds))
+
   summary = summarise_study(StudyResult(
       name=study.name, arms=arms, config=dataclasses.asdict(study), git_commit=git_commit(),
       command=' '.join(sys.argv), machine=_machine(), seconds=sum(clock.seconds.values()),
@@ -99,17 +108,31 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
   return summary
 
 
+@dataclasses.dataclass(frozen=True)
+class FrozenDecoder:
+  """The frozen decoder of a study.
+
+  Attributes:
+    directory: where pretraining wrote it.
+    params: its weights, on devices.
+    fingerprint: fingerprint of its weights as stored.
+  """
+  directory: Path
+  params: Params
+  fingerprint: str
+
+
 def choose_arms(study: Study, only: Sequence[str]) -> tuple[str, ...]:
-  """The arms of these names, in the study's order; every arm where there is no name."""
+  """The named arms in the study's order, or every arm if no name is given."""
   unknown = sorted(set(only) - set(study.arms))
   if unknown:
-    raise UserError(f'--arm={unknown[0]}: the study has no such arm, choose among '
-                     f'{tuple(study.arms)}')
+    raise UserError(f'--arm={unknown[0]}: the study has no such arm. Choose among '
+                    f'{tuple(study.arms)}.')
   return tuple(name for name in study.arms if name in only) if only else tuple(study.arms)
 
 
 def _prepare_arm_data(study: Study, workdir: Path) -> Path:
-  """The directory of the text that arms train on, in the vocabulary of the decoder's."""
+  """Prepares the text that arms train on, in the decoder's vocabulary; returns its directory."""
   if not study.arm_data_options:
     return workdir
   arm_data = workdir / ARM_DATA
@@ -127,46 +150,53 @@ def _prepare_arm_data(study: Study, workdir: Path) -> Path:
 
 
 def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) -> None:
-  """Raises before the first phase what would stop a later one of these arms."""
+  """Checks the decoder and these arms before the first phase.
+
+  Raises:
+    UserError: a later phase could not start.
+  """
   if study.questions.per_difficulty:
     draw_questions(study)
   describe_pretraining(study.experiment, workdir / DECODER, mesh).check()
   for name in names:
     arm = study.arms[name]
     for seed in study.seeds:
-      experiment, place = study.variant(name, seed), arm_directory(workdir, name, seed)
+      experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
       if arm.learns == LATENTS:
-        describe_training(experiment, place, mesh).check()
+        describe_training(experiment, run_dir, mesh).check()
       else:
-        describe_tuning(experiment, arm.learns, place, mesh).check()
+        describe_tuning(experiment, arm.learns, run_dir, mesh).check()
 
 
-def _score_frozen(study: Study, frozen: Params,
+def _score_frozen(study: Study, decoder_params: Params,
                   scorer: QuestionScorer | TextScorer) -> ScoredRun:
-  count = count_parameters(frozen)
-  return ScoredRun(count, count, scorer(study.experiment, (BASELINE,), {}, frozen))
+  count = count_parameters(decoder_params)
+  return ScoredRun(count, count, scorer(study.experiment, (BASELINE,), {}, decoder_params))
 
 
-def _run(study: Study, name: str, seed: int, decoder: Path, frozen: Params, decoder_fingerprint: str,
-         workdir: Path, arm_data: Path, scorer: QuestionScorer | TextScorer,
-         mesh: Mesh) -> ScoredRun:
-  experiment, place = study.variant(name, seed), arm_directory(workdir, name, seed)
+def _run_arm(study: Study, name: str, seed: int, frozen: FrozenDecoder, workdir: Path,
+             arm_data: Path, scorer: QuestionScorer | TextScorer, mesh: Mesh) -> ScoredRun:
+  """Trains one arm with one seed, unless it is complete, and scores it."""
+  experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
   learns = study.arms[name].learns
   if learns == LATENTS:
-    params = train_coprocessor(experiment, decoder, place, arm_data)
+    params = train_coprocessor(experiment, frozen.directory, run_dir, arm_data)
     constant = experiment.deliberation.trainable == 'constant'
     count = count_parameters(params)
-    scores = scorer(experiment, (OWN,) if constant else (OWN, *CONTROLS), params, frozen)
-    return ScoredRun(count, count_parameters(frozen) + count, scores)
-  tuned = tune_decoder(experiment, learns, frozen, decoder_fingerprint, place, arm_data, mesh)
-  scores = scorer(experiment, (OWN if tuned.latents else BASELINE,), tuned.latents, tuned.decoder)
-  total = count_parameters(tuned.decoder) + count_parameters(tuned.latents)
+    # Constant soft tokens are the same for every question, so they have no controls.
+    scores = scorer(experiment, (OWN,) if constant else (OWN, *CONTROLS), params, frozen.params)
+    return ScoredRun(count, count_parameters(frozen.params) + count, scores)
+  tuned = tune_decoder(experiment, learns, frozen.params, frozen.fingerprint, run_dir, arm_data,
+                       mesh)
+  scores = scorer(experiment, (OWN if tuned.soft_tokens else BASELINE,), tuned.soft_tokens,
+                  tuned.decoder_params)
+  total = count_parameters(tuned.decoder_params) + count_parameters(tuned.soft_tokens)
   return ScoredRun(tuned.trained, total, scores)
 
 
 def _diagnostics(study: Study, names: Sequence[str],
                  workdir: Path) -> dict[str, list[dict[str, float]]]:
-  """What each run of latents logged about them, by arm and seed."""
+  """What each run with latents logged about them, by arm and seed."""
   return {f'{name}, seed {seed}': read_diagnostics(arm_directory(workdir, name, seed))
           for name in names if study.arms[name].learns == LATENTS for seed in study.seeds}
 

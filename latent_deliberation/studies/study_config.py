@@ -1,4 +1,4 @@
-"""A study as typed values: arms, each with a change of one experiment, over several seeds."""
+"""A study as typed values: one experiment, and arms that each change it, over several seeds."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,19 +11,20 @@ from latent_deliberation.studies.synthetic.documents import build
 from latent_deliberation.studies.tune import TUNINGS
 
 LATENTS = 'latents'
-CHAIN = 'chain'  # the frozen decoder, answering behind a chain that it has written itself
+CHAIN = 'chain'  # the frozen decoder, which answers after a chain that it wrote itself
+# Sections of the experiment that no arm may change.
 SHARED = ('decoder', 'data', 'computation', 'pretraining', 'evaluation', 'mesh', 'rules', 'seed')
 
 
 @dataclasses.dataclass(frozen=True)
 class ArmConfig:
-  """What one arm trains.
+  """The training of one arm.
 
   Attributes:
-    learns: 'latents' of a frozen decoder (a coprocessor, or constant soft tokens: see
-      deliberation.trainable), or a way to tune the decoder itself: 'joint', 'finetuned' or
-      'lora' (see studies/tune.py).
-    changes: of the study's experiment, as nested mappings: {'deliberation': {'num_latents': 4}}.
+    learns: 'latents' trains a coprocessor or constant soft tokens beside the frozen decoder, as
+      deliberation.trainable says. 'joint', 'finetuned' and 'lora' tune the decoder itself; see
+      studies/tune.py.
+    changes: changes to the study's experiment, nested: {'deliberation': {'num_latents': 4}}.
   """
   learns: str = LATENTS
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -36,18 +37,18 @@ class ArmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionsConfig:
-  """What is asked of every arm; only where data.source is 'synthetic'.
+  """The questions that every arm answers; they need data.source = 'synthetic'.
 
   Attributes:
-    per_difficulty: questions of each difficulty, about a context each (a file may have fewer); 0
-      for a study on text, which is scored by ahead position as `evaluation` says.
+    per_difficulty: number of questions of each difficulty, each with its own context. A file may
+      have fewer. 0 makes a study on text, which is scored by ahead position.
     batch_size: questions at a time.
-    seed: of the questions, which are drawn apart from the training text.
-    offline: latents come behind the context, before the question is known.
-    options: of the synthetic task, where what is asked differs from the text, such as
+    seed: seed of the questions; it is independent of the training text.
+    offline: put latents after the context, before the question is known.
+    options: options of the synthetic task in which the questions differ from the text, such as
       {'asked': 'test.txt'}.
-    chain_tokens: tokens that the frozen decoder may write before it answers, in an arm of its own
-      called 'chain'; 0 for no such arm. Only the task 'word_problems' teaches chains.
+    chain_tokens: tokens that the frozen decoder may write before it answers, in an arm called
+      'chain'. 0 leaves the arm out. Only the task 'word_problems' teaches chains.
   """
   per_difficulty: int = 0
   batch_size: int = 250
@@ -66,17 +67,20 @@ class QuestionsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """Attributes:
-    name: of the report.
-    experiment: what every arm starts from; its decoder is pretrained once, with its seed.
-    arms: what is trained beside the frozen decoder, by name. Of an arm called 'own' the controls
-      are called 'shuffled', 'zero' and 'mean', of any other NAME 'NAME/shuffled' and so on.
-    seeds: of what the arms train; each has its own initialisation, traces and order of text.
-    questions: see QuestionsConfig.
-    arm_data_options: options of the synthetic task by which the text that arms train on differs from the
-      decoder's, such as {'skew': 0.0} for hard questions as often as easy ones. The same for every
-      arm (which part of those rows an arm reads may be its change, training.row_range_percent); what is asked
-      in the end does not depend on it.
+  """A study: one frozen decoder, and arms that are compared with it.
+
+  Attributes:
+    name: title of the report.
+    experiment: starting point of every arm; its decoder is pretrained once, with its seed.
+    arms: trained arms by name. The controls of the arm 'own' are called 'shuffled', 'zero' and
+      'mean'; the controls of any other arm NAME are called 'NAME/shuffled' and so on.
+    seeds: seeds of the arms; each gives another initialisation, other traces and another order of
+      text.
+    questions: questions that every arm answers; see QuestionsConfig.
+    arm_data_options: options of the synthetic task in which the text of the arms differs from the
+      decoder's text, such as {'skew': 0.0} for hard questions as often as easy ones. They are the
+      same for every arm, and do not change the questions. An arm may read a part of this text
+      alone, by the change training.row_range_percent.
   """
   name: str
   experiment: Experiment
@@ -92,26 +96,26 @@ class Study:
       raise UserError(f'seeds = {self.seeds}: give one or more, all different')
     if self.questions.per_difficulty and self.experiment.data.source != 'synthetic':
       raise UserError(f'questions.per_difficulty = {self.questions.per_difficulty}, but '
-                       f'data.source = {self.experiment.data.source!r} asks no questions: set 0, '
-                       "or choose 'synthetic'")
+                      f'data.source = {self.experiment.data.source!r} has no questions. Set 0, or '
+                      "choose 'synthetic'.")
     self._check_options('arm_data_options', self.arm_data_options)
     self._check_options('questions.options', self.questions.options)
     asked, name = self.questions, self.experiment.data.name
     if asked.chain_tokens and not (asked.per_difficulty and name == 'word_problems'):
-      raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but chains are for '
-                       f"questions of the task 'word_problems', and here data.name = {name!r} and "
-                       f'questions.per_difficulty = {asked.per_difficulty}: set 0')
+      raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but data.name = {name!r} '
+                      f'and questions.per_difficulty = {asked.per_difficulty}. Chains are for '
+                      "questions of the task 'word_problems'. Set 0.")
     if asked.chain_tokens and not build(name, self.experiment.data.options).chains:
-      raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but with '
-                       'data.options.chains = 0 the decoder reads no chain: raise it, or set '
-                       'questions.chain_tokens to 0')
+      raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but data.options.chains = '
+                      '0: the decoder reads no chain. Raise the second, or set the first to 0.')
     if asked.chain_tokens and self.experiment.computation.frozen_dtype == 'int8':
-      raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but generation takes no '
-                       "weights of computation.frozen_dtype = 'int8': set one of them otherwise")
+      raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but '
+                      "computation.frozen_dtype = 'int8': generation takes no int8 weights. Change "
+                      'one of them.')
     reserved = {BASELINE, CHAIN, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
-      raise UserError(f'arms are called {sorted(self.arms)}: there must be one, none without a '
-                       f'name or with a slash in it, and none of {(BASELINE, CHAIN, *CONTROLS)}')
+      raise UserError(f'arms = {sorted(self.arms)}: give at least one. A name must not be empty, '
+                      f'contain a slash or be one of {(BASELINE, CHAIN, *CONTROLS)}.')
     object.__setattr__(self, 'arms', {
         name: arm if isinstance(arm, ArmConfig) else bind(arm, ArmConfig, f'arms.{name}')
         for name, arm in sorted(self.arms.items(), key=lambda item: item[0] != OWN)})
@@ -123,8 +127,8 @@ class Study:
     if not options:
       return
     if data.source != 'synthetic':
-      raise UserError(f'{key} = {options}, but data.source = {data.source!r} has no options: '
-                       "leave them out, or choose 'synthetic'")
+      raise UserError(f'{key} = {options}, but data.source = {data.source!r} has no options. Leave '
+                      "them out, or choose 'synthetic'.")
     try:
       build(data.name, {**data.options, **options})
     except UserError as error:
@@ -134,21 +138,21 @@ class Study:
     """The experiment of one arm with one seed, on the text of `arm_data_options`.
 
     Raises:
-      UserError: a change names what is not there, is not allowed, or would give the arm another
-        decoder or other packed rows than the others have.
+      UserError: a change names an unknown key, has a value that is not allowed, or is of a section
+        that all arms share.
     """
     changes = self.arms[arm].changes
     shared = sorted(set(changes) & set(SHARED))
     if shared:
-      raise UserError(f'arms.{arm}.changes: {shared} must be the same in every arm; change the '
-                       "study's experiment")
+      raise UserError(f'arms.{arm}.changes has {shared}, which must be the same in every arm. '
+                      "Change the study's experiment.")
     config = _merged(dataclasses.asdict(self.experiment), changes)
     config['data']['options'] |= self.arm_data_options
     return dataclasses.replace(bind(config, where=f'arms.{arm}'), seed=seed)
 
 
 def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-  """Plain dicts of the tree with the changes, which may be ConfigDicts, in the place of its own."""
+  """Plain dicts of the tree, with the changes applied. The changes may be ConfigDicts."""
   merged = dict(tree)
   for key in changes:
     change, old = changes[key], tree[key] if key in tree else {}

@@ -1,4 +1,4 @@
-"""The curves of a study, each a PNG written whole or not at all."""
+"""The plots of a study. Each is a PNG, written whole or not at all."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,17 +17,17 @@ from latent_deliberation.studies.study_result import controlled_arm
 # Okabe and Ito's palette, which colour-blind readers can tell apart; black is the frozen decoder.
 COLOURS = ('#0072B2', '#009E73', '#D55E00', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442')
 DASHES = {'shuffled': '--', 'zero': ':', 'mean': '-.'}
-MAX_LINES = 9  # in a panel: 'own' with its controls, the baselines and the frozen decoder
+MAX_LINES = 9  # of a panel: 'own' with its controls, the tuned decoders and the frozen decoder
 
 
 def plot_study(summary: Mapping[str, Any], path: Path) -> None:
-  """Accuracy by difficulty, or change of perplexity by position, with 95% intervals.
+  """Draws accuracy by difficulty, or change of perplexity by position, with 95% intervals.
 
   A control has the colour of its arm, in dashes. Many arms are spread over panels.
 
   Args:
-    summary: of `summarise_study`, or a results.json.
-    path: of the PNG.
+    summary: result of `summarise_study`, or the content of a results.json.
+    path: file of the PNG.
   """
   if 'by_position' in summary:
     rows, value, scale = summary['by_position'], 'change_pct', 1
@@ -52,7 +52,7 @@ def plot_study(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def _spread(names: Mapping[str, Any]) -> list[list[str]]:
-  """Names for each panel: the frozen decoder in all, an arm and its controls side by side."""
+  """Names of each panel: the frozen decoder in all, an arm and its controls in the same one."""
   families: dict[str, list[str]] = {}
   for name in names:
     if name != BASELINE:
@@ -75,7 +75,7 @@ def _draw_arms(axes: Axes, rows: Mapping[str, Any], names: Sequence[str], value:
       colours[arm] = next(palette)
     middle = scale * np.array([row[name][value] for row in rows.values()])
     low, high = scale * np.transpose([row[name]['ci95'] for row in rows.values()])
-    # Side by side, or the bars would hide one another; rounding may put a mean past its end.
+    # Side by side, so that bars do not hide one another. Rounding may put a mean past its end.
     places = np.arange(len(rows)) + 0.04 * (at - (len(names) - 1) / 2)
     dashes = DASHES[name.rpartition('/')[2]] if controlled_arm(name) else '-'
     axes.errorbar(places, middle, np.maximum([middle - low, high - middle], 0), label=name,
@@ -84,7 +84,7 @@ def _draw_arms(axes: Axes, rows: Mapping[str, Any], names: Sequence[str], value:
 
 
 def _scale_changes(axes: Axes, rows: Mapping[str, Any]) -> None:
-  """An axis on which small changes can be read, however far the controls are away."""
+  """Scales the axis so that small changes can be read, even if controls are far away."""
   def reach(arms: Iterable[str]) -> float:
     return max([0.1, *(np.abs(row[name]['ci95']).max() for name in arms for row in rows.values())])
 
@@ -102,11 +102,12 @@ def _scale_changes(axes: Axes, rows: Mapping[str, Any]) -> None:
 
 def plot_diagnostics(diagnostics: Mapping[str, Sequence[Mapping[str, float | None]]],
                      path: Path) -> None:
-  """What was eval_batches during training, a panel for each quantity and a line for each run.
+  """Draws the diagnostics of training, with a panel for each quantity and a line for each run.
 
   Args:
-    diagnostics: by run, rows of {'step': ..., quantity: ...}; None where it was not finite.
-    path: of the PNG.
+    diagnostics: rows of {'step': ..., quantity: ...} by run; None stands for a value that is not
+      finite.
+    path: file of the PNG.
   """
   quantities = list(dict.fromkeys(
       name for rows in diagnostics.values() for row in rows for name in row if name != 'step'))

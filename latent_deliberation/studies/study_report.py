@@ -1,4 +1,8 @@
-"""The figures of a study as plain JSON values."""
+"""The report of a study: from its result to plain JSON values, and from these to a page.
+
+    summary = summarise_study(StudyResult(...))      every figure, as in results.json
+    write_study(summary, directory)                  results.json, results.md and plots
+"""
 
 import json
 import math
@@ -28,17 +32,20 @@ from latent_deliberation.studies.study_result import (
 def summarise_study(result: StudyResult, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
   """All figures of a study as plain JSON values.
 
-  A study of questions has `overall`, `by_difficulty`, `content_effect`, `mcnemar` (the last two by
-  difficulty and 'overall'), one of text has `by_position` and `content_effect`. Accuracies are
-  fractions, `nll` is nats of an answer, a `ci95` is [low, high]. Changes are an arm minus
-  'frozen'; that of perplexity is relative, in percent. A content effect compares an arm to itself
-  with another example's latents: `accuracy` is own minus shuffled and `nll_saved` shuffled minus
-  own, both above zero where content helps; `change_pct` of perplexity is below zero there.
+  A study of questions has `overall` and `by_difficulty`. Its `content_effect` and `mcnemar` are by
+  difficulty, with 'overall' as one more. A study of text has `by_position` and `content_effect`.
+
+  Accuracies are fractions, `nll` is nats of an answer, and a `ci95` is [low, high]. A change is an
+  arm minus 'frozen'; a change of perplexity is relative, in percent.
+
+  A content effect compares an arm's own latents with those of another example. `accuracy` is own
+  minus shuffled, and `nll_saved` is shuffled minus own: both are above zero if content helps.
+  `change_pct` of perplexity is below zero then.
 
   Args:
-    result: what was measured.
+    result: the measurements.
     samples: draws of the bootstrap.
-    seed: of the bootstrap.
+    seed: seed of the bootstrap.
   """
   draws = {'samples': samples, 'seed': seed}
   summarise = _summarise_questions if result.positions is None else _summarise_text
@@ -65,12 +72,12 @@ def _describe(arm: Arm) -> dict[str, Any]:
 
 
 def _describe_row(row: Mapping[str, float]) -> dict[str, float | None]:
-  """A row of diagnostics, None where a value is not finite: JSON has no form for it."""
+  """A row of diagnostics, with None for values that are not finite: JSON has no form for them."""
   return {name: float(value) if math.isfinite(value) else None for name, value in row.items()}
 
 
 def _shuffled_by_arm(names: Mapping[str, Any]) -> dict[str, str]:
-  """{arm: its control by another example's latents}, where there is one."""
+  """{arm: its control with another example's latents}, for arms that have one."""
   return {controlled_arm(name): name for name in names if name.rpartition('/')[2] == 'shuffled'}
 
 
@@ -124,7 +131,7 @@ def _flatten(name: str, estimate: Estimate) -> dict[str, Any]:
 
 def _test_seeds(result: StudyResult, one: str, other: str,
                 runs: Mapping[str, Sequence[Outcomes]]) -> list[dict[str, Any]]:
-  """McNemar's test, seed by seed in order; an arm of one run meets every run of `one`."""
+  """McNemar's test, seed by seed in order. A single run of `other` meets every run of `one`."""
   others = runs[other] * len(runs[one]) if len(runs[other]) == 1 else runs[other]
   rows = []
   for seed, run, against in zip(result.arms[one].seeds, runs[one], others, strict=False):
@@ -134,8 +141,9 @@ def _test_seeds(result: StudyResult, one: str, other: str,
 
 
 def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, Any]:
-  # All seeds scored the same targets, so means over seeds stay paired with a decoder of one run.
-  pooled = {name: AheadNLL(np.mean([run.total for run in arm.text], axis=0), arm.text[0].count)
+  # All seeds have the same targets, so means over seeds stay paired with the decoder's one run.
+  pooled = {name: AheadNLL(np.mean([run.total for run in arm.text_scores], axis=0),
+                           arm.text_scores[0].count)
             for name, arm in result.arms.items()}
   changes = {name: relative_change(arm, pooled[BASELINE], **draws) for name, arm in pooled.items()}
   contents = {name: relative_change(pooled[name], pooled[control], **draws)
@@ -146,7 +154,7 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
     scores[str(position)] = {name: {
       'perplexity': float(np.exp(pooled[name].nll[at])),
       **_change_at(changes[name], at),
-      'by_seed': [float(np.exp(run.nll[at])) for run in arm.text],
+      'by_seed': [float(np.exp(run.nll[at])) for run in arm.text_scores],
     } for name, arm in result.arms.items()}
     effects[str(position)] = {name: _change_at(content, at) for name, content in contents.items()}
   count = pooled[BASELINE].count
@@ -166,9 +174,9 @@ Cells = dict[str, dict[str, str]]  # {row: {column: text}}, the same columns in 
 
 
 def write_study(summary: Mapping[str, Any], directory: Path) -> None:
-  """Writes results.json, results.md, results.png, and diagnostics.png where there are any.
+  """Writes results.json, results.md and results.png, and diagnostics.png if there are diagnostics.
 
-  Each is written whole or not at all, the figures first.
+  Each is written whole or not at all, the JSON first.
   """
   text = json.dumps(summary, indent=2, allow_nan=False, default=str)
   write_whole(directory / 'results.json', text.encode() + b'\n')
@@ -179,13 +187,20 @@ def write_study(summary: Mapping[str, Any], directory: Path) -> None:
 
 
 def format_study(summary: Mapping[str, Any]) -> str:
-  """The whole study as a section of GitHub markdown."""
-  format_results = _format_text if 'by_position' in summary else _format_questions
-  parts = [f'## {summary["name"]}', *format_results(summary), '![Results](results.png)']
+  """The whole study as a section of GitHub Markdown."""
+  pictures = {'results.png': 'Results'}
   if summary['diagnostics']:
-    parts.append('![Diagnostics during training](diagnostics.png)')
-  parts += ['### Arms', _table('arm', _describe_arms(summary)), _format_run(summary)]
-  return '\n\n'.join(parts) + '\n'
+    pictures['diagnostics.png'] = 'Diagnostics during training'
+  return '\n\n'.join([f'## {summary["name"]}', *format_parts(summary, pictures)]) + '\n'
+
+
+def format_parts(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
+  """Paragraphs of a study: tables, pictures (captions by file name), costs, and how it was run."""
+  format_results = _format_text if 'by_position' in summary else _format_questions
+  return [
+    *format_results(summary),
+    *(f'![{caption}]({file})' for file, caption in pictures.items()),
+    '### Arms', _table('arm', _describe_arms(summary)), _format_run(summary)]
 
 
 def _format_questions(summary: Mapping[str, Any]) -> list[str]:
@@ -203,16 +218,16 @@ def _format_questions(summary: Mapping[str, Any]) -> list[str]:
     for pair, seeds in summary['mcnemar'][group].items():
       tests[group][pair] = '<br>'.join(map(_format_test, seeds))
   return [
-    f'Every arm answers the same {summary["items"]:,} questions. Accuracy in percent, mean over '
-    f'seeds {_state_interval(summary, "questions")}:',
+    f'Every arm answers the same {summary["items"]:,} questions.{_explain_controls(summary)}',
+    f'Accuracy in percent, mean over seeds {_state_interval(summary, "questions")}:',
     _table('difficulty', accuracies),
     *_titled('Change of accuracy against the frozen decoder, in points:', changes),
-    *_titled('Change of the loss against the frozen decoder, nats of an answer (below zero is '
-             'better):', losses),
-    *_titled("### Content effect\n\nOwn latents against another example's: points of accuracy "
-             'gained, and nats of an answer saved (both above zero where content helps):', effects),
-    *_titled("### McNemar's exact test\n\nQuestions that the first arm alone has right : the "
-             'second alone, and the two-sided p-value, seed by seed:', tests),
+    *_titled('Change of the loss against the frozen decoder, in nats of an answer. Below zero is '
+             'better:', losses),
+    *_titled('### Content effect\n\nOwn latents against shuffled ones: points of accuracy gained, '
+             'and nats of an answer saved. Both are above zero if content helps:', effects),
+    *_titled("### McNemar's exact test\n\nQuestions that only the first arm has right : only the "
+             'second, and the two-sided p-value, seed by seed:', tests),
   ]
 
 
@@ -226,12 +241,22 @@ def _format_text(summary: Mapping[str, Any]) -> list[str]:
   position, targets = next(iter(summary['targets'].items()))
   return [
     f'Every arm reads the same {summary["texts"]:,} texts, with {targets:,} targets at ahead '
-    f'position {position}. Perplexity of the frozen decoder, and its relative change in percent, '
-    f'mean over seeds {_state_interval(summary, "texts")}:',
+    f'position {position}.{_explain_controls(summary)}',
+    'Perplexity of the frozen decoder, and its relative change in percent, mean over seeds '
+    f'{_state_interval(summary, "texts")}:',
     _table('ahead', changes),
-    *_titled('### Content effect\n\nRelative change of perplexity, in percent, from another '
-             "text's latents to own ones (below zero where content helps):", effects, 'ahead'),
+    *_titled('### Content effect\n\nRelative change of perplexity, in percent, from shuffled '
+             'latents to own ones. Below zero, content helps:', effects, 'ahead'),
   ]
+
+
+def _explain_controls(summary: Mapping[str, Any]) -> str:
+  """A sentence about the controls that the study has, or nothing."""
+  example = 'text' if 'by_position' in summary else 'question'
+  meanings = {'shuffled': f"those of another {example}", 'zero': 'none', 'mean': 'their average'}
+  used = {name.rpartition('/')[2] for name in summary['arms'] if controlled_arm(name)}
+  told = [f"'{name}' is {meaning}" for name, meaning in meanings.items() if name in used]
+  return f" In the controls something replaces own latents: {', '.join(told)}." if told else ''
 
 
 def _describe_arms(summary: Mapping[str, Any]) -> Cells:
@@ -282,12 +307,12 @@ def _relative(change: Mapping[str, Any]) -> str:
 
 
 def _percent(value: float) -> str:
-  # Latents of the wrong form can multiply perplexity by thousands.
+  # Latents of a wrong form can multiply perplexity by thousands.
   return f'{value:+.2f}' if abs(value) < 1000 else f'{value:+.1e}'
 
 
 def _titled(title: str, cells: Cells, corner: str = 'difficulty') -> list[str]:
-  """A title and its table, or nothing where the table has no columns."""
+  """A title and its table, or nothing if the table has no columns."""
   return [title, _table(corner, cells)] if any(cells.values()) else []
 
 

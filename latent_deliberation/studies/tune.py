@@ -22,80 +22,92 @@ from latent_deliberation.training.objectives import (
 from latent_deliberation.training.run import Run, fit
 from latent_deliberation.training.step import LossFn
 
-# 'joint': with constant soft tokens, by the coprocessor's loss; 'finetuned': by next-token loss;
-# 'lora': the same, by low-rank adapters alone.
+# 'joint': all weights and constant soft tokens, by the coprocessor's loss.
+# 'finetuned': all weights, by next-token loss.
+# 'lora': low-rank adapters alone, by next-token loss.
 TUNINGS = ('joint', 'finetuned', 'lora')
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-  """Attributes:
-    decoder: parameters of the tuned decoder.
-    latents: of the constant soft tokens that it was tuned with; empty where there are none.
-    trained: number of parameters that learnt.
+  """A tuned decoder.
+
+  Attributes:
+    decoder_params: weights of the tuned decoder.
+    soft_tokens: weights of the constant soft tokens that were trained with it; may be empty.
+    trained: number of trained parameters.
   """
-  decoder: Params
-  latents: Params
+  decoder_params: Params
+  soft_tokens: Params
   trained: int
 
 
-def tune_decoder(experiment: Experiment, how: str, decoder: Params, decoder_fingerprint: str, workdir: Path,
-                 data: Path, mesh: Mesh) -> Tuned:
-  """Trains as `experiment.training` says, or goes on where `workdir` stands.
+def tune_decoder(experiment: Experiment, method: str, decoder_params: Params,
+                 decoder_fingerprint: str, workdir: Path, data: Path, mesh: Mesh) -> Tuned:
+  """Trains as `experiment.training` says, or resumes the run in `workdir`.
 
   Args:
-    how: one of TUNINGS; 'joint' needs deliberation.trainable = 'constant', 'lora' 'lora'.
-    decoder: parameters to start from; they are left alone.
-    decoder_fingerprint: their fingerprint.
-    workdir: of this run.
+    experiment: settings of the run. `deliberation.trainable` must be 'constant' for the method
+      'joint', and 'lora' for the method 'lora'.
+    method: one of TUNINGS.
+    decoder_params: weights to start from; they are not changed.
+    decoder_fingerprint: fingerprint of these weights.
+    workdir: work directory of the run.
     data: directory of prepared data.
+    mesh: devices to train on.
 
   Raises:
-    UserError: `deliberation.trainable` is not what this way of tuning needs.
+    UserError: the experiment does not fit the method, or `workdir` belongs to another run.
   """
-  run = describe_tuning(experiment, how, workdir, mesh)
+  run = describe_tuning(experiment, method, workdir, mesh)
   run.check(decoder_fingerprint)
-  params = fit(run, open_batches(experiment, data, run.section, mesh), _loss(experiment, how), {},
-               frozen=decoder, decoder=decoder_fingerprint)
+  params = fit(run, open_batches(experiment, data, run.section, mesh), _loss(experiment, method),
+               {}, frozen=decoder_params, decoder_fingerprint=decoder_fingerprint)
   trained = count_parameters(params)
-  if how == 'joint':
+  if method == 'joint':
     return Tuned(params['decoder'], params['latents'], trained)
-  if how == 'lora':
+  if method == 'lora':
     low_rank = build_deliberator(experiment).coprocessor.transformer.lora
-    params = {**decoder, 'transformer': merge(decoder['transformer'], params, low_rank)}
+    merged = merge(decoder_params['transformer'], params, low_rank)
+    params = {**decoder_params, 'transformer': merged}
   return Tuned(params, {}, trained)
 
 
-def describe_tuning(experiment: Experiment, how: str, workdir: Path, mesh: Mesh) -> Run:
-  """The run of `tune_decoder` in `workdir`; raises as that does."""
+def describe_tuning(experiment: Experiment, method: str, workdir: Path, mesh: Mesh) -> Run:
+  """The run of `tune_decoder` in `workdir`, to train or to check.
+
+  Raises:
+    UserError: the experiment does not fit the method.
+  """
   needed = {'joint': 'constant', 'lora': 'lora'}
-  if how in needed and experiment.deliberation.trainable != needed[how]:
-    raise UserError(f'{how!r} tuning needs deliberation.trainable = {needed[how]!r}, this is '
-                     f'{experiment.deliberation.trainable!r}')
-  if how == 'lora' and experiment.deliberation.num_layers:
-    raise UserError("'lora' tuning puts adapters on all layers of the decoder, and "
-                     f'deliberation.num_layers = {experiment.deliberation.num_layers}: set 0')
+  if method in needed and experiment.deliberation.trainable != needed[method]:
+    raise UserError(f'deliberation.trainable = {experiment.deliberation.trainable!r}: '
+                    f'{method!r} tuning needs {needed[method]!r}')
+  if method == 'lora' and experiment.deliberation.num_layers:
+    raise UserError(f'deliberation.num_layers = {experiment.deliberation.num_layers}: {method!r} '
+                    'tuning puts adapters on all layers of the decoder. Set 0.')
   if experiment.computation.frozen_dtype == 'int8':
-    raise UserError(f"{how!r} tuning learns the decoder's weights, which computation.frozen_dtype "
-                     "= 'int8' rounds: use 'float32' or 'bfloat16', or leave such arms out")
+    raise UserError(f"computation.frozen_dtype = 'int8': {method!r} tuning trains the decoder's "
+                    "weights, which int8 rounds. Set 'float32' or 'bfloat16', or leave such arms "
+                    'out.')
   coprocessor = build_deliberator(experiment).coprocessor
 
-  def init(key: Array, decoder: Params) -> PyTree:
+  def init(key: Array, decoder_params: Params) -> PyTree:
     boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight),
-                         boxed_shapes(experiment.decoder), decoder,
+                         boxed_shapes(experiment.decoder), decoder_params,
                          is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
-    return {'joint': lambda: {'decoder': boxed, 'latents': coprocessor.init(key, decoder)},
+    return {'joint': lambda: {'decoder': boxed, 'latents': coprocessor.init(key, decoder_params)},
             'finetuned': lambda: boxed,
-            'lora': lambda: coprocessor.init(key, decoder)['lora']}[how]()
+            'lora': lambda: coprocessor.init(key, decoder_params)['lora']}[method]()
 
-  return Run(how, experiment, workdir, mesh, init=init,
+  return Run(method, experiment, workdir, mesh, init=init,
              frozen_shapes=nn.unbox(boxed_shapes(experiment.decoder)))
 
 
-def _loss(experiment: Experiment, how: str) -> LossFn:
+def _loss(experiment: Experiment, method: str) -> LossFn:
   chunk, deliberator = experiment.computation.loss_chunk, build_deliberator(experiment)
-  if how == 'joint':
+  if method == 'joint':
     return joint_training(deliberator, chunk)
-  if how == 'lora':
+  if method == 'lora':
     return lora_training(deliberator.decoder, deliberator.coprocessor.transformer.lora, chunk)
   return language_modelling(build_decoder(experiment), chunk)

@@ -1,4 +1,4 @@
-"""Checkpoints of what learns and of the data's position: whole, asynchronous, of one run only."""
+"""Checkpoints of the train state and the data's position, written whole and in the background."""
 
 import contextlib
 import shutil
@@ -14,38 +14,43 @@ from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.training.step import TrainState
 
+# What orbax raises where files cannot be written: tensorstore knows no OSError.
+ORBAX_ERRORS = (OSError, ValueError, RuntimeError)
+
 
 class Batches(Protocol):
-  """An endless, restorable stream: the batch of step s is the input of update s + 1.
+  """An endless stream that can be restored. The batch of step s is the input of update s + 1.
 
-  Attributes: fingerprint: identifies the rows and their order.
+  Attributes:
+    fingerprint: identifies the rows and their order.
   """
   fingerprint: str
 
   def __call__(self, step: int) -> Batch:
-    """This process's rows of the global batch for `step` = 0, 1, ..., as numpy arrays."""
+    """Returns this process's rows of the global batch for `step` = 0, 1, ..., as numpy arrays."""
 
   def save(self, directory: Path, step: int) -> None:
-    """Writes into `directory` all that the batch of `step` needs.
+    """Writes into `directory` everything that the batch of `step` needs.
 
     Every process calls this with the same directory, which exists and was empty.
     """
 
   def restore(self, directory: Path, step: int) -> None:
-    """Makes `step` the next batch; raises ValueError when `directory` does not fit this stream."""
+    """Makes `step` the next batch. Raises UserError when `directory` is of another stream."""
 
 
 class Checkpointer:
-  """The checkpoints of one run: <directory>/<step> from orbax, <directory>/data/<step> beside it.
+  """The checkpoints of one run.
 
-  A checkpoint is there as a whole or not at all: orbax renames it into place when every process has
-  written all its files, and the data's position is written before that.
+  orbax writes <directory>/<step>; the data's position is in <directory>/data/<step>. A checkpoint
+  exists as a whole or not at all: the data's position is written first, and orbax renames the rest
+  into place when every process has written all its files.
   """
 
   def __init__(self, directory: Path, keep: int):
     """Opens or creates `directory`, which keeps the newest `keep` checkpoints."""
     if keep < 1:
-      raise UserError(f'keep is {keep}; it must be 1 or more, or nothing could be resumed.')
+      raise UserError(f'keep = {keep}: it must be 1 or more, or no run could be resumed')
     self.directory = directory.absolute()
     self._saving: int | None = None
     self._manager = ocp.CheckpointManager(
@@ -55,52 +60,55 @@ class Checkpointer:
             cleanup_tmp_directories=True))
 
   def latest_step(self) -> int | None:
-    """The newest checkpoint, counting one that is still being written; None when there is none."""
+    """Returns the newest step, including one that is still being written; None without any."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, batches: Batches) -> None:
     """Starts writing a checkpoint. `state` may be donated as soon as this returns.
 
     Raises:
-      UserError: there is a checkpoint of this step, or of a later one, already.
-      UserError: this save, or the one before it, could not be written.
+      UserError: a checkpoint of this step or of a later one exists.
+      UserError: this checkpoint or the one before it cannot be written.
     """
     self.wait()
     latest = self.latest_step()
     if latest is not None and latest >= step:
-      raise UserError(f'cannot save step {step}: {self.directory} has one of step {latest}. '
-                       'Restore that one first, or use another --workdir.')
+      raise UserError(f'cannot save step {step}: {self.directory} has a checkpoint of step '
+                      f'{latest}. Restore that one first, or use another --workdir')
     self._saving = step
-    with self._failure_named():
+    with self._explain_failed_save(OSError):
       self._save_data(step, batches)
+    with self._explain_failed_save(*ORBAX_ERRORS):
       about = {'state': _describe(state)}
       self._manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
 
   def wait(self) -> None:
-    """Returns when the checkpoint being written is whole. Raises: RuntimeError if it cannot be."""
-    with self._failure_named():
+    """Waits until the checkpoint in progress is whole. Raises UserError if it cannot be written."""
+    with self._explain_failed_save(*ORBAX_ERRORS):
       self._manager.wait_until_finished()
     self._saving = None
     self._prune_data()
 
   def close(self) -> None:
-    """Waits, then frees the threads. Raises: RuntimeError as `wait` does."""
+    """Waits, then frees the threads. Raises as `wait` does."""
     try:
       self.wait()
     finally:
       self._manager.close()
 
   def restore(self, abstract_state: TrainState, batches: Batches) -> TrainState | None:
-    """The state of the newest checkpoint, with `batches` set to its position; None without any.
+    """Returns the state of the newest checkpoint, and sets `batches` to its position.
 
-    run.json beside the checkpoints says which run they are of.
+    Returns None where there is no checkpoint. `claim_workdir` has already checked, by run.json,
+    that the checkpoints are of this run.
 
     Args:
-      abstract_state: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have.
+      abstract_state: a jax.ShapeDtypeStruct with a sharding for each leaf.
       batches: the stream to set to the next batch.
 
-    Raises: UserError when the checkpoint has other leaves, is of other data or is damaged.
+    Raises:
+      UserError: the checkpoint has other leaves, is of other data or is damaged.
     """
     step = self.latest_step()
     if step is None:
@@ -108,12 +116,13 @@ class Checkpointer:
     place = f'the checkpoint {self.directory / str(step)}'
     if not (self.directory / str(step) / 'about').is_dir():
       raise UserError(f"{place} was not written by this project (it has no 'about'): use another "
-                       '--workdir.')
-    with self._damage_explained(step):
+                      '--workdir')
+    # Compare names and shapes first, since orbax's own errors would not name all that differ.
+    with self._explain_damage(step):
       leaves = self._manager.restore(
           step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']['state']
     _check_same_leaves(place, leaves, _describe(abstract_state))
-    with self._damage_explained(step):
+    with self._explain_damage(step):
       state = self._manager.restore(
           step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))['state']
     batches.restore(self._data_directory(step), step)
@@ -126,7 +135,7 @@ class Checkpointer:
     directory = self._data_directory(step)
 
     def make_empty() -> None:
-      shutil.rmtree(directory, ignore_errors=True)  # left by a save that never became whole
+      shutil.rmtree(directory, ignore_errors=True)  # left by an unfinished save
       directory.mkdir(parents=True)
 
     run_on_process_zero(f'make {directory}', make_empty)
@@ -134,7 +143,7 @@ class Checkpointer:
 
   def _prune_data(self) -> None:
     """Removes the data's positions at steps whose checkpoint is gone."""
-    # Later steps stay: another process may already be writing the next one.
+    # Keep later steps, since another process may already write the next one.
     latest = self.latest_step()
     if jax.process_index() == 0 and latest is not None:
       for folder in self.directory.glob('data/*'):
@@ -142,44 +151,45 @@ class Checkpointer:
           shutil.rmtree(folder, ignore_errors=True)
 
   @contextlib.contextmanager
-  def _failure_named(self) -> Iterator[None]:
-    """Turns an error of the save in progress into one that says what is lost and what is not."""
+  def _explain_failed_save(self, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns an error of the save in progress into a UserError that lists the whole checkpoints."""
     try:
       yield
-    except Exception as error:
+    except kinds as error:
       step, self._saving = self._saving, None
-      self._manager.reload()  # forgets the failed step, and lists again those it was to replace
+      self._manager.reload()  # forgets the failed step, and lists again what it was to replace
       raise UserError(
           f'the checkpoint of step {step} could not be written to {self.directory}: {error}\n'
-          f'{self._describe_whole_steps()} Make it writable or free some space: the same command '
-          'then goes on from the newest of them.') from error
+          f'{self._describe_whole_steps()} Make the directory writable or free some space. The '
+          'same command then resumes from the newest checkpoint.') from error
 
   @contextlib.contextmanager
-  def _damage_explained(self, step: int) -> Iterator[None]:
+  def _explain_damage(self, step: int) -> Iterator[None]:
+    """Turns an error of reading a checkpoint into a UserError that lists the earlier ones."""
     try:
       yield
-    except Exception as error:
+    except Exception as error:  # orbax and its storage raise almost any class on damaged files
       folder = self.directory / str(step)
       raise UserError(
           f'the checkpoint {folder} cannot be read ({type(error).__name__}: {error}).\n'
-          f'{self._describe_whole_steps(before=step)} If its files are damaged, remove {folder}: '
-          'the same command then goes on from the newest that is left.') from error
+          f'{self._describe_whole_steps(before=step)} If its files are damaged, remove {folder}. '
+          'The same command then resumes from the newest checkpoint that is left.') from error
 
   def _describe_whole_steps(self, before: float = float('inf')) -> str:
     steps = [step for step in self._manager.all_steps() if step < before]
-    return f'Other checkpoints there: {", ".join(map(str, sorted(steps))) or "none"}.'
+    return f'Other checkpoints: {", ".join(map(str, sorted(steps))) or "none"}.'
 
 
 def _describe(state: TrainState) -> dict[str, str]:
-  """Path of each leaf -> its dtype and shape, such as 'float32[2, 8]'."""
+  """Returns the dtype and shape of each leaf by its path, such as 'float32[2, 8]'."""
   return {jax.tree_util.keystr(path, simple=True, separator='/'): f'{leaf.dtype}{list(leaf.shape)}'
           for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def _check_same_leaves(place: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+def _check_same_leaves(place: str, saved: Mapping[str, str], current: Mapping[str, str]) -> None:
   absent = '(nothing)'
-  lines = [f'  {path}: {there.get(path, absent)} there, {here.get(path, absent)} now'
-           for path in sorted(there | here) if there.get(path) != here.get(path)]
+  lines = [f'  {path}: {saved.get(path, absent)} saved, {current.get(path, absent)} now'
+           for path in sorted(saved | current) if saved.get(path) != current.get(path)]
   if lines:
     raise UserError('\n'.join([
         f'{place} holds another model or optimizer:', *lines[:20],

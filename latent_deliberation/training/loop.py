@@ -1,4 +1,8 @@
-"""The training loop: step, look, save, evaluate; stops cleanly when told to, and on NaN."""
+"""The training loop: it steps, logs, saves and evaluates, and stops on a signal or on NaN.
+
+SIGTERM and SIGINT are requests that the loop reads between steps: it saves the finished step and
+raises `Preempted`, which ends the process with code 0.
+"""
 
 import dataclasses
 import math
@@ -15,16 +19,22 @@ from orbax.checkpoint import utils as orbax_utils
 
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.errors import UserError
+from latent_deliberation.progress import format_duration
 from latent_deliberation.training.checkpointer import Batches, Checkpointer
-from latent_deliberation.training.metrics import MetricsWriter, Pace, format_duration
+from latent_deliberation.training.metrics import MetricsWriter, Pace
 from latent_deliberation.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-  """Length and cadences of a run, in steps; the last step is always logged, saved and evaluated.
+  """Length and cadences of a run. The last step is always logged, saved and evaluated.
 
-  Attributes: num_steps; log_every; eval_every; save_every; keep: newest checkpoints that are kept.
+  Attributes:
+    num_steps: number of updates of the run.
+    log_every: number of steps from one logged step to the next.
+    eval_every: number of steps from one evaluation to the next.
+    save_every: number of steps from one checkpoint to the next.
+    keep: number of checkpoints that are kept; older ones are removed.
   """
   num_steps: int
   log_every: int
@@ -35,11 +45,11 @@ class LoopConfig:
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
       if value < 1:
-        raise UserError(f'{name} is {value}; it must be 1 or more.')
+        raise UserError(f'{name} = {value}: it must be 1 or more')
 
 
 class Preempted(SystemExit):
-  """A signal asked the run to stop, and it is saved. Uncaught, it ends the process with code 0."""
+  """A signal stopped the run, which is saved. Uncaught, it ends the process with code 0."""
 
   def __init__(self, message: str):
     super().__init__(message)
@@ -57,37 +67,38 @@ def train(state: TrainState,
           evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]]) -> TrainState:
   """Trains from `state.step` to `config.num_steps`.
 
-  A resumed run first repeats the evaluation due at its step: each save comes before the evaluation
-  of the same step, so that a stop in between loses neither.
-
   Args:
-    state: where to start; donated.
+    state: the state to start from; donated.
     train_step: one update; its scalars hold 'loss' and 'grad_norm', replicated on every process.
     batches: the stream, already at the batch of `state.step`.
     config: length and cadences.
-    place: the global batch on the devices, from this process's rows of it.
-    checkpointer: None saves nothing.
-    metrics: takes the scalars at `log_every`, and the evaluators' as 'name/key'.
-    evaluators: name -> function of the parameters.
+    place: puts the global batch on the devices, given this process's rows.
+    checkpointer: writer of checkpoints; None saves nothing.
+    metrics: writer of the scalars at `log_every`, and of the evaluators' values as 'name/key'.
+    evaluators: functions of the parameters, by name.
+
+  Returns: the state after the last step.
 
   Raises:
     Preempted: after SIGTERM or SIGINT, with the finished step saved.
-    UserError: the loss or the gradient's norm is not finite; such a state is never saved.
+    UserError: the loss or the gradient norm is not finite; such a state is never saved.
     UserError: the state is past the end of the run.
-    UserError: a checkpoint could not be written.
+    UserError: a checkpoint or the metrics cannot be written.
   """
   start = int(state.step)
   if start > config.num_steps:
-    raise UserError(f'the state is at step {start}, past num_steps {config.num_steps}: '
-                     'raise num_steps, or use another --workdir.')
+    raise UserError(f'the state is at step {start}, past num_steps = {config.num_steps}: '
+                    'raise num_steps, or use another --workdir')
   logbook = _Logbook(config, metrics, checkpointer)
   evaluating = start > 0 and _is_due(start, config.eval_every, config)
-  unseen = None  # the last step's scalars: read while the next step runs, so devices never wait
+  unseen = None  # scalars of the last step: read while the next one runs, so devices never wait
 
   with _StopRequests() as stop:
+    # Each step is saved before it is evaluated, so a stop in between may have lost an evaluation.
     if evaluating:
       logbook.evaluate(start, evaluators, state.params)
     for step in range(start, config.num_steps):
+      # Dispatch the step, then read the scalars of the step before it.
       batch = place(batches(step))
       if step == start:
         logbook.begin(step, batch)
@@ -96,6 +107,7 @@ def train(state: TrainState,
         logbook.record(*unseen)
       done, unseen = step + 1, (step + 1, scalars)
 
+      # Save and evaluate. Both need the scalars of this step first, since they may be NaN.
       stopping = stop.requested(done)
       saving = stopping or _is_due(done, config.save_every, config)
       evaluating = _is_due(done, config.eval_every, config)
@@ -108,6 +120,7 @@ def train(state: TrainState,
         raise _preempted(stop, done, config, checkpointer)
       if evaluating:
         logbook.evaluate(done, evaluators, state.params)
+    # A signal during the last evaluation must not be lost.
     if checkpointer is not None:
       checkpointer.wait()
     if stop.requested(config.num_steps):
@@ -125,14 +138,14 @@ def _preempted(stop: '_StopRequests', step: int, config: LoopConfig,
     saved = 'Nothing was saved.'
   else:
     checkpointer.wait()
-    saved = f'Saved in {checkpointer.directory}: the same command goes on from there.'
+    saved = f'Saved in {checkpointer.directory}: the same command resumes from there.'
   message = f'stopped by {stop.reason} at step {step}/{config.num_steps}. {saved}'
   logging.warning('%s', message)
   return Preempted(message)
 
 
 class _Logbook:
-  """Reads the scalars of finished steps: stops the run on NaN, logs, and keeps the pace."""
+  """Reads the scalars of finished steps, logs them, measures speed, and stops the run on NaN."""
 
   def __init__(self, config: LoopConfig, metrics: MetricsWriter,
                checkpointer: Checkpointer | None):
@@ -141,19 +154,18 @@ class _Logbook:
     self._pace: Pace | None = None
 
   def begin(self, start: int, batch: Batch) -> None:
-    """Learns the size of a step from the first global batch."""
+    """Takes the number of tokens of a step from the first global batch."""
     self._first = start + 1
     self._pace = Pace(self._config.num_steps, batch.tokens.size)
 
   def record(self, step: int, scalars: Mapping[str, Array]) -> None:
-    """Waits for the step, and logs it when it is due. Raises: FloatingPointError."""
+    """Waits for the step, and logs it when due. Raises UserError where it is not finite."""
     values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
     for name in ('loss', 'grad_norm'):
       if not math.isfinite(values[name]):
         raise UserError(
-            f'{name} is {values[name]} at step {step}. {self._describe_last_good()} The same '
-            'command would meet it again: lower the learning rate or clip_norm, in another '
-            '--workdir.')
+            f'{name} = {values[name]} at step {step}. {self._describe_last_good()} The same '
+            'command would fail again: lower learning_rate or clip_norm, in another --workdir')
     if _is_due(step, self._config.log_every, self._config):
       speed = self._pace.tokens_per_second(step)
       if speed is not None:
@@ -165,6 +177,7 @@ class _Logbook:
 
   def evaluate(self, step: int, evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]],
                params: Params) -> None:
+    """Runs the evaluators, and writes and logs their values."""
     begun = time.perf_counter()
     values = {f'{name}/{key}': float(value) for name, evaluator in evaluators.items()
               for key, value in evaluator(params).items()}
@@ -187,11 +200,11 @@ class _Logbook:
 
 
 class _StopRequests:
-  """Makes SIGTERM and SIGINT a request that the loop reads between steps.
+  """Turns SIGTERM and SIGINT into a request that the loop reads between steps.
 
   A second SIGINT acts at once. With several processes, the runtime of jax.distributed catches
-  SIGTERM, and agrees on the step at which all of them stop. Outside the main thread, where Python
-  allows no handlers, signals act as before.
+  SIGTERM and chooses one step at which all processes stop. Python allows no handlers outside the
+  main thread; signals then act as usual.
   """
 
   def __init__(self):
@@ -210,6 +223,7 @@ class _StopRequests:
       self._restore(number)
 
   def requested(self, step: int) -> bool:
+    """Whether the run should stop after `step` updates."""
     if jax.process_count() > 1:
       return orbax_utils.reached_preemption(step)
     return self._received
@@ -220,5 +234,5 @@ class _StopRequests:
       self._restore(number)
 
   def _restore(self, number: int) -> None:
-    # None stands for a handler that was not set from Python.
+    # None means that the handler was not set from Python.
     signal.signal(number, self._previous.pop(number) or signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard events, and a progress line with an ETA."""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, and a progress line with an ETA."""
 
 import json
 import os
@@ -10,7 +10,9 @@ from typing import Any, BinaryIO
 import jax
 from absl import logging
 
+from latent_deliberation.files import explain_failed_write
 from latent_deliberation.paths import METRICS_FILE
+from latent_deliberation.progress import format_duration
 
 # Not clu.metric_writers: it imports TensorFlow, which training machines need not have.
 try:
@@ -20,37 +22,42 @@ except ImportError:
 
 
 class MetricsWriter:
-  """Appends to <directory>/metrics.jsonl, and to <directory>/tensorboard where tensorboardX is.
+  """Appends to <directory>/metrics.jsonl, and to <directory>/tensorboard with tensorboardX.
 
-  Only process 0 writes. Every line is flushed, so a crash can tear no more than the last one.
+  Only process 0 writes. Every line is flushed, so a crash can cut off no more than the last one.
+  Raises UserError where a file cannot be written.
   """
 
   def __init__(self, directory: Path):
+    self._directory = directory
     self._file: BinaryIO | None = None
     self._events: Any = None
     if jax.process_index() != 0:
       return
-    directory.mkdir(parents=True, exist_ok=True)
-    self._file = open(directory / METRICS_FILE, 'a+b')
-    _end_torn_line(self._file)
-    if SummaryWriter is not None:
-      self._events = SummaryWriter(str(directory / 'tensorboard'))
+    with explain_failed_write(directory):
+      directory.mkdir(parents=True, exist_ok=True)
+      self._file = open(directory / METRICS_FILE, 'a+b')
+      _end_torn_line(self._file)
+      if SummaryWriter is not None:
+        self._events = SummaryWriter(str(directory / 'tensorboard'))
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds one line: the step, the wall-clock time in seconds since 1970, and the metrics."""
-    if self._file is not None:
-      line = json.dumps({'step': step, 'seconds': round(time.time(), 3), **metrics})
-      self._file.write(line.encode() + b'\n')
-      self._file.flush()
-    if self._events is not None:
-      for name, value in metrics.items():
-        self._events.add_scalar(name, value, step)
-      self._events.flush()
+    line = json.dumps({'step': step, 'seconds': round(time.time(), 3), **metrics})
+    with explain_failed_write(self._directory):
+      if self._file is not None:
+        self._file.write(line.encode() + b'\n')
+        self._file.flush()
+      if self._events is not None:
+        for name, value in metrics.items():
+          self._events.add_scalar(name, value, step)
+        self._events.flush()
 
   def close(self) -> None:
-    for output in (self._file, self._events):
-      if output is not None:
-        output.close()
+    with explain_failed_write(self._directory):
+      for output in (self._file, self._events):
+        if output is not None:
+          output.close()
 
 
 def _end_torn_line(file: BinaryIO) -> None:
@@ -61,30 +68,28 @@ def _end_torn_line(file: BinaryIO) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-  """One dict for each step of a metrics.jsonl, in order of steps.
+  """Returns one dict for each step of a metrics.jsonl, in the order of steps.
 
-  Lines of the same step are joined. Where a resumed run wrote a step again, its values win.
-  A line torn by a crash is skipped, with a warning.
-
-  Raises: UserError when there is no such file.
+  Lines of the same step are joined. Where a resumed run wrote a step again, the later values win.
+  A line that a crash cut off is skipped with a warning.
   """
   steps: dict[int, dict[str, Any]] = {}
   for number, line in enumerate(path.read_text().splitlines(), start=1):
     try:
       row = json.loads(line)
     except json.JSONDecodeError:
-      logging.warning('%s: skipped line %d, which is torn', path, number)
+      logging.warning('%s: skipped line %d, which a crash cut off', path, number)
       continue
     steps.setdefault(row['step'], {}).update(row)
   return [steps[step] for step in sorted(steps)]
 
 
 class Pace:
-  """Measures speed, and predicts the end.
+  """Measures speed and predicts the end of a run.
 
-  Tokens per second cover the current window: since the last `line` or `start`. The ETA goes by the
-  mean time of a step since the first `start`, pauses included. Call `start` after the first step,
-  so that its compilation counts in neither, and after every pause.
+  Tokens per second cover the current window, which begins at the last `line` or `start`. The ETA
+  uses the mean time of a step since the first `start`, including pauses. Call `start` after the
+  first step, to leave out compilation, and after every pause.
   """
 
   def __init__(self, num_steps: int, tokens_per_step: int,
@@ -94,16 +99,16 @@ class Pace:
     self._window: tuple[int, float] | None = None
 
   def start(self, step: int) -> None:
-    """Begins a window at `step`, the number of steps done."""
+    """Begins a window at `step`, the number of finished steps."""
     self._window = (step, self._clock())
     self._first = self._first or self._window
 
   def tokens_per_second(self, step: int) -> float | None:
-    """Speed since the window began; None before anything was measured."""
+    """Returns the speed since the window began; None before anything was measured."""
     return self._tokens_per_step / mean if (mean := self._mean(self._window, step)) else None
 
   def line(self, step: int, metrics: Mapping[str, float]) -> str:
-    """'step 120/1000  loss 3.2101  tokens/s 5,210  ETA 3m12s'; begins the next window."""
+    """Returns 'step 120/1000  loss 3.2101  tokens/s 5,210  ETA 3m12s'; begins a new window."""
     speed, mean = self.tokens_per_second(step), self._mean(self._first, step)
     self.start(step)
     tokens = '-' if speed is None else f'{speed:,.0f}'
@@ -116,17 +121,3 @@ class Pace:
     if since is None or step == since[0]:
       return None
     return (self._clock() - since[1]) / (step - since[0])
-
-
-def format_duration(seconds: float) -> str:
-  """'42s', '3m12s', '2h05m' or '1d04h': the two largest units."""
-  minutes, second = divmod(round(seconds), 60)
-  hours, minute = divmod(minutes, 60)
-  days, hour = divmod(hours, 24)
-  if days:
-    return f'{days}d{hour:02}h'
-  if hours:
-    return f'{hours}h{minute:02}m'
-  if minutes:
-    return f'{minutes}m{second:02}s'
-  return f'{second}s'

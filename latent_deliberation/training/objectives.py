@@ -1,4 +1,4 @@
-"""What is minimised: next-token loss, a coprocessor's ahead-token loss, and controls of both."""
+"""The losses: next tokens, ahead tokens after latents, and the controls of both."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from latent_deliberation.training.step import LossFn
 
 
 def language_modelling(decoder: Decoder, loss_chunk: int) -> LossFn:
-  """Next-token loss of a decoder that learns; its `frozen` is empty and its keys unused."""
+  """Returns the next-token loss by the decoder's parameters; `frozen` and keys are unused."""
 
   def loss(params: Params, frozen: Params, batch: Batch, keys: Array) -> tuple[Array, Array]:
     del frozen, keys
@@ -29,10 +29,10 @@ def language_modelling(decoder: Decoder, loss_chunk: int) -> LossFn:
 
 
 def augmentation(deliberator: Deliberator, loss_chunk: int) -> LossFn:
-  """-log p(ahead tokens | trunk up to the anchor, latents), paper section 2.2.
+  """Returns the loss -log p(ahead tokens | trunk up to the anchor, latents), paper section 2.2.
 
-  The frozen argument is the decoder's parameters: gradients flow through its second pass into the
-  latents, and stop at its weights because it is not what the loss is differentiated by.
+  The frozen argument is the decoder's parameters. Gradients flow through the decoder's second pass
+  into the latents. Its weights get none, because the loss is differentiated by `params` alone.
   """
 
   def loss(params: Params, decoder_params: Params, batch: Batch,
@@ -47,10 +47,10 @@ def augmentation(deliberator: Deliberator, loss_chunk: int) -> LossFn:
 
 
 def joint_training(deliberator: Deliberator, loss_chunk: int) -> LossFn:
-  """The loss of `augmentation`, by the decoder's weights and by constant soft tokens at once.
+  """Returns the loss of `augmentation`, by the decoder's weights and constant soft tokens.
 
-  The control of arXiv 2510.00494: one model that learns to use its latents, in the place of two.
-  What learns is {'decoder', 'latents'}; the frozen argument is unused.
+  This is the control of arXiv 2510.00494: one model that learns to use its latents replaces two.
+  The trainable parameters are {'decoder', 'latents'}; the frozen argument is unused.
   """
   augmented = augmentation(dataclasses.replace(deliberator, tuned=True), loss_chunk)
 
@@ -62,7 +62,7 @@ def joint_training(deliberator: Deliberator, loss_chunk: int) -> LossFn:
 
 
 def lora_training(decoder: Decoder, low_rank: LowRank, loss_chunk: int) -> LossFn:
-  """Next-token loss of a frozen decoder, by low-rank adapters on its transformer."""
+  """Returns the next-token loss of a frozen decoder, by low-rank adapters on its transformer."""
   next_token = language_modelling(decoder, loss_chunk)
 
   def loss(params: Params, frozen: Params, batch: Batch, keys: Array) -> tuple[Array, Array]:

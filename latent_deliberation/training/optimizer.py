@@ -1,4 +1,4 @@
-"""AdamW with warm-up, a schedule, clipping, and another learning rate for chosen parameters."""
+"""AdamW with warm-up, a schedule, clipping, and multipliers of the learning rate."""
 
 import dataclasses
 import math
@@ -20,15 +20,18 @@ _SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW (Loshchilov and Hutter, arXiv 1711.05101) behind a clip by global norm.
+  """AdamW (Loshchilov and Hutter, arXiv 1711.05101) after a clip by global norm.
 
   Attributes:
-    learning_rate: the peak, reached after warm-up.
-    warmup_steps: steps of linear warm-up; the very first step already moves.
-    schedule: 'cosine', 'linear' or 'constant', from the end of warm-up to the last step.
-    final_fraction: learning rate at the end over its peak; unused by 'constant'.
-    b1, b2, eps: Adam's.
-    weight_decay: per unit of learning rate, on leaves of two or more axes but no norm's scale.
+    learning_rate: peak learning rate, reached at the end of warm-up.
+    warmup_steps: number of steps of linear warm-up; the first step already changes parameters.
+    schedule: shape after warm-up, until the last step: 'cosine', 'linear' or 'constant'.
+    final_fraction: learning rate at the end, relative to its peak; unused by 'constant'.
+    b1: decay of Adam's average of gradients.
+    b2: decay of Adam's average of squared gradients.
+    eps: Adam's term in the denominator.
+    weight_decay: decoupled weight decay, per unit of learning rate.
+      It applies to leaves of two or more axes, except for the scales of norms.
     clip_norm: largest global norm of a gradient; inf clips nothing.
   """
   learning_rate: float
@@ -55,17 +58,18 @@ class OptimizerConfig:
     }
     for name, (demand, met) in demands.items():
       if not met:
-        raise UserError(f'optimizer.{name} is {getattr(self, name)!r}; it must be {demand}.')
+        raise UserError(f'optimizer.{name} = {getattr(self, name)!r}: it must be {demand}')
 
 
 def build_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """The learning rate of each step, as a function of the steps already done.
+  """Returns the learning rate as a function of the number of finished steps.
 
-  Raises: UserError when warm-up is longer than the run.
+  Raises:
+    UserError: warm-up is longer than the run.
   """
   if config.warmup_steps > num_steps:
-    raise UserError(f'optimizer.warmup_steps is {config.warmup_steps}, but the run has only '
-                     f'{num_steps} steps: shorten the warm-up or train longer.')
+    raise UserError(f'optimizer.warmup_steps = {config.warmup_steps}, but the run has only '
+                    f'{num_steps} steps: shorten the warm-up or train longer')
   decay_steps = max(1, num_steps - config.warmup_steps)
   floor = 1.0 if config.schedule == 'constant' else config.final_fraction
 
@@ -81,15 +85,16 @@ def build_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def build_optimizer(config: OptimizerConfig, num_steps: int,
                     multipliers: Mapping[str, float] | None = None
                     ) -> optax.GradientTransformation:
-  """Clip by global norm, Adam, decoupled weight decay, learning rate, in that order.
+  """Returns a clip by global norm, Adam, weight decay and learning rate, in that order.
 
   Args:
     config: the settings.
     num_steps: length of the run, which the schedule spans.
-    multipliers: top-level key of the parameters -> factor on its learning rate.
+    multipliers: factors on learning rates, by top-level key of the parameters.
 
-  Raises: UserError when warm-up is longer than the run; from `init`, when the parameters lack the
-    key of a multiplier.
+  Raises:
+    UserError: warm-up is longer than the run. Also raised by `init` where the parameters lack a
+      key of `multipliers`.
   """
   return optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
@@ -101,19 +106,19 @@ def build_optimizer(config: OptimizerConfig, num_steps: int,
 
 
 def _is_matrix(params: Params) -> Params:
-  # The scales of norms in stacked layers have two axes as well, and are no matrices.
+  # Stacked layers give the scales of norms two axes as well.
   return jax.tree_util.tree_map_with_path(
       lambda path, leaf: leaf.ndim >= 2 and 'scale' not in jax.tree_util.keystr(path), params)
 
 
 def _scale_by_key(multipliers: Mapping[str, float]) -> optax.GradientTransformation:
-  """Multiplies the updates below each top-level key by its factor (1 where none is given)."""
+  """Multiplies the updates below each top-level key by its factor, 1 by default."""
 
   def init(params: Mapping[str, Params]) -> optax.EmptyState:
     unknown = sorted(set(multipliers) - set(params))
     if unknown:
       raise UserError(f'learning-rate multipliers name {unknown}, but the trainable parameters '
-                       f'are {sorted(params)}: drop or rename those multipliers.')
+                      f'are {sorted(params)}: drop or rename those multipliers')
     return optax.EmptyState()
 
   def update(updates: Mapping[str, Params], state: optax.EmptyState,

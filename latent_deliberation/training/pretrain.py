@@ -1,4 +1,4 @@
-"""Pretrains a decoder on packed text and writes it where a coprocessor can be trained on it."""
+"""Pretraining: trains a decoder on packed text and writes it to <workdir>/decoder."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,38 +24,45 @@ from latent_deliberation.training.objectives import language_modelling
 from latent_deliberation.training.run import Run, fit
 
 
-def pretrain(experiment: Experiment, workdir: Path, data: Path) -> Path:
-  """Trains the decoder of an experiment from scratch, or goes on where it stopped.
+def pretrain(experiment: Experiment, workdir: Path, data_dir: Path) -> Path:
+  """Trains the decoder of an experiment from scratch, or resumes the run in `workdir`.
 
   Args:
-    workdir: of this run.
-    data: directory of prepared data; prepared now if it is not.
+    experiment: the whole configuration.
+    workdir: work directory of the run.
+    data_dir: directory of prepared data; missing data are prepared now.
 
   Returns: <workdir>/decoder, for `weights.load`.
+
+  Raises:
+    UserError: config, data or directory do not fit; see `Run.check`, `prepare_data` and `fit`.
   """
+  # Check everything that needs no data, then prepare and open the data.
   mesh = make_mesh(experiment.mesh)
   run = describe_pretraining(experiment, workdir, mesh)
   run.check()
-  prepare_data(experiment.data, experiment.decoder.vocab_size, data)
-  rows = open_rows(data, 'validation', length=experiment.data.length,
+  prepare_data(experiment.data, experiment.decoder.vocab_size, data_dir)
+  rows = open_rows(data_dir, 'validation', length=experiment.data.length,
                    vocab_size=experiment.decoder.vocab_size)
-  batches = open_batches(experiment, data, run.section, mesh)
+  batches = open_batches(experiment, data_dir, run.section, mesh)
   evaluation = experiment.evaluation
   eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
                                     experiment.rules)
+
+  # Train, then write the decoder unless an earlier launch did.
   loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)
   params = fit(run, batches, loss_fn,
                {'validation': _validation(experiment, loss_fn, eval_batches, mesh)}, frozen={})
   target = workdir / DECODER
   if not target.exists():
-    tokenizer = data / VOCABULARY_FILE
+    tokenizer = data_dir / VOCABULARY_FILE
     weights.save(target, experiment.decoder, params, rows.manifest.recipe.vocabulary_hash,
                  tokenizer=tokenizer if tokenizer.is_file() else None)
   return target
 
 
 def describe_pretraining(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:
-  """The run of `pretrain` in `workdir`."""
+  """Returns the run of `pretrain` in `workdir`."""
   decoder = build_decoder(experiment)
 
   def init(key: Array, frozen: Params) -> PyTree:
@@ -67,7 +74,7 @@ def describe_pretraining(experiment: Experiment, workdir: Path, mesh: Mesh) -> R
 
 def _validation(experiment: Experiment, loss_fn: Callable, eval_batches: list,
                 mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
-  """Mean next-token loss over the eval_batches validation batches."""
+  """Returns an evaluator of the mean next-token loss over the validation batches."""
 
   @jax.jit
   def sums(params: Params, batch: PyTree) -> tuple[Array, Array]:

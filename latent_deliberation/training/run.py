@@ -1,4 +1,9 @@
-"""Which run a directory belongs to, and what may change when the run is resumed."""
+"""A training run: its identity, the run itself, and `fit`, which trains it.
+
+`RunIdentity` is what must stay the same when a run is resumed. `claim_workdir` keeps it in run.json
+and compares it. `Run` holds a run's shapes, optimizer and step. `fit` trains a run from the newest
+checkpoint of its directory.
+"""
 
 import contextlib
 import dataclasses
@@ -38,94 +43,94 @@ MISSING = '(nothing)'
 
 @dataclasses.dataclass(frozen=True)
 class RunIdentity:
-  """What must stay the same for a run to be resumed.
+  """Everything that must stay the same for a run to be resumed.
 
   Attributes:
     job: name of the job, such as 'pretrain'.
-    config: the whole configuration, as nested dicts of what JSON can hold.
-    decoder: fingerprint of the frozen decoder; '' where there is none.
-    data: fingerprint of the data.
-    defaults: of the config, as nested dicts: what a key means for a run that is older than the key.
-      A new key's default must therefore be what was done before there was the key.
+    config: the whole configuration, as nested dicts of JSON values.
+    decoder_fingerprint: fingerprint of the frozen decoder; '' where there is none.
+    data_fingerprint: fingerprint of the data.
+    defaults: defaults of the config, as nested dicts. A saved run that lacks a key had its default.
+      So the default of a new key must mean what the code did before the key existed.
   """
   job: str
   config: Mapping[str, Any]
-  decoder: str
-  data: str
+  decoder_fingerprint: str
+  data_fingerprint: str
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  def __post_init__(self):
+  @functools.cached_property
+  def record(self) -> dict[str, Any]:
+    """The content of run.json, as it reads back: tuples are lists, keys are strings.
+
+    Raises:
+      UserError: the config holds something that JSON cannot.
+    """
     try:
-      self.to_json()
+      return json.loads(json.dumps({
+          'job': self.job, 'config': self.config, 'decoder': self.decoder_fingerprint,
+          'data': self.data_fingerprint}))
     except TypeError as error:
       raise UserError(f'the config of job {self.job!r} cannot be written as JSON ({error}): '
-                       'use dicts, lists, strings, numbers, booleans and None.') from error
-
-  def to_json(self) -> dict[str, Any]:
-    """The identity as it reads back from a JSON file (tuples are lists, keys are strings)."""
-    record = dataclasses.asdict(self)
-    del record['defaults']  # of this code, and not of the run
-    return json.loads(json.dumps(record))
+                      'use dicts, lists, strings, numbers, booleans and None') from error
 
 
 def claim_workdir(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = ()) -> None:
   """Makes `workdir` the directory of this run, or checks that it already is.
 
-  Process 0 writes run.json, and all of them compare it. Other files, such as a vocabulary or
-  data, may be there already.
+  Process 0 writes run.json, and every process compares it. The directory may hold other files,
+  such as a vocabulary or data.
 
   Args:
-    workdir: a directory on a mounted file system; created if missing.
-    identity: the run that wants it.
-    free: dotted paths of the config, or of whole sections, that may differ from the earlier launch.
+    workdir: directory on a mounted file system; created if missing.
+    identity: identity of the run.
+    free: dotted paths of config keys or sections that may differ from the earlier launch.
 
-  Raises: UserError when the directory holds another run, or checkpoints that no run.json explains.
+  Raises:
+    UserError: the directory holds another run, or checkpoints without a run.json.
   """
-  if ':/' in str(workdir):
-    raise UserError(f'--workdir is {str(workdir)!r}, which is a URL; it must be a path: mount the '
-                     'bucket (gcsfuse, for instance) and give the path under the mount.')
-  path = workdir / RUN_FILE
+  path, record = workdir / RUN_FILE, identity.record
   if not path.exists() and (workdir / CHECKPOINTS).exists():
-    raise UserError(f'{workdir / CHECKPOINTS} exists, but {path} does not: these checkpoints are '
-                     'of an unknown run. Restore the file, or use another --workdir.')
-  barrier(f'{path} looked at')  # before process 0 goes on to make what is refused above
-  run_on_process_zero(f'write {path}', lambda: _write_once(path, identity))
+    raise UserError(f'{workdir / CHECKPOINTS} exists, but {path} does not: the checkpoints are of '
+                    'an unknown run. Restore the file, or use another --workdir')
+  barrier(f'{path} looked at')  # all look before process 0 makes the directory
+
+  def write_once() -> None:
+    if not path.exists():
+      write_json(path, record)
+
+  run_on_process_zero(f'write {path}', write_once)
   try:
     saved = json.loads(path.read_text())
   except json.JSONDecodeError as error:
     raise UserError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
-                     'the file, or use another --workdir.') from error
-  check_same_run(str(workdir), saved, identity, free)  # also by the others of a new run
+                    'the file, or use another --workdir') from error
+  check_same_run(workdir, saved, identity, free)  # a new run too: processes must agree
 
 
-def _write_once(path: Path, identity: RunIdentity) -> None:
-  if not path.exists():
-    write_json(path, identity.to_json())
-
-
-def check_same_run(place: str, saved: Mapping[str, Any], identity: RunIdentity,
+def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentity,
                    free: tuple[str, ...]) -> None:
-  """Checks that `saved`, the identity found at `place`, is that of this run.
+  """Compares `saved`, the content of the run.json in `workdir`, with the identity of this run.
 
-  Raises: UserError with each key that differs, its two values and the remedy.
+  Raises:
+    UserError: a key differs; lists each such key with its two values.
   """
-  there = dict(_leaves(with_current_names(saved)))
-  here = dict(_leaves(identity.to_json()))
+  saved, current = dict(_leaves(with_current_names(saved))), dict(_leaves(identity.record))
   defaults = _leaves({'config': json.loads(json.dumps(identity.defaults))})
-  there = {key: value for key, value in defaults if key in here} | there
+  saved = {key: value for key, value in defaults if key in current} | saved
   prefixes = tuple(f'config.{path}.' for path in free)
-  lines = [f'  {key}: {there.get(key, MISSING)!r} there, {here.get(key, MISSING)!r} now'
-           for key in sorted(there | here)
-           if there.get(key, MISSING) != here.get(key, MISSING)
+  lines = [f'  {key}: {saved.get(key, MISSING)!r} saved, {current.get(key, MISSING)!r} now'
+           for key in sorted(saved | current)
+           if saved.get(key, MISSING) != current.get(key, MISSING)
            and not f'{key}.'.startswith(prefixes)]
   if lines:
     raise UserError('\n'.join([
-        f'{place} belongs to another run:', *lines,
-        'Use another --workdir, or go back to the values that are there.']))
+        f'{workdir} belongs to another run:', *lines,
+        'Use another --workdir, or go back to the saved values.']))
 
 
 def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-  """Leaves of nested dicts, with their dotted paths."""
+  """Yields the leaves of nested dicts with their dotted paths."""
   if isinstance(tree, Mapping) and tree:
     for key, child in tree.items():
       yield from _leaves(child, f'{path}.{key}' if path else key)
@@ -133,8 +138,8 @@ def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
     yield path, tree
 
 
-# A run may be resumed on other devices, with other cadences, and with its files elsewhere (the
-# fingerprint of the data holds their contents); everything else is the run.
+# A run may be resumed on other devices, with other cadences, and with its files moved, since the
+# fingerprint of the data covers their contents. Every other key is part of its identity.
 FREE = ('mesh', 'rules', 'evaluation', 'computation.attention', 'computation.replicate_frozen',
         'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
     f'{section}.loop.{key}' for section in ('pretraining', 'training')
@@ -143,16 +148,15 @@ FREE = ('mesh', 'rules', 'evaluation', 'computation.attention', 'computation.rep
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training run as its configuration describes it. It holds shapes and no weights.
+  """One training run, as its configuration describes it. It holds shapes and no weights.
 
   Attributes:
     job: 'pretrain', 'train', or a way to tune a decoder (see studies/tune.py).
     experiment: the whole configuration.
-    workdir: claimed for this run; holds run.json, checkpoints/ and metrics.jsonl.
+    workdir: work directory of the run, with run.json, checkpoints/ and metrics.jsonl.
     mesh: devices that the run is sharded over.
     init: (key, frozen parameters) -> trainable parameters, boxed with logical axes.
-    frozen_shapes: of the parameters that the loss reads and no step changes; {} where there are
-      none.
+    frozen_shapes: shapes of the parameters that the loss reads and no step changes; {} for none.
   """
   job: str
   experiment: Experiment
@@ -163,7 +167,7 @@ class Run:
 
   @property
   def section(self) -> str:
-    """Name of the section of the experiment that this run follows."""
+    """Name of the experiment's section that this run follows."""
     return 'pretraining' if self.job == 'pretrain' else 'training'
 
   @property
@@ -171,25 +175,23 @@ class Run:
     """That section."""
     return getattr(self.experiment, self.section)
 
-  def identity(self, decoder: str, data: str) -> RunIdentity:
-    """The identity of this run, for its directory.
-
-    Settings that only the other job reads are left out.
+  def identity(self, decoder_fingerprint: str, data_fingerprint: str) -> RunIdentity:
+    """Returns the identity of this run, without the settings that only another job reads.
 
     Args:
-      decoder: fingerprint of the frozen decoder; '' where there is none.
-      data: fingerprint of the batches.
+      decoder_fingerprint: fingerprint of the frozen decoder; '' where there is none.
+      data_fingerprint: fingerprint of the batches.
     """
     config = dataclasses.asdict(self.experiment)
     unread = ('deliberation', 'training') if self.job == 'pretrain' else ('pretraining',)
     for section in unread:
       del config[section]
-    return RunIdentity(job=self.job, config=config, decoder=decoder, data=data,
+    return RunIdentity(self.job, config, decoder_fingerprint, data_fingerprint,
                        defaults=defaults_of(Experiment))
 
   @property
   def free(self) -> tuple[str, ...]:
-    """Keys of the config, or whole sections, in which a resumption may differ."""
+    """Keys or whole sections of the config that a resumed run may change."""
     return FREE + tuple(
         f'deliberation.{key}' for key in self.experiment.deliberation.without_effect)
 
@@ -200,17 +202,18 @@ class Run:
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
+    """The optimizer, with the multipliers of the parameters that exist."""
     multipliers = {part: factor for part, factor in self.settings.multipliers.items()
                    if part in self.boxed}
     return build_optimizer(self.settings.optimizer, self.settings.loop.num_steps, multipliers)
 
   @functools.cached_property
   def abstract(self) -> TrainState:
-    """Shapes and shardings of the state."""
+    """Shapes and shardings of the train state."""
     return abstract_state(self.boxed, self.optimizer, self.mesh, self.experiment.rules)
 
   def create_state(self, start: Params) -> TrainState:
-    """A fresh state, made on its shards.
+    """Returns a new train state at step 0, created on its shards.
 
     Args:
       start: frozen parameters that `init` copies from.
@@ -221,10 +224,11 @@ class Run:
     return jax.jit(create, out_shardings=shardings)(jax.random.key(self.experiment.seed), start)
 
   def make_step(self, loss_fn: LossFn, frozen: Params) -> TrainStep:
-    """The train step of this run.
+    """Returns the train step of this run.
 
     Args:
-      frozen: parameters, or shapes with shardings for a step that is only compiled.
+      loss_fn: the loss; see training/step.py.
+      frozen: frozen parameters, or their shapes with shardings for a step that is only compiled.
     """
     settings = self.settings
     return make_train_step(
@@ -234,10 +238,11 @@ class Run:
         accumulation=settings.accumulation)
 
   def check_sizes(self) -> None:
-    """Raises UserError where this run does not fit its mesh.
+    """Checks that this run fits its mesh.
 
-    Batches or sizes do not divide over it, it asks two processes for the same texts of a stream, or
-    the warm-up is longer than the run.
+    Raises:
+      UserError: batches or parameters do not divide over the mesh, two processes would need the
+        same texts of a stream, or the warm-up is longer than the run.
     """
     experiment = self.experiment
     check_divides(self.section, self.settings.batch_size, self.settings.accumulation, self.mesh,
@@ -246,34 +251,34 @@ class Run:
     if experiment.data.mode == 'online':
       check_own_rows(self.mesh, experiment.rules)
     try:
-      _ = self.abstract
+      _ = self.abstract  # builds optimizer and shardings
     except UserError as error:
       raise UserError(f'{self.section}: {error}') from error
 
-  def check(self, decoder: str = '') -> None:
-    """Raises what would stop this run later, as far as it shows without data and weights.
+  def check(self, decoder_fingerprint: str = '') -> None:
+    """Checks, before long work, everything that needs neither data nor weights.
 
     Args:
-      decoder: fingerprint of the frozen decoder; '' where it is not known yet.
+      decoder_fingerprint: fingerprint of the frozen decoder; '' where it is not known yet.
 
     Raises:
-      UserError: see `check_sizes`; or the directory holds another run.
-      UserError: the directory cannot be written to.
+      UserError: see `check_sizes`.
+      UserError: the work directory holds another run, or cannot be written to.
     """
     self.check_sizes()
     make_writable(self.workdir)
-    path = self.workdir / RUN_FILE
-    if path.exists():
-      with contextlib.suppress(json.JSONDecodeError, KeyError):  # `claim_workdir` reports these
-        saved = json.loads(path.read_text())
-        # Data and decoder may not exist yet. `claim_workdir` compares their fingerprints.
-        identity = self.identity(decoder or saved['decoder'], saved['data'])
-        check_same_run(str(self.workdir), saved, identity, self.free)
+    # Data and decoder may not exist yet. `claim_workdir` compares their fingerprints.
+    try:
+      saved = json.loads((self.workdir / RUN_FILE).read_text())
+      identity = self.identity(decoder_fingerprint or saved['decoder'], saved['data'])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+      return  # a new run, or a damaged file that `claim_workdir` reports
+    check_same_run(self.workdir, saved, identity, self.free)
 
 
 def check_divides(section: str, batch_size: int, accumulation: int, mesh: Mesh,
                   experiment: Experiment) -> None:
-  """`check_batch`, with the section of the config named in the error."""
+  """Calls `check_batch`, and names the section of the config in its error."""
   try:
     check_batch(batch_size, accumulation, mesh, experiment.rules)
   except UserError as error:
@@ -282,27 +287,31 @@ def check_divides(section: str, batch_size: int, accumulation: int, mesh: Mesh,
 
 def fit(run: Run, batches: Batches, loss_fn: LossFn,
         evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]], *,
-        frozen: Params, decoder: str = '',
+        frozen: Params, decoder_fingerprint: str = '',
         load_start: Callable[[], Params] | None = None) -> Params:
-  """Trains a run to its end, from the newest checkpoint of its directory if there is one.
+  """Trains a run to its end, starting at the newest checkpoint of its directory if there is one.
 
   Args:
-    run: what to train.
+    run: the run.
     batches: the training stream.
-    loss_fn: see training/step.py.
-    evaluators: name -> function of the trainable parameters, called every `eval_every` steps.
+    loss_fn: the loss; see training/step.py.
+    evaluators: functions of the trainable parameters by name, called every `eval_every` steps.
     frozen: parameters that the loss reads.
-    decoder: fingerprint of the frozen decoder.
-    load_start: loads the parameters that `init` of a fresh run copies from, where those in
-      `frozen` are rounded to int8.
+    decoder_fingerprint: fingerprint of the frozen decoder; '' where there is none.
+    load_start: loads the parameters that `init` of a new run copies from. It is needed where
+      `frozen` is rounded to int8; default is `frozen`.
 
   Returns: the trained parameters, float32.
+
+  Raises:
+    UserError: the directory holds another run; or see training/loop.train.
   """
   settings = run.settings
-  claim_workdir(run.workdir, run.identity(decoder, batches.fingerprint), run.free)
+  claim_workdir(run.workdir, run.identity(decoder_fingerprint, batches.fingerprint), run.free)
   train_step = run.make_step(loss_fn, frozen)
   with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
         contextlib.closing(MetricsWriter(run.workdir)) as metrics):
+    # Resume the newest checkpoint, or create a state on its shards.
     state = saved.restore(run.abstract, batches)
     if state is None:
       state = run.create_state(load_start() if load_start else frozen)

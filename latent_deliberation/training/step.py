@@ -1,4 +1,4 @@
-"""The jitted train step: gradients for what learns, and for nothing else."""
+"""The train state, and the jitted step: gradients for trainable parameters and no others."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -10,22 +10,28 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from latent_deliberation.array_types import Array, Batch, Params, PyTree
+from latent_deliberation.array_types import Array, Batch, Int, Params, PyTree
 from latent_deliberation.sharding import batch_sharding, shardings_of
 
 
 @struct.dataclass
 class TrainState:
-  """Attributes: step: int32, updates done; params: trainable tree; opt_state: of optax."""
-  step: Array
+  """Everything that a training run updates.
+
+  Attributes:
+    step: number of finished updates.
+    params: trainable parameters, float32.
+    opt_state: state of the optimizer.
+  """
+  step: Int[Array, '']
   params: Params
   opt_state: optax.OptState
 
   @classmethod
   def create(cls, params: Params, optimizer: optax.GradientTransformation) -> 'TrainState':
-    """A state at step 0, with master weights in float32 whatever the dtype they came in.
+    """Returns a state at step 0 with float32 copies of the parameters.
 
-    They are copies: a train step donates them, and some may have come from the frozen decoder.
+    They are copies because a train step donates them, and the frozen decoder may share them.
     """
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
     return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
@@ -37,12 +43,12 @@ LossFn = Callable[[Params, Params, Batch, Array], tuple[Array, Array]]
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-  """train_step(state, batch) -> (state, metrics), compiled for `mesh`; the state is donated.
+  """train_step(state, batch) -> (state, metrics), compiled for a mesh. It donates the state.
 
   Attributes:
     jitted: (state, frozen, batch) -> (state, metrics).
-    frozen: parameters, or their shapes with shardings, of which a step can only be lowered.
-    mesh: that it runs on.
+    frozen: frozen parameters, or their shapes with shardings for a step that is only lowered.
+    mesh: mesh that the step runs on.
   """
   jitted: jax.stages.Wrapped
   frozen: Params
@@ -53,7 +59,7 @@ class TrainStep:
       return self.jitted(state, self.frozen, batch)
 
   def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-    """The program of this step, from shapes with shardings."""
+    """Returns the program of this step, given shapes with shardings."""
     with jax.set_mesh(self.mesh):
       return self.jitted.lower(state, self.frozen, batch)
 
@@ -62,19 +68,22 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
                     schedule: optax.Schedule, *, state_shardings: PyTree, frozen: Params,
                     mesh: Mesh, rules: Mapping[str, Sequence[str]], seed: int,
                     accumulation: int = 1) -> TrainStep:
-  """The step that trains by this loss.
+  """Returns the train step for a loss.
 
-  The frozen parameters are an argument of their own that is never donated and has no gradient.
-  Each text gets the key fold_in(seed, step) split by its place in the global batch, so that a
-  step draws the same traces on any mesh and in any number of microbatches.
+  The frozen parameters are a separate argument that is never donated and has no gradient. Each
+  text gets the key fold_in(seed, step), split by its index in the global batch. So a step draws
+  the same traces on any mesh and with any number of microbatches.
 
   Args:
-    loss_fn: sums, so that microbatches with unequal numbers of targets weigh what they should.
-    optimizer: of the trainable parameters.
-    schedule: for the metric 'learning_rate'.
-    state_shardings: of the TrainState.
-    frozen: on devices already, or their shapes with shardings; their shardings are kept.
-    accumulation: microbatches that a batch is processed in, one after the other.
+    loss_fn: returns sums, which add up over microbatches with unequal numbers of targets.
+    optimizer: optimizer of the trainable parameters.
+    schedule: learning rate for the metric 'learning_rate'.
+    state_shardings: shardings of the TrainState.
+    frozen: frozen parameters on devices, or their shapes with shardings; shardings are kept.
+    mesh: mesh that the step runs on.
+    rules: mesh axes of each logical axis.
+    seed: seed of the traces.
+    accumulation: number of microbatches that a batch is split into, one after the other.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -106,7 +115,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
 
 def _accumulate(loss_fn: LossFn, params: Params, frozen: Params, batch: Batch, keys: Array,
                 accumulation: int) -> tuple[Array, Array, Params]:
-  """Summed loss, number of targets and summed gradients of all microbatches."""
+  """Returns summed loss, number of targets and summed gradients of all microbatches."""
   gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
   def of_microbatch(micro: tuple[Batch, Array]) -> tuple[Array, Array, Params]:
@@ -117,7 +126,7 @@ def _accumulate(loss_fn: LossFn, params: Params, frozen: Params, batch: Batch, k
     return of_microbatch((batch, keys))
 
   def split(leaf: Array) -> Array:
-    # Strided, so that every microbatch spans all the shards of the batch.
+    # Strided, so every microbatch spans all shards of the batch.
     leaf = leaf.reshape(-1, accumulation, *leaf.shape[1:])
     return jnp.moveaxis(leaf, 1, 0)
 
@@ -133,11 +142,14 @@ def _accumulate(loss_fn: LossFn, params: Params, frozen: Params, batch: Batch, k
 
 def abstract_state(boxed_params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh,
                    rules: Mapping[str, Sequence[str]]) -> TrainState:
-  """Shapes, dtypes and shardings of a TrainState, without making one.
+  """Returns shapes, dtypes and shardings of a TrainState, without creating one.
 
   Args:
-    boxed_params: trainable parameters (or their shapes) boxed with logical axes; the optimiser's
+    boxed_params: trainable parameters, or their shapes, boxed with logical axes. The optimizer's
       moments inherit the boxes, and so the shardings.
+    optimizer: optimizer of the run.
+    mesh: mesh that the state is sharded over.
+    rules: mesh axes of each logical axis.
   """
   boxed = jax.eval_shape(lambda params: TrainState.create(params, optimizer), boxed_params)
   shardings = shardings_of(boxed, mesh, rules)

@@ -1,4 +1,4 @@
-"""Trains a coprocessor (or constant soft tokens) on the kv-cache of a frozen decoder."""
+"""Training: trains a coprocessor, or constant soft tokens, on a frozen decoder's kv-cache."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,67 +34,80 @@ from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.run import Run, fit
 
 
-def train_coprocessor(experiment: Experiment, decoder: Path, workdir: Path, data: Path) -> Params:
-  """Trains what `experiment.deliberation.trainable` says, or goes on where it stopped.
+def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
+                      data_dir: Path) -> Params:
+  """Trains the coprocessor of an experiment, or resumes the run in `workdir`.
 
-  At the end it writes <workdir>/coprocessor, for `coprocessor_checkpoint.load`; one that is there
-  already is left alone.
+  At the end it writes <workdir>/coprocessor, for `coprocessor_checkpoint.load`. An existing one is
+  left alone.
 
   Args:
-    decoder: directory of the frozen decoder.
-    workdir: of this run.
-    data: directory of prepared data; prepared now if it is not.
+    experiment: the whole configuration.
+    decoder_dir: directory of the frozen decoder.
+    workdir: work directory of the run.
+    data_dir: directory of prepared data; missing data are prepared now.
 
   Returns: the trained parameters, float32.
 
   Raises:
-    UserError: there is something else at <workdir>/coprocessor.
+    UserError: <workdir>/coprocessor is something else.
+    UserError: config, decoder, data or directory do not fit; see `open_frozen`, `Run.check`,
+      `prepare_data` and `fit`.
   """
+  # Check everything that needs neither data nor weights.
   mesh = make_mesh(experiment.mesh)
-  checkpoint = open_frozen(experiment, decoder)
+  checkpoint = open_frozen(experiment, decoder_dir)
   run = describe_training(experiment, workdir, mesh)
   run.check(checkpoint.fingerprint)
   target = workdir / COPROCESSOR
   if target.exists() and not (target / DESCRIPTION).exists():
-    raise UserError(f'{target} is where the trained coprocessor will be written, but holds '
-                          'something else: use another --workdir, or move it away')
-  check_known_vocabulary(experiment.data, data, checkpoint)
-  prepare_data(experiment.data, experiment.decoder.vocab_size, data)
-  rows = open_rows(data, 'validation', length=experiment.data.length,
+    raise UserError(f'{target} holds something else, but the trained coprocessor will be written '
+                    'there: use another --workdir, or move it away')
+  check_known_vocabulary(experiment.data, data_dir, checkpoint)
+
+  # Prepare and open the data, and load the decoder onto the mesh.
+  prepare_data(experiment.data, experiment.decoder.vocab_size, data_dir)
+  rows = open_rows(data_dir, 'validation', length=experiment.data.length,
                    vocab_size=experiment.decoder.vocab_size)
   check_vocabulary(rows, checkpoint)
-  frozen, fingerprint = load_frozen(experiment, checkpoint, mesh)
+  frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
   deliberator = build_deliberator(experiment)
-  batches = open_batches(experiment, data, run.section, mesh)
+  batches = open_batches(experiment, data_dir, run.section, mesh)
   evaluation = experiment.evaluation
   eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
                                     experiment.rules)
+
+  # Train. A coprocessor starts from the stored weights, not from those rounded to int8.
   is_rounded = experiment.computation.frozen_dtype == 'int8'
   params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
                {'validation': _validation(experiment, deliberator, frozen, eval_batches, mesh),
                 'latents': _diagnosis(experiment, deliberator, frozen, eval_batches[0], mesh)},
-               frozen=frozen, decoder=fingerprint,
+               frozen=frozen, decoder_fingerprint=decoder_fingerprint,
                load_start=(lambda: load_stored(experiment, checkpoint, mesh)) if is_rounded
                else None)
   if not target.exists():
     coprocessor_checkpoint.save(target, coprocessor_checkpoint.CoprocessorCheckpoint(
         decoder_config=experiment.decoder, config=experiment.deliberation,
-        decoder_fingerprint=fingerprint,
+        decoder_fingerprint=decoder_fingerprint,
         vocabulary=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
         params=params, frozen_dtype=experiment.computation.frozen_dtype))
   return params
 
 
 def describe_training(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:
-  """The run of `train_coprocessor` in `workdir`, to train, to check or to compile."""
+  """Returns the run of `train_coprocessor` in `workdir`, to train, to check or to compile."""
   return Run('train', experiment, workdir, mesh,
              init=build_deliberator(experiment).coprocessor.init,
              frozen_shapes=frozen_shapes(experiment, mesh))
 
 
-def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params, eval_batches: list,
-                mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
-  """Mean loss on ahead tokens, and what latents and their content change about it."""
+def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params,
+                eval_batches: list[Batch], mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
+  """Returns an evaluator of the loss on ahead tokens.
+
+  'gain' is what the latents take off the frozen decoder's loss. 'content' is what they take off the
+  loss with another text's latents.
+  """
   config = deliberator.config
   scorer = make_scorer(
       deliberator, (BASELINE, OWN, 'shuffled'), num_traces=config.num_traces,
@@ -111,8 +124,8 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
   return evaluate
 
 
-def _diagnosis(experiment: Experiment, deliberator: Deliberator, frozen: Params, eval_batches: Batch,
+def _diagnosis(experiment: Experiment, deliberator: Deliberator, frozen: Params, batch: Batch,
                mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
-  """Sizes and effective rank of the latents in one validation batch."""
+  """Returns an evaluator of the sizes and the effective rank of latents in one batch."""
   diagnose = make_diagnosis(deliberator, mesh, experiment.rules)
-  return lambda params: diagnose(params, frozen, place_batch(eval_batches, mesh, experiment.rules))
+  return lambda params: diagnose(params, frozen, place_batch(batch, mesh, experiment.rules))

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A bucket for data and runs, and what goes in and out of it.
+# Makes a bucket for data and runs, and copies files to it and from it.
 #
 #   bucket.sh create   --bucket=my-bucket --location=us-west4 --project=my-project
 #   bucket.sh upload   --bucket=my-bucket --from=runs/data --to=data
 #   bucket.sh download --bucket=my-bucket --from=runs/coprocessor --to=runs/coprocessor
 #
-# --dry_run prints the commands. A flag that is not given is taken from RECIPE_BUCKET, and so on.
-# Make the rows with launch/prepare.py first, on a machine with seqio, and upload its --workdir; a
-# decoder is uploaded as the directory that it is.
+# --dry_run prints the commands. The default of --bucket is RECIPE_BUCKET, and so on. First make the
+# rows with launch/prepare.py, on a machine with seqio, and upload its --workdir. Upload a decoder as
+# its directory.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -18,8 +18,8 @@ read_flags 'bucket location project from to' "${@:2}"
 case $action in
   create)
     require bucket location project
-    # With a hierarchical namespace a directory is renamed in one step, which is how a checkpoint,
-    # a decoder or a coprocessor becomes whole. In a flat bucket every file would be copied.
+    # Checkpoints, decoders and coprocessors are written to a directory that is then renamed. With a
+    # hierarchical namespace this is one step. In a flat bucket every file would be copied.
     run gcloud storage buckets create "gs://$bucket" --project="$project" --location="$location" \
       --uniform-bucket-level-access --enable-hierarchical-namespace
     ;;

@@ -1,4 +1,4 @@
-# For the recipes, which source it: their flags, and commands that are run or only shown.
+# Shared by the recipes, which source it: flags, and commands that are run or only printed.
 
 dry_run=''
 rest=()
@@ -8,8 +8,8 @@ fail() {
   exit 2
 }
 
-# read_flags 'name zone' "$@" gives the value of --name=... to the variable `name`, and so on; what
-# stands behind -- is left in `rest`. The scripts have filled the variables from the environment.
+# read_flags 'name zone' "$@" sets the variable `name` to the value of --name=..., and so on. `rest`
+# gets the words after --. The scripts have filled the variables from the environment before.
 read_flags() {
   local known=$1 flag
   shift
@@ -23,27 +23,27 @@ read_flags() {
       --*=*)
         flag=${1%%=*}
         flag=${flag#--}
-        [[ $flag != *' '* && " $known " == *" $flag "* ]] || fail "--$flag is not a flag; those are: $known dry_run"
+        [[ $flag != *' '* && " $known " == *" $flag "* ]] || fail "--$flag is not a flag; the flags are: $known dry_run"
         printf -v "$flag" '%s' "${1#*=}"
         ;;
       *)
-        fail "$1: flags are --name=value, of: $known dry_run; what is to be run stands behind --"
+        fail "$1: flags are --name=value, of: $known dry_run; the command to run goes after --"
         ;;
     esac
     shift
   done
 }
 
-# require zone bucket: both flags, or their variables, have a value.
+# require zone bucket: fails unless both flags, or their variables, have a value.
 require() {
   local flag
   for flag; do
     [[ -n ${!flag} ]] || fail "--$flag is missing: give it, or set RECIPE_${flag^^}"
-    [[ $flag != bucket || $bucket != *[:/]* ]] || fail "--bucket=$bucket: its name alone, no gs://"
+    [[ $flag != bucket || $bucket != *[:/]* ]] || fail "--bucket=$bucket: give the name alone, without gs://"
   done
 }
 
-# The words as one line that a shell reads as the same words.
+# Prints the words as one line, which a shell reads as the same words.
 quote() {
   local word line=''
   for word; do
@@ -53,7 +53,7 @@ quote() {
   printf '%s\n' "$line"
 }
 
-# Runs a command and says so, or with --dry_run only prints it.
+# Prints a command and runs it. With --dry_run it only prints it.
 run() {
   if [[ -n $dry_run ]]; then
     quote "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on TPU slices of a GKE cluster, by xpk (pip install xpk); one slice, or several.
+# Trains on TPU slices of a GKE cluster, one or several, with xpk (pip install xpk).
 #
 #   export RECIPE_CLUSTER=tpus RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project
 #   export RECIPE_BUCKET=my-bucket RECIPE_TYPE=v5litepod-256
@@ -16,9 +16,9 @@
 #   gke.sh stop --name=first
 #   gke.sh delete
 #
-# With several slices the mesh needs --config.mesh.replica of their number: gradients alone cross
-# the network between slices then, once a step. --capacity is spot, on-demand or the name of a
-# reservation. --dry_run prints the commands, one a line, and runs none.
+# With several slices, --config.mesh.replica must be their number. Then only gradients cross the
+# network between slices, once a step. --capacity is spot, on-demand or the name of a reservation.
+# --dry_run prints the commands, one a line, and runs none.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/launch/recipes/common.sh"
@@ -37,20 +37,20 @@ on_cluster() {
 
 make_cluster() {
   require type
-  local how
+  local option
   case $capacity in
     '') fail 'cluster needs --capacity: spot, on-demand or the name of a reservation' ;;
-    spot | on-demand) how=--$capacity ;;
-    *) how=--reservation=$capacity ;;
+    spot | on-demand) option=--$capacity ;;
+    *) option=--reservation=$capacity ;;
   esac
-  on_cluster cluster create --tpu-type="$type" --num-slices="$slices" "$how" \
+  on_cluster cluster create --tpu-type="$type" --num-slices="$slices" "$option" \
     --enable-gcsfuse-csi-driver
 }
 
 attach_storage() {
   require bucket
-  # Beside the sources of the image, so that paths are the same as on a TPU VM; without caches, for
-  # the reason that host.sh gives.
+  # The bucket is mounted in the source tree of the image, so paths are the same as on a TPU VM. It
+  # has no caches; host.sh says why.
   on_cluster storage attach "$bucket" --type=gcsfuse --bucket="$bucket" --size=1 --auto-mount=true \
     --mount-point=/latent_deliberation/bucket --readonly=false \
     --mount-options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
@@ -64,21 +64,21 @@ make_image() {
 
 start() {
   require type image
-  ((${#rest[@]})) || fail 'run needs a script and its flags behind --: run -- launch/train.py ...'
+  ((${#rest[@]})) || fail 'run needs a script and its flags after --: run -- launch/train.py ...'
   local command='cd /latent_deliberation'
   if [[ -n $data ]]; then
     command+=' && bash launch/recipes/host.sh stage'
     command+=" $(quote --from="bucket/$data" --to="/tmp/$data")"
   fi
-  # exec, so that the signal with which a pod is ended comes to python, which saves. A pod that was
-  # lost makes all of them start again, from the newest checkpoint.
+  # With exec, python gets the signal that ends a pod, and saves. When a pod is lost, all of them
+  # start again from the newest checkpoint.
   command+=" && exec $(quote python "${rest[@]}")"
   on_cluster workload create --workload="$name" --tpu-type="$type" --num-slices="$slices" \
     --docker-image="$image" --env-file="$root/launch/recipes/tpu.env" --max-restarts=50 \
     --termination-grace-period-seconds=300 --command="$command"
 }
 
-# What process 0 of every slice says.
+# Prints the log of process 0 of every slice.
 follow() {
   run gcloud container clusters get-credentials "$cluster" --location="${zone%-*}" \
     --project="$project"
@@ -92,7 +92,7 @@ case $action in
   run | logs | stop)
     require cluster zone project
     [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-      fail "--name=$name: small letters, digits and -, beginning with a letter, as Kubernetes asks"
+      fail "--name=$name: Kubernetes allows small letters, digits and -, with a letter first"
     ;;
   *) fail "'$action' is not an action: cluster, storage, image, run, logs, stop or delete" ;;
 esac

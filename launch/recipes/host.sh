@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is done on each TPU host; tpu_vm.sh and gke.sh call it there, from the root of the sources.
+# The work on each TPU host. tpu_vm.sh and gke.sh call it there, in the root of the source tree.
 #
 #   host.sh install                                  a virtual environment, and gcsfuse
 #   host.sh mount --bucket=my-bucket                 at ./bucket
@@ -17,11 +17,11 @@ packages=https://packages.cloud.google.com/apt
 key=/usr/share/keyrings/cloud.google.asc
 
 install() {
-  # The images have Python 3.10, and this project needs 3.11, which uv brings.
+  # The images have Python 3.10. This project needs 3.11, which uv installs.
   run bash -o pipefail -c 'curl -LsSf https://astral.sh/uv/install.sh | sh'
   run "$HOME/.local/bin/uv" venv --clear --python=3.11 "$HOME/venv"
   run "$HOME/.local/bin/uv" pip install --python="$HOME/venv" -r requirements.txt -e '.[tpu]'
-  # jax asks for it on v5e and later: the runtime starts and stops faster.
+  # jax recommends this for v5e and later: the runtime starts and stops faster.
   run sudo bash -c 'echo always >/sys/kernel/mm/transparent_hugepage/enabled'
   run bash -o pipefail -c "curl -fsS $packages/doc/apt-key.gpg | sudo tee $key >/dev/null"
   run bash -o pipefail -c "echo deb [signed-by=$key] $packages gcsfuse-\$(lsb_release -cs) main |\
@@ -37,20 +37,20 @@ mount_bucket() {
     return
   fi
   run mkdir -p bucket
-  # No cache of what is there: a host that remembered a directory as missing, or as not yet renamed,
-  # would not see a checkpoint that another one has just made.
+  # No cache of metadata: with one, a host would not see a checkpoint that another host has just
+  # made, since it remembers the directory as missing or not yet renamed.
   run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
     "$bucket" bucket
 }
 
 stage() {
   [[ -n $from && -n $to ]] || fail 'stage needs --from=DIRECTORY and --to=DIRECTORY'
-  to=${to%/}  # what is beside it is named after it
+  to=${to%/}  # $to.partial is next to it
   if [[ -d $to ]]; then
-    echo "$to is there already" >&2
+    echo "$to exists already" >&2
     return
   fi
-  # Rows are read at random through memory maps: over a network each page would be a request.
+  # Rows are read at random through memory maps. Over a network, each page would be a request.
   run mkdir -p "$(dirname "$to")"
   run rm -rf "$to.partial"
   run cp -r "$from" "$to.partial"
@@ -58,10 +58,10 @@ stage() {
 }
 
 start() {
-  ((${#rest[@]})) || fail 'start needs a script and its flags behind --'
+  ((${#rest[@]})) || fail 'start needs a script and its flags after --'
   local pid_file=$HOME/run.pid variables
   if [[ -e $pid_file ]] && kill -0 "$(<"$pid_file")" 2>/dev/null; then
-    fail "process $(<"$pid_file") still runs, and a chip has one user: stop it first"
+    fail "process $(<"$pid_file") is still running, and a chip takes one process: stop it first"
   fi
   mapfile -t variables < <(grep --extended-regexp '^[A-Z]' "$here/tpu.env")
   run bash -c "$(quote env "${variables[@]}" nohup "$HOME/venv/bin/python" "${rest[@]}") \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU VM pod slice. Every host runs the same command, and jax finds the others.
+# Trains on a slice of Cloud TPU VMs. Every host runs the same command, and jax finds the others.
 #
 #   export RECIPE_NAME=pod RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project RECIPE_BUCKET=my-bucket
 #   tpu_vm.sh create --type=v5litepod-256 --version=v2-alpha-tpuv5-lite
@@ -11,13 +11,14 @@
 #   tpu_vm.sh stop
 #   tpu_vm.sh delete
 #
-# Before training every host copies bucket/data to its own /tmp/data, once; --data=NAME is for rows
-# of another name, and with --data= nothing is copied. --spot=yes asks for capacity that may be
-# taken away.
+# Before training, every host copies bucket/data to its own /tmp/data, once. --data=NAME copies
+# bucket/NAME to /tmp/NAME, and --data= copies nothing. --spot=yes takes capacity that may be
+# withdrawn.
 #
-# --dry_run prints the commands, one a line, and runs none; no cloud tool is needed then. Versions
-# of the runtime: v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p (whose types count two cores a
-# chip: v5p-256 has 128 chips), v2-alpha-tpuv6e for v6e.
+# --dry_run prints the commands, one a line, and runs none. It needs no cloud tool.
+#
+# Versions of the runtime are v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p and
+# v2-alpha-tpuv6e for v6e. Types of v5p count two cores a chip: v5p-256 has 128 chips.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/launch/recipes/common.sh"
@@ -31,7 +32,7 @@ tpu_vm() {
   run gcloud compute tpus tpu-vm "$@" --zone="$zone" --project="$project"
 }
 
-# Runs a command in the root of the sources, on all hosts or one.
+# Runs a command in the root of the source tree, on all hosts or one.
 on_hosts() {
   tpu_vm ssh "$name" --worker="$1" --command="cd latent_deliberation && $(quote "${@:2}")"
 }
@@ -49,7 +50,7 @@ create() {
 
 install() {
   require bucket
-  # What is committed, and nothing else, so that a run can be repeated.
+  # Only what is committed is copied. So a run can be repeated.
   local archive=${TMPDIR:-/tmp}/latent_deliberation.tgz
   run git -C "$root" archive --prefix=latent_deliberation/ --output="$archive" HEAD
   tpu_vm scp "$archive" "$name:" --worker=all
@@ -66,7 +67,7 @@ case $action in
   create) create ;;
   install) install ;;
   run)
-    ((${#rest[@]})) || fail 'run needs a script and its flags behind --: run -- launch/train.py ...'
+    ((${#rest[@]})) || fail 'run needs a script and its flags after --: run -- launch/train.py ...'
     if [[ -n $data ]]; then
       on_hosts all bash launch/recipes/host.sh stage --from="bucket/$data" --to="/tmp/$data"
     fi

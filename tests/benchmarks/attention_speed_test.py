@@ -1,4 +1,4 @@
-"""The benchmark of attention, on sizes that take no time."""
+"""The benchmark of attention, with tiny sizes."""
 
 import dataclasses
 import json
@@ -11,7 +11,8 @@ from tests import finished
 
 
 @pytest.mark.slow
-def test_all_ways_have_one_loss_and_gradient_and_their_times_are_written(tmp_path):
+def test_ways_agree(tmp_path):
+  """All ways have the same loss and gradient, and their times are written."""
   experiment = bind(finished.config_of('tiny'))
   experiment = dataclasses.replace(
       experiment, data=dataclasses.replace(experiment.data, length=16),

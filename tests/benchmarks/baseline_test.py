@@ -1,4 +1,4 @@
-"""Programs in a process of their own, and turns."""
+"""Programs in a process of their own, timed in turns."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ from latent_deliberation.errors import UserError
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
-  # What is spawned has the path of this process, where pytest alone does not put the tests.
+  # The other process inherits sys.path, which pytest leaves without the root of the source tree.
   monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
 
 
@@ -34,12 +34,14 @@ def refuse():
   raise OSError('no such weights')
 
 
-def test_a_program_is_timed_where_it_runs():
+def test_program_is_timed():
+  """The seconds are those in the other process."""
   with Baseline(build_sleepers, 0.0, 0.3) as baseline:
     assert baseline.seconds('short') < 0.2 < 0.3 <= baseline.seconds('long')
 
 
-def test_what_fails_over_there_is_told_here():
+def test_failure_is_reported():
+  """An error in the other process is raised here."""
   with pytest.raises(UserError, match='OSError: no such weights'):
     Baseline(refuse)
   with Baseline(build_faults) as baseline, pytest.raises(UserError, match='IndexError'):
@@ -48,14 +50,16 @@ def test_what_fails_over_there_is_told_here():
     baseline.seconds('end')
 
 
-def test_a_process_that_ended_between_two_turns_is_told_as_one_that_ended_in_its_own():
+def test_end_between_turns():
+  """A process that ended between two turns is reported, too."""
   with Baseline(build_one_that_soon_ends) as baseline:
     time.sleep(1.0)
     with pytest.raises(UserError, match='exit code 3'):
       baseline.seconds('never')
 
 
-def test_turns_alternate_after_a_first_run_of_each():
+def test_turns_alternate():
+  """Programs alternate after a first run of each."""
   runs = []
 
   def program(name: str):

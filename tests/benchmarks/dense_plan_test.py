@@ -1,4 +1,4 @@
-"""One dense mask is planned beside our step, in the way that needs least memory."""
+"""Plans of our step and of the same step under one dense mask."""
 
 import dataclasses
 import json
@@ -13,15 +13,15 @@ from tests import finished
 
 @pytest.fixture
 def planned(monkeypatch, tmp_path):
-  """Benchmarks a small step whose baseline takes given seconds, and three times the memory."""
+  """Plans a small step; the mask takes the given seconds, and three times the memory of ours."""
   plan_step = dense_plan.plan_step
 
-  def benchmark(seconds_of_peer):
+  def benchmark(mask_seconds):
     def plan(run, topology, objective):
-      is_peer = objective is dense_mask
+      is_mask = objective is dense_mask
       return dataclasses.replace(
-          plan_step(run, topology, objective), hbm_bytes_per_chip=3000 if is_peer else 1000,
-          estimated_step_seconds=seconds_of_peer if is_peer else 2.0)
+          plan_step(run, topology, objective), hbm_bytes_per_chip=3000 if is_mask else 1000,
+          estimated_step_seconds=mask_seconds if is_mask else 2.0)
 
     monkeypatch.setattr(dense_plan, 'plan_step', plan)
     experiment = finished.experiment(decoder__num_layers=1, computation__attention='auto')
@@ -30,7 +30,8 @@ def planned(monkeypatch, tmp_path):
   return benchmark
 
 
-def test_the_mask_is_compared_by_seconds_and_by_memory_and_both_plans_are_kept(planned, tmp_path):
+def test_ratios_and_plans(planned, tmp_path):
+  """Seconds and memory are compared, and both plans are kept."""
   result = planned(5.0)
   assert result['over_ours'] == {'seconds': 2.5, 'memory': 3.0}
   written = json.loads((tmp_path / 'dense.json').read_text())
@@ -39,11 +40,13 @@ def test_the_mask_is_compared_by_seconds_and_by_memory_and_both_plans_are_kept(p
   assert (tmp_path / 'dense.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_a_mask_that_does_not_fit_has_no_seconds_to_compare(planned):
+def test_mask_without_seconds(planned):
+  """A mask that does not fit has no seconds to compare."""
   assert planned(None)['over_ours'] == {'seconds': None, 'memory': 3.0}
 
 
-def test_the_mask_keeps_nothing_and_has_one_text_of_a_device_at_a_time():
+def test_as_dense():
+  """The mask keeps nothing of a block and has one text a device at a time."""
   experiment = finished.experiment(training__batch_size=32, computation__remat='dots')
   dense = dense_plan.as_dense(experiment, 8)
   assert (dense.computation.remat, dense.computation.attention) == ('full', 'plain')

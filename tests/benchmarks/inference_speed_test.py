@@ -1,4 +1,4 @@
-"""The benchmark of inference, on sizes that take no time."""
+"""The benchmark of inference, with tiny sizes."""
 
 import dataclasses
 import json
@@ -8,7 +8,8 @@ import pytest
 from latent_deliberation.benchmarks import inference_speed
 
 
-def test_every_ratio_is_written_and_drawn(tmp_path, monkeypatch):
+def test_ratios_are_written(tmp_path, monkeypatch):
+  """Every ratio is written, and drawn."""
   pytest.importorskip('torch')
   pytest.importorskip('transformers')
   small = dataclasses.replace(
@@ -18,7 +19,7 @@ def test_every_ratio_is_written_and_drawn(tmp_path, monkeypatch):
                       'LENGTH': 21, 'NUM_LATENTS': (2,), 'FIRST_TOKENS': 2}.items():
     monkeypatch.setattr(inference_speed, name, value)
   output = tmp_path / 'speed.json'
-  inference_speed.benchmark(output, 7)  # decoding is a difference of times: not of one turn
+  inference_speed.benchmark(output, 7)  # several turns, since decoding is a difference of times
   result = json.loads(output.read_text())
   cases = {'tiny_batch1', 'tiny_batch2'}
   assert result['decode_ratio_vs_transformers'].keys() == cases

@@ -1,4 +1,4 @@
-"""The benchmark of a train step, on sizes that take no time."""
+"""The benchmark of a train step, with tiny sizes."""
 
 import dataclasses
 import json
@@ -8,7 +8,8 @@ import pytest
 from latent_deliberation.benchmarks import step_speed
 
 
-def test_every_ratio_is_written_and_drawn(tmp_path, monkeypatch):
+def test_ratios_are_written(tmp_path, monkeypatch):
+  """Every ratio is written, and drawn."""
   pytest.importorskip('torch')
   pytest.importorskip('transformers')
   small = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Text behind prompts, from what the launch scripts left on disk."""
+"""Prompts are continued, by what the launch scripts left on disk."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from latent_deliberation.cli.generate import (
 from latent_deliberation.data.vocabularies import ByteVocabulary
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference.background import LatentTiming
-from latent_deliberation.inference.generator import open_generator
+from latent_deliberation.inference.engine import open_engine
 from latent_deliberation.inference.policy import NEVER, ONCE, FittedGate
 from latent_deliberation.inference.session import DecodingOptions
 from latent_deliberation.model import weights
@@ -30,16 +30,16 @@ AUGMENTED = Request(DecodingOptions(24, policy=ONCE))
 
 @pytest.fixture(scope='module')
 def opened(quickstart):
-  return open_generator(quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor'),
-                        length=200)
+  return open_engine(quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor'),
+                     length=200)
 
 
-def test_a_coprocessor_that_was_trained_beside_int8_weights_warns(quickstart, tmp_path, caplog):
+def test_int8_training_warns(quickstart, tmp_path, caplog):
   trained = shutil.copytree(quickstart / 'coprocessor/coprocessor', tmp_path / 'trained')
   path = trained / 'coprocessor.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {'frozen_dtype': 'int8'}))
-  open_generator(quickstart / 'pretraining/decoder', str(trained), length=200)
-  assert any('in int8, and reads those of float32 now' in text for text in caplog.messages)
+  open_engine(quickstart / 'pretraining/decoder', str(trained), length=200)
+  assert any('int8' in text and 'float32' in text for text in caplog.messages)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def asked(opened, **more):
   return Writer(*opened, dataclasses.replace(AUGMENTED, **more))
 
 
-def test_text_is_that_of_the_tokens_and_json_says_all(opened, capsys):
+def test_json_has_text_and_tokens(opened, capsys):
   answer(asked(opened, as_json=True), PROMPTS)
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   for prompt, line in zip(PROMPTS, lines, strict=True):
@@ -61,7 +61,7 @@ def test_text_is_that_of_the_tokens_and_json_says_all(opened, capsys):
     assert line['finish_reason'] in ('eos', 'length')
 
 
-def test_a_stream_is_the_same_text_in_pieces(opened, writer, capsys):
+def test_stream_is_same_text_in_pieces(opened, writer, capsys):
   whole, = writer.write(PROMPTS[:1])
   pieces = list(writer.write_slowly(PROMPTS[0]))
   assert ''.join(pieces) == whole['text'] and len(pieces) > 1
@@ -69,7 +69,8 @@ def test_a_stream_is_the_same_text_in_pieces(opened, writer, capsys):
   assert capsys.readouterr().out == PROMPTS[0] + whole['text'] + '\n'
 
 
-def test_a_stop_string_ends_the_text_before_it_streamed_or_not(opened):
+def test_stop_string_ends_the_text(opened):
+  """The text ends before it, streamed or not."""
   whole, = Writer(*opened, Request(DecodingOptions(24))).write(PROMPTS[:1])
   # The second one is longer than what a stream has seen when it first looks for it.
   for string in (whole['text'][6:9], whole['text'][:21]):
@@ -80,7 +81,7 @@ def test_a_stop_string_ends_the_text_before_it_streamed_or_not(opened):
     assert ''.join(writer.write_slowly(PROMPTS[0])) == found['text']
 
 
-def test_comparing_shows_both_with_their_log_probabilities(opened, capsys):
+def test_compare_shows_both_with_logprobs(opened, capsys):
   writer = asked(opened, compared=True)
   result = writer.compare(PROMPTS)[1]
   assert result['plain']['latents_at'] == [] and result['augmented']['latents_at'] == [0]
@@ -91,7 +92,7 @@ def test_comparing_shows_both_with_their_log_probabilities(opened, capsys):
   assert f'plain: {total:.2f} nats' in shown and '| with latents: -' in shown
 
 
-def test_without_a_prompt_it_asks_for_one_after_the_other(writer, capsys, monkeypatch):
+def test_asks_for_prompts(writer, capsys, monkeypatch):
   monkeypatch.setattr('sys.stdin', io.StringIO(
       f'{PROMPTS[0]}\n\n{"long " * 300}\ncaf\udce9\n{PROMPTS[1]}'))
   answer(writer, [])
@@ -99,11 +100,11 @@ def test_without_a_prompt_it_asks_for_one_after_the_other(writer, capsys, monkey
       writer.write([prompt])[0] for prompt in PROMPTS))
   found = capsys.readouterr()
   assert found.out == expected
-  # What is wrong with one is said, and not among what may be piped on.
-  assert 'text 0 has 1501 tokens' in found.err and "'caf\\udce9', which is no Unicode" in found.err
+  # Errors go to stderr, since the output may be piped on.
+  assert 'text 0 has 1501 tokens' in found.err and "'caf\\udce9'" in found.err
 
 
-def test_prompts_come_from_the_command_line_and_from_files(tmp_path):
+def test_prompts_come_from_flags_and_files(tmp_path):
   (tmp_path / 'lines.txt').write_bytes('one\r\ntwo\u2028and\x85more\r\n'.encode())
   (tmp_path / 'lines.jsonl').write_text('{"prompt": "a\\nb"}\n{"prompt": "\u2028"}', 'utf-8')
   assert read_prompts(['zero'], str(tmp_path / 'lines.txt')) == [
@@ -112,12 +113,12 @@ def test_prompts_come_from_the_command_line_and_from_files(tmp_path):
 
 
 @pytest.mark.parametrize('name, content, message', [
-    ('a.jsonl', b'{"prompt": "a"}\n{"text": "a"}\n', 'a.jsonl, line 2: every line must be an obj'),
-    ('a.jsonl', b'{"prompt": 5}\n', 'line 1: .* a text as "prompt" .*: it is 5'),
-    ('a.jsonl', b'{"prompt": "\\ud800"}\n', r"prompt 0 is '\\ud800', which is no Unicode"),
-    ('a.txt', b'a\n\nb\n', 'prompt 1 is empty'), ('a.txt', b'', 'a.txt is empty: write a prompt'),
-    ('a.txt', b'caf\xe9', 'a.txt is not UTF-8 .*: convert it')])
-def test_files_without_good_prompts_are_refused(tmp_path, name, content, message):
+    ('a.jsonl', b'{"prompt": "a"}\n{"text": "a"}\n', 'a.jsonl, line 2: .*"prompt"'),
+    ('a.jsonl', b'{"prompt": 5}\n', 'line 1: .*"prompt" .*: it is 5'),
+    ('a.jsonl', b'{"prompt": "\\ud800"}\n', r"prompt 0 is '\\ud800', .*Unicode"),
+    ('a.txt', b'a\n\nb\n', 'prompt 1 is empty'), ('a.txt', b'', 'a.txt is empty'),
+    ('a.txt', b'caf\xe9', 'a.txt is not UTF-8')])
+def test_bad_prompt_files_are_refused(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(UserError, match=message):
     read_prompts([], str(tmp_path / name))
@@ -125,8 +126,8 @@ def test_files_without_good_prompts_are_refused(tmp_path, name, content, message
     read_prompts([], 'nothing.txt')
 
 
-def test_in_the_background_the_coprocessor_is_compiled_before_the_first_prompt(
-    opened, monkeypatch, capsys):
+def test_background_compiles_first(opened, monkeypatch, capsys):
+  """The coprocessor is compiled before the first prompt."""
   order = []
   monkeypatch.setattr(opened[0], 'warm_up', order.append)
   monkeypatch.setattr(Writer, 'write', lambda self, prompts: order.append(prompts) or [])
@@ -138,44 +139,45 @@ def test_in_the_background_the_coprocessor_is_compiled_before_the_first_prompt(
 
 
 @pytest.mark.parametrize('more, message', [
-    (dict(as_json=True, streamed=True), 'choose one'),
-    (dict(compared=True, streamed=True), 'choose one'),
-    (dict(compared=True, how=DecodingOptions(4, policy=NEVER)), 'give a --coprocessor'),
-    (dict(cache='there', how=DecodingOptions(4, timing=LatentTiming(None))), '--background is for latents'),
-    (dict(seed=-1), 'seed = -1: .* between 0 and'),
-    (dict(stop=('a', '')), 'an empty one would end')])
-def test_what_cannot_be_done_is_refused_before_a_decoder_is_there(more, message):
+    (dict(as_json=True, streamed=True), '--stream .*--json'),
+    (dict(compared=True, streamed=True), '--stream .*--compare'),
+    (dict(compared=True, options=DecodingOptions(4, policy=NEVER)), '--compare .*--coprocessor'),
+    (dict(cache='there', options=DecodingOptions(4, timing=LatentTiming(None))),
+     '--cache=there .*--background'),
+    (dict(seed=-1), 'seed = -1'),
+    (dict(stop=('a', '')), r"\['a', ''\]")])
+def test_bad_requests_are_refused(more, message):
   with pytest.raises(UserError, match=message):
     dataclasses.replace(AUGMENTED, **more)
 
 
-def test_what_does_not_belong_together_is_refused(quickstart, tmp_path):
+def test_mismatches_are_refused(quickstart, tmp_path):
   decoder, coprocessor = quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor')
   config, params = weights.load(decoder)
   vocabulary = weights.open_checkpoint(decoder).vocabulary
   gate = FittedGate(tmp_path, 'abc', ONCE)
-  with pytest.raises(UserError, match='was fitted on a decoder with fingerprint abc, this one'):
-    open_generator(decoder, coprocessor, gate=gate)
+  with pytest.raises(UserError, match='gate in .* fingerprint abc, '):
+    open_engine(decoder, coprocessor, gate=gate)
   weights.save(tmp_path / 'negative', config, jax.tree.map(np.negative, params), vocabulary)
   weights.save(tmp_path / 'foreign', config, params, 'abc')
   weights.save(tmp_path / 'unknown', config, params)
-  with pytest.raises(UserError, match='was trained on a decoder with fingerprint'):
-    open_generator(tmp_path / 'negative', coprocessor)
-  with pytest.raises(UserError, match='holds no trained coprocessor'):
-    open_generator(decoder, str(tmp_path))
-  with pytest.raises(UserError, match='was trained with the vocabulary abc, byte is '):
-    open_generator(tmp_path / 'foreign', vocabulary='byte')
-  with pytest.raises(UserError, match='no vocabulary beside the decoder'):
-    open_generator(tmp_path / 'unknown')
+  with pytest.raises(UserError, match='coprocessor .*fingerprint'):
+    open_engine(tmp_path / 'negative', coprocessor)
+  with pytest.raises(UserError, match='no trained coprocessor'):
+    open_engine(decoder, str(tmp_path))
+  with pytest.raises(UserError, match='foreign .*vocabulary abc, .*byte is '):
+    open_engine(tmp_path / 'foreign', vocabulary='byte')
+  with pytest.raises(UserError, match='no vocabulary .*unknown'):
+    open_engine(tmp_path / 'unknown')
   (tmp_path / 'vocabulary.model').write_bytes(b'damaged')
-  with pytest.raises(UserError, match='is not a SentencePiece model'):
-    open_generator(tmp_path / 'unknown')
-  with pytest.raises(UserError, match='no vocabulary at'):
-    open_generator(decoder, vocabulary=str(tmp_path / 'nothing'))
+  with pytest.raises(UserError, match='vocabulary.model .*SentencePiece'):
+    open_engine(tmp_path / 'unknown')
+  with pytest.raises(UserError, match='no vocabulary at .*nothing'):
+    open_engine(decoder, vocabulary=str(tmp_path / 'nothing'))
 
 
-def test_flags_that_say_when_latents_come_need_a_coprocessor():
-  with pytest.raises(UserError, match='--every, --gate without a --coprocessor'):
+def test_latents_need_a_coprocessor():
+  with pytest.raises(UserError, match='--every, --gate .*--coprocessor'):
     check_coprocessor('', at=[], every=8, gate='runs/gate')
   assert check_coprocessor('runs/coprocessor', every=8)
   assert not check_coprocessor('none', every=8) and not check_coprocessor('', every=0, gate='')

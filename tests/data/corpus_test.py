@@ -23,7 +23,8 @@ def write_two(directory: Path) -> Path:
   return directory
 
 
-def test_every_document_is_in_exactly_one_split_and_unchanged(corpus_directory):
+def test_every_document_is_in_one_split(corpus_directory):
+  """Every document is in exactly one split, unchanged."""
   corpus = open_corpus(configure(corpus_directory, validation_percent=30))
   expected = [path.read_text(encoding='utf-8') for path in corpus_directory.rglob('*.txt')]
   expected += [json.loads(line)['text']
@@ -33,14 +34,15 @@ def test_every_document_is_in_exactly_one_split_and_unchanged(corpus_directory):
   assert 4 <= len(corpus.numbers('validation')) <= 20
 
 
-def test_newlines_spaces_and_byte_order_marks_are_kept(tmp_path):
+def test_whitespace_is_kept(tmp_path):
   write_two(tmp_path)
   (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbf one\r\n\ttwo \r three\n\n')
   corpus = open_corpus(configure(tmp_path))
   assert '\ufeff one\r\n\ttwo \r three\n\n' in texts(corpus, 'train') + texts(corpus, 'validation')
 
 
-def test_the_split_and_fingerprint_do_not_depend_on_where_the_files_lie(corpus_directory, tmp_path):
+def test_place_of_files_does_not_matter(corpus_directory, tmp_path):
+  """Split and fingerprint are the same for a copy of the files."""
   copy = tmp_path / 'elsewhere'
   for path in corpus_directory.rglob('*'):
     if path.is_file():
@@ -52,7 +54,7 @@ def test_the_split_and_fingerprint_do_not_depend_on_where_the_files_lie(corpus_d
   assert first.fingerprint == second.fingerprint
 
 
-def test_a_new_file_moves_no_old_document_to_the_other_split(corpus_directory, tmp_path):
+def test_new_files_move_no_document(corpus_directory, tmp_path):
   config = configure(corpus_directory, tmp_path / '*.txt', validation_percent=30)
   (tmp_path / 'x0.txt').write_text('new 0')
   before = set(texts(open_corpus(config), 'validation'))
@@ -61,14 +63,14 @@ def test_a_new_file_moves_no_old_document_to_the_other_split(corpus_directory, t
   assert before <= set(texts(open_corpus(config), 'validation'))
 
 
-def test_both_splits_have_a_document_however_few_there_are(tmp_path):
+def test_no_split_is_empty(tmp_path):
   for percent in (1, 99):
     corpus = open_corpus(configure(write_two(tmp_path), validation_percent=percent))
     assert len(corpus.numbers('train')) == len(corpus.numbers('validation')) == 1
 
 
 @pytest.mark.parametrize('change', ['contents', 'name'])
-def test_the_fingerprint_changes_with_any_file(tmp_path, change):
+def test_fingerprint_changes_with_any_file(tmp_path, change):
   before = open_corpus(configure(write_two(tmp_path))).fingerprint
   if change == 'contents':
     (tmp_path / 'b.txt').write_text('c')
@@ -77,49 +79,49 @@ def test_the_fingerprint_changes_with_any_file(tmp_path, change):
   assert open_corpus(configure(tmp_path)).fingerprint != before
 
 
-def test_a_file_that_two_patterns_match_is_read_once(tmp_path):
+def test_overlapping_patterns(tmp_path):
   corpus = open_corpus(configure(write_two(tmp_path), tmp_path / '*.txt'))
   assert len(corpus.file_of) == 2
 
 
-def test_a_glob_may_name_files_of_any_kind(tmp_path):
+def test_glob_of_any_kind(tmp_path):
   for name in ('a.md', 'b.md'):
     (tmp_path / name).write_text(name)
   corpus = open_corpus(configure(tmp_path / '*.md'))
   assert sorted(texts(corpus, 'train') + texts(corpus, 'validation')) == ['a.md', 'b.md']
 
 
-def test_a_glob_that_matches_nothing_is_named(tmp_path):
+def test_glob_without_match(tmp_path):
   with pytest.raises(UserError, match=r"no file matches '.*nothing-\*\.txt'"):
     open_corpus(configure(tmp_path / 'nothing-*.txt'))
 
 
-def test_a_directory_without_text_is_named(tmp_path):
+def test_directory_without_text(tmp_path):
   (tmp_path / 'image.png').write_bytes(b'\x89PNG')
   with pytest.raises(UserError, match='no file matches'):
     open_corpus(configure(tmp_path))
 
 
-def test_a_corpus_of_empty_files_is_refused(tmp_path):
+def test_empty_files_are_refused(tmp_path):
   for name in ('a.txt', 'b.txt'):
     (tmp_path / name).touch()
-  with pytest.raises(UserError, match='has 0 documents that are not empty in 2 files'):
+  with pytest.raises(UserError, match='0 documents .* 2 files'):
     open_corpus(configure(tmp_path))
 
 
-def test_a_single_document_cannot_be_split_and_the_remedy_is_named(tmp_path):
+def test_single_document_is_refused(tmp_path):
   (tmp_path / 'all.txt').write_text('one document')
-  with pytest.raises(UserError, match='has 1 documents.*needs at least 2.*split -C 64k'):
+  with pytest.raises(UserError, match='1 documents.*at least 2.*split -C 64k'):
     open_corpus(configure(tmp_path / 'all.txt'))
 
 
-def test_a_binary_file_is_named_with_the_place(tmp_path):
+def test_binary_file_is_named(tmp_path):
   (write_two(tmp_path) / 'b.txt').write_bytes(b'text\0\1')
   with pytest.raises(UserError, match=r'b\.txt: NUL at byte 4'):
     open_corpus(configure(tmp_path))
 
 
-def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path):
+def test_file_that_is_not_utf8(tmp_path):
   (write_two(tmp_path) / 'b.txt').write_bytes('naïve größe'.encode('latin-1'))
   with pytest.raises(UserError, match=r'b\.txt: not utf-8 text at byte 2 .*iconv'):
     open_corpus(configure(tmp_path))
@@ -131,16 +133,16 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path):
     (b'{"body": "a", "id": 1}', r"lines\.jsonl:2: no text under .* found \['body', 'id'\]"),
     (b'{"text": 7}', r"lines\.jsonl:2: no text under text_key = 'text'"),
     (b'{"text": "\xff"}', r'lines\.jsonl: not utf-8 text at byte 25 '),
-    (b'{"text": "a\\u0000b"}', r'lines\.jsonl:2: the text holds a NUL'),
+    (b'{"text": "a\\u0000b"}', r'lines\.jsonl:2: .*NUL'),
     (b'{"text": "a\\ud800"}', r'lines\.jsonl:2: half a surrogate pair at character 1'),
 ])
-def test_a_bad_line_is_named(tmp_path, line, message):
+def test_bad_line_is_named(tmp_path, line, message):
   (tmp_path / 'lines.jsonl').write_bytes(b'{"text": "ok"}\n' + line + b'\n{"text": "ok"}\n')
   with pytest.raises(UserError, match=message):
     open_corpus(configure(tmp_path))
 
 
-def test_the_text_may_be_under_another_key(tmp_path):
+def test_text_key(tmp_path):
   (tmp_path / 'lines.jsonl').write_text('{"body": "one"}\n\n{"body": "two"}')
   corpus = open_corpus(configure(tmp_path, text_key='body'))
   assert sorted(texts(corpus, 'train') + texts(corpus, 'validation')) == ['one', 'two']
@@ -157,12 +159,14 @@ def small_stdlib(tmp_path, monkeypatch):
   return tmp_path
 
 
-def test_the_standard_library_is_sources_and_texts_without_tests_and_packages(small_stdlib):
+def test_stdlib_files(small_stdlib):
+  """Sources and texts of the standard library, without tests and packages."""
   corpus = open_corpus(DataConfig())
   assert [file.name for file in corpus.files] == ['LICENSE.txt', 'ast.py', 'json/tool.py']
 
 
-def test_sources_may_declare_an_encoding_and_unreadable_ones_are_left_out(small_stdlib):
+def test_stdlib_encodings(small_stdlib):
+  """Sources may declare an encoding. Unreadable ones are left out."""
   (small_stdlib / 'latin.py').write_bytes('# coding: latin-1\n# größe'.encode('latin-1'))
   (small_stdlib / 'broken.py').write_bytes('# coding: utf-8\n# größe'.encode('latin-1'))
   corpus = open_corpus(DataConfig())
@@ -170,19 +174,20 @@ def test_sources_may_declare_an_encoding_and_unreadable_ones_are_left_out(small_
   assert 'broken.py' not in {file.name for file in corpus.files}
 
 
-def test_an_interpreter_without_sources_is_told_so(tmp_path, monkeypatch):
+def test_interpreter_without_sources(tmp_path, monkeypatch):
   monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
   with pytest.raises(UserError, match="use source = 'text'"):
     open_corpus(DataConfig())
 
 
-def test_the_real_standard_library_is_a_corpus():
+def test_real_stdlib_is_a_corpus():
   corpus = open_corpus(DataConfig())
   assert corpus.size.sum() > 3e6
   assert not [file.name for file in corpus.files if 'site-packages' in file.name]
 
 
-def test_a_document_that_would_fill_the_validation_text_is_trained_on(tmp_path):
+def test_giant_document_is_trained_on(tmp_path):
+  """It would otherwise make up most of the validation text."""
   for number in range(100):
     (tmp_path / f'{number}.txt').write_text(f'document {number}')
   config = configure(tmp_path, validation_percent=20)

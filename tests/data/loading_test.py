@@ -1,4 +1,4 @@
-"""Data are made once from what the config names, and refused where they do not fit it."""
+"""Data are made once, from what the config names, and refused where they do not fit it."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def files_of(directory: Path) -> dict[Path, int]:
   return {path: path.stat().st_mtime_ns for path in directory.rglob('*') if path.is_file()}
 
 
-def test_data_that_are_there_are_not_made_again(quickstart):
+def test_data_are_made_once(quickstart):
   before = files_of(quickstart / 'rows')
   assert before
   prepare(finished.experiment(), quickstart)
@@ -50,12 +50,12 @@ def test_data_that_are_there_are_not_made_again(quickstart):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'corpus has 0 documents that are not empty in 2 files'),
-    (b'ab\0cd', 'bad.txt: NUL at byte 2: a binary file, not text'),
+    (b'', 'corpus has 0 documents .* 2 files'),
+    (b'ab\0cd', 'bad.txt: NUL at byte 2,'),
     (b'abc\xff\xfe', 'bad.txt: not utf-8 text at byte 3 .*convert it'),
 ])
-def test_a_corpus_that_is_not_text_is_refused_before_anything_is_trained(
-    content, message, tmp_path):
+def test_corpus_that_is_not_text(content, message, tmp_path):
+  """It is refused before anything is trained."""
   texts = tmp_path / 'texts'
   texts.mkdir()
   (texts / 'bad.txt').write_bytes(content)
@@ -66,13 +66,13 @@ def test_a_corpus_that_is_not_text_is_refused_before_anything_is_trained(
   assert not (tmp_path / 'run/rows').exists()
 
 
-def test_files_that_are_not_there_are_named(tmp_path):
+def test_missing_files_are_named(tmp_path):
   experiment = finished.experiment(data__files=('nothing/*.txt',))
   with pytest.raises(UserError, match="no file matches 'nothing/.*.txt' .*seen from"):
     prepare(experiment, tmp_path)
 
 
-def test_a_vocabulary_that_pads_with_a_token_is_refused(tmp_path, quickstart):
+def test_vocabulary_that_pads_with_a_token(tmp_path, quickstart):
   import sentencepiece
   model = tmp_path / 'llama.model'
   with model.open('wb') as file:
@@ -85,36 +85,39 @@ def test_a_vocabulary_that_pads_with_a_token_is_refused(tmp_path, quickstart):
     prepare(experiment, tmp_path)
 
 
-def test_rows_of_another_length_or_a_larger_vocabulary_are_refused(quickstart):
-  with pytest.raises(UserError, match='rows in .* have 64 tokens, data.length is 32: prepare'):
+def test_rows_must_fit_the_decoder(quickstart):
+  """Rows of another length, or of a larger vocabulary, are refused."""
+  with pytest.raises(UserError, match='64 tokens, data.length is 32'):
     open_split(finished.experiment(data__length=32), quickstart)
   experiment = finished.experiment(  # whose size is not known before
       decoder__vocab_size=200, data__vocabulary='sentencepiece', data__vocabulary_path='some.model')
-  with pytest.raises(UserError, match='vocabulary of 260 pieces, the decoder has 200 embeddings'):
+  with pytest.raises(UserError, match='260 pieces, .* 200 embeddings'):
     open_split(experiment, quickstart)
 
 
-def test_more_validation_text_than_there_is_is_refused(quickstart):
-  with pytest.raises(UserError, match=r'100 validation batches of evaluation.batch_size = 8 need '
-                     r'800 rows, .* has \d+: lower evaluation.num_texts'):
+def test_too_few_validation_rows(quickstart):
+  with pytest.raises(UserError, match=r'evaluation.batch_size = 8 need 800 rows, .*num_texts'):
     read_validation(quickstart, 100)
 
 
-def test_validation_is_the_same_at_every_call(quickstart):
+def test_validation_is_the_same(quickstart):
   first, again = (read_validation(quickstart, 2) for _ in range(2))
   for one, other in zip(first, again, strict=True):
     np.testing.assert_array_equal(one.tokens, other.tokens)
   assert not np.array_equal(first[0].tokens, first[1].tokens)
 
 
-def test_a_coprocessor_does_not_begin_with_the_rows_that_its_decoder_began_with(quickstart):
-  first = [open_batches(finished.experiment(), quickstart, section, make_mesh(MeshConfig()))(0).tokens
+def test_pretraining_has_another_order(quickstart):
+  """A coprocessor does not begin with the rows that its decoder began with."""
+  mesh = make_mesh(MeshConfig())
+  first = [open_batches(finished.experiment(), quickstart, section, mesh)(0).tokens
            for section in ('pretraining', 'training', 'training')]
   np.testing.assert_array_equal(first[1], first[2])
   assert not np.array_equal(first[0], first[1])
 
 
-def test_a_decoder_and_its_coprocessor_may_read_different_text(quickstart):
+def test_row_ranges_of_sections(quickstart):
+  """A decoder and its coprocessor may read different text."""
   experiment = finished.experiment(
       pretraining__row_range_percent=(0, 50), training__row_range_percent=(50, 100))
   rows = open_split(experiment, quickstart)
@@ -125,24 +128,26 @@ def test_a_decoder_and_its_coprocessor_may_read_different_text(quickstart):
                for step in range(4) for row in batches(step).tokens)
 
 
-def test_rows_are_read_where_seqio_is_not_installed(quickstart, tmp_path, monkeypatch):
+def test_rows_without_seqio(quickstart, tmp_path, monkeypatch):
   monkeypatch.setattr(loading.importlib.util, 'find_spec', lambda name: None)
   prepare(finished.experiment(), quickstart)
-  assert open_batches(finished.experiment(), quickstart, 'training', make_mesh(MeshConfig()))(0).tokens.shape == (8, 64)
-  with pytest.raises(UserError, match='seqio, which would make it, is not installed'):
+  batches = open_batches(finished.experiment(), quickstart, 'training', make_mesh(MeshConfig()))
+  assert batches(0).tokens.shape == (8, 64)
+  with pytest.raises(UserError, match='rows does not exist, and seqio is not installed'):
     prepare(finished.experiment(), tmp_path)
 
 
-def test_a_directory_that_cannot_be_written_to_is_named_before_the_text_is_read(tmp_path):
+def test_read_only_directory(tmp_path):
+  """It is named before the text is read."""
   (tmp_path / 'file').write_text('')
   experiment = finished.experiment(data__files=('nothing/*.txt',))
-  with pytest.raises(UserError, match='file/data cannot be written to .*: name another directory'):
+  with pytest.raises(UserError, match='file/data cannot be written to'):
     prepare(experiment, tmp_path / 'file/data')
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
-def test_a_decoder_and_a_coprocessor_are_trained_on_a_stream(tmp_path, quickstart):
+def test_training_on_a_stream(tmp_path, quickstart):
   experiment = finished.experiment(data__mode='online')
   decoder = pretrain(experiment, tmp_path / 'decoder', tmp_path)
   train_coprocessor(experiment, decoder, tmp_path / 'coprocessor', tmp_path)
@@ -157,20 +162,20 @@ def test_a_decoder_and_a_coprocessor_are_trained_on_a_stream(tmp_path, quickstar
     ({'decoder__vocab_size': 259}, 'the byte vocabulary: 260 pieces, but decoder.vocab_size.* 259'),
     ({'data__vocabulary': 'sentencepiece', 'data__vocabulary_size': 300},
      'data.vocabulary_size: 300 pieces, but decoder.vocab_size.* 260')])
-def test_a_vocabulary_that_does_not_fit_the_decoder_is_refused_before_any_work(
-    overrides, message, tmp_path):
+def test_vocabulary_must_fit_decoder(overrides, message, tmp_path):
+  """A vocabulary of other size is refused before any work."""
   with pytest.raises(UserError, match=message):
     prepare(finished.experiment(**overrides), tmp_path / 'data')
   assert not (tmp_path / 'data').exists()
 
 
 @pytest.mark.usefixtures('one_device')
-def test_no_vocabulary_is_made_for_a_decoder_that_has_one_already(tmp_path, quickstart):
+def test_no_second_vocabulary(tmp_path, quickstart):
   """A Hugging Face directory does not say which; with --data of its own the rows do."""
   config, params = weights.load(quickstart / 'pretraining/decoder')
   weights.save(tmp_path / 'decoder', config, params, format='huggingface')
   experiment = finished.experiment(data__vocabulary='sentencepiece', data__vocabulary_size=262)
-  with pytest.raises(UserError, match='decoder does not say with which vocabulary it was trained'):
+  with pytest.raises(UserError, match='decoder does not name the vocabulary'):
     train_coprocessor(experiment, tmp_path / 'decoder', tmp_path / 'run', tmp_path / 'data')
   assert not (tmp_path / 'data').exists()
 
@@ -178,8 +183,8 @@ def test_no_vocabulary_is_made_for_a_decoder_that_has_one_already(tmp_path, quic
 @pytest.mark.parametrize('vocab_size, content, message', [
     (300, None, 'vocabulary.model: 320 pieces, but decoder.vocab_size.* is 300'),
     (320, b'pieces', 'vocabulary.model is not a SentencePiece model')])
-def test_a_tokenizer_that_does_not_fit_the_decoder_is_refused_before_any_work(
-    vocab_size, content, message, tmp_path):
+def test_tokenizer_must_fit_decoder(vocab_size, content, message, tmp_path):
+  """A tokenizer of other size, or a damaged one, is refused before any work."""
   import sentencepiece
   path = tmp_path / 'vocabulary.model'
   with path.open('wb') as file:

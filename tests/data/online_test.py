@@ -22,7 +22,7 @@ def assert_equal(first, second):
     np.testing.assert_array_equal(getattr(first, part), getattr(second, part))
 
 
-def test_batches_have_the_form_of_packed_rows(config, tmp_path):
+def test_batches_are_like_packed_rows(config, tmp_path):
   batch = OnlineBatches(config, tmp_path, 4, seed=0)(0)
   for part in (batch.tokens, batch.segments, batch.positions):
     assert (type(part), part.dtype, part.shape) == (np.ndarray, np.int32, (4, 32))
@@ -32,7 +32,8 @@ def test_batches_have_the_form_of_packed_rows(config, tmp_path):
   assert ((batch.tokens == 0) == (batch.segments == 0)).all()
 
 
-def test_the_stream_holds_every_token_of_the_training_split_and_repeats(config, tmp_path):
+def test_stream_repeats_all_tokens(config, tmp_path):
+  """The stream holds every token of the training split about equally often."""
   texts = read_texts(build_source(config), 'train', 'text', 0)
   epoch = sum(np.bincount(ByteVocabulary().encode(text), minlength=260) for text in texts)
   batches = OnlineBatches(config, tmp_path, 8, seed=0)
@@ -43,7 +44,7 @@ def test_the_stream_holds_every_token_of_the_training_split_and_repeats(config, 
   np.testing.assert_allclose(seen[4:], epochs * epoch[4:], rtol=0.1, atol=epochs)
 
 
-def test_the_same_seed_gives_the_same_stream_and_another_seed_another(config, tmp_path):
+def test_seed_determines_the_stream(config, tmp_path):
   first, same, other = (OnlineBatches(config, tmp_path, 4, seed) for seed in (0, 0, 1))
   assert first.fingerprint == same.fingerprint != other.fingerprint
   batch = first(0)
@@ -51,7 +52,8 @@ def test_the_same_seed_gives_the_same_stream_and_another_seed_another(config, tm
   assert (batch.tokens != other(0).tokens).any()
 
 
-def test_a_restored_stream_goes_on_with_exactly_the_same_batches(config, tmp_path):
+def test_resume_is_exact(config, tmp_path):
+  """A restored stream goes on with exactly the same batches."""
   batches = OnlineBatches(config, tmp_path, 4, seed=0)
   for step in range(3):
     batches(step)
@@ -63,7 +65,7 @@ def test_a_restored_stream_goes_on_with_exactly_the_same_batches(config, tmp_pat
     assert_equal(restored(step), batch)
 
 
-def test_each_host_restores_its_own_share(config, tmp_path):
+def test_each_host_restores_its_share(config, tmp_path):
   hosts = [OnlineBatches(config, tmp_path, 4, 0, index, 2) for index in range(2)]
   firsts = [host(0) for host in hosts]
   assert firsts[0].tokens.shape == (2, 32)
@@ -82,7 +84,8 @@ def test_each_host_restores_its_own_share(config, tmp_path):
     ((4, 1), 'seed: saved 0, now 1'),
     ((4, 0, 0, 2), 'process_count: saved 1, now 2'),
 ])
-def test_a_state_of_another_stream_is_refused_with_both(config, tmp_path, arguments, message):
+def test_state_of_another_stream(config, tmp_path, arguments, message):
+  """It is refused, and the error has both values."""
   batches = OnlineBatches(config, tmp_path, 4, 0)
   batches(0)
   batches.save(tmp_path / 'state', 1)
@@ -90,7 +93,8 @@ def test_a_state_of_another_stream_is_refused_with_both(config, tmp_path, argume
     OnlineBatches(config, tmp_path, *arguments).restore(tmp_path / 'state', 1)
 
 
-def test_a_state_of_fewer_hosts_is_refused_by_those_that_had_none_too(config, tmp_path):
+def test_state_of_fewer_hosts(config, tmp_path):
+  """It is refused also by hosts that did not exist when it was saved."""
   batches = OnlineBatches(config, tmp_path, 4, 0)
   batches.save(tmp_path / 'state', 0)
   later = OnlineBatches(config, tmp_path, 4, 0, 1, 2)
@@ -99,23 +103,24 @@ def test_a_state_of_fewer_hosts_is_refused_by_those_that_had_none_too(config, tm
     later.restore(tmp_path / 'state', 0)
 
 
-def test_a_missing_state_is_named(config, tmp_path):
+def test_missing_state_is_named(config, tmp_path):
   with pytest.raises(UserError, match='no data state for step 5'):
     OnlineBatches(config, tmp_path, 4, 0).restore(tmp_path / 'state', 5)
 
 
 def test_steps_come_in_order(config, tmp_path):
   batches = OnlineBatches(config, tmp_path, 4, 0)
-  with pytest.raises(UserError, match='step 1 asked for, but the stream stands at 0'):
+  with pytest.raises(UserError, match='step = 1, .*at 0'):
     batches(1)
   batches(0)
-  with pytest.raises(UserError, match='step 0 asked for, but the stream stands at 1'):
+  with pytest.raises(UserError, match='step = 0, .*at 1'):
     batches(0)
-  with pytest.raises(UserError, match='step 5 cannot be saved, the stream stands at 1'):
+  with pytest.raises(UserError, match='step = 5 cannot be saved.*at 1'):
     batches.save(tmp_path / 'state', 5)
 
 
-def test_saving_a_step_again_changes_nothing_and_never_overwrites_another_run(config, tmp_path):
+def test_saving_twice(config, tmp_path):
+  """Saving a step again changes nothing, and never overwrites another run."""
   batches = OnlineBatches(config, tmp_path, 4, 0)
   batches(0)
   batches.save(tmp_path / 'state', 1)
@@ -128,7 +133,7 @@ def test_saving_a_step_again_changes_nothing_and_never_overwrites_another_run(co
     other.save(tmp_path / 'state', 1)
 
 
-def test_a_saved_state_is_whole_or_absent(config, tmp_path, monkeypatch):
+def test_saved_state_is_complete(config, tmp_path, monkeypatch):
   batches = OnlineBatches(config, tmp_path, 4, 0)
 
   def full(path, content):
@@ -136,7 +141,7 @@ def test_a_saved_state_is_whole_or_absent(config, tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(online, 'write_whole', full)
-    with pytest.raises(UserError, match='No space'):
+    with pytest.raises(OSError, match='No space'):
       batches.save(tmp_path / 'state', 0)
   with pytest.raises(UserError, match='no data state for step 0'):
     batches.restore(tmp_path / 'state', 0)
@@ -145,6 +150,6 @@ def test_a_saved_state_is_whole_or_absent(config, tmp_path, monkeypatch):
   assert json.loads((tmp_path / 'state/stream-0-host-0/state.json').read_text())['step'] == 0
 
 
-def test_a_batch_that_hosts_cannot_share_is_refused(config, tmp_path):
-  with pytest.raises(UserError, match='batch_size = 4 cannot be divided among 3 hosts'):
+def test_batch_must_divide_among_hosts(config, tmp_path):
+  with pytest.raises(UserError, match='batch_size = 4.*3 hosts'):
     OnlineBatches(config, tmp_path, 4, 0, 0, 3)

@@ -6,15 +6,81 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from latent_deliberation.data import packing
 from latent_deliberation.data.data_config import DataConfig
-from latent_deliberation.data.packing import pack, prepare
-from latent_deliberation.data.rows import PackedRows
+from latent_deliberation.data.online import OnlineBatches
+from latent_deliberation.data.packing import RowFiles, fill_rows, pack, prepare
+from latent_deliberation.data.rows import PackedRows, Recipe, segments_from_bos
 from latent_deliberation.data.sources import build_source, read_texts
-from latent_deliberation.data.tasks import Documents
+from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import ByteVocabulary, load_vocabulary
 from latent_deliberation.errors import UserError
+
+BOS, EOS = 2, 1
+
+
+def fill(documents, length):
+  rows = list(fill_rows([np.array(d, np.int32) for d in documents], length, BOS))
+  return [tokens.tolist() for tokens, _ in rows], [segments.tolist() for _, segments in rows]
+
+
+@pytest.mark.parametrize(('documents', 'length', 'tokens', 'segments'), [
+    # Short documents share a row.
+    ([[BOS, 5, EOS], [BOS, 6, 7, EOS]], 8,
+     [[BOS, 5, EOS, BOS, 6, 7, EOS, 0]], [[1, 1, 1, 2, 2, 2, 2, 0]]),
+    # A long document goes on in the next row, after a BOS.
+    ([[BOS, 5, 6, 7, 8, 9, EOS]], 4,
+     [[BOS, 5, 6, 7], [BOS, 8, 9, EOS]], [[1, 1, 1, 1], [1, 1, 1, 1]]),
+    # A document begins in the room that another left.
+    ([[BOS, 5, EOS], [BOS, 6, 7, EOS]], 5,
+     [[BOS, 5, EOS, BOS, 6], [BOS, 7, EOS, 0, 0]], [[1, 1, 1, 2, 2], [1, 1, 1, 0, 0]]),
+    # A single last place is padded.
+    ([[BOS, 5, EOS], [BOS, 6, EOS]], 4,
+     [[BOS, 5, EOS, 0], [BOS, 6, EOS, 0]], [[1, 1, 1, 0], [1, 1, 1, 0]]),
+    ([], 4, [], []),
+])
+def test_fill_rows(documents, length, tokens, segments):
+  assert fill(documents, length) == (tokens, segments)
+
+
+BODIES = st.lists(st.integers(3, 99), max_size=30)  # of documents, between BOS and EOS
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(st.lists(BODIES, min_size=1, max_size=12), st.integers(2, 40))
+def test_rows_lose_nothing(bodies, length):
+  """No token is lost or moved, every segment begins with BOS, and rows are full."""
+  documents = [[BOS, *body, EOS] for body in bodies]
+  tokens, segments = map(np.array, fill(documents, length))
+  # Without BOS and padding, the rows are the documents one after the other.
+  kept = tokens[(tokens != BOS) & (tokens != 0)].tolist()
+  assert kept == [token for document in documents for token in document[1:]]
+  # BOS is where a segment begins, and nowhere else.
+  np.testing.assert_array_equal(segments_from_bos(tokens, BOS), segments)
+  begins = (np.diff(segments, axis=1, prepend=0) != 0) & (segments > 0)
+  np.testing.assert_array_equal(tokens == BOS, begins)
+  # A segment ends with EOS, or with the end of its row, where the document goes on.
+  assert (tokens[:, :-1][begins[:, 1:]] == EOS).all()
+  # Padding is at the end of a row, at most one place but for the last row.
+  padding = (tokens == 0).sum(axis=1)
+  assert all((row[length - count:] == 0).all() for row, count in zip(tokens, padding, strict=True))
+  assert (padding[:-1] <= 1).all() and padding[-1] <= length - 2
+
+
+@pytest.mark.parametrize(('vocabulary_size', 'dtype'), [(65_536, np.uint16), (65_537, np.int32)])
+def test_smallest_dtype_is_written(tmp_path, vocabulary_size, dtype):
+  recipe = Recipe(task='t', split='train', source_fingerprint='', vocabulary_hash='',
+                  vocabulary_size=vocabulary_size, length=4, seed=0, max_tokens=0)
+  files = RowFiles(tmp_path, recipe, BOS, np.full(vocabulary_size, 3))
+  last = vocabulary_size - 1
+  files.write([(np.array([BOS, last, EOS, 0]), np.array([1, 1, 1, 0]))])
+  tokens = np.load(tmp_path / 'tokens-00000.npy')
+  assert tokens.dtype == dtype
+  assert tokens.tolist() == [[BOS, last, EOS, 0]]
+  assert (files.rows, files.tokens) == (1, 3)
 
 
 def local(corpus_directory, **fields):
@@ -40,7 +106,8 @@ def read_back(rows, vocabulary):
 
 @pytest.mark.parametrize('fields', [{'vocabulary': 'byte'}, {'vocabulary_size': 340,
                                                              'vocabulary': 'sentencepiece'}])
-def test_every_text_comes_back_from_the_rows_unchanged(corpus_directory, tmp_path, fields):
+def test_texts_come_back(corpus_directory, tmp_path, fields):
+  """Every text comes back from the rows, unchanged."""
   config = local(corpus_directory, **fields)
   directory = prepare(config, tmp_path)
   vocabulary = (ByteVocabulary() if config.vocabulary == 'byte'
@@ -56,13 +123,27 @@ def test_every_text_comes_back_from_the_rows_unchanged(corpus_directory, tmp_pat
     assert rows.vocabulary_size == vocabulary.vocab_size > batch.tokens.max()
 
 
-def test_packing_twice_gives_the_same_rows(corpus_directory, tmp_path):
+def test_segments_are_read_back(corpus_directory, tmp_path):
+  """Tokens alone are written, and the segments read back are those that fill_rows gave."""
+  config = local(corpus_directory)
+  directory = prepare(config, tmp_path) / 'train'
+  assert sorted(path.name for path in directory.iterdir()) == ['manifest.json', 'tokens-00000.npy']
+  documents = Documents.open(config, tmp_path)
+  filled = list(fill_rows(iterate(documents.stream('train', config.seed)), config.length, BOS))
+  rows = PackedRows(directory)
+  assert (rows.manifest.format_version, rows.manifest.bos_id) == (2, BOS)
+  batch = rows.take(np.arange(len(rows)))
+  np.testing.assert_array_equal(batch.tokens, [tokens for tokens, _ in filled])
+  np.testing.assert_array_equal(batch.segments, [segments for _, segments in filled])
+
+
+def test_packing_is_deterministic(corpus_directory, tmp_path):
   first, second = (prepare(local(corpus_directory), tmp_path / name) for name in ('a', 'b'))
   for split in ('train', 'validation'):
     assert PackedRows(first / split).fingerprint == PackedRows(second / split).fingerprint
 
 
-def test_small_files_hold_the_same_rows_as_large_ones(corpus_directory, tmp_path):
+def test_file_size_changes_no_row(corpus_directory, tmp_path):
   config = local(corpus_directory)
   documents = Documents.open(config, tmp_path)
   recipe = documents.recipe(config, 'train')
@@ -73,7 +154,8 @@ def test_small_files_hold_the_same_rows_as_large_ones(corpus_directory, tmp_path
   np.testing.assert_array_equal(small.take(everything).tokens, large.take(everything).tokens)
 
 
-def test_a_limit_packs_that_many_whole_rows_from_the_same_start(corpus_directory, tmp_path):
+def test_max_tokens(corpus_directory, tmp_path):
+  """A limit packs that many whole rows, from the same start."""
   full = PackedRows(prepare(local(corpus_directory), tmp_path / 'full') / 'train')
   limited = PackedRows(prepare(local(corpus_directory, max_tokens=100), tmp_path / 'few') / 'train')
   assert len(limited) == 3
@@ -81,13 +163,13 @@ def test_a_limit_packs_that_many_whole_rows_from_the_same_start(corpus_directory
   assert 1 <= limited.manifest.documents < full.manifest.documents
 
 
-def test_what_is_packed_is_kept(corpus_directory, tmp_path, monkeypatch):
+def test_packed_rows_are_kept(corpus_directory, tmp_path, monkeypatch):
   directory = prepare(local(corpus_directory), tmp_path)
   monkeypatch.setattr(packing, 'pack', None)
   assert prepare(local(corpus_directory), tmp_path) == directory == tmp_path / 'rows'
 
 
-def test_a_split_that_is_missing_is_packed_alone(corpus_directory, tmp_path):
+def test_missing_split_is_packed_alone(corpus_directory, tmp_path):
   directory = prepare(local(corpus_directory), tmp_path)
   before = (directory / 'train' / 'manifest.json').stat().st_mtime_ns
   shutil.rmtree(directory / 'validation')
@@ -96,7 +178,7 @@ def test_a_split_that_is_missing_is_packed_alone(corpus_directory, tmp_path):
   assert (directory / 'train' / 'manifest.json').stat().st_mtime_ns == before
 
 
-def test_online_mode_packs_only_validation(corpus_directory, tmp_path):
+def test_online_packs_only_validation(corpus_directory, tmp_path):
   directory = prepare(local(corpus_directory, mode='online'), tmp_path)
   assert [path.name for path in directory.iterdir()] == ['validation']
 
@@ -109,8 +191,8 @@ def test_online_mode_packs_only_validation(corpus_directory, tmp_path):
     ({'vocabulary': 'sentencepiece', 'vocabulary_size': 340},
      'vocabulary_size: packed 260, configured 340'),
 ])
-def test_rows_of_another_configuration_are_refused_with_both_values(
-    corpus_directory, tmp_path, fields, message):
+def test_another_configuration_is_refused(corpus_directory, tmp_path, fields, message):
+  """The error has both values."""
   directory = prepare(local(corpus_directory), tmp_path)
   before = PackedRows(directory / 'train').fingerprint
   with pytest.raises(UserError, match=f'{message}.*another work directory'):
@@ -118,7 +200,7 @@ def test_rows_of_another_configuration_are_refused_with_both_values(
   assert PackedRows(directory / 'train').fingerprint == before
 
 
-def test_rows_of_a_changed_corpus_are_refused(corpus_directory, tmp_path):
+def test_changed_corpus_is_refused(corpus_directory, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(corpus_directory, copy)
   prepare(local(copy), tmp_path / 'work')
@@ -127,15 +209,15 @@ def test_rows_of_a_changed_corpus_are_refused(corpus_directory, tmp_path):
     prepare(local(copy), tmp_path / 'work')
 
 
-def test_rows_whose_source_stayed_elsewhere_are_taken_if_they_are_whole(
-    corpus_directory, tmp_path, caplog):
+def test_rows_without_their_source(corpus_directory, tmp_path, caplog):
+  """Complete rows are used where their source is missing, if the configuration fits them."""
   texts, workdir = tmp_path / 'texts', tmp_path / 'work'
   shutil.copytree(corpus_directory, texts)
   directory = prepare(local(texts), workdir)
   shutil.rmtree(texts)
   with caplog.at_level('WARNING'):
     assert prepare(local(texts), workdir) == directory
-  assert 'no file matches' in caplog.text and 'are taken as they are' in caplog.text
+  assert 'no file matches' in caplog.text and 'are used as they are' in caplog.text
   with pytest.raises(UserError, match='seed: packed 0, configured 1'):
     prepare(local(texts, seed=1), workdir)
   with pytest.raises(UserError, match='no file matches'):
@@ -145,8 +227,8 @@ def test_rows_whose_source_stayed_elsewhere_are_taken_if_they_are_whole(
     prepare(local(texts), workdir)
 
 
-def test_an_interrupted_packing_leaves_no_split_and_the_next_one_succeeds(
-    corpus_directory, tmp_path, monkeypatch):
+def test_interrupted_packing(corpus_directory, tmp_path, monkeypatch):
+  """It leaves no split, and the next packing succeeds."""
   config, original = local(corpus_directory), packing.fill_rows
 
   def interrupted(*arguments):
@@ -166,15 +248,15 @@ def test_an_interrupted_packing_leaves_no_split_and_the_next_one_succeeds(
   assert not (directory / 'train' / 'tokens-00009.npy').exists()
 
 
-def test_packed_rows_are_never_overwritten(corpus_directory, tmp_path):
+def test_rows_are_never_overwritten(corpus_directory, tmp_path):
   config = local(corpus_directory)
   directory = prepare(config, tmp_path)
   documents = Documents.open(config, tmp_path)
-  with pytest.raises(UserError, match='train is there already'):
+  with pytest.raises(UserError, match='rows/train exists'):
     pack(documents, documents.recipe(config, 'train'), directory)
 
 
-def add_mixture(name, texts_and_rates):
+def add_mixture(name, texts_and_rates, *preprocessors):
   names = []
   for index, (texts, rate) in enumerate(texts_and_rates):
     def dataset_fn(split, shuffle_files, seed=None, texts=texts):
@@ -184,20 +266,22 @@ def add_mixture(name, texts_and_rates):
     seqio.TaskRegistry.add(
         task_name, seqio.FunctionDataSource(dataset_fn, ('train', 'validation')),
         {'targets': seqio.Feature(ByteVocabulary(), add_eos=False)},
-        (seqio.preprocessors.tokenize,))
+        (seqio.preprocessors.tokenize, *preprocessors))
     names.append((task_name, rate))
   seqio.MixtureRegistry.remove(name)
   seqio.MixtureRegistry.add(name, names)
   return DataConfig(source='mixture', name=name, length=32)
 
 
-def test_a_mixture_is_packed_once_through_without_a_limit(tmp_path):
+def test_mixture_without_limit(tmp_path):
+  """Every document is packed once."""
   config = add_mixture('once', [(['a' * 9] * 5, 1.0), (['b' * 50] * 3, 9.0)])
   rows = PackedRows(prepare(config, tmp_path) / 'train')
   assert sorted(read_back(rows, ByteVocabulary())) == ['a' * 9] * 5 + ['b' * 50] * 3
 
 
-def test_up_to_a_limit_training_text_repeats_at_its_rates_and_validation_does_not(tmp_path):
+def test_mixture_with_limit(tmp_path):
+  """Training text repeats at its rates, and validation does not repeat."""
   config = add_mixture('rated', [(['a' * 14] * 3, 1.0), (['b' * 14] * 3, 3.0)])
   directory = prepare(dataclasses.replace(config, max_tokens=8192), tmp_path)
   assert PackedRows(directory / 'validation').manifest.documents == 6
@@ -208,14 +292,26 @@ def test_up_to_a_limit_training_text_repeats_at_its_rates_and_validation_does_no
   assert 0.68 < share < 0.82
 
 
-def test_a_split_without_a_token_is_refused(tmp_path):
+def test_bos_inside_a_document_is_refused(tmp_path):
+  """It would be read as the beginning of another document, packed or online."""
+  insert = seqio.map_over_dataset(
+      lambda example: {'targets': tf.concat([example['targets'], [BOS, 9]], axis=0)})
+  config = add_mixture('inner', [(['ab', 'cd'], 1.0)], insert)
+  with pytest.raises(UserError, match='inner: .*BOS id 2 .*preprocessors'):
+    prepare(config, tmp_path)
+  assert not list((tmp_path / 'rows').iterdir())
+  with pytest.raises(UserError, match='inner: .*BOS id 2 .*preprocessors'):
+    OnlineBatches(config, tmp_path, 2, 0)(0)
+
+
+def test_empty_split_is_refused(tmp_path):
   config = add_mixture('empty', [(['', ''], 1.0)])
   with pytest.raises(UserError, match="empty has no token in split 'train'"):
     prepare(config, tmp_path)
   assert list((tmp_path / 'rows').iterdir()) == []
 
 
-def test_the_manifest_can_be_read_by_a_person(corpus_directory, tmp_path):
+def test_manifest_is_readable(corpus_directory, tmp_path):
   text = (prepare(local(corpus_directory), tmp_path) / 'train' / 'manifest.json').read_text()
   fields = json.loads(text)
   assert fields['recipe']['length'] == 32

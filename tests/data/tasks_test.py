@@ -59,7 +59,8 @@ def remote(tfds_directory, name, **fields):
                     **(BYTES | {'text_key': 'body'} | fields))
 
 
-def test_every_document_comes_once_whole_between_bos_and_eos(corpus_directory, tmp_path):
+def test_every_document_comes_once(corpus_directory, tmp_path):
+  """Documents are whole, from BOS to EOS."""
   config = local(corpus_directory)
   documents = Documents.open(config, tmp_path)
   for split in ('train', 'validation'):
@@ -68,13 +69,13 @@ def test_every_document_comes_once_whole_between_bos_and_eos(corpus_directory, t
     assert sorted(decode(stream)) == sorted(read_texts(build_source(config), split, 'text', 0))
 
 
-def test_the_seed_decides_the_order(corpus_directory, tmp_path):
+def test_seed_determines_the_order(corpus_directory, tmp_path):
   documents = Documents.open(local(corpus_directory), tmp_path)
   orders = [decode(iterate(documents.stream('train', seed))) for seed in (1, 1, 2**31 - 2)]
   assert orders[0] == orders[1] != orders[2]
 
 
-def test_hosts_share_the_documents_out(corpus_directory, tmp_path):
+def test_hosts_share_the_documents(corpus_directory, tmp_path):
   documents = Documents.open(local(corpus_directory), tmp_path)
   shares = [decode(iterate(documents.stream('train', 0, seqio.ShardInfo(index, 3))))
             for index in range(3)]
@@ -82,7 +83,7 @@ def test_hosts_share_the_documents_out(corpus_directory, tmp_path):
   assert min(map(len, shares)) > 5
 
 
-def test_a_host_reads_only_its_own_documents(corpus_directory, monkeypatch):
+def test_host_reads_only_its_documents(corpus_directory, monkeypatch):
   source = build_source(local(corpus_directory))
   read, original = [], type(source.corpus).read
   monkeypatch.setattr(type(source.corpus), 'read',
@@ -91,13 +92,13 @@ def test_a_host_reads_only_its_own_documents(corpus_directory, monkeypatch):
   assert len(read) == len(own) < 20
 
 
-def test_more_hosts_than_documents_are_refused(corpus_directory):
+def test_more_hosts_than_documents(corpus_directory):
   with pytest.raises(UserError, match=r'has \d documents for 30 hosts'):
     build_source(local(corpus_directory)).get_dataset(
         'validation', shard_info=seqio.ShardInfo(0, 30))
 
 
-def test_a_repeated_stream_reorders_each_epoch(corpus_directory, tmp_path):
+def test_repeated_stream_reorders(corpus_directory, tmp_path):
   documents = Documents.open(local(corpus_directory), tmp_path)
   size = len(list(iterate(documents.stream('train', 0))))
   twice = decode(iterate(documents.stream('train', 0, repeat=True).take(2 * size)))
@@ -105,7 +106,8 @@ def test_a_repeated_stream_reorders_each_epoch(corpus_directory, tmp_path):
   assert twice[:size] != twice[size:]
 
 
-def test_task_names_tell_corpora_and_vocabularies_apart(corpus_directory, tmp_path):
+def test_task_names(corpus_directory, tmp_path):
+  """They tell corpora and vocabularies apart."""
   for name in ('a', 'b'):
     (tmp_path / f'{name}.txt').write_text(name)
   configs = [
@@ -115,7 +117,7 @@ def test_task_names_tell_corpora_and_vocabularies_apart(corpus_directory, tmp_pa
   assert names[0] == build_task(configs[0], build_source(configs[0]), ByteVocabulary()).name
 
 
-def test_a_task_serves_in_a_seqio_mixture(corpus_directory, tmp_path):
+def test_task_in_a_seqio_mixture(corpus_directory, tmp_path):
   task = Documents.open(local(corpus_directory), tmp_path).provider
   seqio.TaskRegistry.remove(task.name)
   seqio.TaskRegistry.add_provider(task.name, task)
@@ -127,14 +129,14 @@ def test_a_task_serves_in_a_seqio_mixture(corpus_directory, tmp_path):
       decode(iterate(alone.stream('train', 0))))
 
 
-def test_a_tfds_data_set_keeps_its_own_validation_split(tfds_directory, tmp_path):
+def test_tfds_keeps_its_validation_split(tfds_directory, tmp_path):
   documents = Documents.open(remote(tfds_directory, 'both:1.0.0'), tmp_path)
   for split, size in (('train', 20), ('validation', 5)):
     assert sorted(decode(iterate(documents.stream(split, 0)))) == sorted(
         f'{split} document {i}' for i in range(size))
 
 
-def test_without_a_validation_split_a_part_of_train_is_held_out(tfds_directory, tmp_path):
+def test_tfds_without_validation_split(tfds_directory, tmp_path):
   config = remote(tfds_directory, 'lone:1.0.0', validation_percent=25)
   documents = Documents.open(config, tmp_path)
   train, validation = (decode(iterate(documents.stream(split, 0)))
@@ -143,62 +145,63 @@ def test_without_a_validation_split_a_part_of_train_is_held_out(tfds_directory, 
   assert sorted(train + validation) == sorted(f'train document {i}' for i in range(20))
 
 
-def test_tfds_data_sets_have_different_fingerprints(tfds_directory, tmp_path):
+def test_tfds_fingerprints_differ(tfds_directory, tmp_path):
   both, lone = (Documents.open(remote(tfds_directory, f'{name}:1.0.0'), tmp_path)
                 for name in ('both', 'lone'))
   assert both.source_fingerprint != lone.source_fingerprint
   assert both.provider.name != lone.provider.name
 
 
-def test_a_tfds_name_that_does_not_exist_is_named_with_the_place(tfds_directory, tmp_path):
-  with pytest.raises(UserError, match="cannot open 'absent:1.0.0' in .*tfds"):
+def test_unknown_tfds_name(tfds_directory, tmp_path):
+  with pytest.raises(UserError, match="'absent:1.0.0' in .*tfds"):
     Documents.open(remote(tfds_directory, 'absent:1.0.0'), tmp_path)
 
 
-def test_a_tfds_data_set_that_is_not_prepared_is_never_downloaded(tmp_path):
-  with pytest.raises(UserError, match='does not hold it prepared: run tfds build'):
+def test_tfds_is_never_downloaded(tmp_path):
+  with pytest.raises(UserError, match="'ag_news_subset:1.0.0'.*tfds build"):
     Documents.open(remote(tmp_path, 'ag_news_subset:1.0.0'), tmp_path)
 
 
 @pytest.mark.parametrize('key', ['text', 'id'])
-def test_a_tfds_feature_without_text_is_refused(tfds_directory, tmp_path, key):
+def test_tfds_feature_without_text(tfds_directory, tmp_path, key):
   with pytest.raises(UserError, match=rf"text_key = '{key}', its features are \['body', 'id'\]"):
     Documents.open(remote(tfds_directory, 'both:1.0.0', text_key=key), tmp_path)
 
 
-def test_a_mixture_that_is_not_registered_is_named_with_the_remedy(tmp_path):
-  with pytest.raises(UserError, match="no seqio task or mixture 'absent'.*import the module"):
+def test_unregistered_mixture(tmp_path):
+  with pytest.raises(UserError, match="name = 'absent'.*import the module"):
     Documents.open(DataConfig(source='mixture', name='absent'), tmp_path)
 
 
-def test_a_mixture_without_a_validation_split_is_refused(tmp_path):
+def test_mixture_without_validation_split(tmp_path):
   register('train_only', function_source(['a'], splits=('train',)))
   with pytest.raises(UserError, match=r"has the splits \['train'\], and lacks \['validation'\]"):
     Documents.open(DataConfig(source='mixture', name='train_only'), tmp_path)
 
 
-def test_a_mixture_without_targets_is_refused(tmp_path):
+def test_mixture_without_targets(tmp_path):
   register('inputs_only', function_source(['a'], feature='inputs'), feature='inputs')
   with pytest.raises(UserError, match=r"has the features \['inputs'\] and no 'targets'"):
     Documents.open(DataConfig(source='mixture', name='inputs_only'), tmp_path)
 
 
-def test_a_mixture_with_a_vocabulary_without_bos_is_refused(tmp_path):
+def test_mixture_with_foreign_vocabulary(tmp_path):
   register('foreign', function_source(['a']), vocabulary=seqio.ByteVocabulary())
-  with pytest.raises(UserError, match='foreign: vocabulary of type ByteVocabulary'):
+  with pytest.raises(UserError, match='foreign: .* ByteVocabulary'):
     Documents.open(DataConfig(source='mixture', name='foreign'), tmp_path)
 
 
-def test_a_document_with_the_padding_id_is_refused(tmp_path):
+def test_padding_id_is_refused(tmp_path):
   pad = seqio.map_over_dataset(
       lambda example: {'targets': tf.concat([example['targets'], [0, 5]], axis=0)})
   register('padded', function_source(['a']), (seqio.preprocessors.tokenize, pad))
   documents = Documents.open(DataConfig(source='mixture', name='padded'), tmp_path)
-  with pytest.raises(UserError, match='padded: a document contains id 0, which is padding'):
+  with pytest.raises(UserError, match='padded: .* id 0, which is padding'):
     list(iterate(documents.stream('train', 0)))
 
 
-def test_bos_and_eos_that_a_task_has_set_are_not_doubled_and_empty_documents_left_out(tmp_path):
+def test_bos_and_eos_come_once(tmp_path):
+  """Those of the task are not doubled. Empty documents are left out."""
   frame = seqio.map_over_dataset(
       lambda example: {'targets': tf.concat([[2], example['targets'], [1]], axis=0)})
   register('framed', function_source(['ab']), (seqio.preprocessors.tokenize, frame))

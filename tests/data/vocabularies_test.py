@@ -44,7 +44,7 @@ def train_foreign(path, **options):
 
 @pytest.mark.parametrize('sample', SAMPLES)
 @pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
-def test_text_comes_back_unchanged(kind, sample, trained):
+def test_text_comes_back(kind, sample, trained):
   vocabulary = ByteVocabulary() if kind == 'byte' else trained
   ids = vocabulary.encode(sample)
   assert vocabulary.decode(ids) == sample
@@ -53,7 +53,7 @@ def test_text_comes_back_unchanged(kind, sample, trained):
 
 @pytest.mark.parametrize('sample', SAMPLES)
 @pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
-def test_tensorflow_gives_the_same_ids_and_text(kind, sample, trained):
+def test_tensorflow_gives_the_same_ids(kind, sample, trained):
   vocabulary = ByteVocabulary() if kind == 'byte' else trained
   ids = vocabulary.encode_tf(tf.constant(sample))
   assert ids.dtype == tf.int32
@@ -63,7 +63,7 @@ def test_tensorflow_gives_the_same_ids_and_text(kind, sample, trained):
 
 @pytest.mark.parametrize('sample', SAMPLES)
 @pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
-def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(kind, sample, trained):
+def test_bytes_per_token(kind, sample, trained):
   vocabulary = ByteVocabulary() if kind == 'byte' else trained
   ids = [vocabulary.bos_id, *vocabulary.encode(sample), vocabulary.eos_id, 0]
   assert bytes_per_token(vocabulary)[np.array(ids)].sum() == len(sample.encode())
@@ -77,12 +77,18 @@ def test_special_ids_are_gemmas(trained):
   assert ByteVocabulary().vocab_size == 260
 
 
-def test_indentation_and_newlines_are_pieces_and_digits_stand_alone(trained):
+def test_byte_vocabulary_hash():
+  """It names the vocabulary in decoders that are trained already."""
+  assert vocabulary_hash(ByteVocabulary()).startswith('f1f92043b145')
+
+
+def test_pieces(trained):
+  """Indentation and newlines are pieces, and each digit is one."""
   pieces = trained.tokenizer.encode('\n    2025', out_type=str)
   assert pieces == ['\n', '▁' * 4, '2', '0', '2', '5']
 
 
-def test_a_size_that_the_text_cannot_fill_is_named(tmp_path):
+def test_size_must_fit_the_text(tmp_path):
   with pytest.raises(UserError, match=r'vocabulary_size = 4096 does not fit .* <= \d+'):
     train_sentencepiece(TEXTS, tmp_path / 'v.model', 4096)
   with pytest.raises(UserError, match='vocabulary_size = 262 does not fit .* 262 vs'):
@@ -90,24 +96,24 @@ def test_a_size_that_the_text_cannot_fill_is_named(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_vocabulary_whose_id_0_is_a_real_token_is_refused(tmp_path):
+def test_id_0_must_be_padding(tmp_path):
   path = train_foreign(tmp_path / 'llama.model')
   with pytest.raises(UserError, match=r"id 0 is the token '<unk>' and the pad id is -1.*--pad_id"):
     load_vocabulary(path)
 
 
-def test_a_vocabulary_without_bos_is_refused(tmp_path):
+def test_vocabulary_without_bos(tmp_path):
   path = train_foreign(tmp_path / 't5.model', pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
   with pytest.raises(UserError, match='bos id -1, eos id 1'):
     load_vocabulary(path)
 
 
-def test_a_missing_vocabulary_is_named(tmp_path):
+def test_missing_vocabulary_is_named(tmp_path):
   with pytest.raises(UserError, match='no vocabulary at .*absent.model'):
     load_vocabulary(tmp_path / 'absent.model')
 
 
-def test_a_file_that_is_no_vocabulary_is_named(tmp_path):
+def test_damaged_vocabulary_is_named(tmp_path):
   for content in (b'', b'not a model'):
     (tmp_path / 'v.model').write_bytes(content)
     with pytest.raises(UserError, match=rf'v.model \({len(content)} bytes\) is not a Sentence'):
@@ -123,7 +129,7 @@ def test_hashes_tell_vocabularies_apart(trained, tmp_path):
   assert vocabulary_hash(load_vocabulary(tmp_path / 'same.model')) == vocabulary_hash(trained)
 
 
-def test_a_trained_vocabulary_is_kept_and_not_trained_again(tmp_path):
+def test_vocabulary_is_trained_once(tmp_path):
   config = DataConfig(vocabulary_size=320)
   first = open_vocabulary(config, tmp_path, lambda: TEXTS)
 
@@ -133,10 +139,10 @@ def test_a_trained_vocabulary_is_kept_and_not_trained_again(tmp_path):
   assert vocabulary_hash(open_vocabulary(config, tmp_path, forbidden)) == vocabulary_hash(first)
 
 
-def test_a_work_directory_with_another_vocabulary_is_refused(tmp_path, trained):
+def test_another_vocabulary_is_refused(tmp_path, trained):
   open_vocabulary(DataConfig(vocabulary_size=319), tmp_path, lambda: TEXTS)
   kept = (tmp_path / VOCABULARY_FILE).read_bytes()
-  with pytest.raises(UserError, match='has 319 pieces, the configuration asks for 320 pieces'):
+  with pytest.raises(UserError, match='has 319 pieces, .* 320 pieces'):
     open_vocabulary(DataConfig(vocabulary_size=320), tmp_path, lambda: TEXTS)
   with pytest.raises(UserError, match='the configuration asks for .*another work directory'):
     open_vocabulary(DataConfig(vocabulary_path=trained.sentencepiece_model_file), tmp_path,
@@ -144,7 +150,7 @@ def test_a_work_directory_with_another_vocabulary_is_refused(tmp_path, trained):
   assert (tmp_path / VOCABULARY_FILE).read_bytes() == kept
 
 
-def test_a_given_vocabulary_is_copied_into_the_work_directory(tmp_path, trained):
+def test_given_vocabulary_is_copied(tmp_path, trained):
   config = DataConfig(vocabulary_path=trained.sentencepiece_model_file)
   for _ in range(2):
     vocabulary = open_vocabulary(config, tmp_path, lambda: TEXTS)

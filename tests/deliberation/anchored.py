@@ -8,15 +8,15 @@ from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import Traces, gather_traces
 from tests import tiny
 
-# In the first text documents begin at 0, 7 and 11, in the second at 0 and 9, padding at 15: every
-# trace has 3 or 5 tokens of its own document up to its anchor.
+# Documents begin at 0, 7 and 11 in the first text, and at 0 and 9 in the second, with padding from
+# 15. So every trace has 3 or 5 tokens of its own document up to its anchor.
 ANCHORS = jnp.array([[4, 9, 13, 15], [2, 4, 11, 13]])
 WEIGHT = jax.random.normal(jax.random.key(0), (*ANCHORS.shape, tiny.CHOICES.num_ahead, 16))
 
 
 def traces_at(batch: Batch, anchors: jax.Array = ANCHORS,
               delay: jax.Array | None = None) -> Traces:
-  """Traces at all of the anchors, whose latents come late where there is a delay."""
+  """Traces at all of the anchors, with delayed latents where a delay is given."""
   traces = gather_traces(batch, anchors, jnp.ones_like(anchors, bool), tiny.CHOICES.num_ahead)
   return traces.replace(delay=delay)
 

@@ -1,4 +1,4 @@
-"""What a coprocessor is made of, and what it does before it has learnt anything."""
+"""The parts of a coprocessor, and its outputs before any training."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ def started(decoder_params, seed=0, **choices):
   return deliberator, tiny.start(deliberator, jax.random.key(seed), decoder_params)
 
 
-def thoughts_and_latents(deliberator, params, decoder_params, batch):
+def outputs_and_latents(deliberator, params, decoder_params, batch):
+  """Outputs, latents and base embeddings at some anchors."""
   @jax.jit
   def compute(params):
     trunk, cache = deliberator.prefill(decoder_params, batch)
@@ -33,13 +34,15 @@ def thoughts_and_latents(deliberator, params, decoder_params, batch):
 @pytest.mark.parametrize('latents', LATENTS)
 @pytest.mark.parametrize('trainable, part', [
     ('full', {'transformer'}), ('lora', {'lora'}), ('constant', set())])
-def test_only_what_learns_is_among_the_parameters(decoder_params, latents, trainable, part):
+def test_parts_of_the_parameters(decoder_params, latents, trainable, part):
+  """The parameters hold the trainable parts and no others."""
   _, boxed = started(decoder_params, latents=latents, trainable=trainable)
   gate = set() if latents == 'paper' else {'gate'}
   assert set(boxed) == {'soft_tokens'} | gate | part
 
 
-def test_every_parameter_names_its_axes(decoder_params):
+def test_parameters_name_axes(decoder_params):
+  """Every parameter is boxed with the name of each of its axes."""
   for trainable in ('full', 'lora'):
     _, boxed = started(decoder_params, trainable=trainable)
     leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
@@ -47,7 +50,8 @@ def test_every_parameter_names_its_axes(decoder_params):
       assert isinstance(leaf, nn.Partitioned) and len(leaf.names) == leaf.value.ndim
 
 
-def test_a_full_coprocessor_starts_as_the_decoder_or_from_scratch(decoder_params):
+def test_full_start(decoder_params):
+  """A full transformer starts from the decoder's weights or from scratch."""
   _, boxed = started(decoder_params)
   jax.tree.map(np.testing.assert_array_equal, nn.unbox(boxed)['transformer'],
                decoder_params['transformer'])
@@ -57,7 +61,8 @@ def test_a_full_coprocessor_starts_as_the_decoder_or_from_scratch(decoder_params
   assert not any(jax.tree.leaves(same))
 
 
-def test_a_smaller_coprocessor_starts_as_the_last_layers(decoder_params):
+def test_start_of_last_layers(decoder_params):
+  """A smaller coprocessor starts from the decoder's last layers."""
   for trainable, part in (('full', 'transformer'), ('lora', 'lora')):
     _, boxed = started(decoder_params, num_layers=1, trainable=trainable)
     assert {len(leaf) for leaf in jax.tree.leaves(nn.unbox(boxed)[part]['blocks'])} == {1}
@@ -66,15 +71,16 @@ def test_a_smaller_coprocessor_starts_as_the_last_layers(decoder_params):
                nn.unbox(boxed)['transformer']['blocks'], decoder_params['transformer']['blocks'])
 
 
-def test_it_can_have_no_more_layers_than_the_decoder():
-  with pytest.raises(UserError, match='num_layers = 4.* 3 layers'):
+def test_too_many_layers():
+  """A coprocessor deeper than the decoder is refused."""
+  with pytest.raises(UserError, match='num_layers.*4.*3'):
     tiny.deliberator(num_layers=4)
 
 
 @pytest.mark.parametrize('choices, layers', [
     (dict(), {0, 1, 2}), (dict(num_layers=1), {2}), (dict(reads='states'), set())])
-def test_it_reads_the_cache_of_its_layers_or_the_states_alone(
-    batch, decoder_params, choices, layers):
+def test_reads_cache_or_states(batch, decoder_params, choices, layers):
+  """It reads the cache of its own layers, or the final states alone."""
   deliberator, boxed = started(decoder_params, **choices)
   trunk, cache = deliberator.prefill(decoder_params, batch)
   placement = place(batch, jnp.array([[2, 5, 9], [3, 7, 13]]), deliberator.config, 1)
@@ -87,20 +93,21 @@ def test_it_reads_the_cache_of_its_layers_or_the_states_alone(
   assert np.allclose(read_cache(2 + trunk, cache), outputs) == bool(layers)
 
 
-def test_adapters_start_as_the_decoder(batch, decoder_params):
+def test_adapters_start_as_decoder(batch, decoder_params):
+  """Adapters change nothing at the start, so outputs equal those of a full transformer."""
   params, outputs = {}, {}
   for trainable in ('full', 'lora'):
     deliberator, boxed = started(decoder_params, trainable=trainable)
     params[trainable] = nn.unbox(boxed)
-    outputs[trainable], _, _ = thoughts_and_latents(
+    outputs[trainable], _, _ = outputs_and_latents(
         deliberator, params[trainable], decoder_params, batch)
   np.testing.assert_array_equal(params['full']['soft_tokens'], params['lora']['soft_tokens'])
   np.testing.assert_allclose(outputs['lora'], outputs['full'], atol=2e-5)
 
 
 @pytest.mark.parametrize('soft_tokens, share', [('free', 1.0), ('additive', 0.1)])
-def test_soft_tokens_start_with_the_spread_of_embeddings_or_a_tenth_of_it(
-    decoder_params, soft_tokens, share):
+def test_spread_of_soft_tokens(decoder_params, soft_tokens, share):
+  """Soft tokens start with the spread of embeddings, additive ones with a tenth of it."""
   _, boxed = started(decoder_params, num_latents=200, soft_tokens=soft_tokens)
   embeddings = tiny.embed(decoder_params, jnp.arange(38)[None])
   assert np.std(nn.unbox(boxed)['soft_tokens']) == pytest.approx(
@@ -109,24 +116,27 @@ def test_soft_tokens_start_with_the_spread_of_embeddings_or_a_tenth_of_it(
 
 @pytest.mark.parametrize('latents', [each for each in LATENTS if each != 'paper'])
 @pytest.mark.parametrize('gate', GATES)
-def test_latents_start_as_the_embeddings_that_they_rest_on(batch, decoder_params, latents, gate):
+def test_latents_start_as_base(batch, decoder_params, latents, gate):
+  """With the gate at zero, latents are the embeddings of their base tokens."""
   deliberator, boxed = started(decoder_params, latents=latents, gate=gate)
-  outputs, latents, base = thoughts_and_latents(
+  outputs, latents, base = outputs_and_latents(
       deliberator, nn.unbox(boxed), decoder_params, batch)
   assert np.abs(outputs).max() > 0.1
   np.testing.assert_array_equal(latents, base)
 
 
-def test_the_latents_of_the_paper_are_the_thoughts_themselves(batch, decoder_params):
+def test_paper_latents_are_outputs(batch, decoder_params):
+  """The latents of the paper are the outputs themselves."""
   deliberator, boxed = started(decoder_params, latents='paper')
-  outputs, latents, _ = thoughts_and_latents(
+  outputs, latents, _ = outputs_and_latents(
       deliberator, nn.unbox(boxed), decoder_params, batch)
   np.testing.assert_array_equal(latents, outputs)
 
 
-def test_constant_thoughts_are_the_soft_tokens_wherever_they_are_put(batch, decoder_params):
+def test_constant_outputs_are_soft_tokens(batch, decoder_params):
+  """Constant outputs are the soft tokens at every anchor."""
   deliberator, boxed = started(decoder_params, trainable='constant')
   params = nn.unbox(boxed)
-  outputs, _, _ = thoughts_and_latents(deliberator, params, decoder_params, batch)
+  outputs, _, _ = outputs_and_latents(deliberator, params, decoder_params, batch)
   np.testing.assert_array_equal(
       outputs, np.broadcast_to(params['soft_tokens'], outputs.shape))

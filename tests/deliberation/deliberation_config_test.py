@@ -1,6 +1,7 @@
-"""Choices are checked when they are written down, and against the trunk that must hold them."""
+"""Choices are checked when they are made, and against the trunk that must hold the traces."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -13,36 +14,39 @@ from tests import tiny
     ('latents', options.LATENTS), ('positions', options.POSITIONS),
     ('initialisation', options.INITIALISATIONS), ('trainable', options.TRAINABLES),
     ('gate', options.GATES), ('soft_tokens', options.SOFT_TOKENS)])
-def test_an_unknown_choice_is_refused_with_those_that_exist(name, allowed):
+def test_unknown_choice(name, allowed):
+  """An unknown choice is refused with those that exist."""
   for choice in allowed:
     dataclasses.replace(tiny.CHOICES, **{name: choice})
-  with pytest.raises(UserError) as error:
+  with pytest.raises(UserError, match=f"{name}.*'none'.*{re.escape(str(allowed))}"):
     dataclasses.replace(tiny.CHOICES, **{name: 'none'})
-  assert str(error.value) == f"{name} = 'none': must be one of {allowed}"
 
 
 @pytest.mark.parametrize('name', ['num_latents', 'num_ahead', 'num_traces', 'lora_rank'])
-def test_a_number_below_one_is_refused(name):
-  with pytest.raises(UserError, match=f'{name} = 0: at least 1'):
+def test_number_below_one(name):
+  """A count below 1 is refused."""
+  with pytest.raises(UserError, match=f'{name}.*0'):
     dataclasses.replace(tiny.CHOICES, **{name: 0})
 
 
 @pytest.mark.parametrize('alpha', [0.0, -1.0, float('nan'), float('inf')])
-def test_an_alpha_that_adapters_cannot_learn_with_is_refused(alpha):
-  with pytest.raises(UserError, match=f'lora_alpha = {alpha}: it must be above 0, or None'):
+def test_impossible_alpha(alpha):
+  """A scale with which adapters cannot be trained is refused."""
+  with pytest.raises(UserError, match=f'lora_alpha.*{alpha}'):
     dataclasses.replace(tiny.CHOICES, lora_alpha=alpha)
 
 
 @pytest.mark.parametrize('latents, places', [('paper', 9), ('anchored', 9), ('refining', 7)])
-def test_a_trunk_holds_as_many_traces_as_it_has_places_for_anchors(latents, places):
+def test_trunk_holds_traces(latents, places):
+  """A trunk holds as many traces as it has places for anchors."""
   # Ten tokens; the last has no next one, and the first two cannot hold three refining latents.
   dataclasses.replace(tiny.CHOICES, latents=latents, num_traces=places).check_trunk(10)
-  with pytest.raises(UserError, match=f'num_traces = {places + 1}, but a trunk of 10 tokens has '
-                     f'{places} places'):
+  with pytest.raises(UserError, match=f'num_traces.*{places + 1}.*10.*{places}'):
     dataclasses.replace(tiny.CHOICES, latents=latents, num_traces=places + 1).check_trunk(10)
 
 
-def test_a_trunk_is_longer_than_what_lies_ahead():
+def test_trunk_holds_ahead_tokens():
+  """A trunk must be longer than the ahead tokens."""
   dataclasses.replace(tiny.CHOICES, num_ahead=9).check_trunk(10)
-  with pytest.raises(UserError, match='num_ahead = 10 tokens .* a trunk of 10 tokens'):
+  with pytest.raises(UserError, match='num_ahead.*10'):
     dataclasses.replace(tiny.CHOICES, num_ahead=10).check_trunk(10)

@@ -1,8 +1,8 @@
 """The paper's forward pass as its figure draws it: one sequence, one dense mask. Slow and plain.
 
-Written from the definition, one text at a time, and sharing nothing with the library but the names
-of its weights: the trunk and all traces stand in ONE sequence of T + M (Z + A - 1) tokens, and
-`sees` says of any two of them whether the one may attend to the other.
+It follows the definition, one text at a time, and shares nothing with the library but the names of
+weights. The trunk and all traces form ONE sequence of T + M (Z + A - 1) tokens. `sees` decides for
+any two of them whether one may attend to the other.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a token of the long sequence stands.
+  """The place of a token in the long sequence.
 
   Attributes:
     trace: number of its trace; None for a token of the trunk.
     order: index in the trunk, or in its trace.
-    segment: its document; 0 for padding.
-    position: for the rotary embedding and the sliding window.
-    trunk_seen: how many trunk tokens it may see at most.
+    segment: number of its document; 0 for padding.
+    position: position id, for the rotary embedding and the sliding window.
+    trunk_seen: largest number of trunk tokens that it may see.
     first_seen: order of the first token of its own trace that it may see.
   """
   trace: int | None
@@ -60,38 +60,40 @@ def text_forward(config: TransformerConfig, choices: DeliberationConfig, params:
   """Hidden states [M, A, D] that predict the ahead tokens of one packed text [T]."""
   latents, length = choices.num_latents, len(tokens)
   trunk = [Place(None, i, segments[i], positions[i], i + 1) for i in range(length)]
-  soft_places, fed_places, rest_tokens, ahead_tokens = [], [], [], []
+  soft_places, fed_places, base_tokens, ahead_tokens = [], [], [], []
   for trace, (anchor, delay) in enumerate(zip(anchors, delays, strict=True)):
-    here, shown, ahead_from = positions[anchor], anchor + 1, positions[anchor] + 1
+    position, shown, ahead_from = positions[anchor], anchor + 1, positions[anchor] + 1
     if choices.latents == 'refining':
-      stand = [here - latents + 1 + i for i in range(latents)]
+      latent_positions = [position - latents + 1 + i for i in range(latents)]
       base = [anchor - latents + 1 + i for i in range(latents)]
       shown = anchor + 1 - latents
     else:
       base = [anchor] * latents
       if choices.positions == 'share':
-        stand = [here] * latents
+        latent_positions = [position] * latents
       else:
-        stand = [here + 1 + i for i in range(latents)]
+        latent_positions = [position + 1 + i for i in range(latents)]
         ahead_from += latents
-    fed_positions = stand + [ahead_from + i for i in range(num_ahead - 1)]
+    fed_positions = latent_positions + [ahead_from + i for i in range(num_ahead - 1)]
     segment = segments[anchor]
-    soft_places += [Place(trace, i, segment, p, anchor + 1) for i, p in enumerate(stand)]
+    soft_places += [Place(trace, i, segment, p, anchor + 1)
+                    for i, p in enumerate(latent_positions)]
     places = [Place(trace, i, segment, p, shown) for i, p in enumerate(fed_positions)]
-    for i in range(min(delay, num_ahead - 1)):  # read when there were no latents
-      places[latents + i] = Place(trace, latents + i, segment, here + 1 + i, anchor + 1, latents)
+    for i in range(min(delay, num_ahead - 1)):  # read before there were latents
+      places[latents + i] = Place(trace, latents + i, segment, position + 1 + i, anchor + 1,
+                                  latents)
     fed_places += places
-    rest_tokens.append(tokens[base])
+    base_tokens.append(tokens[base])
     ahead_tokens.append(tokens[np.minimum(anchor + 1 + np.arange(num_ahead - 1), length - 1)])
 
   table = decoder_params['embedder']['table'] * np.sqrt(config.embed_dim)
-  base = table[np.stack(rest_tokens)]  # [M, Z, D]
+  base = table[np.stack(base_tokens)]  # [M, Z, D]
 
   # First pass: the trunk alone, for the keys and values that the coprocessor reads.
   _, cached = transformer(config, decoder_params['transformer'], table[tokens], positions,
                           masks(trunk, trunk, config))
 
-  # The coprocessor: the soft tokens of all traces behind the cached trunk.
+  # The coprocessor: the soft tokens of all traces after the cached trunk.
   soft = jnp.broadcast_to(params['soft_tokens'], base.shape)
   if choices.trainable == 'constant':
     outputs = soft
@@ -113,7 +115,7 @@ def text_forward(config: TransformerConfig, choices: DeliberationConfig, params:
   else:
     z = base + jnp.einsum('MZD,DE->MZE', outputs, params['gate'])
 
-  # Second pass: the trunk, again, and behind it the latents and ahead tokens of every trace.
+  # Second pass: the trunk again, then the latents and ahead tokens of every trace.
   fed = jnp.concatenate([z, table[np.stack(ahead_tokens)]], axis=1)
   places = trunk + fed_places
   hidden, _ = transformer(
@@ -145,12 +147,12 @@ def transformer(config: TransformerConfig, weights: Params, x: Array, positions:
     read = norm('attention_in', x)
     project = {name: jnp.einsum('QD,DNH->QNH', read, w['attention'][name]['w'])
                for name in ('query', 'key', 'value')}
-    keys, values = rotated(project['key'], positions, config.rope_base), project['value']
+    keys, values = rotate(project['key'], positions, config.rope_base), project['value']
     kept.append((keys, values))
     if cached is not None:
       keys = jnp.concatenate([cached[layer][0], keys])
       values = jnp.concatenate([cached[layer][1], values])
-    queries = rotated(project['query'], positions, config.rope_base) * config.query_scale
+    queries = rotate(project['query'], positions, config.rope_base) * config.query_scale
     mixed = attention(queries, keys, values, mask, config.attention_softcap)
     x = x + norm('attention_out', jnp.einsum('QNH,NHD->QD', mixed, w['attention']['out']['w']))
     read = norm('feed_forward_in', x)
@@ -172,12 +174,12 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
   return x / jnp.sqrt(jnp.mean(x ** 2, axis=-1, keepdims=True) + epsilon) * (1 + scale)
 
 
-def rotated(x: Array, positions: np.ndarray, base: float) -> Array:
-  """x [Q, N, H] with (x_i, x_{i + H/2}) taken as complex numbers and turned."""
+def rotate(x: Array, positions: np.ndarray, base: float) -> Array:
+  """x [Q, N, H] with (x_i, x_{i + H/2}) taken as complex numbers and rotated."""
   half = x.shape[-1] // 2
-  turn = np.exp(1j * positions[:, None, None] * base ** (-np.arange(half) / half))
-  turned = (x[..., :half] + 1j * x[..., half:]) * turn.astype(np.complex64)
-  return jnp.concatenate([turned.real, turned.imag], axis=-1)
+  angle = np.exp(1j * positions[:, None, None] * base ** (-np.arange(half) / half))
+  rotated = (x[..., :half] + 1j * x[..., half:]) * angle.astype(np.complex64)
+  return jnp.concatenate([rotated.real, rotated.imag], axis=-1)
 
 
 def merged(weights: Params, lora: Params, factor: float) -> Params:

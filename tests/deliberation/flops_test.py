@@ -1,31 +1,70 @@
-"""What deliberation costs follows from the passes that it takes."""
+"""Operations counted by formula are those of the program, and those counted by hand."""
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.flops import (
   adapters_flops,
   answer_flops,
+  attention_flops,
   forward_flops,
+  head_flops,
   latents_flops,
   text_flops,
   traces_flops,
 )
+from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import PRESETS
+from tests import tiny
 
 MODEL = PRESETS['gemma2_2b']
 
 
+def test_gemma2_2b():
+  """A token of Gemma 2 2B costs twice its parameters, without its table and norms."""
+  projections = 2_614_341_888 - 256_000 * 2304 - 26 * 4 * 2304 - 2304  # without table and norms
+  assert forward_flops(MODEL, 1, 1) - attention_flops(MODEL, 1, 1) == 2 * projections
+  assert head_flops(MODEL) == 2 * 256_000 * 2304
+
+
+@pytest.mark.parametrize('queries, first', [(7, 1), (1, 9), (6, 3), (5, 30)])
+def test_attention_key_by_key(queries, first):
+  """Attention counts every visible key of every query."""
+  config = tiny.CONFIG
+  reach = {'global': 10**9, 'local': config.window}
+  keys = sum(min(first + query, reach[kind]) for kind in config.layer_kinds
+             for query in range(queries))
+  assert attention_flops(config, queries, first) == 4 * config.num_heads * config.head_dim * keys
+
+
+def test_compiled_program(decoder_params):
+  """Projections and head are those that XLA counts in the compiled program."""
+  def whole(params, tokens):
+    return Decoder(tiny.CONFIG, scan=False).apply({'params': params}, tokens)[0]
+
+  tokens = jnp.ones((1, 64), jnp.int32)
+  counted = jax.jit(whole).lower(decoder_params, tokens).compile().cost_analysis()['flops']
+  # The program computes all 64 keys of every query; norms and activations come on top.
+  config = dataclasses.replace(tiny.CONFIG, window=10**9)
+  dense = (forward_flops(config, 64) - attention_flops(config, 64, 1)
+           + 64 * (attention_flops(config, 1, 64) + head_flops(config)))
+  assert dense < counted < 1.5 * dense
+
+
 @pytest.mark.parametrize('num_latents, teraflops', [(16, 74.3), (64, 204.5)])
-def test_a_text_of_the_papers_batch_costs_what_was_counted_by_hand(num_latents, teraflops):
+def test_paper_batch(num_latents, teraflops):
+  """A text of the paper's batch costs what was counted by hand."""
   config = DeliberationConfig(num_latents=num_latents, num_ahead=16, num_traces=128,
                               latents='paper', positions='shift', soft_tokens='free')
   assert traces_flops(MODEL, config, 2048) / 1e12 == pytest.approx(teraflops, rel=0.03)
 
 
-def test_latents_cost_two_passes_and_constant_ones_a_single_one():
+def test_latents_cost_two_passes():
+  """Latents cost two passes, constant ones a single one."""
   full = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4, latents='anchored')
   constant = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4, latents='anchored',
                                 trainable='constant')
@@ -34,13 +73,15 @@ def test_latents_cost_two_passes_and_constant_ones_a_single_one():
   assert answer_flops(MODEL, 100, 2) > forward_flops(MODEL, 101)
 
 
-def test_refining_latents_shorten_what_the_decoder_reads_and_not_the_coprocessor():
+def test_refining_latents():
+  """Refining latents shorten the prefix of the decoder and not that of the coprocessor."""
   config = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4)
   assert latents_flops(MODEL, config, 100) == (
       forward_flops(MODEL, 4, 97) + forward_flops(MODEL, 4, 101))
 
 
-def test_adapters_have_gradients_and_the_weights_below_them_do_not():
+def test_adapters():
+  """Adapters have gradients, and the weights below them have none."""
   config = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4, trainable='lora',
                               lora_rank=8)
   full, constant = (dataclasses.replace(config, trainable=each) for each in ('full', 'constant'))
@@ -49,14 +90,17 @@ def test_adapters_have_gradients_and_the_weights_below_them_do_not():
   assert per_token == 2 * MODEL.num_layers * 8 * sum(
       into + out for into, out in [(2304, heads), (heads, 2304), *[(2304, kv_heads)] * 2,
                                    *[(2304, MODEL.hidden_dim)] * 3])
-  thinking = {each.trainable: traces_flops(MODEL, each, 512) - traces_flops(MODEL, constant, 512)
-              for each in (full, config)}
-  assert thinking['lora'] == pytest.approx(2 / 3 * thinking['full'] + 4 * 4 * 3 * per_token)
+  coprocessing = {each.trainable:
+                  traces_flops(MODEL, each, 512) - traces_flops(MODEL, constant, 512)
+                  for each in (full, config)}
+  assert coprocessing['lora'] == pytest.approx(
+      2 / 3 * coprocessing['full'] + 4 * 4 * 3 * per_token)
   assert text_flops(MODEL, 512, rank=8) == pytest.approx(
       2 / 3 * text_flops(MODEL, 512) + 512 * 3 * per_token)
 
 
-def test_half_of_the_layers_cost_half_of_a_pass_and_reading_states_a_projection_a_token():
+def test_layers_and_states():
+  """Half the layers cost half a pass. Reading states costs a projection for each token."""
   config = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4, latents='anchored')
   full, half, states = (latents_flops(MODEL, dataclasses.replace(config, **choices), 100)
                         for choices in ({}, {'num_layers': 13}, {'reads': 'states'}))
@@ -64,7 +108,8 @@ def test_half_of_the_layers_cost_half_of_a_pass_and_reading_states_a_projection_
   assert states - full == 100 * 2 * MODEL.num_layers * 2 * 2304 * 4 * 256
 
 
-def test_training_the_decoder_as_well_costs_its_backward_passes():
+def test_tuned_decoder():
+  """Training the decoder as well costs its backward passes."""
   config = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4, trainable='constant')
   frozen, tuned = (traces_flops(MODEL, config, 512, tuned=each) for each in (False, True))
   assert frozen < tuned < 3 * frozen

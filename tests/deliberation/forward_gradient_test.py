@@ -1,4 +1,4 @@
-"""What learns from the forward pass, what is a constant in it, and gradients that stay finite."""
+"""Which parameters have gradients in the forward pass, and that gradients stay finite."""
 
 import dataclasses
 
@@ -15,19 +15,21 @@ from tests.deliberation.anchored import WEIGHT, many_traces, traces_at
 
 
 @pytest.mark.parametrize('latents', LATENTS)
-def test_a_coprocessor_can_leave_its_start(decoder_params, batch, latents):
+def test_start_has_gradients(decoder_params, batch, latents):
+  """At the start, the gate has a gradient, and with paper latents every parameter has one."""
   deliberator = tiny.deliberator(latents=latents)
   params = nn.unbox(tiny.start(deliberator, jax.random.key(0), decoder_params))
   _, gradients = many_traces(deliberator, params, decoder_params, batch)
   moves = {key: any(np.any(leaf != 0) for leaf in jax.tree.leaves(branch))
            for key, branch in gradients.items()}
-  # Behind a closed gate nothing learns but the gate itself; every latent of the paper does.
+  # A closed gate stops all gradients but its own. The latents of the paper have no gate.
   opens = latents == 'paper'
   assert moves == {key: opens or key == 'gate' for key in params}
 
 
 @pytest.mark.parametrize('tuned', [False, True])
-def test_the_trunk_is_a_constant_unless_the_decoder_learns(decoder_params, batch, tuned):
+def test_trunk_is_constant(decoder_params, batch, tuned):
+  """The trunk has no gradient unless the decoder is trained."""
   deliberator = dataclasses.replace(tiny.deliberator(), tuned=tuned)
 
   def total(decoder_params):
@@ -39,9 +41,8 @@ def test_the_trunk_is_a_constant_unless_the_decoder_learns(decoder_params, batch
 
 
 @pytest.mark.parametrize('tuned', [False, True])
-def test_fused_attention_has_its_own_gradient_where_the_trunk_is_a_constant(
-    decoder_params, batch, monkeypatch, tuned):
-  """Through the scan over layers and under remat too, where everything is an argument."""
+def test_fused_gradient_of_constant_trunk(decoder_params, batch, monkeypatch, tuned):
+  """The fused gradient is used with a constant trunk, also under scan and remat."""
   plain = fused_attention._plain_backward
   calls = []
   monkeypatch.setattr(fused_attention, '_plain_backward',
@@ -57,7 +58,8 @@ def test_fused_attention_has_its_own_gradient_where_the_trunk_is_a_constant(
   assert bool(calls) == tuned
 
 
-def test_traces_that_do_not_exist_are_finite_and_so_are_their_gradients(decoder_params):
+def test_invalid_traces_are_finite(decoder_params):
+  """Invalid traces and their gradients are finite."""
   batch = tiny.packed_batch([(7, 4), ()])
   anchors = jnp.array([[4, 0, 12, 18], [0, 5, 12, 18]])
   traces = traces_at(batch, anchors)

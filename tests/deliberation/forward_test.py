@@ -1,4 +1,4 @@
-"""The heart: many traces at once are what the paper draws, and what inference does one by one."""
+"""Many traces at once equal the paper's dense mask, and inference on each trace alone."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ from tests.deliberation import dense_reference
 from tests.deliberation.anchored import ANCHORS, WEIGHT, many_traces, traces_at
 
 SCHEMES = [('refining', 'share'), *itertools.product(('paper', 'anchored'), ('shift', 'share'))]
-# What learns and where latents stand meet in no line of the code: two schemes for all that learn.
+# No line of code depends on both trainable and scheme, so most pairs need no test by default.
 THOROUGH = [SCHEMES[0], ('paper', 'shift')]
 VARIANTS = [
     pytest.param(dict(latents=latents, positions=positions, trainable=trainable), marks=[
@@ -35,7 +35,8 @@ name = lambda choices: '-'.join(map(str, choices.values()))  # noqa: E731
 
 
 @pytest.mark.parametrize('choices', VARIANTS + OTHER_PARTS, ids=name)
-def test_many_traces_equal_one_long_sequence_under_a_dense_mask(decoder_params, batch, choices):
+def test_equals_dense_mask(decoder_params, batch, choices):
+  """Many traces equal one long sequence under a dense mask, with gradients."""
   deliberator = tiny.deliberator(**choices)
   params = tiny.coprocessor_params(deliberator, decoder_params)
   hidden, gradients = many_traces(deliberator, params, decoder_params, batch)
@@ -54,8 +55,8 @@ def test_many_traces_equal_one_long_sequence_under_a_dense_mask(decoder_params, 
 
 
 @pytest.mark.parametrize('latents, positions', THOROUGH)
-def test_latents_that_come_late_are_seen_by_later_tokens_alone(
-    decoder_params, batch, latents, positions):
+def test_delayed_latents(decoder_params, batch, latents, positions):
+  """Delayed latents are seen by later tokens alone."""
   delay = jnp.array([[0, 1, 2, 3], [2, 0, 1, 1]])
   deliberator = tiny.deliberator(latents=latents, positions=positions, max_delay=2)
   params = tiny.coprocessor_params(deliberator, decoder_params)
@@ -68,7 +69,7 @@ def test_latents_that_come_late_are_seen_by_later_tokens_alone(
   np.testing.assert_allclose(hidden, expected, atol=3e-5)
   jax.tree.map(lambda gradient, dense: np.testing.assert_allclose(
       gradient, dense, atol=5e-4 * np.abs(dense).max()), gradients, pull(WEIGHT)[0])
-  # What has not seen them is the frozen decoder's: the tokens after the first, up to the delay.
+  # Tokens after the first, up to the delay, see no latents: they are the frozen decoder's.
   alone, _, _ = tiny.read(decoder_params, batch.tokens, batch.positions, batch.segments)
   for (text, trace), late in np.ndenumerate(delay):
     ahead = slice(ANCHORS[text, trace] + 1, ANCHORS[text, trace] + 1 + late)
@@ -77,7 +78,7 @@ def test_latents_that_come_late_are_seen_by_later_tokens_alone(
 
 @functools.partial(jax.jit, static_argnums=0)
 def read_cache(deliberator, params, decoder_params, text, trunk, cache, num_ahead):
-  """Latents for texts that end at their anchors, and where they and the ahead tokens stand."""
+  """Latents for texts that end at their anchors, and their placement."""
   last = jnp.full((len(text.tokens), 1), text.tokens.shape[1] - 1)
   placement = place(text, last, deliberator.config, len(num_ahead))
   outputs = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
@@ -85,11 +86,11 @@ def read_cache(deliberator, params, decoder_params, text, trunk, cache, num_ahea
 
 
 def inferred(deliberator, params, decoder_params, tokens, ahead_tokens):
-  """Hidden states [b, A, D] as a server computes them: prefill, read_cache, decode token by token.
+  """Hidden states [b, A, D] as a server computes them: prefill, read the cache, decode by token.
 
   Args:
     tokens: [b, n] documents up to their anchors.
-    ahead_tokens: [b, A] what is then decoded, teacher-forced.
+    ahead_tokens: [b, A] tokens that are then decoded, teacher-forced.
   """
   length, num_ahead = tokens.shape[1], ahead_tokens.shape[1]
   trunk, _, cache = tiny.read(decoder_params, tokens)
@@ -110,7 +111,8 @@ def inferred(deliberator, params, decoder_params, tokens, ahead_tokens):
 
 
 @pytest.mark.parametrize('choices', VARIANTS + CONTROLS, ids=name)
-def test_each_trace_equals_inference_on_its_document_alone(decoder_params, batch, choices):
+def test_equals_inference(decoder_params, batch, choices):
+  """Each trace equals inference on its document alone."""
   deliberator = tiny.deliberator(**choices)
   params = tiny.coprocessor_params(deliberator, decoder_params)
   traces = traces_at(batch)
@@ -119,7 +121,7 @@ def test_each_trace_equals_inference_on_its_document_alone(decoder_params, batch
   for length in (3, 5):
     text, trace = np.nonzero(lengths == length)
     inside = np.asarray(ANCHORS)[text, trace, None] + 1 - length + np.arange(length)
-    # Tokens behind the end of a document are decoded too, and what follows is not compared.
+    # Tokens past the end of a document are decoded too, and not compared.
     expected = inferred(deliberator, params, decoder_params, batch.tokens[text[:, None], inside],
                         traces.ahead_tokens[text, trace])
     valid = traces.ahead_valid[text, trace]
@@ -128,7 +130,8 @@ def test_each_trace_equals_inference_on_its_document_alone(decoder_params, batch
 
 
 @pytest.mark.parametrize('trainable', TRAINABLES)
-def test_refining_through_a_closed_gate_is_the_frozen_decoder(decoder_params, batch, trainable):
+def test_closed_gate_is_frozen(decoder_params, batch, trainable):
+  """Refining latents through a closed gate are the frozen decoder."""
   deliberator = tiny.deliberator(latents='refining', trainable=trainable)
   params = tiny.coprocessor_params(deliberator, decoder_params)
   params['gate'] = jnp.zeros_like(params['gate'])
@@ -140,7 +143,8 @@ def test_refining_through_a_closed_gate_is_the_frozen_decoder(decoder_params, ba
                                frozen[text, ANCHORS[text, trace] + ahead], atol=3e-5)
 
 
-def test_detached_latents_leave_no_bit_behind(decoder_params, batch):
+def test_detached_latents(decoder_params, batch):
+  """After latents are detached, the cache is bit for bit as before."""
   tokens = batch.tokens[:, :7]
   trunk, _, cache = tiny.read(decoder_params, tokens)
   before = jax.tree.map(np.array, cache)
@@ -155,8 +159,8 @@ def test_detached_latents_leave_no_bit_behind(decoder_params, batch):
 
 
 @pytest.mark.parametrize('latents', LATENTS)
-def test_a_trace_depends_on_its_document_up_to_the_anchor_and_on_its_ahead_tokens(
-    decoder_params, batch, latents):
+def test_dependencies_of_a_trace(decoder_params, batch, latents):
+  """A trace depends on its document up to the anchor and on its ahead tokens."""
   deliberator = tiny.deliberator(latents=latents)
   params = tiny.coprocessor_params(deliberator, decoder_params)
   for text in range(2):
@@ -178,7 +182,8 @@ def test_a_trace_depends_on_its_document_up_to_the_anchor_and_on_its_ahead_token
     np.testing.assert_array_equal(depends[inside], (read | fed)[inside])
 
 
-def test_no_trace_depends_on_the_latents_of_another(decoder_params, batch):
+def test_traces_are_independent(decoder_params, batch):
+  """No trace depends on the latents of another."""
   deliberator, traces = tiny.deliberator(), traces_at(batch)
   placement = place(batch, ANCHORS, deliberator.config, tiny.CHOICES.num_ahead)
 

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy is the cross-entropy, and never holds all the logits."""
+"""The chunked cross-entropy equals the plain one, and never holds all logits."""
 
 import functools
 import math
@@ -43,14 +43,16 @@ def with_gradients(nll, hidden, targets, table, cap):
 
 @pytest.mark.parametrize('cap', [None, 2.0])
 @pytest.mark.parametrize('chunk', [1, 3, 5, 9, 10, 64])
-def test_values_and_gradients_are_those_of_optax_for_any_chunk(inputs, cap, chunk):
+def test_equals_optax(inputs, cap, chunk):
+  """Values and gradients equal those of optax for any chunk."""
   chunked = with_gradients(functools.partial(token_nll, chunk=chunk), *inputs, cap)
   plain = with_gradients(optax_nll, *inputs, cap)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), chunked, plain)
 
 
 @pytest.mark.parametrize('cap', [SUMMABLE, 1000.0])
-def test_logits_as_large_as_their_cap_overflow_neither_the_loss_nor_its_gradient(inputs, cap):
+def test_no_overflow_at_cap(inputs, cap):
+  """Logits as large as their cap overflow neither the loss nor its gradient."""
   hidden, targets, table = inputs
   ours = with_gradients(functools.partial(token_nll, chunk=N), 1000 * hidden, targets, table, cap)
   plain = with_gradients(optax_nll, 1000 * hidden, targets, table, cap)
@@ -58,8 +60,8 @@ def test_logits_as_large_as_their_cap_overflow_neither_the_loss_nor_its_gradient
 
 
 @pytest.mark.parametrize('chunk', [3, 10])
-def test_an_output_head_in_int8_gives_the_loss_and_gradient_of_the_one_that_it_stands_for(
-    inputs, chunk):
+def test_int8_head(inputs, chunk):
+  """An int8 output head gives the loss and gradient of its float32 values."""
   hidden, targets, table = inputs
   head = quantise({'table': table})['table']
   weight = jnp.arange(1.0, 1 + targets.size).reshape(targets.shape)
@@ -74,8 +76,8 @@ def test_an_output_head_in_int8_gives_the_loss_and_gradient_of_the_one_that_it_s
 
 
 @pytest.mark.parametrize('chunk', [3, 10])
-def test_logits_of_a_constant_output_head_are_computed_once_for_the_loss_and_its_gradient(
-    inputs, chunk):
+def test_constant_head_computed_once(inputs, chunk):
+  """Logits of a constant output head are computed once for loss and gradient."""
   hidden, targets, table = inputs
   weight = jnp.arange(1.0, 1 + targets.size).reshape(targets.shape)
 
@@ -88,7 +90,8 @@ def test_logits_of_a_constant_output_head_are_computed_once_for_the_loss_and_its
   assert products == 2 * (1 if chunk == N else 2)  # a last, shorter slice is a call of its own
 
 
-def test_the_loss_of_bfloat16_states_is_computed_in_float32(inputs):
+def test_bfloat16_states(inputs):
+  """The loss of bfloat16 states is computed in float32."""
   hidden, targets, table = inputs
   rounded = hidden.astype(jnp.bfloat16), targets, table.astype(jnp.bfloat16)
   nll = token_nll(*rounded, cap=2.0, chunk=4)
@@ -107,15 +110,16 @@ def largest(jaxpr):
 
 
 @pytest.mark.parametrize('chunk, largest_logits', [(3, B * 3 * V), (64, B * N * V)])
-def test_no_more_logits_exist_at_a_time_than_a_chunk_has_forward_or_backward(
-    inputs, chunk, largest_logits):
+def test_largest_array(inputs, chunk, largest_logits):
+  """No array is larger than a chunk's logits, forward or backward."""
   jaxpr = jax.make_jaxpr(functools.partial(
       with_gradients, functools.partial(token_nll, chunk=chunk), cap=2.0))(*inputs)
   assert largest(jaxpr.jaxpr) == largest_logits
 
 
 @pytest.mark.parametrize('chunk', [3, 10])
-def test_the_likeliest_target_is_the_one_that_argmax_gives(inputs, chunk):
+def test_likeliest(inputs, chunk):
+  """The likeliest target is that of argmax."""
   hidden, targets, table = inputs
   top = jnp.argmax(hidden @ table.T, axis=-1)
   targets = targets.at[:, ::2].set(top[:, ::2])

@@ -20,11 +20,11 @@ def test_equal_directions_count_one_each(rank):
   assert float(found) == pytest.approx(rank, rel=1e-3)
 
 
-def test_rows_that_are_all_alike_have_rank_one():
+def test_equal_rows_have_rank_one():
   assert float(effective_rank(jnp.full((9, 4), 3.0), jnp.ones(9, bool))) == pytest.approx(1)
 
 
-def test_rows_of_no_trace_do_not_count():
+def test_invalid_rows_do_not_count():
   rows = jnp.asarray([[2.0, 0], [-2, 0], [0, 50], [7, 7]])
   assert float(effective_rank(rows, jnp.array([True, True, False, False]))) == pytest.approx(1)
 
@@ -37,7 +37,8 @@ def diagnosed(decoder_params, **choices):
   return lambda **changes: diagnose(params | changes, decoder_params, BATCH), params
 
 
-def test_latents_move_with_their_gate_and_their_rank_is_that_of_the_thoughts(decoder_params):
+def test_latents_move_with_their_gate(decoder_params):
+  """The rank is that of the outputs, whatever the gate."""
   diagnose, params = diagnosed(decoder_params)
   shut, once, twice = (diagnose(gate=factor * params['gate']) for factor in (0, 1, 2))
   assert shut['moved'] == shut['gate'] == 0 < shut['norm']
@@ -47,6 +48,7 @@ def test_latents_move_with_their_gate_and_their_rank_is_that_of_the_thoughts(dec
   assert 1 < once['effective_rank'] < tiny.CONFIG.embed_dim
 
 
-def test_paper_latents_have_no_gate_and_are_all_that_is_fed(decoder_params):
+def test_paper_latents_have_no_gate(decoder_params):
+  """They start from nothing, so all of them counts as moved."""
   figures = diagnosed(decoder_params, latents='paper')[0]()
   assert 'gate' not in figures and figures['norm'] == figures['moved'] > 0

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation import evaluate as job
+from latent_deliberation.evaluation import evaluate as evaluate_module
 from latent_deliberation.evaluation.evaluate import evaluate
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import fingerprint
@@ -20,17 +20,17 @@ pytestmark = pytest.mark.usefixtures('one_device')
 @pytest.fixture
 def no_scoring(monkeypatch):
   """Fails where the first batch would be scored."""
-  monkeypatch.setattr(job, 'score_texts', lambda *unused: pytest.fail('scoring began'))
+  monkeypatch.setattr(evaluate_module, 'score_texts', lambda *unused: pytest.fail('scoring began'))
 
 
 def score(quickstart: Path, output: Path, experiment=None, **directories: Path):
-  directories = {'decoder': quickstart / 'pretraining/decoder', 'data': quickstart,
-                 'coprocessor': quickstart / 'coprocessor'} | directories
+  directories = {'decoder_dir': quickstart / 'pretraining/decoder', 'data': quickstart,
+                 'coprocessor_dir': quickstart / 'coprocessor'} | directories
   return evaluate(experiment or finished.experiment(), output=output, **directories)
 
 
-def test_an_evaluation_alone_repeats_the_figures_of_the_quickstart(quickstart, tmp_path):
-  summary = score(quickstart, tmp_path / 'deep/report', constant=quickstart / 'constant')
+def test_evaluation_repeats_the_quickstart(quickstart, tmp_path):
+  summary = score(quickstart, tmp_path / 'deep/report', constant_dir=quickstart / 'constant')
   expected = json.loads((quickstart / 'report.json').read_text())
   assert list(summary['seconds']) == ['evaluation']
   for name, arm in expected['arms'].items():
@@ -39,14 +39,13 @@ def test_an_evaluation_alone_repeats_the_figures_of_the_quickstart(quickstart, t
       'report.json', 'report.md', 'changes.png', 'losses.png', 'visibility.png'}
 
 
-def test_a_coprocessor_alone_is_scored_on_text_without_its_run_and_its_training_data(
-    quickstart, tmp_path):
-  """Constant soft tokens and the drawing of losses are then left out."""
-  package = shutil.copytree(quickstart / 'coprocessor/coprocessor', tmp_path / 'mine/package')
+def test_coprocessor_alone_is_scored(quickstart, tmp_path):
+  """Its run and its training data are gone; constant soft tokens and losses are left out."""
+  checkpoint = shutil.copytree(quickstart / 'coprocessor/coprocessor', tmp_path / 'mine/package')
   shutil.copytree(quickstart / 'rows/validation', tmp_path / 'data/rows/validation')
   experiment = finished.experiment(
       evaluation__positions=(1, 3), data__mode='online', data__files=('gone.txt',))
-  summary = score(quickstart, tmp_path / 'report', experiment, coprocessor=package,
+  summary = score(quickstart, tmp_path / 'report', experiment, coprocessor_dir=checkpoint,
                   data=tmp_path / 'data')
   assert set(summary['arms']) == {'frozen', 'own', 'shuffled', 'zero'}
   assert summary['positions'] == [1, 3]
@@ -55,53 +54,52 @@ def test_a_coprocessor_alone_is_scored_on_text_without_its_run_and_its_training_
 
 
 @pytest.mark.usefixtures('no_scoring')
-def test_a_coprocessor_of_another_decoder_is_refused(quickstart, tmp_path):
+def test_another_decoder_is_refused(quickstart, tmp_path):
   config, params = weights.load(quickstart / 'pretraining/decoder')
   other = jax.tree.map(lambda leaf: -leaf, params)
   weights.save(tmp_path / 'decoder', config, other)
-  with pytest.raises(UserError, match='coprocessor was trained on a decoder with fingerprint '
-                     f'{fingerprint(params)}, this one has {fingerprint(other)}: give the decoder'):
-    score(quickstart, tmp_path / 'out', decoder=tmp_path / 'decoder')
+  with pytest.raises(UserError, match=f'{fingerprint(params)}.*{fingerprint(other)}'):
+    score(quickstart, tmp_path / 'out', decoder_dir=tmp_path / 'decoder')
 
 
 @pytest.mark.usefixtures('no_scoring')
-def test_a_coprocessor_of_another_config_is_refused(quickstart, tmp_path):
+def test_another_config_is_refused(quickstart, tmp_path):
   experiment = finished.experiment(deliberation__gate='channel')
-  with pytest.raises(UserError, match="config.deliberation.gate: 'matrix' there, 'channel' now"):
+  with pytest.raises(UserError, match=r"deliberation.gate.*'matrix'.*'channel'"):
     score(quickstart, tmp_path, experiment)
 
 
 @pytest.mark.usefixtures('no_scoring')
-def test_a_full_coprocessor_in_the_place_of_constant_soft_tokens_is_refused(quickstart, tmp_path):
-  with pytest.raises(UserError, match="trainable: 'full' there, 'constant' now"):
-    score(quickstart, tmp_path, constant=quickstart / 'coprocessor')
+def test_full_coprocessor_as_constant_is_refused(quickstart, tmp_path):
+  with pytest.raises(UserError, match=r"trainable.*'full'.*'constant'"):
+    score(quickstart, tmp_path, constant_dir=quickstart / 'coprocessor')
 
 
 @pytest.mark.usefixtures('no_scoring')
-def test_a_directory_without_a_coprocessor_is_refused(quickstart, tmp_path):
-  with pytest.raises(UserError, match='name a directory in which launch/train.py has'):
-    score(quickstart, tmp_path, coprocessor=tmp_path / 'nothing')
+def test_missing_coprocessor_is_refused(quickstart, tmp_path):
+  with pytest.raises(UserError, match='nothing'):
+    score(quickstart, tmp_path, coprocessor_dir=tmp_path / 'nothing')
   assert not (tmp_path / 'nothing').exists()
 
 
 @pytest.mark.usefixtures('no_scoring')
-def test_a_truncated_coprocessor_is_refused(quickstart, tmp_path):
+def test_truncated_coprocessor_is_refused(quickstart, tmp_path):
   coprocessor = shutil.copytree(quickstart / 'coprocessor', tmp_path / 'coprocessor')
   damaged = coprocessor / 'coprocessor/coprocessor.safetensors'
   damaged.write_bytes(damaged.read_bytes()[:100])
-  with pytest.raises(UserError, match='coprocessor.safetensors .100 bytes. is not a whole'):
-    score(quickstart, tmp_path / 'out', coprocessor=coprocessor)
+  with pytest.raises(UserError, match='coprocessor.safetensors .*100 bytes'):
+    score(quickstart, tmp_path / 'out', coprocessor_dir=coprocessor)
 
 
 @pytest.mark.usefixtures('no_scoring')
-def test_a_report_that_could_not_be_written_is_not_begun(quickstart, tmp_path):
+def test_unwritable_output_is_refused(quickstart, tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='file cannot be written to .*: name another directory'):
+  with pytest.raises(UserError, match='/file cannot be written'):
     score(quickstart, tmp_path / 'file')
 
 
 @pytest.mark.usefixtures('no_scoring')
-def test_more_texts_than_there_are_is_refused(quickstart, tmp_path):
+def test_too_many_texts_are_refused(quickstart, tmp_path):
   experiment = finished.experiment(evaluation__num_texts=8000)
-  with pytest.raises(UserError, match='need 8000 rows, .*: lower evaluation.num_texts'):
+  with pytest.raises(UserError, match='8000 .*evaluation.num_texts'):
     score(quickstart, tmp_path, experiment)

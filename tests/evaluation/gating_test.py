@@ -1,4 +1,4 @@
-"""A gate finds the places where latents gain, if what it sees tells; chance does not."""
+"""A gate finds the places where latents gain, if the hidden state tells them; chance does not."""
 
 import jax
 import numpy as np
@@ -6,8 +6,13 @@ import pytest
 
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation import gating
-from latent_deliberation.evaluation.gating import Places, compare_gates, fit_linear_gate, gain_curve
+from latent_deliberation.evaluation.gating import (
+  Places,
+  compare_gates,
+  fit_linear_gate,
+  gain_curve,
+  score_places,
+)
 from latent_deliberation.evaluation.perplexity import make_scorer
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 from tests import tiny
@@ -24,7 +29,8 @@ def synthetic(texts=40, seed=0, signal=1.0):
                 np.repeat(np.arange(texts), 50))
 
 
-def test_a_learned_gate_beats_entropy_and_chance_where_the_hidden_state_tells():
+def test_learned_gate_beats_chance():
+  """Here the hidden state tells the gain, and entropy does not."""
   curves = compare_gates(fit_linear_gate(synthetic()), synthetic(seed=1), FRACTIONS, samples=200)
   for name in ('entropy', 'random'):
     assert curves['learned'].low[1] > curves[name].high[1]
@@ -38,7 +44,8 @@ def test_a_learned_gate_beats_entropy_and_chance_where_the_hidden_state_tells():
   assert curves['learned'].gain[2] > 0.9 * np.sort(synthetic(seed=1).gain)[1000:].sum() / 2000
 
 
-def test_all_gates_agree_at_nothing_and_at_everything():
+def test_gates_agree_at_the_ends():
+  """No place, or every place, is augmented."""
   places = synthetic(seed=2)
   for curve in compare_gates(fit_linear_gate(synthetic()), places, FRACTIONS, samples=50).values():
     assert curve.gain[0] == curve.low[0] == curve.high[0] == 0
@@ -46,13 +53,13 @@ def test_all_gates_agree_at_nothing_and_at_everything():
     assert curve.low[-1] < curve.gain[-1] < curve.high[-1]
 
 
-def test_a_gate_of_noise_is_no_better_than_chance():
+def test_gate_of_noise_is_chance():
   curves = compare_gates(fit_linear_gate(synthetic(signal=0.0)), synthetic(seed=3, signal=0.0),
                          FRACTIONS, samples=200)
   assert abs(curves['learned'].gain[2] - curves['random'].gain[2]) < 0.1
 
 
-def test_a_threshold_takes_the_fraction_that_it_stands_for():
+def test_threshold_takes_its_fraction():
   places = synthetic()
   curve = gain_curve(places, places.entropy, FRACTIONS, samples=10)
   taken = [(places.entropy >= threshold).mean() for threshold in curve.thresholds]
@@ -61,19 +68,19 @@ def test_a_threshold_takes_the_fraction_that_it_stands_for():
 
 
 def test_too_few_texts_are_refused():
-  with pytest.raises(UserError, match='4 texts: a gate is fitted on 5 at least'):
+  with pytest.raises(UserError, match='4 texts.* at least 5'):
     fit_linear_gate(synthetic(texts=4))
 
 
-def test_places_hold_what_scoring_says_of_them(decoder_params):
+def test_places_match_scoring(decoder_params):
   batch = tiny.packed_batch([(7, 4, 8), (9, 6), (19,), (3, 16)])
   deliberator = tiny.deliberator(num_traces=5)
   params = tiny.coprocessor_params(deliberator, decoder_params)
-  how = dict(loss_chunk=7, seed=3, mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
-             rules=DEFAULT_RULES)
-  places = gating.measure_places(deliberator, params, decoder_params, [batch],
-                                 np.array([4, 4, 5, 6]), **how)
-  scorer = make_scorer(deliberator, ('frozen', 'own'), num_traces=5, num_ahead=4, **how)
+  options = dict(loss_chunk=7, seed=3, mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+                 rules=DEFAULT_RULES)
+  places = score_places(deliberator, params, decoder_params, [batch],
+                        np.array([4, 4, 5, 6]), **options)
+  scorer = make_scorer(deliberator, ('frozen', 'own'), num_traces=5, num_ahead=4, **options)
   sums, _ = scorer(params, decoder_params, batch, 0)
   gain = np.asarray(sums['frozen'] - sums['own']).sum(axis=1)
   for label, rows in ((4, [0, 1]), (5, [2]), (6, [3])):

@@ -1,11 +1,20 @@
-"""Curves are drawn, each arm in its colour, whatever was measured."""
+"""Curves have an arm in its colour each; the picture of attention shows what the model does."""
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from latent_deliberation.evaluation.plots import COLOURS, DPI, plot_changes, plot_losses
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.evaluation.plots import (
+  COLOURS,
+  DPI,
+  KINDS,
+  attention_cells,
+  plot_attention,
+  plot_changes,
+  plot_losses,
+)
 
 
 def make_summary(**changes: float) -> dict:
@@ -22,20 +31,20 @@ def has_colour(image: np.ndarray, colour: str) -> bool:
   return bool((np.abs(image[..., :3] - to_rgb(colour)).max(axis=-1) < 0.01).any())
 
 
-def test_changes_show_each_measured_arm_and_no_other(tmp_path):
+def test_changes_show_measured_arms(tmp_path):
   plot_changes(make_summary(own=-3.0, shuffled=1.0), tmp_path / 'changes.png')
   image = imread(tmp_path / 'changes.png')
   assert image.shape[:2] == (5 * DPI, 7 * DPI)
   assert {name for name in COLOURS if has_colour(image, COLOURS[name])} == {'own', 'shuffled'}
 
 
-def test_an_arm_far_away_adds_a_close_up_of_own_latents(tmp_path):
+def test_far_arm_adds_a_close_up(tmp_path):
   plot_changes(make_summary(own=-3.0, zero=900.0), tmp_path / 'changes.png')
   assert imread(tmp_path / 'changes.png').shape[:2] == (5 * DPI, 11 * DPI)
 
 
 @pytest.mark.parametrize('arms', [{'own': 0.0}, {'own': 0.0, 'zero': 50.0}, {'constant': 1.0}])
-def test_changes_can_be_drawn_without_a_gain_or_without_own_latents(tmp_path, arms):
+def test_changes_without_gain_or_own(tmp_path, arms):
   summary = make_summary(**arms)
   if 'own' in arms:  # as at step 0, when refining latents are exactly the frozen decoder
     summary['all_positions']['own']['ci95'] = [[0.0, 0.0]] * 32
@@ -44,7 +53,7 @@ def test_changes_can_be_drawn_without_a_gain_or_without_own_latents(tmp_path, ar
   assert all(has_colour(image, COLOURS[name]) for name in arms)
 
 
-def test_losses_have_a_panel_for_each_model(tmp_path):
+def test_losses_have_a_panel_each(tmp_path):
   curve = (list(range(10, 110, 10)), list(np.linspace(5.0, 3.0, 10)))
   sizes = []
   for count in (1, 2):
@@ -60,8 +69,77 @@ def test_losses_have_a_panel_for_each_model(tmp_path):
   {'training': ([], []), 'validation': ([], [])},
   {'training': ([1], [3.0]), 'validation': ([], [])},
 ])
-def test_losses_of_a_run_of_few_steps_can_be_drawn(tmp_path, curves):
+def test_losses_of_few_steps(tmp_path, curves):
   plot_losses({'decoder': curves}, tmp_path / 'losses.png')
   image = imread(tmp_path / 'losses.png')
   assert has_colour(image, '#0072B2') == bool(curves['training'][0])
   assert not has_colour(image, '#D55E00')
+
+
+SEGMENTS, ANCHORS = np.array([1, 1, 1, 1, 2, 2, 2]), np.array([2, 5])
+
+
+def draw(matrix: np.ndarray) -> list[str]:
+  """'.' nothing, 't' trunk sees trunk, 'c' trace sees the cached trunk, 'z' latents, 'a' ahead."""
+  return [''.join('.tcza'[cell] for cell in row) for row in matrix]
+
+
+def small_pictures(latents: str) -> tuple[list[str], list[str]]:
+  config = DeliberationConfig(num_latents=2, num_ahead=2, num_traces=2, latents=latents)
+  coprocessor, decoder = attention_cells(SEGMENTS, ANCHORS, config)
+  return draw(coprocessor), draw(decoder)
+
+
+TRUNK = [
+  't............',
+  'tt...........',
+  'ttt..........',
+  'tttt.........',
+  '....t........',
+  '....tt.......',
+  '....ttt......',
+]
+
+
+@pytest.mark.parametrize('latents', ['paper', 'anchored', 'refining'])
+def test_soft_tokens_see_up_to_anchor(latents):
+  assert small_pictures(latents)[0] == [
+    'ccc....z...',
+    'ccc....zz..',
+    '....cc...z.',
+    '....cc...zz',
+  ]
+
+
+@pytest.mark.parametrize('latents', ['paper', 'anchored'])
+def test_traces_after_the_anchor(latents):
+  """A trace sees the text up to its anchor, its latents and its ahead tokens."""
+  assert small_pictures(latents)[1] == TRUNK + [
+    'ccc....z.....',
+    'ccc....zz....',
+    'ccc....zza...',
+    '....cc....z..',
+    '....cc....zz.',
+    '....cc....zza',
+  ]
+
+
+def test_refining_latents_hide_replaced_tokens():
+  assert small_pictures('refining')[1] == TRUNK + [
+    'c......z.....',
+    'c......zz....',
+    'c......zza...',
+    '..........z..',
+    '..........zz.',
+    '..........zza',
+  ]
+
+
+@pytest.mark.parametrize('latents', ['anchored', 'refining'])
+def test_picture_shows_every_kind(tmp_path, latents):
+  plot_attention(tmp_path / 'visibility.png', latents)
+  image = imread(tmp_path / 'visibility.png')
+  assert image.shape[0] > image.shape[1] > 1000
+  for colour in KINDS.values():
+    share = (np.abs(image[..., :3] - to_rgb(colour)).max(axis=-1) < 0.01).mean()
+    assert share > 0.005, colour

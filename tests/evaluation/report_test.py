@@ -1,4 +1,4 @@
-"""The figures of a report."""
+"""The report of an evaluation: its figures, and how people read them."""
 
 import json
 
@@ -7,7 +7,14 @@ import pytest
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import AheadNLL, relative_change
-from latent_deliberation.evaluation.report import Report, summarise
+from latent_deliberation.evaluation.report import (
+  Report,
+  format_page,
+  format_table,
+  state_bar,
+  summarise,
+  write_report,
+)
 
 TEXTS, AHEAD = 20, 8
 
@@ -33,7 +40,7 @@ def make_report(effects: dict[str, object], noise: float = 0.0, ahead: int = AHE
 EVERY_ARM = {'zero': 2.0, 'own': -0.05, 'constant': 0.01, 'shuffled': 0.02}
 
 
-def test_a_summary_holds_every_figure_as_plain_json():
+def test_summary_is_plain_json():
   summary = summarise(make_report(EVERY_ARM))
   stored = json.loads(json.dumps(summary, allow_nan=False, default=str))
   assert list(stored) == [
@@ -49,7 +56,7 @@ def test_a_summary_holds_every_figure_as_plain_json():
   assert stored == summary
 
 
-def test_figures_are_those_of_the_positions_shown():
+def test_figures_are_of_shown_positions():
   report = make_report(EVERY_ARM, positions=(2, 5))
   summary = summarise(report, samples=500, seed=3)
   own = relative_change(report.arms['own'], report.arms['frozen'], samples=500, seed=3)
@@ -62,25 +69,27 @@ def test_figures_are_those_of_the_positions_shown():
   assert summary['texts'] == TEXTS
 
 
-def test_the_frozen_decoder_does_not_differ_from_itself():
+def test_frozen_does_not_change():
   frozen = summarise(make_report(EVERY_ARM))['arms']['frozen']
   assert frozen['change_pct'] == [0.0] * 4
   assert frozen['ci95'] == [[0.0, 0.0]] * 4
 
 
-def test_the_content_effect_compares_own_with_shuffled_latents():
+def test_content_effect():
+  """It compares own with shuffled latents."""
   content = summarise(make_report(EVERY_ARM))['content_effect']
   np.testing.assert_allclose(content['change_pct'], 100 * np.expm1(-0.07))
 
 
-def test_the_bar_is_passed_when_own_latents_are_below_both():
+def test_bar_is_passed():
+  """Own latents are below both other arms."""
   assert summarise(make_report(EVERY_ARM))['bar'] == {
     'passed': True,
     'own_below_frozen': {'1': True, '2': True, '4': True},
     'own_below_shuffled': {at: {'point': True, 'interval': True} for at in '1248'}}
 
 
-def test_the_bar_is_missed_where_one_position_is_above():
+def test_one_position_misses_the_bar():
   effect = np.full(AHEAD, -0.05)
   effect[1] = 0.01
   bar = summarise(make_report({'own': effect, 'shuffled': 0.02}))['bar']
@@ -88,13 +97,13 @@ def test_the_bar_is_missed_where_one_position_is_above():
   assert not bar['passed']
 
 
-def test_no_change_at_all_is_not_below():
+def test_no_change_is_not_below():
   bar = summarise(make_report({'own': 0.0, 'shuffled': 0.0}))['bar']
   assert not any(bar['own_below_frozen'].values())
   assert bar['own_below_shuffled']['1'] == {'point': False, 'interval': False}
 
 
-def test_below_the_frozen_decoder_needs_an_interval_that_excludes_zero():
+def test_below_frozen_needs_interval():
   summary = summarise(make_report({'own': -0.001, 'shuffled': 0.0}, noise=0.01))
   for at, position in enumerate(('1', '2', '4')):
     assert summary['bar']['own_below_frozen'][position] == (
@@ -102,7 +111,8 @@ def test_below_the_frozen_decoder_needs_an_interval_that_excludes_zero():
   assert not all(summary['bar']['own_below_frozen'].values())
 
 
-def test_below_shuffled_latents_needs_the_point_alone_and_states_the_interval():
+def test_below_shuffled_needs_point():
+  """The point estimate decides; the interval is stated."""
   rng = np.random.default_rng(5)
   report = make_report({'own': -0.05})
   frozen, own = report.arms['frozen'], report.arms['own']
@@ -116,32 +126,136 @@ def test_below_shuffled_latents_needs_the_point_alone_and_states_the_interval():
   assert bar['passed']
 
 
-def test_the_bar_is_not_passed_where_a_position_was_not_scored():
+def test_unscored_position_misses_the_bar():
   bar = summarise(make_report({'own': -0.05, 'shuffled': 0.02}, ahead=4))['bar']
   assert list(bar['own_below_shuffled']) == ['1', '2', '4']
   assert not bar['passed']
 
 
-def test_a_report_without_shuffled_latents_has_no_bar():
+def test_no_bar_without_shuffled():
   summary = summarise(make_report({'own': -0.05}))
   assert summary['bar'] is None and summary['content_effect'] is None
   assert list(summary['arms']) == ['frozen', 'own']
 
 
 @pytest.mark.parametrize('positions', [(), (0, 1), (1, AHEAD + 1), (2, 1), (1, 1)])
-def test_positions_that_were_not_scored_or_are_out_of_order_are_refused(positions):
-  with pytest.raises(UserError, match=f'from 1 to the {AHEAD} ahead positions'):
+def test_bad_positions_are_refused(positions):
+  """They were not scored, or are out of order."""
+  with pytest.raises(UserError, match=f'positions = .* 1 to the {AHEAD}'):
     make_report({'own': 0.0}, positions=positions)
 
 
-def test_arms_that_are_unknown_or_without_a_baseline_are_refused():
+def test_bad_arms_are_refused():
+  """They are unknown, or lack the baseline."""
   with pytest.raises(UserError, match="arms .*'owm'"):
     make_report({'owm': 0.0})
-  with pytest.raises(UserError, match="'frozen' is needed"):
+  with pytest.raises(UserError, match=r"arms = \['own'\]: .*'frozen'"):
     make_report({}, arms={'own': make_report({}).arms['frozen']})
 
 
-def test_arms_that_are_not_paired_are_refused():
+def test_unpaired_arms_are_refused():
   own = AheadNLL(np.ones((3, AHEAD)), np.ones((3, AHEAD), int))
   with pytest.raises(UserError, match=r'own has .*\[3, 8\], frozen has \[20, 8\]'):
     make_report({}, arms={'frozen': make_report({}).arms['frozen'], 'own': own})
+
+
+INTERVAL = [[-4.0, -2.0], [-2.0, 1.0]]
+
+
+def written_summary(**changes) -> dict:
+  """A small summary written by hand, in the form of report.summarise."""
+  arm = {'change_pct': [-3.0, -0.5], 'ci95': INTERVAL}
+  summary = {
+    'positions': [1, 32], 'num_ahead': 16,
+    'arms': {'frozen': {'perplexity': [12.3456, 40.0], **arm}, 'own': arm, 'shuffled': arm},
+    'content_effect': {'change_pct': [-5.0, 1250.5], 'ci95': INTERVAL},
+    'bar': {
+      'passed': False,
+      'own_below_frozen': {'1': True, '2': True, '4': False},
+      'own_below_shuffled': {'1': {'point': True, 'interval': True},
+                             '2': {'point': True, 'interval': False},
+                             '4': {'point': True, 'interval': False}}},
+    'texts': 200, 'targets': [6400, 6000],
+    'parameters': {'decoder': 1234567}, 'seconds': {'training': 61.25},
+    'peak_memory_bytes': 3 * 2**29,
+    'decoder_fingerprint': 'aa', 'git_commit': 'abc',
+    'pictures': {'changes.png': 'Change by position'}, 'notes': ['Trained on prose.'],
+  }
+  return {**summary, **changes}
+
+
+def test_table_is_aligned():
+  """It marks positions beyond the training."""
+  header, *rows = format_table(written_summary()).splitlines()[:3]
+  assert header.split('  ')[0] == 'ahead'
+  assert [row.split() for row in rows] == [
+    ['1', '12.346', '-3.00', '[-4.00,', '-2.00]', '-3.00', '[-4.00,', '-2.00]', '-5.00',
+     '[-4.00,', '-2.00]'],
+    ['32†', '40.000', '-0.50', '[-2.00,', '+1.00]', '-0.50', '[-2.00,', '+1.00]', '+1250.50',
+     '[-2.00,', '+1.00]']]
+  assert len({len(line) for line in (header, *rows)}) == 1
+
+
+def test_legend_explains_used_mark():
+  assert '† beyond the 16 ahead tokens' in format_table(written_summary())
+  assert '†' not in format_table(written_summary(num_ahead=32))
+
+
+def test_missing_arm_has_no_column():
+  assert 'zero latents' not in format_table(written_summary())
+  arms = written_summary()['arms']
+  del arms['shuffled']
+  table = format_table(written_summary(arms=arms, content_effect=None, bar=None))
+  assert "another text's" not in table.splitlines()[0]
+  assert 'shuffled' not in table.splitlines()[-2] and 'Gain not measured' in table.splitlines()[-1]
+
+
+def test_missed_bar_is_stated():
+  assert state_bar(written_summary()) == (
+    'Gain not shown. Own latents are below the frozen decoder, with an interval below zero, '
+    "at 1, 2 but not at 4. They are below another text's latents at 1, 2, 4 (8 not scored); "
+    'the interval is below zero at 1 but not at 2, 4 (8 not scored).')
+
+
+def test_bar_missed_everywhere():
+  bar = {**written_summary()['bar'], 'own_below_frozen': {'1': False, '2': False, '4': False}}
+  assert 'at none of 1, 2, 4. They' in state_bar(written_summary(bar=bar))
+
+
+def test_passed_bar_is_stated():
+  bar = {'passed': True, 'own_below_frozen': {at: True for at in '124'},
+         'own_below_shuffled': {at: {'point': True, 'interval': True} for at in '1248'}}
+  text = state_bar(written_summary(bar=bar))
+  assert text.startswith('Gain shown') and 'not' not in text.replace('another', '')
+
+
+def test_page_holds_everything():
+  """Table, pictures, notes and the run."""
+  page = format_page(written_summary())
+  change = '-3.00 [-4.00, -2.00]'
+  for line in (f'| 1 | 12.346 | {change} | {change} | -5.00 [-4.00, -2.00] |',
+               '![Change by position](changes.png)', 'Trained on prose.',
+               '- parameters, decoder: 1,234,567', '- seconds, training: 61.2',
+               '- peak memory: 1.50 GiB', '- git commit: abc',
+               '- decoder weights: fingerprint aa, frozen'):
+    assert line in page.splitlines()
+
+
+def test_written_report_reads_back(tmp_path):
+  summary = written_summary()
+  write_report(summary, tmp_path / 'run')
+  stored = json.loads((tmp_path / 'run' / 'report.json').read_text())
+  assert stored == summary
+  assert (tmp_path / 'run' / 'report.md').read_text() == format_page(stored)
+  assert len(list((tmp_path / 'run').iterdir())) == 2
+
+
+def test_measured_report_is_written(tmp_path):
+  count = np.ones((3, 2), int)
+  report = Report(
+    arms={name: AheadNLL(np.full((3, 2), 2.0), count) for name in ('frozen', 'own', 'shuffled')},
+    positions=(1, 2), num_ahead=2, decoder_fingerprint='a', parameters={}, seconds={},
+    peak_memory_bytes=0, git_commit='abc', config={'workdir': tmp_path})
+  write_report(summarise(report), tmp_path)
+  assert json.loads((tmp_path / 'report.json').read_text())['config'] == {'workdir': str(tmp_path)}
+  assert 'Gain not shown' in (tmp_path / 'report.md').read_text()

@@ -11,7 +11,7 @@ from absl import logging
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference import background, session
 from latent_deliberation.inference.background import AugmentationStats
-from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
 from latent_deliberation.inference.session import generate
 from tests import tiny
@@ -33,98 +33,99 @@ def hanging(state):
   threading.Event().wait()
 
 
-def die(state):
+def exiting(state):
   raise SystemExit
 
 
 FAULTS = {'raises': (raising, 'it raised MemoryError: out of memory'),
-          'exits': (die, 'it raised SystemExit'),
+          'exits': (exiting, 'it raised SystemExit'),
           'hangs': (hanging, r'it took longer than 0.2 s')}
 
 
 @pytest.mark.parametrize('delay', [0, 3, None])
 @pytest.mark.parametrize('fault', [*FAULTS, 'not a number'])
-def test_a_coprocessor_that_fails_changes_no_bit_is_said_once_and_counted(
-    generator, monkeypatch, warnings, fault, delay):
-  plain = generate(generator, PROMPTS, decoding(NEVER))
+def test_failed_coprocessor_changes_no_bit(engine, monkeypatch, warnings, fault, delay):
+  """The stream is the plain one; the failure is logged once and counted."""
+  plain = generate(engine, PROMPTS, decoding(NEVER))
   if fault in FAULTS:
     replacement, message = FAULTS[fault]
   else:
-    own, message = generator.augment, 'some are not finite'
+    own, message = engine.augment, 'some are not finite'
     def replacement(state):
       spoilt = own(state)
       return spoilt.replace(
           latents=jax.tree.map(lambda leaf: leaf * jnp.nan, spoilt.latents),
           logits=spoilt.logits * jnp.nan, finite=jnp.zeros_like(spoilt.finite))
-  monkeypatch.setattr(generator, 'augment', replacement)
-  # Without a delay the decoder may come to its end before a coprocessor that hangs is given up.
+  monkeypatch.setattr(engine, 'augment', replacement)
+  # Without a delay, the decoder may end before a coprocessor that hangs is given up.
   patient = decoding(Policy(at=(0, 6)), timeout=0.2 if fault == 'hangs' else 60, delay=delay)
   for _ in range(2):
-    found = generate(generator, PROMPTS, patient)
+    found = generate(engine, PROMPTS, patient)
     assert_same(found, plain)
     assert not any(completion.latents_at for completion in found)
-  assert generator.stats.joined == 0
-  assert generator.stats.begun == generator.stats.failed + generator.stats.late >= 2
-  if generator.stats.failed:
+  assert engine.stats.joined == 0
+  assert engine.stats.begun == engine.stats.failed + engine.stats.late >= 2
+  if engine.stats.failed:
     said, = warnings
     assert message in said and 'The decoder goes on without them' in said
   if delay is not None:
-    assert generator.stats == AugmentationStats(begun=4, failed=4)
+    assert engine.stats == AugmentationStats(begun=4, failed=4)
 
 
-def test_a_thread_that_ends_without_a_word_is_a_failure(generator, monkeypatch, warnings):
-  plain = generate(generator, PROMPTS, decoding(NEVER))
+def test_silent_end_of_thread_is_a_failure(engine, monkeypatch, warnings):
+  plain = generate(engine, PROMPTS, decoding(NEVER))
   monkeypatch.setattr(background.BackgroundAugmentation, '_run', lambda *unused: None)
-  assert_same(generate(generator, PROMPTS, decoding(delay=0)), plain)
+  assert_same(generate(engine, PROMPTS, decoding(delay=0)), plain)
   assert 'its thread ended without a result' in warnings[0]
 
 
 @pytest.mark.parametrize('place, delay', [
     *itertools.product(['threading.Thread.start', 'attach'], [0, 3, None]),
     ('copied', 3), ('copied', None)])
-def test_where_there_is_no_room_for_a_thread_or_a_cache_the_plain_stream_goes_on(
-    generator, monkeypatch, warnings, place, delay):
-  plain = generate(generator, PROMPTS, decoding(NEVER, max_tokens=28))
-  state = generator.read(PROMPTS)
+def test_no_room_keeps_the_plain_stream(engine, monkeypatch, warnings, place, delay):
+  """There may be no room for a thread, for latents, or for a second cache."""
+  plain = generate(engine, PROMPTS, decoding(NEVER, max_tokens=28))
 
   def fail(*unused):
     raise RuntimeError('RESOURCE_EXHAUSTED')
 
+  texts = engine.read(PROMPTS)
   if place == 'copied':
+    texts = PROMPTS  # a state that is given is copied, too
     monkeypatch.setattr(session, 'copied', fail)
   elif place == 'attach':
-    monkeypatch.setattr(generator, 'attach', fail)
+    monkeypatch.setattr(engine, 'attach', fail)
   else:
     monkeypatch.setattr(place, fail)
-  found = generate(generator, state, decoding(
+  found = generate(engine, texts, decoding(
       Policy(at=(0,), threshold=0.0), max_tokens=28, delay=delay))
   assert_same(found, plain)
-  assert generator.stats.joined == 0 and 'RESOURCE_EXHAUSTED' in warnings[0]
-  assert generator.stats.begun == generator.stats.failed + generator.stats.late >= 1
+  assert engine.stats.joined == 0 and 'RESOURCE_EXHAUSTED' in warnings[0]
+  assert engine.stats.begun == engine.stats.failed + engine.stats.late >= 1
 
 
-def test_one_text_whose_latents_are_not_finite_stays_plain_alone(generator, monkeypatch, warnings):
-  plain, with_latents = (generate(generator, PROMPTS, decoding(policy)) for policy in (NEVER, ONCE))
-  own = generator.augment
+def test_only_text_with_bad_latents_stays_plain(engine, monkeypatch, warnings):
+  plain, with_latents = (generate(engine, PROMPTS, decoding(policy)) for policy in (NEVER, ONCE))
+  own = engine.augment
 
   def damaged(state):
     augmentation = own(state)
     spoilt = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), augmentation.latents)
     return augmentation.replace(latents=spoilt, finite=augmentation.finite.at[1].set(False))
 
-  monkeypatch.setattr(generator, 'augment', damaged)
-  found = generate(generator, PROMPTS, decoding())
+  monkeypatch.setattr(engine, 'augment', damaged)
+  found = generate(engine, PROMPTS, decoding())
   assert_same(found[::2], with_latents[::2])
   assert_same(found[1:2], plain[1:2])
   assert [completion.latents_at for completion in found] == [[0], [], [0]]
   assert len(warnings) == 1
 
 
-def test_parameters_that_are_not_numbers_are_noticed(made, decoder_params, warnings):
+def test_nan_parameters_are_noticed(made, decoder_params, warnings):
   _, deliberator, params = made
   params = {**params, 'gate': params['gate'].at[0, 0].set(jnp.nan)}
-  broken = Generator(tiny.CONFIG, decoder_params, length=LENGTH,
-                     coprocessor=(deliberator.config, params))
+  broken = Engine(tiny.CONFIG, decoder_params, length=LENGTH,
+                  coprocessor=(deliberator.config, params))
   plain = generate(broken, PROMPTS, decoding(NEVER))
   assert_same(generate(broken, PROMPTS, decoding()), plain)
   assert broken.stats == AugmentationStats(begun=1, failed=1)
@@ -133,11 +134,11 @@ def test_parameters_that_are_not_numbers_are_noticed(made, decoder_params, warni
   assert_same(generate(broken, by_hand, decoding(NEVER)), plain)
 
 
-def test_a_missing_coprocessor_is_the_plain_decoder(decoder_params, warnings):
-  plain = Generator(tiny.CONFIG, decoder_params, length=LENGTH)
+def test_missing_coprocessor_is_plain_decoder(decoder_params, warnings):
+  plain = Engine(tiny.CONFIG, decoder_params, length=LENGTH)
   assert_same(generate(plain, PROMPTS, decoding()), generate(plain, PROMPTS, decoding(NEVER)))
   assert plain.stats == AugmentationStats(begun=1, failed=1)
   assert 'there is no coprocessor' in warnings[0]
   for call in (lambda: plain.augment(plain.read(PROMPTS)), lambda: plain.warm_up(1)):
-    with pytest.raises(UserError, match='has no coprocessor'):
+    with pytest.raises(UserError, match='no coprocessor'):
       call()

@@ -1,4 +1,4 @@
-"""Latents join where they were to, or when they are ready, and no token waits for them unasked."""
+"""Latents join where they should, or when they are ready, and no token waits for them unasked."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ import pytest
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference import background, passes
 from latent_deliberation.inference.background import AugmentationStats, LatentTiming
-from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.policy import NEVER, ONCE
 from latent_deliberation.inference.session import generate, stream
 from tests import tiny
@@ -21,34 +21,36 @@ from tests.inference.small import (
   assert_same,
   augmented,
   decoding,
-  trained_log_probabilities,
+  trained_logprobs,
 )
 
 
-def test_an_interruption_of_waiting_does_not_forget_a_thread_that_computes():
+def test_interrupted_wait_keeps_the_thread():
+  """Ctrl-C while waiting does not forget a thread that still computes."""
   gate = threading.Event()
-  attempt = background.BackgroundAugmentation(lambda state: gate.wait(60) and state, np.float32(7), 60)
+  augmentation = background.BackgroundAugmentation(
+      lambda state: gate.wait(60) and state, np.float32(7), 60)
   interrupt = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
   interrupt.start()
   with pytest.raises(KeyboardInterrupt):
-    attempt.wait()
+    augmentation.wait()
   interrupt.join()
-  assert not attempt.is_ready()
+  assert not augmentation.is_ready()
   gate.set()
-  assert attempt.result() == 7
+  assert augmentation.result() == 7
 
 
-def test_in_the_background_without_delay_is_synchronous(generator):
+def test_no_delay_is_synchronous(engine):
   """The latents are made in a thread; given time before the first token, they change nothing."""
-  state = generator.read(PROMPTS)
-  synchronous = generate(generator, generator.attach(state, generator.augment(state)),
+  state = engine.read(PROMPTS)
+  synchronous = generate(engine, engine.attach(state, engine.augment(state)),
                          decoding(NEVER))
-  assert_same(generate(generator, PROMPTS, decoding(delay=0)), synchronous)
+  assert_same(generate(engine, PROMPTS, decoding(delay=0)), synchronous)
 
 
 @pytest.mark.parametrize('delay', [1, 4])
-def test_late_latents_are_seen_from_where_they_join_and_not_before(generator, delay):
-  plain, late = (generate(generator, PROMPTS, decoding(policy, delay=delay))
+def test_late_latents_join_after_delay(engine, delay):
+  plain, late = (generate(engine, PROMPTS, decoding(policy, delay=delay))
                  for policy in (NEVER, ONCE))
   for before, after in zip(plain, late, strict=True):
     assert after.latents_at == [delay]
@@ -60,53 +62,53 @@ def test_late_latents_are_seen_from_where_they_join_and_not_before(generator, de
 
 @pytest.mark.parametrize('latents, positions', [
     ('refining', 'share'), ('paper', 'shift'), ('anchored', 'share')])
-def test_late_latents_are_what_training_with_that_delay_knew(decoder_params, latents, positions):
+def test_late_latents_match_training_with_delay(decoder_params, latents, positions):
   late, *trained = augmented(decoder_params, latents=latents, positions=positions)
   for prompt, completion in zip(
       PROMPTS, generate(late, PROMPTS, decoding(max_tokens=11, delay=3)), strict=True):
-    expected = trained_log_probabilities(*trained, decoder_params, prompt, completion.tokens, 3)
+    expected = trained_logprobs(*trained, decoder_params, prompt, completion.tokens, 3)
     # The first token is predicted by the last latent in training, by the last token here.
     np.testing.assert_allclose(completion.logprobs[1:], expected[1:], atol=5e-5)
 
 
-def test_latents_that_come_when_they_are_ready_join_where_they_would_with_that_delay(
-    generator, monkeypatch):
-  own, gate = generator.augment, threading.Event()
+def test_ready_latents_join_as_with_delay(engine, monkeypatch):
+  """Latents without a delay join where they are ready, as they would with that delay."""
+  own, gate = engine.augment, threading.Event()
 
   def waiting(state):
     gate.wait(60)
     return own(state)
 
-  monkeypatch.setattr(generator, 'augment', waiting)
-  for completions in stream(generator, PROMPTS, decoding(delay=None, max_tokens=28)):
+  monkeypatch.setattr(engine, 'augment', waiting)
+  for completions in stream(engine, PROMPTS, decoding(delay=None, max_tokens=28)):
     if len(completions[0].tokens) == 5:
       gate.set()
       time.sleep(0.05)
-  monkeypatch.setattr(generator, 'augment', own)
+  monkeypatch.setattr(engine, 'augment', own)
   joined, = completions[0].latents_at
-  assert joined >= 5 and generator.stats.joined == 1
-  assert_same(completions, generate(generator, PROMPTS, decoding(delay=joined, max_tokens=28)))
+  assert joined >= 5 and engine.stats.joined == 1
+  assert_same(completions, generate(engine, PROMPTS, decoding(delay=joined, max_tokens=28)))
 
 
-def test_latents_that_never_come_in_time_are_counted_as_late(generator, monkeypatch):
+def test_late_latents_are_counted(engine, monkeypatch):
   gate = threading.Event()
-  monkeypatch.setattr(generator, 'augment', lambda state: gate.wait(60))
-  found = generate(generator, PROMPTS, decoding(delay=None))
+  monkeypatch.setattr(engine, 'augment', lambda state: gate.wait(60))
+  found = generate(engine, PROMPTS, decoding(delay=None))
   gate.set()
-  assert generator.stats == AugmentationStats(begun=1, late=1)
+  assert engine.stats == AugmentationStats(begun=1, late=1)
   monkeypatch.undo()
-  assert_same(found, generate(generator, PROMPTS, decoding(NEVER)))
+  assert_same(found, generate(engine, PROMPTS, decoding(NEVER)))
 
 
-def test_the_first_token_does_not_wait_for_the_coprocessor(generator, monkeypatch):
+def test_first_token_does_not_wait(engine, monkeypatch):
   asked = []
-  monkeypatch.setattr(generator, 'augment', lambda state: asked.append(state))
-  following = stream(generator, PROMPTS, decoding(delay=None))
+  monkeypatch.setattr(engine, 'augment', lambda state: asked.append(state))
+  following = stream(engine, PROMPTS, decoding(delay=None))
   assert [len(completion.tokens) for completion in next(following)] == [1, 1, 1]
   assert not asked
 
 
-def test_after_warming_up_the_coprocessor_is_not_compiled_again(decoder_params):
+def test_warm_up_compiles_the_coprocessor(decoder_params):
   fresh, *_ = augmented(decoder_params, length=LENGTH - 1)
   fresh.warm_up(len(PROMPTS))
   compiled = [program._cache_size() for program in (passes.augment, passes.attach)]
@@ -115,22 +117,22 @@ def test_after_warming_up_the_coprocessor_is_not_compiled_again(decoder_params):
   assert compiled == [program._cache_size() for program in (passes.augment, passes.attach)]
 
 
-def test_a_worker_on_another_device_makes_the_same_latents(made, decoder_params):
-  generator, deliberator, params = made
+def test_worker_on_another_device(made, decoder_params):
+  engine, deliberator, params = made
   there = jax.device_put((decoder_params, params), jax.devices()[5])
-  worker = Generator(tiny.CONFIG, there[0], length=LENGTH,
-                     coprocessor=(deliberator.config, there[1]))
-  helped = Generator(tiny.CONFIG, decoder_params, length=LENGTH, worker=worker,
-                     coprocessor=(deliberator.config, params))
+  worker = Engine(tiny.CONFIG, there[0], length=LENGTH,
+                  coprocessor=(deliberator.config, there[1]))
+  helped = Engine(tiny.CONFIG, decoder_params, length=LENGTH, worker=worker,
+                  coprocessor=(deliberator.config, params))
   for delay in (0, 2):
     assert_same(generate(helped, PROMPTS, decoding(delay=delay)),
-                generate(generator, PROMPTS, decoding(delay=delay)))
+                generate(engine, PROMPTS, decoding(delay=delay)))
   assert helped.stats == AugmentationStats(begun=2, joined=2)
 
 
 @pytest.mark.parametrize('values, message', [
     (dict(delay=-1), 'delay = -1'), (dict(timeout=0), 'timeout = 0'),
     (dict(timeout=float('nan')), 'timeout = nan')])
-def test_arrivals_that_cannot_be_are_refused(values, message):
+def test_bad_timing_is_refused(values, message):
   with pytest.raises(UserError, match=message):
     LatentTiming(**values)

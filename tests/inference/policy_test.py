@@ -1,16 +1,45 @@
-"""Where texts deliberate."""
+"""Where texts deliberate, and gates from disk."""
+
+import dataclasses
+import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.inference.policy import NEVER, ONCE, Gate, Policy, calibrate
+from latent_deliberation.evaluation import gating
+from latent_deliberation.evaluation.gating import fit_gate
+from latent_deliberation.inference.engine import open_engine
+from latent_deliberation.inference.policy import (
+  NEVER,
+  ONCE,
+  Gate,
+  Policy,
+  calibrate,
+  combine,
+  open_gate,
+)
+from latent_deliberation.inference.session import DecodingOptions, generate
+from tests import finished
+
+CURVES = {'learned': dict(fractions=[0.0, 0.5, 1.0], thresholds=[None, 0.2, -0.4]),
+          'entropy': dict(fractions=[0.0, 0.5, 1.0], thresholds=[None, 3.0, 1.0])}
+WEIGHT = np.array([0.5, -2.0], np.float32)
+
+
+@pytest.fixture
+def directory(tmp_path):
+  (tmp_path / 'gate.json').write_text(json.dumps({'decoder': 'abc', 'curves': CURVES}))
+  save_file({'weight': WEIGHT, 'bias': np.array([0.25], np.float32)},
+            tmp_path / 'gate.safetensors')
+  return tmp_path
 
 
 @pytest.mark.parametrize('policy, stops', [
     (NEVER, []), (ONCE, [0]), (Policy(at=(5, 2, 5)), [2, 5]), (Policy(every=4), [0, 4, 8, 12]),
     (Policy(at=(3,), every=6), [0, 3, 6, 12]), (Policy(threshold=1.0), [])])
-def test_stops_follow_one_another(policy, stops):
+def test_next_stop(policy, stops):
   found, count = [], 0
   while (stop := policy.next_stop(count)) is not None and stop < 14:
     assert stop >= count
@@ -19,14 +48,14 @@ def test_stops_follow_one_another(policy, stops):
   assert found == stops
 
 
-def test_only_some_policies_repeat():
+def test_repeats():
   assert [policy.repeats for policy in (
       NEVER, ONCE, Policy(at=(7,)), Policy(at=(0, 7)), Policy(every=3), Policy(threshold=2.0))] == [
           False, False, False, True, True, True]
 
 
 @pytest.mark.parametrize('budget', [0.0, 0.1, 0.25, 1.0])
-def test_a_calibrated_threshold_spends_its_budget(budget):
+def test_calibrated_threshold_spends_its_budget(budget):
   entropies = np.random.default_rng(0).exponential(size=4000)
   threshold = calibrate(entropies, budget)
   assert np.mean(entropies > threshold) == pytest.approx(budget, abs=0.001)
@@ -34,11 +63,86 @@ def test_a_calibrated_threshold_spends_its_budget(budget):
 
 @pytest.mark.parametrize('call, message', [
     (lambda: Policy(at=(-1, 2)), r'at = \(-1, 2\)'), (lambda: Policy(every=0), 'every = 0'),
-    (lambda: Policy(apart=0), 'apart = 0'), (lambda: Policy(threshold=-1.0), 'threshold = -1.0'),
+    (lambda: Policy(min_gap=0), 'min_gap = 0'),
+    (lambda: Policy(threshold=-1.0), 'threshold = -1.0'),
     (lambda: Policy(threshold=float('nan')), 'threshold = nan'),
-    (lambda: Policy(gate=Gate(np.zeros(2), 0.0)), 'a gate without a threshold'),
+    (lambda: Policy(gate=Gate(np.zeros(2), 0.0)), 'gate .* threshold'),
     (lambda: calibrate([1.0], 1.5), 'budget = 1.5'), (lambda: calibrate([], 0.5), '0 entropies'),
     (lambda: calibrate([1.0, float('nan')], 0.5), '2 entropies, 1 of them finite')])
-def test_what_cannot_be_is_refused(call, message):
+def test_bad_policies_are_refused(call, message):
   with pytest.raises(UserError, match=message):
     call()
+
+
+@pytest.mark.parametrize('at, every, gated, expected', [
+    ([], 0, False, ONCE), ([3], 0, False, Policy(at=(3,))), ([], 4, False, Policy((0,), 4)),
+    ([3], 4, False, Policy((3,), 4)), ([], 0, True, Policy(threshold=2.0)),
+    ([0], 0, True, Policy((0,), threshold=2.0)), ([], 4, True, Policy((), 4, threshold=2.0))])
+def test_combine(directory, at, every, gated, expected):
+  assert combine(at, every, open_gate(directory, 'entropy', 0.75) if gated else None) == expected
+
+
+@pytest.mark.parametrize('budget, threshold', [(0.5, 0.2), (0.75, -0.1), (1.0, -0.4)])
+def test_budget_gives_threshold_of_curve(directory, budget, threshold):
+  policy = open_gate(directory, 'learned', budget).policy
+  assert policy.threshold == pytest.approx(threshold)
+  assert policy.gate.score(np.array([[2.0, 1.0]])) == pytest.approx(-0.75)
+
+
+def test_entropy_curve_needs_no_weights(directory):
+  assert open_gate(directory, 'entropy', 0.75).policy == Policy(threshold=2.0)
+
+
+@pytest.mark.parametrize('budget', [-0.1, 0.0, 0.49, 1.2, float('nan')])
+def test_budget_off_the_curve_is_refused(directory, budget):
+  with pytest.raises(UserError, match=f'budget = {budget}: .* 0.5 to 1.0'):
+    open_gate(directory, 'learned', budget)
+
+
+def test_gate_of_another_decoder_is_refused(directory):
+  gate = open_gate(directory, 'learned', 0.5)
+  gate.check_decoder('abc')
+  with pytest.raises(UserError, match='fingerprint abc, .* abd'):
+    gate.check_decoder('abd')
+
+
+@pytest.mark.parametrize('name', ['gate.json', 'gate.safetensors'])
+def test_damaged_or_missing_gate_is_refused(directory, name):
+  path = directory / name
+  path.write_bytes(path.read_bytes()[:20])
+  with pytest.raises(UserError, match='damaged .*launch/gate.py'):
+    open_gate(directory, 'learned', 0.5)
+  path.unlink()
+  with pytest.raises(UserError, match=f'no {name}: .*launch/gate.py'):
+    open_gate(directory, 'learned', 0.5)
+
+
+@pytest.mark.usefixtures('one_device')
+def test_fitted_gate_opens_above_its_threshold(quickstart, tmp_path):
+  decoder, coprocessor = quickstart / 'pretraining/decoder', quickstart / 'coprocessor'
+  fit_gate(finished.experiment(evaluation__num_texts=16), decoder_dir=decoder,
+           coprocessor_dir=coprocessor, data=quickstart, output=tmp_path / 'gate')
+  assert len({path.stat().st_mode for path in (tmp_path / 'gate').iterdir()}) == 1
+  fitted = open_gate(tmp_path / 'gate', 'learned', 0.5)
+  engine, tokenizer = open_engine(decoder, str(coprocessor), length=64, gate=fitted)
+  prompts = [tokenizer.encode(f'Document {number}: the') for number in range(8)]
+  scores = fitted.policy.gate.score(engine.read(prompts).hidden)
+  policy = dataclasses.replace(fitted.policy, threshold=float(np.median(scores)))
+  completions = generate(engine, prompts, DecodingOptions(1, policy=policy))
+  opened = [completion.latents_at == [0] for completion in completions]
+  assert opened == list(scores > policy.threshold) and sum(opened) == 4
+
+
+@pytest.mark.usefixtures('one_device')
+def test_bad_gate_request_scores_nothing(quickstart, tmp_path, monkeypatch):
+  """Too few texts, or no place for the result, are noticed before any text is scored."""
+  monkeypatch.setattr(gating, 'score_places', lambda *unused, **more: pytest.fail('scored'))
+  (tmp_path / 'file').touch()
+  for num_texts, output, message in (
+      (8, 'gate', '4 texts.* 5'), (16, 'file', 'file .*exists'),
+      (16, 'file/gate', 'file cannot')):
+    with pytest.raises(UserError, match=message):
+      fit_gate(finished.experiment(evaluation__num_texts=num_texts),
+               decoder_dir=quickstart / 'pretraining/decoder',
+               coprocessor_dir=quickstart / 'coprocessor',
+               data=quickstart, output=tmp_path / output)

@@ -1,77 +1,83 @@
-"""A cache read from disk is the cache that was written, and no other decoder takes it."""
+"""States on disk come back as they were, for the same decoder; and prompts continue contexts."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from latent_deliberation.cli.generate import Request, Writer
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference import prefix_cache
-from latent_deliberation.inference.generator import Generator
-from latent_deliberation.inference.policy import ONCE, Gate, Policy
+from latent_deliberation.inference.engine import Engine, open_engine
+from latent_deliberation.inference.policy import NEVER, ONCE, Gate, Policy
+from latent_deliberation.inference.prefix_cache import check_context, open_context, save_context
 from latent_deliberation.inference.session import DecodingOptions, generate
 from tests import tiny
 from tests.inference.small import LENGTH, PROMPTS, assert_same, augmented
 
 
 @pytest.fixture(scope='module')
-def generator(decoder_params):
+def engine(decoder_params):
   return augmented(decoder_params)[0]
 
 
 @pytest.fixture
-def saved(generator, tmp_path):
-  state = generator.read(PROMPTS)
-  augmentation = generator.augment(state)
-  prefix_cache.save(tmp_path / 'cache', generator, state, augmentation)
+def saved(engine, tmp_path):
+  state = engine.read(PROMPTS)
+  augmentation = engine.augment(state)
+  prefix_cache.save(tmp_path / 'cache', engine, state, augmentation)
   return tmp_path / 'cache', state, augmentation
 
 
-def test_decoding_from_a_loaded_cache_is_decoding_from_a_fresh_one(generator, saved):
+def test_loaded_cache_decodes_as_fresh_one(engine, saved):
   directory, state, augmentation = saved
-  loaded, latents = prefix_cache.load(directory, generator)
-  assert_same(generate(generator, loaded, DecodingOptions(12)), generate(generator, state, DecodingOptions(12)))
-  assert_same(generate(generator, generator.attach(loaded, latents), DecodingOptions(12)),
-              generate(generator, generator.attach(state, augmentation), DecodingOptions(12)))
+  loaded, latents = prefix_cache.load(directory, engine)
+  options = DecodingOptions(12)
+  assert_same(generate(engine, loaded, options), generate(engine, state, options))
+  assert_same(generate(engine, engine.attach(loaded, latents), options),
+              generate(engine, engine.attach(state, augmentation), options))
 
 
-def test_a_gate_opens_behind_a_loaded_cache_where_it_does_behind_a_fresh_one(generator, saved):
+def test_gate_opens_as_after_fresh_cache(engine, saved):
   directory, state, _ = saved
   gate = Gate(np.ones(tiny.CONFIG.embed_dim, np.float32), np.float32(0))
   least, *_ = sorted(gate.score(state.hidden))  # so that two of three texts deliberate at once
-  options = DecodingOptions(12, policy=Policy(threshold=float(least), gate=gate, apart=4))
-  fresh, loaded = (generate(generator, each, options)
-                   for each in (state, prefix_cache.load(directory, generator)[0]))
+  options = DecodingOptions(12, policy=Policy(threshold=float(least), gate=gate, min_gap=4))
+  fresh, loaded = (generate(engine, each, options)
+                   for each in (state, prefix_cache.load(directory, engine)[0]))
   assert_same(fresh, loaded)
   assert [completion.latents_at for completion in fresh] == [
       completion.latents_at for completion in loaded]
   assert sum(completion.latents_at[:1] == [0] for completion in loaded) == 2
 
 
-def test_attached_latents_and_what_was_read_behind_them_are_kept(generator, saved, tmp_path):
+def test_attached_latents_and_later_tokens_are_kept(engine, saved, tmp_path):
   _, state, augmentation = saved
-  state = generator.read_on(generator.attach(state, augmentation), [[4, 5], [], [6]])
-  prefix_cache.save(tmp_path / 'more', generator, state)
-  loaded, latents = prefix_cache.load(tmp_path / 'more', generator)
+  state = engine.read_on(engine.attach(state, augmentation), [[4, 5], [], [6]])
+  prefix_cache.save(tmp_path / 'more', engine, state)
+  loaded, latents = prefix_cache.load(tmp_path / 'more', engine)
   assert latents is None
-  assert_same(generate(generator, loaded, DecodingOptions(6)), generate(generator, state, DecodingOptions(6)))
+  options = DecodingOptions(6)
+  assert_same(generate(engine, loaded, options), generate(engine, state, options))
 
 
-def test_a_cache_fits_a_generator_of_another_length(generator, saved, decoder_params):
+def test_cache_fits_another_length(engine, saved, decoder_params):
   directory, state, _ = saved
   longer, *_ = augmented(decoder_params, length=2 * LENGTH)
   loaded, latents = prefix_cache.load(directory, longer)
   for one, other in zip(generate(longer, longer.attach(loaded, latents), DecodingOptions(40)),
-                        generate(generator, PROMPTS, DecodingOptions(12, policy=ONCE)),
+                        generate(engine, PROMPTS, DecodingOptions(12, policy=ONCE)),
                         strict=True):
     assert one.tokens[:12] == other.tokens
   shorter, *_ = augmented(decoder_params, length=20)
-  with pytest.raises(UserError, match='global_slots = 48, this generator has 20, and 24 slots'):
+  with pytest.raises(UserError, match='global_slots = 48, .* 20, .* 24 slots'):
     prefix_cache.load(directory, shorter)
 
 
-def test_slots_that_were_not_reached_take_no_room(saved, decoder_params, tmp_path):
+def test_unwritten_slots_take_no_room(saved, decoder_params, tmp_path):
   longer, *_ = augmented(decoder_params, length=2 * LENGTH)
   state = longer.read(PROMPTS)
   prefix_cache.save(tmp_path / 'longer', longer, state, longer.augment(state))
@@ -80,69 +86,154 @@ def test_slots_that_were_not_reached_take_no_room(saved, decoder_params, tmp_pat
   assert sizes[0] == sizes[1]
 
 
-def test_a_cache_can_be_read_by_others_than_who_wrote_it(saved):
+def test_everybody_can_read_the_cache(saved):
   assert (saved[0] / 'cache.safetensors').stat().st_mode & 0o777 == 0o644
 
 
-def test_a_cache_of_another_decoder_is_refused(saved, generator, decoder_params):
+def test_cache_of_another_decoder_is_refused(saved, engine, decoder_params):
   directory, *_ = saved
   changed = jax.tree.map(np.array, decoder_params)
   changed['embedder']['table'][0, 0] += 1e-6
   other, *_ = augmented(jax.tree.map(jax.numpy.asarray, changed))
-  with pytest.raises(UserError, match=f'fingerprint {generator.fingerprint}, this one has '
-                     f'{other.fingerprint}: read the text'):
+  with pytest.raises(UserError, match=f'fingerprint {engine.decoder_fingerprint}, .* '
+                     f'{other.decoder_fingerprint}'):
     prefix_cache.load(directory, other)
 
 
 @pytest.mark.parametrize('choices', [dict(num_latents=2), dict(latents='anchored')])
-def test_a_cache_for_other_latents_is_refused(saved, decoder_params, choices):
+def test_cache_for_other_latents_is_refused(saved, decoder_params, choices):
   other, *_ = augmented(decoder_params, **choices)
-  with pytest.raises(UserError, match='has coprocessor = .*, this generator has .*: make a gen'):
+  with pytest.raises(UserError, match=f'coprocessor = .*{next(iter(choices))}'):
     prefix_cache.load(saved[0], other)
-  plain = Generator(tiny.CONFIG, decoder_params, length=LENGTH)
-  with pytest.raises(UserError, match='made with one, this generator works without a copro'):
+  plain = Engine(tiny.CONFIG, decoder_params, length=LENGTH)
+  with pytest.raises(UserError, match='with a coprocessor, .* without a coprocessor'):
     prefix_cache.load(saved[0], plain)
 
 
-def test_a_cache_with_latents_of_other_weights_is_refused(saved, decoder_params):
+def test_cache_of_other_coprocessor_weights_is_refused(saved, decoder_params):
   _, deliberator, params = augmented(decoder_params)
   params['soft_tokens'] = params['soft_tokens'] + 1
-  other = Generator(tiny.CONFIG, decoder_params, length=LENGTH,
-                    coprocessor=(deliberator.config, params))
-  with pytest.raises(UserError, match="coprocessor = {'weights': '.*'}, this generator has {'wei"):
+  other = Engine(tiny.CONFIG, decoder_params, length=LENGTH,
+                 coprocessor=(deliberator.config, params))
+  with pytest.raises(UserError, match="coprocessor = {'weights': '.*'}.* {'weights'"):
     prefix_cache.load(saved[0], other)
 
 
 @pytest.mark.parametrize('section, key', [('', 'local_slots'), ('coprocessor.', 'weights'),
                                           ('model.', 'rope_scaling')])
-def test_a_cache_of_an_older_version_is_refused_as_such_with_what_it_lacks(
-    generator, saved, section, key):
+def test_older_version_is_refused(engine, saved, section, key):
   description = saved[0] / 'cache.json'
   content = json.loads(description.read_text())
   del (content[section[:-1]] if section else content)[key]
   description.write_text(json.dumps(content))
-  with pytest.raises(UserError, match=rf"older version, .* not say \['{section}{key}'\].* again"):
-    prefix_cache.load(saved[0], generator)
+  with pytest.raises(UserError, match=rf"older version.*\['{section}{key}'\]"):
+    prefix_cache.load(saved[0], engine)
 
 
-def test_nothing_is_overwritten_and_nothing_damaged_is_loaded(generator, saved):
+def test_old_names_still_load(engine, saved):
+  """A cache from before names changed: the array `cursor`, and soft tokens that were 'rested'."""
+  directory, state, _ = saved
+  assert 'state/cache/cursor' in load_file(directory / 'cache.safetensors')
+  description = directory / 'cache.json'
+  content = json.loads(description.read_text())
+  assert content['coprocessor']['soft_tokens'] == 'additive'
+  content['coprocessor']['soft_tokens'] = 'rested'
+  description.write_text(json.dumps(content))
+  loaded, _ = prefix_cache.load(directory, engine)
+  jax.tree.map(np.testing.assert_array_equal, loaded, state)
+
+
+def test_damage_is_refused_and_nothing_overwritten(engine, saved):
   directory, state, _ = saved
   with pytest.raises(UserError, match='exists already'):
-    prefix_cache.save(directory, generator, state)
+    prefix_cache.save(directory, engine, state)
   arrays = directory / 'cache.safetensors'
   whole = arrays.read_bytes()
   arrays.write_bytes(whole[:200])
-  with pytest.raises(UserError, match='cannot be read .*: it is truncated or absent'):
-    prefix_cache.load(directory, generator)
+  with pytest.raises(UserError, match='cache.safetensors cannot be read'):
+    prefix_cache.load(directory, engine)
   arrays.write_bytes(whole)
   description = directory / 'cache.json'
   text = description.read_text()
   description.write_text(text.replace('"texts": 3', '"texts": 2'))
-  with pytest.raises(UserError, match='one of the two was replaced'):
-    prefix_cache.load(directory, generator)
+  with pytest.raises(UserError, match='has shape .*cache.json means'):
+    prefix_cache.load(directory, engine)
   description.write_text(text[:50])
   with pytest.raises(UserError, match='cache.json is damaged'):
-    prefix_cache.load(directory, generator)
+    prefix_cache.load(directory, engine)
   description.unlink()
-  with pytest.raises(UserError, match='holds no cache.json'):
-    prefix_cache.load(directory, generator)
+  with pytest.raises(UserError, match='no cache.json'):
+    prefix_cache.load(directory, engine)
+
+
+# --- Contexts ---
+
+TEXT, AFTER = 'Document 3: the ', ['7th', 'forty. the 9th']
+REQUEST = Request(DecodingOptions(12), cache='given')
+
+
+@pytest.fixture(scope='module')
+def opened(quickstart):
+  return open_engine(quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor'),
+                     length=120)
+
+
+@pytest.fixture(scope='module')
+def context(opened, tmp_path_factory):
+  directory = tmp_path_factory.mktemp('context') / 'cache'
+  save_context(TEXT, directory, *opened)
+  return directory
+
+
+def test_prompts_continue_a_context(opened, context):
+  engine, tokenizer = opened
+  writer = Writer(*opened, REQUEST, open_context(context, engine))
+  for prompt, found in zip(AFTER, writer.compare(AFTER), strict=True):
+    whole, = generate(engine, [tokenizer.encode(TEXT + prompt)], DecodingOptions(12))
+    assert found['plain']['tokens'] == whole.tokens
+    state = engine.read([tokenizer.encode(TEXT)])
+    state = engine.attach(state, engine.augment(state))
+    state = engine.read_on(state, [tokenizer.encode(prompt)[1:]])
+    expected, = generate(engine, state, DecodingOptions(12))
+    assert found['augmented']['tokens'] == expected.tokens
+    assert found['augmented']['logprobs'] == pytest.approx(expected.logprobs, abs=1e-5)
+    assert found['augmented']['logprobs'] != found['plain']['logprobs']
+  assert ''.join(writer.write_slowly(AFTER[0])) == writer.write(AFTER)[0]['text']
+
+
+def test_bad_contexts_are_refused(opened, context, tmp_path):
+  engine, tokenizer = opened
+  with pytest.raises(UserError, match='--cache=there .*--at'):
+    dataclasses.replace(REQUEST, cache='there', options=DecodingOptions(4, policy=ONCE))
+  assert dataclasses.replace(REQUEST, compared=True).options.policy == NEVER
+  state = engine.read([tokenizer.encode(prompt) for prompt in AFTER])
+  prefix_cache.save(tmp_path / 'two', engine, state, engine.augment(state))
+  prefix_cache.save(tmp_path / 'plain', engine, engine.read([tokenizer.encode(TEXT)]))
+  with pytest.raises(UserError, match='two has 2 texts with latents'):
+    open_context(tmp_path / 'two', engine)
+  with pytest.raises(UserError, match='plain has 1 texts without latents'):
+    open_context(tmp_path / 'plain', engine)
+  with pytest.raises(UserError, match='text 0 has 18 tokens, 108 more'):
+    Writer(*opened, dataclasses.replace(REQUEST, options=DecodingOptions(108)),
+           open_context(context, engine)).write(['a'])
+
+
+def test_documents_are_checked_first(tmp_path):
+  """A bad document, output or coprocessor is noticed before a decoder is opened."""
+  document = tmp_path / 'text.txt'
+  with pytest.raises(UserError, match=f'no file {document}'):
+    check_context(tmp_path / 'new/cache', document, 'trained')
+  document.write_bytes(b'caf\xe9')
+  with pytest.raises(UserError, match='text.txt .*UTF-8'):
+    check_context(tmp_path / 'new/cache', document, 'trained')
+  assert not (tmp_path / 'new').exists()
+  document.write_text('')
+  with pytest.raises(UserError, match='text.txt is empty'):
+    check_context(tmp_path / 'new/cache', document, 'trained')
+  document.write_text(TEXT)
+  with pytest.raises(UserError, match='exists already'):
+    check_context(tmp_path, document, 'trained')
+  assert check_context(tmp_path / 'new/cache', document, 'trained') == TEXT
+  for nothing in ('', 'none'):
+    with pytest.raises(UserError, match=f'--coprocessor={nothing}: '):
+      check_context(tmp_path / 'other', document, nothing)

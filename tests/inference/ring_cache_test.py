@@ -1,9 +1,13 @@
 """Slots hold the newest tokens of every text, whatever was written in what order."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from latent_deliberation.inference.ring_cache import RingKVCache, SlotIndex, plan_cache
 from latent_deliberation.model.attention import KeysValues
@@ -12,6 +16,7 @@ from tests import tiny
 BATCH, LENGTH, LATENTS = 3, 24, 2
 HEADS, WIDTH = tiny.CONFIG.num_kv_heads, tiny.CONFIG.head_dim
 PLAN = plan_cache(tiny.CONFIG, LENGTH, LATENTS, refining=True)
+FILL, APPEND = jax.jit(RingKVCache.fill), jax.jit(RingKVCache.append)
 
 
 def content(tokens, positions):
@@ -24,14 +29,19 @@ def content(tokens, positions):
 
 
 def chunk(texts, counts, width):
-  """The next `counts` tokens of texts, at the ends of rows of `width`; the texts grow."""
+  """The next `counts` tokens of texts, at the ends of rows of `width`; the texts grow.
+
+  A text without a token takes a padding, None in its list, where the width is 1.
+  """
   tokens, positions, segments = np.zeros((3, BATCH, width), np.int32)
   for row, count in enumerate(counts):
-    for order in range(count):
-      at = width - count + order
+    for at in range(width - count, width):
       tokens[row, at] = len(texts[row]) % 37 + 1 + row
-      positions[row, at], segments[row, at] = len(texts[row]), 1
+      positions[row, at] = len(texts[row]) - texts[row].count(None)
+      segments[row, at] = 1
       texts[row].append(int(tokens[row, at]))
+    if width == 1 and not count:
+      texts[row].append(None)
   return content(tokens, positions), SlotIndex(*map(jnp.asarray, (tokens, positions, segments)))
 
 
@@ -40,12 +50,13 @@ def check(cache, texts):
   for number, kind in enumerate(PLAN.kinds):
     layer, index = cache.layer(number), cache.index[kind]
     for row, text in enumerate(texts):
-      kept = min(len(text), PLAN.slots(kind))
-      expected = {at: text[at] for at in range(len(text) - kept, len(text))}
+      position = itertools.count()
+      numbered = [None if token is None else (next(position), token) for token in text]
+      expected = dict(filter(None, numbered[-PLAN.slots(kind):]))
       slots = np.flatnonzero(np.asarray(layer.segments[row]) > 0)
       found = {int(layer.positions[row, slot]): int(index.tokens[row, slot]) for slot in slots}
-      assert found == expected
-      own = np.array([100 * text[at] + at for at in np.asarray(layer.positions[row, slots])])
+      assert found == expected and len(slots) == len(expected)
+      own = np.array([100 * found[at] + at for at in np.asarray(layer.positions[row, slots])])
       np.testing.assert_array_equal(layer.keys[row, slots, 1, 3], own + number / 8)
       np.testing.assert_array_equal(layer.values[row, slots, 0, 2], -own - number / 8)
 
@@ -53,38 +64,53 @@ def check(cache, texts):
 def filled(counts, width):
   texts = [[] for _ in range(BATCH)]
   empty = RingKVCache.empty(PLAN, tiny.CONFIG, BATCH, 'float32')
-  return jax.jit(RingKVCache.fill)(empty, *chunk(texts, counts, width)), texts
+  return FILL(empty, *chunk(texts, counts, width)), texts
 
 
-def test_local_layers_keep_a_window_and_global_layers_everything():
+def test_local_layers_keep_a_window():
   assert (PLAN.slots('local'), PLAN.slots('global')) == (tiny.CONFIG.window + LATENTS - 1, LENGTH)
   cache, _ = filled((4, 2, 1), 4)
   assert [values.shape[2] - LATENTS for values in cache.values] == [5, LENGTH, 5]
 
 
 @pytest.mark.parametrize('counts, width', [((4, 2, 1), 4), ((7, 8, 3), 8), ((20, 6, 5), 32)])
-def test_whatever_is_written_the_newest_tokens_are_there(counts, width):
+def test_newest_tokens_are_there(counts, width):
   cache, texts = filled(counts, width)
   check(cache, texts)
-  append = jax.jit(RingKVCache.append)
   step = ((1, 1, 1), 1)
   for more, width in (step, ((0, 3, 2), 4), step, step, ((1, 0, 0), 2)):
-    cache = append(cache, *chunk(texts, more, width))
+    cache = APPEND(cache, *chunk(texts, more, width))
     check(cache, texts)
 
 
-def test_a_popped_token_written_again_changes_no_bit():
+def writes(*widths):
+  """A width, and a number of tokens that fits it for each text."""
+  return st.sampled_from(widths).flatmap(
+      lambda width: st.tuples(st.tuples(*[st.integers(0, width)] * BATCH), st.just(width)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(first=writes(4, 8, 32), more=st.lists(writes(1, 2, 8), max_size=9))
+def test_any_writes_keep_newest_tokens(first, more):
+  """Whatever is filled and appended, each text has the newest tokens that a list would have."""
+  cache, texts = filled(*first)
+  for counts, width in more:
+    cache = APPEND(cache, *chunk(texts, counts, width))
+  check(cache, texts)
+
+
+def test_pop_and_append_change_no_bit():
   cache, _ = filled((7, 8, 3), 8)
   without, *newest = jax.jit(RingKVCache.pop)(cache)
-  jax.tree.map(np.testing.assert_array_equal, jax.jit(RingKVCache.append)(without, *newest), cache)
+  jax.tree.map(np.testing.assert_array_equal, APPEND(without, *newest), cache)
 
 
 def attached(cache, rows, hidden=(-1, -1), seed=0):
   positions = jnp.full((BATCH, LATENTS), 50 + seed)
   latents = content(np.full((BATCH, LATENTS), 9 + seed), np.asarray(positions))
   return jax.jit(RingKVCache.attach)(cache, latents, positions,
-                                   jnp.broadcast_to(jnp.array(hidden), (BATCH, LATENTS)),
-                                   jnp.asarray(rows))
+                                     jnp.broadcast_to(jnp.array(hidden), (BATCH, LATENTS)),
+                                     jnp.asarray(rows))
 
 
 def seen(cache, number, row):
@@ -92,7 +118,7 @@ def seen(cache, number, row):
   return sorted(int(at) for at in layer.positions[row][np.asarray(layer.segments[row]) > 0])
 
 
-def test_latents_hide_what_they_replace_in_their_own_texts_and_no_key_of_a_token_changes():
+def test_latents_hide_what_they_replace():
   cache, texts = filled((4, 2, 4), 4)
   both = attached(cache, [True, False, True], hidden=(2, 3))
   for number, kind in enumerate(PLAN.kinds):
@@ -103,7 +129,7 @@ def test_latents_hide_what_they_replace_in_their_own_texts_and_no_key_of_a_token
     np.testing.assert_array_equal(both.values[number][1], cache.values[number][1])
 
 
-def test_other_latents_stand_in_the_place_of_the_first_and_show_what_those_had_hidden():
+def test_other_latents_replace_the_first():
   cache, _ = filled((4, 2, 4), 4)
   first = attached(cache, [True] * 3, hidden=(2, 3))
   second = attached(first, [True, False, True], hidden=(0, -1), seed=1)
@@ -112,10 +138,10 @@ def test_other_latents_stand_in_the_place_of_the_first_and_show_what_those_had_h
                (second.keys, second.index), (first.keys, first.index))
 
 
-def test_tokens_written_behind_latents_leave_them_where_they_are():
+def test_later_tokens_leave_latents_in_place():
   cache, texts = filled((4, 2, 4), 4)
   both = attached(cache, [True] * 3)
   for count, width in ((1, 1), (3, 4)):
-    both = jax.jit(RingKVCache.append)(both, *chunk(texts, [count] * 3, width))
+    both = APPEND(both, *chunk(texts, [count] * 3, width))
   assert seen(both, 1, 0) == [*range(8), 50, 50]
   assert seen(both, 0, 0) == [*range(3, 8), 50, 50]

@@ -1,4 +1,4 @@
-"""Generators around the tiny decoder, and what the training forward says of what they decoded."""
+"""Engines around the tiny decoder, and what the forward pass of training says of their tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import gather_traces
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
-from latent_deliberation.inference.generator import Generator
+from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.policy import ONCE, Policy
 from latent_deliberation.inference.session import Completion, DecodingOptions
 from tests import tiny
@@ -24,34 +24,35 @@ PROMPTS = [np.random.default_rng(size).integers(1, tiny.CONFIG.vocab_size, size)
 
 
 def augmented(decoder_params: Params, length: int = LENGTH, mesh: Any = None,
-              **choices: Any) -> tuple[Generator, Deliberator, Params]:
-  """A generator with a coprocessor, and the same as training knows it."""
+              **choices: Any) -> tuple[Engine, Deliberator, Params]:
+  """Returns an engine with a coprocessor, and the same as training knows it."""
   deliberator = tiny.deliberator(**choices)
   params = tiny.coprocessor_params(deliberator, decoder_params)
-  generator = Generator(tiny.CONFIG, decoder_params, length=length, mesh=mesh,
-                        coprocessor=(deliberator.config, params))
-  return generator, deliberator, params
+  engine = Engine(tiny.CONFIG, decoder_params, length=length, mesh=mesh,
+                  coprocessor=(deliberator.config, params))
+  return engine, deliberator, params
 
 
-def decoding(policy: Policy = ONCE, max_tokens: int = 12, **arrival: Any) -> DecodingOptions:
-  """Sampled tokens, with latents that arrive so."""
-  return DecodingOptions(max_tokens, Sampling(temperature=1.0), policy=policy, timing=LatentTiming(**arrival))
+def decoding(policy: Policy = ONCE, max_tokens: int = 12, **timing: Any) -> DecodingOptions:
+  """Returns options for sampled tokens; `timing` says when latents join."""
+  return DecodingOptions(max_tokens, Sampling(temperature=1.0), policy=policy,
+                         timing=LatentTiming(**timing))
 
 
-def plain_log_probabilities(decoder_params: Params, prompt: Sequence[int],
+def plain_logprobs(decoder_params: Params, prompt: Sequence[int],
                             tokens: Sequence[int]) -> np.ndarray:
-  """Of tokens behind a prompt, read all at once without a cache."""
+  """Scores tokens after a prompt, read all at once without a cache."""
   _, logits, _ = tiny.read(decoder_params, jnp.asarray([[*prompt, *tokens]]))
   return chosen(logits[0, len(prompt) - 1:-1], tokens)
 
 
-def trained_log_probabilities(deliberator: Deliberator, params: Params, decoder_params: Params,
+def trained_logprobs(deliberator: Deliberator, params: Params, decoder_params: Params,
                               prompt: Sequence[int], tokens: Sequence[int],
                               delay: int | None = None) -> np.ndarray:
-  """Of tokens behind a prompt with latents at its end, by the forward pass of training.
+  """Scores tokens after a prompt with latents at its end, by the forward pass of training.
 
   Args:
-    delay: tokens that have been read when the latents join.
+    delay: number of tokens that have been read when the latents join.
   """
   text = jnp.asarray([[*prompt, *tokens]])
   batch = Batch(text, jnp.ones_like(text), jnp.arange(text.shape[1])[None])
@@ -68,7 +69,7 @@ def chosen(logits: jax.Array, tokens: Sequence[int]) -> np.ndarray:
 
 
 def assert_same(first: list[Completion], second: list[Completion]) -> None:
-  """The same tokens, and log-probabilities to the bit."""
+  """Asserts the same tokens, and the same log-probabilities to the bit."""
   for one, other in zip(first, second, strict=True):
     assert one.tokens == other.tokens
     assert one.logprobs == other.logprobs

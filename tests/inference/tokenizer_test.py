@@ -18,7 +18,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
-def test_ids_are_those_of_the_prepared_data(kind, model):
+def test_ids_are_those_of_prepared_data(kind, model):
   if kind == 'byte':
     tokenizer, vocabulary = open_tokenizer('byte'), vocabularies.ByteVocabulary()
   else:
@@ -31,7 +31,7 @@ def test_ids_are_those_of_the_prepared_data(kind, model):
     assert tokenizer.decode([*ids, tokenizer.eos]) == text
 
 
-def test_a_stop_string_is_noticed_at_the_token_that_completes_it(model):
+def test_stop_string_ends_at_its_last_token(model):
   for tokenizer in (ByteTokenizer(), open_tokenizer(model)):
     text = TEXTS[0]
     ids = tokenizer.encode(text)[1:]
@@ -41,13 +41,13 @@ def test_a_stop_string_is_noticed_at_the_token_that_completes_it(model):
                    if any(string in tokenizer.decode(ids[:i]) for string in strings))
       assert [stop(ids[:i]) for i in range(1, first + 1)] == [False] * (first - 1) + [True]
     assert not stop_at(tokenizer, ['nowhere'])(ids)
-  with pytest.raises(UserError, match='an empty one would end every text'):
+  with pytest.raises(UserError, match=r"\['a', ''\]"):
     stop_at(ByteTokenizer(), ['a', ''])
 
 
-def test_what_is_no_vocabulary_is_refused(tmp_path, model):
-  with pytest.raises(UserError, match="no vocabulary at .*, or 'byte'"):
+def test_bad_vocabularies_are_refused(tmp_path, model):
+  with pytest.raises(UserError, match="no vocabulary at .*nothing.* 'byte'"):
     open_tokenizer(tmp_path / 'nothing')
   (tmp_path / 'cut').write_bytes(model.read_bytes()[:100])
-  with pytest.raises(UserError, match=r'cut \(100 bytes\) is not a SentencePiece model'):
+  with pytest.raises(UserError, match=r'cut \(100 bytes\)'):
     open_tokenizer(tmp_path / 'cut')

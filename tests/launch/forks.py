@@ -14,6 +14,8 @@ import tempfile
 import traceback
 from typing import NoReturn
 
+from latent_deliberation.cli import quickstart  # noqa: F401  (imported once, for all forks)
+
 
 def run(arguments: list[str]) -> tuple[int, str, str]:
   """One launch, as `python <arguments>` would run it."""

@@ -1,4 +1,4 @@
-"""The launch scripts as their users meet them: help, results, messages for what is wrong."""
+"""The launch scripts as users see them: help, results, and messages for bad input."""
 
 import json
 import re
@@ -12,9 +12,16 @@ from tests import finished
 from tests.launch.bad_commands import BAD, Bad
 
 SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'compile',
-           'benchmark_attention', 'benchmark_plan')
+           'benchmark_attention', 'benchmark_plan', 'config')
+# Scripts without --config, or with a config of their own.
 WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference',
-                  'benchmark_step')
+                  'benchmark_step', 'study', 'render_results')
+FLAGS = {
+    'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
+    'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
+    'augment': 'document', 'generate': 'prompt', 'study': 'arm', 'config': 'reference',
+    'benchmark_weights': 'output', 'benchmark_inference': 'output', 'benchmark_step': 'output',
+    'benchmark_attention': 'output', 'benchmark_plan': 'output', 'render_results': 'check'}
 
 
 def arguments_of(bad: Bad, files: Path) -> list[str]:
@@ -50,28 +57,33 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
   return dict(zip(commands, json.loads(process.stdout), strict=True))
 
 
+def test_every_script_is_here():
+  assert sorted(SCRIPTS + WITHOUT_CONFIG) == sorted(
+      path.stem for path in (finished.ROOT / 'launch').glob('*.py')) == sorted(FLAGS)
+
+
 @pytest.mark.parametrize('script', SCRIPTS + WITHOUT_CONFIG)
-def test_help_shows_a_command_its_flags_and_what_comes_next(answers, script):
+def test_help(answers, script):
+  """--help shows a command, the own flags of the script, and what comes next."""
   _, printed, _ = answers[script]
-  own = {'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
-         'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
-         'augment': 'document', 'generate': 'prompt', 'benchmark_weights': 'output',
-         'benchmark_inference': 'output', 'benchmark_step': 'output',
-         'benchmark_attention': 'output', 'benchmark_plan': 'output'}
   assert f'python launch/{script}.py' in printed
-  for flag in (['config'] if script in SCRIPTS else []) + [own[script]]:
-    assert re.search(fr'^ +--{flag}: ', printed, re.MULTILINE), printed
-  assert re.search(r'\b[Nn]ext\b', printed)
+  for flag in ('config', FLAGS[script]) if script in (*SCRIPTS, 'study') else (FLAGS[script],):
+    assert re.search(fr'^ +--(\[no\])?{flag}: ', printed, re.MULTILINE), printed
+  assert re.search(r'\bNext\b', printed)
+  # absl appends this to flags of several values, after a semicolon.
+  assert not re.search(r'may be repeated|\.;\s+repeat this option', printed)
 
 
-def test_convert_says_what_is_there_and_lists_tensors_without_a_target(answers):
+def test_convert_lists_tensors(answers):
+  """Without --target, convert describes the decoder and lists its tensors."""
   status, printed, _ = answers['a list']
   assert status == 0
   assert 'decoder: native\narchitecture   tiny' in printed
   assert re.search(r'^embedder/table +float32 +\[\d+, \d+\]$', printed, re.MULTILINE), printed
 
 
-def test_compile_plans_the_step_on_virtual_devices_and_says_where(answers):
+def test_compile_on_virtual_devices(answers):
+  """compile plans the step on virtual devices, and prints where the plan is."""
   status, printed, said = answers['a plan']
   assert status == 0, said
   path, = re.findall('^Plan: (.*)$', printed, re.MULTILINE)
@@ -80,7 +92,8 @@ def test_compile_plans_the_step_on_virtual_devices_and_says_where(answers):
   assert plan['hbm_bytes_per_chip'] > plan['memory']['frozen'] > 0
 
 
-def test_compile_gives_the_compiler_the_flags_of_the_recipes_unless_it_has_some(answers):
+def test_compile_uses_flags_of_recipes(answers):
+  """The compiler gets the recipes' flags, unless the environment has flags."""
   path, = re.findall('^Plan: (.*)$', answers['a plan'][1], re.MULTILINE)
   plan = json.loads(Path(path).read_text())
   recipe = (finished.ROOT / 'launch/recipes/tpu.env').read_text()
@@ -90,15 +103,19 @@ def test_compile_gives_the_compiler_the_flags_of_the_recipes_unless_it_has_some(
 
 
 @pytest.mark.parametrize('name', BAD)
-def test_bad_input_ends_with_a_message_and_no_traceback(answers, name):
+def test_bad_input(answers, name):
+  """Bad input ends with a message, code 1 and no traceback, before long work."""
   status, printed, said = answers[name]
-  assert re.search(BAD[name].message, printed + said, re.DOTALL), printed + said
+  assert re.search(BAD[name].message, printed + said, re.DOTALL | re.MULTILINE), printed + said
   assert 'Traceback' not in said
   assert status == 1
   assert 'The corpus has' not in said  # nothing long came before it
 
 
-def test_the_quickstart_prints_its_table_once_and_where_the_report_is():
+def test_quickstart_prints_table():
+  """The quickstart prints its table once, the place of its report, and what comes next."""
   run, printed = finished.quickstart()
   assert printed.count('ahead  perplexity') == printed.count('Gain ') == 1
-  assert printed.endswith(f'Report: {run}/report.md\n')
+  report, after = printed.splitlines()[-2:]
+  assert report == f'Report: {run}/report.md'
+  assert after.startswith(f'Next: python launch/generate.py --decoder={run}/pretraining/decoder ')

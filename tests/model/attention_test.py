@@ -1,13 +1,15 @@
-"""Joint attention over cached and fresh keys, and the masks that say who sees whom."""
+"""The kv-cache, the masks that say what each token sees, and attention over both kinds of keys."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import attention
 from latent_deliberation.model.attention import (
   AttentionMaskSpec,
+  KeysValues,
   KVCache,
   attend,
   attend_visible,
@@ -19,6 +21,51 @@ from latent_deliberation.model.attention import (
 GLOBAL = jnp.array(jnp.iinfo(jnp.int32).max)
 
 
+def fresh_tokens(length, rows=1, seed=0):
+  """Keys and values, positions and segments of two texts."""
+  random = np.random.default_rng(seed)
+  keys, values = random.normal(size=(2, 3, 2, rows, length, 2, 4)).astype(np.float32)
+  positions, segments = random.integers(1, 9, (2, 2, rows, length)).astype(np.int32)
+  return KeysValues(jnp.asarray(keys), jnp.asarray(values)), positions, segments
+
+
+def test_append_adds_after_the_last():
+  """Appended tokens come after the others."""
+  first, second = fresh_tokens(3), fresh_tokens(2, seed=1)
+  cache = KVCache.empty(first[0]).append(*first).append(*second)
+  assert cache.length == 5
+  np.testing.assert_array_equal(cache.keys[:, :, :3], first[0].keys[:, :, 0])
+  np.testing.assert_array_equal(cache.values[:, :, 3:], second[0].values[:, :, 0])
+  np.testing.assert_array_equal(cache.positions, np.concatenate(
+      [first[1][:, 0], second[1][:, 0]], axis=1))
+  np.testing.assert_array_equal(cache.segments, np.concatenate(
+      [first[2][:, 0], second[2][:, 0]], axis=1))
+
+
+def test_truncate_undoes_append():
+  """Truncating undoes appending, and neither changes the cache."""
+  first, second = fresh_tokens(3), fresh_tokens(2, seed=1)
+  cache = KVCache.empty(first[0]).append(*first)
+  before = jax.tree.map(np.array, cache)
+  longer = cache.append(*second)
+  jax.tree.map(np.testing.assert_array_equal, longer.truncate(3), before)
+  jax.tree.map(np.testing.assert_array_equal, cache, before)
+  assert longer.length == 5 and cache.truncate(0).length == 0
+
+
+def test_append_refuses_several_rows():
+  """Traces of one text cannot be appended to one cache."""
+  with pytest.raises(UserError, match='3 rows.*expected 1'):
+    KVCache.empty(fresh_tokens(2)[0]).append(*fresh_tokens(2, rows=3))
+
+
+@pytest.mark.parametrize('length', [-1, 4])
+def test_truncate_refuses_impossible_lengths(length):
+  """A cache cannot be truncated to more tokens than it has."""
+  with pytest.raises(UserError, match=f'length = {length}.*3 tokens'):
+    KVCache.empty(fresh_tokens(3)[0]).append(*fresh_tokens(3)).truncate(length)
+
+
 def draw(mask):
   return [''.join('.x'[int(cell)] for cell in row) for row in np.asarray(mask)]
 
@@ -28,19 +75,20 @@ def index(*values):
 
 
 def fresh(positions, segments, window=GLOBAL):
-  allowed = AttentionMaskSpec(index(*segments)[None, None], index(0)[None])
-  return draw(fresh_mask(index(*positions)[None, None], allowed, jnp.asarray(window))[0, 0])
+  mask_spec = AttentionMaskSpec(index(*segments)[None, None], index(0)[None])
+  return draw(fresh_mask(index(*positions)[None, None], mask_spec, jnp.asarray(window))[0, 0])
 
 
 def cached(positions, segments, prefix_length, window=GLOBAL):
   """Fresh tokens (positions, segments) over a cache of documents of 3 and 3 tokens and padding."""
-  allowed = AttentionMaskSpec(index(*segments)[None, None], index(prefix_length)[None])
+  mask_spec = AttentionMaskSpec(index(*segments)[None, None], index(prefix_length)[None])
   return draw(cached_mask(
-      index(*positions)[None, None], allowed, index(0, 1, 2, 0, 1, 2, 0)[None],
+      index(*positions)[None, None], mask_spec, index(0, 1, 2, 0, 1, 2, 0)[None],
       index(1, 1, 1, 2, 2, 2, 0)[None], jnp.asarray(window))[0, 0])
 
 
-def test_fresh_tokens_see_their_own_document_causally_and_padding_sees_nothing():
+def test_fresh_mask_is_causal():
+  """Fresh tokens see their own document causally; padding sees nothing."""
   assert fresh([0, 1, 2, 0, 1, 0], [1, 1, 1, 2, 2, 0]) == [
       'x.....',
       'xx....',
@@ -51,35 +99,40 @@ def test_fresh_tokens_see_their_own_document_causally_and_padding_sees_nothing()
   ]
 
 
-def test_a_window_counts_the_query_itself():
+def test_window_counts_the_query():
+  """A window counts the query itself."""
   assert fresh([0, 1, 2, 3], [1] * 4, window=2) == ['x...', 'xx..', '.xx.', '..xx']
   assert fresh([0, 1, 2, 3], [1] * 4, window=1) == ['x...', '.x..', '..x.', '...x']
 
 
-def test_a_row_is_causal_by_order_where_its_tokens_share_a_position():
-  # Three latents at the anchor's position 5, two ahead tokens behind it.
+def test_fresh_mask_with_shared_positions():
+  """A row is causal by order, also for tokens that share a position."""
+  # Three latents at the anchor's position 5, then two ahead tokens.
   assert fresh([5, 5, 5, 6, 7], [1] * 5, window=2) == ['x....', 'xx...', 'xxx..', 'xxxx.', '...xx']
 
 
-def test_cached_tokens_are_seen_up_to_the_horizon_in_the_own_document():
+def test_cached_mask_stops_at_prefix():
+  """Cached tokens of the same document are seen, in the prefix only."""
   assert cached([2, 3], [1, 1], prefix_length=2) == ['xx.....', 'xx.....']
   assert cached([2, 3], [2, 2], prefix_length=5) == ['...xx..', '...xx..']
   assert cached([2, 3], [2, 0], prefix_length=7) == ['...xxx.', '.......']
 
 
 @pytest.mark.parametrize('prefix_length', [0, -2])
-def test_an_empty_horizon_shows_nothing(prefix_length):
+def test_empty_prefix_shows_nothing(prefix_length):
+  """An empty prefix shows nothing."""
   assert cached([2], [1], prefix_length) == ['.......']
 
 
-def test_a_window_reaches_into_the_cache_exactly_as_far_as_it_says():
+def test_window_reaches_into_cache():
+  """A window reaches into the cache exactly as far as it says."""
   assert cached([2, 3, 4], [2] * 3, prefix_length=6, window=3) == ['...xxx.', '....xx.', '.....x.']
 
 
 def example(seed=0, cached_length=5, length=3):
-  """Arguments of `attend`, what is differentiable and what is visible: B = 2, M = 3, N = 4, K = 2.
+  """Differentiable arguments of `attend`, and visible keys: B = 2, M = 3, N = 4, K = 2.
 
-  One query of the twelve sees nothing, the others see some of both parts at random.
+  One query of the twelve sees nothing. The others see some of both parts, at random.
   """
   random = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
@@ -94,7 +147,7 @@ def example(seed=0, cached_length=5, length=3):
 
 
 def joined(inputs, visible):
-  """Keys, values [B, M, P, K, H] and mask_spec [B, M, Q, P], the cache behind the fresh tokens."""
+  """Keys, values [B, M, P, K, H] and visible [B, M, Q, P]: fresh tokens, then cached ones."""
 
   def join(name):
     cached = inputs[f'cached_{name}'][:, None]
@@ -107,7 +160,7 @@ def joined(inputs, visible):
 
 
 def slow_attention(queries, keys, values, visible, cap):
-  """One query, head and key after the other, in float64."""
+  """Attention by a loop over queries, heads and keys, in float64."""
   queries, keys, values = (np.asarray(x, np.float64) for x in (queries, keys, values))
   group = queries.shape[3] // keys.shape[3]
   out = np.zeros(queries.shape)
@@ -123,27 +176,31 @@ def slow_attention(queries, keys, values, visible, cap):
 
 
 @pytest.mark.parametrize('cap', [None, 0.8])
-def test_attention_equals_a_slow_one_over_cached_and_fresh_keys_together(cap):
+def test_attend_equals_slow_attention(cap):
+  """Attention equals a slow one over cached and fresh keys together."""
   inputs, visible = example()
   expected = slow_attention(inputs['queries'], *joined(inputs, visible), cap)
   np.testing.assert_allclose(attend(**inputs, **visible, cap=cap), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_without_a_cache_only_fresh_keys_count():
+def test_attend_without_cache():
+  """Without a cache, only fresh keys count."""
   inputs, visible = ({name: value for name, value in part.items() if 'cached' not in name}
                      for part in example())
   expected = slow_attention(*inputs.values(), visible['fresh_visible'], cap=None)
   np.testing.assert_allclose(attend(**inputs, **visible), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_empty_cache_is_no_cache():
+def test_attend_over_empty_cache():
+  """An empty cache is the same as no cache."""
   inputs, visible = example(cached_length=0)
   fresh_alone = {name: value for part in (inputs, visible) for name, value in part.items()
                  if 'cached' not in name}
   np.testing.assert_array_equal(attend(**inputs, **visible), attend(**fresh_alone))
 
 
-def test_scores_of_any_size_pick_the_best_key_and_do_not_overflow():
+def test_attend_with_large_scores():
+  """Scores of any size pick the best key and do not overflow."""
   inputs, visible = example()
   inputs['queries'] *= 1e4
   result = attend(**inputs, **visible)
@@ -155,7 +212,8 @@ def test_scores_of_any_size_pick_the_best_key_and_do_not_overflow():
       np.testing.assert_allclose(result[b, m, q, n], values[b, m, best, n // 2], rtol=1e-3)
 
 
-def test_gradients_equal_those_of_one_plain_softmax():
+def test_attend_gradients():
+  """Gradients equal those of one plain softmax."""
   inputs, visible = example()
   weight = jax.random.normal(jax.random.key(1), inputs['queries'].shape)
 
@@ -176,7 +234,8 @@ def test_gradients_equal_those_of_one_plain_softmax():
     np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients():
+def test_attend_to_nothing():
+  """A query that sees nothing gives zeros and zero gradients."""
   inputs, visible = example()
   nothing = jax.tree.map(jnp.zeros_like, visible)
   result, pull = jax.vjp(jax.jit(lambda inputs: attend(**inputs, **nothing)), inputs)
@@ -185,7 +244,8 @@ def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients():
     assert np.all(gradient == 0)
 
 
-def test_the_result_has_the_dtype_of_the_queries():
+def test_attend_keeps_dtype():
+  """The result has the dtype of the queries."""
   inputs, visible = example()
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
   result = attend(**rounded, **visible)
@@ -194,14 +254,16 @@ def test_the_result_has_the_dtype_of_the_queries():
   np.testing.assert_allclose(result.astype(jnp.float32), exact, atol=0.02)
 
 
-def test_a_softcap_bounds_and_none_does_not():
+def test_softcap():
+  """A soft-cap bounds x, and None leaves x as it is."""
   x = jnp.array([-1e6, -0.01, 0.0, 1e6])
   np.testing.assert_allclose(softcap(x, 5.0), [-5, -0.01, 0, 5], rtol=1e-5)
   assert softcap(x, None) is x
 
 
 @pytest.mark.parametrize('slots', [0, 6])
-def test_blocks_of_queries_give_the_values_and_gradients_of_the_row_as_a_whole(monkeypatch, slots):
+def test_blocks_equal_whole_row(monkeypatch, slots):
+  """Blocks of queries give the values and gradients of the whole row."""
   rng = np.random.default_rng(0)
   array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
   length = 17
@@ -209,8 +271,8 @@ def test_blocks_of_queries_give_the_values_and_gradients_of_the_row_as_a_whole(m
   cache = KVCache(array(2, slots, 2, 8), array(2, slots, 2, 8),
                   jnp.broadcast_to(jnp.arange(slots), (2, slots)), jnp.ones((2, slots), int))
   positions = jnp.broadcast_to(slots + jnp.arange(length), (2, 3, length))
-  mask_spec = AttentionMaskSpec(jnp.broadcast_to(jnp.arange(length) // 9 + 1, positions.shape),
-                          jnp.full((2, 3), slots))
+  mask_spec = AttentionMaskSpec(
+      jnp.broadcast_to(jnp.arange(length) // 9 + 1, positions.shape), jnp.full((2, 3), slots))
 
   def loss(*fresh):
     mixed = attend_visible(*fresh, positions, mask_spec, jnp.array(7), cache, cap=5.0)
@@ -224,7 +286,8 @@ def test_blocks_of_queries_give_the_values_and_gradients_of_the_row_as_a_whole(m
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
 
 
-def test_a_block_is_not_compared_with_the_tokens_after_it(monkeypatch):
+def test_blocks_skip_later_tokens(monkeypatch):
+  """A block is not compared with the tokens after it."""
   monkeypatch.setattr(attention, 'MIN_BLOCK', 4)
   ones = jnp.ones((1, 1, 8, 1, 2))
   keys = ones.at[:, :, 4:].set(jnp.nan)

@@ -1,4 +1,4 @@
-"""The decoder is Gemma 2: equal to a plain reference, cached or not, and of its real sizes."""
+"""The decoder equals a plain reference, cached or not; a fingerprint changes with any bit."""
 
 import dataclasses
 
@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from latent_deliberation.model.decoder import Decoder, boxed_shapes
+from latent_deliberation.model import decoder as module
+from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
 from latent_deliberation.model.transformer_config import PRESETS
+from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests import tiny
 from tests.deliberation import dense_reference
 
@@ -22,7 +25,8 @@ def logits_of(params, batch, config):
   return tiny.read(params, batch.tokens, batch.positions, batch.segments, config)[1]
 
 
-def test_logits_equal_those_of_a_dense_reference(batch, decoder_params, logits):
+def test_logits_equal_dense_reference(batch, decoder_params, logits):
+  """Logits equal those of a plain reference with dense masks."""
   table = decoder_params['embedder']['table']
   for text in range(2):
     tokens, segments, positions = (np.asarray(leaf[text]) for leaf in (
@@ -40,13 +44,15 @@ def test_logits_equal_those_of_a_dense_reference(batch, decoder_params, logits):
     {'attention_softcap': None}, {'final_softcap': None}, {'query_scale': None},
     {'rope_base': 1e4}, {'rope_local_base': 1e4}, {'rope_scaling': 8.0}, {'post_norms': False},
     {'norm_epsilon': 1e-1}])
-def test_every_setting_of_the_architecture_matters(batch, decoder_params, logits, change):
-  # What this test cannot tell apart, no other test here could either.
+def test_every_setting_matters(batch, decoder_params, logits, change):
+  """Every setting of the architecture moves the logits."""
+  # A setting without effect here would have none in the other tests, too.
   other = logits_of(decoder_params, batch, dataclasses.replace(tiny.CONFIG, **change))
   assert np.abs(other - logits).max() > 0.05
 
 
-def test_a_packed_document_is_read_as_if_it_were_alone(batch, decoder_params, logits):
+def test_packed_document_equals_alone(batch, decoder_params, logits):
+  """A packed document has the logits and positions that it has alone."""
   for text, inside in ((0, slice(7, 11)), (1, slice(9, 15))):
     _, alone, cache = tiny.read(decoder_params, batch.tokens[text:text + 1, inside])
     np.testing.assert_allclose(logits[text, inside], alone[0], atol=2e-5)
@@ -54,7 +60,8 @@ def test_a_packed_document_is_read_as_if_it_were_alone(batch, decoder_params, lo
 
 
 @pytest.mark.parametrize('sizes', [(1, 1, 1), (4,)])
-def test_reading_on_from_a_cache_equals_reading_all_at_once(batch, decoder_params, sizes):
+def test_cached_equals_uncached(batch, decoder_params, sizes):
+  """Reading on from a cache gives the logits of reading all at once."""
   tokens = batch.tokens[:, :7]
   _, whole, expected = tiny.read(decoder_params, tokens)
   start = 7 - sum(sizes)
@@ -68,7 +75,8 @@ def test_reading_on_from_a_cache_equals_reading_all_at_once(batch, decoder_param
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, expected)
 
 
-def test_computing_in_bfloat16_rounds_and_keeps_logits_in_float32(batch, decoder_params, logits):
+def test_bfloat16_keeps_float32_logits(batch, decoder_params, logits):
+  """A bfloat16 computation rounds a little, and its logits are float32."""
   rounded = jax.jit(Decoder(tiny.CONFIG, dtype='bfloat16').apply)
   other, cache = rounded({'params': decoder_params}, batch.tokens, batch.positions,
                          batch.segments)
@@ -84,14 +92,77 @@ def test_computing_in_bfloat16_rounds_and_keeps_logits_in_float32(batch, decoder
     ('gemma2_2b', 2_024_517_888, 2_614_341_888),
     ('gemma2_9b', 8_324_201_984, 9_241_705_984),
     ('gemma2_27b', 26_047_480_320, 27_227_128_320)])
-def test_the_published_sizes_have_the_published_numbers_of_parameters(name, inner, total):
+def test_presets_have_published_sizes(name, inner, total):
+  """The presets have the published numbers of parameters."""
   shapes = boxed_shapes(PRESETS[name])
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
   assert (count(shapes['transformer']), count(shapes)) == (inner, total)
 
 
-def test_tokens_may_be_of_numpy(decoder_params):
+def test_tokens_may_be_numpy(decoder_params):
+  """Tokens of numpy and of jax give the same logits."""
   tokens = np.arange(1, 9, dtype=np.int32).reshape(2, 4)
   logits, _ = Decoder(tiny.CONFIG).apply({'params': decoder_params}, tokens)
   np.testing.assert_array_equal(
       logits, Decoder(tiny.CONFIG).apply({'params': decoder_params}, jnp.asarray(tokens))[0])
+
+
+VALUES = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+
+
+def tree(values=VALUES, name='w'):
+  return {'layer': {name: jnp.asarray(values)}, 'scale': jnp.ones(3, jnp.bfloat16)}
+
+
+def swapped():
+  values = VALUES.copy()
+  values[1, 2], values[3, 4] = VALUES[3, 4], VALUES[1, 2]
+  return values
+
+
+def flipped(bit):
+  bits = VALUES.view(np.uint32).copy()
+  bits[5, 1] ^= np.uint32(1 << bit)
+  return bits.view(np.float32)
+
+
+@pytest.mark.parametrize('other', [
+    tree(flipped(0)), tree(flipped(31)), tree(swapped()), tree(VALUES[::-1]), tree(name='v'),
+    tree(VALUES.reshape(6, 8)), tree(VALUES.astype(jnp.bfloat16)), tree()['layer'],
+    {**tree(), 'scale': tree()['scale'].at[0].set(-0.0)},
+], ids=['lowest bit', 'sign', 'swapped', 'reversed', 'renamed', 'reshaped', 'rounded', 'fewer',
+        'bfloat16 bit'])
+def test_fingerprint_changes(other):
+  """Any change of bits, names or shapes changes the fingerprint."""
+  assert fingerprint(other) != fingerprint(tree())
+
+
+def test_fingerprint_of_signed_zeros():
+  """Zeros of different signs have different fingerprints."""
+  assert fingerprint({'w': jnp.zeros(3)}) != fingerprint({'w': -jnp.zeros(3)})
+
+
+@pytest.mark.parametrize('mesh, spec', [
+    (MeshConfig(8), PartitionSpec('data')), (MeshConfig(1, 4, 2), PartitionSpec('fsdp', 'tensor')),
+    (MeshConfig(2, 2, 2), PartitionSpec(('data', 'fsdp'), 'tensor')),
+    (MeshConfig(2, 2, 2), PartitionSpec())])
+def test_fingerprint_ignores_sharding(mesh, spec):
+  """The fingerprint is the same under any sharding."""
+  sharding = NamedSharding(make_mesh(mesh), spec)
+  sharded = {**tree(), 'layer': jax.device_put(tree()['layer'], sharding)}
+  assert fingerprint(sharded) == fingerprint(tree())
+
+
+def test_fingerprint_ignores_order():
+  """The fingerprint is the same for numpy, and in any order of a dict."""
+  reordered = dict(reversed(tree().items()))
+  assert fingerprint(jax.tree.map(np.asarray, reordered)) == fingerprint(tree())
+
+
+def test_fingerprint_in_blocks(monkeypatch):
+  """Large leaves are summed in blocks, with the same result."""
+  leaf = jax.random.normal(jax.random.key(0), (7, 5, 3))
+  at_once = fingerprint({'w': leaf})
+  monkeypatch.setattr(module, '_BLOCK', 31)  # two rows at a time, and one
+  assert fingerprint({'w': leaf}) == at_once
+  assert fingerprint({'w': leaf.at[6, 4, 2].add(1)}) != at_once

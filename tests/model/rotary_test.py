@@ -1,4 +1,4 @@
-"""Rotary embedding does what its formula says, and the fused form does the same."""
+"""Rotary embedding computes its formula, and the fused form computes the same."""
 
 import functools
 import importlib.util
@@ -19,28 +19,31 @@ WIDTH = 256  # halves of heads must be 128 wide for the kernel
 
 
 def rotated(x, position, scale=1.0):
-  """As (query, key)."""
+  """x rotated as a query and as a key."""
   frequencies = jnp.asarray(rotary_frequencies(x.size, base=100.0))
   heads = x[None, None, None, None, :]
-  return tuple(turned.reshape(-1) for turned in rotary.rotate(
+  return tuple(rotated.reshape(-1) for rotated in rotary.rotate(
       heads, heads, jnp.full((1, 1, 1), position), frequencies, scale))
 
 
-def test_position_zero_is_not_rotated_and_no_position_changes_a_length():
+def test_rotation_keeps_lengths():
+  """Position 0 is not rotated, and no position changes a length."""
   x = jax.random.normal(jax.random.key(0), (8,))
   np.testing.assert_array_equal(rotated(x, 0)[1], x)
   np.testing.assert_allclose(np.linalg.norm(rotated(x, 13)[1]), np.linalg.norm(x), rtol=1e-6)
 
 
-def test_a_rotated_product_depends_on_the_distance_alone():
+def test_product_depends_on_distance():
+  """A product of rotated vectors depends only on their distance."""
   q, k = jax.random.normal(jax.random.key(0), (2, 8))
   product = lambda i, j: rotated(q, i)[0] @ rotated(k, j)[1]  # noqa: E731
   np.testing.assert_allclose(product(7, 3), product(1007, 1003), atol=2e-4)
   assert abs(product(7, 3) - product(7, 4)) > 0.01
 
 
-def test_halves_are_paired_as_gemma_pairs_them_and_queries_alone_are_scaled():
-  # The first pair is (x_0, x_2) and turns by one radian a position.
+def test_halves_are_paired():
+  """Halves are paired as in Gemma, and only queries are scaled."""
+  # The first pair is (x_0, x_2), which rotates by one radian a position.
   query, key = rotated(jnp.array([1.0, 0.0, 0.0, 0.0]), 1, scale=0.5)
   np.testing.assert_allclose(key, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
   np.testing.assert_allclose(query, key / 2, atol=1e-6)
@@ -57,7 +60,7 @@ def inputs(traces=3, length=7, dtype='float32', width=WIDTH):
 
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate(function, *inputs):
-  """The results, and the gradients of their sum in random weights by queries and keys."""
+  """The results, and the gradients of their randomly weighted sum by queries and keys."""
   weights = [jax.random.normal(jax.random.key(1), x.shape, x.dtype) for x in inputs[:2]]
   results, pull = jax.vjp(lambda *heads: function(*heads, *inputs[2:], scale=0.3), *inputs[:2])
   return results, pull(tuple(weights))
@@ -66,7 +69,8 @@ def evaluate(function, *inputs):
 @pytest.mark.parametrize('sizes', [
     {}, {'traces': 1, 'length': 1}, {'traces': 1, 'length': 1031}, {'dtype': 'bfloat16'},
     {'width': 24}], ids=str)
-def test_the_fused_form_has_the_values_and_gradients_of_the_plain_one(sizes):
+def test_fused_rotary_equals_plain(sizes):
+  """The fused form has the values and gradients of the plain one."""
   given = inputs(**sizes)
   for fused, plain in zip(*(jax.tree.leaves(evaluate(function, *given)) for function in (
       fused_rotary.rotate, rotary.rotate)), strict=True):
@@ -75,7 +79,8 @@ def test_the_fused_form_has_the_values_and_gradients_of_the_plain_one(sizes):
                                atol=0.02 if plain.dtype == jnp.bfloat16 else 1e-5)
 
 
-def test_on_a_mesh_each_device_turns_its_own_texts_and_heads():
+def test_fused_rotary_on_mesh():
+  """On a mesh, each device rotates its own texts and heads."""
   given = inputs()
   mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
   with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(DEFAULT_RULES.items())):
@@ -87,13 +92,15 @@ def test_on_a_mesh_each_device_turns_its_own_texts_and_heads():
     assert heads.sharding.shard_shape(heads.shape) == (1, 3, 7, count, WIDTH)
 
 
-def test_a_gpu_has_no_kernel_for_it():
+def test_gpu_runs_plain_rotary():
+  """A GPU runs the plain form."""
   lowered = evaluate.trace(fused_rotary.rotate, *inputs()).lower(lowering_platforms=('cuda',))
   assert 'custom_call' not in lowered.as_text()
 
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, a compiler')
-def test_the_kernel_compiles_for_a_tpu_at_a_size_that_fills_no_block(monkeypatch):
+def test_fused_rotary_compiles_for_tpu(monkeypatch):
+  """The kernel compiles for a TPU at a size that fills no block."""
   monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   chip = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices[0]
   place = jax.sharding.SingleDeviceSharding(chip)

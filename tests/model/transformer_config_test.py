@@ -1,4 +1,4 @@
-"""Sizes are checked when they are written down, and the message names them."""
+"""A config checks its sizes, and the error has the name and the value."""
 
 import dataclasses
 
@@ -10,32 +10,36 @@ from tests import tiny
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'vocab_size': 0}, 'vocab_size = 0: .* at least 1'),
-    ({'num_layers': -1}, 'num_layers = -1: .* at least 1'),
-    ({'window': 0}, 'window = 0: .* at least 1'),
-    ({'num_kv_heads': 3}, 'num_heads = 4 is not a multiple of num_kv_heads = 3'),
-    ({'head_dim': 5}, 'head_dim = 5 is odd'),
-    ({'layer_pattern': ('local', 'sparse')}, r"'sparse'.*must be among \('local', 'global'\)"),
+    ({'vocab_size': 0}, 'vocab_size = 0 '),
+    ({'num_layers': -1}, 'num_layers = -1 '),
+    ({'window': 0}, 'window = 0 '),
+    ({'num_kv_heads': 3}, 'num_heads = 4 .*num_kv_heads = 3'),
+    ({'head_dim': 5}, 'head_dim = 5 '),
+    ({'layer_pattern': ('local', 'sparse')}, r"'sparse'.*\('local', 'global'\)"),
     ({'layer_pattern': ()}, r'layer_pattern = \(\)'),
 ])
-def test_impossible_sizes_are_refused_by_name_and_value(change, message):
+def test_impossible_sizes(change, message):
+  """Impossible sizes are refused, by name and value."""
   with pytest.raises(UserError, match=message):
     dataclasses.replace(tiny.CONFIG, **change)
 
 
-def test_the_layer_pattern_repeats_from_the_first_layer():
+def test_layer_pattern_repeats():
+  """The pattern of layers repeats from the first layer on."""
   config = dataclasses.replace(
       tiny.CONFIG, num_layers=5, layer_pattern=['local', 'local', 'global'])
   assert config.layer_kinds == ('local', 'local', 'global', 'local', 'local')
 
 
-def test_a_config_survives_json_which_has_no_tuples():
+def test_config_survives_json():
+  """A config survives JSON, which has no tuples."""
   config = PRESETS['gemma2_27b']
   as_json = {**dataclasses.asdict(config), 'layer_pattern': list(config.layer_pattern)}
   assert TransformerConfig(**as_json) == config
 
 
-def test_gemma_sizes_scale_their_queries_as_published():
+def test_presets_scale_queries():
+  """The sizes of Gemma 2 scale their queries as published."""
   scales = {name: config.query_scale or config.head_dim ** -0.5
             for name, config in PRESETS.items() if name.startswith('gemma2')}
   assert scales == {'gemma2_2b': 1 / 16, 'gemma2_9b': 1 / 16, 'gemma2_27b': 1 / 12}

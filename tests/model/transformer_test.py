@@ -1,4 +1,4 @@
-"""One stack serves every pass; how it is computed changes nothing, and nothing leaks."""
+"""One transformer serves every pass. Options of computation change nothing, and nothing leaks."""
 
 import dataclasses
 import functools
@@ -16,15 +16,16 @@ from tests import tiny
 
 
 def trunk_rows(batch, seed=0):
-  """Random embeddings for a batch, its positions and what its tokens may see."""
+  """Random embeddings for a batch, its positions and its mask spec."""
   segments = batch.segments[:, None]
   x = jax.random.normal(jax.random.key(seed), (*segments.shape, tiny.CONFIG.embed_dim))
-  return x, batch.positions[:, None], AttentionMaskSpec(segments, jnp.zeros(segments.shape[:2], jnp.int32))
+  nothing_cached = jnp.zeros(segments.shape[:2], jnp.int32)
+  return x, batch.positions[:, None], AttentionMaskSpec(segments, nothing_cached)
 
 
-def values_and_gradients(batch, params, **how):
-  """Hidden states and keys, and gradients of both, with the stack computed in some way."""
-  transformer = Transformer(tiny.CONFIG, **how)
+def values_and_gradients(batch, params, **options):
+  """Hidden states and keys, and their gradients, with options of the transformer."""
+  transformer = Transformer(tiny.CONFIG, **options)
   x, positions, mask_spec = trunk_rows(batch)
 
   @jax.jit
@@ -42,17 +43,17 @@ def plain(batch, decoder_params):
   return values_and_gradients(batch, decoder_params['transformer'])
 
 
-@pytest.mark.parametrize('how', [
+@pytest.mark.parametrize('options', [
     {'scan': False}, *({'remat': remat} for remat in REMAT_POLICIES if remat != 'none'),
     {'scan': False, 'remat': 'full'}])
-def test_unrolling_and_recomputing_change_neither_values_nor_gradients(
-    batch, decoder_params, plain, how):
-  other = values_and_gradients(batch, decoder_params['transformer'], **how)
+def test_scan_and_remat_change_nothing(batch, decoder_params, plain, options):
+  """Unrolling and recomputing change neither values nor gradients."""
+  other = values_and_gradients(batch, decoder_params['transformer'], **options)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), other, plain)
 
 
 def kernels(jaxpr):
-  """Number of calls of a Pallas kernel in a jaxpr, those inside of its loops and calls, too."""
+  """Number of calls of Pallas kernels in a jaxpr, also inside its loops and calls."""
   found = 0
   for equation in jaxpr.eqns:
     found += equation.primitive.name == 'pallas_call'
@@ -65,8 +66,8 @@ def is_jaxpr(leaf):
   return hasattr(getattr(leaf, 'jaxpr', leaf), 'eqns')
 
 
-def test_only_a_backward_pass_that_keeps_nothing_runs_the_fused_kernel_again(
-    batch, decoder_params):
+def test_remat_keeps_fused_results(batch, decoder_params):
+  """Only a backward pass that keeps nothing runs the fused kernel again."""
   x, positions, mask_spec = trunk_rows(batch)
   keys = jnp.ones((tiny.CONFIG.num_layers, *x.shape[:1], 5, tiny.CONFIG.num_kv_heads,
                    tiny.CONFIG.head_dim))
@@ -83,10 +84,11 @@ def test_only_a_backward_pass_that_keeps_nothing_runs_the_fused_kernel_again(
   assert [runs(remat) == once for remat in ('mid', 'dots', 'full')] == [True, True, False]
 
 
-def test_a_fused_stack_turns_wide_heads_in_a_kernel_and_gives_what_the_plain_one_gives(batch):
+def test_fused_transformer_equals_plain(batch):
+  """A fused transformer rotates wide heads in a kernel and equals the plain one."""
   config = dataclasses.replace(tiny.CONFIG, head_dim=256, layer_pattern=('global',), num_layers=1)
   x, positions, mask_spec = trunk_rows(batch)
-  plain, fused = (Transformer(config, attention=way) for way in ('plain', 'fused'))
+  plain, fused = (Transformer(config, attention=name) for name in ('plain', 'fused'))
   params = nn.unbox(plain.init(jax.random.key(1), x, positions, mask_spec))
 
   def total(transformer, x):
@@ -95,18 +97,19 @@ def test_a_fused_stack_turns_wide_heads_in_a_kernel_and_gives_what_the_plain_one
 
   jaxpr = jax.make_jaxpr(functools.partial(total, fused))(x)
   assert 'name=rotary' in str(jaxpr)
-  values = [jax.jit(jax.value_and_grad(functools.partial(total, way)))(x)
-            for way in (fused, plain)]
+  values = [jax.jit(jax.value_and_grad(functools.partial(total, transformer)))(x)
+            for transformer in (fused, plain)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *values)
 
 
-def test_an_unknown_way_to_compute_attention_is_refused(batch):
-  with pytest.raises(UserError, match="attention = 'flash': must be one of .*'plain', 'fused'"):
+def test_unknown_attention(batch):
+  """An unknown computation of attention is refused."""
+  with pytest.raises(UserError, match="attention = 'flash'.*'plain', 'fused'"):
     Transformer(tiny.CONFIG, attention='flash').init(jax.random.key(0), *trunk_rows(batch))
 
 
 def influence(transformer, params, x, *where):
-  """By gradient: [B, M, Q, B, M, Q] whether a hidden state (first) depends on x (last)."""
+  """Whether a hidden state depends on an embedding, by gradient: [B, M, Q, B, M, Q]."""
 
   @jax.jit
   @jax.vmap
@@ -119,8 +122,8 @@ def influence(transformer, params, x, *where):
   return (np.abs(gradient(*indices)).max(axis=-1) > 0).reshape(x.shape[:3] * 2)
 
 
-def test_a_token_sees_its_own_document_up_to_itself_and_nothing_sees_padding(
-    decoder_params, batch):
+def test_tokens_see_their_document(decoder_params, batch):
+  """By gradient, a token sees its own document up to itself; nothing sees padding."""
   touched = influence(Transformer(tiny.CONFIG), decoder_params['transformer'], *trunk_rows(batch))
   segments, order = np.asarray(batch.segments), np.arange(tiny.LENGTH)
   for text in range(2):
@@ -131,7 +134,8 @@ def test_a_token_sees_its_own_document_up_to_itself_and_nothing_sees_padding(
 
 
 @pytest.mark.parametrize('layers, window, reach', [(1, 4, 3), (3, 2, 3), (1, 1, 0)])
-def test_local_layers_reach_exactly_as_far_as_their_window(decoder_params, layers, window, reach):
+def test_local_layers_reach_their_window(decoder_params, layers, window, reach):
+  """Local layers reach exactly as far as their window."""
   config = dataclasses.replace(tiny.CONFIG, num_layers=layers, window=window,
                                layer_pattern=('local',))
   params = decoder_params['transformer']
@@ -141,7 +145,8 @@ def test_local_layers_reach_exactly_as_far_as_their_window(decoder_params, layer
   np.testing.assert_array_equal(touched[0, 0, :, 0, 0], (0 <= distance) & (distance <= reach))
 
 
-def test_rows_that_share_a_cache_do_not_see_each_other(decoder_params, batch):
+def test_rows_do_not_see_each_other(decoder_params, batch):
+  """Rows that share a cache do not see each other."""
   _, _, cache = tiny.read(decoder_params, batch.tokens, batch.positions, batch.segments)
   x = jax.random.normal(jax.random.key(0), (2, 3, 2, tiny.CONFIG.embed_dim))
   positions = jnp.broadcast_to(jnp.array([4, 5]), x.shape[:3])

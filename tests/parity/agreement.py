@@ -1,9 +1,9 @@
-"""How far computing in bfloat16 moves the logits of the goldens: ours, and transformers' beside it.
+"""Prints how far bfloat16 moves the logits of the goldens, for our decoder and for transformers.
 
     python -m tests.parity.agreement
 
-Each is compared with float32 logits of its own; weights and arithmetic are both rounded. Needs no
-torch, since what transformers computed in bfloat16 is part of the goldens.
+Both weights and arithmetic are rounded. Each result is compared with its own float32 logits. This
+needs no torch, because the goldens hold the bfloat16 logits of transformers.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from tests.parity import golden
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-  """How near logits are to others.
+  """The distance between two arrays of logits.
 
   Attributes:
-    largest, mean: absolute difference.
+    largest, mean: largest and mean absolute difference.
     first_choices: share of positions with the same most likely token.
     divergence: mean Kullback-Leibler divergence of the next-token distributions, in nats.
   """
@@ -33,7 +33,7 @@ class Agreement:
 
   @classmethod
   def between(cls, exact: np.ndarray, rounded: np.ndarray) -> 'Agreement':
-    """Of logits [B, T, V]."""
+    """Compares logits [B, T, V]."""
     difference = np.abs(exact - rounded)
     wanted, got = (np.asarray(jax.nn.log_softmax(logits)) for logits in (exact, rounded))
     return cls(
@@ -48,7 +48,7 @@ class Agreement:
 
 def measure(stored: golden.Golden, config: TransformerConfig, params: Params,
             ) -> tuple[Agreement, Agreement]:
-  """Bfloat16 against float32 on a golden: ours with its parameters, and transformers'."""
+  """Compares bfloat16 with float32 on a golden, for our decoder and for transformers."""
   exact = golden.logits_of(config, params, stored.tokens)
   params = jax.tree.map(lambda leaf: leaf.astype('bfloat16'), params)
   rounded = golden.logits_of(config, params, stored.tokens, dtype='bfloat16')

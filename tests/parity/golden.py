@@ -1,4 +1,4 @@
-"""What make_goldens.py has left, and our own decoder run the same way; needs no torch."""
+"""Reads the goldens of make_goldens.py, and runs our decoder in the same way. Needs no torch."""
 
 import dataclasses
 import functools
@@ -22,13 +22,13 @@ TOLERANCE = 2e-5  # of logits of order 4, in float32
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-  """What transformers computes with a checkpoint.
+  """A checkpoint, and the results of transformers with it.
 
   Attributes:
-    directory: the checkpoint.
-    tokens: [B, LENGTH] at random.
-    logits: [B, LENGTH, V] in float32.
-    logits_bfloat16: the same computed in bfloat16.
+    directory: directory of the checkpoint.
+    tokens: [B, LENGTH] random tokens.
+    logits: [B, LENGTH, V] logits in float32.
+    logits_bfloat16: [B, LENGTH, V] logits computed in bfloat16.
     continuation: [B, CONTINUATION] greedy text after tokens[:, :PROMPT].
   """
   directory: Path
@@ -39,7 +39,7 @@ class Golden:
 
 
 def read_golden(name: str) -> Golden:
-  """The golden of one of NAMES."""
+  """Reads the golden of one of NAMES."""
   directory = DIRECTORY / name
   return Golden(directory, **np.load(directory / 'golden.npz'))
 
@@ -53,7 +53,7 @@ def logits_of(config: TransformerConfig, params: Params, tokens: Array,
 
 @functools.partial(jax.jit, static_argnames='config')
 def prefill(config: TransformerConfig, params: Params, tokens: Array) -> tuple[Array, KVCache]:
-  """Logits [B, V] behind the last token, and a cache of LENGTH places, the first of them empty."""
+  """Logits [B, V] after the last token, and a cache of LENGTH places, the first of them empty."""
   logits, cache = Decoder(config).apply({'params': params}, tokens)
   empty = (LENGTH - cache.length, 0)
   layered, flat = ((0, 0), (0, 0), empty, (0, 0), (0, 0)), ((0, 0), empty)
@@ -65,10 +65,10 @@ def prefill(config: TransformerConfig, params: Params, tokens: Array) -> tuple[A
 @functools.partial(jax.jit, static_argnames='config')
 def step(config: TransformerConfig, params: Params, tokens: Array, position: int,
          cache: KVCache) -> tuple[Array, KVCache]:
-  """Logits [B, V] behind one more token [B], and the cache that holds it too.
+  """Logits [B, V] after one more token [B], and the cache with that token.
 
-  The cache keeps its length, so that all steps are one compilation: its first place goes, which is
-  empty as long as a text is not longer than LENGTH.
+  The cache keeps its length, so that all steps are one compilation. It drops its first place, which
+  is empty if texts have at most LENGTH tokens.
   """
   decoder, variables = Decoder(config), {'params': params}
   tokens = tokens[:, None, None]
@@ -83,9 +83,9 @@ def step(config: TransformerConfig, params: Params, tokens: Array, position: int
 
 
 def read_on(config: TransformerConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
-  """Logits [B, CONTINUATION + 1, V] of texts [B, LENGTH], of all tokens from the PROMPT's last on.
+  """Logits [B, CONTINUATION + 1, V] of texts [B, LENGTH], from the last token of the prompt on.
 
-  The prompt is prefilled, the rest read token by token.
+  The prompt is prefilled, and the rest is read token by token.
   """
   last, cache = prefill(config, params, tokens[:, :PROMPT])
   logits = [last]

@@ -1,4 +1,4 @@
-"""Our decoder computes what transformers computes, on every architecture. Needs no torch."""
+"""Our decoder computes the same as transformers, on every architecture. Needs no torch."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 from tests.parity import golden
 from tests.parity.agreement import measure
 
-# Features as they would be if nobody had thought of them.
+# One feature of an architecture, switched off or changed.
 CHANGES = (
     ('gemma1', {'rope_base': 10_000.0}),
     ('gemma1_multihead', {'norm_epsilon': 1e-6}),
@@ -39,7 +39,7 @@ CHANGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A golden, and its checkpoint as we read it."""
+  """A golden, with its checkpoint as we read it."""
   golden: golden.Golden
   config: TransformerConfig
   params: Params
@@ -56,28 +56,32 @@ def case(request) -> Case:
   return case_of(request.param)
 
 
-def test_logits_are_those_of_transformers(case):
+def test_logits_equal_transformers(case):
+  """Logits equal those of transformers."""
   logits = golden.logits_of(case.config, case.params, case.golden.tokens)
   assert 2 < np.abs(case.golden.logits).max() < 8
   np.testing.assert_allclose(logits, case.golden.logits, rtol=0, atol=golden.TOLERANCE)
 
 
-def test_reading_on_token_by_token_gives_the_logits_of_reading_at_once(case):
+def test_stepwise_equals_whole(case):
+  """Reading token by token gives the logits of reading at once."""
   whole = golden.logits_of(case.config, case.params, case.golden.tokens)
   stepwise = golden.read_on(case.config, case.params, case.golden.tokens)
   expected = whole[:, golden.PROMPT - 1:]
   np.testing.assert_allclose(stepwise, expected, rtol=0, atol=golden.TOLERANCE)
 
 
-def test_greedy_continuations_are_those_of_transformers(case):
+def test_greedy_equals_transformers(case):
+  """Greedy continuations equal those of transformers."""
   prompts = case.golden.tokens[:, :golden.PROMPT]
   chosen = golden.continue_greedily(case.config, case.params, prompts)
   np.testing.assert_array_equal(chosen, case.golden.continuation)
-  assert all(len(set(text)) > 4 for text in chosen.tolist())  # else it would show little
+  assert all(len(set(text)) > 4 for text in chosen.tolist())  # else they would show little
 
 
 @pytest.mark.parametrize('name, change', CHANGES)
-def test_every_feature_switched_off_is_seen(name, change):
+def test_every_feature_matters(name, change):
+  """Each feature, switched off, moves the logits."""
   case = case_of(name)
   for key, value in change.items():
     assert getattr(case.config, key) != value
@@ -86,7 +90,8 @@ def test_every_feature_switched_off_is_seen(name, change):
   assert np.abs(logits - case.golden.logits).max() > 0.05
 
 
-def test_every_norm_scales_by_one_plus_its_weight(case):
+def test_every_norm_matters(case):
+  """Each norm scales by one plus its weight."""
   leaves, structure = jax.tree.flatten_with_path(case.params)
   norms = [path for path, _ in leaves if path[-1].key == 'scale']
   for norm in norms:
@@ -94,24 +99,26 @@ def test_every_norm_scales_by_one_plus_its_weight(case):
     logits = golden.logits_of(
         case.config, jax.tree.unflatten(structure, others), case.golden.tokens)
     effect = np.abs(logits - case.golden.logits).max()
-    assert effect > 0.05, f'{jax.tree_util.keystr(norm)} moves logits by {effect} only'
+    assert effect > 0.05, f'{jax.tree_util.keystr(norm)} moves logits by only {effect}'
   assert len(norms) == 3 + 2 * case.config.post_norms + 2 * case.config.qk_norm
 
 
-# Those of 'gemma2_bfloat16' have layer types for which transformers 4 had no words.
+# transformers 4 could not express the layer types of 'gemma2_bfloat16'.
 @pytest.mark.parametrize('name', [name for name in golden.NAMES if name != 'gemma2_bfloat16'])
-def test_the_config_that_transformers_4_wrote_is_read_alike(name, tmp_path):
+def test_legacy_config(name, tmp_path):
+  """The config.json of transformers 4 is read as the same config."""
   case, directory = case_of(name), tmp_path / 'legacy'
   shutil.copytree(case.golden.directory, directory)
   (directory / 'config_legacy.json').replace(directory / 'config.json')
   assert weights.open_checkpoint(directory).config == case.config
 
 
-def test_a_text_decoder_inside_a_multimodal_model_may_have_either_prefix(tmp_path):
+def test_multimodal_prefixes(tmp_path):
+  """The decoder of a multimodal model may have either prefix."""
   case = case_of('gemma3_multimodal')
   tensors = load_file(case.golden.directory / 'model.safetensors')
   assert 'language_model.model.norm.weight' in tensors
-  renamed = {  # as the modules of transformers 5 are called, which other writers use
+  renamed = {  # the names of modules in transformers 5, which other writers use
       'model.' + name.replace('language_model.model.', 'language_model.'): tensor
       for name, tensor in tensors.items()}
   save_file(renamed, tmp_path / 'model.safetensors')
@@ -121,7 +128,8 @@ def test_a_text_decoder_inside_a_multimodal_model_may_have_either_prefix(tmp_pat
   jax.tree.map(np.testing.assert_array_equal, params, case.params)
 
 
-def test_shards_and_bfloat16_are_kept_as_stored():
+def test_sharded_bfloat16():
+  """Several files in bfloat16 are loaded as stored."""
   directory = golden.DIRECTORY / 'gemma2_bfloat16'
   index = json.loads((directory / 'model.safetensors.index.json').read_text())
   assert len(set(index['weight_map'].values())) == 3
@@ -132,7 +140,8 @@ def test_shards_and_bfloat16_are_kept_as_stored():
 
 
 @pytest.mark.parametrize('name', ['gemma1', 'gemma2', 'gemma3'])
-def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(name):
+def test_bfloat16_agreement(name):
+  """Our bfloat16 is as near to float32 as that of transformers."""
   case = case_of(name)
   ours, theirs = measure(case.golden, case.config, case.params)
   assert 1e-3 < ours.mean < 1.2 * theirs.mean
@@ -140,6 +149,7 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(name):
   assert ours.first_choices > 0.95
 
 
-def test_no_golden_is_larger_than_a_megabyte():
+def test_goldens_are_small():
+  """No golden is larger than a megabyte."""
   for name in golden.NAMES:
     assert sum(file.stat().st_size for file in (golden.DIRECTORY / name).iterdir()) < 1e6

@@ -1,6 +1,6 @@
-"""Our decoder beside transformers itself, on fresh random models, in and out.
+"""Our decoder and transformers agree on new random models, both ways.
 
-Needs torch and transformers: pip install -e '.[parity]'. Left out where they are not installed.
+Needs torch and transformers: pip install -e '.[parity]'. Skipped if they are not installed.
 """
 
 import json
@@ -13,16 +13,15 @@ import pytest
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
-from latent_deliberation.errors import UserError  # noqa: E402
 from latent_deliberation.model import weights  # noqa: E402
 from tests.parity import golden, make_goldens, tiny_models  # noqa: E402
 
-SEED = 100  # none of the goldens'
+SEED = 100  # no golden has it
 
 
 @pytest.fixture(scope='module', params=golden.NAMES)
 def written(request, tmp_path_factory) -> Path:
-  """A directory that transformers has written."""
+  """A directory that transformers wrote."""
   directory = tmp_path_factory.mktemp('written') / request.param
   tiny_models.build(request.param, SEED).save_pretrained(directory)
   return directory
@@ -38,15 +37,16 @@ def tokens() -> np.ndarray:
   return tiny_models.draw_tokens(SEED, golden.LENGTH)
 
 
-def test_logits_are_those_of_transformers(written, reference, tokens):
+def test_logits_equal_transformers(written, reference, tokens):
+  """Logits equal those of transformers."""
   config, params = weights.load(written)
   np.testing.assert_allclose(golden.logits_of(config, params, tokens),
                              tiny_models.logits_of(reference, tokens),
                              rtol=0, atol=golden.TOLERANCE)
 
 
-def test_continuations_are_those_that_transformers_generates_with_its_cache(
-    written, reference, tokens):
+def test_greedy_equals_generate(written, reference, tokens):
+  """Continuations equal those that transformers generates with its cache."""
   prompts = tokens[:, :golden.PROMPT]
   generated = reference.generate(
       torch.from_numpy(prompts).long(), attention_mask=torch.ones(prompts.shape), do_sample=False,
@@ -55,11 +55,11 @@ def test_continuations_are_those_that_transformers_generates_with_its_cache(
   np.testing.assert_array_equal(chosen, generated.numpy()[:, golden.PROMPT:])
 
 
-def test_transformers_reads_the_legacy_configs_as_the_same_models(
-    written, reference, tokens, tmp_path):
-  # Else our reading of them would be tested against our own idea of them.
+def test_transformers_reads_legacy_configs(written, reference, tokens, tmp_path):
+  """transformers reads the legacy configs as the same models."""
+  # Without this, we would test our reader only against our own idea of these configs.
   if written.name == make_goldens.SHARDED:
-    with pytest.raises(UserError, match='layer_types'):
+    with pytest.raises(ValueError, match='layer_types'):
       make_goldens.legacy_config(json.loads((written / 'config.json').read_text()))
     return
   directory = tmp_path / 'legacy'
@@ -72,7 +72,8 @@ def test_transformers_reads_the_legacy_configs_as_the_same_models(
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_transformers_reads_what_we_write_bit_for_bit(written, tokens, dtype, tmp_path):
+def test_transformers_reads_exports(written, tokens, dtype, tmp_path):
+  """transformers reads our exports, bit by bit."""
   stored, target = tmp_path / 'stored', tmp_path / 'target'
   tiny_models.load(written, getattr(torch, dtype)).save_pretrained(stored)
   config, params = weights.load(stored)
@@ -92,14 +93,15 @@ def test_transformers_reads_what_we_write_bit_for_bit(written, tokens, dtype, tm
 
 
 def text_state(model: tiny_models.PreTrainedModel) -> dict[str, torch.Tensor]:
-  """The tensors of the decoder, by the names that they have where there is no vision tower."""
+  """The tensors of the decoder, by their names in a model without a vision tower."""
   return {name.replace('model.language_model.', 'model.'): tensor
           for name, tensor in model.state_dict().items()
           if not name.startswith(('model.vision_tower.', 'model.multi_modal_projector.'))}
 
 
 @pytest.mark.parametrize('name', golden.NAMES)
-def test_the_committed_goldens_are_those_that_the_script_makes(name, tmp_path):
+def test_goldens_are_reproducible(name, tmp_path):
+  """The committed goldens are those that the script makes."""
   make_goldens.write(name, tmp_path / name)
   committed = golden.DIRECTORY / name
   assert weights_of(tmp_path / name) == weights_of(committed)

@@ -1,14 +1,14 @@
-"""Writes tiny Gemma checkpoints and what transformers computes with them.
+"""Writes tiny Gemma checkpoints and the results of transformers with them.
 
     python -m tests.parity.make_goldens [--target=DIR]
 
 Needs torch and transformers (the extra `parity`). The same versions on the same machine write the
-same bytes; elsewhere the last bits of the logits may differ.
+same bytes. On another machine, the last bits of the logits may differ.
 
-Each folder is a Hugging Face directory as save_pretrained leaves it, and
-  config_legacy.json: the config as transformers 4 wrote it, where it could;
+Each folder is a Hugging Face directory from save_pretrained, and two more files:
+  config_legacy.json: the config in the form of transformers 4, if it could express it;
   golden.npz: tokens [B, T]; logits [B, T, V] and logits_bfloat16, computed in float32 and in
-    bfloat16 from the weights as stored; continuation [B, C], the greedy text after
+    bfloat16 from the stored weights; continuation [B, C], the greedy text after
     tokens[:, :PROMPT].
 """
 
@@ -33,20 +33,20 @@ from tests.parity.tiny_models import (
   logits_of,
 )
 
-MARGIN = 1e-3  # by which a greedy choice must lead: some fifty times what float32 may move it
-# Chosen so that no greedy choice is a close call and no continuation soon repeats one token.
+MARGIN = 1e-3  # smallest lead of a greedy choice: about fifty times the error of float32
+# With these seeds, no greedy choice is close, and no continuation soon repeats one token.
 SEEDS = {'gemma1': 7, 'gemma1_multihead': 4, 'gemma2': 3, 'gemma2_bfloat16': 5, 'gemma3': 1,
          'gemma3_multimodal': 1}
 SHARDED = 'gemma2_bfloat16'  # stored in bfloat16 and in several files
 
-_TARGET = flags.DEFINE_string('target', str(DIRECTORY), 'where to write')
+_TARGET = flags.DEFINE_string('target', str(DIRECTORY), 'Directory to write the goldens to.')
 
 
 def write(name: str, directory: Path) -> None:
-  """One golden, into a directory that it replaces.
+  """Writes one golden, and replaces the directory.
 
   Raises:
-    ValueError: a greedy choice is too close a call to be a fair test; another seed is needed.
+    ValueError: a greedy choice is too close for a fair test; take another seed.
   """
   stored = torch.bfloat16 if name == SHARDED else torch.float32
   model, tokens = build(name, SEEDS[name]).to(stored), draw_tokens(SEEDS[name], LENGTH)

@@ -1,8 +1,8 @@
-"""Tiny Gemma models of transformers in which no feature of the architecture can hide.
+"""Tiny Gemma models of transformers in which every feature of the architecture shows.
 
-Head counts are odd, caps small, windows shorter than the texts, bases and query scales unusual:
-goldens_test.py checks that each of these, switched off, moves the logits by more than 0.05. Needs
-torch and transformers.
+Head counts are odd and caps small. Windows are shorter than the texts. Bases and query scales are
+unusual. goldens_test.py checks that each feature, switched off, moves the logits by more than 0.05.
+Needs torch and transformers.
 """
 
 import zlib
@@ -22,7 +22,7 @@ from transformers import (
   SiglipVisionConfig,
 )
 
-# Threads take longer than matrices of this size, and would sum in an order of the machine's own.
+# For matrices of this size, threads are slower, and their order of sums depends on the machine.
 torch.set_num_threads(1)
 
 VOCAB_SIZE = 64
@@ -35,15 +35,15 @@ def _rope(base: float, **scaling: float | str) -> dict[str, float | str]:
 
 
 def _gemma3(local_base: float, global_base: float, **sizes: int) -> Gemma3TextConfig:
-  """A text model of 5 local layers to a global one, whose positions are divided by 8."""
+  """A text model of 5 local layers to each global one, whose positions are divided by 8."""
   return Gemma3TextConfig(
       **_COMMON, **_WIDTH | sizes, sliding_window=4, rope_parameters={
           'sliding_attention': _rope(local_base),
           'full_attention': _rope(global_base, rope_type='linear', factor=8.0)})
 
 
-# 'gemma3_multimodal' has what transformers 4 took for granted (8 heads, 4 kv heads, both bases), so
-# that its legacy config.json can leave them out, as those of the published sizes do.
+# 'gemma3_multimodal' has the defaults of transformers 4 (8 heads, 4 kv heads, both bases). Its
+# legacy config.json can leave them out, like those of the published sizes.
 CONFIGS: Mapping[str, PreTrainedConfig] = {
     'gemma1': GemmaConfig(
         **_COMMON, hidden_size=40, intermediate_size=44, num_hidden_layers=3,
@@ -76,11 +76,11 @@ CONFIGS: Mapping[str, PreTrainedConfig] = {
 
 
 def build(name: str, seed: int) -> PreTrainedModel:
-  """A model of CONFIGS with weights of its own, float32, plain ('eager') attention.
+  """A model of CONFIGS with random weights in float32 and plain ('eager') attention.
 
-  Matrices are N(0, 0.1) and norm scales N(0, 0.3). The final norm's is N(-1, 1.5), which makes
-  logits of order 4; its factors of both signs keep a tied head from answering with the token just
-  read, so that greedy texts wander.
+  Matrices are N(0, 0.1) and norm scales N(0, 0.3). The scale of the final norm is N(-1, 1.5), which
+  makes logits of order 4. Its factors have both signs, which keeps a tied head from repeating the
+  last token: greedy texts vary.
   """
   model = AutoModelForCausalLM.from_config(
       CONFIGS[name], attn_implementation='eager', dtype=torch.float32).eval()
@@ -102,9 +102,9 @@ def draw_tokens(seed: int, length: int, batch: int = 2) -> np.ndarray:
 
 
 def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-  """A checkpoint as transformers reads it, to be computed in `dtype` with plain attention.
+  """Loads a checkpoint with transformers, in `dtype` and with plain attention.
 
-  Not model.to(dtype), which would round the rotary frequencies too.
+  model.to(dtype) would round the rotary frequencies, too.
   """
   return AutoModelForCausalLM.from_pretrained(
       directory, attn_implementation='eager', dtype=dtype).eval()
@@ -112,13 +112,13 @@ def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
-  """Logits [B, T, V] of tokens [B, T], float32 whatever the model computes in."""
+  """Logits [B, T, V] of tokens [B, T], in float32 for any dtype of the model."""
   return model(torch.from_numpy(tokens).long(), use_cache=False).logits.float().numpy()
 
 
 def continue_greedily(model: PreTrainedModel, prompts: np.ndarray, steps: int,
                       ) -> tuple[np.ndarray, float]:
-  """The most likely next tokens [B, steps], and the least lead of a first choice over a second."""
+  """The most likely next tokens [B, steps], and the smallest lead over a second choice."""
   texts, lead = prompts, np.inf
   for _ in range(steps):
     last = logits_of(model, texts)[:, -1]

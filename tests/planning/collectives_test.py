@@ -1,4 +1,4 @@
-"""Collectives: their axis, their bytes, their time, and how much of it is hidden."""
+"""Collectives: axis, bytes, seconds, and how many of them are hidden."""
 
 import pytest
 
@@ -23,12 +23,14 @@ LINK = 45e9
     ("replica_groups=mesh['a'=4,'b'=1] {'a','b'}", [[0, 1, 2, 3]]),
     ('replica_groups={}', [[0, 1, 2, 3]]),
     ('source_target_pairs={{0,1},{1,0}}', [[0, 1], [1, 0]])])
-def test_groups_are_read_in_every_way_that_xla_writes_them(written, groups):
+def test_read_groups(written, groups):
+  """Groups are read in every form that XLA writes."""
   assert read_groups(f'channel_id=1, {written}', 4).tolist() == groups
 
 
-def test_groups_of_another_form_are_refused():
-  with pytest.raises(UserError, match="no replica groups .* 'replica_groups=new"):
+def test_unknown_groups_are_refused():
+  """Groups in another form are refused."""
+  with pytest.raises(UserError, match="replica groups .*'replica_groups=new"):
     read_groups('replica_groups=new', 4)
 
 
@@ -63,15 +65,16 @@ SIZE = 4 * 1024 * 1024
     ('all-to-all', ROWS, 'fsdp', SIZE, SIZE * 16 / 4 / (2 * LINK)),
     # Half of a row is no ring.
     ('all-gather', '[32,8]<=[256]', 'fsdp', SIZE, SIZE * 7 / 8 / LINK)])
-def test_a_synchronous_collective_is_exposed_for_as_long_as_its_bytes_take(
-    kind, groups, axis, bytes_, seconds):
+def test_synchronous_is_exposed(kind, groups, axis, bytes_, seconds):
+  """A synchronous collective is exposed for as long as its bytes take."""
   found = only(sync(kind, groups))
   assert (found.kind, found.axis, found.bytes, found.count) == (kind, axis, bytes_, 1)
   assert not found.overlapped
   assert found.seconds == found.exposed_seconds == pytest.approx(seconds)
 
 
-def test_a_small_message_takes_the_time_of_its_hops():
+def test_small_message_takes_hops():
+  """A small message takes the time of its hops."""
   assert only(sync('all-gather', ROWS, 'f32[16]{0}')).seconds == pytest.approx(8 * HOP_SECONDS)
 
 
@@ -90,7 +93,8 @@ CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 
 
 @pytest.mark.parametrize('cycles', [0, 15_000, 15_000_000])
-def test_what_computation_hides_is_not_exposed_and_parts_of_one_channel_are_one(cycles):
+def test_computation_hides_fusions(cycles):
+  """Fusions of one channel are one collective, and computation between them hides it."""
   found = only(step(
       '%a = f32[1024,1024]{1,0} fusion(%p), calls=%start',
       '%b = f32[1024,1024]{1,0} fusion(%a), calls=%work, ' + CYCLES % cycles,
@@ -99,7 +103,8 @@ def test_what_computation_hides_is_not_exposed_and_parts_of_one_channel_are_one(
   assert found.exposed_seconds == pytest.approx(max(found.seconds - cycles / 1.5e9, 0))
 
 
-def test_a_start_and_its_done_are_one():
+def test_start_and_done_are_one():
+  """A start and its done are one collective."""
   found = only(step(
       '%s = (f32[64,1024]{1,0}, f32[1024,1024]{1,0}) all-gather-start(%p), replica_groups=' + ROWS,
       '%n = f32[8]{0} negate(%p), ' + CYCLES % 1500,
@@ -108,7 +113,8 @@ def test_a_start_and_its_done_are_one():
   assert found.exposed_seconds == pytest.approx(found.seconds - 1e-6)
 
 
-def test_a_wrapped_collective_lasts_until_its_done():
+def test_wrapped_lasts_until_done():
+  """A wrapped collective lasts until its done."""
   found = only(step(
       '%s = (f32[64,1024]{1,0}, f32[1024,1024]{1,0}) async-start(%p), calls=%wrapped',
       '%n = f32[8]{0} negate(%p), ' + CYCLES % 1500,
@@ -117,7 +123,8 @@ def test_a_wrapped_collective_lasts_until_its_done():
   assert found.exposed_seconds == pytest.approx(found.seconds - 1e-6)
 
 
-def test_a_reduction_that_keeps_its_share_alone_is_a_reduce_scatter():
+def test_fused_reduce_scatter():
+  """An all-reduce that keeps only its share is a reduce-scatter."""
   found = only(step('%f = f32[64,1024]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1',
                     fused='''%all-reduce-scatter.1 (q: f32[1024,1024]) -> f32[64,1024] {
   %q = f32[1024,1024]{1,0} parameter(0)

@@ -1,4 +1,4 @@
-"""Devices of a slice, as libtpu has them, without libtpu."""
+"""Abstract devices of a TPU slice, without libtpu."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from latent_deliberation.planning.topology import CHIPS, Topology
 
 @dataclasses.dataclass(frozen=True)
 class AbstractDevice:
-  """What a mesh and the links need to know of a device."""
+  """A device with its place in the slice."""
   id: int
   coords: tuple[int, int, int]
   platform: str = 'tpu'
@@ -19,7 +19,7 @@ class AbstractDevice:
 
 def slice_of(shape: tuple[int, int], axes: tuple[str, str] = ('data', 'fsdp')
              ) -> tuple[Topology, Mesh]:
-  """A v5e slice, and the mesh whose axes are its physical ones."""
+  """Returns a v5e slice, and a mesh whose axes are its physical axes."""
   devices = np.empty(shape, object)
   for number, place in enumerate(np.ndindex(shape)):
     devices[place] = AbstractDevice(number, (*place, 0))

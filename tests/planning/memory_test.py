@@ -1,14 +1,14 @@
-"""Memory by what it holds."""
+"""Memory of a chip, by purpose."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from latent_deliberation.planning.memory import activation_bytes, measure, shard_bytes
+from latent_deliberation.planning.memory import activation_bytes, divide_memory, shard_bytes
 from latent_deliberation.planning.program import parse
 from latent_deliberation.sharding import MeshConfig, make_mesh
 
-# The forward loop gives the activations (400 bytes) and something that only the loss reads (40).
+# The forward loop returns the activations (400 bytes) and 40 bytes that only the loss reads.
 STEP = '''HloModule m
 
 %body (b: (f32[100], f32[10])) -> (f32[100], f32[10]) {
@@ -43,26 +43,30 @@ ENTRY %main (p: f32[100]) -> f32[100] {
 '''
 
 
-def test_activations_are_what_the_backward_pass_finds_in_memory():
+def test_activations():
+  """Activations are the buffers alive when the backward pass begins."""
   assert activation_bytes(parse(STEP)) == 4 * (100 + 25 + 50)
 
 
-def test_a_program_without_a_backward_pass_keeps_none():
+def test_no_backward_no_activations():
+  """A program without a backward pass has no activations."""
   assert activation_bytes(parse(STEP.replace('transpose', 'forward'))) == 0
 
 
-def test_a_shard_counts_as_one_device_holds_it():
+def test_shard_bytes():
+  """A sharded array counts by the shard of one device."""
   mesh = make_mesh(MeshConfig(2, 4))
   shape = lambda spec, kind: jax.ShapeDtypeStruct(  # noqa: E731
       (8, 8), kind, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
   assert shard_bytes([shape(('fsdp',), jnp.float32), shape((), jnp.bfloat16)]) == 64 + 128
 
 
-def test_the_parts_add_up_to_the_peak_that_the_backend_reports():
+def test_parts_add_up():
+  """The parts add up to the backend's peak."""
   x = jnp.zeros((64, 64))
   compiled = jax.jit(lambda x: jnp.sin(x) @ x).lower(x).compile()
   arguments = {'frozen': x.nbytes, 'trainable': 0, 'optimizer': 0, 'batch': 0}
-  memory = measure(compiled, parse(compiled.as_text()), arguments)
+  memory = divide_memory(compiled, parse(compiled.as_text()), arguments)
   assert memory.peak == compiled.memory_analysis().peak_memory_in_bytes >= 2 * x.nbytes
   assert memory.frozen + memory.activations + memory.temporary == memory.peak
   assert memory.state == x.nbytes

@@ -1,4 +1,4 @@
-"""What a plan concludes: seconds, utilisation, and what would make a step fit."""
+"""Seconds and utilisation of a plan, and its advice on a step that does not fit."""
 
 import dataclasses
 
@@ -21,14 +21,15 @@ GB = 10**9
 MEMORY = Memory(frozen=2 * GB, trainable=2 * GB, optimizer=4 * GB, batch=0, activations=9 * GB,
                 temporary=3 * GB, peak=20 * GB)
 V5E = CHIPS['v5e']
-KERNEL_SECONDS = 64 / 819e9  # which its bytes take, longer than its operations
+KERNEL_SECONDS = 64 / 819e9  # of its bytes, which take longer than its operations
 
 
 def collective(seconds: float, exposed: float) -> Collective:
   return Collective('all-gather', 'fsdp', 8, 1, exposed < seconds, seconds, exposed, '')
 
 
-def test_a_step_takes_its_cycles_its_kernels_and_what_is_exposed():
+def test_estimate_times():
+  """A step takes its cycles, its kernels and its exposed collectives."""
   times = estimate_times(parse(LOOPS), [collective(3e-6, 1e-6), collective(2e-6, 2e-6)], V5E, 1e6)
   compute = (3 * 100 + 15 * 7) / 1.5e9 + 3 * KERNEL_SECONDS
   assert times.compute_seconds == pytest.approx(compute)
@@ -39,7 +40,8 @@ def test_a_step_takes_its_cycles_its_kernels_and_what_is_exposed():
   assert times.mfu_without_collectives == pytest.approx(1e6 / 197e12 / compute)
 
 
-def test_the_largest_operations_are_by_part_of_the_model_and_come_first():
+def test_largest_operations():
+  """Operations are summed by part of the model, the largest first."""
   first, second, third = largest_operations(parse(LOOPS), V5E)
   assert (first.what, first.count, first.seconds) == ('copy', 3, pytest.approx(300 / 1.5e9))
   assert (second.what, second.count) == ('jvp(Decoder)/feed_forward', 15)
@@ -50,23 +52,27 @@ def advice(remat: str = 'full', texts: int = 4, capacity: float = 16e9, **change
   return advise(dataclasses.replace(MEMORY, **changes), capacity, remat, 1, texts)
 
 
-def test_every_way_to_keep_less_of_a_block_can_be_advised():
+def test_all_remats_are_advised():
+  """Every remat policy can be advised."""
   assert sorted(REMATS) == sorted(REMAT_POLICIES)
 
 
-def test_nothing_is_advised_for_what_fits():
+def test_no_advice_if_it_fits():
+  """A step that fits gets no advice."""
   assert advice(capacity=20e9) == ''
 
 
-def test_what_does_not_fit_names_its_largest_part_and_the_ways_out():
+def test_advice():
+  """Advice names the largest part and the settings that help."""
   text = advice('none')
-  assert '20.0 GB do not fit into 16.0 GB; the largest part is activations (9.0 GB)' in text
+  assert '20.0 GB' in text and '16.0 GB' in text and 'activations (9.0 GB)' in text
   assert 'computation.remat=dots or mid or full keeps' in text
   assert 'training.accumulation=2 ' in text
   assert '2 times as many chips in mesh.fsdp' in text
 
 
-def test_remat_and_accumulation_are_advised_only_where_they_are_left():
+def test_advice_where_possible():
+  """Remat and accumulation are advised only while more of them is possible."""
   assert 'remat' not in advice('full')
   assert 'computation.remat=full keeps' in advice('mid')
   assert 'accumulation' not in advice(texts=1)
@@ -74,16 +80,17 @@ def test_remat_and_accumulation_are_advised_only_where_they_are_left():
   assert 'training.accumulation=4 ' in advice(capacity=13e9)
 
 
-def test_more_chips_divide_weights_and_only_texts_that_a_chip_has_several_of():
+def test_advice_of_chips():
+  """More chips divide weights, and texts only where a chip has several."""
   assert '2 times as many chips' in advice(texts=1)  # 4 + 12 GB
   assert '3 times as many chips' in advice(texts=1, capacity=15e9)  # 8 / 3 + 12
   assert '2 times as many chips' in advice(texts=2, capacity=15e9)  # 4 + 6
-  assert advice(texts=1, capacity=12e9).endswith(
-      'Neither remat, accumulation nor more chips would help: lower data.length, '
-      'deliberation.num_traces or num_latents.')
+  hopeless = advice(texts=1, capacity=12e9)
+  assert 'Neither remat, accumulation nor more chips' in hopeless and 'data.length' in hopeless
 
 
-def test_weights_that_do_not_fit_need_more_shards_and_nothing_else():
+def test_advice_of_shards():
+  """Weights that do not fit need more shards."""
   text = advice('none', frozen=40 * GB, peak=58 * GB)
-  assert 'largest part is frozen (40.0 GB)' in text
-  assert 'need 46.0 GB: remat and accumulation do not help; shard them 3 times as far' in text
+  assert 'frozen (40.0 GB)' in text and '46.0 GB' in text
+  assert 'Neither remat nor accumulation helps' in text and '3 times as many shards' in text

@@ -1,4 +1,4 @@
-"""Machines to plan for; what is none is refused, with those that are."""
+"""Machines to plan for; an unknown one is refused with a list of those that exist."""
 
 import importlib.util
 import os
@@ -19,35 +19,39 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.mark.parametrize('name', ['v9:2x2', 'v5e', 'v5e-256', 'gpu:8', 'cpu:', 'cpu:x', '',
                                   'v5p:16x16', 'v5e:4x4x4'])
-def test_what_is_no_topology_is_refused_with_a_list_of_those_that_are(name):
+def test_unknown_topology(name):
+  """An unknown topology is refused with a list of those that exist."""
   known = r"(?s:.*)v5e: 2x2, .*16x16\n  v5p: 2x2x1"
   with pytest.raises(UserError, match=f"--topology={name}: {known}"):
     find_topology(name)
 
 
-def test_without_libtpu_it_is_said_how_to_get_it(monkeypatch):
+def test_without_libtpu(monkeypatch):
+  """Without libtpu, the error names the command that installs it."""
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match=r"v5e:16x16 .*libtpu.* pip install -e '.\[tpu\]'.*cpu:8"):
+  with pytest.raises(UserError, match=r"v5e:16x16 .*libtpu.*'.\[tpu\]'.*cpu:8"):
     find_topology('v5e:16x16')
 
 
-def test_virtual_devices_are_as_many_as_asked_for_and_have_no_links():
+def test_virtual_devices():
+  """Virtual devices are as many as asked for, and have no links."""
   topology = find_topology('cpu:4')
   assert list(topology.devices) == jax.devices()[:4]
   assert topology.chip is None and topology.shape == (4,)
-  with pytest.raises(UserError, match='cpu:9: this process has 8 virtual CPU devices'):
+  with pytest.raises(UserError, match='cpu:9: .* 8 virtual'):
     find_topology('cpu:9')
 
 
 @pytest.mark.parametrize('name', ['cpu:0', 'cpu:many', 'cpu:²'])
-def test_a_number_of_devices_is_checked_before_jax_starts(name):
-  with pytest.raises(UserError, match=f'--topology={name}: a topology is'):
+def test_number_of_devices(name):
+  """The number of devices is checked before jax starts."""
+  with pytest.raises(UserError, match=f'--topology={name}: .*cpu:8'):
     prepare(name, RECIPE)
 
 
 @pytest.mark.parametrize('given, flags', [(None, '--xla_tpu_'), ('--mine', '--mine')])
-def test_the_compiler_gets_the_flags_that_training_gets_unless_it_is_given_others(
-    given, flags, monkeypatch):
+def test_compiler_flags(given, flags, monkeypatch):
+  """The compiler gets the flags of training, unless the environment has flags."""
   monkeypatch.setenv('LIBTPU_INIT_ARGS', given or '')
   if given is None:
     monkeypatch.delenv('LIBTPU_INIT_ARGS')
@@ -56,13 +60,15 @@ def test_the_compiler_gets_the_flags_that_training_gets_unless_it_is_given_other
   assert os.environ['LIBTPU_INIT_ARGS'].startswith(flags)
 
 
-def test_the_shape_of_a_slice_is_that_of_its_links():
+def test_shape_of_slice():
+  """The shape of a slice is that of its links."""
   assert slice_of((4, 8))[0].shape == (4, 8)
 
 
 @needs_libtpu
 @pytest.mark.parametrize('kind', CHIPS)
-def test_libtpu_knows_every_slice_that_is_listed(kind):
+def test_libtpu_knows_slices(kind):
+  """libtpu knows every slice that is listed."""
   for shape in CHIPS[kind].shapes:
     topology = find_topology(f'{kind}:{shape}')
     sizes = topology.shape + (1,) * (3 - len(topology.shape))
@@ -71,6 +77,7 @@ def test_libtpu_knows_every_slice_that_is_listed(kind):
 
 
 @needs_libtpu
-def test_a_shape_that_libtpu_refuses_is_answered_with_the_list():
-  with pytest.raises(UserError, match=r'v5e:3x3: .*not divisible(?s:.*)Slices that are offered'):
+def test_libtpu_refuses_shape():
+  """A shape that libtpu refuses is answered with the list."""
+  with pytest.raises(UserError, match=r'v5e:3x3: .*not divisible(?s:.*)v5p: '):
     find_topology('v5e:3x3')

@@ -18,52 +18,53 @@ from latent_deliberation.studies.study_result import Outcomes
 from latent_deliberation.training.metrics import MetricsWriter
 from tests.studies.tiny_study import ARMS, study
 
-MEASURE = SimpleNamespace(prompt=20.0, answer=2.0)
+SCORER = SimpleNamespace(prompt=20.0, answer=2.0)
 
 
 def outcomes(nll):
   return Outcomes(np.full(3, float(nll)), np.ones(3, bool))
 
 
-def test_an_arm_and_its_controls_hold_the_scores_of_every_seed():
+def test_arm_and_controls_hold_all_seeds():
   asked = study({'own': ARMS['own'], 'small': ARMS['own']}, seeds=(0, 1))
   runs = [ScoredRun(5, 12, {'own': outcomes(seed), 'zero': outcomes(seed + 0.5)})
           for seed in asked.seeds]
-  arms = describe_arm(asked, 'small', runs, MEASURE, (3.0, 4.0))
+  arms = describe_arm(asked, 'small', runs, SCORER, (3.0, 4.0))
   assert list(arms) == ['small', 'small/zero']
   for arm, start in zip(arms.values(), (0.0, 0.5), strict=True):
     assert (arm.trained, arm.total, arm.seeds, arm.seconds) == (5, 12, (0, 1), (3.0, 4.0))
     assert [scores.nll[0] for scores in arm.outcomes] == [start, start + 1]
-  assert list(describe_arm(asked, 'own', runs, MEASURE, (3.0, 4.0))) == ['own', 'zero']
+  assert list(describe_arm(asked, 'own', runs, SCORER, (3.0, 4.0))) == ['own', 'zero']
 
 
-def test_an_arm_with_steps_of_its_own_is_not_called_matched():
+def test_other_steps_are_not_matched():
   longer = ArmConfig(changes={'training': {'loop': {'num_steps': 3}}})
   asked = study({'own': ARMS['own'], 'longer': longer})
   runs = [ScoredRun(5, 12, {'own': outcomes(0.5)})]
-  notes = [describe_arm(asked, name, runs, MEASURE, (3.0,))[name].note for name in asked.arms]
+  notes = [describe_arm(asked, name, runs, SCORER, (3.0,))[name].note for name in asked.arms]
   assert notes == ['matched in tokens and steps: 2 steps of 8 texts',
                    'not matched: 3 steps of 8 texts']
 
 
-def test_latents_cost_more_than_the_decoder_and_a_chain_costs_its_tokens():
+def test_costs_of_latents_and_chains():
+  """Latents cost more than the decoder alone; a chain costs its tokens."""
   asked = study({'own': ARMS['own']})
-  frozen = describe_frozen(asked, ScoredRun(7, 7, {'frozen': outcomes(1.0)}), MEASURE, 9.0)
+  frozen = describe_frozen(asked, ScoredRun(7, 7, {'frozen': outcomes(1.0)}), SCORER, 9.0)
   assert (frozen.seconds, frozen.outcomes[0].nll[0]) == ((9.0,), 1.0)
-  own = describe_arm(asked, 'own', [ScoredRun(5, 12, {'own': outcomes(0.5)})], MEASURE, (3.0,))
+  own = describe_arm(asked, 'own', [ScoredRun(5, 12, {'own': outcomes(0.5)})], SCORER, (3.0,))
   config = asked.experiment.deliberation
   assert own['own'].flops_per_token - frozen.flops_per_token == pytest.approx(
       flops.latents_flops(asked.experiment.decoder, config, 20.0) / 2)
-  short, long = (describe_chain(asked, frozen, MEASURE, outcomes(0.2), tokens)
+  short, long = (describe_chain(asked, frozen, SCORER, outcomes(0.2), tokens)
                  for tokens in (4.0, 8.0))
   assert long.flops_per_token > short.flops_per_token > frozen.flops_per_token
   assert (long.kind, long.trained) == ('decoder with its own chain, 8 tokens', 7)
 
 
-def test_training_costs_what_each_kind_of_arm_reads():
+def test_training_costs_of_each_kind():
   asked = study(ARMS)
   variants = {name: asked.variant(name, 0) for name in asked.arms}
-  spent = {name: describe_arm(asked, name, [ScoredRun(5, 12, {'own': outcomes(0.5)})], MEASURE,
+  spent = {name: describe_arm(asked, name, [ScoredRun(5, 12, {'own': outcomes(0.5)})], SCORER,
                               (3.0,))[name].train_flops for name in asked.arms}
   for name, variant in variants.items():
     model, length = variant.decoder, variant.data.length
@@ -76,7 +77,7 @@ def test_training_costs_what_each_kind_of_arm_reads():
   assert len({asked.arms[name].learns for name in asked.arms}) > 2
 
 
-def test_diagnostics_are_what_was_logged_about_latents_and_their_content(tmp_path):
+def test_diagnostics_are_read_from_metrics(tmp_path):
   metrics = MetricsWriter(tmp_path)
   metrics.write(2, {'loss': 1.0})
   metrics.write(4, {'validation/content': 0.2, 'latents/effective_rank': 3.0, 'other': 5.0})

@@ -21,7 +21,7 @@ def read(nll: float) -> AheadNLL:
 
 
 def make_arm(*runs: Outcomes | AheadNLL, **changes) -> Arm:
-  field = 'outcomes' if isinstance(runs[0], Outcomes) else 'text'
+  field = 'outcomes' if isinstance(runs[0], Outcomes) else 'text_scores'
   return Arm(**{
     'kind': 'coprocessor', 'trained': 1234567, 'total': 7654321, 'flops_per_token': 3e6,
     'train_flops': 1e12, 'seeds': tuple(range(len(runs))), 'seconds': (61.0,) * len(runs),

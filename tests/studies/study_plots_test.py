@@ -18,13 +18,14 @@ def colours_in(path) -> set[str]:
 
 
 @pytest.mark.parametrize('study, arms', [(questions, 2), (texts, 1)])
-def test_each_arm_has_its_colour_which_its_controls_share(tmp_path, study, arms):
+def test_controls_share_the_colour_of_arms(tmp_path, study, arms):
   plot_study(summarise_study(study(), samples=50), tmp_path / 'results.png')
   assert imread(tmp_path / 'results.png').shape[:2] == (5 * DPI, 7 * DPI)
   assert colours_in(tmp_path / 'results.png') == set(COLOURS[:arms])
 
 
-def test_the_arms_of_the_main_study_fit_one_panel_and_more_take_another(tmp_path):
+def test_many_arms_take_another_panel(tmp_path):
+  """The arms of the main study fit one."""
   main = ('frozen', 'own', 'shuffled', 'zero', 'mean', 'constant', 'joint', 'finetuned', 'lora')
   for names, panels in ((main, 1), ((*main, 'rank8', 'rank8/shuffled'), 2)):
     arms = {name: make_arm(answer(0.5)) for name in names}
@@ -32,12 +33,12 @@ def test_the_arms_of_the_main_study_fit_one_panel_and_more_take_another(tmp_path
     assert imread(tmp_path / 'results.png').shape[:2] == (5 * DPI, panels * 7 * DPI)
 
 
-def test_figures_overall_are_drawn_where_questions_are_all_alike(tmp_path):
+def test_overall_is_drawn_without_difficulty(tmp_path):
   plot_study(summarise_study(questions(difficulty=None), samples=50), tmp_path / 'results.png')
   assert colours_in(tmp_path / 'results.png') == set(COLOURS[:2])
 
 
-def test_a_control_that_ruins_perplexity_leaves_the_arms_apart(tmp_path):
+def test_ruinous_control_leaves_arms_apart(tmp_path):
   for worst in (2.0, 12.0):
     arms = {'frozen': make_arm(read(2.0)), 'own': make_arm(read(1.9)),
             'zero': make_arm(read(worst)), 'constant': make_arm(read(1.99))}
@@ -49,7 +50,8 @@ def test_a_control_that_ruins_perplexity_leaves_the_arms_apart(tmp_path):
     assert own - constant > 50  # pixels; one line on a linear axis up to 2,000,000%
 
 
-def test_diagnostics_have_a_panel_for_each_quantity_and_a_line_for_each_run(tmp_path):
+def test_diagnostics_panels_and_lines(tmp_path):
+  """A panel for each quantity, a line for each run."""
   rows = [{'step': step, 'gate': 0.1 * step, 'content': None if step == 3 else 1.0 / step,
            'effective_rank': 2.0, 'latent_norm_ratio': 0.5} for step in range(1, 6)]
   plot_diagnostics({'own, seed 0': rows, 'own, seed 1': rows[:3]}, tmp_path / 'diagnostics.png')

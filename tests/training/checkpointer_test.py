@@ -1,6 +1,6 @@
 """Checkpoints are whole or absent, of one run, and come back bit for bit.
 
-Run as a script, this file saves in a process whose disk fills up, or which is killed, half-way.
+Run as a script, this file saves in a process whose disk fills up half-way, or that is killed.
 """
 
 import json
@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -70,7 +71,8 @@ def assert_same(actual, expected):
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_the_newest_state_and_the_position_of_the_data_come_back(tmp_path):
+def test_round_trip(tmp_path):
+  """The newest state and the position of the data come back."""
   save_all(tmp_path, [3, 5])
   batches = Position()
   restored = restore(tmp_path, batches=batches)
@@ -78,11 +80,13 @@ def test_the_newest_state_and_the_position_of_the_data_come_back(tmp_path):
   assert batches.restored == (5, 5)
 
 
-def test_nothing_is_restored_from_a_new_directory(tmp_path):
+def test_new_directory(tmp_path):
+  """Nothing is restored from a new directory."""
   assert restore(tmp_path / 'new') is None
 
 
-def test_a_state_may_be_donated_as_soon_as_it_is_being_saved(tmp_path):
+def test_donated_state(tmp_path):
+  """A state may be donated as soon as `save` returns."""
   advance = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
   checkpointer = Checkpointer(tmp_path, keep=1)
   state = make_state(1, width=600)
@@ -95,7 +99,8 @@ def test_a_state_may_be_donated_as_soon_as_it_is_being_saved(tmp_path):
   assert_same(restore(tmp_path, like=expected), expected)
 
 
-def test_the_state_lands_on_the_shardings_asked_for(tmp_path):
+def test_shardings(tmp_path):
+  """The state is restored onto the given shardings."""
   save_all(tmp_path, [1])
   mesh = Mesh(np.array(jax.devices()), 'd')
   sharding = NamedSharding(mesh, PartitionSpec())
@@ -103,27 +108,29 @@ def test_the_state_lands_on_the_shardings_asked_for(tmp_path):
   assert restored.params['dense']['kernel'].sharding == sharding
 
 
-def test_only_the_newest_checkpoints_and_their_data_are_kept(tmp_path):
+def test_keep(tmp_path):
+  """Only the newest checkpoints and their data are kept."""
   save_all(tmp_path, [1, 2, 3, 4], keep=2)
   assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {'3', '4', 'data'}
   assert {path.name for path in (tmp_path / 'data').iterdir()} == {'3', '4'}
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_paths_and_both_shapes(tmp_path):
+def test_other_model(tmp_path):
+  """A checkpoint of another model is refused with paths and both shapes."""
   save_all(tmp_path, [1])
-  with pytest.raises(UserError, match=re.escape(
-      'params/dense/kernel: float32[8, 8] there, float32[9, 9] now')):
+  with pytest.raises(UserError, match=r'params/dense/kernel.*\[8, 8\].*\[9, 9\]'):
     restore(tmp_path, like=make_state(0, width=9))
   other = make_state(0)
-  with pytest.raises(UserError, match=re.escape('params/gate: (nothing) there, float32[8] now')):
+  with pytest.raises(UserError, match=r'params/gate.*nothing.*float32\[8\]'):
     restore(tmp_path, like=other.replace(params={
         **other.params, 'gate': other.params['dense']['bias']}))
 
 
-def test_a_checkpoint_of_another_program_is_refused(tmp_path):
+def test_foreign_checkpoint(tmp_path):
+  """A checkpoint of another program is refused."""
   with ocp.CheckpointManager(tmp_path) as manager:
     manager.save(7, args=ocp.args.StandardSave({'kernel': np.ones(3)}))
-  with pytest.raises(UserError, match=f'{tmp_path}/7 was not written by this project'):
+  with pytest.raises(UserError, match=f'{tmp_path}/7.*not written by'):
     restore(tmp_path)
 
 
@@ -132,11 +139,12 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path):
 @pytest.mark.parametrize('pattern', [
     'state/d/*', 'state/manifest.ocdbt', 'state/_METADATA', 'about/metadata'])
 @pytest.mark.parametrize('kept', [0, 0.5])
-def test_a_damaged_checkpoint_is_named_with_the_way_back_to_an_older_one(tmp_path, pattern, kept):
+def test_damaged_checkpoint(tmp_path, pattern, kept):
+  """A damaged checkpoint is named with the way back to an older one."""
   save_all(tmp_path, [1, 2, 3])
   damaged = next((tmp_path / '3').glob(pattern))
   damaged.write_bytes(damaged.read_bytes()[:int(kept * damaged.stat().st_size)])
-  with pytest.raises(UserError, match=f'(?s){tmp_path}/3 cannot.*: 1, 2.*remove {tmp_path}/3'):
+  with pytest.raises(UserError, match=f'(?s){tmp_path}/3 .*: 1, 2.*{tmp_path}/3'):
     restore(tmp_path)
   shutil.rmtree(tmp_path / '3')
   assert_same(restore(tmp_path), make_state(2))
@@ -144,16 +152,36 @@ def test_a_damaged_checkpoint_is_named_with_the_way_back_to_an_older_one(tmp_pat
   assert_same(restore(tmp_path), make_state(3))
 
 
-def test_a_step_that_is_not_new_is_refused_and_the_checkpoint_stays(tmp_path):
+def test_old_step(tmp_path):
+  """A step that is not new is refused, and the checkpoint stays."""
   save_all(tmp_path, [4])
-  with pytest.raises(UserError, match='cannot save step 2: .* one of step 4'):
+  with pytest.raises(UserError, match='step 2.*step 4'):
     save_all(tmp_path, [2])
   assert_same(restore(tmp_path), make_state(4))
 
 
-def test_keeping_no_checkpoint_is_refused(tmp_path):
-  with pytest.raises(UserError, match='keep is 0; it must be 1 or more'):
+def test_keep_none(tmp_path):
+  """Keeping no checkpoint is refused."""
+  with pytest.raises(UserError, match='keep.*0'):
     Checkpointer(tmp_path, keep=0)
+
+
+def test_failed_data_position(tmp_path):
+  """A disk that is full for the data's position is named; a bug there keeps its own error."""
+  class Failing(Position):
+    error = OSError(28, 'No space left on device')
+
+    def save(self, directory, step):
+      raise self.error
+
+  checkpointer = Checkpointer(tmp_path, keep=1)
+  with pytest.raises(UserError, match=f'step 1.*{tmp_path}.*No space left'):
+    checkpointer.save(1, make_state(1), Failing())
+  Failing.error = KeyError('bug')
+  with pytest.raises(KeyError, match='bug'):
+    checkpointer.save(1, make_state(1), Failing())
+  checkpointer.close()
+  assert restore(tmp_path) is None
 
 
 def run_script(*arguments):
@@ -162,19 +190,25 @@ def run_script(*arguments):
                         text=True, timeout=120, env={**os.environ, 'PYTHONPATH': str(source)})
 
 
-def test_a_full_disk_stops_the_run_at_the_next_call_and_the_last_checkpoint_survives(tmp_path):
+def test_full_disk(tmp_path):
+  """A full disk stops the run at the next call, and the last checkpoint survives."""
   process = run_script('full', tmp_path)
   assert process.returncode == 0, process.stderr
-  assert re.fullmatch(f'(?s)the checkpoint of step 2 could not be written to {tmp_path}: .*'
-                      'Other checkpoints there: 1.*latest 1\n', process.stdout)
+  assert re.fullmatch(f'(?s).*step 2.*{tmp_path}.*: 1\\..*latest 1\n', process.stdout)
   assert_same(restore(tmp_path, like=make_state(1, width=200)), make_state(1, width=200))
 
 
-def test_a_process_killed_while_saving_leaves_the_last_checkpoint(tmp_path):
+def test_killed_while_saving(tmp_path):
+  """A process that is killed while saving leaves the last checkpoint."""
   process = run_script('killed', tmp_path)
   assert process.returncode == -signal.SIGXFSZ, process.stderr
   assert [path for path in tmp_path.iterdir() if path.name.startswith('2.')]
   assert_same(restore(tmp_path, like=make_state(1, width=200)), make_state(1, width=200))
+  # orbax removes the unfinished checkpoint in a thread that `close` does not wait for.
+  end = time.monotonic() + 60
+  while any(path.name.startswith('2.') for path in tmp_path.iterdir()):
+    assert time.monotonic() < end
+    time.sleep(0.01)
   save_all(tmp_path, [3], width=200)
   assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {'1', '3', 'data'}
 
@@ -190,7 +224,7 @@ def save_beyond_the_limit(how, directory):
   checkpointer.save(2, make_state(2, width=200), Position())
   try:
     checkpointer.wait()
-  except RuntimeError as error:
+  except UserError as error:
     print(error)
   print('latest', checkpointer.latest_step())
   checkpointer.close()

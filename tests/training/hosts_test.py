@@ -1,6 +1,6 @@
 """Two processes with four devices each do what one process with eight does.
 
-Run as a script, this file is one of the two: they pretrain, or train and resume what was cut off.
+Run as a script, this file is one of the two, which pretrain, or train and resume a cut-off run.
 """
 
 import json
@@ -21,10 +21,10 @@ from latent_deliberation import distributed
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
-from latent_deliberation.paths import DECODER, METRICS_FILE
+from latent_deliberation.paths import COPROCESSOR, DECODER, METRICS_FILE
 from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.pretrain import pretrain
-from latent_deliberation.training.train import PACKAGE, train_coprocessor
+from latent_deliberation.training.train import train_coprocessor
 from tests import finished
 
 STEPS, CUT = 4, 2
@@ -40,24 +40,24 @@ def experiment(texts: Path, places: dict) -> Experiment:
 
 
 def cut_off(workdir: Path) -> None:
-  """Leaves what a run that was killed before its last checkpoint leaves."""
-  shutil.rmtree(workdir / PACKAGE)
+  """Leaves the files of a run that was killed before its last checkpoint."""
+  shutil.rmtree(workdir / COPROCESSOR)
   shutil.rmtree(workdir / 'checkpoints' / str(STEPS))
   shutil.rmtree(workdir / 'checkpoints/data' / str(STEPS))
 
 
-def run_as_one_of_two(address: str, index: str, data: str, texts: str, place: str,
-                      decoder: str = '') -> None:
-  """Pretrains a decoder; trains on the given one, if any."""
+def run_as_one_of_two(address: str, index: str, data_dir: str, texts: str, place: str,
+                      decoder_dir: str = '') -> None:
+  """Pretrains a decoder, or trains on a given one."""
   distributed.initialize(address, 2, int(index))
   assert jax.local_device_count() == 4 and jax.device_count() == 8
-  workdir, data, texts = Path(place), Path(data), Path(texts)
-  if not decoder:
+  workdir, data, texts = Path(place), Path(data_dir), Path(texts)
+  if not decoder_dir:
     pretrain(experiment(texts, SHARED_ROWS), workdir / 'pretraining', data)
     return
 
   def train() -> None:
-    train_coprocessor(experiment(texts, MESH), Path(decoder), workdir / 'coprocessor', data)
+    train_coprocessor(experiment(texts, MESH), Path(decoder_dir), workdir / 'coprocessor', data)
 
   def copy_and_cut() -> None:
     for name in ('whole', 'taken_over'):
@@ -70,11 +70,11 @@ def run_as_one_of_two(address: str, index: str, data: str, texts: str, place: st
   train()
 
 
-def run_two(place: Path, quickstart: Path, *decoder: str) -> Path:
+def run_two(place: Path, quickstart: Path, *decoder_dir: str) -> Path:
   """Runs this file as two processes with their files in `place`."""
   address = free_address()
   end_both(start_two([[sys.executable, __file__, address, str(index), str(quickstart),
-                       str(finished.TEXTS), str(place), *decoder] for index in range(2)],
+                       str(finished.TEXTS), str(place), *decoder_dir] for index in range(2)],
                      place / 'logs'), place / 'logs')
   return place
 
@@ -120,13 +120,13 @@ def assert_same_losses(workdir, expected):
 
 
 def steps_written(workdir):
-  """The step of every line of the metrics that is of a step, in the order of the file."""
+  """The steps of the lines that training wrote, in the order of the file."""
   lines = (workdir / METRICS_FILE).read_text().splitlines()
   return [json.loads(line)['step'] for line in lines if 'grad_norm' in line]
 
 
-def test_two_processes_that_hold_the_same_rows_pretrain_the_decoder_that_one_does_and_log_once(
-    quickstart, tmp_path):
+def test_pretraining_on_two(quickstart, tmp_path):
+  """Two processes with the same rows pretrain the decoder of one, and log once."""
   by_two = run_two(tmp_path, quickstart) / 'pretraining'
   decoder = pretrain(experiment(finished.TEXTS, SHARED_ROWS), tmp_path / 'one', quickstart)
   assert_same_losses(by_two, tmp_path / 'one')
@@ -135,14 +135,14 @@ def test_two_processes_that_hold_the_same_rows_pretrain_the_decoder_that_one_doe
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_coprocessor_that_one_does_also_when_they_were_cut_off(
-    quickstart, tmp_path):
+def test_training_on_two(quickstart, tmp_path):
+  """Two processes train the coprocessor of one, also after they were cut off."""
   decoder, config = quickstart / 'pretraining' / DECODER, experiment(finished.TEXTS, MESH)
   by_two = run_two(tmp_path, quickstart, str(decoder))
   expected = train_coprocessor(config, decoder, tmp_path / 'one', quickstart)
   for name in ('whole', 'coprocessor'):
     assert_same_losses(by_two / name, tmp_path / 'one')
-    assert_close(coprocessor_checkpoint.load(by_two / name / PACKAGE).params, expected)
+    assert_close(coprocessor_checkpoint.load(by_two / name / COPROCESSOR).params, expected)
   # What two began, one ends on another mesh.
   taken_over = train_coprocessor(experiment(finished.TEXTS, OTHER_MESH), decoder,
                                  by_two / 'taken_over', quickstart)
@@ -153,7 +153,8 @@ def test_two_processes_train_the_coprocessor_that_one_does_also_when_they_were_c
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_at_the_same_saved_step(quickstart, tmp_path):
+def test_signal_stops_both(quickstart, tmp_path):
+  """A signal to one process stops both at the same saved step."""
   address, logs, workdir = free_address(), tmp_path / 'logs', tmp_path / 'run'
   processes = start_two([finished.command(
       'pretrain', f'--workdir={workdir}', f'--data={quickstart}',
@@ -171,7 +172,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_saved_step(quickstart, t
   assert 2 < step < 10_000
   for index in range(2):
     log = (logs / f'{index}.err').read_text()
-    assert f'stopped by preemption at step {step}/10000. Saved in' in log
+    assert f'preemption at step {step}/10000' in log
     assert any(line.startswith(f'[{index}/2] ') and f'step {step}/10000  loss' in line
                for line in log.splitlines())
 

@@ -1,4 +1,4 @@
-"""A run that is told to stop saves what is finished, says how to resume, and goes on from there.
+"""A run that gets a signal saves the finished step, says how to resume, and resumes from there.
 
 Run as a script, this file trains slowly, for a test that sends it a signal.
 """
@@ -22,14 +22,15 @@ from tests.training.toy_run import ToyBatches, run, saved_steps
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_finished_step_and_the_run_goes_on_from_it(tmp_path, number):
+def test_signal_saves_and_resumes(tmp_path, number):
+  """A signal saves the finished step, and the run resumes from it."""
   handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
   def interrupt(step):
     if step == 2:
       os.kill(os.getpid(), number)
 
-  with pytest.raises(Preempted, match=f'{number.name} at step 3/6. Saved in {tmp_path}'):
+  with pytest.raises(Preempted, match=f'{number.name}.*3/6.*{tmp_path}'):
     run(tmp_path / 'cut', batches=ToyBatches(interrupt))
   assert saved_steps(tmp_path / 'cut') == [3]
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
@@ -37,17 +38,19 @@ def test_a_signal_saves_the_finished_step_and_the_run_goes_on_from_it(tmp_path, 
   jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
-def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path):
+def test_signal_in_last_evaluation(tmp_path):
+  """A signal during the last evaluation is not lost."""
   def interrupt(params):
     os.kill(os.getpid(), signal.SIGTERM)
     return {'one': 1.0}
 
-  with pytest.raises(Preempted, match='SIGTERM at step 2/2'):
+  with pytest.raises(Preempted, match='SIGTERM.*2/2'):
     run(tmp_path, num_steps=2, evaluators={'held_out': interrupt})
   assert read_metrics(tmp_path / METRICS_FILE)[-1]['held_out/one'] == 1.0
 
 
-def test_a_second_interrupt_acts_at_once(tmp_path):
+def test_second_interrupt(tmp_path):
+  """A second interrupt acts at once."""
   def interrupt(step):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
@@ -56,7 +59,8 @@ def test_a_second_interrupt_acts_at_once(tmp_path):
     run(tmp_path, batches=ToyBatches(interrupt))
 
 
-def test_training_works_outside_the_main_thread(tmp_path):
+def test_other_thread(tmp_path):
+  """Training works outside the main thread."""
   states = []
   thread = threading.Thread(target=lambda: states.append(run(tmp_path, num_steps=2)))
   thread.start()
@@ -64,7 +68,8 @@ def test_training_works_outside_the_main_thread(tmp_path):
   assert int(states[0].step) == 2
 
 
-def test_sigterm_ends_the_process_with_code_zero_and_says_how_to_resume(tmp_path):
+def test_sigterm_of_a_process(tmp_path):
+  """SIGTERM ends the process with code 0, and it says how to resume."""
   process = subprocess.Popen([sys.executable, __file__, str(tmp_path)], text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])})
@@ -75,7 +80,7 @@ def test_sigterm_ends_the_process_with_code_zero_and_says_how_to_resume(tmp_path
   finally:
     process.kill()
   assert process.returncode == 0, log
-  assert 'stopped by SIGTERM' in log and 'the same command goes on from there' in log
+  assert 'SIGTERM' in log and 'the same command' in log
   assert len(saved_steps(tmp_path)) == 1
 
 

@@ -1,12 +1,13 @@
-"""Metrics survive crashes and resumption; the progress line measures what it says."""
+"""Metrics survive crashes and resumption, and the progress line shows the true pace."""
 
 import json
 
 import pytest
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training import metrics
-from latent_deliberation.training.metrics import MetricsWriter, Pace, format_duration, read_metrics
+from latent_deliberation.training.metrics import MetricsWriter, Pace, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -22,21 +23,24 @@ def write(directory, *rows):
   return directory / METRICS_FILE
 
 
-def test_each_line_is_a_json_object_with_step_and_seconds(tmp_path):
+def test_lines(tmp_path):
+  """Each line is a JSON object with step and seconds."""
   path = write(tmp_path / 'run', (10, {'loss': 2.5}), (20, {'loss': 2.25}))
   first, second = map(json.loads, path.read_text().splitlines())
   assert (first['step'], first['loss']) == (10, 2.5)
   assert second['seconds'] >= first['seconds'] > 1.7e9
 
 
-def test_a_line_is_on_disk_before_the_writer_is_closed(tmp_path):
+def test_lines_are_flushed(tmp_path):
+  """A line is on disk before the writer is closed."""
   writer = MetricsWriter(tmp_path)
   writer.write(1, {'loss': 2.0})
   assert read_metrics(tmp_path / METRICS_FILE)[0]['loss'] == 2.0
   writer.close()
 
 
-def test_a_line_torn_by_a_crash_is_skipped_and_later_lines_are_kept(tmp_path):
+def test_torn_line(tmp_path):
+  """A line that a crash cut off is skipped, and later lines are kept."""
   path = write(tmp_path, (1, {'loss': 3.0}), (2, {'loss': 2.0}))
   path.write_bytes(path.read_bytes()[:-5])
   assert [row['step'] for row in read_metrics(path)] == [1]
@@ -44,7 +48,8 @@ def test_a_line_torn_by_a_crash_is_skipped_and_later_lines_are_kept(tmp_path):
   assert [row['loss'] for row in read_metrics(path)] == [3.0, 2.0, 1.0]
 
 
-def test_lines_of_a_step_are_joined_and_a_resumed_run_overwrites_its_steps(tmp_path):
+def test_lines_of_a_step(tmp_path):
+  """Lines of a step are joined, and a resumed run overwrites its steps."""
   path = write(tmp_path, (1, {'loss': 3.0}), (1, {'validation/nll': 5.0}), (2, {'loss': 2.0}))
   write(tmp_path, (1, {'loss': 4.0}))
   rows = read_metrics(path)
@@ -57,7 +62,8 @@ def test_only_process_zero_writes(tmp_path, monkeypatch):
   assert not write(tmp_path / 'run', (1, {'loss': 3.0})).parent.exists()
 
 
-def test_tensorboard_gets_the_same_scalars_where_it_is_installed(tmp_path, monkeypatch):
+def test_tensorboard(tmp_path, monkeypatch):
+  """TensorBoard gets the same scalars where it is installed."""
   events = []
 
   class FakeSummaryWriter:
@@ -78,6 +84,21 @@ def test_tensorboard_gets_the_same_scalars_where_it_is_installed(tmp_path, monke
   assert events == [str(tmp_path / 'tensorboard'), ('loss', 3.0, 7), 'closed']
 
 
+def test_full_disk(tmp_path):
+  """A disk that is full is named; the error of a value that is no number stays as it is."""
+  class FullDisk:
+    def write(self, content):
+      raise OSError(28, 'No space left on device')
+
+  writer = MetricsWriter(tmp_path)
+  with pytest.raises(TypeError):
+    writer.write(1, {'loss': object()})
+  writer.close()
+  writer._file = FullDisk()
+  with pytest.raises(UserError, match=f'{tmp_path}.*No space left'):
+    writer.write(1, {'loss': 1.0})
+
+
 class Clock:
   now = 0.0
 
@@ -85,7 +106,8 @@ class Clock:
     return self.now
 
 
-def test_the_line_leaves_compilation_out_of_speed_and_eta():
+def test_pace_without_compilation():
+  """Speed and ETA leave out compilation."""
   clock = Clock()
   progress = Pace(num_steps=1000, tokens_per_step=100, clock=clock)
   clock.now = 60.0  # the first step, nearly all of it compilation
@@ -95,7 +117,8 @@ def test_the_line_leaves_compilation_out_of_speed_and_eta():
       'step 11/1000  loss 3.2101  tokens/s 500  ETA 3m18s')
 
 
-def test_speed_covers_the_last_window_and_eta_every_pause():
+def test_pace_with_pauses():
+  """Speed covers the last window, and the ETA includes pauses."""
   clock = Clock()
   progress = Pace(num_steps=40, tokens_per_step=1000, clock=clock)
   progress.start(0)
@@ -108,11 +131,6 @@ def test_speed_covers_the_last_window_and_eta_every_pause():
   assert progress.line(20, {'loss': 1.0}).endswith('tokens/s 2,000  ETA 55s')
 
 
-def test_before_anything_is_measured_the_line_has_no_numbers_for_it():
+def test_pace_before_measuring():
+  """Before anything is measured, the line shows dashes."""
   assert Pace(9, 10).line(1, {'loss': 1.0}) == 'step 1/9  loss 1.0000  tokens/s -  ETA -'
-
-
-@pytest.mark.parametrize('seconds, text', [
-    (0.4, '0s'), (59.6, '1m00s'), (192, '3m12s'), (7500, '2h05m'), (100_800, '1d04h')])
-def test_durations_show_their_two_largest_units(seconds, text):
-  assert format_duration(seconds) == text

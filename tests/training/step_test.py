@@ -1,4 +1,4 @@
-"""A step changes what learns and nothing else, and is the same on any mesh, in any microbatches."""
+"""A step changes trainable parameters alone, and is the same on any mesh, in any microbatches."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ class Trainer:
   """A coprocessor on a mesh: its frozen decoder and the compiled step. Compiled once for all tests.
 
   Args:
-    sizes: of the mesh, over as many devices, beside its replica axis.
+    sizes: sizes of the mesh axes but for replica, over as many devices.
   """
 
   def __init__(self, sizes=(1, 1, 1), accumulation=1, dtype='float32', seed=0, trainable='full',
@@ -74,11 +74,13 @@ def check_equal(trained, expected):
 @pytest.mark.parametrize('sizes', [
     (8, 1, 1), (2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow),
     pytest.param((1, 1, 2), marks=pytest.mark.slow)], ids=lambda sizes: '-'.join(map(str, sizes)))
-def test_any_mesh_gives_the_loss_gradient_and_parameters_of_one_device(sizes):
+def test_any_mesh(sizes):
+  """Any mesh gives the loss, gradient and parameters of one device."""
   check_equal(Trainer(sizes).train(2), Trainer().train(2))
 
 
-def test_replicas_of_a_sharded_mesh_give_those_of_one_device_too():
+def test_replicas():
+  """Replicas of a sharded mesh give those of one device too."""
   trainer = Trainer((2, 2, 1), replica=2)
   check_equal(trainer.train(2), Trainer().train(2))
   weight = trainer.start().params['transformer']['blocks']['attention']['query']['w']
@@ -86,20 +88,24 @@ def test_replicas_of_a_sharded_mesh_give_those_of_one_device_too():
   assert len(weight.addressable_shards) == 8 and len(copies) == 2  # in two fsdp shards
 
 
-def test_low_rank_adapters_are_the_same_on_a_mesh_too():
+def test_adapters_on_mesh():
+  """Low-rank adapters are the same on a mesh too."""
   check_equal(Trainer((2, 2, 2), trainable='lora').train(2), Trainer(trainable='lora').train(2))
 
 
-def test_fused_attention_on_a_mesh_gives_the_loss_and_parameters_of_plain_on_one_device():
+def test_fused_on_mesh():
+  """Fused attention on a mesh gives the results of plain attention on one device."""
   check_equal(Trainer((2, 2, 2), attention='fused').train(2), Trainer().train(2))
 
 
 @pytest.mark.parametrize('sizes, accumulation', [((1, 1, 1), 4), ((2, 2, 1), 2)])
-def test_microbatches_add_up_to_the_whole_batch(sizes, accumulation):
+def test_microbatches(sizes, accumulation):
+  """Microbatches add up to the whole batch."""
   check_equal(Trainer(sizes, accumulation).train(2), Trainer().train(2))
 
 
-def test_what_learns_and_its_momentum_lie_in_shards():
+def test_state_is_sharded():
+  """Trainable parameters and their momentum are sharded."""
   trainer = Trainer((1, 4, 2))
   before = trainer.start()
   after, _ = trainer.step(before, place_batch(
@@ -110,7 +116,8 @@ def test_what_learns_and_its_momentum_lie_in_shards():
     assert shard['transformer']['blocks']['attention']['query']['w'] == (3, 4, 2, 6)
 
 
-def test_the_loss_is_traced_under_the_mesh_and_the_rules():
+def test_loss_under_mesh_and_rules():
+  """The loss is traced under the mesh and the rules."""
   mesh, seen = make_mesh(MeshConfig(2, 2, 2)), []
 
   def loss(params, frozen, batch, keys):
@@ -132,7 +139,8 @@ def test_the_loss_is_traced_under_the_mesh_and_the_rules():
 
 @pytest.mark.parametrize('trainer', [Trainer, functools.partial(Trainer, dtype='bfloat16')],
                          ids=['float32', 'bfloat16'])
-def test_the_decoder_keeps_every_bit_and_the_coprocessor_learns_in_float32(trainer):
+def test_decoder_is_frozen(trainer):
+  """The decoder keeps every bit, and the coprocessor is trained in float32."""
   trainer = trainer()
   start = jax.device_get(trainer.start().params)
   bits = lambda: jax.tree.map(  # noqa: E731
@@ -144,7 +152,8 @@ def test_the_decoder_keeps_every_bit_and_the_coprocessor_learns_in_float32(train
   assert jax.tree.all(jax.tree.map(lambda a, b: np.any(a != b), state.params, start))
 
 
-def test_a_step_reports_what_it_did_and_repeats_itself_exactly():
+def test_metrics_and_determinism():
+  """A step reports its true metrics and repeats itself exactly."""
   trainer = Trainer()
   start = jax.device_get(trainer.start().params)
   state, (first, second) = trainer.train(2)
@@ -157,7 +166,8 @@ def test_a_step_reports_what_it_did_and_repeats_itself_exactly():
   assert optax.tree.norm(moved) == pytest.approx(first['grad_norm'], rel=1e-3)
 
 
-def test_the_loss_is_the_mean_over_valid_targets(decoder_params):
+def test_loss_is_mean(decoder_params):
+  """The loss is the mean over valid targets."""
   trainer = Trainer()
   deliberator, config = trainer.deliberator, trainer.deliberator.config
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 8)
@@ -171,7 +181,8 @@ def test_the_loss_is_the_mean_over_valid_targets(decoder_params):
   assert metrics['loss'] == pytest.approx(np.asarray(nll)[traces.ahead_valid].mean(), rel=1e-5)
 
 
-def test_a_seed_and_a_step_draw_traces_of_their_own():
+def test_seed_and_step_draw_traces():
+  """Another seed or another step draws other traces."""
   trainer = Trainer()
   later = trainer.start()
   later = later.replace(step=later.step + 1)
@@ -180,7 +191,8 @@ def test_a_seed_and_a_step_draw_traces_of_their_own():
   assert len(losses) == 3
 
 
-def test_the_state_is_donated_and_the_decoder_is_not():
+def test_donation():
+  """The state is donated and the decoder is not."""
   trainer = Trainer()
   state = trainer.start()
   trainer.train(1, state)
@@ -188,14 +200,16 @@ def test_the_state_is_donated_and_the_decoder_is_not():
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainer.frozen))
 
 
-def test_a_state_owns_its_weights_even_where_the_decoder_lent_them():
+def test_state_owns_weights():
+  """A state owns copies of its weights, also of the decoder's."""
   lent = {'w': jnp.ones(3)}
   state = TrainState.create(lent, OPTIMIZER)
   jax.jit(lambda state: jax.tree.map(jnp.negative, state), donate_argnums=0)(state)
   assert state.params['w'].is_deleted() and not lent['w'].is_deleted()
 
 
-def test_a_batch_without_a_single_target_changes_nothing():
+def test_no_targets():
+  """A batch without a single target changes nothing."""
   trainer = Trainer()
   before = jax.device_get(trainer.start().params)
   state, (metrics,) = trainer.train(1, batch=tiny.packed_batch([()] * 8))
@@ -203,7 +217,8 @@ def test_a_batch_without_a_single_target_changes_nothing():
   jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
 
-def test_an_abstract_state_has_the_shapes_and_dtypes_of_a_real_one(decoder_params):
+def test_abstract_state(decoder_params):
+  """An abstract state has the shapes and dtypes of a real one."""
   deliberator, optimizer = tiny.deliberator(trainable='lora'), optax.adam(0.1)
   boxed = jax.eval_shape(deliberator.coprocessor.init, jax.random.key(0), decoder_params)
   abstract = abstract_state(boxed, optimizer, make_mesh(MeshConfig(2, 2, 2)), DEFAULT_RULES)
@@ -212,7 +227,8 @@ def test_an_abstract_state_has_the_shapes_and_dtypes_of_a_real_one(decoder_param
       lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), abstract, real))
 
 
-def test_language_modelling_is_the_mean_over_next_tokens_of_the_same_document(decoder_params):
+def test_language_modelling(decoder_params):
+  """Language modelling sums over next tokens of the same document."""
   loss = language_modelling(Decoder(tiny.CONFIG), loss_chunk=4)
   total, targets = jax.jit(loss)(decoder_params, {}, BATCH, jnp.zeros(8))
   _, logits, _ = tiny.read(decoder_params, BATCH.tokens, BATCH.positions, BATCH.segments)
@@ -224,7 +240,8 @@ def test_language_modelling_is_the_mean_over_next_tokens_of_the_same_document(de
   assert total == pytest.approx(sum(float(nll[pair]) for pair in pairs), rel=1e-5)
 
 
-def test_language_modelling_on_padding_has_finite_gradients(decoder_params):
+def test_language_modelling_on_padding(decoder_params):
+  """Language modelling on padding has finite gradients."""
   loss = language_modelling(Decoder(tiny.CONFIG), loss_chunk=4)
   batch = tiny.packed_batch([(7,), ()])
   gradients = jax.jit(jax.grad(loss, has_aux=True))(decoder_params, {}, batch, jnp.zeros(2))[0]

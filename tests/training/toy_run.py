@@ -1,4 +1,4 @@
-"""A run of the loop that takes milliseconds: four weights, drawn batches, everything else real."""
+"""A run of the loop that takes milliseconds: four weights and random batches, otherwise real."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -20,15 +20,15 @@ OPTIMIZER = optax.adam(0.1)
 
 
 class ToyBatches:
-  """Batches drawn from their step.
+  """Random batches with the step as their seed.
 
   Attributes:
-    restored: the step that they were last restored to.
+    restored: step that they were last restored to.
   """
   fingerprint = 'toy'
 
   def __init__(self, before: Callable[[int], object] = lambda step: None):
-    """`before(step)` runs ahead of each batch."""
+    """`before(step)` runs before each batch."""
     self._before, self.restored = before, None
 
   def __call__(self, step: int) -> Batch:
@@ -65,7 +65,7 @@ def run(workdir: Path, num_steps: int = 6, *, batches: ToyBatches | None = None,
         train_step: Callable[..., Any] | None = JITTED_STEP,
         evaluators: Mapping[str, Callable[..., Any]] | None = None, save_every: int = 100,
         eval_every: int = 100, log_every: int = 1, checkpoints: bool = True) -> TrainState:
-  """A launch: new objects all through, resuming whatever is in `workdir`."""
+  """One launch with new objects, which resumes the run in `workdir`."""
   batches = batches or ToyBatches()
   state, checkpointer = new_state(), None
   metrics = MetricsWriter(workdir)
@@ -86,6 +86,6 @@ def run(workdir: Path, num_steps: int = 6, *, batches: ToyBatches | None = None,
 
 
 def saved_steps(workdir: Path) -> list[int]:
-  """Of the checkpoints that are there."""
+  """The steps of the checkpoints that exist."""
   return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir()
                 if path.name.isdigit())

@@ -1,4 +1,4 @@
-"""Kinds of coprocessors, precisions and meshes that the quickstart does not go through."""
+"""Kinds of coprocessors, precisions and meshes that the quickstart does not cover."""
 
 import shutil
 
@@ -27,7 +27,8 @@ def losses(workdir):
 
 
 @pytest.mark.usefixtures('one_device')
-def test_low_rank_adapters_are_trained_and_nothing_else(tmp_path, quickstart):
+def test_lora(tmp_path, quickstart):
+  """Low-rank adapters are trained and nothing else."""
   experiment = finished.experiment(deliberation__trainable='lora', deliberation__lora_rank=2)
   params = train_coprocessor(
       experiment, quickstart / 'pretraining/decoder', tmp_path / 'lora', quickstart)
@@ -40,8 +41,8 @@ def test_low_rank_adapters_are_trained_and_nothing_else(tmp_path, quickstart):
 
 
 @pytest.mark.slow
-def test_bfloat16_rematerialisation_and_accumulation_train_on_a_mesh(tmp_path, quickstart):
-  """Two of each axis; the loss stays near that of float32 on one device."""
+def test_bfloat16_remat_accumulation(tmp_path, quickstart):
+  """bfloat16, remat and accumulation on a mesh stay near float32 on one device."""
   experiment = finished.experiment(
       computation__dtype='bfloat16', computation__frozen_dtype='bfloat16',
       computation__remat='full', mesh__data=2, mesh__fsdp=2, mesh__tensor=2,
@@ -62,8 +63,8 @@ def test_bfloat16_rematerialisation_and_accumulation_train_on_a_mesh(tmp_path, q
 @pytest.mark.parametrize('mesh', [
     {}, pytest.param({'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2},
                      marks=pytest.mark.slow)])
-def test_a_coprocessor_trains_on_a_decoder_in_int8_from_weights_that_were_not_rounded(
-    tmp_path, quickstart, monkeypatch, mesh):
+def test_int8_decoder(tmp_path, quickstart, monkeypatch, mesh):
+  """A coprocessor trains on an int8 decoder and starts from unrounded weights."""
   decoder, started = quickstart / 'pretraining/decoder', []
 
   def look(run, *others, frozen, load_start, **more):
@@ -84,18 +85,19 @@ def test_a_coprocessor_trains_on_a_decoder_in_int8_from_weights_that_were_not_ro
       rtol=0.02)
 
 
-def test_what_was_trained_says_on_which_decoder_and_vocabulary_and_how_long(quickstart):
+def test_description(quickstart):
+  """The checkpoint describes its decoder, vocabulary and number of steps."""
   said = describe(quickstart / 'coprocessor/coprocessor')
   decoder = weights.open_checkpoint(quickstart / 'pretraining/decoder')
   assert (said.decoder_fingerprint, said.vocabulary) == (decoder.fingerprint, decoder.vocabulary)
   assert said.steps == 2
-  assert said.model == decoder.config
+  assert said.decoder_config == decoder.config
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
-def test_a_finished_run_writes_its_coprocessor_where_it_is_gone_and_nothing_over_it(
-    tmp_path, quickstart):
+def test_write_again(tmp_path, quickstart):
+  """A finished run writes a missing coprocessor again, and overwrites nothing."""
   run = shutil.copytree(quickstart / 'constant', tmp_path / 'run')
   experiment = constant_variant(finished.experiment())
   written = run / 'coprocessor'
@@ -113,15 +115,5 @@ def test_a_finished_run_writes_its_coprocessor_where_it_is_gone_and_nothing_over
   assert fingerprint(again.params) == fingerprint(trained.params)
   assert describe(written) == describe(quickstart / 'constant/coprocessor')
   (written / 'coprocessor.json').unlink()
-  with pytest.raises(UserError, match=f'{written} is where the trained .*: use another'):
+  with pytest.raises(UserError, match=f'{written}.*--workdir'):
     go_on()
-
-
-@pytest.mark.usefixtures('one_device')
-def test_a_decoder_that_changed_in_training_is_reported(tmp_path, quickstart, monkeypatch):
-  digests = iter(['one', 'two'])
-  monkeypatch.setattr(train, 'fingerprint', lambda params: next(digests))
-  monkeypatch.setattr(train, 'fit', lambda *unused: {})
-  with pytest.raises(UserError, match='fingerprint one before training and has two now: this'):
-    train_coprocessor(finished.experiment(), quickstart / 'pretraining/decoder',
-                      tmp_path / 'run', quickstart)

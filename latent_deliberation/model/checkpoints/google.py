@@ -1,4 +1,4 @@
-"""The orbax checkpoints of Google's gemma library: names, layouts, and which size they are."""
+"""Orbax checkpoints of Google's gemma library: names, layouts, and the size that they are of."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout,
 from latent_deliberation.model.checkpoints.source import Stored
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
 
-TABLE = 'embedder/input_embedding'  # padded with rows that no token has
-# Parts of a multimodal checkpoint that are no part of the decoder.
+TABLE = 'embedder/input_embedding'  # padded with rows that no token uses
+# Prefixes of the other parts of a multimodal checkpoint.
 _OTHER_PARTS = ('vision_encoder/', 'SigLiPFromPatches_0/', 'embedder/mm_')
 
 
 def plain_name(name: str) -> str:
-  """The name of an array without what versions of the library differ in.
+  """Returns the name of an array in the form that all versions of the library share.
 
-  Flat trees hold 'transformer/layer_0/attn/q_einsum' as one key, nested ones may lack the first
-  part; some versions keep a matrix under a further key 'w', others do not.
+  Flat trees hold 'transformer/layer_0/attn/q_einsum' as one key. Nested trees may lack the first
+  part. Some versions keep a matrix under a further key 'w'.
   """
   for prefix in ('params/', 'transformer/'):
     name = name.removeprefix(prefix)
@@ -26,15 +26,19 @@ def plain_name(name: str) -> str:
 
 
 def is_foreign(name: str) -> bool:
-  """Whether a tensor is no part of the decoder."""
+  """Whether a tensor belongs to another part than the decoder."""
   return name.startswith(_OTHER_PARTS)
 
 
 def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig:
-  """The preset that has the checkpoint's sizes; what shapes do not show comes from the preset.
+  """Returns the preset of the checkpoint's sizes. It also gives what shapes do not show.
+
+  Args:
+    tensors: tensors of the checkpoint, by plain name.
+    origin: directory of the checkpoint, for messages.
 
   Raises:
-    UserError: no preset has them; lists those that there are.
+    UserError: no preset has these sizes; the message lists the presets.
   """
   found = _sizes(tensors, origin)
   for config in PRESETS.values():
@@ -47,19 +51,20 @@ def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig
       for name, config in PRESETS.items())
   raise UserError(
       f'{origin} holds a decoder of ' + ', '.join(f'{key} {size}' for key, size in found.items())
-      + f', and its format does not tell the rest of the architecture. Sizes known:\n{known}\n'
-      'Pass the config of yours to weights.load(..., config=...)')
+      + f'. No preset has these sizes, and the format does not store the rest:\n{known}\n'
+      'Pass your TransformerConfig to weights.load(..., config=...)')
 
 
 def _sizes(tensors: Mapping[str, Stored], origin: str) -> dict[str, int]:
-  """Sizes that show in shapes."""
+  """Returns the sizes that shapes show."""
   out, down = 'layer_0/attn/attn_vec_einsum', 'layer_0/mlp/linear'
   shared = 'layer_0/attn/kv_einsum'
   ranks = {out: 3, down: 2} | ({shared: 4} if shared in tensors else {})
   for name, rank in ranks.items():
     if name not in tensors or len(tensors[name].shape) != rank:
       raise UserError(f"{origin} is an orbax checkpoint, but not of Google's gemma library: it "
-                       f'has no {name} of {rank} axes. It holds {sorted(tensors)[:8]} ...')
+                      f'has no {name} of {rank} axes. It holds {sorted(tensors)[:8]} ... Give '
+                      'another directory')
   layers = {name.split('/')[0] for name in tensors if name.startswith('layer_')}
   heads, head_dim, width = tensors[out].shape
   hidden = tensors[down].shape[0]
@@ -69,10 +74,10 @@ def _sizes(tensors: Mapping[str, Stored], origin: str) -> dict[str, int]:
 
 
 def find_layout(config: TransformerConfig, tensors: Mapping[str, Stored]) -> Layout:
-  """Layout of this checkpoint.
+  """Returns the layout of this checkpoint.
 
-  Versions of the library differ in the order of two axes of the gate, and put query, key and value
-  in one tensor where their heads are as many.
+  Versions of the library differ in the order of two axes of the gate. They store query, key and
+  value as one tensor if the numbers of heads are equal.
   """
   if 'layer_0/attn/qkv_einsum' in tensors:
     attention = {'query': Entry('layer_{}/attn/qkv_einsum', 'N D H', 0, 3),
@@ -102,7 +107,7 @@ def find_layout(config: TransformerConfig, tensors: Mapping[str, Stored]) -> Lay
 
 
 def _gate_is_transposed(config: TransformerConfig, tensors: Mapping[str, Stored]) -> bool:
-  """Whether gates are [2, F, D]; where F = D, the library's Gemma 3 has them so."""
+  """Whether gates are [2, F, D]. If F = D, shapes do not tell, and only Gemma 3 has them so."""
   gate = tensors.get('layer_0/mlp/gating_einsum')
   if gate is None or config.hidden_dim == config.embed_dim:
     return config.qk_norm

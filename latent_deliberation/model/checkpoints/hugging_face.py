@@ -1,4 +1,7 @@
-"""The tensors of Hugging Face directories: their names and where they belong."""
+"""Hugging Face directories of Gemma 1, 2 and 3: tensor names, config.json in and out, and a writer.
+
+safetensors_io.py reads and writes the files themselves.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +21,47 @@ from latent_deliberation.model.checkpoints.safetensors_io import FILE_BYTES, gat
 from latent_deliberation.model.checkpoints.source import Source
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-# The decoder's prefix in a multimodal checkpoint: transformers 4 and 5.
+# Prefixes of the decoder in a multimodal checkpoint, from transformers 4 and 5.
 _MULTIMODAL = ('language_model.model.', 'model.language_model.')
 _OTHER_PARTS = ('vision_tower.', 'multi_modal_projector.', 'model.vision_tower.',
                 'model.multi_modal_projector.')
 _HEAD, _TABLE = 'lm_head.weight', 'model.embed_tokens.weight'
 
+CONFIG = 'config.json'
+_KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
+# The defaults of transformers for keys that a config.json leaves out, by model_type.
+_SIZES = {'vocab_size': 256_000, 'num_attention_heads': 8, 'num_key_value_heads': 4,
+          'head_dim': 256, 'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0}
+_DEFAULTS = {
+    'gemma': _SIZES | {
+        'hidden_size': 3072, 'intermediate_size': 24_576, 'num_hidden_layers': 28,
+        'num_attention_heads': 16, 'num_key_value_heads': 16},
+    'gemma2': _SIZES | {
+        'hidden_size': 2304, 'intermediate_size': 9216, 'num_hidden_layers': 26,
+        'sliding_window': 4096, 'query_pre_attn_scalar': 256, 'attn_logit_softcapping': 50.0,
+        'final_logit_softcapping': 30.0},
+    'gemma3_text': _SIZES | {
+        'vocab_size': 262_208, 'hidden_size': 2304, 'intermediate_size': 9216,
+        'num_hidden_layers': 26, 'sliding_window': 4096, 'query_pre_attn_scalar': 256,
+        'attn_logit_softcapping': None, 'final_logit_softcapping': None,
+        'rope_theta': 1_000_000.0, 'rope_local_base_freq': 10_000.0},
+}
+FAMILIES = (*_DEFAULTS, 'gemma3')
+# Keys that our decoder has no choice for, with the values that it computes; others are refused.
+_FIXED = {
+    'attention_bias': (False,), 'tie_word_embeddings': (True,),
+    'use_bidirectional_attention': (False, None), 'quantization_config': (None,),
+    'hidden_activation': ('gelu_pytorch_tanh', None)}
+_FIXED_IN = {
+    'gemma': {'hidden_act': ('gelu_pytorch_tanh', 'gelu', None)},  # all mean the tanh form
+    'gemma2': {},
+    # transformers reads these keys and computes without them.
+    'gemma3_text': {'attn_logit_softcapping': (None,)},
+    'gemma3': {'attn_logit_softcapping': (None,), 'final_logit_softcapping': (None,)}}
+
 
 def plain_name(name: str) -> str:
-  """The name that a tensor has in a checkpoint of text alone."""
+  """Returns the name of a tensor as a checkpoint without vision has it."""
   for prefix in _MULTIMODAL:
     if name.startswith(prefix):
       return 'model.' + name.removeprefix(prefix)
@@ -34,20 +69,20 @@ def plain_name(name: str) -> str:
 
 
 def is_foreign(name: str) -> bool:
-  """Whether a tensor is no part of the decoder: vision, the tied head, rotary buffers."""
+  """Whether a tensor is not a parameter of the decoder: vision, the tied head, rotary buffers."""
   return (name.startswith(_OTHER_PARTS) or name == _HEAD
           or name.endswith('rotary_emb.inv_freq'))
 
 
 def find_layout(config: TransformerConfig) -> Layout:
-  """Where each parameter is; Gemma 1 calls its second norm 'post_attention_layernorm'."""
+  """Returns the layout of a checkpoint of this architecture."""
   layer = 'model.layers.{}.'
   norms = {'attention_in': 'input_layernorm'}
   if config.post_norms:
     norms |= {'attention_out': 'post_attention_layernorm',
               'feed_forward_in': 'pre_feedforward_layernorm',
               'feed_forward_out': 'post_feedforward_layernorm'}
-  else:
+  else:  # Gemma 1 names the same norm by its place after attention
     norms |= {'feed_forward_in': 'post_attention_layernorm'}
   block = {
       'attention/query/w': Entry(layer + 'self_attn.q_proj.weight', '(N H) D'),
@@ -68,9 +103,9 @@ def find_layout(config: TransformerConfig) -> Layout:
 
 
 def check_head(source: Source) -> None:
-  """Raises UserError where an output head is stored that is not the embedding.
+  """Raises UserError if the checkpoint has an output head that differs from the embedding.
 
-  Some writers store a tied head; one of its own is not Gemma.
+  Some writers store the tied head, too. A head with weights of its own is not Gemma.
   """
   if _HEAD not in source.tensors or _TABLE not in source.tensors:
     return
@@ -79,83 +114,50 @@ def check_head(source: Source) -> None:
   if head != table or not jnp.array_equal(*(
       source.read(name, table.shape, device) for name in (_HEAD, _TABLE)), equal_nan=True):
     raise UserError(f'{source.directory}: {_HEAD} {list(head.shape)} is not equal to {_TABLE} '
-                     f'{list(table.shape)}; a Gemma has one table for both')
-
-
-CONFIG = 'config.json'
-_KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
-
-_SIZES = {'vocab_size': 256_000, 'num_attention_heads': 8, 'num_key_value_heads': 4,
-          'head_dim': 256, 'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0}
-_DEFAULTS = {
-    'gemma': _SIZES | {
-        'hidden_size': 3072, 'intermediate_size': 24_576, 'num_hidden_layers': 28,
-        'num_attention_heads': 16, 'num_key_value_heads': 16},
-    'gemma2': _SIZES | {
-        'hidden_size': 2304, 'intermediate_size': 9216, 'num_hidden_layers': 26,
-        'sliding_window': 4096, 'query_pre_attn_scalar': 256, 'attn_logit_softcapping': 50.0,
-        'final_logit_softcapping': 30.0},
-    'gemma3_text': _SIZES | {
-        'vocab_size': 262_208, 'hidden_size': 2304, 'intermediate_size': 9216,
-        'num_hidden_layers': 26, 'sliding_window': 4096, 'query_pre_attn_scalar': 256,
-        'attn_logit_softcapping': None, 'final_logit_softcapping': None,
-        'rope_theta': 1_000_000.0, 'rope_local_base_freq': 10_000.0},
-}
-FAMILIES = (*_DEFAULTS, 'gemma3')
-# What a file may ask for, where our decoder has no choice; anything else is refused.
-_FIXED = {
-    'attention_bias': (False,), 'tie_word_embeddings': (True,),
-    'use_bidirectional_attention': (False, None), 'quantization_config': (None,),
-    'hidden_activation': ('gelu_pytorch_tanh', None)}
-_FIXED_IN = {
-    'gemma': {'hidden_act': ('gelu_pytorch_tanh', 'gelu', None)},  # all of which meant the former
-    'gemma2': {},
-    # transformers reads these and computes without them.
-    'gemma3_text': {'attn_logit_softcapping': (None,)},
-    'gemma3': {'attn_logit_softcapping': (None,), 'final_logit_softcapping': (None,)}}
+                    f'{list(table.shape)}; a Gemma has one table for both, so give another decoder')
 
 
 def read_config(directory: Path) -> TransformerConfig:
-  """The architecture that config.json describes; the text part where there are others.
+  """Returns the architecture that config.json describes, or its text part if there are others.
 
   Raises:
-    UserError: there is no config.json.
-    UserError: it is damaged, or describes what is not Gemma 1, 2 or 3.
+    UserError: config.json is missing or damaged, or describes another model than Gemma 1, 2 or 3.
   """
   path = Path(directory) / CONFIG
   if not path.is_file():
-    raise UserError(f'{directory} holds weights but no {CONFIG}, which says what they are: '
-                            'download it too')
+    raise UserError(f'{directory} holds weights but no {CONFIG}, which describes them: download '
+                    'it, too')
   try:
     stored = json.loads(path.read_text())
     family = stored['model_type']
   except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path} is damaged or names no model_type ({error}): download it '
-                     'again') from error
+    raise UserError(f'{path} is damaged or has no model_type ({error}): download it '
+                    'again') from error
   if family not in FAMILIES:
-    raise UserError(f'{path}: model_type {family!r} is an architecture that we do not have; we '
-                     f'have {", ".join(FAMILIES)}')
+    raise UserError(f'{path}: model_type {family!r} is not supported; give one of '
+                    f'{", ".join(FAMILIES)}')
   fixed = _FIXED | _FIXED_IN[family]
   if family == 'gemma3':
     text = stored.get('text_config', {})
     if not isinstance(text, dict):
-      raise UserError(f'{path}: text_config is {text!r}, expected a dictionary: download it again')
-    # What the file says of the whole model holds for its text part.
+      raise UserError(f'{path}: text_config = {text!r} is not a dictionary: download it again')
+    # Settings of the whole model hold for its text part, too.
     stored = text | {key: stored[key] for key in fixed if key in stored}
     family = 'gemma3_text'
   for key, allowed in fixed.items():
     if stored.get(key, allowed[0]) not in allowed:
-      raise UserError(f'{path}: {key} = {stored[key]!r} is not supported, only {allowed[0]!r} is')
+      raise UserError(f'{path}: {key} = {stored[key]!r} is not supported, only {allowed[0]!r}')
   try:
     return _config(family, _DEFAULTS[family] | stored)
   except KeyError as error:
-    raise UserError(f'{path} lacks {error}, or has it with a value that we do not know') from error
+    raise UserError(f'{path} lacks {error}, or has an unknown value for it') from error
+  # A file of any content may have values of any type, for which arithmetic fails in many ways.
   except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-    raise UserError(f'{path} describes no decoder of ours: {error}') from error
+    raise UserError(f'{path} describes a decoder that is not supported: {error}') from error
 
 
 def _config(family: str, stored: Mapping[str, Any]) -> TransformerConfig:
-  """A config from the keys of one file."""
+  """Returns the config for the keys of a file, with defaults filled in."""
   common = dict(
       vocab_size=stored['vocab_size'], embed_dim=stored['hidden_size'],
       num_layers=stored['num_hidden_layers'], num_heads=stored['num_attention_heads'],
@@ -175,7 +177,7 @@ def _config(family: str, stored: Mapping[str, Any]) -> TransformerConfig:
 
 
 def _rotary(family: str, stored: Mapping[str, Any]) -> dict[str, Any]:
-  """Rotary settings, which transformers 5 keeps in dictionaries and 4 in loose keys."""
+  """Returns rotary settings. transformers 5 keeps them in dictionaries, 4 in single keys."""
   parameters = stored.get('rope_parameters') or {}
   whole = {'rope_theta': stored['rope_theta'], **parameters.get('full_attention', parameters),
            **(stored.get('rope_scaling') or {})}
@@ -185,28 +187,28 @@ def _rotary(family: str, stored: Mapping[str, Any]) -> dict[str, Any]:
              **parameters.get('sliding_attention', {})}
   scaling = _linear_factor(whole)
   if family != 'gemma' and _linear_factor(local) != 1:
-    raise UserError('its sliding layers have scaled rotary embeddings; ours have them on full '
-                     'attention alone')
+    raise UserError('its sliding layers have scaled rotary embeddings, which are supported only '
+                    'for full attention')
   base, local_base = whole['rope_theta'], local['rope_theta']
   return {'rope_base': base, 'rope_local_base': None if local_base == base else local_base,
           'rope_scaling': scaling}
 
 
 def _linear_factor(rope: Mapping[str, Any]) -> float:
-  """By how much positions are divided."""
+  """Returns the factor that positions are divided by."""
   form = rope.get('rope_type', rope.get('type', 'default'))
   if form not in ('default', 'linear'):
-    raise UserError(f'rope_type is {form!r}; we have default and linear')
+    raise UserError(f'rope_type = {form!r}: only default and linear are supported')
   return float(rope['factor']) if form == 'linear' else 1.0
 
 
 def _layer_pattern(family: str, stored: Mapping[str, Any]) -> tuple[str, ...]:
-  """The shortest pattern that gives the kinds of all layers."""
+  """Returns the shortest pattern that gives the kinds of all layers."""
   layers = stored['num_hidden_layers']
   if stored.get('layer_types'):
     unknown = set(stored['layer_types']) - set(_KINDS)
     if unknown:
-      raise UserError(f'layer_types has {sorted(unknown)}; we have {", ".join(_KINDS)}')
+      raise UserError(f'layer_types has {sorted(unknown)}: only {", ".join(_KINDS)} are supported')
     kinds = [_KINDS[kind] for kind in stored['layer_types']]
   else:
     period = stored.get('sliding_window_pattern', 2 if family == 'gemma2' else 6)
@@ -217,7 +219,7 @@ def _layer_pattern(family: str, stored: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def shortest_period(kinds: Sequence[str]) -> tuple[str, ...]:
-  """The shortest prefix that, repeated and cut off, gives `kinds`."""
+  """Returns the shortest prefix that gives `kinds` when it is repeated and cut off."""
   for period in range(1, len(kinds) + 1):
     if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
       return tuple(kinds[:period])
@@ -225,16 +227,16 @@ def shortest_period(kinds: Sequence[str]) -> tuple[str, ...]:
 
 
 def write_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
-  """Content of a config.json that transformers 4 and 5 read.
+  """Returns the content of a config.json for transformers 4 and 5.
 
   Raises:
-    UserError: the config has a combination of features that no Gemma of transformers has.
+    UserError: no Gemma in transformers has this combination of features.
   """
   family = _family(config)
   scalar = config.head_dim if config.query_scale is None else config.query_scale ** -2
   if abs(scalar - round(scalar)) > 1e-9 * scalar:
-    raise UserError(f'query_scale = {config.query_scale} is not 1 / sqrt of an integer, which '
-                     "transformers' query_pre_attn_scalar must be: write it in our own format")
+    raise UserError(f'query_scale = {config.query_scale} is not 1 / sqrt of an integer, as '
+                    "transformers' query_pre_attn_scalar must be: write format 'native'")
   local_base = config.rope_base if config.rope_local_base is None else config.rope_local_base
   linear = {'rope_type': 'linear', 'factor': config.rope_scaling}
   scaling = {'rope_type': 'default'} if config.rope_scaling == 1 else linear
@@ -268,7 +270,7 @@ def write_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
 
 
 def _family(config: TransformerConfig) -> str:
-  """model_type of the Gemma that has this config's features."""
+  """Returns the model_type of the Gemma that has this config's features."""
   plain_rotary = config.rope_local_base is None and config.rope_scaling == 1
   plain_scale = config.query_scale is None or config.query_scale == config.head_dim ** -0.5
   if config.post_norms and config.qk_norm and config.attention_softcap is None:
@@ -279,14 +281,20 @@ def _family(config: TransformerConfig) -> str:
       and set(config.layer_kinds) == {'global'}
       and config.attention_softcap is config.final_softcap is None):
     return 'gemma'
-  raise UserError(f'no Gemma has the features of {config}: write it in our own format')
+  raise UserError(f"no Gemma has the features of {config}: write format 'native'")
 
 
 def write(directory: Path, config: TransformerConfig, params: Params,
           file_bytes: int = FILE_BYTES) -> None:
-  """Writes config.json and safetensors into an empty directory, values as they are.
+  """Writes config.json and safetensors into an empty directory, bit by bit.
 
-  Process 0 writes; every process must call this, since shards are gathered.
+  Process 0 writes. Every process must call this, because it gathers shards.
+
+  Args:
+    directory: empty directory.
+    config: architecture.
+    params: parameters.
+    file_bytes: largest size of a file.
   """
   dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
   content = write_config(config, dtypes.pop() if len(dtypes) == 1 else 'float32')
@@ -298,7 +306,7 @@ def write(directory: Path, config: TransformerConfig, params: Params,
 
 
 def _sizes(layout: Layout, config: TransformerConfig, params: Params) -> dict[str, int]:
-  """Bytes of every tensor, in the order in which `_tensors` gives them."""
+  """Returns the bytes of every tensor, in the order of `_tensors`."""
   flat = traverse_util.flatten_dict(params, sep='/')
   sizes = {}
   for path, entry in layout.items():
@@ -310,7 +318,7 @@ def _sizes(layout: Layout, config: TransformerConfig, params: Params) -> dict[st
 
 def _tensors(layout: Layout, config: TransformerConfig,
              params: Params) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor on the host, one at a time."""
+  """Yields the name and value of every tensor, gathered on the host one at a time."""
   flat, axes = traverse_util.flatten_dict(params, sep='/'), parameter_axes(config)
   for path, entry in layout.items():
     layered = path.startswith(LAYERED)

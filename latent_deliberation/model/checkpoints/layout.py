@@ -1,7 +1,7 @@
-"""Where checkpoints keep each parameter of a decoder, and in what order of axes.
+"""The tables of checkpoints: the tensor of each parameter of a decoder, and its order of axes.
 
-Axes are letters of the legend in array_types.py; '(N H)' is a merged axis. The same patterns, read
-in either direction, load a tensor and write it.
+Axes are letters of the legend in array_types.py; '(N H)' is a merged axis. The same patterns load a
+tensor, and write it when they are read backwards.
 """
 
 import dataclasses
@@ -14,17 +14,18 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-LAYERED = 'transformer/blocks/'  # parameters with a leading layer axis have paths that begin so
+LAYERED = 'transformer/blocks/'  # prefix of the paths of parameters with a leading layer axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """Where one parameter of ours, of one layer if it has layers, is stored.
+  """The stored tensor of one of our parameters, or of one layer of it.
 
   Attributes:
-    name: of the stored tensor; '{}' stands for the number of the layer.
-    axes: of the stored tensor.
-    part: index on a leading axis, where `parts` parameters are stored as one tensor.
+    name: name of the stored tensor; '{}' is the number of the layer.
+    axes: axes of the stored tensor.
+    part: index on a leading axis, if one tensor holds `parts` parameters; else None.
+    parts: number of parameters in the tensor.
   """
   name: str
   axes: str
@@ -32,11 +33,11 @@ class Entry:
   parts: int = 1
 
 
-Layout = Mapping[str, Entry]  # by path of the parameter, keys joined by '/'
+Layout = Mapping[str, Entry]  # path of the parameter, keys joined by '/' -> entry
 
 
 def parameter_axes(config: TransformerConfig) -> dict[str, str]:
-  """Path -> axes of every parameter that a decoder of this config has, without the layer axis."""
+  """Returns path -> axes of every parameter of a decoder, without the layer axis."""
   block = {
       'attention/query/w': 'D N H', 'attention/key/w': 'D K H', 'attention/value/w': 'D K H',
       'attention/out/w': 'N H D', 'feed_forward/gate/w': 'D F', 'feed_forward/up/w': 'D F',
@@ -51,31 +52,32 @@ def parameter_axes(config: TransformerConfig) -> dict[str, str]:
 
 
 def axis_sizes(config: TransformerConfig) -> dict[str, int]:
-  """Letter -> size."""
+  """Returns letter -> size of every axis."""
   return {'V': config.vocab_size, 'D': config.embed_dim, 'N': config.num_heads,
           'K': config.num_kv_heads, 'H': config.head_dim, 'F': config.hidden_dim}
 
 
 def stored_shape(entry: Entry, config: TransformerConfig) -> tuple[int, ...]:
-  """Shape that the stored tensor has."""
+  """Returns the shape of the stored tensor."""
   sizes = axis_sizes(config)
   shape = (math.prod(sizes[letter] for letter in letters) for letters in _axes(entry.axes))
   return tuple(shape) if entry.part is None else (entry.parts, *shape)
 
 
 def stored_shapes(layout: Layout, config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of every tensor of a checkpoint."""
+  """Returns name -> shape of every tensor of a checkpoint."""
   return {entry.name.format(layer): stored_shape(entry, config)
           for path, entry in layout.items()
           for layer in range(config.num_layers if path.startswith(LAYERED) else 1)}
 
 
 def stored_sharding(entry: Entry, path: str, axes: str, sharding: Sharding) -> Sharding:
-  """Sharding of a stored tensor under which each device reads what it will hold, as far as it can.
+  """Returns the sharding of a stored tensor: each device reads what it will hold, where possible.
 
   Args:
-    path, axes: of our parameter, the axes without a layer axis.
-    sharding: of our parameter, with one where there is one.
+    entry: entry of the tensor.
+    path, axes: path and axes of our parameter, without the layer axis.
+    sharding: sharding of our parameter, with the layer axis if it has one.
   """
   if not isinstance(sharding, NamedSharding):
     return sharding
@@ -88,5 +90,5 @@ def stored_sharding(entry: Entry, path: str, axes: str, sharding: Sharding) -> S
 
 
 def _axes(pattern: str) -> list[str]:
-  """Letters of each axis: 'D (N H)' gives ['D', 'NH']."""
+  """Returns the letters of each axis: 'D (N H)' gives ['D', 'NH']."""
   return [group.strip('()').replace(' ', '') for group in re.findall(r'\([^)]*\)|\w', pattern)]

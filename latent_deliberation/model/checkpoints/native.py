@@ -1,4 +1,4 @@
-"""Our own format: the architecture and a fingerprint in decoder.json, orbax weights beside it."""
+"""The native format: decoder.json with architecture and fingerprint, next to orbax weights."""
 
 import dataclasses
 import json
@@ -17,17 +17,17 @@ from latent_deliberation.model.checkpoints.source import OrbaxSource
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-DESCRIPTION, _WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1
+DESCRIPTION, _WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1  # file, directory, version
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What decoder.json says.
+  """The content of decoder.json.
 
   Attributes:
-    config: the architecture.
-    fingerprint: of the weights.
-    vocabulary: hash of the vocabulary of the training text; '' where it is not known.
+    config: architecture.
+    fingerprint: fingerprint of the weights.
+    vocabulary: hash of the vocabulary of the training text; '' if unknown.
   """
   config: TransformerConfig
   fingerprint: str
@@ -35,7 +35,7 @@ class Description:
 
 
 def describe(directory: Path) -> Description:
-  """Reads decoder.json. Raises: UserError where it is damaged."""
+  """Reads decoder.json. UserError: it is damaged or of another version."""
   path = directory / DESCRIPTION
   try:
     stored = json.loads(path.read_text())
@@ -43,18 +43,18 @@ def describe(directory: Path) -> Description:
       raise UserError(f'format {stored["format"]}, expected {_FORMAT}')
     return Description(TransformerConfig(**stored['config']), stored['fingerprint'],
                        stored['vocabulary'])
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path} is damaged or of another format ({error}); write the decoder '
-                     'again') from error
+  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, UserError) as error:
+    raise UserError(f'{path} is damaged or of another format ({error}): write the decoder '
+                    'again') from error
 
 
 def open_weights(directory: Path) -> OrbaxSource:
-  """The tensors, named by the paths of our parameters. Raises: UserError for a damaged one."""
+  """Returns the tensors, named by the paths of our parameters. UserError: damaged metadata."""
   return OrbaxSource(directory / _WEIGHTS, lambda name: name)
 
 
 def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-  """Path -> shape of every parameter, layers stacked."""
+  """Returns path -> shape of every parameter, layers stacked."""
   sizes = axis_sizes(config)
   return {path: (config.num_layers,) * path.startswith(LAYERED)
                 + tuple(sizes[letter] for letter in axes.split())
@@ -63,10 +63,10 @@ def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 def read(source: OrbaxSource, description: Description,
          shardings: Mapping[str, Sharding]) -> Params:
-  """The parameters as stored, each on its sharding.
+  """Returns the parameters as stored, each on its sharding.
 
   Raises:
-    UserError: the weights are not those that decoder.json describes.
+    UserError: the fingerprint of the weights differs from that in decoder.json.
   """
   flat = {path: source.read(path, shape, shardings[path])
           for path, shape in shapes(description.config).items()}
@@ -75,7 +75,7 @@ def read(source: OrbaxSource, description: Description,
   if actual != description.fingerprint:
     raise UserError(
         f'{source.directory}: the weights have fingerprint {actual}, {DESCRIPTION} says '
-        f'{description.fingerprint}: one of the two was replaced; write the decoder again')
+        f'{description.fingerprint}: one of the two was replaced, so write the decoder again')
   return params
 
 

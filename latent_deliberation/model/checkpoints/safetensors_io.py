@@ -1,4 +1,7 @@
-"""Hugging Face directories of safetensors: one file, or several with an index."""
+"""Safetensors in and out: one file, or several with an index, as in Hugging Face directories.
+
+A reader gives each device its shards alone. A writer holds one file of tensors at a time.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,20 +23,21 @@ from latent_deliberation.model.checkpoints.source import Stored, refuse_pickles
 from latent_deliberation.progress import Progress
 
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
+FILE_BYTES = 4 << 30  # default limit of a file, and of what a host holds while it writes
 _DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16', 'F64': 'float64', 'I8': 'int8',
            'U8': 'uint8', 'I16': 'int16', 'I32': 'int32', 'I64': 'int64', 'BOOL': 'bool',
            'F8_E4M3': 'float8_e4m3fn', 'F8_E5M2': 'float8_e5m2'}
 
 
 class SafetensorsSource:
-  """A Source. Opening it reads headers only.
+  """A Source of safetensors files. Opening it reads only their headers.
 
   Args:
-    rename: from the names in the files to those of `tensors`.
+    directory: directory of the files.
+    rename: function from a name in a file to the name in `tensors`.
 
   Raises:
-    UserError: no safetensors, or files that the index names are absent.
-    UserError: a file is damaged, a tensor is there twice, or there are pickled weights only.
+    UserError: there are no safetensors, a file is missing or damaged, or a tensor is there twice.
   """
 
   def __init__(self, directory: Path, rename: Callable[[str], str]):
@@ -50,10 +54,10 @@ class SafetensorsSource:
         self.tensors[name], self._places[name] = stored, (path, stored_name)
     if duplicates:
       raise UserError('\n'.join([f'{directory} has tensors twice:', *duplicates,
-                                  'Keep one of each: download or write the directory again.']))
+                                 'Keep one of each: download or write the directory again.']))
 
   def read(self, name: str, shape: tuple[int, ...], sharding: Sharding) -> Array:
-    """See Source. Files are mapped only while a tensor is read, so that memory holds no others."""
+    """See Source. A file is mapped only while a tensor is read, so memory holds no other."""
     path, stored_name = self._places[name]
     with safe_open(path, 'numpy') as file:
       stored = file.get_slice(stored_name)
@@ -66,68 +70,67 @@ class SafetensorsSource:
 
 
 def weight_files(directory: Path) -> list[Path]:
-  """The safetensors files that make up a checkpoint; see SafetensorsSource for what is raised."""
+  """Returns the safetensors files of a checkpoint; raises as SafetensorsSource does."""
   index = directory / INDEX
   if index.exists():
     names = sorted(set(_weight_map(index).values()))
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
       raise UserError(f'{index} names files that {directory} does not have: {absent}. '
-                              'Download them, or the whole directory again')
+                      'Download them, or the whole directory again')
     return [directory / name for name in names]
   if (directory / SINGLE).is_file():
     return [directory / SINGLE]
   others = sorted(directory.glob('*.safetensors'))
   if not others:
     refuse_pickles(directory)
-    raise UserError(f'{directory} holds neither {SINGLE} nor {INDEX}: give the directory '
-                            'that has the weights')
+    raise UserError(f'{directory} holds neither {SINGLE} nor {INDEX}: give the directory of the '
+                    'weights')
   if len(others) > 1:
-    raise UserError(f'{directory} holds {[path.name for path in others]} but no {INDEX}, '
-                            'which says what belongs together: download it too')
+    raise UserError(f'{directory} holds {[path.name for path in others]} but no {INDEX}, which '
+                    'lists the files of a checkpoint: download it, too')
   return others
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-  """Tensor name -> file name, as the index says."""
+  """Returns tensor name -> file name, from the index."""
   try:
     weight_map = json.loads(index.read_text())['weight_map']
     return {str(name): str(file) for name, file in weight_map.items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{index} is damaged ({type(error).__name__}: {error}): download it '
-                     'again') from error
+                    'again') from error
 
 
 def _header(path: Path) -> dict[str, Stored]:
-  """Names, shapes and dtypes of what a file holds."""
+  """Returns the names, shapes and dtypes of the tensors of a file."""
   try:
     with safe_open(path, 'numpy') as file:
       slices = {name: file.get_slice(name) for name in file.keys()}
       foreign = {name: part.get_dtype() for name, part in slices.items()
                  if part.get_dtype() not in _DTYPES}
       if foreign:
-        raise UserError(f'{path} holds dtypes that we do not read: {foreign}')
+        raise UserError(f'{path} holds unknown dtypes {foreign}: convert it to bfloat16 or float32')
       return {name: Stored(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
               for name, part in slices.items()}
   except SafetensorError as error:
     raise UserError(f'{path} ({path.stat().st_size} bytes) is not a whole safetensors file '
-                     f'({error}): it is truncated or damaged; download or write it '
-                     'again') from error
-
-
-FILE_BYTES = 4 << 30  # most that one file holds; also what a host holds while it writes
+                    f'({error}): it is truncated or damaged; download or write it '
+                    'again') from error
 
 
 def write_tensors(directory: Path, stem: str, sizes: Mapping[str, int],
                   tensors: Iterable[tuple[str, np.ndarray]], file_bytes: int = FILE_BYTES) -> None:
-  """Writes <stem>.safetensors, or <stem>-00001-of-... and an index where that would grow too large.
+  """Writes <stem>.safetensors, or files <stem>-00001-of-... and an index if one would be too large.
 
-  Process 0 writes; every process must call this where making the tensors gathers shards.
+  Process 0 writes. Every process must call this if `tensors` gathers shards.
 
   Args:
-    sizes: name -> bytes of every tensor, in the order in which they come.
-    tensors: names and values, one at a time.
-    file_bytes: limit of a file; only a single tensor may exceed it.
+    directory: directory of the files.
+    stem: first part of the file names.
+    sizes: name -> bytes of every tensor, in the order of `tensors`.
+    tensors: names and values; each value is made when it is needed.
+    file_bytes: largest size of a file; only a file of a single tensor may exceed it.
   """
   files = list(_split(sizes, file_bytes))
   progress = Progress('writing weights', 'tensors', len(sizes))
@@ -138,11 +141,11 @@ def write_tensors(directory: Path, stem: str, sizes: Mapping[str, int],
     held = {name: np.asarray(value, order='C') for name, value in islice(tensors, len(names))}
     if jax.process_index() == 0:
       path = directory / f'{stem}{part}.safetensors'
-      # transformers reads no file that does not name a format.
+      # transformers refuses a file without the name of a format.
       save_file(held, path, metadata={'format': 'pt'})
-      path.chmod(0o644)  # safetensors lets the owner alone read it
+      path.chmod(0o644)  # safetensors makes it readable for its owner only
     weight_map |= dict.fromkeys(held, f'{stem}{part}.safetensors')
-    del held  # before the next file's are made
+    del held  # before the tensors of the next file are made
     progress.update(len(weight_map))
   if len(files) > 1 and jax.process_index() == 0:
     index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': weight_map}
@@ -150,14 +153,14 @@ def write_tensors(directory: Path, stem: str, sizes: Mapping[str, int],
 
 
 def gather(leaf: Array) -> np.ndarray:
-  """All of a sharded array on every host."""
+  """Returns the whole of a sharded array, on every host."""
   if leaf.is_fully_addressable:
-    return np.asarray(jnp.copy(leaf))  # an array keeps its host copy for as long as it lives
+    return np.asarray(jnp.copy(leaf))  # of a copy: an array keeps its host copy while it lives
   return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-  """Names in order, cut where a file would grow past `limit` bytes."""
+  """Yields the names of each file, in order; no file grows past `limit` bytes."""
   names, size = [], 0
   for name, nbytes in sizes.items():
     if names and size + nbytes > limit:

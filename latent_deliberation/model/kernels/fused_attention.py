@@ -1,8 +1,12 @@
-"""Fused attention: the same function as the plain one, without scores in memory.
+"""Fused attention: the function of attention.attend_visible, without scores in memory.
 
-Plain attention writes [M * Q, S] scores of every head. Here a kernel makes them block by block and
-leaves out the blocks of keys that no query of a block sees: beyond its furthest prefix_length, before its
-sliding window, in other documents. Traces in the order of their anchors so cost half of the keys.
+Plain attention writes [M * Q, S] scores of every head. A kernel computes them block by block. It
+skips blocks of keys that no query of a block sees: those after the longest prefix, those before the
+sliding window, and those of other documents. With traces in the order of their anchors, this saves
+half of the keys.
+
+This module chooses the kernels of a machine (`choose_kernels`), runs them under a mesh, and defines
+the gradient. tiling.py has the layout; tpu_attention.py and gpu_attention.py have the kernels.
 """
 
 import dataclasses
@@ -35,22 +39,22 @@ from latent_deliberation.model.kernels.tiling import (
   pad,
 )
 
-# What model/transformer.py takes from here in place of its own plain functions.
+# The functions with which model/transformer.py replaces the plain ones.
 __all__ = ['attend_visible', 'pad', 'rotate', 'row_major']
 
-# Of a token of one head, that a GPU's shared memory has room for; see gpu_attention.py.
+# Largest size of one token of one head that fits a GPU's shared memory; see gpu_attention.py.
 GPU_ROW_BYTES = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-  """What is particular to a kind of machine.
+  """The kernels for one kind of machine.
 
   Attributes:
-    platform: jax's name of what a program is lowered for.
+    platform: jax's name of the platform that a program is lowered for.
     layout: Layout.aligned or Layout.across.
-    forward, backward: see tpu_grid; only these two know the form of the log-sum-exp.
-    blocks: sizes.
+    forward, backward: see tpu_attention; only these two know the shape of the log-sum-exp.
+    blocks: sizes of the blocks.
   """
   platform: str
   layout: Callable[..., Layout]
@@ -59,9 +63,9 @@ class Kernels:
   blocks: Blocks
 
   def run(self, kernel: Callable[..., Any], tiles: Tiles, *operands: PyTree) -> Any:
-    """A kernel, compiled or interpreted as the platform needs that a program is lowered for.
+    """Runs a kernel: compiled on its platform, interpreted on a CPU.
 
-    That is not always the one at hand: a CPU can compile for a TPU.
+    The platform is the one that a program is lowered for: a CPU can compile for a TPU.
     """
     interpreted = dataclasses.replace(tiles, interpret=True)
     return jax.lax.platform_dependent(
@@ -69,7 +73,7 @@ class Kernels:
         cpu=functools.partial(kernel, interpreted))
 
 
-# By the compiler's schedule for a v5e, its matrix units set the pace at these sizes.
+# At these sizes, the compiler's schedule for a v5e is bound by the matrix units.
 TPU = Kernels('tpu', Layout.aligned, tpu_attention.forward, tpu_attention.backward,
               Blocks(1024, 512))
 GPU = Kernels('cuda', Layout.across, gpu_attention.forward, gpu_attention.backward,
@@ -77,36 +81,36 @@ GPU = Kernels('cuda', Layout.across, gpu_attention.forward, gpu_attention.backwa
 
 
 def choose_kernels(queries: Array) -> Kernels:
-  """Those of the machine at hand; a TPU's on a CPU, which interprets them.
+  """Returns the kernels of this machine; a CPU interprets those of a TPU.
 
   Args:
-    queries: [..., H].
+    queries: [..., H] queries; only their width and dtype matter.
 
   Raises:
-    UserError: another platform, or heads that a GPU cannot hold.
+    UserError: unknown platform, or heads that do not fit a GPU.
   """
   platform = jax.default_backend()
   if platform not in ('cpu', 'tpu', 'gpu'):
     raise UserError(f"attention = 'fused' on platform {platform!r}: its kernels are for TPUs and "
-                     "NVIDIA GPUs (and interpreted on CPUs, for tests); set attention = 'plain'")
+                    "NVIDIA GPUs (CPUs interpret them, for tests); set attention = 'plain'")
   if platform != 'gpu':
     return TPU
   width, row_bytes = queries.shape[-1], queries.shape[-1] * queries.dtype.itemsize
   if width < 16 or width.bit_count() > 1 or row_bytes > GPU_ROW_BYTES:
     raise UserError(f"attention = 'fused' on a GPU with heads of {width} x {queries.dtype}: its "
-                     f'kernels take a power of two from 16 on, up to {GPU_ROW_BYTES} bytes; set '
-                     "attention = 'plain', or dtype = 'bfloat16' where the bytes are too many")
+                    f'kernels take powers of two from 16 on, of at most {GPU_ROW_BYTES} bytes; set '
+                    "attention = 'plain', or dtype = 'bfloat16' to halve the bytes")
   return GPU
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Arguments of `attend_visible` that are compiled in."""
+  """The arguments of `attend_visible` that are compiled in."""
   cap: float | None
   kernels: Kernels
 
   def layout(self, shape: tuple[int, ...], kv_heads: int, cached: int | None) -> Layout:
-    """See Layout.aligned."""
+    """Returns the layout of these kernels; arguments as in Layout.aligned."""
     return self.kernels.layout(self.kernels.blocks, self.cap, shape, kv_heads, cached)
 
 
@@ -124,27 +128,27 @@ def attend_visible(
 ) -> Float[Array, 'B M Q N H']:
   """The function of attention.attend_visible; compiled on TPUs and GPUs, interpreted on CPUs.
 
-  The backward pass is fused where the cache is a constant, as the frozen decoder's is. Where there
-  is none, or gradients flow into it, the backward pass is the plain one. Under a mesh, each device
-  works on its own texts and heads, by the logical-axis rules.
+  The backward pass is fused if the cache is a constant, like that of the frozen decoder. It is the
+  plain one if there is no cache or if gradients flow into it. Under a mesh, each device works on
+  its own texts and heads, by the logical-axis rules.
 
   Args:
-    kernels: for tests and tuning; by default those of the machine at hand, a TPU's on a CPU.
+    kernels: kernels to run, for tests and tuning; default `choose_kernels`.
 
   Raises:
-    UserError: another platform; heads that a GPU cannot hold; several rows without a cache; heads
-      split otherwise than kv heads.
+    UserError: see `choose_kernels`; or several rows without a cache, or different splits of heads
+      and kv heads.
   """
   kernels = kernels or choose_kernels(queries)
   if cache is None and (queries.shape[1] > 1 or mask_spec.first is not None):
     raise UserError(f"attention = 'fused' on {queries.shape[1]} rows without a cache: it takes "
-                     "rows over a cache, or one causal row; set attention = 'plain'")
+                    "rows over a cache, or one causal row; set attention = 'plain'")
   inputs = Inputs(queries, keys, values, positions, mask_spec, window, cache)
   return _over_mesh(functools.partial(_attend, Options(cap, kernels)), inputs)(inputs)
 
 
 def _over_mesh(function, inputs: Inputs):
-  """The function on each device's own texts and heads, where there is a mesh."""
+  """Returns the function for each device's own texts and heads; unchanged without a mesh."""
   if jax.sharding.get_abstract_mesh().empty:
     return function
   queries = nn.logical_to_mesh_axes(('batch', 'trace', None, 'heads'))
@@ -153,7 +157,7 @@ def _over_mesh(function, inputs: Inputs):
   if queries != fresh and inputs.keys.shape[3] > 1:
     raise UserError(
         f"attention = 'fused': the rules split 'heads' over {queries[3]} and 'kv_heads' over "
-        f'{kv_heads}, so that a device lacks the keys of its queries; give both the same rule')
+        f'{kv_heads}, so a device lacks the keys of its queries; give both the same rule')
   rows, text = PartitionSpec(batch, trace), PartitionSpec(batch)
   shared = PartitionSpec(batch, None, kv_heads)
   cache = inputs.cache and KVCache(shared, shared, text, text)
@@ -162,14 +166,15 @@ def _over_mesh(function, inputs: Inputs):
 
 
 def row_major(x: Array) -> Array:
-  """Activations [B, M, Q, D] as they are, laid out in memory in this order of axes.
+  """Constrains activations [B, M, Q, D] to this order of axes in memory.
 
-  XLA may choose columns, which the kernels do not take, and then turns each layer's residuals.
+  XLA may choose column-major order, which the kernels do not take. It would then transpose the
+  residuals of each layer.
   """
   constrain = functools.partial(with_layout_constraint, layouts=MemoryLayout((0, 1, 2, 3)))
   if jax.sharding.get_abstract_mesh().empty:
     return constrain(x)
-  # Device by device: a partitioner that does not know the constraint gathers the whole array.
+  # Device by device, because the partitioner does not know the constraint and would gather x.
   axes = nn.logical_to_mesh_axes(('batch', 'trace', 'length', 'activation'))
   return jax.shard_map(constrain, in_specs=axes, out_specs=axes, check_vma=False)(x)
 
@@ -180,7 +185,7 @@ def _attend(options: Options, inputs: Inputs) -> Array:
 
 
 def _run(options: Options, inputs: Inputs) -> tuple[Array, tuple[Operands, Array, Array]]:
-  """The result, and all that its fused gradient needs."""
+  """Returns the result, and the residuals of the fused gradient."""
   shape, kv_heads = inputs.queries.shape, inputs.keys.shape[3]
   layout = options.layout(shape, kv_heads, inputs.cache and inputs.cache.keys.shape[1])
   operands = lay_out(layout, inputs)
@@ -215,7 +220,7 @@ _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 def _plain_backward(options: Options, inputs: Inputs, cotangent: Array) -> Inputs:
-  """Gradients by everything that has some, the cache included."""
+  """Returns the gradients by all inputs, with the cache; integer inputs get None."""
 
   def plain(inputs: Inputs) -> Array:
     return attention.attend_visible(*inputs, cap=options.cap)

@@ -1,11 +1,11 @@
-"""The kernels for NVIDIA GPUs over their grids: which blocks each program holds.
+"""Fused attention on NVIDIA GPUs: the bodies of the forward and backward kernels, and their grids.
 
-Eight warps, and blocks of 128 rows and 64 keys, are for Hopper and heads of 256 in bfloat16. Shared
-memory, of which a program may have 227 KB, then holds (forward) queries of 64 KB and keys and
-values of 32 KB each, twice, since the next block is loaded meanwhile: 192 KB; (gradient of queries)
-queries and incoming gradients, 64 KB each, and keys and values once: 192 KB, and no room for twice.
-The sums, 128 KB in float32, take half of the registers; those of own keys and values, in blocks of
-64, as many.
+Eight warps, and blocks of 128 rows and 64 keys, suit Hopper and heads of 256 in bfloat16. A program
+may have 227 KB of shared memory. The forward kernel uses 192 KB: 64 KB of queries, and two pairs of
+keys and values of 32 KB each, because the next pair is loaded early. The gradient of the queries
+uses 192 KB, too: queries and incoming gradients of 64 KB each, and one pair of keys and values. The
+float32 sums, 128 KB in both, take half of the registers. The gradients of own keys and values are
+sums of the same size, in blocks of 64.
 """
 
 import functools
@@ -16,20 +16,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from latent_deliberation.array_types import Array
+from latent_deliberation.array_types import Array, Int
 from latent_deliberation.model.attention import MASKED
 from latent_deliberation.model.kernels.tiling import Keys, Rows, Tiles, masked_scores, product
 
 
 class Sight(NamedTuple):
-  """[R] What each of R rows sees of some keys: its segment, beyond `reach`, in [first, end)."""
-  segment: Array
-  reach: Array
-  first: Array
-  end: Array
+  """The keys that each of R rows sees: those of its segment, after `reach`, in [first, end)."""
+  segment: Int[Array, 'R']
+  reach: Int[Array, 'R']
+  first: Int[Array, 'R']
+  end: Int[Array, 'R']
 
   def visible(self, index, start: Array, size: int) -> Array:
-    """[R, size] of keys from number `start` on, whose index is a reference to [2, S]."""
+    """Returns which of `size` keys from `start` on are seen, [R, size]; index refers to [2, S]."""
     segment, position = (index[part, pl.ds(start, size)] for part in range(2))
     order = start + jnp.arange(size)
     return ((segment[None] == self.segment[:, None]) & (position[None] > self.reach[:, None])
@@ -37,21 +37,21 @@ class Sight(NamedTuple):
 
 
 def _shared_sight(index, at) -> Sight:
-  """Of rows `at` of a reference to [4, R]; the counterpart of `cached_mask`."""
+  """Returns which shared keys the rows `at` of an index [4, R] see; see attention.cached_mask."""
   segment, reach, prefix_length, _ = (index[part, at] for part in range(4))
   return Sight(segment, reach, jnp.zeros_like(prefix_length), prefix_length)
 
 
 def _own_sight(index, at, start: Array, size: int, tiles: Tiles) -> Sight:
-  """Of rows `at`, which are `size` from number `start` on; the counterpart of `fresh_mask`."""
+  """Returns which own keys the rows `at`, `size` from `start` on, see; see attention.fresh_mask."""
   segment, reach, _, first = (index[part, at] for part in range(4))
   row = start + jnp.arange(size)
   return Sight(segment, reach, row // tiles.chunk * tiles.chunk + first, row + 1)
 
 
 def _walk(meet, begin, end, index, shared: Keys, own: Keys | tuple[()], sums, tiles: Tiles):
-  """Sums of meet(sums, keys, values, visible) over all blocks of keys that a block of rows sees."""
-  # The index maps of the grid turn the order of the blocks: the longest walks begin first.
+  """Folds meet(sums, keys, values, visible) over all blocks of keys that a block of rows sees."""
+  # The index maps of the grid reverse the order of the blocks: the longest walks begin first.
   start = (pl.num_programs(0) - 1 - pl.program_id(0)) * tiles.rows
 
   def over(source: Keys, sight: Sight, first: Array, last: Array, sums):
@@ -70,7 +70,7 @@ def _walk(meet, begin, end, index, shared: Keys, own: Keys | tuple[()], sums, ti
 
 
 def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, *, tiles: Tiles):
-  """Program (row block, head, text): the result [R, H] and the log-sum-exp [R] of the scores."""
+  """Program (row block, head, text): writes the result [R, H] and the log-sum-exp [R]."""
   read = queries[...]
 
   def meet(sums, keys, values, visible):
@@ -85,7 +85,7 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, *, tiles
     return (peak, total + weights.sum(axis=-1),
             summed + product(weights.astype(values.dtype), values, (1, 0)))
 
-  # Above MASKED, so that the weights of a row that sees nothing vanish instead of being 1.
+  # Above MASKED, which makes the weights of a row that sees nothing 0 instead of 1.
   peak = jnp.full((tiles.rows,), 0.0 if tiles.bounded else MASKED / 2, jnp.float32)
   peak, total, summed = _walk(
       meet, begin, end, index, shared, own,
@@ -97,7 +97,7 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, *, tiles
 
 def _pull(tiles: Tiles, queries: Array, cotangent: Array, lse: Array, delta: Array, keys: Array,
           values: Array, visible: Array) -> tuple[Array, Array]:
-  """Weights [R, keys] of one block of scores, and the gradient of the raw ones."""
+  """Returns weights and gradients of the raw scores of one block, [R, keys]."""
   scores, slope = masked_scores(tiles, queries, keys, visible)
   weights = jnp.exp(scores - lse[:, None])
   pulled = product(cotangent, values, (1, 1))
@@ -107,7 +107,7 @@ def _pull(tiles: Tiles, queries: Array, cotangent: Array, lse: Array, delta: Arr
 
 def query_kernel(begin, end, queries, index, shared, own, lse, delta, cotangent, gradient, *,
                  tiles: Tiles):
-  """Program (row block, head, text): the gradient [R, H] of the queries.
+  """Program (row block, head, text): writes the gradient [R, H] of the queries.
 
   Args:
     delta: [R] product of the result and its gradient.
@@ -124,14 +124,14 @@ def query_kernel(begin, end, queries, index, shared, own, lse, delta, cotangent,
 
 
 def own_kernel(queries, index, own, lse, delta, cotangent, by_keys, by_values, *, tiles: Tiles):
-  """Program (key block, kv head, text): the gradients [keys, H] of own keys and values.
+  """Program (key block, kv head, text): writes the gradients [keys, H] of own keys and values.
 
   Queries, lse, delta and cotangent are those of all rows, [G, I * R, ...].
   """
   size, first = tiles.keys, pl.program_id(0)
   start = first * size
   keys, values = (ref[pl.ds(start, size)] for ref in (own.keys, own.values))
-  # The last of these keys is seen up to the end of its trace.
+  # Blocks of rows end with the trace of the last of these keys.
   end = pl.cdiv(((start + size - 1) // tiles.chunk + 1) * tiles.chunk, size)
   blocks = jnp.minimum(end, pl.num_programs(0)) - first
 
@@ -150,7 +150,7 @@ def own_kernel(queries, index, own, lse, delta, cotangent, by_keys, by_values, *
 
 
 def _flat(index: Array) -> Array:
-  """[B, 2 or 4, S] from the blocks [B, blocks, 2 or 4, S / blocks] of an index."""
+  """Joins the blocks of an index, [B, blocks, 2 or 4, S / blocks], to [B, 2 or 4, S]."""
   batch, _, parts, _ = index.shape
   return jnp.moveaxis(index, 2, 1).reshape(batch, parts, -1)
 
@@ -161,10 +161,12 @@ def _flat_keys(keys: Keys | tuple[()]) -> Keys | tuple[()]:
 
 def _over_rows(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()],
                more: tuple[Array, ...], out_shape, num_stages: int):
-  """A kernel over the grid (row block, head, text), with the arrays that both have first.
+  """Runs a kernel over the grid (row block, head, text).
 
   Args:
-    more: arrays [B, N, I * R, ...] that are held in blocks of rows, as results are.
+    more: further arrays [B, N, I * R, ...], cut into blocks of rows, like the results.
+    out_shape: shapes of the results.
+    num_stages: number of pairs of keys and values in shared memory.
   """
   batch, blocks = rows.begin.shape
   heads = rows.queries.shape[1]
@@ -194,7 +196,7 @@ def _over_rows(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, own: K
 
 
 def forward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()]) -> tuple[Array, Array]:
-  """Attention of all rows, [B, N, I * R, H], and log-sum-exp of their scores [B, N, I * R]."""
+  """Returns attention of all rows, [B, N, I * R, H], and log-sum-exp of scores, [B, N, I * R]."""
   queries = rows.queries
   out_shape = (jax.ShapeDtypeStruct(queries.shape, queries.dtype),
                jax.ShapeDtypeStruct(queries.shape[:-1], jnp.float32))
@@ -203,7 +205,7 @@ def forward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()]) -> tu
 
 def backward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys, mixed: Array, lse: Array,
              cotangent: Array) -> tuple[Array, tuple[Array, Array]]:
-  """Gradients of the queries and of (own keys, own values); the shared keys are constants.
+  """Returns gradients of queries and of (own keys, own values); shared keys are constants.
 
   Args:
     mixed, lse: results of `forward`.
@@ -218,7 +220,7 @@ def backward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys, mixed: Array, ls
 
 
 def _own_gradients(tiles: Tiles, rows: Rows, own: Keys, *of_rows: Array) -> tuple[Array, Array]:
-  """Over the grid (key block, kv head, text)."""
+  """Runs `own_kernel` over the grid (key block, kv head, text)."""
   batch, kv_heads, length, width = own.keys.shape
 
   def whole(leaf) -> pl.BlockSpec:

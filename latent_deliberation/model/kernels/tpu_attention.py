@@ -1,4 +1,8 @@
-"""The kernels for TPUs over their grid: which blocks each step holds, and what it costs."""
+"""Fused attention on TPUs: the bodies of the forward and backward kernels, and their grid.
+
+The grid is (text, row block, kv head, key block). Its last axis runs in order: the kernels keep
+their sums in scratch memory, begin at its first step and write results at its last one.
+"""
 
 import functools
 import math
@@ -14,14 +18,14 @@ from latent_deliberation.model.kernels.tiling import Keys, Rows, Tiles, masked_s
 
 
 def _shared_visible(index: Array, keys: Array, block: Array, tiles: Tiles) -> Array:
-  """[R, keys] which keys of a shared block the rows see; the counterpart of `cached_mask`."""
+  """Returns which keys of a shared block the rows see, [R, keys]; see attention.cached_mask."""
   order = jax.lax.broadcasted_iota(jnp.int32, (tiles.rows, tiles.keys), 1)
   return ((keys[0:1] == index[:, 0:1]) & (keys[1:2] > index[:, 1:2])
           & (order < index[:, 2:3] - block * tiles.keys))
 
 
 def _own_visible(index: Array, keys: Array, tiles: Tiles) -> Array:
-  """[chunk, chunk] which own keys the rows of a chunk see; the counterpart of `fresh_mask`."""
+  """Returns which own keys the rows of a chunk see, [chunk, chunk]; see attention.fresh_mask."""
   row = jax.lax.broadcasted_iota(jnp.int32, (tiles.chunk, tiles.chunk), 0)
   order = jax.lax.broadcasted_iota(jnp.int32, (tiles.chunk, tiles.chunk), 1)
   return ((keys[0:1] == index[:, 0:1]) & (keys[1:2] > index[:, 1:2])
@@ -30,10 +34,10 @@ def _own_visible(index: Array, keys: Array, tiles: Tiles) -> Array:
 
 def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, places, peak, total,
                    summed, *, tiles: Tiles):
-  """One step of the grid (text, row block, kv head, key block), over blocks as tpu_grid cuts them.
+  """One step of the grid, over the blocks of `_specs`.
 
-  Scratch: [R, 4] the index as columns; [R, G] the maximum and the total of the weights so far;
-  [G, R, H] the weighted sum.
+  Scratch: `places` [R, 4], the index as columns; `peak` and `total` [R, G], the largest score and
+  the total of the weights so far; `summed` [G, R, H], the weighted sum of values so far.
   """
   text, row_block, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
 
@@ -55,7 +59,7 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, places, 
   @pl.when(step == 0)
   def _start():
     places[...] = index[0, 0].T
-    # Above MASKED, so that the weights of a row that sees nothing vanish instead of being 1.
+    # Above MASKED, which makes the weights of a row that sees nothing 0 instead of 1.
     peak[...] = jnp.full_like(peak, 0.0 if tiles.bounded else MASKED / 2)
     total[...] = jnp.zeros_like(total)
     summed[...] = jnp.zeros_like(summed)
@@ -83,13 +87,13 @@ def backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotange
                     tiles: Tiles):
   """One step of the same grid.
 
-  Scratch: [R, 4] the index as columns; [R, G] log-sum-exp, and the product of the result and its
-  gradient; [G, R, H] the gradient of the queries so far.
+  Scratch: `places` [R, 4], the index as columns; `column` [R, G], the log-sum-exp; `delta` [R, G],
+  the product of the result and its gradient; `summed` [G, R, H], the gradient of queries so far.
   """
   text, row_block, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
 
   def pull(g, keys, values, visible, rows=slice(None)):
-    """Weights [rows, keys] and the gradient of the raw scores; adds to that of the queries."""
+    """Returns weights and gradients of raw scores, [rows, keys]; adds to that of the queries."""
     at = rows, slice(g, g + 1)
     scores, slope = masked_scores(tiles, queries[0, g, rows], keys, visible)
     weights = jnp.exp(scores - column[at])
@@ -130,15 +134,15 @@ def backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotange
       query_gradient[0, g] = summed[g].astype(query_gradient.dtype)
 
 
-VMEM_BYTES = 32 * 2**20  # a TPU core has 64 MiB or more, of which a kernel gets 16 unless it asks
+VMEM_BYTES = 32 * 2**20  # a TPU core has 64 MiB or more; the default for a kernel is 16
 
 
 def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
-  """Which block of each array a step of the grid (text, row block, kv head, key block) holds."""
+  """Returns the block of each array that a step of the grid holds."""
   group, width, rows = tiles.group, tiles.width, tiles.rows
 
   def key_block(text, row, step, begin, end):
-    # Past the last block that is seen this stays where it is, and nothing is loaded.
+    # After the last visible block the index stays the same, and nothing is loaded.
     last = jnp.maximum(end[text, row] - 1, 0)
     return jnp.minimum(begin[text, row] + step, last)
 
@@ -158,10 +162,10 @@ def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
 
 def _cost(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()],
           products: tuple[int, int], touched: tuple[Array, ...]) -> pl.CostEstimate:
-  """What runs where prefix_lengths rise evenly from the beginning of the shared keys to their end.
+  """Returns the cost if prefix lengths rise evenly from 0 to the number of shared keys.
 
   Args:
-    products: matrix products with shared and with own keys.
+    products: numbers of matrix products with shared keys and with own keys.
     touched: arrays that are read or written once.
   """
   batch, row_blocks = rows.begin.shape
@@ -181,7 +185,7 @@ def _cost(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()],
 
 def _call(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs, out_specs,
           out_shape, cost: pl.CostEstimate):
-  """A kernel over the grid, with scratch for the index, two statistics of each head, and sums."""
+  """Returns a kernel over the grid, with scratch for the index, two numbers a head, and sums."""
   batch, row_blocks = rows.begin.shape
   column = pltpu.VMEM((tiles.rows, tiles.group), jnp.float32)
   return pl.pallas_call(
@@ -199,7 +203,7 @@ def _call(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs
 
 
 def forward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()]) -> tuple[Array, Array]:
-  """Attention of all rows, [B, N, I * R, H], and log-sum-exp of their scores [B, I, K, G, R]."""
+  """Returns attention of all rows, [B, N, I * R, H], and log-sum-exp of scores, [B, I, K, G, R]."""
   heads, _, index, lse, of_shared, of_own = _specs(tiles, shared, own)
   batch, row_blocks = rows.begin.shape
   out_shape = (
@@ -216,7 +220,7 @@ def forward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()]) -> tu
 
 def backward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys, mixed: Array, lse: Array,
              cotangent: Array) -> tuple[Array, tuple[Array, Array]]:
-  """Gradients of the queries and of (own keys, own values); the shared keys are constants.
+  """Returns gradients of queries and of (own keys, own values); shared keys are constants.
 
   Args:
     mixed, lse: results of `forward`.

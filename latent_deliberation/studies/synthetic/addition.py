@@ -1,4 +1,4 @@
-"""Sums of two numbers, of which one digit is asked: how far down must one look for its carry?"""
+"""Addition: one digit of a sum, whose carry is decided a known number of columns below."""
 
 import dataclasses
 import string
@@ -19,20 +19,21 @@ MOST_CARRIES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Addition(DrawnTask):
-  """'8h2e4B' adds 428 to 147 and asks for the hundreds digit of the sum, '5'. No context.
+  """One digit of a sum: '8h2e4B' adds 428 and 147 and asks for the hundreds digit, '5'.
 
-  Numbers are written column by column, the least significant first, with letters from a for 0 to j
-  for 9 as the digits of the second number. The last one is a capital: the token that the answer is
-  predicted from is a digit that it depends on. What exceeds the last column is left out.
+  There is no context. Numbers are written column by column, the least significant first. The second
+  number has letters as digits, from a for 0 to j for 9. Its last digit is a capital and the anchor,
+  so the answer is predicted from a digit that it depends on. Higher digits of the sum are left out.
 
-  A column whose digits add up to 9 passes the carry from below on, and any other one decides it.
-  Digits drawn alone would pass it on one time in ten: here the difficulty says how far down the
-  column lies that decides. Below it digits are random, so that its place has to be found.
+  A column whose digits add up to 9 passes on the carry from below. Any other column decides the
+  carry. With random digits a column passes it on one time in ten. Here the difficulty says how far
+  below the deciding column is. The digits below that column are random, so that its place has to be
+  found.
 
   Attributes:
-    carries: numbers have carries + 1 digits, and difficulty k has k - 1 columns of sum 9 between
-      the asked column and the one that decides, 1 to carries.
-    skew: the probability of difficulty k is proportional to exp(-skew * k).
+    carries: largest difficulty; numbers have carries + 1 digits.
+      Difficulty k has k - 1 columns of sum 9 between the asked column and the deciding one.
+    skew: decay of difficulties; the probability of k is proportional to exp(-skew * k).
   """
   carries: int = 4
   skew: float = 0.0
@@ -54,9 +55,10 @@ class Addition(DrawnTask):
     """See `DrawnTask.ask`."""
     numbers = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     first, second = rng.integers(10, size=(2, count, self.carries + 1))
-    others = rng.integers(1, 10, size=count).tolist()  # added to what would make a sum of 9
+    others = rng.integers(1, 10, size=count).tolist()  # added to digits of sum 9
     questions = []
     for above, below, number, other in zip(first, second, numbers, others, strict=True):
+      # Columns above the deciding one add up to 9, and the deciding one to anything else.
       deciding = self.carries - number
       below[deciding:-1] = 9 - above[deciding:-1]
       below[deciding] = (below[deciding] + other) % 10

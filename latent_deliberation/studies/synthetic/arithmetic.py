@@ -1,4 +1,4 @@
-"""Sums and products of numbers of several digits."""
+"""Arithmetic: sums and products of numbers of several digits, answered digit by digit."""
 
 import dataclasses
 import operator
@@ -21,17 +21,17 @@ MOST_DIGITS = 9  # a product of two such numbers fits into 64 bits
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic(DrawnTask):
-  """'47+18=' asks for '56;', the digits of 65 from the last to the first. The context is empty.
+  """A sum or product: '47+18=' asks for '56;', the digits of 65 from the last to the first.
 
-  Carries come from the less significant digits. When those are written first, each digit follows
-  from two digits and one carry; written the usual way, the first digit needs all of them at once
-  (Lee et al., Teaching Arithmetic to Small Transformers, 2023).
+  There is no context. Carries come from the less significant digits. If those are written first,
+  each digit follows from two digits and one carry. Written the usual way, the first digit needs all
+  of them at once (Lee et al., Teaching Arithmetic to Small Transformers, 2023).
 
   Attributes:
     operation: '+' or '*'.
-    digits: both operands have k digits at difficulty k, 1 to digits, without a leading 0.
-    reverse: write answers from the least significant digit on; operands are written as usual.
-    skew: the probability of difficulty k is proportional to exp(-skew * k).
+    digits: largest difficulty; at difficulty k both operands have k digits, without a leading 0.
+    reverse: whether answers begin with the least significant digit; operands never do.
+    skew: decay of difficulties; the probability of k is proportional to exp(-skew * k).
   """
   operation: str = '+'
   digits: int = 3
@@ -58,6 +58,7 @@ class Arithmetic(DrawnTask):
           difficulty: int | None = None) -> list[Question]:
     """See `DrawnTask.ask`."""
     digits = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
+    # Numbers of k digits without a leading 0; of one digit, 0 is one.
     high = 10 ** np.array(digits)
     low = np.where(high == 10, 0, high // 10)
     first, second = rng.integers(low, high, size=(2, count))

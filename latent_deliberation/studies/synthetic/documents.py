@@ -1,4 +1,7 @@
-"""Synthetic documents by number; no TensorFlow here."""
+"""The table of synthetic tasks, and their documents by number; no TensorFlow here.
+
+A new task is a class as `Task` in question.py describes it, and a line in TASKS.
+"""
 
 import dataclasses
 import difflib
@@ -22,25 +25,25 @@ from latent_deliberation.studies.synthetic.word_problems import WordProblems
 
 TASKS = {'pointer_chasing': PointerChasing, 'state_tracking': StateTracking, 'graphs': Graphs,
          'arithmetic': Arithmetic, 'addition': Addition, 'word_problems': WordProblems}
-# Names that key the random stream of a task, where it had another name when its documents were
-# first drawn. Another key would draw other documents.
+# Names that key the random streams of tasks, for tasks that have been renamed. Another key would
+# draw other documents.
 STREAMS = {'pointer_chasing': 'hops', 'state_tracking': 'groups', 'addition': 'carries',
            'word_problems': 'written'}
-VERSION = 3  # of the generators: to be raised when the same options begin to give other documents
+VERSION = 3  # of the generators; raise it when the same options begin to give other documents
 
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticCorpus:
-  """Documents that are generated when they are read, in any order and on any host alike.
+  """Documents that are generated when they are read, in any order, the same on every host.
 
   Attributes:
-    name: of the task, a key of TASKS.
-    task: what asks the questions.
-    seed: of all documents.
-    documents: of both splits.
-    questions: of a document.
-    validation_percent: share of the documents that is for validation, spread evenly.
-    text_key: under which `CorpusSource` offers the text.
+    name: name of the task, a key of TASKS.
+    task: task that asks the questions.
+    seed: seed of all documents.
+    documents: number of documents, both splits together.
+    questions: number of questions in a document.
+    validation_percent: percentage of the documents that is for validation, spread evenly.
+    text_key: key of the text in the examples that seqio reads.
   """
   name: str
   task: Task
@@ -51,22 +54,25 @@ class SyntheticCorpus:
   text_key: str = 'text'
 
   def numbers(self, split: str) -> np.ndarray:
-    """Numbers of the documents of 'train' or 'validation', int64; more documents move none."""
+    """Returns the numbers of the documents of 'train' or 'validation', int64.
+
+    A larger number of documents leaves the split of the first ones as it is.
+    """
     numbers = np.arange(self.documents)
     return numbers[self._held_out(numbers) == (split == 'validation')]
 
   def read(self, number: int) -> str:
-    """The text of one document."""
+    """Returns the text of one document."""
     return self.task.document(self.random(number), self.questions, bool(self._held_out(number)))
 
   def random(self, number: int) -> np.random.Generator:
-    """The randomness of one document, a function of task name, seed and number alone."""
-    # A stream for each number of the third of four words of the counter: none meets another.
+    """Returns the generator of one document, a function of task name, seed and number."""
+    # The number is the third of the counter's four words, so that streams never overlap.
     counter = np.array([0, 0, number, 0], np.uint64)
     return np.random.Generator(np.random.Philox(key=self._key, counter=counter))
 
   def _held_out(self, numbers: np.ndarray | int) -> np.ndarray | bool:
-    # For any percentage, 0 is for validation and 1 for training.
+    # With any percentage, document 0 is for validation and document 1 for training.
     return numbers * self.validation_percent % 100 < self.validation_percent
 
   @functools.cached_property
@@ -76,7 +82,7 @@ class SyntheticCorpus:
 
   @property
   def fingerprint(self) -> str:
-    """Hash of all that the documents depend on."""
+    """Hash of everything that determines the documents."""
     options = {field.name: getattr(self.task, field.name)
                for field in dataclasses.fields(self.task) if field.metadata.get('text', True)}
     known = [VERSION, STREAMS.get(self.name, self.name), options, self.seed, self.documents,
@@ -85,24 +91,23 @@ class SyntheticCorpus:
 
 
 def open_synthetic(config: DataConfig) -> SyntheticCorpus:
-  """The documents of a 'synthetic' configuration.
+  """Opens the documents of a 'synthetic' configuration.
 
   Raises:
-    UserError: a file that the task reads is absent.
-    UserError: as `build` does, or the content of such a file is wrong.
+    UserError: a file that the task reads is missing or wrong; see also `build`.
   """
   task = build(config.name, config.options)
-  _ = task.contents  # reads its files, so that what is wrong with them is said here
+  _ = task.contents  # reads the files of the task, so that a bad file is named before long work
   return SyntheticCorpus(config.name, task, config.seed,
                          config.documents, config.questions, config.validation_percent,
                          config.text_key)
 
 
 def build(name: str, options: Mapping[str, Any]) -> Task:
-  """A task with its options, the others at their defaults.
+  """Builds a task from some of its options. The others keep their defaults.
 
   Raises:
-    UserError: no such task or option (the known ones are listed), or a value is not allowed.
+    UserError: there is no such task or option, or a value is not allowed.
   """
   if name not in TASKS:
     raise UserError(f'no synthetic task {name!r}: choose one of {tuple(TASKS)}')

@@ -1,4 +1,4 @@
-"""Reachability in directed graphs, in the style of ProsQA, and ProsQA's own graphs in its form."""
+"""Graphs: reachability in directed graphs, drawn in the style of ProsQA or read from its files."""
 
 import dataclasses
 import json
@@ -20,20 +20,22 @@ from latent_deliberation.studies.synthetic.question import (
   take_turns,
 )
 
-FORM = ("an object with 'idx_to_symbol' and 'steps' (lists), 'edges' (pairs of numbers of "
-        "symbols) and 'root', 'target' and 'neg_target' (such numbers), where edges lead from the "
-        "root to the target, in so many steps, and not to the other")
+FORM = ("an object with lists 'idx_to_symbol' and 'steps', a list 'edges' of pairs of nodes, and "
+        "nodes 'root', 'target' and 'neg_target', all nodes as numbers; edges lead from root to "
+        "target in that many steps, and not to neg_target")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AskedGraph:
-  """'Is Sally (the root) a sterpus (the target) or a hilpus (the other)?', without its words.
+  """The graph of a question such as 'Is Sally a sterpus or a hilpus?', without its words.
+
+  Sally is the root, sterpus the target and hilpus the other.
 
   Attributes:
-    nodes: how many; they are numbered from 0.
-    arrows: (tail, head) of each.
+    nodes: number of nodes, which are numbered from 0.
+    arrows: (tail, head) of each arrow.
     root, target, other: nodes; arrows lead from the root to the target, and not to the other.
-    steps: least number of arrows from the root to the target.
+    steps: smallest number of arrows from the root to the target.
   """
   nodes: int
   arrows: tuple[tuple[int, int], ...]
@@ -44,11 +46,10 @@ class AskedGraph:
 
 
 def read_prosqa(path: str | Path) -> list[AskedGraph]:
-  """The graphs of a JSON file of the ProsQA release, in its order.
+  """Returns the graphs of a JSON file of the ProsQA release, in the order of the file.
 
   Raises:
-    UserError: there is no such file.
-    UserError: it is not JSON, is empty, or an item has not the form of the release.
+    UserError: there is no such file, it is not JSON or empty, or an item has another form.
   """
   path = Path(path).expanduser()
   if not path.is_file():
@@ -59,18 +60,19 @@ def read_prosqa(path: str | Path) -> list[AskedGraph]:
     raise UserError(f'{path} is not JSON ({error}): give a file of the ProsQA release') from error
   if not isinstance(items, list) or not items:
     raise UserError(f'{path} holds no list of questions, but {str(items)[:100]}: give a file of '
-                     'the ProsQA release')
+                    'the ProsQA release')
   graphs = []
   for number, item in enumerate(items):
     try:
       graphs.append(_graph_of(item))
     except (KeyError, TypeError, ValueError) as error:
       raise UserError(f'{path}, item {number}: not {FORM}, but {str(item)[:200]}: give a file of '
-                       'the ProsQA release') from error
+                      'the ProsQA release') from error
   return graphs
 
 
 def _graph_of(item: Mapping[str, Any]) -> AskedGraph:
+  """Returns the graph of an item. Raises KeyError, TypeError or ValueError for another form."""
   if not isinstance(item['idx_to_symbol'], list) or not isinstance(item['steps'], list):
     raise TypeError
   graph = AskedGraph(
@@ -87,7 +89,7 @@ def _graph_of(item: Mapping[str, Any]) -> AskedGraph:
 
 
 def _distances(graph: AskedGraph) -> dict[int, int]:
-  """Least number of arrows from the root to every node that is reached."""
+  """Returns the smallest number of arrows from the root to each node that it reaches."""
   found, front = {graph.root: 0}, [graph.root]
   for node in front:
     for tail, head in graph.arrows:
@@ -102,25 +104,28 @@ LETTERS = string.ascii_lowercase
 
 @dataclasses.dataclass(frozen=True)
 class Graphs(DrawnTask):
-  """'acbd...;' says a->c, b->d; 'dk?A' asks whether d or k can be reached from a, one letter.
+  """Reachability: 'acbd...;' says a->c, b->d; 'dk?A' asks which of d and k a leads to, one letter.
 
-  The start comes last and as a capital, as in `PointerChasing`: the token that the answer is predicted from
-  is the one to look up, and no arrow looks like a question. '?' tells a question from a link.
+  The start comes last and as a capital, as in `PointerChasing`. The answer is then predicted from
+  the token to look up, and no arrow looks like a question. '?' tells a question from a link.
 
-  Nodes come in pairs of twins: a graph of nodes / 2 is drawn, every node is doubled, and an arrow
-  leads either from each twin to its own counterpart, or crosswise. To exchange all twins leaves the
-  graph as it is. The two candidates are twins, so that nothing but the arrows from the start on
-  tells them apart: neither degree, nor depth, nor, where arrows cross, being connected at all.
+  Nodes come in pairs of twins. A graph of nodes / 2 is drawn and every node is doubled. An arrow
+  leads either from each twin to its own counterpart, or crosswise. If all twins change places, the
+  graph stays the same. The two candidates are twins, so that only the arrows from the start on tell
+  them apart. Their degrees and depths are equal. If arrows cross, both may even be connected to the
+  start when directions are ignored.
 
   Attributes:
-    nodes: even; the pairs without arrows among the first steps + 1 have two parents each.
-    steps: difficulties are shortest paths of 1 to steps arrows.
-    skew: the probability of difficulty k is proportional to exp(-skew * k).
-    links: of a training document, among its questions: 'Ac', a node and any that an arrow of it
-      leads to. A decoder that has only answers, one of two, to learn from does not find arrows.
-    asked: path of a JSON file of ProsQA, whose graphs are asked in the end, in letters; those of
-      more than `nodes` nodes are left out. '' asks drawn ones. ProsQA's candidates are no twins: to
-      name the one that fewer arrows lead to is right on 66% of its test file.
+    nodes: number of nodes, an even number.
+      Among the pairs, the first steps + 1 form a path, and each later pair has two parents.
+    steps: largest difficulty; difficulty k has a shortest path of k arrows.
+    skew: decay of difficulties; the probability of k is proportional to exp(-skew * k).
+    links: number of links among the questions of a training document.
+      A link is 'Ac', a node and any node that one of its arrows leads to. A decoder that learns
+      from answers alone, each one of two, does not find the arrows.
+    asked: path of a JSON file of ProsQA whose graphs are asked in the end; '' asks drawn ones.
+      They are written in letters. Graphs of more than `nodes` nodes are left out. ProsQA's
+      candidates are not twins: the one that fewer arrows lead to is right on 66% of its test file.
   """
   nodes: int = 16
   steps: int = 4
@@ -133,7 +138,7 @@ class Graphs(DrawnTask):
     check_integer('nodes', self.nodes, 2 * self.steps + 4, len(LETTERS),
                   f', letters enough for steps = {self.steps} and branches')
     if self.nodes % 2:
-      raise UserError(f'nodes = {self.nodes} is odd, and nodes come in pairs: take one more')
+      raise UserError(f'nodes = {self.nodes} is odd, but nodes come in pairs: take one more')
     check_skew(self.skew)
     check_integer('links', self.links, 0, 1000)
     if not isinstance(self.asked, str):
@@ -153,21 +158,21 @@ class Graphs(DrawnTask):
     return self._ask(rng, count, difficulty)[0]
 
   def examine(self, rng: np.random.Generator, per_difficulty: int) -> list[Question]:
-    """See `Task.examine`; of a file, the first of each number of steps.
+    """See `Task.examine`; with a file, its first graphs of each number of steps.
 
     Raises:
-      UserError: see `read_prosqa`; or no graph of the file is small enough.
+      UserError: no graph of the file is small enough; see also `read_prosqa`.
     """
     if not self.asked:
       return super().examine(rng, per_difficulty)
     small = [graph for graph in read_prosqa(self.asked) if graph.nodes <= self.nodes]
     if not small:
       raise UserError(f'{self.asked} has no graph of at most nodes = {self.nodes} nodes: raise '
-                       f'nodes, to {len(LETTERS)} at most')
+                      f'nodes, to {len(LETTERS)} at most')
     return first_of_each([self._pose(rng, graph) for graph in small], per_difficulty)
 
   def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
-    """See `DrawnTask.document`; with links among the questions."""
+    """See `DrawnTask.document`. Links are mixed with the questions."""
     if not self.links:
       return super().document(rng, count, held_out)
     questions, arrows = self._ask(rng, count)
@@ -178,16 +183,19 @@ class Graphs(DrawnTask):
 
   def _ask(self, rng: np.random.Generator, count: int, difficulty: int | None = None,
            ) -> tuple[list[Question], list[tuple[str, str]]]:
-    """Questions, and the arrows of their graph."""
+    """Returns questions, and the arrows of their graph."""
     lengths = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
     pairs = self.nodes // 2
     tails, heads = self._draw_arrows(rng)
     letters, arrows, context = self._write(rng, np.stack([tails, heads], axis=1))
 
-    routes = {k: [] for k in self.difficulties}  # from the first twin of a pair, to one twin alone
+    # Routes begin at the first twin of a pair, and reach only one of two twins. Each of them is two
+    # questions, since all twins may change places.
+    routes = {k: [] for k in self.difficulties}
     for start, target, length in _find_routes(tails, heads, pairs):
       if length <= self.steps:
         routes[length].append((start, target))
+    # Equal questions come as late as possible, and candidates in random order.
     turns = take_turns(rng, lengths, {k: 2 * len(routes[k]) for k in self.difficulties})
     questions = []
     for k, turn, order in zip(lengths, turns, rng.integers(2, size=count).tolist(), strict=True):
@@ -199,24 +207,24 @@ class Graphs(DrawnTask):
     return questions, arrows
 
   def _pose(self, rng: np.random.Generator, graph: AskedGraph) -> Question:
-    """A graph of a file as a question of this task."""
+    """Returns a graph of a file as a question of this task."""
     letters, _, context = self._write(rng, graph.arrows)
     start, target, other = (letters[node] for node in (graph.root, graph.target, graph.other))
     return _question(context, start, target, other, rng.integers(2), graph.steps)
 
   def _write(self, rng: np.random.Generator, arrows: Sequence[Sequence[int]],
              ) -> tuple[list[str], list[tuple[str, str]], str]:
-    """A letter for each node; arrows between letters in random order; and these as a context."""
+    """Returns a letter for each node, the arrows in random order, and the context of these."""
     letters = [LETTERS[node] for node in rng.permutation(self.nodes).tolist()]
     written = [(letters[tail], letters[head]) for tail, head in rng.permutation(arrows).tolist()]
     return letters, written, ''.join([tail + head for tail, head in written]) + ';'
 
   def _draw_arrows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Tails and heads; nodes are numbered so that the twin of n is n + nodes / 2.
+    """Returns tails and heads of arrows, where the twin of node n is n + nodes / 2.
 
-    The first steps + 1 pairs are a path, which gives every graph a question of each difficulty;
-    every later pair has two parents among those before it. Only one of the two needs a chance to
-    cross, since twins have no order.
+    The first steps + 1 pairs are a path, so every graph has questions of each difficulty. Each
+    later pair has two parents among the pairs before it. Only one of these two arrows may cross,
+    which is enough because twins have no order.
     """
     pairs = self.nodes // 2
     late = np.arange(self.steps + 1, pairs)
@@ -231,15 +239,16 @@ class Graphs(DrawnTask):
 
 def _question(context: str, start: str, target: str, other: str, order: int, steps: int,
               ) -> Question:
-  """Whether the target or the other comes first is `order`, 0 or 1."""
+  """Returns a question that names the target first if `order` is 0, and the other if it is 1."""
   candidates = other + target if order else target + other
   return Question(context, f'{candidates}?{start.upper()}', target, steps)
 
 
 def _find_routes(tails: np.ndarray, heads: np.ndarray, pairs: int) -> list[list[int]]:
-  """[start, target, arrows between] where the target can be reached and its twin cannot."""
+  """Returns [start, target, distance] wherever the start reaches the target and not its twin."""
   arrows = np.zeros((2 * pairs, 2 * pairs), bool)
   arrows[tails, heads] = True
+  # Breadth-first search from the first twin of each pair at once.
   unreached = pairs  # longer than any path
   reached = np.eye(pairs, 2 * pairs, dtype=bool)
   distance = np.where(reached, 0, unreached)

@@ -1,4 +1,4 @@
-"""Pointer chasing: follow the arrows of a cycle k steps on."""
+"""Pointer chasing: follow the arrows of a cycle for k steps."""
 
 import dataclasses
 import string
@@ -20,25 +20,25 @@ DIGITS = '123456789'
 
 @dataclasses.dataclass(frozen=True)
 class PointerChasing(DrawnTask):
-  """'acbdca...;' says a->c, b->d, c->a; '3A' asks for the node three hops on from a, one letter.
+  """Hops along arrows: 'acbdca...;' says a->c, b->d, c->a; '3A' asks for the node 3 hops after a.
 
-  The start comes last and as a capital: the token that the answer is predicted from then is the one
-  to look up, and no fact looks like a question. With 'a3' a decoder took twice as long to learn.
+  The start comes last and as a capital. The answer is then predicted from the token to look up, and
+  no fact looks like a question. With 'a3' a decoder took twice as long to learn.
 
-  All nodes lie on a single random cycle: every other node is the answer to k hops equally often,
-  and no walk of fewer than `nodes` hops comes back to its start.
+  All nodes are on a single random cycle. Every other node is therefore the answer to k hops equally
+  often, and no walk of fewer than `nodes` hops returns to its start.
 
   Attributes:
-    nodes: letters of the cycle.
-    hops: difficulties are 1 to hops.
-    skew: the probability of difficulty k is proportional to exp(-skew * k).
+    nodes: number of nodes of the cycle, each a letter.
+    hops: largest difficulty; difficulty k asks for k hops.
+    skew: decay of difficulties; the probability of k is proportional to exp(-skew * k).
   """
   nodes: int = 8
   hops: int = 5
   skew: float = 0.0
 
   def __post_init__(self):
-    check_integer('nodes', self.nodes, 2, len(LETTERS), ', the letters there are')
+    check_integer('nodes', self.nodes, 2, len(LETTERS), ', the number of letters')
     check_integer('hops', self.hops, 1, min(self.nodes - 1, len(DIGITS)),
                   f', one digit and less than nodes = {self.nodes}')
     check_skew(self.skew)
@@ -55,6 +55,7 @@ class PointerChasing(DrawnTask):
           difficulty: int | None = None) -> list[Question]:
     """See `DrawnTask.ask`."""
     hops = draw_difficulties(rng, count, self.difficulties, difficulty, self.skew)
+    # The cycle twice over, so that k hops from any place stay inside of the list.
     cycle = [LETTERS[node] for node in rng.permutation(self.nodes).tolist()] * 2
     context = ''.join([cycle[place] + cycle[place + 1]
                        for place in rng.permutation(self.nodes).tolist()]) + ';'

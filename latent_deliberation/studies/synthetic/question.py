@@ -1,4 +1,4 @@
-"""Questions about a context, what a task that asks them offers, and how it draws them."""
+"""Questions, the interface of a task that asks them, and what tasks share to draw them."""
 
 import abc
 import dataclasses
@@ -15,13 +15,13 @@ LARGEST_SKEW = 10
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-  """The model reads context + question, and is to write answer.
+  """A question: the model reads context + question, and should write answer.
 
   Attributes:
-    context: what all questions of a document are about.
-    question: ends in an anchor.
-    answer: of a width that the task fixes, or ended by a character found at its end alone.
-    difficulty: steps that lead to the answer.
+    context: text that all questions of a document are about; may be ''.
+    question: text that ends in an anchor.
+    answer: text of a width that the task fixes, or with an end sign that occurs only there.
+    difficulty: number of steps that lead to the answer.
   """
   context: str
   question: str
@@ -30,7 +30,7 @@ class Question:
 
 
 class Task(Protocol):
-  """A frozen dataclass of options, checked when it is made."""
+  """A synthetic task: a frozen dataclass of options, which are checked when it is made."""
 
   @property
   def difficulties(self) -> tuple[int, ...]:
@@ -38,68 +38,70 @@ class Task(Protocol):
 
   @property
   def anchors(self) -> str:
-    """Characters one of which ends every question; they occur nowhere else in a document."""
+    """Characters that end questions. They occur nowhere else in a document."""
 
   @property
   def contents(self) -> str:
-    """Hash of the files that it reads, '' where there is none."""
+    """Hash of the files that it reads; '' if there are none."""
 
   def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
-    """A text to train on: a fresh context, then `count` questions, each with its answer.
+    """Returns a text to train on: a new context, then `count` questions with their answers.
 
     Args:
-      held_out: the text is for validation, and may hold no question of a text that is not.
+      held_out: whether the text is for validation. Its questions then differ from those of
+        training texts, if questions come from a file.
     """
 
   def examine(self, rng: np.random.Generator, per_difficulty: int) -> list[Question]:
-    """What is asked in the end: so many questions of each difficulty, where there are as many."""
+    """Returns the questions of the final test: up to `per_difficulty` of each difficulty."""
 
 
 class DrawnTask(abc.ABC):
-  """A task that draws fresh questions for every text. Its text is ASCII."""
+  """A task that draws new questions for every text. Its texts are ASCII."""
   contents = ''
 
   @abc.abstractmethod
   def ask(self, rng: np.random.Generator, count: int,
           difficulty: int | None = None) -> list[Question]:
-    """`count` questions about one fresh context, of one difficulty or of random ones.
+    """Returns `count` questions about one new context, of one difficulty or of random ones.
 
     Raises:
       UserError: the task has no such difficulty, or count is not positive.
     """
 
   def document(self, rng: np.random.Generator, count: int, held_out: bool = False) -> str:
-    """See `Task.document`; drawn anew, no text is like another."""
+    """See `Task.document`. Every text is drawn, so `held_out` makes no difference."""
     del held_out
     questions = self.ask(rng, count)
     return questions[0].context + ''.join([asked.question + asked.answer for asked in questions])
 
   def examine(self, rng: np.random.Generator, per_difficulty: int) -> list[Question]:
-    """See `Task.examine`; each question has a context of its own."""
+    """See `Task.examine`. Each question has its own context."""
     return [self.ask(rng, 1, difficulty)[0] for difficulty in self.difficulties
             for _ in range(per_difficulty)]
 
 
 def draw_difficulties(rng: np.random.Generator, count: int, choices: tuple[int, ...],
                       difficulty: int | None, skew: float = 0.0) -> list[int]:
-  """`count` times the difficulty that is given, or one of the choices.
+  """Returns `count` difficulties: all as given, or each drawn from the choices.
 
   Args:
-    rng: what to draw from.
-    count: how many.
-    choices: increasing.
-    difficulty: None to draw each.
-    skew: the probability of a choice k is proportional to exp(-skew * k).
+    rng: source of randomness.
+    count: number of difficulties.
+    choices: difficulties to draw from, increasing.
+    difficulty: the given difficulty; None draws each.
+    skew: decay; the probability of choice k is proportional to exp(-skew * k).
 
   Raises:
     UserError: `difficulty` is not among the choices, or count is not positive.
   """
   if count < 1:
-    raise UserError(f'{count} questions: ask for at least 1')
+    raise UserError(f'count = {count}: ask for at least 1 question')
   if difficulty is not None:
     if difficulty not in choices:
       raise UserError(f'difficulty = {difficulty!r}: this task has {choices}')
     return [difficulty] * count
+  # Drawn by inversion of the cumulative probabilities.
   bounds = np.exp(-skew * np.array(choices)).cumsum()
   places = bounds[:-1].searchsorted(rng.random(count) * bounds[-1], side='right')
   return [choices[place] for place in places.tolist()]
@@ -107,10 +109,10 @@ def draw_difficulties(rng: np.random.Generator, count: int, choices: tuple[int, 
 
 def take_turns(rng: np.random.Generator, difficulties: Sequence[int],
                sizes: Mapping[int, int]) -> list[int]:
-  """For each difficulty k one of range(sizes[k]), at random.
+  """Returns a random number of range(sizes[k]) for each difficulty k.
 
-  Equal difficulties get different numbers until all of sizes[k] have come, since a question that
-  comes again in a document can be answered by copying.
+  Equal difficulties get different numbers until all of range(sizes[k]) are used. A question that
+  occurs twice in a document could be answered by copying.
   """
   orders = {k: itertools.cycle(rng.permutation(sizes[k]).tolist())
             for k in sorted(set(difficulties))}
@@ -118,7 +120,7 @@ def take_turns(rng: np.random.Generator, difficulties: Sequence[int],
 
 
 def first_of_each(questions: Iterable[Question], count: int) -> list[Question]:
-  """The first `count` questions of each difficulty, the easiest before all others."""
+  """Returns the first `count` questions of each difficulty, the easiest difficulty first."""
   found = {}
   for question in questions:
     found.setdefault(question.difficulty, []).append(question)
@@ -134,8 +136,8 @@ def check_integer(option: str, value: Any, low: int, high: int, reason: str = ''
 
 
 def check_skew(value: Any) -> None:
-  """Raises UserError unless a skew is a number of moderate size."""
+  """Raises UserError unless a skew is a number of at most LARGEST_SKEW in size."""
   if not isinstance(value, (int, float)) or isinstance(value, bool):
     raise UserError(f'skew = {value!r} is not a number')
-  if not abs(value) <= LARGEST_SKEW:  # a NaN fails, too
+  if not abs(value) <= LARGEST_SKEW:  # NaN fails too
     raise UserError(f'skew = {value}: it must lie between {-LARGEST_SKEW} and {LARGEST_SKEW}')

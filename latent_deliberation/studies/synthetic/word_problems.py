@@ -1,7 +1,8 @@
-"""Questions that were written down: files of lines 'question||chain #### answer', and stories.
+"""Word problems, from files of lines 'question||chain #### answer' or generated as stories.
 
-GSM8K and products of long numbers have this form at https://github.com/da03 (Deng et al., From
-Explicit CoT to Implicit CoT: Learning to Internalize CoT Step by Step, 2024).
+The chain is the equations that lead to the answer. https://github.com/da03 has GSM8K and products
+of long numbers in this form (Deng et al., From Explicit CoT to Implicit CoT: Learning to
+Internalize CoT Step by Step, 2024).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from latent_deliberation.studies.synthetic.question import (
   first_of_each,
 )
 
-LARGEST = 9  # of all quantities: one digit, so that what is hard is the number of steps
+LARGEST = 9  # largest quantity: one digit, so that only the number of steps makes it hard
 
 NAMES = ('Mia', 'Tom', 'Ann', 'Ben', 'Eva', 'Sam', 'Lily', 'Max')
 THINGS = ('apples', 'marbles', 'coins', 'stickers', 'books', 'cards', 'pens', 'shells')
@@ -29,7 +30,7 @@ BEGINNINGS = ('{name} has {number} {things}.', '{name} starts with {number} {thi
               'There are {number} {things} on the desk of {name}.')
 ENDS = ('How many {things} does {name} have now?', 'How many {things} are there in the end?',
         'How many {things} are left for {name}?')
-# What can happen to a quantity, as sign, operand (0 for one that is drawn) and sentences.
+# Changes of a quantity: sign, operand (0: it is drawn) and sentences.
 CHANGES = (
     ('+', 0, ('{name} buys {number} more.', '{name} finds {number} {things}.',
               'A friend brings {number} more.')),
@@ -46,10 +47,10 @@ class Problem:
   """A question in words.
 
   Attributes:
-    text: of the question.
-    chain: what leads to the answer, such as '<<2+7=9>> <<9-5=4>>'; '' where it is not known.
-    answer: a number.
-    steps: equations of the chain, at least 1.
+    text: the question.
+    chain: equations that lead to the answer, such as '<<2+7=9>> <<9-5=4>>'; '' if not known.
+    answer: the answer, a number.
+    steps: number of equations in the chain, at least 1.
   """
   text: str
   chain: str
@@ -58,7 +59,7 @@ class Problem:
 
 
 def tell_story(rng: np.random.Generator, steps: int) -> Problem:
-  """A problem of that many equations; its quantities are whole numbers from 0 to LARGEST."""
+  """Returns a problem of `steps` equations, whose quantities are integers from 0 to LARGEST."""
   name, things = _choose(rng, NAMES), _choose(rng, THINGS)
   quantity = int(rng.integers(1, LARGEST + 1))
   sentences = [_choose(rng, BEGINNINGS).format(name=name, things=things, number=quantity)]
@@ -73,7 +74,8 @@ def tell_story(rng: np.random.Generator, steps: int) -> Problem:
 
 
 def _change(rng: np.random.Generator, quantity: int) -> tuple[str, int, int, tuple[str, ...]]:
-  """Sign, operand, result and sentences of something that can happen to this quantity."""
+  """Returns sign, operand, result and sentences of a possible change of this quantity."""
+  # Changes that keep the quantity an integer from 0 to LARGEST.
   possible = {'+': quantity < LARGEST, '-': quantity > 0, '/': quantity > 0 and quantity % 2 == 0}
   changes = [(sign, operand, sentences) for sign, operand, sentences in CHANGES
              if (0 < quantity * operand <= LARGEST if sign == '*' else possible[sign])]
@@ -89,9 +91,9 @@ def _choose(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
   return choices[rng.integers(len(choices))]
 
 
-DIRECT, CHAIN = '\n', ' ||'  # the sign behind a question: give the answer, or what leads to it
-ANSWER, END = ' ####', ';'  # before the answer that a chain leads to, and behind every answer
-HELD_OUT = 20  # of a training file, one line in so many is for validation
+DIRECT, CHAIN = '\n', ' ||'  # signs after a question: give the answer, or give the chain first
+ANSWER, END = ' ####', ';'  # signs between chain and answer, and after every answer
+HELD_OUT = 20  # one in so many lines of a training file is for validation
 FORM = 'question||chain #### answer'
 
 _MARKED = re.compile(r'<<(.+?)>>')
@@ -103,20 +105,22 @@ _IN_PROSE = re.compile(rf'{_OPERAND}(?:[-+*/x×÷]{_OPERAND})+=-?{_NUMBER}')
 
 @dataclasses.dataclass(frozen=True)
 class WordProblems:
-  """'Tom has 3 pens. ... now?\\n' asks for '4;', and with ' ||' in the place of the newline for
-  ' <<3+1=4>> #### 4;'. One decoder learns both forms, and the sign tells it which is wanted.
+  """Word problems, asked in two forms; a decoder learns both, and a sign tells it which is wanted.
+
+  'Tom has 3 pens. ... now?\\n' asks for '4;'. With ' ||' in place of the newline it asks for
+  ' <<3+1=4>> #### 4;'.
 
   Attributes:
-    train: path of the file that documents are drawn from; '' where all are stories.
-    asked: path of the file that is asked in the end; '' asks stories.
-    chains: share of the documents that have the chain written out.
-    stories: share of the documents that are generated (see stories.py).
-    equations: chains are the equations alone that are found in those of the file, '<<3+1=4>>' or
-      '3 + 1 = $4' in prose. A line in which there is none teaches its answer alone. False takes
-      chains as they are, for files without equations.
-    steps: difficulties are 1 to steps equations; questions of more count among the last, those
-      whose equations are not known among the first.
-    skew: the probability of a story of k equations is proportional to exp(-skew * k).
+    train: path of the file for training documents; '' if all are stories.
+    asked: path of the file of questions for the final test; '' asks stories.
+    chains: share of the documents that write out the chain, 0 to 1.
+    stories: share of the documents that are generated stories, 0 to 1; see `tell_story`.
+    equations: whether chains are reduced to their equations.
+      They are found as '<<3+1=4>>', or as '3 + 1 = $4' in prose. A line without any teaches only
+      its answer. False keeps chains as they are, for files without equations.
+    steps: largest difficulty, in equations.
+      Questions of more equations count as this difficulty, those of unknown equations as 1.
+    skew: decay of difficulties of stories; the probability of k is proportional to exp(-skew * k).
   """
   train: str = ''
   asked: str = ''
@@ -130,7 +134,7 @@ class WordProblems:
     for option in ('chains', 'stories'):
       value = getattr(self, option)
       if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise UserError(f'{option} = {value!r}: it is a share, and must lie between 0 and 1')
+        raise UserError(f'{option} = {value!r}: it is a share, so it must lie between 0 and 1')
     for option in ('train', 'asked'):
       if not isinstance(getattr(self, option), str):
         raise UserError(f"{option} = {getattr(self, option)!r}: write a path, or ''")
@@ -140,7 +144,7 @@ class WordProblems:
     check_skew(self.skew)
     if not self.train and self.stories < 1:
       raise UserError(f"train = '' with stories = {self.stories}: give the path of a file of "
-                       f'lines {FORM!r}, or set stories = 1.0 to train on stories alone')
+                      f'lines {FORM!r}, or set stories = 1.0 to train on stories alone')
 
   @property
   def difficulties(self) -> tuple[int, ...]:
@@ -152,7 +156,7 @@ class WordProblems:
 
   @property
   def contents(self) -> str:
-    """See `Task.contents`. What is asked in the end is no part of a text."""
+    """See `Task.contents`. The file of questions for the final test is no part of the texts."""
     if not self.train:
       return ''
     return hashlib.sha256(repr(self._train).encode()).hexdigest()
@@ -162,7 +166,7 @@ class WordProblems:
     return ''.join([self._write(rng, self._draw(rng, held_out)) for _ in range(count)])
 
   def examine(self, rng: np.random.Generator, per_difficulty: int) -> list[Question]:
-    """See `Task.examine`; of a file, the first of each difficulty.
+    """See `Task.examine`; with a file, its first questions of each difficulty.
 
     Raises:
       UserError: see `read_problems`.
@@ -174,7 +178,7 @@ class WordProblems:
     return first_of_each(map(self._ask, read_problems(self.asked, self.equations)), per_difficulty)
 
   def ask_for_chain(self, question: Question) -> Question:
-    """The same question in the form whose answer follows a chain, which ends in ANSWER."""
+    """Returns the same question in the form that asks for a chain, which ends in ANSWER, first."""
     return dataclasses.replace(question, question=question.question.removesuffix(DIRECT) + CHAIN,
                                answer=f' {question.answer}')
 
@@ -199,8 +203,8 @@ class WordProblems:
   def _train(self) -> list[Problem]:
     problems = read_problems(self.train, self.equations)
     if len(problems) < 2:
-      raise UserError(f'{self.train} has {len(problems)} question: at least 2 are needed, one to '
-                       'train on and one for validation')
+      raise UserError(f'{self.train} has {len(problems)} question: give at least 2, one to train '
+                      'on and one for validation')
     return problems
 
   @functools.cached_property
@@ -209,27 +213,27 @@ class WordProblems:
 
 
 def read_problems(path: str | Path, equations: bool = True) -> list[Problem]:
-  """The problems of a file of lines 'question||chain #### answer', in its order.
+  """Returns the problems of a file of lines 'question||chain #### answer', in its order.
 
-  Empty lines are left out, and spaces around each part.
+  Empty lines and spaces around each part are left out.
 
   Args:
-    path: of the file.
-    equations: see `WordProblems`; the commas of an answer are left out, too.
+    path: path of the file.
+    equations: see `WordProblems`; if True, commas of answers are left out too.
 
   Raises:
-    UserError: there is no such file.
+    MissingError: there is no such file.
     UserError: it has no problem, is not UTF-8 text, or a line has another form.
   """
   path = Path(path).expanduser()
   if not path.is_file():
     raise MissingError(f'no file {path}: give the path of a file of lines {FORM!r}')
   try:
-    # Not splitlines, to which a question's U+2028 would be the end of a line.
+    # Not splitlines, which would also split at a U+2028 in a question.
     lines = path.read_text(encoding='utf-8').split('\n')
   except UnicodeDecodeError as error:
     raise UserError(f'{path} is not UTF-8 text at byte {error.start}: convert it '
-                     '(iconv -t utf-8)') from error
+                    '(iconv -t utf-8)') from error
   problems = [_read_line(line, f'{path}:{number}', equations)
               for number, line in enumerate(lines, 1) if line.strip()]
   if not problems:
@@ -243,25 +247,26 @@ def _read_line(line: str, where: str, equations: bool) -> Problem:
   text, chain, answer = text.strip(), chain.strip(), answer.strip()
   if not (bars and sign and text and answer) or '||' in rest or '####' in answer:
     raise UserError(f'{where}: not of the form {FORM!r}, but {line[:100]!r}: repair the line, or '
-                     'leave it out')
+                    'leave it out')
   if END in answer:
     raise UserError(f'{where}: the answer {answer!r} holds {END!r}, which ends an answer: repair '
-                     'the line, or leave it out')
+                    'the line, or leave it out')
   for character, name in (('\0', 'NUL'), ('▁', "SentencePiece's own sign for a space")):
     if character in line:
       raise UserError(f'{where}: it holds {character!r}, {name}, which a vocabulary cannot '
-                       'express: repair the line, or leave it out')
+                      'express: repair the line, or leave it out')
   if not equations:
     return Problem(text, chain, answer, 1)
+  # A problem of unknown equations has one step.
   found = find_equations(chain)
   return Problem(text, ' '.join(f'<<{equation}>>' for equation in found), answer.replace(',', ''),
                  max(1, len(found)))
 
 
 def find_equations(chain: str) -> list[str]:
-  """Equations of a chain, '3+1=4': those between '<<' and '>>', or those that are found in prose.
+  """Returns the equations of a chain, such as '3+1=4': between '<<' and '>>', or else in prose.
 
-  Of a chain in prose about one in seven has none that is found, and what is found is not checked.
+  In about one of seven chains in prose none is found. Found equations are not checked.
   """
   marked = _MARKED.findall(chain)
   if marked:

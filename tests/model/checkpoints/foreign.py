@@ -1,4 +1,4 @@
-"""Tiny decoders of each family as others store them, made from our parameters by numpy alone."""
+"""Tiny decoders of each family in the formats of others, made from our parameters with numpy."""
 
 import dataclasses
 import json
@@ -46,13 +46,13 @@ VISION = {'vision_tower.vision_model.embeddings.patch_embedding.bias': np.ones(3
 
 
 def params_of(family: str, dtype: str = 'float32') -> Params:
-  """Weights of one of FAMILIES."""
+  """Parameters of one of FAMILIES."""
   params = tiny.decoder_params(FAMILIES[family])
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def hf_tensors(params: Params) -> dict[str, np.ndarray]:
-  """The tensors that transformers would store, by name."""
+  """The tensors that transformers stores, by name."""
   params = jax.tree.map(np.asarray, params)
   blocks = params['transformer']['blocks']
   attention, feed_forward = blocks['attention'], blocks['feed_forward']
@@ -81,7 +81,7 @@ def hf_tensors(params: Params) -> dict[str, np.ndarray]:
 
 def write_hf(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray],
              files: int = 1) -> Path:
-  """A Hugging Face directory, its tensors dealt out to so many files; returns the directory."""
+  """Writes a Hugging Face directory, with tensors spread over `files` files; returns it."""
   directory.mkdir(parents=True, exist_ok=True)
   (directory / 'config.json').write_text(json.dumps(config))
   if files == 1:
@@ -98,12 +98,13 @@ def write_hf(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, n
 
 def google_arrays(params: Params, transposed: bool = False, merged: bool = False,
                   padding: int = 0) -> dict[str, np.ndarray]:
-  """The arrays that Google's gemma library would store, keys joined by '/'.
+  """The arrays that Google's gemma library stores, keys joined by '/'.
 
   Args:
-    transposed: the gate as [2, F, D] rather than [2, D, F].
-    merged: query, key and value in one array.
-    padding: rows of NaN behind the embedding, which nobody may read.
+    params: parameters of a decoder.
+    transposed: whether the gate is [2, F, D] instead of [2, D, F].
+    merged: whether query, key and value are one array.
+    padding: number of rows of NaN after the embeddings, which must never be read.
   """
   params = jax.tree.map(np.asarray, params)
   blocks, table = params['transformer']['blocks'], params['embedder']['table']
@@ -134,21 +135,21 @@ def google_arrays(params: Params, transposed: bool = False, merged: bool = False
 
 
 def as_flat(arrays: Mapping[str, np.ndarray]) -> PyTree:
-  """A module's path as one key: {'transformer/layer_0/attn/q_einsum': {'w': ...}}."""
+  """A tree with module paths as keys: {'transformer/layer_0/attn/q_einsum': {'w': ...}}."""
   return traverse_util.unflatten_dict({
       tuple(f'transformer/{name}'.rsplit('/', 1)): array for name, array in arrays.items()})
 
 
 def as_nested(arrays: Mapping[str, np.ndarray], prefix: str = 'transformer/',
               with_w: bool = True) -> PyTree:
-  """A dictionary per module, matrices under 'w' or in its place."""
+  """A tree with a dictionary per module, and matrices under 'w' or in its place."""
   return traverse_util.unflatten_dict({
       prefix + (name if with_w else name.removesuffix('/w')): array
       for name, array in arrays.items()}, sep='/')
 
 
 def write_orbax(directory: Path, tree: PyTree, **options: Any) -> Path:
-  """An orbax checkpoint; returns the directory."""
+  """Writes an orbax checkpoint; returns its directory."""
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
     checkpointer.save(directory, tree)
   return directory
@@ -162,25 +163,25 @@ class MemorySource:
     self.tensors = {name: Stored(array.shape, str(array.dtype)) for name, array in arrays.items()}
 
   def read(self, name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
-    """See Source; copies, since what is read may be donated."""
+    """See Source. It returns a copy, because the caller may donate it."""
     leading = self.arrays[name][tuple(map(slice, shape))]
     return jax.make_array_from_callback(shape, sharding, lambda index: leading[index].copy())
 
 
 def read_all(source: Source, names: Iterable[str]) -> dict[str, np.ndarray]:
-  """Tensors of a source as they are stored."""
+  """Reads tensors of a source as they are stored."""
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return {name: np.asarray(source.read(name, source.tensors[name].shape, device))
           for name in names}
 
 
 def mesh_shardings(boxed: PyTree) -> PyTree:
-  """On eight devices, all weights split that DEFAULT_RULES can split."""
+  """Shardings on eight devices that split as much as DEFAULT_RULES can."""
   return shardings_of(boxed, make_mesh(MeshConfig(2, 2, 2)), DEFAULT_RULES)
 
 
 def assert_same(actual: PyTree, expected: PyTree) -> None:
-  """Raises where trees of arrays differ: in a path, a dtype, a shape or a bit."""
+  """Asserts that trees of arrays are equal in every path, dtype, shape and bit."""
   actual, expected = (
       {jax.tree_util.keystr(path): np.asarray(leaf)
        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (actual, expected))

@@ -1,4 +1,4 @@
-"""config.json gives the architecture of every published Gemma; what it asks in vain is refused."""
+"""config.json gives the architecture of every published Gemma; unsupported settings are refused."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from latent_deliberation.model.checkpoints.hugging_face import (
 from latent_deliberation.model.transformer_config import PRESETS
 from tests.model.checkpoints import foreign
 
-# As on the hub: what decides the architecture, and what might be mistaken for it.
+# From the hub: keys that decide the architecture, and keys that look as if they did.
 _GEMMA1 = {'model_type': 'gemma', 'head_dim': 256, 'hidden_act': 'gelu', 'vocab_size': 256000,
            'hidden_activation': None, 'rms_norm_eps': 1e-6, 'rope_scaling': None,
            'rope_theta': 10000.0, 'attention_bias': False, 'torch_dtype': 'bfloat16'}
@@ -66,22 +66,26 @@ def read(directory, content):
   return read_config(directory)
 
 
-def test_every_published_size_is_asked_for():
+def test_all_presets_are_tested():
+  """Every preset has a published config here."""
   assert {*PUBLISHED, 'tiny'} == {*PRESETS}
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
-def test_the_config_of_a_published_checkpoint_gives_its_preset(tmp_path, name):
+def test_published_configs(tmp_path, name):
+  """The config.json of a published checkpoint gives its preset."""
   assert read(tmp_path, PUBLISHED[name]) == PRESETS[name]
 
 
 @pytest.mark.parametrize('config', [*PRESETS.values(), *foreign.FAMILIES.values()])
-def test_a_config_that_was_written_reads_back_equal(tmp_path, config):
+def test_config_round_trip(tmp_path, config):
+  """A config that was written reads back equal."""
   assert read(tmp_path, write_config(config, 'bfloat16')) == config
 
 
 @pytest.mark.parametrize('family', foreign.FAMILIES)
-def test_what_is_written_holds_what_transformers_reads(family):
+def test_written_config_keys(family):
+  """A written config has the keys that transformers reads."""
   written, expected = (write_config(foreign.FAMILIES[family], 'float16'),
                        dict(foreign.HF_CONFIGS[family]))
   if expected.pop('sliding_window_pattern', None):
@@ -90,7 +94,8 @@ def test_what_is_written_holds_what_transformers_reads(family):
   assert written['dtype'] == written['torch_dtype'] == 'float16'
 
 
-def test_bases_by_kind_of_layer_are_read_in_the_words_of_transformers_5(tmp_path):
+def test_rope_parameters(tmp_path):
+  """The rotary bases of transformers 5 are read."""
   content = {key: value for key, value in foreign.HF_CONFIGS['gemma3'].items()
              if not key.startswith('rope')}
   content['rope_parameters'] = {
@@ -103,9 +108,9 @@ def test_bases_by_kind_of_layer_are_read_in_the_words_of_transformers_5(tmp_path
   assert read(tmp_path, content) == foreign.FAMILIES['gemma2']
 
 
-def test_an_unknown_architecture_is_named_with_those_we_have(tmp_path):
-  with pytest.raises(UserError, match="model_type 'llama' is an architecture that we do not have; "
-                     'we have gemma, gemma2, gemma3_text, gemma3$'):
+def test_unknown_architecture(tmp_path):
+  """An unknown architecture is refused; the error lists the known ones."""
+  with pytest.raises(UserError, match="'llama'.*gemma, gemma2, gemma3_text, gemma3$"):
     read(tmp_path, {'model_type': 'llama'})
 
 
@@ -114,7 +119,8 @@ def test_an_unknown_architecture_is_named_with_those_we_have(tmp_path):
     ('attention_bias', True), ('use_bidirectional_attention', True),
     ('tie_word_embeddings', False), ('quantization_config', {'quant_method': 'bitsandbytes'}),
     ('hidden_activation', 'relu'), ('rope_scaling', {'type': 'dynamic', 'factor': 2.0})])
-def test_what_our_decoder_does_not_do_is_refused(tmp_path, family, key, value):
+def test_unsupported_settings(tmp_path, family, key, value):
+  """Settings that our decoder does not have are refused."""
   with pytest.raises(UserError, match=f'{tmp_path}/config.json.*{key[:4]}'):
     read(tmp_path, {**foreign.HF_CONFIGS[family], key: value})
 
@@ -123,30 +129,34 @@ def test_what_our_decoder_does_not_do_is_refused(tmp_path, family, key, value):
     ('gemma1', 'hidden_act', 'relu'), ('gemma3', 'attn_logit_softcapping', 50.0),
     ('gemma1', 'rope_parameters', {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 2.0}),
     ('gemma2', 'rope_parameters', {'rope_type': 'llama3', 'rope_theta': 1e4, 'factor': 2.0})])
-def test_what_no_decoder_of_a_family_does_is_refused(tmp_path, family, key, value):
+def test_unsupported_settings_of_family(tmp_path, family, key, value):
+  """Settings that a family does not have are refused."""
   with pytest.raises(UserError, match=f'{tmp_path}/config.json.*{key[:4]}'):
     read(tmp_path, {**foreign.HF_CONFIGS[family], key: value})
 
 
 @pytest.mark.parametrize('key, value', [
     ('quantization_config', {'quant_method': 'bitsandbytes'}), ('tie_word_embeddings', False)])
-def test_what_a_multimodal_config_asks_for_all_its_parts_is_refused_too(tmp_path, key, value):
+def test_unsupported_multimodal_settings(tmp_path, key, value):
+  """Unsupported settings of a whole multimodal model are refused, too."""
   with pytest.raises(UserError, match=key):
     read(tmp_path, {**PUBLISHED['gemma3_4b'], key: value})
 
 
-def test_scaled_positions_are_refused_where_local_layers_would_have_them_too(tmp_path):
+def test_scaled_local_positions(tmp_path):
+  """Scaled positions on local layers are refused."""
   # One rotary embedding serves all layers of a Gemma 2; ours scales global layers alone.
-  with pytest.raises(UserError, match='sliding layers have scaled rotary embeddings'):
+  with pytest.raises(UserError, match='config.json .*sliding'):
     read(tmp_path, {**foreign.HF_CONFIGS['gemma2'],
                     'rope_scaling': {'type': 'linear', 'factor': 2.0}})
-  with pytest.raises(UserError, match='sliding layers have scaled rotary embeddings'):
+  with pytest.raises(UserError, match='config.json .*sliding'):
     read(tmp_path, {**foreign.HF_CONFIGS['gemma3'], 'rope_parameters': {
         'full_attention': {'rope_type': 'default', 'rope_theta': 50.0},
         'sliding_attention': {'rope_type': 'linear', 'rope_theta': 20.0, 'factor': 2.0}}})
 
 
-def test_scaled_positions_of_a_gemma_of_global_layers_are_read(tmp_path):
+def test_scaled_global_positions(tmp_path):
+  """Scaled positions on global layers are read."""
   content = {**foreign.HF_CONFIGS['gemma1'], 'rope_scaling': {'type': 'linear', 'factor': 2.0}}
   assert read(tmp_path, content) == dataclasses.replace(
       foreign.FAMILIES['gemma1'], rope_scaling=2.0)
@@ -155,44 +165,50 @@ def test_scaled_positions_of_a_gemma_of_global_layers_are_read(tmp_path):
 @pytest.mark.parametrize('content', [
     '{"model_type": "gemma2", ', '[]', 'null', '{}', '{"model_type": ["gemma2"]}',
     '{"model_type": "gemma3", "text_config": [1]}'])
-def test_a_damaged_file_is_refused(tmp_path, content):
+def test_damaged_config(tmp_path, content):
+  """A damaged config.json is refused."""
   with pytest.raises(UserError, match=f'{tmp_path}/config.json'):
     read(tmp_path, content)
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'num_key_value_heads': 3}, 'num_heads = 4 is not a multiple of num_kv_heads = 3'),
+    ({'num_key_value_heads': 3}, 'num_heads = 4 .*num_kv_heads = 3'),
     ({'sliding_window': None}, 'sliding_window|window|None'),
     ({'hidden_size': '16'}, 'embed_dim|str'),
-    ({'layer_types': ['full_attention'] * 2}, 'layer_types has 2 entries, num_hidden_layers is 3'),
+    ({'layer_types': ['full_attention'] * 2}, 'layer_types has 2 .*num_hidden_layers is 3'),
     ({'layer_types': ['full_attention', 'chunked_attention', 'full_attention']}, 'chunked')])
-def test_impossible_values_are_refused(tmp_path, change, message):
+def test_impossible_values(tmp_path, change, message):
+  """Impossible values are refused."""
   with pytest.raises(UserError, match=f'{tmp_path}/config.json .*({message})'):
     read(tmp_path, {**foreign.HF_CONFIGS['gemma2'], **change})
 
 
-def test_weights_without_a_config_are_refused(tmp_path):
-  with pytest.raises(UserError, match=f'{tmp_path} holds weights but no config.json'):
+def test_weights_without_config(tmp_path):
+  """Weights without a config.json are refused."""
+  with pytest.raises(UserError, match=f'{tmp_path} .*no config.json'):
     read_config(tmp_path)
 
 
 @pytest.mark.parametrize('change', [
     {'qk_norm': True, 'post_norms': False}, {'rope_scaling': 2.0}, {'rope_local_base': 7.0},
     {'post_norms': False}])
-def test_a_combination_that_no_gemma_has_is_not_written(change):
+def test_config_of_no_gemma(change):
+  """A combination of features that no Gemma has is not written."""
   config = dataclasses.replace(foreign.FAMILIES['gemma2'], **change)
-  with pytest.raises(UserError, match='no Gemma has the features of'):
+  with pytest.raises(UserError, match='no Gemma .*TransformerConfig'):
     write_config(config, 'float32')
 
 
-def test_a_query_scale_that_transformers_cannot_hold_is_not_written():
+def test_unwritable_query_scale():
+  """A query scale that transformers cannot hold is not written."""
   config = dataclasses.replace(foreign.FAMILIES['gemma2'], query_scale=0.7)
-  with pytest.raises(UserError, match='query_scale = 0.7 is not 1 / sqrt of an integer'):
+  with pytest.raises(UserError, match='query_scale = 0.7 '):
     write_config(config, 'float32')
 
 
 @pytest.mark.parametrize('kinds, period', [
     ('aaaa', 'a'), ('abab', 'ab'), ('aba', 'ab'), ('aab', 'aab'), ('aaaaabaa', 'aaaaab'),
     ('abba', 'abb')])
-def test_a_pattern_is_as_short_as_it_can_be(kinds, period):
+def test_shortest_period(kinds, period):
+  """A pattern is as short as possible."""
   assert shortest_period(kinds) == tuple(period)

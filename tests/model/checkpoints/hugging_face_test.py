@@ -1,22 +1,25 @@
-"""Hugging Face directories are read to the bit; what is not exactly a Gemma is refused."""
+"""Hugging Face directories are read and written to the bit; anything but a Gemma is refused."""
 
+import dataclasses
+import json
 import logging
-import re
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
-from latent_deliberation.model.checkpoints import hugging_face
+from latent_deliberation.model.checkpoints import hugging_face, safetensors_io
 from latent_deliberation.model.decoder import boxed_shapes
 from tests.model.checkpoints import foreign
+from tests.parity import golden
 
 
 @pytest.fixture
 def tensors():
-  """Of a Gemma 2, to be damaged."""
+  """The tensors of a Gemma 2, to be damaged."""
   return foreign.hf_tensors(foreign.params_of('gemma2'))
 
 
@@ -26,7 +29,8 @@ def write(directory, tensors, family='gemma2', files=1):
 
 @pytest.mark.parametrize('family, dtype, files', [
     ('gemma1', 'float32', 1), ('gemma2', 'float16', 3), ('gemma3', 'bfloat16', 2)])
-def test_weights_come_as_they_are_stored(tmp_path, caplog, family, dtype, files):
+def test_load_keeps_stored_values(tmp_path, caplog, family, dtype, files):
+  """Weights come back as stored, from one file or several."""
   params = foreign.params_of(family, dtype)
   write(tmp_path, foreign.hf_tensors(params), family, files)
   assert len(list(tmp_path.glob('*.safetensors'))) == files
@@ -37,7 +41,8 @@ def test_weights_come_as_they_are_stored(tmp_path, caplog, family, dtype, files)
   assert not caplog.messages
 
 
-def test_weights_are_read_straight_onto_a_mesh(tmp_path):
+def test_hugging_face_onto_mesh(tmp_path):
+  """Weights are read straight onto a mesh."""
   params = foreign.params_of('gemma3')
   checkpoint = weights.open_checkpoint(
       write(tmp_path, foreign.hf_tensors(params), 'gemma3', files=2))
@@ -50,8 +55,8 @@ def test_weights_are_read_straight_onto_a_mesh(tmp_path):
 @pytest.mark.parametrize('prefix, vision', [
     ('language_model.model.', ''),  # transformers 4
     ('model.language_model.', 'model.')])  # transformers 5
-def test_the_decoder_of_a_multimodal_checkpoint_is_found_and_the_rest_left(tmp_path, prefix,
-                                                                           vision):
+def test_multimodal_checkpoint(tmp_path, prefix, vision):
+  """The decoder of a multimodal checkpoint is found; the rest is left out."""
   plain = foreign.hf_tensors(foreign.params_of('gemma3'))
   tensors = {prefix + name.removeprefix('model.'): tensor for name, tensor in plain.items()}
   tensors |= {vision + name: tensor for name, tensor in foreign.VISION.items()}
@@ -63,8 +68,9 @@ def test_the_decoder_of_a_multimodal_checkpoint_is_found_and_the_rest_left(tmp_p
 
 
 @pytest.mark.parametrize('name', ['lm_head.weight', 'language_model.lm_head.weight'])
-def test_a_stored_head_is_accepted_where_it_is_the_embedding(tmp_path, tensors, name):
-  tensors['model.embed_tokens.weight'][2, 3] = np.nan  # is to be warned of, no more
+def test_tied_head(tmp_path, tensors, name):
+  """A stored head that equals the embedding is accepted."""
+  tensors['model.embed_tokens.weight'][2, 3] = np.nan  # gives a warning, not an error
   tensors[name] = tensors['model.embed_tokens.weight']
   checkpoint = weights.open_checkpoint(write(tmp_path, tensors))
   checkpoint.check()
@@ -72,32 +78,33 @@ def test_a_stored_head_is_accepted_where_it_is_the_embedding(tmp_path, tensors, 
   hugging_face.check_head(checkpoint.source)
 
 
-def test_a_head_of_its_own_is_refused(tmp_path, tensors):
+def test_untied_head(tmp_path, tensors):
+  """A head that differs from the embedding is refused."""
   head = tensors['model.embed_tokens.weight'].copy()
   head[-1, -1] += 1
   write(tmp_path, {**tensors, 'lm_head.weight': head})
-  with pytest.raises(UserError, match='lm_head.weight .* is not equal to model.embed_tokens'):
+  with pytest.raises(UserError, match='lm_head.weight .*model.embed_tokens'):
     weights.load(tmp_path)
   write(tmp_path, {**tensors, 'lm_head.weight': head[:30]})
-  with pytest.raises(UserError, match=re.escape('lm_head.weight [30, 16] is not equal to '
-                                                 'model.embed_tokens.weight [38, 16]')):
+  with pytest.raises(UserError, match=r'lm_head.weight \[30, 16\].*embed_tokens.weight \[38, 16\]'):
     weights.load(tmp_path)
 
 
-def test_rotary_buffers_of_early_writers_are_left(tmp_path, tensors):
+def test_rotary_buffers_are_left_out(tmp_path, tensors):
+  """Rotary buffers of old writers are left out."""
   tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(3, np.float32)
   weights.open_checkpoint(write(tmp_path, tensors)).check()
 
 
-def test_all_tensors_that_do_not_fit_are_named_in_one_error_before_any_is_read(tmp_path, tensors,
-                                                                               monkeypatch):
+def test_mismatches_before_reading(tmp_path, tensors, monkeypatch):
+  """One error lists all tensors that do not match, before any is read."""
   del tensors['model.norm.weight'], tensors['model.layers.2.mlp.up_proj.weight']
   tensors['model.layers.1.self_attn.q_proj.weight'] = np.ones((16, 24), np.float32)
   tensors['model.layers.3.mlp.up_proj.weight'] = np.ones((20, 16), np.float32)
   tensors['model.layers.0.self_attn.q_proj.bias'] = np.ones(24, np.float32)
   checkpoint = weights.open_checkpoint(write(tmp_path, tensors))
   monkeypatch.setattr(checkpoint.source, 'read', None)
-  with pytest.raises(UserError, match=f'{tmp_path} does not hold the decoder') as error:
+  with pytest.raises(UserError, match=str(tmp_path)) as error:
     checkpoint.load()
   lines = [line.strip() for line in str(error.value).split('\n')[1:-1]]
   assert sorted(lines) == [
@@ -108,14 +115,16 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error_before_any_is_read(t
       'model.norm.weight: missing, expected [16]']
 
 
-def test_weights_of_another_family_are_refused(tmp_path, tensors):
-  with pytest.raises(UserError, match='layers.1.post_feedforward_layernorm.weight: not expected'):
+def test_weights_of_another_family(tmp_path, tensors):
+  """Weights of another family are refused."""
+  with pytest.raises(UserError, match='layers.1.post_feedforward_layernorm.weight: not'):
     weights.load(write(tmp_path / '1', tensors, 'gemma1'))
-  with pytest.raises(UserError, match='layers.2.self_attn.k_norm.weight: missing, expected .6.'):
+  with pytest.raises(UserError, match='layers.2.self_attn.k_norm.weight: missing.*6'):
     weights.load(write(tmp_path / '3', tensors, 'gemma3'))
 
 
-def test_values_that_are_not_finite_are_warned_of_by_path(tmp_path, tensors, caplog):
+def test_values_not_finite(tmp_path, tensors, caplog):
+  """A warning names each parameter with values that are not finite."""
   tensors['model.layers.1.self_attn.o_proj.weight'][3, 5] = np.nan
   tensors['model.norm.weight'][0] = -np.inf
   with caplog.at_level(logging.WARNING, logger='absl'):
@@ -124,3 +133,119 @@ def test_values_that_are_not_finite_are_warned_of_by_path(tmp_path, tensors, cap
       f'{tmp_path}: {path} has values that are not finite (NaN or infinity) in float32'
       for path in ('transformer/blocks/attention/out/w', 'transformer/final_norm/scale')]
   assert np.isnan(params['transformer']['blocks']['attention']['out']['w']).sum() == 1
+
+
+def load_all(directory):
+  """Every tensor of a directory; no name may be in two files."""
+  tensors = {}
+  for path in directory.glob('*.safetensors'):
+    held = load_file(path)
+    assert not set(held) & set(tensors)
+    tensors |= held
+  return tensors
+
+
+@pytest.mark.parametrize('name, limit', [
+    ('gemma1_multihead', None), ('gemma2_bfloat16', 20_000), ('gemma3_multimodal', None)])
+def test_export_of_goldens(tmp_path, name, limit, monkeypatch):
+  """Tensors that transformers wrote come back, bit by bit."""
+  if limit is not None:
+    unlimited = hugging_face.write
+    monkeypatch.setattr(hugging_face, 'write',
+                        lambda *args: unlimited(*args, file_bytes=limit))
+  config, params = weights.load(golden.DIRECTORY / name)
+  weights.save(tmp_path / 'target', config, params, format='huggingface')
+  prefix = 'language_model.' if name == 'gemma3_multimodal' else ''
+  originals = {name.removeprefix(prefix): tensor
+               for name, tensor in load_all(golden.DIRECTORY / name).items()
+               if name.startswith(prefix + 'model.') and 'vision' not in name
+               and 'multi_modal' not in name}
+  foreign.assert_same(load_all(tmp_path / 'target'), originals)
+  assert hugging_face.read_config(tmp_path / 'target') == config
+  if limit is not None:
+    index = json.loads((tmp_path / 'target' / 'model.safetensors.index.json').read_text())
+    assert index['metadata']['total_size'] == sum(leaf.nbytes for leaf in originals.values())
+  assert [path.name for path in tmp_path.iterdir()] == ['target']
+
+
+def export(directory, params, family='gemma2'):
+  hugging_face.write(directory, foreign.FAMILIES[family], params)
+
+
+@pytest.mark.parametrize('family', foreign.FAMILIES)
+def test_export_names_and_axes(tmp_path, family):
+  """Tensors have the names and axes of transformers."""
+  params = foreign.params_of(family, 'float16')
+  export(tmp_path, params, family)
+  foreign.assert_same(load_all(tmp_path), foreign.hf_tensors(params))
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
+  assert json.loads((tmp_path / 'config.json').read_text())['dtype'] == 'float16'
+
+
+def test_export_keeps_every_bit(tmp_path):
+  """Every bit of every dtype is kept."""
+  params = jax.tree.map(np.array, foreign.params_of('gemma2'))
+  params['embedder']['table'] = params['embedder']['table'].astype('bfloat16')
+  params['embedder']['table'].view(np.uint16)[0, :3] = 0xFFC1, 0x8000, 0x7F80  # NaN, -0, infinity
+  params['transformer']['final_norm']['scale'].view(np.uint32)[:2] = 0x7FA00001, 1  # NaN, subnormal
+  export(tmp_path, jax.tree.map(jax.numpy.asarray, params))
+  foreign.assert_same(load_all(tmp_path), foreign.hf_tensors(params))
+
+
+def test_export_from_mesh(tmp_path):
+  """Weights on a mesh are written like those on one device."""
+  params = foreign.params_of('gemma3')
+  spread = jax.device_put(
+      params, foreign.mesh_shardings(boxed_shapes(foreign.FAMILIES['gemma3'])))
+  export(tmp_path, spread, 'gemma3')
+  foreign.assert_same(load_all(tmp_path), foreign.hf_tensors(params))
+
+
+def test_formats_convert_both_ways(tmp_path):
+  """The native format and that of Hugging Face convert into each other, bit by bit."""
+  params, config = foreign.params_of('gemma3', 'bfloat16'), foreign.FAMILIES['gemma3']
+  weights.save(tmp_path / 'native', config, params)
+  weights.save(tmp_path / 'theirs', *weights.load(tmp_path / 'native'), format='huggingface')
+  weights.save(tmp_path / 'back', *weights.load(tmp_path / 'theirs'))
+  returned_config, returned = weights.load(tmp_path / 'back')
+  assert returned_config == config
+  foreign.assert_same(returned, params)
+  assert (weights.open_checkpoint(tmp_path / 'back').fingerprint
+          == weights.open_checkpoint(tmp_path / 'native').fingerprint)
+
+
+def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
+  """A failed save leaves nothing."""
+  params, config = foreign.params_of('gemma2'), foreign.FAMILIES['gemma2']
+  other = dataclasses.replace(config, rope_scaling=2.0)
+  with pytest.raises(UserError, match='rope_scaling=2.0'):
+    weights.save(tmp_path / 'target', other, params, format='huggingface')
+  with pytest.raises(UserError, match="'gguf'.*'native', 'huggingface'"):
+    weights.save(tmp_path / 'target', config, params, format='gguf')
+
+  def full(tensors, path, metadata):
+    path.write_bytes(b'part')
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(safetensors_io, 'save_file', full)
+  with pytest.raises(UserError, match=f'{tmp_path}/target.*No space left'):
+    weights.save(tmp_path / 'target', config, params, format='huggingface')
+  assert not list(tmp_path.iterdir())
+
+
+def test_export_never_overwrites(tmp_path):
+  """An existing directory is refused."""
+  (tmp_path / 'target').mkdir()
+  with pytest.raises(UserError, match=f'{tmp_path}/target'):
+    weights.save(tmp_path / 'target', foreign.FAMILIES['gemma2'], foreign.params_of('gemma2'),
+                 format='huggingface')
+
+
+@pytest.mark.parametrize('change', [{'num_layers': 2}, {'vocab_size': 40}])
+@pytest.mark.parametrize('format', weights.FORMATS)
+def test_save_checks_shapes(tmp_path, change, format):
+  """Parameters of another config are refused."""
+  config = dataclasses.replace(foreign.FAMILIES['gemma2'], **change)
+  with pytest.raises(UserError):
+    weights.save(tmp_path / 'target', config, foreign.params_of('gemma2'), format=format)
+  assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The table of parameters is that of the decoder; shards of what is stored are shards of ours."""
+"""The tables list every parameter of a decoder; shards of stored tensors are shards of ours."""
 
 import math
 
@@ -27,13 +27,15 @@ PATH = 'transformer/blocks/attention/query/w'
 
 
 @pytest.mark.parametrize('config', [*PRESETS.values(), *foreign.FAMILIES.values()])
-def test_every_parameter_that_a_decoder_has_is_listed_with_its_shape(config):
+def test_parameter_axes_are_complete(config):
+  """Every parameter of a decoder is listed, with its shape."""
   shapes = traverse_util.flatten_dict(nn.unbox(boxed_shapes(config)), sep='/')
   assert native.shapes(config) == {path: leaf.shape for path, leaf in shapes.items()}
 
 
 @pytest.mark.parametrize('family', foreign.FAMILIES)
-def test_every_tensor_that_transformers_stores_is_listed_with_its_shape(family):
+def test_stored_shapes_are_complete(family):
+  """Every tensor that transformers stores is listed, with its shape."""
   config = foreign.FAMILIES[family]
   tensors = foreign.hf_tensors(foreign.params_of(family))
   assert stored_shapes(hugging_face.find_layout(config), config) == {
@@ -44,7 +46,8 @@ def test_every_tensor_that_transformers_stores_is_listed_with_its_shape(family):
     (Entry('', 'V D'), (38, 16)), (Entry('', '(N H) D'), (24, 16)), (Entry('', 'H'), (6,)),
     (Entry('', 'D (K H)'), (16, 12)), (Entry('', 'K D H', 1, 2), (2, 2, 16, 6)),
     (Entry('', 'F D', 0, 2), (2, 20, 16))])
-def test_merged_axes_multiply_and_parts_lead(entry, shape):
+def test_stored_shape(entry, shape):
+  """Merged axes multiply, and the axis of parts comes first."""
   assert stored_shape(entry, CONFIG) == shape
 
 
@@ -56,25 +59,29 @@ def test_merged_axes_multiply_and_parts_lead(entry, shape):
     (Entry('', 'F D', 1, 2), 'D F', (None, ('data', 'fsdp'), 'tensor'),
      (None, 'tensor', ('data', 'fsdp'))),
     (Entry('', 'D'), 'D', (), (None,))])
-def test_axes_keep_their_shards_wherever_they_are_stored(entry, axes, spec, expected):
+def test_stored_sharding(entry, axes, spec, expected):
+  """Axes keep their shards, wherever they are stored."""
   mesh = make_mesh(MeshConfig(2, 2, 2))
   spec = PartitionSpec(*(None if axis == 'x' else axis for axis in spec))
   stored = stored_sharding(entry, PATH, axes, NamedSharding(mesh, spec))
   assert stored == NamedSharding(mesh, PartitionSpec(*expected))
 
 
-def test_a_parameter_without_layers_has_no_layer_axis_to_leave_out():
+def test_stored_sharding_without_layers():
+  """A parameter without layers has no layer axis to leave out."""
   mesh = make_mesh(MeshConfig(2, 2, 2))
   ours = NamedSharding(mesh, PartitionSpec('tensor', 'fsdp'))
   assert stored_sharding(Entry('', 'V D'), 'embedder/table', 'V D', ours) == ours
 
 
-def test_a_sharding_that_is_not_of_a_mesh_stays_as_it_is():
+def test_stored_sharding_without_mesh():
+  """A sharding without a mesh stays as it is."""
   device = SingleDeviceSharding(jax.devices()[3])
   assert stored_sharding(Entry('', '(N H) D'), PATH, 'D N H', device) is device
 
 
-def test_27_billion_weights_are_read_in_shards():
+def test_27b_is_read_in_shards():
+  """Each device reads an eighth of 27 billion weights."""
   config, mesh = PRESETS['gemma2_27b'], make_mesh(MeshConfig(1, 4, 2))
   layout, axes = hugging_face.find_layout(config), parameter_axes(config)
   placed = traverse_util.flatten_dict(
@@ -87,4 +94,4 @@ def test_27_billion_weights_are_read_in_shards():
     total += layers * math.prod(shape)
     a_device += layers * math.prod(share)
   assert total == 27_227_128_320
-  assert a_device < 1.001 * total / 8  # norms alone are on every device
+  assert a_device < 1.001 * total / 8  # only norms are on every device

@@ -10,7 +10,7 @@ from latent_deliberation.studies.synthetic.arithmetic import Arithmetic
 
 @pytest.mark.parametrize('operation', ['+', '*'])
 @pytest.mark.parametrize('reverse', [True, False])
-def test_every_answer_is_right_and_ends_once(operation, reverse):
+def test_answers_are_right(operation, reverse):
   task, rng = Arithmetic(operation, digits=9, reverse=reverse), np.random.default_rng(0)
   for difficulty in (None, *task.difficulties):
     for asked in task.ask(rng, 30, difficulty):
@@ -22,14 +22,14 @@ def test_every_answer_is_right_and_ends_once(operation, reverse):
       assert difficulty in (None, asked.difficulty)
 
 
-def test_all_numbers_of_a_width_are_asked_for():
+def test_all_numbers_of_a_width_occur():
   asked = Arithmetic().ask(np.random.default_rng(0), 3000, 2)
   assert {int(question.question[:2]) for question in asked} == set(range(10, 100))
   asked = Arithmetic().ask(np.random.default_rng(0), 300, 1)
   assert {int(question.question[0]) for question in asked} == set(range(10))
 
 
-def test_skew_is_the_decay_of_difficulties():
+def test_skew():
   asked = Arithmetic(digits=3, skew=0.5).ask(np.random.default_rng(0), 30_000)
   counts = collections.Counter(question.difficulty for question in asked)
   assert counts[1] / counts[2] == pytest.approx(np.exp(0.5), rel=0.1)
@@ -37,11 +37,11 @@ def test_skew_is_the_decay_of_difficulties():
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ({'operation': '-'}, r"operation = '-': choose one of \('\+', '\*'\)"),
-    ({'digits': 10}, 'digits = 10: it must lie between 1 and 9'),
-    ({'skew': 11}, 'skew = 11: it must lie between -10 and 10'),
-    ({'reverse': 1}, 'reverse = 1: it must be True or False'),
+    ({'operation': '-'}, r"operation = '-': .*\('\+', '\*'\)"),
+    ({'digits': 10}, 'digits = 10: .*1 and 9'),
+    ({'skew': 11}, 'skew = 11: .*-10 and 10'),
+    ({'reverse': 1}, 'reverse = 1: .*True or False'),
 ])
-def test_a_bad_option_is_named_with_its_bounds(options, message):
+def test_bad_option_is_named(options, message):
   with pytest.raises(UserError, match=message):
     Arithmetic(**options)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.studies.synthetic.graphs import Graphs
+from latent_deliberation.studies.synthetic.graphs import AskedGraph, Graphs, read_prosqa
 
 TASKS = [Graphs(), Graphs(nodes=26, steps=11), Graphs(nodes=26, steps=3), Graphs(nodes=6, steps=1)]
 
@@ -30,7 +30,8 @@ def distances(arrows, start):
 
 
 @pytest.mark.parametrize('task', TASKS)
-def test_one_candidate_alone_is_reached_by_a_path_of_the_difficulty(task):
+def test_answer_is_reached(task):
+  """One candidate alone is reached, by a path of the difficulty."""
   rng = np.random.default_rng(0)
   for difficulty in (None, *task.difficulties):
     for _ in range(8):
@@ -43,7 +44,7 @@ def test_one_candidate_alone_is_reached_by_a_path_of_the_difficulty(task):
 
 
 @pytest.mark.parametrize('task', TASKS)
-def test_the_two_candidates_have_the_same_arrows_around_them(task):
+def test_candidates_are_twins(task):
   rng = np.random.default_rng(1)
   for _ in range(40):
     for asked in task.ask(rng, 4):
@@ -59,7 +60,8 @@ def test_the_two_candidates_have_the_same_arrows_around_them(task):
       assert len(set(arrows)) == len(arrows)
 
 
-def test_neither_order_nor_letter_nor_place_in_the_text_tells_the_candidates_apart():
+def test_candidates_look_alike():
+  """Order, letter and place in the text do not tell the candidates apart."""
   rng, counts, total = np.random.default_rng(2), collections.Counter(), 2000
   for _ in range(total):
     asked, = Graphs().ask(rng, 1)
@@ -72,7 +74,8 @@ def test_neither_order_nor_letter_nor_place_in_the_text_tells_the_candidates_apa
     assert abs(count - total / 2) < 5 * np.sqrt(total) / 2
 
 
-def test_being_connected_does_not_always_tell_the_candidates_apart():
+def test_both_candidates_may_be_connected():
+  """Being connected does not always tell the candidates apart."""
   rng, connected = np.random.default_rng(3), 0
   for _ in range(100):
     asked, = Graphs().ask(rng, 1)
@@ -82,14 +85,15 @@ def test_being_connected_does_not_always_tell_the_candidates_apart():
   assert connected > 40
 
 
-def test_skew_is_the_decay_of_difficulties():
+def test_skew():
   asked = Graphs(steps=3, skew=0.5).ask(np.random.default_rng(0), 30_000)
   counts = collections.Counter(question.difficulty for question in asked)
   assert counts[1] / counts[2] == pytest.approx(np.exp(0.5), rel=0.1)
   assert counts[2] / counts[3] == pytest.approx(np.exp(0.5), rel=0.1)
 
 
-def test_links_are_arrows_of_the_context_and_stand_among_the_questions():
+def test_links():
+  """They are arrows of the context, mixed with the questions."""
   task = Graphs(nodes=10, steps=3, links=40)
   context, text = task.document(np.random.default_rng(0), 5).split(';')
   arrows = {context[place:place + 2] for place in range(0, len(context), 2)}
@@ -101,26 +105,26 @@ def test_links_are_arrows_of_the_context_and_stand_among_the_questions():
   assert not all('?' in item for item in items[-5:])
 
 
-def test_the_same_questions_are_asked_with_links_and_without():
+def test_links_change_no_test_question():
   plain, linked = (Graphs(links=links).examine(np.random.default_rng(0), 3) for links in (0, 9))
   assert plain == linked
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ({'links': -1}, 'links = -1: it must lie between 0 and 1000'),
-    ({'nodes': 10}, 'nodes = 10: it must lie between 12 and 26, letters enough for steps = 4'),
+    ({'links': -1}, 'links = -1: .*0 and 1000'),
+    ({'nodes': 10}, 'nodes = 10: .*12 and 26.*steps = 4'),
     ({'nodes': 17}, 'nodes = 17 is odd'),
-    ({'steps': 12}, 'steps = 12: it must lie between 1 and 11'),
+    ({'steps': 12}, 'steps = 12: .*1 and 11'),
     ({'steps': '4'}, "steps = '4' is not an integer"),
-    ({'skew': 11}, 'skew = 11: it must lie between -10 and 10'),
-    ({'asked': 3}, "asked = 3: write a path, or ''"),
+    ({'skew': 11}, 'skew = 11: .*-10 and 10'),
+    ({'asked': 3}, "asked = 3: .*path"),
 ])
-def test_a_bad_option_is_named_with_its_bounds(options, message):
+def test_bad_option_is_named(options, message):
   with pytest.raises(UserError, match=message):
     Graphs(**options)
 
 
-def test_graphs_of_a_file_are_asked_in_letters_of_their_own(tmp_path):
+def test_graphs_of_a_file(tmp_path):
   # 0 -> 1 -> 2 and 3 -> 4, of 7 nodes; then a graph that is too large for 16 letters.
   item = {'idx_to_symbol': list('abcdefg'), 'edges': [[0, 1], [1, 2], [3, 4]], 'root': 0,
           'target': 2, 'neg_target': 4, 'steps': ['one', 'two']}
@@ -140,3 +144,49 @@ def test_graphs_of_a_file_are_asked_in_letters_of_their_own(tmp_path):
   assert len(task.examine(np.random.default_rng(0), 7)) == 7
   with pytest.raises(UserError, match='prosqa.json has no graph of at most nodes = 6 nodes'):
     Graphs(nodes=6, steps=1, asked=str(path)).examine(np.random.default_rng(0), 7)
+
+
+ITEM = {'question': 'Every gerpus is a terpus. Sally is a gerpus. Is Sally a hilpus or terpus?',
+        'answer': 'Sally is a terpus.',
+        'steps': ['Sally is a gerpus.', 'Every gerpus is a terpus.'],
+        'idx_to_symbol': ['Sally', 'gerpus', 'terpus', 'hilpus'], 'edges': [[0, 1], [1, 2]],
+        'root': 0, 'target': 2, 'neg_target': 3}
+
+
+def write(path, items):
+  path.write_text(items if isinstance(items, str) else json.dumps(items))
+  return path
+
+
+def test_read_prosqa(tmp_path):
+  """An item is its graph."""
+  assert read_prosqa(write(tmp_path / 'prosqa.json', [ITEM])) == [
+      AskedGraph(nodes=4, arrows=((0, 1), (1, 2)), root=0, target=2, other=3, steps=2)]
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    ('[{', 'is not JSON'),
+    ('{"a": 1}', 'holds no list of questions'),
+    ('[]', 'holds no list of questions'),
+    ('[1]', 'item 0: not an object'),
+    ([ITEM, {**ITEM, 'steps': []}], 'item 1: not an object'),
+    ([{**ITEM, 'target': 4}], 'item 0: not an object'),
+    ([{**ITEM, 'edges': [[0, 1, 2]]}], 'item 0: not an object'),
+    ([{**ITEM, 'root': '0'}], 'item 0: not an object'),
+    ([{**ITEM, 'root': 0.0}], 'item 0: not an object'),
+    ([{**ITEM, 'root': False}], 'item 0: not an object'),
+    ([{**ITEM, 'steps': 'ab'}], 'item 0: not an object'),
+    ([{**ITEM, 'steps': ['one']}], 'item 0: not an object'),
+    ([{**ITEM, 'edges': []}], 'item 0: not an object'),
+    ([{**ITEM, 'neg_target': 1}], 'item 0: not an object'),
+    ([{**ITEM, 'root': 2, 'steps': []}], 'item 0: not an object'),
+    ([{key: value for key, value in ITEM.items() if key != 'neg_target'}], 'item 0: not an object'),
+])
+def test_file_that_is_not_prosqa(tmp_path, content, message):
+  with pytest.raises(UserError, match=f'other.json.*{message}'):
+    read_prosqa(write(tmp_path / 'other.json', content))
+
+
+def test_missing_prosqa_file(tmp_path):
+  with pytest.raises(UserError, match='none.json'):
+    read_prosqa(tmp_path / 'none.json')

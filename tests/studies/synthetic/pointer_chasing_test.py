@@ -16,8 +16,9 @@ def follow(context, start, hops):
   return start
 
 
-@pytest.mark.parametrize('task', [PointerChasing(), PointerChasing(nodes=26, hops=9), PointerChasing(nodes=2, hops=1)])
-def test_every_answer_is_the_node_that_many_arrows_on(task):
+@pytest.mark.parametrize('task', [
+    PointerChasing(), PointerChasing(nodes=26, hops=9), PointerChasing(nodes=2, hops=1)])
+def test_answer_follows_the_arrows(task):
   rng = np.random.default_rng(0)
   for difficulty in (None, *task.difficulties):
     for _ in range(5):
@@ -27,7 +28,7 @@ def test_every_answer_is_the_node_that_many_arrows_on(task):
         assert difficulty in (None, asked.difficulty)
 
 
-def test_a_context_is_one_cycle_through_all_nodes():
+def test_context_is_one_cycle():
   for seed in range(20):
     context = PointerChasing(nodes=7).ask(np.random.default_rng(seed), 1)[0].context
     assert len(context) == 15
@@ -35,7 +36,7 @@ def test_a_context_is_one_cycle_through_all_nodes():
 
 
 @pytest.mark.parametrize('difficulty', [1, 4, 5])
-def test_every_other_node_is_the_answer_equally_often(difficulty):
+def test_answers_are_uniform(difficulty):
   task, rng = PointerChasing(nodes=6, hops=5), np.random.default_rng(0)
   answers = collections.Counter()
   for _ in range(6000):
@@ -46,7 +47,7 @@ def test_every_other_node_is_the_answer_equally_often(difficulty):
   assert sum((count - 200) ** 2 / 200 for count in answers.values()) < 64
 
 
-def test_the_place_of_a_pair_in_the_text_says_nothing():
+def test_places_of_pairs_are_random():
   rng, places = np.random.default_rng(0), collections.Counter()
   for _ in range(4000):
     asked, = PointerChasing(nodes=8).ask(rng, 1, 1)
@@ -55,28 +56,29 @@ def test_the_place_of_a_pair_in_the_text_says_nothing():
 
 
 @pytest.mark.parametrize(('skew', 'ratio'), [(0.0, 1.0), (1.0, np.e), (-1.0, 1 / np.e)])
-def test_skew_is_the_decay_of_difficulties(skew, ratio):
+def test_skew(skew, ratio):
   asked = PointerChasing(nodes=5, hops=3, skew=skew).ask(np.random.default_rng(0), 30_000)
   counts = collections.Counter(question.difficulty for question in asked)
   assert counts[1] / counts[2] == pytest.approx(ratio, rel=0.1)
   assert counts[2] / counts[3] == pytest.approx(ratio, rel=0.1)
 
 
-def test_no_question_comes_twice_before_all_of_its_difficulty_came():
+def test_questions_take_turns():
+  """No question comes twice before all of its difficulty have come."""
   for seed in range(20):
     asked = PointerChasing(nodes=8).ask(np.random.default_rng(seed), 8, 3)
     assert len({question.question for question in asked}) == 8
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ({'nodes': 27}, 'nodes = 27: it must lie between 2 and 26'),
+    ({'nodes': 27}, 'nodes = 27: .*2 and 26'),
     ({'nodes': 8.0}, 'nodes = 8.0 is not an integer'),
-    ({'nodes': 5}, 'hops = 5: it must lie between 1 and 4, one digit and less than nodes = 5'),
-    ({'nodes': 26, 'hops': 10}, 'hops = 10: it must lie between 1 and 9'),
-    ({'pointer_chasing': 0}, 'hops = 0'),
+    ({'nodes': 5}, 'hops = 5: .*1 and 4, .*nodes = 5'),
+    ({'nodes': 26, 'hops': 10}, 'hops = 10: .*1 and 9'),
+    ({'hops': 0}, 'hops = 0'),
     ({'skew': 'steep'}, "skew = 'steep' is not a number"),
-    ({'skew': float('nan')}, 'skew = nan: it must lie between -10 and 10'),
+    ({'skew': float('nan')}, 'skew = nan: .*-10 and 10'),
 ])
-def test_a_bad_option_is_named_with_its_bounds(options, message):
+def test_bad_option_is_named(options, message):
   with pytest.raises(UserError, match=message):
     PointerChasing(**options)

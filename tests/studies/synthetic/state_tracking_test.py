@@ -23,13 +23,13 @@ def powers_of(rows):
   return found
 
 
-def test_the_operations_of_s5_generate_it_and_are_a_latin_square():
+def test_s5_rows_generate_s5():
   assert powers_of(S5_ROWS) == set(itertools.permutations(range(5)))
   assert all(sorted(column) == [0, 1, 2, 3, 4] for column in zip(*S5_ROWS, strict=True))
 
 
 @pytest.mark.parametrize('task', [StateTracking(length=35), StateTracking(skew=1.0)])
-def test_s5_answers_where_products_of_permutation_matrices_take_an_item(task):
+def test_s5_answers(task):
   matrices = [np.eye(5, dtype=int)[list(row)] for row in S5_ROWS]  # [from, to]
   rng = np.random.default_rng(0)
   for difficulty in (None, *task.difficulties):
@@ -43,7 +43,7 @@ def test_s5_answers_where_products_of_permutation_matrices_take_an_item(task):
 
 
 @pytest.mark.parametrize('modulus', [2, 5, 13])
-def test_zp_answers_the_sum_that_begins_at_the_asked_number(modulus):
+def test_zp_answers(modulus):
   task, rng = StateTracking(group='zp', modulus=modulus), np.random.default_rng(0)
   for difficulty in (None, *task.difficulties):
     for asked in task.ask(rng, 6, difficulty):
@@ -51,9 +51,9 @@ def test_zp_answers_the_sum_that_begins_at_the_asked_number(modulus):
       assert ord(asked.answer) - ord('n') == (ord(asked.question[0]) - ord('n') + added) % modulus
 
 
-def test_the_two_groups_differ_in_answers_alone():
-  pairs = [[StateTracking(group=group).ask(np.random.default_rng(seed), 12) for group in ('s5', 'zp')]
-           for seed in range(10)]
+def test_groups_differ_in_answers_alone():
+  pairs = [[StateTracking(group=group).ask(np.random.default_rng(seed), 12)
+            for group in ('s5', 'zp')] for seed in range(10)]
   for s5, zp in pairs:
     assert [q.question for q in s5] == [q.question for q in zp]
   assert any(a.answer != b.answer for s5, zp in pairs for a, b in zip(s5, zp, strict=True))
@@ -61,7 +61,7 @@ def test_the_two_groups_differ_in_answers_alone():
 
 @pytest.mark.parametrize('group', ['s5', 'zp'])
 @pytest.mark.parametrize('difficulty', [1, 2, 6])
-def test_every_item_is_the_answer_equally_often_wherever_it_starts(group, difficulty):
+def test_answers_are_uniform(group, difficulty):
   rng, answers = np.random.default_rng(0), collections.Counter()
   for _ in range(5000):
     asked, = StateTracking(group=group).ask(rng, 1, difficulty)
@@ -71,7 +71,7 @@ def test_every_item_is_the_answer_equally_often_wherever_it_starts(group, diffic
   assert sum((count - 200) ** 2 / 200 for count in answers.values()) < 57
 
 
-def test_skew_is_the_decay_of_difficulties():
+def test_skew():
   asked = StateTracking(length=3, skew=0.5).ask(np.random.default_rng(0), 30_000)
   counts = collections.Counter(question.difficulty for question in asked)
   assert counts[1] / counts[2] == pytest.approx(np.exp(0.5), rel=0.1)
@@ -80,12 +80,12 @@ def test_skew_is_the_decay_of_difficulties():
 
 @pytest.mark.parametrize(('options', 'message'), [
     ({'group': 'a5'}, "group = 'a5': choose one of"),
-    ({'modulus': 7}, "modulus = 7, but group = 's5' acts on 5 items"),
-    ({'group': 'zp', 'modulus': 14}, 'modulus = 14: it must lie between 2 and 13'),
-    ({'length': 65}, 'length = 65: it must lie between 1 and 64'),
-    ({'skew': 11}, 'skew = 11: it must lie between -10 and 10'),
+    ({'modulus': 7}, "modulus = 7, .*group = 's5'"),
+    ({'group': 'zp', 'modulus': 14}, 'modulus = 14: .*2 and 13'),
+    ({'length': 65}, 'length = 65: .*1 and 64'),
+    ({'skew': 11}, 'skew = 11: .*-10 and 10'),
     ({'length': True}, 'length = True is not an integer'),
 ])
-def test_a_bad_option_is_named_with_its_bounds(options, message):
+def test_bad_option_is_named(options, message):
   with pytest.raises(UserError, match=message):
     StateTracking(**options)

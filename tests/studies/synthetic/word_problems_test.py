@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -7,9 +8,11 @@ from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.errors import UserError
 from latent_deliberation.studies.synthetic.documents import open_synthetic
 from latent_deliberation.studies.synthetic.word_problems import (
+  LARGEST,
   WordProblems,
   find_equations,
   read_problems,
+  tell_story,
 )
 
 LINE = 'Tom has {0} pens. He buys 2 more. How many now?||<<{0}+2={1}>> #### {1}'
@@ -31,7 +34,8 @@ def draw(task, count=400, held_out=False):
   return [task.document(np.random.default_rng(seed), 1, held_out) for seed in range(count)]
 
 
-def test_both_forms_have_their_share_and_differ_in_the_sign_behind_the_question(files):
+def test_both_forms_have_their_share(files):
+  """They differ in the sign after the question."""
   texts = draw(WordProblems(train=files[0], chains=0.25))
   direct, chains = ([text for text in texts if (' ||' in text) == written]
                     for written in (False, True))
@@ -43,7 +47,7 @@ def test_both_forms_have_their_share_and_differ_in_the_sign_behind_the_question(
   assert not any('||' in text for text in draw(WordProblems(train=files[0], chains=0.0)))
 
 
-def test_no_question_is_for_training_and_for_validation(files):
+def test_splits_share_no_question(files):
   task = WordProblems(train=files[0], chains=0.0)
   train, validation = set(draw(task)), set(draw(task, held_out=True))
   assert len(train) == 57 and len(validation) == 3
@@ -58,7 +62,7 @@ def test_stories_have_their_share(files):
   assert len(counts) == 6 and counts[1] > 2 * counts[2] > 2 * counts[3]
 
 
-def test_a_file_is_asked_in_its_order_by_number_of_equations(files):
+def test_file_is_asked_in_its_order(files):
   task = WordProblems(train=files[0], asked=files[1], steps=2)
   asked = task.examine(np.random.default_rng(0), 3)
   assert [each.difficulty for each in asked] == [1, 1, 1, 2, 2, 2]
@@ -69,7 +73,7 @@ def test_a_file_is_asked_in_its_order_by_number_of_equations(files):
   assert (chain.question, chain.answer) == ('Three? ||', ' 1004;')
 
 
-def test_stories_are_asked_where_there_is_no_file():
+def test_stories_are_asked_without_file():
   task = WordProblems(stories=1.0)
   asked = task.examine(np.random.default_rng(0), 4)
   assert [each.difficulty for each in asked] == [k for k in range(1, 6) for _ in range(4)]
@@ -82,11 +86,12 @@ def test_stories_are_asked_where_there_is_no_file():
     ('They walk 4 x 1,200=4,800 m, (4+2)*3 = 18 days', ['4*1200=4800', '(4+2)*3=18']),
     ('There are 5 pens', []),
 ])
-def test_equations_are_found_between_marks_or_in_prose(chain, equations):
+def test_find_equations(chain, equations):
   assert find_equations(chain) == equations
 
 
-def test_products_of_long_numbers_have_chains_that_stay_as_they_are(tmp_path):
+def test_chains_without_equations(tmp_path):
+  """Chains of products of long numbers stay as they are."""
   path = tmp_path / 'products.txt'
   path.write_text('1 2 * 3 0||3 6 + 0 0 0 #### 3 6 0\n' * 2)
   task = WordProblems(train=str(path), asked=str(path), equations=False, chains=1.0)
@@ -104,15 +109,15 @@ def test_products_of_long_numbers_have_chains_that_stay_as_they_are(tmp_path):
     ('How▁many?||1+1=2 #### 2', "asked.txt:2: it holds '▁', SentencePiece's own sign"),
     ('How\0many?||1+1=2 #### 2', 'asked.txt:2: it holds .*, NUL'),
 ])
-def test_a_wrong_line_is_named_with_its_number_and_the_form(tmp_path, line, message):
+def test_bad_line_is_named(tmp_path, line, message):
   path = tmp_path / 'asked.txt'
   path.write_text(f'Right?||<<1+1=2>> #### 2\n{line}\n', encoding='utf-8')
   with pytest.raises(UserError, match=message):
     read_problems(path)
 
 
-def test_a_file_that_is_missing_empty_or_no_text_is_named(tmp_path):
-  with pytest.raises(UserError, match=r"no file .*none.txt: give the path of a file of li"):
+def test_bad_file_is_named(tmp_path):
+  with pytest.raises(UserError, match='no file .*none.txt'):
     read_problems(tmp_path / 'none.txt')
   (tmp_path / 'empty.txt').write_text('\n')
   with pytest.raises(UserError, match='empty.txt is empty'):
@@ -123,19 +128,19 @@ def test_a_file_that_is_missing_empty_or_no_text_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ({}, "train = '' with stories = 0.0: give the path"),
-    ({'stories': 1.5}, 'stories = 1.5: it is a share'),
-    ({'stories': 1.0, 'chains': -0.1}, 'chains = -0.1: it is a share'),
-    ({'stories': 1.0, 'steps': 0}, 'steps = 0: it must lie between 1 and'),
-    ({'stories': 1.0, 'equations': 1}, 'equations = 1: it must be True or False'),
-    ({'train': 7}, "train = 7: write a path"),
+    ({}, "train = '' with stories = 0.0"),
+    ({'stories': 1.5}, 'stories = 1.5: .*0 and 1'),
+    ({'stories': 1.0, 'chains': -0.1}, 'chains = -0.1: .*0 and 1'),
+    ({'stories': 1.0, 'steps': 0}, 'steps = 0: .*between 1 and'),
+    ({'stories': 1.0, 'equations': 1}, 'equations = 1: .*True or False'),
+    ({'train': 7}, 'train = 7: .*path'),
 ])
 def test_bad_options_are_named(options, message):
   with pytest.raises(UserError, match=message):
     WordProblems(**options)
 
 
-def test_the_fingerprint_follows_the_text_of_the_training_file_alone(files):
+def test_fingerprint_follows_training_file(files):
   train, asked = files
   config = DataConfig(source='synthetic', name='word_problems', questions=1, documents=9,
                       options={'train': train, 'asked': asked})
@@ -148,3 +153,41 @@ def test_the_fingerprint_follows_the_text_of_the_training_file_alone(files):
   assert open_synthetic(config).fingerprint != before
   other = dataclasses.replace(config, options={**config.options, 'chains': 0.1})
   assert open_synthetic(other).fingerprint != before
+
+
+OPERATIONS = {'+': int.__add__, '-': int.__sub__, '*': int.__mul__, '/': int.__floordiv__}
+
+
+@pytest.mark.parametrize('steps', [1, 3, 9])
+def test_story_equations_lead_to_answer(steps):
+  for seed in range(200):
+    story = tell_story(np.random.default_rng(seed), steps)
+    equations = re.findall(r'<<(\d+)([-+*/])(\d+)=(\d+)>>', story.chain)
+    assert len(equations) == steps == story.steps
+    quantity = int(equations[0][0])
+    assert re.search(rf'\b{quantity}\b', story.text.split('.')[0])
+    for left, sign, right, result in equations:
+      assert int(left) == quantity and (sign != '/' or quantity % int(right) == 0)
+      quantity = int(result)
+      assert quantity == OPERATIONS[sign](int(left), int(right)) and 0 <= quantity <= LARGEST
+    assert story.answer == str(quantity)
+
+
+def test_story_sentences():
+  """Each change has a sentence, which names a number that is added or taken."""
+  for seed in range(200):
+    story = tell_story(np.random.default_rng(seed), 4)
+    _, *changes, _ = re.split(r'(?<=\.) ', story.text)
+    equations = re.findall(r'<<\d+([-+*/])(\d+)=', story.chain)
+    assert len(changes) == len(equations)
+    for sentence, (sign, operand) in zip(changes, equations, strict=True):
+      assert (operand in sentence) == (sign in '+-'), (sentence, sign, operand)
+
+
+def test_stories_are_drawn():
+  """The same draw gives the same story."""
+  first, again = ([tell_story(np.random.default_rng(seed), 3) for seed in range(50)]
+                  for _ in range(2))
+  assert first == again
+  assert len({story.text for story in first}) == 50
+  assert len({story.answer for story in first}) > 3

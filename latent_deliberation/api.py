@@ -1,0 +1,184 @@
+"""The public API: text in, text out.
+
+  import latent_deliberation as ld
+
+  decoder = ld.load_decoder('runs/quickstart/pretraining/decoder')
+  coprocessor = ld.load_coprocessor('runs/quickstart/coprocessor')
+  generator = ld.Generator(decoder, coprocessor)
+  completion, = generator.generate(['Once upon a time'], max_tokens=32)
+  print(completion.text, completion.finish_reason)
+  (nats, num_tokens), = ld.score(generator, ['2 + 2 ='], [' 4'])
+
+Prompts and continuations of one call run as one batch, on the first device. `inference.engine` and
+`inference.session` have more: meshes, latents at other places, gates, and the background.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.deliberation.coprocessor_checkpoint import (
+  CoprocessorCheckpoint,
+  locate_coprocessor,
+)
+from latent_deliberation.errors import UserError
+from latent_deliberation.inference import passes, session
+from latent_deliberation.inference.decode import Sampling
+from latent_deliberation.inference.engine import (
+  LoadedDecoder,
+  build_engine,
+  open_tokenizer,
+  read_decoder,
+)
+from latent_deliberation.inference.passes import Prompts
+from latent_deliberation.inference.policy import NEVER, ONCE
+from latent_deliberation.inference.session import DecodingOptions, text_of
+from latent_deliberation.inference.tokenizer import stop_at
+from latent_deliberation.model import weights
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
+                 dtype: str = 'float32') -> LoadedDecoder:
+  """Loads a frozen decoder: weights, config and tokenizer.
+
+  Args:
+    path: directory of a decoder in our format, Hugging Face's or Google's; or a file in it.
+    vocabulary: path of a SentencePiece model, or 'byte'; '' for the one next to the decoder.
+    dtype: dtype of the computation and the kv-cache. Weights stay as they are stored.
+
+  Raises:
+    UserError: decoder or vocabulary is absent or damaged, they do not belong together, or dtype is
+      unknown.
+  """
+  if dtype not in DTYPES:
+    raise UserError(f'dtype = {dtype!r}: it must be one of {DTYPES}')
+  path = Path(path)
+  checkpoint = weights.open_checkpoint(path.parent if path.is_file() else path)
+  return read_decoder(checkpoint, open_tokenizer(checkpoint, str(vocabulary)), dtype)
+
+
+def load_coprocessor(directory: str | Path) -> CoprocessorCheckpoint:
+  """Loads a trained coprocessor, with its transformer unstacked.
+
+  Args:
+    directory: the coprocessor/ that launch/train.py wrote, or the work directory of that run.
+
+  Raises:
+    UserError: it is absent or damaged.
+  """
+  loaded = coprocessor_checkpoint.load(locate_coprocessor(Path(directory)))
+  if 'transformer' not in loaded.params:
+    return loaded
+  unstacked = passes.unstack(loaded.params['transformer'])
+  return dataclasses.replace(loaded, params={**loaded.params, 'transformer': unstacked})
+
+
+@dataclasses.dataclass
+class Completion(session.Completion):
+  """Continuation of a prompt: text, tokens, logprobs (nats), finish_reason and latents_at."""
+  text: str = ''
+
+
+class Score(NamedTuple):
+  """Log-likelihood of a continuation, in nats, and its number of tokens."""
+  nats: float
+  num_tokens: int
+
+
+class Generator:
+  """A decoder, with a coprocessor or without, that continues and scores text.
+
+  Attributes:
+    engine: runs the decoder on ids.
+    tokenizer: turns text into ids and back.
+  """
+
+  def __init__(self, decoder: LoadedDecoder, coprocessor: CoprocessorCheckpoint | None = None, *,
+               length: int = 2048):
+    """Puts the two together; several generators may share a decoder.
+
+    Args:
+      length: largest number of tokens of a text, prompt included.
+
+    Raises:
+      UserError: the coprocessor was trained on another decoder, or `length` is below 1.
+    """
+    self.engine = build_engine(decoder, coprocessor, length)
+    self.tokenizer = decoder.tokenizer
+
+  def generate(self, prompts: Sequence[str], *, max_tokens: int = 64, augment: bool | None = None,
+               stop: Sequence[str] = (), temperature: float = 0.0, top_k: int | None = None,
+               top_p: float = 1.0, min_p: float = 0.0,
+               seeds: Sequence[int] | None = None) -> list[Completion]:
+    """Continues each prompt.
+
+    Args:
+      prompts: texts, none of them empty.
+      max_tokens: largest number of tokens to decode for a prompt.
+      augment: whether latents are made at the end of each prompt; None if there is a coprocessor.
+      stop: strings that end a text and are not part of it.
+      temperature, top_k, top_p, min_p: see `inference.decode.Sampling`; 0 is greedy.
+      seeds: one for each prompt; default 0, 1, 2, ...
+
+    Raises:
+      UserError: a prompt is too long or too short, or an option is out of range.
+    """
+    policy = ONCE if self.augments(augment) else NEVER
+    options = DecodingOptions(
+        max_tokens, Sampling(temperature, top_k, top_p, min_p), eos=self.tokenizer.eos,
+        stop=stop_at(self.tokenizer, _texts('stop', stop)), policy=policy)
+    ids = self.encode('prompts', prompts)
+    return [Completion(**vars(completion), text=text_of(completion, self.tokenizer, stop))
+            for completion in session.generate(self.engine, ids, options, seeds)]
+
+  def augments(self, augment: bool | None) -> bool:
+    """Returns whether to make latents, by default if there is a coprocessor."""
+    available = self.engine.model.coprocessor is not None
+    if augment and not available:
+      raise UserError('augment = True without a coprocessor, which makes the latents: give one to '
+                      'Generator')
+    return available if augment is None else augment
+
+  def encode(self, name: str, texts: Sequence[str]) -> Prompts:
+    """Returns the ids of texts; `name` is for the error where they are one string."""
+    return [self.tokenizer.encode(text) for text in _texts(name, texts)]
+
+
+def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[str], *,
+          augment: bool | None = None) -> list[Score]:
+  """Scores one given continuation of each prompt (teacher forcing).
+
+  Latents are made once, at the end of the prompt. Prompt and continuation are tokenised apart.
+
+  Args:
+    augment: see `Generator.generate`.
+
+  Raises:
+    UserError: there is not one continuation for each prompt, or a text is too long or too short.
+  """
+  augment, engine = generator.augments(augment), generator.engine
+  before = generator.encode('prompts', prompts)
+  # Without the token that begins a text, which the prompt has.
+  after = [ids[1:] for ids in generator.encode('continuations', continuations)]
+  if len(before) != len(after):
+    raise UserError(f'{len(before)} prompts and {len(after)} continuations: give one for each')
+  state = engine.read(before)
+  if augment:
+    latents = engine.augment(state)
+    if not np.asarray(latents.finite).all():
+      engine.warn('some are not finite')
+    state = engine.attach(state, latents)
+  return [Score(float(logprobs.sum(dtype=np.float64)), len(logprobs))
+          for logprobs in engine.score_on(state, after)]
+
+
+def _texts(name: str, texts: Sequence[str]) -> Sequence[str]:
+  if isinstance(texts, str):
+    raise UserError(f'{name} = {texts!r}: give a list of texts, not one')
+  return texts

@@ -1,0 +1,143 @@
+"""The public API gives what the launch scripts and the decoder itself give."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import latent_deliberation as ld
+from latent_deliberation.cli.generate import Request, Writer
+from latent_deliberation.inference.decode import Sampling
+from latent_deliberation.inference.engine import open_engine
+from latent_deliberation.inference.policy import NEVER, ONCE
+from latent_deliberation.inference.session import DecodingOptions
+from latent_deliberation.model import weights
+from latent_deliberation.model.decoder import Decoder
+from tests import finished
+
+PROMPTS, CONTINUATIONS = ['Document 3: the', 'the 7th of the forty. the'], [' 3th of', ' 7']
+LENGTH = 100
+
+
+@pytest.fixture(scope='module')
+def decoder(quickstart):
+  return ld.load_decoder(quickstart / 'pretraining/decoder')
+
+
+@pytest.fixture(scope='module')
+def generator(quickstart, decoder):
+  return ld.Generator(decoder, ld.load_coprocessor(quickstart / 'coprocessor'), length=LENGTH)
+
+
+def test_generate_is_launch_generate(quickstart, generator):
+  """Tokens, text and log-probabilities are those of the Writer of launch/generate.py."""
+  opened = open_engine(quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor'),
+                       length=LENGTH)
+  sampling = dict(temperature=0.8, top_k=20, top_p=0.95, min_p=0.01)
+  for augment, policy in ((True, ONCE), (None, ONCE), (False, NEVER)):
+    found = generator.generate(PROMPTS, max_tokens=20, augment=augment, seeds=[3, 4], **sampling)
+    request = Request(DecodingOptions(20, Sampling(**sampling), policy=policy), seed=3)
+    assert [{'prompt': prompt, **vars(completion)} for prompt, completion in zip(
+        PROMPTS, found, strict=True)] == Writer(*opened, request).write(PROMPTS)
+
+
+def test_stop_strings_end_a_completion(generator):
+  whole, = generator.generate(PROMPTS[:1], max_tokens=20)
+  stop = whole.text[5:8]
+  found, = generator.generate(PROMPTS[:1], max_tokens=20, stop=[stop])
+  assert found.finish_reason == 'stop'
+  assert found.text == whole.text[:whole.text.index(stop)]
+
+
+def test_plain_score_is_decoder_logprob(quickstart, decoder, generator):
+  """Without latents, a score is the sum of what the uncached decoder gives."""
+  config, params = weights.load(quickstart / 'pretraining/decoder')
+  for prompt, continuation, score in zip(
+      PROMPTS, CONTINUATIONS, ld.score(generator, PROMPTS, CONTINUATIONS, augment=False),
+      strict=True):
+    tokens = decoder.tokenizer.encode(prompt + continuation)
+    logits, _ = Decoder(config).apply({'params': params}, jnp.array([tokens]))
+    logprobs = np.asarray(jax.nn.log_softmax(logits[0, :-1]))[np.arange(len(tokens) - 1),
+                                                              tokens[1:]]
+    assert score.num_tokens == len(continuation)
+    assert score.nats == pytest.approx(logprobs[-score.num_tokens:].sum(), abs=1e-4)
+
+
+@pytest.mark.parametrize('augment', [False, True])
+def test_score_is_sum_of_generated_logprobs(generator, augment):
+  """A text that was generated, with latents or without, scores what its tokens had."""
+  completions = generator.generate(PROMPTS, max_tokens=9, augment=augment)
+  texts = [completion.text for completion in completions]
+  for completion, text in zip(completions, texts, strict=True):
+    assert generator.tokenizer.encode(text)[1:] == completion.tokens
+  for completion, score in zip(
+      completions, ld.score(generator, PROMPTS, texts, augment=augment), strict=True):
+    assert score.num_tokens == len(completion.tokens)
+    assert score.nats == pytest.approx(sum(completion.logprobs), abs=1e-4)
+
+
+def test_detached_coprocessor_changes_no_bit(quickstart, decoder):
+  """Scores after latents were attached and given up are those before, and the plain decoder's."""
+  generator = ld.Generator(decoder, ld.load_coprocessor(quickstart / 'coprocessor'), length=LENGTH)
+  before = ld.score(generator, PROMPTS, CONTINUATIONS, augment=False)
+  augmented = ld.score(generator, PROMPTS, CONTINUATIONS)
+  assert ld.score(generator, PROMPTS, CONTINUATIONS, augment=False) == before
+  assert all(abs(one.nats - other.nats) > 1e-3
+             for one, other in zip(augmented, before, strict=True))
+  # A cache without room for latents has another shape, so that sums round otherwise.
+  plain = ld.score(ld.Generator(decoder, length=LENGTH), PROMPTS, CONTINUATIONS)
+  np.testing.assert_allclose(plain, before, rtol=1e-6)
+
+
+def test_wrong_pairs_are_refused(quickstart, tmp_path, decoder):
+  config, params = weights.load(quickstart / 'pretraining/decoder')
+  vocabulary = weights.open_checkpoint(quickstart / 'pretraining/decoder').vocabulary
+  weights.save(tmp_path / 'other', config, jax.tree.map(np.negative, params), vocabulary)
+  other = ld.load_decoder(tmp_path / 'other')
+  coprocessor = ld.load_coprocessor(quickstart / 'coprocessor')
+  with pytest.raises(ld.UserError,
+                     match=f'fingerprint {decoder.fingerprint}, .*{other.fingerprint}'):
+    ld.Generator(other, coprocessor)
+
+
+def test_bad_calls_are_refused(quickstart, tmp_path, decoder, generator):
+  plain = ld.Generator(decoder, length=LENGTH)
+  for call, message in (
+      (lambda: ld.load_decoder(tmp_path / 'nothing'), 'nothing'),
+      (lambda: ld.load_decoder(quickstart / 'pretraining/decoder', dtype='int8'), 'int8'),
+      (lambda: ld.load_coprocessor(tmp_path), 'no trained coprocessor'),
+      (lambda: plain.generate(PROMPTS, augment=True), 'augment = True'),
+      (lambda: generator.generate('one text'), "prompts = 'one text'"),
+      (lambda: generator.generate(PROMPTS, stop='.'), "stop = '.'"),
+      (lambda: generator.generate(PROMPTS, temperature=-1), 'temperature = -1'),
+      (lambda: generator.generate(PROMPTS, seeds=[1]), '1 seeds .* 2 texts'),
+      (lambda: generator.generate(['a' * LENGTH]), 'text 0 has 101 tokens'),
+      (lambda: ld.score(generator, PROMPTS, CONTINUATIONS[:1]), '2 prompts and 1 continuations'),
+      (lambda: ld.score(generator, PROMPTS, ['', 'a' * LENGTH]), 'text 1 has 126 tokens')):
+    with pytest.raises(ld.UserError, match=message):
+      call()
+
+
+def test_file_names_the_decoder(quickstart, decoder):
+  directory = quickstart / 'pretraining/decoder'
+  path = next(filter(Path.is_file, directory.iterdir()))
+  loaded = ld.load_decoder(path, vocabulary='byte', dtype='bfloat16')
+  assert loaded.fingerprint == decoder.fingerprint
+  completion, = ld.Generator(loaded, length=LENGTH).generate(PROMPTS[:1], max_tokens=2)
+  assert len(completion.tokens) == 2
+
+
+def test_import_is_cheap():
+  """The package loads nothing of itself, and no jax, before a name is used."""
+  code = ("import sys, latent_deliberation as ld; assert 'jax' not in sys.modules; "
+          "assert set(ld.__all__) <= set(dir(ld)); print([getattr(ld, name).__name__ "
+          "for name in ld.__all__])")
+  process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                           env=finished.environment(), timeout=120)
+  assert process.stdout == f'{ld.__all__}\n', process.stderr
+  with pytest.raises(AttributeError, match='nothing'):
+    ld.nothing  # noqa: B018

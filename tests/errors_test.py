@@ -1,0 +1,46 @@
+"""A UserError is printed without a traceback. Every other error keeps its traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+from latent_deliberation.errors import MissingError, UserError
+from tests import finished
+
+
+def launch(tmp_path, job, **variables):
+  """Runs a launch script that consists of one function with the lines of `job`."""
+  script = tmp_path / 'launch/script.py'
+  script.parent.mkdir()
+  script.write_text('from latent_deliberation.cli import app\n'
+                    'from latent_deliberation.errors import MissingError, UserError\n'
+                    f'def job():\n  {job}\napp.run(job)\n')
+  return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120,
+                        env={**finished.environment(), **variables})
+
+
+@pytest.mark.parametrize('job, variables, message', [
+    ("int('one')", {}, "ValueError: invalid literal for int() with base 10: 'one'"),
+    ('first, second = [1]', {}, 'ValueError: not enough values to unpack (expected 2, got 1)'),
+    # An int('one') inside the library, which reads this variable.
+    ('pass', {'SLURM_NTASKS': 'one', 'SLURM_STEP_NODELIST': 'node'}, "'one'")],
+    ids=['int', 'unpack', 'library'])
+def test_bug_keeps_traceback(tmp_path, job, variables, message):
+  """An error that Python raises in a frame of ours is a bug: traceback, and code 1."""
+  process = launch(tmp_path, job, **variables)
+  assert process.returncode == 1
+  assert 'Traceback' in process.stderr and message in process.stderr.splitlines()[-1]
+
+
+def test_user_error_is_one_line(tmp_path):
+  """A UserError, here a subclass, is its message on one line, and code 1."""
+  process = launch(tmp_path, "raise MissingError('size = 3: it must be 4')")
+  assert process.returncode == 1
+  assert process.stderr.splitlines()[-1].endswith('size = 3: it must be 4')
+  assert 'Traceback' not in process.stderr and 'MissingError' not in process.stderr
+
+
+def test_classes():
+  """MissingError is a UserError, and UserError a ValueError."""
+  assert issubclass(MissingError, UserError) and issubclass(UserError, ValueError)

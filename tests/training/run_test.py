@@ -1,0 +1,282 @@
+"""A work directory belongs to one run, and a stopped run resumes exactly."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from latent_deliberation.data.rows import PermutedBatches
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.errors import UserError
+from latent_deliberation.experiment import Experiment
+from latent_deliberation.model import weights
+from latent_deliberation.model.decoder import fingerprint
+from latent_deliberation.paths import CHECKPOINTS, METRICS_FILE, RUN_FILE
+from latent_deliberation.training.loop import Preempted
+from latent_deliberation.training.metrics import read_metrics
+from latent_deliberation.training.pretrain import pretrain
+from latent_deliberation.training.run import RunIdentity, claim_workdir
+from latent_deliberation.training.train import train_coprocessor
+from tests import finished
+
+pytestmark = [
+    pytest.mark.usefixtures('one_device'),
+    # Tensorstore's threads outlive the event loop of a read that failed.
+    pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')]
+
+
+IDENTITY = RunIdentity(
+    job='train', decoder_fingerprint='d1', data_fingerprint='rows1',
+    config={'optimizer': {'learning_rate': 0.1}, 'loop': {'save_every': 10}, 'mesh': {},
+            'positions': (1, 2)})
+
+
+def changed(**config):
+  return dataclasses.replace(IDENTITY, config={**IDENTITY.config, **config})
+
+
+def test_claim_and_resume(tmp_path):
+  """A new directory is claimed, and the same run claims it again."""
+  workdir = tmp_path / 'runs' / 'a'
+  claim_workdir(workdir, IDENTITY)
+  assert json.loads((workdir / RUN_FILE).read_text()) == IDENTITY.record
+  assert [path.name for path in workdir.iterdir()] == [RUN_FILE]
+  (workdir / CHECKPOINTS).mkdir()
+  claim_workdir(workdir, IDENTITY)
+
+
+def test_claim_with_other_files(tmp_path):
+  """A directory with other files can be claimed."""
+  (tmp_path / 'vocabulary').mkdir()
+  claim_workdir(tmp_path, IDENTITY)
+  assert (tmp_path / RUN_FILE).exists()
+
+
+@pytest.mark.parametrize('other, line', [
+    (dataclasses.replace(IDENTITY, job='pretrain'), "job: 'train'.*'pretrain'"),
+    (dataclasses.replace(IDENTITY, decoder_fingerprint='d2'), "decoder: 'd1'.*'d2'"),
+    (dataclasses.replace(IDENTITY, data_fingerprint='rows2'), "data: 'rows1'.*'rows2'"),
+    (changed(optimizer={'learning_rate': 0.2}), 'config.optimizer.learning_rate: 0.1.*0.2'),
+    (changed(optimizer={}), 'config.optimizer.learning_rate: 0.1.*nothing'),
+    (changed(traces=4), 'config.traces: .*nothing.*4'),
+])
+def test_claim_other_run(tmp_path, other, line):
+  """Another run is refused with the key and both values."""
+  claim_workdir(tmp_path, IDENTITY)
+  with pytest.raises(UserError, match=f'(?s){tmp_path}.*{line}.*--workdir') as error:
+    claim_workdir(tmp_path, other)
+  assert 'save_every' not in str(error.value)
+  assert json.loads((tmp_path / RUN_FILE).read_text()) == IDENTITY.record
+
+
+def test_free_keys(tmp_path):
+  """Free keys and sections may change."""
+  claim_workdir(tmp_path, IDENTITY)
+  other = changed(loop={'save_every': 20}, mesh={'data': 8})
+  claim_workdir(tmp_path, other, free=('loop.save_every', 'mesh'))
+  with pytest.raises(UserError, match='config.mesh.data'):
+    claim_workdir(tmp_path, other, free=('loop', 'mes'))
+
+
+def test_older_than_a_key(tmp_path):
+  """A run that is older than a key had its default."""
+  claim_workdir(tmp_path, IDENTITY)
+  newer = {'optimizer': {'clip': 1.0, 'bounds': (0, 1)}, 'unread': {'key': 3}}
+  def now(**optimizer):
+    config = changed(optimizer={'learning_rate': 0.1, **optimizer})
+    return dataclasses.replace(config, defaults=newer)
+  claim_workdir(tmp_path, now(clip=1.0, bounds=(0, 1)))
+  with pytest.raises(UserError, match='\n  config.optimizer.clip: 1.0.*2.0'):
+    claim_workdir(tmp_path, now(clip=2.0, bounds=(0, 1)))
+  assert json.loads((tmp_path / RUN_FILE).read_text()) == IDENTITY.record
+
+
+def test_claim_unknown_checkpoints(tmp_path):
+  """Checkpoints without a run.json are refused."""
+  (tmp_path / CHECKPOINTS).mkdir()
+  with pytest.raises(UserError, match=f'{CHECKPOINTS}.*{RUN_FILE}'):
+    claim_workdir(tmp_path, IDENTITY)
+
+
+def test_claim_damaged_file(tmp_path):
+  """A run.json that is not JSON is refused."""
+  (tmp_path / RUN_FILE).write_text('{"job": ')
+  with pytest.raises(UserError, match=f'{RUN_FILE}.*JSON'):
+    claim_workdir(tmp_path, IDENTITY)
+
+
+def test_config_without_json(tmp_path):
+  """A config that JSON cannot hold is refused."""
+  with pytest.raises(UserError, match="'train'.*JSON"):
+    claim_workdir(tmp_path, changed(dtype=object()))
+  assert not list(tmp_path.iterdir())
+
+
+def losses(workdir: Path) -> list[dict[str, float]]:
+  """Metrics by step, without what depends on the clock."""
+  return [{key: value for key, value in row.items() if key not in ('seconds', 'tokens_per_second')}
+          for row in read_metrics(workdir / METRICS_FILE)]
+
+
+def stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Sends this process SIGTERM, once, when the loop takes the batch of `step`."""
+  take, sent = PermutedBatches.__call__, []
+
+  def take_and_stop(batches: PermutedBatches, at: int):
+    if at == step and not sent:
+      sent.append(at)
+      signal.raise_signal(signal.SIGTERM)
+    return take(batches, at)
+
+  monkeypatch.setattr(PermutedBatches, '__call__', take_and_stop)
+
+
+def assert_identical(actual, expected) -> None:
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def check_stopping_changes_nothing(job: Callable[[Path], object], result: Callable[[Path], object],
+                                   tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  job(tmp_path / 'straight')
+  stop_before(1, monkeypatch)
+  with pytest.raises(Preempted) as stopped:
+    job(tmp_path / 'stopped')
+  assert stopped.value.code == 0
+  assert 'SIGTERM at step 2/4' in str(stopped.value.args)
+  assert (tmp_path / 'stopped/checkpoints/2').is_dir()
+  assert not {'decoder', 'coprocessor'} & {path.name for path in (tmp_path / 'stopped').iterdir()}
+  job(tmp_path / 'stopped')
+  assert_identical(result(tmp_path / 'stopped'), result(tmp_path / 'straight'))
+  assert losses(tmp_path / 'stopped') == losses(tmp_path / 'straight')
+
+
+@pytest.mark.slow  # the coprocessor tests the shared code
+def test_pretraining_resume_is_exact(tmp_path, quickstart, monkeypatch):
+  """A decoder whose pretraining was stopped is bit for bit the same."""
+  experiment = finished.experiment()
+  check_stopping_changes_nothing(
+      lambda workdir: pretrain(experiment, workdir, quickstart),
+      lambda workdir: weights.load(workdir / 'decoder'), tmp_path, monkeypatch)
+
+
+def test_training_resume_is_exact(tmp_path, quickstart, monkeypatch):
+  """A coprocessor whose training was stopped is bit for bit the same."""
+  experiment = finished.experiment(training__loop__num_steps=4, training__loop__save_every=4)
+  decoder = quickstart / 'pretraining/decoder'
+  check_stopping_changes_nothing(
+      lambda workdir: train_coprocessor(experiment, decoder, workdir, quickstart),
+      lambda workdir: coprocessor_checkpoint.load(workdir / 'coprocessor').params, tmp_path,
+      monkeypatch)
+
+
+@pytest.fixture
+def coprocessor(tmp_path, quickstart) -> Path:
+  """A copy of a finished run of training, to be damaged."""
+  return shutil.copytree(quickstart / 'coprocessor', tmp_path / 'coprocessor')
+
+
+def resume(workdir: Path, quickstart: Path, data_dir: Path | None = None,
+           decoder_dir: Path | None = None, experiment: Experiment | None = None) -> None:
+  train_coprocessor(experiment or finished.experiment(),
+                    decoder_dir or quickstart / 'pretraining/decoder', workdir,
+                    data_dir or quickstart)
+
+
+def test_resume_other_config(coprocessor, quickstart):
+  """Another config is refused with the key and both values, and nothing else."""
+  changed = finished.experiment(training__optimizer__learning_rate=0.5)
+  with pytest.raises(UserError, match=(
+      r'coprocessor.*\n  config.training.optimizer.learning_rate: 0.01.*0.5.*\n[^ ]')):
+    resume(coprocessor, quickstart, experiment=changed)
+
+
+def test_resume_other_evaluation(coprocessor, quickstart):
+  """Cadences, the evaluation and settings of pretraining may change."""
+  experiment = finished.experiment(pretraining__batch_size=16, training__loop__log_every=2,
+                                   evaluation__bootstrap_samples=10)
+  resume(coprocessor, quickstart, experiment=experiment)
+  assert losses(coprocessor) == losses(quickstart / 'coprocessor')
+
+
+def test_resume_without_a_key(coprocessor, quickstart):
+  """A run that is older than a key resumes with its default."""
+  path = coprocessor / RUN_FILE
+  record = json.loads(path.read_text())
+  del record['config']['training']['row_range_percent']
+  path.write_text(json.dumps(record))
+  resume(coprocessor, quickstart)
+  # A key without effect may have had any value.
+  record['config']['deliberation']['lora_alpha'] = 128.0
+  path.write_text(json.dumps(record))
+  resume(coprocessor, quickstart)
+  with pytest.raises(UserError, match=r'training.row_range_percent: \[0, 100\].*\[0, 50\]'):
+    resume(coprocessor, quickstart,
+           experiment=finished.experiment(training__row_range_percent=(0, 50)))
+
+
+def test_resume_other_decoder(coprocessor, quickstart, tmp_path):
+  """Another decoder is refused with both fingerprints."""
+  config, params = weights.load(quickstart / 'pretraining/decoder')
+  other = jax.tree.map(lambda leaf: 2 * leaf, params)
+  weights.save(tmp_path / 'decoder', config, other)
+  with pytest.raises(UserError, match=f"decoder: '[0-9a-f]+'.*'{fingerprint(other)}'"):
+    resume(coprocessor, quickstart, decoder_dir=tmp_path / 'decoder')
+
+
+def test_rows_of_other_vocabulary(quickstart, tmp_path):
+  """Rows of another vocabulary than the decoder's are refused."""
+  config, params = weights.load(quickstart / 'pretraining/decoder')
+  weights.save(tmp_path / 'decoder', config, params, vocabulary='another')
+  with pytest.raises(UserError, match='vocabulary.*another'):
+    resume(tmp_path / 'run', quickstart, decoder_dir=tmp_path / 'decoder')
+
+
+def test_resume_other_data(coprocessor, quickstart, tmp_path):
+  """Other data are refused."""
+  finished.write_texts(tmp_path / 'texts', [f'{n} other words. ' * 60 for n in range(40)])
+  experiment = finished.experiment(data__files=(str(tmp_path / 'texts'),))
+  with pytest.raises(UserError, match="\n  data: '[0-9a-f]+'.*'[0-9a-f]+'"):
+    resume(coprocessor, quickstart, tmp_path / 'data', experiment=experiment)
+  with pytest.raises(UserError, match='rows/train.*source_finger'):
+    resume(coprocessor, quickstart, experiment=experiment)
+
+
+def test_resume_other_contents(coprocessor, quickstart, tmp_path):
+  """The same files with other contents are refused."""
+  manifest = json.loads((quickstart / 'rows/train/manifest.json').read_text())
+  data = shutil.copytree(quickstart, tmp_path / 'data', ignore=lambda *_: ['coprocessor'])
+  manifest['content_hash'] = 'other'
+  (data / 'rows/train/manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(UserError, match="\n  data: '"):
+    resume(coprocessor, quickstart, data)
+
+
+def test_resume_before_damage(coprocessor, quickstart):
+  """A truncated checkpoint is named, and without it the one before is resumed."""
+  damaged = next((coprocessor / 'checkpoints/2/state/d').iterdir())
+  damaged.write_bytes(damaged.read_bytes()[:100])
+  with pytest.raises(UserError, match=r'(?s)checkpoints/2.*: 1\.'):
+    resume(coprocessor, quickstart)
+  shutil.rmtree(coprocessor / 'checkpoints/2')
+  resume(coprocessor, quickstart)
+  assert losses(coprocessor) == losses(quickstart / 'coprocessor')
+
+
+def test_resume_unknown_run(coprocessor, quickstart):
+  """Checkpoints of an unknown run are refused."""
+  (coprocessor / 'run.json').unlink()
+  with pytest.raises(UserError, match='checkpoints.*run.json'):
+    resume(coprocessor, quickstart)
+
+
+def test_resume_other_job(quickstart, tmp_path):
+  """The directory of another job is refused."""
+  workdir = shutil.copytree(quickstart / 'pretraining', tmp_path / 'pretraining')
+  with pytest.raises(UserError, match="job: 'pretrain'.*'train'"):
+    resume(workdir, quickstart)
