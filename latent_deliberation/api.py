@@ -129,6 +129,7 @@ class Generator:
     Raises:
       UserError: a prompt is too long or too short, or an option is out of range.
     """
+    # The same latents as in `score`: once, at the end of the prompt.
     policy = ONCE if self.augments(augment) else NEVER
     options = DecodingOptions(
         max_tokens, Sampling(temperature, top_k, top_p, min_p), eos=self.tokenizer.eos,
@@ -170,6 +171,7 @@ def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[
     raise UserError(f'{len(before)} prompts and {len(after)} continuations: give one for each')
   state = engine.read(before)
   if augment:
+    # Latents that are not finite are left out by `attach`.
     latents = engine.augment(state)
     if not np.asarray(latents.finite).all():
       engine.warn('some are not finite')

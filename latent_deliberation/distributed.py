@@ -34,6 +34,7 @@ def initialize(address: str | None = None, count: int | None = None,
   Raises:
     UserError: one of the three is missing or has a value that it cannot have.
   """
+  # Without arguments, jax may find the other processes by itself.
   detected = address is None and count is None and index is None and _are_others_known()
   address = address or os.environ.get(ADDRESS) or None
   if detected:
@@ -111,6 +112,7 @@ def run_on_process_zero(task: str, work: Callable[[], None]) -> None:
   # A list of processes makes this a barrier with our own timeout; a collective's may be too short.
   multihost.sync_global_processes(
       task, timeout=PATIENCE_SECONDS, processes=set(range(jax.process_count())))
+  # The others learn whether it failed, and raise too.
   failed = multihost_utils.broadcast_one_to_all(np.array(failure is not None))
   if failure is not None:
     raise failure

@@ -141,6 +141,7 @@ class EvaluationConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'positions', tuple(self.positions))
+    # Positions index the scored ahead tokens, in the order of the table.
     increasing = list(self.positions) == sorted(set(self.positions))
     if not self.positions or not increasing or not (
         1 <= self.positions[0] <= self.positions[-1] <= self.num_ahead):
@@ -149,6 +150,7 @@ class EvaluationConfig:
     if self.batch_size < 2:
       raise UserError(f'evaluation.batch_size = {self.batch_size}: it must be 2 or more, since one '
                       'control takes the latents of another text of the batch')
+    # All batches have one shape, so the program is compiled once.
     if self.num_texts < self.batch_size or self.num_texts % self.batch_size:
       raise UserError(f'evaluation.num_texts = {self.num_texts} is not a multiple of batch_size = '
                       f'{self.batch_size}: change one of the two')
@@ -193,6 +195,7 @@ class Experiment:
     if not 0 <= self.seed < 2**30 - 1:
       raise UserError(f'seed = {self.seed}: it must lie between 0 and {2**30 - 2}')
     self._check_multipliers()
+    # A stream has no rows to take a range of.
     for section in ('pretraining', 'training'):
       row_range_percent = getattr(self, section).row_range_percent
       if self.data.mode == 'online' and row_range_percent != ALL_ROWS:
@@ -240,6 +243,7 @@ def defaults_of(kind: type) -> dict[str, Any]:
   defaults = {}
   for field in dataclasses.fields(kind):
     if field.default is not dataclasses.MISSING:
+      # A section as a default is given by all its values.
       value = field.default
       defaults[field.name] = (
           dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
@@ -264,6 +268,7 @@ def bind(config: Mapping[str, Any], kind: type = Experiment, where: str = 'confi
   """
   fields = {field.name: field for field in dataclasses.fields(kind)}
   for key in config:
+    # A misspelt key must not fall back to a default silently.
     if key not in fields:
       near = difflib.get_close_matches(key, fields, n=1)
       hint = f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(fields)}'

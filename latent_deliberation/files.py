@@ -56,6 +56,7 @@ def write_whole(path: Path, content: bytes) -> None:
   with explain_failed_write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+      # On disk before the rename, so a crash leaves the old content or the new.
       with partial.open('wb') as file:
         file.write(content)
         file.flush()
@@ -90,6 +91,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     with explain_failed_write(directory):
       partial.mkdir(parents=True)
+  # Nobody writes before the directory exists, and nobody goes on before it has its name.
   barrier(f'{directory} begun')
   try:
     yield partial
@@ -116,6 +118,7 @@ def make_writable(directory: Path) -> None:
                     'instance) and give the path under the mount')
   try:
     directory.mkdir(parents=True, exist_ok=True)
+    # Only a write shows whether writing works, on mounted buckets for instance.
     with tempfile.TemporaryFile(dir=directory) as file:
       file.write(b'probe')
   except OSError as error:

@@ -55,6 +55,7 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
     decoder_fingerprint = checkpoint.fingerprint or fingerprint(stored)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes(experiment, mesh))
     return jax.jit(quantise, out_shardings=shardings)(stored), decoder_fingerprint
+  # With a stored fingerprint, weights can be rounded while they are read.
   place = lambda boxed: _frozen_shardings(boxed, experiment, mesh)  # noqa: E731
   if checkpoint.fingerprint:
     return checkpoint.load(place, dtype), checkpoint.fingerprint
@@ -86,6 +87,7 @@ def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Params:
 def _frozen_shardings(boxed: PyTree, experiment: Experiment, mesh: Mesh) -> PyTree:
   rules = experiment.rules
   if experiment.computation.replicate_frozen:
+    # Without 'fsdp', every device of it holds the weights whole.
     rules = {name: tuple(axis for axis in axes if axis != 'fsdp') for name, axes in rules.items()}
   return shardings_of(boxed, mesh, rules)
 

@@ -48,6 +48,7 @@ class Progress:
       return
     self._last = now
     if self._total is not None and done:
+      # At the mean speed so far.
       left = (now - self._start) * max(self._total - done, 0) / done
       logging.info('%s: %d of %d %s, %.0f s left', self._work, done, self._total, self._unit, left)
     else:
@@ -67,6 +68,7 @@ class PhaseClock:
   def phase(self, name: str) -> Iterator[None]:
     """Times a phase, also one that is stopped. A phase that is complete is not timed again."""
     logging.info('=== %s', name)
+    # A resumed study passes again through phases that are complete.
     if name in self._complete:
       yield
       return

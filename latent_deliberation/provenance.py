@@ -8,6 +8,7 @@ from pathlib import Path
 
 def peak_memory_bytes() -> int:
   """Returns the most memory that this process has held at once, in bytes."""
+  # macOS counts in bytes, Linux in KiB.
   unit = 1 if sys.platform == 'darwin' else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -22,6 +23,7 @@ def git_commit(source: Path = Path(__file__).parent) -> str:
                           capture_output=True, text=True).stdout.strip()
 
   try:
+    # An installed copy may be inside of somebody else's repository.
     if not git('ls-files', '.'):
       return 'unknown'
     changed = git('status', '--porcelain', '--untracked-files=no')

@@ -96,6 +96,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = _fill_sizes([getattr(config, axis) for axis in MESH_AXES], len(devices))
+  # Devices of one slice are linked fast, slices by a slow network.
   slices: dict[int, list[Any]] = {}
   for device in devices:
     slices.setdefault(getattr(device, 'slice_index', 0), []).append(device)
@@ -118,6 +119,7 @@ def _fill_sizes(sizes: Sequence[int], num_devices: int) -> list[int]:
   if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
     raise UserError(f'mesh {_named(sizes)}: sizes must be positive, or -1 on one axis for all '
                     'devices that are left')
+  # Devices that the other axes leave over.
   known = math.prod(size for size in sizes if size != -1)
   remaining, left_over = divmod(num_devices, known)
   sizes = [remaining if size == -1 else size for size in sizes]
@@ -186,6 +188,7 @@ def shardings_of(boxed: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) 
     if not isinstance(leaf, nn.Partitioned):
       return NamedSharding(mesh, PartitionSpec())
     where = jax.tree_util.keystr(path)
+    # Every axis must divide evenly over its mesh axes.
     spec = partition_spec(leaf.names, rules, where)
     for name, size in zip(leaf.names, leaf.value.shape, strict=True):
       axes = tuple(rules.get(name, ()))
@@ -249,6 +252,7 @@ def check_own_rows(mesh: Mesh | AbstractMesh, rules: Mapping[str, Sequence[str]]
   """Raises UserError where two processes hold the same rows of a batch."""
   if isinstance(mesh, AbstractMesh):  # a planner's mesh has no processes
     return
+  # Along an axis that does not split the batch, all devices need the same rows.
   process = np.vectorize(lambda device: device.process_index)(mesh.devices)
   shared = [name for axis, name in enumerate(mesh.axis_names)
             if name not in rules.get('batch', ())
@@ -265,6 +269,7 @@ def place_batch(batch: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -
   """Puts a global batch on the devices, of which each process passes its `rows_of_process`."""
   sharding = batch_sharding(mesh, rules)
   shards = batch_shards(mesh, rules)
+  # This process's share of the shards gives the size of the global batch.
   own_shards = len(rows_of_process(shards, mesh, rules))  # counted on a batch of one row a shard
 
   batch = jax.tree.map(np.asarray, batch)
@@ -272,6 +277,7 @@ def place_batch(batch: PyTree, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -
   rows = rows_of_process(batch_size, mesh, rules)
 
   def place(leaf: np.ndarray) -> jax.Array:
+    # A device asks for rows of the global batch, which are looked up in our own.
     return jax.make_array_from_callback(
         (batch_size, *leaf.shape[1:]), sharding,
         lambda index: leaf[np.searchsorted(rows, np.arange(batch_size)[index[0]])])

@@ -34,12 +34,14 @@ jax.config.update('jax_num_cpu_devices', 8)
 NOT_UNIT = (
     'api', 'benchmarks/', 'cli/convert', 'cli/generate', 'cli/quickstart', 'data/loading',
     'data/online', 'deliberation/coprocessor', 'deliberation/flops', 'deliberation/forward',
-    'evaluation/diagnostics', 'evaluation/evaluate', 'evaluation/gating', 'evaluation/perplexity',
-    'inference/background', 'inference/engine', 'inference/passes', 'inference/prefix_cache',
-    'inference/session', 'launch/bad_luck', 'launch/launch', 'launch/recipes', 'model/kernels/',
-    'parity/', 'planning/compile', 'readme', 'studies/chains', 'studies/questions',
-    'studies/scoring', 'studies/study_test', 'studies/tune', 'training/checkpointer',
-    'training/fit', 'training/hosts', 'training/loop', 'training/step', 'training/train')
+    'errors', 'evaluation/diagnostics', 'evaluation/evaluate', 'evaluation/gating',
+    'evaluation/perplexity', 'evaluation/plots', 'inference/', 'launch/bad_luck', 'launch/launch',
+    'launch/recipes', 'model/checkpoints/google', 'model/checkpoints/hugging_face_test',
+    'model/checkpoints/native', 'model/checkpoints/source', 'model/decoder', 'model/kernels/',
+    'model/layers', 'model/rotary', 'model/transformer_test', 'model/weights', 'parity/',
+    'planning/compile', 'readme', 'studies/chains', 'studies/questions', 'studies/scoring',
+    'studies/study_test', 'studies/tune', 'training/checkpointer', 'training/fit',
+    'training/hosts', 'training/loop', 'training/step', 'training/train')
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -132,6 +132,7 @@ def _hold_out(hashes: np.ndarray, size: np.ndarray, percent: int) -> np.ndarray:
   giant = size > size.sum() * percent / 100 / GIANT
   if (held_out & ~giant).any():
     held_out &= ~giant
+  # Neither split may be empty.
   if not held_out.any():
     held_out[hashes.argmin()] = True
   if held_out.all():
@@ -144,11 +145,13 @@ def _stdlib_files() -> tuple[TextFile, ...]:
   root = Path(sysconfig.get_path('stdlib'))
   files = []
   for folder, folders, names in os.walk(root):
+    # Changed in place, which keeps os.walk out of these folders.
     folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT]
     for name in names:
       path = Path(folder, name)
       if path.suffix in STDLIB_SUFFIXES and path.is_file():
         try:
+          # Nobody chose these files, so one that is not text is left out and not refused.
           _decode(path.read_bytes(), path)
         except ValueError as error:
           logging.info('Left out of the standard library: %s', error)
@@ -189,12 +192,14 @@ def _index_file(file: TextFile, text_key: str,
                 file_hash: 'hashlib._Hash') -> Iterator[tuple[str, int, int]]:
   """Yields (name, first byte, bytes) of a file's documents, checked; updates the file's hash."""
   if file.path.suffix != '.jsonl':
+    # A whole file is one document, or none if it is empty.
     content = file.path.read_bytes()
     file_hash.update(content)
     _decode(content, file.path)
     if content:
       yield file.name, 0, len(content)
     return
+  # Every line of .jsonl is a document, but for blank ones. Places count all bytes.
   start = 0
   with file.path.open('rb') as lines:
     for number, line in enumerate(lines, 1):
@@ -208,6 +213,7 @@ def _parse_line(line: bytes, start: int, number: int, path: Path, text_key: str)
   """Returns the text of a line of .jsonl. Raises UserError that names the place and the fault."""
   where = f'{path}:{number}'
   try:
+    # Bytes, JSON and the field are checked in turn, and each error names the line.
     record = json.loads(_decode(line, path, start))
   except json.JSONDecodeError as error:
     raise UserError(
@@ -216,6 +222,7 @@ def _parse_line(line: bytes, start: int, number: int, path: Path, text_key: str)
     found = sorted(record) if isinstance(record, dict) else type(record).__name__
     raise UserError(f'{where}: no text under text_key = {text_key!r}, found {found}: set text_key '
                     'to the field that holds the text')
+  # Escapes of JSON can hide characters that `_decode` does not see.
   text = record[text_key]
   if '\0' in text:
     raise UserError(f'{where}: the text holds a NUL character, so it is binary: leave the line out')
@@ -232,6 +239,7 @@ def _decode(content: bytes, path: Path, start: int = 0) -> str:
 
   Python sources may declare an encoding. Everything else is UTF-8.
   """
+  # A NUL is valid UTF-8, but only binary files hold one.
   nul = content.find(b'\0')
   if nul >= 0:
     raise UserError(f'{path}: NUL at byte {start + nul}, so it is a binary file: leave it out')

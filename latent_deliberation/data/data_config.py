@@ -89,6 +89,7 @@ class DataConfig:
       raise UserError(f'files = {self.files!r} is one string: write a tuple, ({self.files!r},)')
     if not isinstance(self.options, Mapping):
       raise UserError(f"options = {self.options!r}: write a mapping, for instance {{'nodes': 8}}")
+    # Own copies, so that the caller's objects may change later.
     object.__setattr__(self, 'files', tuple(self.files))
     object.__setattr__(self, 'options', dict(self.options))
     for key, choices in (('source', SOURCES), ('vocabulary', VOCABULARIES), ('mode', MODES)):
@@ -100,6 +101,7 @@ class DataConfig:
 
   def _check_source(self) -> None:
     """Raises UserError unless the source has the keys that it needs, and none that it ignores."""
+    # A key that the source would ignore is a mistake, unless it has its default.
     for key, sources in KEYS_OF_SOURCES.items():
       value, default = getattr(self, key), {} if key == 'options' else getattr(DataConfig, key)
       if self.source in sources and key in NEEDED_KEYS and not value:

@@ -42,6 +42,7 @@ def prepare_data(config: DataConfig, vocab_size: int, directory: Path) -> None:
     UserError: see `check_pieces`, and `prepare` in packing.py.
   """
   check_pieces(config, vocab_size)
+  # A training machine may lack seqio, and then needs rows that were copied to it.
   if importlib.util.find_spec('seqio') is None:
     if not (directory / ROWS).is_dir():
       raise UserError(
@@ -96,6 +97,7 @@ def _count_pieces(path: Path) -> int:
 
 def check_known_vocabulary(data: DataConfig, directory: Path, decoder: Checkpoint) -> None:
   """Raises UserError if a new vocabulary would be trained for a decoder that has one already."""
+  # Fine if the decoder names its vocabulary, or if no new one would be trained.
   if (decoder.vocabulary or data.source == 'mixture' or data.vocabulary == 'byte'
       or data.vocabulary_path or (directory / VOCABULARY_FILE).exists()):
     return
@@ -181,7 +183,7 @@ def validation_batches(rows: PackedRows, num_batches: int, batch_size: int, mesh
 
 
 def validation_texts(rows: PackedRows, num_rows: int, rows_per_text: int) -> np.ndarray:
-  """Returns the text that each of the first `num_rows` validation rows is of, int [num_rows].
+  """Returns the number of the text of each of the first validation rows, int [num_rows].
 
   Args:
     rows_per_text: consecutive packed rows that count as one text.

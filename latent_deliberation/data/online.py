@@ -77,11 +77,13 @@ class OnlineBatches:
       raise UserError(f'step = {step}, but the stream is at {self._next_step} and only goes '
                       'forward: restore a saved state, or use packed rows')
     try:
+      # The stream raises TensorFlow's errors for documents that `_frame` refuses.
       tokens, intended = (part.numpy() for part in next(self._iterator))
     except StopIteration:
       raise UserError(f"{self._identity['task']} has no document in split 'train'") from None
     except tf.errors.InvalidArgumentError as error:
       raise UserError(error.message) from error
+    # The model reads segments from BOS, which must give what packing meant.
     check_segments(tokens, intended, self._bos_id, self._identity['task'])
     self._next_step += 1
     segments = segments_from_bos(tokens, self._bos_id)
@@ -169,6 +171,7 @@ def pack_stream(documents: tf.data.Dataset, length: int, bos_id: int, seed: int)
   row empty on web text. They are shuffled, since a long document fills rows in succession.
   """
   def fill(tokens: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # The group comes as one array of tokens, with the ends of all documents but the last.
     rows = fill_rows(np.split(tokens, ends), length, bos_id)
     tokens, segments = zip(*rows, strict=True)
     return np.stack(tokens), np.stack(segments)

@@ -61,6 +61,7 @@ def prepare(config: DataConfig, workdir: Path) -> Path:
   except MissingError as missing:
     if config.mode != 'packed' or not all((directory / split).exists() for split in SPLITS):
       raise
+    # Compare what the configuration alone determines.
     for split in SPLITS:
       _check_recipe(directory / split, {key: getattr(config, key) for key in KNOWN_BY_CONFIG})
     logging.warning('%s. The rows in %s are complete and are used as they are.', missing, directory)
@@ -80,6 +81,7 @@ def prepare(config: DataConfig, workdir: Path) -> Path:
 def _check_recipe(directory: Path, expected: Mapping[str, Any]) -> None:
   """Raises UserError where rows were packed from other values than these fields of a Recipe."""
   found = PackedRows(directory).manifest.recipe
+  # Name every field that differs.
   different = [f'{key}: packed {getattr(found, key)!r}, configured {value!r}'
                for key, value in expected.items() if getattr(found, key) != value]
   if different:
@@ -110,6 +112,7 @@ def pack(documents: Documents, recipe: Recipe, directory: Path,
   # The folder gets its name when it is complete, so that no reader finds a part of it.
   partial.mkdir(parents=True)
   try:
+    # The manifest comes last. A folder without one is not complete.
     manifest = _write_rows(documents, recipe, partial, tokens_per_file)
     write_whole(partial / MANIFEST_FILE, manifest.to_json())
     partial.rename(final)
@@ -132,12 +135,14 @@ def _write_rows(documents: Documents, recipe: Recipe, directory: Path,
   repeat = is_mixture and limit is not None and recipe.split == 'train'
   stream = documents.stream(recipe.split, recipe.seed, repeat=repeat)
 
+  # Counts the documents that packing has begun. A limit may leave out the end of the last.
   def count(stream: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     nonlocal begun
     for document in stream:
       begun += 1
       yield document
 
+  # Rows are made one by one, so a limit also ends the reading of documents.
   bos_id = documents.vocabulary.bos_id
   rows = itertools.islice(fill_rows(count(iterate(stream)), recipe.length, bos_id), limit)
   files = RowFiles(directory, recipe, bos_id, bytes_per_token(documents.vocabulary))
@@ -164,7 +169,7 @@ def _write_rows(documents: Documents, recipe: Recipe, directory: Path,
 
 def fill_rows(documents: Iterable[np.ndarray], length: int,
               bos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields rows (tokens, segments), int32 [T] each, from documents in the order they come.
+  """Yields rows (tokens, segments), int32 [T] each, from documents in the given order.
 
   A document that does not fit goes on in the next row, again after a BOS. A row ends with padding
   only if one place is left, which BOS would fill alone, or if there are no more documents.
@@ -239,9 +244,11 @@ class RowFiles:
     tokens = tokens.astype(smallest_dtype(self._recipe.vocabulary_size - 1))
     with (self._directory / f'tokens-{self._files:05d}.npy').open('wb') as file:
       np.save(file, tokens)
+      # On disk before the manifest describes it.
       file.flush()
       os.fsync(file.fileno())
     self._hash.update(tokens)
+    # Padding is id 0, and adds neither tokens nor text.
     self.tokens += int(np.count_nonzero(tokens))
     self.text_bytes += int(self._bytes_per_token[tokens].sum(dtype=np.int64))
     self.rows += len(rows)

@@ -90,6 +90,7 @@ class Manifest:
       fields = json.loads(content)
       version = fields['format_version']
       if version in (1, FORMAT_VERSION):
+        # Version 1 has no BOS id, since its files hold the segments.
         missing = {'bos_id': None} if version == 1 else {}
         return cls(**(fields | missing | {'recipe': Recipe(**fields['recipe'])}))
     except (ValueError, TypeError, KeyError) as error:
@@ -145,6 +146,7 @@ class PackedRows:
     self.manifest = Manifest.from_json(path.read_bytes(), path)
     self.fingerprint = hashlib.sha256(self.manifest.to_json()).hexdigest()
     self._tokens = self._open_files('tokens', self.vocabulary_size - 1)
+    # Version 1 stores segments. Later versions compute them in `take`.
     if self.manifest.bos_id is None:
       self._segments = self._open_files('segments', self.length)
 
@@ -192,6 +194,7 @@ class PackedRows:
 def _open_file(path: Path, rows: int, length: int, dtype: np.dtype) -> np.ndarray:
   """Maps a file, and checks that it is whole and has the shape that the manifest gives."""
   try:
+    # A memory map: rows are read when they are taken.
     array = np.load(path, mmap_mode='r', allow_pickle=False)
   except FileNotFoundError:
     raise UserError(f'{path} is missing, but {MANIFEST_FILE} lists it: copy the folder again, or '
@@ -254,6 +257,7 @@ class PermutedBatches:
     if batch_size < 1:
       raise UserError(f'batch_size = {batch_size}: it must be at least 1')
     low, high = check_row_range(row_range_percent)
+    # Both ends are rounded down, so ranges that meet in percent share no row.
     first, last = len(rows) * low // 100, len(rows) * high // 100
     if first == last:
       raise UserError(f'row_range_percent = {(low, high)} of {len(rows)} packed rows holds no row: '

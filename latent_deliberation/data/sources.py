@@ -83,9 +83,11 @@ class CorpusSource(seqio.DataSource):
       if len(numbers) < shard_info.num_shards:
         raise UserError(f'split {split!r} has {len(numbers)} documents for '
                         f'{shard_info.num_shards} hosts: use fewer hosts, or packed rows')
+      # This host reads every n-th document.
       numbers = numbers[shard_info.index::shard_info.num_shards]
     dataset = tf.data.Dataset.from_tensor_slices(numbers)
     if shuffle:
+      # The buffer holds the numbers of all documents, so every order is equally likely.
       dataset = dataset.shuffle(len(numbers), seed=seed)
     return dataset.batch(TOGETHER).map(self._read, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
 
@@ -135,6 +137,7 @@ def _open_tfds(config: DataConfig) -> seqio.TfdsDataSource:
   if feature is None or feature.tf_dtype != tf.string:
     raise UserError(f'{config.name!r} has no text under text_key = {config.text_key!r}, its '
                     f'features are {sorted(info.features)}: set text_key to the one with the text')
+  # Without a validation split, the start of 'train' is held out.
   held_out = f'{config.validation_percent}%'
   slices = {'train': 'train', 'validation': 'validation'}
   if 'validation' not in splits:
@@ -157,6 +160,7 @@ def source_fingerprint(source: seqio.DataSource) -> str:
     known = [source.tfds_dataset.name, {
         name: [split.num_bytes, split.shard_lengths] for name, split in info.splits.items()}]
   else:
+    # Nothing else about the documents is known.
     known = repr(source)
   return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 

@@ -72,6 +72,7 @@ class Documents:
 
   @classmethod
   def _of_mixture(cls, name: str) -> 'Documents':
+    # Packing needs a registered provider with both splits and targets.
     registered = sorted([*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()])
     if name not in registered:
       raise UserError(f'name = {name!r} is no registered seqio task or mixture: import the module '
@@ -116,6 +117,7 @@ class Documents:
       repeat: whether to go on forever, with a mixture at its rates. Otherwise every document comes
         once, and a mixture keeps its rates only until one of its tasks runs out.
     """
+    # The tasks of a mixture and their rates. A task alone has no rate.
     tasks = [task for task in seqio.get_subtasks(self.provider) if split in task.splits]
     rates = ([self.provider.get_rate(task) for task in tasks]
              if isinstance(self.provider, seqio.Mixture) else None)

@@ -90,6 +90,7 @@ def train_sentencepiece(texts: Iterable[str], path: Path, size: int) -> None:
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
+        # Nothing of the text may be changed or dropped, so that ids give it back.
         sentence_iterator=_lines(texts), model_writer=model, model_type='bpe', vocab_size=size,
         pad_id=PAD_ID, eos_id=EOS_ID, bos_id=BOS_ID, unk_id=UNK_ID,
         pad_piece='<pad>', eos_piece='<eos>', bos_piece='<bos>', unk_piece='<unk>',
@@ -97,6 +98,7 @@ def train_sentencepiece(texts: Iterable[str], path: Path, size: int) -> None:
         user_defined_symbols=['\n'], normalization_rule_name='identity', add_dummy_prefix=False,
         remove_extra_whitespaces=False, minloglevel=2)
   except RuntimeError as error:
+    # SentencePiece puts the line of its source and the failed condition before the reason.
     reason = str(error).rpartition('] ')[2]
     raise UserError(f'vocabulary_size = {size} does not fit the text: {reason} Change '
                     "vocabulary_size, give more text, or set vocabulary = 'byte'") from error
@@ -110,6 +112,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
     for line in text.split('\n'):
       for start in range(0, len(line), LONGEST_LINE):
         yield line[start:start + LONGEST_LINE]
+    # A text is used whole, so the last one may exceed the limit.
     room -= len(text.encode())
     if room <= 0:
       return
@@ -147,6 +150,7 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
   if not isinstance(vocabulary, Vocabulary):
     raise UserError(f'{origin}: vocabulary of type {type(vocabulary).__name__}: use a '
                     'SentencePieceVocabulary or the ByteVocabulary of this package')
+  # seqio always says that padding is 0. Only the tokenizer knows its real id.
   pad_id = vocabulary.pad_id
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
     pad_id = vocabulary.tokenizer.pad_id()
@@ -155,6 +159,7 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
         f'{origin}: id 0 is the token {vocabulary.tokenizer.id_to_piece(0)!r} and the pad id is '
         f'{pad_id}, but rows are padded with 0. Train the vocabulary with --pad_id=0 --eos_id=1 '
         '--bos_id=2 --unk_id=3, or take one that has <pad> at 0, as Gemma does')
+  # seqio gives None, and SentencePiece -1, for an id that is not there.
   if vocabulary.bos_id in (None, -1) or vocabulary.eos_id in (None, -1):
     raise UserError(
         f'{origin}: bos id {vocabulary.bos_id}, eos id {vocabulary.eos_id}, but every document '
@@ -192,6 +197,7 @@ def open_vocabulary(config: DataConfig, workdir: Path,
       train_sentencepiece(texts(), kept, config.vocabulary_size)
     vocabulary = load_vocabulary(kept)
     asked, found = f'{config.vocabulary_size} pieces', f'{vocabulary.vocab_size} pieces'
+  # An old copy may differ from what the configuration asks for now.
   if asked != found:
     raise UserError(f'{kept} has {found}, the configuration asks for {asked}: use another work '
                     'directory, or configure the vocabulary that is there')
@@ -212,6 +218,7 @@ def bytes_per_token(vocabulary: Vocabulary) -> np.ndarray:
   """
   if isinstance(vocabulary, ByteVocabulary):
     return (np.arange(vocabulary.vocab_size) >= SPECIAL_IDS).astype(np.int32)
+  # A SentencePiece id is a special sign, one byte, or a piece of text.
   tokenizer = vocabulary.tokenizer
 
   def width(i: int) -> int:

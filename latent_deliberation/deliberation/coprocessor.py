@@ -67,13 +67,16 @@ class Coprocessor:
     """
     soft_key, transformer_key = jax.random.split(key)
     width = self.decoder_config.embed_dim
+    # Gemma scales embeddings by sqrt(D) when it reads them, so their spread is larger.
+    factor = width if self.decoder_config.scale_embeddings else 1
     table = decoder_params['embedder']['table'].astype(jnp.float32)
-    spread = jnp.sqrt(jnp.mean(table ** 2) * width)
+    spread = jnp.sqrt(jnp.mean(table ** 2) * factor)
     if self.config.is_additive:
       spread = spread * ADDITIVE_SPREAD
     soft = spread * jax.random.normal(soft_key, (self.config.num_latents, width))
     params = {'soft_tokens': nn.LogicallyPartitioned(soft, ('latent', 'embed'))}
     if self.config.latents != 'paper':
+      # With a gate of zero, latents start as the embeddings of their base tokens.
       axes = {'channel': ('norm',), 'matrix': ('embed', 'gated')}[self.config.gate]
       params['gate'] = nn.LogicallyPartitioned(jnp.zeros((width,) * len(axes)), axes)
     if self.config.trainable != 'constant':
@@ -81,6 +84,7 @@ class Coprocessor:
     return params
 
   def _init_transformer(self, key: Array, decoder_params: Params) -> Params:
+    # Parameters do not depend on the number of tokens, so one is enough.
     rows = jnp.zeros((1, 1, 1, self.decoder_config.embed_dim))
     index = jnp.zeros((1, 1, 1), jnp.int32)
     variables = self.transformer.init(key, rows, index, AttentionMaskSpec(index, index[0]))
@@ -88,6 +92,7 @@ class Coprocessor:
       return {'lora': variables['lora']}
     boxed = variables['params']
     if self.config.initialisation == 'decoder':
+      # A copy of the decoder's last layers, in float32. Training starts from it.
       boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight.astype(jnp.float32)),
                            boxed, self._last_layers(decoder_params),
                            is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
@@ -136,6 +141,7 @@ class Coprocessor:
   def _read_states(self, variables: PyTree, trunk: Array, cache: KVCache) -> KVCache:
     """A cache of the keys and values that each layer projects from the final hidden states."""
     block = Block(self.layers, self.transformer.lora)
+    # The trunk is one row of each text. Its keys and values are used, its attention is not.
     positions, segments = cache.positions[:, None], cache.segments[:, None]
     mask_spec = AttentionMaskSpec(segments, jnp.zeros_like(positions[:, :, 0]))
 
@@ -143,6 +149,7 @@ class Coprocessor:
       _, fresh = block.apply(layer, trunk[:, None], (traits, None), positions, mask_spec)
       return fresh  # jit drops the rest of the block, which nothing uses
 
+    # Every layer reads the same final states, so no layer waits for another.
     blocks = {name: tree['blocks'] for name, tree in variables.items()}
     fresh = jax.vmap(read)(blocks, layer_traits(self.layers))
     return KVCache.empty(fresh).append(fresh, positions, segments)

@@ -3,8 +3,8 @@
 coprocessor.json describes the coprocessor and holds two fingerprints: one of its parameters, and
 one of its decoder's weights. A coprocessor is refused for any other decoder.
 
-`save` and `load` write and read a checkpoint. `locate_coprocessor`, `find_coprocessor` and
-`load_coprocessor` find the one of a run, compare it with a config and load it onto a mesh.
+`save` and `load` write and read a checkpoint. `locate_coprocessor` finds the checkpoint of a run.
+`find_coprocessor` also compares it with a config. `load_coprocessor` loads it onto a mesh.
 """
 
 import dataclasses
@@ -105,6 +105,7 @@ def read_description(directory: Path) -> tuple[Description, str]:
     stored = json.loads(path.read_text())
     if stored['format'] != _FORMAT:
       raise UserError(f'format {stored["format"]!r}, expected {_FORMAT}')
+    # Saved names of keys and values may be old ones.
     description = Description(
         TransformerConfig(**stored['model']),
         DeliberationConfig(**with_current_names(stored['config'])),
@@ -117,7 +118,7 @@ def read_description(directory: Path) -> tuple[Description, str]:
 
 
 def describe(directory: str | Path) -> Description:
-  """Reads the description alone. Raises as `read_description` does."""
+  """Reads only the description. Raises as `read_description` does."""
   return read_description(Path(directory))[0]
 
 
@@ -183,7 +184,7 @@ def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = N
   Args:
     directory: directory of the checkpoint.
     shardings: function from boxed shapes to shardings. Parameters are read directly onto these, so
-      each host holds its own share alone. Default is the first device.
+      each host holds only its own share. Default is the first device.
     dtype: dtype to keep the parameters in; default as stored.
 
   Raises:
@@ -196,6 +197,7 @@ def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = N
   source = _open_weights(directory, boxed)
   placed = (shardings or on_first_device)(boxed)
   params = _read(source, traverse_util.flatten_dict(placed, sep='/'))
+  # The fingerprint covers every bit as stored, so it comes before any conversion.
   actual = fingerprint(params)
   if actual != expected:
     raise UserError(f'{directory}: the parameters have fingerprint {actual}, but {DESCRIPTION} '
@@ -211,6 +213,7 @@ def _open_weights(directory: Path, boxed: PyTree) -> SafetensorsSource:
     raise UserError(f'{directory} has {DESCRIPTION}, but {_STEM}.safetensors is missing. '
                     f'{REMEDY}')
   source = SafetensorsSource(directory, lambda name: name)
+  # Compare with the shapes that the description means.
   stored = {name: tensor.shape for name, tensor in source.tensors.items()}
   lines = shape_differences(stored, _shapes(boxed))
   if lines:
@@ -277,6 +280,7 @@ def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
   lines = []
   if description.steps != steps:
     lines = [f'  config.training.loop.num_steps: {description.steps} saved, {steps} now']
+  # Both configs, key by key, but for keys that these choices do not use.
   for section, saved, current in (('decoder', description.decoder_config, decoder_config),
                                   ('deliberation', description.config, config)):
     saved, current = dataclasses.asdict(saved), dataclasses.asdict(current)

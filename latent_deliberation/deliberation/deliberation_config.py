@@ -78,6 +78,7 @@ class DeliberationConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'anchor_tokens', tuple(self.anchor_tokens))
+    # Choices, then sizes, then numbers that depend on each other.
     for name, allowed in (('latents', LATENTS), ('positions', POSITIONS),
                           ('initialisation', INITIALISATIONS), ('trainable', TRAINABLES),
                           ('reads', READS), ('gate', GATES), ('soft_tokens', SOFT_TOKENS)):
@@ -98,6 +99,7 @@ class DeliberationConfig:
 
   def check_trunk(self, length: int) -> None:
     """Raises UserError where a trunk of `length` tokens cannot hold the configured traces."""
+    # An anchor needs a token after it, and room for the tokens that latents replace.
     anchors = length - self.first_anchor - 1
     if self.num_ahead >= length:
       raise UserError(

@@ -79,10 +79,12 @@ def latents_flops(decoder_config: TransformerConfig, config: DeliberationConfig,
 
   These are one pass of the coprocessor, unless it is constant, and one of the decoder.
   """
+  # Refining latents replace trunk tokens, so the decoder sees fewer keys.
   first = prompt - config.num_latents if config.latents == 'refining' else prompt
   second = forward_flops(decoder_config, config.num_latents, first + 1)
   if config.trainable == 'constant':
     return second
+  # The coprocessor's pass, with adapters, and with keys and values if it makes its own.
   layers = Coprocessor(decoder_config, config).layers
   coprocessing = forward_flops(layers, config.num_latents, prompt + 1)
   if config.trainable == 'lora':

@@ -12,6 +12,7 @@ from latent_deliberation.deliberation.loss import token_nll
 from latent_deliberation.deliberation.traces import Placement, Traces, place
 from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.layers import output_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Deliberator:
       traces: where to deliberate.
     """
     trunk, cache = self.prefill(decoder_params, batch)
+    # Integers alone place the traces; the passes are the same for every kind of latents.
     placement = place(batch, traces.anchors, self.config, traces.ahead_tokens.shape[-1],
                       traces.delay)
     outputs = self.coprocess(params, decoder_params, placement, trunk, cache)
@@ -92,9 +94,10 @@ class Deliberator:
     return hidden[:, :, self.config.num_latents - 1:]
 
   def _decoder_mask_spec(self, placement: Placement, segments: Array) -> AttentionMaskSpec:
-    """What the second pass may attend to, [B, M, Z + A - 1]."""
+    """Returns the limits of attention in the second pass, [B, M, Z + A - 1]."""
     if placement.late is None:
       return AttentionMaskSpec(segments, placement.decoder_prefix_length)
+    # Late ahead tokens see the whole prefix. They skip the latents, which come first in the row.
     late = jnp.pad(placement.late[..., :-1], ((0, 0), (0, 0), (self.config.num_latents, 0)))
     prefix_length = jnp.where(late, placement.coprocessor_prefix_length[..., None],
                               placement.decoder_prefix_length[..., None])
@@ -112,6 +115,6 @@ def ahead_nll(hidden: Float[Array, 'B M A D'], traces: Traces, decoder_params: P
   batch, num_traces, num_ahead, width = hidden.shape
   nll = token_nll(
       hidden.reshape(batch, num_traces * num_ahead, width),
-      traces.ahead_tokens.reshape(batch, -1), decoder_params['embedder']['table'],
+      traces.ahead_tokens.reshape(batch, -1), output_head(decoder_params),
       final_softcap, loss_chunk)
   return nll.reshape(batch, num_traces, num_ahead)

@@ -68,8 +68,10 @@ def _nll_backward(cap: float | None, residuals: Array | tuple[Array, Array, Arra
                   cotangent: Array | SymbolicZero) -> tuple[Array, None, Array | None]:
   if isinstance(cotangent, SymbolicZero):
     cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+  # With a constant head, the forward pass has made the gradient for a cotangent of 1.
   if not isinstance(residuals, tuple):
     return (residuals * cotangent[..., None]).astype(residuals.dtype), None, None
+  # With a trained head, compute the logits again for both gradients.
   hidden, targets, unembedding = residuals
   _, pull = jax.vjp(lambda hidden, table: _compute_nll(cap, hidden, targets, table),
                     hidden, unembedding)

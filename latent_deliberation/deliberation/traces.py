@@ -73,6 +73,7 @@ def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig,
   valid = jnp.take_along_axis(score, order, axis=-1) >= 0
   traces = gather_traces(batch, anchors, valid, config.num_ahead)
   if config.max_delay:
+    # A key derived from the text's own, so that delays do not change the anchors.
     draw = lambda key: jax.random.randint(  # noqa: E731
         jax.random.fold_in(key, 1), (config.num_traces,), 0, config.max_delay + 1)
     traces = traces.replace(delay=jax.vmap(draw)(keys))
@@ -83,6 +84,7 @@ def gather_traces(batch: Batch, anchors: Array, valid: Array, num_ahead: int) ->
   """Returns the traces of given anchors [B, M]; ahead tokens of other documents are invalid."""
   length = batch.tokens.shape[1]
   index = anchors[..., None] + 1 + jnp.arange(num_ahead)
+  # Indices past the end read the last token, and are not valid.
   inside = index < length
   index = jnp.minimum(index, length - 1)
   ahead_tokens = take_from_trunk(batch.tokens, index)

@@ -36,8 +36,12 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
       latents = deliberator.latents(params, decoder_params, placement, outputs)
       # With outputs of zero, latents are the embeddings that they start from.
       base = deliberator.latents(params, decoder_params, placement, jnp.zeros_like(outputs))
-    table = decoder_params['embedder']['table']
-    embedding = _size(table) * deliberator.decoder.config.embed_dim ** 0.5
+    # Compare with embeddings as the decoder reads them: Gemma's are scaled by sqrt(D).
+    config = deliberator.decoder.config
+    embedding = _size(decoder_params['embedder']['table'])
+    if config.scale_embeddings:
+      embedding = embedding * config.embed_dim ** 0.5
+    # Invalid traces have arbitrary anchors and do not count.
     valid = jnp.broadcast_to(traces.valid[..., None], outputs.shape[:-1])
     found = {'norm': _size(latents, valid) / embedding,
              'moved': _size(latents - base, valid) / embedding,
@@ -63,11 +67,12 @@ def _size(x: Array, valid: Array | None = None) -> Array:
 def effective_rank(rows: Float[Array, 'R D'], valid: Bool[Array, 'R']) -> Float[Array, '']:
   """exp of the entropy of the spectrum of the rows' covariance, between 1 and D.
 
-  Rows that are all equal have rank 1, and so have rows on a line. Rows that are not valid are left
+  Equal rows have rank 1, and so do rows on a line. Rows that are not valid are left
   out. (Roy and Vetterli 2007)
   """
   rows, where = rows.astype(jnp.float32), valid[:, None]
   centred = jnp.where(where, rows - jnp.mean(rows, axis=0, where=where), 0)
+  # Eigenvalues are variances. Rounding may make a small one negative.
   variance = jnp.maximum(jnp.linalg.eigvalsh(centred.T @ centred), 0)
   share = variance / jnp.maximum(jnp.sum(variance), jnp.finfo(jnp.float32).tiny)
   return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0)))

@@ -1,4 +1,4 @@
-"""When is it worth to deliberate? A gate that says so before the coprocessor runs, and its value.
+"""When is deliberation worth its cost? A gate decides, before the coprocessor runs.
 
 A gate gives every place in a text a score, from what the plain decoder knows there. A budget is a
 fraction of all places; those with the highest scores are augmented. The gain of a place is the fall
@@ -86,6 +86,7 @@ def score_places(deliberator: Deliberator, params: Params, decoder_params: Param
     cap = deliberator.decoder.config.final_softcap
     with nn.logical_axis_rules(tuple(rules.items())):
       traces = sample_traces(keys, batch, deliberator.config).replace(delay=None)
+      # Both arms share one prefill and the same traces.
       states = arm_states(deliberator, (BASELINE, OWN), params, decoder_params, batch, traces)
       plain, own = (ahead_nll(states[arm], traces, decoder_params, cap, loss_chunk)
                     for arm in (BASELINE, OWN))
@@ -99,6 +100,7 @@ def score_places(deliberator: Deliberator, params: Params, decoder_params: Param
     return hidden.astype(jnp.float32), jnp.swapaxes(uncertainty, 0, 1), gain, traces.valid
 
   compiled = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  # Fetch batch by batch. Keep valid traces, with the number of their text.
   found, row = [], 0
   for index, batch in enumerate(batches):
     with jax.set_mesh(mesh):
@@ -137,6 +139,7 @@ def fit_linear_gate(places: Places, seed: int = 0) -> LearnedGate:
   """
   texts = np.unique(places.text)
   check_texts(texts)
+  # Hold out whole texts, since places of one text are not independent.
   held_out = np.isin(places.text, np.random.default_rng(seed).permutation(texts)[:len(texts) // 5])
   kept, rest = places.where(~held_out), places.where(held_out)
 
@@ -151,6 +154,7 @@ def _ridge(places: Places, ridge: float) -> LearnedGate:
   mean, level = hidden.mean(axis=0), places.gain.mean()
   centred = hidden - mean
   gram = centred.T @ centred / len(hidden)
+  # The ridge is relative to the mean square of the features.
   gram += ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
   weight = np.linalg.solve(gram, centred.T @ (places.gain - level) / len(hidden))
   return LearnedGate(weight, float(level - mean @ weight))
@@ -211,6 +215,7 @@ def gain_curve(places: Places, scores: np.ndarray, fractions: Sequence[float], s
     resampled = (drawn @ sums) / (drawn @ counts)[:, None]
     return sums.sum(axis=0) / counts.sum(), *np.percentile(resampled, (2.5, 97.5), axis=0)
 
+  # The lowest score that is still augmented. Nothing passes an infinite threshold.
   thresholds = np.where(taken > 0, scores[order[np.maximum(taken - 1, 0)]], np.inf)
   return GainCurve(fractions, thresholds, *mean_and_interval(sums),
                    *mean_and_interval(sums - fractions * all_places))
@@ -230,6 +235,7 @@ def plot_gates(curves: Mapping[str, GainCurve], path: Path) -> None:
   figure = Figure(figsize=(7, 5), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots()
+  # Gains are small, so they are shown in thousandths of a nat.
   for (name, curve), colour in zip(curves.items(), COLOURS.values(), strict=False):
     axes.plot(curve.fractions, 1e3 * curve.gain, color=colour, label=f'{name} gate')
     axes.fill_between(curve.fractions, 1e3 * curve.low, 1e3 * curve.high, color=colour, alpha=0.15,
@@ -288,6 +294,7 @@ def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   first = np.isin(places.text, fitted_on)
   fitted, others = fit_linear_gate(places.where(first)), places.where(~first)
   curves = compare_gates(fitted, others, FRACTIONS, experiment.evaluation.bootstrap_samples)
+  # JSON has no infinity, so the threshold that opens nowhere becomes None.
   result = {
       'places': len(others.gain), 'texts': len(np.unique(others.text)),
       'num_ahead': experiment.deliberation.num_ahead, 'decoder': decoder_fingerprint,

@@ -72,12 +72,14 @@ class AheadNLL:
     if self.total.ndim != 2 or self.total.shape != self.count.shape:
       raise UserError(
           f'total has shape {self.total.shape}, count {self.count.shape}: both must be [texts, A]')
+    # A position without targets has no mean.
     targets = self.count.sum(axis=0)
     if not targets.all():
       raise UserError(
           f'ahead position {int(targets.argmin()) + 1} has no target in any of '
           f'{len(self.count)} texts. Evaluate on more or longer texts, or on fewer '
           'ahead positions.')
+    # A NaN would hide in every mean, so name its place.
     finite = np.isfinite(self.total).all(axis=0)
     if not finite.all():
       position = int(finite.argmin())
@@ -124,6 +126,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
     first_anchor: lowest index of an anchor, see `sample_traces`. To compare deliberators, give the
       highest first anchor of them all.
   """
+  # Scoring may have other numbers of traces and ahead tokens than training.
   scored = deliberator.with_traces(num_traces, num_ahead)
 
   def score(params: Params, decoder_params: Params, batch: Batch,
@@ -132,6 +135,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
                             batch.tokens.shape[0])
     with nn.logical_axis_rules(tuple(rules.items())):
       traces = sample_traces(keys, batch, scored.config, first_anchor)
+      # Every trace has the same delay, so that arms differ in latents alone.
       traces = traces.replace(delay=jnp.full_like(traces.anchors, delay) if delay else None)
       states = arm_states(scored, arms, params, decoder_params, batch, traces)
       nll = {arm: ahead_nll(hidden, traces, decoder_params,
@@ -164,9 +168,11 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
   states = {}
   for arm in arms:
     if arm == BASELINE:
+      # Each trunk state predicts the next token. Targets past the end are not valid.
       index = traces.anchors[..., None] + jnp.arange(num_ahead)
       states[arm] = take_from_trunk(trunk, jnp.minimum(index, batch.tokens.shape[1] - 1))
     else:
+      # Other arms replace the outputs, and go through the same second pass.
       latents = deliberator.latents(params, decoder_params, placement,
                                     ARMS[arm](outputs, traces.valid))
       hidden = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
@@ -209,6 +215,7 @@ def check_paired(arms: Mapping[str, AheadNLL]) -> None:
           f'{name} has [texts, A] = {list(arm.count.shape)}, {first} has '
           f'{list(reference.count.shape)}. Evaluate both on the same texts and ahead positions.')
     if not np.array_equal(arm.count, reference.count):
+      # The first place that differs is enough to find the cause.
       text, position = np.argwhere(arm.count != reference.count)[0]
       raise UserError(
           f'text {text} has {arm.count[text, position]} targets at ahead position {position + 1} '
@@ -223,8 +230,8 @@ def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
   The change is 100 * (exp(nll_arm - nll_baseline) - 1), with nll the mean over all targets.
 
   The interval is a paired percentile bootstrap (Efron 1979). Each draw takes texts with
-  replacement, the same for both arms, so that what makes a text hard for both cancels. It takes
-  texts and not targets, because targets of one text are not independent. If few texts reach a
+  replacement, the same for both arms. What makes a text hard for both then cancels. It takes texts
+  and not targets, because targets of one text are not independent. If few texts reach a
   position, a draw may hold none of them; such a draw is left out at that position.
 
   Args:
@@ -243,9 +250,11 @@ def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
     raise UserError(
         f'ahead position {int(reached.argmin()) + 1} has targets in 1 of {texts} texts, and an '
         'interval needs 2. Evaluate on more texts, or on fewer ahead positions.')
+  # How often each draw takes each text, the same for both arms.
   rng = np.random.default_rng(seed)
   weights = rng.multinomial(texts, np.full(texts, 1 / texts), size=samples).astype(np.float64)
   difference, count = weights @ (arm.total - baseline.total), weights @ arm.count
+  # NaN leaves a draw without targets out of the percentiles.
   drawn = np.where(count > 0, difference, np.nan) / np.maximum(count, 1)
   low, high = _to_percent(np.nanpercentile(drawn, (2.5, 97.5), axis=0))
   return Change(_to_percent(arm.nll - baseline.nll), low, high)

@@ -41,6 +41,7 @@ def plot_changes(summary: Mapping[str, Any], path: Path) -> None:
     path: file of the PNG.
   """
   arms = {name: arm for name, arm in summary['all_positions'].items() if name != BASELINE}
+  # A second panel where other arms would flatten own latents.
   low, high = _extent(arms.values())
   own_low, own_high = _extent([arms['own']] if 'own' in arms else arms.values())
   wide = high - low > 3 * (own_high - own_low)
@@ -78,6 +79,7 @@ def _draw_changes(axes: Axes, arms: Mapping[str, Any], summary: Mapping[str, Any
     axes.fill_between(ahead, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
     axes.plot(ahead, arm['change_pct'], color=COLOURS[name], marker=MARKERS[name], markersize=5,
               markevery=[at - 1 for at in summary['positions']], label=LABELS[name])
+  # The frozen decoder is the zero line.
   axes.axhline(0, color='black', linewidth=1, linestyle='--', label=LABELS[BASELINE])
   axes.axvline(summary['num_ahead'], color='#666666', linewidth=1, linestyle=':',
                label=f'last ahead token of training ({summary["num_ahead"]})')
@@ -106,7 +108,9 @@ def plot_losses(panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[
     curves = {name: curve for name, curve in curves.items() if len(curve[0])}
     for name, (steps, values) in curves.items():
       if name == 'training':
+        # The logged loss is noisy, so it is faint below its running mean.
         axes.plot(steps, values, color='#56B4E9', linewidth=0.6, alpha=0.5)
+        # A running mean, drawn at the middle of its span.
         span = max(len(values) // 10, 1)
         mean = np.convolve(values, np.full(span, 1 / span), mode='valid')
         axes.plot(steps[span // 2:][:len(mean)], mean, color='#0072B2', label=name)
@@ -153,9 +157,11 @@ def plot_attention(path: Path, latents: str = 'refining') -> None:
     path: file of the PNG.
     latents: 'paper', 'anchored' or 'refining'.
   """
+  # A trunk a0 ... a7 b0 ... b5 with two anchors in a and one in b.
   segments, anchors = np.repeat([1, 2], [8, 6]), np.array([2, 4, 11])
   config = DeliberationConfig(num_latents=2, num_ahead=3, num_traces=3, latents=latents)
   coprocessor, decoder = attention_cells(segments, anchors, config)
+  # Names of trunk tokens, of soft tokens, and of what the decoder reads in each trace.
   trunk = [f'{"ab"[segment - 1]}{position}' for segment, position in
            zip(segments, _positions(segments), strict=True)]
   soft = {f'trace\nat {trunk[anchor]}': ['s1', 's2'] for anchor in anchors}
@@ -187,6 +193,7 @@ def _draw_cells(axes: Axes, matrix: np.ndarray, rows: Mapping[str, list[str]],
   axes.set_xticks(np.arange(len(column_names)) + 0.5, column_names, fontsize=8)
   axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
   axes.spines[:].set_visible(False)
+  # Names of the groups of rows, and lines between groups.
   end = 0
   for name, members in rows.items():
     axes.text(-1.9, end + len(members) / 2, name, rotation=90, ha='center', va='center', fontsize=9)
@@ -219,9 +226,11 @@ def attention_cells(segments: np.ndarray, anchors: np.ndarray,
   coprocessor = _trace_cells(
     batch, placement.latent_positions, placement.segments, placement.coprocessor_prefix_length,
     config.num_latents)
+  # The decoder reads latents and all ahead tokens but the last.
   fed = jnp.concatenate([placement.latent_positions, placement.ahead_positions[..., :-1]], axis=2)
   traces = _trace_cells(
     batch, fed, placement.segments, placement.decoder_prefix_length, config.num_latents)
+  # Above the traces, the trunk sees itself. It never sees a trace.
   nothing_cached = jnp.zeros((1, 1), jnp.int32)
   allowed = AttentionMaskSpec(trunk[:, None], nothing_cached)
   prefill = fresh_mask(batch.positions[:, None], allowed, jnp.array(GLOBAL_WINDOW))[0, 0]
@@ -240,6 +249,7 @@ def _trace_cells(batch: Batch, positions: Array, segments: Array, prefix_length:
   cached = cached_mask(positions, allowed, batch.positions, batch.segments, window)[0]
   fresh = fresh_mask(positions, allowed, window)[0]
   kinds = np.where(np.arange(length) < num_latents, TRACE_LATENT, TRACE_AHEAD)
+  # A trace sees no other trace, so its own cells are blocks on the diagonal.
   own = np.zeros((traces, length, traces, length), int)
   each = np.arange(traces)
   own[each, :, each] = fresh * kinds

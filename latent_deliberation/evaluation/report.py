@@ -86,15 +86,18 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
     samples: draws of the bootstrap.
     seed: seed of the bootstrap.
   """
+  # Every arm against the frozen decoder, at all ahead positions.
   baseline = report.arms[BASELINE]
   names = [name for name in LABELS if name in report.arms]
   changes = {
     name: relative_change(report.arms[name], baseline, samples, seed) for name in names}
   curves = {name: _arm(report.arms[name], changes[name]) for name in names}
   shown = [position - 1 for position in report.positions]
+  # The content effect: own latents against those of another text.
   content = None
   if {OWN, 'shuffled'} <= set(names):
     content = relative_change(report.arms[OWN], report.arms['shuffled'], samples, seed)
+  # 'arms' has the positions of the table, 'all_positions' all of them.
   return {
     'positions': list(report.positions),
     'num_ahead': report.num_ahead,
@@ -163,6 +166,7 @@ def state_bar(summary: Mapping[str, Any]) -> str:
 
 def _where(below: Mapping[str, bool], wanted: Iterable[int]) -> str:
   """'at 1, 2 but not at 4 (8 not scored)'."""
+  # JSON keys are strings. None is a position that was not scored.
   outcomes = {str(at): below.get(str(at)) for at in wanted}
   held, failed, absent = (
     ', '.join(at for at, outcome in outcomes.items() if outcome is value)
@@ -184,6 +188,7 @@ def _table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
   header = ['ahead', 'perplexity', *compared]
   rows = []
   for at, position in enumerate(summary['positions']):
+    # Training had no loss at these positions.
     beyond = '†' if position > summary['num_ahead'] else ''
     cells = [f'{arm["change_pct"][at]:+.2f} [{arm["ci95"][at][0]:+.2f}, {arm["ci95"][at][1]:+.2f}]'
              for arm in compared.values()]
@@ -220,6 +225,7 @@ def format_page(summary: Mapping[str, Any]) -> str:
 def format_parts(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
   """Paragraphs of a report: table, gain, pictures (captions by file name), and the run."""
   header, rows = _table(summary)
+  # Markdown needs a line of dashes after the header; '--:' aligns right.
   table = [header, ['--:'] * len(header), *rows]
   return [
     '\n'.join(f'| {" | ".join(row)} |' for row in table),

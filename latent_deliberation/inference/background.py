@@ -1,7 +1,7 @@
 """The coprocessor runs in the background while the decoder goes on.
 
-If anything goes wrong with it, the decoder's output continues bit for bit as it would have been.
-There are then no latents, one warning, and a count.
+If the coprocessor fails, the decoder's output is bit for bit what it would be without latents. One
+warning is logged, and the failure is counted.
 """
 
 import atexit
@@ -108,6 +108,7 @@ class BackgroundAugmentation:
     Raises:
       RuntimeError: there are none; the message says why.
     """
+    # Latents that arrive after their time are still taken, if they are there now.
     self.wait()
     if self._result is not None:
       return self._result

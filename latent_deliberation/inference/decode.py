@@ -74,6 +74,7 @@ def sample(keys: Array, logits: Float[Array, 'B V'],
     tokens = jnp.argmax(logits, axis=-1)
   else:
     tokens = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
+  # Of the model itself, without temperature and filters.
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -121,6 +122,7 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     score = entropy(logits) if gate is None else gate.score(hidden)
     return active & (count + step >= gate_from) & (score > threshold)
 
+  # The loop ends at the limit, when all texts have ended, or when a gate opens.
   def goes_on(carry: tuple) -> Array:
     step, *_, active, opened = carry
     return (step < limit) & active.any() & ~opened.any()
@@ -144,6 +146,7 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     hidden = hidden[:, -1]
     logits = predict(model, weights, hidden)
 
+    # Record the token. A text that has ended stays at its position.
     tokens = tokens.at[step].set(token)
     logprobs = logprobs.at[step].set(logprob)
     position = position + active
@@ -153,6 +156,7 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
             logprobs, active, opens(step + 1, hidden, logits, active))
 
   with nn.logical_axis_rules(model.rules):
+    # The newest token leaves the cache here, and every step appends the one before.
     cache = state.cache.replace(keys=keys_values[0], values=keys_values[1])
     cache, *newest = cache.pop()
     first = jnp.zeros((), jnp.int32)
@@ -162,6 +166,7 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
              opens(first, state.hidden, state.logits, active))
     steps, cache, newest, hidden, logits, position, tokens, logprobs, active, opened = (
         jax.lax.while_loop(goes_on, body, carry))
+    # The loop leaves its last token out, so it is appended now.
     state = State(_with_batch(cache).append(*newest), hidden, logits, position,
                   state.lengths + position - state.position)
     return state, Decoded(tokens, logprobs, steps, active, opened)

@@ -87,11 +87,13 @@ class Engine:
     if isinstance(decoder_params['embedder']['table'], Quantised):
       raise UserError("the decoder's weights are int8, which inference does not support: give the "
                       'weights as they are stored')
+    # The plan of the cache depends on the latents.
     config, params = coprocessor or (None, None)
     num_latents, refining = 0, False
     if config is not None:
       _check_coprocessor(decoder_config, config, params)
       num_latents, refining = config.num_latents, config.latents == 'refining'
+    # jit compiles for the values of the static part, so all of them must be hashable.
     self.model = Model(
         decoder=Decoder(decoder_config, dtype=dtype),
         coprocessor=None if config is None else Coprocessor(decoder_config, config, dtype=dtype),
@@ -155,6 +157,7 @@ class Engine:
       UserError: there is no coprocessor, or a text is too short for refining latents.
     """
     check_anchors(np.asarray(state.lengths), self._first_anchor())
+    # A worker on other devices gets a copy of the state, and its latents come back.
     if self.worker is not self:
       return self.place(self.worker.augment(self.worker.place(state)))
     return self._call(passes.augment, state)
@@ -184,6 +187,7 @@ class Engine:
       gate_from: int32 [B], see `decode.decode`, as for the others; None for 0.
     """
     cache = state.cache
+    # Keys and values are donated, so they are passed apart from the rest of the state.
     bare = state.replace(cache=cache.replace(keys=(), values=()))
     gate_from = np.zeros(len(active), np.int32) if gate_from is None else gate_from
     threshold = None if threshold is None else np.float32(threshold)
@@ -193,11 +197,12 @@ class Engine:
         eos=eos)
 
   def warm_up(self, batch: int) -> None:
-    """Compiles the making of latents for `batch` texts, so that the first ones do not wait for it.
+    """Compiles the program that makes latents for `batch` texts, before the first texts need it.
 
     Raises:
       UserError: there is no coprocessor, or the cache has no room for latents.
     """
+    # The shortest texts that can have latents. Their tokens do not matter.
     shortest = [0] * (self._first_anchor() + 1)
     state = self.read([shortest] * (batch + -batch % self.shards))
     jax.block_until_ready(self.attach(state, self.augment(state)))
@@ -278,6 +283,7 @@ def _unstack(decoder_params: Params, config: DeliberationConfig | None,
   layers = passes.unstack(decoder_params['transformer'])
   if config is None:
     return Weights(decoder_params['embedder'], layers)
+  # Adapters share the decoder's unstacked weights.
   coprocessor_layers = {
       'full': lambda: passes.unstack(params['transformer']),
       'lora': lambda: passes.adapt(layers, params['lora']),
@@ -327,6 +333,7 @@ def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', 
   """
   checkpoint = weights.open_checkpoint(decoder_dir)
   tokenizer = open_tokenizer(checkpoint, vocabulary)
+  # Everything that descriptions can tell, before any weights are read.
   place = None
   if coprocessor not in ('', NONE):
     place = coprocessor_checkpoint.locate_coprocessor(Path(coprocessor))
@@ -356,6 +363,7 @@ def build_engine(decoder: LoadedDecoder, coprocessor: CoprocessorCheckpoint | No
   check_match(decoder.config, decoder.fingerprint, coprocessor, gate)
   pair = None
   if coprocessor is not None:
+    # It may have been trained on int8 weights, which inference does not read.
     coprocessor_checkpoint.compare_frozen_dtype(
         coprocessor, decoder.params['embedder']['table'].dtype.name)
     pair = coprocessor.config, coprocessor.params
@@ -385,6 +393,7 @@ def open_tokenizer(checkpoint: weights.Checkpoint, vocabulary: str = '') -> Toke
   Raises:
     UserError: there is none, or it is not the one that the decoder was trained with.
   """
+  # Bytes if the decoder says so, else a file in its directory or up to two above.
   if not vocabulary and checkpoint.vocabulary == tokenizers.ByteTokenizer.hash:
     vocabulary = tokenizers.BYTES
   if not vocabulary:
@@ -396,6 +405,7 @@ def open_tokenizer(checkpoint: weights.Checkpoint, vocabulary: str = '') -> Toke
                       f'PATH, its SentencePiece model, or --vocabulary={tokenizers.BYTES}')
     vocabulary = str(found)
   tokenizer = tokenizers.open_tokenizer(vocabulary)
+  # It must be the decoder's own, and have no more pieces than there are embeddings.
   if checkpoint.vocabulary and tokenizer.hash != checkpoint.vocabulary:
     raise UserError(f'the decoder in {checkpoint.directory} was trained with the vocabulary '
                     f'{checkpoint.vocabulary}, but {vocabulary} is {tokenizer.hash}: give the '

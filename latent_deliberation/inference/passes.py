@@ -45,6 +45,7 @@ def check_prompts(prompts: Prompts, before: np.ndarray, vocab_size: int) -> None
   if not len(prompts):
     raise UserError('there is no prompt: give at least one')
   for number, prompt in enumerate(prompts):
+    # Some token must predict the first decoded one.
     if not len(prompt) and not before[number]:
       raise UserError(f'prompt {number} is empty: give at least the token that begins a text')
     unknown = [token for token in prompt if not 0 <= token < vocab_size]
@@ -82,6 +83,7 @@ def align(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
 
 def padded_length(length: int) -> int:
   """Rounds up to one of 16, 24, 32, 48, 64, 96, ..., so that few shapes are compiled."""
+  # The next power of two, or three quarters of it where that is enough.
   padded = max(SHORTEST, 1 << (length - 1).bit_length()) if length else SHORTEST
   return padded * 3 // 4 if padded > SHORTEST and length <= padded * 3 // 4 else padded
 
@@ -134,6 +136,7 @@ def _transpose_large(params: Params, inputs: int = 1) -> Params:
     if isinstance(child, Mapping):
       transposed[name] = _transpose_large(child, input_axes(name))
     elif name == 'w' and child.nbytes >= CACHED_BYTES:
+      # Input axes go last, as `Projection` expects of this name.
       transposed['transposed'] = jnp.moveaxis(child, range(inputs), range(-inputs, 0))
     else:
       transposed[name] = child
@@ -158,13 +161,15 @@ def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, s
   mask_spec = AttentionMaskSpec(segments[:, None], everything)
   traits = layer_traits(config)
   block, fresh = Block(config, lora), []
+  # A shallower coprocessor reads the last layers of the cache.
   skipped = len(cache.keys) - len(layers.blocks) if cache is not None else 0
   for number, variables in enumerate(layers.blocks):
     layer = jax.tree.map(lambda leaf: leaf[number], traits)  # noqa: B023
     seen = None if cache is None else cache.layer(skipped + number)
     rows, keys_values = block.apply(variables, rows, (layer, seen), positions, mask_spec)
     fresh.append(keys_values)
-  hidden = RMSNorm(config.norm_epsilon).apply({'params': layers.final_norm}, rows)
+  final_norm = RMSNorm(config.norm_epsilon, config.norm_offset)
+  hidden = final_norm.apply({'params': layers.final_norm}, rows)
   return hidden[:, 0], fresh
 
 
@@ -273,6 +278,7 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
     hidden, fresh = run(config, weights.layers, embed(model, weights, tokens), index.positions,
                         index.segments)
     cache = RingKVCache.empty(model.plan, config, len(tokens), hidden.dtype).fill(fresh, index)
+    # Texts are aligned at their ends, so the last column predicts for all of them.
     last = hidden[:, -1]
     return State(cache, last, predict(model, weights, last), count, count)
 
@@ -291,9 +297,10 @@ def entropies(model: Model, weights: Weights, tokens: Array, count: Array) -> Ar
 
 @functools.partial(jax.jit, static_argnums=0)
 def read_on(model: Model, weights: Weights, state: State, tokens: Array, count: Array) -> State:
-  """Reads more of the same texts in one pass; see `read`. A text of no more tokens is as before."""
+  """Reads more of the same texts in one pass; see `read`. Texts without new tokens stay as is."""
   with nn.logical_axis_rules(model.rules):
     hidden, fresh, index = _continue(model, weights, state, tokens, count)
+    # A text without new tokens keeps its prediction.
     last, more = hidden[:, -1], (count > 0)[:, None]
     return State(state.cache.append(fresh, index), jnp.where(more, last, state.hidden),
                  jnp.where(more, predict(model, weights, last), state.logits),
@@ -335,6 +342,7 @@ def _continue(model: Model, weights: Weights, state: State, tokens: Array, count
 
 def _index(tokens: Array, count: Array, start: Array) -> SlotIndex:
   """Returns the index of texts at the ends of their rows, whose first tokens are at `start` [B]."""
+  # Place of each token in its text, negative on the padding before it.
   order = jnp.arange(tokens.shape[1]) - (tokens.shape[1] - count[:, None])
   real = order >= 0
   return SlotIndex(jnp.where(real, tokens, 0), jnp.where(real, start[:, None] + order, 0),
@@ -375,6 +383,7 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
                         state.cache.hide(replaced))
     logits = predict(model, weights, hidden[:, -1])
 
+    # A text fails if any of its new keys, values or logits is not finite.
     finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
               for leaf in jax.tree.leaves((fresh, logits))]
     return Augmentation(tuple(fresh), positions, replaced, state.position,
@@ -393,7 +402,9 @@ def attach(model: Model, state: State, augmentation: Augmentation, rows: Array) 
     rows = rows & augmentation.finite
     cache = state.cache.attach(augmentation.latents, augmentation.positions,
                                augmentation.replaced, rows)
+    # In time means that no token came since, so latents also predict the next one.
     in_time = (rows & (state.position == augmentation.anchor))[:, None]
+    # Latents with positions of their own move the tokens after them.
     shift = augmentation.ahead - augmentation.anchor
     return state.replace(
         cache=cache, hidden=jnp.where(in_time, augmentation.hidden, state.hidden),

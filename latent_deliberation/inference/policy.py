@@ -54,6 +54,7 @@ class Policy:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise UserError(f'{name} = {value}: it must be 1 token or more')
+    # A gate needs a threshold. Without a gate the score is an entropy.
     if self.gate is not None and self.threshold is None:
       raise UserError('a gate without a threshold: give the score above which it opens')
     if self.threshold is not None:
@@ -71,6 +72,7 @@ class Policy:
     """Returns the first number of decoded tokens, from `count` on, at which all deliberate."""
     stops = [stop for stop in self.at if stop >= count]
     if self.every is not None:
+      # The next multiple of the period, or `count` if it is one.
       stops.append(-(-count // self.every) * self.every)
     return min(stops, default=None)
 
@@ -80,7 +82,7 @@ ONCE = Policy(at=(0,))
 
 
 def calibrate(entropies: Sequence[float], budget: float) -> float:
-  """Returns the threshold above which a fraction `budget` of tokens lies.
+  """Returns the threshold that a fraction `budget` of tokens exceeds.
 
   Args:
     entropies: entropies of the next token on validation text, nats.
@@ -148,6 +150,7 @@ def open_gate(directory: Path, score: str, budget: float) -> FittedGate:
   except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
     raise UserError(f'the gate in {directory} is damaged ({type(error).__name__}: {error}): fit '
                     'it again with launch/gate.py') from error
+  # Outside of the curve, interpolation would give its end without a warning.
   if not fractions[0] <= budget <= fractions[-1]:
     raise UserError(
         f'budget = {budget}: {directory / RESULT} has thresholds for fractions from {fractions[0]} '

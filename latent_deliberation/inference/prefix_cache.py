@@ -43,6 +43,7 @@ def save(directory: Path, engine: Engine, state: State,
     UserError: `directory` exists already; nothing is overwritten.
   """
   written = int(state.cache.write_index)
+  # Slots that no token has reached are not written.
   trimmed = state.replace(cache=state.cache.resized(_trimmed(engine.model.plan, written)))
   arrays = {path: leaf for path, leaf in _flatten(
       {'state': trimmed, 'augmentation': augmentation}).items() if leaf is not None}
@@ -81,6 +82,7 @@ def load(directory: Path, engine: Engine) -> tuple[State, Augmentation | None]:
       raise UserError(f'{directory / _ARRAYS}: {path} has shape {saved}, but {_DESCRIPTION} means '
                       f'{described}: one of the two was replaced. Save the cache again')
 
+  # Build the tree from names on disk, then give it the slots of this engine.
   tree_paths = {stored: path for path, stored in _STORED_NAMES.items()}
   tree = engine.place(from_state_dict(template, traverse_util.unflatten_dict(
       {tree_paths.get(path, path): arrays.get(path) for path in flat}, sep='/')))
@@ -119,6 +121,7 @@ def _describe(directory: Path) -> dict[str, Any]:
     raise UserError(f'{directory} holds no {_DESCRIPTION}: give a directory that launch/augment.py '
                     'or prefix_cache.save has written')
   try:
+    # Saved names of keys and values may be old ones.
     description = with_current_names(json.loads(path.read_text()))
     if description['format'] != _FORMAT:
       raise UserError(f'format {description["format"]!r}, expected {_FORMAT}')
@@ -142,6 +145,7 @@ def _check(directory: Path, description: dict[str, Any], engine: Engine) -> None
     raise UserError(f'the cache in {directory} was made by a decoder with fingerprint '
                     f'{description["decoder"]}, but this one has {engine.decoder_fingerprint}: '
                     'save the cache again with this decoder')
+  # The layout: model, dtype, coprocessor and slots.
   different = [(name, description[name], value) for name, value in _layout(engine).items()
                if description[name] != value]
   for name, saved, current in different:
@@ -171,6 +175,7 @@ def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[dict[st
 
 def _template(model: Model, engine: Engine, description: dict[str, Any]) -> dict[str, Any]:
   """Returns the shapes of what was saved."""
+  # The shapes of a state do not depend on the length of its prompt.
   tokens = jax.ShapeDtypeStruct((description['texts'], 1), np.int32)
   count = jax.ShapeDtypeStruct((description['texts'],), np.int32)
   state = jax.eval_shape(lambda *arrays: passes.read(model, *arrays), engine.weights, tokens,
@@ -203,7 +208,7 @@ def check_context(output: Path, document: Path, coprocessor: str) -> str:
   Args:
     output: directory to write the context to.
     document: file with the text.
-    coprocessor: directory of the coprocessor that is to make the latents.
+    coprocessor: directory of the coprocessor that makes the latents.
 
   Raises:
     UserError: `output` exists or cannot be written, the document is absent, empty or not UTF-8, or
@@ -250,6 +255,7 @@ def open_context(directory: Path, engine: Engine) -> Context:
 def read_after(engine: Engine, context: Context, prompts: Prompts, plain: bool = False) -> State:
   """Reads each prompt after the context; `plain` leaves its latents out."""
   state = context.plain if plain else context.augmented
+  # The context is one text. Every prompt gets a copy of its cache.
   repeated = jax.tree.map(
       lambda leaf: jnp.repeat(leaf, len(prompts), axis=0) if leaf.ndim else leaf, state)
   return engine.read_on(repeated, prompts)

@@ -95,6 +95,7 @@ class RingKVCache:
   def empty(cls, plan: CachePlan, config: TransformerConfig, batch: int,
             dtype: str) -> 'RingKVCache':
     """Returns a cache of nothing but padding."""
+    # Layers of one kind share their index, and so their number of slots.
     widths = {kind: plan.slots(kind) + plan.latent_slots for kind in plan.kinds}
     values = tuple(jnp.zeros((batch, config.num_kv_heads, widths[kind], config.head_dim), dtype)
                    for kind in plan.kinds)
@@ -166,18 +167,21 @@ class RingKVCache:
 
     def updater(slots: int) -> SlotUpdate:
       def update(old: Array, new: Array, axis: int) -> Array:
+        # Latents go after the ring. Other texts keep what they hold there.
         before = jax.lax.slice_in_dim(old, slots, old.shape[axis], axis=axis)
         return jax.lax.dynamic_update_slice_in_dim(old, choose(new, before), slots, axis)
       return update
 
     index = SlotIndex(jnp.zeros_like(positions), positions, jnp.ones_like(positions))
     shown = self._updated(updater, latents, index, self.write_index).hide(hidden)
+    # Other texts also keep the tokens that they hide.
     return shown.replace(index=jax.tree.map(choose, shown.index, self.index))
 
   def hide(self, positions: Array) -> 'RingKVCache':
     """Hides the tokens at `positions` [B, Z] and shows all others."""
     index = {}
     for kind, where in self.index.items():
+      # Latents are never hidden. The sign of a segment says whether a token is.
       is_token = jnp.arange(where.tokens.shape[1]) < self.plan.slots(kind)
       hidden = is_token & (where.positions[..., None] == positions[:, None]).any(axis=-1)
       shown = jnp.abs(where.segments)
@@ -191,6 +195,7 @@ class RingKVCache:
     """
 
     def resize(kind: str, array: Array, axis: int) -> Array:
+      # Cut or pad the slots of tokens. Those of latents stay after them.
       tokens, latents = jnp.split(array, [self.plan.slots(kind)], axis)
       tokens = jax.lax.slice_in_dim(tokens, 0, min(tokens.shape[axis], plan.slots(kind)), axis=axis)
       widths = [(0, 0)] * array.ndim
@@ -225,12 +230,14 @@ class RingKVCache:
         KeysValues(_to_block(newest(kind, keys, _KEYS), _KEYS)[:, None],
                    _to_block(newest(kind, values, _VALUES), _VALUES)[:, None])
         for kind, keys, values in zip(self.plan.kinds, self.keys, self.values, strict=True)]
+    # Every kind holds the newest token, and any index would do.
     kind = max(self.index, key=self.plan.slots)
     index = jax.tree.map(lambda leaf: newest(kind, leaf, 1), self.index[kind])
     return self.replace(write_index=write_index), fresh, index
 
   def newest(self, count: int) -> SlotIndex:
     """Returns the last `count` tokens of every text, [B, count]."""
+    # The largest ring goes back furthest.
     kind = max(self.index, key=self.plan.slots)
     at = (self.write_index - count + jnp.arange(count)) % self.plan.slots(kind)
     return jax.tree.map(lambda leaf: jnp.take(leaf, at, axis=1), self.index[kind])
@@ -238,11 +245,13 @@ class RingKVCache:
   def _updated(self, updater: Callable[[int], SlotUpdate], fresh: Sequence[KeysValues],
                index: SlotIndex, write_index: Array) -> 'RingKVCache':
     """Returns the cache after updater(slots) has updated every layer and every index."""
+    # Layers of a kind hold the same tokens, so one update serves all of them.
     updates = {kind: updater(self.plan.slots(kind)) for kind in self.index}
 
     def layers(old: Sequence[Array], new: Sequence[Array], axis: int) -> tuple[Array, ...]:
       written = []
       for kind, before, after in zip(self.plan.kinds, old, new, strict=True):
+        # The constraint keeps texts and kv heads on the devices that work on them.
         after = _to_slots(after[:, 0].astype(before.dtype), axis)
         written.append(nn.with_logical_constraint(updates[kind](before, after, axis), _AXES[axis]))
       return tuple(written)

@@ -1,6 +1,6 @@
 """Decodes texts block by block: options, completions, and the session that joins latents.
 
-`generate` and `stream` are the entrances. A `Session` decides on the host, between two blocks of
+`generate` and `stream` are the entry points. A `Session` decides on the host, between two blocks of
 tokens, when to deliberate, when latents join, and where texts end.
 """
 
@@ -80,8 +80,8 @@ BLOCK = 16  # tokens that a text decodes between two looks of the host
 class Session:
   """Texts that are decoded together, each to its own end. It runs once.
 
-  Latents are always made from a plain cache, as in training. So a text that holds latents and is
-  to deliberate again is first read again, without latents, from where it last deliberated.
+  Latents are always made from a plain cache, as in training. A text that holds latents may
+  deliberate again. It is then read again first, without latents, from where it last deliberated.
 
   Attributes:
     state: state to decode from. Its keys and values are overwritten, so they are its own.
@@ -104,10 +104,12 @@ class Session:
       seeds: seeds of the texts. Further rows of the state are filler.
     """
     self.engine, self.options, self.state, self.policy = engine, options, state, options.policy
+    # Without a coprocessor the plain decoder goes on, with one warning.
     if engine.model.coprocessor is None and self.policy != NEVER:
       engine.stats.begun += 1
       self._fail('there is no coprocessor')
       self.policy = NEVER
+    # Rows past the seeds are filler, which is never active.
     batch = len(state.position)
     self.completions = [Completion() for _ in seeds]
     self.active = np.arange(batch) < len(seeds)
@@ -147,6 +149,7 @@ class Session:
       self._fail(f'there is no plain cache to make them from: {error}')
       self._settle()
       return
+    # Latents that must join here start now. Others start after the next token, see `run`.
     if self.options.timing.delay == 0:
       self._begin()
 
@@ -179,12 +182,14 @@ class Session:
     """Attaches the latents that texts wait for, or goes on without."""
     try:
       augmentation = self.augmentation.result()
+      # Texts that ended while they waited get no latents.
       rows = self.waiting & self.active & np.asarray(augmentation.finite)
       if rows.any():
         self.state = self.engine.attach(self.state, augmentation, rows)
     except RuntimeError as error:
       self._fail(f'the coprocessor failed: {error}')
     else:
+      # One bad text counts as a failure, but the others still join.
       if (self.waiting & self.active & ~rows).any():
         self._fail('some are not finite')
       else:
@@ -196,6 +201,7 @@ class Session:
 
   def _settle(self) -> None:
     """Ends the wait for latents."""
+    # The plain state is needed again only if texts with latents may deliberate again.
     if not (self.policy.repeats and self.attached.any()):
       self.base = None
     self.gate_from[self.waiting] = self.count + self.policy.min_gap
@@ -207,6 +213,7 @@ class Session:
 
   def _limit(self) -> int:
     """Returns the number of tokens until the host must look again."""
+    # The host must look at the end of a block or a text, and wherever latents are due.
     stops = [BLOCK, self.options.max_tokens - self.count]
     following = self.policy.next_stop(self.count + 1)
     if following is not None:
@@ -231,6 +238,7 @@ class Session:
     decoded = jax.device_get(decoded)
     self.count += int(decoded.steps)
     self.opened = decoded.opened
+    # Tokens after the end of a text are dropped.
     for number, completion in enumerate(self.completions):
       for step in range(decoded.steps):
         if completion.finish_reason:
@@ -275,6 +283,7 @@ def stream(engine: Engine, texts: Prompts | State, options: DecodingOptions,
     UserError: a prompt is bad (see `Engine.read`), too short for latents, or too long for the
       requested tokens; the gate has another width; or there is not one seed for each text.
   """
+  # Check everything before the prompts are read.
   given = isinstance(texts, State)
   lengths = np.asarray(texts.lengths) if given else np.array([len(prompt) for prompt in texts])
   if not given:
@@ -290,7 +299,9 @@ def stream(engine: Engine, texts: Prompts | State, options: DecodingOptions,
   if len(seeds) != len(lengths) or not all(0 <= seed < 2**32 for seed in seeds):
     raise UserError(f'{len(seeds)} seeds {seeds[:4]} for {len(lengths)} texts: give one for each, '
                     'between 0 and 2**32 - 1')
+  # A given state is copied, because decoding overwrites its cache.
   if given:
     return Session(engine, copied(texts), options, seeds).run()
+  # The mesh divides the texts evenly, so the first prompt fills up the last shards.
   filler = [texts[0]] * (-len(texts) % engine.shards)
   return Session(engine, engine.read([*texts, *filler]), options, seeds).run()

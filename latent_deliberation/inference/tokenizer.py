@@ -74,6 +74,7 @@ class SentencePieceTokenizer:
     self.size = self._model.vocab_size()
     self.eos = self._model.eos_id()
     self.hash = hashlib.sha256(model).hexdigest()
+    # SentencePiece gives -1 for an id that a model does not have.
     if self._model.bos_id() < 0 or self.eos < 0:
       raise UserError(f'{path}: bos id {self._model.bos_id()}, eos id {self.eos}: a text begins '
                       'and ends with one. Give the vocabulary that the decoder was trained with')

@@ -1,9 +1,9 @@
 """The kv-cache, attention masks, and attention of fresh tokens to a shared cache and to themselves.
 
-M traces of a text share the trunk's cached keys. Their scores are computed as
-    (fresh queries) x (cached keys)            [M * Q, S] per head and text, one matrix product,
-    (fresh queries) x (own fresh keys)         [Q, Q] per trace,
-and normalised by ONE softmax over both. The dense mask of the paper's figure would have
+M traces of a text share the trunk's cached keys. Two products give their scores:
+    (fresh queries) x (cached keys)            [M * Q, S] per head and text, one matrix product
+    (fresh queries) x (own fresh keys)         [Q, Q] per trace
+ONE softmax over both normalises them. The dense mask of the paper's figure would have
 (S + M * Q)^2 scores, nearly all of them masked out.
 
 `AttentionMaskSpec` says what each token may see; `fresh_mask` and `cached_mask` are the rules.
@@ -116,6 +116,7 @@ class AttentionMaskSpec:
 def fresh_mask(positions: RowTokens, mask_spec: AttentionMaskSpec,
                window: Int[Array, '']) -> Bool[Array, 'B M Q P']:
   """Returns which tokens of its row each token sees: earlier, same segment, inside the window."""
+  # Causality follows the order in the row, because latents may share one position.
   order = jnp.arange(positions.shape[-1])
   causal = order[:, None] >= order
   same = mask_spec.segments[..., :, None] == mask_spec.segments[..., None, :]
@@ -133,6 +134,7 @@ def cached_mask(positions: RowTokens, mask_spec: AttentionMaskSpec,
                 window: Int[Array, '']) -> Bool[Array, 'B M Q S']:
   """Returns which cached tokens each token sees: in the prefix, same segment, inside the window."""
   order = jnp.arange(cached_positions.shape[-1])
+  # Prefix lengths are [B, M], one for each row, or [B, M, Q], one for each token.
   length = mask_spec.prefix_length
   before = order < (length if length.ndim == 3 else length[..., None])[..., None]
   segments = cached_segments[:, None, None, :]
@@ -170,10 +172,12 @@ def attend_visible(
   if cache is not None:
     cached_visible = cached_mask(
         positions, mask_spec, cache.positions, cache.segments, window)
+  # Queries are cut into blocks. The last one may be shorter.
   length = queries.shape[2]
   block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
 
   def of_block(start: int) -> Array:
+    # A block of queries meets the row's tokens up to its own end, and the whole cache.
     ours, seen = slice(start, start + block), slice(start + block)
     cached = () if cache is None else (cache.keys, cache.values, cached_visible[:, :, ours])
     return attend(queries[:, :, ours], keys[:, :, seen], values[:, :, seen],
@@ -207,6 +211,7 @@ def attend(
       (0, 3, 1, 4, 2, 5))
   per_query = grouped.shape[:-1]  # B K M G Q
 
+  # The leading axes of `matrices` are [B, K] if cached and [B, K, M] if fresh.
   def product(x: Array, matrices: Array) -> Array:
     lead = matrices.shape[:-2]
     rows = x.reshape(*lead, math.prod(per_query) // math.prod(lead), x.shape[-1])
@@ -217,6 +222,7 @@ def attend(
     raw = product(grouped, jnp.swapaxes(keys, -1, -2))
     return jnp.where(visible[:, None, :, None], softcap(raw, cap), MASKED)
 
+  # Scores of both kinds of keys, each with its values. The axis of kv heads comes second.
   fresh_keys, fresh_values = (jnp.moveaxis(leaf, 3, 1) for leaf in (fresh_keys, fresh_values))
   parts = [(scores(fresh_keys, fresh_visible), fresh_values)]
   if cached_keys is not None:
@@ -224,6 +230,7 @@ def attend(
         jnp.moveaxis(leaf, 2, 1) for leaf in (cached_keys, cached_values))
     parts.append((scores(cached_keys, cached_visible), cached_values))
 
+  # One softmax over both parts. The common peak cancels out, so it needs no gradient.
   peak = jax.lax.stop_gradient(
       jnp.max(jnp.stack([part.max(axis=-1, initial=MASKED) for part, _ in parts]), axis=0))
   # The peak of a row that sees nothing is MASKED. Raised, it makes the weights 0 instead of 1.

@@ -41,7 +41,8 @@ class Decoder(nn.Module):
   attention: str = 'plain'
 
   def setup(self):
-    self.embedder = Embedder(self.config.vocab_size, self.config.embed_dim)
+    self.embedder = Embedder(self.config.vocab_size, self.config.embed_dim,
+                             self.config.scale_embeddings, self.config.tied_head)
     self.transformer = Transformer(self.config, remat=self.remat, scan=self.scan,
                                    attention=self.attention)
 
@@ -68,6 +69,7 @@ class Decoder(nn.Module):
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segments is None:
       segments = jnp.ones_like(tokens)
+    # A text is one row of fresh tokens without a cache, so its prefix length is 0.
     positions, segments = positions[:, None], segments[:, None]
     nothing = jnp.zeros((tokens.shape[0], 1), jnp.int32)
     hidden, fresh = self.transform(
@@ -86,7 +88,7 @@ class Decoder(nn.Module):
 
   def logits(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Returns soft-capped next-token logits, float32."""
-    raw = contract(hidden, self.embedder.table.astype(hidden.dtype),
+    raw = contract(hidden, self.embedder.output_head.astype(hidden.dtype),
                    preferred_element_type='float32')
     return softcap(raw, self.config.final_softcap)
 
@@ -106,6 +108,7 @@ def _checksums(leaf: Array) -> Array:
 
   Integer sums wrap and are therefore exact in any order. Neither shards nor blocks change them.
   """
+  # Slices of an array that is sharded along its first axis would move data: hash it whole.
   if leaf.ndim == 0 or not _is_whole_along_first_axis(leaf):
     return _block_checksums(leaf, 0)
   rows = max(_BLOCK * len(leaf) // max(leaf.size, 1), 1)
@@ -123,6 +126,7 @@ def _is_whole_along_first_axis(leaf: Array) -> bool:
 def _block_checksums(leaf: Array, start: Array) -> Array:
   """Returns the sums over a leaf whose first element has index `start` along the first axis."""
   bits = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
+  # Hash the place of each element in the whole leaf, axis by axis.
   index = jnp.zeros(leaf.shape, jnp.uint32)
   for axis in range(leaf.ndim):
     step = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)

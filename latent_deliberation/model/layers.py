@@ -65,16 +65,17 @@ class LowRank:
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * (1 + scale), computed in float32; the scale is stored as Gemma stores it."""
+  """x / rms(x) * (1 + scale), computed in float32, as in Gemma; times scale without `offset`."""
   epsilon: float
+  offset: bool = True
 
   @nn.compact
   def __call__(self, x: Float[Array, '... C']) -> Float[Array, '... C']:
-    scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
-                       (x.shape[-1],))
+    init = nn.initializers.zeros if self.offset else nn.initializers.ones
+    scale = self.param('scale', nn.with_logical_partitioning(init, ('norm',)), (x.shape[-1],))
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide ** 2, axis=-1, keepdims=True) + self.epsilon)
-    return (normed * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+    return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 FEW_ROWS = 64  # up to which the time of a product is that of reading the weight
@@ -149,14 +150,17 @@ class Projection(nn.Module):
   inputs: int = 1
   lora: LowRank | None = None
   flatten_batch: bool = True
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     shape, axes, inputs = tuple(self.shape), tuple(self.axes), self.inputs
     contracted = tuple(range(inputs))
+    # The spread of a new weight depends on its inputs alone.
     init = nn.initializers.variance_scaling(
         1.0, 'fan_in', 'truncated_normal', in_axis=contracted,
         out_axis=tuple(range(inputs, len(shape))))
+    # The product with W, in the form in which the weight is stored.
     if self.has_variable('params', 'transposed'):
       y = contract(x, self.get_variable('params', 'transposed').astype(x.dtype), inputs)
     else:
@@ -165,8 +169,13 @@ class Projection(nn.Module):
         y = multiply_quantised(x, weight, inputs, axes)
       else:
         y = multiply(x, weight.astype(x.dtype), inputs, self.flatten_batch)
+    if self.bias:
+      bias = self.param('b', nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:]),
+                        shape[inputs:])
+      y = y + bias.astype(x.dtype)
     if self.lora is None:
       return y
+    # The adapter: down to the rank and up again. B is zero at first, so nothing changes yet.
     rank = self.lora.rank
     down = self.variable('lora', 'a', lambda: nn.with_logical_partitioning(
         nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', in_axis=contracted, out_axis=-1),
@@ -184,6 +193,7 @@ class FeedForward(nn.Module):
   hidden_dim: int
   lora: LowRank | None = None
   flatten_batch: bool = True
+  activation: str = 'gelu'
 
   @nn.compact
   @typed
@@ -193,29 +203,57 @@ class FeedForward(nn.Module):
                 flatten_batch=self.flatten_batch)
     gate = Projection(**into, name='gate')(x)
     up = Projection(**into, name='up')(x)
-    hidden = nn.gelu(gate, approximate=True) * up
+    gelu = functools.partial(nn.gelu, approximate=True)
+    hidden = (gelu if self.activation == 'gelu' else nn.silu)(gate) * up
     hidden = nn.with_logical_constraint(hidden, ('batch', 'trace', 'length', 'mlp'))
     return Projection((self.hidden_dim, width), ('mlp', 'embed'), lora=self.lora,
                       flatten_batch=self.flatten_batch, name='down')(hidden)
 
 
 class Embedder(nn.Module):
-  """One [V, D] table: the input embeddings (times sqrt(D)) and the output head."""
+  """The [V, D] table of the input embeddings, which is the output head as well, if they are tied.
+
+  Attributes:
+    vocab_size: V.
+    embed_dim: D.
+    scaled: embeddings are multiplied by sqrt(D).
+    tied: the output head is the same table; otherwise it has its own.
+  """
   vocab_size: int
   embed_dim: int
+  scaled: bool = True
+  tied: bool = True
 
   def setup(self):
     self.table = self.param(
         'table', nn.with_logical_partitioning(
             nn.initializers.normal(self.embed_dim ** -0.5), ('vocab', 'embed')),
         (self.vocab_size, self.embed_dim))
+    if not self.tied:
+      self.head = self.param(
+          'head', nn.with_logical_partitioning(
+              nn.initializers.normal(self.embed_dim ** -0.5), ('vocab', 'embed')),
+          (self.vocab_size, self.embed_dim))
+
+  @property
+  def output_head(self) -> Array:
+    """The [V, D] table that logits are products with."""
+    return self.table if self.tied else self.head
 
   @typed
   def encode(self, tokens: RowTokens, dtype: str) -> Rows:
-    """Returns the input embeddings of tokens in `dtype`, scaled by sqrt(D) as in Gemma."""
+    """Returns the input embeddings of tokens in `dtype`."""
     rows = jax.tree.map(lambda leaf: leaf[tokens], self.table).astype(dtype)
+    if not self.scaled:
+      return rows
     # Gemma rounds the factor to the dtype of the computation.
     return rows * jnp.asarray(self.embed_dim ** 0.5, dtype)
+
+
+def output_head(decoder_params: Params) -> Array | Quantised:
+  """The [V, D] output head of a decoder: its own table, or that of the embeddings."""
+  embedder = decoder_params['embedder']
+  return embedder.get('head', embedder['table'])
 
 
 def merge(params: Params, adapters: Params, low_rank: LowRank) -> Params:
@@ -229,6 +267,7 @@ def merge(params: Params, adapters: Params, low_rank: LowRank) -> Params:
     adapters: its collection 'lora'; A is [L, inputs.., rank], B is [L, rank, outputs..].
     low_rank: rank and alpha of the adapters.
   """
+  # At a projection, multiply A and B layer by layer. Elsewhere go down the tree.
   if set(adapters) == {'a', 'b'}:
     update = jax.vmap(lambda down, up: jnp.tensordot(down, up, axes=1))(
         adapters['a'], adapters['b']) * low_rank.scale
@@ -262,9 +301,10 @@ def _quantise_tree(params: Params, inputs: int) -> Params:
   for name, child in params.items():
     if isinstance(child, Mapping):
       quantised[name] = _quantise_tree(child, input_axes(name))
-    elif name == 'table':
+    elif name in ('table', 'head'):
       quantised[name] = _quantise_matrix(child, (-1,))
     elif name == 'w':
+      # Count from the last axis, because a stack of layers has one axis more.
       first = 1 - nn.unbox(child).ndim  # after the axis of layers
       quantised[name] = _quantise_matrix(child, tuple(range(first, first + inputs)))
     else:
@@ -273,11 +313,13 @@ def _quantise_tree(params: Params, inputs: int) -> Params:
 
 
 def _quantise_matrix(matrix: Array | nn.Partitioned, contracted: tuple[int, ...]) -> Quantised:
+  # Both parts keep their logical axes. The scale lacks those that are contracted.
   if isinstance(matrix, nn.Partitioned):
     bare, axes = _quantise_matrix(matrix.value, contracted), len(matrix.names)
     names = tuple(name for axis, name in enumerate(matrix.names) if axis - axes not in contracted)
     return bare.replace(values=matrix.replace(value=bare.values),
                         scale=matrix.replace(value=bare.scale, names=names))
+  # One scale for each channel. A channel of zeros gets 1, to avoid 0 / 0.
   wide = matrix.astype(jnp.float32)
   largest = jnp.max(jnp.abs(wide), axis=contracted)
   scale = jnp.where(largest > 0, largest / LARGEST, 1)

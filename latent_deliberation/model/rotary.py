@@ -1,20 +1,31 @@
 """Rotary position embedding (arXiv 2104.09864) on halves of heads, as Gemma pairs them."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
 from latent_deliberation.array_types import Array, Float, RowTokens, typed
 
 
-def rotary_frequencies(head_dim: int, base: float, scaling: float = 1.0) -> np.ndarray:
+def rotary_frequencies(head_dim: int, base: float, scaling: float = 1.0,
+                       llama3: Sequence[float] = ()) -> np.ndarray:
   """Returns the rotation of each pair from one position to the next, in radians, float32 [H / 2].
 
   Args:
     head_dim: H, width of a head.
     base: wavelength base.
     scaling: factor that positions are divided by (arXiv 2306.15595).
+    llama3: factor, low and high frequency factors, and original length of Llama 3's scaling; ()
+      for none.
   """
-  return (base ** (-np.arange(0, head_dim, 2) / head_dim) / scaling).astype(np.float32)
+  frequencies = base ** (-np.arange(0, head_dim, 2) / head_dim) / scaling
+  if llama3:
+    # Long wavelengths are divided by the factor, short ones are kept, with a ramp between them.
+    factor, low, high, length = llama3
+    ramp = np.clip((length * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
+    frequencies = frequencies * (ramp + (1 - ramp) / factor)
+  return frequencies.astype(np.float32)
 
 
 def sines(positions: Array, frequencies: Array) -> tuple[Array, Array]:

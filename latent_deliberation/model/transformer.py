@@ -66,10 +66,11 @@ def layer_traits(config: TransformerConfig) -> LayerTraits:
   """Returns the traits of the L layers, stacked. A global layer's window exceeds any position."""
   c = config
   local_base = c.rope_base if c.rope_local_base is None else c.rope_local_base
+  # Kinds differ in window and frequencies. Only global layers have scaled positions.
   traits = {
       'local': (c.window, rotary.rotary_frequencies(c.head_dim, local_base)),
       'global': (np.iinfo(np.int32).max,
-                 rotary.rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling))}
+                 rotary.rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling, c.rope_llama3))}
   windows, frequencies = zip(*(traits[kind] for kind in c.layer_kinds), strict=True)
   return LayerTraits(jnp.array(windows, jnp.int32), jnp.array(frequencies))
 
@@ -99,15 +100,19 @@ class Attention(nn.Module):
 
     def project(name: str, heads: int, axis: str) -> Array:
       y = Projection((c.embed_dim, heads, c.head_dim), ('embed', axis, 'head_dim'),
-                     lora=self.lora, flatten_batch=not self.fused, name=name)(x)
+                     lora=self.lora, flatten_batch=not self.fused, bias=c.qkv_bias,
+                     name=name)(x)
+      # Under fused attention x holds all traces in one row, but heads keep [B, M, Q].
       return y.reshape(*positions.shape, heads, c.head_dim)
 
+    # Queries, keys and values: projected, normed and rotated to their positions.
     queries = project('query', c.num_heads, 'heads')
     keys = project('key', c.num_kv_heads, 'kv_heads')
     values = project('value', c.num_kv_heads, 'kv_heads')
     if c.qk_norm:
-      queries = RMSNorm(c.norm_epsilon, name='query_norm')(queries)
-      keys = RMSNorm(c.norm_epsilon, name='key_norm')(keys)
+      queries = RMSNorm(c.norm_epsilon, c.norm_offset, name='query_norm')(queries)
+      keys = RMSNorm(c.norm_epsilon, c.norm_offset, name='key_norm')(keys)
+    # The queries carry the scale of the scores. The rotation applies it in float32.
     scale = c.head_dim ** -0.5 if c.query_scale is None else c.query_scale
     queries, keys = rotate(queries, keys, positions, traits.frequencies, scale)
     queries = nn.with_logical_constraint(queries, axes)
@@ -141,19 +146,21 @@ class Block(nn.Module):
   def __call__(self, x: Array, layer: tuple[LayerTraits, KVCache | None], positions: Array,
                mask_spec: AttentionMaskSpec) -> tuple[Array, KeysValues]:
     traits, cache = layer
-    norm = lambda name: RMSNorm(self.config.norm_epsilon, name=name)  # noqa: E731
+    c = self.config
+    norm = lambda name: RMSNorm(c.norm_epsilon, c.norm_offset, name=name)  # noqa: E731
     mixed, fresh = Attention(self.config, self.lora, self.fused, name='attention')(
         norm('attention_in')(x), positions, mask_spec, traits, cache)
     if self.config.post_norms:
       mixed = norm('attention_out')(mixed)
     x = x + mixed
-    fed = FeedForward(self.config.hidden_dim, self.lora, not self.fused, name='feed_forward')(
+    fed = FeedForward(c.hidden_dim, self.lora, not self.fused, c.activation, name='feed_forward')(
         norm('feed_forward_in')(x))
     fed = checkpoint_name(fed, _NAMED[3])
     if self.config.post_norms:
       fed = norm('feed_forward_out')(fed)
     x = nn.with_logical_constraint(x + fed, ('batch', 'trace', 'length', 'activation'))
     if self.fused:
+      # The kernels of the next block take no other order in memory.
       x = _fused_kernels().row_major(x)
     return x, fresh
 
@@ -194,7 +201,9 @@ class Transformer(nn.Module):
       raise UserError(f'attention = {self.attention!r}: must be one of {ATTENTIONS}')
     block = Block
     if REMAT_POLICIES[self.remat] is not None:
+      # Inside of a scan, XLA cannot merge the recomputation with the first computation.
       block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
+    # One block serves all layers. Weights, traits and the cache are sliced by layer.
     blocks = nn.scan(
         block, length=self.config.num_layers, unroll=1 if self.scan else self.config.num_layers,
         variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
@@ -209,7 +218,8 @@ class Transformer(nn.Module):
       x = x.reshape(x.shape[0], 1, -1, x.shape[3])
     x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
     x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, mask_spec)
-    x = RMSNorm(self.config.norm_epsilon, name='final_norm')(x)
+    x = RMSNorm(self.config.norm_epsilon, self.config.norm_offset, name='final_norm')(x)
+    # Split the traces again, and cut off the padding.
     x = x.reshape(*positions.shape, x.shape[3])
     return x[:, :, :length], jax.tree.map(lambda leaf: leaf[:, :, :, :length], fresh)
 

@@ -5,18 +5,20 @@ import dataclasses
 from latent_deliberation.errors import UserError
 
 LAYER_KINDS = ('local', 'global')
+ACTIVATIONS = ('gelu', 'silu')
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """A Gemma-style decoder: grouped-query attention, gated feed-forward, RMS norms.
+  """A decoder of the Gemma or Llama family: grouped-query attention, gated feed-forward, RMS norms.
 
   The defaults are those of Gemma 2. Gemma 1 has only global layers, no caps and no post-norms. The
   text part of Gemma 3 has query-key norms and no caps. It has five local layers for each global
-  one, and each of the two kinds has its own rotary base.
+  one, and each of the two kinds has its own rotary base. Llama, Mistral and Qwen have plain norms,
+  SiLU, unscaled embeddings, no caps and no post-norms.
 
   Attributes:
-    vocab_size: V; rows of the embedding, which is also the output head.
+    vocab_size: V; number of rows of the embedding and of the output head.
     embed_dim: D, width of the model.
     num_layers: L, number of blocks.
     num_heads: N, number of query heads.
@@ -35,7 +37,14 @@ class TransformerConfig:
     rope_local_base: wavelength base on local layers; None for rope_base.
     rope_scaling: factor that positions are divided by on global layers (linear scaling, arXiv
       2306.15595).
+    rope_llama3: Llama 3's scaling of wavelengths: factor, low and high frequency factors, and the
+      length that the model was first trained on; () for none.
     norm_epsilon: number added to the mean square in every RMS norm.
+    norm_offset: whether norms multiply by 1 + scale, as in Gemma, or by scale.
+    activation: function of the feed-forward's gate: 'gelu', in its tanh form, or 'silu'.
+    scale_embeddings: whether input embeddings are multiplied by sqrt(D), as in Gemma.
+    qkv_bias: whether queries, keys and values have a bias, as in Qwen 2.
+    tied_head: whether the embedding is also the output head, or the head has its own table.
   """
   vocab_size: int
   embed_dim: int
@@ -54,15 +63,24 @@ class TransformerConfig:
   rope_base: float = 10_000.0
   rope_local_base: float | None = None
   rope_scaling: float = 1.0
+  rope_llama3: tuple[float, ...] = ()
   norm_epsilon: float = 1e-6
+  norm_offset: bool = True
+  activation: str = 'gelu'
+  scale_embeddings: bool = True
+  qkv_bias: bool = False
+  tied_head: bool = True
 
   def __post_init__(self):
     object.__setattr__(self, 'layer_pattern', tuple(self.layer_pattern))
+    object.__setattr__(self, 'rope_llama3', tuple(self.rope_llama3))
+    # Whole numbers. A bool is an int in Python, but not a size.
     for name in ('vocab_size', 'embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim',
                  'hidden_dim', 'window'):
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f'{name} = {value!r} is not an integer of at least 1: set one')
+    # Factors. None turns a soft-cap off, or selects the default that the docstring names.
     for name in ('attention_softcap', 'final_softcap', 'query_scale', 'rope_base',
                  'rope_local_base', 'rope_scaling', 'norm_epsilon'):
       value = getattr(self, name)
@@ -70,10 +88,16 @@ class TransformerConfig:
         continue
       if not isinstance(value, int | float) or not 0 < value < float('inf'):
         raise UserError(f'{name} = {value!r} is not a finite number above 0: set one')
+    # Numbers that must fit together.
     if self.num_heads % self.num_kv_heads:
       raise UserError(
           f'num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}: '
           'each kv head serves the same number of query heads, so change one of the two')
+    if self.activation not in ACTIVATIONS:
+      raise UserError(f'activation = {self.activation!r}: must be one of {ACTIVATIONS}')
+    if len(self.rope_llama3) not in (0, 4) or any(not value > 0 for value in self.rope_llama3):
+      raise UserError(f'rope_llama3 = {self.rope_llama3}: give factor, low and high frequency '
+                      'factors and the original length, all above 0, or ()')
     if self.head_dim % 2:
       raise UserError(f'head_dim = {self.head_dim} is odd: set an even number')
     unknown = set(self.layer_pattern) - set(LAYER_KINDS)

@@ -7,9 +7,11 @@
 """
 
 import dataclasses
+import importlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,7 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 
 FORMATS = ('native', 'huggingface')  # of `save`; 'google' can only be read
 TOKENIZER = 'tokenizer.model'
+GGUF = '.gguf'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +66,13 @@ class Checkpoint:
   _expected: Mapping[str, tuple[int, ...]]
   _padded: tuple[str, ...]
   _is_foreign: Callable[[str], bool]
-  _read: Callable[[Mapping[str, Sharding]], Params]
+  _read: Callable[[Mapping[str, Sharding], DTypeLike | None], Params]
 
   @property
   def tokenizer(self) -> Path | None:
     """Path of the SentencePiece model in the directory; None if there is none."""
+    if self.format == 'gguf':
+      return _gguf_io().cache_tokenizer(self.source)
     # Google's downloads have the tokenizer next to the directory of the checkpoint.
     around = [self.directory.parent] if self.format == 'google' else []
     paths = (place / TOKENIZER for place in (self.directory, *around))
@@ -97,10 +102,11 @@ class Checkpoint:
     if dtype is not None and str(jnp.dtype(dtype)) not in READABLE:
       raise UserError(f'dtype = {dtype!r}: set one of {READABLE}')
     self.check()
+    # Read every tensor straight onto its sharding.
     boxed = boxed_shapes(self.config)
     placed = (shardings or on_first_device)(boxed)
     flat = traverse_util.flatten_dict(
-        self._read(traverse_util.flatten_dict(placed, sep='/')), sep='/')
+        self._read(traverse_util.flatten_dict(placed, sep='/'), dtype), sep='/')
     for path, leaf in flat.items():
       if dtype is not None:  # one at a time, to hold only one leaf in both dtypes
         flat[path] = leaf.astype(dtype)
@@ -135,10 +141,11 @@ def open_checkpoint(directory: str | Path, config: TransformerConfig | None = No
       needs it if no preset has its sizes.
 
   Raises:
-    UserError: there is no decoder, or it is damaged, pickled, of an unsupported architecture or of
-      another one than `config`.
+    UserError: there is no decoder, it is damaged or pickled, or its architecture is unsupported or
+      differs from `config`.
   """
   checkpoint = _open(Path(directory).absolute(), config)
+  # List every key that differs, not only the first.
   if config is not None and checkpoint.config != config:
     stored, wanted = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
     lines = [f'  decoder.{key}: {stored[key]!r} in the checkpoint, {wanted[key]!r} in the config'
@@ -150,10 +157,13 @@ def open_checkpoint(directory: str | Path, config: TransformerConfig | None = No
 
 def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
   """Decides the format of a checkpoint by the files in its directory, and opens it."""
+  if directory.is_file() and directory.suffix == GGUF:
+    return _open_gguf(directory)
   if directory.is_file():
-    raise UserError(f'{directory} is a file: give its directory')
+    raise UserError(f'{directory} is a file: give its directory, or a {GGUF} file')
   if not directory.is_dir():
     raise MissingError(f'{directory} does not exist: give the directory of a decoder')
+  # Our own format comes first: it also has a folder with an orbax checkpoint inside.
   if (directory / native.DESCRIPTION).is_file():
     return _open_native(directory)
   if is_orbax(directory):
@@ -163,6 +173,8 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
   inner = [child for child in sorted(directory.iterdir()) if child.is_dir() and is_orbax(child)]
   if len(inner) == 1:  # Google's downloads have the checkpoint in a folder next to the tokenizer
     return _open_google(inner[0], config)
+  if any(directory.glob(f'*{GGUF}')):
+    return _open_gguf(directory)
   refuse_pickles(directory)
   raise MissingError(
       f'{directory} holds no decoder: neither {native.DESCRIPTION}, which launch/pretrain.py '
@@ -175,7 +187,23 @@ def _open_native(directory: Path) -> Checkpoint:
   return Checkpoint(
       directory, 'native', described.config, source, described.fingerprint, described.vocabulary,
       native.shapes(described.config), (), lambda name: False,
-      lambda shardings: native.read(source, described, shardings))
+      lambda shardings, dtype: native.read(source, described, shardings))
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+  gguf_io = _gguf_io()
+  source = gguf_io.GGUFSource(gguf_io.find_file(path))
+  config = gguf_io.read_config(source)
+  layout = hugging_face.find_layout(config)
+  return Checkpoint(
+      source.file, 'gguf', config, source, '', '', stored_shapes(layout, config), (),
+      lambda name: False,
+      lambda shardings, dtype: assemble(source, layout, config, shardings, dtype))
+
+
+def _gguf_io() -> ModuleType:
+  """The reader of GGUF files, imported only where there is one."""
+  return importlib.import_module('latent_deliberation.model.checkpoints.gguf_io')
 
 
 def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoint:
@@ -184,7 +212,8 @@ def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoin
   layout = google.find_layout(config, source.tensors)
   return Checkpoint(
       directory, 'google', config, source, '', '', stored_shapes(layout, config), (google.TABLE,),
-      google.is_foreign, lambda shardings: assemble(source, layout, config, shardings))
+      google.is_foreign,
+      lambda shardings, dtype: assemble(source, layout, config, shardings, dtype))
 
 
 def _open_hugging_face(directory: Path) -> Checkpoint:
@@ -192,9 +221,11 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
   config = hugging_face.read_config(directory)
   layout = hugging_face.find_layout(config)
 
-  def read(shardings: Mapping[str, Sharding]) -> Params:
-    hugging_face.check_head(source)
-    return assemble(source, layout, config, shardings)
+  # The head is compared with the table only when weights are read.
+  def read(shardings: Mapping[str, Sharding], dtype: DTypeLike | None) -> Params:
+    if config.tied_head:
+      hugging_face.check_head(source)
+    return assemble(source, layout, config, shardings, dtype)
 
   return Checkpoint(
       directory, 'huggingface', config, source, '', '', stored_shapes(layout, config), (),
@@ -219,11 +250,13 @@ def save(directory: str | Path, config: TransformerConfig, params: Params, vocab
   """
   if format not in FORMATS:
     raise UserError(f'format = {format!r}: set one of {FORMATS}')
+  # Refuse parameters that `load` would refuse.
   given = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep='/').items()}
   lines = shape_differences(given, native.shapes(config))
   if lines:
     raise UserError('\n'.join(['the parameters differ from the config:', *lines,
                                'Give the config that they were made with.']))
+  # The directory gets its name when all files in it are complete.
   with whole_directory(Path(directory)) as partial, explain_failed_write(Path(directory)):
     if tokenizer is not None and jax.process_index() == 0:
       shutil.copyfile(tokenizer, partial / TOKENIZER)

@@ -44,6 +44,7 @@ def describe_frozen(study: Study, run: ScoredRun, scorer: QuestionScorer | TextS
 def describe_chain(study: Study, frozen: Arm, scorer: QuestionScorer, outcomes: Outcomes,
                    tokens: float) -> Arm:
   """The frozen decoder that answers after its own chain, of this many tokens on average."""
+  # A chain makes the prompt longer, and each of its tokens needs logits.
   answer = flops.answer_flops(study.experiment.decoder, scorer.prompt + tokens, scorer.answer)
   chain = tokens * flops.head_flops(study.experiment.decoder)
   return dataclasses.replace(
@@ -103,6 +104,7 @@ def read_diagnostics(workdir: Path) -> list[dict[str, float]]:
   """
   wanted, rows = {'validation/content': 'content'}, []
   for row in read_metrics(workdir / METRICS_FILE):
+    # Names without their prefix. Most logged steps have no diagnostics.
     found = {wanted[key] if key in wanted else key.removeprefix('latents/'): value
              for key, value in row.items() if key in wanted or key.startswith('latents/')}
     if found:

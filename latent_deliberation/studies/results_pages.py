@@ -28,7 +28,7 @@ POSITION = 4  # ahead position of the index, for text
 INDEX = 'README.md'
 # Keys that --set may give. They stay when a result is added again without them.
 SETTABLE = ('summary', 'command', 'machine')
-# Of no use to a page or a plot of it.
+# Keys that neither a page nor a plot uses.
 LEFT_OUT = ('diagnostics', 'pictures', 'decoder_unchanged')
 
 # Arms of runs that were made under old names.
@@ -62,9 +62,11 @@ def add_result(directory: Path, name: str, workdir: Path, values: Mapping[str, s
   unknown = sorted(set(values) - set(SETTABLE))
   if unknown:
     raise UserError(f'--set={unknown[0]}=...: the key must be one of {SETTABLE}')
+  # Figures under current names, rounded, and without what no page shows.
   path = directory / f'{name}.json'
   earlier = _read(path) if path.is_file() else {}
   result = _shorten(_rename_old(_read(found[0]), name))
+  # Values given now win over those of the run, and these over earlier ones.
   result = {key: earlier[key] for key in SETTABLE if key in earlier} | result | dict(values)
   if 'summary' not in result:
     raise UserError(f'{name} has no summary: give --set="summary=..." with two sentences')
@@ -102,6 +104,7 @@ def check_pages(directory: Path) -> None:
   """
   results = load_results(directory)
   pages = render_pages(results)
+  # Pages that are missing or differ, missing plots, and pages that nothing renders.
   wrong = [file for file, text in pages.items()
            if not (directory / file).is_file() or (directory / file).read_text() != text]
   wrong += [f'{name}.png' for name in results if not (directory / f'{name}.png').is_file()]
@@ -140,6 +143,7 @@ def _rename_old(result: Result, name: str) -> Result:
     if isinstance(result.get('decoder_fingerprint'), Mapping):
       result['decoder_fingerprint'] = result['decoder_fingerprint']['before']
   if 'command' in result:
+    # The page names a work directory that any reader can use.
     words = [f'--workdir=runs/{name}' if word.startswith('--workdir=') else word
              for word in result['command'].removeprefix('python ').split()]
     command = ' '.join(['python', *words])
@@ -157,6 +161,7 @@ def _rename_arms(value: Any) -> Any:
     return value
   renamed = {}
   for key, item in value.items():
+    # A key names one arm or two, each perhaps with a control, and perhaps an ending.
     stem = key.removesuffix('_only')
     pair = [slash.partition('/') for slash in stem.split(' vs ')]
     names = [OLD_ARMS.get(arm, arm) + slash + control for arm, slash, control in pair]
@@ -225,6 +230,7 @@ def _index_row(name: str, result: Result) -> list[str]:
 def _frontier(result: Result) -> tuple[str, dict[str, str]]:
   """Where the row of the index is, in words, and the figure of every arm there."""
   if _is_report(result):
+    # Text: at the usual position, or in the middle of those that were scored.
     positions = result['positions']
     column = positions.index(POSITION) if POSITION in positions else len(positions) // 2
     arms = {name: {key: values[column] for key, values in arm.items()}
@@ -234,6 +240,7 @@ def _frontier(result: Result) -> tuple[str, dict[str, str]]:
     rows = result['by_position']
     position = str(POSITION) if str(POSITION) in rows else list(rows)[len(rows) // 2]
     return f'position {position}', dict(_text_cells(rows[position]))
+  # Questions: the first difficulty at which the frozen decoder fails, or the last one.
   rows = result['by_difficulty'] or {'overall': result['overall']}
   level = next((level for level, arms in rows.items()
                 if arms[BASELINE]['accuracy'] < FAILS_BELOW), list(rows)[-1])

@@ -27,6 +27,7 @@ from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.passes import Prompts
 from latent_deliberation.inference.session import DecodingOptions, generate
 from latent_deliberation.inference.tokenizer import BYTES, open_tokenizer
+from latent_deliberation.model.layers import output_head
 from latent_deliberation.models import build_deliberator
 from latent_deliberation.paths import VOCABULARY_FILE
 from latent_deliberation.progress import Progress
@@ -70,6 +71,7 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
   """
   if not parts:
     raise UserError('there are no questions: ask at least 1 of each difficulty')
+  # Places of the anchor and of the answer in each question's row.
   lengths = np.array([[len(part) for part in question] for question in parts])
   start, end = lengths[:, :2].sum(axis=1), lengths.sum(axis=1)
   anchors = (lengths[:, 0] if offline else start) - 1
@@ -81,9 +83,11 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
   for row, question in zip(tokens, parts, strict=True):
     ids = np.concatenate([np.asarray(part, np.int32) for part in question])
     row[:len(ids)] = ids
+  # One span and one shape for all batches, so the scorer is compiled once.
   span = int((end - 1 - anchors).max())
   batches = []
   for first in range(0, len(parts), batch_size):
+    # Past the last question, the first ones fill up the batch.
     rows = np.arange(first, first + batch_size) % len(parts)
     order = np.arange(tokens.shape[1])
     inside = order < end[rows, None]
@@ -117,17 +121,20 @@ def make_question_scorer(deliberator: Deliberator, arms: Sequence[str], *, loss_
   def score(params: Params, decoder_params: Params,
             questions: Questions) -> dict[str, tuple[Array, Array]]:
     with nn.logical_axis_rules(tuple(rules.items())):
+      # One trace for each question. Its ahead tokens reach to the end of the answer.
       anchors = questions.anchors[:, None]
       traces = gather_traces(questions.batch, anchors, anchors >= 0, questions.span)
       traces = traces.replace(delay=jnp.full_like(anchors, delay) if delay else None)
+      # Only tokens of the answer count. Others may come between it and the anchor.
       index = anchors + 1 + jnp.arange(questions.span)
       answer = (index >= questions.start[:, None]) & (index < questions.end[:, None])
       states = arm_states(deliberator, arms, params, decoder_params, questions.batch, traces)
+      # Nats of the whole answer, and whether greedy decoding would write it.
       cap, scores = deliberator.decoder.config.final_softcap, {}
       for arm, hidden in states.items():
         nll = ahead_nll(hidden, traces, decoder_params, cap, loss_chunk)[:, 0]
         right = likeliest(hidden[:, 0], traces.ahead_tokens[:, 0],
-                          decoder_params['embedder']['table'], cap, loss_chunk)
+                          output_head(decoder_params), cap, loss_chunk)
         scores[arm] = jnp.sum(nll * answer, axis=1), jnp.all(right | ~answer, axis=1)
     return scores
 
@@ -172,6 +179,7 @@ def write_chains(engine: Engine, prompts: Prompts, sign: Sequence[int], max_toke
   sign = list(sign)
   options = DecodingOptions(
       max_tokens, eos=eos, stop=lambda tokens: list(tokens[-len(sign):]) == sign)
+  # Prompts of similar lengths share a batch, which saves padding.
   order = np.argsort([len(prompt) for prompt in prompts], kind='stable').tolist()
   chains: list[list[int]] = [[] for _ in prompts]
   progress = Progress('Writing chains', 'questions', len(prompts))
@@ -202,6 +210,7 @@ class QuestionScorer:
     byte = config.vocabulary == 'byte'
     self._tokenizer = open_tokenizer(
         BYTES if byte else config.vocabulary_path or data / VOCABULARY_FILE)
+    # The questions, as ids in batches, and their mean lengths for the operations.
     self._task, self._questions = draw_questions(study)
     self.difficulty = np.array([question.difficulty for question in self._questions])
     parts = [self._encode(question) for question in self._questions]
@@ -227,11 +236,13 @@ class QuestionScorer:
     parts = [self._encode(self._task.ask_for_chain(question)) for question in self._questions]
     prompts = [[*context, *question] for context, question, _ in parts]
     sign = self._tokenizer.encode(ANSWER)[1:]
+    # The cache must hold the longest prompt and a whole chain.
     room = max(map(len, prompts)) + self._config.chain_tokens
     engine = Engine(experiment.decoder, decoder_params, length=room, mesh=self._mesh,
                     rules=experiment.rules, dtype=experiment.computation.dtype)
     chains = write_chains(engine, prompts, sign, self._config.chain_tokens,
                           self._config.batch_size, self._tokenizer.eos)
+    # The chain takes the place of the question, after the prompt as context.
     batches = batch_questions(
         [(prompt, chain, answer) for prompt, chain, (*_, answer)
          in zip(prompts, chains, parts, strict=True)], self._config.batch_size)
@@ -240,6 +251,7 @@ class QuestionScorer:
 
   def _encode(self, question: Question) -> tuple[list[int], list[int], list[int]]:
     """Ids of context, question and answer."""
+    # Only the context keeps the token that begins a text.
     encode = self._tokenizer.encode
     return encode(question.context), encode(question.question)[1:], encode(question.answer)[1:]
 
@@ -261,6 +273,7 @@ def draw_questions(study: Study) -> tuple[Task, list[Question]]:
   settings, data = study.questions, study.experiment.data
   task = build(data.name, {**data.options, **settings.options})
   questions = task.examine(np.random.default_rng(settings.seed), settings.per_difficulty)
+  # Every difficulty gets an interval, which one question does not have.
   levels, counts = np.unique([question.difficulty for question in questions], return_counts=True)
   if counts.min() < 2:
     raise UserError(f'difficulty {levels[counts.argmin()]} has 1 question, and an interval needs '
@@ -306,6 +319,7 @@ class TextScorer:
     self._held_out = open_held_out(experiment, data, mesh)
     # The same traces for all arms and seeds, so that each text's targets are the same.
     self._seed = experiment.seed
+    # Anchors that every arm can use, so that all arms get the same ones.
     choices = {name: study.variant(name, study.seeds[0]).deliberation for name in study.arms}
     check_same_signs(choices)
     self._first_anchor = max(choice.first_anchor for choice in choices.values())

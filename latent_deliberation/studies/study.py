@@ -98,6 +98,7 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
       progress.update(number * len(study.seeds) + len(runs))
     arms |= describe_arm(study, name, runs, scorer, tuple(seconds))
 
+  # Figures, page and plots.
   summary = summarise_study(StudyResult(
       name=study.name, arms=arms, config=dataclasses.asdict(study), git_commit=git_commit(),
       command=' '.join(sys.argv), machine=_machine(), seconds=sum(clock.seconds.values()),
@@ -136,6 +137,7 @@ def _prepare_arm_data(study: Study, workdir: Path) -> Path:
   if not study.arm_data_options:
     return workdir
   arm_data = workdir / ARM_DATA
+  # Arms must use the decoder's vocabulary, so it is copied before data are prepared.
   vocabulary, kept = workdir / VOCABULARY_FILE, arm_data / VOCABULARY_FILE
 
   def copy() -> None:
@@ -144,6 +146,7 @@ def _prepare_arm_data(study: Study, workdir: Path) -> Path:
       write_whole(kept, vocabulary.read_bytes())
 
   run_on_process_zero(f'copy the vocabulary to {kept}', copy)
+  # All arms read the same text, so any of them describes it.
   variant = study.variant(next(iter(study.arms)), study.seeds[0])
   prepare_data(variant.data, variant.decoder.vocab_size, arm_data)
   return arm_data
@@ -155,6 +158,7 @@ def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) ->
   Raises:
     UserError: a later phase could not start.
   """
+  # The questions, the decoder's run, and the run of every arm and seed.
   if study.questions.per_difficulty:
     draw_questions(study)
   describe_pretraining(study.experiment, workdir / DECODER, mesh).check()
@@ -188,6 +192,7 @@ def _run_arm(study: Study, name: str, seed: int, frozen: FrozenDecoder, workdir:
     return ScoredRun(count, count_parameters(frozen.params) + count, scores)
   tuned = tune_decoder(experiment, learns, frozen.params, frozen.fingerprint, run_dir, arm_data,
                        mesh)
+  # Only 'joint' training gives the tuned decoder latents to read.
   scores = scorer(experiment, (OWN if tuned.soft_tokens else BASELINE,), tuned.soft_tokens,
                   tuned.decoder_params)
   total = count_parameters(tuned.decoder_params) + count_parameters(tuned.soft_tokens)
@@ -196,7 +201,7 @@ def _run_arm(study: Study, name: str, seed: int, frozen: FrozenDecoder, workdir:
 
 def _diagnostics(study: Study, names: Sequence[str],
                  workdir: Path) -> dict[str, list[dict[str, float]]]:
-  """What each run with latents logged about them, by arm and seed."""
+  """Returns the diagnostics that each run with latents logged, by arm and seed."""
   return {f'{name}, seed {seed}': read_diagnostics(arm_directory(workdir, name, seed))
           for name in names if study.arms[name].learns == LATENTS for seed in study.seeds}
 

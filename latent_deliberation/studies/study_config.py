@@ -94,12 +94,14 @@ class Study:
     object.__setattr__(self, 'arm_data_options', dict(self.arm_data_options))
     if not self.seeds or len(set(self.seeds)) < len(self.seeds):
       raise UserError(f'seeds = {self.seeds}: give one or more, all different')
+    # Questions and their options need a synthetic task.
     if self.questions.per_difficulty and self.experiment.data.source != 'synthetic':
       raise UserError(f'questions.per_difficulty = {self.questions.per_difficulty}, but '
                       f'data.source = {self.experiment.data.source!r} has no questions. Set 0, or '
                       "choose 'synthetic'.")
     self._check_options('arm_data_options', self.arm_data_options)
     self._check_options('questions.options', self.questions.options)
+    # Chains need a task that teaches them, text that holds some, and weights to generate with.
     asked, name = self.questions, self.experiment.data.name
     if asked.chain_tokens and not (asked.per_difficulty and name == 'word_problems'):
       raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but data.name = {name!r} '
@@ -112,13 +114,16 @@ class Study:
       raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but '
                       "computation.frozen_dtype = 'int8': generation takes no int8 weights. Change "
                       'one of them.')
+    # A name becomes a directory, and a prefix of the names of controls.
     reserved = {BASELINE, CHAIN, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
       raise UserError(f'arms = {sorted(self.arms)}: give at least one. A name must not be empty, '
                       f'contain a slash or be one of {(BASELINE, CHAIN, *CONTROLS)}.')
+    # 'own' comes first in every report.
     object.__setattr__(self, 'arms', {
         name: arm if isinstance(arm, ArmConfig) else bind(arm, ArmConfig, f'arms.{name}')
         for name, arm in sorted(self.arms.items(), key=lambda item: item[0] != OWN)})
+    # Binding every arm finds a wrong change before any long work.
     for name in self.arms:
       self.variant(name, self.seeds[0])
 
@@ -146,6 +151,7 @@ class Study:
     if shared:
       raise UserError(f'arms.{arm}.changes has {shared}, which must be the same in every arm. '
                       "Change the study's experiment.")
+    # Bound again, so that the changed values are checked.
     config = _merged(dataclasses.asdict(self.experiment), changes)
     config['data']['options'] |= self.arm_data_options
     return dataclasses.replace(bind(config, where=f'arms.{arm}'), seed=seed)

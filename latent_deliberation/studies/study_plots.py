@@ -57,6 +57,7 @@ def _spread(names: Mapping[str, Any]) -> list[list[str]]:
   for name in names:
     if name != BASELINE:
       families.setdefault(controlled_arm(name) or name, []).append(name)
+  # A family that would overfill a panel begins the next one.
   panels = [[BASELINE]]
   for family in families.values():
     if len(panels[-1]) > 1 and len(panels[-1]) + len(family) > MAX_LINES:
@@ -109,6 +110,7 @@ def plot_diagnostics(diagnostics: Mapping[str, Sequence[Mapping[str, float | Non
       finite.
     path: file of the PNG.
   """
+  # Quantities in the order in which they first occur.
   quantities = list(dict.fromkeys(
       name for rows in diagnostics.values() for row in rows for name in row if name != 'step'))
   columns = min(len(quantities), 3)
@@ -124,8 +126,10 @@ def plot_diagnostics(diagnostics: Mapping[str, Sequence[Mapping[str, float | Non
     axes.set_title(quantity.replace('_', ' '), fontsize=11)
     axes.set_xlabel('step')
     trim_axes(axes)
+  # The last row may have empty panels.
   for axes in grid[len(quantities):]:
     axes.remove()
+  # One legend for all panels, with each run once.
   handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
   figure.legend(handles.values(), handles, loc='outside lower center', ncols=4, frameon=False)
   save_figure(figure, path)

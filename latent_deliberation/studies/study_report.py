@@ -47,6 +47,7 @@ def summarise_study(result: StudyResult, samples: int = 2000, seed: int = 0) -> 
     samples: draws of the bootstrap.
     seed: seed of the bootstrap.
   """
+  # The same draws serve all arms, so differences between arms are paired.
   draws = {'samples': samples, 'seed': seed}
   summarise = _summarise_questions if result.positions is None else _summarise_text
   return {
@@ -86,6 +87,7 @@ def _summarise_questions(result: StudyResult, draws: Mapping[str, int]) -> dict[
   groups = {} if result.difficulty is None else {
     str(level): result.difficulty == level for level in np.unique(result.difficulty)}
   scores, contents, tests = {}, {}, {}
+  # Each difficulty by itself, then all questions together.
   for group, chosen in {**groups, 'overall': np.ones(items, bool)}.items():
     runs = {name: [run.select(chosen) for run in arm.outcomes]
             for name, arm in result.arms.items()}
@@ -93,6 +95,7 @@ def _summarise_questions(result: StudyResult, draws: Mapping[str, int]) -> dict[
     shuffled = _shuffled_by_arm(runs)
     contents[group] = {
       name: _content_effect(runs[name], runs[control], draws) for name, control in shuffled.items()}
+    # Own latents against the decoder alone, shuffled latents and constant soft tokens.
     tests[group] = {
       f'{name} vs {other}': _test_seeds(result, name, other, runs)
       for name, control in shuffled.items()
@@ -148,6 +151,7 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
   changes = {name: relative_change(arm, pooled[BASELINE], **draws) for name, arm in pooled.items()}
   contents = {name: relative_change(pooled[name], pooled[control], **draws)
               for name, control in _shuffled_by_arm(pooled).items()}
+  # Rows of the tables, by position.
   scores, effects = {}, {}
   for position in result.positions:
     at = position - 1
@@ -204,6 +208,7 @@ def format_parts(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> lis
 
 
 def _format_questions(summary: Mapping[str, Any]) -> list[str]:
+  # Cells of each table, by difficulty and arm.
   scores = {**summary['by_difficulty'], 'overall': summary['overall']}
   accuracies, changes, losses, effects, tests = ({group: {} for group in scores} for _ in range(5))
   for group, arms in scores.items():
@@ -217,6 +222,7 @@ def _format_questions(summary: Mapping[str, Any]) -> list[str]:
                               f'{_nats(effect["nll_saved"], effect["nll_saved_ci95"])} nats')
     for pair, seeds in summary['mcnemar'][group].items():
       tests[group][pair] = '<br>'.join(map(_format_test, seeds))
+  # The page. A table without columns is left out with its title.
   return [
     f'Every arm answers the same {summary["items"]:,} questions.{_explain_controls(summary)}',
     f'Accuracy in percent, mean over seeds {_state_interval(summary, "questions")}:',
@@ -232,6 +238,7 @@ def _format_questions(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _format_text(summary: Mapping[str, Any]) -> list[str]:
+  # Cells of both tables, by position and arm.
   changes = {
     position: {name: f'{arm["perplexity"]:.3f}' if name == BASELINE else _relative(arm)
                for name, arm in arms.items()}
@@ -260,6 +267,7 @@ def _explain_controls(summary: Mapping[str, Any]) -> str:
 
 
 def _describe_arms(summary: Mapping[str, Any]) -> Cells:
+  # Operations are shown relative to the frozen decoder's.
   frozen = summary['arms'][BASELINE]['flops_per_token']
   return {name: {
     'kind': arm['kind'],

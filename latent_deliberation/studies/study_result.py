@@ -43,6 +43,7 @@ class Outcomes:
       raise UserError(f'correct is {self.correct.dtype}, expected bool')
     if not len(self.nll):
       raise UserError('0 items: evaluate on at least 1 question')
+    # NaN would spread to every mean.
     finite = np.isfinite(self.nll)
     if not finite.all():
       item = int(finite.argmin())
@@ -150,6 +151,7 @@ def _estimate(values: np.ndarray, samples: int, seed: int) -> Estimate:
   items = len(values)
   if items < 2:
     raise UserError(f'{items} item, and an interval needs 2: evaluate on more questions')
+  # A draw weighs each item by how often it holds it.
   low, high = np.percentile(_draw(items, samples, seed) @ values / items, (2.5, 97.5))
   return Estimate(float(values.mean()), float(low), float(high))
 
@@ -236,10 +238,12 @@ class StudyResult:
     if next(iter(self.arms), None) != BASELINE:
       raise UserError(f'arms = {list(self.arms)}: the first must be {BASELINE!r}, which the others '
                       'are compared with')
+    # A control belongs to an arm of the study.
     for name in self.arms:
       if (arm := controlled_arm(name)) is not None and arm not in self.arms:
         raise UserError(f'{name!r} is a control of {arm!r}, which is not among the arms '
                         f'{list(self.arms)}. Name it after its arm, as in ARM/shuffled.')
+    # All arms have scores on text, or all have answers to questions.
     of_text = [name for name, arm in self.arms.items() if arm.text_scores]
     if of_text and len(of_text) < len(self.arms):
       raise UserError(f'of the arms {list(self.arms)} only {of_text} have scores on text. Report '
@@ -259,6 +263,7 @@ class StudyResult:
     if self.difficulty.shape != (items,) or self.difficulty.dtype.kind not in 'iu':
       raise UserError(f'difficulty is {self.difficulty.dtype} {list(self.difficulty.shape)}, '
                       f'expected an integer for each of the {items} items')
+    # Every difficulty gets an interval, and one item has none.
     levels, counts = np.unique(self.difficulty, return_counts=True)
     if counts.min() < 2:
       raise UserError(f'difficulty {levels[counts.argmin()]} has 1 item, and an interval needs 2: '

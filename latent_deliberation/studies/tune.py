@@ -67,6 +67,7 @@ def tune_decoder(experiment: Experiment, method: str, decoder_params: Params,
   if method == 'joint':
     return Tuned(params['decoder'], params['latents'], trained)
   if method == 'lora':
+    # Adapters are merged, so the result is scored like any decoder.
     low_rank = build_deliberator(experiment).coprocessor.transformer.lora
     merged = merge(decoder_params['transformer'], params, low_rank)
     params = {**decoder_params, 'transformer': merged}
@@ -92,7 +93,9 @@ def describe_tuning(experiment: Experiment, method: str, workdir: Path, mesh: Me
                     'out.')
   coprocessor = build_deliberator(experiment).coprocessor
 
+  # The trainable parameters of each method.
   def init(key: Array, decoder_params: Params) -> PyTree:
+    # The decoder's own weights, with the logical axes of new ones.
     boxed = jax.tree.map(lambda box, weight: box.replace_boxed(weight),
                          boxed_shapes(experiment.decoder), decoder_params,
                          is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))

@@ -67,15 +67,17 @@ class Checkpointer:
     """Starts writing a checkpoint. `state` may be donated as soon as this returns.
 
     Raises:
-      UserError: a checkpoint of this step or of a later one exists.
+      UserError: a checkpoint of this step or a later step exists.
       UserError: this checkpoint or the one before it cannot be written.
     """
+    # One save at a time. This also raises the error of the one before.
     self.wait()
     latest = self.latest_step()
     if latest is not None and latest >= step:
       raise UserError(f'cannot save step {step}: {self.directory} has a checkpoint of step '
                       f'{latest}. Restore that one first, or use another --workdir')
     self._saving = step
+    # The position of the data comes first, so every whole checkpoint has one.
     with self._explain_failed_save(OSError):
       self._save_data(step, batches)
     with self._explain_failed_save(*ORBAX_ERRORS):
@@ -125,6 +127,7 @@ class Checkpointer:
     with self._explain_damage(step):
       state = self._manager.restore(
           step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))['state']
+    # Last, so the stream moves only if the state could be read.
     batches.restore(self._data_directory(step), step)
     return state
 
@@ -188,6 +191,7 @@ def _describe(state: TrainState) -> dict[str, str]:
 
 def _check_same_leaves(place: str, saved: Mapping[str, str], current: Mapping[str, str]) -> None:
   absent = '(nothing)'
+  # Every leaf that only one side has, or whose shape or dtype differs.
   lines = [f'  {path}: {saved.get(path, absent)} saved, {current.get(path, absent)} now'
            for path in sorted(saved | current) if saved.get(path) != current.get(path)]
   if lines:

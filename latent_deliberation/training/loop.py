@@ -161,6 +161,7 @@ class _Logbook:
   def record(self, step: int, scalars: Mapping[str, Array]) -> None:
     """Waits for the step, and logs it when due. Raises UserError where it is not finite."""
     values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
+    # Every process sees the same scalars, so all of them stop together.
     for name in ('loss', 'grad_norm'):
       if not math.isfinite(values[name]):
         raise UserError(
@@ -172,6 +173,7 @@ class _Logbook:
         values['tokens_per_second'] = speed
       self._metrics.write(step, values)
       logging.info('%s', self._pace.line(step, values))
+    # Measure from the end of the first step, which compiles.
     if step == self._first:
       self._pace.start(step)
 
@@ -186,6 +188,7 @@ class _Logbook:
       shown = '  '.join(f'{name} {value:.4f}' for name, value in values.items())
       logging.info('step %d/%d  %s  (%s)', step, self._config.num_steps, shown,
                    format_duration(time.perf_counter() - begun))
+    # An evaluation must not count as time of training.
     if self._pace is not None:
       self._pace.start(step)
 
@@ -213,6 +216,7 @@ class _StopRequests:
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> '_StopRequests':
+    # With several processes the runtime handles signals, and `requested` asks it.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
         self._previous[number] = signal.signal(number, self._receive)
@@ -230,6 +234,7 @@ class _StopRequests:
 
   def _receive(self, number: int, frame: FrameType | None) -> None:
     self._received, self.reason = True, signal.Signals(number).name
+    # The next Ctrl-C then interrupts at once.
     if number == signal.SIGINT:
       self._restore(number)
 

@@ -36,6 +36,7 @@ class MetricsWriter:
       return
     with explain_failed_write(directory):
       directory.mkdir(parents=True, exist_ok=True)
+      # Opened to append and to read, since a crash may have cut off the last line.
       self._file = open(directory / METRICS_FILE, 'a+b')
       _end_torn_line(self._file)
       if SummaryWriter is not None:
@@ -61,6 +62,7 @@ class MetricsWriter:
 
 
 def _end_torn_line(file: BinaryIO) -> None:
+  # The next line must not continue one that a crash cut off.
   if file.seek(0, os.SEEK_END) > 0:
     file.seek(-1, os.SEEK_END)
     if file.read(1) != b'\n':

@@ -9,7 +9,7 @@ from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import token_nll
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.model.decoder import Decoder
-from latent_deliberation.model.layers import LowRank, merge
+from latent_deliberation.model.layers import LowRank, merge, output_head
 from latent_deliberation.training.step import LossFn
 
 
@@ -20,8 +20,9 @@ def language_modelling(decoder: Decoder, loss_chunk: int) -> LossFn:
     del frozen, keys
     hidden, _ = decoder.apply({'params': params}, batch.tokens, batch.positions, batch.segments,
                               method='prefill')
-    nll = token_nll(hidden[:, :-1], batch.tokens[:, 1:], params['embedder']['table'],
+    nll = token_nll(hidden[:, :-1], batch.tokens[:, 1:], output_head(params),
                     decoder.config.final_softcap, loss_chunk)
+    # A token is no target for the document before it, and padding is no target at all.
     valid = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
     return jnp.sum(nll * valid), jnp.sum(valid)
 
@@ -38,6 +39,7 @@ def augmentation(deliberator: Deliberator, loss_chunk: int) -> LossFn:
   def loss(params: Params, decoder_params: Params, batch: Batch,
            keys: Array) -> tuple[Array, Array]:
     traces = sample_traces(keys, batch, deliberator.config)
+    # One prefill serves all traces of a text.
     hidden = deliberator.forward(params, decoder_params, batch, traces)
     nll = ahead_nll(hidden, traces, decoder_params, deliberator.decoder.config.final_softcap,
                     loss_chunk)

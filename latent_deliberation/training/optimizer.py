@@ -74,6 +74,7 @@ def build_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   floor = 1.0 if config.schedule == 'constant' else config.final_fraction
 
   def learning_rate(step: Array) -> Array:
+    # `step` counts finished updates. Adding 1 lets the first update change parameters.
     warmth = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
     progress = jnp.clip((step - config.warmup_steps) / decay_steps, 0.0, 1.0)
     height = floor + (1 - floor) * _SHAPES[config.schedule](progress)
@@ -97,10 +98,12 @@ def build_optimizer(config: OptimizerConfig, num_steps: int,
       key of `multipliers`.
   """
   return optax.chain(
+      # Clip before Adam, whose averages should not see outliers.
       optax.clip_by_global_norm(config.clip_norm),
       optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
       optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
       optax.scale_by_learning_rate(build_schedule(config, num_steps)),
+      # Last, because Adam would cancel a factor on gradients.
       _scale_by_key(multipliers or {}),
   )
 
@@ -115,6 +118,7 @@ def _scale_by_key(multipliers: Mapping[str, float]) -> optax.GradientTransformat
   """Multiplies the updates below each top-level key by its factor, 1 by default."""
 
   def init(params: Mapping[str, Params]) -> optax.EmptyState:
+    # A multiplier that applies to nothing is a mistake.
     unknown = sorted(set(multipliers) - set(params))
     if unknown:
       raise UserError(f'learning-rate multipliers name {unknown}, but the trainable parameters '

@@ -84,6 +84,7 @@ def _validation(experiment: Experiment, loss_fn: Callable, eval_batches: list,
   def evaluate(params: Params) -> Mapping[str, float]:
     with jax.set_mesh(mesh):
       scored = [sums(params, place_batch(batch, mesh, experiment.rules)) for batch in eval_batches]
+    # A mean over targets, because batches may have different numbers of them.
     return {'loss': float(sum(total for total, _ in scored) / sum(count for _, count in scored))}
 
   return evaluate

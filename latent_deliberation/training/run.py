@@ -115,9 +115,11 @@ def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentit
   Raises:
     UserError: a key differs; lists each such key with its two values.
   """
+  # Flatten both. A key that an old run lacks had its default.
   saved, current = dict(_leaves(with_current_names(saved))), dict(_leaves(identity.record))
   defaults = _leaves({'config': json.loads(json.dumps(identity.defaults))})
   saved = {key: value for key, value in defaults if key in current} | saved
+  # Compare all keys but those that a resumed run may change.
   prefixes = tuple(f'config.{path}.' for path in free)
   lines = [f'  {key}: {saved.get(key, MISSING)!r} saved, {current.get(key, MISSING)!r} now'
            for key in sorted(saved | current)
@@ -182,6 +184,7 @@ class Run:
       decoder_fingerprint: fingerprint of the frozen decoder; '' where there is none.
       data_fingerprint: fingerprint of the batches.
     """
+    # A change of settings that only the other job reads must not stop a resume.
     config = dataclasses.asdict(self.experiment)
     unread = ('deliberation', 'training') if self.job == 'pretrain' else ('pretraining',)
     for section in unread:
@@ -220,6 +223,7 @@ class Run:
     """
     def create(key: Array, start: Params) -> TrainState:
       return TrainState.create(nn.unbox(self.init(key, start)), self.optimizer)
+    # Created inside jit, so no device holds more than its shards.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
     return jax.jit(create, out_shardings=shardings)(jax.random.key(self.experiment.seed), start)
 
@@ -250,6 +254,7 @@ class Run:
     check_divides('evaluation', experiment.evaluation.batch_size, 1, self.mesh, experiment)
     if experiment.data.mode == 'online':
       check_own_rows(self.mesh, experiment.rules)
+    # Errors of shardings and warm-up lack the section's name.
     try:
       _ = self.abstract  # builds optimizer and shardings
     except UserError as error:
@@ -307,6 +312,7 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
     UserError: the directory holds another run; or see training/loop.train.
   """
   settings = run.settings
+  # The directory must be this run's before its checkpoints are read.
   claim_workdir(run.workdir, run.identity(decoder_fingerprint, batches.fingerprint), run.free)
   train_step = run.make_step(loss_fn, frozen)
   with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,

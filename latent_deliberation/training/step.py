@@ -88,11 +88,13 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
   replicated = NamedSharding(mesh, PartitionSpec())
 
   def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    # A key for each text, by step and place in the batch, on any mesh.
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step),
                             batch.tokens.shape[0])
     with nn.logical_axis_rules(tuple(rules.items())):
       total, targets, gradients = _accumulate(loss_fn, state.params, frozen, batch, keys,
                                               accumulation)
+    # The loss is a sum over targets. From here on, gradients are those of the mean.
     gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(targets, 1), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     metrics = {
@@ -104,6 +106,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
     return state.replace(step=state.step + 1, opt_state=opt_state,
                          params=optax.apply_updates(state.params, updates)), metrics
 
+  # The new state takes the memory of the old one. Frozen parameters stay.
   jitted = jax.jit(
       step, donate_argnums=0,
       in_shardings=(state_shardings, jax.tree.map(lambda leaf: leaf.sharding, frozen),
@@ -131,9 +134,11 @@ def _accumulate(loss_fn: LossFn, params: Params, frozen: Params, batch: Batch, k
     return jnp.moveaxis(leaf, 1, 0)
 
   micros = jax.tree.map(split, (batch, keys))
+  # Sums start as zeros in the shapes of one microbatch's results.
   first = jax.eval_shape(of_microbatch, jax.tree.map(lambda leaf: leaf[0], micros))
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
 
+  # A scan, so activations of one microbatch exist at a time.
   def add(sums, micro):
     return jax.tree.map(jnp.add, sums, of_microbatch(micro)), None
 

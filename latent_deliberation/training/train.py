@@ -109,6 +109,7 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
   loss with another text's latents.
   """
   config = deliberator.config
+  # A fixed seed, so that every evaluation scores the same traces.
   scorer = make_scorer(
       deliberator, (BASELINE, OWN, 'shuffled'), num_traces=config.num_traces,
       num_ahead=config.num_ahead, loss_chunk=experiment.computation.loss_chunk, seed=0, mesh=mesh,
@@ -117,6 +118,7 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
   def evaluate(params: Params) -> Mapping[str, float]:
     placed = (place_batch(batch, mesh, experiment.rules) for batch in eval_batches)
     scores = score_texts(scorer, params, frozen, placed)
+    # Means over all targets, the same ones for every arm.
     mean = {arm: score.total.sum() / score.count.sum() for arm, score in scores.items()}
     return {'loss': mean[OWN], 'gain': mean[BASELINE] - mean[OWN],
             'content': mean['shuffled'] - mean[OWN]}

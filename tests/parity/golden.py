@@ -14,7 +14,8 @@ from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
 
 DIRECTORY = Path(__file__).parent / 'goldens'
-NAMES = ('gemma1', 'gemma1_multihead', 'gemma2', 'gemma2_bfloat16', 'gemma3', 'gemma3_multimodal')
+NAMES = ('gemma1', 'gemma1_multihead', 'gemma2', 'gemma2_bfloat16', 'gemma3', 'gemma3_multimodal',
+         'llama3', 'mistral', 'qwen2', 'qwen3')
 PROMPT, CONTINUATION = 10, 50  # tokens
 LENGTH = PROMPT + CONTINUATION  # of every text
 TOLERANCE = 2e-5  # of logits of order 4, in float32

@@ -34,6 +34,12 @@ CHANGES = (
     ('gemma3', {'rope_base': 50.0}),
     ('gemma3', {'rope_scaling': 1.0}),
     ('gemma3_multimodal', {'rope_scaling': 1.0}),
+    ('llama3', {'rope_llama3': ()}),
+    ('llama3', {'activation': 'gelu'}),
+    ('llama3', {'norm_offset': True}),
+    ('llama3', {'scale_embeddings': True}),
+    ('mistral', {'window': 1000}),
+    ('qwen3', {'rope_base': 10_000.0}),
 )
 
 

@@ -34,8 +34,10 @@ def legacy_config(config: dict[str, Any]) -> dict[str, Any]:
     rope = rope['full_attention']
   legacy['rope_theta'] = rope['rope_theta']
   legacy['rope_scaling'] = None
-  if rope['rope_type'] == 'linear':
-    legacy['rope_scaling'] = {'factor': rope['factor'], 'rope_type': 'linear'}
+  if rope['rope_type'] != 'default':
+    legacy['rope_scaling'] = {key: value for key, value in rope.items() if key != 'rope_theta'}
+  if kind in ('llama', 'mistral', 'qwen2', 'qwen3'):
+    return dict(sorted((legacy | {'tie_word_embeddings': config['tie_word_embeddings']}).items()))
   if kind == 'gemma':  # the name of the exact GELU, with which it computed the tanh form
     legacy['hidden_act'] = 'gelu'
   period = {'gemma': 0, 'gemma2': 2, 'gemma3_text': 6}[kind]

@@ -36,7 +36,7 @@ from tests.parity.tiny_models import (
 MARGIN = 1e-3  # smallest lead of a greedy choice: about fifty times the error of float32
 # With these seeds, no greedy choice is close, and no continuation soon repeats one token.
 SEEDS = {'gemma1': 7, 'gemma1_multihead': 4, 'gemma2': 3, 'gemma2_bfloat16': 5, 'gemma3': 1,
-         'gemma3_multimodal': 1}
+         'gemma3_multimodal': 1, 'llama3': 3, 'mistral': 1, 'qwen2': 1, 'qwen3': 2}
 SHARDED = 'gemma2_bfloat16'  # stored in bfloat16 and in several files
 
 _TARGET = flags.DEFINE_string('target', str(DIRECTORY), 'Directory to write the goldens to.')

@@ -17,8 +17,12 @@ from transformers import (
   Gemma3Config,
   Gemma3TextConfig,
   GemmaConfig,
+  LlamaConfig,
+  MistralConfig,
   PreTrainedConfig,
   PreTrainedModel,
+  Qwen2Config,
+  Qwen3Config,
   SiglipVisionConfig,
 )
 
@@ -72,7 +76,22 @@ CONFIGS: Mapping[str, PreTrainedConfig] = {
             hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
             image_size=16, patch_size=8),
         mm_tokens_per_image=4),
+    'llama3': LlamaConfig(
+        **_COMMON, **_WIDTH, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
+        head_dim=8, rms_norm_eps=0.05, tie_word_embeddings=False, rope_parameters=_rope(
+            500.0, rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=16)),
+    'mistral': MistralConfig(
+        **_COMMON, **_WIDTH, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
+        head_dim=12, sliding_window=5, tie_word_embeddings=True, rope_parameters=_rope(700.0)),
+    'qwen2': Qwen2Config(
+        **_COMMON, **_WIDTH, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+        tie_word_embeddings=True, rope_parameters=_rope(900.0)),
+    'qwen3': Qwen3Config(
+        **_COMMON, **_WIDTH, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
+        head_dim=10, tie_word_embeddings=True, rope_parameters=_rope(1100.0)),
 }
+LLAMAS = ('llama3', 'mistral', 'qwen2', 'qwen3')  # whose norms multiply by scale, not 1 + scale
 
 
 def build(name: str, seed: int) -> PreTrainedModel:
@@ -92,6 +111,8 @@ def build(name: str, seed: int) -> PreTrainedModel:
         drawn = 1.5 * drawn - 1
       else:
         drawn = drawn * (0.3 if weight.ndim == 1 else 0.1)
+        if name in LLAMAS and path.endswith('norm.weight'):
+          drawn = drawn + 1
       weight.copy_(torch.from_numpy(drawn))
   return model
 

@@ -178,6 +178,7 @@ def test_other_compiler_error(tmp_path, monkeypatch):
     plan_training(small(), EIGHT, [], [], tmp_path / 'plan.json')
 
 
+@pytest.mark.tpu
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
 def test_plan_with_libtpu(tmp_path):
   """The compiler for TPUs gives seconds, memory and utilisation."""

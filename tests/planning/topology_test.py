@@ -65,6 +65,7 @@ def test_shape_of_slice():
   assert slice_of((4, 8))[0].shape == (4, 8)
 
 
+@pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize('kind', CHIPS)
 def test_libtpu_knows_slices(kind):
@@ -76,6 +77,7 @@ def test_libtpu_knows_slices(kind):
     assert tuple(topology.devices[-1].coords) == tuple(size - 1 for size in sizes)
 
 
+@pytest.mark.tpu
 @needs_libtpu
 def test_libtpu_refuses_shape():
   """A shape that libtpu refuses is answered with the list."""

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of Google's gemma library: names, layouts, and the size that they are of."""
+"""Orbax checkpoints of Google's gemma library: names, layouts, and their architecture."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -44,6 +44,7 @@ def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig
   for config in PRESETS.values():
     same = all(getattr(config, name) == size for name, size in found.items())
     if same and config.qk_norm == ('layer_0/attn/query_norm/scale' in tensors):
+      # A table may be padded with unused rows, or have fewer rows than the preset.
       rows = tensors[TABLE].shape[0] if TABLE in tensors else config.vocab_size
       return dataclasses.replace(config, vocab_size=min(config.vocab_size, rows))
   known = '\n'.join(
@@ -65,6 +66,7 @@ def _sizes(tensors: Mapping[str, Stored], origin: str) -> dict[str, int]:
       raise UserError(f"{origin} is an orbax checkpoint, but not of Google's gemma library: it "
                       f'has no {name} of {rank} axes. It holds {sorted(tensors)[:8]} ... Give '
                       'another directory')
+  # One layer shows all sizes. Without a shared tensor, each head has its own keys.
   layers = {name.split('/')[0] for name in tensors if name.startswith('layer_')}
   heads, head_dim, width = tensors[out].shape
   hidden = tensors[down].shape[0]
@@ -79,6 +81,7 @@ def find_layout(config: TransformerConfig, tensors: Mapping[str, Stored]) -> Lay
   Versions of the library differ in the order of two axes of the gate. They store query, key and
   value as one tensor if the numbers of heads are equal.
   """
+  # Attention: one tensor for query, key and value, or one for the query and one for the others.
   if 'layer_0/attn/qkv_einsum' in tensors:
     attention = {'query': Entry('layer_{}/attn/qkv_einsum', 'N D H', 0, 3),
                  'key': Entry('layer_{}/attn/qkv_einsum', 'K D H', 1, 3),
@@ -88,6 +91,7 @@ def find_layout(config: TransformerConfig, tensors: Mapping[str, Stored]) -> Lay
                  'key': Entry('layer_{}/attn/kv_einsum', 'K D H', 0, 2),
                  'value': Entry('layer_{}/attn/kv_einsum', 'K D H', 1, 2)}
   attention['out'] = Entry('layer_{}/attn/attn_vec_einsum', 'N H D')
+  # Feed-forward and norms. One tensor holds gate and up.
   gate = 'F D' if _gate_is_transposed(config, tensors) else 'D F'
   block = {f'attention/{name}/w': entry for name, entry in attention.items()} | {
       'feed_forward/gate/w': Entry('layer_{}/mlp/gating_einsum', gate, 0, 2),
@@ -101,6 +105,7 @@ def find_layout(config: TransformerConfig, tensors: Mapping[str, Stored]) -> Lay
   if config.qk_norm:
     block |= {f'attention/{name}_norm/scale': Entry(f'layer_{{}}/attn/{name}_norm/scale', 'H')
               for name in ('query', 'key')}
+  # The whole tree: the table, the layers and the last norm.
   return {'embedder/table': Entry(TABLE, 'V D'),
           **{LAYERED + path: entry for path, entry in block.items()},
           'transformer/final_norm/scale': Entry('final_norm/scale', 'D')}

@@ -46,7 +46,10 @@ def parameter_axes(config: TransformerConfig) -> dict[str, str]:
     block |= {'attention_out/scale': 'D', 'feed_forward_out/scale': 'D'}
   if config.qk_norm:
     block |= {'attention/query_norm/scale': 'H', 'attention/key_norm/scale': 'H'}
-  return {'embedder/table': 'V D',
+  if config.qkv_bias:
+    block |= {'attention/query/b': 'N H', 'attention/key/b': 'K H', 'attention/value/b': 'K H'}
+  head = {} if config.tied_head else {'embedder/head': 'V D'}
+  return {'embedder/table': 'V D', **head,
           **{LAYERED + path: axes for path, axes in block.items()},
           'transformer/final_norm/scale': 'D'}
 
@@ -81,6 +84,7 @@ def stored_sharding(entry: Entry, path: str, axes: str, sharding: Sharding) -> S
   """
   if not isinstance(sharding, NamedSharding):
     return sharding
+  # The mesh axes of each letter. A spec may leave out trailing axes, which are not split.
   letters = ['L'] * path.startswith(LAYERED) + axes.split()
   spec = dict(itertools.zip_longest(letters, sharding.spec))
   # The shards of a merged axis are those of its first letter.

@@ -1,6 +1,6 @@
 """Safetensors in and out: one file, or several with an index, as in Hugging Face directories.
 
-A reader gives each device its shards alone. A writer holds one file of tensors at a time.
+A reader gives each device only its own shards. A writer holds one file of tensors at a time.
 """
 
 import json
@@ -45,6 +45,7 @@ class SafetensorsSource:
     self.tensors: dict[str, Stored] = {}
     self._places: dict[str, tuple[Path, str]] = {}
     duplicates = []
+    # Two files, or two names after renaming, may hold the same tensor.
     for path in weight_files(self.directory):
       for stored_name, stored in _header(path).items():
         name = rename(stored_name)
@@ -72,6 +73,7 @@ class SafetensorsSource:
 def weight_files(directory: Path) -> list[Path]:
   """Returns the safetensors files of a checkpoint; raises as SafetensorsSource does."""
   index = directory / INDEX
+  # Several files have an index, and all files in it must be there.
   if index.exists():
     names = sorted(set(_weight_map(index).values()))
     absent = [name for name in names if not (directory / name).is_file()]
@@ -81,6 +83,7 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
   if (directory / SINGLE).is_file():
     return [directory / SINGLE]
+  # A single file may have any name.
   others = sorted(directory.glob('*.safetensors'))
   if not others:
     refuse_pickles(directory)
@@ -138,6 +141,7 @@ def write_tensors(directory: Path, stem: str, sizes: Mapping[str, int],
   weight_map = {}
   for number, names in enumerate(files, start=1):
     part = '' if len(files) == 1 else f'-{number:05d}-of-{len(files):05d}'
+    # Make the tensors of this file on every process. Process 0 writes them.
     held = {name: np.asarray(value, order='C') for name, value in islice(tensors, len(names))}
     if jax.process_index() == 0:
       path = directory / f'{stem}{part}.safetensors'

@@ -19,6 +19,7 @@ from einops import rearrange
 from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.errors import UserError
@@ -92,6 +93,7 @@ class OrbaxSource:
     if metadata is None:  # orbax logs a failure to read it, and returns nothing
       raise UserError(f'{directory} is not a whole orbax checkpoint (its _METADATA is missing or '
                       'damaged): download or write it again')
+    # Names, shapes and dtypes of all arrays, under the names of the layout.
     self.tensors: dict[str, Stored] = {}
     self._keys: dict[str, tuple[str, ...]] = {}
     for keys, leaf in traverse_util.flatten_dict(metadata.tree).items():
@@ -105,6 +107,7 @@ class OrbaxSource:
   def read(self, name: str, shape: tuple[int, ...], sharding: Sharding) -> Array:
     """See Source."""
     keys = self._keys[name]
+    # Restore this array alone. Without `strict`, orbax cuts it to the wanted shape.
     leaf = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, strict=False)
     wanted = jax.ShapeDtypeStruct(shape, self.tensors[name].dtype, sharding=sharding)
     try:
@@ -145,6 +148,7 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], padde
   Raises:
     UserError: tensors are missing, unexpected, or of another shape or dtype; all are listed.
   """
+  # Tensors of the decoder that are missing, or have another shape or dtype.
   lines, unreadable = [], []
   for name, shape in expected.items():
     if name not in source.tensors:
@@ -156,6 +160,7 @@ def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], padde
       lines.append(_difference(name, stored.shape, shape))
     if stored.dtype not in READABLE:
       unreadable.append(f'  {name}: has dtype {stored.dtype}, expected one of {READABLE}')
+  # Tensors that belong to no known part of a model.
   lines += [_difference(name, stored.shape, None)
             for name, stored in source.tensors.items()
             if name not in expected and not is_foreign(name)]
@@ -191,8 +196,8 @@ def on_first_device(boxed: PyTree) -> PyTree:
 
 
 def assemble(source: Source, layout: Layout, config: TransformerConfig,
-             shardings: Mapping[str, Sharding]) -> Params:
-  """Returns the parameters in the dtype of the checkpoint, each on its sharding.
+             shardings: Mapping[str, Sharding], dtype: DTypeLike | None = None) -> Params:
+  """Returns the parameters, each on its sharding.
 
   A host holds its share of the finished parameters and one stored tensor, never a second copy of a
   stack of layers. Call `check_tensors` before.
@@ -202,6 +207,7 @@ def assemble(source: Source, layout: Layout, config: TransformerConfig,
     layout: tensor of each parameter.
     config: architecture.
     shardings: path -> sharding of each parameter.
+    dtype: dtype to cast each tensor to as it is read; default is that of the checkpoint.
   """
   axes = parameter_axes(config)
   # The table comes first: it is the largest tensor by far, and nothing else is held yet.
@@ -209,22 +215,26 @@ def assemble(source: Source, layout: Layout, config: TransformerConfig,
   progress = Progress('reading weights', 'parameters', len(paths))
   flat = {}
   for path in paths:
-    flat[path] = _read_parameter(source, layout[path], path, axes[path], config, shardings[path])
+    flat[path] = _read_parameter(source, layout[path], path, axes[path], config, shardings[path],
+                                 dtype)
     progress.update(len(flat))
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def _read_parameter(source: Source, entry: Entry, path: str, axes: str, config: TransformerConfig,
-                    sharding: Sharding) -> Array:
+                    sharding: Sharding, dtype: DTypeLike | None) -> Array:
   """Returns one parameter; if it has layers, they are read one by one into a stack."""
   shape = stored_shape(entry, config)
   stored = stored_sharding(entry, path, axes, sharding)
   arranged = {'pattern': f'{entry.axes} -> {axes}', 'part': entry.part,
               'head_dim': config.head_dim}
   if not path.startswith(LAYERED):
-    return _arrange(source.read(entry.name, shape, stored), **arranged)
+    whole = _arrange(source.read(entry.name, shape, stored), **arranged)
+    return whole if dtype is None else whole.astype(dtype)
+  # Layers go one by one into a stack that starts as zeros on its own shards.
   names = [entry.name.format(layer) for layer in range(config.num_layers)]
-  dtype = jnp.result_type(*{source.tensors[name].dtype for name in names})
+  if dtype is None:
+    dtype = jnp.result_type(*{source.tensors[name].dtype for name in names})
   one = jax.eval_shape(functools.partial(_arrange, **arranged), jax.ShapeDtypeStruct(shape, dtype))
   stack = jnp.zeros((config.num_layers, *one.shape), dtype, device=sharding)
   for layer, name in enumerate(names):

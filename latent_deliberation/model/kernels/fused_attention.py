@@ -95,6 +95,7 @@ def choose_kernels(queries: Array) -> Kernels:
                     "NVIDIA GPUs (CPUs interpret them, for tests); set attention = 'plain'")
   if platform != 'gpu':
     return TPU
+  # Triton takes powers of two, and blocks of rows must fit shared memory.
   width, row_bytes = queries.shape[-1], queries.shape[-1] * queries.dtype.itemsize
   if width < 16 or width.bit_count() > 1 or row_bytes > GPU_ROW_BYTES:
     raise UserError(f"attention = 'fused' on a GPU with heads of {width} x {queries.dtype}: its "
@@ -154,10 +155,12 @@ def _over_mesh(function, inputs: Inputs):
   queries = nn.logical_to_mesh_axes(('batch', 'trace', None, 'heads'))
   fresh = nn.logical_to_mesh_axes(('batch', 'trace', None, 'kv_heads'))
   batch, trace, _, kv_heads = fresh
+  # A device must hold the keys of its queries. A single kv head cannot be split.
   if queries != fresh and inputs.keys.shape[3] > 1:
     raise UserError(
         f"attention = 'fused': the rules split 'heads' over {queries[3]} and 'kv_heads' over "
         f'{kv_heads}, so a device lacks the keys of its queries; give both the same rule')
+  # Integers of rows follow the traces. The cache follows texts and kv heads.
   rows, text = PartitionSpec(batch, trace), PartitionSpec(batch)
   shared = PartitionSpec(batch, None, kv_heads)
   cache = inputs.cache and KVCache(shared, shared, text, text)
@@ -195,6 +198,7 @@ def _run(options: Options, inputs: Inputs) -> tuple[Array, tuple[Operands, Array
 
 
 def _attend_forward(options: Options, inputs: Inputs):
+  # The fused gradient takes the cache as a constant. The plain one needs all inputs.
   cache = inputs.cache
   constant = cache is not None and not (cache.keys.perturbed or cache.values.perturbed)
   inputs = jax.tree.map(lambda leaf: leaf.value, inputs)
@@ -205,8 +209,10 @@ def _attend_forward(options: Options, inputs: Inputs):
 def _attend_backward(options: Options, residuals, cotangent: Array | SymbolicZero):
   if isinstance(cotangent, SymbolicZero):
     cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+  # Gradients that flow into a cache, or a row without one: differentiate plain attention.
   if isinstance(residuals, Inputs):
     return (_plain_backward(options, residuals, cotangent),)
+  # Fused: gradients of queries, own keys and own values. The constant cache gets none.
   operands, mixed, lse = residuals
   shape, kv_heads = cotangent.shape, operands.own.keys.shape[1]
   layout = options.layout(shape, kv_heads, operands.shared.keys.shape[2])

@@ -61,6 +61,7 @@ def _rotate(scale: float, heads: Array, sin: Array, cos: Array) -> Array:
 
   def in_kernel(heads: Array, *angles: Array, interpret: bool = False) -> Array:
     batch, traces, length, count, width = heads.shape
+    # The kernel takes the heads first, and the tokens of all traces as one axis.
     rows = jnp.moveaxis(heads, 3, 1).reshape(batch, count, traces * length, width)
     angles = (x.reshape(batch, traces * length, width // 2) for x in angles)
     rotated = rotate_heads(rows, *angles, scale, interpret)
@@ -81,6 +82,7 @@ def _rotate_forward(scale: float, heads: Array, sin: Array,
 
 def _rotate_backward(scale: float, angles: tuple[Array, Array],
                      cotangent: Array) -> tuple[Array, None, None]:
+  # The transpose of a rotation is the rotation by the opposite angle.
   sin, cos = angles
   return _rotate(scale, cotangent, -sin, cos), None, None  # positions have no gradient
 
@@ -100,6 +102,7 @@ def rotate_heads(heads: Array, sin: Array, cos: Array, scale: float,
   """
   batch, count, length, width = heads.shape
   rows = min(ROWS, length)
+  # Heads are the innermost axis of the grid, so a block of sines stays while they change.
   of_heads = pl.BlockSpec((None, None, rows, width), lambda b, i, n: (b, n, i, 0))
   of_rows = pl.BlockSpec((None, rows, width // 2), lambda b, i, n: (b, i, 0))
   return pl.pallas_call(

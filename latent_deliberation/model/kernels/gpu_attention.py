@@ -62,6 +62,7 @@ def _walk(meet, begin, end, index, shared: Keys, own: Keys | tuple[()], sums, ti
     return jax.lax.fori_loop(first, last, step, sums)
 
   everything = slice(None)
+  # Own keys: from the trace of the first row to the last row.
   if own:
     sums = over(own, _own_sight(index, everything, start, tiles.rows, tiles),
                 start // tiles.chunk * tiles.chunk // tiles.keys,
@@ -76,6 +77,7 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, *, tiles
   def meet(sums, keys, values, visible):
     peak, total, summed = sums
     scores, _ = masked_scores(tiles, read, keys, visible)
+    # A running softmax: a larger score shrinks the sums so far. Capped scores need none.
     if not tiles.bounded:
       highest = jnp.maximum(peak, scores.max(axis=-1))
       shrink = jnp.exp(peak - highest)
@@ -98,6 +100,7 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, *, tiles
 def _pull(tiles: Tiles, queries: Array, cotangent: Array, lse: Array, delta: Array, keys: Array,
           values: Array, visible: Array) -> tuple[Array, Array]:
   """Returns weights and gradients of the raw scores of one block, [R, keys]."""
+  # The gradient of softmax, times the slope of the soft-cap.
   scores, slope = masked_scores(tiles, queries, keys, visible)
   weights = jnp.exp(scores - lse[:, None])
   pulled = product(cotangent, values, (1, 1))
@@ -135,6 +138,7 @@ def own_kernel(queries, index, own, lse, delta, cotangent, by_keys, by_values, *
   end = pl.cdiv(((start + size - 1) // tiles.chunk + 1) * tiles.chunk, size)
   blocks = jnp.minimum(end, pl.num_programs(0)) - first
 
+  # A step is one head of the group and one block of rows that may see these keys.
   def meet(step, sums):
     head, block = step // blocks, first + step % blocks
     rows = pl.ds(block * size, size)
@@ -171,11 +175,13 @@ def _over_rows(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, own: K
   batch, blocks = rows.begin.shape
   heads = rows.queries.shape[1]
 
+  # A program holds one block of rows of one head. Blocks go in reverse, as `_walk` expects.
   def of_rows(leaf) -> pl.BlockSpec:
     rest = leaf.shape[3:]
     return pl.BlockSpec((None, None, tiles.rows, *rest),
                         lambda i, n, b: (b, n, blocks - 1 - i, *(0 for _ in rest)))
 
+  # Keys are passed whole, and the kernel slices them. A group of heads shares them.
   def of_keys(keys: Keys) -> Keys:
     whole = pl.BlockSpec((None, None, *keys.keys.shape[2:]),
                          lambda i, n, b: (b, n // tiles.group, 0, 0))
@@ -183,6 +189,7 @@ def _over_rows(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, own: K
     return Keys(whole, whole, of_text)
 
   shared, own = _flat_keys(shared), _flat_keys(own)
+  # The range of key blocks and the index follow the rows, in the same order.
   bound = pl.BlockSpec((None, None), lambda i, n, b: (b, blocks - 1 - i))
   index = pl.BlockSpec((None, 4, tiles.rows), lambda i, n, b: (b, 0, blocks - 1 - i))
   return pl.pallas_call(
@@ -223,6 +230,7 @@ def _own_gradients(tiles: Tiles, rows: Rows, own: Keys, *of_rows: Array) -> tupl
   """Runs `own_kernel` over the grid (key block, kv head, text)."""
   batch, kv_heads, length, width = own.keys.shape
 
+  # A program reads all rows of a group of heads, and writes one block of keys.
   def whole(leaf) -> pl.BlockSpec:
     rest = leaf.shape[2:]
     return pl.BlockSpec((None, leaf.shape[1] // kv_heads, *rest),

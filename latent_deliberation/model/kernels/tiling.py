@@ -91,6 +91,7 @@ def masked_scores(tiles: Tiles, queries: Array, keys: Array, visible: Array) -> 
   raw = product(queries, keys, (1, 1))
   if tiles.cap is None:
     return jnp.where(visible, raw, MASKED), jnp.ones((), jnp.float32)
+  # The derivative of cap * tanh(x / cap) is 1 - tanh^2.
   share = jnp.tanh(raw * (1 / tiles.cap))
   return jnp.where(visible, tiles.cap * share, MASKED), 1 - share * share
 
@@ -154,12 +155,15 @@ class Layout:
     """
     _, traces, length, heads, width = shape
     group = heads // kv_heads
+    # The rows of a block count for every head of a kv head.
     most = max(blocks.rows // group // SUBLANES, 1) * SUBLANES
     length = _round_up(length, SUBLANES)
     if cached is None:
+      # A row over itself is cut into blocks, and is its own shared keys.
       rows = chunk = min(length, most)
       shared, length = length, _round_up(length, rows)
     else:
+      # Whole traces make a chunk, and whole chunks make a block.
       per_chunk = max(1, min(traces, blocks.own // length))
       whole = _round_up(traces, per_chunk)
       limit = min(max(per_chunk, most // length // per_chunk * per_chunk), whole)
@@ -177,12 +181,14 @@ class Layout:
     """Returns the layout on GPUs: blocks of a power of two, for Triton, which traces may cross."""
     _, traces, length, heads, width = shape
     length = _round_up(length, SUBLANES)
+    # Double the block until it holds all fresh tokens or reaches the limit.
     rows, fresh = blocks.keys, traces * length
     while rows < min(blocks.rows, fresh):
       rows *= 2
     if cached is None:
       length = _round_up(length, rows)
     else:
+      # Add traces of padding until all rows fill whole blocks.
       traces = _round_up(traces, rows // math.gcd(rows, length))
     return cls(traces, length, Tiles(
         kv_heads, heads // kv_heads, width, rows, blocks.keys, length, cap))
@@ -217,6 +223,7 @@ def lay_out(layout: Layout, inputs: Inputs) -> Operands:
   first = jnp.zeros_like(segments) if first is None else first
   # `first` becomes a place in the chunk, by adding the start of the query's own trace in it.
   first += jnp.arange(traces)[:, None] % (tiles.chunk // layout.length or 1) * layout.length
+  # A key is inside the window if its position is above `reach`. FAR avoids an overflow.
   reach = inputs.positions - jnp.minimum(inputs.window, FAR)
   index = jnp.stack([
       layout.flatten(jnp.broadcast_to(x, segments.shape)).reshape(batch, -1, tiles.rows)
@@ -233,6 +240,7 @@ def lay_out(layout: Layout, inputs: Inputs) -> Operands:
       lambda x: jnp.pad(x, [(0, 0), (0, excess)] + [(0, 0)] * (x.ndim - 2)), cache)
   shared = Keys(jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2),
                 key_index(cache.segments, cache.positions, tiles.keys))
+  # A row over itself has its keys in `shared` already.
   own = () if inputs.cache is None else Keys(
       layout.flatten(inputs.keys), layout.flatten(inputs.values), key_index(
           layout.flatten(segments), layout.flatten(inputs.positions), tiles.chunk))
@@ -248,6 +256,7 @@ def _visible_range(rows: Int[Array, 'B I 4 R'],
     rows: index of the queries, see Rows.
     keys: index of the shared keys, see Keys.
   """
+  # Extremes over the queries of each block of rows.
   segment, reach, prefix_length, _ = jnp.moveaxis(rows, 2, 0)
   real = segment > 0
   lowest = jnp.min(segment, axis=-1, where=real, initial=FAR)[..., None]
@@ -255,12 +264,14 @@ def _visible_range(rows: Int[Array, 'B I 4 R'],
   reach = jnp.min(reach, axis=-1, where=real, initial=FAR)[..., None]
   prefix_length = jnp.max(prefix_length, axis=-1, where=real, initial=0)[..., None]
 
+  # A block of keys counts as seen if these extremes do not exclude it.
   segment, position = keys[:, None, :, 0], keys[:, None, :, 1]
   blocks, size = segment.shape[-2:]
   seen = ((jnp.max(segment, axis=-1) >= lowest)
           & (jnp.min(segment, axis=-1, where=segment > 0, initial=FAR) <= highest)
           & (jnp.max(position, axis=-1, where=segment > 0, initial=-FAR) > reach)
           & (jnp.arange(blocks) * size < prefix_length))
+  # From the first seen block to the last one. The range is empty if none is seen.
   begin = jnp.argmax(seen, axis=-1).astype(jnp.int32)
   end = blocks - jnp.argmax(seen[..., ::-1], axis=-1).astype(jnp.int32)
   return begin, jnp.where(seen.any(axis=-1), end, begin)

@@ -41,10 +41,12 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, places, 
   """
   text, row_block, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
 
+  # Adds a block of keys to the sums of these rows, head by head.
   def see(keys, values, visible, rows=slice(None)):
     for g in range(tiles.group):
       scores, _ = masked_scores(tiles, queries[0, g, rows], keys, visible)
       at = rows, slice(g, g + 1)
+      # A running softmax: a larger score shrinks the sums so far. Capped scores need none.
       if not tiles.bounded:
         highest = jnp.maximum(peak[at], scores.max(axis=-1, keepdims=True))
         shrink = jnp.exp(peak[at] - highest)
@@ -56,6 +58,7 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, places, 
       total[at] += weights.sum(axis=-1, keepdims=True)
       summed[g, rows] += product(weights.astype(values.dtype), values, (1, 0))
 
+  # The first step clears the scratch, and sees the rows' own keys chunk by chunk.
   @pl.when(step == 0)
   def _start():
     places[...] = index[0, 0].T
@@ -67,6 +70,7 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, places, 
       see(own.keys[0, 0, rows], own.values[0, 0, rows],
           _own_visible(places[rows], own.index[0, number], tiles), rows)
 
+  # Each step sees one block of shared keys. Steps past the range do nothing.
   block = begin[text, row_block] + step
 
   @pl.when(block < end[text, row_block])
@@ -74,6 +78,7 @@ def forward_kernel(begin, end, queries, index, shared, own, mixed, lse, places, 
     see(shared.keys[0, 0], shared.values[0, 0],
         _shared_visible(places[...], shared.index[0, 0], block, tiles))
 
+  # The last step divides the sums by the total and writes them.
   @pl.when(step == pl.num_programs(3) - 1)
   def _finish():
     divisor = jnp.where(total[...] > 0, total[...], 1.0)
@@ -102,16 +107,19 @@ def backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotange
     summed[g, rows] += product(gradient, keys, (1, 0))
     return weights, gradient
 
+  # The first step prepares the scratch, and finishes the gradients of own keys.
   @pl.when(step == 0)
   def _start():
     summed[...] = jnp.zeros_like(summed)
     places[...] = index[0, 0].T
     column[...] = lse[0, 0, 0].T
     for g in range(tiles.group):
+      # The gradient of softmax subtracts this product from that of every weight.
       both = cotangent[0, g].astype(jnp.float32) * mixed[0, g].astype(jnp.float32)
       delta[:, g:g + 1] = both.sum(axis=-1, keepdims=True)
     for number, rows in enumerate(tiles.chunks() if own else ()):
       visible = _own_visible(places[rows], own.index[0, number], tiles)
+      # All heads of the group add to the gradients of one chunk of keys.
       by_keys = by_values = jnp.zeros((tiles.chunk, tiles.width), jnp.float32)
       for g in range(tiles.group):
         weights, gradient = pull(g, own.keys[0, 0, rows], own.values[0, 0, rows], visible, rows)
@@ -120,6 +128,7 @@ def backward_kernel(begin, end, queries, index, shared, own, mixed, lse, cotange
       own_gradient[0][0, 0, rows] = by_keys.astype(own_gradient[0].dtype)
       own_gradient[1][0, 0, rows] = by_values.astype(own_gradient[1].dtype)
 
+  # Shared keys are constants, so their blocks add to the gradients of queries alone.
   block = begin[text, row_block] + step
 
   @pl.when(block < end[text, row_block])
@@ -146,6 +155,7 @@ def _specs(tiles: Tiles, shared: Keys, own: Keys | tuple[()]):
     last = jnp.maximum(end[text, row] - 1, 0)
     return jnp.minimum(begin[text, row] + step, last)
 
+  # Places by grid step: text b, row block i, kv head k, key block j.
   heads = pl.BlockSpec((1, group, rows, width), lambda b, i, k, j, *_: (b, k, i, 0))
   of_rows = pl.BlockSpec((1, 1, rows, width), lambda b, i, k, j, *_: (b, k, i, 0))
   keys = pl.BlockSpec((1, 1, tiles.keys, width),
@@ -170,10 +180,12 @@ def _cost(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()],
   """
   batch, row_blocks = rows.begin.shape
   key_blocks = shared.index.shape[1]
+  # Row block i of I meets (i + 1) / I of the key blocks.
   pairs = batch * tiles.kv_heads * sum(
       math.ceil((number + 1) / row_blocks * key_blocks) for number in range(row_blocks))
   scores = pairs * tiles.keys * products[0]
   own_scores = batch * tiles.kv_heads * row_blocks * tiles.chunk * products[1] if own else 0
+  # Keys and values are loaded for each pair of blocks, everything else once.
   heads = tiles.group * tiles.rows
   loaded = pairs * tiles.keys * tiles.width * 2 * shared.keys.dtype.itemsize
   exponentials = pairs * tiles.keys + own_scores // products[1]
@@ -194,9 +206,11 @@ def _call(kernel, name: str, tiles: Tiles, rows: Rows, shared: Keys, *, in_specs
           num_scalar_prefetch=2,
           grid=(batch, row_blocks, tiles.kv_heads, shared.index.shape[1]),
           in_specs=in_specs, out_specs=out_specs,
+          # Index as columns, two numbers for each head and row, and the sums.
           scratch_shapes=[pltpu.VMEM((tiles.rows, 4), jnp.int32), column, column,
                           pltpu.VMEM((tiles.group, tiles.rows, tiles.width), jnp.float32)]),
       out_shape=out_shape, cost_estimate=cost, interpret=tiles.interpret, name=name,
+      # Key blocks run in order, because the scratch carries sums from one to the next.
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary'),
           vmem_limit_bytes=VMEM_BYTES))
@@ -210,6 +224,7 @@ def forward(tiles: Tiles, rows: Rows, shared: Keys, own: Keys | tuple[()]) -> tu
       jax.ShapeDtypeStruct(rows.queries.shape, rows.queries.dtype),
       jax.ShapeDtypeStruct((batch, row_blocks, tiles.kv_heads, tiles.group, tiles.rows),
                            jnp.float32))
+  # For the estimate of cost: shared keys and values are counted by `_cost` itself.
   touched = (rows.queries, rows.index, *own, *out_shape)
   return _call(
       forward_kernel, 'attention', tiles, rows, shared,

@@ -111,6 +111,7 @@ def build(name: str, options: Mapping[str, Any]) -> Task:
   """
   if name not in TASKS:
     raise UserError(f'no synthetic task {name!r}: choose one of {tuple(TASKS)}')
+  # A misspelt option must not fall back to its default.
   known = [field.name for field in dataclasses.fields(TASKS[name])]
   for option in options:
     if option not in known:

@@ -64,6 +64,7 @@ def read_prosqa(path: str | Path) -> list[AskedGraph]:
   graphs = []
   for number, item in enumerate(items):
     try:
+      # An item of another form raises one of these errors, wherever it differs.
       graphs.append(_graph_of(item))
     except (KeyError, TypeError, ValueError) as error:
       raise UserError(f'{path}, item {number}: not {FORM}, but {str(item)[:200]}: give a file of '
@@ -82,6 +83,7 @@ def _graph_of(item: Mapping[str, Any]) -> AskedGraph:
   named = [graph.root, graph.target, graph.other, *sum(graph.arrows, ())]
   if not all(type(node) is int and 0 <= node < graph.nodes for node in named):
     raise ValueError
+  # The stated answer must be right, in the stated number of steps.
   distance = _distances(graph)
   if graph.other in distance or not 0 < distance[graph.target] == graph.steps:
     raise ValueError
@@ -176,6 +178,7 @@ class Graphs(DrawnTask):
     if not self.links:
       return super().document(rng, count, held_out)
     questions, arrows = self._ask(rng, count)
+    # A link looks like the end of a question and its answer, one arrow apart.
     links = [f'{tail.upper()}{head}' for tail, head in (
         arrows[place] for place in rng.integers(len(arrows), size=self.links).tolist())]
     items = [*links, *[asked.question + asked.answer for asked in questions]]
@@ -229,10 +232,12 @@ class Graphs(DrawnTask):
     pairs = self.nodes // 2
     late = np.arange(self.steps + 1, pairs)
     first = rng.integers(late)
+    # An offset from 1 to late - 1 makes the second parent differ from the first.
     second = (first + rng.integers(1, late)) % late
     crossed = pairs * rng.integers(2, size=len(late))
     tails = np.concatenate([np.arange(self.steps), first, second])
     heads = np.concatenate([np.arange(1, self.steps + 1), late, late + crossed])
+    # The twins repeat every arrow.
     return (np.concatenate([tails, tails + pairs]),
             np.concatenate([heads, (heads + pairs) % self.nodes]))
 
@@ -255,6 +260,7 @@ def _find_routes(tails: np.ndarray, heads: np.ndarray, pairs: int) -> list[list[
   for length in range(1, pairs):
     reached = reached @ arrows
     np.minimum(distance, length, out=distance, where=reached)
+  # The distance to the twin of each node, in the place of the node.
   twins = distance.reshape(pairs, 2, pairs)[:, ::-1].reshape(pairs, -1)
   starts, targets = np.nonzero((0 < distance) & (distance < unreached) & (twins == unreached))
   return np.stack([starts, targets, distance[starts, targets]], axis=1).tolist()

@@ -64,6 +64,7 @@ def tell_story(rng: np.random.Generator, steps: int) -> Problem:
   quantity = int(rng.integers(1, LARGEST + 1))
   sentences = [_choose(rng, BEGINNINGS).format(name=name, things=things, number=quantity)]
   equations = []
+  # Each step changes the quantity, by a sentence and by an equation.
   for _ in range(steps):
     sign, operand, result, choices = _change(rng, quantity)
     sentences.append(_choose(rng, choices).format(name=name, things=things, number=operand))
@@ -80,6 +81,7 @@ def _change(rng: np.random.Generator, quantity: int) -> tuple[str, int, int, tup
   changes = [(sign, operand, sentences) for sign, operand, sentences in CHANGES
              if (0 < quantity * operand <= LARGEST if sign == '*' else possible[sign])]
   sign, operand, sentences = changes[rng.integers(len(changes))]
+  # A drawn operand must not leave the range either.
   if not operand:
     operand = int(rng.integers(1, 1 + (LARGEST - quantity if sign == '+' else quantity)))
   result = {'+': quantity + operand, '-': quantity - operand, '*': quantity * operand,
@@ -142,6 +144,7 @@ class WordProblems:
       raise UserError(f'equations = {self.equations!r}: it must be True or False')
     check_integer('steps', self.steps, 1, 100)
     check_skew(self.skew)
+    # Documents that are no stories come from a file.
     if not self.train and self.stories < 1:
       raise UserError(f"train = '' with stories = {self.stories}: give the path of a file of "
                       f'lines {FORM!r}, or set stories = 1.0 to train on stories alone')
@@ -196,6 +199,7 @@ class WordProblems:
   def _draw(self, rng: np.random.Generator, held_out: bool) -> Problem:
     if rng.random() < self.stories:
       return tell_story(rng, draw_difficulties(rng, 1, self.difficulties, None, self.skew)[0])
+    # The lines for validation are those that `_taught` leaves out.
     problems = self._train[::HELD_OUT] if held_out else self._taught
     return problems[rng.integers(len(problems))]
 
@@ -248,6 +252,7 @@ def _read_line(line: str, where: str, equations: bool) -> Problem:
   if not (bars and sign and text and answer) or '||' in rest or '####' in answer:
     raise UserError(f'{where}: not of the form {FORM!r}, but {line[:100]!r}: repair the line, or '
                     'leave it out')
+  # Signs with a meaning of their own must not occur in the text.
   if END in answer:
     raise UserError(f'{where}: the answer {answer!r} holds {END!r}, which ends an answer: repair '
                     'the line, or leave it out')
@@ -271,6 +276,7 @@ def find_equations(chain: str) -> list[str]:
   marked = _MARKED.findall(chain)
   if marked:
     return marked
+  # In prose: drop spaces, currencies and commas, and write signs as Python does.
   plain = [re.sub('[$,]', '', found) for found in _IN_PROSE.findall(_SPACED.sub(r'\1', chain))]
   return [each.translate(str.maketrans('x×÷', '**/')) for each in plain
           if each.count('(') == each.count(')')]

@@ -1,0 +1,161 @@
+"""GGUF files are read as the decoders that they were written from, or refused."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from latent_deliberation.errors import UserError
+from latent_deliberation.model import weights
+from latent_deliberation.model.checkpoints import gguf_io, hugging_face
+from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
+
+gguf = pytest.importorskip('gguf')
+
+_LLAMA = TransformerConfig(
+    vocab_size=48, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    hidden_dim=64, layer_pattern=('global',), attention_softcap=None, final_softcap=None,
+    post_norms=False, norm_offset=False, activation='silu', scale_embeddings=False,
+    norm_epsilon=1e-5, rope_base=5e4)
+_SIZES = dict(vocab_size=48, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+              hidden_dim=64, window=8)
+CONFIGS = {
+    'gemma': dataclasses.replace(PRESETS['gemma1_2b'], **{**_SIZES, 'window': 4096}),
+    'gemma2': dataclasses.replace(PRESETS['gemma2_2b'], **_SIZES),
+    'gemma3': dataclasses.replace(PRESETS['gemma3_1b'], **_SIZES),
+    'llama': _LLAMA,
+    'llama untied': dataclasses.replace(_LLAMA, tied_head=False),
+    'llama 3': dataclasses.replace(_LLAMA, rope_llama3=(32.0, 1.0, 4.0, 8192.0)),
+    'qwen2': dataclasses.replace(_LLAMA, qkv_bias=True),
+    'qwen3': dataclasses.replace(_LLAMA, qk_norm=True)}
+STORED = {'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v',
+          'self_attn.o_proj': 'attn_output', 'self_attn.q_norm': 'attn_q_norm',
+          'self_attn.k_norm': 'attn_k_norm', 'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up',
+          'mlp.down_proj': 'ffn_down', 'input_layernorm': 'attn_norm',
+          'pre_feedforward_layernorm': 'ffn_norm', 'post_feedforward_layernorm': 'post_ffw_norm'}
+
+
+def random_params(config):
+  boxed = jax.jit(Decoder(config).init)(jax.random.key(0), np.zeros((1, 1), int))
+  params = nn.unbox(boxed)['params']
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  return jax.tree.unflatten(tree, [jax.random.normal(key, leaf.shape) * 0.3
+                                   for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def interleave(values, heads):
+  """Rows of heads in the order in which llama.cpp keeps them for the architecture 'llama'."""
+  return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def write(path, kind, config, params, leave_out=(), quantise=None, architecture=None, more=()):
+  """A GGUF file as llama.cpp's converter would write it from the Hugging Face tensors."""
+  arch = kind.split()[0]
+  writer = gguf.GGUFWriter(path, architecture or arch)
+  writer.add_block_count(config.num_layers)
+  writer.add_embedding_length(config.embed_dim)
+  writer.add_feed_forward_length(config.hidden_dim)
+  writer.add_head_count(config.num_heads)
+  writer.add_head_count_kv(config.num_kv_heads)
+  writer.add_key_length(config.head_dim)
+  writer.add_layer_norm_rms_eps(config.norm_epsilon)
+  writer.add_rope_freq_base(config.rope_base)
+  if kind in ('gemma2', 'gemma3'):
+    writer.add_sliding_window(config.window)
+  if kind == 'gemma2':
+    writer.add_attn_logit_softcapping(config.attention_softcap)
+    writer.add_final_logit_softcapping(config.final_softcap)
+  if config.rope_llama3:
+    from latent_deliberation.model.rotary import rotary_frequencies
+    plain = rotary_frequencies(config.head_dim, config.rope_base)
+    scaled = rotary_frequencies(config.head_dim, config.rope_base, 1, config.rope_llama3)
+    writer.add_tensor('rope_freqs.weight', (plain / scaled).astype(np.float32))
+  layout = hugging_face.find_layout(config)
+  for name, values in hugging_face._tensors(layout, config, params):
+    values = np.ascontiguousarray(values, np.float32)
+    if name.endswith('norm.weight') and config.norm_offset:
+      values = values + 1
+    if arch == 'llama' and re.search(r'\.[qk]_proj\.', name):
+      values = interleave(values, config.num_heads if '.q_' in name else config.num_kv_heads)
+    stored = name.replace('model.embed_tokens', 'token_embd').replace('model.norm', 'output_norm')
+    stored = stored.replace('lm_head', 'output').replace('model.layers.', 'blk.')
+    second = 'post_attention_norm' if config.post_norms else 'ffn_norm'
+    stored = stored.replace('post_attention_layernorm', second)
+    for theirs, ours in STORED.items():
+      stored = stored.replace(theirs, ours)
+    if stored in leave_out:
+      continue
+    if quantise is not None and values.ndim == 2 and 'token_embd' not in stored:
+      writer.add_tensor(stored, gguf.quantize(values, quantise), raw_dtype=quantise)
+    else:
+      writer.add_tensor(stored, values)
+  for name, values in more:
+    writer.add_tensor(name, values)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+@pytest.mark.parametrize('kind', CONFIGS)
+def test_round_trip(kind, tmp_path):
+  """Every architecture comes back with its config and, in float32, the same bits."""
+  config, params = CONFIGS[kind], random_params(CONFIGS[kind])
+  found, loaded = weights.load(write(tmp_path / 'model.gguf', kind, config, params))
+  assert found == config
+  offset = config.norm_offset  # 1 + scale is rounded where it is stored
+  for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 if offset else 0)
+
+
+def test_directory_with_one_file(tmp_path):
+  write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA))
+  assert weights.open_checkpoint(tmp_path).format == 'gguf'
+  (tmp_path / 'again.gguf').write_bytes((tmp_path / 'model.gguf').read_bytes())
+  with pytest.raises(UserError, match=r'2 GGUF files.*again.gguf.*model.gguf'):
+    weights.open_checkpoint(tmp_path)
+
+
+def test_quantised_values_and_dtype(tmp_path):
+  """Q8_0 is dequantised; weights are cast to the asked dtype."""
+  config, params = _LLAMA, random_params(_LLAMA)
+  path = write(tmp_path / 'model.gguf', 'llama', config, params,
+               quantise=gguf.GGMLQuantizationType.Q8_0)
+  _, loaded = weights.load(path, dtype='bfloat16')
+  gate = loaded['transformer']['blocks']['feed_forward']['gate']['w']
+  assert gate.dtype == 'bfloat16'
+  np.testing.assert_allclose(
+      np.asarray(gate, np.float32), params['transformer']['blocks']['feed_forward']['gate']['w'],
+      atol=0.02)
+
+
+def test_cut_short(tmp_path):
+  path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA))
+  whole = path.read_bytes()
+  for size in (10, len(whole) // 2, len(whole) - 100):
+    path.write_bytes(whole[:size])
+    with pytest.raises(UserError, match='model.gguf.*download it again'):
+      weights.open_checkpoint(path)
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'architecture': 'mamba'}, "architecture 'mamba'"),
+    ({'leave_out': ('blk.1.attn_v.weight',)}, 'layers.1.self_attn.v_proj.weight: missing'),
+    ({'more': [('blk.0.attn_qkv.weight', np.zeros((2, 2), np.float32))]}, 'blk.0.attn_qkv.weight')])
+def test_what_is_not_ours_is_named(options, message, tmp_path):
+  path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA), **options)
+  with pytest.raises(UserError, match=message):
+    weights.open_checkpoint(path).check()
+
+
+def test_library_missing(tmp_path, monkeypatch):
+  path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA))
+  monkeypatch.setattr(gguf_io.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r"pip install -e '.\[gguf\]'"):
+    weights.open_checkpoint(path)
