@@ -49,18 +49,18 @@ from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 
 
-def get_config(decoder: str = 'gemma2_2b'):
+def get_config(preset_or_dir: str = 'gemma2_2b'):
   """Returns the config for 16 x 16 chips: data parallel over one axis, fsdp over the other.
 
   Args:
-    decoder: name of a preset, or directory of a decoder.
+    preset_or_dir: name of a preset, or directory or GGUF file of a decoder.
   """
   tokenizer = None
-  if Path(decoder).is_dir():
-    checkpoint = weights.open_checkpoint(decoder)
+  if Path(preset_or_dir).exists():
+    checkpoint = weights.open_checkpoint(preset_or_dir)
     architecture, tokenizer = checkpoint.config, checkpoint.tokenizer
   else:
-    architecture = find_preset(decoder)
+    architecture = find_preset(preset_or_dir)
   training = TrainingConfig(
       batch_size=1024, accumulation=4,
       optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),

@@ -6,7 +6,8 @@ The public names below are those of `latent_deliberation.api`, which is imported
 import importlib
 from typing import Any
 
-__all__ = ['Generator', 'UserError', 'load_coprocessor', 'load_decoder', 'score']
+__all__ = ['Generator', 'Score', 'TextCompletion', 'UserError', 'load_coprocessor', 'load_decoder',
+           'score']
 
 
 def __getattr__(name: str) -> Any:

@@ -28,19 +28,14 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference import passes, session
 from latent_deliberation.inference.decode import Sampling
-from latent_deliberation.inference.engine import (
-  LoadedDecoder,
-  build_engine,
-  open_tokenizer,
-  read_decoder,
-)
-from latent_deliberation.inference.passes import Prompts
+from latent_deliberation.inference.engine import LoadedDecoder, build_engine, read_decoder
 from latent_deliberation.inference.policy import NEVER, ONCE
-from latent_deliberation.inference.session import DecodingOptions, text_of
-from latent_deliberation.inference.tokenizer import stop_at
+from latent_deliberation.inference.session import Completion, DecodingOptions, text_of, with_ends
+from latent_deliberation.inference.tokenizer import Prompts, tokenizer_of
 from latent_deliberation.model import weights
 
-DTYPES = ('float32', 'bfloat16', 'float16')
+__all__ = ['Generator', 'Score', 'TextCompletion', 'UserError', 'load_coprocessor', 'load_decoder',
+           'score']
 
 
 def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
@@ -48,7 +43,8 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
   """Loads a frozen decoder: weights, config and tokenizer.
 
   Args:
-    path: directory of a decoder in our format, Hugging Face's or Google's; or a file in it.
+    path: directory of a decoder in our format, Hugging Face's or Google's; a file in it; or a GGUF
+      file, or the directory that holds one.
     vocabulary: path of a SentencePiece model, or 'byte'; '' for the one next to the decoder.
     dtype: dtype of the computation and the kv-cache. Weights stay as they are stored.
 
@@ -56,11 +52,13 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
     UserError: decoder or vocabulary is absent or damaged, they do not belong together, or dtype is
       unknown.
   """
-  if dtype not in DTYPES:
-    raise UserError(f'dtype = {dtype!r}: it must be one of {DTYPES}')
+  if dtype not in weights.READABLE:
+    raise UserError(f'dtype = {dtype!r}: it must be one of {weights.READABLE}')
   path = Path(path)
-  checkpoint = weights.open_checkpoint(path.parent if path.is_file() else path)
-  return read_decoder(checkpoint, open_tokenizer(checkpoint, str(vocabulary)), dtype)
+  # A GGUF file is a whole decoder. Any other file stands for its directory.
+  in_directory = path.is_file() and path.suffix != weights.GGUF
+  checkpoint = weights.open_checkpoint(path.parent if in_directory else path)
+  return read_decoder(checkpoint, tokenizer_of(checkpoint, str(vocabulary)), dtype)
 
 
 def load_coprocessor(directory: str | Path) -> CoprocessorCheckpoint:
@@ -80,7 +78,7 @@ def load_coprocessor(directory: str | Path) -> CoprocessorCheckpoint:
 
 
 @dataclasses.dataclass
-class Completion(session.Completion):
+class TextCompletion(Completion):
   """Continuation of a prompt: text, tokens, logprobs (nats), finish_reason and latents_at."""
   text: str = ''
 
@@ -115,7 +113,7 @@ class Generator:
   def generate(self, prompts: Sequence[str], *, max_tokens: int = 64, augment: bool | None = None,
                stop: Sequence[str] = (), temperature: float = 0.0, top_k: int | None = None,
                top_p: float = 1.0, min_p: float = 0.0,
-               seeds: Sequence[int] | None = None) -> list[Completion]:
+               seeds: Sequence[int] | None = None) -> list[TextCompletion]:
     """Continues each prompt.
 
     Args:
@@ -130,15 +128,15 @@ class Generator:
       UserError: a prompt is too long or too short, or an option is out of range.
     """
     # The same latents as in `score`: once, at the end of the prompt.
-    policy = ONCE if self.augments(augment) else NEVER
-    options = DecodingOptions(
-        max_tokens, Sampling(temperature, top_k, top_p, min_p), eos=self.tokenizer.eos,
-        stop=stop_at(self.tokenizer, _texts('stop', stop)), policy=policy)
-    ids = self.encode('prompts', prompts)
-    return [Completion(**vars(completion), text=text_of(completion, self.tokenizer, stop))
+    policy = ONCE if self._augments(augment) else NEVER
+    options = with_ends(
+        DecodingOptions(max_tokens, Sampling(temperature, top_k, top_p, min_p), policy=policy),
+        self.tokenizer, _texts('stop', stop))
+    ids = self._encode('prompts', prompts)
+    return [TextCompletion(**vars(completion), text=text_of(completion, self.tokenizer, stop))
             for completion in session.generate(self.engine, ids, options, seeds)]
 
-  def augments(self, augment: bool | None) -> bool:
+  def _augments(self, augment: bool | None) -> bool:
     """Returns whether to make latents, by default if there is a coprocessor."""
     available = self.engine.model.coprocessor is not None
     if augment and not available:
@@ -146,7 +144,7 @@ class Generator:
                       'Generator')
     return available if augment is None else augment
 
-  def encode(self, name: str, texts: Sequence[str]) -> Prompts:
+  def _encode(self, name: str, texts: Sequence[str]) -> Prompts:
     """Returns the ids of texts; `name` is for the error where they are one string."""
     return [self.tokenizer.encode(text) for text in _texts(name, texts)]
 
@@ -163,10 +161,10 @@ def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[
   Raises:
     UserError: there is not one continuation for each prompt, or a text is too long or too short.
   """
-  augment, engine = generator.augments(augment), generator.engine
-  before = generator.encode('prompts', prompts)
+  augment, engine = generator._augments(augment), generator.engine
+  before = generator._encode('prompts', prompts)
   # Without the token that begins a text, which the prompt has.
-  after = [ids[1:] for ids in generator.encode('continuations', continuations)]
+  after = [ids[1:] for ids in generator._encode('continuations', continuations)]
   if len(before) != len(after):
     raise UserError(f'{len(before)} prompts and {len(after)} continuations: give one for each')
   state = engine.read(before)

@@ -58,7 +58,7 @@ def _check_given(address: str | None, count: int | None, index: int | None) -> N
     raise UserError(f'--coordinator_address={address}: it must be host:port of process 0, such as '
                      '10.0.0.2:8476')
   if not 0 <= index < count:
-    raise UserError(f'--process_id={index} with --process_count={count}: it must lie between 0 '
+    raise UserError(f'--process_id={index} with --process_count={count}: it must be between 0 '
                      f'and {count - 1}')
 
 

@@ -1,5 +1,8 @@
 """The errors that are meant for people. Every other exception is a bug or bad luck."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class UserError(ValueError):
   """A request that cannot be met.
@@ -11,3 +14,19 @@ class UserError(ValueError):
 
 class MissingError(UserError):
   """A file, directory or data set that was named does not exist."""
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any],
+                prefix: str = '') -> list[str]:
+  """Returns a line '  KEY: X saved, Y now' for each key whose values differ, in sorted order.
+
+  Args:
+    saved, current: values by key. One of them may lack a key; its line then says '(nothing)'.
+    prefix: text to put before each key.
+  """
+  def show(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else '(nothing)'
+
+  return [f'  {prefix}{key}: {show(saved, key)} saved, {show(current, key)} now'
+          for key in sorted(saved.keys() | current.keys())
+          if key not in saved or key not in current or saved[key] != current[key]]

@@ -155,7 +155,7 @@ class EvaluationConfig:
       raise UserError(f'evaluation.num_texts = {self.num_texts} is not a multiple of batch_size = '
                       f'{self.batch_size}: change one of the two')
     if not 0 <= self.delay < self.num_ahead:
-      raise UserError(f'evaluation.delay = {self.delay}: it must lie between 0 and '
+      raise UserError(f'evaluation.delay = {self.delay}: it must be between 0 and '
                       f'num_ahead - 1 = {self.num_ahead - 1}')
     for name in ('num_traces', 'eval_batches', 'bootstrap_samples', 'rows_per_text'):
       if getattr(self, name) < 1:
@@ -193,7 +193,7 @@ class Experiment:
   def __post_init__(self):
     object.__setattr__(self, 'rules', check_rules(self.rules))
     if not 0 <= self.seed < 2**30 - 1:
-      raise UserError(f'seed = {self.seed}: it must lie between 0 and {2**30 - 2}')
+      raise UserError(f'seed = {self.seed}: it must be between 0 and {2**30 - 2}')
     self._check_multipliers()
     # A stream has no rows to take a range of.
     for section in ('pretraining', 'training'):

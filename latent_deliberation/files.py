@@ -91,7 +91,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     with explain_failed_write(directory):
       partial.mkdir(parents=True)
-  # Nobody writes before the directory exists, and nobody goes on before it has its name.
+  # No process writes before the directory exists, or continues before it has its name.
   barrier(f'{directory} begun')
   try:
     yield partial

@@ -1,19 +1,28 @@
-"""Names on disk: the files of a run's directory, and the old names that they may contain.
+"""Names on disk: the files that the commands write, and the old names that they may contain.
 
-  WORKDIR/
-    run.json              identity of the run, which a resumed run must have
-    metrics.jsonl         logged numbers, one line for each logged step
-    checkpoints/          states that training resumes from
-    decoder/              written by pretraining
-    coprocessor/          written by training: coprocessor.json, coprocessor.safetensors
-  DATA/                   may be the same directory
-    vocabulary.model      SentencePiece model of the rows
+  a run (--workdir)
+    run.json                  identity of the run, which a resumed run must have
+    metrics.jsonl             logged numbers, one line for each logged step
+    tensorboard/              the same numbers, where tensorboardX is installed
+    checkpoints/STEP/         states that training resumes from
+    checkpoints/data/STEP/    the position of the data at each of them
+    decoder/                  written by pretraining
+    coprocessor/              written by training: coprocessor.json, coprocessor.safetensors
+  prepared data (--data)      may be the work directory of a run
+    vocabulary.model          SentencePiece model of the rows
     rows/train, rows/validation
-  quickstart and studies
-    pretraining/, coprocessor/, constant/     work directories of the quickstart's runs
-    decoder/, arms/NAME/seedN/                work directories of a study's runs
-    phases.json           seconds of each phase
-    report.json, report.md, results.json, results.md, and pictures
+  a quickstart                also holds its prepared data and its report
+    pretraining/, coprocessor/, constant/     work directories of its runs
+    phases.json               seconds of each phase
+  a study                     also holds its prepared data
+    decoder/, arms/NAME/seedN/                work directories of its runs
+    lessons/                  prepared data of the arms, where they read other text
+    phases.json
+    results.json, results.md, results.png, diagnostics.png
+  a report (--output)
+    report.json, report.md, changes.png, losses.png, visibility.png
+  a gate (--output)
+    gate.json, gate.safetensors, gate.png
 """
 
 from collections.abc import Mapping
@@ -22,7 +31,9 @@ from typing import Any
 
 RUN_FILE = 'run.json'
 METRICS_FILE = 'metrics.jsonl'
+TENSORBOARD = 'tensorboard'
 CHECKPOINTS = 'checkpoints'
+DATA_STATES = 'data'  # in `CHECKPOINTS`
 DECODER = 'decoder'
 COPROCESSOR = 'coprocessor'
 
@@ -33,6 +44,7 @@ ARM_DATA = 'lessons'  # in a study's directory: the arms' own text, where they h
 PRETRAINING, CONSTANT = 'pretraining', 'constant'  # in a quickstart's directory
 PHASES_FILE = 'phases.json'
 REPORT, RESULTS = 'report', 'results'  # .json and .md
+GATE_FILE, GATE_WEIGHTS_FILE = 'gate.json', 'gate.safetensors'
 
 
 def arm_directory(workdir: Path, arm: str, seed: int) -> Path:

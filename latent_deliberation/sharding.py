@@ -105,7 +105,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
   if sizes[0] != len(slices):
     raise UserError(
-        f'mesh {_named(sizes)}: replica is {sizes[0]}, but the devices lie in {len(slices)} '
+        f'mesh {_named(sizes)}: replica is {sizes[0]}, but the devices are in {len(slices)} '
         f'slices: set mesh.replica to {len(slices)}, so only gradients cross the network '
         'between slices')
   # One mesh for each slice, since jax orders the devices of a mesh by their links.
@@ -214,12 +214,21 @@ def batch_shards(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> int:
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh,
-                rules: Mapping[str, Sequence[str]]) -> None:
-  """Raises UserError where a batch does not divide into microbatches over the mesh."""
+                rules: Mapping[str, Sequence[str]], section: str = '') -> None:
+  """Raises UserError where a batch does not divide into microbatches over the mesh.
+
+  Args:
+    batch_size: number of rows of the global batch.
+    accumulation: number of microbatches of a batch.
+    mesh: mesh of the run.
+    rules: mesh axes of each logical axis.
+    section: section of the config with the batch size, for the error message.
+  """
   shards = batch_shards(mesh, rules)
   if batch_size % (shards * accumulation):
+    key = f'{section}.batch_size' if section else 'batch_size'
     raise UserError(
-        f'batch_size = {batch_size} does not divide into {accumulation} microbatches over '
+        f'{key} = {batch_size} does not divide into {accumulation} microbatches over '
         f'{shards} shards of mesh {dict(mesh.shape)}: it must be a multiple of '
         f'{shards * accumulation}')
 

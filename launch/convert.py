@@ -1,13 +1,16 @@
-"""Describes the decoder in a directory, lists its tensors, or writes it in another format.
+"""Describes a decoder on disk, lists its tensors, or writes it in another format.
 
   python launch/convert.py --source=gemma-2-2b
   python launch/convert.py --source=gemma-2-2b --list
   python launch/convert.py --source=gemma-2-2b --target=decoder
+  python launch/convert.py --source=gemma-2-2b-Q4_K_M.gguf --target=decoder
   python launch/convert.py --source=runs/decoder/decoder --target=exported --format=huggingface
 
-It reads our own directories, those of Hugging Face (safetensors) and the orbax checkpoints of
-Google's gemma library. Training reads them too, so nothing has to be converted first. Without
---target, no weights are loaded. Next, train a coprocessor for a decoder in DIRECTORY:
+It reads our own directories, those of Hugging Face (safetensors: Gemma, Llama, Mistral and Qwen),
+and the orbax checkpoints of Google's gemma library. It also reads GGUF files, which need
+pip install -e '.[gguf]'; give the file, or the directory that holds one. Training reads them all,
+so nothing has to be converted first. Without --target, no weights are loaded. Next, train a
+coprocessor for a decoder in DIRECTORY:
 launch/train.py --config=configs/gemma2_2b.py:DIRECTORY --decoder=DIRECTORY.
 """
 
@@ -18,7 +21,7 @@ from absl import flags
 from latent_deliberation.cli import app, convert
 from latent_deliberation.model import weights
 
-_SOURCE = app.define_directory('source', 'Directory of the decoder to read.')
+_SOURCE = app.define_decoder('source', 'Directory or GGUF file of the decoder to read.')
 _TARGET = app.define_directory(
     'target',
     'Directory to write the decoder to; must not exist yet. Default: only describe it.',
@@ -26,7 +29,7 @@ _TARGET = app.define_directory(
 _FORMAT = flags.DEFINE_enum(
     'format', weights.FORMATS[0], weights.FORMATS, 'Format to write the decoder in.')
 _DTYPE = flags.DEFINE_enum(
-    'dtype', None, ('float32', 'bfloat16', 'float16'),
+    'dtype', None, weights.READABLE,
     'Dtype to round the weights to. Default: every bit is kept.')
 _LIST = flags.DEFINE_bool('list', False, 'Also list every tensor of the source.')
 

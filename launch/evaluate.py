@@ -16,7 +16,7 @@ from latent_deliberation.evaluation.report import format_table
 from latent_deliberation.experiment import define_config, read_config
 
 define_config(__file__)
-_DECODER = app.define_directory('decoder', 'Directory of the frozen decoder.')
+_DECODER = app.define_decoder('decoder', 'Directory or GGUF file of the frozen decoder.')
 _COPROCESSOR = app.define_directory(
     'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
 _DATA = app.define_directory('data', 'Directory of prepared data.')
@@ -29,7 +29,7 @@ _CONSTANT = app.define_directory(
 def main() -> None:
   summary = evaluate(
       read_config(), decoder_dir=Path(_DECODER.value), coprocessor_dir=Path(_COPROCESSOR.value),
-      data=Path(_DATA.value), output=Path(_OUTPUT.value),
+      prepared_dir=Path(_DATA.value), output=Path(_OUTPUT.value),
       constant_dir=Path(_CONSTANT.value) if _CONSTANT.value else None)
   print(format_table(summary))
   print(f'Report: {Path(_OUTPUT.value) / "report.md"}')

@@ -16,7 +16,7 @@ from latent_deliberation.evaluation.gating import PICTURE, fit_gate
 from latent_deliberation.experiment import define_config, read_config
 
 define_config(__file__)
-_DECODER = app.define_directory('decoder', 'Directory of the frozen decoder.')
+_DECODER = app.define_decoder('decoder', 'Directory or GGUF file of the frozen decoder.')
 _COPROCESSOR = app.define_directory(
     'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
 _DATA = app.define_directory('data', 'Directory of prepared data.')
@@ -26,7 +26,7 @@ _OUTPUT = app.define_directory('output', 'Directory to write the gate to; must n
 def main() -> None:
   result = fit_gate(
       read_config(), decoder_dir=Path(_DECODER.value), coprocessor_dir=Path(_COPROCESSOR.value),
-      data=Path(_DATA.value), output=Path(_OUTPUT.value))
+      prepared_dir=Path(_DATA.value), output=Path(_OUTPUT.value))
   print('Fraction augmented; for each gate the mean gain of a place in millinats [95% interval], '
         'and the part of it above chance:')
   for number, fraction in enumerate(result['curves']['random']['fractions']):

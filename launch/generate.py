@@ -19,7 +19,8 @@ from latent_deliberation.inference.policy import NEVER, SCORES, combine, open_ga
 from latent_deliberation.inference.prefix_cache import open_context
 from latent_deliberation.inference.session import DecodingOptions
 
-_DECODER = app.define_directory('decoder', 'Directory of the decoder, in any format we read.')
+_DECODER = app.define_decoder(
+    'decoder', 'Directory of the decoder, in any format we read, or a GGUF file.')
 _COPROCESSOR = app.define_directory(
     'coprocessor', "Directory of a trained coprocessor, or 'none'. Default: none.", '')
 _VOCABULARY = flags.DEFINE_string(

@@ -1,4 +1,4 @@
-"""Renders the pages and plots of docs/results/ from the JSON files that lie there.
+"""Renders the pages and plots of docs/results/ from the JSON files in it.
 
   python launch/render_results.py
   python launch/render_results.py --check

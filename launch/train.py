@@ -15,18 +15,18 @@ from latent_deliberation.experiment import define_config, read_config
 from latent_deliberation.training.train import train_coprocessor
 
 define_config(__file__)
-_DECODER = app.define_directory('decoder', 'Directory of the frozen decoder.')
+_DECODER = app.define_decoder('decoder', 'Directory or GGUF file of the frozen decoder.')
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of the run; the same command resumes it.')
 _DATA = app.define_directory('data', 'Directory of prepared data. Default: --workdir.', '')
 
 
 def main() -> None:
-  data = _DATA.value or _WORKDIR.value
-  train_coprocessor(read_config(), Path(_DECODER.value), Path(_WORKDIR.value), Path(data))
+  prepared_dir = _DATA.value or _WORKDIR.value
+  train_coprocessor(read_config(), Path(_DECODER.value), Path(_WORKDIR.value), Path(prepared_dir))
   print(f'Coprocessor: {_WORKDIR.value}/coprocessor\n'
         f'Next: python launch/evaluate.py --coprocessor={_WORKDIR.value} '
-        f'--decoder={_DECODER.value} --data={data} --config=... --output=...')
+        f'--decoder={_DECODER.value} --data={prepared_dir} --config=... --output=...')
 
 
 if __name__ == '__main__':

@@ -95,7 +95,7 @@ def test_detached_coprocessor_changes_no_bit(quickstart, decoder):
 
 def test_wrong_pairs_are_refused(quickstart, tmp_path, decoder):
   config, params = weights.load(quickstart / 'pretraining/decoder')
-  vocabulary = weights.open_checkpoint(quickstart / 'pretraining/decoder').vocabulary
+  vocabulary = weights.open_checkpoint(quickstart / 'pretraining/decoder').vocabulary_hash
   weights.save(tmp_path / 'other', config, jax.tree.map(np.negative, params), vocabulary)
   other = ld.load_decoder(tmp_path / 'other')
   coprocessor = ld.load_coprocessor(quickstart / 'coprocessor')
@@ -128,7 +128,15 @@ def test_file_names_the_decoder(quickstart, decoder):
   loaded = ld.load_decoder(path, vocabulary='byte', dtype='bfloat16')
   assert loaded.fingerprint == decoder.fingerprint
   completion, = ld.Generator(loaded, length=LENGTH).generate(PROMPTS[:1], max_tokens=2)
-  assert len(completion.tokens) == 2
+  assert isinstance(completion, ld.TextCompletion) and len(completion.tokens) == 2
+
+
+def test_gguf_file_is_a_decoder(tmp_path):
+  """A GGUF file is opened itself, whatever else its directory has."""
+  for name in ('one.gguf', 'two.gguf'):
+    (tmp_path / name).write_bytes(b'GGUF')
+  with pytest.raises(ld.UserError, match=r'/one\.gguf .*GGUF file'):
+    ld.load_decoder(tmp_path / 'one.gguf')
 
 
 def test_import_is_cheap():

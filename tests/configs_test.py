@@ -9,11 +9,11 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh
 
+from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, as_config, bind
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
-from latent_deliberation.models import count_parameters
 from latent_deliberation.sharding import MESH_AXES
 from latent_deliberation.studies.study_config import Study
 from latent_deliberation.training.pretrain import describe_pretraining
@@ -92,7 +92,7 @@ def test_every_key_can_be_set(name):
     config.training.batch_size = 'eight'
 
 
-def test_gemma2_2b_is_as_in_the_paper(tmp_path):
+def test_gemma2_2b_matches_the_paper(tmp_path):
   """Everything but arrays is made: 2.6 billion parameters, their optimiser and their shardings."""
   experiment = bind(finished.config_of('gemma2_2b'))
   assert experiment.decoder == PRESETS['gemma2_2b']

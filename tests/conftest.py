@@ -36,12 +36,12 @@ NOT_UNIT = (
     'data/online', 'deliberation/coprocessor', 'deliberation/flops', 'deliberation/forward',
     'errors', 'evaluation/diagnostics', 'evaluation/evaluate', 'evaluation/gating',
     'evaluation/perplexity', 'evaluation/plots', 'inference/', 'launch/bad_luck', 'launch/launch',
-    'launch/recipes', 'model/checkpoints/google', 'model/checkpoints/hugging_face_test',
+    'launch/recipes', 'model/checkpoints/gguf_io', 'model/checkpoints/google',
+    'model/checkpoints/hugging_face_test',
     'model/checkpoints/native', 'model/checkpoints/source', 'model/decoder', 'model/kernels/',
     'model/layers', 'model/rotary', 'model/transformer_test', 'model/weights', 'parity/',
-    'planning/compile', 'readme', 'studies/chains', 'studies/questions', 'studies/scoring',
-    'studies/study_test', 'studies/tune', 'training/checkpointer', 'training/fit',
-    'training/hosts', 'training/loop', 'training/step', 'training/train')
+    'planning/compile', 'readme', 'studies/scoring', 'studies/study_test', 'studies/tune',
+    'training/checkpointer', 'training/hosts', 'training/loop', 'training/step', 'training/train')
 
 
 @pytest.hookimpl(tryfirst=True)

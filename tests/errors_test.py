@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from latent_deliberation.errors import MissingError, UserError
+from latent_deliberation.errors import MissingError, UserError, differences
 from tests import finished
 
 
@@ -44,3 +44,11 @@ def test_user_error_is_one_line(tmp_path):
 def test_classes():
   """MissingError is a UserError, and UserError a ValueError."""
   assert issubclass(MissingError, UserError) and issubclass(UserError, ValueError)
+
+
+def test_differences():
+  """Keys that differ are listed with both values, also where one of the two lacks the key."""
+  saved, current = {'b': 1, 'a': None, 'same': [2]}, {'b': '1', 'c': 3, 'same': [2]}
+  assert differences(saved, current, 'x.') == [
+      '  x.a: None saved, (nothing) now', "  x.b: 1 saved, '1' now",
+      '  x.c: (nothing) saved, 3 now']

@@ -6,11 +6,11 @@ import jax
 import pytest
 from flax import linen as nn
 
+from latent_deliberation.build import build_deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import constant_variant
 from latent_deliberation.experiment import Computation, Experiment, bind, defaults_of
 from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.models import build_deliberator
 from tests import finished
 
 

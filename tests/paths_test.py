@@ -59,7 +59,7 @@ def test_old_run_resumes(old_run):
   saved = json.loads((old_run / RUN_FILE).read_text())
   assert saved['config']['training']['portion'] == [0, 100]
   run.check()
-  claim_workdir(old_run, run.identity(saved['decoder'], saved['data']), run.free)
+  claim_workdir(old_run, run.identity(saved['decoder'], saved['data']), run.changeable)
   with pytest.raises(UserError, match="soft_tokens: 'additive'.*'free'"):
     describe_training(finished.experiment(deliberation__soft_tokens='free'), old_run,
                       run.mesh).check()

@@ -9,9 +9,9 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
+from latent_deliberation.build import build_deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.models import build_deliberator
 from latent_deliberation.sharding import (
   DEFAULT_RULES,
   LOGICAL_AXES,
@@ -120,13 +120,13 @@ def test_axis_does_not_divide():
 def test_shards_of_decoder():
   """A decoder is sharded, and a leaf without axes is replicated."""
   mesh = make_mesh(MeshConfig(2, 2, 2))
-  boxed = {**boxed_shapes(tiny.CONFIG), 'step': jax.ShapeDtypeStruct((), jnp.int32)}
+  boxed = {**boxed_shapes(tiny.LLAMA), 'step': jax.ShapeDtypeStruct((), jnp.int32)}
   shards = jax.tree.map(lambda sharding, leaf: sharding.shard_shape(leaf.shape),
                         shardings_of(boxed, mesh, DEFAULT_RULES), nn.unbox(boxed))
   assert shards['step'] == ()
-  assert shards['embedder']['table'] == (19, 8)
+  assert shards['embedder']['table'] == shards['embedder']['head'] == (19, 8)
   blocks = shards['transformer']['blocks']
-  assert blocks['attention']['query']['w'] == (3, 8, 2, 6)
+  assert blocks['attention']['query'] == {'w': (3, 8, 2, 6), 'b': (3, 2, 6)}
   assert blocks['attention']['key']['w'] == (3, 8, 1, 6)
   assert blocks['attention']['out']['w'] == (3, 2, 6, 8)
   assert blocks['feed_forward']['down']['w'] == (3, 10, 8)
@@ -169,7 +169,7 @@ def chips(slices):
 
 
 def mesh_of_processes(processes):
-  """A mesh whose devices lie in these processes, in an array [data, fsdp, tensor]."""
+  """A mesh whose devices are in these processes, in an array [data, fsdp, tensor]."""
   devices = np.empty(np.shape(processes), object)
   for number, (place, process) in enumerate(np.ndenumerate(processes)):
     devices[place] = HostDevice(number, int(process))

@@ -27,6 +27,11 @@ CONFIG = TransformerConfig(
     vocab_size=38, embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
     hidden_dim=20, window=4, attention_softcap=2.0, final_softcap=3.0, query_scale=0.7,
     rope_base=50.0)
+# Every switch that tells Llama and Qwen from Gemma, at once.
+LLAMA = dataclasses.replace(
+    CONFIG, attention_softcap=None, final_softcap=None, query_scale=None, post_norms=False,
+    rope_llama3=(4.0, 1.0, 4.0, 16.0), norm_offset=False, activation='silu',
+    scale_embeddings=False, qkv_bias=True, tied_head=False)
 CHOICES = DeliberationConfig(num_latents=3, num_ahead=4, num_traces=4, lora_rank=2, lora_alpha=3.0)
 
 
@@ -104,15 +109,15 @@ def read(decoder_params: Params, tokens: Array, positions: Array | None = None,
   return hidden, Decoder(config).apply(variables, hidden, method='logits'), cache
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames='config')
 def read_on(decoder_params: Params, x: Array, positions: Array, cache: KVCache,
-            ) -> tuple[Array, Array, KVCache]:
+            config: TransformerConfig = CONFIG) -> tuple[Array, Array, KVCache]:
   """Returns hidden states, logits and the longer cache for embeddings x [B, Q, D] after a cache.
 
   Args:
     positions: [Q] position ids. The cache and x of a text are one document.
   """
-  variables, decoder = {'params': decoder_params}, Decoder(CONFIG)
+  variables, decoder = {'params': decoder_params}, Decoder(config)
   positions = jnp.broadcast_to(positions, (len(x), 1, x.shape[1]))
   mask_spec = AttentionMaskSpec(jnp.ones_like(positions), jnp.full((len(x), 1), cache.length))
   hidden, fresh = decoder.apply(variables, x[:, None], positions, mask_spec, cache,
@@ -122,6 +127,13 @@ def read_on(decoder_params: Params, x: Array, positions: Array, cache: KVCache,
   return hidden, logits, cache.append(fresh, positions, mask_spec.segments)
 
 
-def embed(decoder_params: Params, tokens: Array) -> Array:
+def truncate(cache: KVCache, length: int) -> KVCache:
+  """Returns the first `length` tokens of a cache. This also detaches latents that were appended."""
+  return KVCache(
+      keys=cache.keys[:, :, :length], values=cache.values[:, :, :length],
+      positions=cache.positions[:, :length], segments=cache.segments[:, :length])
+
+
+def embed(decoder_params: Params, tokens: Array, config: TransformerConfig = CONFIG) -> Array:
   """Returns the input embeddings [B, Q, D] of tokens [B, Q]."""
-  return Decoder(CONFIG).apply({'params': decoder_params}, tokens[:, None], method='embed')[:, 0]
+  return Decoder(config).apply({'params': decoder_params}, tokens[:, None], method='embed')[:, 0]

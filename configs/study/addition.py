@@ -23,7 +23,7 @@ TASK = Addition(4, skew=0.5)
 
 
 def get_config(size='quick'):
-  """'quick': a coprocessor and constant soft tokens; or another size of pointer_chasing.py."""
+  """Returns the study in the size 'quick', or in another size of pointer_chasing.py."""
   if size not in pointer_chasing.SIZES:
     raise UserError(f'addition.py:{size}: choose one of {sorted(pointer_chasing.SIZES)}')
   study = bind(pointer_chasing.get_config(size), Study)
@@ -39,7 +39,7 @@ def get_config(size='quick'):
       training=replace(start.training, batch_size=8,
                        loop=replace(start.training.loop, num_steps=400, eval_every=200)),
       deliberation=replace(start.deliberation, num_traces=QUESTIONS,
-                           anchor_tokens=pointer_chasing.ids(TASK.anchors)),
+                           anchor_tokens=pointer_chasing.anchor_tokens(TASK.anchors)),
       evaluation=replace(start.evaluation, num_traces=QUESTIONS))
   return as_config(replace(
       study, name='addition', experiment=experiment, arm_data_options={'skew': 0.0},

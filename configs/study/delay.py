@@ -17,7 +17,7 @@ from latent_deliberation.studies.study_config import ArmConfig, Study
 
 
 def get_config():
-  """One coprocessor trains without delay, one for any delay of up to three tokens."""
+  """Returns two arms: one trains without delay, one for any delay of up to three tokens."""
   experiment = bind(quickstart.get_config())
   experiment = dataclasses.replace(experiment, evaluation=dataclasses.replace(
       experiment.evaluation, num_texts=256, positions=(1, 2, 3, 4, 5, 6, 8, 16)))

@@ -1,4 +1,4 @@
-"""Reachability: which of two nodes lies down the arrows, and how many arrows on?
+"""Reachability: which of two nodes do the arrows lead to, and over how many arrows?
 
   python launch/study.py --config=configs/study/graphs.py --workdir=runs/graphs
   python launch/study.py --config=configs/study/graphs.py:full --workdir=runs/graphs
@@ -32,7 +32,7 @@ TASKS = {'small': Graphs(nodes=10, steps=3, skew=1.5, links=QUESTIONS),
 
 
 def get_config(choice='quick'):
-  """A size of pointer_chasing.py, or 'prosqa', alone or with a size after an underscore."""
+  """Returns the study; `choice` is a size of pointer_chasing.py, 'prosqa' or as 'prosqa_full'."""
   name, size = pointer_chasing.read_choice('graphs.py', choice, tuple(TASKS))
   study = bind(pointer_chasing.get_config(size), Study)
   task, start = TASKS[name], study.experiment
@@ -48,7 +48,7 @@ def get_config(choice='quick'):
       pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=4000)),
       training=replace(start.training, loop=replace(start.training.loop, num_steps=1500)),
       deliberation=replace(start.deliberation, num_traces=QUESTIONS,
-                           anchor_tokens=pointer_chasing.ids(task.anchors)),
+                           anchor_tokens=pointer_chasing.anchor_tokens(task.anchors)),
       evaluation=replace(start.evaluation, num_traces=QUESTIONS))
   return as_config(replace(
       study, name=f'reachability, {name} graphs', experiment=experiment,

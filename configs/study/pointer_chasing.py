@@ -10,7 +10,7 @@ the coprocessor is low-rank adapters of several ranks.
 The other studies of questions take their decoder and their arms from here.
 """
 
-from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.data_config import DataConfig, encode_bytes
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import (
@@ -26,14 +26,13 @@ from latent_deliberation.studies.synthetic.pointer_chasing import PointerChasing
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
 
-FIRST_BYTE = 4  # id of byte 0 in the byte vocabulary
 QUESTIONS = 20  # of a training document
 TASK = PointerChasing(nodes=6, hops=4, skew=1.0)
 
 
-def ids(signs):
-  """Byte tokens of characters."""
-  return tuple(FIRST_BYTE + ord(sign) for sign in signs)
+def anchor_tokens(characters):
+  """Returns the ids of characters in the byte vocabulary."""
+  return tuple(encode_bytes(characters))
 
 
 def _latents(**choices):
@@ -77,7 +76,7 @@ SIZES = {
 
 
 def read_choice(where, choice, names):
-  """Splits the choice of another study, NAME, SIZE or NAME_SIZE, into a name and a size.
+  """Splits the choice of another study (NAME, SIZE or NAME_SIZE) into a name and a size.
 
   The default name is the first of `names`, the default size is 'quick'.
   """
@@ -91,7 +90,7 @@ def read_choice(where, choice, names):
 
 
 def get_config(size='full'):
-  """'full': every arm; 'quick': the coprocessor and constant soft tokens; 'ablations'; 'ranks'."""
+  """Returns the study with the arms of SIZES[size]; 'quick' is a coprocessor and soft tokens."""
   if size not in SIZES:
     raise UserError(f'pointer_chasing.py:{size}: choose one of {sorted(SIZES)}')
   return as_config(Study(
@@ -117,7 +116,7 @@ def _experiment():
           loop=LoopConfig(num_steps=8000, log_every=100, eval_every=1000, save_every=1000, keep=2)),
       deliberation=DeliberationConfig(
           num_latents=1, num_ahead=1, num_traces=QUESTIONS,
-          anchor_tokens=ids(TASK.anchors)),
+          anchor_tokens=anchor_tokens(TASK.anchors)),
       training=TrainingConfig(
           batch_size=16,
           optimizer=OptimizerConfig(

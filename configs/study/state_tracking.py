@@ -24,7 +24,7 @@ QUESTIONS = 20  # of a training document
 
 
 def get_config(choice='s5'):
-  """'s5' or 'cyclic', alone or with a size of pointer_chasing.py after an underscore."""
+  """Returns the study; `choice` is 's5' or 'cyclic', alone or with a size as in 's5_full'."""
   group, size = pointer_chasing.read_choice('state_tracking.py', choice, tuple(GROUPS))
   study = bind(pointer_chasing.get_config(size), Study)
   task, start = StateTracking(GROUPS[group], length=6, skew=0.3), study.experiment
@@ -37,7 +37,7 @@ def get_config(choice='s5'):
       pretraining=replace(start.pretraining, loop=replace(start.pretraining.loop, num_steps=2000)),
       training=replace(start.training, loop=replace(start.training.loop, num_steps=2000)),
       deliberation=replace(
-          start.deliberation, anchor_tokens=pointer_chasing.ids(task.anchors)))
+          start.deliberation, anchor_tokens=pointer_chasing.anchor_tokens(task.anchors)))
   return as_config(replace(
       study, name=f'state tracking, {group}', experiment=experiment,
       arm_data_options={'skew': 0.0}))

@@ -39,7 +39,7 @@ CONTROLS = {
 # The decoder's own training ended at a rate of 1.6e-4. 'finetuned' begins at 3e-3, as latents do.
 GENTLY = {f'finetuned {name}': ArmConfig(
     'finetuned', {'training': {'optimizer': {'learning_rate': rate}}})
-          for name, rate in (('gently', 5e-4), ('at rest', 1.6e-4))}
+          for name, rate in (('gently', 5e-4), ('at the final rate', 1.6e-4))}
 TUNED = {
     '16, lora coprocessor': ArmConfig(changes={'deliberation': {'num_latents': 16, **ADAPTERS}}),
     'joint': ArmConfig('joint', CONTROLS['16 constant'].changes),
@@ -51,7 +51,7 @@ FRESH_ROWS = 50_000  # of 256 tokens: nine tenths for the decoder, one tenth for
 
 
 def get_config(size='quickstart'):
-  """16 traces a text, and N_A = 16 as in the paper; the arms of 'ahead' have other N_A."""
+  """Returns the study. N_A is 16 as in the paper, but for the arms of 'ahead'."""
   if size not in ARMS:
     raise UserError(f'text.py:{size}: choose one of {tuple(ARMS)}')
   experiment = bind(quickstart.get_config())

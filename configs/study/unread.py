@@ -18,7 +18,7 @@ STEPS = 1400  # of the decoder's training
 
 
 def get_config():
-  """The quickstart's coprocessor on either half of the text, and two controls."""
+  """Returns the study: a coprocessor on either half of the text, and two controls."""
   experiment = bind(quickstart.get_config())
   start = experiment.pretraining
   experiment = dataclasses.replace(

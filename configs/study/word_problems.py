@@ -34,11 +34,11 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 
 SIZES = ('quick', 'full', 'ranks')
 PIECES = 1024
-NEWLINE = 4  # its id in a trained vocabulary: the sign that ends a question
+NEWLINE = 4  # its id in a trained vocabulary; it ends a question
 
 
 def get_config(choice=''):
-  """On the files of a directory; the arms are those of 'quick' or SIZE in pointer_chasing.py."""
+  """Returns the study on the files of a directory, in the size 'quick' or SIZE."""
   size, colon, directory = choice.partition(':')
   if not colon:
     size, directory = 'quick', choice

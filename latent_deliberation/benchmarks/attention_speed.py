@@ -14,10 +14,10 @@ from latent_deliberation.array_types import Array, Batch, Params, PyTree
 from latent_deliberation.benchmarks.baseline import seconds_of
 from latent_deliberation.benchmarks.dense_mask import check_dense, dense_mask
 from latent_deliberation.benchmarks.step_speed import random_batch, ratios_of_turns
+from latent_deliberation.build import build_decoder, build_deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json
-from latent_deliberation.models import build_decoder, build_deliberator
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.step import LossFn

@@ -37,14 +37,15 @@ def separate_traces(deliberator: Deliberator, loss_chunk: int) -> LossFn:
   return loss
 
 
-def check_dense(model: TransformerConfig, latents: DeliberationConfig) -> None:
+def check_dense(decoder_config: TransformerConfig, config: DeliberationConfig) -> None:
   """Raises UserError for options that `dense_mask` does not have; its loss would be another."""
   for name, value, needed in (
-      ('deliberation.trainable', latents.trainable, 'full'),
-      ('deliberation.reads', latents.reads, 'cache'),
-      ('deliberation.num_layers', latents.num_layers, 0),
-      ('deliberation.max_delay', latents.max_delay, 0),
-      ('decoder.post_norms', model.post_norms, True), ('decoder.qk_norm', model.qk_norm, False)):
+      ('deliberation.trainable', config.trainable, 'full'),
+      ('deliberation.reads', config.reads, 'cache'),
+      ('deliberation.num_layers', config.num_layers, 0),
+      ('deliberation.max_delay', config.max_delay, 0),
+      ('decoder.post_norms', decoder_config.post_norms, True),
+      ('decoder.qk_norm', decoder_config.qk_norm, False)):
     if value != needed:
       raise UserError(f'{name} = {value!r}, but the dense mask needs {needed!r}. Set that, or '
                       'leave the dense mask out.')
@@ -131,16 +132,16 @@ def _dense_second_pass(deliberator: Deliberator, decoder_params: Params, latents
   in_trace = (trace >= 0) & (trace[:, None] == trace) & (order <= order[:, None])
   same = (segments[..., None] == segments[:, None]) & (segments[:, None] > 0)
   visible = (in_trunk | in_trace) & same
-  hidden = _transform(deliberator.decoder, decoder_params['transformer'], x, positions[:, None],
+  hidden = _transform(deliberator.decoder, decoder_params, x, positions[:, None],
                       visible[:, None])
   hidden = hidden[:, 0, length:].reshape(num_texts, num_traces, queries, width)
   return hidden[:, :, num_latents - 1:]
 
 
-def _transform(decoder: Decoder, weights: Params, x: Array, positions: Array,
+def _transform(decoder: Decoder, decoder_params: Params, x: Array, positions: Array,
                visible: Array) -> Array:
   """Runs Gemma 2's layers over one row a text, [B, 1, S, D], under a mask [B, 1, S, S]."""
-  config = decoder.config
+  config, transformer = decoder.config, decoder_params['transformer']
   apart = positions[..., :, None] - positions[..., None, :]
   scale = config.head_dim ** -0.5 if config.query_scale is None else config.query_scale
   norm = lambda weight, x: RMSNorm(config.norm_epsilon).apply({'params': weight}, x)  # noqa: E731
@@ -165,6 +166,6 @@ def _transform(decoder: Decoder, weights: Params, x: Array, positions: Array,
   policy = REMAT_POLICIES[decoder.remat]
   if policy is not None:
     run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not decoder.scan)
-  x, _ = jax.lax.scan(run_block, x, (layer_traits(config), weights['blocks']),
+  x, _ = jax.lax.scan(run_block, x, (layer_traits(config), transformer['blocks']),
                       unroll=1 if decoder.scan else config.num_layers)
-  return norm(weights['final_norm'], x)
+  return norm(transformer['final_norm'], x)

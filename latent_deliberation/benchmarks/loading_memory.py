@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from latent_deliberation.files import write_json
 from latent_deliberation.model import weights
-from latent_deliberation.model.checkpoints.hugging_face import CONFIG, find_layout, write_config
+from latent_deliberation.model.checkpoints.hugging_face import find_layout
+from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG, write_config
 from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.safetensors_io import weight_files, write_tensors
 from latent_deliberation.model.transformer_config import TransformerConfig, find_preset

@@ -28,6 +28,7 @@ from latent_deliberation.benchmarks.baseline import (
   seconds_of,
 )
 from latent_deliberation.benchmarks.dense_mask import dense_mask, separate_traces
+from latent_deliberation.benchmarks.speed_plots import plot_step_ratios
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator
@@ -35,7 +36,6 @@ from latent_deliberation.files import write_json
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
-from latent_deliberation.planning.cost_plots import plot_step_ratios
 from latent_deliberation.training.objectives import augmentation, language_modelling
 
 CONFIG = TransformerConfig(vocab_size=4096, embed_dim=256, num_layers=4, num_heads=4,

@@ -170,6 +170,16 @@ def define_directory(name: str, meaning: str, default: str | None = None) -> fla
   return flag
 
 
+def define_decoder(name: str, meaning: str) -> flags.FlagHolder:
+  """Defines a required flag for a decoder: a directory, or a GGUF file.
+
+  `weights.open_checkpoint` refuses other files.
+  """
+  flag = flags.DEFINE_string(name, None, meaning, required=True)
+  flags.register_validator(name, _check_path)
+  return flag
+
+
 def define_json(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
   """Defines a flag for a JSON file to write; it is required if it has no default."""
   flag = flags.DEFINE_string(name, default, meaning, required=default is None)
@@ -177,10 +187,15 @@ def define_json(name: str, meaning: str, default: str | None = None) -> flags.Fl
   return flag
 
 
-def _check_directory(path: str | None) -> bool:
+def _check_path(path: str | None) -> bool:
   if path and ':/' in path:
     raise flags.ValidationError('this is a URL. Mount the bucket, with gcsfuse for instance, and '
                                 'give the path of the mount.')
+  return True
+
+
+def _check_directory(path: str | None) -> bool:
+  _check_path(path)
   if path and Path(path).exists() and not Path(path).is_dir():
     raise flags.ValidationError('this is a file. Give the path of a directory.')
   return True

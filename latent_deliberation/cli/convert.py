@@ -4,19 +4,19 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
+from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable
 from latent_deliberation.model import weights
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.model.weights import Checkpoint
-from latent_deliberation.models import count_parameters
 
 
 def describe(checkpoint: Checkpoint) -> str:
   """Returns architecture, sizes, dtypes and bytes of a decoder on disk, a line each."""
   config, tensors = checkpoint.config, checkpoint.source.tensors
   names = [name for name, preset in PRESETS.items() if preset == config]
-  dtypes = Counter(stored.dtype for stored in tensors.values())
+  dtypes = Counter(stored_dtypes(checkpoint).values())
   lines = [f'{checkpoint.directory}: {checkpoint.format}',
            'architecture   ' + (names[0] if names else 'of its own')]
   lines += [f'  {key:<19}{value}' for key, value in dataclasses.asdict(config).items()]
@@ -30,11 +30,18 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def list_tensors(checkpoint: Checkpoint) -> str:
-  """Returns every tensor with its dtype and shape, a line each."""
-  tensors = checkpoint.source.tensors
+  """Returns every tensor with its dtype, or its encoding in a GGUF file, and shape, a line each."""
+  tensors, dtypes = checkpoint.source.tensors, stored_dtypes(checkpoint)
   width = max(map(len, tensors), default=0)
-  return '\n'.join(f'{name:<{width}}  {stored.dtype:<9} {list(stored.shape)}'
+  return '\n'.join(f'{name:<{width}}  {dtypes[name]:<9} {list(stored.shape)}'
                    for name, stored in tensors.items())
+
+
+def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+  """Returns the dtype of each tensor on disk; of a GGUF file its encoding, such as 'Q4_K'."""
+  if checkpoint.format == 'gguf':
+    return checkpoint.source.encodings()
+  return {name: stored.dtype for name, stored in checkpoint.source.tensors.items()}
 
 
 def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None = None) -> str:
@@ -55,7 +62,7 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
     raise UserError(f'{target} exists already. Give another directory, or remove it.')
   make_writable(target.parent)
   params = checkpoint.load(dtype=dtype)
-  weights.save(target, checkpoint.config, params, checkpoint.vocabulary, format,
+  weights.save(target, checkpoint.config, params, checkpoint.vocabulary_hash, format,
                checkpoint.tokenizer)
   written = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
   tokenizer = f', with {checkpoint.tokenizer}' if checkpoint.tokenizer else ''

@@ -13,11 +13,17 @@ from absl import logging
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import read_text
 from latent_deliberation.inference.engine import NONE, Engine
-from latent_deliberation.inference.passes import Prompts, State
+from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.prefix_cache import Context, read_after
-from latent_deliberation.inference.session import DecodingOptions, generate, stream, text_of
-from latent_deliberation.inference.tokenizer import Tokenizer, check_stops, stop_at
+from latent_deliberation.inference.session import (
+  DecodingOptions,
+  generate,
+  stream,
+  text_of,
+  with_ends,
+)
+from latent_deliberation.inference.tokenizer import Prompts, Tokenizer, check_stops
 
 _COLUMN = 46
 
@@ -44,7 +50,7 @@ class Request:
   """One request of the command line, checked before a decoder is loaded.
 
   Attributes:
-    options: how to decode. `stop` and `eos` are set later, from `stop` here and the tokenizer.
+    options: options of decoding. `stop` and `eos` are set later; see `with_ends`.
     stop: strings that end a text and are not part of it.
     seed: seed of the first prompt; each next prompt adds 1.
     as_json: print a line of JSON for each prompt.
@@ -129,10 +135,8 @@ class Writer:
     return read_after(self.engine, self.context, [more[1:] for more in ids], plain)
 
   def _decoding(self, plain: bool = False) -> DecodingOptions:
-    options = self.request.options
-    return dataclasses.replace(options, eos=self.tokenizer.eos,
-                               stop=stop_at(self.tokenizer, self.request.stop),
-                               policy=NEVER if plain else options.policy)
+    options = with_ends(self.request.options, self.tokenizer, self.request.stop)
+    return dataclasses.replace(options, policy=NEVER) if plain else options
 
   def _seeds(self, count: int) -> list[int]:
     return [(self.request.seed + number) % 2**32 for number in range(count)]

@@ -46,7 +46,7 @@ def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
   logging.info('=== evaluation')
   return evaluate(
       experiment, decoder_dir=decoder_dir, coprocessor_dir=runs['coprocessor'],
-      constant_dir=runs['constant soft tokens'], data=workdir, output=workdir,
+      constant_dir=runs['constant soft tokens'], prepared_dir=workdir, output=workdir,
       seconds=clock.seconds, runs=runs)
 
 

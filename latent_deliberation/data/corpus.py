@@ -100,7 +100,7 @@ def open_corpus(config: DataConfig) -> TextCorpus:
   # Plain arrays, since a corpus may have millions of documents.
   name_hashes, places = bytearray(), array.array('q')
   corpus_hash = hashlib.sha256()
-  progress = Progress('Checking the corpus', 'files', len(files))
+  progress = Progress('checking the corpus', 'files', len(files))
   for index, file in enumerate(files):
     # The hash of a document's name decides its split, that of all contents is the fingerprint.
     file_hash = hashlib.sha256()
@@ -119,7 +119,7 @@ def open_corpus(config: DataConfig) -> TextCorpus:
   held_out = _hold_out(np.frombuffer(name_hashes, '>u8'), size, config.validation_percent)
   corpus = TextCorpus(files, config.text_key, file_of.astype(np.int32), start, size, held_out,
                       corpus_hash.hexdigest())
-  logging.info('The corpus has %d documents in %d files, %.1f MB, %d documents held out.',
+  logging.info('the corpus has %d documents in %d files, %.1f MB, %d documents held out',
                len(size), len(files), size.sum() / 1e6, corpus.held_out.sum())
   return corpus
 
@@ -153,8 +153,8 @@ def _stdlib_files() -> tuple[TextFile, ...]:
         try:
           # Nobody chose these files, so one that is not text is left out and not refused.
           _decode(path.read_bytes(), path)
-        except ValueError as error:
-          logging.info('Left out of the standard library: %s', error)
+        except UserError as error:
+          logging.info('leaving a file of the standard library out: %s', error)
         else:
           files.append(TextFile(path.relative_to(root).as_posix(), path))
   if not files:

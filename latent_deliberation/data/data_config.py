@@ -105,7 +105,7 @@ class DataConfig:
     for key, sources in KEYS_OF_SOURCES.items():
       value, default = getattr(self, key), {} if key == 'options' else getattr(DataConfig, key)
       if self.source in sources and key in NEEDED_KEYS and not value:
-        raise UserError(f'source = {self.source!r} needs {key}, which is empty')
+        raise UserError(f'source = {self.source!r} needs {key}, which is empty: give it')
       if self.source not in sources and value != default:
         raise UserError(
             f'{key} = {value!r} has no meaning for source = {self.source!r}: leave it at '
@@ -137,9 +137,9 @@ class DataConfig:
     for key, (low, high) in bounds.items():
       value = getattr(self, key)
       if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f'{key} = {value!r} is not an integer')
+        raise UserError(f'{key} = {value!r}: it must be an integer')
       if not low <= value <= high:
-        raise UserError(f'{key} = {value}: it must lie between {low} and {high}')
+        raise UserError(f'{key} = {value}: it must be between {low} and {high}')
     if 0 < self.max_tokens < self.length:
       raise UserError(f'max_tokens = {self.max_tokens} is less than one row of length = '
                       f'{self.length} tokens: raise it, or set 0 for every document')

@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 
 from latent_deliberation.array_types import Batch
 from latent_deliberation.data.data_config import BYTE_VOCABULARY_SIZE, DataConfig
-from latent_deliberation.data.rows import PackedRows, PermutedBatches, permutation
+from latent_deliberation.data.rows import Batches, PackedRows, PermutedBatches, permutation
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
@@ -24,18 +24,19 @@ from latent_deliberation.files import make_writable
 from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.paths import ROWS, VOCABULARY_FILE
 from latent_deliberation.sharding import rows_of_process
-from latent_deliberation.training.checkpointer import Batches
 
 VALIDATION_ORDER = 0  # seed of the order of validation rows, the same for every experiment
 
 
-def prepare_data(config: DataConfig, vocab_size: int, directory: Path) -> None:
-  """Makes vocabulary and packed rows in `directory`, or checks those that are there.
+def prepare_data(config: DataConfig, vocab_size: int, prepared_dir: Path) -> None:
+  """Makes vocabulary and packed rows in `prepared_dir`, or checks those that are there.
 
   Without seqio, existing rows are used unchecked. Process 0 works, the others wait.
 
   Args:
+    config: text, vocabulary and rows.
     vocab_size: number of embeddings of the decoder, which bounds the vocabulary.
+    prepared_dir: directory of prepared data.
 
   Raises:
     UserError: there are no rows, and seqio is not installed.
@@ -44,19 +45,20 @@ def prepare_data(config: DataConfig, vocab_size: int, directory: Path) -> None:
   check_pieces(config, vocab_size)
   # A training machine may lack seqio, and then needs rows that were copied to it.
   if importlib.util.find_spec('seqio') is None:
-    if not (directory / ROWS).is_dir():
+    if not (prepared_dir / ROWS).is_dir():
       raise UserError(
-          f'{directory / ROWS} does not exist, and seqio is not installed to make it: prepare the '
-          'data on another machine and copy the directory here')
+          f'{prepared_dir / ROWS} does not exist, and seqio is not installed to make it: prepare '
+          'the data on another machine and copy the directory here')
   else:
-    run_on_process_zero(f'prepare the data in {directory}', lambda: _prepare(config, directory))
+    run_on_process_zero(f'prepare the data in {prepared_dir}',
+                        lambda: _prepare(config, prepared_dir))
 
 
-def _prepare(config: DataConfig, directory: Path) -> None:
+def _prepare(config: DataConfig, prepared_dir: Path) -> None:
   from latent_deliberation.data.packing import prepare  # imports TensorFlow, which not all have
-  if not (directory / ROWS).is_dir():  # a directory with rows may be read-only
-    make_writable(directory)
-  prepare(config, directory)
+  if not (prepared_dir / ROWS).is_dir():  # a directory with rows may be read-only
+    make_writable(prepared_dir)
+  prepare(config, prepared_dir)
 
 
 def check_pieces(data: DataConfig, vocab_size: int) -> None:
@@ -83,8 +85,8 @@ def check_pieces(data: DataConfig, vocab_size: int) -> None:
         f'{vocab_size}: use the vocabulary that the decoder was trained with, or another decoder')
   # A decoder may have some more embeddings than pieces, for padding, but hardly twice as many.
   if data.vocabulary_path and pieces < vocab_size // 2:
-    logging.warning('%s has %d pieces, the decoder %d embeddings. Check that the decoder was '
-                    'trained with this tokenizer.', origin, pieces, vocab_size)
+    logging.warning('%s has %d pieces, the decoder %d embeddings: check that the decoder was '
+                    'trained with this tokenizer', origin, pieces, vocab_size)
 
 
 def _count_pieces(path: Path) -> int:
@@ -95,54 +97,59 @@ def _count_pieces(path: Path) -> int:
         f'{path} is not a SentencePiece model: give another data.vocabulary_path') from error
 
 
-def check_known_vocabulary(data: DataConfig, directory: Path, decoder: Checkpoint) -> None:
+def check_known_vocabulary(data: DataConfig, prepared_dir: Path,
+                           checkpoint: Checkpoint) -> None:
   """Raises UserError if a new vocabulary would be trained for a decoder that has one already."""
   # Fine if the decoder names its vocabulary, or if no new one would be trained.
-  if (decoder.vocabulary or data.source == 'mixture' or data.vocabulary == 'byte'
-      or data.vocabulary_path or (directory / VOCABULARY_FILE).exists()):
+  if (checkpoint.vocabulary_hash or data.source == 'mixture' or data.vocabulary == 'byte'
+      or data.vocabulary_path or (prepared_dir / VOCABULARY_FILE).exists()):
     return
   raise UserError(
-      f'{decoder.directory} does not name the vocabulary that it was trained with, and cannot use '
-      'a new one. Give its tokenizer: set data.vocabulary_path, or give the directory as in '
+      f'{checkpoint.directory} does not name the vocabulary that it was trained with, and cannot '
+      'use a new one. Give its tokenizer: set data.vocabulary_path, or give the directory as in '
       '--config=configs/gemma2_2b.py:DIRECTORY, which takes the tokenizer.model there')
 
 
-def open_rows(directory: Path, split: str, *, length: int, vocab_size: int) -> PackedRows:
+def open_rows(prepared_dir: Path, split: str, *, length: int, vocab_size: int) -> PackedRows:
   """Opens the packed rows of a split.
 
   Args:
+    prepared_dir: directory of prepared data.
+    split: 'train' or 'validation'.
     length: T, tokens that a row must have.
     vocab_size: number of embeddings of the decoder.
 
   Raises:
     UserError: rows have another length, or more ids than the decoder has embeddings.
   """
-  rows = PackedRows(directory / ROWS / split)
+  rows = PackedRows(prepared_dir / ROWS / split)
   if rows.vocabulary_size > vocab_size:
     raise UserError(
-        f'the rows in {directory} have a vocabulary of {rows.vocabulary_size} pieces, the decoder '
-        f'has {vocab_size} embeddings: set decoder.vocab_size to at least {rows.vocabulary_size}, '
-        'or use the vocabulary that the decoder was trained with')
+        f'the rows in {prepared_dir} have a vocabulary of {rows.vocabulary_size} pieces, the '
+        f'decoder has {vocab_size} embeddings: set decoder.vocab_size to at least '
+        f'{rows.vocabulary_size}, or use the vocabulary that the decoder was trained with')
   if rows.length != length:
-    raise UserError(f'the rows in {directory} have {rows.length} tokens, data.length is '
+    raise UserError(f'the rows in {prepared_dir} have {rows.length} tokens, data.length is '
                     f'{length}: prepare the data in another directory')
   return rows
 
 
-def check_vocabulary(rows: PackedRows, decoder: Checkpoint) -> None:
+def check_rows_vocabulary(rows: PackedRows, checkpoint: Checkpoint) -> None:
   """Raises UserError if the rows were made with another vocabulary than the decoder's."""
   found = rows.manifest.recipe.vocabulary_hash
-  if decoder.vocabulary and found != decoder.vocabulary:
+  if checkpoint.vocabulary_hash and found != checkpoint.vocabulary_hash:
     raise UserError(
         f'the rows were made with the vocabulary {found}, the decoder was trained with '
-        f'{decoder.vocabulary}: prepare the text with the vocabulary.model of the decoder '
+        f'{checkpoint.vocabulary_hash}: prepare the text with the vocabulary.model of the decoder '
         '(data.vocabulary_path), in another directory')
 
 
-def open_batches(experiment: Experiment, directory: Path, section: str, mesh: Mesh) -> Batches:
+def open_batches(experiment: Experiment, prepared_dir: Path, section: str, mesh: Mesh) -> Batches:
   """Returns endless training batches of this process, packed or online as data.mode says.
 
   Args:
+    experiment: the whole configuration.
+    prepared_dir: directory of prepared data.
     section: 'pretraining' or 'training': section with the batch size and the range of rows. The two
       have different orders, so that a coprocessor does not begin with the rows that its decoder
       began with.
@@ -153,9 +160,9 @@ def open_batches(experiment: Experiment, directory: Path, section: str, mesh: Me
   seed = 2 * experiment.seed + ('pretraining', 'training').index(section)
   if experiment.data.mode == 'online':
     from latent_deliberation.data.online import OnlineBatches  # imports TensorFlow
-    return OnlineBatches(experiment.data, directory, settings.batch_size, seed,
+    return OnlineBatches(experiment.data, prepared_dir, settings.batch_size, seed,
                          jax.process_index(), jax.process_count())
-  rows = open_rows(directory, 'train', length=experiment.data.length,
+  rows = open_rows(prepared_dir, 'train', length=experiment.data.length,
                    vocab_size=experiment.decoder.vocab_size)
   return PermutedBatches(rows, settings.batch_size, seed,
                          rows_of_process(settings.batch_size, mesh, experiment.rules),

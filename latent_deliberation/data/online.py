@@ -1,9 +1,9 @@
 """Batches straight from a seqio stream, for corpora that are too large to pack first.
 
-Each host takes its share of the documents before packing, as seqio does. Global batches therefore
-depend on the number of hosts, and a resumed run must have the same number. On another mesh a run
-reads the same texts at other places of the batch. Packed rows have neither limit: prefer them where
-the disk has room.
+Each process takes its share of the documents before packing, as seqio does. Global batches
+therefore depend on the number of processes, and a resumed run must have the same number. On another
+mesh a run reads the same texts at other places of the batch. Packed rows have neither limit: prefer
+them where the disk has room.
 """
 
 import json
@@ -19,7 +19,7 @@ from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.packing import check_segments, fill_rows
 from latent_deliberation.data.rows import fingerprint_of, positions_in_segments, segments_from_bos
 from latent_deliberation.data.tasks import Documents
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, differences
 from latent_deliberation.files import write_whole
 
 GROUP_DOCUMENTS = 128  # packed together; only the last row of a group has much padding
@@ -27,27 +27,27 @@ SHUFFLED_ROWS = 512  # enough to separate the rows of one document; most of a sa
 
 
 class OnlineBatches:
-  """This host's shares of an endless stream of packed batches of the training split.
+  """This process's shares of an endless stream of packed batches of the training split.
 
   Args:
     config: source, vocabulary and length of the rows.
-    workdir: directory of the vocabulary; on several hosts `prepare` must run first.
+    prepared_dir: directory of the vocabulary; with several processes `prepare` must run first.
     batch_size: B, rows of a global batch.
     seed: seed of the order of documents, 0 to 2**31 - 2.
-    process_index: number of this host.
-    process_count: number of hosts.
+    process_index: number of this process.
+    process_count: number of processes.
 
   Attributes:
-    fingerprint: hash of everything that determines the stream, except for the hosts.
+    fingerprint: hash of everything that determines the stream, except for the processes.
 
   Raises:
-    UserError: hosts cannot have equal shares of a batch; see also `Documents.open`.
+    UserError: processes cannot have equal shares of a batch; see also `Documents.open`.
   """
 
-  def __init__(self, config: DataConfig, workdir: Path, batch_size: int, seed: int,
+  def __init__(self, config: DataConfig, prepared_dir: Path, batch_size: int, seed: int,
                process_index: int = 0, process_count: int = 1):
     share = _share(batch_size, process_index, process_count)
-    documents = Documents.open(config, Path(workdir))
+    documents = Documents.open(config, Path(prepared_dir))
     recipe = documents.recipe(config, 'train')
     # A restored tf.data iterator checks nothing. With another batch size it hangs or ends, and it
     # ignores another seed. So everything that determines the stream is compared first.
@@ -57,7 +57,7 @@ class OnlineBatches:
         'batch_size': batch_size, 'seed': seed,
         'tensorflow': tf.__version__, 'seqio': seqio.__version__}
     self.fingerprint = fingerprint_of(self._identity)
-    # Not in the fingerprint: `restore` compares the number of hosts, and its message names both.
+    # Not in the fingerprint: `restore` compares the number of processes and names both.
     self._identity |= {'process_count': process_count, 'process_index': process_index}
     shard = seqio.ShardInfo(process_index, process_count) if process_count > 1 else None
     self._bos_id = documents.vocabulary.bos_id
@@ -70,17 +70,19 @@ class OnlineBatches:
     """Returns the next batch, numpy int32 [B / process_count, T].
 
     Raises:
-      UserError: `step` is not the one after the last, or the stream has no document.
+      ValueError: `step` is not the one after the last.
+      UserError: the stream has no document.
       UserError: a document holds the padding id, or BOS after its beginning.
     """
     if step != self._next_step:
-      raise UserError(f'step = {step}, but the stream is at {self._next_step} and only goes '
-                      'forward: restore a saved state, or use packed rows')
+      raise ValueError(f'step = {step}, but the stream is at {self._next_step} and only goes '
+                       'forward: restore a saved state')
     try:
       # The stream raises TensorFlow's errors for documents that `_frame` refuses.
       tokens, intended = (part.numpy() for part in next(self._iterator))
     except StopIteration:
-      raise UserError(f"{self._identity['task']} has no document in split 'train'") from None
+      raise UserError(f"{self._identity['task']} has no document in split 'train': give "
+                      'more documents, or change validation_percent') from None
     except tf.errors.InvalidArgumentError as error:
       raise UserError(error.message) from error
     # The model reads segments from BOS, which must give what packing meant.
@@ -90,14 +92,14 @@ class OnlineBatches:
     return Batch(tokens=tokens, segments=segments, positions=positions_in_segments(segments))
 
   def save(self, directory: Path, step: int) -> None:
-    """Writes this host's state, after which `step` comes next, completely or not at all.
+    """Writes this process's state, after which `step` comes next, completely or not at all.
 
     Raises:
-      UserError: the stream is at another step, or `directory` holds this step of another stream.
+      ValueError: the stream is at another step.
+      UserError: `directory` holds this step of another stream.
     """
     if step != self._next_step:
-      raise UserError(f'step = {step} cannot be saved, the stream is at {self._next_step}: save '
-                      'before you take the next batch')
+      raise ValueError(f'step = {step} cannot be saved, the stream is at {self._next_step}')
     # The folder gets its name when it is complete.
     final = _state_directory(directory, step, self._identity['process_index'])
     if final.exists():
@@ -114,10 +116,10 @@ class OnlineBatches:
     """Goes to the saved state after which `step` comes next.
 
     Raises:
-      UserError: no state was saved for the step and this host.
+      UserError: no state was saved for the step and this process.
       UserError: the state is of another stream; the message names what differs.
     """
-    # This host may have no state because there were fewer hosts. The first host's state says so.
+    # This process may have no state because there were fewer. The state of process 0 says so.
     _check_state(_state_directory(directory, step, 0) / 'state.json',
                 self._identity | {'process_index': 0}, step)
     final = _state_directory(directory, step, self._identity['process_index'])
@@ -146,21 +148,21 @@ def _check_state(path: Path, identity: dict[str, Any], step: int) -> None:
   except ValueError as error:
     raise UserError(f'{path} is not a data state ({error}): resume from another step') from error
   expected = json.loads(_state_to_json(identity, step))
-  different = [f'{key}: saved {saved.get(key)!r}, now {value!r}'
-               for key, value in expected.items() if saved.get(key) != value]
-  if different:
-    raise UserError(f'{path} is of another stream ({"; ".join(different)}): resume with the saved '
-                    'settings, or start in an empty work directory')
+  # Keys that only the saved state has are ignored.
+  lines = differences({key: saved[key] for key in expected if key in saved}, expected)
+  if lines:
+    raise UserError('\n'.join([
+        f'{path} is of another stream:', *lines,
+        'Resume with the saved settings, or start in an empty work directory.']))
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> int:
-  """Returns the number of rows of a global batch that each host reads."""
+  """Returns the number of rows of a global batch that each process reads."""
   if batch_size < 1 or batch_size % process_count:
-    raise UserError(f'batch_size = {batch_size} cannot be divided among {process_count} hosts: '
+    raise UserError(f'batch_size = {batch_size} cannot be divided among {process_count} processes: '
                     f'choose a multiple of {process_count}')
   if not 0 <= process_index < process_count:
-    raise UserError(f'process_index = {process_index}: give 0 to {process_count - 1}, since there '
-                    f'are {process_count} hosts')
+    raise ValueError(f'process_index = {process_index}: it must be 0 to {process_count - 1}')
   return batch_size // process_count
 
 

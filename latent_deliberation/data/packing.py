@@ -28,7 +28,7 @@ from latent_deliberation.data.rows import (
 from latent_deliberation.data.sources import SPLITS
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import bytes_per_token
-from latent_deliberation.errors import MissingError, UserError
+from latent_deliberation.errors import MissingError, UserError, differences
 from latent_deliberation.files import write_whole
 from latent_deliberation.paths import ROWS
 from latent_deliberation.progress import Progress
@@ -38,33 +38,33 @@ KNOWN_BY_CONFIG = ('length', 'seed', 'max_tokens')
 TOKENS_PER_FILE = 1 << 24  # 32 to 64 MB a file; packing needs about 200 MB of memory
 
 
-def prepare(config: DataConfig, workdir: Path) -> Path:
+def prepare(config: DataConfig, prepared_dir: Path) -> Path:
   """Makes the vocabulary and the packed rows of a configuration, or checks those that are there.
 
-  They are <workdir>/vocabulary.model and the folders <workdir>/rows/train and /validation, each of
-  which `PackedRows` opens. Mode 'online' packs only validation. On several hosts that share the
-  directory, one of them calls this.
+  They are <prepared_dir>/vocabulary.model and the folders <prepared_dir>/rows/train and
+  /validation, each of which `PackedRows` opens. Mode 'online' packs only validation. Of several
+  processes that share the directory, one calls this.
 
   Rows may be there while their source is missing, for instance on the hosts of a pod that they were
   copied to. They are then checked against the configuration alone.
 
-  Returns: <workdir>/rows.
+  Returns: <prepared_dir>/rows.
 
   Raises:
     UserError: the rows were made from something else; each difference is named.
     UserError: see `Documents.open` and `pack`.
   """
-  workdir = Path(workdir)
-  directory = workdir / ROWS
+  prepared_dir = Path(prepared_dir)
+  directory = prepared_dir / ROWS
   try:
-    documents = Documents.open(config, workdir)
+    documents = Documents.open(config, prepared_dir)
   except MissingError as missing:
     if config.mode != 'packed' or not all((directory / split).exists() for split in SPLITS):
       raise
     # Compare what the configuration alone determines.
     for split in SPLITS:
       _check_recipe(directory / split, {key: getattr(config, key) for key in KNOWN_BY_CONFIG})
-    logging.warning('%s. The rows in %s are complete and are used as they are.', missing, directory)
+    logging.warning('%s. The rows in %s are complete and are used as they are', missing, directory)
     return directory
   recipes = [documents.recipe(config, split)
              for split in (SPLITS if config.mode == 'packed' else ('validation',))]
@@ -81,12 +81,11 @@ def prepare(config: DataConfig, workdir: Path) -> Path:
 def _check_recipe(directory: Path, expected: Mapping[str, Any]) -> None:
   """Raises UserError where rows were packed from other values than these fields of a Recipe."""
   found = PackedRows(directory).manifest.recipe
-  # Name every field that differs.
-  different = [f'{key}: packed {getattr(found, key)!r}, configured {value!r}'
-               for key, value in expected.items() if getattr(found, key) != value]
-  if different:
-    raise UserError(f'{directory} was packed from something else ({"; ".join(different)}): use '
-                    'another work directory, or delete this folder to pack again')
+  lines = differences({key: getattr(found, key) for key in expected}, expected)
+  if lines:
+    raise UserError('\n'.join([
+        f'{directory} was packed from something else:', *lines,
+        'Use another directory, or delete this folder to pack again.']))
 
 
 def pack(documents: Documents, recipe: Recipe, directory: Path,
@@ -107,7 +106,7 @@ def pack(documents: Documents, recipe: Recipe, directory: Path,
   if final.exists():
     raise UserError(f'{final} exists already: delete it to pack again')
   if partial.exists():
-    logging.warning('Removing %s, which an earlier run did not finish.', partial)
+    logging.warning('removing %s, which an earlier run did not finish', partial)
     shutil.rmtree(partial)
   # The folder gets its name when it is complete, so that no reader finds a part of it.
   partial.mkdir(parents=True)
@@ -119,7 +118,7 @@ def pack(documents: Documents, recipe: Recipe, directory: Path,
   except BaseException:
     shutil.rmtree(partial)
     raise
-  logging.info('Packed %s: %d documents, %d tokens, %d rows of %d, %.2f bytes of text a token.',
+  logging.info('packed %s: %d documents, %d tokens, %d rows of %d, %.2f bytes of text a token',
                recipe.split, manifest.documents, manifest.tokens, manifest.rows, recipe.length,
                manifest.text_bytes / manifest.tokens)
   return final
@@ -147,7 +146,7 @@ def _write_rows(documents: Documents, recipe: Recipe, directory: Path,
   rows = itertools.islice(fill_rows(count(iterate(stream)), recipe.length, bos_id), limit)
   files = RowFiles(directory, recipe, bos_id, bytes_per_token(documents.vocabulary))
   total = None if is_mixture else provider.num_input_examples(recipe.split)
-  progress = Progress(f'Packing {recipe.split}', 'rows' if limit else 'documents', limit or total)
+  progress = Progress(f'packing {recipe.split}', 'rows' if limit else 'documents', limit or total)
   # Rows are collected until they fill a file, which bounds the memory.
   rows_per_file, chunk = max(1, tokens_per_file // recipe.length), []
   for number, row in enumerate(rows, 1):
@@ -171,7 +170,7 @@ def fill_rows(documents: Iterable[np.ndarray], length: int,
               bos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields rows (tokens, segments), int32 [T] each, from documents in the given order.
 
-  A document that does not fit goes on in the next row, again after a BOS. A row ends with padding
+  A document that does not fit continues in the next row, again after a BOS. A row ends with padding
   only if one place is left, which BOS would fill alone, or if there are no more documents.
 
   Args:

@@ -5,7 +5,7 @@ are plain .npy: a memory map reads any row at once and needs only numpy. Every d
 begins with BOS and padding is id 0, so segments and positions follow from the tokens.
 
 Row k of a training run is permutation(seed, k // N)[k % N]. The order is a formula, so a resumed
-run reads no saved position, and the number of hosts does not matter.
+run reads no saved position, and the number of processes does not matter.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -222,6 +222,27 @@ def check_row_range(row_range_percent: Sequence[int]) -> tuple[int, int]:
   return given
 
 
+class Batches(Protocol):
+  """An endless stream that can be restored. The batch of step s is the input of update s + 1.
+
+  Attributes:
+    fingerprint: identifies the rows and their order.
+  """
+  fingerprint: str
+
+  def __call__(self, step: int) -> Batch:
+    """Returns this process's rows of the global batch for `step` = 0, 1, ..., as numpy arrays."""
+
+  def save(self, directory: Path, step: int) -> None:
+    """Writes into `directory` everything that the batch of `step` needs.
+
+    Every process calls this with the same directory, which exists and was empty.
+    """
+
+  def restore(self, directory: Path, step: int) -> None:
+    """Makes `step` the next batch. Raises UserError when `directory` is of another stream."""
+
+
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
   """Returns the order of `size` rows in an epoch, int64 [size]."""
@@ -234,25 +255,26 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 class PermutedBatches:
   """An endless sequence of global batches, or of some rows of each.
 
-  The global batch of a step is fixed before hosts take their rows of it. A step therefore gives the
-  same global batch on any number of hosts. Every epoch holds each row once. A batch may span
-  epochs.
+  The global batch of a step is fixed before processes take their rows of it. A step therefore
+  gives the same global batch on any number of processes. Every epoch holds each row once. A batch
+  may span epochs.
 
   Args:
     rows: N packed rows.
     batch_size: B, rows of a global batch; may exceed N.
     seed: seed of the order, 0 to 2**32 - 1.
-    mine: places in the global batch that this host reads, int [n]; all by default.
+    own_rows: places in the global batch that this process reads, int [n]; all by default.
     row_range_percent: range of the rows to use, in percent, from and to, in the order of packing.
 
   Attributes:
-    fingerprint: hash of rows, batch size, seed and range; the same on every host.
+    fingerprint: hash of rows, batch size, seed and range; the same on every process.
 
   Raises:
     UserError: the batch is empty, or the range holds no row; see also `check_row_range`.
   """
 
-  def __init__(self, rows: PackedRows, batch_size: int, seed: int, mine: np.ndarray | None = None,
+  def __init__(self, rows: PackedRows, batch_size: int, seed: int,
+               own_rows: np.ndarray | None = None,
                row_range_percent: tuple[int, int] = ALL_ROWS):
     if batch_size < 1:
       raise UserError(f'batch_size = {batch_size}: it must be at least 1')
@@ -263,7 +285,7 @@ class PermutedBatches:
       raise UserError(f'row_range_percent = {(low, high)} of {len(rows)} packed rows holds no row: '
                       'pack more text, or widen the range')
     self._rows, self._batch_size, self._seed = rows, batch_size, seed
-    self._mine = np.arange(batch_size) if mine is None else mine
+    self._own_rows = np.arange(batch_size) if own_rows is None else own_rows
     self._first, self._size = first, last - first
     identity = {'rows': rows.fingerprint, 'batch_size': batch_size, 'seed': seed}
     if self._size < len(rows):
@@ -271,9 +293,9 @@ class PermutedBatches:
     self.fingerprint = fingerprint_of(identity)
 
   def __call__(self, step: int) -> Batch:
-    """Returns this host's rows of the global batch of a step, numpy int32 [n, T]."""
+    """Returns this process's rows of the global batch of a step, numpy int32 [n, T]."""
     # Rows are numbered through all epochs: row k is place k % N of epoch k // N.
-    numbers = step * self._batch_size + self._mine
+    numbers = step * self._batch_size + self._own_rows
     epochs, places = np.divmod(numbers, self._size)
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):

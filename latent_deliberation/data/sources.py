@@ -5,7 +5,7 @@ How to add a source of text:
   2. Name it in CORPORA, and add its name to SOURCES in data_config.py.
   3. If it reads keys of DataConfig that only some sources read, such as `files`, add it to
      KEYS_OF_SOURCES in data_config.py.
-Splitting, shuffling, sharding among hosts, packing and resuming then work as for every source.
+Splitting, shuffling, sharding among processes, packing and resuming then work as for every source.
 A seqio task or mixture needs no code here: register it, and set source = 'mixture'.
 """
 
@@ -56,9 +56,9 @@ class Corpus(Protocol):
 class CorpusSource(seqio.DataSource):
   """A corpus as a seqio data source, with examples {text_key: string}.
 
-  It shuffles all documents anew each epoch. It shards by document, and a host reads only its own
-  documents. With seqio's FunctionDataSource every host would read all of them. Its iterators can be
-  checkpointed, since documents are read by number and not from a Python generator.
+  It shuffles all documents anew each epoch. It shards by document, and a process reads only its
+  own documents. With seqio's FunctionDataSource every process would read all of them. Its iterators
+  can be checkpointed, since documents are read by number and not from a Python generator.
   """
 
   def __init__(self, corpus: Corpus):
@@ -82,8 +82,8 @@ class CorpusSource(seqio.DataSource):
     if shard_info:
       if len(numbers) < shard_info.num_shards:
         raise UserError(f'split {split!r} has {len(numbers)} documents for '
-                        f'{shard_info.num_shards} hosts: use fewer hosts, or packed rows')
-      # This host reads every n-th document.
+                        f'{shard_info.num_shards} processes: use fewer processes, or packed rows')
+      # This process reads every n-th document.
       numbers = numbers[shard_info.index::shard_info.num_shards]
     dataset = tf.data.Dataset.from_tensor_slices(numbers)
     if shuffle:
@@ -104,10 +104,11 @@ def build_source(config: DataConfig) -> seqio.DataSource:
   """Returns the documents of a configuration. A mixture brings its own sources.
 
   Raises:
-    UserError: the source is a mixture; see also the functions in CORPORA, and `_open_tfds`.
+    ValueError: the source is a mixture.
+    UserError: see the functions in CORPORA, and `_open_tfds`.
   """
   if config.source == 'mixture':
-    raise UserError(f'the mixture {config.name!r} brings its own sources: take it from its task')
+    raise ValueError(f'the mixture {config.name!r} brings its own sources: take it from its task')
   if config.source == 'tfds':
     return _open_tfds(config)
   module, _, function = CORPORA[config.source].partition(':')

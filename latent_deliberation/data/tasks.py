@@ -56,8 +56,8 @@ class Documents:
   source_fingerprint: str
 
   @classmethod
-  def open(cls, config: DataConfig, workdir: Path) -> 'Documents':
-    """Opens the source, then trains or loads the vocabulary in the work directory.
+  def open(cls, config: DataConfig, prepared_dir: Path) -> 'Documents':
+    """Opens the source, then trains or loads the vocabulary in `prepared_dir`.
 
     Raises:
       UserError: no such mixture is registered, or it lacks targets or a split.
@@ -67,7 +67,7 @@ class Documents:
       return cls._of_mixture(config.name)
     source = build_source(config)
     vocabulary = open_vocabulary(
-        config, workdir, lambda: read_texts(source, 'train', config.text_key, config.seed))
+        config, prepared_dir, lambda: read_texts(source, 'train', config.text_key, config.seed))
     return cls(build_task(config, source, vocabulary), vocabulary, source_fingerprint(source))
 
   @classmethod
@@ -113,9 +113,9 @@ class Documents:
     Args:
       split: 'train' or 'validation'.
       seed: seed of the order.
-      shard: this host's share of the documents.
-      repeat: whether to go on forever, with a mixture at its rates. Otherwise every document comes
-        once, and a mixture keeps its rates only until one of its tasks runs out.
+      shard: this process's share of the documents.
+      repeat: whether to continue forever, with a mixture at its rates. Otherwise every document
+        comes once, and a mixture keeps its rates only until one of its tasks runs out.
     """
     # The tasks of a mixture and their rates. A task alone has no rate.
     tasks = [task for task in seqio.get_subtasks(self.provider) if split in task.splits]

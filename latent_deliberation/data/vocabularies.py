@@ -166,25 +166,25 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
         'needs both. Train the vocabulary with --eos_id=1 --bos_id=2, or take another')
 
 
-def open_vocabulary(config: DataConfig, workdir: Path,
+def open_vocabulary(config: DataConfig, prepared_dir: Path,
                     texts: Callable[[], Iterable[str]]) -> Vocabulary:
-  """Opens the vocabulary of a work directory, which keeps a SentencePiece model as its own copy.
+  """Opens the vocabulary of prepared data, which keep their own copy of a SentencePiece model.
 
   A copy that is there is never overwritten.
 
   Args:
     config: kind of the vocabulary, and its path or size.
-    workdir: directory that holds, or will hold, vocabulary.model.
+    prepared_dir: directory that holds, or will hold, vocabulary.model.
     texts: returns the training split; called only if a vocabulary must be trained.
 
   Raises:
-    UserError: the work directory holds another vocabulary than the configuration asks for.
+    UserError: the directory holds another vocabulary than the configuration asks for.
     UserError: see `load_vocabulary` and `train_sentencepiece`.
   """
   if config.vocabulary == 'byte':
     return ByteVocabulary()
-  # The copy in the work directory is the one that is used. What the configuration says is compared.
-  kept = workdir / VOCABULARY_FILE
+  # The copy in the directory is the one that is used. What the configuration says is compared.
+  kept = prepared_dir / VOCABULARY_FILE
   if config.vocabulary_path:
     given = load_vocabulary(Path(config.vocabulary_path).expanduser())
     if not kept.exists():
@@ -193,13 +193,13 @@ def open_vocabulary(config: DataConfig, workdir: Path,
     asked, found = vocabulary_hash(given), vocabulary_hash(vocabulary)
   else:
     if not kept.exists():
-      logging.info('Training a vocabulary of %d pieces.', config.vocabulary_size)
+      logging.info('training a vocabulary of %d pieces', config.vocabulary_size)
       train_sentencepiece(texts(), kept, config.vocabulary_size)
     vocabulary = load_vocabulary(kept)
     asked, found = f'{config.vocabulary_size} pieces', f'{vocabulary.vocab_size} pieces'
   # An old copy may differ from what the configuration asks for now.
   if asked != found:
-    raise UserError(f'{kept} has {found}, the configuration asks for {asked}: use another work '
+    raise UserError(f'{kept} has {found}, the configuration asks for {asked}: use another '
                     'directory, or configure the vocabulary that is there')
   return vocabulary
 

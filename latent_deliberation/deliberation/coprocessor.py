@@ -45,7 +45,7 @@ class Coprocessor:
       self.decoder_config.last(self.config.num_layers)  # raises where the decoder has fewer
 
   @property
-  def layers(self) -> TransformerConfig:
+  def transformer_config(self) -> TransformerConfig:
     """Architecture of the coprocessor itself. Raises UserError where it is too deep."""
     config = self.decoder_config
     return config.last(self.config.num_layers) if self.config.num_layers else config
@@ -56,7 +56,7 @@ class Coprocessor:
     lora = None
     if self.config.trainable == 'lora':
       lora = LowRank(self.config.lora_rank, self.config.lora_alpha)
-    return Transformer(self.layers, lora=lora, remat=self.remat, scan=self.scan,
+    return Transformer(self.transformer_config, lora=lora, remat=self.remat, scan=self.scan,
                        attention=self.attention)
 
   def init(self, key: Array, decoder_params: Params) -> Params:
@@ -135,12 +135,13 @@ class Coprocessor:
   def _last_layers(self, decoder_params: Params) -> Params:
     """The decoder's transformer, with as many of its last layers as the coprocessor has."""
     transformer = decoder_params['transformer']
-    last = jax.tree.map(lambda leaf: leaf[-self.layers.num_layers:], transformer['blocks'])
+    num_layers = self.transformer_config.num_layers
+    last = jax.tree.map(lambda leaf: leaf[-num_layers:], transformer['blocks'])
     return {**transformer, 'blocks': last}
 
   def _read_states(self, variables: PyTree, trunk: Array, cache: KVCache) -> KVCache:
     """A cache of the keys and values that each layer projects from the final hidden states."""
-    block = Block(self.layers, self.transformer.lora)
+    block = Block(self.transformer_config, self.transformer.lora)
     # The trunk is one row of each text. Its keys and values are used, its attention is not.
     positions, segments = cache.positions[:, None], cache.segments[:, None]
     mask_spec = AttentionMaskSpec(segments, jnp.zeros_like(positions[:, :, 0]))
@@ -151,7 +152,7 @@ class Coprocessor:
 
     # Every layer reads the same final states, so no layer waits for another.
     blocks = {name: tree['blocks'] for name, tree in variables.items()}
-    fresh = jax.vmap(read)(blocks, layer_traits(self.layers))
+    fresh = jax.vmap(read)(blocks, layer_traits(self.transformer_config))
     return KVCache.empty(fresh).append(fresh, positions, segments)
 
   @typed

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from latent_deliberation.array_types import Params, PyTree
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, differences
 from latent_deliberation.files import explain_failed_write, whole_directory
 from latent_deliberation.model.checkpoints.safetensors_io import (
   FILE_BYTES,
@@ -51,14 +51,14 @@ class Description:
     decoder_config: architecture of its decoder.
     config: how its latents are made, and what was trained.
     decoder_fingerprint: fingerprint of its decoder's weights as stored.
-    vocabulary: hash of the vocabulary of the training text.
+    vocabulary_hash: hash of the vocabulary of the training text.
     steps: number of updates that it was trained for.
     frozen_dtype: dtype of the decoder's weights during training; '' where it is not known.
   """
   decoder_config: TransformerConfig
   config: DeliberationConfig
   decoder_fingerprint: str
-  vocabulary: str
+  vocabulary_hash: str
   steps: int
   frozen_dtype: str = dataclasses.field(default='', kw_only=True)
 
@@ -84,7 +84,7 @@ def write_description(directory: Path, description: Description, params_fingerpr
   content = {
       'format': _FORMAT, 'fingerprint': params_fingerprint,
       'decoder': description.decoder_fingerprint,
-      'vocabulary': description.vocabulary, 'steps': description.steps,
+      'vocabulary': description.vocabulary_hash, 'steps': description.steps,
       'frozen_dtype': description.frozen_dtype,
       'config': dataclasses.asdict(description.config),
       'model': dataclasses.asdict(description.decoder_config)}
@@ -142,7 +142,7 @@ def compare_frozen_dtype(description: Description, dtype: str) -> None:
   if trained and (trained == 'int8') != (dtype == 'int8'):
     logging.warning(
         'the coprocessor was trained on frozen weights in %s and now reads weights in %s: it '
-        'works, but hidden states differ slightly. Train it on weights in %s for exact results.',
+        'works, but hidden states differ slightly; train it on weights in %s for exact results',
         trained, dtype, dtype)
 
 
@@ -159,16 +159,15 @@ def save(directory: str | Path, checkpoint: CoprocessorCheckpoint,
 
   Raises:
     UserError: `directory` exists already, or cannot be written.
-    UserError: the parameters are not those that the configs describe.
+    ValueError: the parameters are not those that the configs describe.
   """
   # The parameters must be those that `load` will expect.
   flat = traverse_util.flatten_dict(checkpoint.params, sep='/')
   given = {path: leaf.shape for path, leaf in flat.items()}
   lines = shape_differences(given, _shapes(_boxed_shapes(checkpoint)))
   if lines:
-    raise UserError('\n'.join([
-        'the parameters are not those that `config` and `decoder_config` describe:', *lines,
-        'Give the configs that the coprocessor was trained with.']))
+    raise ValueError('\n'.join([
+        'the parameters are not those that `config` and `decoder_config` describe:', *lines]))
   with whole_directory(Path(directory)) as partial, explain_failed_write(Path(directory)):
     write_tensors(partial, _STEM, {path: leaf.nbytes for path, leaf in flat.items()},
                   ((path, gather(leaf)) for path, leaf in flat.items()), file_bytes)
@@ -260,7 +259,8 @@ def locate_coprocessor(directory: Path) -> Path:
 
 
 def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
-                     config: DeliberationConfig, steps: int, vocabulary: str) -> Path:
+                     config: DeliberationConfig, steps: int,
+                     vocabulary_hash: str) -> Path:
   """Locates a trained coprocessor and checks that it is the expected one. Reads no parameters.
 
   Args:
@@ -268,7 +268,7 @@ def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
     decoder_config: expected architecture of its decoder.
     config: expected config of its latents.
     steps: expected number of updates.
-    vocabulary: hash of the vocabulary of the text that it will read.
+    vocabulary_hash: hash of the vocabulary of the text that it will read.
 
   Raises:
     UserError: there is no checkpoint, or a damaged one.
@@ -277,25 +277,23 @@ def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
   found = locate_coprocessor(directory)
   description = describe(found)
   # Steps count too: with the same config, a control may have been trained for longer.
-  lines = []
-  if description.steps != steps:
-    lines = [f'  config.training.loop.num_steps: {description.steps} saved, {steps} now']
+  lines = differences({'num_steps': description.steps}, {'num_steps': steps},
+                      'config.training.loop.')
   # Both configs, key by key, but for keys that these choices do not use.
   for section, saved, current in (('decoder', description.decoder_config, decoder_config),
                                   ('deliberation', description.config, config)):
-    saved, current = dataclasses.asdict(saved), dataclasses.asdict(current)
-    lines += [f'  config.{section}.{key}: {saved[key]!r} saved, {current[key]!r} now'
-              for key in saved
-              if saved[key] != current[key] and key not in config.without_effect]
+    saved, current = ({key: value for key, value in dataclasses.asdict(values).items()
+                       if key not in config.without_effect} for values in (saved, current))
+    lines += differences(saved, current, f'config.{section}.')
   if lines:
     raise UserError('\n'.join([
         f'the coprocessor in {found} has another config:', *lines,
         'Use the config that it was trained with, or name the coprocessor of this config.']))
-  if description.vocabulary != vocabulary:
+  if description.vocabulary_hash != vocabulary_hash:
     raise UserError(
-        f'the coprocessor in {found} was trained with vocabulary {description.vocabulary}, but '
-        f'these rows have vocabulary {vocabulary}: prepare the text in another directory, with '
-        'data.vocabulary_path set to the vocabulary of the training')
+        f'the coprocessor in {found} was trained with vocabulary {description.vocabulary_hash}, '
+        f'but these rows have vocabulary {vocabulary_hash}: prepare the text in another '
+        'directory, with data.vocabulary_path set to the vocabulary of the training')
   return found
 
 

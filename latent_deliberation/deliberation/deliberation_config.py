@@ -28,7 +28,7 @@ class DeliberationConfig:
       'anchored': z_i = embedding of the anchor token + gate * o_i, placed after the anchor.
       'refining': z_i = embedding of trunk token (anchor - Z + i) + gate * o_i, placed where that
       token is. With the gate at zero this is the frozen decoder.
-      The ablations in docs/results say why 'refining' is the default.
+      The ablations in docs/log.md say why 'refining' is the default.
     positions: position ids of latents that are placed after the anchor: 'share' or 'shift'.
       'share' gives every latent the anchor's own position and does not move the ahead tokens.
       'shift' counts on from the anchor and moves the ahead tokens by Z. The paper does not say
@@ -53,7 +53,7 @@ class DeliberationConfig:
     lora_rank: rank of the adapters; unused unless trainable is 'lora'.
     lora_alpha: scale of the adapters: their product is multiplied by lora_alpha / lora_rank.
       None multiplies by 1. Unused unless trainable is 'lora'. With a factor of 16 the adapters
-      learned almost nothing in our studies (docs/results, ranks of adapters).
+      learned almost nothing in our studies (docs/log.md, ranks of adapters).
     max_delay: largest number of ahead tokens that the decoder reads before latents join its cache.
       Training draws a delay for each trace, uniformly from 0 to this. The loss then covers the
       tokens that are predicted with latents in the cache. 0 is no delay, as in the paper.
@@ -94,7 +94,7 @@ class DeliberationConfig:
                       'the decoder has')
     if not 0 <= self.max_delay <= max(self.num_ahead - 2, 0):
       raise UserError(
-          f'max_delay = {self.max_delay}, num_ahead = {self.num_ahead}: max_delay must lie between '
+          f'max_delay = {self.max_delay}, num_ahead = {self.num_ahead}: max_delay must be between '
           '0 and num_ahead - 2, so that an ahead token is left to predict')
 
   def check_trunk(self, length: int) -> None:

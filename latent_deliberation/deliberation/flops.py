@@ -85,7 +85,7 @@ def latents_flops(decoder_config: TransformerConfig, config: DeliberationConfig,
   if config.trainable == 'constant':
     return second
   # The coprocessor's pass, with adapters, and with keys and values if it makes its own.
-  layers = Coprocessor(decoder_config, config).layers
+  layers = Coprocessor(decoder_config, config).transformer_config
   coprocessing = forward_flops(layers, config.num_latents, prompt + 1)
   if config.trainable == 'lora':
     coprocessing += config.num_latents * adapters_flops(layers, config.lora_rank)
@@ -132,7 +132,7 @@ def traces_flops(decoder_config: TransformerConfig, config: DeliberationConfig, 
   # The coprocessor: forward and backward for each trace.
   coprocessing = 0.0
   if config.trainable != 'constant':
-    layers = Coprocessor(decoder_config, config).layers
+    layers = Coprocessor(decoder_config, config).transformer_config
     coprocessing = forward_flops(layers, config.num_latents, length / 2)
     if config.trainable == 'lora':
       adapters = config.num_latents * adapters_flops(layers, config.lora_rank)

@@ -1,4 +1,7 @@
-"""Cross-entropy over a large vocabulary, one slice of the targets at a time, and entropy."""
+"""Cross-entropy over a large vocabulary, one slice of the targets at a time, and entropy.
+
+The losses of training, which call these functions, are in training/objectives.py.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,11 +12,8 @@ from flax import linen as nn
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typed
-from latent_deliberation.model.attention import softcap
+from latent_deliberation.model.attention import SUMMABLE, softcap
 from latent_deliberation.model.layers import Quantised
-
-# Up to this cap the sum of exp over any vocabulary fits float32: exp(60) is 1e26, the limit 3e38.
-SUMMABLE = 60.0
 
 OutputHead = Float[Array, 'V D'] | Quantised
 

@@ -1,4 +1,8 @@
-"""Are the latents alive? Their size, their gate, and how many directions they use."""
+"""Diagnostics of the latents in training: size, gate, and the number of directions in use.
+
+They show whether the latents are alive: other than the embeddings that they start from, and not
+all alike.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -58,17 +62,17 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
 
 
 def _size(x: Array, valid: Array | None = None) -> Array:
-  """Root mean square in float32, over the valid vectors (along the last axis) or over all."""
+  """Returns the root mean square in float32, over valid vectors (along the last axis) or all."""
   where = None if valid is None else valid[..., None]
   return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), where=where))
 
 
 @typed
 def effective_rank(rows: Float[Array, 'R D'], valid: Bool[Array, 'R']) -> Float[Array, '']:
-  """exp of the entropy of the spectrum of the rows' covariance, between 1 and D.
+  """Returns exp(entropy of the spectrum of the rows' covariance), between 1 and D.
 
-  Equal rows have rank 1, and so do rows on a line. Rows that are not valid are left
-  out. (Roy and Vetterli 2007)
+  Equal rows have rank 1, and so do rows on a line. Rows that are not valid are left out. See Roy
+  and Vetterli (2007).
   """
   rows, where = rows.astype(jnp.float32), valid[:, None]
   centred = jnp.where(where, rows - jnp.mean(rows, axis=0, where=where), 0)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Batch, Params
+from latent_deliberation.build import build_deliberator, count_parameters, load_frozen, open_frozen
 from latent_deliberation.data.loading import (
-  check_vocabulary,
+  check_rows_vocabulary,
   open_rows,
   validation_batches,
   validation_texts,
@@ -23,7 +24,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   load_coprocessor,
 )
 from latent_deliberation.evaluation.perplexity import (
-  BASELINE,
+  FROZEN,
   OWN,
   AheadNLL,
   make_scorer,
@@ -33,13 +34,11 @@ from latent_deliberation.evaluation.plots import plot_attention, plot_changes, p
 from latent_deliberation.evaluation.report import Report, summarise, write_report
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable
-from latent_deliberation.models import build_deliberator, count_parameters, load_frozen, open_frozen
 from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.progress import Progress
 from latent_deliberation.provenance import git_commit, peak_memory_bytes
-from latent_deliberation.sharding import make_mesh, place_batch
+from latent_deliberation.sharding import check_batch, make_mesh, place_batch
 from latent_deliberation.training.metrics import read_metrics
-from latent_deliberation.training.run import check_divides
 
 CHANGES, LOSSES, ATTENTION = 'changes.png', 'losses.png', 'visibility.png'
 PICTURES = {
@@ -50,13 +49,13 @@ PICTURES = {
 
 
 def constant_variant(experiment: Experiment) -> Experiment:
-  """The same experiment for the pause-token baseline: trained soft tokens without a coprocessor."""
+  """Returns the experiment of the pause-token control: soft tokens without a coprocessor."""
   deliberation = dataclasses.replace(experiment.deliberation, trainable='constant')
   return dataclasses.replace(experiment, deliberation=deliberation)
 
 
-def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path, data: Path,
-             output: Path, constant_dir: Path | None = None,
+def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path,
+             prepared_dir: Path, output: Path, constant_dir: Path | None = None,
              seconds: Mapping[str, float] | None = None,
              runs: Mapping[str, Path] | None = None) -> dict[str, Any]:
   """Scores all arms on the same traces of held-out text; writes report.json, report.md and PNGs.
@@ -65,12 +64,11 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
     experiment: configuration of the training, with the `evaluation` to do.
     decoder_dir: directory of the frozen decoder.
     coprocessor_dir: work directory of a training, or the coprocessor checkpoint that it wrote.
-    data: directory of prepared data; its text may differ from the text of the training.
+    prepared_dir: directory of prepared data; its text may differ from the text of the training.
     output: directory of the report; created.
-    constant_dir: the same as `coprocessor_dir` for the constant soft tokens; None leaves them out.
-    seconds: wall-clock time of earlier phases, by name, for the report.
-    runs: work directories of the losses to draw, by name. Default: the one that holds the
-      coprocessor checkpoint.
+    constant_dir: like `coprocessor_dir`, for the constant soft tokens; None leaves them out.
+    seconds: wall-clock time of earlier phases by name, for the report.
+    runs: work directories by name, whose losses are drawn. Default: the one of the coprocessor.
 
   Returns: the content of report.json.
 
@@ -80,26 +78,22 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   begun = time.perf_counter()
   # Check everything that can be wrong before the long part, without loading any weights.
   mesh = make_mesh(experiment.mesh)
-  check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
+  check_batch(experiment.evaluation.batch_size, 1, mesh, experiment.rules, 'evaluation')
   make_writable(output)
-  checkpoint = open_frozen(experiment, decoder_dir)
-  held_out = open_held_out(experiment, data, mesh)
-  check_vocabulary(held_out.rows, checkpoint)
+  checkpoint = open_frozen(experiment.decoder, decoder_dir)
+  held_out = open_held_out(experiment, prepared_dir, mesh)
+  check_rows_vocabulary(held_out.rows, checkpoint)
   constant_experiment = constant_variant(experiment)
   coprocessor_dir = find_trained(experiment, coprocessor_dir, held_out.rows)
   if constant_dir:
     constant_dir = find_trained(constant_experiment, constant_dir, held_out.rows)
   curves = _read_losses(runs or {'coprocessor': coprocessor_dir.parent})
 
-  # Load the weights.
-  decoder_params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
-  loading = dict(decoder_fingerprint=decoder_fingerprint, mesh=mesh, rules=experiment.rules,
-                 frozen_dtype=experiment.computation.frozen_dtype)
-  params = load_coprocessor(coprocessor_dir, **loading)
-  soft_tokens = load_coprocessor(constant_dir, **loading) if constant_dir else None
-
   # Score every arm. Constant soft tokens have weights of their own, and so a pass of their own.
-  arms = score_traces(experiment, (BASELINE, OWN, 'shuffled', 'zero'), params, decoder_params,
+  decoder_params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
+  params, soft_tokens = _load_trained(
+      (coprocessor_dir, constant_dir), decoder_fingerprint, experiment, mesh)
+  arms = score_traces(experiment, (FROZEN, OWN, 'shuffled', 'zero'), params, decoder_params,
                       held_out.batches, mesh)
   counts = {'frozen decoder': count_parameters(decoder_params),
             'coprocessor': count_parameters(params)}
@@ -129,6 +123,15 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   return summary
 
 
+def _load_trained(directories: Sequence[Path | None], decoder_fingerprint: str,
+                  experiment: Experiment, mesh: Mesh) -> list[Params | None]:
+  """Loads the coprocessors that were trained on this decoder; None stays None."""
+  return [
+      load_coprocessor(directory, decoder_fingerprint=decoder_fingerprint, mesh=mesh,
+                       rules=experiment.rules, frozen_dtype=experiment.computation.frozen_dtype)
+      if directory else None for directory in directories]
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
   """Held-out text to score arms on.
@@ -143,14 +146,14 @@ class HeldOut:
   texts: np.ndarray
 
 
-def open_held_out(experiment: Experiment, data: Path, mesh: Mesh) -> HeldOut:
+def open_held_out(experiment: Experiment, prepared_dir: Path, mesh: Mesh) -> HeldOut:
   """Reads the amount of held-out text that `experiment.evaluation` names.
 
   Raises:
     UserError: there is less text.
   """
   config = experiment.evaluation
-  rows = open_rows(data, 'validation', length=experiment.data.length,
+  rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
                    vocab_size=experiment.decoder.vocab_size)
   batches = validation_batches(rows, config.num_texts // config.batch_size, config.batch_size,
                                mesh, experiment.rules)
@@ -167,7 +170,7 @@ def find_trained(experiment: Experiment, directory: Path, rows: PackedRows) -> P
   return find_coprocessor(
       directory, decoder_config=experiment.decoder, config=experiment.deliberation,
       steps=experiment.training.loop.num_steps,
-      vocabulary=rows.manifest.recipe.vocabulary_hash)
+      vocabulary_hash=rows.manifest.recipe.vocabulary_hash)
 
 
 def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params,
@@ -183,23 +186,27 @@ def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params,
       num_ahead=experiment.evaluation.num_ahead, loss_chunk=experiment.computation.loss_chunk,
       seed=experiment.seed, mesh=mesh, rules=experiment.rules, delay=experiment.evaluation.delay,
       first_anchor=first_anchor)
-  return score_texts(scorer, params, decoder_params, place_batches(experiment, batches, arms, mesh))
+  placed = place_batches(batches, ', '.join(arms), mesh, experiment.rules)
+  return score_texts(scorer, params, decoder_params, placed)
 
 
-def place_batches(experiment: Experiment, batches: list[Batch], arms: tuple[str, ...],
-                  mesh: Mesh) -> Iterator[Batch]:
-  """Yields the batches on devices, one at a time, and logs progress every ten seconds."""
-  progress = Progress(f'scoring {", ".join(arms)}', 'batches', len(batches))
+def place_batches(batches: list[Batch], arms: str, mesh: Mesh,
+                  rules: Mapping[str, Sequence[str]]) -> Iterator[Batch]:
+  """Yields the batches on devices, one at a time, and logs progress every ten seconds.
+
+  `arms` names the scored arms in the log.
+  """
+  progress = Progress(f'scoring {arms}', 'batches', len(batches))
   for done, batch in enumerate(batches):
     progress.update(done)
-    yield place_batch(batch, mesh, experiment.rules)
+    yield place_batch(batch, mesh, rules)
 
 
 def _read_losses(runs: Mapping[str, Path]) -> dict[str, dict[str, tuple[list, list]]]:
-  """Training and validation losses of each run that logged any, as (steps, values)."""
+  """Returns training and validation losses, as (steps, values), of each run that logged any."""
   curves = {}
   for name, workdir in runs.items():
-    if not (workdir / METRICS_FILE).exists():  # the checkpoint was moved away from its run
+    if not (workdir / METRICS_FILE).exists():  # the checkpoint was moved out of its run
       continue
     rows = read_metrics(workdir / METRICS_FILE)
     curves[name] = {

@@ -1,4 +1,4 @@
-"""When is deliberation worth its cost? A gate decides, before the coprocessor runs.
+"""Fits gates, which say where latents are worth their cost before the coprocessor runs.
 
 A gate gives every place in a text a score, from what the plain decoder knows there. A budget is a
 fraction of all places; those with the highest scores are augmented. The gain of a place is the fall
@@ -18,27 +18,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from safetensors.numpy import save
 
 from latent_deliberation.array_types import Array, Batch, Params
-from latent_deliberation.data.loading import check_vocabulary
+from latent_deliberation.build import build_deliberator, load_frozen, open_frozen
+from latent_deliberation.data.loading import check_rows_vocabulary
 from latent_deliberation.deliberation.coprocessor_checkpoint import load_coprocessor
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import find_trained, open_held_out, place_batches
-from latent_deliberation.evaluation.perplexity import BASELINE, OWN, arm_states
-from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
+from latent_deliberation.evaluation.perplexity import FROZEN, OWN, arm_states
+from latent_deliberation.evaluation.plots import plot_gates
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable, whole_directory
-from latent_deliberation.inference.policy import RESULT, WEIGHTS
-from latent_deliberation.models import build_deliberator, load_frozen, open_frozen
+from latent_deliberation.paths import GATE_FILE, GATE_WEIGHTS_FILE
 from latent_deliberation.provenance import git_commit
-from latent_deliberation.sharding import make_mesh
-from latent_deliberation.training.run import check_divides
+from latent_deliberation.sharding import check_batch, make_mesh
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of the features
 FRACTIONS = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())
@@ -61,7 +58,7 @@ class Places:
   text: np.ndarray
 
   def where(self, chosen: np.ndarray) -> 'Places':
-    """Some of the places, bool [n]."""
+    """Returns the places where `chosen`, bool [n], is true."""
     return Places(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
 
 
@@ -87,10 +84,10 @@ def score_places(deliberator: Deliberator, params: Params, decoder_params: Param
     with nn.logical_axis_rules(tuple(rules.items())):
       traces = sample_traces(keys, batch, deliberator.config).replace(delay=None)
       # Both arms share one prefill and the same traces.
-      states = arm_states(deliberator, (BASELINE, OWN), params, decoder_params, batch, traces)
+      states = arm_states(deliberator, (FROZEN, OWN), params, decoder_params, batch, traces)
       plain, own = (ahead_nll(states[arm], traces, decoder_params, cap, loss_chunk)
-                    for arm in (BASELINE, OWN))
-      hidden = states[BASELINE][:, :, 0]  # at the anchor
+                    for arm in (FROZEN, OWN))
+      hidden = states[FROZEN][:, :, 0]  # at the anchor
       predict = functools.partial(
           deliberator.decoder.apply, {'params': decoder_params}, method='logits')
       # One trace at a time: all logits at once would be too many.
@@ -115,24 +112,29 @@ def score_places(deliberator: Deliberator, params: Params, decoder_params: Param
 
 @dataclasses.dataclass(frozen=True)
 class LearnedGate:
-  """A linear prediction of the gain from the decoder's hidden state. Attributes: weight: [D]."""
+  """A linear prediction of the gain, from the decoder's hidden state.
+
+  Attributes:
+    weight: float64 [D].
+    bias: nats at a hidden state of zero.
+  """
   weight: np.ndarray
   bias: float
 
   def score(self, hidden: np.ndarray) -> np.ndarray:
-    """Nats that latents are expected to save, [n]."""
+    """Returns the nats [n] that latents are expected to save."""
     return hidden.astype(np.float64) @ self.weight + self.bias
 
 
 def check_texts(texts: np.ndarray) -> None:
   """Raises UserError if these texts, distinct numbers [n], are too few to fit a gate on."""
   if len(texts) < 5:
-    raise UserError(f'{len(texts)} texts: a gate needs at least 5 to be fitted on, and as many '
+    raise UserError(f'{len(texts)} texts: a gate needs 5 or more to be fitted on, and as many '
                     'others to be compared on. Raise evaluation.num_texts.')
 
 
 def fit_linear_gate(places: Places, seed: int = 0) -> LearnedGate:
-  """Ridge regression of the gain. A held-out fifth of the texts chooses the strength of the ridge.
+  """Fits the gain by ridge regression. A held-out fifth of the texts chooses the ridge.
 
   Raises:
     UserError: there are fewer than five texts.
@@ -223,39 +225,22 @@ def gain_curve(places: Places, scores: np.ndarray, fractions: Sequence[float], s
 
 def compare_gates(fitted: LearnedGate, places: Places, fractions: Sequence[float], samples: int,
                   seed: int = 0) -> dict[str, GainCurve]:
-  """Curves of the learned gate, of the decoder's own uncertainty, and of chance."""
+  """Returns the curves of the learned gate, of the decoder's own uncertainty, and of chance."""
   random = np.random.default_rng(seed).random(len(places.gain))
   scores = {'learned': fitted.score(places.hidden), 'entropy': places.entropy, 'random': random}
   return {name: gain_curve(places, values, fractions, samples, seed)
           for name, values in scores.items()}
 
 
-def plot_gates(curves: Mapping[str, GainCurve], path: Path) -> None:
-  """Draws the gain of every gate against the fraction of places that are augmented."""
-  figure = Figure(figsize=(7, 5), layout='constrained')
-  FigureCanvasAgg(figure)
-  axes = figure.subplots()
-  # Gains are small, so they are shown in thousandths of a nat.
-  for (name, curve), colour in zip(curves.items(), COLOURS.values(), strict=False):
-    axes.plot(curve.fractions, 1e3 * curve.gain, color=colour, label=f'{name} gate')
-    axes.fill_between(curve.fractions, 1e3 * curve.low, 1e3 * curve.high, color=colour, alpha=0.15,
-                      linewidth=0)
-  axes.set_xlabel('fraction of places that are augmented')
-  axes.set_ylabel('mean gain of a place, millinats on the tokens ahead')
-  axes.legend(frameon=False)
-  trim_axes(axes)
-  save_figure(figure, path)
-
-
-def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path, data: Path,
-             output: Path) -> dict[str, Any]:
+def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path,
+             prepared_dir: Path, output: Path) -> dict[str, Any]:
   """Fits a gate on one half of the held-out texts, and compares gates on the other half.
 
   Args:
     experiment: configuration of the training, with the `evaluation` to do.
     decoder_dir: directory of the frozen decoder.
     coprocessor_dir: work directory of a training, or the coprocessor checkpoint that it wrote.
-    data: directory of prepared data.
+    prepared_dir: directory of prepared data.
     output: new directory for gate.json, gate.safetensors and gate.png.
 
   Returns: the content of gate.json.
@@ -269,10 +254,10 @@ def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
     raise UserError(f'{output} exists already and is not overwritten. Name a new directory.')
   make_writable(output.absolute().parent)
   mesh = make_mesh(experiment.mesh)
-  check_divides('evaluation', experiment.evaluation.batch_size, 1, mesh, experiment)
-  checkpoint = open_frozen(experiment, decoder_dir)
-  held_out = open_held_out(experiment, data, mesh)
-  check_vocabulary(held_out.rows, checkpoint)
+  check_batch(experiment.evaluation.batch_size, 1, mesh, experiment.rules, 'evaluation')
+  checkpoint = open_frozen(experiment.decoder, decoder_dir)
+  held_out = open_held_out(experiment, prepared_dir, mesh)
+  check_rows_vocabulary(held_out.rows, checkpoint)
   coprocessor_dir = find_trained(experiment, coprocessor_dir, held_out.rows)
   fitted_on = np.unique(held_out.texts)[::2]  # every second text fits, the others compare
   check_texts(fitted_on)
@@ -286,7 +271,7 @@ def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
       experiment.evaluation.num_traces, experiment.deliberation.num_ahead)
   places = score_places(
       deliberator, params, decoder_params,
-      place_batches(experiment, held_out.batches, (BASELINE, OWN), mesh), held_out.texts,
+      place_batches(held_out.batches, f'{FROZEN}, {OWN}', mesh, experiment.rules), held_out.texts,
       loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
       rules=experiment.rules)
 
@@ -294,7 +279,7 @@ def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   first = np.isin(places.text, fitted_on)
   fitted, others = fit_linear_gate(places.where(first)), places.where(~first)
   curves = compare_gates(fitted, others, FRACTIONS, experiment.evaluation.bootstrap_samples)
-  # JSON has no infinity, so the threshold that opens nowhere becomes None.
+  # JSON has no infinity, so a threshold that never opens becomes None.
   result = {
       'places': len(others.gain), 'texts': len(np.unique(others.text)),
       'num_ahead': experiment.deliberation.num_ahead, 'decoder': decoder_fingerprint,
@@ -304,8 +289,9 @@ def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
       'git_commit': git_commit()}
   with whole_directory(output) as partial:
     if jax.process_index() == 0:
-      plot_gates(curves, partial / PICTURE)
-      (partial / WEIGHTS).write_bytes(save({'weight': fitted.weight.astype(np.float32),
-                                            'bias': np.array([fitted.bias], np.float32)}))
-      (partial / RESULT).write_text(json.dumps(result, indent=2) + '\n')
+      plot_gates(result['curves'], partial / PICTURE)
+      (partial / GATE_WEIGHTS_FILE).write_bytes(save({
+          'weight': fitted.weight.astype(np.float32),
+          'bias': np.array([fitted.bias], np.float32)}))
+      (partial / GATE_FILE).write_text(json.dumps(result, indent=2) + '\n')
   return result

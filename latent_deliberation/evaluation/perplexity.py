@@ -20,19 +20,19 @@ from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.traces import Traces, place, sample_traces, take_from_trunk
 from latent_deliberation.errors import UserError
 
-BASELINE = 'frozen'  # the decoder alone; all other arms are compared with it
+FROZEN = 'frozen'  # the decoder alone; all other arms are compared with it
 OWN = 'own'
 Control = Callable[[Array, Array], Array]
 
 
 def own(outputs: Array, valid: Array) -> Array:
-  """The coprocessor's own outputs."""
+  """Returns the coprocessor's own outputs."""
   del valid
   return outputs
 
 
 def shuffled(outputs: Array, valid: Array) -> Array:
-  """The outputs of the previous text in the batch: same distribution, wrong content."""
+  """Returns the outputs of the previous text in the batch: same distribution, wrong content."""
   outputs, valid = jnp.roll(outputs, 1, axis=0), jnp.roll(valid, 1, axis=0)
   # Valid traces come first. If the other text has fewer traces, they are used again.
   count = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
@@ -41,13 +41,13 @@ def shuffled(outputs: Array, valid: Array) -> Array:
 
 
 def zero(outputs: Array, valid: Array) -> Array:
-  """Outputs of zero."""
+  """Returns outputs of zero."""
   del valid
   return jnp.zeros_like(outputs)
 
 
 def mean(outputs: Array, valid: Array) -> Array:
-  """The mean over all texts and traces of the batch, for each latent: form without content."""
+  """Returns the batch's mean over texts and traces, for each latent: form without content."""
   average = jnp.mean(outputs, axis=(0, 1), keepdims=True, where=valid[..., None, None])
   return jnp.broadcast_to(average, outputs.shape)
 
@@ -70,7 +70,7 @@ class AheadNLL:
 
   def __post_init__(self):
     if self.total.ndim != 2 or self.total.shape != self.count.shape:
-      raise UserError(
+      raise ValueError(
           f'total has shape {self.total.shape}, count {self.count.shape}: both must be [texts, A]')
     # A position without targets has no mean.
     targets = self.count.sum(axis=0)
@@ -86,11 +86,12 @@ class AheadNLL:
       text = int(np.isfinite(self.total[:, position]).argmin())
       raise UserError(
           f'the loss of text {text} at ahead position {position + 1} is '
-          f'{self.total[text, position]}: the weights or the computation are broken')
+          f'{self.total[text, position]}. The weights or the computation are broken: score an '
+          "earlier checkpoint, or set computation.dtype = 'float32'")
 
   @property
   def nll(self) -> np.ndarray:
-    """Mean nats per target at each ahead position, [A]."""
+    """Returns the mean nats per target at each ahead position, [A]."""
     return self.total.sum(axis=0) / self.count.sum(axis=0)
 
   def merged(self, labels: np.ndarray) -> 'AheadNLL':
@@ -155,7 +156,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
 
 def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
                decoder_params: Params, batch: Batch, traces: Traces) -> dict[str, Array]:
-  """Hidden states [B, M, A, D] that predict the ahead tokens, for each arm, after one prefill.
+  """Returns hidden states [B, M, A, D] that predict the ahead tokens, by arm, after one prefill.
 
   `params` is not read if 'frozen' is the only arm.
   """
@@ -163,11 +164,11 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
   trunk, cache = deliberator.prefill(decoder_params, batch)
   placement = place(batch, traces.anchors, deliberator.config, num_ahead, traces.delay)
   outputs = None
-  if set(arms) - {BASELINE}:
+  if set(arms) - {FROZEN}:
     outputs = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
   states = {}
   for arm in arms:
-    if arm == BASELINE:
+    if arm == FROZEN:
       # Each trunk state predicts the next token. Targets past the end are not valid.
       index = traces.anchors[..., None] + jnp.arange(num_ahead)
       states[arm] = take_from_trunk(trunk, jnp.minimum(index, batch.tokens.shape[1] - 1))
@@ -207,17 +208,17 @@ class Change:
 
 
 def check_paired(arms: Mapping[str, AheadNLL]) -> None:
-  """Raises UserError unless all arms scored the same targets of the same texts."""
+  """Raises ValueError unless all arms scored the same targets of the same texts."""
   (first, reference), *others = arms.items()
   for name, arm in others:
     if arm.count.shape != reference.count.shape:
-      raise UserError(
+      raise ValueError(
           f'{name} has [texts, A] = {list(arm.count.shape)}, {first} has '
           f'{list(reference.count.shape)}. Evaluate both on the same texts and ahead positions.')
     if not np.array_equal(arm.count, reference.count):
       # The first place that differs is enough to find the cause.
       text, position = np.argwhere(arm.count != reference.count)[0]
-      raise UserError(
+      raise ValueError(
           f'text {text} has {arm.count[text, position]} targets at ahead position {position + 1} '
           f'in {name} and {reference.count[text, position]} in {first}. Evaluate both on the same '
           'traces.')
@@ -225,7 +226,7 @@ def check_paired(arms: Mapping[str, AheadNLL]) -> None:
 
 def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
                     seed: int = 0) -> Change:
-  """Relative change of perplexity from `baseline` to `arm`, with a 95% percentile interval.
+  """Returns the relative change of perplexity from `baseline` to `arm`, with its 95% interval.
 
   The change is 100 * (exp(nll_arm - nll_baseline) - 1), with nll the mean over all targets.
 
@@ -240,7 +241,7 @@ def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
     seed: seed of the bootstrap.
 
   Raises:
-    UserError: the arms did not score the same targets.
+    ValueError: the arms did not score the same targets.
     UserError: only one text has targets at a position.
   """
   check_paired({'arm': arm, 'baseline': baseline})

@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from latent_deliberation.array_types import Array, Batch
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.traces import place
-from latent_deliberation.evaluation.perplexity import BASELINE
+from latent_deliberation.evaluation.perplexity import FROZEN
 from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.files import write_whole
 from latent_deliberation.model.attention import AttentionMaskSpec, cached_mask, fresh_mask
@@ -40,7 +40,7 @@ def plot_changes(summary: Mapping[str, Any], path: Path) -> None:
     summary: result of `report.summarise`, or the content of a report.json.
     path: file of the PNG.
   """
-  arms = {name: arm for name, arm in summary['all_positions'].items() if name != BASELINE}
+  arms = {name: arm for name, arm in summary['all_positions'].items() if name != FROZEN}
   # A second panel where other arms would flatten own latents.
   low, high = _extent(arms.values())
   own_low, own_high = _extent([arms['own']] if 'own' in arms else arms.values())
@@ -67,7 +67,7 @@ def plot_changes(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def _extent(arms: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
-  """Lowest and highest end of all intervals, and at least 0.1% either side of zero."""
+  """Returns the lowest and highest end of all intervals, at least 0.1% either side of zero."""
   ends = np.concatenate([(-0.1, 0.1), *(np.ravel(arm['ci95']) for arm in arms)])
   return float(ends.min()), float(ends.max())
 
@@ -80,7 +80,7 @@ def _draw_changes(axes: Axes, arms: Mapping[str, Any], summary: Mapping[str, Any
     axes.plot(ahead, arm['change_pct'], color=COLOURS[name], marker=MARKERS[name], markersize=5,
               markevery=[at - 1 for at in summary['positions']], label=LABELS[name])
   # The frozen decoder is the zero line.
-  axes.axhline(0, color='black', linewidth=1, linestyle='--', label=LABELS[BASELINE])
+  axes.axhline(0, color='black', linewidth=1, linestyle='--', label=LABELS[FROZEN])
   axes.axvline(summary['num_ahead'], color='#666666', linewidth=1, linestyle=':',
                label=f'last ahead token of training ({summary["num_ahead"]})')
   axes.set_xscale('log', base=2)
@@ -125,8 +125,30 @@ def plot_losses(panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[
   save_figure(figure, path)
 
 
+def plot_gates(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+  """Draws the gain of every gate against the fraction of places that are augmented.
+
+  Args:
+    curves: fields of a GainCurve as lists, by gate: the 'curves' of a gate.json.
+    path: file of the PNG.
+  """
+  figure = Figure(figsize=(7, 5), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  for (name, curve), colour in zip(curves.items(), COLOURS.values(), strict=False):
+    # Gains are small, so they are shown in thousandths of a nat.
+    gain, low, high = (1e3 * np.array(curve[field]) for field in ('gain', 'low', 'high'))
+    axes.plot(curve['fractions'], gain, color=colour, label=f'{name} gate')
+    axes.fill_between(curve['fractions'], low, high, color=colour, alpha=0.15, linewidth=0)
+  axes.set_xlabel('fraction of places that are augmented')
+  axes.set_ylabel('mean gain of a place, millinats on the tokens ahead')
+  axes.legend(frameon=False)
+  trim_axes(axes)
+  save_figure(figure, path)
+
+
 def trim_axes(axes: Axes) -> None:
-  """Removes the top and right of the frame, and draws a light grid behind the data."""
+  """Removes the top and right of the frame, and draws a light grid under the data."""
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', color='#DDDDDD', linewidth=0.6)
   axes.set_axisbelow(True)
@@ -205,7 +227,7 @@ def _draw_cells(axes: Axes, matrix: np.ndarray, rows: Mapping[str, list[str]],
 
 def attention_cells(segments: np.ndarray, anchors: np.ndarray,
                     config: DeliberationConfig) -> tuple[np.ndarray, np.ndarray]:
-  """Who may attend to whom in the coprocessor's pass and in the decoder's second pass.
+  """Returns who may attend to whom in the coprocessor's pass and in the decoder's second pass.
 
   Rows are queries, columns are keys, and a cell is an index into KINDS. The coprocessor's rows are
   the soft tokens of each trace. The decoder's rows are the trunk, then latents and ahead tokens of
@@ -242,7 +264,7 @@ def attention_cells(segments: np.ndarray, anchors: np.ndarray,
 
 def _trace_cells(batch: Batch, positions: Array, segments: Array, prefix_length: Array,
                  num_latents: int) -> np.ndarray:
-  """Cells of the traces of one text, [M Q, T + M Q]; `positions` is [1, M, Q]."""
+  """Returns the cells [M Q, T + M Q] of the traces of one text; `positions` is [1, M, Q]."""
   _, traces, length = positions.shape
   allowed = AttentionMaskSpec(jnp.broadcast_to(segments[..., None], positions.shape), prefix_length)
   window = jnp.array(GLOBAL_WINDOW)
@@ -259,5 +281,5 @@ def _trace_cells(batch: Batch, positions: Array, segments: Array, prefix_length:
 
 
 def _positions(segments: np.ndarray) -> np.ndarray:
-  """Index of each token within its document."""
+  """Returns the index of each token within its document."""
   return (np.arange(len(segments)) - np.searchsorted(segments, segments)).astype(np.int32)

@@ -7,15 +7,14 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import (
-  BASELINE,
+  FROZEN,
   OWN,
   AheadNLL,
   Change,
@@ -23,9 +22,10 @@ from latent_deliberation.evaluation.perplexity import (
   relative_change,
 )
 from latent_deliberation.files import write_whole
+from latent_deliberation.paths import REPORT
 
 LABELS = {
-  BASELINE: 'frozen decoder',
+  FROZEN: 'frozen decoder',
   OWN: 'own latents',
   'shuffled': "another text's latents",
   'constant': 'constant soft tokens',
@@ -67,19 +67,19 @@ class Report:
   notes: tuple[str, ...] = ()
 
   def __post_init__(self):
-    if BASELINE not in self.arms or not set(self.arms) <= set(LABELS):
-      raise UserError(f'arms = {sorted(self.arms)}: give {BASELINE!r}, and others only from '
-                      f'{list(LABELS)}')
+    if FROZEN not in self.arms or not set(self.arms) <= set(LABELS):
+      raise ValueError(f'arms = {sorted(self.arms)}: give {FROZEN!r}, and others only from '
+                       f'{list(LABELS)}')
     check_paired(self.arms)
-    length = self.arms[BASELINE].count.shape[1]
+    length = self.arms[FROZEN].count.shape[1]
     if not self.positions or list(self.positions) != sorted(
         set(self.positions) & set(range(1, length + 1))):
-      raise UserError(f'positions = {self.positions}: must increase, from 1 to the {length} scored '
-                      'ahead positions')
+      raise ValueError(f'positions = {self.positions}: must increase, from 1 to the {length} '
+                       'scored ahead positions')
 
 
 def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
-  """All figures of a report as plain JSON values, with arms in the order of LABELS.
+  """Returns all figures of a report as plain JSON values, with arms in the order of LABELS.
 
   Args:
     report: the measurements.
@@ -87,10 +87,10 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
     seed: seed of the bootstrap.
   """
   # Every arm against the frozen decoder, at all ahead positions.
-  baseline = report.arms[BASELINE]
+  frozen = report.arms[FROZEN]
   names = [name for name in LABELS if name in report.arms]
   changes = {
-    name: relative_change(report.arms[name], baseline, samples, seed) for name in names}
+    name: relative_change(report.arms[name], frozen, samples, seed) for name in names}
   curves = {name: _arm(report.arms[name], changes[name]) for name in names}
   shown = [position - 1 for position in report.positions]
   # The content effect: own latents against those of another text.
@@ -103,9 +103,9 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
     'num_ahead': report.num_ahead,
     'arms': {name: _pick(curve, shown) for name, curve in curves.items()},
     'content_effect': None if content is None else _pick(_change(content), shown),
-    'bar': None if content is None else _bar(changes[OWN], content),
-    'texts': len(baseline.count),
-    'targets': [int(baseline.count[:, at].sum()) for at in shown],
+    'bar': None if content is None else _gain(changes[OWN], content),
+    'texts': len(frozen.count),
+    'targets': [int(frozen.count[:, at].sum()) for at in shown],
     'all_positions': curves,
     'bootstrap': {'samples': samples, 'seed': seed},
     'parameters': {name: int(count) for name, count in report.parameters.items()},
@@ -132,12 +132,12 @@ def _pick(curve: Mapping[str, list], indices: Iterable[int]) -> dict[str, list]:
   return {name: [values[at] for at in indices] for name, values in curve.items()}
 
 
-def _bar(own: Change, content: Change) -> dict[str, Any]:
-  """Whether a gain is shown: own latents are below the frozen decoder and below shuffled latents.
+def _gain(own: Change, content: Change) -> dict[str, Any]:
+  """Returns whether own latents are below the frozen decoder and below shuffled latents.
 
   Against the frozen decoder the whole interval must be below zero. Against shuffled latents the
   point estimate is enough; the interval is stated too. A position that was not scored is absent,
-  and then the bar is not passed.
+  and then no gain is shown.
   """
   scored = len(own.percent)
   frozen = {str(at): bool(own.high[at - 1] < 0) for at in BELOW_FROZEN if at <= scored}
@@ -150,22 +150,22 @@ def _bar(own: Change, content: Change) -> dict[str, Any]:
   return {'passed': passed, 'own_below_frozen': frozen, 'own_below_shuffled': shuffled}
 
 
-def state_bar(summary: Mapping[str, Any]) -> str:
-  """Whether a gain is shown, and at which positions, in short sentences."""
-  bar = summary['bar']
-  if bar is None:
+def state_gain(summary: Mapping[str, Any]) -> str:
+  """Returns short sentences: whether a gain is shown, and at which positions."""
+  gain = summary['bar']
+  if gain is None:
     return 'Gain not measured: it needs the arms with own and with shuffled latents.'
-  shuffled = bar['own_below_shuffled']
-  frozen = _where(bar['own_below_frozen'], BELOW_FROZEN)
+  shuffled = gain['own_below_shuffled']
+  frozen = _where(gain['own_below_frozen'], BELOW_FROZEN)
   point = _where({at: below['point'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
   interval = _where({at: below['interval'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
-  return (f'Gain {"shown" if bar["passed"] else "not shown"}. Own latents are below the frozen '
+  return (f'Gain {"shown" if gain["passed"] else "not shown"}. Own latents are below the frozen '
           f'decoder, with an interval below zero, {frozen}. They are below another text\'s latents '
           f'{point}; the interval is below zero {interval}.')
 
 
 def _where(below: Mapping[str, bool], wanted: Iterable[int]) -> str:
-  """'at 1, 2 but not at 4 (8 not scored)'."""
+  """Returns the positions in words, such as 'at 1, 2 but not at 4 (8 not scored)'."""
   # JSON keys are strings. None is a position that was not scored.
   outcomes = {str(at): below.get(str(at)) for at in wanted}
   held, failed, absent = (
@@ -180,9 +180,9 @@ def _where(below: Mapping[str, bool], wanted: Iterable[int]) -> str:
 
 
 def _table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-  """Header and rows: position, perplexity of the baseline, change of every other arm."""
+  """Returns header and rows: position, frozen perplexity, change of every other arm."""
   arms = summary['arms']
-  compared = {LABELS[name]: arm for name, arm in arms.items() if name != BASELINE}
+  compared = {LABELS[name]: arm for name, arm in arms.items() if name != FROZEN}
   if summary['content_effect'] is not None:
     compared["own vs another text's"] = summary['content_effect']
   header = ['ahead', 'perplexity', *compared]
@@ -192,7 +192,7 @@ def _table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     beyond = '†' if position > summary['num_ahead'] else ''
     cells = [f'{arm["change_pct"][at]:+.2f} [{arm["ci95"][at][0]:+.2f}, {arm["ci95"][at][1]:+.2f}]'
              for arm in compared.values()]
-    rows.append([f'{position}{beyond}', f'{arms[BASELINE]["perplexity"][at]:.3f}', *cells])
+    rows.append([f'{position}{beyond}', f'{arms[FROZEN]["perplexity"][at]:.3f}', *cells])
   return header, rows
 
 
@@ -208,34 +208,32 @@ def _legend(summary: Mapping[str, Any]) -> str:
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-  """The table, its legend and the bar, for a terminal or a log."""
+  """Returns the table, its legend and the gain, for a terminal or a log."""
   header, rows = _table(summary)
   widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
   lines = ['  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
            for row in (header, *rows)]
-  return '\n'.join([*lines, _legend(summary), state_bar(summary)])
+  return '\n'.join([*lines, _legend(summary), state_gain(summary)])
 
 
 def format_page(summary: Mapping[str, Any]) -> str:
-  """The whole report as a page of GitHub Markdown."""
+  """Returns the whole report as a page of GitHub Markdown."""
   parts = ['# Perplexity by ahead position', *format_parts(summary, summary['pictures'])]
   return '\n\n'.join(parts) + '\n'
 
 
 def format_parts(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
-  """Paragraphs of a report: table, gain, pictures (captions by file name), and the run."""
-  header, rows = _table(summary)
-  # Markdown needs a line of dashes after the header; '--:' aligns right.
-  table = [header, ['--:'] * len(header), *rows]
+  """Returns paragraphs: table, gain, pictures (captions by file name), and the run."""
   return [
-    '\n'.join(f'| {" | ".join(row)} |' for row in table),
+    markdown_table(*_table(summary)),
     _legend(summary),
-    f'**{state_bar(summary)}**',
+    f'**{state_gain(summary)}**',
     *(f'![{caption}]({file})' for file, caption in pictures.items()),
     *summary['notes'],
     '## The run',
     '\n'.join([
-      *(f'- {key}: {summary[key]}' for key in ('command', 'machine') if key in summary),
+      *([f'- command: `{summary["command"]}`'] if 'command' in summary else []),
+      *([f'- machine: {summary["machine"]}'] if 'machine' in summary else []),
       f'- decoder weights: fingerprint {summary["decoder_fingerprint"]}, frozen',
       *(f'- parameters, {name}: {count:,}' for name, count in summary['parameters'].items()),
       *(f'- seconds, {name}: {seconds:,.1f}' for name, seconds in summary['seconds'].items()),
@@ -245,9 +243,15 @@ def format_parts(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> lis
   ]
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = '--:') -> str:
+  """Returns a table of GitHub Markdown. `align` is '--:' for right, '---' for left."""
+  lines = [header, [align] * len(header), *rows]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
 def write_report(summary: Mapping[str, Any], directory: Path) -> None:
   """Writes report.json and report.md, each whole or not at all."""
   directory.mkdir(parents=True, exist_ok=True)
   text = json.dumps(summary, indent=2, allow_nan=False, default=str)
-  write_whole(directory / 'report.json', text.encode() + b'\n')
-  write_whole(directory / 'report.md', format_page(summary).encode())
+  write_whole(directory / f'{REPORT}.json', text.encode() + b'\n')
+  write_whole(directory / f'{REPORT}.md', format_page(summary).encode())

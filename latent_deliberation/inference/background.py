@@ -1,4 +1,4 @@
-"""The coprocessor runs in the background while the decoder goes on.
+"""The coprocessor runs in the background while the decoder continues.
 
 If the coprocessor fails, the decoder's output is bit for bit what it would be without latents. One
 warning is logged, and the failure is counted.
@@ -35,7 +35,7 @@ class AugmentationStats:
 
 @dataclasses.dataclass(frozen=True)
 class LatentTiming:
-  """When latents join the cache.
+  """The time at which latents join the cache.
 
   Attributes:
     delay: number of decoded tokens after which they join. The decoder waits for them there, so 0

@@ -19,7 +19,7 @@ from latent_deliberation.inference.ring_cache import RingKVCache, SlotIndex
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is chosen. The filters work on the tempered distribution, in this order.
+  """Options of sampling. The filters work on the tempered distribution, in this order.
 
   Attributes:
     temperature: divisor of the logits; 0 takes the likeliest token.
@@ -109,7 +109,7 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     keys_values: keys and values of the cache, which are overwritten. Those in `state` are not used.
     keys: [B] PRNG keys. The token after n decoded ones is drawn with fold_in(key, n).
     count: int32 [], number of tokens decoded so far.
-    active: bool [B], texts that go on.
+    active: bool [B], texts that have not ended.
     limit: number of tokens, at most `size`, which is compiled in.
     threshold: score in nats above which the loop stops before it draws the token; None for never.
     gate: source of the score; None for the entropy of the next token.
@@ -123,7 +123,7 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     return active & (count + step >= gate_from) & (score > threshold)
 
   # The loop ends at the limit, when all texts have ended, or when a gate opens.
-  def goes_on(carry: tuple) -> Array:
+  def continues(carry: tuple) -> Array:
     step, *_, active, opened = carry
     return (step < limit) & active.any() & ~opened.any()
 
@@ -165,7 +165,7 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
              jnp.zeros((size, len(active))), active,
              opens(first, state.hidden, state.logits, active))
     steps, cache, newest, hidden, logits, position, tokens, logprobs, active, opened = (
-        jax.lax.while_loop(goes_on, body, carry))
+        jax.lax.while_loop(continues, body, carry))
     # The loop leaves its last token out, so it is appended now.
     state = State(_with_batch(cache).append(*newest), hidden, logits, position,
                   state.lengths + position - state.position)

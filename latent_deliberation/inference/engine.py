@@ -26,28 +26,24 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference import passes
-from latent_deliberation.inference import tokenizer as tokenizers
 from latent_deliberation.inference.background import AugmentationStats
 from latent_deliberation.inference.decode import Decoded, Sampling, decode
-from latent_deliberation.inference.passes import (
-  Augmentation,
-  Model,
+from latent_deliberation.inference.passes import Augmentation, Model, State, Weights
+from latent_deliberation.inference.policy import FittedGate, Gate
+from latent_deliberation.inference.ring_cache import RingKVCache, plan_cache
+from latent_deliberation.inference.tokenizer import (
   Prompts,
-  State,
-  Weights,
+  Tokenizer,
   align,
   check_anchors,
   check_prompts,
   check_room,
+  tokenizer_of,
 )
-from latent_deliberation.inference.policy import FittedGate, Gate
-from latent_deliberation.inference.ring_cache import RingKVCache, plan_cache
-from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, fingerprint
 from latent_deliberation.model.layers import Quantised
 from latent_deliberation.model.transformer_config import TransformerConfig
-from latent_deliberation.paths import VOCABULARY_FILE
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
 
 
@@ -140,16 +136,6 @@ class Engine:
     tokens, count = align(prompts)
     return _rows(self._call(passes.score_on, state, *self.place((tokens, count))), count)
 
-  def entropies(self, prompts: Prompts) -> list[np.ndarray]:
-    """Returns the entropy, nats, of the next token after every token; for `policy.calibrate`.
-
-    Raises:
-      UserError: see `read`.
-    """
-    self._check_texts(prompts)
-    tokens, count = align(prompts)
-    return _rows(self._call(passes.entropies, *self.place((tokens, count))), count)
-
   def augment(self, state: State) -> Augmentation:
     """Makes latents for the end of every text of a state, which stays as it is.
 
@@ -218,7 +204,7 @@ class Engine:
   def warn(self, reason: str) -> None:
     """Logs, once in the life of this engine, why there are no latents."""
     if not self._warned:
-      logging.warning('No latents: %s. The decoder goes on without them. This is logged once; '
+      logging.warning('No latents: %s. The decoder continues without them. This is logged once; '
                       'Engine.stats counts how often it happens.', reason)
     self._warned = True
 
@@ -332,7 +318,7 @@ def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', 
     UserError: one of them is absent or damaged, or they do not belong together.
   """
   checkpoint = weights.open_checkpoint(decoder_dir)
-  tokenizer = open_tokenizer(checkpoint, vocabulary)
+  tokenizer = tokenizer_of(checkpoint, vocabulary)
   # Everything that descriptions can tell, before any weights are read.
   place = None
   if coprocessor not in ('', NONE):
@@ -385,33 +371,3 @@ def check_match(decoder_config: TransformerConfig, decoder_fingerprint: str,
     coprocessor_checkpoint.check_decoder(coprocessor, decoder_fingerprint)
   if gate is not None and decoder_fingerprint:
     gate.check_decoder(decoder_fingerprint)
-
-
-def open_tokenizer(checkpoint: weights.Checkpoint, vocabulary: str = '') -> Tokenizer:
-  """Opens the requested tokenizer, or the one beside a decoder or its run.
-
-  Raises:
-    UserError: there is none, or it is not the one that the decoder was trained with.
-  """
-  # Bytes if the decoder says so, else a file in its directory or up to two above.
-  if not vocabulary and checkpoint.vocabulary == tokenizers.ByteTokenizer.hash:
-    vocabulary = tokenizers.BYTES
-  if not vocabulary:
-    directory = checkpoint.directory.absolute()
-    places = [place / VOCABULARY_FILE for place in (directory, *directory.parents[:2])]
-    found = checkpoint.tokenizer or next((path for path in places if path.is_file()), None)
-    if found is None:
-      raise UserError(f'no vocabulary beside the decoder in {directory}: give --vocabulary='
-                      f'PATH, its SentencePiece model, or --vocabulary={tokenizers.BYTES}')
-    vocabulary = str(found)
-  tokenizer = tokenizers.open_tokenizer(vocabulary)
-  # It must be the decoder's own, and have no more pieces than there are embeddings.
-  if checkpoint.vocabulary and tokenizer.hash != checkpoint.vocabulary:
-    raise UserError(f'the decoder in {checkpoint.directory} was trained with the vocabulary '
-                    f'{checkpoint.vocabulary}, but {vocabulary} is {tokenizer.hash}: give the '
-                    'vocabulary.model of its data')
-  if tokenizer.size > checkpoint.config.vocab_size:
-    raise UserError(f'{vocabulary} has {tokenizer.size} pieces, but the decoder in '
-                    f'{checkpoint.directory} has {checkpoint.config.vocab_size} embeddings: give '
-                    'the vocabulary that it was trained with')
-  return tokenizer

@@ -1,7 +1,7 @@
 """The compiled programs of inference: read, read on, augment, attach; `decode` has the loop.
 
-In order: prompts (checks, and arrays for them), the stack of blocks that every program runs, the
-values that programs take and give, and the programs.
+In order: the stack of blocks that every program runs, the values that programs take and give, and
+the programs.
 
 All programs are pure. A `State` is a value, like the caches of training: augmenting leaves it
 alone, attaching gives another one, and detaching is going back to the one before. One base state
@@ -20,73 +20,13 @@ from flax import struct
 
 from latent_deliberation.array_types import Array, Batch, Bool, Float, Int, Params
 from latent_deliberation.deliberation.coprocessor import Coprocessor
-from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import place
-from latent_deliberation.errors import UserError
 from latent_deliberation.inference.ring_cache import CachePlan, RingKVCache, SlotIndex
 from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import LowRank, RMSNorm, input_axes
 from latent_deliberation.model.transformer import Block, layer_traits
 from latent_deliberation.model.transformer_config import TransformerConfig
-
-# --- Prompts ---
-
-Prompts = Sequence[Sequence[int]]
-SHORTEST = 16  # padded length of the shortest prompts
-
-
-def check_prompts(prompts: Prompts, before: np.ndarray, vocab_size: int) -> None:
-  """Raises UserError where there is no prompt, an empty text, or an unknown token.
-
-  Args:
-    before: [B] tokens that each text has already. A text that has some may get an empty prompt.
-  """
-  if not len(prompts):
-    raise UserError('there is no prompt: give at least one')
-  for number, prompt in enumerate(prompts):
-    # Some token must predict the first decoded one.
-    if not len(prompt) and not before[number]:
-      raise UserError(f'prompt {number} is empty: give at least the token that begins a text')
-    unknown = [token for token in prompt if not 0 <= token < vocab_size]
-    if unknown:
-      raise UserError(f'prompt {number} has the token {unknown[0]}, but the decoder knows 0 to '
-                      f'{vocab_size - 1}: use the vocabulary that it was trained with')
-
-
-def check_room(lengths: np.ndarray, more: int, room: int) -> None:
-  """Raises UserError where a text of `lengths` [B] and `more` tokens does not fit a cache."""
-  longest = int(np.argmax(lengths))
-  if lengths[longest] + more > room:
-    raise UserError(
-        f'text {longest} has {lengths[longest]} tokens, {more} more are requested, and the cache '
-        f'has room for {room}: shorten the text, request fewer, or raise length')
-
-
-def check_anchors(lengths: np.ndarray, first_anchor: int) -> None:
-  """Raises UserError where a text is too short for latents at its end."""
-  shortest = int(np.argmin(lengths))
-  if lengths[shortest] <= first_anchor:
-    raise UserError(
-        f'text {shortest} has {lengths[shortest]} tokens, but refining latents replace its last '
-        f'{first_anchor + 1}: give a longer prompt')
-
-
-def align(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
-  """Returns tokens int32 [B, T], with each text at the end of its row, and the lengths [B]."""
-  count = np.array([len(prompt) for prompt in prompts], np.int32)
-  tokens = np.zeros((len(prompts), padded_length(int(count.max()))), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[len(row) - len(prompt):] = prompt
-  return tokens, count
-
-
-def padded_length(length: int) -> int:
-  """Rounds up to one of 16, 24, 32, 48, 64, 96, ..., so that few shapes are compiled."""
-  # The next power of two, or three quarters of it where that is enough.
-  padded = max(SHORTEST, 1 << (length - 1).bit_length()) if length else SHORTEST
-  return padded * 3 // 4 if padded > SHORTEST and length <= padded * 3 // 4 else padded
-
 
 # --- The stack of blocks ---
 
@@ -234,17 +174,17 @@ class Augmentation:
     latents: keys and values of each layer, [B, 1, Z, K, H].
     positions: positions of the latents.
     replaced: positions of the tokens that the latents replace; -1 for none.
-    anchor: position of the next token in the state that was augmented.
-    ahead: position of the next token after the latents.
-    hidden: the decoder's state that predicts this token.
+    next_position: position of the next token in the state that was augmented.
+    next_position_after: position of this token after the latents.
+    hidden: the decoder's state that predicts this token after the latents.
     logits: prediction of this token.
     finite: False where any value of a text's latents is not finite.
   """
   latents: tuple[KeysValues, ...]
   positions: Int[Array, 'B Z']
   replaced: Int[Array, 'B Z']
-  anchor: Int[Array, 'B']
-  ahead: Int[Array, 'B']
+  next_position: Int[Array, 'B']
+  next_position_after: Int[Array, 'B']
   hidden: Float[Array, 'B D']
   logits: Float[Array, 'B V']
   finite: Bool[Array, 'B']
@@ -284,18 +224,6 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def entropies(model: Model, weights: Weights, tokens: Array, count: Array) -> Array:
-  """Returns the entropy of the next token after every token, nats [B, T]; see `read`."""
-  with nn.logical_axis_rules(model.rules):
-    index = _index(tokens, count, jnp.zeros_like(count))
-    hidden, _ = run(model.decoder.config, weights.layers, embed(model, weights, tokens),
-                    index.positions, index.segments)
-    # One position of every text at a time: all logits at once would be [B, T, V].
-    return jax.lax.map(lambda states: entropy(predict(model, weights, states)),
-                       jnp.swapaxes(hidden, 0, 1)).T
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def read_on(model: Model, weights: Weights, state: State, tokens: Array, count: Array) -> State:
   """Reads more of the same texts in one pass; see `read`. Texts without new tokens stay as is."""
   with nn.logical_axis_rules(model.rules):
@@ -326,7 +254,7 @@ def score_on(model: Model, weights: Weights, state: State, tokens: Array, count:
       chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
       return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    # One position of every text at a time, as in `entropies`.
+    # One position of every text at a time: all logits at once would be [B, T, V].
     logprobs = jax.lax.map(logprob, (jnp.swapaxes(before, 0, 1), index.tokens.T)).T
     return jnp.where(index.segments > 0, logprobs, 0.0)
 
@@ -371,8 +299,8 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
     outputs = coprocessor.feed(weights.coprocessor, base)
     seen = jnp.ones_like(positions)
     if weights.coprocessor_layers is not None:
-      hidden, _ = run(coprocessor.layers, weights.coprocessor_layers, outputs[:, 0], positions,
-                      seen, state.cache, coprocessor.transformer.lora)
+      hidden, _ = run(coprocessor.transformer_config, weights.coprocessor_layers, outputs[:, 0],
+                      positions, seen, state.cache, coprocessor.transformer.lora)
       outputs = hidden[:, None]
     latents = coprocessor.compose(weights.coprocessor, outputs, base)[:, 0]
 
@@ -395,7 +323,7 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
 def attach(model: Model, state: State, augmentation: Augmentation, rows: Array) -> State:
   """Returns the state with latents in the cache of the texts `rows`, where they are finite.
 
-  A text that has gone on since it was augmented keeps the prediction of its next token. The tokens
+  A text that has grown since it was augmented keeps the prediction of its next token. The tokens
   after that one see the latents.
   """
   with nn.logical_axis_rules(model.rules):
@@ -403,9 +331,9 @@ def attach(model: Model, state: State, augmentation: Augmentation, rows: Array) 
     cache = state.cache.attach(augmentation.latents, augmentation.positions,
                                augmentation.replaced, rows)
     # In time means that no token came since, so latents also predict the next one.
-    in_time = (rows & (state.position == augmentation.anchor))[:, None]
+    in_time = (rows & (state.position == augmentation.next_position))[:, None]
     # Latents with positions of their own move the tokens after them.
-    shift = augmentation.ahead - augmentation.anchor
+    shift = augmentation.next_position_after - augmentation.next_position
     return state.replace(
         cache=cache, hidden=jnp.where(in_time, augmentation.hidden, state.hidden),
         logits=jnp.where(in_time, augmentation.logits, state.logits),

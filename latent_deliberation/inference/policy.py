@@ -1,4 +1,4 @@
-"""When to deliberate: at set places, or where a gate opens; and fitted gates read from disk."""
+"""Policies of deliberation: set places, or places where a gate opens; and fitted gates on disk."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from latent_deliberation.array_types import Array, Float
 from latent_deliberation.errors import UserError
+from latent_deliberation.paths import GATE_FILE, GATE_WEIGHTS_FILE
 
 
 @struct.dataclass(eq=False)
@@ -30,14 +31,14 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """Where latents are made. Without any argument: nowhere, which is the plain decoder.
+  """The places where latents are made. Without any argument: none, which is the plain decoder.
 
   Attributes:
     at: numbers of decoded tokens after which all texts deliberate; 0 is the end of the prompt, as
       in the paper's benchmarks.
     every: number of tokens after which all texts deliberate again, from the end of the prompt on.
     threshold: score of the gate, nats, above which a text deliberates.
-    gate: source of the score; None for the entropy of the next token, see `calibrate`.
+    gate: source of the score; None for the entropy of the next token.
     min_gap: number of tokens that a text decodes before its gate may open again.
   """
   at: tuple[int, ...] = ()
@@ -81,23 +82,6 @@ NEVER = Policy()
 ONCE = Policy(at=(0,))
 
 
-def calibrate(entropies: Sequence[float], budget: float) -> float:
-  """Returns the threshold that a fraction `budget` of tokens exceeds.
-
-  Args:
-    entropies: entropies of the next token on validation text, nats.
-    budget: fraction of tokens to deliberate at. A `Policy` with a `min_gap` above 1 spends less.
-  """
-  entropies = np.asarray(entropies, np.float64)
-  if not 0 <= budget <= 1:
-    raise UserError(f'budget = {budget}: it must be a fraction of tokens, from 0 to 1')
-  if not entropies.size or not np.isfinite(entropies).all():
-    raise UserError(f'{entropies.size} entropies, {np.isfinite(entropies).sum()} of them finite: '
-                    'give those of the tokens of some validation text')
-  return float(np.quantile(entropies, 1 - budget))
-
-
-RESULT, WEIGHTS = 'gate.json', 'gate.safetensors'
 SCORES = ('learned', 'entropy')  # curves of gate.json that can be decoded with
 
 
@@ -135,17 +119,17 @@ def open_gate(directory: Path, score: str, budget: float) -> FittedGate:
   Raises:
     UserError: there is no gate, it is damaged, or it has no threshold for this budget.
   """
-  for name in (RESULT, WEIGHTS):
+  for name in (GATE_FILE, GATE_WEIGHTS_FILE):
     if not (directory / name).is_file():
       raise UserError(f'{directory} holds no {name}: give the output of launch/gate.py')
   try:
-    result = json.loads((directory / RESULT).read_text())
+    result = json.loads((directory / GATE_FILE).read_text())
     curve, decoder_fingerprint = result['curves'][score], result['decoder']
     # No threshold is high enough to open nowhere, so a fraction of 0 has none.
     known = [(fraction, float(threshold)) for fraction, threshold in zip(
         curve['fractions'], curve['thresholds'], strict=True) if threshold is not None]
     fractions, thresholds = map(np.array, zip(*known, strict=True))
-    arrays = load_file(directory / WEIGHTS)
+    arrays = load_file(directory / GATE_WEIGHTS_FILE)
     gate = Gate(arrays['weight'], arrays['bias'][0])
   except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
     raise UserError(f'the gate in {directory} is damaged ({type(error).__name__}: {error}): fit '
@@ -153,8 +137,9 @@ def open_gate(directory: Path, score: str, budget: float) -> FittedGate:
   # Outside of the curve, interpolation would give its end without a warning.
   if not fractions[0] <= budget <= fractions[-1]:
     raise UserError(
-        f'budget = {budget}: {directory / RESULT} has thresholds for fractions from {fractions[0]} '
-        f'to {fractions[-1]}. Give one of these, or no coprocessor to deliberate nowhere')
+        f'budget = {budget}: {directory / GATE_FILE} has thresholds for fractions from '
+        f'{fractions[0]} to {fractions[-1]}. Give one of these, or no coprocessor to deliberate '
+        'nowhere')
   threshold = float(np.interp(budget, fractions, thresholds))
   return FittedGate(directory, decoder_fingerprint,
                     Policy(threshold=threshold, gate=gate if score == 'learned' else None))

@@ -23,16 +23,19 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable, read_text, whole_directory
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.engine import NONE, Engine
-from latent_deliberation.inference.passes import Augmentation, Model, Prompts, State
+from latent_deliberation.inference.passes import Augmentation, Model, State
 from latent_deliberation.inference.ring_cache import CachePlan
-from latent_deliberation.inference.tokenizer import Tokenizer
+from latent_deliberation.inference.tokenizer import Prompts, Tokenizer
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import with_current_names
 
 _DESCRIPTION, _ARRAYS, _FORMAT = 'cache.json', 'cache.safetensors', 1
 _KEYS = ('decoder', 'written', 'texts', 'augmented', 'model', 'dtype', 'coprocessor',
          'global_slots', 'local_slots')
-_STORED_NAMES = {'state/cache/write_index': 'state/cache/cursor'}  # others: paths in the tree
+_STORED_NAMES = {  # of some leaves; the others are stored under their paths in the tree
+    'state/cache/write_index': 'state/cache/cursor',
+    'augmentation/next_position': 'augmentation/anchor',
+    'augmentation/next_position_after': 'augmentation/ahead'}
 
 
 def save(directory: Path, engine: Engine, state: State,

@@ -15,29 +15,30 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.inference.background import BackgroundAugmentation, LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.engine import Engine, copied
-from latent_deliberation.inference.passes import (
+from latent_deliberation.inference.passes import State
+from latent_deliberation.inference.policy import NEVER, Policy
+from latent_deliberation.inference.tokenizer import (
   Prompts,
-  State,
+  Tokenizer,
   check_anchors,
   check_prompts,
   check_room,
+  stop_at,
 )
-from latent_deliberation.inference.policy import NEVER, Policy
-from latent_deliberation.inference.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingOptions:
-  """How to decode after the prompts.
+  """Options of decoding after the prompts.
 
   Attributes:
     max_tokens: largest number of tokens to decode for a prompt.
-    sampling: how a token is chosen.
+    sampling: temperature and filters of the draw of a token.
     eos: id that ends a text; None for none.
     stop: function that is given all tokens of a prompt's completion, after every token. True ends
       the text.
-    policy: when to deliberate.
-    timing: when latents join.
+    policy: places where texts deliberate.
+    timing: time at which latents join.
   """
   max_tokens: int
   sampling: Sampling = Sampling()
@@ -58,13 +59,19 @@ class Completion:
   Attributes:
     tokens: ids, with the one that ended the text.
     logprobs: log-probabilities of the tokens under the model, before any filter, nats.
-    finish_reason: 'eos', 'stop' or 'length'; '' while the text goes on.
+    finish_reason: 'eos', 'stop' or 'length'; '' while the text continues.
     latents_at: numbers of tokens after which latents joined.
   """
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
   finish_reason: str = ''
   latents_at: list[int] = dataclasses.field(default_factory=list)
+
+
+def with_ends(options: DecodingOptions, tokenizer: Tokenizer,
+              stop: Sequence[str]) -> DecodingOptions:
+  """Returns options that end a text at the tokenizer's eos, or at one of the strings `stop`."""
+  return dataclasses.replace(options, eos=tokenizer.eos, stop=stop_at(tokenizer, stop))
 
 
 def text_of(completion: Completion, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
@@ -91,7 +98,7 @@ class Session:
     attached: bool [B], texts that hold latents.
     waiting: bool [B], texts that wait for latents.
     opened: bool [B], texts whose gate opens at their next token.
-    active: bool [B], texts that go on.
+    active: bool [B], texts that have not ended.
     count: number of tokens decoded so far.
     gate_from: int32 [B], number of tokens before which a text's gate stays closed.
     completions: completion of each text.
@@ -104,7 +111,7 @@ class Session:
       seeds: seeds of the texts. Further rows of the state are filler.
     """
     self.engine, self.options, self.state, self.policy = engine, options, state, options.policy
-    # Without a coprocessor the plain decoder goes on, with one warning.
+    # Without a coprocessor the plain decoder continues, with one warning.
     if engine.model.coprocessor is None and self.policy != NEVER:
       engine.stats.begun += 1
       self._fail('there is no coprocessor')
@@ -157,13 +164,13 @@ class Session:
     """Splits the plain state, which latents are made from, from the state to decode from."""
     plain, state, again = self.state, self.state, self.attached & self.waiting
     if self.attached.any():
-      # Texts with latents are read again without them. Those that deliberate now go on from there.
+      # Texts with latents are read again without them. Those that deliberate now continue there.
       since = [completion.tokens[self.base_count:] for completion in self.completions]
       since += [[]] * (len(self.active) - len(since))
       plain = self.engine.choose(self.attached, self.engine.read_on(self.base, since), state)
       state = self.engine.choose(again, plain, state)
     elif self.options.timing.delay != 0:
-      # Decoding goes on before latents join, and overwrites its keys and values.
+      # Decoding continues before latents join, and overwrites its keys and values.
       state = copied(plain)
     self.state, self.attached = state, self.attached & ~again
     self.base, self.base_count = plain, self.count
@@ -179,7 +186,7 @@ class Session:
     return self.augmentation.is_ready() if delay is None else self.count >= self.base_count + delay
 
   def _join(self) -> None:
-    """Attaches the latents that texts wait for, or goes on without."""
+    """Attaches the latents that texts wait for, or continues without."""
     try:
       augmentation = self.augmentation.result()
       # Texts that ended while they waited get no latents.
@@ -273,7 +280,7 @@ def stream(engine: Engine, texts: Prompts | State, options: DecodingOptions,
   Args:
     engine: the decoder.
     texts: prompts; or a state, which stays as it is.
-    options: how to decode.
+    options: options of decoding.
     seeds: seeds of the texts; default 0, 1, 2, ... Each text is drawn by its own seed, whatever
       the others are.
 

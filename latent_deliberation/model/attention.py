@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, RowTokens, typed
-from latent_deliberation.errors import UserError
 
 
 @struct.dataclass
@@ -63,10 +62,10 @@ class KVCache:
       segments: [B, 1, Q] documents.
 
     Raises:
-      UserError: there are several rows.
+      ValueError: there are several rows.
     """
     if fresh.keys.shape[2] != 1:
-      raise UserError(
+      raise ValueError(
           f'{fresh.keys.shape[2]} rows of fresh tokens, expected 1: traces of one text are '
           'alternatives, so append each to a cache of its own')
     return KVCache(
@@ -75,20 +74,14 @@ class KVCache:
         positions=jnp.concatenate([self.positions, positions[:, 0]], axis=1),
         segments=jnp.concatenate([self.segments, segments[:, 0]], axis=1))
 
-  def truncate(self, length: int) -> 'KVCache':
-    """Returns the first `length` tokens. This also detaches latents that were appended."""
-    if not 0 <= length <= self.length:
-      raise UserError(
-          f'length = {length}: a cache of {self.length} tokens can be truncated to 0 to '
-          f'{self.length}')
-    return KVCache(
-        keys=self.keys[:, :, :length], values=self.values[:, :, :length],
-        positions=self.positions[:, :length], segments=self.segments[:, :length])
-
 
 # Names of the fused kernel's results. A remat policy may keep them, which saves the backward pass
 # a second run of the kernel.
 FUSED_RESULTS = ('attention_mixed', 'attention_lse')
+
+# Up to this soft-cap, the sum of exp(x) over any vocabulary or row of keys fits float32: exp(60) is
+# 1e26, and the limit is 3e38.
+SUMMABLE = 60.0
 
 MASKED = -1e30  # finite: a query that sees nothing gives zeros and no NaN
 

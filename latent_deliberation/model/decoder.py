@@ -27,7 +27,9 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 
 
 class Decoder(nn.Module):
-  """A Gemma-style decoder. Its parameters are {'embedder': ..., 'transformer': ...}.
+  """A decoder of the Gemma or Llama family.
+
+  Its parameters are {'embedder': ..., 'transformer': ...}.
 
   Attributes:
     config: architecture.
@@ -78,7 +80,7 @@ class Decoder(nn.Module):
 
   @typed
   def embed(self, tokens: RowTokens) -> Rows:
-    """Returns scaled input embeddings, in the dtype of the computation."""
+    """Returns input embeddings, scaled if the config says so, in the dtype of the computation."""
     return self.embedder.encode(tokens, self.dtype)
 
   def transform(self, x: Array, positions: Array, mask_spec: AttentionMaskSpec,

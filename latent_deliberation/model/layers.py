@@ -133,7 +133,7 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
 
 
 class Projection(nn.Module):
-  """A linear map from the last `inputs` axes of x to the axes `shape[inputs:]`, without bias.
+  """A linear map from the last `inputs` axes of x to the axes `shape[inputs:]`.
 
   Its weight 'w' has the input axes first, as in checkpoints. Inference may give 'transposed'
   instead, with the output axes first, which a CPU reads faster; see `contract`.
@@ -144,6 +144,7 @@ class Projection(nn.Module):
     inputs: number of leading axes of the weight that are contracted.
     lora: low-rank adapter that is added to the weight; None for no adapter.
     flatten_batch: see `multiply`.
+    bias: whether a bias 'b' is added to the product.
   """
   shape: Sequence[int]
   axes: Sequence[str]
@@ -189,7 +190,7 @@ class Projection(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """Gated feed-forward: (gelu(x W_gate) * x W_up) W_down, with the tanh form of gelu."""
+  """Gated feed-forward: (act(x W_gate) * x W_up) W_down, where act is gelu (tanh form) or silu."""
   hidden_dim: int
   lora: LowRank | None = None
   flatten_batch: bool = True
@@ -203,21 +204,21 @@ class FeedForward(nn.Module):
                 flatten_batch=self.flatten_batch)
     gate = Projection(**into, name='gate')(x)
     up = Projection(**into, name='up')(x)
-    gelu = functools.partial(nn.gelu, approximate=True)
-    hidden = (gelu if self.activation == 'gelu' else nn.silu)(gate) * up
+    activated = nn.gelu(gate, approximate=True) if self.activation == 'gelu' else nn.silu(gate)
+    hidden = activated * up
     hidden = nn.with_logical_constraint(hidden, ('batch', 'trace', 'length', 'mlp'))
     return Projection((self.hidden_dim, width), ('mlp', 'embed'), lora=self.lora,
                       flatten_batch=self.flatten_batch, name='down')(hidden)
 
 
 class Embedder(nn.Module):
-  """The [V, D] table of the input embeddings, which is the output head as well, if they are tied.
+  """The [V, D] table of the input embeddings, and that of the output head.
 
   Attributes:
     vocab_size: V.
     embed_dim: D.
-    scaled: embeddings are multiplied by sqrt(D).
-    tied: the output head is the same table; otherwise it has its own.
+    scaled: whether embeddings are multiplied by sqrt(D).
+    tied: whether the table is also the output head; otherwise the head has a table of its own.
   """
   vocab_size: int
   embed_dim: int
@@ -225,15 +226,12 @@ class Embedder(nn.Module):
   tied: bool = True
 
   def setup(self):
-    self.table = self.param(
-        'table', nn.with_logical_partitioning(
-            nn.initializers.normal(self.embed_dim ** -0.5), ('vocab', 'embed')),
-        (self.vocab_size, self.embed_dim))
+    init = nn.with_logical_partitioning(
+        nn.initializers.normal(self.embed_dim ** -0.5), ('vocab', 'embed'))
+    shape = (self.vocab_size, self.embed_dim)
+    self.table = self.param('table', init, shape)
     if not self.tied:
-      self.head = self.param(
-          'head', nn.with_logical_partitioning(
-              nn.initializers.normal(self.embed_dim ** -0.5), ('vocab', 'embed')),
-          (self.vocab_size, self.embed_dim))
+      self.head = self.param('head', init, shape)
 
   @property
   def output_head(self) -> Array:
@@ -251,7 +249,7 @@ class Embedder(nn.Module):
 
 
 def output_head(decoder_params: Params) -> Array | Quantised:
-  """The [V, D] output head of a decoder: its own table, or that of the embeddings."""
+  """Returns the [V, D] output head of a decoder: its own table, or that of the embeddings."""
   embedder = decoder_params['embedder']
   return embedder.get('head', embedder['table'])
 
@@ -285,7 +283,9 @@ def input_axes(name: str) -> int:
 
 
 def quantise(params: Params) -> Params:
-  """Returns a decoder's parameters with Quantised matrices and table; norms stay as they are.
+  """Returns a decoder's parameters with Quantised matrices and tables.
+
+  Norms and biases stay as they are.
 
   A scale is the largest absolute value of its channel, over 127. The error of an entry is half a
   scale at most.

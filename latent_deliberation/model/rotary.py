@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864) on halves of heads, as Gemma pairs them."""
+"""Rotary position embedding (arXiv 2104.09864) on halves of heads, as Gemma and Llama pair them."""
 
 from collections.abc import Sequence
 

@@ -1,11 +1,16 @@
 """TransformerConfig, the architecture of a decoder, and PRESETS, the published sizes by name."""
 
 import dataclasses
+import math
+from typing import Any
 
 from latent_deliberation.errors import UserError
 
 LAYER_KINDS = ('local', 'global')
 ACTIVATIONS = ('gelu', 'silu')
+# Switches that tell Llama and Qwen from Gemma, which has the default of each.
+_SWITCHES = ('rope_llama3', 'norm_offset', 'activation', 'scale_embeddings', 'qkv_bias',
+             'tied_head')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +42,15 @@ class TransformerConfig:
     rope_local_base: wavelength base on local layers; None for rope_base.
     rope_scaling: factor that positions are divided by on global layers (linear scaling, arXiv
       2306.15595).
-    rope_llama3: Llama 3's scaling of wavelengths: factor, low and high frequency factors, and the
-      length that the model was first trained on; () for none.
+    rope_llama3: Llama 3's scaling of wavelengths on global layers: factor, low and high frequency
+      factors, and the length that the model was first trained on; () for none.
     norm_epsilon: number added to the mean square in every RMS norm.
     norm_offset: whether norms multiply by 1 + scale, as in Gemma, or by scale.
-    activation: function of the feed-forward's gate: 'gelu', in its tanh form, or 'silu'.
+    activation: function of the feed-forward's gate, one of ACTIVATIONS; 'gelu' is its tanh form.
     scale_embeddings: whether input embeddings are multiplied by sqrt(D), as in Gemma.
     qkv_bias: whether queries, keys and values have a bias, as in Qwen 2.
-    tied_head: whether the embedding is also the output head, or the head has its own table.
+    tied_head: whether the embedding is also the output head; otherwise the head has a table of
+      its own.
   """
   vocab_size: int
   embed_dim: int
@@ -88,16 +94,22 @@ class TransformerConfig:
         continue
       if not isinstance(value, int | float) or not 0 < value < float('inf'):
         raise UserError(f'{name} = {value!r} is not a finite number above 0: set one')
+    # Switches. Any other value would silently count as one of the two.
+    for name in ('qk_norm', 'post_norms', 'norm_offset', 'scale_embeddings', 'qkv_bias',
+                 'tied_head'):
+      if not isinstance(getattr(self, name), bool):
+        raise UserError(f'{name} = {getattr(self, name)!r}: set True or False')
+    if self.activation not in ACTIVATIONS:
+      raise UserError(f'activation = {self.activation!r}: set one of {ACTIVATIONS}')
     # Numbers that must fit together.
     if self.num_heads % self.num_kv_heads:
       raise UserError(
           f'num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}: '
           'each kv head serves the same number of query heads, so change one of the two')
-    if self.activation not in ACTIVATIONS:
-      raise UserError(f'activation = {self.activation!r}: must be one of {ACTIVATIONS}')
-    if len(self.rope_llama3) not in (0, 4) or any(not value > 0 for value in self.rope_llama3):
-      raise UserError(f'rope_llama3 = {self.rope_llama3}: give factor, low and high frequency '
-                      'factors and the original length, all above 0, or ()')
+    if self.rope_llama3 and not _is_llama3(self.rope_llama3):
+      raise UserError(f'rope_llama3 = {self.rope_llama3}: give () or four numbers above 0, which '
+                      'are factor, low and high frequency factors, and original length; low must '
+                      'be less than high')
     if self.head_dim % 2:
       raise UserError(f'head_dim = {self.head_dim} is odd: set an even number')
     unknown = set(self.layer_pattern) - set(LAYER_KINDS)
@@ -118,6 +130,19 @@ class TransformerConfig:
                       f'number from 1 to {self.num_layers}')
     return dataclasses.replace(
         self, num_layers=num_layers, layer_pattern=self.layer_kinds[-num_layers:])
+
+
+def _is_llama3(values: tuple[Any, ...]) -> bool:
+  """Whether values are a scaling of wavelengths, whose ramp goes from `low` up to `high`."""
+  return (len(values) == 4 and all(isinstance(value, int | float) and 0 < value < math.inf
+                                   for value in values) and values[1] < values[2])
+
+
+def unlike_gemma(config: TransformerConfig) -> dict[str, Any]:
+  """Returns the switches, by key, that have a value which no Gemma has."""
+  defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+  return {name: getattr(config, name) for name in _SWITCHES
+          if getattr(config, name) != defaults[name]}
 
 
 def _gemma1(**sizes: int) -> TransformerConfig:

@@ -1,4 +1,4 @@
-"""Loads and saves the weights of a decoder: native, Hugging Face and Google checkpoints.
+"""Loads and saves the weights of a decoder: native, Hugging Face, Google and GGUF checkpoints.
 
   config, params = weights.load('gemma-2-2b', dtype=jnp.float32)
   logits, cache = Decoder(config).apply({'params': params}, tokens)
@@ -21,9 +21,10 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Params, PyTree
-from latent_deliberation.errors import MissingError, UserError
+from latent_deliberation.errors import MissingError, UserError, differences
 from latent_deliberation.files import explain_failed_write, whole_directory
 from latent_deliberation.model.checkpoints import google, hugging_face, native
+from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG, read_config
 from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.safetensors_io import SafetensorsSource
 from latent_deliberation.model.checkpoints.source import (
@@ -40,7 +41,7 @@ from latent_deliberation.model.checkpoints.source import (
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-FORMATS = ('native', 'huggingface')  # of `save`; 'google' can only be read
+FORMATS = ('native', 'huggingface')  # of `save`; 'google' and 'gguf' can only be read
 TOKENIZER = 'tokenizer.model'
 GGUF = '.gguf'
 
@@ -50,19 +51,19 @@ class Checkpoint:
   """A decoder on disk. Names and shapes of its tensors are known; its weights are not read yet.
 
   Attributes:
-    directory: directory of the checkpoint.
-    format: 'native', 'huggingface' or 'google'.
+    directory: directory of the checkpoint; the file, if it is a GGUF file.
+    format: 'native', 'huggingface', 'google' or 'gguf'.
     config: architecture.
     source: tensors of the checkpoint.
     fingerprint: fingerprint of the weights as stored; '' if the format has none.
-    vocabulary: hash of the vocabulary of the training text; '' if unknown.
+    vocabulary_hash: hash of the vocabulary of the training text; '' if unknown.
   """
   directory: Path
   format: str
   config: TransformerConfig
   source: Source
   fingerprint: str
-  vocabulary: str
+  vocabulary_hash: str
   _expected: Mapping[str, tuple[int, ...]]
   _padded: tuple[str, ...]
   _is_foreign: Callable[[str], bool]
@@ -70,7 +71,10 @@ class Checkpoint:
 
   @property
   def tokenizer(self) -> Path | None:
-    """Path of the SentencePiece model in the directory; None if there is none."""
+    """Path of the SentencePiece model in the directory; None if there is none.
+
+    A GGUF file holds the vocabulary itself. Its model is rebuilt into the user's cache.
+    """
     if self.format == 'gguf':
       return _gguf_io().cache_tokenizer(self.source)
     # Google's downloads have the tokenizer next to the directory of the checkpoint.
@@ -136,7 +140,7 @@ def open_checkpoint(directory: str | Path, config: TransformerConfig | None = No
   """Opens a decoder of any format, without reading its weights.
 
   Args:
-    directory: directory of the decoder.
+    directory: directory of the decoder, or path of a GGUF file.
     config: architecture that the decoder must have; default the stored one. A Google checkpoint
       needs it if no preset has its sizes.
 
@@ -147,9 +151,8 @@ def open_checkpoint(directory: str | Path, config: TransformerConfig | None = No
   checkpoint = _open(Path(directory).absolute(), config)
   # List every key that differs, not only the first.
   if config is not None and checkpoint.config != config:
-    stored, wanted = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
-    lines = [f'  decoder.{key}: {stored[key]!r} in the checkpoint, {wanted[key]!r} in the config'
-             for key in stored if stored[key] != wanted[key]]
+    lines = differences(dataclasses.asdict(checkpoint.config), dataclasses.asdict(config),
+                        'decoder.')
     raise UserError('\n'.join([f'the decoder in {directory} differs from the config:', *lines,
                                'Change the config, or give another decoder.']))
   return checkpoint
@@ -168,7 +171,7 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
     return _open_native(directory)
   if is_orbax(directory):
     return _open_google(directory, config)
-  if (directory / hugging_face.CONFIG).is_file() or list(directory.glob('*.safetensors*')):
+  if (directory / CONFIG).is_file() or list(directory.glob('*.safetensors*')):
     return _open_hugging_face(directory)
   inner = [child for child in sorted(directory.iterdir()) if child.is_dir() and is_orbax(child)]
   if len(inner) == 1:  # Google's downloads have the checkpoint in a folder next to the tokenizer
@@ -178,19 +181,21 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
   refuse_pickles(directory)
   raise MissingError(
       f'{directory} holds no decoder: neither {native.DESCRIPTION}, which launch/pretrain.py '
-      f'writes to <workdir>/decoder, nor {hugging_face.CONFIG} and safetensors (Hugging Face), '
+      f'writes to <workdir>/decoder, nor {CONFIG} and safetensors (Hugging Face), '
       'nor an orbax checkpoint (Google). Give the directory of a decoder')
 
 
 def _open_native(directory: Path) -> Checkpoint:
   described, source = native.describe(directory), native.open_weights(directory)
   return Checkpoint(
-      directory, 'native', described.config, source, described.fingerprint, described.vocabulary,
+      directory, 'native', described.config, source, described.fingerprint,
+      described.vocabulary_hash,
       native.shapes(described.config), (), lambda name: False,
       lambda shardings, dtype: native.read(source, described, shardings))
 
 
 def _open_gguf(path: Path) -> Checkpoint:
+  # The tensors have Hugging Face's names and shapes, so its layout serves.
   gguf_io = _gguf_io()
   source = gguf_io.GGUFSource(gguf_io.find_file(path))
   config = gguf_io.read_config(source)
@@ -202,7 +207,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _gguf_io() -> ModuleType:
-  """The reader of GGUF files, imported only where there is one."""
+  """Returns the reader of GGUF files, imported only if there is such a file."""
   return importlib.import_module('latent_deliberation.model.checkpoints.gguf_io')
 
 
@@ -218,13 +223,15 @@ def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoin
 
 def _open_hugging_face(directory: Path) -> Checkpoint:
   source = SafetensorsSource(directory, hugging_face.plain_name)
-  config = hugging_face.read_config(directory)
+  config = read_config(directory)
   layout = hugging_face.find_layout(config)
+  if not config.tied_head:
+    hugging_face.check_own_head(source)
 
-  # The head is compared with the table only when weights are read.
+  # A tied head is compared with the table only when weights are read.
   def read(shardings: Mapping[str, Sharding], dtype: DTypeLike | None) -> Params:
     if config.tied_head:
-      hugging_face.check_head(source)
+      hugging_face.check_tied_head(source)
     return assemble(source, layout, config, shardings, dtype)
 
   return Checkpoint(
@@ -232,15 +239,15 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
       hugging_face.is_foreign, read)
 
 
-def save(directory: str | Path, config: TransformerConfig, params: Params, vocabulary: str = '',
-         format: str = 'native', tokenizer: Path | None = None) -> None:
+def save(directory: str | Path, config: TransformerConfig, params: Params,
+         vocabulary_hash: str = '', format: str = 'native', tokenizer: Path | None = None) -> None:
   """Writes a decoder bit by bit. After an error, nothing is left of it.
 
   Args:
     directory: new directory.
     config: architecture.
     params: parameters of that architecture.
-    vocabulary: hash of the vocabulary of the training text; only the native format keeps it.
+    vocabulary_hash: hash of the vocabulary of the training text; only the native format keeps it.
     format: one of FORMATS.
     tokenizer: path of a SentencePiece model to copy into the directory; default none.
 
@@ -261,6 +268,6 @@ def save(directory: str | Path, config: TransformerConfig, params: Params, vocab
     if tokenizer is not None and jax.process_index() == 0:
       shutil.copyfile(tokenizer, partial / TOKENIZER)
     if format == 'native':
-      native.write(partial, config, params, vocabulary)
+      native.write(partial, config, params, vocabulary_hash)
     else:
       hugging_face.write(partial, config, params)

@@ -36,7 +36,7 @@ class Collective:
     bytes: size of the whole array that a chip ends with, or begins with (reduce-scatter), each
       time.
     count: runs in a step.
-    overlapped: whether computation goes on meanwhile.
+    overlapped: whether computation continues meanwhile.
     seconds: time of all runs; None if the links are unknown.
     exposed_seconds: part of `seconds` in which the chip computes nothing.
     op_name: name in our code that XLA keeps with it.
@@ -58,7 +58,7 @@ class _Part:
   Attributes:
     place: index of the instruction in the schedule.
     kind: one of KINDS.
-    is_async: whether computation goes on meanwhile.
+    is_async: whether computation continues meanwhile.
     collective: the collective itself, which may be fused into the instruction.
   """
   place: int

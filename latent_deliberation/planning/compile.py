@@ -14,11 +14,11 @@ from absl import logging
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Batch
+from latent_deliberation.build import build_deliberator
 from latent_deliberation.deliberation.flops import traces_flops
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json, write_whole
-from latent_deliberation.models import build_deliberator
 from latent_deliberation.planning.collectives import find_collectives
 from latent_deliberation.planning.cost_plots import plot_plans
 from latent_deliberation.planning.memory import Memory, divide_memory, shard_bytes
@@ -70,7 +70,7 @@ def plan_training(experiment: Experiment, topology: Topology, meshes: Sequence[M
   runs = [describe_run(variant, topology) for variant in variants]
   plans = []
   for number, run in enumerate(runs, 1):
-    logging.info('compiling %d of %d: mesh %s on %s. A pod takes minutes.', number, len(runs),
+    logging.info('compiling %d of %d: mesh %s on %s; a pod takes minutes', number, len(runs),
                  dict(run.mesh.shape), topology.name)
     plans.append(plan_step(run, topology))
     logging.info('%s: %.0f s, %.2f GB a chip', name_mesh(plans[-1]), plans[-1].compile_seconds,

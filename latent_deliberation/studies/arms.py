@@ -1,15 +1,16 @@
-"""The arms of a study as its report shows them: costs, scores and diagnostics."""
+"""Describes the arms of a study for its report: costs, scores and diagnostics."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latent_deliberation.deliberation import flops
-from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN, AheadNLL
-from latent_deliberation.experiment import TrainingConfig
+from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN, AheadNLL
+from latent_deliberation.experiment import Experiment, TrainingConfig
+from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.studies.scoring import QuestionScorer, TextScorer
-from latent_deliberation.studies.study_config import LATENTS, Study
+from latent_deliberation.studies.study_config import LATENT_ARM, Study
 from latent_deliberation.studies.study_result import Arm, Outcomes, control_name
 from latent_deliberation.training.metrics import read_metrics
 
@@ -28,34 +29,42 @@ class ScoredRun:
   scores: Mapping[str, Outcomes | AheadNLL]
 
 
-def describe_frozen(study: Study, run: ScoredRun, scorer: QuestionScorer | TextScorer,
+def describe_frozen(experiment: Experiment, run: ScoredRun, scorer: QuestionScorer | TextScorer,
                     seconds: float) -> Arm:
-  """The frozen decoder, which was pretrained in `seconds`."""
-  experiment = study.experiment
-  model, settings = experiment.decoder, experiment.pretraining
+  """Returns the arm of the frozen decoder, which was pretrained in `seconds`."""
+  decoder_config, settings = experiment.decoder, experiment.pretraining
   texts = settings.loop.num_steps * settings.batch_size
+  answer = flops.answer_flops(decoder_config, scorer.prompt_tokens, scorer.answer_tokens)
   return Arm(
       kind='decoder', trained=run.trained, total=run.total,
-      flops_per_token=flops.answer_flops(model, scorer.prompt, scorer.answer) / scorer.answer,
-      train_flops=texts * flops.text_flops(model, experiment.data.length),
-      seeds=(experiment.seed,), seconds=(seconds,), **_scored([run.scores[BASELINE]]))
+      flops_per_token=answer / scorer.answer_tokens,
+      train_flops=texts * flops.text_flops(decoder_config, experiment.data.length),
+      seeds=(experiment.seed,), seconds=(seconds,), **_scored([run.scores[FROZEN]]))
 
 
-def describe_chain(study: Study, frozen: Arm, scorer: QuestionScorer, outcomes: Outcomes,
-                   tokens: float) -> Arm:
-  """The frozen decoder that answers after its own chain, of this many tokens on average."""
+def describe_chain(decoder_config: TransformerConfig, frozen: Arm, scorer: QuestionScorer,
+                   outcomes: Outcomes, tokens: float) -> Arm:
+  """Returns the arm of the frozen decoder that answers after its own chain.
+
+  Args:
+    decoder_config: config of the frozen decoder.
+    frozen: the frozen decoder without a chain.
+    scorer: scorer of the study.
+    outcomes: answers after the chains.
+    tokens: mean number of tokens of a chain.
+  """
   # A chain makes the prompt longer, and each of its tokens needs logits.
-  answer = flops.answer_flops(study.experiment.decoder, scorer.prompt + tokens, scorer.answer)
-  chain = tokens * flops.head_flops(study.experiment.decoder)
+  answer = flops.answer_flops(decoder_config, scorer.prompt_tokens + tokens, scorer.answer_tokens)
+  chain = tokens * flops.head_flops(decoder_config)
   return dataclasses.replace(
       frozen, kind=f'decoder with its own chain, {tokens:.0f} tokens', outcomes=(outcomes,),
-      flops_per_token=(answer + chain) / scorer.answer)
+      flops_per_token=(answer + chain) / scorer.answer_tokens)
 
 
 def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
                  scorer: QuestionScorer | TextScorer,
                  seconds: tuple[float, ...]) -> dict[str, Arm]:
-  """An arm and its controls, by their names in the report.
+  """Returns an arm and its controls, by their names in the report.
 
   Args:
     study: the study.
@@ -65,31 +74,32 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
     seconds: wall-clock time of each run.
   """
   experiment, learns = study.variant(name, study.seeds[0]), study.arms[name].learns
-  model, config, settings = experiment.decoder, experiment.deliberation, experiment.training
-  texts, length = settings.loop.num_steps * settings.batch_size, experiment.data.length
+  decoder_config, config = experiment.decoder, experiment.deliberation
+  settings, length = experiment.training, experiment.data.length
+  texts = settings.loop.num_steps * settings.batch_size
   # Tuned decoders cost what the decoder costs; arms with latents also make and read latents.
-  answer = flops.answer_flops(model, scorer.prompt, scorer.answer)
-  training = flops.text_flops(model, length, config.lora_rank if learns == 'lora' else 0)
-  if learns in (LATENTS, 'joint'):
-    answer += flops.latents_flops(model, config, scorer.prompt)
-    training = flops.traces_flops(model, config, length, tuned=learns == 'joint')
-  kind = f'{config.trainable} {config.latents} latents' if learns == LATENTS else learns
+  answer = flops.answer_flops(decoder_config, scorer.prompt_tokens, scorer.answer_tokens)
+  training = flops.text_flops(decoder_config, length, config.lora_rank if learns == 'lora' else 0)
+  if learns in (LATENT_ARM, 'joint'):
+    answer += flops.latents_flops(decoder_config, config, scorer.prompt_tokens)
+    training = flops.traces_flops(decoder_config, config, length, tuned=learns == 'joint')
+  kind = f'{config.trainable} {config.latents} latents' if learns == LATENT_ARM else learns
   arms = {}
-  for control in (BASELINE, OWN, *CONTROLS):  # the order of the report
+  for control in (FROZEN, OWN, *CONTROLS):  # the order of the report
     if control not in runs[0].scores:
       continue
-    label = name if control in (OWN, BASELINE) else control_name(name, control)
+    label = name if control in (OWN, FROZEN) else control_name(name, control)
     arms[label] = Arm(
         kind=kind, trained=runs[0].trained, total=runs[0].total,
-        flops_per_token=answer / scorer.answer, train_flops=texts * training, seeds=study.seeds,
-        seconds=seconds, note=_describe_budget(study, settings),
+        flops_per_token=answer / scorer.answer_tokens, train_flops=texts * training,
+        seeds=study.seeds, seconds=seconds,
+        note=_describe_budget(settings, study.experiment.training),
         **_scored([run.scores[control] for run in runs]))
   return arms
 
 
-def _describe_budget(study: Study, settings: TrainingConfig) -> str:
-  """Whether an arm has the steps and texts of the study; the report also shows its operations."""
-  common = study.experiment.training
+def _describe_budget(settings: TrainingConfig, common: TrainingConfig) -> str:
+  """Returns a note on whether an arm has the steps and texts of the study (`common`)."""
   same = (settings.loop.num_steps, settings.batch_size) == (
       common.loop.num_steps, common.batch_size)
   budget = f'{settings.loop.num_steps:,} steps of {settings.batch_size} texts'
@@ -113,6 +123,6 @@ def read_diagnostics(workdir: Path) -> list[dict[str, float]]:
 
 
 def _scored(scores: Sequence[Outcomes] | Sequence[AheadNLL]) -> dict[str, tuple]:
-  """The field of Arm that holds scores of this kind."""
+  """Returns the field of Arm that holds scores of this kind, with the scores."""
   field = 'outcomes' if isinstance(scores[0], Outcomes) else 'text_scores'
   return {field: tuple(scores)}

@@ -15,8 +15,9 @@ from typing import Any
 
 from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.evaluation import report
-from latent_deliberation.evaluation.perplexity import BASELINE, OWN
+from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.plots import plot_changes
+from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.files import write_whole
 from latent_deliberation.paths import OLD_VALUES, REPORT, RESULTS, with_current_names
 from latent_deliberation.studies import study_report
@@ -35,7 +36,7 @@ LEFT_OUT = ('diagnostics', 'pictures', 'decoder_unchanged')
 OLD_ARMS = {
     'continued': 'finetuned', 'unified': 'joint', 'adapted': 'lora', 'lora': 'lora coprocessor',
     '16 by adapters': '16, lora coprocessor', 'continued gently': 'finetuned gently',
-    'continued at rest': 'finetuned at rest'}
+    'continued at rest': 'finetuned at the final rate'}
 OLD_CONFIGS = {'hops.py': 'pointer_chasing.py', 'groups.py': 'state_tracking.py',
                'arithmetic.py': 'addition.py', 'gsm8k.py': 'word_problems.py'}
 
@@ -74,12 +75,12 @@ def add_result(directory: Path, name: str, workdir: Path, values: Mapping[str, s
 
 
 def load_results(directory: Path) -> dict[str, Result]:
-  """The content of every NAME.json, by name."""
+  """Returns the content of every NAME.json, by name."""
   return {path.stem: _read(path) for path in sorted(directory.glob('*.json'))}
 
 
 def render_pages(results: Mapping[str, Result]) -> dict[str, str]:
-  """The text of every page by file name: one page for each result, and the index."""
+  """Returns the text of every page by file name: one for each result, and the index."""
   pages = {f'{name}.md': _render_page(name, result) for name, result in results.items()}
   return {**pages, INDEX: _render_index(results)}
 
@@ -119,12 +120,12 @@ def _read(path: Path) -> Result:
 
 
 def _is_report(result: Result) -> bool:
-  """Whether a result is of an evaluation (report.json) and not of a study (results.json)."""
+  """Returns whether a result is of an evaluation (report.json), not of a study (results.json)."""
   return 'all_positions' in result
 
 
 def _shorten(value: Any) -> Any:
-  """The value without keys of LEFT_OUT, its floats at six digits."""
+  """Returns the value without keys of LEFT_OUT, its floats at six digits."""
   if isinstance(value, Mapping):
     return {key: _shorten(item) for key, item in value.items() if key not in LEFT_OUT}
   if isinstance(value, list):
@@ -133,13 +134,15 @@ def _shorten(value: Any) -> Any:
 
 
 def _rename_old(result: Result, name: str) -> Result:
-  """The result under current names of arms, config files and keys, with --workdir=runs/<name>."""
+  """Returns the result under current names, and with --workdir=runs/<name> in its command."""
   config = with_current_names(result['config'])
   if config != result['config']:  # a run under old names
     result = _rename_arms({**result, 'config': config})
     for arm in result['arms'].values():
       if 'kind' in arm:
         arm['kind'] = OLD_VALUES['learns'].get(arm['kind'], arm['kind'])
+    if 'name' in result:
+      result['name'] = OLD_VALUES['name'].get(result['name'], result['name'])
     if isinstance(result.get('decoder_fingerprint'), Mapping):
       result['decoder_fingerprint'] = result['decoder_fingerprint']['before']
   if 'command' in result:
@@ -154,7 +157,10 @@ def _rename_old(result: Result, name: str) -> Result:
 
 
 def _rename_arms(value: Any) -> Any:
-  """The value with the current names of arms in its keys: 'x', 'x/shuffled', 'x vs y', 'x_only'."""
+  """Returns the value with current names of arms in its keys.
+
+  Such a key is like 'x', 'x/shuffled', 'x vs y' or 'x_only'.
+  """
   if isinstance(value, list):
     return [_rename_arms(item) for item in value]
   if not isinstance(value, Mapping):
@@ -192,12 +198,12 @@ def _render_index(results: Mapping[str, Result]) -> str:
   header = ['study', 'at', 'frozen decoder', 'own latents', "another example's latents",
             'constant soft tokens', 'decoder tuned', 'seeds']
   rows = [_index_row(name, result) for name, result in results.items()]
-  table = '\n'.join(f'| {" | ".join(row)} |' for row in (header, ['---'] * len(header), *rows))
   return '\n\n'.join([
     '# Results',
-    'A row for each study, at the first difficulty at which the frozen decoder is right less than '
-    f'{FAILS_BELOW:.0%} of the time. For text the row is at ahead position {POSITION}.',
-    table,
+    'The table has one row for each study. For questions the row is at the first difficulty at '
+    f'which the frozen decoder is right less than {FAILS_BELOW:.0%} of the time. For text it is at '
+    f'ahead position {POSITION}.',
+    markdown_table(header, rows, align='---'),
     'Questions: accuracy in percent, mean over seeds. Text: perplexity of the frozen decoder, and '
     'its relative change. Own latents come from a coprocessor. Those of another example come from '
     'the same coprocessor, and show whether content matters. Constant soft tokens are trained '
@@ -214,7 +220,7 @@ def _render_index(results: Mapping[str, Result]) -> str:
 def _index_row(name: str, result: Result) -> list[str]:
   at, cells = _frontier(result)
   arms, kinds = list(cells), {} if _is_report(result) else result['arms']
-  # A study may have no arm 'own'. Its last arm that has a shuffled control then stands for it.
+  # A study may have no arm 'own'. The row then has its last arm with a shuffled control.
   own = OWN if OWN in arms else next(
       (arm for arm in reversed(arms) if f'{arm}/shuffled' in arms), None)
   shuffled = 'shuffled' if own == OWN else f'{own}/shuffled'
@@ -222,13 +228,13 @@ def _index_row(name: str, result: Result) -> list[str]:
   tuned = [f'{cells[arm]} {arm}' for arm in arms if kinds.get(arm, {}).get('kind') in TUNINGS]
   seeds = max(len(seeds) for seeds in result['seeds'].values()) if 'seeds' in result else 1
   label = '' if own in (OWN, None) else f' ({own})'
-  return [f'[{_title(name, result)}]({name}.md)', at, cells[BASELINE],
+  return [f'[{_title(name, result)}]({name}.md)', at, cells[FROZEN],
           f'**{cells[own]}**{label}' if own else '-', cells.get(shuffled, '-'),
           cells.get(constant, '-'), ', '.join(tuned) or '-', str(seeds)]
 
 
 def _frontier(result: Result) -> tuple[str, dict[str, str]]:
-  """Where the row of the index is, in words, and the figure of every arm there."""
+  """Returns the place of the index row, in words, and the figure of every arm there."""
   if _is_report(result):
     # Text: at the usual position, or in the middle of those that were scored.
     positions = result['positions']
@@ -243,11 +249,11 @@ def _frontier(result: Result) -> tuple[str, dict[str, str]]:
   # Questions: the first difficulty at which the frozen decoder fails, or the last one.
   rows = result['by_difficulty'] or {'overall': result['overall']}
   level = next((level for level, arms in rows.items()
-                if arms[BASELINE]['accuracy'] < FAILS_BELOW), list(rows)[-1])
+                if arms[FROZEN]['accuracy'] < FAILS_BELOW), list(rows)[-1])
   cells = {name: f'{100 * arm["accuracy"]:.1f}' for name, arm in rows[level].items()}
   return level if level == 'overall' else f'difficulty {level}', cells
 
 
 def _text_cells(arms: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, str]]:
   for name, arm in arms.items():
-    yield name, (f'{arm["perplexity"]:.2f}' if name == BASELINE else f'{arm["change_pct"]:+.2f}%')
+    yield name, (f'{arm["perplexity"]:.2f}' if name == FROZEN else f'{arm["change_pct"]:+.2f}%')

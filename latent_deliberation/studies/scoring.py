@@ -15,23 +15,23 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import Array, Batch, Params
+from latent_deliberation.build import build_deliberator
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import likeliest
 from latent_deliberation.deliberation.traces import gather_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import open_held_out, score_traces
-from latent_deliberation.evaluation.perplexity import BASELINE, AheadNLL, arm_states
+from latent_deliberation.evaluation.perplexity import FROZEN, AheadNLL, arm_states
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.inference.engine import Engine
-from latent_deliberation.inference.passes import Prompts
 from latent_deliberation.inference.session import DecodingOptions, generate
-from latent_deliberation.inference.tokenizer import BYTES, open_tokenizer
+from latent_deliberation.inference.tokenizer import BYTES, Prompts, open_tokenizer
 from latent_deliberation.model.layers import output_head
-from latent_deliberation.models import build_deliberator
 from latent_deliberation.paths import VOCABULARY_FILE
 from latent_deliberation.progress import Progress
-from latent_deliberation.studies.study_config import Study
+from latent_deliberation.studies.study_config import QuestionsConfig, Study
 from latent_deliberation.studies.study_result import Outcomes
 from latent_deliberation.studies.synthetic.documents import build
 from latent_deliberation.studies.synthetic.question import Question, Task
@@ -70,7 +70,7 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
     UserError: there is no question, an answer is empty, or latents would come before any token.
   """
   if not parts:
-    raise UserError('there are no questions: ask at least 1 of each difficulty')
+    raise UserError('there are no questions: set questions.per_difficulty to 2 or more')
   # Places of the anchor and of the answer in each question's row.
   lengths = np.array([[len(part) for part in question] for question in parts])
   start, end = lengths[:, :2].sum(axis=1), lengths.sum(axis=1)
@@ -78,7 +78,7 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
   if anchors.min() < 0 or (end <= start).any():
     wrong = int(np.argmax((anchors < 0) | (end <= start)))
     raise UserError(f'question {wrong} has {lengths[wrong].tolist()} tokens of context, question '
-                    'and answer. It needs a token before the latents, and an answer.')
+                    'and answer. Give it a token before the latents, and an answer.')
   tokens = np.zeros((len(parts), end.max()), np.int32)
   for row, question in zip(tokens, parts, strict=True):
     ids = np.concatenate([np.asarray(part, np.int32) for part in question])
@@ -99,11 +99,12 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
 
 
 # (params, decoder_params, questions) -> {arm: nats of the answers [B], whether they are right [B]}
-Scorer = Callable[[Params, Params, Questions], Mapping[str, tuple[Array, Array]]]
+AnswerScorer = Callable[[Params, Params, Questions], Mapping[str, tuple[Array, Array]]]
 
 
 def make_question_scorer(deliberator: Deliberator, arms: Sequence[str], *, loss_chunk: int,
-                         mesh: Mesh, rules: Mapping[str, Sequence[str]], delay: int = 0) -> Scorer:
+                         mesh: Mesh, rules: Mapping[str, Sequence[str]],
+                         delay: int = 0) -> AnswerScorer:
   """Compiles the scoring of one batch under several arms.
 
   An answer is right if each of its tokens is the likeliest one after the tokens before it: greedy
@@ -148,9 +149,9 @@ def make_question_scorer(deliberator: Deliberator, arms: Sequence[str], *, loss_
   return scorer
 
 
-def score_questions(scorer: Scorer, params: Params, decoder_params: Params,
+def score_questions(scorer: AnswerScorer, params: Params, decoder_params: Params,
                     batches: Iterable[Questions], count: int) -> dict[str, Outcomes]:
-  """Outcomes of each arm of the scorer on the first `count` questions of the batches."""
+  """Returns the outcomes of each arm of the scorer on the first `count` questions."""
   scored: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
   for questions in batches:
     for arm, outcome in jax.device_get(scorer(params, decoder_params, questions)).items():
@@ -160,15 +161,15 @@ def score_questions(scorer: Scorer, params: Params, decoder_params: Params,
           for arm, outcomes in scored.items()}
 
 
-def write_chains(engine: Engine, prompts: Prompts, sign: Sequence[int], max_tokens: int,
+def write_chains(engine: Engine, prompts: Prompts, ending: Sequence[int], max_tokens: int,
                  batch_size: int, eos: int) -> list[list[int]]:
-  """Writes a chain after each prompt with the decoder; every chain ends in `sign`.
+  """Writes a chain after each prompt with the decoder; every chain ends in `ending`.
 
   Args:
     engine: the plain decoder.
     prompts: [N] ids.
-    sign: ids that end a chain. A chain that ends otherwise gets them appended, in the place of an
-      `eos`, so that an answer can follow.
+    ending: ids that end a chain. A chain that ends otherwise gets them appended, in the place of
+      an `eos`, so that an answer can follow.
     max_tokens: most tokens that the decoder writes for a chain.
     batch_size: prompts at a time, of similar lengths.
     eos: id that ends a text.
@@ -176,13 +177,13 @@ def write_chains(engine: Engine, prompts: Prompts, sign: Sequence[int], max_toke
   Raises:
     UserError: see `generate`.
   """
-  sign = list(sign)
+  ending = list(ending)
   options = DecodingOptions(
-      max_tokens, eos=eos, stop=lambda tokens: list(tokens[-len(sign):]) == sign)
+      max_tokens, eos=eos, stop=lambda tokens: list(tokens[-len(ending):]) == ending)
   # Prompts of similar lengths share a batch, which saves padding.
   order = np.argsort([len(prompt) for prompt in prompts], kind='stable').tolist()
   chains: list[list[int]] = [[] for _ in prompts]
-  progress = Progress('Writing chains', 'questions', len(prompts))
+  progress = Progress('writing chains', 'questions', len(prompts))
   for first in range(0, len(order), batch_size):
     chosen = order[first:first + batch_size]
     filler = [chosen[0]] * (batch_size - len(chosen))  # one shape for all batches, compiled once
@@ -190,7 +191,7 @@ def write_chains(engine: Engine, prompts: Prompts, sign: Sequence[int], max_toke
     for number, completion in zip(chosen, written, strict=False):
       ended = completion.finish_reason == 'stop'
       chains[number] = completion.tokens if ended else [
-          *(token for token in completion.tokens if token != eos), *sign]
+          *(token for token in completion.tokens if token != eos), *ending]
     progress.update(first + len(chosen))
   return chains
 
@@ -201,56 +202,57 @@ class QuestionScorer:
   Attributes:
     difficulty: int [items] difficulty of each question.
     positions: None; only text has ahead positions.
-    prompt, answer: mean number of tokens.
+    prompt_tokens, answer_tokens: mean number of tokens of a prompt and of an answer.
   """
   positions = None
 
-  def __init__(self, study: Study, data: Path, mesh: Mesh):
+  def __init__(self, study: Study, prepared_dir: Path, mesh: Mesh):
     self._mesh, self._config, config = mesh, study.questions, study.experiment.data
     byte = config.vocabulary == 'byte'
     self._tokenizer = open_tokenizer(
-        BYTES if byte else config.vocabulary_path or data / VOCABULARY_FILE)
+        BYTES if byte else config.vocabulary_path or prepared_dir / VOCABULARY_FILE)
     # The questions, as ids in batches, and their mean lengths for the operations.
-    self._task, self._questions = draw_questions(study)
+    self._task, self._questions = draw_questions(self._config, config)
     self.difficulty = np.array([question.difficulty for question in self._questions])
     parts = [self._encode(question) for question in self._questions]
-    self.prompt = float(np.mean([len(context) + len(question) for context, question, _ in parts]))
-    self.answer = float(np.mean([len(answer) for *_, answer in parts]))
+    self.prompt_tokens = float(np.mean(
+        [len(context) + len(question) for context, question, _ in parts]))
+    self.answer_tokens = float(np.mean([len(answer) for *_, answer in parts]))
     self._batches = batch_questions(parts, self._config.batch_size, self._config.offline)
     _check_room(study, min(int(batch.anchors.min()) for batch in self._batches))
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
                decoder_params: Params) -> Mapping[str, Outcomes]:
-    """Outcomes by arm, 'frozen' and names of controls; see `make_question_scorer`."""
+    """Returns outcomes by arm, 'frozen' and names of controls; see `make_question_scorer`."""
     return self._score(experiment, arms, params, decoder_params, self._batches)
 
   def score_chains(self, experiment: Experiment,
                    decoder_params: Params) -> tuple[Outcomes, float]:
     """Lets the plain decoder write a chain for each question, and scores the answers after them.
 
-    An answer is right if greedy decoding would go on to write it. A chain has at most
+    An answer is right if greedy decoding would write it next. A chain has at most
     `questions.chain_tokens` tokens; see `write_chains`.
 
     Returns: the outcomes, and the mean number of tokens of a chain.
     """
     parts = [self._encode(self._task.ask_for_chain(question)) for question in self._questions]
     prompts = [[*context, *question] for context, question, _ in parts]
-    sign = self._tokenizer.encode(ANSWER)[1:]
+    ending = self._tokenizer.encode(ANSWER)[1:]
     # The cache must hold the longest prompt and a whole chain.
     room = max(map(len, prompts)) + self._config.chain_tokens
     engine = Engine(experiment.decoder, decoder_params, length=room, mesh=self._mesh,
                     rules=experiment.rules, dtype=experiment.computation.dtype)
-    chains = write_chains(engine, prompts, sign, self._config.chain_tokens,
+    chains = write_chains(engine, prompts, ending, self._config.chain_tokens,
                           self._config.batch_size, self._tokenizer.eos)
     # The chain takes the place of the question, after the prompt as context.
     batches = batch_questions(
         [(prompt, chain, answer) for prompt, chain, (*_, answer)
          in zip(prompts, chains, parts, strict=True)], self._config.batch_size)
-    scores = self._score(experiment, (BASELINE,), {}, decoder_params, batches)
-    return scores[BASELINE], float(np.mean([len(chain) for chain in chains]))
+    scores = self._score(experiment, (FROZEN,), {}, decoder_params, batches)
+    return scores[FROZEN], float(np.mean([len(chain) for chain in chains]))
 
   def _encode(self, question: Question) -> tuple[list[int], list[int], list[int]]:
-    """Ids of context, question and answer."""
+    """Returns the ids of context, question and answer."""
     # Only the context keeps the token that begins a text.
     encode = self._tokenizer.encode
     return encode(question.context), encode(question.question)[1:], encode(question.answer)[1:]
@@ -263,14 +265,13 @@ class QuestionScorer:
     return score_questions(scorer, params, decoder_params, batches, len(self.difficulty))
 
 
-def draw_questions(study: Study) -> tuple[Task, list[Question]]:
-  """Draws the questions of a study from its task. No data need be prepared.
+def draw_questions(settings: QuestionsConfig, data: DataConfig) -> tuple[Task, list[Question]]:
+  """Draws the questions of a study from its task, without any prepared data.
 
   Raises:
     UserError: the file of the questions is missing or wrong.
     UserError: a difficulty has only one question.
   """
-  settings, data = study.questions, study.experiment.data
   task = build(data.name, {**data.options, **settings.options})
   questions = task.examine(np.random.default_rng(settings.seed), settings.per_difficulty)
   # Every difficulty gets an interval, which one question does not have.
@@ -292,14 +293,14 @@ def _check_room(study: Study, first: int) -> None:
           "latents = 'anchored' or 'paper', which come after the question.")
 
 
-def check_same_signs(choices: Mapping[str, DeliberationConfig]) -> None:
+def check_same_anchor_tokens(choices: Mapping[str, DeliberationConfig]) -> None:
   """Raises UserError if arms on text would be scored at different anchors."""
   (first, expected), *others = ((name, each.anchor_tokens) for name, each in choices.items())
-  for name, signs in others:
-    if signs != expected:
+  for name, anchor_tokens in others:
+    if anchor_tokens != expected:
       raise UserError(
-          f'arms.{name} has anchor_tokens = {signs}, arms.{first} has {expected}. Arms are scored '
-          "on text at the same anchors. Set anchor_tokens in the study's experiment.")
+          f'arms.{name} has anchor_tokens = {anchor_tokens}, arms.{first} has {expected}. Arms are '
+          "scored on text at the same anchors. Set anchor_tokens in the study's experiment.")
 
 
 class TextScorer:
@@ -308,32 +309,34 @@ class TextScorer:
   Attributes:
     difficulty: None; text has no difficulty.
     positions: ahead positions of the report.
-    prompt, answer: mean number of tokens before an anchor, and of scored tokens after it.
+    prompt_tokens: mean number of tokens before an anchor.
+    answer_tokens: number of scored tokens after it.
   """
   difficulty = None
 
-  def __init__(self, study: Study, data: Path, mesh: Mesh):
+  def __init__(self, study: Study, prepared_dir: Path, mesh: Mesh):
     self._mesh, experiment = mesh, study.experiment
     self.positions = experiment.evaluation.positions
-    self.prompt, self.answer = experiment.data.length / 2, float(experiment.evaluation.num_ahead)
-    self._held_out = open_held_out(experiment, data, mesh)
+    self.prompt_tokens = experiment.data.length / 2
+    self.answer_tokens = float(experiment.evaluation.num_ahead)
+    self._held_out = open_held_out(experiment, prepared_dir, mesh)
     # The same traces for all arms and seeds, so that each text's targets are the same.
     self._seed = experiment.seed
     # Anchors that every arm can use, so that all arms get the same ones.
     choices = {name: study.variant(name, study.seeds[0]).deliberation for name in study.arms}
-    check_same_signs(choices)
+    check_same_anchor_tokens(choices)
     self._first_anchor = max(choice.first_anchor for choice in choices.values())
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
                decoder_params: Params) -> Mapping[str, AheadNLL]:
-    """Scores by text and ahead position for each arm; see `make_scorer`."""
+    """Returns scores by text and ahead position for each arm; see `make_scorer`."""
     experiment = dataclasses.replace(experiment, seed=self._seed)
     scores = score_traces(experiment, arms, params, decoder_params, self._held_out.batches,
                           self._mesh, self._first_anchor)
     return {arm: score.merged(self._held_out.texts) for arm, score in scores.items()}
 
 
-def open_scorer(study: Study, data: Path, mesh: Mesh) -> QuestionScorer | TextScorer:
-  """The scorer of a study, on the data prepared in `data`."""
+def open_scorer(study: Study, prepared_dir: Path, mesh: Mesh) -> QuestionScorer | TextScorer:
+  """Returns the scorer of a study, on the data in `prepared_dir`."""
   kind = QuestionScorer if study.questions.per_difficulty else TextScorer
-  return kind(study, data, mesh)
+  return kind(study, prepared_dir, mesh)

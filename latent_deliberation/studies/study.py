@@ -11,12 +11,13 @@ import jax
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
+from latent_deliberation.build import count_parameters, load_frozen, open_frozen
 from latent_deliberation.data.loading import prepare_data
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
+from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
+from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable, write_whole
-from latent_deliberation.models import count_parameters, load_frozen, open_frozen
 from latent_deliberation.paths import (
   ARM_DATA,
   DECODER,
@@ -40,7 +41,7 @@ from latent_deliberation.studies.scoring import (
   draw_questions,
   open_scorer,
 )
-from latent_deliberation.studies.study_config import CHAIN, LATENTS, Study
+from latent_deliberation.studies.study_config import CHAIN, LATENT_ARM, Study
 from latent_deliberation.studies.study_report import summarise_study, write_study
 from latent_deliberation.studies.study_result import StudyResult
 from latent_deliberation.studies.tune import describe_tuning, tune_decoder
@@ -54,10 +55,11 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
   Args:
     study: the study.
     workdir: work directory of the study.
-    only: names of the arms to train and report; all arms if empty. Some arms are scored exactly as
-      all arms would be.
+    only: names of the arms to train and report; all arms if empty. The scores of an arm
+      do not depend on this choice.
 
-  Returns: the content of <workdir>/results.json; a page and plots are written beside it.
+  Returns: the content of <workdir>/results.json; a page and plots are written to the same
+    directory.
 
   Raises:
     UserError: the study has no such arm, or see `check_arms`.
@@ -72,20 +74,22 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
   clock = PhaseClock(workdir / PHASES_FILE)
   with clock.phase('data'):
     prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
-    arm_data = _prepare_arm_data(study, workdir)
+    arm_prepared_dir = _prepare_arm_data(study, workdir)
     # Fails now, not hours later, if there is too little text to score on.
     scorer = open_scorer(study, workdir, mesh)
   with clock.phase('decoder'):
     decoder_dir = pretrain(study.experiment, workdir / DECODER, workdir)
   decoder_params, decoder_fingerprint = load_frozen(
-      study.experiment, open_frozen(study.experiment, decoder_dir), mesh)
+      study.experiment, open_frozen(study.experiment.decoder, decoder_dir), mesh)
   frozen = FrozenDecoder(decoder_dir, decoder_params, decoder_fingerprint)
-  arms = {BASELINE: describe_frozen(
-      study, _score_frozen(study, decoder_params, scorer), scorer, clock.seconds['decoder'])}
+  arms = {FROZEN: describe_frozen(
+      study.experiment, _score_frozen(study.experiment, decoder_params, scorer), scorer,
+      clock.seconds['decoder'])}
   if study.questions.chain_tokens:
     with clock.phase(CHAIN):
       outcomes, tokens = scorer.score_chains(study.experiment, decoder_params)
-    arms[CHAIN] = describe_chain(study, arms[BASELINE], scorer, outcomes, tokens)
+    arms[CHAIN] = describe_chain(study.experiment.decoder, arms[FROZEN], scorer, outcomes,
+                                 tokens)
 
   # Every arm with every seed.
   progress = Progress(study.name, 'runs', len(names) * len(study.seeds))
@@ -93,7 +97,7 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
     runs, seconds = [], []
     for seed in study.seeds:
       with clock.phase(phase := f'{name}, seed {seed}'):
-        runs.append(_run_arm(study, name, seed, frozen, workdir, arm_data, scorer, mesh))
+        runs.append(_run_arm(study, name, seed, frozen, workdir, arm_prepared_dir, scorer, mesh))
       seconds.append(clock.seconds[phase])
       progress.update(number * len(study.seeds) + len(runs))
     arms |= describe_arm(study, name, runs, scorer, tuple(seconds))
@@ -114,7 +118,7 @@ class FrozenDecoder:
   """The frozen decoder of a study.
 
   Attributes:
-    directory: where pretraining wrote it.
+    directory: directory that pretraining wrote.
     params: its weights, on devices.
     fingerprint: fingerprint of its weights as stored.
   """
@@ -124,10 +128,10 @@ class FrozenDecoder:
 
 
 def choose_arms(study: Study, only: Sequence[str]) -> tuple[str, ...]:
-  """The named arms in the study's order, or every arm if no name is given."""
+  """Returns the named arms in the study's order, or every arm if no name is given."""
   unknown = sorted(set(only) - set(study.arms))
   if unknown:
-    raise UserError(f'--arm={unknown[0]}: the study has no such arm. Choose among '
+    raise UserError(f'--arm={unknown[0]}: the study has no such arm. Choose from '
                     f'{tuple(study.arms)}.')
   return tuple(name for name in study.arms if name in only) if only else tuple(study.arms)
 
@@ -136,20 +140,20 @@ def _prepare_arm_data(study: Study, workdir: Path) -> Path:
   """Prepares the text that arms train on, in the decoder's vocabulary; returns its directory."""
   if not study.arm_data_options:
     return workdir
-  arm_data = workdir / ARM_DATA
+  arm_prepared_dir = workdir / ARM_DATA
   # Arms must use the decoder's vocabulary, so it is copied before data are prepared.
-  vocabulary, kept = workdir / VOCABULARY_FILE, arm_data / VOCABULARY_FILE
+  vocabulary, kept = workdir / VOCABULARY_FILE, arm_prepared_dir / VOCABULARY_FILE
 
   def copy() -> None:
     if vocabulary.exists() and not kept.exists():
-      make_writable(arm_data)
+      make_writable(arm_prepared_dir)
       write_whole(kept, vocabulary.read_bytes())
 
   run_on_process_zero(f'copy the vocabulary to {kept}', copy)
   # All arms read the same text, so any of them describes it.
   variant = study.variant(next(iter(study.arms)), study.seeds[0])
-  prepare_data(variant.data, variant.decoder.vocab_size, arm_data)
-  return arm_data
+  prepare_data(variant.data, variant.decoder.vocab_size, arm_prepared_dir)
+  return arm_prepared_dir
 
 
 def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) -> None:
@@ -160,40 +164,40 @@ def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) ->
   """
   # The questions, the decoder's run, and the run of every arm and seed.
   if study.questions.per_difficulty:
-    draw_questions(study)
+    draw_questions(study.questions, study.experiment.data)
   describe_pretraining(study.experiment, workdir / DECODER, mesh).check()
   for name in names:
     arm = study.arms[name]
     for seed in study.seeds:
       experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
-      if arm.learns == LATENTS:
+      if arm.learns == LATENT_ARM:
         describe_training(experiment, run_dir, mesh).check()
       else:
         describe_tuning(experiment, arm.learns, run_dir, mesh).check()
 
 
-def _score_frozen(study: Study, decoder_params: Params,
+def _score_frozen(experiment: Experiment, decoder_params: Params,
                   scorer: QuestionScorer | TextScorer) -> ScoredRun:
   count = count_parameters(decoder_params)
-  return ScoredRun(count, count, scorer(study.experiment, (BASELINE,), {}, decoder_params))
+  return ScoredRun(count, count, scorer(experiment, (FROZEN,), {}, decoder_params))
 
 
 def _run_arm(study: Study, name: str, seed: int, frozen: FrozenDecoder, workdir: Path,
-             arm_data: Path, scorer: QuestionScorer | TextScorer, mesh: Mesh) -> ScoredRun:
+             arm_prepared_dir: Path, scorer: QuestionScorer | TextScorer, mesh: Mesh) -> ScoredRun:
   """Trains one arm with one seed, unless it is complete, and scores it."""
   experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
   learns = study.arms[name].learns
-  if learns == LATENTS:
-    params = train_coprocessor(experiment, frozen.directory, run_dir, arm_data)
+  if learns == LATENT_ARM:
+    params = train_coprocessor(experiment, frozen.directory, run_dir, arm_prepared_dir)
     constant = experiment.deliberation.trainable == 'constant'
     count = count_parameters(params)
     # Constant soft tokens are the same for every question, so they have no controls.
     scores = scorer(experiment, (OWN,) if constant else (OWN, *CONTROLS), params, frozen.params)
     return ScoredRun(count, count_parameters(frozen.params) + count, scores)
-  tuned = tune_decoder(experiment, learns, frozen.params, frozen.fingerprint, run_dir, arm_data,
-                       mesh)
+  tuned = tune_decoder(experiment, learns, frozen.params, frozen.fingerprint, run_dir,
+                       arm_prepared_dir, mesh)
   # Only 'joint' training gives the tuned decoder latents to read.
-  scores = scorer(experiment, (OWN if tuned.soft_tokens else BASELINE,), tuned.soft_tokens,
+  scores = scorer(experiment, (OWN if tuned.soft_tokens else FROZEN,), tuned.soft_tokens,
                   tuned.decoder_params)
   total = count_parameters(tuned.decoder_params) + count_parameters(tuned.soft_tokens)
   return ScoredRun(tuned.trained, total, scores)
@@ -203,7 +207,7 @@ def _diagnostics(study: Study, names: Sequence[str],
                  workdir: Path) -> dict[str, list[dict[str, float]]]:
   """Returns the diagnostics that each run with latents logged, by arm and seed."""
   return {f'{name}, seed {seed}': read_diagnostics(arm_directory(workdir, name, seed))
-          for name in names if study.arms[name].learns == LATENTS for seed in study.seeds}
+          for name in names if study.arms[name].learns == LATENT_ARM for seed in study.seeds}
 
 
 def _machine() -> str:

@@ -1,16 +1,20 @@
-"""A study as typed values: one experiment, and arms that each change it, over several seeds."""
+"""A study as typed values: one experiment, and arms that each change it, over several seeds.
+
+To add a study, write a config file with a Study in configs/study/; docs/studies.md shows how. A new
+kind of question also needs a task in studies/synthetic/.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.perplexity import BASELINE, CONTROLS, OWN
+from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import Experiment, bind
 from latent_deliberation.studies.synthetic.documents import build
 from latent_deliberation.studies.tune import TUNINGS
 
-LATENTS = 'latents'
+LATENT_ARM = 'latents'  # ArmConfig.learns of an arm that trains latents for the frozen decoder
 CHAIN = 'chain'  # the frozen decoder, which answers after a chain that it wrote itself
 # Sections of the experiment that no arm may change.
 SHARED = ('decoder', 'data', 'computation', 'pretraining', 'evaluation', 'mesh', 'rules', 'seed')
@@ -21,18 +25,18 @@ class ArmConfig:
   """The training of one arm.
 
   Attributes:
-    learns: 'latents' trains a coprocessor or constant soft tokens beside the frozen decoder, as
+    learns: 'latents' trains a coprocessor or constant soft tokens for the frozen decoder, as
       deliberation.trainable says. 'joint', 'finetuned' and 'lora' tune the decoder itself; see
       studies/tune.py.
     changes: changes to the study's experiment, nested: {'deliberation': {'num_latents': 4}}.
   """
-  learns: str = LATENTS
+  learns: str = LATENT_ARM
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     object.__setattr__(self, 'changes', _merged({}, self.changes))
-    if self.learns not in (LATENTS, *TUNINGS):
-      raise UserError(f'learns = {self.learns!r}: must be one of {(LATENTS, *TUNINGS)}')
+    if self.learns not in (LATENT_ARM, *TUNINGS):
+      raise UserError(f'learns = {self.learns!r}: choose one of {(LATENT_ARM, *TUNINGS)}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class QuestionsConfig:
     for name, least in (('per_difficulty', 0), ('batch_size', 2), ('seed', 0),
                         ('chain_tokens', 0)):
       if getattr(self, name) < least:
-        raise UserError(f'{name} = {getattr(self, name)}: at least {least} is needed')
+        raise UserError(f'questions.{name} = {getattr(self, name)}: it must be {least} or more')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +119,10 @@ class Study:
                       "computation.frozen_dtype = 'int8': generation takes no int8 weights. Change "
                       'one of them.')
     # A name becomes a directory, and a prefix of the names of controls.
-    reserved = {BASELINE, CHAIN, *CONTROLS} & set(self.arms)
+    reserved = {FROZEN, CHAIN, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
       raise UserError(f'arms = {sorted(self.arms)}: give at least one. A name must not be empty, '
-                      f'contain a slash or be one of {(BASELINE, CHAIN, *CONTROLS)}.')
+                      f'contain a slash or be one of {(FROZEN, CHAIN, *CONTROLS)}.')
     # 'own' comes first in every report.
     object.__setattr__(self, 'arms', {
         name: arm if isinstance(arm, ArmConfig) else bind(arm, ArmConfig, f'arms.{name}')
@@ -140,7 +144,7 @@ class Study:
       raise UserError(f'{key} = {options}: {error}') from error
 
   def variant(self, arm: str, seed: int) -> Experiment:
-    """The experiment of one arm with one seed, on the text of `arm_data_options`.
+    """Returns the experiment of one arm with one seed, on the text of `arm_data_options`.
 
     Raises:
       UserError: a change names an unknown key, has a value that is not allowed, or is of a section
@@ -158,7 +162,7 @@ class Study:
 
 
 def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-  """Plain dicts of the tree, with the changes applied. The changes may be ConfigDicts."""
+  """Returns plain dicts of the tree with the changes applied, which may be ConfigDicts."""
   merged = dict(tree)
   for key in changes:
     change, old = changes[key], tree[key] if key in tree else {}

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from latent_deliberation.evaluation.perplexity import BASELINE
+from latent_deliberation.evaluation.perplexity import FROZEN
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
 from latent_deliberation.studies.study_result import controlled_arm
 
@@ -52,23 +52,23 @@ def plot_study(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def _spread(names: Mapping[str, Any]) -> list[list[str]]:
-  """Names of each panel: the frozen decoder in all, an arm and its controls in the same one."""
+  """Returns the names of each panel. An arm and its controls share one; all have the decoder."""
   families: dict[str, list[str]] = {}
   for name in names:
-    if name != BASELINE:
+    if name != FROZEN:
       families.setdefault(controlled_arm(name) or name, []).append(name)
   # A family that would overfill a panel begins the next one.
-  panels = [[BASELINE]]
+  panels = [[FROZEN]]
   for family in families.values():
     if len(panels[-1]) > 1 and len(panels[-1]) + len(family) > MAX_LINES:
-      panels.append([BASELINE])
+      panels.append([FROZEN])
     panels[-1] += family
   return panels
 
 
 def _draw_arms(axes: Axes, rows: Mapping[str, Any], names: Sequence[str], value: str,
                scale: float) -> None:
-  colours = {BASELINE: 'black'}
+  colours = {FROZEN: 'black'}
   palette = itertools.cycle(COLOURS)
   for at, name in enumerate(names):
     arm = controlled_arm(name) or name

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from latent_deliberation.evaluation.perplexity import BASELINE, AheadNLL, Change, relative_change
+from latent_deliberation.evaluation.perplexity import FROZEN, AheadNLL, Change, relative_change
+from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.files import write_whole
+from latent_deliberation.paths import RESULTS
 from latent_deliberation.studies.study_plots import plot_diagnostics, plot_study
 from latent_deliberation.studies.study_result import (
   Arm,
@@ -30,7 +32,7 @@ from latent_deliberation.studies.study_result import (
 
 
 def summarise_study(result: StudyResult, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
-  """All figures of a study as plain JSON values.
+  """Returns all figures of a study as plain JSON values.
 
   A study of questions has `overall` and `by_difficulty`. Its `content_effect` and `mcnemar` are by
   difficulty, with 'overall' as one more. A study of text has `by_position` and `content_effect`.
@@ -73,17 +75,17 @@ def _describe(arm: Arm) -> dict[str, Any]:
 
 
 def _describe_row(row: Mapping[str, float]) -> dict[str, float | None]:
-  """A row of diagnostics, with None for values that are not finite: JSON has no form for them."""
+  """Returns a row of diagnostics. Values that are not finite become None, as JSON has no form."""
   return {name: float(value) if math.isfinite(value) else None for name, value in row.items()}
 
 
 def _shuffled_by_arm(names: Mapping[str, Any]) -> dict[str, str]:
-  """{arm: its control with another example's latents}, for arms that have one."""
+  """Returns {arm: its control with another example's latents}, for arms that have one."""
   return {controlled_arm(name): name for name in names if name.rpartition('/')[2] == 'shuffled'}
 
 
 def _summarise_questions(result: StudyResult, draws: Mapping[str, int]) -> dict[str, Any]:
-  items = len(result.arms[BASELINE].outcomes[0].nll)
+  items = len(result.arms[FROZEN].outcomes[0].nll)
   groups = {} if result.difficulty is None else {
     str(level): result.difficulty == level for level in np.unique(result.difficulty)}
   scores, contents, tests = {}, {}, {}
@@ -91,7 +93,7 @@ def _summarise_questions(result: StudyResult, draws: Mapping[str, int]) -> dict[
   for group, chosen in {**groups, 'overall': np.ones(items, bool)}.items():
     runs = {name: [run.select(chosen) for run in arm.outcomes]
             for name, arm in result.arms.items()}
-    scores[group] = {name: _score(arm, runs[BASELINE], draws) for name, arm in runs.items()}
+    scores[group] = {name: _score(arm, runs[FROZEN], draws) for name, arm in runs.items()}
     shuffled = _shuffled_by_arm(runs)
     contents[group] = {
       name: _content_effect(runs[name], runs[control], draws) for name, control in shuffled.items()}
@@ -99,7 +101,7 @@ def _summarise_questions(result: StudyResult, draws: Mapping[str, int]) -> dict[
     tests[group] = {
       f'{name} vs {other}': _test_seeds(result, name, other, runs)
       for name, control in shuffled.items()
-      for other in (BASELINE, control, 'constant') if other in runs}
+      for other in (FROZEN, control, 'constant') if other in runs}
   return {'items': items,
           'items_by_difficulty': {group: int(chosen.sum()) for group, chosen in groups.items()},
           'overall': scores.pop('overall'),
@@ -134,7 +136,7 @@ def _flatten(name: str, estimate: Estimate) -> dict[str, Any]:
 
 def _test_seeds(result: StudyResult, one: str, other: str,
                 runs: Mapping[str, Sequence[Outcomes]]) -> list[dict[str, Any]]:
-  """McNemar's test, seed by seed in order. A single run of `other` meets every run of `one`."""
+  """Runs McNemar's test seed by seed. A single run of `other` meets every run of `one`."""
   others = runs[other] * len(runs[one]) if len(runs[other]) == 1 else runs[other]
   rows = []
   for seed, run, against in zip(result.arms[one].seeds, runs[one], others, strict=False):
@@ -148,7 +150,7 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
   pooled = {name: AheadNLL(np.mean([run.total for run in arm.text_scores], axis=0),
                            arm.text_scores[0].count)
             for name, arm in result.arms.items()}
-  changes = {name: relative_change(arm, pooled[BASELINE], **draws) for name, arm in pooled.items()}
+  changes = {name: relative_change(arm, pooled[FROZEN], **draws) for name, arm in pooled.items()}
   contents = {name: relative_change(pooled[name], pooled[control], **draws)
               for name, control in _shuffled_by_arm(pooled).items()}
   # Rows of the tables, by position.
@@ -161,7 +163,7 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
       'by_seed': [float(np.exp(run.nll[at])) for run in arm.text_scores],
     } for name, arm in result.arms.items()}
     effects[str(position)] = {name: _change_at(content, at) for name, content in contents.items()}
-  count = pooled[BASELINE].count
+  count = pooled[FROZEN].count
   return {'texts': len(count),
           'targets': {str(position): int(count[:, position - 1].sum())
                       for position in result.positions},
@@ -175,6 +177,7 @@ def _change_at(change: Change, at: int) -> dict[str, Any]:
 
 
 Cells = dict[str, dict[str, str]]  # {row: {column: text}}, the same columns in every row
+DIAGNOSTICS = 'diagnostics.png'
 
 
 def write_study(summary: Mapping[str, Any], directory: Path) -> None:
@@ -183,23 +186,23 @@ def write_study(summary: Mapping[str, Any], directory: Path) -> None:
   Each is written whole or not at all, the JSON first.
   """
   text = json.dumps(summary, indent=2, allow_nan=False, default=str)
-  write_whole(directory / 'results.json', text.encode() + b'\n')
-  write_whole(directory / 'results.md', format_study(summary).encode())
-  plot_study(summary, directory / 'results.png')
+  write_whole(directory / f'{RESULTS}.json', text.encode() + b'\n')
+  write_whole(directory / f'{RESULTS}.md', format_study(summary).encode())
+  plot_study(summary, directory / f'{RESULTS}.png')
   if summary['diagnostics']:
-    plot_diagnostics(summary['diagnostics'], directory / 'diagnostics.png')
+    plot_diagnostics(summary['diagnostics'], directory / DIAGNOSTICS)
 
 
 def format_study(summary: Mapping[str, Any]) -> str:
-  """The whole study as a section of GitHub Markdown."""
-  pictures = {'results.png': 'Results'}
+  """Returns the whole study as a section of GitHub Markdown."""
+  pictures = {f'{RESULTS}.png': 'Results'}
   if summary['diagnostics']:
-    pictures['diagnostics.png'] = 'Diagnostics during training'
+    pictures[DIAGNOSTICS] = 'Diagnostics during training'
   return '\n\n'.join([f'## {summary["name"]}', *format_parts(summary, pictures)]) + '\n'
 
 
 def format_parts(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
-  """Paragraphs of a study: tables, pictures (captions by file name), costs, and how it was run."""
+  """Returns paragraphs: tables, pictures (captions by file name), costs, and the run."""
   format_results = _format_text if 'by_position' in summary else _format_questions
   return [
     *format_results(summary),
@@ -214,7 +217,7 @@ def _format_questions(summary: Mapping[str, Any]) -> list[str]:
   for group, arms in scores.items():
     for name, arm in arms.items():
       accuracies[group][name] = _points(arm['accuracy'], arm['ci95'], sign='')
-      if name != BASELINE:
+      if name != FROZEN:
         changes[group][name] = _points(arm['change'], arm['change_ci95'])
         losses[group][name] = _nats(arm['nll_change'], arm['nll_change_ci95'])
     for name, effect in summary['content_effect'][group].items():
@@ -240,7 +243,7 @@ def _format_questions(summary: Mapping[str, Any]) -> list[str]:
 def _format_text(summary: Mapping[str, Any]) -> list[str]:
   # Cells of both tables, by position and arm.
   changes = {
-    position: {name: f'{arm["perplexity"]:.3f}' if name == BASELINE else _relative(arm)
+    position: {name: f'{arm["perplexity"]:.3f}' if name == FROZEN else _relative(arm)
                for name, arm in arms.items()}
     for position, arms in summary['by_position'].items()}
   effects = {position: {name: _relative(effect) for name, effect in arms.items()}
@@ -258,7 +261,7 @@ def _format_text(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _explain_controls(summary: Mapping[str, Any]) -> str:
-  """A sentence about the controls that the study has, or nothing."""
+  """Returns a sentence about the controls that the study has, or nothing."""
   example = 'text' if 'by_position' in summary else 'question'
   meanings = {'shuffled': f"those of another {example}", 'zero': 'none', 'mean': 'their average'}
   used = {name.rpartition('/')[2] for name in summary['arms'] if controlled_arm(name)}
@@ -267,8 +270,8 @@ def _explain_controls(summary: Mapping[str, Any]) -> str:
 
 
 def _describe_arms(summary: Mapping[str, Any]) -> Cells:
-  # Operations are shown relative to the frozen decoder's.
-  frozen = summary['arms'][BASELINE]['flops_per_token']
+  # Operations are shown relative to the frozen decoder's. Controls cost what their arm costs.
+  frozen = summary['arms'][FROZEN]['flops_per_token']
   return {name: {
     'kind': arm['kind'],
     'trained': f'{arm["trained"]:,}',
@@ -278,7 +281,7 @@ def _describe_arms(summary: Mapping[str, Any]) -> Cells:
     'seconds, with scoring': ', '.join(f'{seconds:,.0f}' for seconds in arm['seconds']),
     'seeds': ', '.join(map(str, summary['seeds'][name])),
     'note': arm['note'],
-  } for name, arm in summary['arms'].items()}
+  } for name, arm in summary['arms'].items() if not controlled_arm(name)}
 
 
 def _format_run(summary: Mapping[str, Any]) -> str:
@@ -320,12 +323,11 @@ def _percent(value: float) -> str:
 
 
 def _titled(title: str, cells: Cells, corner: str = 'difficulty') -> list[str]:
-  """A title and its table, or nothing if the table has no columns."""
+  """Returns a title and its table, or nothing if the table has no columns."""
   return [title, _table(corner, cells)] if any(cells.values()) else []
 
 
 def _table(corner: str, cells: Cells) -> str:
   columns = list(next(iter(cells.values())))
-  lines = [[corner, *columns], ['--:'] * (len(columns) + 1),
-           *([row, *texts.values()] for row, texts in cells.items())]
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+  return markdown_table(
+      [corner, *columns], [[row, *texts.values()] for row, texts in cells.items()])

@@ -16,8 +16,8 @@ from scipy.stats import binomtest
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import (
-  BASELINE,
   CONTROLS,
+  FROZEN,
   OWN,
   AheadNLL,
   check_paired,
@@ -37,21 +37,22 @@ class Outcomes:
 
   def __post_init__(self):
     if self.nll.ndim != 1 or self.nll.shape != self.correct.shape:
-      raise UserError(
+      raise ValueError(
           f'nll has shape {self.nll.shape}, correct {self.correct.shape}: both must be [items]')
     if self.correct.dtype != bool:
-      raise UserError(f'correct is {self.correct.dtype}, expected bool')
+      raise ValueError(f'correct is {self.correct.dtype}, expected bool')
     if not len(self.nll):
-      raise UserError('0 items: evaluate on at least 1 question')
+      raise ValueError('0 items: evaluate on at least 1 question')
     # NaN would spread to every mean.
     finite = np.isfinite(self.nll)
     if not finite.all():
       item = int(finite.argmin())
-      raise UserError(f'the nll of item {item} is {self.nll[item]}: the weights or the computation '
-                      'are broken')
+      raise UserError(f'the nll of item {item} is {self.nll[item]}. The weights or the computation '
+                      'are broken: score an earlier checkpoint, or set computation.dtype = '
+                      "'float32'")
 
   def select(self, chosen: np.ndarray) -> 'Outcomes':
-    """The outcomes on some of the questions, bool [items]."""
+    """Returns the outcomes on the questions where `chosen`, bool [items], is true."""
     return Outcomes(self.nll[chosen], self.correct[chosen])
 
 
@@ -64,7 +65,7 @@ class Estimate:
 
 
 def accuracy(runs: Sequence[Outcomes], samples: int = 2000, seed: int = 0) -> Estimate:
-  """Fraction of questions that are answered right, with a 95% percentile interval.
+  """Returns the fraction of questions answered right, with a 95% percentile interval.
 
   Args:
     runs: outcomes of an arm, one for each seed; a question counts with its mean over the seeds.
@@ -74,7 +75,8 @@ def accuracy(runs: Sequence[Outcomes], samples: int = 2000, seed: int = 0) -> Es
     seed: seed of the bootstrap.
 
   Raises:
-    UserError: the runs have different numbers of items, or fewer than 2.
+    UserError: the runs have fewer than 2 items.
+    ValueError: the runs have different numbers of items.
   """
   check_same_items({'runs': runs})
   return _estimate(_correct(runs), samples, seed)
@@ -82,7 +84,7 @@ def accuracy(runs: Sequence[Outcomes], samples: int = 2000, seed: int = 0) -> Es
 
 def accuracy_difference(runs: Sequence[Outcomes], baseline_runs: Sequence[Outcomes],
                         samples: int = 2000, seed: int = 0) -> Estimate:
-  """Accuracy of an arm minus that of another, a fraction, with a 95% percentile interval.
+  """Returns the accuracy of an arm minus that of another, a fraction, with its 95% interval.
 
   A draw takes the same questions for both arms, so what makes a question hard for both cancels.
   The arms may have different numbers of seeds. Arguments and errors are those of `accuracy`.
@@ -92,20 +94,20 @@ def accuracy_difference(runs: Sequence[Outcomes], baseline_runs: Sequence[Outcom
 
 
 def nll(runs: Sequence[Outcomes], samples: int = 2000, seed: int = 0) -> Estimate:
-  """Mean nats of an answer, with its interval; see `accuracy`."""
+  """Returns the mean nats of an answer, with its interval; see `accuracy`."""
   check_same_items({'runs': runs})
   return _estimate(_nats(runs), samples, seed)
 
 
 def nll_difference(runs: Sequence[Outcomes], baseline_runs: Sequence[Outcomes],
                    samples: int = 2000, seed: int = 0) -> Estimate:
-  """Mean nats of an answer, an arm minus another, with its interval; see `accuracy_difference`."""
+  """Returns mean nats of an answer, an arm minus another; see `accuracy_difference`."""
   check_same_items({'runs': runs, 'baseline_runs': baseline_runs})
   return _estimate(_nats(runs) - _nats(baseline_runs), samples, seed)
 
 
 def mcnemar(one: Outcomes, other: Outcomes) -> tuple[int, int, float]:
-  """Exact McNemar test of whether two runs are right equally often.
+  """Tests whether two runs are right equally often: McNemar's test, exact.
 
   If both are equally good, the first of the counts below is binomial(sum of the counts, 1/2).
 
@@ -113,7 +115,7 @@ def mcnemar(one: Outcomes, other: Outcomes) -> tuple[int, int, float]:
     right, and the two-sided p-value.
 
   Raises:
-    UserError: the two have different numbers of items.
+    ValueError: the two have different numbers of items.
   """
   check_same_items({'one': [one], 'other': [other]})
   one_only = int(np.count_nonzero(one.correct & ~other.correct))
@@ -125,15 +127,15 @@ def mcnemar(one: Outcomes, other: Outcomes) -> tuple[int, int, float]:
 
 
 def check_same_items(arms: Mapping[str, Sequence[Outcomes]]) -> None:
-  """Raises UserError unless every arm has a run, and all runs have the same number of items."""
+  """Raises ValueError unless every arm has a run, and all runs have the same number of items."""
   for name, runs in arms.items():
     if not runs:
-      raise UserError(f'{name} has 0 runs: give the outcomes of at least 1 seed')
+      raise ValueError(f'{name} has 0 runs: give the outcomes of at least 1 seed')
   first, reference = next((name, len(runs[0].nll)) for name, runs in arms.items())
   for name, runs in arms.items():
     for at, run in enumerate(runs):
       if len(run.nll) != reference:
-        raise UserError(
+        raise ValueError(
             f'run {at} of {name} has {len(run.nll)} items, run 0 of {first} has {reference}. '
             'Evaluate all on the same questions.')
 
@@ -147,10 +149,10 @@ def _nats(runs: Sequence[Outcomes]) -> np.ndarray:
 
 
 def _estimate(values: np.ndarray, samples: int, seed: int) -> Estimate:
-  """Mean of `values`, [items], with its interval from draws of items."""
+  """Returns the mean of `values`, [items], with its interval from draws of items."""
   items = len(values)
   if items < 2:
-    raise UserError(f'{items} item, and an interval needs 2: evaluate on more questions')
+    raise UserError(f'{items} item, and an interval needs 2: raise questions.per_difficulty')
   # A draw weighs each item by how often it holds it.
   low, high = np.percentile(_draw(items, samples, seed) @ values / items, (2.5, 97.5))
   return Estimate(float(values.mean()), float(low), float(high))
@@ -158,7 +160,7 @@ def _estimate(values: np.ndarray, samples: int, seed: int) -> Estimate:
 
 @functools.lru_cache(maxsize=1)  # a report uses the same draws for every arm
 def _draw(items: int, samples: int, seed: int) -> np.ndarray:
-  """How often each item is drawn, float64 [samples, items]."""
+  """Returns how often each item is drawn, float64 [samples, items]."""
   rng = np.random.default_rng(seed)
   return np.stack([np.bincount(rng.integers(items, size=items), minlength=items)
                    for _ in range(samples)]).astype(np.float64)
@@ -194,15 +196,15 @@ class Arm:
 
   def __post_init__(self):
     if not 0 < self.flops_per_token < math.inf or not 0 <= self.train_flops < math.inf:
-      raise UserError(f'flops_per_token = {self.flops_per_token}, train_flops = '
-                      f'{self.train_flops}: must be finite, and the first above 0')
+      raise ValueError(f'flops_per_token = {self.flops_per_token}, train_flops = '
+                       f'{self.train_flops}: must be finite, and the first above 0')
     if bool(self.outcomes) == bool(self.text_scores):
-      raise UserError(f'an arm has {len(self.outcomes)} outcomes and {len(self.text_scores)} '
-                      'text_scores: give one of the two, for each seed')
+      raise ValueError(f'an arm has {len(self.outcomes)} outcomes and {len(self.text_scores)} '
+                       'text_scores: give one of the two, for each seed')
     runs = len(self.outcomes) + len(self.text_scores)
     if not runs == len(self.seeds) == len(self.seconds):
-      raise UserError(f'an arm has {runs} runs, {len(self.seeds)} seeds and {len(self.seconds)} '
-                      'seconds: give one of each for every seed')
+      raise ValueError(f'an arm has {runs} runs, {len(self.seeds)} seeds and {len(self.seconds)} '
+                       'seconds: give one of each for every seed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,19 +237,19 @@ class StudyResult:
   diagnostics: Mapping[str, Sequence[Mapping[str, float]]] | None = None
 
   def __post_init__(self):
-    if next(iter(self.arms), None) != BASELINE:
-      raise UserError(f'arms = {list(self.arms)}: the first must be {BASELINE!r}, which the others '
-                      'are compared with')
+    if next(iter(self.arms), None) != FROZEN:
+      raise ValueError(f'arms = {list(self.arms)}: the first must be {FROZEN!r}, which the others '
+                       'are compared with')
     # A control belongs to an arm of the study.
     for name in self.arms:
       if (arm := controlled_arm(name)) is not None and arm not in self.arms:
-        raise UserError(f'{name!r} is a control of {arm!r}, which is not among the arms '
-                        f'{list(self.arms)}. Name it after its arm, as in ARM/shuffled.')
+        raise ValueError(f'{name!r} is a control of {arm!r}, which is not among the arms '
+                         f'{list(self.arms)}. Name it after its arm, as in ARM/shuffled.')
     # All arms have scores on text, or all have answers to questions.
     of_text = [name for name, arm in self.arms.items() if arm.text_scores]
     if of_text and len(of_text) < len(self.arms):
-      raise UserError(f'of the arms {list(self.arms)} only {of_text} have scores on text. Report '
-                      'them and the others as two studies.')
+      raise ValueError(f'of the arms {list(self.arms)} only {of_text} have scores on text. Report '
+                       'them and the others as two studies.')
     if of_text:
       self._check_text()
     else:
@@ -255,38 +257,38 @@ class StudyResult:
 
   def _check_questions(self):
     check_same_items({name: arm.outcomes for name, arm in self.arms.items()})
-    items = len(self.arms[BASELINE].outcomes[0].nll)
+    items = len(self.arms[FROZEN].outcomes[0].nll)
     if self.positions is not None:
-      raise UserError(f'positions = {self.positions}, but the arms answered questions. Give None.')
+      raise ValueError(f'positions = {self.positions}, but the arms answered questions. Give None.')
     if self.difficulty is None:
       return
     if self.difficulty.shape != (items,) or self.difficulty.dtype.kind not in 'iu':
-      raise UserError(f'difficulty is {self.difficulty.dtype} {list(self.difficulty.shape)}, '
-                      f'expected an integer for each of the {items} items')
+      raise ValueError(f'difficulty is {self.difficulty.dtype} {list(self.difficulty.shape)}, '
+                       f'expected an integer for each of the {items} items')
     # Every difficulty gets an interval, and one item has none.
     levels, counts = np.unique(self.difficulty, return_counts=True)
     if counts.min() < 2:
-      raise UserError(f'difficulty {levels[counts.argmin()]} has 1 item, and an interval needs 2: '
-                      'evaluate on more questions')
+      raise ValueError(f'difficulty {levels[counts.argmin()]} has 1 item, and an interval needs 2: '
+                       'evaluate on more questions')
 
   def _check_text(self):
     check_paired({f'{name}, seed {seed}': run for name, arm in self.arms.items()
                   for seed, run in zip(arm.seeds, arm.text_scores, strict=True)})
     if self.difficulty is not None:
-      raise UserError('difficulty is given, but the arms were scored on text. Give None.')
-    length = self.arms[BASELINE].text_scores[0].count.shape[1]
+      raise ValueError('difficulty is given, but the arms were scored on text. Give None.')
+    length = self.arms[FROZEN].text_scores[0].count.shape[1]
     if not self.positions or list(self.positions) != sorted(
         set(self.positions) & set(range(1, length + 1))):
-      raise UserError(f'positions = {self.positions}: must increase, from 1 to the {length} scored '
-                      'ahead positions')
+      raise ValueError(f'positions = {self.positions}: must increase, from 1 to the {length} '
+                       'scored ahead positions')
 
 
 def controlled_arm(name: str) -> str | None:
-  """The arm that the named arm is a control of, or None if it is no control."""
+  """Returns the arm that the named arm is a control of, or None if it is no control."""
   arm, _, control = name.rpartition('/')
   return (arm or OWN) if control in CONTROLS else None
 
 
 def control_name(arm: str, control: str) -> str:
-  """The name of a control of an arm; the inverse of `controlled_arm`."""
+  """Returns the name of a control of an arm; the inverse of `controlled_arm`."""
   return control if arm == OWN else f'{arm}/{control}'

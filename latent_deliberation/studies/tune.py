@@ -1,4 +1,4 @@
-"""Trains the decoder itself, as a control: what would the same budget buy without a coprocessor?"""
+"""Trains the decoder itself, as a control: the same budget, spent without a coprocessor."""
 
 import dataclasses
 from pathlib import Path
@@ -8,12 +8,12 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.build import build_decoder, build_deliberator, count_parameters
 from latent_deliberation.data.loading import open_batches
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.layers import merge
-from latent_deliberation.models import build_decoder, build_deliberator, count_parameters
 from latent_deliberation.training.objectives import (
   joint_training,
   language_modelling,
@@ -43,7 +43,8 @@ class Tuned:
 
 
 def tune_decoder(experiment: Experiment, method: str, decoder_params: Params,
-                 decoder_fingerprint: str, workdir: Path, data: Path, mesh: Mesh) -> Tuned:
+                 decoder_fingerprint: str, workdir: Path, prepared_dir: Path,
+                 mesh: Mesh) -> Tuned:
   """Trains as `experiment.training` says, or resumes the run in `workdir`.
 
   Args:
@@ -53,7 +54,7 @@ def tune_decoder(experiment: Experiment, method: str, decoder_params: Params,
     decoder_params: weights to start from; they are not changed.
     decoder_fingerprint: fingerprint of these weights.
     workdir: work directory of the run.
-    data: directory of prepared data.
+    prepared_dir: directory of prepared data.
     mesh: devices to train on.
 
   Raises:
@@ -61,7 +62,8 @@ def tune_decoder(experiment: Experiment, method: str, decoder_params: Params,
   """
   run = describe_tuning(experiment, method, workdir, mesh)
   run.check(decoder_fingerprint)
-  params = fit(run, open_batches(experiment, data, run.section, mesh), _loss(experiment, method),
+  batches = open_batches(experiment, prepared_dir, run.section, mesh)
+  params = fit(run, batches, _loss(experiment, method),
                {}, frozen=decoder_params, decoder_fingerprint=decoder_fingerprint)
   trained = count_parameters(params)
   if method == 'joint':
@@ -75,15 +77,15 @@ def tune_decoder(experiment: Experiment, method: str, decoder_params: Params,
 
 
 def describe_tuning(experiment: Experiment, method: str, workdir: Path, mesh: Mesh) -> Run:
-  """The run of `tune_decoder` in `workdir`, to train or to check.
+  """Returns the run of `tune_decoder` in `workdir`, to train or to check.
 
   Raises:
     UserError: the experiment does not fit the method.
   """
   needed = {'joint': 'constant', 'lora': 'lora'}
   if method in needed and experiment.deliberation.trainable != needed[method]:
-    raise UserError(f'deliberation.trainable = {experiment.deliberation.trainable!r}: '
-                    f'{method!r} tuning needs {needed[method]!r}')
+    raise UserError(f'deliberation.trainable = {experiment.deliberation.trainable!r}: set it to '
+                    f'{needed[method]!r}, which {method!r} tuning needs')
   if method == 'lora' and experiment.deliberation.num_layers:
     raise UserError(f'deliberation.num_layers = {experiment.deliberation.num_layers}: {method!r} '
                     'tuning puts adapters on all layers of the decoder. Set 0.')

@@ -4,39 +4,18 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import jax
 import orbax.checkpoint as ocp
 
-from latent_deliberation.array_types import Batch
+from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import run_on_process_zero
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, differences
+from latent_deliberation.paths import DATA_STATES
 from latent_deliberation.training.step import TrainState
 
 # What orbax raises where files cannot be written: tensorstore knows no OSError.
 ORBAX_ERRORS = (OSError, ValueError, RuntimeError)
-
-
-class Batches(Protocol):
-  """An endless stream that can be restored. The batch of step s is the input of update s + 1.
-
-  Attributes:
-    fingerprint: identifies the rows and their order.
-  """
-  fingerprint: str
-
-  def __call__(self, step: int) -> Batch:
-    """Returns this process's rows of the global batch for `step` = 0, 1, ..., as numpy arrays."""
-
-  def save(self, directory: Path, step: int) -> None:
-    """Writes into `directory` everything that the batch of `step` needs.
-
-    Every process calls this with the same directory, which exists and was empty.
-    """
-
-  def restore(self, directory: Path, step: int) -> None:
-    """Makes `step` the next batch. Raises UserError when `directory` is of another stream."""
 
 
 class Checkpointer:
@@ -49,8 +28,8 @@ class Checkpointer:
 
   def __init__(self, directory: Path, keep: int):
     """Opens or creates `directory`, which keeps the newest `keep` checkpoints."""
-    if keep < 1:
-      raise UserError(f'keep = {keep}: it must be 1 or more, or no run could be resumed')
+    if keep < 1:  # LoopConfig refuses it with the name of its key
+      raise ValueError(f'keep = {keep}: it must be 1 or more')
     self.directory = directory.absolute()
     self._saving: int | None = None
     self._manager = ocp.CheckpointManager(
@@ -132,7 +111,7 @@ class Checkpointer:
     return state
 
   def _data_directory(self, step: int) -> Path:
-    return self.directory / 'data' / str(step)
+    return self.directory / DATA_STATES / str(step)
 
   def _save_data(self, step: int, batches: Batches) -> None:
     directory = self._data_directory(step)
@@ -149,7 +128,7 @@ class Checkpointer:
     # Keep later steps, since another process may already write the next one.
     latest = self.latest_step()
     if jax.process_index() == 0 and latest is not None:
-      for folder in self.directory.glob('data/*'):
+      for folder in self.directory.glob(f'{DATA_STATES}/*'):
         if int(folder.name) < latest and not (self.directory / folder.name).exists():
           shutil.rmtree(folder, ignore_errors=True)
 
@@ -190,10 +169,8 @@ def _describe(state: TrainState) -> dict[str, str]:
 
 
 def _check_same_leaves(place: str, saved: Mapping[str, str], current: Mapping[str, str]) -> None:
-  absent = '(nothing)'
-  # Every leaf that only one side has, or whose shape or dtype differs.
-  lines = [f'  {path}: {saved.get(path, absent)} saved, {current.get(path, absent)} now'
-           for path in sorted(saved | current) if saved.get(path) != current.get(path)]
+  # Every leaf that only one of the two has, or whose shape or dtype differs.
+  lines = differences(saved, current)
   if lines:
     raise UserError('\n'.join([
         f'{place} holds another model or optimizer:', *lines[:20],

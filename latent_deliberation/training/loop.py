@@ -18,9 +18,10 @@ from absl import logging
 from orbax.checkpoint import utils as orbax_utils
 
 from latent_deliberation.array_types import Array, Batch, Params
+from latent_deliberation.data.rows import Batches
 from latent_deliberation.errors import UserError
 from latent_deliberation.progress import format_duration
-from latent_deliberation.training.checkpointer import Batches, Checkpointer
+from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.metrics import MetricsWriter, Pace
 from latent_deliberation.training.step import TrainState
 

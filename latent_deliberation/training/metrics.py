@@ -11,7 +11,7 @@ import jax
 from absl import logging
 
 from latent_deliberation.files import explain_failed_write
-from latent_deliberation.paths import METRICS_FILE
+from latent_deliberation.paths import METRICS_FILE, TENSORBOARD
 from latent_deliberation.progress import format_duration
 
 # Not clu.metric_writers: it imports TensorFlow, which training machines need not have.
@@ -40,7 +40,7 @@ class MetricsWriter:
       self._file = open(directory / METRICS_FILE, 'a+b')
       _end_torn_line(self._file)
       if SummaryWriter is not None:
-        self._events = SummaryWriter(str(directory / 'tensorboard'))
+        self._events = SummaryWriter(str(directory / TENSORBOARD))
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds one line: the step, the wall-clock time in seconds since 1970, and the metrics."""

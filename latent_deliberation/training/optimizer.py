@@ -121,8 +121,8 @@ def _scale_by_key(multipliers: Mapping[str, float]) -> optax.GradientTransformat
     # A multiplier that applies to nothing is a mistake.
     unknown = sorted(set(multipliers) - set(params))
     if unknown:
-      raise UserError(f'learning-rate multipliers name {unknown}, but the trainable parameters '
-                      f'are {sorted(params)}: drop or rename those multipliers')
+      raise ValueError(f'learning-rate multipliers name {unknown}, but the trainable parameters '
+                       f'are {sorted(params)}')
     return optax.EmptyState()
 
   def update(updates: Mapping[str, Params], state: optax.EmptyState,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.array_types import Array, Batch, Params, PyTree
+from latent_deliberation.build import build_decoder
 from latent_deliberation.data.loading import (
   open_batches,
   open_rows,
@@ -17,20 +18,20 @@ from latent_deliberation.data.loading import (
 )
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
-from latent_deliberation.models import build_decoder
 from latent_deliberation.paths import DECODER, VOCABULARY_FILE
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import language_modelling
 from latent_deliberation.training.run import Run, fit
+from latent_deliberation.training.step import LossFn
 
 
-def pretrain(experiment: Experiment, workdir: Path, data_dir: Path) -> Path:
+def pretrain(experiment: Experiment, workdir: Path, prepared_dir: Path) -> Path:
   """Trains the decoder of an experiment from scratch, or resumes the run in `workdir`.
 
   Args:
     experiment: the whole configuration.
     workdir: work directory of the run.
-    data_dir: directory of prepared data; missing data are prepared now.
+    prepared_dir: directory of prepared data; missing data are prepared now.
 
   Returns: <workdir>/decoder, for `weights.load`.
 
@@ -41,10 +42,10 @@ def pretrain(experiment: Experiment, workdir: Path, data_dir: Path) -> Path:
   mesh = make_mesh(experiment.mesh)
   run = describe_pretraining(experiment, workdir, mesh)
   run.check()
-  prepare_data(experiment.data, experiment.decoder.vocab_size, data_dir)
-  rows = open_rows(data_dir, 'validation', length=experiment.data.length,
+  prepare_data(experiment.data, experiment.decoder.vocab_size, prepared_dir)
+  rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
                    vocab_size=experiment.decoder.vocab_size)
-  batches = open_batches(experiment, data_dir, run.section, mesh)
+  batches = open_batches(experiment, prepared_dir, run.section, mesh)
   evaluation = experiment.evaluation
   eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
                                     experiment.rules)
@@ -55,7 +56,7 @@ def pretrain(experiment: Experiment, workdir: Path, data_dir: Path) -> Path:
                {'validation': _validation(experiment, loss_fn, eval_batches, mesh)}, frozen={})
   target = workdir / DECODER
   if not target.exists():
-    tokenizer = data_dir / VOCABULARY_FILE
+    tokenizer = prepared_dir / VOCABULARY_FILE
     weights.save(target, experiment.decoder, params, rows.manifest.recipe.vocabulary_hash,
                  tokenizer=tokenizer if tokenizer.is_file() else None)
   return target
@@ -72,7 +73,7 @@ def describe_pretraining(experiment: Experiment, workdir: Path, mesh: Mesh) -> R
   return Run('pretrain', experiment, workdir, mesh, init=init, frozen_shapes={})
 
 
-def _validation(experiment: Experiment, loss_fn: Callable, eval_batches: list,
+def _validation(experiment: Experiment, loss_fn: LossFn, eval_batches: list[Batch],
                 mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
   """Returns an evaluator of the mean next-token loss over the validation batches."""
 

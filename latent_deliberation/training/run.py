@@ -20,13 +20,14 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import barrier, run_on_process_zero
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, differences
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
 from latent_deliberation.files import make_writable, write_json
 from latent_deliberation.paths import CHECKPOINTS, RUN_FILE, with_current_names
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
-from latent_deliberation.training.checkpointer import Batches, Checkpointer
+from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.loop import train
 from latent_deliberation.training.metrics import MetricsWriter
 from latent_deliberation.training.optimizer import build_optimizer, build_schedule
@@ -37,8 +38,6 @@ from latent_deliberation.training.step import (
   abstract_state,
   make_train_step,
 )
-
-MISSING = '(nothing)'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,8 @@ class RunIdentity:
                       'use dicts, lists, strings, numbers, booleans and None') from error
 
 
-def claim_workdir(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = ()) -> None:
+def claim_workdir(workdir: Path, identity: RunIdentity,
+                  changeable: tuple[str, ...] = ()) -> None:
   """Makes `workdir` the directory of this run, or checks that it already is.
 
   Process 0 writes run.json, and every process compares it. The directory may hold other files,
@@ -84,7 +84,7 @@ def claim_workdir(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = 
   Args:
     workdir: directory on a mounted file system; created if missing.
     identity: identity of the run.
-    free: dotted paths of config keys or sections that may differ from the earlier launch.
+    changeable: dotted paths of config keys or sections that a resumed run may change.
 
   Raises:
     UserError: the directory holds another run, or checkpoints without a run.json.
@@ -93,7 +93,7 @@ def claim_workdir(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = 
   if not path.exists() and (workdir / CHECKPOINTS).exists():
     raise UserError(f'{workdir / CHECKPOINTS} exists, but {path} does not: the checkpoints are of '
                     'an unknown run. Restore the file, or use another --workdir')
-  barrier(f'{path} looked at')  # all look before process 0 makes the directory
+  barrier(f'{path} looked at')  # every process looks before process 0 makes the directory
 
   def write_once() -> None:
     if not path.exists():
@@ -105,11 +105,11 @@ def claim_workdir(workdir: Path, identity: RunIdentity, free: tuple[str, ...] = 
   except json.JSONDecodeError as error:
     raise UserError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
                     'the file, or use another --workdir') from error
-  check_same_run(workdir, saved, identity, free)  # a new run too: processes must agree
+  check_same_run(workdir, saved, identity, changeable)  # a new run too: processes must agree
 
 
 def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentity,
-                   free: tuple[str, ...]) -> None:
+                   changeable: tuple[str, ...]) -> None:
   """Compares `saved`, the content of the run.json in `workdir`, with the identity of this run.
 
   Raises:
@@ -120,15 +120,14 @@ def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentit
   defaults = _leaves({'config': json.loads(json.dumps(identity.defaults))})
   saved = {key: value for key, value in defaults if key in current} | saved
   # Compare all keys but those that a resumed run may change.
-  prefixes = tuple(f'config.{path}.' for path in free)
-  lines = [f'  {key}: {saved.get(key, MISSING)!r} saved, {current.get(key, MISSING)!r} now'
-           for key in sorted(saved | current)
-           if saved.get(key, MISSING) != current.get(key, MISSING)
-           and not f'{key}.'.startswith(prefixes)]
+  prefixes = tuple(f'config.{path}.' for path in changeable)
+  saved, current = ({key: value for key, value in leaves.items()
+                     if not f'{key}.'.startswith(prefixes)} for leaves in (saved, current))
+  lines = differences(saved, current)
   if lines:
     raise UserError('\n'.join([
         f'{workdir} belongs to another run:', *lines,
-        'Use another --workdir, or go back to the saved values.']))
+        'Use another --workdir, or set the saved values again.']))
 
 
 def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
@@ -142,8 +141,9 @@ def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
 
 # A run may be resumed on other devices, with other cadences, and with its files moved, since the
 # fingerprint of the data covers their contents. Every other key is part of its identity.
-FREE = ('mesh', 'rules', 'evaluation', 'computation.attention', 'computation.replicate_frozen',
-        'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
+CHANGEABLE = (
+    'mesh', 'rules', 'evaluation', 'computation.attention', 'computation.replicate_frozen',
+    'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
     f'{section}.loop.{key}' for section in ('pretraining', 'training')
     for key in ('log_every', 'eval_every', 'save_every', 'keep'))
 
@@ -193,9 +193,9 @@ class Run:
                        defaults=defaults_of(Experiment))
 
   @property
-  def free(self) -> tuple[str, ...]:
+  def changeable(self) -> tuple[str, ...]:
     """Keys or whole sections of the config that a resumed run may change."""
-    return FREE + tuple(
+    return CHANGEABLE + tuple(
         f'deliberation.{key}' for key in self.experiment.deliberation.without_effect)
 
   @functools.cached_property
@@ -249,9 +249,9 @@ class Run:
         same texts of a stream, or the warm-up is longer than the run.
     """
     experiment = self.experiment
-    check_divides(self.section, self.settings.batch_size, self.settings.accumulation, self.mesh,
-                  experiment)
-    check_divides('evaluation', experiment.evaluation.batch_size, 1, self.mesh, experiment)
+    check_batch(self.settings.batch_size, self.settings.accumulation, self.mesh, experiment.rules,
+                self.section)
+    check_batch(experiment.evaluation.batch_size, 1, self.mesh, experiment.rules, 'evaluation')
     if experiment.data.mode == 'online':
       check_own_rows(self.mesh, experiment.rules)
     # Errors of shardings and warm-up lack the section's name.
@@ -278,16 +278,7 @@ class Run:
       identity = self.identity(decoder_fingerprint or saved['decoder'], saved['data'])
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
       return  # a new run, or a damaged file that `claim_workdir` reports
-    check_same_run(self.workdir, saved, identity, self.free)
-
-
-def check_divides(section: str, batch_size: int, accumulation: int, mesh: Mesh,
-                  experiment: Experiment) -> None:
-  """Calls `check_batch`, and names the section of the config in its error."""
-  try:
-    check_batch(batch_size, accumulation, mesh, experiment.rules)
-  except UserError as error:
-    raise UserError(f'{section}: {error}') from error
+    check_same_run(self.workdir, saved, identity, self.changeable)
 
 
 def fit(run: Run, batches: Batches, loss_fn: LossFn,
@@ -313,7 +304,8 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
   """
   settings = run.settings
   # The directory must be this run's before its checkpoints are read.
-  claim_workdir(run.workdir, run.identity(decoder_fingerprint, batches.fingerprint), run.free)
+  claim_workdir(run.workdir, run.identity(decoder_fingerprint, batches.fingerprint),
+                run.changeable)
   train_step = run.make_step(loss_fn, frozen)
   with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
         contextlib.closing(MetricsWriter(run.workdir)) as metrics):

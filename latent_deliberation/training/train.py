@@ -6,9 +6,16 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Batch, Params
+from latent_deliberation.build import (
+  build_deliberator,
+  frozen_shapes,
+  load_frozen,
+  load_stored,
+  open_frozen,
+)
 from latent_deliberation.data.loading import (
   check_known_vocabulary,
-  check_vocabulary,
+  check_rows_vocabulary,
   open_batches,
   open_rows,
   prepare_data,
@@ -19,15 +26,8 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
-from latent_deliberation.evaluation.perplexity import BASELINE, OWN, make_scorer, score_texts
+from latent_deliberation.evaluation.perplexity import FROZEN, OWN, make_scorer, score_texts
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.models import (
-  build_deliberator,
-  frozen_shapes,
-  load_frozen,
-  load_stored,
-  open_frozen,
-)
 from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
@@ -35,7 +35,7 @@ from latent_deliberation.training.run import Run, fit
 
 
 def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
-                      data_dir: Path) -> Params:
+                      prepared_dir: Path) -> Params:
   """Trains the coprocessor of an experiment, or resumes the run in `workdir`.
 
   At the end it writes <workdir>/coprocessor, for `coprocessor_checkpoint.load`. An existing one is
@@ -45,7 +45,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
     experiment: the whole configuration.
     decoder_dir: directory of the frozen decoder.
     workdir: work directory of the run.
-    data_dir: directory of prepared data; missing data are prepared now.
+    prepared_dir: directory of prepared data; missing data are prepared now.
 
   Returns: the trained parameters, float32.
 
@@ -56,23 +56,23 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
   """
   # Check everything that needs neither data nor weights.
   mesh = make_mesh(experiment.mesh)
-  checkpoint = open_frozen(experiment, decoder_dir)
+  checkpoint = open_frozen(experiment.decoder, decoder_dir)
   run = describe_training(experiment, workdir, mesh)
   run.check(checkpoint.fingerprint)
   target = workdir / COPROCESSOR
   if target.exists() and not (target / DESCRIPTION).exists():
     raise UserError(f'{target} holds something else, but the trained coprocessor will be written '
                     'there: use another --workdir, or move it away')
-  check_known_vocabulary(experiment.data, data_dir, checkpoint)
+  check_known_vocabulary(experiment.data, prepared_dir, checkpoint)
 
   # Prepare and open the data, and load the decoder onto the mesh.
-  prepare_data(experiment.data, experiment.decoder.vocab_size, data_dir)
-  rows = open_rows(data_dir, 'validation', length=experiment.data.length,
+  prepare_data(experiment.data, experiment.decoder.vocab_size, prepared_dir)
+  rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
                    vocab_size=experiment.decoder.vocab_size)
-  check_vocabulary(rows, checkpoint)
+  check_rows_vocabulary(rows, checkpoint)
   frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
   deliberator = build_deliberator(experiment)
-  batches = open_batches(experiment, data_dir, run.section, mesh)
+  batches = open_batches(experiment, prepared_dir, run.section, mesh)
   evaluation = experiment.evaluation
   eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
                                     experiment.rules)
@@ -83,13 +83,13 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
                {'validation': _validation(experiment, deliberator, frozen, eval_batches, mesh),
                 'latents': _diagnosis(experiment, deliberator, frozen, eval_batches[0], mesh)},
                frozen=frozen, decoder_fingerprint=decoder_fingerprint,
-               load_start=(lambda: load_stored(experiment, checkpoint, mesh)) if is_rounded
+               load_start=(lambda: load_stored(checkpoint, mesh, experiment.rules)) if is_rounded
                else None)
   if not target.exists():
     coprocessor_checkpoint.save(target, coprocessor_checkpoint.CoprocessorCheckpoint(
         decoder_config=experiment.decoder, config=experiment.deliberation,
         decoder_fingerprint=decoder_fingerprint,
-        vocabulary=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
+        vocabulary_hash=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
         params=params, frozen_dtype=experiment.computation.frozen_dtype))
   return params
 
@@ -111,7 +111,7 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
   config = deliberator.config
   # A fixed seed, so that every evaluation scores the same traces.
   scorer = make_scorer(
-      deliberator, (BASELINE, OWN, 'shuffled'), num_traces=config.num_traces,
+      deliberator, (FROZEN, OWN, 'shuffled'), num_traces=config.num_traces,
       num_ahead=config.num_ahead, loss_chunk=experiment.computation.loss_chunk, seed=0, mesh=mesh,
       rules=experiment.rules)
 
@@ -120,7 +120,7 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
     scores = score_texts(scorer, params, frozen, placed)
     # Means over all targets, the same ones for every arm.
     mean = {arm: score.total.sum() / score.count.sum() for arm, score in scores.items()}
-    return {'loss': mean[OWN], 'gain': mean[BASELINE] - mean[OWN],
+    return {'loss': mean[OWN], 'gain': mean[FROZEN] - mean[OWN],
             'content': mean['shuffled'] - mean[OWN]}
 
   return evaluate

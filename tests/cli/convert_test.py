@@ -90,6 +90,21 @@ def test_list_tensors(exported):
              for line in listed)
 
 
+def test_gguf_shows_encodings(tmp_path):
+  """Tensors of a GGUF file are shown with the encodings that the file has."""
+  gguf = pytest.importorskip('gguf')
+  from tests.model.checkpoints import gguf_io_test
+  config = gguf_io_test.CONFIGS['llama']
+  path = gguf_io_test.write(tmp_path / 'model.gguf', 'llama', config,
+                            gguf_io_test.random_params(config),
+                            quantise=gguf.GGMLQuantizationType.Q8_0)
+  checkpoint = weights.open_checkpoint(path)
+  lines = [line.split() for line in convert.list_tensors(checkpoint).splitlines()]
+  assert ['model.norm.weight', 'F32', f'[{config.embed_dim}]'] in lines
+  assert sum(line[1] == 'Q8_0' for line in lines) == 7 * config.num_layers
+  assert f'{7 * config.num_layers} Q8_0' in convert.describe(checkpoint)
+
+
 def test_config_of_directory_or_preset(exported, tmp_path):
   """gemma2_2b.py takes architecture and tokenizer from a directory, or a preset."""
   get_config = runpy.run_path(str(finished.ROOT / 'configs/gemma2_2b.py'))['get_config']

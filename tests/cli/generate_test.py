@@ -154,7 +154,7 @@ def test_bad_requests_are_refused(more, message):
 def test_mismatches_are_refused(quickstart, tmp_path):
   decoder, coprocessor = quickstart / 'pretraining/decoder', str(quickstart / 'coprocessor')
   config, params = weights.load(decoder)
-  vocabulary = weights.open_checkpoint(decoder).vocabulary
+  vocabulary = weights.open_checkpoint(decoder).vocabulary_hash
   gate = FittedGate(tmp_path, 'abc', ONCE)
   with pytest.raises(UserError, match='gate in .* fingerprint abc, '):
     open_engine(decoder, coprocessor, gate=gate)

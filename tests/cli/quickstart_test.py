@@ -80,11 +80,11 @@ def no_data(monkeypatch):
 
 BAD = [
     ({'pretraining__batch_size': 6, 'pretraining__accumulation': 4},
-     'pretraining: batch_size = 6 .* 4 '),
+     'pretraining.batch_size = 6 .* 4 '),
     ({'pretraining__optimizer__warmup_steps': 5},
      'pretraining: .*warmup_steps .*5.* 4 '),
     ({'training__batch_size': 9, 'training__accumulation': 2},
-     'training: batch_size = 9 .* 2 '),
+     'training.batch_size = 9 .* 2 '),
     ({'training__optimizer__warmup_steps': 3},
      'training: .*warmup_steps .*3.* 2 '),
     ({'mesh__data': 2}, r"mesh \{.*'data': 2, 'fsdp': 1, 'tensor': 1\} .* 1 device"),
@@ -109,7 +109,7 @@ def test_bad_training_is_refused(change, message, tmp_path, quickstart):
 @pytest.mark.usefixtures('no_data')
 @pytest.mark.parametrize('change, message', [
     ({'evaluation__batch_size': 4, 'evaluation__num_texts': 4},
-     'evaluation: batch_size = 4 .* 8 shards'),
+     'evaluation.batch_size = 4 .* 8 shards'),
     ({'mesh__tensor': 8, 'mesh__data': 1},
      "pretraining: .*'vocab' of 260 .* 8 "),
 ])
@@ -124,7 +124,7 @@ def test_bad_mesh_is_refused(change, message, tmp_path):
 @pytest.mark.parametrize('change', [
     {}, {'training__multipliers': {'transformer': 0.1}}])  # which constant soft tokens have not
 def test_good_training_reaches_data(change, tmp_path, quickstart):
-  """An experiment that can train goes on to its data."""
+  """An experiment that can train continues to its data."""
   experiment = finished.experiment(**change)
   for launch in (lambda: run_quickstart(experiment, tmp_path / 'quickstart'),
                  lambda: pretrain(experiment, tmp_path / 'pretrain', tmp_path),

@@ -53,7 +53,7 @@ def test_seed_determines_the_stream(config, tmp_path):
 
 
 def test_resume_is_exact(config, tmp_path):
-  """A restored stream goes on with exactly the same batches."""
+  """A restored stream continues with exactly the same batches."""
   batches = OnlineBatches(config, tmp_path, 4, seed=0)
   for step in range(3):
     batches(step)
@@ -80,9 +80,9 @@ def test_each_host_restores_its_share(config, tmp_path):
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    ((8, 0), 'batch_size: saved 4, now 8'),
-    ((4, 1), 'seed: saved 0, now 1'),
-    ((4, 0, 0, 2), 'process_count: saved 1, now 2'),
+    ((8, 0), 'batch_size: 4 saved, 8 now'),
+    ((4, 1), 'seed: 0 saved, 1 now'),
+    ((4, 0, 0, 2), 'process_count: 1 saved, 2 now'),
 ])
 def test_state_of_another_stream(config, tmp_path, arguments, message):
   """It is refused, and the error has both values."""
@@ -94,12 +94,12 @@ def test_state_of_another_stream(config, tmp_path, arguments, message):
 
 
 def test_state_of_fewer_hosts(config, tmp_path):
-  """It is refused also by hosts that did not exist when it was saved."""
+  """It is refused also by processes that did not exist when it was saved."""
   batches = OnlineBatches(config, tmp_path, 4, 0)
   batches.save(tmp_path / 'state', 0)
   later = OnlineBatches(config, tmp_path, 4, 0, 1, 2)
   assert later.fingerprint == batches.fingerprint
-  with pytest.raises(UserError, match='process_count: saved 1, now 2'):
+  with pytest.raises(UserError, match='process_count: 1 saved, 2 now'):
     later.restore(tmp_path / 'state', 0)
 
 
@@ -110,12 +110,12 @@ def test_missing_state_is_named(config, tmp_path):
 
 def test_steps_come_in_order(config, tmp_path):
   batches = OnlineBatches(config, tmp_path, 4, 0)
-  with pytest.raises(UserError, match='step = 1, .*at 0'):
+  with pytest.raises(ValueError, match='step = 1, .*at 0'):
     batches(1)
   batches(0)
-  with pytest.raises(UserError, match='step = 0, .*at 1'):
+  with pytest.raises(ValueError, match='step = 0, .*at 1'):
     batches(0)
-  with pytest.raises(UserError, match='step = 5 cannot be saved.*at 1'):
+  with pytest.raises(ValueError, match='step = 5 cannot be saved.*at 1'):
     batches.save(tmp_path / 'state', 5)
 
 
@@ -129,7 +129,7 @@ def test_saving_twice(config, tmp_path):
   assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'state').rglob('*')} == before
   other = OnlineBatches(config, tmp_path, 4, 1)
   other(0)
-  with pytest.raises(UserError, match='seed: saved 0, now 1'):
+  with pytest.raises(UserError, match='seed: 0 saved, 1 now'):
     other.save(tmp_path / 'state', 1)
 
 
@@ -151,5 +151,5 @@ def test_saved_state_is_complete(config, tmp_path, monkeypatch):
 
 
 def test_batch_must_divide_among_hosts(config, tmp_path):
-  with pytest.raises(UserError, match='batch_size = 4.*3 hosts'):
+  with pytest.raises(UserError, match='batch_size = 4.*3 processes'):
     OnlineBatches(config, tmp_path, 4, 0, 0, 3)

@@ -31,7 +31,7 @@ def fill(documents, length):
     # Short documents share a row.
     ([[BOS, 5, EOS], [BOS, 6, 7, EOS]], 8,
      [[BOS, 5, EOS, BOS, 6, 7, EOS, 0]], [[1, 1, 1, 2, 2, 2, 2, 0]]),
-    # A long document goes on in the next row, after a BOS.
+    # A long document continues in the next row, after a BOS.
     ([[BOS, 5, 6, 7, 8, 9, EOS]], 4,
      [[BOS, 5, 6, 7], [BOS, 8, 9, EOS]], [[1, 1, 1, 1], [1, 1, 1, 1]]),
     # A document begins in the room that another left.
@@ -62,7 +62,7 @@ def test_rows_lose_nothing(bodies, length):
   np.testing.assert_array_equal(segments_from_bos(tokens, BOS), segments)
   begins = (np.diff(segments, axis=1, prepend=0) != 0) & (segments > 0)
   np.testing.assert_array_equal(tokens == BOS, begins)
-  # A segment ends with EOS, or with the end of its row, where the document goes on.
+  # A segment ends with EOS, or with the end of its row, where the document continues.
   assert (tokens[:, :-1][begins[:, 1:]] == EOS).all()
   # Padding is at the end of a row, at most one place but for the last row.
   padding = (tokens == 0).sum(axis=1)
@@ -184,18 +184,18 @@ def test_online_packs_only_validation(corpus_directory, tmp_path):
 
 
 @pytest.mark.parametrize(('fields', 'message'), [
-    ({'length': 16}, 'length: packed 32, configured 16'),
-    ({'seed': 5}, 'seed: packed 0, configured 5'),
-    ({'max_tokens': 64}, 'max_tokens: packed 0, configured 64'),
-    ({'validation_percent': 50}, "task: packed 'text_.*', configured 'text_"),
+    ({'length': 16}, 'length: 32 saved, 16 now'),
+    ({'seed': 5}, 'seed: 0 saved, 5 now'),
+    ({'max_tokens': 64}, 'max_tokens: 0 saved, 64 now'),
+    ({'validation_percent': 50}, "task: 'text_.*' saved, 'text_"),
     ({'vocabulary': 'sentencepiece', 'vocabulary_size': 340},
-     'vocabulary_size: packed 260, configured 340'),
+     'vocabulary_size: 260 saved, 340 now'),
 ])
 def test_another_configuration_is_refused(corpus_directory, tmp_path, fields, message):
   """The error has both values."""
   directory = prepare(local(corpus_directory), tmp_path)
   before = PackedRows(directory / 'train').fingerprint
-  with pytest.raises(UserError, match=f'{message}.*another work directory'):
+  with pytest.raises(UserError, match=f'(?s){message}.*another directory'):
     prepare(local(corpus_directory, **fields), tmp_path)
   assert PackedRows(directory / 'train').fingerprint == before
 
@@ -205,7 +205,7 @@ def test_changed_corpus_is_refused(corpus_directory, tmp_path):
   shutil.copytree(corpus_directory, copy)
   prepare(local(copy), tmp_path / 'work')
   (copy / 'odd' / '1.txt').write_text('changed')
-  with pytest.raises(UserError, match='source_fingerprint: packed '):
+  with pytest.raises(UserError, match='source_fingerprint: .* saved, .* now'):
     prepare(local(copy), tmp_path / 'work')
 
 
@@ -218,7 +218,7 @@ def test_rows_without_their_source(corpus_directory, tmp_path, caplog):
   with caplog.at_level('WARNING'):
     assert prepare(local(texts), workdir) == directory
   assert 'no file matches' in caplog.text and 'are used as they are' in caplog.text
-  with pytest.raises(UserError, match='seed: packed 0, configured 1'):
+  with pytest.raises(UserError, match='seed: 0 saved, 1 now'):
     prepare(local(texts, seed=1), workdir)
   with pytest.raises(UserError, match='no file matches'):
     prepare(local(texts, mode='online'), workdir)

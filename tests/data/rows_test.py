@@ -93,7 +93,7 @@ def test_take_in_any_order(directory):
 
 
 def test_format_version_1_is_read(old_directory):
-  """Its segments come from files, and its fingerprint is that of the manifest as it lies there."""
+  """Its segments come from files, and its fingerprint is that of the stored manifest."""
   rows = PackedRows(old_directory)
   batch = rows.take([3, 0])
   assert numbers(batch) == [3, 0]
@@ -194,13 +194,13 @@ def test_order_is_pinned(directory):
   assert numbers(PermutedBatches(rows, 10, 0)(0)) != numbers(PermutedBatches(rows, 10, 1)(0))
 
 
-@pytest.mark.parametrize('mine', [[0, 1, 2], [1, 4], [5]])
-def test_host_reads_its_rows(directory, mine):
+@pytest.mark.parametrize('own_rows', [[0, 1, 2], [1, 4], [5]])
+def test_host_reads_its_rows(directory, own_rows):
   """A host reads its rows of the same global batch."""
   rows = PackedRows(directory)
-  whole, part = PermutedBatches(rows, 6, 1), PermutedBatches(rows, 6, 1, np.array(mine))
+  whole, part = PermutedBatches(rows, 6, 1), PermutedBatches(rows, 6, 1, np.array(own_rows))
   for step in (0, 1, 2, 77):
-    assert numbers(part(step)) == [numbers(whole(step))[place] for place in mine]
+    assert numbers(part(step)) == [numbers(whole(step))[place] for place in own_rows]
   assert part.fingerprint == whole.fingerprint
 
 
@@ -240,8 +240,8 @@ def test_hosts_share_the_same_batch(size, batch_size, seed, hosts, step):
   """A step gives the same global batch for any number of hosts."""
   rows = NumberedRows(size)
   whole = PermutedBatches(rows, batch_size, seed)(step)
-  parts = [PermutedBatches(rows, batch_size, seed, mine)(step)
-           for mine in np.array_split(np.arange(batch_size), hosts)]
+  parts = [PermutedBatches(rows, batch_size, seed, own_rows)(step)
+           for own_rows in np.array_split(np.arange(batch_size), hosts)]
   np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
@@ -286,7 +286,7 @@ def test_fingerprint_tells_sequences_apart(directory, tmp_path, fields):
     fields = {'rows': PackedRows(write_rows(tmp_path / 'other', recipe=recipe))}
   same = {'rows': rows, 'batch_size': 6, 'seed': 1}
   fingerprints = [PermutedBatches(**arguments).fingerprint
-                  for arguments in (same, same | {'mine': np.array([1, 4])}, same | fields)]
+                  for arguments in (same, same | {'own_rows': np.array([1, 4])}, same | fields)]
   assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 

@@ -93,7 +93,7 @@ def test_host_reads_only_its_documents(corpus_directory, monkeypatch):
 
 
 def test_more_hosts_than_documents(corpus_directory):
-  with pytest.raises(UserError, match=r'has \d documents for 30 hosts'):
+  with pytest.raises(UserError, match=r'has \d documents for 30 processes'):
     build_source(local(corpus_directory)).get_dataset(
         'validation', shard_info=seqio.ShardInfo(0, 30))
 

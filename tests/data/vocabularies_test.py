@@ -144,7 +144,7 @@ def test_another_vocabulary_is_refused(tmp_path, trained):
   kept = (tmp_path / VOCABULARY_FILE).read_bytes()
   with pytest.raises(UserError, match='has 319 pieces, .* 320 pieces'):
     open_vocabulary(DataConfig(vocabulary_size=320), tmp_path, lambda: TEXTS)
-  with pytest.raises(UserError, match='the configuration asks for .*another work directory'):
+  with pytest.raises(UserError, match='the configuration asks for .*another directory'):
     open_vocabulary(DataConfig(vocabulary_path=trained.sentencepiece_model_file), tmp_path,
                     lambda: TEXTS)
   assert (tmp_path / VOCABULARY_FILE).read_bytes() == kept

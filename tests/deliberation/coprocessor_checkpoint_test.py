@@ -30,7 +30,8 @@ from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, s
 from tests import finished, tiny
 
 INDEX = 'model.safetensors.index.json'
-WRITTEN = Description(tiny.CONFIG, tiny.CHOICES, decoder_fingerprint='d0', vocabulary='v0', steps=7,
+WRITTEN = Description(tiny.CONFIG, tiny.CHOICES, decoder_fingerprint='d0', vocabulary_hash='v0',
+                      steps=7,
                       frozen_dtype='int8')
 
 
@@ -233,7 +234,7 @@ def test_save_other_config(full, tmp_path):
   """Parameters of another config are not written."""
   wrong = dataclasses.replace(
       full, config=dataclasses.replace(full.config, num_latents=5, latents='paper'))
-  with pytest.raises(UserError, match=(
+  with pytest.raises(ValueError, match=(
       r'(?s)gate: .*\[16, 16\].*soft_tokens: .*\[3, 16\].*\[5, 16\]')):
     coprocessor_checkpoint.save(tmp_path / 'new', wrong)
   assert not (tmp_path / 'new').exists()
@@ -295,10 +296,10 @@ def described(quickstart) -> Description:
   return describe(quickstart / 'coprocessor/coprocessor')
 
 
-def find(experiment, directory, vocabulary):
+def find(experiment, directory, vocabulary_hash):
   return find_coprocessor(
       directory, decoder_config=experiment.decoder, config=experiment.deliberation,
-      steps=experiment.training.loop.num_steps, vocabulary=vocabulary)
+      steps=experiment.training.loop.num_steps, vocabulary_hash=vocabulary_hash)
 
 
 def read(directory, decoder_fingerprint, frozen_dtype='float32'):
@@ -311,7 +312,7 @@ def test_find_by_run_or_checkpoint(quickstart, described):
   """The directory of a run and that of its coprocessor find the same."""
   expected = quickstart / 'coprocessor/coprocessor'
   for directory in (expected, expected.parent):
-    assert find(finished.experiment(), directory, described.vocabulary) == expected
+    assert find(finished.experiment(), directory, described.vocabulary_hash) == expected
 
 
 def test_find_unfinished_run(quickstart, tmp_path, described):
@@ -319,7 +320,7 @@ def test_find_unfinished_run(quickstart, tmp_path, described):
   run = shutil.copytree(quickstart / 'coprocessor', tmp_path / 'run',
                         ignore=lambda *_: ['coprocessor'])
   with pytest.raises(UserError, match=f'{run}.*no trained coprocessor'):
-    find(finished.experiment(), run, described.vocabulary)
+    find(finished.experiment(), run, described.vocabulary_hash)
 
 
 @pytest.mark.parametrize('change, message', [
@@ -330,7 +331,7 @@ def test_find_unfinished_run(quickstart, tmp_path, described):
 def test_find_other_config(quickstart, described, change, message):
   """Another config is refused with the key and both values."""
   with pytest.raises(UserError, match=f'\n  {message}.*\n[^ ]'):  # no other key
-    find(finished.experiment(**change), quickstart / 'coprocessor', described.vocabulary)
+    find(finished.experiment(**change), quickstart / 'coprocessor', described.vocabulary_hash)
 
 
 def test_find_other_evaluation(quickstart, described):
@@ -338,12 +339,12 @@ def test_find_other_evaluation(quickstart, described):
   experiment = finished.experiment(
       evaluation__num_traces=3, evaluation__num_ahead=9, training__batch_size=16, seed=5,
       deliberation__lora_rank=3)  # there are no adapters
-  assert find(experiment, quickstart / 'coprocessor', described.vocabulary)
+  assert find(experiment, quickstart / 'coprocessor', described.vocabulary_hash)
 
 
 def test_find_other_vocabulary(quickstart, described):
   """Text of another vocabulary is refused with both."""
-  with pytest.raises(UserError, match=f'vocabulary {described.vocabulary}.*another'):
+  with pytest.raises(UserError, match=f'vocabulary {described.vocabulary_hash}.*another'):
     find(finished.experiment(), quickstart / 'coprocessor', 'another')
 
 

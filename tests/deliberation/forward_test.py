@@ -93,19 +93,20 @@ def inferred(deliberator, params, decoder_params, tokens, ahead_tokens):
     ahead_tokens: [b, A] tokens that are then decoded, teacher-forced.
   """
   length, num_ahead = tokens.shape[1], ahead_tokens.shape[1]
-  trunk, _, cache = tiny.read(decoder_params, tokens)
+  config = deliberator.decoder.config
+  trunk, _, cache = tiny.read(decoder_params, tokens, config=config)
   text = Batch(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(length), tokens.shape))
   latents, placement = read_cache(
       deliberator, params, decoder_params, text, trunk, cache, tuple(range(num_ahead)))
   if deliberator.config.latents == 'refining':
-    cache = cache.truncate(length - deliberator.config.num_latents)
+    cache = tiny.truncate(cache, length - deliberator.config.num_latents)
   hidden, _, cache = tiny.read_on(
-      decoder_params, latents[:, 0], placement.latent_positions[0, 0], cache)
+      decoder_params, latents[:, 0], placement.latent_positions[0, 0], cache, config)
   states = [hidden[:, -1]]
   for ahead in range(num_ahead - 1):
-    x = tiny.embed(decoder_params, ahead_tokens[:, ahead:ahead + 1])
+    x = tiny.embed(decoder_params, ahead_tokens[:, ahead:ahead + 1], config)
     hidden, _, cache = tiny.read_on(
-        decoder_params, x, placement.ahead_positions[0, 0, ahead:ahead + 1], cache)
+        decoder_params, x, placement.ahead_positions[0, 0, ahead:ahead + 1], cache, config)
     states.append(hidden[:, -1])
   return jnp.stack(states, axis=1)
 
@@ -113,10 +114,23 @@ def inferred(deliberator, params, decoder_params, tokens, ahead_tokens):
 @pytest.mark.parametrize('choices', VARIANTS + CONTROLS, ids=name)
 def test_equals_inference(decoder_params, batch, choices):
   """Each trace equals inference on its document alone."""
-  deliberator = tiny.deliberator(**choices)
+  compare_with_inference(tiny.deliberator(**choices), decoder_params, batch)
+
+
+@pytest.mark.parametrize('choices', [
+    dict(trainable='full', num_layers=2), dict(trainable='lora', latents='refining')], ids=name)
+def test_llama_equals_inference(batch, choices):
+  """So it does with biases, a head of its own, and every other switch of Llama and Qwen."""
+  deliberator = tiny.deliberator(tiny.LLAMA, **choices)
+  compare_with_inference(deliberator, tiny.decoder_params(tiny.LLAMA), batch)
+
+
+def compare_with_inference(deliberator, decoder_params, batch):
+  """Compares the hidden states of each trace with inference, and checks that gradients flow."""
   params = tiny.coprocessor_params(deliberator, decoder_params)
   traces = traces_at(batch)
-  hidden, _ = many_traces(deliberator, params, decoder_params, batch)
+  hidden, gradients = many_traces(deliberator, params, decoder_params, batch)
+  assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(gradients))
   lengths = np.take_along_axis(np.asarray(batch.positions), np.asarray(ANCHORS), axis=1) + 1
   for length in (3, 5):
     text, trace = np.nonzero(lengths == length)
@@ -152,7 +166,7 @@ def test_detached_latents(decoder_params, batch):
   _, plain, _ = tiny.read_on(decoder_params, token, jnp.array([7]), cache)
   _, _, augmented = tiny.read_on(decoder_params, latents, jnp.array([6, 6, 6]), cache)
   _, other, _ = tiny.read_on(decoder_params, token, jnp.array([7]), augmented)
-  _, detached, _ = tiny.read_on(decoder_params, token, jnp.array([7]), augmented.truncate(7))
+  _, detached, _ = tiny.read_on(decoder_params, token, jnp.array([7]), tiny.truncate(augmented, 7))
   assert np.abs(other - plain).max() > 0.01
   np.testing.assert_array_equal(detached, plain)
   jax.tree.map(np.testing.assert_array_equal, cache, before)

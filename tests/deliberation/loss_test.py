@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from latent_deliberation.deliberation.loss import SUMMABLE, likeliest, token_nll
+from latent_deliberation.deliberation.loss import likeliest, token_nll
+from latent_deliberation.model.attention import SUMMABLE
 from latent_deliberation.model.layers import quantise
 
 B, N, D, V = 2, 10, 4, 501

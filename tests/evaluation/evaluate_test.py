@@ -24,7 +24,7 @@ def no_scoring(monkeypatch):
 
 
 def score(quickstart: Path, output: Path, experiment=None, **directories: Path):
-  directories = {'decoder_dir': quickstart / 'pretraining/decoder', 'data': quickstart,
+  directories = {'decoder_dir': quickstart / 'pretraining/decoder', 'prepared_dir': quickstart,
                  'coprocessor_dir': quickstart / 'coprocessor'} | directories
   return evaluate(experiment or finished.experiment(), output=output, **directories)
 
@@ -46,7 +46,7 @@ def test_coprocessor_alone_is_scored(quickstart, tmp_path):
   experiment = finished.experiment(
       evaluation__positions=(1, 3), data__mode='online', data__files=('gone.txt',))
   summary = score(quickstart, tmp_path / 'report', experiment, coprocessor_dir=checkpoint,
-                  data=tmp_path / 'data')
+                  prepared_dir=tmp_path / 'data')
   assert set(summary['arms']) == {'frozen', 'own', 'shuffled', 'zero'}
   assert summary['positions'] == [1, 3]
   assert set(summary['pictures']) == {'changes.png', 'visibility.png'}

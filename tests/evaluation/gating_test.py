@@ -68,7 +68,7 @@ def test_threshold_takes_its_fraction():
 
 
 def test_too_few_texts_are_refused():
-  with pytest.raises(UserError, match='4 texts.* at least 5'):
+  with pytest.raises(UserError, match='4 texts.* 5 or more'):
     fit_linear_gate(synthetic(texts=4))
 
 

@@ -277,13 +277,13 @@ def test_infinite_loss_is_named():
 
 
 def test_differing_shapes_are_named():
-  with pytest.raises(UserError, match=r'total .*\(2, 3\), count \(2, 4\)'):
+  with pytest.raises(ValueError, match=r'total .*\(2, 3\), count \(2, 4\)'):
     AheadNLL(np.ones((2, 3)), np.ones((2, 4), int))
 
 
 def test_differing_sizes_are_named():
   one, two = (AheadNLL(np.ones((texts, 3)), np.ones((texts, 3), int)) for texts in (4, 5))
-  with pytest.raises(UserError, match=r'own .*\[5, 3\], frozen .*\[4, 3\]'):
+  with pytest.raises(ValueError, match=r'own .*\[5, 3\], frozen .*\[4, 3\]'):
     check_paired({'frozen': one, 'own': two})
 
 
@@ -291,7 +291,7 @@ def test_differing_targets_are_named():
   count = np.ones((4, 3), int)
   other = count.copy()
   other[2, 1] = 7
-  with pytest.raises(UserError, match='text 2 .*7 .*position 2 in own and 1'):
+  with pytest.raises(ValueError, match='text 2 .*7 .*position 2 in own and 1'):
     check_paired({'frozen': AheadNLL(1.0 * count, count), 'own': AheadNLL(1.0 * count, other)})
 
 

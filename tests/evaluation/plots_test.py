@@ -13,6 +13,7 @@ from latent_deliberation.evaluation.plots import (
   attention_cells,
   plot_attention,
   plot_changes,
+  plot_gates,
   plot_losses,
 )
 
@@ -63,6 +64,15 @@ def test_losses_have_a_panel_each(tmp_path):
     assert has_colour(image, '#0072B2') and has_colour(image, '#D55E00')
     sizes.append(image.shape[:2])
   assert sizes == [(4 * DPI, round(4.8 * DPI)), (4 * DPI, round(9.6 * DPI))]
+
+
+def test_gates_have_a_colour_each(tmp_path):
+  curve = {'fractions': [0.0, 0.5, 1.0], 'thresholds': [None, 0.2, 0.0], 'gain': [0.0, 0.02, 0.03],
+           'low': [0.0, 0.01, 0.02], 'high': [0.0, 0.03, 0.04]}
+  plot_gates({'learned': curve, 'random': curve | {'gain': [0.0, 0.01, 0.03]}},
+             tmp_path / 'gate.png')
+  image = imread(tmp_path / 'gate.png')
+  assert [has_colour(image, colour) for colour in COLOURS.values()] == [True, True, False, False]
 
 
 @pytest.mark.parametrize('curves', [

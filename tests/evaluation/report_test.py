@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import AheadNLL, relative_change
 from latent_deliberation.evaluation.report import (
   Report,
   format_page,
   format_table,
-  state_bar,
+  state_gain,
   summarise,
   write_report,
 )
@@ -141,21 +140,21 @@ def test_no_bar_without_shuffled():
 @pytest.mark.parametrize('positions', [(), (0, 1), (1, AHEAD + 1), (2, 1), (1, 1)])
 def test_bad_positions_are_refused(positions):
   """They were not scored, or are out of order."""
-  with pytest.raises(UserError, match=f'positions = .* 1 to the {AHEAD}'):
+  with pytest.raises(ValueError, match=f'positions = .* 1 to the {AHEAD}'):
     make_report({'own': 0.0}, positions=positions)
 
 
 def test_bad_arms_are_refused():
   """They are unknown, or lack the baseline."""
-  with pytest.raises(UserError, match="arms .*'owm'"):
+  with pytest.raises(ValueError, match="arms .*'owm'"):
     make_report({'owm': 0.0})
-  with pytest.raises(UserError, match=r"arms = \['own'\]: .*'frozen'"):
+  with pytest.raises(ValueError, match=r"arms = \['own'\]: .*'frozen'"):
     make_report({}, arms={'own': make_report({}).arms['frozen']})
 
 
 def test_unpaired_arms_are_refused():
   own = AheadNLL(np.ones((3, AHEAD)), np.ones((3, AHEAD), int))
-  with pytest.raises(UserError, match=r'own has .*\[3, 8\], frozen has \[20, 8\]'):
+  with pytest.raises(ValueError, match=r'own has .*\[3, 8\], frozen has \[20, 8\]'):
     make_report({}, arms={'frozen': make_report({}).arms['frozen'], 'own': own})
 
 
@@ -211,7 +210,7 @@ def test_missing_arm_has_no_column():
 
 
 def test_missed_bar_is_stated():
-  assert state_bar(written_summary()) == (
+  assert state_gain(written_summary()) == (
     'Gain not shown. Own latents are below the frozen decoder, with an interval below zero, '
     "at 1, 2 but not at 4. They are below another text's latents at 1, 2, 4 (8 not scored); "
     'the interval is below zero at 1 but not at 2, 4 (8 not scored).')
@@ -219,13 +218,13 @@ def test_missed_bar_is_stated():
 
 def test_bar_missed_everywhere():
   bar = {**written_summary()['bar'], 'own_below_frozen': {'1': False, '2': False, '4': False}}
-  assert 'at none of 1, 2, 4. They' in state_bar(written_summary(bar=bar))
+  assert 'at none of 1, 2, 4. They' in state_gain(written_summary(bar=bar))
 
 
 def test_passed_bar_is_stated():
   bar = {'passed': True, 'own_below_frozen': {at: True for at in '124'},
          'own_below_shuffled': {at: {'point': True, 'interval': True} for at in '1248'}}
-  text = state_bar(written_summary(bar=bar))
+  text = state_gain(written_summary(bar=bar))
   assert text.startswith('Gain shown') and 'not' not in text.replace('another', '')
 
 

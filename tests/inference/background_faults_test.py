@@ -1,4 +1,4 @@
-"""Whatever becomes of the coprocessor, the decoder's own stream goes on."""
+"""Whatever becomes of the coprocessor, the decoder's own stream continues."""
 
 import itertools
 import threading
@@ -67,12 +67,12 @@ def test_failed_coprocessor_changes_no_bit(engine, monkeypatch, warnings, fault,
   assert engine.stats.begun == engine.stats.failed + engine.stats.late >= 2
   if engine.stats.failed:
     said, = warnings
-    assert message in said and 'The decoder goes on without them' in said
+    assert message in said and 'The decoder continues without them' in said
   if delay is not None:
     assert engine.stats == AugmentationStats(begun=4, failed=4)
 
 
-def test_silent_end_of_thread_is_a_failure(engine, monkeypatch, warnings):
+def test_silent_thread_is_a_failure(engine, monkeypatch, warnings):
   plain = generate(engine, PROMPTS, decoding(NEVER))
   monkeypatch.setattr(background.BackgroundAugmentation, '_run', lambda *unused: None)
   assert_same(generate(engine, PROMPTS, decoding(delay=0)), plain)
@@ -104,7 +104,8 @@ def test_no_room_keeps_the_plain_stream(engine, monkeypatch, warnings, place, de
   assert engine.stats.begun == engine.stats.failed + engine.stats.late >= 1
 
 
-def test_only_text_with_bad_latents_stays_plain(engine, monkeypatch, warnings):
+def test_bad_latents_spare_other_texts(engine, monkeypatch, warnings):
+  """Only the text whose latents are not finite stays plain."""
   plain, with_latents = (generate(engine, PROMPTS, decoding(policy)) for policy in (NEVER, ONCE))
   own = engine.augment
 

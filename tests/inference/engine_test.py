@@ -135,7 +135,7 @@ def test_one_base_serves_several_coprocessors(decoder_params, refining):
   assert alone[0][0].logprobs != alone[1][0].logprobs
 
 
-def test_plain_texts_beside_augmented_ones(refining):
+def test_plain_texts_next_to_augmented_ones(refining):
   base = refining.read(PROMPTS)
   mixed = refining.attach(base, refining.augment(base), np.array([True, False, True]))
   plain, with_latents = (generate(refining, state, DecodingOptions(8)) for state in (base, mixed))

@@ -11,15 +11,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation import gating
 from latent_deliberation.evaluation.gating import fit_gate
 from latent_deliberation.inference.engine import open_engine
-from latent_deliberation.inference.policy import (
-  NEVER,
-  ONCE,
-  Gate,
-  Policy,
-  calibrate,
-  combine,
-  open_gate,
-)
+from latent_deliberation.inference.policy import NEVER, ONCE, Gate, Policy, combine, open_gate
 from latent_deliberation.inference.session import DecodingOptions, generate
 from tests import finished
 
@@ -54,21 +46,12 @@ def test_repeats():
           False, False, False, True, True, True]
 
 
-@pytest.mark.parametrize('budget', [0.0, 0.1, 0.25, 1.0])
-def test_calibrated_threshold_spends_its_budget(budget):
-  entropies = np.random.default_rng(0).exponential(size=4000)
-  threshold = calibrate(entropies, budget)
-  assert np.mean(entropies > threshold) == pytest.approx(budget, abs=0.001)
-
-
 @pytest.mark.parametrize('call, message', [
     (lambda: Policy(at=(-1, 2)), r'at = \(-1, 2\)'), (lambda: Policy(every=0), 'every = 0'),
     (lambda: Policy(min_gap=0), 'min_gap = 0'),
     (lambda: Policy(threshold=-1.0), 'threshold = -1.0'),
     (lambda: Policy(threshold=float('nan')), 'threshold = nan'),
-    (lambda: Policy(gate=Gate(np.zeros(2), 0.0)), 'gate .* threshold'),
-    (lambda: calibrate([1.0], 1.5), 'budget = 1.5'), (lambda: calibrate([], 0.5), '0 entropies'),
-    (lambda: calibrate([1.0, float('nan')], 0.5), '2 entropies, 1 of them finite')])
+    (lambda: Policy(gate=Gate(np.zeros(2), 0.0)), 'gate .* threshold')])
 def test_bad_policies_are_refused(call, message):
   with pytest.raises(UserError, match=message):
     call()
@@ -121,7 +104,7 @@ def test_damaged_or_missing_gate_is_refused(directory, name):
 def test_fitted_gate_opens_above_its_threshold(quickstart, tmp_path):
   decoder, coprocessor = quickstart / 'pretraining/decoder', quickstart / 'coprocessor'
   fit_gate(finished.experiment(evaluation__num_texts=16), decoder_dir=decoder,
-           coprocessor_dir=coprocessor, data=quickstart, output=tmp_path / 'gate')
+           coprocessor_dir=coprocessor, prepared_dir=quickstart, output=tmp_path / 'gate')
   assert len({path.stat().st_mode for path in (tmp_path / 'gate').iterdir()}) == 1
   fitted = open_gate(tmp_path / 'gate', 'learned', 0.5)
   engine, tokenizer = open_engine(decoder, str(coprocessor), length=64, gate=fitted)
@@ -145,4 +128,4 @@ def test_bad_gate_request_scores_nothing(quickstart, tmp_path, monkeypatch):
       fit_gate(finished.experiment(evaluation__num_texts=num_texts),
                decoder_dir=quickstart / 'pretraining/decoder',
                coprocessor_dir=quickstart / 'coprocessor',
-               data=quickstart, output=tmp_path / output)
+               prepared_dir=quickstart, output=tmp_path / output)

@@ -54,7 +54,8 @@ def test_gate_opens_as_after_fresh_cache(engine, saved):
   assert sum(completion.latents_at[:1] == [0] for completion in loaded) == 2
 
 
-def test_attached_latents_and_later_tokens_are_kept(engine, saved, tmp_path):
+def test_save_keeps_attached_latents(engine, saved, tmp_path):
+  """Attached latents and the tokens after them are saved and loaded."""
   _, state, augmentation = saved
   state = engine.read_on(engine.attach(state, augmentation), [[4, 5], [], [6]])
   prefix_cache.save(tmp_path / 'more', engine, state)
@@ -110,7 +111,7 @@ def test_cache_for_other_latents_is_refused(saved, decoder_params, choices):
     prefix_cache.load(saved[0], plain)
 
 
-def test_cache_of_other_coprocessor_weights_is_refused(saved, decoder_params):
+def test_other_coprocessor_weights_are_refused(saved, decoder_params):
   _, deliberator, params = augmented(decoder_params)
   params['soft_tokens'] = params['soft_tokens'] + 1
   other = Engine(tiny.CONFIG, decoder_params, length=LENGTH,
@@ -131,16 +132,18 @@ def test_older_version_is_refused(engine, saved, section, key):
 
 
 def test_old_names_still_load(engine, saved):
-  """A cache from before names changed: the array `cursor`, and soft tokens that were 'rested'."""
-  directory, state, _ = saved
-  assert 'state/cache/cursor' in load_file(directory / 'cache.safetensors')
+  """A cache from before names changed: names of arrays, and soft tokens that were 'rested'."""
+  directory, state, augmentation = saved
+  assert {'state/cache/cursor', 'augmentation/anchor', 'augmentation/ahead'} <= load_file(
+      directory / 'cache.safetensors').keys()
   description = directory / 'cache.json'
   content = json.loads(description.read_text())
   assert content['coprocessor']['soft_tokens'] == 'additive'
   content['coprocessor']['soft_tokens'] = 'rested'
   description.write_text(json.dumps(content))
-  loaded, _ = prefix_cache.load(directory, engine)
+  loaded, latents = prefix_cache.load(directory, engine)
   jax.tree.map(np.testing.assert_array_equal, loaded, state)
+  jax.tree.map(np.testing.assert_array_equal, latents, augmentation)
 
 
 def test_damage_is_refused_and_nothing_overwritten(engine, saved):

@@ -31,7 +31,8 @@ def test_ids_are_those_of_prepared_data(kind, model):
     assert tokenizer.decode([*ids, tokenizer.eos]) == text
 
 
-def test_stop_string_ends_at_its_last_token(model):
+def test_stop_at_last_token(model):
+  """A text ends at the token that completes a stop string."""
   for tokenizer in (ByteTokenizer(), open_tokenizer(model)):
     text = TEXTS[0]
     ids = tokenizer.encode(text)[1:]

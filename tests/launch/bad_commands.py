@@ -9,7 +9,8 @@ class Bad:
 
   Attributes:
     script: its name in launch/.
-    arguments: {run} is a finished quickstart, {new} does not exist, {files} has two bad configs.
+    arguments: {run} is a finished quickstart, {new} does not exist, {files} has two bad configs
+      and a bad GGUF file.
     message: pattern of its output, with what is wrong and, where there is one, the remedy.
   """
   script: str
@@ -49,12 +50,23 @@ BAD = {
         'pretrain', '--workdir=gs://bucket/run', 'workdir=gs://bucket/run: .*URL.*[Mm]ount'),
     'an indivisible batch': Bad(
         'quickstart', '--workdir={new} --config.training.accumulation=3',
-        '^Error: training: batch_size = 8 .* 3 '),
+        r'^Error: training\.batch_size = 8 .* 3 '),
     'a multiplier of nothing': Bad(
         'quickstart', "--workdir={new} --config.training.multipliers={{'gat':2.0}}",
         r"training.multipliers .*\['gat'\].*'gate'"),
     'no decoder': Bad(
         'train', '--workdir={new} --data={run} --decoder={files}', 'files[0-9]* .*decoder.json'),
+    'another file as decoder': Bad(
+        'train', '--workdir={new} --data={run} --decoder={files}/typo.py',
+        '/typo.py is a file: .*directory.*[.]gguf'),
+    'a damaged GGUF file as decoder': Bad(
+        'generate', '--decoder={files}/gguf/cut.gguf --prompt=a', 'gguf/cut.gguf .*GGUF file'),
+    'a damaged GGUF file as source': Bad(
+        'convert', '--source={files}/gguf/cut.gguf', 'gguf/cut.gguf .*GGUF file'),
+    'a URL as decoder': Bad(
+        'augment', '--decoder=gs://bucket/decoder --coprocessor={run}/coprocessor '
+        '--document={files}/typo.py --output={new}.cache',
+        'decoder=gs://bucket/decoder: .*URL.*[Mm]ount'),
     'a decoder of other sizes': Bad(
         'train', '--workdir={new} --data={run} --decoder={run}/pretraining/decoder '
         '--config.decoder.window=9', 'decoder.window: 8 .*, 9 .*config'),

@@ -43,6 +43,8 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
   tiny = (finished.ROOT / 'configs/tiny.py').read_text()
   (files / 'typo.py').write_text(tiny.replace('num_latents=', 'num_latent='))
   (files / 'ahead.py').write_text(tiny.replace('num_ahead=4', 'num_ahead=64'))
+  (files / 'gguf').mkdir()
+  (files / 'gguf/cut.gguf').write_bytes(b'GGUF')
   commands = {script: command(script, '--help') for script in SCRIPTS + WITHOUT_CONFIG}
   run, _ = finished.quickstart()
   commands['a list'] = command('convert', f'--source={run}/pretraining/decoder', '--list')

@@ -100,23 +100,24 @@ def test_embeddings_are_scaled():
   np.testing.assert_array_equal(rows, 2 * table[jnp.array([[[2, 0]]])])
 
 
-def test_merge_equals_adapters(decoder_params):
-  """Merged weights compute the same as weights with adapters."""
-  low_rank = LowRank(rank=2, alpha=3.0)
-  deliberator = tiny.deliberator(trainable='lora')
+@pytest.mark.parametrize('config', [tiny.CONFIG, tiny.LLAMA], ids=['gemma', 'llama'])
+def test_merge_equals_adapters(config):
+  """Merged weights compute the same as weights with adapters; biases stay."""
+  low_rank, decoder_params = LowRank(rank=2, alpha=3.0), tiny.decoder_params(config)
+  deliberator = tiny.deliberator(config, trainable='lora')
   adapters = tiny.coprocessor_params(deliberator, decoder_params)['lora']
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 7, tiny.CONFIG.embed_dim)),
                   jnp.float32)
   positions = jnp.broadcast_to(jnp.arange(7), (2, 1, 7))
   mask_spec = AttentionMaskSpec(jnp.ones_like(positions), jnp.zeros((2, 1), jnp.int32))
   weights = decoder_params['transformer']
-  beside, _ = Transformer(tiny.CONFIG, lora=low_rank).apply(
+  adapted, _ = Transformer(config, lora=low_rank).apply(
       {'params': weights, 'lora': adapters}, x, positions, mask_spec)
-  plain = Transformer(tiny.CONFIG)
+  plain = Transformer(config)
   folded, _ = plain.apply({'params': merge(weights, adapters, low_rank)}, x, positions, mask_spec)
   without, _ = plain.apply({'params': weights}, x, positions, mask_spec)
-  np.testing.assert_allclose(folded, beside, rtol=1e-4, atol=1e-5)
-  assert np.abs(without - beside).max() > 0.1
+  np.testing.assert_allclose(folded, adapted, rtol=1e-4, atol=1e-5)
+  assert np.abs(without - adapted).max() > 0.1
 
 
 def is_quantised(leaf):
@@ -153,6 +154,18 @@ def test_quantise_error_is_half_a_scale(decoder_params, quantised):
   assert blocks['attention']['query']['w'].scale.shape == (3, 4, 6)
   assert blocks['attention']['out']['w'].scale.shape == (3, 16)
   assert quantised['embedder']['table'].scale.shape == (38,)
+
+
+def test_quantise_llama():
+  """A head of its own is int8, too; biases stay as they are."""
+  params = tiny.decoder_params(tiny.LLAMA)
+  quantised, tokens = quantise(params), jnp.arange(12).reshape(2, 6)
+  assert is_quantised(quantised['embedder']['head'])
+  key, stored = (tree['transformer']['blocks']['attention']['key'] for tree in (quantised, params))
+  np.testing.assert_array_equal(key['b'], stored['b'])
+  ours, theirs = (tiny.read(tree, tokens, config=tiny.LLAMA)[1]
+                  for tree in (quantised, as_floats(quantised)))
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_quantise_keeps_zeros(decoder_params):

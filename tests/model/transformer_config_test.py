@@ -1,6 +1,7 @@
 """A config checks its sizes, and the error has the name and the value."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -17,6 +18,11 @@ from tests import tiny
     ({'head_dim': 5}, 'head_dim = 5 '),
     ({'layer_pattern': ('local', 'sparse')}, r"'sparse'.*\('local', 'global'\)"),
     ({'layer_pattern': ()}, r'layer_pattern = \(\)'),
+    ({'activation': 'relu'}, "activation = 'relu'.*'gelu', 'silu'"),
+    ({'tied_head': 'no'}, "tied_head = 'no'"),
+    ({'rope_llama3': (8.0, 1.0, 4.0)}, r'rope_llama3 = \(8.0, 1.0, 4.0\)'),
+    ({'rope_llama3': (8.0, 4.0, 4.0, 16)}, r'rope_llama3 = .*4.0, 4.0'),
+    ({'rope_llama3': (8.0, 1.0, '4', 16)}, "rope_llama3 = .*'4'"),
 ])
 def test_impossible_sizes(change, message):
   """Impossible sizes are refused, by name and value."""
@@ -33,9 +39,9 @@ def test_layer_pattern_repeats():
 
 def test_config_survives_json():
   """A config survives JSON, which has no tuples."""
-  config = PRESETS['gemma2_27b']
-  as_json = {**dataclasses.asdict(config), 'layer_pattern': list(config.layer_pattern)}
-  assert TransformerConfig(**as_json) == config
+  for config in (PRESETS['gemma2_27b'], tiny.LLAMA):
+    as_json = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert TransformerConfig(**as_json) == config
 
 
 def test_presets_scale_queries():

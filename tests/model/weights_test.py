@@ -42,6 +42,15 @@ def test_load_returns_what_save_wrote(saved, decoder_params):
   jax.tree.map(np.testing.assert_array_equal, params, decoder_params)
 
 
+def test_llama_survives_native(tmp_path):
+  """So do the switches of Llama, a head of its own and biases."""
+  params = tiny.decoder_params(tiny.LLAMA)
+  weights.save(tmp_path / 'decoder', tiny.LLAMA, params)
+  config, loaded = weights.load(tmp_path / 'decoder')
+  assert config == tiny.LLAMA
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
 def test_save_leaves_no_other_file(saved):
   """Saving leaves nothing but the decoder."""
   assert [path.name for path in saved.parent.iterdir()] == ['decoder']

@@ -97,7 +97,7 @@ def test_every_feature_matters(name, change):
 
 
 def test_every_norm_matters(case):
-  """Each norm scales by one plus its weight."""
+  """Each norm scales by one plus its weight, or by its weight: a change by 1 shows."""
   leaves, structure = jax.tree.flatten_with_path(case.params)
   norms = [path for path, _ in leaves if path[-1].key == 'scale']
   for norm in norms:

@@ -1,4 +1,4 @@
-"""Writes tiny Gemma checkpoints and the results of transformers with them.
+"""Writes tiny checkpoints of every family and the results of transformers with them.
 
     python -m tests.parity.make_goldens [--target=DIR]
 

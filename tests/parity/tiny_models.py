@@ -1,4 +1,4 @@
-"""Tiny Gemma models of transformers in which every feature of the architecture shows.
+"""Tiny models of transformers, of every family, in which every feature of the architecture shows.
 
 Head counts are odd and caps small. Windows are shorter than the texts. Bases and query scales are
 unusual. goldens_test.py checks that each feature, switched off, moves the logits by more than 0.05.

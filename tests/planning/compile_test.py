@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from latent_deliberation.build import build_decoder, frozen_shapes
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Computation, Experiment
-from latent_deliberation.models import build_decoder, frozen_shapes
 from latent_deliberation.planning.compile import plan_training
 from latent_deliberation.planning.table import compare, describe
 from latent_deliberation.planning.topology import CHIPS, find_topology

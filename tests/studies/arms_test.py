@@ -18,7 +18,7 @@ from latent_deliberation.studies.study_result import Outcomes
 from latent_deliberation.training.metrics import MetricsWriter
 from tests.studies.tiny_study import ARMS, study
 
-SCORER = SimpleNamespace(prompt=20.0, answer=2.0)
+SCORER = SimpleNamespace(prompt_tokens=20.0, answer_tokens=2.0)
 
 
 def outcomes(nll):
@@ -49,13 +49,14 @@ def test_other_steps_are_not_matched():
 def test_costs_of_latents_and_chains():
   """Latents cost more than the decoder alone; a chain costs its tokens."""
   asked = study({'own': ARMS['own']})
-  frozen = describe_frozen(asked, ScoredRun(7, 7, {'frozen': outcomes(1.0)}), SCORER, 9.0)
+  run = ScoredRun(7, 7, {'frozen': outcomes(1.0)})
+  frozen = describe_frozen(asked.experiment, run, SCORER, 9.0)
   assert (frozen.seconds, frozen.outcomes[0].nll[0]) == ((9.0,), 1.0)
   own = describe_arm(asked, 'own', [ScoredRun(5, 12, {'own': outcomes(0.5)})], SCORER, (3.0,))
   config = asked.experiment.deliberation
   assert own['own'].flops_per_token - frozen.flops_per_token == pytest.approx(
       flops.latents_flops(asked.experiment.decoder, config, 20.0) / 2)
-  short, long = (describe_chain(asked, frozen, SCORER, outcomes(0.2), tokens)
+  short, long = (describe_chain(asked.experiment.decoder, frozen, SCORER, outcomes(0.2), tokens)
                  for tokens in (4.0, 8.0))
   assert long.flops_per_token > short.flops_per_token > frozen.flops_per_token
   assert (long.kind, long.trained) == ('decoder with its own chain, 8 tokens', 7)
@@ -67,12 +68,13 @@ def test_training_costs_of_each_kind():
   spent = {name: describe_arm(asked, name, [ScoredRun(5, 12, {'own': outcomes(0.5)})], SCORER,
                               (3.0,))[name].train_flops for name in asked.arms}
   for name, variant in variants.items():
-    model, length = variant.decoder, variant.data.length
+    decoder_config, length = variant.decoder, variant.data.length
     texts = variant.training.loop.num_steps * variant.training.batch_size
     learns = asked.arms[name].learns
     rank = variant.deliberation.lora_rank if learns == 'lora' else 0
-    expected = (flops.text_flops(model, length, rank) if learns in ('finetuned', 'lora') else
-                flops.traces_flops(model, variant.deliberation, length, tuned=learns == 'joint'))
+    expected = (
+        flops.text_flops(decoder_config, length, rank) if learns in ('finetuned', 'lora') else
+        flops.traces_flops(decoder_config, variant.deliberation, length, tuned=learns == 'joint'))
     assert spent[name] == texts * expected, name
   assert len({asked.arms[name].learns for name in asked.arms}) > 2
 

@@ -41,14 +41,15 @@ def test_committed_pages_are_rendered():
   check_pages(DIRECTORY)
 
 
-def test_committed_results_say_how_they_came_about():
+def test_committed_results_are_complete():
+  """They have a summary, and say how they came about."""
   for name, result in load_results(DIRECTORY).items():
     assert {'summary', 'command', 'machine', 'git_commit', 'seconds'} <= set(result), name
     assert 'diagnostics' not in result
     assert (DIRECTORY / f'{name}.json').stat().st_size < 150_000
 
 
-def test_a_typed_figure_is_found(tmp_path):
+def test_typed_figure_is_found(tmp_path):
   copy = shutil.copytree(DIRECTORY, tmp_path / 'results')
   page = copy / 'quickstart.md'
   page.write_text(page.read_text().replace('24', '23', 1))
@@ -69,7 +70,8 @@ def test_pages_and_plots_are_written(tmp_path):
   assert 'python launch/study.py' in page and '| overall | 20.0' in page
 
 
-def test_the_index_is_where_the_decoder_begins_to_fail(tmp_path):
+def test_index_row_of_questions(tmp_path):
+  """It is at the first difficulty at which the frozen decoder fails."""
   arms = {'frozen': make_arm(answer(0.85)), 'own': make_arm(answer(1.0)),
           'shuffled': make_arm(answer(0.5)), 'joint': make_arm(answer(0.9), kind='joint')}
   difficulty = [1] * 20 + [2] * 20  # the frozen decoder has all of 1 right, and 70% of 2
@@ -78,7 +80,7 @@ def test_the_index_is_where_the_decoder_begins_to_fail(tmp_path):
       'difficulty 2', '70.0', '**100.0**', '0.0', '-', '80.0 joint', '1']
 
 
-def test_the_index_of_text(tmp_path):
+def test_index_row_of_text(tmp_path):
   arms = {'frozen': make_arm(read(2.0)), '4 latents': make_arm(read(1.9)),
           '8 latents': make_arm(read(1.8)), '8 latents/shuffled': make_arm(read(2.1)),
           '16 constant': make_arm(read(2.0))}
@@ -116,7 +118,7 @@ def test_runs_of_today_keep_their_names(tmp_path):
   assert list(load_results(tmp_path)['mine']['overall']) == ['frozen', 'lora']
 
 
-def test_a_finished_quickstart_can_be_added(quickstart, tmp_path):
+def test_quickstart_can_be_added(quickstart, tmp_path):
   add_result(tmp_path, 'tiny', quickstart, SUMMARY | {'machine': '2 cores'})
   page = render_pages(load_results(tmp_path))['tiny.md']
   report = json.loads((quickstart / 'report.json').read_text())
@@ -124,7 +126,7 @@ def test_a_finished_quickstart_can_be_added(quickstart, tmp_path):
   assert f'{report["arms"]["frozen"]["perplexity"][0]:.3f}' in page
 
 
-def test_a_summary_is_needed_once(tmp_path):
+def test_summary_is_needed_once(tmp_path):
   with pytest.raises(UserError, match='mine has no summary.*--set'):
     add(tmp_path, tmp_path, questions(), values={})
   add(tmp_path, tmp_path, questions())
@@ -133,7 +135,7 @@ def test_a_summary_is_needed_once(tmp_path):
   assert (result['summary'], result['seconds']) == ('Latents help.', 7.0)
 
 
-def test_what_cannot_be_added_is_refused(tmp_path):
+def test_bad_additions_are_refused(tmp_path):
   with pytest.raises(MissingError, match='nothing has no results.json'):
     add_result(tmp_path, 'mine', tmp_path / 'nothing', SUMMARY)
   with pytest.raises(UserError, match=r"--set=sumary=.*'summary'"):

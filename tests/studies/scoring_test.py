@@ -15,7 +15,7 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 from latent_deliberation.studies.scoring import (
   batch_questions,
-  check_same_signs,
+  check_same_anchor_tokens,
   make_question_scorer,
   open_scorer,
   score_questions,
@@ -43,7 +43,7 @@ def chosen(logits, tokens):
   return -log_p[np.arange(len(tokens)), tokens].sum(), (log_p.argmax(axis=-1) == tokens).all()
 
 
-def test_frozen_decoder_is_scored_as_it_reads(decoder_params):
+def test_frozen_scores_match_its_logits(decoder_params):
   outcomes = scored(tiny.deliberator(), {}, decoder_params, ('frozen',))['frozen']
   for number, (context, question, answer) in enumerate(PARTS):
     _, logits, _ = tiny.read(decoder_params, jnp.asarray([context + question + answer]))
@@ -134,11 +134,11 @@ def test_too_many_refining_latents(tmp_path):
 
 
 def test_text_arms_share_anchor_tokens():
-  choices = {name: tiny.deliberator(anchor_tokens=signs).config
-             for name, signs in (('one', (3,)), ('other', (3, 4)))}
+  choices = {name: tiny.deliberator(anchor_tokens=anchor_tokens).config
+             for name, anchor_tokens in (('one', (3,)), ('other', (3, 4)))}
   with pytest.raises(UserError, match=r'arms.other .*\(3, 4\), arms.one .*\(3,\)'):
-    check_same_signs(choices)
-  check_same_signs({'one': choices['one']})
+    check_same_anchor_tokens(choices)
+  check_same_anchor_tokens({'one': choices['one']})
 
 
 CHAIN_CONFIG = TransformerConfig(
@@ -165,17 +165,17 @@ def greedy(params, prompt):
 
 
 def test_chain_is_greedy_text(chain_decoder):
-  """Up to the sign, or with the sign appended."""
+  """Up to the ending, or with the ending appended."""
   params, engine = chain_decoder
   written = [greedy(params, prompt) for prompt in PROMPTS]
-  sign = written[0][2:4]  # at least one chain comes to it
-  chains = write_chains(engine, PROMPTS, sign, LONGEST, 2, EOS)
+  ending = written[0][2:4]  # at least one chain comes to it
+  chains = write_chains(engine, PROMPTS, ending, LONGEST, 2, EOS)
   came = 0
   for chain, text in zip(chains, written, strict=True):
-    assert chain[-2:] == sign
-    ends = [n for n in range(2, LONGEST + 1) if text[n - 2:n] == sign]
+    assert chain[-2:] == ending
+    ends = [n for n in range(2, LONGEST + 1) if text[n - 2:n] == ending]
     text = text[:text.index(EOS)] if EOS in text and not ends else text
-    assert chain == (text[:ends[0]] if ends else [*text, *sign])
+    assert chain == (text[:ends[0]] if ends else [*text, *ending])
     came += bool(ends)
   assert came
 

@@ -124,20 +124,20 @@ def test_selected_questions_keep_outcomes():
 def test_differing_items_are_named():
   one, other = outcomes(True, False, True), outcomes(True, False)
   for call in (lambda: accuracy([one, other]), lambda: nll([one, other])):
-    with pytest.raises(UserError, match='run 1 of runs .*2 .*run 0 of runs .*3'):
+    with pytest.raises(ValueError, match='run 1 of runs .*2 .*run 0 of runs .*3'):
       call()
-  with pytest.raises(UserError, match='run 0 of baseline_runs .*2 .*run 0 of runs .*3'):
+  with pytest.raises(ValueError, match='run 0 of baseline_runs .*2 .*run 0 of runs .*3'):
     accuracy_difference([one], [other])
-  with pytest.raises(UserError, match='run 0 of other .*2 .*run 0 of one .*3'):
+  with pytest.raises(ValueError, match='run 0 of other .*2 .*run 0 of one .*3'):
     mcnemar(one, other)
 
 
 def test_too_few_items_or_runs():
-  with pytest.raises(UserError, match='0 items'):
+  with pytest.raises(ValueError, match='0 items'):
     outcomes()
   with pytest.raises(UserError, match='1 item, .*interval'):
     accuracy([outcomes(True)])
-  with pytest.raises(UserError, match='baseline_runs has 0 runs'):
+  with pytest.raises(ValueError, match='baseline_runs has 0 runs'):
     nll_difference([outcomes(True, False)], [])
 
 
@@ -147,9 +147,9 @@ def test_infinite_nll_is_named():
 
 
 def test_bad_shapes_and_types():
-  with pytest.raises(UserError, match=r'nll .*\(3,\), correct \(2,\)'):
+  with pytest.raises(ValueError, match=r'nll .*\(3,\), correct \(2,\)'):
     Outcomes(np.zeros(3), np.zeros(2, bool))
-  with pytest.raises(UserError, match='correct .*float64.*bool'):
+  with pytest.raises(ValueError, match='correct .*float64.*bool'):
     Outcomes(np.zeros(3), np.zeros(3))
 
 
@@ -162,65 +162,65 @@ def test_controlled_arm():
 
 def test_arm_has_outcomes_or_text_scores():
   for text in ((), (read(2.0),)):
-    with pytest.raises(UserError, match=f'{len(text)} outcomes and {len(text)} text_scores'):
+    with pytest.raises(ValueError, match=f'{len(text)} outcomes and {len(text)} text_scores'):
       make_arm(answer(0.5), **({'text_scores': text} if text else {'outcomes': ()}))
 
 
 def test_arm_has_seed_and_time():
-  with pytest.raises(UserError, match='2 runs, 1 seeds and 2 seconds'):
+  with pytest.raises(ValueError, match='2 runs, 1 seeds and 2 seconds'):
     make_arm(answer(0.5), answer(0.6), seeds=(0,))
-  with pytest.raises(UserError, match='1 runs, 1 seeds and 0 seconds'):
+  with pytest.raises(ValueError, match='1 runs, 1 seeds and 0 seconds'):
     make_arm(answer(0.5), seconds=())
 
 
 @pytest.mark.parametrize('cost', [{'flops_per_token': 0.0}, {'train_flops': float('nan')}])
 def test_costs_are_finite(cost):
   (name, value), = cost.items()
-  with pytest.raises(UserError, match=f'{name} = {value}'):
+  with pytest.raises(ValueError, match=f'{name} = {value}'):
     make_arm(answer(0.5), **cost)
 
 
 def test_frozen_comes_first():
   frozen, own = make_arm(answer(0.5)), make_arm(answer(0.6))
   for arms in ({'own': own, 'frozen': frozen}, {'own': own}, {}):
-    with pytest.raises(UserError, match=r"arms = .*'frozen'"):
+    with pytest.raises(ValueError, match=r"arms = .*'frozen'"):
       questions(arms=arms)
 
 
 def test_control_needs_its_arm():
   arm = make_arm(answer(0.5))
-  with pytest.raises(UserError, match="'rank8/shuffled' .*'rank8'"):
+  with pytest.raises(ValueError, match="'rank8/shuffled' .*'rank8'"):
     questions(arms={'frozen': arm, 'own': arm, 'rank8/shuffled': arm})
 
 
 def test_questions_and_text_are_not_mixed():
-  with pytest.raises(UserError, match=r"only \['own'\] have scores on text"):
+  with pytest.raises(ValueError, match=r"only \['own'\] have scores on text"):
     questions(arms={'frozen': make_arm(answer(0.5)), 'own': make_arm(read(2.0))})
-  with pytest.raises(UserError, match=r'positions = \(1,\).*None'):
+  with pytest.raises(ValueError, match=r'positions = \(1,\).*None'):
     questions(positions=(1,))
-  with pytest.raises(UserError, match='difficulty .*None'):
+  with pytest.raises(ValueError, match='difficulty .*None'):
     texts(difficulty=np.arange(6))
 
 
 def test_arms_have_the_same_items():
-  with pytest.raises(UserError, match='run 0 of own .*39 .*run 0 of frozen .*40'):
+  with pytest.raises(ValueError, match='run 0 of own .*39 .*run 0 of frozen .*40'):
     questions(arms={'frozen': make_arm(answer(0.5)),
                     'own': make_arm(answer(0.5).select(np.arange(40) > 0))})
   fewer = read(2.0).merged(np.array([0, 0, 1, 2, 3, 4]))
-  with pytest.raises(UserError, match=r'own, seed 1 .*\[5, 4\], frozen, seed 0'):
+  with pytest.raises(ValueError, match=r'own, seed 1 .*\[5, 4\], frozen, seed 0'):
     texts(arms={'frozen': make_arm(read(2.0)), 'own': make_arm(read(2.0), fewer)})
 
 
 def test_difficulties_fit_the_items():
-  with pytest.raises(UserError, match=r'difficulty .*int64 \[39\].* 40 '):
+  with pytest.raises(ValueError, match=r'difficulty .*int64 \[39\].* 40 '):
     questions(difficulty=np.ones(39, int))
-  with pytest.raises(UserError, match=r'difficulty .*float64 \[40\]'):
+  with pytest.raises(ValueError, match=r'difficulty .*float64 \[40\]'):
     questions(difficulty=np.ones(40))
-  with pytest.raises(UserError, match='difficulty 7 has 1 item'):
+  with pytest.raises(ValueError, match='difficulty 7 has 1 item'):
     questions(difficulty=np.array([7] + [1] * 39))
 
 
 @pytest.mark.parametrize('positions', [(), None, (2, 1), (0, 1), (1, 5)])
 def test_positions_were_scored(positions):
-  with pytest.raises(UserError, match='positions = .* 1 to the 4 '):
+  with pytest.raises(ValueError, match='positions = .* 1 to the 4 '):
     texts(positions=positions)

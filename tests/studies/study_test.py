@@ -162,7 +162,7 @@ def test_unfair_or_unknown_arms(arms, message):
     study(arms)
 
 
-def test_arm_data_options_are_of_the_task():
+def test_bad_arm_data_options_are_refused():
   with pytest.raises(UserError, match=r"arm_data_options = .*2.0.*'stdlib'"):
     study(data=DataConfig(vocabulary='byte', length=64), per_difficulty=0,
           arm_data_options={'skew': 2.0})

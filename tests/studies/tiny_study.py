@@ -3,7 +3,7 @@
 import dataclasses
 from types import MappingProxyType
 
-from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.data_config import DataConfig, encode_bytes
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.studies.study_config import ArmConfig, QuestionsConfig, Study
 from tests import finished
@@ -28,7 +28,7 @@ def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA,
       'deliberation.num_ahead': 2, 'deliberation.num_traces': 6})
   experiment = dataclasses.replace(bind(config), data=data)
   anchors = dataclasses.replace(
-      experiment.deliberation, anchor_tokens=tuple(4 + ord(sign) for sign in 'ABCD'))
+      experiment.deliberation, anchor_tokens=tuple(encode_bytes('ABCD')))
   return Study(name='test', experiment=dataclasses.replace(experiment, deliberation=anchors),
                arms=arms, seeds=seeds, arm_data_options=arm_data_options,
                questions=QuestionsConfig(per_difficulty=per_difficulty, batch_size=4))

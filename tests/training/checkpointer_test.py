@@ -162,7 +162,7 @@ def test_old_step(tmp_path):
 
 def test_keep_none(tmp_path):
   """Keeping no checkpoint is refused."""
-  with pytest.raises(UserError, match='keep.*0'):
+  with pytest.raises(ValueError, match='keep.*0'):
     Checkpointer(tmp_path, keep=0)
 
 

@@ -28,7 +28,7 @@ from latent_deliberation.training.train import train_coprocessor
 from tests import finished
 
 STEPS, CUT = 4, 2
-# The axis that lies across the processes divides the batch in training, and not in pretraining.
+# The axis that spans the processes divides the batch in training, and not in pretraining.
 MESH = {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2}
 SHARED_ROWS = {**MESH, 'rules__batch': ('fsdp',)}
 OTHER_MESH = {'mesh__data': 1, 'mesh__fsdp': 4, 'mesh__tensor': 2}
@@ -46,12 +46,12 @@ def cut_off(workdir: Path) -> None:
   shutil.rmtree(workdir / 'checkpoints/data' / str(STEPS))
 
 
-def run_as_one_of_two(address: str, index: str, data_dir: str, texts: str, place: str,
+def run_as_one_of_two(address: str, index: str, prepared_dir: str, texts: str, place: str,
                       decoder_dir: str = '') -> None:
   """Pretrains a decoder, or trains on a given one."""
   distributed.initialize(address, 2, int(index))
   assert jax.local_device_count() == 4 and jax.device_count() == 8
-  workdir, data, texts = Path(place), Path(data_dir), Path(texts)
+  workdir, data, texts = Path(place), Path(prepared_dir), Path(texts)
   if not decoder_dir:
     pretrain(experiment(texts, SHARED_ROWS), workdir / 'pretraining', data)
     return

@@ -87,7 +87,7 @@ def test_multiplier():
 
 def test_unknown_multiplier():
   """A multiplier for an unknown key is refused with the known keys."""
-  with pytest.raises(UserError, match=r"\['gates'\].*\['body', 'gate'\]"):
+  with pytest.raises(ValueError, match=r"\['gates'\].*\['body', 'gate'\]"):
     build_optimizer(CONFIG, 10, {'gates': 10.0}).init(parameters())
 
 

@@ -89,7 +89,8 @@ def test_description(quickstart):
   """The checkpoint describes its decoder, vocabulary and number of steps."""
   said = describe(quickstart / 'coprocessor/coprocessor')
   decoder = weights.open_checkpoint(quickstart / 'pretraining/decoder')
-  assert (said.decoder_fingerprint, said.vocabulary) == (decoder.fingerprint, decoder.vocabulary)
+  assert (said.decoder_fingerprint, said.vocabulary_hash) == (
+      decoder.fingerprint, decoder.vocabulary_hash)
   assert said.steps == 2
   assert said.decoder_config == decoder.config
 

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout, stored_shape
 from latent_deliberation.model.checkpoints.source import Stored
-from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
+from latent_deliberation.model.transformer_config import (
+  PRESETS,
+  TransformerConfig,
+  unlike_gemma,
+)
 
 TABLE = 'embedder/input_embedding'  # padded with rows that no token uses
 # Prefixes of the other parts of a multimodal checkpoint.
@@ -80,7 +84,13 @@ def find_layout(config: TransformerConfig, tensors: Mapping[str, Stored]) -> Lay
 
   Versions of the library differ in the order of two axes of the gate. They store query, key and
   value as one tensor if the numbers of heads are equal.
+
+  Raises:
+    UserError: the config has a feature that no Gemma has, so this format cannot store it.
   """
+  if unlike_gemma(config):
+    raise UserError(f'a checkpoint of Google holds a Gemma, but the config has '
+                    f'{unlike_gemma(config)}: give the config of a Gemma')
   # Attention: one tensor for query, key and value, or one for the query and one for the others.
   if 'layer_0/attn/qkv_einsum' in tensors:
     attention = {'query': Entry('layer_{}/attn/qkv_einsum', 'N D H', 0, 3),

@@ -27,11 +27,11 @@ class Description:
   Attributes:
     config: architecture.
     fingerprint: fingerprint of the weights.
-    vocabulary: hash of the vocabulary of the training text; '' if unknown.
+    vocabulary_hash: hash of the vocabulary of the training text; '' if unknown.
   """
   config: TransformerConfig
   fingerprint: str
-  vocabulary: str
+  vocabulary_hash: str
 
 
 def describe(directory: Path) -> Description:
@@ -79,13 +79,15 @@ def read(source: OrbaxSource, description: Description,
   return params
 
 
-def write(directory: Path, config: TransformerConfig, params: Params, vocabulary: str) -> str:
+def write(directory: Path, config: TransformerConfig, params: Params,
+          vocabulary_hash: str) -> str:
   """Writes a decoder into an empty directory and returns its fingerprint."""
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(directory.absolute() / _WEIGHTS, params)
   decoder_fingerprint = fingerprint(params)
   if jax.process_index() == 0:
-    description = {'format': _FORMAT, 'fingerprint': decoder_fingerprint, 'vocabulary': vocabulary,
+    description = {'format': _FORMAT, 'fingerprint': decoder_fingerprint,
+                   'vocabulary': vocabulary_hash,
                    'config': dataclasses.asdict(config)}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
   return decoder_fingerprint

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from latent_deliberation.array_types import Array, Float, Int, PyTree
-from latent_deliberation.model.attention import MASKED, AttentionMaskSpec, KVCache
+from latent_deliberation.model.attention import MASKED, SUMMABLE, AttentionMaskSpec, KVCache
 
-# Largest soft-cap for which exp(score), summed over any number of keys, fits a float32.
-BOUNDED_CAP = 60.0
 SUBLANES = 16  # of a tile of bfloat16; the fresh tokens of a trace are padded to a multiple
 FAR = 2**30  # past any position; a position plus FAR still fits an int32
 
@@ -73,7 +71,7 @@ class Tiles:
   @property
   def bounded(self) -> bool:
     """Whether scores are small enough for exp without a running maximum."""
-    return self.cap is not None and self.cap <= BOUNDED_CAP
+    return self.cap is not None and self.cap <= SUMMABLE
 
   def chunks(self) -> list[slice]:
     """Returns the rows of each chunk of a block."""

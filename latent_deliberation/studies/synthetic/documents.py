@@ -34,7 +34,7 @@ VERSION = 3  # of the generators; raise it when the same options begin to give o
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticCorpus:
-  """Documents that are generated when they are read, in any order, the same on every host.
+  """Documents that are generated when they are read, in any order, the same on every process.
 
   Attributes:
     name: name of the task, a key of TASKS.

@@ -130,14 +130,14 @@ def first_of_each(questions: Iterable[Question], count: int) -> list[Question]:
 def check_integer(option: str, value: Any, low: int, high: int, reason: str = '') -> None:
   """Raises UserError unless an option is an integer between two bounds."""
   if not isinstance(value, int) or isinstance(value, bool):
-    raise UserError(f'{option} = {value!r} is not an integer')
+    raise UserError(f'{option} = {value!r}: it must be an integer')
   if not low <= value <= high:
-    raise UserError(f'{option} = {value}: it must lie between {low} and {high}{reason}')
+    raise UserError(f'{option} = {value}: it must be between {low} and {high}{reason}')
 
 
 def check_skew(value: Any) -> None:
   """Raises UserError unless a skew is a number of at most LARGEST_SKEW in size."""
   if not isinstance(value, (int, float)) or isinstance(value, bool):
-    raise UserError(f'skew = {value!r} is not a number')
+    raise UserError(f'skew = {value!r}: it must be a number')
   if not abs(value) <= LARGEST_SKEW:  # NaN fails too
-    raise UserError(f'skew = {value}: it must lie between {-LARGEST_SKEW} and {LARGEST_SKEW}')
+    raise UserError(f'skew = {value}: it must be between {-LARGEST_SKEW} and {LARGEST_SKEW}')

@@ -136,7 +136,7 @@ class WordProblems:
     for option in ('chains', 'stories'):
       value = getattr(self, option)
       if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise UserError(f'{option} = {value!r}: it is a share, so it must lie between 0 and 1')
+        raise UserError(f'{option} = {value!r}: it is a share, so it must be between 0 and 1')
     for option in ('train', 'asked'):
       if not isinstance(getattr(self, option), str):
         raise UserError(f"{option} = {getattr(self, option)!r}: write a path, or ''")

@@ -28,6 +28,17 @@ FAMILIES: Mapping[str, TransformerConfig] = {
         rope_local_base=20.0, rope_scaling=8.0),
 }
 
+# One of each family, with the switches of tiny.LLAMA that it has.
+_LLAMA = dataclasses.replace(tiny.LLAMA, layer_pattern=('global',), window=4096, qkv_bias=False,
+                             rope_llama3=())
+LLAMAS: Mapping[str, TransformerConfig] = {
+    'llama': dataclasses.replace(_LLAMA, rope_llama3=tiny.LLAMA.rope_llama3),
+    'mistral': dataclasses.replace(_LLAMA, layer_pattern=('local',), window=4),
+    'qwen2': dataclasses.replace(_LLAMA, qkv_bias=True, tied_head=True),
+    'qwen3': dataclasses.replace(_LLAMA, qk_norm=True, rope_scaling=2.0),
+}
+ALL = {**FAMILIES, **LLAMAS}
+
 _COMMON = {
     'vocab_size': 38, 'hidden_size': 16, 'num_hidden_layers': 3, 'num_attention_heads': 4,
     'num_key_value_heads': 2, 'head_dim': 6, 'intermediate_size': 20, 'rope_theta': 50.0}
@@ -46,8 +57,8 @@ VISION = {'vision_tower.vision_model.embeddings.patch_embedding.bias': np.ones(3
 
 
 def params_of(family: str, dtype: str = 'float32') -> Params:
-  """Parameters of one of FAMILIES."""
-  params = tiny.decoder_params(FAMILIES[family])
+  """Parameters of one of ALL."""
+  params = tiny.decoder_params(ALL[family])
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
@@ -63,11 +74,15 @@ def hf_tensors(params: Params) -> dict[str, np.ndarray]:
              'feed_forward_out': 'post_feedforward_layernorm'}
   tensors = {'model.embed_tokens.weight': params['embedder']['table'],
              'model.norm.weight': params['transformer']['final_norm']['scale']}
+  if 'head' in params['embedder']:
+    tensors['lm_head.weight'] = params['embedder']['head']
   for layer in range(len(blocks['attention_in']['scale'])):
     one = {f'{theirs}.weight': blocks[ours]['scale'][layer] for ours, theirs in norms.items()}
     for ours, theirs in {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj'}.items():
       weight = attention[ours]['w'][layer]
       one[f'self_attn.{theirs}.weight'] = weight.reshape(len(weight), -1).T
+      if 'b' in attention[ours]:
+        one[f'self_attn.{theirs}.bias'] = attention[ours]['b'][layer].ravel()
     out = attention['out']['w'][layer]
     one['self_attn.o_proj.weight'] = out.reshape(-1, out.shape[-1]).T
     for part in ('gate', 'up', 'down'):

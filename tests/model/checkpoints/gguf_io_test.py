@@ -6,12 +6,15 @@ import re
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 from flax import linen as nn
+from sentencepiece import sentencepiece_model_pb2
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import gguf_io, hugging_face
 from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.rotary import rotary_frequencies
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
 
 gguf = pytest.importorskip('gguf')
@@ -49,12 +52,22 @@ def random_params(config):
 
 
 def interleave(values, heads):
-  """Rows of heads in the order in which llama.cpp keeps them for the architecture 'llama'."""
+  """Rows of heads in llama.cpp's order for the architecture 'llama': pairs are neighbours."""
   return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def write(path, kind, config, params, leave_out=(), quantise=None, architecture=None, more=()):
-  """A GGUF file as llama.cpp's converter would write it from the Hugging Face tensors."""
+def write(path, kind, config, params, leave_out=(), quantise=None, architecture=None, more=(),
+          metadata=lambda writer: None):
+  """Writes a GGUF file as llama.cpp's converter does from the Hugging Face tensors.
+
+  Args:
+    kind: key of CONFIGS, whose first word is the architecture.
+    leave_out: names of tensors that are missing.
+    quantise: type of the matrices; default F32.
+    architecture: another name of the architecture.
+    more: additional tensors and their names.
+    metadata: function that adds metadata to the writer.
+  """
   arch = kind.split()[0]
   writer = gguf.GGUFWriter(path, architecture or arch)
   writer.add_block_count(config.num_layers)
@@ -70,13 +83,13 @@ def write(path, kind, config, params, leave_out=(), quantise=None, architecture=
   if kind == 'gemma2':
     writer.add_attn_logit_softcapping(config.attention_softcap)
     writer.add_final_logit_softcapping(config.final_softcap)
+  metadata(writer)
   if config.rope_llama3:
-    from latent_deliberation.model.rotary import rotary_frequencies
     plain = rotary_frequencies(config.head_dim, config.rope_base)
     scaled = rotary_frequencies(config.head_dim, config.rope_base, 1, config.rope_llama3)
     writer.add_tensor('rope_freqs.weight', (plain / scaled).astype(np.float32))
   layout = hugging_face.find_layout(config)
-  for name, values in hugging_face._tensors(layout, config, params):
+  for name, values in hugging_face.stored_tensors(layout, config, params):
     values = np.ascontiguousarray(values, np.float32)
     if name.endswith('norm.weight') and config.norm_offset:
       values = values + 1
@@ -105,7 +118,7 @@ def write(path, kind, config, params, leave_out=(), quantise=None, architecture=
 
 @pytest.mark.parametrize('kind', CONFIGS)
 def test_round_trip(kind, tmp_path):
-  """Every architecture comes back with its config and, in float32, the same bits."""
+  """Every architecture comes back with its config and, without an offset, every bit."""
   config, params = CONFIGS[kind], random_params(CONFIGS[kind])
   found, loaded = weights.load(write(tmp_path / 'model.gguf', kind, config, params))
   assert found == config
@@ -115,6 +128,7 @@ def test_round_trip(kind, tmp_path):
 
 
 def test_directory_with_one_file(tmp_path):
+  """A directory with one file is that file; with two, it is refused."""
   write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA))
   assert weights.open_checkpoint(tmp_path).format == 'gguf'
   (tmp_path / 'again.gguf').write_bytes((tmp_path / 'model.gguf').read_bytes())
@@ -123,7 +137,7 @@ def test_directory_with_one_file(tmp_path):
 
 
 def test_quantised_values_and_dtype(tmp_path):
-  """Q8_0 is dequantised; weights are cast to the asked dtype."""
+  """Q8_0 is dequantised, and weights are cast to the dtype that is given."""
   config, params = _LLAMA, random_params(_LLAMA)
   path = write(tmp_path / 'model.gguf', 'llama', config, params,
                quantise=gguf.GGMLQuantizationType.Q8_0)
@@ -136,6 +150,7 @@ def test_quantised_values_and_dtype(tmp_path):
 
 
 def test_cut_short(tmp_path):
+  """A file that is cut short anywhere is refused."""
   path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA))
   whole = path.read_bytes()
   for size in (10, len(whole) // 2, len(whole) - 100):
@@ -147,14 +162,97 @@ def test_cut_short(tmp_path):
 @pytest.mark.parametrize('options, message', [
     ({'architecture': 'mamba'}, "architecture 'mamba'"),
     ({'leave_out': ('blk.1.attn_v.weight',)}, 'layers.1.self_attn.v_proj.weight: missing'),
-    ({'more': [('blk.0.attn_qkv.weight', np.zeros((2, 2), np.float32))]}, 'blk.0.attn_qkv.weight')])
-def test_what_is_not_ours_is_named(options, message, tmp_path):
+    ({'more': [('blk.0.attn_qkv.weight', np.zeros((2, 2), np.float32))]}, 'blk.0.attn_qkv.weight'),
+    ({'more': [('rope_freqs.weight', np.ones(3, np.float32))]}, r'rope_freqs.weight \[3\]'),
+    ({'leave_out': ('blk.0.ffn_up.weight',),
+      'more': [('blk.0.ffn_up.weight', np.zeros((63, 32), np.float32))]},
+     r'layers.0.mlp.up_proj.weight: has shape \[63, 32\], expected \[64, 32\]'),
+    ({'leave_out': ('token_embd.weight',)}, 'lacks .*embed_tokens'),
+    ({'metadata': lambda writer: writer.add_uint16('split.count', 3)}, 'one of 3 parts'),
+    ({'metadata': lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)},
+     "scaling.type = 'yarn'")])
+def test_unsupported_files(options, message, tmp_path):
+  """Files that we would read wrongly are refused, with the name of what differs."""
   path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA), **options)
   with pytest.raises(UserError, match=message):
     weights.open_checkpoint(path).check()
 
 
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A SentencePiece model of the kind that Gemma has: BPE, bytes, and pieces of spaces."""
+  lines = [f'def f{n}(x, y):  return x + {n} * y  # and the {n}th word' for n in range(40)]
+  prefix = tmp_path_factory.mktemp('pieces') / 'tokenizer'
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines), model_prefix=str(prefix), vocab_size=340, model_type='bpe',
+      byte_fallback=True, normalization_rule_name='identity', add_dummy_prefix=False,
+      remove_extra_whitespaces=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+      user_defined_symbols=['\u2581' * n for n in range(2, 9)] + ['\n', '\t', '\t\t'],
+      hard_vocab_limit=False)
+  return sentencepiece.SentencePieceProcessor(model_file=f'{prefix}.model')
+
+
+def add_vocabulary(writer, trained, drop_scores=0):
+  """Adds the metadata of a vocabulary as llama.cpp's converter writes them."""
+  proto = sentencepiece_model_pb2.ModelProto.FromString(trained.serialized_model_proto())
+  pieces = proto.pieces
+  spaced = [piece.piece.replace('\u2581', ' ') if piece.type == piece.USER_DEFINED else piece.piece
+            for piece in pieces]
+  types = [piece.CONTROL if piece.type == piece.UNKNOWN else piece.type for piece in pieces]
+  writer.add_tokenizer_model('llama')
+  writer.add_token_list(spaced)
+  writer.add_token_scores([piece.score for piece in pieces[drop_scores:]])
+  writer.add_token_types(types)
+  writer.add_pad_token_id(trained.pad_id())
+  writer.add_eos_token_id(trained.eos_id())
+  writer.add_bos_token_id(trained.bos_id())
+  writer.add_unk_token_id(trained.unk_id())
+  writer.add_add_space_prefix(False)
+
+
+def write_vocabulary(path, trained, rows, **options):
+  config = dataclasses.replace(_LLAMA, vocab_size=rows)
+  return gguf_io.GGUFSource(write(
+      path, 'llama', config, random_params(config),
+      metadata=lambda writer: add_vocabulary(writer, trained, **options)))
+
+
+def test_rebuilt_tokenizer(tmp_path, trained):
+  """The tokenizer that is rebuilt from metadata encodes every text like the original."""
+  source = write_vocabulary(tmp_path / 'model.gguf', trained, trained.vocab_size())
+  rebuilt = sentencepiece.SentencePieceProcessor(
+      model_proto=gguf_io.rebuild_sentencepiece(source))
+  random = np.random.default_rng(0)
+  parts = ['def f(x):', 'return', '  ', ' ', '        ', '   ', '\t', '\t\t\t', '\n', '\n\n',
+           '\U0001f642', '日本語', '<bos>', '<unk>', '<0x41>', 'word', '12', '\u2581', 'é', '#']
+  texts = [''.join(random.choice(parts, random.integers(1, 12))) for _ in range(200)]
+  assert [rebuilt.encode(text) for text in texts] == [trained.encode(text) for text in texts]
+  assert rebuilt.decode(rebuilt.encode('  def f(x):\n\treturn 1')) == '  def f(x):\n\treturn 1'
+  for name in ('pad_id', 'eos_id', 'bos_id', 'unk_id', 'vocab_size'):
+    assert getattr(rebuilt, name)() == getattr(trained, name)()
+
+
+@pytest.mark.parametrize('missing, options', [(1, {}), (0, {'drop_scores': 1})])
+def test_vocabulary_disagrees(tmp_path, trained, missing, options):
+  """More tokens than embeddings, or tokens without a score, are refused with all numbers."""
+  size = trained.vocab_size()
+  source = write_vocabulary(tmp_path / 'model.gguf', trained, size - missing, **options)
+  with pytest.raises(UserError, match=f'model.gguf.*{size} tokens.* {size - missing} embeddings'):
+    gguf_io.rebuild_sentencepiece(source)
+
+
+def test_other_vocabulary(tmp_path):
+  """A vocabulary of another kind has no tokenizer.model."""
+  path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA),
+               metadata=lambda writer: writer.add_tokenizer_model('gpt2'))
+  checkpoint = weights.open_checkpoint(path)
+  assert checkpoint.tokenizer is None
+  with pytest.raises(UserError, match="tokenizer.ggml.model = 'gpt2'.*--vocabulary"):
+    gguf_io.rebuild_sentencepiece(checkpoint.source)
+
+
 def test_library_missing(tmp_path, monkeypatch):
+  """Without the gguf library, the error says how to install it."""
   path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA))
   monkeypatch.setattr(gguf_io.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r"pip install -e '.\[gguf\]'"):

@@ -15,6 +15,7 @@ from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.source import Stored, check_tensors
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
+from tests import tiny
 from tests.model.checkpoints import foreign
 
 FAMILY = {'gemma1': False, 'gemma2': False, 'gemma3': True}  # whether gates are transposed
@@ -229,3 +230,9 @@ def test_google_unreadable_sizes(arrays, name, shape):
     del tensors[f'layer_0/{name}']
   with pytest.raises(UserError, match=f'origin .*layer_0/{name}'):
     google.find_config(tensors, 'origin')
+
+
+def test_config_of_no_gemma():
+  """A config with a feature that no Gemma has is refused."""
+  with pytest.raises(UserError, match="'tied_head': False.*Gemma"):
+    google.find_layout(tiny.LLAMA, {})

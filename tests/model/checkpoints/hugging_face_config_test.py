@@ -1,4 +1,4 @@
-"""config.json gives the architecture of every published Gemma; unsupported settings are refused."""
+"""config.json gives the architecture of a decoder; unsupported settings are refused."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.model.checkpoints.hugging_face import (
+from latent_deliberation.model.checkpoints.hugging_face_config import (
   read_config,
   shortest_period,
   write_config,
@@ -77,7 +77,7 @@ def test_published_configs(tmp_path, name):
   assert read(tmp_path, PUBLISHED[name]) == PRESETS[name]
 
 
-@pytest.mark.parametrize('config', [*PRESETS.values(), *foreign.FAMILIES.values()])
+@pytest.mark.parametrize('config', [*PRESETS.values(), *foreign.ALL.values()])
 def test_config_round_trip(tmp_path, config):
   """A config that was written reads back equal."""
   assert read(tmp_path, write_config(config, 'bfloat16')) == config
@@ -110,8 +110,8 @@ def test_rope_parameters(tmp_path):
 
 def test_unknown_architecture(tmp_path):
   """An unknown architecture is refused; the error lists the known ones."""
-  with pytest.raises(UserError, match="'llama'.*gemma, gemma2, gemma3_text, gemma3$"):
-    read(tmp_path, {'model_type': 'llama'})
+  with pytest.raises(UserError, match="'phi3'.*gemma, gemma2, gemma3_text, gemma3, llama"):
+    read(tmp_path, {'model_type': 'phi3'})
 
 
 @pytest.mark.parametrize('family', foreign.FAMILIES)
@@ -133,6 +133,29 @@ def test_unsupported_settings_of_family(tmp_path, family, key, value):
   """Settings that a family does not have are refused."""
   with pytest.raises(UserError, match=f'{tmp_path}/config.json.*{key[:4]}'):
     read(tmp_path, {**foreign.HF_CONFIGS[family], key: value})
+
+
+def test_llama_defaults(tmp_path):
+  """Keys that a file leaves out or sets to null follow from the others."""
+  content = {'model_type': 'mistral', 'hidden_size': 64, 'num_attention_heads': 4,
+             'num_key_value_heads': None, 'head_dim': None, 'sliding_window': None}
+  config = read(tmp_path, content)
+  assert (config.num_kv_heads, config.head_dim, config.layer_pattern, config.tied_head) == (
+      4, 16, ('global',), False)
+
+
+@pytest.mark.parametrize('family, key, value', [
+    ('llama', 'attention_bias', True), ('llama', 'hidden_act', 'relu'), ('llama', 'mlp_bias', True),
+    ('qwen2', 'use_sliding_window', True), ('qwen3', 'layer_types', ['sliding_attention'] * 3),
+    ('qwen2', 'rope_parameters', {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 2.0}),
+    ('mistral', 'rope_parameters', {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.0}),
+    ('qwen2', 'rope_parameters', {'rope_type': 'llama3', 'rope_theta': 1e4, 'factor': 2.0}),
+    ('llama', 'tie_word_embeddings', 'no'), ('llama', 'num_attention_heads', 0)])
+def test_unsupported_settings_of_llama(tmp_path, family, key, value):
+  """Settings that the family of Llama does not have here are refused, with one remedy."""
+  content = {**write_config(foreign.ALL[family], 'float32'), key: value}
+  with pytest.raises(UserError, match=f'{tmp_path}/config.json.*({key[:3]}|low_freq_factor)'):
+    read(tmp_path, content)
 
 
 @pytest.mark.parametrize('key, value', [
@@ -197,6 +220,18 @@ def test_config_of_no_gemma(change):
   config = dataclasses.replace(foreign.FAMILIES['gemma2'], **change)
   with pytest.raises(UserError, match='no Gemma .*TransformerConfig'):
     write_config(config, 'float32')
+
+
+@pytest.mark.parametrize('family, change', [
+    ('gemma2', {'tied_head': False}), ('gemma2', {'activation': 'silu'}),
+    ('gemma1', {'qkv_bias': True}), ('llama', {'scale_embeddings': True}),
+    ('llama', {'final_softcap': 30.0}), ('mistral', {'rope_scaling': 2.0}),
+    ('qwen2', {'qk_norm': True}), ('qwen3', {'layer_pattern': ('local',)}),
+    ('llama', {'layer_pattern': ('local', 'global')})])
+def test_config_of_no_family(family, change):
+  """Switches of two families together are not written as one of them."""
+  with pytest.raises(UserError, match="no .*TransformerConfig.*'native'"):
+    write_config(dataclasses.replace(foreign.ALL[family], **change), 'float32')
 
 
 def test_unwritable_query_scale():

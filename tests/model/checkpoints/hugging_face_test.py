@@ -1,4 +1,4 @@
-"""Hugging Face directories are read and written to the bit; anything but a Gemma is refused."""
+"""Hugging Face directories are read and written to the bit; other decoders are refused."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import hugging_face, safetensors_io
+from latent_deliberation.model.checkpoints.hugging_face_config import read_config, write_config
 from latent_deliberation.model.decoder import boxed_shapes
 from tests.model.checkpoints import foreign
 from tests.parity import golden
@@ -75,7 +76,7 @@ def test_tied_head(tmp_path, tensors, name):
   checkpoint = weights.open_checkpoint(write(tmp_path, tensors))
   checkpoint.check()
   assert 'lm_head.weight' in checkpoint.source.tensors
-  hugging_face.check_head(checkpoint.source)
+  hugging_face.check_tied_head(checkpoint.source)
 
 
 def test_untied_head(tmp_path, tensors):
@@ -88,6 +89,29 @@ def test_untied_head(tmp_path, tensors):
   write(tmp_path, {**tensors, 'lm_head.weight': head[:30]})
   with pytest.raises(UserError, match=r'lm_head.weight \[30, 16\].*embed_tokens.weight \[38, 16\]'):
     weights.load(tmp_path)
+
+
+@pytest.mark.parametrize('family', foreign.LLAMAS)
+def test_llama_round_trip(tmp_path, family):
+  """An exported Llama, Mistral or Qwen comes back with its config and every bit."""
+  params = foreign.params_of(family, 'bfloat16')
+  weights.save(tmp_path / 'theirs', foreign.ALL[family], params, format='huggingface')
+  config, loaded = weights.load(tmp_path / 'theirs')
+  assert config == foreign.ALL[family]
+  foreign.assert_same(loaded, params)
+
+
+def test_head_and_config_disagree(tmp_path):
+  """A head that config.json does not name, or that is missing, is refused."""
+  config, tensors = foreign.ALL['mistral'], foreign.hf_tensors(foreign.params_of('mistral'))
+  content = write_config(config, 'float32')
+  foreign.write_hf(tmp_path, {**content, 'tie_word_embeddings': True}, tensors)
+  with pytest.raises(UserError, match='lm_head.weight .*embed_tokens.*tie_word_embeddings'):
+    weights.load(tmp_path)
+  del tensors['lm_head.weight']
+  foreign.write_hf(tmp_path, content, tensors)
+  with pytest.raises(UserError, match='tie_word_embeddings = false.*lm_head.weight'):
+    weights.open_checkpoint(tmp_path)
 
 
 def test_rotary_buffers_are_left_out(tmp_path, tensors):
@@ -161,7 +185,7 @@ def test_export_of_goldens(tmp_path, name, limit, monkeypatch):
                if name.startswith(prefix + 'model.') and 'vision' not in name
                and 'multi_modal' not in name}
   foreign.assert_same(load_all(tmp_path / 'target'), originals)
-  assert hugging_face.read_config(tmp_path / 'target') == config
+  assert read_config(tmp_path / 'target') == config
   if limit is not None:
     index = json.loads((tmp_path / 'target' / 'model.safetensors.index.json').read_text())
     assert index['metadata']['total_size'] == sum(leaf.nbytes for leaf in originals.values())
@@ -169,10 +193,10 @@ def test_export_of_goldens(tmp_path, name, limit, monkeypatch):
 
 
 def export(directory, params, family='gemma2'):
-  hugging_face.write(directory, foreign.FAMILIES[family], params)
+  hugging_face.write(directory, foreign.ALL[family], params)
 
 
-@pytest.mark.parametrize('family', foreign.FAMILIES)
+@pytest.mark.parametrize('family', foreign.ALL)
 def test_export_names_and_axes(tmp_path, family):
   """Tensors have the names and axes of transformers."""
   params = foreign.params_of(family, 'float16')

@@ -26,17 +26,17 @@ CONFIG = foreign.FAMILIES['gemma2']  # V 38, D 16, L 3, N 4, K 2, H 6, F 20
 PATH = 'transformer/blocks/attention/query/w'
 
 
-@pytest.mark.parametrize('config', [*PRESETS.values(), *foreign.FAMILIES.values()])
+@pytest.mark.parametrize('config', [*PRESETS.values(), *foreign.ALL.values()])
 def test_parameter_axes_are_complete(config):
   """Every parameter of a decoder is listed, with its shape."""
   shapes = traverse_util.flatten_dict(nn.unbox(boxed_shapes(config)), sep='/')
   assert native.shapes(config) == {path: leaf.shape for path, leaf in shapes.items()}
 
 
-@pytest.mark.parametrize('family', foreign.FAMILIES)
+@pytest.mark.parametrize('family', foreign.ALL)
 def test_stored_shapes_are_complete(family):
   """Every tensor that transformers stores is listed, with its shape."""
-  config = foreign.FAMILIES[family]
+  config = foreign.ALL[family]
   tensors = foreign.hf_tensors(foreign.params_of(family))
   assert stored_shapes(hugging_face.find_layout(config), config) == {
       name: tensor.shape for name, tensor in tensors.items()}

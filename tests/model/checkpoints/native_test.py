@@ -26,7 +26,7 @@ def params():
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory, params):
   directory = tmp_path_factory.mktemp('native') / 'decoder'
-  weights.save(directory, CONFIG, params, vocabulary='of the text')
+  weights.save(directory, CONFIG, params, vocabulary_hash='of the text')
   return directory
 
 
@@ -34,7 +34,8 @@ def test_description_content(saved, params):
   """decoder.json holds config, fingerprint and vocabulary."""
   assert native.describe(saved) == native.Description(CONFIG, fingerprint(params), 'of the text')
   checkpoint = weights.open_checkpoint(saved)
-  assert (checkpoint.format, checkpoint.config, checkpoint.fingerprint, checkpoint.vocabulary) == (
+  assert (checkpoint.format, checkpoint.config, checkpoint.fingerprint,
+          checkpoint.vocabulary_hash) == (
       'native', CONFIG, fingerprint(params), 'of the text')
 
 

@@ -115,7 +115,7 @@ def test_links_change_no_test_question():
     ({'nodes': 10}, 'nodes = 10: .*12 and 26.*steps = 4'),
     ({'nodes': 17}, 'nodes = 17 is odd'),
     ({'steps': 12}, 'steps = 12: .*1 and 11'),
-    ({'steps': '4'}, "steps = '4' is not an integer"),
+    ({'steps': '4'}, "steps = '4': .*integer"),
     ({'skew': 11}, 'skew = 11: .*-10 and 10'),
     ({'asked': 3}, "asked = 3: .*path"),
 ])

@@ -72,11 +72,11 @@ def test_questions_take_turns():
 
 @pytest.mark.parametrize(('options', 'message'), [
     ({'nodes': 27}, 'nodes = 27: .*2 and 26'),
-    ({'nodes': 8.0}, 'nodes = 8.0 is not an integer'),
+    ({'nodes': 8.0}, 'nodes = 8.0: .*integer'),
     ({'nodes': 5}, 'hops = 5: .*1 and 4, .*nodes = 5'),
     ({'nodes': 26, 'hops': 10}, 'hops = 10: .*1 and 9'),
     ({'hops': 0}, 'hops = 0'),
-    ({'skew': 'steep'}, "skew = 'steep' is not a number"),
+    ({'skew': 'steep'}, "skew = 'steep': .*number"),
     ({'skew': float('nan')}, 'skew = nan: .*-10 and 10'),
 ])
 def test_bad_option_is_named(options, message):

@@ -1,5 +1,6 @@
-"""The modules of an experiment, and the weights of its frozen decoder."""
+"""Builds the modules of an experiment, and loads the weights of its frozen decoder."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
 from latent_deliberation.model.layers import Quantised, quantise
+from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import shardings_of
 
 
@@ -34,13 +36,17 @@ def _options(experiment: Experiment) -> dict[str, Any]:
   return {name: getattr(computation, name) for name in ('dtype', 'remat', 'scan', 'attention')}
 
 
-def open_frozen(experiment: Experiment, decoder_dir: Path) -> weights.Checkpoint:
+def open_frozen(decoder_config: TransformerConfig, decoder_dir: Path) -> weights.Checkpoint:
   """Opens the frozen decoder, in any format, and checks it before its weights are read.
 
+  Args:
+    decoder_config: architecture that the decoder must have.
+    decoder_dir: directory of the decoder.
+
   Raises:
-    UserError: the decoder has another architecture than the experiment's, or is damaged.
+    UserError: the decoder has another architecture, or is damaged.
   """
-  checkpoint = weights.open_checkpoint(decoder_dir, experiment.decoder)
+  checkpoint = weights.open_checkpoint(decoder_dir, decoder_config)
   checkpoint.check()
   return checkpoint
 
@@ -51,7 +57,7 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   dtype = experiment.computation.frozen_dtype
   if dtype == 'int8':
     # Quantise on the mesh, from the weights as stored.
-    stored = load_stored(experiment, checkpoint, mesh)
+    stored = load_stored(checkpoint, mesh, experiment.rules)
     decoder_fingerprint = checkpoint.fingerprint or fingerprint(stored)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes(experiment, mesh))
     return jax.jit(quantise, out_shardings=shardings)(stored), decoder_fingerprint
@@ -65,9 +71,10 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), decoder_fingerprint
 
 
-def load_stored(experiment: Experiment, checkpoint: weights.Checkpoint, mesh: Mesh) -> Params:
+def load_stored(checkpoint: weights.Checkpoint, mesh: Mesh,
+                rules: Mapping[str, Sequence[str]]) -> Params:
   """Loads the frozen decoder's weights as stored, onto the shards of trainable parameters."""
-  return checkpoint.load(lambda boxed: shardings_of(boxed, mesh, experiment.rules))
+  return checkpoint.load(lambda boxed: shardings_of(boxed, mesh, rules))
 
 
 def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Params:

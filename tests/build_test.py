@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from latent_deliberation.errors import UserError
-from latent_deliberation.model.decoder import boxed_shapes, fingerprint
-from latent_deliberation.model.layers import quantise
-from latent_deliberation.models import (
+from latent_deliberation.build import (
   build_decoder,
   count_parameters,
   frozen_shapes,
   load_frozen,
   open_frozen,
 )
+from latent_deliberation.errors import UserError
+from latent_deliberation.model.decoder import boxed_shapes, fingerprint
+from latent_deliberation.model.layers import quantise
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests import finished
 
@@ -29,7 +29,7 @@ def mesh():
 
 def test_frozen_dtype(quickstart, mesh):
   """The pretrained decoder is loaded in its frozen dtype."""
-  checkpoint = open_frozen(finished.experiment(), quickstart / 'pretraining/decoder')
+  checkpoint = open_frozen(finished.experiment().decoder, quickstart / 'pretraining/decoder')
   params, decoder_fingerprint = load_frozen(finished.experiment(), checkpoint, mesh)
   rounded, same = load_frozen(
       finished.experiment(computation__frozen_dtype='bfloat16'), checkpoint, mesh)
@@ -45,7 +45,7 @@ def test_int8(quickstart, replicated):
   experiment = finished.experiment(
       computation__frozen_dtype='int8', computation__replicate_frozen=replicated, mesh__fsdp=2)
   mesh = make_mesh(experiment.mesh)
-  checkpoint = open_frozen(experiment, quickstart / 'pretraining/decoder')
+  checkpoint = open_frozen(experiment.decoder, quickstart / 'pretraining/decoder')
   params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
   assert decoder_fingerprint == checkpoint.fingerprint
   expected = jax.jit(quantise)(checkpoint.load())
@@ -58,7 +58,7 @@ def test_int8(quickstart, replicated):
 def test_other_sizes(quickstart):
   """A decoder of other sizes is refused with both."""
   with pytest.raises(UserError, match='decoder.window.*8.*9'):
-    open_frozen(finished.experiment(decoder__window=9), quickstart / 'pretraining/decoder')
+    open_frozen(finished.experiment(decoder__window=9).decoder, quickstart / 'pretraining/decoder')
 
 
 # Tensorstore's threads outlive the event loop of a read that failed.
@@ -69,13 +69,13 @@ def test_truncated(tmp_path, quickstart, mesh):
   largest = max((path for path in decoder.rglob('*') if path.is_file()), key=os.path.getsize)
   largest.write_bytes(largest.read_bytes()[:100])
   with pytest.raises(UserError, match=f'{decoder}/weights'):
-    load_frozen(finished.experiment(), open_frozen(finished.experiment(), decoder), mesh)
+    load_frozen(finished.experiment(), open_frozen(finished.experiment().decoder, decoder), mesh)
 
 
 def test_no_decoder(tmp_path):
   """A directory without a decoder is refused."""
   with pytest.raises(UserError, match=f'{tmp_path}.*decoder.json'):
-    open_frozen(finished.experiment(), tmp_path)
+    open_frozen(finished.experiment().decoder, tmp_path)
 
 
 def test_computation_changes_no_shape():
