@@ -107,6 +107,10 @@ class Generator:
     Raises:
       UserError: the coprocessor was trained on another decoder, or `length` is below 1.
     """
+    if not isinstance(decoder, LoadedDecoder):
+      raise UserError(f'decoder = {decoder!r:.80}: give what load_decoder returns')
+    if not isinstance(coprocessor, CoprocessorCheckpoint | None):
+      raise UserError(f'coprocessor = {coprocessor!r:.80}: give what load_coprocessor returns')
     self.engine = build_engine(decoder, coprocessor, length)
     self.tokenizer = decoder.tokenizer
 
@@ -138,6 +142,8 @@ class Generator:
 
   def _augments(self, augment: bool | None) -> bool:
     """Returns whether to make latents, by default if there is a coprocessor."""
+    if augment not in (None, True, False):
+      raise UserError(f'augment = {augment!r}: give True, False or None')
     available = self.engine.model.coprocessor is not None
     if augment and not available:
       raise UserError('augment = True without a coprocessor, which makes the latents: give one to '
@@ -167,6 +173,8 @@ def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[
   after = [ids[1:] for ids in generator._encode('continuations', continuations)]
   if len(before) != len(after):
     raise UserError(f'{len(before)} prompts and {len(after)} continuations: give one for each')
+  if [] in after:
+    raise UserError(f'continuation {after.index([])} is empty: there is nothing to score')
   state = engine.read(before)
   if augment:
     # Latents that are not finite are left out by `attach`.
@@ -181,4 +189,7 @@ def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[
 def _texts(name: str, texts: Sequence[str]) -> Sequence[str]:
   if isinstance(texts, str):
     raise UserError(f'{name} = {texts!r}: give a list of texts, not one')
+  for text in texts:
+    if not isinstance(text, str):
+      raise UserError(f'{name} holds {text!r}: give texts')
   return texts

@@ -117,7 +117,13 @@ def test_bad_calls_are_refused(quickstart, tmp_path, decoder, generator):
       (lambda: generator.generate(PROMPTS, seeds=[1]), '1 seeds .* 2 texts'),
       (lambda: generator.generate(['a' * LENGTH]), 'text 0 has 101 tokens'),
       (lambda: ld.score(generator, PROMPTS, CONTINUATIONS[:1]), '2 prompts and 1 continuations'),
-      (lambda: ld.score(generator, PROMPTS, ['', 'a' * LENGTH]), 'text 1 has 126 tokens')):
+      (lambda: ld.score(generator, PROMPTS, ['a', 'a' * LENGTH]), 'text 1 has 126 tokens'),
+      (lambda: ld.score(generator, PROMPTS, ['a', '']), 'continuation 1 is empty'),
+      (lambda: generator.generate(PROMPTS, max_tokens=2.5), 'max_tokens = 2.5'),
+      (lambda: generator.generate(PROMPTS, augment='no'), "augment = 'no'"),
+      (lambda: generator.generate([3]), 'prompts holds 3'),
+      (lambda: ld.Generator('a/directory'), "decoder = 'a/directory'"),
+      (lambda: ld.Generator(decoder, decoder), 'coprocessor = ')):
     with pytest.raises(ld.UserError, match=message):
       call()
 

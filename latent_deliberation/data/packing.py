@@ -246,7 +246,9 @@ class RowFiles:
       # On disk before the manifest describes it.
       file.flush()
       os.fsync(file.fileno())
+    # Segments are part of the hash, though no file holds them: it is that of older packings.
     self._hash.update(tokens)
+    self._hash.update(segments.astype(smallest_dtype(self._recipe.length)))
     # Padding is id 0, and adds neither tokens nor text.
     self.tokens += int(np.count_nonzero(tokens))
     self.text_bytes += int(self._bytes_per_token[tokens].sum(dtype=np.int64))

@@ -62,7 +62,7 @@ class Manifest:
     documents: number of documents.
     text_bytes: UTF-8 bytes of text that the tokens stand for.
     rows_per_file: rows of every file but the last.
-    content_hash: sha256 of the files in order; in version 1, each tokens file before its segments.
+    content_hash: sha256 of the rows, file by file, tokens before segments.
     bos_id: id that begins every segment; None in version 1, where files hold the segments.
     format_version: version of this layout.
   """
@@ -75,6 +75,12 @@ class Manifest:
   content_hash: str
   bos_id: int | None
   format_version: int = FORMAT_VERSION
+
+  @property
+  def fingerprint(self) -> str:
+    """Hash of the rows and what they were made from, the same in both versions of the layout."""
+    version_1 = dataclasses.replace(self, bos_id=None, format_version=1)
+    return hashlib.sha256(version_1.to_json()).hexdigest()
 
   def to_json(self) -> bytes:
     """Returns the content of manifest.json; for version 1, byte for byte as it was written."""
@@ -130,7 +136,7 @@ class PackedRows:
   Attributes:
     directory: folder of the split.
     manifest: its Manifest.
-    fingerprint: sha256 of the manifest, which holds a hash of the contents.
+    fingerprint: that of the manifest, which holds a hash of the contents.
 
   Raises:
     UserError: the manifest or a file is missing.
@@ -144,7 +150,7 @@ class PackedRows:
       raise UserError(f'no packed rows in {directory}: {MANIFEST_FILE} is missing. Pack the data '
                       'first, or name the folder of one split (.../train)')
     self.manifest = Manifest.from_json(path.read_bytes(), path)
-    self.fingerprint = hashlib.sha256(self.manifest.to_json()).hexdigest()
+    self.fingerprint = self.manifest.fingerprint
     self._tokens = self._open_files('tokens', self.vocabulary_size - 1)
     # Version 1 stores segments. Later versions compute them in `take`.
     if self.manifest.bos_id is None:

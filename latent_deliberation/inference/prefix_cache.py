@@ -6,7 +6,6 @@ such as a document or a system prompt, that launch/augment.py saves so that prom
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from latent_deliberation.array_types import PyTree
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable, read_text, whole_directory
 from latent_deliberation.inference import passes
@@ -27,6 +27,7 @@ from latent_deliberation.inference.passes import Augmentation, Model, State
 from latent_deliberation.inference.ring_cache import CachePlan
 from latent_deliberation.inference.tokenizer import Prompts, Tokenizer
 from latent_deliberation.model.decoder import fingerprint
+from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import with_current_names
 
 _DESCRIPTION, _ARRAYS, _FORMAT = 'cache.json', 'cache.safetensors', 1
@@ -131,16 +132,11 @@ def _describe(directory: Path) -> dict[str, Any]:
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is damaged or of another format ({type(error).__name__}: {error}). '
                     'Save the cache again') from error
-  _refuse_older(directory, description, _KEYS)
-  return description
-
-
-def _refuse_older(directory: Path, saved: Mapping[str, Any], expected: Iterable[str],
-                  section: str = '') -> None:
-  absent = [section + key for key in expected if key not in saved]
+  absent = [key for key in _KEYS if key not in description]
   if absent:
     raise UserError(f'the cache in {directory} is of an older version: its {_DESCRIPTION} lacks '
                     f'{absent}. Save the cache again')
+  return description
 
 
 def _check(directory: Path, description: dict[str, Any], engine: Engine) -> None:
@@ -149,6 +145,7 @@ def _check(directory: Path, description: dict[str, Any], engine: Engine) -> None
                     f'{description["decoder"]}, but this one has {engine.decoder_fingerprint}: '
                     'save the cache again with this decoder')
   # The layout: model, dtype, coprocessor and slots.
+  description = _with_defaults(directory, description)
   different = [(name, description[name], value) for name, value in _layout(engine).items()
                if description[name] != value]
   for name, saved, current in different:
@@ -156,13 +153,27 @@ def _check(directory: Path, description: dict[str, Any], engine: Engine) -> None
       raise UserError(f'the cache in {directory} was made {_with(saved)}, but is to be used '
                       f'{_with(current)}: give the coprocessor that made it, or save it again')
     if isinstance(saved, dict):
-      _refuse_older(directory, saved, current, f'{name}.')
       saved, current = _differences(saved, current)
     # The numbers of slots may differ, unless more are written than one of the two has.
     if not name.endswith('_slots') or description['written'] > min(saved, current):
       raise UserError(f'the cache in {directory} has {name} = {saved}, but the current value is '
                       f'{current}, and {description["written"]} slots are written: use the saved '
                       'value, or save the cache again')
+
+
+def _with_defaults(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
+  """Returns the description with the defaults of config keys that are newer than the cache."""
+  try:
+    filled = {'model': dataclasses.asdict(TransformerConfig(**description['model']))}
+    if description['coprocessor'] is not None:
+      weights, config = description['coprocessor']['weights'], dict(description['coprocessor'])
+      del config['weights']
+      filled['coprocessor'] = {
+          'weights': weights, **dataclasses.asdict(DeliberationConfig(**config))}
+  except (TypeError, KeyError) as error:
+    raise UserError(f'the cache in {directory} is of another version ({error}): save it again'
+                    ) from error
+  return {**description, **json.loads(json.dumps(filled))}
 
 
 def _with(coprocessor: Any) -> str:

@@ -48,8 +48,8 @@ class DecodingOptions:
   timing: LatentTiming = LatentTiming()
 
   def __post_init__(self):
-    if self.max_tokens < 1:
-      raise UserError(f'max_tokens = {self.max_tokens}: it must be 1 or more')
+    if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+      raise UserError(f'max_tokens = {self.max_tokens!r}: it must be an integer of 1 or more')
 
 
 @dataclasses.dataclass

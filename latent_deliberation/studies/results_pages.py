@@ -75,8 +75,16 @@ def add_result(directory: Path, name: str, workdir: Path, values: Mapping[str, s
 
 
 def load_results(directory: Path) -> dict[str, Result]:
-  """Returns the content of every NAME.json, by name."""
-  return {path.stem: _read(path) for path in sorted(directory.glob('*.json'))}
+  """Returns the content of every NAME.json, by name.
+
+  Raises:
+    UserError: there is none, or one is damaged.
+  """
+  results = {path.stem: _read(path) for path in sorted(directory.glob('*.json'))}
+  if not results:
+    raise MissingError(f'{directory} has no results: give a folder of NAME.json files, or add a '
+                       'finished study with --add')
+  return results
 
 
 def render_pages(results: Mapping[str, Result]) -> dict[str, str]:
@@ -116,7 +124,10 @@ def check_pages(directory: Path) -> None:
 
 
 def _read(path: Path) -> Result:
-  return json.loads(path.read_text(encoding='utf-8'))
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise UserError(f'{path} is not JSON ({error}): restore it, or remove it') from error
 
 
 def _is_report(result: Result) -> bool:

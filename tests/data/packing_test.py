@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from latent_deliberation.data import packing
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.online import OnlineBatches
 from latent_deliberation.data.packing import RowFiles, fill_rows, pack, prepare
-from latent_deliberation.data.rows import PackedRows, Recipe, segments_from_bos
+from latent_deliberation.data.rows import PackedRows, Recipe, segments_from_bos, smallest_dtype
 from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import ByteVocabulary, load_vocabulary
@@ -135,6 +136,21 @@ def test_segments_are_read_back(corpus_directory, tmp_path):
   batch = rows.take(np.arange(len(rows)))
   np.testing.assert_array_equal(batch.tokens, [tokens for tokens, _ in filled])
   np.testing.assert_array_equal(batch.segments, [segments for _, segments in filled])
+
+
+def test_fingerprint_is_that_of_version_1(corpus_directory, tmp_path):
+  """Rows that are packed again have the fingerprint that earlier code gave to the same rows."""
+  rows = PackedRows(prepare(local(corpus_directory), tmp_path) / 'train')
+  batch = rows.take(np.arange(len(rows)))
+  # The layout of version 1: one file of tokens and one of segments, both in the hash.
+  content = hashlib.sha256()
+  for values, largest in ((batch.tokens, rows.vocabulary_size - 1), (batch.segments, rows.length)):
+    content.update(values.astype(smallest_dtype(largest)))
+  manifest = dataclasses.asdict(rows.manifest) | {
+      'content_hash': content.hexdigest(), 'format_version': 1}
+  del manifest['bos_id']
+  written = json.dumps(manifest, indent=2, sort_keys=True).encode() + b'\n'
+  assert rows.fingerprint == hashlib.sha256(written).hexdigest()
 
 
 def test_packing_is_deterministic(corpus_directory, tmp_path):

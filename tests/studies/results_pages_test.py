@@ -140,3 +140,11 @@ def test_bad_additions_are_refused(tmp_path):
     add_result(tmp_path, 'mine', tmp_path / 'nothing', SUMMARY)
   with pytest.raises(UserError, match=r"--set=sumary=.*'summary'"):
     add(tmp_path, tmp_path, questions(), values={'sumary': ''})
+
+
+def test_damaged_or_absent_results(tmp_path):
+  with pytest.raises(MissingError, match=f'{tmp_path} has no results'):
+    check_pages(tmp_path)
+  (tmp_path / 'cut.json').write_text('{"name": ')
+  with pytest.raises(UserError, match='cut.json is not JSON'):
+    check_pages(tmp_path)
