@@ -212,8 +212,8 @@ def _render_index(results: Mapping[str, Result]) -> str:
   return '\n\n'.join([
     '# Results',
     'The table has one row for each study. For questions the row is at the first difficulty at '
-    f'which the frozen decoder is right less than {FAILS_BELOW:.0%} of the time. For text it is at '
-    f'ahead position {POSITION}.',
+    f'which the frozen decoder is right less than {FAILS_BELOW:.0%} of the time, or at the last '
+    f'one. For text it is at ahead position {POSITION}.',
     markdown_table(header, rows, align='---'),
     'Questions: accuracy in percent, mean over seeds. Text: perplexity of the frozen decoder, and '
     'its relative change. Own latents come from a coprocessor. Those of another example come from '
