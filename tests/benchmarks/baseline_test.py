@@ -3,18 +3,11 @@
 import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from latent_deliberation.benchmarks.baseline import Baseline, alternate
 from latent_deliberation.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-  # The other process inherits sys.path, which pytest leaves without the root of the source tree.
-  monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
 
 
 def build_sleepers(short: float, long: float):
