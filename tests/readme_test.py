@@ -114,8 +114,7 @@ def faults(words: list[str]) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def configs_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.syspath_prepend(finished.ROOT)
+def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.chdir(finished.ROOT)
 
 
