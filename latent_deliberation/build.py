@@ -33,7 +33,8 @@ def build_deliberator(experiment: Experiment) -> Deliberator:
 def _options(experiment: Experiment) -> dict[str, Any]:
   """The options of a module's computation on the devices of this process."""
   computation = experiment.computation.on(jax.default_backend())
-  return {name: getattr(computation, name) for name in ('dtype', 'remat', 'scan', 'attention')}
+  return {name: getattr(computation, name)
+          for name in ('dtype', 'activations', 'remat', 'scan', 'attention')}
 
 
 def open_frozen(decoder_config: TransformerConfig, decoder_dir: Path) -> weights.Checkpoint:

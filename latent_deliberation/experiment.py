@@ -30,6 +30,8 @@ from latent_deliberation.training.optimizer import OptimizerConfig
 flags.disclaim_key_flags()
 
 DTYPES = ('float32', 'bfloat16')
+CPU_INFO = Path('/proc/cpuinfo')
+FAST_BFLOAT16 = {'amx_bf16', 'avx512_bf16'}  # instruction sets of CPUs
 FROZEN_DTYPES = (*DTYPES, 'int8')
 
 
@@ -38,7 +40,11 @@ class Computation:
   """How the same mathematics is computed: precision, memory and kernels.
 
   Attributes:
-    dtype: dtype of activations, and of weights inside matrix products.
+    dtype: dtype of matrix products: 'float32', 'bfloat16' or 'auto'.
+      'auto' is bfloat16 on TPUs, GPUs, and CPUs with instructions for it (AMX, AVX-512-BF16). A run
+      that began with one of the two is resumed with the same.
+    activations: dtype of the activations between products: 'float32', 'bfloat16' or 'auto'.
+      'auto' is `dtype`, and float32 on CPUs, which emulate bfloat16 outside of products.
     frozen_dtype: dtype that the frozen decoder's weights are kept in, also 'int8'.
       'int8' has a float32 scale for each output channel, and keeps norms as stored. Trainable
       parameters are always float32, and start from weights that were not rounded to int8.
@@ -55,6 +61,7 @@ class Computation:
       Otherwise each pass gathers them from the shards of 'fsdp', one layer at a time.
   """
   dtype: str = 'float32'
+  activations: str = 'auto'
   frozen_dtype: str = 'float32'
   remat: str = 'none'
   scan: bool = True
@@ -63,7 +70,8 @@ class Computation:
   replicate_frozen: bool = False
 
   def __post_init__(self):
-    for name, known in (('dtype', DTYPES), ('frozen_dtype', FROZEN_DTYPES)):
+    for name, known in (('dtype', (*DTYPES, 'auto')), ('activations', (*DTYPES, 'auto')),
+                        ('frozen_dtype', FROZEN_DTYPES)):
       if getattr(self, name) not in known:
         raise UserError(f'computation.{name} = {getattr(self, name)!r}: it must be one of '
                         f'{known}')
@@ -78,10 +86,24 @@ class Computation:
       raise UserError(f'computation.loss_chunk = {self.loss_chunk}: it must be 1 or more')
 
   def on(self, platform: str) -> 'Computation':
-    """Returns a copy with 'auto' resolved for a platform ('tpu', 'gpu' or 'cpu')."""
-    if self.attention != 'auto':
-      return self
-    return dataclasses.replace(self, attention='fused' if platform == 'tpu' else 'plain')
+    """Returns a copy with every 'auto' resolved for a platform ('tpu', 'gpu' or 'cpu')."""
+    dtype, activations, attention = self.dtype, self.activations, self.attention
+    if dtype == 'auto':
+      dtype = 'bfloat16' if platform != 'cpu' or _has_fast_bfloat16() else 'float32'
+    if attention == 'auto':
+      attention = 'fused' if platform == 'tpu' else 'plain'
+    if activations == 'auto':
+      activations = 'float32' if platform == 'cpu' and attention == 'plain' else dtype
+    return dataclasses.replace(self, dtype=dtype, activations=activations, attention=attention)
+
+
+def _has_fast_bfloat16() -> bool:
+  """Whether this machine's CPU has instructions for products of bfloat16; known on Linux only."""
+  try:
+    flags = set(CPU_INFO.read_text().split())
+  except OSError:
+    return False
+  return bool(flags & FAST_BFLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)

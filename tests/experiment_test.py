@@ -6,6 +6,7 @@ import jax
 import pytest
 from flax import linen as nn
 
+from latent_deliberation import experiment as experiment_module
 from latent_deliberation.build import build_deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import constant_variant
@@ -20,7 +21,22 @@ from tests import finished
 def test_auto_attention(attention, platform, chosen):
   """Automatic attention is fused on TPUs alone."""
   computation = Computation(attention=attention, loss_chunk=7)
-  assert computation.on(platform) == Computation(attention=chosen, loss_chunk=7)
+  assert computation.on(platform).attention == chosen
+  assert computation.on(platform).loss_chunk == 7
+
+
+@pytest.mark.parametrize('platform, flags, dtype, activations', [
+    ('tpu', '', 'bfloat16', 'bfloat16'), ('gpu', '', 'bfloat16', 'bfloat16'),
+    ('cpu', 'flags : sse amx_bf16', 'bfloat16', 'float32'),
+    ('cpu', 'flags : avx512_bf16 sse', 'bfloat16', 'float32'),
+    ('cpu', 'flags : sse avx512f', 'float32', 'float32'), ('cpu', None, 'float32', 'float32')])
+def test_auto_dtype(platform, flags, dtype, activations, tmp_path, monkeypatch):
+  """Automatic products are bfloat16 where that is fast, and a CPU's activations float32."""
+  if flags is not None:
+    (tmp_path / 'cpuinfo').write_text(flags)
+  monkeypatch.setattr(experiment_module, 'CPU_INFO', tmp_path / 'cpuinfo')
+  computation = Computation(dtype='auto').on(platform)
+  assert (computation.dtype, computation.activations) == (dtype, activations)
 
 
 @pytest.mark.parametrize('change, message', [

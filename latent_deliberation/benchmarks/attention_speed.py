@@ -77,7 +77,7 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
 
 def _losses(experiment: Experiment, with_dense: bool) -> dict[str, LossFn]:
   """Returns the same loss with each kind of attention; 'ours' is the fused one."""
-  computation = experiment.computation
+  computation = experiment.computation.on(jax.default_backend())
 
   def with_attention(attention: str) -> LossFn:
     changed = dataclasses.replace(

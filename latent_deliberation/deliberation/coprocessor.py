@@ -31,7 +31,7 @@ class Coprocessor:
     decoder_config: architecture of the decoder.
     config: how latents are made.
     dtype: dtype of the computation.
-    remat, scan, attention: see Transformer.
+    remat, scan, attention, activations: see Transformer.
   """
   decoder_config: TransformerConfig
   config: DeliberationConfig
@@ -39,6 +39,7 @@ class Coprocessor:
   remat: str = 'none'
   scan: bool = True
   attention: str = 'plain'
+  activations: str | None = None
 
   def __post_init__(self):
     if self.config.num_layers:
@@ -57,7 +58,7 @@ class Coprocessor:
     if self.config.trainable == 'lora':
       lora = LowRank(self.config.lora_rank, self.config.lora_alpha)
     return Transformer(self.transformer_config, lora=lora, remat=self.remat, scan=self.scan,
-                       attention=self.attention)
+                       attention=self.attention, activations=self.activations)
 
   def init(self, key: Array, decoder_params: Params) -> Params:
     """Returns new trainable parameters, boxed with their logical axes.

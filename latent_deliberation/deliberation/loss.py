@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, one slice of the targets at a time, and entropy.
+"""Cross-entropy over a large vocabulary, without all logits at once; entropy.
 
 The losses of training, which call these functions, are in training/objectives.py.
 """
@@ -9,11 +9,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typed
-from latent_deliberation.model.attention import SUMMABLE, softcap
-from latent_deliberation.model.layers import Quantised
+from latent_deliberation.model.attention import MASKED, SUMMABLE, softcap
+from latent_deliberation.model.layers import Quantised, matmul
 
 OutputHead = Float[Array, 'V D'] | Quantised
 
@@ -25,9 +26,10 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
   """Returns -log p(target) in nats, float32, from hidden states and the (tied) output head.
 
   Only [B, chunk, V] logits exist at a time. All of them at once would take 16.8 GB in float32 for
-  V = 256,000, B = 8 and 2048 targets per text. Where the output head is a constant, the gradient
-  of the hidden states is computed together with the loss, so logits are computed once. Otherwise
-  the backward pass computes them again.
+  V = 256,000, B = 8 and 2048 targets per text. A CPU keeps only the logits of a block of tokens.
+
+  Where the output head is a constant, the gradient of the hidden states is computed together with
+  the loss, so logits are computed once. Otherwise the backward pass computes them again.
 
   Args:
     hidden: hidden states after the final norm.
@@ -39,96 +41,28 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
   return _by_slices(functools.partial(_nll, cap), hidden, targets, unembedding, chunk)
 
 
-def _compute_nll(cap: float | None, hidden: Array, targets: Array,
-                 unembedding: Array | Quantised) -> Array:
-  logits = _logits(cap, hidden, unembedding)
-  return _log_sum_exp(logits, cap) - _chosen(logits, targets)
-
-
-_nll = jax.custom_vjp(_compute_nll, nondiff_argnums=(0,))
-
-
-def _nll_forward(cap: float | None, hidden: CustomVJPPrimal, targets: CustomVJPPrimal,
-                 unembedding: PyTree) -> tuple[Array, Array | tuple[Array, Array, Array]]:
-  is_constant = not any(leaf.perturbed for leaf in jax.tree.leaves(unembedding))
-  unembedding = jax.tree.map(lambda leaf: leaf.value, unembedding)
-
-  def of_hidden(hidden: Array) -> Array:
-    return _compute_nll(cap, hidden, targets.value, unembedding)
-
-  if not is_constant:
-    return of_hidden(hidden.value), (hidden.value, targets.value, unembedding)
-  # Each loss depends on its own hidden state alone, so a cotangent of ones gives each gradient.
-  nll, pull = jax.vjp(of_hidden, hidden.value)
-  gradient, = pull(jnp.ones_like(nll))
-  return nll, gradient
-
-
-def _nll_backward(cap: float | None, residuals: Array | tuple[Array, Array, Array],
-                  cotangent: Array | SymbolicZero) -> tuple[Array, None, Array | None]:
-  if isinstance(cotangent, SymbolicZero):
-    cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
-  # With a constant head, the forward pass has made the gradient for a cotangent of 1.
-  if not isinstance(residuals, tuple):
-    return (residuals * cotangent[..., None]).astype(residuals.dtype), None, None
-  # With a trained head, compute the logits again for both gradients.
-  hidden, targets, unembedding = residuals
-  _, pull = jax.vjp(lambda hidden, table: _compute_nll(cap, hidden, targets, table),
-                    hidden, unembedding)
-  of_hidden, of_table = pull(cotangent)
-  return of_hidden, None, of_table
-
-
-_nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
-
-
 @typed
 def likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
               unembedding: OutputHead, cap: float | None,
               chunk: int) -> Bool[Array, 'B N']:
   """Returns whether no token has a higher logit than the target; arguments as in `token_nll`."""
 
-  def is_top(hidden: Array, targets: Array, unembedding: Array | Quantised) -> Array:
-    logits = _logits(cap, hidden, unembedding)
+  def is_top(hidden: Array, targets: Array, head: OutputHead) -> Array:
+    logits = _logits(cap, hidden, head)
     return _chosen(logits, targets) >= jnp.max(logits, axis=-1)
 
   return _by_slices(is_top, hidden, targets, unembedding, chunk)
 
 
-def _logits(cap: float | None, hidden: Array, unembedding: Array | Quantised) -> Array:
-  """Logits [n, V] in float32, for a head as `_by_slices` passes it."""
-  if isinstance(unembedding, Quantised):
-    unembedding = unembedding.astype(hidden.dtype).T
-  return softcap(jnp.matmul(hidden, unembedding, preferred_element_type='float32'), cap)
-
-
-def _log_sum_exp(logits: Array, cap: float | None) -> Array:
-  """log(sum(exp(logits))). Bounded logits need no first pass that finds the largest."""
-  if cap is None or cap > SUMMABLE:
-    return jax.nn.logsumexp(logits, axis=-1)
-  return jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
-
-
-def _chosen(logits: Array, targets: Array) -> Array:
-  """The targets' logits, as a masked sum: XLA would write all logits for a gather's gradient."""
-  is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[..., None]
-  return jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-
-
 def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
-               unembedding: Array | Quantised, chunk: int) -> Array:
-  """Applies measure(hidden [n, D], targets [n], head) -> [n] to slices of the N targets.
-
-  `measure` gets the head as [D, V], transposed once for all slices. A quantised head stays
-  [V, D], and every slice converts it.
-  """
+               unembedding: OutputHead, chunk: int) -> Array:
+  """Applies measure(hidden [n, D], targets [n], head [V, D]) -> [n] to slices of the N targets."""
+  # A quantised head stays int8 here, and every slice converts it.
+  if not isinstance(unembedding, Quantised):
+    unembedding = unembedding.astype(hidden.dtype)
   # Shard the head by whole tokens. With a part of each, devices would gather it for every slice.
-  if isinstance(unembedding, Quantised):
-    unembedding = jax.tree.map(
-        lambda leaf: nn.with_logical_constraint(leaf, ('vocab', None)[:leaf.ndim]), unembedding)
-  else:
-    unembedding = nn.with_logical_constraint(
-        unembedding.astype(hidden.dtype).T, (None, 'vocab'))
+  unembedding = jax.tree.map(
+      lambda leaf: nn.with_logical_constraint(leaf, ('vocab', None)[:leaf.ndim]), unembedding)
   batch, length, width = hidden.shape
 
   def of_slice(hidden: Array, targets: Array) -> Array:
@@ -148,6 +82,178 @@ def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
   if whole == length:
     return measured
   return jnp.concatenate([measured, of_slice(hidden[:, whole:], targets[:, whole:])], axis=1)
+
+
+# --- The loss of a slice, and its gradient ---
+
+
+def _compute_nll(cap: float | None, hidden: Array, targets: Array, head: OutputHead) -> Array:
+  return _by_platform(_nll_by_blocks, _nll_at_once, cap, hidden, targets, head)
+
+
+_nll = jax.custom_vjp(_compute_nll, nondiff_argnums=(0,))
+
+
+def _nll_forward(cap: float | None, hidden: CustomVJPPrimal, targets: CustomVJPPrimal,
+                 head: PyTree) -> tuple[Array, Array | tuple[Array, Array, OutputHead]]:
+  is_constant = not any(leaf.perturbed for leaf in jax.tree.leaves(head))
+  values = (hidden.value, targets.value, jax.tree.map(lambda leaf: leaf.value, head))
+  if is_constant:
+    return _by_platform(_gradient_by_blocks, _gradient_at_once, cap, *values)
+  return _compute_nll(cap, *values), values
+
+
+def _nll_backward(cap: float | None, residuals: Array | tuple[Array, Array, OutputHead],
+                  cotangent: Array | SymbolicZero) -> tuple[Array, None, OutputHead | None]:
+  if isinstance(cotangent, SymbolicZero):
+    cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+  # With a constant head, the forward pass has made the gradient for a cotangent of 1.
+  if not isinstance(residuals, tuple):
+    return (residuals * cotangent[..., None]).astype(residuals.dtype), None, None
+
+  # With a trained head, compute the logits again for both gradients.
+  def pull(nll: Callable[..., Array], cap: float | None, hidden: Array, targets: Array,
+           head: OutputHead, cotangent: Array) -> tuple[Array, OutputHead]:
+    return jax.vjp(lambda hidden, head: nll(cap, hidden, targets, head), hidden, head)[1](cotangent)
+
+  of_hidden, of_head = _by_platform(
+      functools.partial(pull, _nll_by_blocks), functools.partial(pull, _nll_at_once),
+      cap, *residuals, cotangent)
+  return of_hidden, None, of_head
+
+
+_nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
+
+
+def _by_platform(by_blocks: Callable[..., PyTree], at_once: Callable[..., PyTree],
+                 cap: float | None, hidden: Array, targets: Array, head: OutputHead,
+                 *more: Array) -> PyTree:
+  """Calls `by_blocks` where the program is for one CPU and a large head, otherwise `at_once`.
+
+  Several devices may hold a part of the head each, and then take the logits of their part at once.
+  """
+  if _block_size(_vocab_size(head)) is None or jax.sharding.get_abstract_mesh().size > 1:
+    return at_once(cap, hidden, targets, head, *more)
+  return jax.lax.platform_dependent(
+      hidden, targets, head, *more, cpu=functools.partial(by_blocks, cap),
+      default=functools.partial(at_once, cap))
+
+
+def _vocab_size(head: OutputHead) -> int:
+  return len(head.values if isinstance(head, Quantised) else head)
+
+
+def _logits(cap: float | None, hidden: Array, head: OutputHead) -> Array:
+  """Logits [n, V] in float32."""
+  return softcap(jnp.matmul(hidden, head.astype(hidden.dtype).T, preferred_element_type='float32'),
+                 cap)
+
+
+def _chosen(logits: Array, targets: Array) -> Array:
+  """The targets' logits, as a masked sum: XLA would write all logits for a gather's gradient.
+
+  A target that is none of the tokens gets 0.
+  """
+  is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[..., None]
+  return jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+
+
+# The logits of all tokens at once.
+
+
+def _nll_at_once(cap: float | None, hidden: Array, targets: Array, head: OutputHead) -> Array:
+  logits = _logits(cap, hidden, head)
+  if cap is None or cap > SUMMABLE:
+    return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
+  # Bounded logits need no first pass that finds the largest.
+  return jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - _chosen(logits, targets)
+
+
+def _gradient_at_once(cap: float | None, hidden: Array, targets: Array,
+                      head: OutputHead) -> tuple[Array, Array]:
+  """Returns the loss [n] and its gradient by the hidden states [n, D]."""
+  # Each loss depends on its own hidden state alone, so a cotangent of ones gives each gradient.
+  nll, pull = jax.vjp(lambda hidden: _nll_at_once(cap, hidden, targets, head), hidden)
+  return nll, pull(jnp.ones_like(nll))[0]
+
+
+# The logits of one block of tokens at a time. They stay in a CPU's cache, and no [V, D] table is
+# transposed, which took as long as a product with it.
+
+LARGEST_BLOCK, SMALLEST_BLOCK = 4096, 512  # tokens
+
+
+def _block_size(vocab_size: int) -> int | None:
+  """Returns the largest divisor of V that is a block; None if one block has all tokens."""
+  sizes = range(LARGEST_BLOCK, SMALLEST_BLOCK - 1, -1)
+  block = next((size for size in sizes if vocab_size % size == 0), vocab_size)
+  return None if block == vocab_size else block
+
+
+@struct.dataclass
+class _Sums:
+  """Sums over the tokens that were read so far, for n targets.
+
+  A larger peak in a later block rescales the sums, as in attention without stored scores. Indeed
+  the gradient is an attention: from hidden states as queries, to the head as keys and values.
+
+  Attributes:
+    peak: largest logit [n].
+    total: sum of exp(logit - peak) [n].
+    chosen: logit of the target, 0 if it was not read yet [n].
+    mixed: sum of exp(logit - peak) d(logit)/d(hidden) [n, D]; None if it is not wanted.
+  """
+  peak: Array
+  total: Array
+  chosen: Array
+  mixed: Array | None = None
+
+
+def _sum_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead,
+                mixed: Array | None = None) -> _Sums:
+  """Returns the sums over all tokens; `mixed` is zeros [n, D] if that sum is wanted."""
+  block = _block_size(_vocab_size(head))
+  blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, block, *leaf.shape[1:]), head)
+  firsts = jnp.arange(0, _vocab_size(head), block)
+
+  @jax.checkpoint  # a backward pass computes the logits of a block again
+  def add(sums: _Sums, item: tuple[Array, OutputHead]) -> tuple[_Sums, None]:
+    first, part = item
+    part = part.astype(hidden.dtype)
+    logits = softcap(matmul(hidden, part.T), cap)
+    # The peak cancels out of the loss, so it needs no gradient.
+    peak = jnp.maximum(sums.peak, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+    shrink, weights = jnp.exp(sums.peak - peak), jnp.exp(logits - peak[:, None])
+    added = _Sums(peak, sums.total * shrink + jnp.sum(weights, axis=-1),
+                  sums.chosen + _chosen(logits, targets - first))
+    if sums.mixed is not None:
+      update = matmul((weights * _slope(cap, logits)).astype(hidden.dtype), part)
+      added = added.replace(mixed=sums.mixed * shrink[:, None] + update)
+    return added, None
+
+  zeros = jnp.zeros(targets.shape, jnp.float32)
+  return jax.lax.scan(add, _Sums(zeros + MASKED, zeros, zeros, mixed), (firsts, blocks))[0]
+
+
+def _slope(cap: float | None, logits: Array) -> Array | float:
+  """The derivative of a soft-capped logit by the one before the cap."""
+  return 1.0 if cap is None else 1 - (logits / cap) ** 2
+
+
+def _nll_by_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead) -> Array:
+  sums = _sum_blocks(cap, hidden, targets, head)
+  return sums.peak + jnp.log(sums.total) - sums.chosen
+
+
+def _gradient_by_blocks(cap: float | None, hidden: Array, targets: Array,
+                        head: OutputHead) -> tuple[Array, Array]:
+  """Returns the loss [n] and its gradient by the hidden states [n, D], from one pass."""
+  sums = _sum_blocks(cap, hidden, targets, head, jnp.zeros(hidden.shape, jnp.float32))
+  nll = sums.peak + jnp.log(sums.total) - sums.chosen
+  rows = jax.tree.map(lambda leaf: leaf[targets], head).astype(jnp.float32)
+  gradient = sums.mixed / sums.total[:, None] - rows * jnp.broadcast_to(
+      _slope(cap, sums.chosen), nll.shape)[:, None]
+  return nll, gradient.astype(hidden.dtype)
 
 
 @typed

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, RowTokens, typed
+from latent_deliberation.model.layers import matmul
 
 
 @struct.dataclass
@@ -208,7 +209,7 @@ def attend(
   def product(x: Array, matrices: Array) -> Array:
     lead = matrices.shape[:-2]
     rows = x.reshape(*lead, math.prod(per_query) // math.prod(lead), x.shape[-1])
-    y = jnp.matmul(rows, matrices, preferred_element_type=jnp.float32)
+    y = matmul(rows, matrices)
     return y.reshape(*per_query, matrices.shape[-1])
 
   def scores(keys: Array, visible: Array) -> Array:

@@ -34,19 +34,20 @@ class Decoder(nn.Module):
   Attributes:
     config: architecture.
     dtype: dtype of the computation; the weights keep their own.
-    remat, scan, attention: see Transformer.
+    remat, scan, attention, activations: see Transformer.
   """
   config: TransformerConfig
   dtype: str = 'float32'
   remat: str = 'none'
   scan: bool = True
   attention: str = 'plain'
+  activations: str | None = None
 
   def setup(self):
     self.embedder = Embedder(self.config.vocab_size, self.config.embed_dim,
                              self.config.scale_embeddings, self.config.tied_head)
     self.transformer = Transformer(self.config, remat=self.remat, scan=self.scan,
-                                   attention=self.attention)
+                                   attention=self.attention, activations=self.activations)
 
   @typed
   def __call__(self, tokens: Tokens, positions: Tokens | None = None,

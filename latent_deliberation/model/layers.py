@@ -78,6 +78,39 @@ class RMSNorm(nn.Module):
     return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
+def matmul(x: Array, y: Array) -> Array:
+  """Returns x @ y in float32, for matrices or for stacks of as many matrices.
+
+  Where one of the two is bfloat16, the other is rounded to it. XLA on a CPU multiplies bfloat16
+  fast only into float32, so the backward pass rounds the float32 cotangent as well.
+  """
+  if jnp.bfloat16 not in (x.dtype, y.dtype):
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+  return _matmul_bfloat16((x.dtype.name, y.dtype.name), x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul_bfloat16(dtypes: tuple[str, str], x: Array, y: Array) -> Array:
+  return _matmul_forward(dtypes, x, y)[0]
+
+
+def _matmul_forward(dtypes: tuple[str, str], x: Array,
+                    y: Array) -> tuple[Array, tuple[Array, Array]]:
+  x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+  return jnp.matmul(x, y, preferred_element_type=jnp.float32), (x, y)
+
+
+def _matmul_backward(dtypes: tuple[str, str], factors: tuple[Array, Array],
+                     cotangent: Array) -> tuple[Array, Array]:
+  x, y = (jnp.swapaxes(factor, -1, -2) for factor in factors)
+  cotangent = cotangent.astype(jnp.bfloat16)
+  of_x = jnp.matmul(cotangent, y, preferred_element_type=jnp.float32)
+  of_y = jnp.matmul(x, cotangent, preferred_element_type=jnp.float32)
+  return of_x.astype(dtypes[0]), of_y.astype(dtypes[1])
+
+
+_matmul_bfloat16.defvjp(_matmul_forward, _matmul_backward)
+
 FEW_ROWS = 64  # up to which the time of a product is that of reading the weight
 
 
@@ -98,7 +131,9 @@ def contract(x: Array, weight: Array, inputs: int = 1,
 
 
 def multiply(x: Array, weight: Array, inputs: int = 1, flatten_batch: bool = True) -> Array:
-  """Contracts the last `inputs` axes of x with the first ones of a weight.
+  """Contracts the last `inputs` axes of x with the first ones of a weight, in the weight's dtype.
+
+  The result has the dtype of x.
 
   Args:
     flatten_batch: whether the other axes of x become the rows of one matrix. On a CPU this is
@@ -109,15 +144,18 @@ def multiply(x: Array, weight: Array, inputs: int = 1, flatten_batch: bool = Tru
   if not flatten_batch:
     return jnp.tensordot(x, weight, axes=inputs)
   width = math.prod(weight.shape[:inputs])
-  y = jnp.matmul(x.reshape(-1, width), weight.reshape(width, -1))
+  product = jnp.matmul if x.dtype == weight.dtype else matmul
+  y = product(x.reshape(-1, width), weight.reshape(width, -1)).astype(x.dtype)
   return y.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
 
 
-def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[str]) -> Array:
-  """Contracts the last `inputs` axes of x with the first ones of an int8 weight, in x's dtype.
+def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[str],
+                       dtype: DTypeLike) -> Array:
+  """Contracts the last `inputs` axes of x with the first ones of an int8 weight.
 
   Args:
     axes: logical names of the weight's axes.
+    dtype: dtype that the weight is converted to. The result has the dtype of x.
   """
   # Shards along 'embed' are gathered first, as int8. XLA would convert them to floats before.
   whole = tuple('activation' if axis == 'embed' else axis for axis in axes)
@@ -127,7 +165,7 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def product(x: Array, weight: Quantised) -> Array:
     weight = weight.replace(values=nn.with_logical_constraint(weight.values, whole))
-    return jnp.tensordot(x, weight.astype(x.dtype), axes=inputs)
+    return multiply(x, weight.astype(dtype), inputs, flatten_batch=x.dtype != dtype)
 
   return product(x, weight)
 
@@ -145,6 +183,7 @@ class Projection(nn.Module):
     lora: low-rank adapter that is added to the weight; None for no adapter.
     flatten_batch: see `multiply`.
     bias: whether a bias 'b' is added to the product.
+    dtype: dtype of the products, if it is not that of x; see `Transformer`.
   """
   shape: Sequence[int]
   axes: Sequence[str]
@@ -152,10 +191,12 @@ class Projection(nn.Module):
   lora: LowRank | None = None
   flatten_batch: bool = True
   bias: bool = False
+  dtype: str | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     shape, axes, inputs = tuple(self.shape), tuple(self.axes), self.inputs
+    dtype = self.dtype or x.dtype
     contracted = tuple(range(inputs))
     # The spread of a new weight depends on its inputs alone.
     init = nn.initializers.variance_scaling(
@@ -163,13 +204,14 @@ class Projection(nn.Module):
         out_axis=tuple(range(inputs, len(shape))))
     # The product with W, in the form in which the weight is stored.
     if self.has_variable('params', 'transposed'):
-      y = contract(x, self.get_variable('params', 'transposed').astype(x.dtype), inputs)
+      transposed = self.get_variable('params', 'transposed')
+      y = contract(x.astype(dtype), transposed.astype(dtype), inputs, x.dtype.name).astype(x.dtype)
     else:
       weight = self.param('w', nn.with_logical_partitioning(init, axes), shape)
       if isinstance(weight, Quantised):
-        y = multiply_quantised(x, weight, inputs, axes)
+        y = multiply_quantised(x, weight, inputs, axes, dtype)
       else:
-        y = multiply(x, weight.astype(x.dtype), inputs, self.flatten_batch)
+        y = multiply(x, weight.astype(dtype), inputs, self.flatten_batch)
     if self.bias:
       bias = self.param('b', nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:]),
                         shape[inputs:])
@@ -184,8 +226,8 @@ class Projection(nn.Module):
     up = self.variable('lora', 'b', lambda: nn.with_logical_partitioning(
         nn.initializers.zeros, ('rank',) + axes[inputs:])(
             self.make_rng('params'), (rank,) + shape[inputs:]))
-    low = multiply(x, down.value.astype(x.dtype), inputs, self.flatten_batch)
-    low = multiply(low, up.value.astype(x.dtype), flatten_batch=self.flatten_batch)
+    low = multiply(x, down.value.astype(dtype), inputs, self.flatten_batch)
+    low = multiply(low, up.value.astype(dtype), flatten_batch=self.flatten_batch)
     return y + low * self.lora.scale
 
 
@@ -195,20 +237,21 @@ class FeedForward(nn.Module):
   lora: LowRank | None = None
   flatten_batch: bool = True
   activation: str = 'gelu'
+  dtype: str | None = None
 
   @nn.compact
   @typed
   def __call__(self, x: Rows) -> Rows:
     width = x.shape[-1]
     into = dict(shape=(width, self.hidden_dim), axes=('embed', 'mlp'), lora=self.lora,
-                flatten_batch=self.flatten_batch)
+                flatten_batch=self.flatten_batch, dtype=self.dtype)
     gate = Projection(**into, name='gate')(x)
     up = Projection(**into, name='up')(x)
     activated = nn.gelu(gate, approximate=True) if self.activation == 'gelu' else nn.silu(gate)
     hidden = activated * up
     hidden = nn.with_logical_constraint(hidden, ('batch', 'trace', 'length', 'mlp'))
     return Projection((self.hidden_dim, width), ('mlp', 'embed'), lora=self.lora,
-                      flatten_batch=self.flatten_batch, name='down')(hidden)
+                      flatten_batch=self.flatten_batch, dtype=self.dtype, name='down')(hidden)
 
 
 class Embedder(nn.Module):

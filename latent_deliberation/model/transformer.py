@@ -83,10 +83,12 @@ class Attention(nn.Module):
     lora: low-rank adapters of the projections; None for none.
     fused: whether kernels compute attention and rotary embedding. Projections then keep the axes
       of x; see `layers.multiply`.
+    dtype: dtype of the products, if it is not that of x; see Transformer.
   """
   config: TransformerConfig
   lora: LowRank | None = None
   fused: bool = False
+  dtype: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, positions: Array, mask_spec: AttentionMaskSpec, traits: LayerTraits,
@@ -101,7 +103,7 @@ class Attention(nn.Module):
     def project(name: str, heads: int, axis: str) -> Array:
       y = Projection((c.embed_dim, heads, c.head_dim), ('embed', axis, 'head_dim'),
                      lora=self.lora, flatten_batch=not self.fused, bias=c.qkv_bias,
-                     name=name)(x)
+                     dtype=self.dtype, name=name)(x)
       # Under fused attention x holds all traces in one row, but heads keep [B, M, Q].
       return y.reshape(*positions.shape, heads, c.head_dim)
 
@@ -116,16 +118,18 @@ class Attention(nn.Module):
     scale = c.head_dim ** -0.5 if c.query_scale is None else c.query_scale
     queries, keys = rotate(queries, keys, positions, traits.frequencies, scale)
     queries = nn.with_logical_constraint(queries, axes)
+    # Attention is made of products, so it takes their dtype. The cache may have another one.
+    dtype = self.dtype or x.dtype
+    queries, keys, values = (leaf.astype(dtype) for leaf in (queries, keys, values))
     queries, keys, values = map(checkpoint_name, (queries, keys, values), _NAMED[:3])
-
-    # The cache may have another dtype than this pass.
     cache = cache and cache.replace(
-        keys=cache.keys.astype(x.dtype), values=cache.values.astype(x.dtype))
+        keys=cache.keys.astype(dtype), values=cache.values.astype(dtype))
     mixed = attend(queries, keys, values, positions, mask_spec, traits.window, cache,
                    c.attention_softcap)
-    mixed = mixed.reshape(*x.shape[:3], c.num_heads, c.head_dim)
+    mixed = mixed.reshape(*x.shape[:3], c.num_heads, c.head_dim).astype(x.dtype)
     out = Projection((c.num_heads, c.head_dim, c.embed_dim), ('heads', 'head_dim', 'embed'),
-                     inputs=2, lora=self.lora, flatten_batch=not self.fused, name='out')(mixed)
+                     inputs=2, lora=self.lora, flatten_batch=not self.fused, dtype=self.dtype,
+                     name='out')(mixed)
     return out, KeysValues(keys, values)
 
 
@@ -135,12 +139,13 @@ class Block(nn.Module):
   The outer norms are absent if the config has no post_norms.
 
   Attributes:
-    config, lora: as in Attention.
+    config, lora, dtype: as in Attention.
     fused: as in Attention; x is then row-major in memory, too.
   """
   config: TransformerConfig
   lora: LowRank | None = None
   fused: bool = False
+  dtype: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, layer: tuple[LayerTraits, KVCache | None], positions: Array,
@@ -148,13 +153,13 @@ class Block(nn.Module):
     traits, cache = layer
     c = self.config
     norm = lambda name: RMSNorm(c.norm_epsilon, c.norm_offset, name=name)  # noqa: E731
-    mixed, fresh = Attention(self.config, self.lora, self.fused, name='attention')(
+    mixed, fresh = Attention(self.config, self.lora, self.fused, self.dtype, name='attention')(
         norm('attention_in')(x), positions, mask_spec, traits, cache)
     if self.config.post_norms:
       mixed = norm('attention_out')(mixed)
     x = x + mixed
-    fed = FeedForward(c.hidden_dim, self.lora, not self.fused, c.activation, name='feed_forward')(
-        norm('feed_forward_in')(x))
+    fed = FeedForward(c.hidden_dim, self.lora, not self.fused, c.activation, self.dtype,
+                      name='feed_forward')(norm('feed_forward_in')(x))
     fed = checkpoint_name(fed, _NAMED[3])
     if self.config.post_norms:
       fed = norm('feed_forward_out')(fed)
@@ -175,12 +180,15 @@ class Transformer(nn.Module):
     scan: whether layers are scanned; False unrolls them (same weights and result, slower to
       compile).
     attention: computation of attention, one of ATTENTIONS.
+    activations: dtype of x between products, of norms and of the feed-forward's activation.
+      Products, attention and results have the dtype of the input. None: all have that one.
   """
   config: TransformerConfig
   lora: LowRank | None = None
   remat: str = 'none'
   scan: bool = True
   attention: str = 'plain'
+  activations: str | None = None
 
   @nn.compact
   @typed
@@ -208,19 +216,20 @@ class Transformer(nn.Module):
         block, length=self.config.num_layers, unroll=1 if self.scan else self.config.num_layers,
         variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
         in_axes=(0, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(self.config, self.lora, self.attention == 'fused', name='blocks')
-    length = x.shape[2]
+    )(self.config, self.lora, self.attention == 'fused', x.dtype.name, name='blocks')
+    length, dtype = x.shape[2], x.dtype
     if self.attention == 'fused':
       # Padding x once saves padding queries, keys and values in every layer. All traces become one
       # row, because XLA would put the axis of tokens outside that of traces, and transpose both
       # for each kernel.
       x, positions, mask_spec = _fused_kernels().pad((x, positions, mask_spec))
       x = x.reshape(x.shape[0], 1, -1, x.shape[3])
-    x = nn.with_logical_constraint(x, ('batch', 'trace', 'length', 'activation'))
+    x = nn.with_logical_constraint(
+        x.astype(self.activations or dtype), ('batch', 'trace', 'length', 'activation'))
     x, fresh = blocks(x, (layer_traits(self.config), self._per_layer(cache)), positions, mask_spec)
     x = RMSNorm(self.config.norm_epsilon, self.config.norm_offset, name='final_norm')(x)
     # Split the traces again, and cut off the padding.
-    x = x.reshape(*positions.shape, x.shape[3])
+    x = x.reshape(*positions.shape, x.shape[3]).astype(dtype)
     return x[:, :, :length], jax.tree.map(lambda leaf: leaf[:, :, :, :length], fresh)
 
   def _per_layer(self, cache: KVCache | None) -> KVCache | None:

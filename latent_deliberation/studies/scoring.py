@@ -240,8 +240,9 @@ class QuestionScorer:
     ending = self._tokenizer.encode(ANSWER)[1:]
     # The cache must hold the longest prompt and a whole chain.
     room = max(map(len, prompts)) + self._config.chain_tokens
+    computation = experiment.computation.on(jax.default_backend())
     engine = Engine(experiment.decoder, decoder_params, length=room, mesh=self._mesh,
-                    rules=experiment.rules, dtype=experiment.computation.dtype)
+                    rules=experiment.rules, dtype=computation.dtype)
     chains = write_chains(engine, prompts, ending, self._config.chain_tokens,
                           self._config.batch_size, self._tokenizer.eos)
     # The chain takes the place of the question, after the prompt as context.

@@ -142,7 +142,8 @@ def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
 # A run may be resumed on other devices, with other cadences, and with its files moved, since the
 # fingerprint of the data covers their contents. Every other key is part of its identity.
 CHANGEABLE = (
-    'mesh', 'rules', 'evaluation', 'computation.attention', 'computation.replicate_frozen',
+    'mesh', 'rules', 'evaluation', 'computation.activations', 'computation.attention',
+    'computation.replicate_frozen',
     'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
     f'{section}.loop.{key}' for section in ('pretraining', 'training')
     for key in ('log_every', 'eval_every', 'save_every', 'keep'))
@@ -186,6 +187,9 @@ class Run:
     """
     # A change of settings that only the other job reads must not stop a resume.
     config = dataclasses.asdict(self.experiment)
+    # An 'auto' of the dtype must not stand for another one when the run is resumed elsewhere.
+    platform = self.mesh.devices.flat[0].platform
+    config['computation']['dtype'] = self.experiment.computation.on(platform).dtype
     unread = ('deliberation', 'training') if self.job == 'pretrain' else ('pretraining',)
     for section in unread:
       del config[section]

@@ -19,6 +19,7 @@ from latent_deliberation.model.layers import (
   Projection,
   Quantised,
   RMSNorm,
+  matmul,
   merge,
   quantise,
 )
@@ -78,6 +79,31 @@ def test_lora_scale():
   """Without an alpha, the factor of an adapter is 1."""
   assert LowRank(rank=8).scale == 1
   assert LowRank(rank=8, alpha=128.0).scale == 16
+
+
+@pytest.mark.parametrize('dtypes', [('float32', 'bfloat16'), ('bfloat16', 'bfloat16'),
+                                    ('float32', 'float32')])
+@pytest.mark.parametrize('lead', [(), (3, 2)])
+def test_matmul(dtypes, lead):
+  """Products have float32 results near the exact ones, and every factor a gradient in its dtype."""
+  random = np.random.default_rng(0)
+  x, y, weight = (jnp.asarray(random.normal(size=lead + shape), jnp.float32)
+                  for shape in ((5, 8), (8, 7), (5, 7)))
+  factors = x.astype(dtypes[0]), y.astype(dtypes[1])
+  value, gradients = jax.value_and_grad(
+      lambda x, y: jnp.sum(matmul(x, y) * weight), argnums=(0, 1))(*factors)
+  assert matmul(*factors).dtype == value.dtype == jnp.float32
+  exact = (weight @ jnp.swapaxes(y, -1, -2), jnp.swapaxes(x, -1, -2) @ weight)
+  for dtype, gradient, expected in zip(dtypes, gradients, exact, strict=True):
+    assert gradient.dtype == dtype
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected, atol=0.1)
+  # Backward as well, both factors of a product have one dtype: a CPU is slow otherwise.
+  text = jax.jit(jax.grad(lambda x, y: jnp.sum(matmul(x, y) ** 2), (0, 1))).lower(
+      *factors).as_text()
+  products = [line for line in text.splitlines() if 'dot_general' in line]
+  assert len(products) == 3
+  used = 'bf16' if 'bfloat16' in dtypes else 'f32'
+  assert all(line.count(f'x{used}>') >= 2 for line in products), products
 
 
 def test_feed_forward_formula():
