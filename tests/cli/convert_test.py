@@ -122,14 +122,17 @@ def test_gguf_shows_encodings(tmp_path):
   assert f'{7 * config.num_layers} Q8_0' in convert.describe(checkpoint)
 
 
-def test_config_of_directory_or_preset(exported, tmp_path):
-  """gemma2_2b.py takes architecture and tokenizer from a directory, or a preset."""
+def test_config_of_directory_or_preset(exported, tmp_path, monkeypatch):
+  """gemma2_2b.py takes architecture and tokenizer from a directory or a name, or a preset."""
   get_config = runpy.run_path(str(finished.ROOT / 'configs/gemma2_2b.py'))['get_config']
   source = shutil.copytree(exported, tmp_path / 'source')
   (source / weights.TOKENIZER).write_bytes(b'pieces')
   config = get_config(str(source))
   assert config.data.vocabulary_path == str(source / weights.TOKENIZER)
   assert bind(config).decoder == weights.open_checkpoint(exported).config
+  monkeypatch.setitem(named.MODELS, 'mine', None)
+  monkeypatch.setattr(named, '_find_packaged', lambda name: source)
+  assert get_config('mine') == config
   assert bind(get_config('gemma3_1b')).decoder == PRESETS['gemma3_1b']
   with pytest.raises(UserError, match="'gemma9'.*gemma3_1b"):
     get_config('gemma9')

@@ -60,8 +60,8 @@ BAD = {
         'train', '--workdir={new} --data={run} --decoder={files}/typo.py',
         '/typo.py is a file: .*directory.*[.]gguf'),
     'a decoder that is not there': Bad(
-        'evaluate', '--coprocessor={run}/coprocessor --data={run} --output={new} '
-        '--decoder={new}/decoder', 'new/decoder does not exist: .*directory.*gemma3-270m'),
+        'generate', '--decoder={new}/decoder --prompt=a',
+        'new/decoder does not exist: .*directory.*gemma3-270m'),
     'an unknown name as decoder': Bad(
         'generate', '--decoder=gemma3-27m --prompt=a',
         r'gemma3-27m does not exist \(did you mean gemma3-270m\?\)'),

@@ -1,8 +1,10 @@
 """GGUF files are read as the decoders that they were written from, or refused."""
 
 import dataclasses
+import hashlib
 import re
 import struct
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,8 +15,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
-from latent_deliberation.model.checkpoints import gguf_io, hugging_face
-from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.checkpoints import gguf_io, hugging_face, named
+from latent_deliberation.model.decoder import Decoder, fingerprint
 from latent_deliberation.model.rotary import rotary_frequencies
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
 
@@ -172,6 +174,19 @@ def damaged(tmp_path, whole):
     return tmp_path / 'model.gguf'
 
   return write_damaged
+
+
+def test_name(damaged, tmp_path, monkeypatch):
+  """A name gives the decoder that its file gives: known by its weights, not by a path."""
+  path = damaged()
+  sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+  model = named.PackagedModel('Tiny', 'none', 'tiny', (('tiny', 'model.gguf'),), path.name, sha256)
+  monkeypatch.setitem(named.MODELS, 'tiny', model)
+  monkeypatch.setattr(named, 'CACHE', tmp_path / 'cache')
+  monkeypatch.setattr(named, '_find_parts', lambda name: [path])
+  checkpoint = weights.open_checkpoint(Path('tiny'), weights.open_checkpoint(path).config)
+  assert checkpoint.directory == path
+  assert fingerprint(checkpoint.load()) == fingerprint(weights.load(path)[1])
 
 
 def test_fast_reader(damaged):

@@ -57,20 +57,18 @@ def test_all_mismatches_are_listed():
       f'd: has dtype int8, {dtypes}', f'e: has dtype int8, {dtypes}']
 
 
-@pytest.mark.parametrize('copies, dtype', [(1, None), (1, 'bfloat16'), (8, None)])
-def test_memory(monkeypatch, tmp_path, decoder_params, copies, dtype):
-  """A decoder that the free memory cannot hold is refused, with both numbers of bytes."""
-  weights.save(tmp_path / 'decoder', tiny.CONFIG, decoder_params)
+@pytest.mark.parametrize('copies', [1, 8])
+def test_memory(monkeypatch, copies):
+  """Parameters that free memory cannot hold for all devices are refused with both sizes."""
+  boxed = boxed_shapes(tiny.CONFIG)
   mesh = make_mesh(MeshConfig(data=copies), jax.devices()[:copies])
-  replicated = lambda boxed: jax.tree.map(  # noqa: E731
-      lambda leaf: NamedSharding(mesh, PartitionSpec()), nn.unbox(boxed))
-  needed = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(decoder_params))
-  needed //= 2 if dtype else 1
+  placed = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), nn.unbox(boxed))
+  needed = 2 * copies * sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(boxed)))
   monkeypatch.setattr(source, 'free_memory', lambda: needed - 1)
   with pytest.raises(UserError, match=f'decoder: .* {needed:,} bytes .* {needed - 1:,} are free'):
-    weights.load(tmp_path / 'decoder', dtype, replicated)
+    source.check_memory('decoder', boxed, placed, 2)
   monkeypatch.setattr(source, 'free_memory', lambda: needed)
-  weights.load(tmp_path / 'decoder', dtype, replicated)
+  source.check_memory('decoder', boxed, placed, 2)
 
 
 @pytest.mark.parametrize('meminfo, free', [
