@@ -37,8 +37,8 @@ def describe(checkpoint: Checkpoint, name: str = '') -> str:
            'architecture   ' + (names[0] if names else 'of its own')]
   lines += [f'  {key:<19}{value}' for key, value in dataclasses.asdict(config).items()]
   lines += [f'parameters     {count_parameters(boxed_shapes(config)):,}',
-            f'tokenizer      {_find_tokenizer(checkpoint)}']
-  lines += ['tensors        ' + ', '.join(f'{count} {dtype}' for dtype, count in dtypes.items()),
+            f'tokenizer      {_find_tokenizer(checkpoint)}',
+            'tensors        ' + ', '.join(f'{count} {dtype}' for dtype, count in dtypes.items()),
             f'bytes          {sum(stored.nbytes for stored in tensors.values()):,}']
   left_out = checkpoint.left_out
   if left_out:

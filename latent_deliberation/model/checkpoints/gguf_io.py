@@ -189,10 +189,6 @@ def _read_sizes(source: GGUFSource) -> dict[str, Any]:
       hidden_dim=_need(source, 'feed_forward_length'),
       norm_epsilon=_shorten(_need(source, 'attention.layer_norm_rms_epsilon')),
       rope_base=float(source.get('{}.rope.freq_base', 10_000.0)))
-  tokens = source.metadata.get('tokenizer.ggml.tokens')
-  if tokens is not None and len(tokens.data) > sizes['vocab_size']:
-    raise UserError(f'its vocabulary has {len(tokens.data)} tokens for {sizes["vocab_size"]} '
-                    'embeddings: download it again')
   scaling = source.get('{}.rope.scaling.type', 'none')
   if scaling == 'linear':
     sizes['rope_scaling'] = float(_need(source, 'rope.scaling.factor'))

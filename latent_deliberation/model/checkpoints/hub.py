@@ -4,7 +4,8 @@
   hf://ORG/NAME/FILE.gguf    one of several GGUF files
   hf://ORG/NAME@REVISION     a branch, tag or commit; default main
 
-The library keeps downloads in its own cache. What is there is found without a network.
+The library keeps downloads in its own cache, where they are found without a network. There, one
+GGUF file of several goes for the one that the repository has.
 """
 
 import importlib.util
@@ -56,9 +57,12 @@ def download(address: str) -> Path:
     if file:
       return Path(hub.hf_hub_download(repo, file, revision=revision))
     directory = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_PATTERNS))
-    # Of a repository without safetensors, one GGUF file is taken. A directory can hold it.
-    if any(directory.glob('*.safetensors')) or any(directory.glob('*.gguf')):
+    if any(directory.glob('*.safetensors')):
       return directory
+    # Without safetensors, the repository may have one GGUF file, which may be in the cache.
+    cached = list(directory.rglob('*.gguf'))
+    if len(cached) == 1:
+      return cached[0]
     names = [name for name in hub.list_repo_files(repo, revision=revision)
              if name.endswith('.gguf')]
     if len(names) == 1:

@@ -238,7 +238,6 @@ def test_missing_key(damaged, key):
       'more': [('blk.0.ffn_up.weight', np.zeros((63, 32), np.float32))]},
      r'layers.0.mlp.up_proj.weight: has shape \[63, 32\], expected \[64, 32\]'),
     ({'leave_out': ('token_embd.weight',)}, 'lacks .*embed_tokens'),
-    ({'metadata': lambda writer: writer.add_token_list(['a'] * 49)}, '49 tokens for 48 embed'),
     ({'metadata': lambda writer: writer.add_uint16('split.count', 3)}, 'one of 3 parts'),
     ({'metadata': lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)},
      "scaling.type = 'yarn'")])

@@ -68,9 +68,11 @@ def test_safetensors(fake, tmp_path):
     ('hf://org/name/one.gguf@main', ('org/name', 'one.gguf', 'main'))])
 def test_gguf(fake, tmp_path, address, request_):
   """The one GGUF file of a repository is found by its address, with or without its name."""
-  repository = fake('README.md', 'one.gguf')
+  repository = fake('README.md', 'config.json', 'one.gguf')
   assert hub.download(address) == tmp_path / 'one.gguf'
   assert repository.requests[-1] == request_
+  repository.files = ()  # as without a network, where the cache is what there is
+  assert hub.download(address) == tmp_path / 'one.gguf'
   # A Path keeps one of the two slashes. The file opens, and says that it is no decoder.
   with pytest.raises(UserError, match=f'{tmp_path}/one.gguf .*GGUF file'):
     weights.open_checkpoint(Path(address))
