@@ -32,6 +32,7 @@ setup(
         'test': ['gguf>=0.17', 'hypothesis>=6', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.6'],
         'gguf': ['gguf>=0.17'],
         'parity': ['torch>=2.6', 'transformers>=4.57'],
+        'hub': ['huggingface-hub>=0.30'],
         'tensorboard': ['tensorboardX>=2.6'],
         'tpu': ['jax[tpu]'],
     },

@@ -27,8 +27,8 @@ accumulation times the number of chips.
 
 Another decoder goes after a colon. --config=configs/gemma2_2b.py:gemma3_1b is a preset.
 --config=configs/gemma2_2b.py:DIRECTORY takes architecture and tokenizer.model from a directory, in
-any format that launch/convert.py reads. Without a directory, give the path of Gemma's tokenizer:
---config.data.vocabulary_path.
+any format that launch/convert.py reads; a name such as gemma3-270m does, too. Without either, give
+the path of Gemma's tokenizer: --config.data.vocabulary_path.
 """
 
 from pathlib import Path
@@ -43,6 +43,7 @@ from latent_deliberation.experiment import (
   as_config,
 )
 from latent_deliberation.model import weights
+from latent_deliberation.model.checkpoints import named
 from latent_deliberation.model.transformer_config import find_preset
 from latent_deliberation.sharding import MeshConfig
 from latent_deliberation.training.loop import LoopConfig
@@ -53,10 +54,10 @@ def get_config(preset_or_dir: str = 'gemma2_2b'):
   """Returns the config for 16 x 16 chips: data parallel over one axis, fsdp over the other.
 
   Args:
-    preset_or_dir: name of a preset, or directory or GGUF file of a decoder.
+    preset_or_dir: name of a preset; or directory, GGUF file or name of a decoder.
   """
   tokenizer = None
-  if Path(preset_or_dir).exists():
+  if Path(preset_or_dir).exists() or named.is_name(preset_or_dir):
     checkpoint = weights.open_checkpoint(preset_or_dir)
     architecture, tokenizer = checkpoint.config, checkpoint.tokenizer
   else:

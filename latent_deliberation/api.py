@@ -43,8 +43,8 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
   """Loads a frozen decoder: weights, config and tokenizer.
 
   Args:
-    path: directory of a decoder in our format, Hugging Face's or Google's; a file in it; or a GGUF
-      file, or the directory that holds one.
+    path: directory of a decoder in our format, Hugging Face's or Google's; a file in it; a GGUF
+      file, or the directory that holds one; a name such as 'gemma3-270m'; or hf://ORG/NAME.
     vocabulary: path of a SentencePiece model, or 'byte'; '' for the one next to the decoder.
     dtype: dtype of the computation and the kv-cache. Weights stay as they are stored.
 

@@ -17,7 +17,7 @@ from latent_deliberation.inference.engine import open_engine
 from latent_deliberation.inference.prefix_cache import check_context, save_context
 
 _DECODER = app.define_decoder(
-    'decoder', 'Directory of the decoder, in any format we read, or a GGUF file.')
+    'decoder', 'Directory of the decoder, in any format we read, a GGUF file or a name.')
 _COPROCESSOR = app.define_directory('coprocessor', 'Directory of a trained coprocessor.')
 _VOCABULARY = flags.DEFINE_string(
     'vocabulary', '', "Path of a SentencePiece model, or 'byte'. Default: the decoder's own.")

@@ -1,6 +1,7 @@
 """Describes a decoder on disk, lists its tensors, or writes it in another format.
 
-  python launch/convert.py --source=gemma-2-2b
+  python launch/convert.py --list
+  python launch/convert.py --source=gemma3-270m
   python launch/convert.py --source=gemma-2-2b --list
   python launch/convert.py --source=gemma-2-2b --target=decoder
   python launch/convert.py --source=gemma-2-2b-Q4_K_M.gguf --target=decoder
@@ -8,8 +9,9 @@
 
 It reads our own directories, those of Hugging Face (safetensors: Gemma, Llama, Mistral and Qwen),
 and the orbax checkpoints of Google's gemma library. It also reads GGUF files, which need
-pip install -e '.[gguf]'; give the file, or the directory that holds one. Training reads them all,
-so nothing has to be converted first. Without --target, no weights are loaded. Next, train a
+pip install -e '.[gguf]'; give the file, or the directory that holds one. Some models have a name,
+which --list alone shows. hf://ORG/NAME downloads one from Hugging Face. Training reads them all, so
+nothing has to be converted first. Without --target, no weights are loaded. Next, train a
 coprocessor for a decoder in DIRECTORY:
 launch/train.py --config=configs/gemma2_2b.py:DIRECTORY --decoder=DIRECTORY.
 """
@@ -19,9 +21,10 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app, convert
+from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 
-_SOURCE = app.define_decoder('source', 'Directory or GGUF file of the decoder to read.')
+_SOURCE = app.define_decoder('source', 'Directory, GGUF file or name of the decoder to read.', '')
 _TARGET = app.define_directory(
     'target',
     'Directory to write the decoder to; must not exist yet. Default: only describe it.',
@@ -31,12 +34,18 @@ _FORMAT = flags.DEFINE_enum(
 _DTYPE = flags.DEFINE_enum(
     'dtype', None, weights.READABLE,
     'Dtype to round the weights to. Default: every bit is kept.')
-_LIST = flags.DEFINE_bool('list', False, 'Also list every tensor of the source.')
+_LIST = flags.DEFINE_bool(
+    'list', False, 'Also list every tensor of the source; without --source, the known names.')
 
 
 def main() -> None:
+  if not _SOURCE.value:
+    if not _LIST.value:
+      raise UserError('--source: give the decoder to read, or --list alone for the known names')
+    print(convert.list_names())
+    return
   checkpoint = weights.open_checkpoint(_SOURCE.value)
-  print(convert.describe(checkpoint))
+  print(convert.describe(checkpoint, _SOURCE.value))
   if _LIST.value:
     print(convert.list_tensors(checkpoint))
   checkpoint.check()

@@ -16,7 +16,7 @@ from latent_deliberation.evaluation.report import format_table
 from latent_deliberation.experiment import define_config, read_config
 
 define_config(__file__)
-_DECODER = app.define_decoder('decoder', 'Directory or GGUF file of the frozen decoder.')
+_DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the frozen decoder.')
 _COPROCESSOR = app.define_directory(
     'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
 _DATA = app.define_directory('data', 'Directory of prepared data.')

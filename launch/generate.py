@@ -20,7 +20,7 @@ from latent_deliberation.inference.prefix_cache import open_context
 from latent_deliberation.inference.session import DecodingOptions
 
 _DECODER = app.define_decoder(
-    'decoder', 'Directory of the decoder, in any format we read, or a GGUF file.')
+    'decoder', 'Directory of the decoder, in any format we read, a GGUF file or a name.')
 _COPROCESSOR = app.define_directory(
     'coprocessor', "Directory of a trained coprocessor, or 'none'. Default: none.", '')
 _VOCABULARY = flags.DEFINE_string(

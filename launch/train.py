@@ -15,7 +15,7 @@ from latent_deliberation.experiment import define_config, read_config
 from latent_deliberation.training.train import train_coprocessor
 
 define_config(__file__)
-_DECODER = app.define_decoder('decoder', 'Directory or GGUF file of the frozen decoder.')
+_DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the frozen decoder.')
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of the run; the same command resumes it.')
 _DATA = app.define_directory('data', 'Directory of prepared data. Default: --workdir.', '')

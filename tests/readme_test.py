@@ -166,7 +166,7 @@ def test_python_of_guides_runs(quickstart, page):
   for code in blocks(finished.ROOT / 'docs' / page, 'python'):
     if not code.startswith('# configs/'):
       for path, ours in (('runs/quickstart', ''), ('runs/gemma', ''),
-                         ('gemma-3-270m', '/pretraining/decoder')):
+                         ('gemma3-270m', '/pretraining/decoder')):
         code = code.replace(path, f'{quickstart}{ours}')
       exec(compile(code, page, 'exec'), {'tokens': np.ones((1, 4), np.int32)})
 

@@ -170,13 +170,13 @@ def define_directory(name: str, meaning: str, default: str | None = None) -> fla
   return flag
 
 
-def define_decoder(name: str, meaning: str) -> flags.FlagHolder:
-  """Defines a required flag for a decoder: a directory, or a GGUF file.
+def define_decoder(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
+  """Defines a flag for a decoder; it is required if it has no default.
 
-  `weights.open_checkpoint` refuses other files.
+  `weights.open_checkpoint` takes its value: a directory, a GGUF file, a name or hf://ORG/NAME.
   """
-  flag = flags.DEFINE_string(name, None, meaning, required=True)
-  flags.register_validator(name, _check_path)
+  flag = flags.DEFINE_string(name, default, meaning, required=default is None)
+  flags.register_validator(name, _check_decoder)
   return flag
 
 
@@ -192,6 +192,10 @@ def _check_path(path: str | None) -> bool:
     raise flags.ValidationError('this is a URL. Mount the bucket, with gcsfuse for instance, and '
                                 'give the path of the mount.')
   return True
+
+
+def _check_decoder(path: str | None) -> bool:
+  return path is not None and path.startswith('hf://') or _check_path(path)
 
 
 def _check_directory(path: str | None) -> bool:

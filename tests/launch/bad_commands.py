@@ -59,6 +59,16 @@ BAD = {
     'another file as decoder': Bad(
         'train', '--workdir={new} --data={run} --decoder={files}/typo.py',
         '/typo.py is a file: .*directory.*[.]gguf'),
+    'a decoder that is not there': Bad(
+        'generate', '--decoder={new}/decoder --prompt=a',
+        'new/decoder does not exist: .*directory.*gemma3-270m'),
+    'an unknown name as decoder': Bad(
+        'generate', '--decoder=gemma3-27m --prompt=a',
+        r'gemma3-27m does not exist \(did you mean gemma3-270m\?\)'),
+    'no repository as decoder': Bad(
+        'generate', '--decoder=hf://gemma-3-270m --prompt=a',
+        '^Error: hf://gemma-3-270m: .*hf://ORG/NAME'),
+    'no source': Bad('convert', '--target={new}', '^Error: --source: .*--list'),
     'a damaged GGUF file as decoder': Bad(
         'generate', '--decoder={files}/gguf/cut.gguf --prompt=a', 'gguf/cut.gguf .*GGUF file'),
     'a damaged GGUF file as source': Bad(

@@ -13,6 +13,7 @@ import pytest
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
+from latent_deliberation.model.checkpoints import source
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
@@ -40,6 +41,15 @@ def test_load_returns_what_save_wrote(saved, decoder_params):
   assert config == tiny.CONFIG
   assert weights.open_checkpoint(saved).fingerprint == fingerprint(decoder_params)
   jax.tree.map(np.testing.assert_array_equal, params, decoder_params)
+
+
+@pytest.mark.parametrize('dtype, factor', [(None, 1), ('bfloat16', 0.5)])
+def test_too_little_memory(saved, decoder_params, monkeypatch, dtype, factor):
+  """A decoder that free memory cannot hold is refused before a weight is read."""
+  needed = int(factor * sum(leaf.nbytes for leaf in jax.tree.leaves(decoder_params)))
+  monkeypatch.setattr(source, 'free_memory', lambda: needed - 1)
+  with pytest.raises(UserError, match=f'{saved}: .* {needed:,} bytes .* {needed - 1:,} are free'):
+    weights.load(saved, dtype)
 
 
 def test_llama_survives_native(tmp_path):

@@ -37,6 +37,7 @@ from latent_deliberation.progress import Progress
 READABLE = ('float32', 'bfloat16', 'float16')
 # Suffixes of pickled weights. Reading them would run code.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+MEMINFO = Path('/proc/meminfo')
 _MARKS = ('_METADATA', 'manifest.ocdbt', 'checkpoint')  # files of an orbax checkpoint
 
 
@@ -193,6 +194,40 @@ def on_first_device(boxed: PyTree) -> PyTree:
   """Returns the default shardings of boxed shapes: all on the first device."""
   device = SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(lambda _: device, nn.unbox(boxed))
+
+
+def check_memory(directory: Path, boxed: PyTree, shardings: PyTree, value_bytes: float) -> None:
+  """Compares the memory that parameters take on CPU devices with the memory that is free.
+
+  Args:
+    directory: directory of the checkpoint, for the message.
+    boxed: boxed shapes of the parameters.
+    shardings: sharding of each.
+    value_bytes: bytes of a value.
+
+  Raises:
+    UserError: the parameters of this process do not fit, even before anything else is held.
+  """
+  def count(leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> int:
+    devices = [device for device in sharding.addressable_devices if device.platform == 'cpu']
+    return len(devices) * math.prod(sharding.shard_shape(leaf.shape))
+
+  values = sum(jax.tree.leaves(jax.tree.map(count, nn.unbox(boxed), shardings)))
+  needed, free = int(values * value_bytes), free_memory()
+  if needed > free:
+    raise UserError(
+        f'{directory}: the weights take {needed:,} bytes of memory, and {free:,} are free: free '
+        'some, use a larger machine, or another decoder. From float32, launch/convert.py with '
+        '--dtype=bfloat16 writes a decoder of half the size')
+
+
+def free_memory() -> float:
+  """Returns the bytes of memory and swap that Linux can give; infinity on other systems."""
+  text = MEMINFO.read_text() if MEMINFO.is_file() else ''
+  kibibytes = {line.split(':')[0]: int(line.split()[1]) for line in text.splitlines()}
+  if 'MemAvailable' not in kibibytes:
+    return math.inf
+  return (kibibytes['MemAvailable'] + kibibytes.get('SwapFree', 0)) << 10
 
 
 def assemble(source: Source, layout: Layout, config: TransformerConfig,

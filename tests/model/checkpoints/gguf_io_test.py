@@ -1,7 +1,10 @@
 """GGUF files are read as the decoders that they were written from, or refused."""
 
 import dataclasses
+import hashlib
 import re
+import struct
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,8 +15,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
-from latent_deliberation.model.checkpoints import gguf_io, hugging_face
-from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.checkpoints import gguf_io, hugging_face, named
+from latent_deliberation.model.decoder import Decoder, fingerprint
 from latent_deliberation.model.rotary import rotary_frequencies
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
 
@@ -149,14 +152,81 @@ def test_quantised_values_and_dtype(tmp_path):
       atol=0.02)
 
 
-def test_cut_short(tmp_path):
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """The bytes of a whole file, with arrays of all kinds in its metadata."""
+  def add_arrays(writer):
+    writer.add_token_list(['a', 'bc', '', 'é'])
+    writer.add_token_scores([0.5, -1.0, 2.0, 3.0])
+    writer.add_array('flags', [True, False])
+    writer.add_array('nested', [[1, 2], [3]])
+
+  path = tmp_path_factory.mktemp('whole') / 'model.gguf'
+  return write(path, 'llama', _LLAMA, random_params(_LLAMA), metadata=add_arrays).read_bytes()
+
+
+@pytest.fixture
+def damaged(tmp_path, whole):
+  """A function that writes the file with some bytes replaced, or cut to a size."""
+  def write_damaged(old=b'', new=b'', size=None):
+    assert whole.count(old) == 1 or not old
+    (tmp_path / 'model.gguf').write_bytes(whole.replace(old, new)[:size])
+    return tmp_path / 'model.gguf'
+
+  return write_damaged
+
+
+def test_name(damaged, tmp_path, monkeypatch):
+  """A name gives the decoder that its file gives: known by its weights, not by a path."""
+  path = damaged()
+  sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+  model = named.PackagedModel('Tiny', 'none', 'tiny', (('tiny', 'model.gguf'),), path.name, sha256)
+  monkeypatch.setitem(named.MODELS, 'tiny', model)
+  monkeypatch.setattr(named, 'CACHE', tmp_path / 'cache')
+  monkeypatch.setattr(named, '_find_parts', lambda name: [path])
+  checkpoint = weights.open_checkpoint(Path('tiny'), weights.open_checkpoint(path).config)
+  assert checkpoint.directory == path
+  assert fingerprint(checkpoint.load()) == fingerprint(weights.load(path)[1])
+
+
+def test_fast_reader(damaged):
+  """Arrays are read as the library reads them, but numbers are one part."""
+  from latent_deliberation.model.checkpoints import gguf_reader  # imports the library
+  ours, library = gguf_reader.ArrayReader(damaged()), gguf.GGUFReader(damaged())
+  assert {key: field.contents() for key, field in ours.fields.items()} == {
+      key: field.contents() for key, field in library.fields.items()}
+  assert len(ours.fields['tokenizer.ggml.scores'].parts) == 4  # name, its length, type, values
+  assert [tensor.data_offset for tensor in ours.tensors] == [
+      tensor.data_offset for tensor in library.tensors]
+
+
+def test_cut_short(damaged, whole):
   """A file that is cut short anywhere is refused."""
-  path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA))
-  whole = path.read_bytes()
-  for size in (10, len(whole) // 2, len(whole) - 100):
-    path.write_bytes(whole[:size])
-    with pytest.raises(UserError, match='model.gguf.*download it again'):
-      weights.open_checkpoint(path)
+  in_tokens = whole.index(b'tokenizer.ggml.tokens') + 50
+  in_scores = whole.index(b'tokenizer.ggml.scores') + 40
+  for size in (0, 10, in_tokens, in_scores, len(whole) // 2, len(whole) - 100):
+    with pytest.raises(UserError, match=f'model.gguf .{size:,} bytes. .*download it again'):
+      weights.open_checkpoint(damaged(size=size))
+
+
+@pytest.mark.parametrize('number, message', [
+    (99, 'library does not know .*99.*update'), (26, 'blk.0.ffn_up.weight is stored as I32')])
+def test_unknown_type(damaged, number, message):
+  """A type of a tensor that the library does not know or cannot dequantise is refused at once."""
+  name = b'blk.0.ffn_up.weight'
+  stored, other = (name + struct.pack('<IQQI', 2, 32, 64, kind) for kind in (0, number))
+  with pytest.raises(UserError, match=f'model.gguf: .*{message}.*of another type'):
+    weights.open_checkpoint(damaged(stored, other))
+
+
+@pytest.mark.parametrize('key', [
+    'llama.block_count', 'llama.embedding_length', 'llama.feed_forward_length',
+    'llama.attention.head_count', 'llama.attention.layer_norm_rms_epsilon'])
+def test_missing_key(damaged, key):
+  """A key of the metadata that is missing is named."""
+  stored = struct.pack('<Q', len(key)) + key.encode()
+  with pytest.raises(UserError, match=f"model.gguf lacks '{key}'.*download it again"):
+    weights.open_checkpoint(damaged(stored, stored[:-1] + b'_'))
 
 
 @pytest.mark.parametrize('options, message', [

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
-from latent_deliberation.model.checkpoints import google, hugging_face
+from latent_deliberation.model.checkpoints import google, hugging_face, source
 from latent_deliberation.model.checkpoints.layout import LAYERED
 from latent_deliberation.model.checkpoints.source import (
   OrbaxSource,
@@ -27,6 +28,7 @@ from latent_deliberation.model.checkpoints.source import (
 )
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.sharding import MeshConfig, make_mesh
+from tests import tiny
 from tests.model.checkpoints import foreign
 
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -53,6 +55,32 @@ def test_all_mismatches_are_listed():
       'e: has shape [2, 5], expected [5]', 'f: missing, expected [7, 8]',
       'b: not expected, has shape [4]',
       f'd: has dtype int8, {dtypes}', f'e: has dtype int8, {dtypes}']
+
+
+@pytest.mark.parametrize('copies', [1, 8])
+def test_memory(monkeypatch, copies):
+  """Parameters that free memory cannot hold for all devices are refused with both sizes."""
+  boxed = boxed_shapes(tiny.CONFIG)
+  mesh = make_mesh(MeshConfig(data=copies), jax.devices()[:copies])
+  placed = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), nn.unbox(boxed))
+  needed = 2 * copies * sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(boxed)))
+  monkeypatch.setattr(source, 'free_memory', lambda: needed - 1)
+  with pytest.raises(UserError, match=f'decoder: .* {needed:,} bytes .* {needed - 1:,} are free'):
+    source.check_memory('decoder', boxed, placed, 2)
+  monkeypatch.setattr(source, 'free_memory', lambda: needed)
+  source.check_memory('decoder', boxed, placed, 2)
+
+
+@pytest.mark.parametrize('meminfo, free', [
+    ('MemTotal: 9 kB\nMemAvailable:  3 kB\nSwapFree: 2 kB\nHugePages_Total: 7\n', 5 * 1024),
+    ('MemTotal: 9 kB\nMemAvailable:  3 kB\n', 3 * 1024), ('MemTotal: 9 kB\n', math.inf),
+    (None, math.inf)])
+def test_free_memory(monkeypatch, tmp_path, meminfo, free):
+  """Free memory is what Linux calls available, and swap; infinity where it does not say."""
+  if meminfo:
+    (tmp_path / 'meminfo').write_text(meminfo)
+  monkeypatch.setattr(source, 'MEMINFO', tmp_path / 'meminfo')
+  assert source.free_memory() == free
 
 
 def test_padded_rows():
