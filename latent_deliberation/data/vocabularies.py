@@ -108,11 +108,12 @@ class JsonVocabulary(seqio.Vocabulary):
     return self.tokenizer.decode(ids)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def encode(text: bytes | np.ndarray) -> np.ndarray:  # an array outside of a graph
+      whole = np.asarray(text, object).item().decode(errors='replace')
+      return np.array(self.tokenizer.encode(whole), np.int32)
+
     # Stateless, so that the position of a stream can be saved.
-    ids = tf.numpy_function(
-        lambda text: np.array(self.tokenizer.encode(text.decode(errors='replace')), np.int32),
-        [s], tf.int32, stateful=False)
-    return tf.ensure_shape(ids, [None])
+    return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32, stateful=False), [None])
 
   def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
     text = tf.numpy_function(lambda ids: self.tokenizer.decode(ids).encode(), [ids], tf.string,
