@@ -98,7 +98,7 @@ def _count_pieces(path: Path) -> int:
     return SentencePieceProcessor(model_file=str(path)).vocab_size()
   except RuntimeError as error:
     raise UserError(
-        f'{path} is neither a SentencePiece model nor a .json file: give another '
+        f'{path} is not a SentencePiece model, and no .json file: give another '
         'data.vocabulary_path') from error
 
 
