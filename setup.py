@@ -29,8 +29,10 @@ setup(
         'tensorflow-datasets>=4.9.8',
     ],
     extras_require={
-        'test': ['gguf>=0.17', 'hypothesis>=6', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.6'],
-        'gguf': ['gguf>=0.17'],
+        'test': ['gguf>=0.17', 'hypothesis>=6', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.6',
+                 'tokenizers>=0.21'],
+        'gguf': ['gguf>=0.17', 'tokenizers>=0.21'],
+        'tokenizers': ['tokenizers>=0.21'],
         'parity': ['torch>=2.6', 'transformers>=4.57'],
         'hub': ['huggingface-hub>=0.30'],
         'tensorboard': ['tensorboardX>=2.6'],

@@ -45,7 +45,8 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
   Args:
     path: directory of a decoder in our format, Hugging Face's or Google's; a file in it; a GGUF
       file, or the directory that holds one; a name such as 'gemma3-270m'; or hf://ORG/NAME.
-    vocabulary: path of a SentencePiece model, or 'byte'; '' for the one next to the decoder.
+    vocabulary: path of a SentencePiece model or tokenizer.json, or 'byte'; '' for the one next to
+      the decoder.
     dtype: dtype of the computation and the kv-cache. Weights stay as they are stored.
 
   Raises:

@@ -16,6 +16,7 @@ import jax
 
 from latent_deliberation.distributed import barrier
 from latent_deliberation.errors import UserError
+from latent_deliberation.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 
 def read_text(path: Path, what: str) -> str:
@@ -69,6 +70,28 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
   """Writes a value as indented JSON. Raises as `write_whole` does."""
   write_whole(path, json.dumps(value, indent=2).encode() + b'\n')
+
+
+def copy_vocabulary(path: Path, directory: Path, name: str) -> Path:
+  """Copies a vocabulary into a directory, and returns the path of the copy.
+
+  Args:
+    path: a SentencePiece model, or a tokenizer.json.
+    directory: directory of the copy.
+    name: name of a SentencePiece model there. A tokenizer.json is called so, and its
+      tokenizer_config.json comes with it.
+
+  Raises: as `write_whole` does.
+  """
+  if path.suffix != '.json':
+    copy = directory / name
+  else:
+    copy, config = directory / TOKENIZER_JSON, path.with_name(TOKENIZER_CONFIG)
+    # First, so that a tokenizer.json is never alone.
+    if config.is_file():
+      write_whole(directory / TOKENIZER_CONFIG, config.read_bytes())
+  write_whole(copy, path.read_bytes())
+  return copy
 
 
 @contextlib.contextmanager

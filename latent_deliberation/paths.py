@@ -9,7 +9,8 @@
     decoder/                  written by pretraining
     coprocessor/              written by training: coprocessor.json, coprocessor.safetensors
   prepared data (--data)      may be the work directory of a run
-    vocabulary.model          SentencePiece model of the rows
+    vocabulary.model          SentencePiece model of the rows; or else
+    tokenizer.json            Hugging Face's tokenizer, with tokenizer_config.json
     rows/train, rows/validation
   a quickstart                also holds its prepared data and its report
     pretraining/, coprocessor/, constant/     work directories of its runs
@@ -38,6 +39,8 @@ DECODER = 'decoder'
 COPROCESSOR = 'coprocessor'
 
 VOCABULARY_FILE = 'vocabulary.model'
+# Hugging Face's tokenizer, and the file beside it that names the tokens which begin and end a text.
+TOKENIZER_JSON, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 ROWS = 'rows'
 ARM_DATA = 'lessons'  # in a study's directory: the arms' own text, where they have some
 
@@ -50,6 +53,12 @@ GATE_FILE, GATE_WEIGHTS_FILE = 'gate.json', 'gate.safetensors'
 def arm_directory(workdir: Path, arm: str, seed: int) -> Path:
   """Work directory of one run of a study."""
   return workdir / 'arms' / arm / f'seed{seed}'
+
+
+def kept_vocabulary(prepared_dir: Path) -> Path:
+  """Vocabulary of prepared data, whether it is there yet or not."""
+  tokenizer = prepared_dir / TOKENIZER_JSON
+  return tokenizer if tokenizer.is_file() else prepared_dir / VOCABULARY_FILE
 
 
 # Old keys and values of saved configurations, with their current names.

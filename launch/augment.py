@@ -20,7 +20,8 @@ _DECODER = app.define_decoder(
     'decoder', 'Directory of the decoder, in any format we read, a GGUF file or a name.')
 _COPROCESSOR = app.define_directory('coprocessor', 'Directory of a trained coprocessor.')
 _VOCABULARY = flags.DEFINE_string(
-    'vocabulary', '', "Path of a SentencePiece model, or 'byte'. Default: the decoder's own.")
+    'vocabulary', '',
+    "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.")
 _DOCUMENT = flags.DEFINE_string(
     'document', None, 'File with the text to read, in UTF-8.', required=True)
 _LENGTH = flags.DEFINE_integer('length', 2048, 'Largest number of tokens that the text may have.')

@@ -24,7 +24,8 @@ _DECODER = app.define_decoder(
 _COPROCESSOR = app.define_directory(
     'coprocessor', "Directory of a trained coprocessor, or 'none'. Default: none.", '')
 _VOCABULARY = flags.DEFINE_string(
-    'vocabulary', '', "Path of a SentencePiece model, or 'byte'. Default: the decoder's own.")
+    'vocabulary', '',
+    "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.")
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue')
 _PROMPTS_FILE = flags.DEFINE_string(
     'prompts_file', '', "File with a prompt on each line, or .jsonl with a key 'prompt'.")

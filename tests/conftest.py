@@ -36,7 +36,7 @@ NOT_UNIT = (
     'data/online', 'deliberation/coprocessor', 'deliberation/flops', 'deliberation/forward',
     'errors', 'evaluation/diagnostics', 'evaluation/evaluate', 'evaluation/gating',
     'evaluation/perplexity', 'evaluation/plots', 'inference/', 'launch/bad_luck', 'launch/launch',
-    'launch/recipes', 'model/checkpoints/gguf_io', 'model/checkpoints/google',
+    'launch/recipes', 'model/checkpoints/gguf', 'model/checkpoints/google',
     'model/checkpoints/hugging_face_test',
     'model/checkpoints/native', 'model/checkpoints/source', 'model/decoder', 'model/kernels/',
     'model/layers', 'model/rotary', 'model/transformer_test', 'model/weights', 'parity/',

@@ -4,6 +4,8 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
+from absl import logging
+
 from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable
@@ -89,9 +91,14 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   if target.exists():
     raise UserError(f'{target} exists already. Give another directory, or remove it.')
   make_writable(target.parent)
+  try:
+    tokenizer = checkpoint.tokenizer
+  except UserError as error:
+    logging.warning('%s. The decoder is written without a tokenizer', error)
+    tokenizer = None
   params = checkpoint.load(dtype=dtype)
   weights.save(target, checkpoint.config, params, checkpoint.vocabulary_hash, format,
-               checkpoint.tokenizer)
+               tokenizer)
   written = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
-  tokenizer = f', with {checkpoint.tokenizer}' if checkpoint.tokenizer else ''
-  return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{tokenizer}'
+  with_it = f', with {tokenizer}' if tokenizer else ''
+  return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{with_it}'

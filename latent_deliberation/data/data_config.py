@@ -54,8 +54,8 @@ class DataConfig:
     questions: for 'synthetic': questions in a document, all about the same context.
     data_dir: for 'tfds': directory of prepared data sets; '' for TFDS's own default.
     vocabulary: 'sentencepiece' or 'byte'; a mixture brings its own instead.
-    vocabulary_path: path of a SentencePiece model; '' trains one.
-      The trained model is kept in the work directory.
+    vocabulary_path: path of a SentencePiece model or a tokenizer.json; '' trains a model.
+      A copy is kept in the work directory.
     vocabulary_size: number of pieces of a trained vocabulary; others ignore it.
     length: T, tokens of a row.
     validation_percent: percentage of the documents that is held out, 1 to 99.

@@ -4,6 +4,7 @@
 evaluation. The checks compare the vocabulary of the data with the decoder.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable
 from latent_deliberation.model.weights import Checkpoint
-from latent_deliberation.paths import ROWS, VOCABULARY_FILE
+from latent_deliberation.paths import ROWS, kept_vocabulary
 from latent_deliberation.sharding import rows_of_process
 
 VALIDATION_ORDER = 0  # seed of the order of validation rows, the same for every experiment
@@ -90,11 +91,15 @@ def check_pieces(data: DataConfig, vocab_size: int) -> None:
 
 
 def _count_pieces(path: Path) -> int:
+  if path.suffix == '.json':
+    module = importlib.import_module('latent_deliberation.data.tokenizer_json')
+    return module.TokenizerJson(path).size
   try:
     return SentencePieceProcessor(model_file=str(path)).vocab_size()
   except RuntimeError as error:
     raise UserError(
-        f'{path} is not a SentencePiece model: give another data.vocabulary_path') from error
+        f'{path} is not a SentencePiece model, and no .json file: give another '
+        'data.vocabulary_path') from error
 
 
 def check_known_vocabulary(data: DataConfig, prepared_dir: Path,
@@ -102,12 +107,12 @@ def check_known_vocabulary(data: DataConfig, prepared_dir: Path,
   """Raises UserError if a new vocabulary would be trained for a decoder that has one already."""
   # Fine if the decoder names its vocabulary, or if no new one would be trained.
   if (checkpoint.vocabulary_hash or data.source == 'mixture' or data.vocabulary == 'byte'
-      or data.vocabulary_path or (prepared_dir / VOCABULARY_FILE).exists()):
+      or data.vocabulary_path or kept_vocabulary(prepared_dir).exists()):
     return
   raise UserError(
       f'{checkpoint.directory} does not name the vocabulary that it was trained with, and cannot '
       'use a new one. Give its tokenizer: set data.vocabulary_path, or give the directory as in '
-      '--config=configs/gemma2_2b.py:DIRECTORY, which takes the tokenizer.model there')
+      '--config=configs/gemma2_2b.py:DIRECTORY, which takes the tokenizer there')
 
 
 def open_rows(prepared_dir: Path, split: str, *, length: int, vocab_size: int) -> PackedRows:

@@ -1,9 +1,11 @@
-"""Vocabularies of the input pipeline: UTF-8 bytes, or SentencePiece models, trained or given.
+"""Vocabularies of the input pipeline: UTF-8 bytes, SentencePiece models, or a tokenizer.json.
 
-Those made here have Gemma's special ids: padding 0, end 1, beginning 2, unknown 3.
+A SentencePiece model is given, or trained here. Vocabularies that are made here have Gemma's
+special ids: padding 0, end 1, beginning 2, unknown 3.
 """
 
 import hashlib
+import importlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,8 +28,8 @@ from latent_deliberation.data.data_config import (
 )
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.errors import MissingError, UserError
-from latent_deliberation.files import write_whole
-from latent_deliberation.paths import VOCABULARY_FILE
+from latent_deliberation.files import copy_vocabulary, write_whole
+from latent_deliberation.paths import VOCABULARY_FILE, kept_vocabulary
 
 # More text than this hardly changes a few thousand pieces. It trains in about ten seconds.
 TRAINING_BYTES = 16 << 20
@@ -74,7 +76,58 @@ class ByteVocabulary(seqio.Vocabulary):
     return hash(ByteVocabulary)
 
 
-Vocabulary = ByteVocabulary | seqio.SentencePieceVocabulary
+class JsonVocabulary(seqio.Vocabulary):
+  """A tokenizer.json for seqio; see `TokenizerJson` for arguments and errors."""
+
+  def __init__(self, path: Path):
+    super().__init__()
+    # By name, since only some vocabularies need this module and its library.
+    module = importlib.import_module('latent_deliberation.data.tokenizer_json')
+    self.tokenizer = module.TokenizerJson(path)
+
+  @property
+  def bos_id(self) -> int:
+    return self.tokenizer.bos
+
+  @property
+  def eos_id(self) -> int:
+    return self.tokenizer.eos
+
+  @property
+  def unk_id(self) -> int | None:
+    return self.tokenizer.unk
+
+  @property
+  def _base_vocab_size(self) -> int:
+    return self.tokenizer.size
+
+  def _encode(self, s: str) -> list[int]:
+    return self.tokenizer.encode(s)
+
+  def _decode(self, ids: Sequence[int]) -> str:
+    return self.tokenizer.decode(ids)
+
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def encode(text: bytes | np.ndarray) -> np.ndarray:  # an array outside of a graph
+      whole = np.asarray(text, object).item().decode(errors='replace')
+      return np.array(self.tokenizer.encode(whole), np.int32)
+
+    # Stateless, so that the position of a stream can be saved.
+    return tf.ensure_shape(tf.numpy_function(encode, [s], tf.int32, stateful=False), [None])
+
+  def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    text = tf.numpy_function(lambda ids: self.tokenizer.decode(ids).encode(), [ids], tf.string,
+                             stateful=False)
+    return tf.ensure_shape(text, [])
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, JsonVocabulary) and self.tokenizer.hash == other.tokenizer.hash
+
+  def __hash__(self) -> int:
+    return hash(self.tokenizer.hash)
+
+
+Vocabulary = ByteVocabulary | seqio.SentencePieceVocabulary | JsonVocabulary
 
 
 def train_sentencepiece(texts: Iterable[str], path: Path, size: int) -> None:
@@ -118,16 +171,20 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
       return
 
 
-def load_vocabulary(path: Path) -> seqio.SentencePieceVocabulary:
-  """Opens a SentencePiece model.
+def load_vocabulary(path: Path) -> seqio.SentencePieceVocabulary | JsonVocabulary:
+  """Opens a SentencePiece model, or a .json file of Hugging Face.
 
   Raises:
     MissingError: there is no such file.
-    UserError: the file is not a SentencePiece model, or `check_vocabulary` refuses it.
+    UserError: the file is damaged or of another kind, or `check_vocabulary` refuses it.
   """
   if not path.is_file():
-    raise MissingError(f'no vocabulary at {path}: give the path of a SentencePiece model, or '
-                       "vocabulary_path = '' to train one")
+    raise MissingError(f'no vocabulary at {path}: give the path of a SentencePiece model or a '
+                       "tokenizer.json, or vocabulary_path = '' to train one")
+  if path.suffix == '.json':
+    vocabulary = JsonVocabulary(path)
+    check_vocabulary(vocabulary, str(path))
+    return vocabulary
   vocabulary = seqio.SentencePieceVocabulary(str(path))
   try:
     vocabulary.load_model()
@@ -142,14 +199,22 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
   """Refuses a vocabulary in which padding, beginning or end is missing, or is a real token.
 
   Rows are padded with 0, and packing takes every 0 for padding. A vocabulary that gives id 0 to a
-  token would lose that token silently. In Llama and Mistral it is <unk>.
+  token would lose that token silently. In Llama 2 and Mistral it is <unk>.
+
+  In a tokenizer.json, id 0 serves as padding if it is a special token that no text gives and that
+  does not begin or end one. In SmolLM2-Instruct it is <|endoftext|>. What the tokenizer itself
+  pads with does not matter: there it is the end, which stays an end here. In Qwen and Llama 3,
+  id 0 is '!', and in the base SmolLM2 it is the beginning and the end.
 
   Raises:
-    UserError: as above, or the vocabulary is neither SentencePiece nor a ByteVocabulary.
+    UserError: as above, or the vocabulary is of a type that is not in `Vocabulary`.
   """
   if not isinstance(vocabulary, Vocabulary):
-    raise UserError(f'{origin}: vocabulary of type {type(vocabulary).__name__}: use a '
-                    'SentencePieceVocabulary or the ByteVocabulary of this package')
+    raise UserError(f'{origin}: vocabulary of type {type(vocabulary).__name__}: use one of '
+                    f'{[each.__name__ for each in Vocabulary.__args__]}')
+  if isinstance(vocabulary, JsonVocabulary):
+    _check_json(vocabulary, origin)
+    return
   # seqio always says that padding is 0. Only the tokenizer knows its real id.
   pad_id = vocabulary.pad_id
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
@@ -166,15 +231,30 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
         'needs both. Train the vocabulary with --eos_id=1 --bos_id=2, or take another')
 
 
+def _check_json(vocabulary: JsonVocabulary, origin: str) -> None:
+  """Raises UserError where packing would misread a token of a tokenizer.json."""
+  tokenizer = vocabulary.tokenizer
+  meanings = {'bos': tokenizer.bos, 'eos': tokenizer.eos, 'unk': tokenizer.unk}
+  remedy = ('Text can be generated with it; for training take a decoder with padding at 0, such as '
+            'a Gemma or SmolLM2-Instruct')
+  if PAD_ID not in tokenizer.special or PAD_ID in meanings.values():
+    raise UserError(f'{origin}: id 0 is the token {tokenizer.pieces[PAD_ID]!r}, with {meanings}, '
+                    f'but rows are padded with 0. {remedy}')
+  # The number of BOS in a row tells its documents apart.
+  if tokenizer.bos == tokenizer.eos:
+    raise UserError(f'{origin}: {tokenizer.pieces[tokenizer.bos]!r} both begins and ends a text, '
+                    f'but every document needs two. {remedy}')
+
+
 def open_vocabulary(config: DataConfig, prepared_dir: Path,
                     texts: Callable[[], Iterable[str]]) -> Vocabulary:
-  """Opens the vocabulary of prepared data, which keep their own copy of a SentencePiece model.
+  """Opens the vocabulary of prepared data, which keep their own copy of its files.
 
   A copy that is there is never overwritten.
 
   Args:
     config: kind of the vocabulary, and its path or size.
-    prepared_dir: directory that holds, or will hold, vocabulary.model.
+    prepared_dir: directory that holds, or will hold, vocabulary.model or tokenizer.json.
     texts: returns the training split; called only if a vocabulary must be trained.
 
   Raises:
@@ -184,11 +264,12 @@ def open_vocabulary(config: DataConfig, prepared_dir: Path,
   if config.vocabulary == 'byte':
     return ByteVocabulary()
   # The copy in the directory is the one that is used. What the configuration says is compared.
-  kept = prepared_dir / VOCABULARY_FILE
+  kept = kept_vocabulary(prepared_dir)
   if config.vocabulary_path:
-    given = load_vocabulary(Path(config.vocabulary_path).expanduser())
+    path = Path(config.vocabulary_path).expanduser()
+    given = load_vocabulary(path)
     if not kept.exists():
-      write_whole(kept, Path(given.sentencepiece_model_file).read_bytes())
+      kept = copy_vocabulary(path, prepared_dir, VOCABULARY_FILE)
     vocabulary = load_vocabulary(kept)
     asked, found = vocabulary_hash(given), vocabulary_hash(vocabulary)
   else:
@@ -208,6 +289,8 @@ def vocabulary_hash(vocabulary: Vocabulary) -> str:
   """Returns the sha256 of everything that determines how text becomes ids."""
   if isinstance(vocabulary, ByteVocabulary):
     return BYTE_VOCABULARY_HASH
+  if isinstance(vocabulary, JsonVocabulary):
+    return vocabulary.tokenizer.hash
   return hashlib.sha256(vocabulary.sp_model).hexdigest()
 
 
@@ -216,6 +299,8 @@ def bytes_per_token(vocabulary: Vocabulary) -> np.ndarray:
 
   Exact for a vocabulary that does not change text, such as those trained here and Gemma's.
   """
+  if isinstance(vocabulary, JsonVocabulary):
+    return vocabulary.tokenizer.bytes_per_token()
   if isinstance(vocabulary, ByteVocabulary):
     return (np.arange(vocabulary.vocab_size) >= SPECIAL_IDS).astype(np.int32)
   # A SentencePiece id is a special sign, one byte, or a piece of text.

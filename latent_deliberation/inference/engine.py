@@ -310,7 +310,8 @@ def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', 
     decoder_dir: directory of a decoder, in any format that `model.weights` reads.
     coprocessor: directory of a coprocessor, or the work directory that holds it; '' or 'none' for
       none.
-    vocabulary: path of a SentencePiece model, or 'byte'; '' for the decoder's own.
+    vocabulary: path of a SentencePiece model or tokenizer.json, or 'byte'; '' for the decoder's
+      own.
     length: largest number of tokens of a text.
     gate: gate to check against the decoder.
 

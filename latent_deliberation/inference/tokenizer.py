@@ -19,6 +19,7 @@ from latent_deliberation.data.data_config import (
   decode_bytes,
   encode_bytes,
 )
+from latent_deliberation.data.tokenizer_json import TokenizerJson
 from latent_deliberation.errors import UserError
 from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.paths import VOCABULARY_FILE
@@ -69,8 +70,8 @@ class SentencePieceTokenizer:
         and end a text.
     """
     if not path.is_file():
-      raise UserError(f'no vocabulary at {path}: give the path of a SentencePiece model, '
-                      f'or {BYTES!r} for the byte vocabulary')
+      raise UserError(f'no vocabulary at {path}: give the path of a SentencePiece model or a '
+                      f'tokenizer.json, or {BYTES!r} for the byte vocabulary')
     model = path.read_bytes()
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -94,9 +95,31 @@ class SentencePieceTokenizer:
     return self._model.decode([int(i) for i in ids if not self._model.is_control(int(i))])
 
 
+class JsonTokenizer:
+  """A tokenizer.json, such as that of Llama 3, Qwen or SmolLM2; see `TokenizerJson`."""
+
+  def __init__(self, path: Path):
+    self._model = TokenizerJson(path)
+    self.size, self.eos, self.hash = self._model.size, self._model.eos, self._model.hash
+
+  def encode(self, text: str) -> list[int]:
+    """See Tokenizer."""
+    return [self._model.bos, *self._model.encode(text)]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """See Tokenizer."""
+    return self._model.decode(ids)
+
+
 def open_tokenizer(vocabulary: str | Path) -> Tokenizer:
-  """Opens a SentencePiece model, or 'byte'; raises what `SentencePieceTokenizer` does."""
-  return ByteTokenizer() if vocabulary == BYTES else SentencePieceTokenizer(Path(vocabulary))
+  """Opens a SentencePiece model, a .json file of Hugging Face, or 'byte'.
+
+  Raises what `SentencePieceTokenizer` and `TokenizerJson` do.
+  """
+  if vocabulary == BYTES:
+    return ByteTokenizer()
+  path = Path(vocabulary)
+  return JsonTokenizer(path) if path.suffix == '.json' else SentencePieceTokenizer(path)
 
 
 def tokenizer_of(checkpoint: Checkpoint, vocabulary: str = '') -> Tokenizer:
@@ -114,14 +137,15 @@ def tokenizer_of(checkpoint: Checkpoint, vocabulary: str = '') -> Tokenizer:
     found = checkpoint.tokenizer or next((path for path in places if path.is_file()), None)
     if found is None:
       raise UserError(f'no vocabulary next to the decoder in {directory}: give '
-                      f'--vocabulary=PATH, its SentencePiece model, or --vocabulary={BYTES}')
+                      '--vocabulary=PATH, its SentencePiece model or tokenizer.json, or '
+                      f'--vocabulary={BYTES}')
     vocabulary = str(found)
   tokenizer = open_tokenizer(vocabulary)
   # It must be the decoder's own, and have no more pieces than there are embeddings.
   if checkpoint.vocabulary_hash and tokenizer.hash != checkpoint.vocabulary_hash:
     raise UserError(f'the decoder in {checkpoint.directory} was trained with the vocabulary '
                     f'{checkpoint.vocabulary_hash}, but {vocabulary} is {tokenizer.hash}: give the '
-                    'vocabulary.model of its data')
+                    'vocabulary of its data')
   if tokenizer.size > checkpoint.config.vocab_size:
     raise UserError(f'{vocabulary} has {tokenizer.size} pieces, but the decoder in '
                     f'{checkpoint.directory} has {checkpoint.config.vocab_size} embeddings: give '

@@ -10,7 +10,6 @@ path may be a name; see model/checkpoints/named.py.
 import dataclasses
 import importlib
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.errors import MissingError, UserError, differences
-from latent_deliberation.files import explain_failed_write, whole_directory
+from latent_deliberation.files import copy_vocabulary, explain_failed_write, whole_directory
 from latent_deliberation.model.checkpoints import google, hugging_face, native
 from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG, read_config
 from latent_deliberation.model.checkpoints.layout import stored_shapes
@@ -43,6 +42,7 @@ from latent_deliberation.model.checkpoints.source import (
 )
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import TransformerConfig
+from latent_deliberation.paths import TOKENIZER_JSON
 
 FORMATS = ('native', 'huggingface')  # of `save`; 'google' and 'gguf' can only be read
 TOKENIZER = 'tokenizer.model'
@@ -74,15 +74,19 @@ class Checkpoint:
 
   @property
   def tokenizer(self) -> Path | None:
-    """Path of the SentencePiece model in the directory; None if there is none.
+    """Path of the SentencePiece model in the directory, or else of its tokenizer.json, or None.
 
-    A GGUF file holds the vocabulary itself. Its model is rebuilt into the user's cache.
+    A GGUF file holds the vocabulary itself, which is rebuilt into the user's cache.
+
+    Raises:
+      UserError: the vocabulary of a GGUF file is of an unknown kind, or damaged.
     """
     if self.format == 'gguf':
-      return _gguf_io().cache_tokenizer(self.source)
+      return _import('gguf_tokenizer').cache_tokenizer(self.source)
     # Google's downloads have the tokenizer next to the directory of the checkpoint.
     around = [self.directory.parent] if self.format == 'google' else []
-    paths = (place / TOKENIZER for place in (self.directory, *around))
+    paths = (place / name for name in (TOKENIZER, TOKENIZER_JSON)
+             for place in (self.directory, *around))
     return next(filter(Path.is_file, paths), None)
 
   @property
@@ -213,7 +217,7 @@ def _open_native(directory: Path) -> Checkpoint:
 
 def _open_gguf(path: Path) -> Checkpoint:
   # The tensors have Hugging Face's names and shapes, so its layout serves.
-  gguf_io = _gguf_io()
+  gguf_io = _import('gguf_io')
   source = gguf_io.GGUFSource(gguf_io.find_file(path))
   config = gguf_io.read_config(source)
   layout = hugging_face.find_layout(config)
@@ -223,9 +227,9 @@ def _open_gguf(path: Path) -> Checkpoint:
       lambda shardings, dtype: assemble(source, layout, config, shardings, dtype))
 
 
-def _gguf_io() -> ModuleType:
-  """Returns the reader of GGUF files, imported only if there is such a file."""
-  return importlib.import_module('latent_deliberation.model.checkpoints.gguf_io')
+def _import(name: str) -> ModuleType:
+  """Returns a module that is needed only for GGUF files."""
+  return importlib.import_module(f'latent_deliberation.model.checkpoints.{name}')
 
 
 def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoint:
@@ -266,7 +270,7 @@ def save(directory: str | Path, config: TransformerConfig, params: Params,
     params: parameters of that architecture.
     vocabulary_hash: hash of the vocabulary of the training text; only the native format keeps it.
     format: one of FORMATS.
-    tokenizer: path of a SentencePiece model to copy into the directory; default none.
+    tokenizer: SentencePiece model or tokenizer.json to copy into the directory; default none.
 
   Raises:
     UserError: `directory` exists or cannot be written; or the format is unknown or cannot describe
@@ -283,7 +287,7 @@ def save(directory: str | Path, config: TransformerConfig, params: Params,
   # The directory gets its name when all files in it are complete.
   with whole_directory(Path(directory)) as partial, explain_failed_write(Path(directory)):
     if tokenizer is not None and jax.process_index() == 0:
-      shutil.copyfile(tokenizer, partial / TOKENIZER)
+      copy_vocabulary(tokenizer, partial, TOKENIZER)
     if format == 'native':
       native.write(partial, config, params, vocabulary_hash)
     else:

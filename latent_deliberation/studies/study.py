@@ -17,13 +17,14 @@ from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.files import make_writable, write_whole
+from latent_deliberation.files import copy_vocabulary, make_writable
 from latent_deliberation.paths import (
   ARM_DATA,
   DECODER,
   PHASES_FILE,
   VOCABULARY_FILE,
   arm_directory,
+  kept_vocabulary,
 )
 from latent_deliberation.progress import PhaseClock, Progress
 from latent_deliberation.provenance import git_commit
@@ -142,14 +143,14 @@ def _prepare_arm_data(study: Study, workdir: Path) -> Path:
     return workdir
   arm_prepared_dir = workdir / ARM_DATA
   # Arms must use the decoder's vocabulary, so it is copied before data are prepared.
-  vocabulary, kept = workdir / VOCABULARY_FILE, arm_prepared_dir / VOCABULARY_FILE
+  vocabulary = kept_vocabulary(workdir)
 
   def copy() -> None:
-    if vocabulary.exists() and not kept.exists():
+    if vocabulary.exists() and not kept_vocabulary(arm_prepared_dir).exists():
       make_writable(arm_prepared_dir)
-      write_whole(kept, vocabulary.read_bytes())
+      copy_vocabulary(vocabulary, arm_prepared_dir, VOCABULARY_FILE)
 
-  run_on_process_zero(f'copy the vocabulary to {kept}', copy)
+  run_on_process_zero(f'copy the vocabulary to {arm_prepared_dir}', copy)
   # All arms read the same text, so any of them describes it.
   variant = study.variant(next(iter(study.arms)), study.seeds[0])
   prepare_data(variant.data, variant.decoder.vocab_size, arm_prepared_dir)

@@ -18,7 +18,7 @@ from latent_deliberation.data.loading import (
 )
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
-from latent_deliberation.paths import DECODER, VOCABULARY_FILE
+from latent_deliberation.paths import DECODER, kept_vocabulary
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import language_modelling
 from latent_deliberation.training.run import Run, fit
@@ -56,7 +56,7 @@ def pretrain(experiment: Experiment, workdir: Path, prepared_dir: Path) -> Path:
                {'validation': _validation(experiment, loss_fn, eval_batches, mesh)}, frozen={})
   target = workdir / DECODER
   if not target.exists():
-    tokenizer = prepared_dir / VOCABULARY_FILE
+    tokenizer = kept_vocabulary(prepared_dir)
     weights.save(target, experiment.decoder, params, rows.manifest.recipe.vocabulary_hash,
                  tokenizer=tokenizer if tokenizer.is_file() else None)
   return target

@@ -16,7 +16,7 @@ from latent_deliberation.model.checkpoints import named
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.training.train import train_coprocessor
-from tests import finished
+from tests import finished, tiny_tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -55,6 +55,17 @@ def test_round_trip(exported, quickstart, tmp_path):
   config, params = weights.load(tmp_path / 'back')
   assert config == weights.open_checkpoint(original).config
   assert fingerprint(params) == weights.open_checkpoint(original).fingerprint
+
+
+def test_tokenizer_json(exported, tmp_path):
+  """A tokenizer.json comes with the file that names its beginning and end."""
+  source = shutil.copytree(exported, tmp_path / 'source')
+  tokenizer = tiny_tokenizer.write(source)
+  convert.convert(weights.open_checkpoint(source), tmp_path / 'native', 'native')
+  checkpoint = weights.open_checkpoint(tmp_path / 'native')
+  assert checkpoint.tokenizer == tmp_path / 'native/tokenizer.json'
+  assert checkpoint.tokenizer.read_bytes() == tokenizer.read_bytes()
+  assert (tmp_path / 'native/tokenizer_config.json').is_file()
 
 
 def test_dtype_rounds(exported, tmp_path):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data import loading
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.loading import (
+  check_pieces,
   open_batches,
   open_rows,
   prepare_data,
@@ -19,7 +21,7 @@ from latent_deliberation.sharding import MeshConfig, make_mesh
 from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.pretrain import pretrain
 from latent_deliberation.training.train import train_coprocessor
-from tests import finished
+from tests import finished, tiny_tokenizer
 
 
 def prepare(experiment, directory):
@@ -201,3 +203,15 @@ def test_tokenizer_must_fit_decoder(vocab_size, content, message, tmp_path):
   with pytest.raises(UserError, match=message.replace('320', str(pieces))):
     prepare(experiment, tmp_path / 'data')
   assert not (tmp_path / 'data').exists()
+
+
+def test_tokenizer_json_must_fit_decoder(tmp_path):
+  """A tokenizer.json with more tokens than embeddings, or a damaged one, is refused."""
+  path = tiny_tokenizer.write(tmp_path)
+  config = DataConfig(vocabulary_path=str(path))
+  check_pieces(config, 265)
+  with pytest.raises(UserError, match='tokenizer.json: 265 pieces, but decoder.vocab_size.* is 264'):
+    check_pieces(config, 264)
+  path.write_bytes(b'{}')
+  with pytest.raises(UserError, match=r'tokenizer.json \(2 bytes\)'):
+    check_pieces(config, 265)

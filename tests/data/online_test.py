@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from latent_deliberation.data.online import OnlineBatches
 from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.vocabularies import ByteVocabulary
 from latent_deliberation.errors import UserError
+from tests import tiny_tokenizer
 
 
 @pytest.fixture
@@ -52,8 +54,12 @@ def test_seed_determines_the_stream(config, tmp_path):
   assert (batch.tokens != other(0).tokens).any()
 
 
-def test_resume_is_exact(config, tmp_path):
+@pytest.mark.parametrize('kind', ['byte', 'json'])
+def test_resume_is_exact(config, tmp_path, kind):
   """A restored stream continues with exactly the same batches."""
+  if kind == 'json':
+    config = dataclasses.replace(config, vocabulary='sentencepiece',
+                                 vocabulary_path=str(tiny_tokenizer.write(tmp_path / 'given')))
   batches = OnlineBatches(config, tmp_path, 4, seed=0)
   for step in range(3):
     batches(step)

@@ -19,6 +19,8 @@ from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import ByteVocabulary, load_vocabulary
 from latent_deliberation.errors import UserError
+from latent_deliberation.paths import kept_vocabulary
+from tests import tiny_tokenizer
 
 BOS, EOS = 2, 1
 
@@ -105,14 +107,17 @@ def read_back(rows, vocabulary):
   return [vocabulary.decode(document[:-1]) for document in documents]
 
 
-@pytest.mark.parametrize('fields', [{'vocabulary': 'byte'}, {'vocabulary_size': 340,
-                                                             'vocabulary': 'sentencepiece'}])
+@pytest.mark.parametrize('fields', [
+    {'vocabulary': 'byte'}, {'vocabulary': 'sentencepiece', 'vocabulary_size': 340},
+    {'vocabulary': 'sentencepiece', 'vocabulary_path': 'tokenizer.json'}])
 def test_texts_come_back(corpus_directory, tmp_path, fields):
   """Every text comes back from the rows, unchanged."""
+  if 'vocabulary_path' in fields:
+    fields = {**fields, 'vocabulary_path': str(tiny_tokenizer.write(tmp_path / 'given'))}
   config = local(corpus_directory, **fields)
   directory = prepare(config, tmp_path)
   vocabulary = (ByteVocabulary() if config.vocabulary == 'byte'
-                else load_vocabulary(tmp_path / 'vocabulary.model'))
+                else load_vocabulary(kept_vocabulary(tmp_path)))
   for split in ('train', 'validation'):
     rows = PackedRows(directory / split)
     texts = list(read_texts(build_source(config), split, 'text', 0))

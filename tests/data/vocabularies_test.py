@@ -10,6 +10,7 @@ from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.vocabularies import (
   VOCABULARY_FILE,
   ByteVocabulary,
+  JsonVocabulary,
   bytes_per_token,
   load_vocabulary,
   open_vocabulary,
@@ -17,12 +18,14 @@ from latent_deliberation.data.vocabularies import (
   vocabulary_hash,
 )
 from latent_deliberation.errors import UserError
+from tests import tiny_tokenizer
 
 LINES = 'def größe(x):\n    if x > 10:\n        return [x, "ab", 2025]\n\n\n\tpass  # done\r\n'
 TEXTS = [LINES * 4, 'the quick brown fox jumps over the lazy dog\n' * 4,
          ' 2025' * 50]
 SAMPLES = [LINES, '', ' ', '\n', '  two  spaces  ', 'tab\there', 'ends\n\n', 'unseen: ☃ 漢字 🎉',
            '<eos> <pad> <0x0A> </s>', 'no-newline']
+KINDS = ('byte', 'sentencepiece', 'json')
 
 
 @pytest.fixture(scope='module')
@@ -30,6 +33,13 @@ def trained(tmp_path_factory):
   path = tmp_path_factory.mktemp('vocabulary') / 'v.model'
   train_sentencepiece(TEXTS, path, 320)
   return load_vocabulary(path)
+
+
+@pytest.fixture(scope='module')
+def vocabularies(trained, tmp_path_factory):
+  """One vocabulary of each kind."""
+  path = tiny_tokenizer.write(tmp_path_factory.mktemp('tokenizer'))
+  return {'byte': ByteVocabulary(), 'sentencepiece': trained, 'json': load_vocabulary(path)}
 
 
 def train_foreign(path, **options):
@@ -43,28 +53,30 @@ def train_foreign(path, **options):
 
 
 @pytest.mark.parametrize('sample', SAMPLES)
-@pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
-def test_text_comes_back(kind, sample, trained):
-  vocabulary = ByteVocabulary() if kind == 'byte' else trained
+@pytest.mark.parametrize('kind', KINDS)
+def test_text_comes_back(kind, sample, vocabularies):
+  vocabulary = vocabularies[kind]
   ids = vocabulary.encode(sample)
   assert vocabulary.decode(ids) == sample
   assert all(4 <= i < vocabulary.vocab_size for i in ids)
 
 
 @pytest.mark.parametrize('sample', SAMPLES)
-@pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
-def test_tensorflow_gives_the_same_ids(kind, sample, trained):
-  vocabulary = ByteVocabulary() if kind == 'byte' else trained
+@pytest.mark.parametrize('kind', KINDS)
+def test_tensorflow_gives_the_same_ids(kind, sample, vocabularies):
+  vocabulary = vocabularies[kind]
   ids = vocabulary.encode_tf(tf.constant(sample))
   assert ids.dtype == tf.int32
   assert ids.numpy().tolist() == list(vocabulary.encode(sample))
+  stream = tf.data.Dataset.from_tensors(sample).map(vocabulary.encode_tf)
+  assert next(stream.as_numpy_iterator()).tolist() == ids.numpy().tolist()
   assert vocabulary.decode_tf(ids).numpy().decode() == sample
 
 
 @pytest.mark.parametrize('sample', SAMPLES)
-@pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
-def test_bytes_per_token(kind, sample, trained):
-  vocabulary = ByteVocabulary() if kind == 'byte' else trained
+@pytest.mark.parametrize('kind', KINDS)
+def test_bytes_per_token(kind, sample, vocabularies):
+  vocabulary = vocabularies[kind]
   ids = [vocabulary.bos_id, *vocabulary.encode(sample), vocabulary.eos_id, 0]
   assert bytes_per_token(vocabulary)[np.array(ids)].sum() == len(sample.encode())
 
@@ -108,6 +120,26 @@ def test_vocabulary_without_bos(tmp_path):
     load_vocabulary(path)
 
 
+@pytest.mark.parametrize('special, ends, message', [
+    ((), {'bos_token': '!', 'eos_token': '"'}, "json: id 0 is the token 'Ā'.* with 0.*Gemma"),
+    (('<|endoftext|>', '<end>'), {'eos_token': '<end>'}, r"id 0 .*endoftext.*'bos': 0"),
+    (('<begin>', '<end>'), {'bos_token': '<end>', 'eos_token': '<begin>'}, "id 0 .*'eos': 0"),
+    (('<pad>', '<end>'), {'bos_token': '<end>', 'eos_token': '<end>'}, "'<end>' both .*training"),
+])
+def test_ids_of_json(special, ends, message, tmp_path):
+  """Id 0 must be a special token without a meaning, and documents begin and end differently."""
+  path = tiny_tokenizer.write(tmp_path, tiny_tokenizer.describe(special), ends)
+  with pytest.raises(UserError, match=message):
+    load_vocabulary(path)
+
+
+def test_unknown_at_0(tmp_path):
+  """Padding that a text gives where it cannot be spelled is refused."""
+  content = tiny_tokenizer.describe(unk_token='<pad>')
+  with pytest.raises(UserError, match="id 0 is the token '<pad>'.*'unk': 0"):
+    load_vocabulary(tiny_tokenizer.write(tmp_path, content))
+
+
 def test_missing_vocabulary_is_named(tmp_path):
   with pytest.raises(UserError, match='no vocabulary at .*absent.model'):
     load_vocabulary(tmp_path / 'absent.model')
@@ -120,11 +152,11 @@ def test_damaged_vocabulary_is_named(tmp_path):
       load_vocabulary(tmp_path / 'v.model')
 
 
-def test_hashes_tell_vocabularies_apart(trained, tmp_path):
+def test_hashes_tell_vocabularies_apart(trained, vocabularies, tmp_path):
   train_sentencepiece(TEXTS, tmp_path / 'v.model', 319)
-  hashes = {vocabulary_hash(v) for v in (trained, ByteVocabulary(),
+  hashes = {vocabulary_hash(v) for v in (*vocabularies.values(),
                                          load_vocabulary(tmp_path / 'v.model'))}
-  assert len(hashes) == 3
+  assert len(hashes) == 4
   train_sentencepiece(TEXTS, tmp_path / 'same.model', 320)
   assert vocabulary_hash(load_vocabulary(tmp_path / 'same.model')) == vocabulary_hash(trained)
 
@@ -148,6 +180,22 @@ def test_another_vocabulary_is_refused(tmp_path, trained):
     open_vocabulary(DataConfig(vocabulary_path=trained.sentencepiece_model_file), tmp_path,
                     lambda: TEXTS)
   assert (tmp_path / VOCABULARY_FILE).read_bytes() == kept
+
+
+def test_json_is_copied(tmp_path, vocabularies):
+  """A tokenizer.json is kept with its ends, and is not exchanged for another vocabulary."""
+  given = vocabularies['json']
+  config = DataConfig(vocabulary_path=str(given.tokenizer.path))
+  for _ in range(2):
+    vocabulary = open_vocabulary(config, tmp_path, lambda: TEXTS)
+  assert isinstance(vocabulary, JsonVocabulary) and vocabulary == given
+  assert vocabulary.tokenizer.path == tmp_path / 'tokenizer.json'
+  for other in (DataConfig(vocabulary_size=320), DataConfig(
+      vocabulary_path=vocabularies['sentencepiece'].sentencepiece_model_file)):
+    with pytest.raises(UserError, match=f'{tmp_path}/tokenizer.json has .* asks for'):
+      open_vocabulary(other, tmp_path, lambda: TEXTS)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+      'tokenizer.json', 'tokenizer_config.json']
 
 
 def test_given_vocabulary_is_copied(tmp_path, trained):

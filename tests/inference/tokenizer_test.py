@@ -4,7 +4,15 @@ import pytest
 
 from latent_deliberation.data import vocabularies
 from latent_deliberation.errors import UserError
-from latent_deliberation.inference.tokenizer import ByteTokenizer, open_tokenizer, stop_at
+from latent_deliberation.inference.tokenizer import (
+  ByteTokenizer,
+  open_tokenizer,
+  stop_at,
+  tokenizer_of,
+)
+from latent_deliberation.model import weights
+from tests import tiny_tokenizer
+from tests.model.checkpoints import foreign
 
 TEXTS = ['def f(x):\n    return x + 1  # é — 漢字 🙂', ' leading and trailing ', 'ß']
 
@@ -17,12 +25,17 @@ def model(tmp_path_factory):
   return path
 
 
-@pytest.mark.parametrize('kind', ['byte', 'sentencepiece'])
-def test_ids_are_those_of_prepared_data(kind, model):
-  if kind == 'byte':
-    tokenizer, vocabulary = open_tokenizer('byte'), vocabularies.ByteVocabulary()
-  else:
-    tokenizer, vocabulary = open_tokenizer(model), vocabularies.load_vocabulary(model)
+@pytest.fixture(scope='module')
+def tokenizer_json(tmp_path_factory):
+  return tiny_tokenizer.write(tmp_path_factory.mktemp('tokenizer'))
+
+
+@pytest.mark.parametrize('kind', ['byte', 'sentencepiece', 'json'])
+def test_ids_are_those_of_prepared_data(kind, model, tokenizer_json):
+  path = {'byte': 'byte', 'sentencepiece': model, 'json': tokenizer_json}[kind]
+  tokenizer = open_tokenizer(path)
+  vocabulary = (vocabularies.ByteVocabulary() if kind == 'byte'
+                else vocabularies.load_vocabulary(path))
   assert tokenizer.hash == vocabularies.vocabulary_hash(vocabulary)
   assert (tokenizer.size, tokenizer.eos) == (vocabulary.vocab_size, vocabulary.eos_id)
   for text in TEXTS:
@@ -31,9 +44,9 @@ def test_ids_are_those_of_prepared_data(kind, model):
     assert tokenizer.decode([*ids, tokenizer.eos]) == text
 
 
-def test_stop_at_last_token(model):
+def test_stop_at_last_token(model, tokenizer_json):
   """A text ends at the token that completes a stop string."""
-  for tokenizer in (ByteTokenizer(), open_tokenizer(model)):
+  for tokenizer in (ByteTokenizer(), open_tokenizer(model), open_tokenizer(tokenizer_json)):
     text = TEXTS[0]
     ids = tokenizer.encode(text)[1:]
     for strings in (['return'], ['漢', 'nowhere'], ['🙂'], ['x + 1', 'n x']):
@@ -52,3 +65,22 @@ def test_bad_vocabularies_are_refused(tmp_path, model):
   (tmp_path / 'cut').write_bytes(model.read_bytes()[:100])
   with pytest.raises(UserError, match=r'cut \(100 bytes\)'):
     open_tokenizer(tmp_path / 'cut')
+
+
+def test_tokenizer_of_directory(tmp_path, model):
+  """A tokenizer.json beside the weights is found, whatever its id 0 is; SentencePiece is first."""
+  foreign.write_hf(tmp_path, foreign.HF_CONFIGS['gemma1'],
+                   foreign.hf_tensors(foreign.params_of('gemma1')))
+  few = [*tiny_tokenizer.letters()[33:66], '<end>']
+  content = tiny_tokenizer.describe(
+      special=(), merges=(), vocab={token: number for number, token in enumerate(few)})
+  tiny_tokenizer.write(tmp_path, content, {'bos_token': '<end>', 'eos_token': '<end>'})
+  tokenizer = tokenizer_of(weights.open_checkpoint(tmp_path))
+  assert tokenizer.encode('!"!') == [33, 0, 1, 0]
+  assert tokenizer.decode([0, 1, 0]) == '!"!'
+  (tmp_path / 'tokenizer.model').write_bytes(model.read_bytes())
+  with pytest.raises(UserError, match='tokenizer.model has 340 pieces, .* 38 embeddings'):
+    tokenizer_of(weights.open_checkpoint(tmp_path))
+  with pytest.raises(UserError, match='tiny.json has 265 pieces, .* 38 embeddings'):
+    tiny_tokenizer.write(tmp_path / 'large').rename(tmp_path / 'large/tiny.json')
+    tokenizer_of(weights.open_checkpoint(tmp_path), str(tmp_path / 'large/tiny.json'))

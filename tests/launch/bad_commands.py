@@ -9,8 +9,8 @@ class Bad:
 
   Attributes:
     script: its name in launch/.
-    arguments: {run} is a finished quickstart, {new} does not exist, {files} has two bad configs
-      and a bad GGUF file.
+    arguments: {run} is a finished quickstart, {new} does not exist, {files} has two bad configs,
+      a bad GGUF file and a bad tokenizer.
     message: pattern of its output, with what is wrong and, where there is one, the remedy.
   """
   script: str
@@ -71,6 +71,9 @@ BAD = {
     'no source': Bad('convert', '--target={new}', '^Error: --source: .*--list'),
     'a damaged GGUF file as decoder': Bad(
         'generate', '--decoder={files}/gguf/cut.gguf --prompt=a', 'gguf/cut.gguf .*GGUF file'),
+    'a damaged tokenizer as vocabulary': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --prompt=a --vocabulary={files}/cut.json',
+        r'cut.json \(9 bytes\) .*tokenizer.json'),
     'a damaged GGUF file as source': Bad(
         'convert', '--source={files}/gguf/cut.gguf', 'gguf/cut.gguf .*GGUF file'),
     'a URL as decoder': Bad(

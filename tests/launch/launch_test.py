@@ -45,6 +45,7 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
   (files / 'ahead.py').write_text(tiny.replace('num_ahead=4', 'num_ahead=64'))
   (files / 'gguf').mkdir()
   (files / 'gguf/cut.gguf').write_bytes(b'GGUF')
+  (files / 'cut.json').write_bytes(b'{"model":')
   commands = {script: command(script, '--help') for script in SCRIPTS + WITHOUT_CONFIG}
   run, _ = finished.quickstart()
   commands['a list'] = command('convert', f'--source={run}/pretraining/decoder', '--list')

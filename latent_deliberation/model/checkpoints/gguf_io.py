@@ -3,10 +3,10 @@
 A file is read as if it were a Hugging Face checkpoint. Each tensor is dequantised by the gguf
 library and gets Hugging Face's name, shape and values. Three things differ in the file and are
 undone here. Shapes are reversed. Gemma's norms are stored as 1 + scale. Architecture 'llama' has
-the rows of queries and keys in another order, in which rotary pairs are neighbours.
+the rows of queries and keys in another order, in which rotary pairs are neighbours. The vocabulary
+is read by gguf_tokenizer.py.
 """
 
-import hashlib
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -19,7 +19,6 @@ from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import write_whole
 from latent_deliberation.model.checkpoints.source import Stored
 from latent_deliberation.model.rotary import rotary_frequencies
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
@@ -116,6 +115,11 @@ class GGUFSource:
     field = self.metadata.get(key.format(getattr(self, 'architecture', '')))
     return default if field is None else field.contents()
 
+  @property
+  def num_embeddings(self) -> int:
+    """Number of rows of the embedding table."""
+    return self.tensors[_TABLE].shape[0]
+
   def encodings(self) -> dict[str, str]:
     """Returns how the file stores each tensor, such as 'Q4_K', by Hugging Face's names."""
     return {name: tensor.tensor_type.name for name, tensor in self._stored.items()}
@@ -182,7 +186,7 @@ def _read_sizes(source: GGUFSource) -> dict[str, Any]:
   """Returns the keys of a TransformerConfig that all architectures have."""
   width, heads = _need(source, 'embedding_length'), _need(source, 'attention.head_count')
   sizes = dict(
-      vocab_size=source.tensors[_TABLE].shape[0], embed_dim=width,
+      vocab_size=source.num_embeddings, embed_dim=width,
       num_layers=_need(source, 'block_count'), num_heads=heads,
       num_kv_heads=source.get('{}.attention.head_count_kv', heads),
       head_dim=source.get('{}.attention.key_length', width // heads),
@@ -246,70 +250,3 @@ def _read_llama3(source: GGUFSource, head_dim: int, base: float) -> tuple[float,
     raise UserError(f"{_ROPE_FACTORS} {list(factors.shape)} does not hold Llama 3's scaling of "
                     'rotary embeddings: give another decoder')
   return scaling
-
-
-# Types of a piece in the metadata, with SentencePiece's own numbers.
-_UNKNOWN, _USER_DEFINED, _BYTE = 2, 4, 6
-_SPACE = '\u2581'  # SentencePiece's sign for a space
-CACHE = Path('~/.cache/latent_deliberation/tokenizers')
-
-
-def rebuild_sentencepiece(source: GGUFSource) -> bytes:
-  """Returns the SentencePiece model that the metadata describe, as the bytes of a tokenizer.model.
-
-  Raises:
-    UserError: the vocabulary is not SentencePiece's or incomplete, or has more pieces than the
-      table has embeddings.
-  """
-  from sentencepiece import sentencepiece_model_pb2
-  kind = source.get('tokenizer.ggml.model')
-  if kind != 'llama':
-    raise UserError(f'{source.file}: tokenizer.ggml.model = {kind!r} is not a SentencePiece '
-                    'vocabulary: give the tokenizer of the model, --vocabulary=PATH')
-  pieces, scores, types = (source.get(f'tokenizer.ggml.{key}', [])
-                           for key in ('tokens', 'scores', 'token_type'))
-  ids = {name: source.get(f'tokenizer.ggml.{name}_token_id')
-         for name in ('padding', 'eos', 'bos', 'unknown')}
-  rows = source.tensors[_TABLE].shape[0]
-  if not len(pieces) == len(scores) == len(types) or ids['unknown'] is None or len(pieces) > rows:
-    raise UserError(
-        f'{source.file}: the vocabulary has {len(pieces)} tokens, {len(scores)} scores, '
-        f'{len(types)} types and unknown_token_id {ids["unknown"]}, for {rows} embeddings: '
-        'download it again')
-  model = sentencepiece_model_pb2.ModelProto()
-  for number, (piece, score, type_) in enumerate(zip(pieces, scores, types, strict=True)):
-    # User-defined pieces hold real spaces in the file, where SentencePiece wants its sign. The
-    # unknown piece has the type of a control piece in the file, where SentencePiece wants its own.
-    model.pieces.add(
-        piece=piece.replace(' ', _SPACE) if type_ == _USER_DEFINED else piece, score=score,
-        type=_UNKNOWN if number == ids['unknown'] else type_)
-  # The ids of special pieces; -1 for none.
-  spec = model.trainer_spec
-  spec.model_type, spec.vocab_size = spec.BPE, len(pieces)
-  spec.byte_fallback = _BYTE in types
-  for ours, theirs in (('pad', 'padding'), ('eos', 'eos'), ('bos', 'bos'), ('unk', 'unknown')):
-    number = -1 if ids[theirs] is None else ids[theirs]
-    setattr(spec, f'{ours}_id', number)
-    if number >= 0:
-      setattr(spec, f'{ours}_piece', pieces[number])
-  # Gemma and Llama leave a text as it is, except for spaces.
-  normaliser = model.normalizer_spec
-  normaliser.name, normaliser.escape_whitespaces = 'identity', True
-  normaliser.add_dummy_prefix = bool(source.get('tokenizer.ggml.add_space_prefix', True))
-  normaliser.remove_extra_whitespaces = False
-  return model.SerializeToString()
-
-
-def cache_tokenizer(source: GGUFSource) -> Path | None:
-  """Returns the path of the rebuilt tokenizer.model in the user's cache.
-
-  None if the vocabulary is of another kind than SentencePiece's.
-  """
-  if source.get('tokenizer.ggml.model') != 'llama':
-    return None
-  # The path is a hash of the content, so two files of one vocabulary share it.
-  content = rebuild_sentencepiece(source)
-  path = CACHE.expanduser() / hashlib.sha256(content).hexdigest()[:16] / 'tokenizer.model'
-  if not path.is_file():
-    write_whole(path, content)
-  return path

@@ -9,9 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import sentencepiece
 from flax import linen as nn
-from sentencepiece import sentencepiece_model_pb2
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
@@ -246,79 +244,6 @@ def test_unsupported_files(options, message, tmp_path):
   path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA), **options)
   with pytest.raises(UserError, match=message):
     weights.open_checkpoint(path).check()
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-  """A SentencePiece model of the kind that Gemma has: BPE, bytes, and pieces of spaces."""
-  lines = [f'def f{n}(x, y):  return x + {n} * y  # and the {n}th word' for n in range(40)]
-  prefix = tmp_path_factory.mktemp('pieces') / 'tokenizer'
-  sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines), model_prefix=str(prefix), vocab_size=340, model_type='bpe',
-      byte_fallback=True, normalization_rule_name='identity', add_dummy_prefix=False,
-      remove_extra_whitespaces=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
-      user_defined_symbols=['\u2581' * n for n in range(2, 9)] + ['\n', '\t', '\t\t'],
-      hard_vocab_limit=False)
-  return sentencepiece.SentencePieceProcessor(model_file=f'{prefix}.model')
-
-
-def add_vocabulary(writer, trained, drop_scores=0):
-  """Adds the metadata of a vocabulary as llama.cpp's converter writes them."""
-  proto = sentencepiece_model_pb2.ModelProto.FromString(trained.serialized_model_proto())
-  pieces = proto.pieces
-  spaced = [piece.piece.replace('\u2581', ' ') if piece.type == piece.USER_DEFINED else piece.piece
-            for piece in pieces]
-  types = [piece.CONTROL if piece.type == piece.UNKNOWN else piece.type for piece in pieces]
-  writer.add_tokenizer_model('llama')
-  writer.add_token_list(spaced)
-  writer.add_token_scores([piece.score for piece in pieces[drop_scores:]])
-  writer.add_token_types(types)
-  writer.add_pad_token_id(trained.pad_id())
-  writer.add_eos_token_id(trained.eos_id())
-  writer.add_bos_token_id(trained.bos_id())
-  writer.add_unk_token_id(trained.unk_id())
-  writer.add_add_space_prefix(False)
-
-
-def write_vocabulary(path, trained, rows, **options):
-  config = dataclasses.replace(_LLAMA, vocab_size=rows)
-  return gguf_io.GGUFSource(write(
-      path, 'llama', config, random_params(config),
-      metadata=lambda writer: add_vocabulary(writer, trained, **options)))
-
-
-def test_rebuilt_tokenizer(tmp_path, trained):
-  """The tokenizer that is rebuilt from metadata encodes every text like the original."""
-  source = write_vocabulary(tmp_path / 'model.gguf', trained, trained.vocab_size())
-  rebuilt = sentencepiece.SentencePieceProcessor(
-      model_proto=gguf_io.rebuild_sentencepiece(source))
-  random = np.random.default_rng(0)
-  parts = ['def f(x):', 'return', '  ', ' ', '        ', '   ', '\t', '\t\t\t', '\n', '\n\n',
-           '\U0001f642', '日本語', '<bos>', '<unk>', '<0x41>', 'word', '12', '\u2581', 'é', '#']
-  texts = [''.join(random.choice(parts, random.integers(1, 12))) for _ in range(200)]
-  assert [rebuilt.encode(text) for text in texts] == [trained.encode(text) for text in texts]
-  assert rebuilt.decode(rebuilt.encode('  def f(x):\n\treturn 1')) == '  def f(x):\n\treturn 1'
-  for name in ('pad_id', 'eos_id', 'bos_id', 'unk_id', 'vocab_size'):
-    assert getattr(rebuilt, name)() == getattr(trained, name)()
-
-
-@pytest.mark.parametrize('missing, options', [(1, {}), (0, {'drop_scores': 1})])
-def test_vocabulary_disagrees(tmp_path, trained, missing, options):
-  """More tokens than embeddings, or tokens without a score, are refused with all numbers."""
-  size = trained.vocab_size()
-  source = write_vocabulary(tmp_path / 'model.gguf', trained, size - missing, **options)
-  with pytest.raises(UserError, match=f'model.gguf.*{size} tokens.* {size - missing} embeddings'):
-    gguf_io.rebuild_sentencepiece(source)
-
-
-def test_other_vocabulary(tmp_path):
-  """A vocabulary of another kind has no tokenizer.model."""
-  path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA),
-               metadata=lambda writer: writer.add_tokenizer_model('gpt2'))
-  checkpoint = weights.open_checkpoint(path)
-  assert checkpoint.tokenizer is None
-  with pytest.raises(UserError, match="tokenizer.ggml.model = 'gpt2'.*--vocabulary"):
-    gguf_io.rebuild_sentencepiece(checkpoint.source)
 
 
 def test_library_missing(tmp_path, monkeypatch):
