@@ -69,7 +69,7 @@ def check_pieces(data: DataConfig, vocab_size: int) -> None:
   Raises:
     UserError: there are more pieces than embeddings, or the tokenizer cannot be read.
   """
-  path = Path(data.vocabulary_path).expanduser()
+  path = Path(data.vocabulary_path)
   if data.source == 'mixture' or data.vocabulary_path and not path.is_file():
     return
   # A vocabulary that is trained later has data.vocabulary_size pieces.

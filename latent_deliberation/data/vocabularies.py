@@ -186,7 +186,7 @@ def open_vocabulary(config: DataConfig, prepared_dir: Path,
   # The copy in the directory is the one that is used. What the configuration says is compared.
   kept = prepared_dir / VOCABULARY_FILE
   if config.vocabulary_path:
-    given = load_vocabulary(Path(config.vocabulary_path).expanduser())
+    given = load_vocabulary(Path(config.vocabulary_path))
     if not kept.exists():
       write_whole(kept, Path(given.sentencepiece_model_file).read_bytes())
     vocabulary = load_vocabulary(kept)

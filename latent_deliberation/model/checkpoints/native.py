@@ -12,6 +12,7 @@ from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import path_for_orbax
 from latent_deliberation.model.checkpoints.layout import LAYERED, axis_sizes, parameter_axes
 from latent_deliberation.model.checkpoints.source import OrbaxSource
 from latent_deliberation.model.decoder import fingerprint
@@ -38,7 +39,7 @@ def describe(directory: Path) -> Description:
   """Reads decoder.json. UserError: it is damaged or of another version."""
   path = directory / DESCRIPTION
   try:
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_bytes())
     if stored['format'] != _FORMAT:
       raise UserError(f'format {stored["format"]}, expected {_FORMAT}')
     return Description(TransformerConfig(**stored['config']), stored['fingerprint'],
@@ -83,7 +84,7 @@ def write(directory: Path, config: TransformerConfig, params: Params,
           vocabulary_hash: str) -> str:
   """Writes a decoder into an empty directory and returns its fingerprint."""
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(directory.absolute() / _WEIGHTS, params)
+    checkpointer.save(path_for_orbax(directory) / _WEIGHTS, params)
   decoder_fingerprint = fingerprint(params)
   if jax.process_index() == 0:
     description = {'format': _FORMAT, 'fingerprint': decoder_fingerprint,

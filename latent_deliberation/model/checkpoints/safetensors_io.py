@@ -98,7 +98,7 @@ def weight_files(directory: Path) -> list[Path]:
 def _weight_map(index: Path) -> Mapping[str, str]:
   """Returns tensor name -> file name, from the index."""
   try:
-    weight_map = json.loads(index.read_text())['weight_map']
+    weight_map = json.loads(index.read_bytes())['weight_map']
     return {str(name): str(file) for name, file in weight_map.items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{index} is damaged ({type(error).__name__}: {error}): download it '
