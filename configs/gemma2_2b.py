@@ -56,8 +56,9 @@ def get_config(preset_or_dir: str = 'gemma2_2b'):
     preset_or_dir: name of a preset, or directory or GGUF file of a decoder.
   """
   tokenizer = None
-  if Path(preset_or_dir).exists():
-    checkpoint = weights.open_checkpoint(preset_or_dir)
+  path = Path(preset_or_dir).expanduser()
+  if path.exists():
+    checkpoint = weights.open_checkpoint(path)
     architecture, tokenizer = checkpoint.config, checkpoint.tokenizer
   else:
     architecture = find_preset(preset_or_dir)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,22 @@ def is_stray(name: str) -> bool:
 
 
 def list_directory(directory: Path) -> list[Path]:
-  """Returns the entries of a directory by name, without stray ones."""
+  """Returns the entries of a directory by name, without stray ones; none if it does not exist."""
+  if not directory.is_dir():
+    return []
   return sorted(path for path in directory.iterdir() if not is_stray(path.name))
+
+
+def find_inside(directory: Path, is_wanted: Callable[[Path], bool], depth: int = 2) -> list[Path]:
+  """Returns the nearest folders inside a directory, up to `depth` levels, that are wanted."""
+  found = []
+  for folder in filter(Path.is_dir, list_directory(directory)):
+    with contextlib.suppress(PermissionError):
+      if is_wanted(folder):
+        found.append(folder)
+      elif depth > 1:
+        found += find_inside(folder, is_wanted, depth - 1)
+  return found
 
 
 def find_encoding(content: bytes) -> str:

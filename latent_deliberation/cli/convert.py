@@ -6,7 +6,7 @@ from pathlib import Path
 
 from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import make_writable
+from latent_deliberation.files import make_writable, refuse_backslash
 from latent_deliberation.model import weights
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.model.weights import Checkpoint
@@ -60,6 +60,7 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   """
   if target.exists():
     raise UserError(f'{target} exists already. Give another directory, or remove it.')
+  refuse_backslash(target)
   make_writable(target.parent)
   params = checkpoint.load(dtype=dtype)
   weights.save(target, checkpoint.config, params, checkpoint.vocabulary_hash, format,

@@ -16,7 +16,13 @@ from sentencepiece import SentencePieceProcessor
 
 from latent_deliberation.array_types import Batch
 from latent_deliberation.data.data_config import BYTE_VOCABULARY_SIZE, DataConfig
-from latent_deliberation.data.rows import Batches, PackedRows, PermutedBatches, permutation
+from latent_deliberation.data.rows import (
+  MANIFEST_FILE,
+  Batches,
+  PackedRows,
+  PermutedBatches,
+  permutation,
+)
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
@@ -39,10 +45,11 @@ def prepare_data(config: DataConfig, vocab_size: int, prepared_dir: Path) -> Non
     prepared_dir: directory of prepared data.
 
   Raises:
-    UserError: there are no rows, and seqio is not installed.
+    UserError: there are no rows, and seqio is not installed; or the directory is that of rows.
     UserError: see `check_pieces`, and `prepare` in packing.py.
   """
   check_pieces(config, vocab_size)
+  _refuse_rows(prepared_dir)
   # A training machine may lack seqio, and then needs rows that were copied to it.
   if importlib.util.find_spec('seqio') is None:
     if not (prepared_dir / ROWS).is_dir():
@@ -59,6 +66,16 @@ def _prepare(config: DataConfig, prepared_dir: Path) -> None:
   if not (prepared_dir / ROWS).is_dir():  # a directory with rows may be read-only
     make_writable(prepared_dir)
   prepare(config, prepared_dir)
+
+
+def _refuse_rows(prepared_dir: Path) -> None:
+  """Raises UserError for the folder of the rows in prepared data, or of one split."""
+  parent = prepared_dir.absolute().parent
+  if (prepared_dir / MANIFEST_FILE).is_file():
+    raise UserError(f'{prepared_dir} holds the rows of one split: give the prepared data, '
+                    f'{parent.parent}')
+  if any((prepared_dir / split / MANIFEST_FILE).is_file() for split in ('train', 'validation')):
+    raise UserError(f'{prepared_dir} holds the rows of prepared data: give the whole, {parent}')
 
 
 def check_pieces(data: DataConfig, vocab_size: int) -> None:
@@ -120,8 +137,10 @@ def open_rows(prepared_dir: Path, split: str, *, length: int, vocab_size: int) -
     vocab_size: number of embeddings of the decoder.
 
   Raises:
+    UserError: there are no rows, or the directory is that of rows.
     UserError: rows have another length, or more ids than the decoder has embeddings.
   """
+  _refuse_rows(prepared_dir)
   rows = PackedRows(prepared_dir / ROWS / split)
   if rows.vocabulary_size > vocab_size:
     raise UserError(

@@ -49,6 +49,15 @@ def test_data_are_made_once(quickstart):
   assert files_of(quickstart / 'rows') == before
 
 
+@pytest.mark.parametrize('name', ['rows', 'rows/train', 'rows/validation'])
+def test_rows_in_place_of_their_data(quickstart, name):
+  """The directory above is named, and nothing is written."""
+  for use in (prepare, open_split):
+    with pytest.raises(UserError, match=f'{quickstart}/{name} .* {quickstart}$'):
+      use(finished.experiment(), quickstart / name)
+  assert not (quickstart / name / 'rows').exists()
+
+
 @pytest.mark.parametrize('content, message', [
     (b'', 'corpus has 0 documents .* 2 files'),
     (b'ab\0cd', 'bad.txt: NUL at byte 2,'),

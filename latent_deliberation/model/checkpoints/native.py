@@ -18,7 +18,7 @@ from latent_deliberation.model.checkpoints.source import OrbaxSource
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-DESCRIPTION, _WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1  # file, directory, version
+DESCRIPTION, WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1  # file, directory, version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def describe(directory: Path) -> Description:
 
 def open_weights(directory: Path) -> OrbaxSource:
   """Returns the tensors, named by the paths of our parameters. UserError: damaged metadata."""
-  return OrbaxSource(directory / _WEIGHTS, lambda name: name)
+  return OrbaxSource(directory / WEIGHTS, lambda name: name)
 
 
 def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -84,7 +84,7 @@ def write(directory: Path, config: TransformerConfig, params: Params,
           vocabulary_hash: str) -> str:
   """Writes a decoder into an empty directory and returns its fingerprint."""
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(path_for_orbax(directory) / _WEIGHTS, params)
+    checkpointer.save(path_for_orbax(directory) / WEIGHTS, params)
   decoder_fingerprint = fingerprint(params)
   if jax.process_index() == 0:
     description = {'format': _FORMAT, 'fingerprint': decoder_fingerprint,
