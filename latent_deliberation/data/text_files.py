@@ -195,13 +195,12 @@ def decode(content: bytes, path: Path, start: int = 0) -> str:
   if nul >= 0:
     raise UserError(f'{path}: NUL at byte {start + nul}, so it is a binary file, or UTF-16 without '
                     'a mark: leave it out, or convert it (iconv -f utf-16 -t utf-8)')
-  encoding = 'utf-8' if start else 'utf-8-sig'
+  encoding = 'utf-8'
   if path.suffix == '.py':
     with contextlib.suppress(SyntaxError):
       encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
   try:
-    return content.decode(encoding)
+    return content.decode(encoding).removeprefix('\ufeff')
   except UnicodeDecodeError as error:
-    raise UserError(
-        f'{path}: not {encoding.removesuffix("-sig")} text at byte {start + error.start} '
-        f'({error.reason}): convert it (iconv -t utf-8) or leave it out') from error
+    raise UserError(f'{path}: not {encoding} text at byte {start + error.start} ({error.reason}): '
+                    'convert it (iconv -t utf-8) or leave it out') from error

@@ -304,6 +304,13 @@ def test_byte_order_mark(tmp_path, encoding, name):
   assert 'größe' in everything(open_corpus(configure(tmp_path)))
 
 
+def test_byte_order_marks_of_joined_files(tmp_path):
+  """As `cat` leaves them, within a file of JSON lines; within a text they are characters."""
+  lines = ['\ufeff' + json_lines(text) for text in ('a', 'b\ufeffc')]
+  (tmp_path / 'a.jsonl').write_text(''.join(lines), encoding='utf-8')
+  assert everything(open_corpus(configure(tmp_path))) == ['a', 'b\ufeffc']
+
+
 def test_utf16_without_a_mark(tmp_path):
   (write_two(tmp_path) / 'b.txt').write_text('two', encoding='utf-16-le')
   with pytest.raises(UserError, match=r'b\.txt: NUL at byte 1.*iconv -f utf-16'):
