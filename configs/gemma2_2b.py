@@ -57,8 +57,9 @@ def get_config(preset_or_dir: str = 'gemma2_2b'):
     preset_or_dir: name of a preset; or directory, GGUF file or name of a decoder.
   """
   tokenizer = None
-  if Path(preset_or_dir).exists() or named.is_name(preset_or_dir):
-    checkpoint = weights.open_checkpoint(preset_or_dir)
+  path = Path(preset_or_dir).expanduser()
+  if path.exists() or named.is_name(preset_or_dir):
+    checkpoint = weights.open_checkpoint(path if path.exists() else preset_or_dir)
     architecture, tokenizer = checkpoint.config, checkpoint.tokenizer
   else:
     architecture = find_preset(preset_or_dir)

@@ -1,40 +1,106 @@
-"""Files and directories that are written whole or not at all, and texts that are read.
+"""Files and directories that are written whole or not at all, and files as people have them.
 
-Where one cannot be written, these functions raise a UserError that names the path.
+Where one cannot be written, these functions raise a UserError that names the path. The others read
+text as editors save it, leave out what nobody meant to give, and pass paths on to orbax.
 """
 
+import codecs
 import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from latent_deliberation.distributed import barrier
 from latent_deliberation.errors import UserError
 from latent_deliberation.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
 
+JSON_LINES = ('.jsonl', '.ndjson', '.json')  # endings of files with a JSON object on each line
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_STRAY_ENDINGS = ('~', '.bak', '.orig', '.swp', '.tmp', '.part', '.partial')
+
+
+def is_stray(name: str) -> bool:
+  """Whether nobody meant a file of this name: it is hidden, a backup or not finished."""
+  is_autosave = name.startswith('#') and name.endswith('#')
+  return name.startswith(('.', '~$')) or is_autosave or name.lower().endswith(_STRAY_ENDINGS)
+
+
+def list_directory(directory: Path) -> list[Path]:
+  """Returns the entries of a directory by name, without stray ones; none if it does not exist."""
+  if not directory.is_dir():
+    return []
+  return sorted(path for path in directory.iterdir() if not is_stray(path.name))
+
+
+def find_inside(directory: Path, is_wanted: Callable[[Path], bool], depth: int = 2) -> list[Path]:
+  """Returns the nearest folders inside a directory, up to `depth` levels, that are wanted."""
+  found = []
+  for folder in filter(Path.is_dir, list_directory(directory)):
+    with contextlib.suppress(PermissionError):
+      if is_wanted(folder):
+        found.append(folder)
+      elif depth > 1:
+        found += find_inside(folder, is_wanted, depth - 1)
+  return found
+
+
+def find_encoding(content: bytes) -> str:
+  """Returns the encoding of a text by the mark at its beginning; UTF-8 without one."""
+  return 'utf-16' if content.startswith(_UTF16_MARKS) else 'utf-8-sig'
+
 
 def read_text(path: Path, what: str) -> str:
-  """Returns the text of a file.
+  r"""Returns the text of a file, without a byte order mark, and with \n for \r\n.
 
   Args:
     path: path of the file.
     what: what the file should hold, for the error message.
 
   Raises:
-    UserError: there is no such file, or it is not UTF-8.
+    UserError: there is no such file, or it is neither UTF-8 nor marked as UTF-16.
   """
   if not path.is_file():
     raise UserError(f'no file {path}: give one with {what}')
+  content = path.read_bytes()
   try:
-    return path.read_text(encoding='utf-8')
+    text = content.decode(find_encoding(content))
   except UnicodeDecodeError as error:
     raise UserError(f'{path} is not UTF-8 ({error}): convert it') from error
+  if '\0' in text:  # UTF-16 without a mark is valid UTF-8 with one NUL a letter
+    raise UserError(f'{path} has a NUL at character {text.index(chr(0))}: if it is UTF-16, '
+                    'convert it (iconv -f utf-16 -t utf-8); otherwise it is no text')
+  return text.replace('\r\n', '\n')
+
+
+class LiteralPath(type(epath.Path())):
+  """A path for orbax whose own signs, as in 'lr[1e-2]', are no pattern.
+
+  orbax lists its directories with `glob` of epath, which takes the directory for a pattern, too.
+  """
+
+  def glob(self, pattern: str) -> Iterator['LiteralPath']:
+    """Yields the entries that match the pattern, which follows this path."""
+    return (type(self)(path) for path in Path(self).glob(pattern))
+
+
+def path_for_orbax(directory: Path) -> LiteralPath:
+  """Returns the absolute path of a directory of orbax. Raises as `refuse_backslash` does."""
+  refuse_backslash(directory)
+  return LiteralPath(directory.absolute())
+
+
+def refuse_backslash(directory: Path) -> None:
+  """Raises UserError for a path in which TensorStore would take a backslash for a '/'."""
+  if '\\' in str(directory.absolute()):
+    raise UserError(f'{directory.absolute()} has a backslash, with which checkpoints would land in '
+                    'another directory: rename it')
 
 
 @contextlib.contextmanager
@@ -134,11 +200,12 @@ def make_writable(directory: Path) -> None:
   Long work calls this first.
 
   Raises:
-    UserError: the directory is a URL, or cannot be created or written to.
+    UserError: the directory is a URL, has a backslash, or cannot be created or written to.
   """
   if ':/' in str(directory):
     raise UserError(f'{directory} is a URL, and must be a path: mount the bucket (gcsfuse, for '
                     'instance) and give the path under the mount')
+  refuse_backslash(directory)
   try:
     directory.mkdir(parents=True, exist_ok=True)
     # Only a write shows whether writing works, on mounted buckets for instance.

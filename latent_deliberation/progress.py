@@ -60,7 +60,7 @@ class PhaseClock:
 
   def __init__(self, path: Path):
     self._path = path
-    kept = json.loads(path.read_text()) if path.exists() else {'seconds': {}, 'complete': []}
+    kept = json.loads(path.read_bytes()) if path.exists() else {'seconds': {}, 'complete': []}
     self.seconds: dict[str, float] = kept['seconds']
     self._complete: list[str] = kept['complete']
 

@@ -19,11 +19,10 @@ from latent_deliberation.inference.prefix_cache import check_context, save_conte
 _DECODER = app.define_decoder(
     'decoder', 'Directory of the decoder, in any format we read, a GGUF file or a name.')
 _COPROCESSOR = app.define_directory('coprocessor', 'Directory of a trained coprocessor.')
-_VOCABULARY = flags.DEFINE_string(
-    'vocabulary', '',
-    "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.")
-_DOCUMENT = flags.DEFINE_string(
-    'document', None, 'File with the text to read, in UTF-8.', required=True)
+_VOCABULARY = app.define_file(
+    'vocabulary',
+    "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.", '')
+_DOCUMENT = app.define_file('document', 'File with the text to read, in UTF-8.')
 _LENGTH = flags.DEFINE_integer('length', 2048, 'Largest number of tokens that the text may have.')
 _OUTPUT = app.define_directory('output', 'Directory to write the cache to; must not exist yet.')
 

@@ -19,8 +19,8 @@ from latent_deliberation.files import write_whole
 from latent_deliberation.studies.study_config import Study
 
 define_config(__file__, 'configs/quickstart.py')
-_REFERENCE = flags.DEFINE_string(
-    'reference', '', 'Markdown file to write the reference of all keys to. Default: only print.')
+_REFERENCE = app.define_file(
+    'reference', 'Markdown file to write the reference of all keys to. Default: only print.', '')
 
 
 def main() -> None:

@@ -23,13 +23,14 @@ _DECODER = app.define_decoder(
     'decoder', 'Directory of the decoder, in any format we read, a GGUF file or a name.')
 _COPROCESSOR = app.define_directory(
     'coprocessor', "Directory of a trained coprocessor, or 'none'. Default: none.", '')
-_VOCABULARY = flags.DEFINE_string(
-    'vocabulary', '',
-    "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.")
+_VOCABULARY = app.define_file(
+    'vocabulary',
+    "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.", '')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue')
-_PROMPTS_FILE = flags.DEFINE_string(
-    'prompts_file', '', "File with a prompt on each line, or .jsonl with a key 'prompt'.")
-_STOP = flags.DEFINE_multi_string('stop', [], 'String that ends a text')
+_PROMPTS_FILE = app.define_file(
+    'prompts_file', "File with a prompt on each line, or JSON lines with a key 'prompt'.", '')
+_STOP = flags.DEFINE_multi_string(
+    'stop', [], r'String that ends a text; \n is a new line and \\ a backslash')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 64, 'Largest number of tokens to decode.')
 _LENGTH = flags.DEFINE_integer('length', 2048, 'Room in the cache, in tokens, prompt included.')
 _TEMPERATURE = flags.DEFINE_float(
@@ -65,7 +66,8 @@ def main() -> None:
   timing = LatentTiming(None if _BACKGROUND.value else 0)
   options = DecodingOptions(_MAX_TOKENS.value, sampling, policy=policy if augments else NEVER,
                             timing=timing)
-  request = generate.Request(options, tuple(_STOP.value), _SEED.value, _JSON.value, _STREAM.value,
+  stop = tuple(map(generate.read_stop, _STOP.value))
+  request = generate.Request(options, stop, _SEED.value, _JSON.value, _STREAM.value,
                              _COMPARE.value, _CACHE.value)
   engine, tokenizer = open_engine(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)

@@ -7,7 +7,15 @@ import jax
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import make_writable, whole_directory, write_whole
+from latent_deliberation.files import (
+  find_inside,
+  list_directory,
+  make_writable,
+  path_for_orbax,
+  read_text,
+  whole_directory,
+  write_whole,
+)
 
 
 def test_write_whole(tmp_path):
@@ -122,4 +130,68 @@ def test_url(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match='gs:/bucket/run.*mount'):
     make_writable(Path('gs://bucket/run'))
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', [
+    '.DS_Store', '._model.safetensors', '.nfs0001', 'a.txt~', '#a.txt#', '~$a.txt', 'a.BAK',
+    'a.tmp', 'model.safetensors.part'])
+def test_list_directory(tmp_path, name):
+  """Stray names are left out, and others are in order."""
+  for other in ('b~b', 'a', name, '#1'):
+    (tmp_path / other).touch()
+  assert [path.name for path in list_directory(tmp_path)] == ['#1', 'a', 'b~b']
+  assert list_directory(tmp_path / 'gone') == []
+
+
+def test_find_inside(tmp_path):
+  """The nearest folders are found, at most two levels down."""
+  for name in ('a', 'b/c', 'a/inside', 'd/e/f', '.hidden'):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / 'mark').touch()
+  found = find_inside(tmp_path, lambda folder: (folder / 'mark').is_file())
+  assert found == [tmp_path / 'a', tmp_path / 'b' / 'c']
+
+
+@pytest.mark.parametrize('content', [
+    'größe\nb'.encode(), 'größe\r\nb'.encode('utf-8-sig'), 'größe\nb'.encode('utf-16'),
+    '\ufeffgröße\r\nb'.encode('utf-16-be')])
+def test_read_text(tmp_path, content):
+  """Texts come without the mark of their encoding."""
+  (tmp_path / 'a.txt').write_bytes(content)
+  assert read_text(tmp_path / 'a.txt', 'a text') == 'größe\nb'
+
+
+def test_read_text_keeps_other_signs(tmp_path):
+  text = 'a\rb\u2028c\x85d\ve\ufefff'
+  (tmp_path / 'a.txt').write_bytes(text.encode())
+  assert read_text(tmp_path / 'a.txt', 'a text') == text
+
+
+def test_read_text_without_mark(tmp_path):
+  (tmp_path / 'a.txt').write_bytes('two boats'.encode('utf-16-le'))
+  with pytest.raises(UserError, match=r'a\.txt .*NUL at character 1.*iconv -f utf-16'):
+    read_text(tmp_path / 'a.txt', 'a text')
+
+
+@pytest.mark.parametrize('name', ['lr[1e-2]', 'a*', '?', '[!a]'])
+def test_path_for_orbax(tmp_path, name):
+  """Only the argument of its glob is a pattern, also below it."""
+  for folder in (name, 'a1', 'lr1'):
+    (tmp_path / folder / 'below').mkdir(parents=True)
+    (tmp_path / folder / 'below' / 'file').touch()
+  path = path_for_orbax(tmp_path / name)
+  assert [str(found) for found in path.glob('b*/f*')] == [f'{tmp_path}/{name}/below/file']
+  assert [str(found) for found in (path / 'below').glob('*')] == [
+      f'{tmp_path}/{name}/below/file']
+  assert [str(found) for found in next(path.iterdir()).glob('*')] == [
+      f'{tmp_path}/{name}/below/file']
+
+
+def test_backslash(tmp_path):
+  """A backslash is refused before anything is written."""
+  with pytest.raises(UserError, match=r'a\\b.* has a backslash'):
+    make_writable(tmp_path / 'a\\b' / 'c')
+  with pytest.raises(UserError, match=r'a\\b has a backslash'):
+    path_for_orbax(tmp_path / 'a\\b')
   assert not list(tmp_path.iterdir())

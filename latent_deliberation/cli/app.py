@@ -163,9 +163,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
     raise UserError(f'{message}\n--help lists all flags.') from error
 
 
+class _PathParser(flags.ArgumentParser):
+  """A path, in which '~' is the home directory: shells leave it as it is after '='."""
+  syntactic_help = 'a path'
+
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+
+def define_file(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
+  """Defines a flag for the path of a file; it is required if it has no default."""
+  return flags.DEFINE(_PathParser(), name, default, meaning, required=default is None)
+
+
 def define_directory(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
   """Defines a flag for a directory; it is required if it has no default."""
-  flag = flags.DEFINE_string(name, default, meaning, required=default is None)
+  flag = define_file(name, meaning, default)
   flags.register_validator(name, _check_directory)
   return flag
 
@@ -175,14 +188,14 @@ def define_decoder(name: str, meaning: str, default: str | None = None) -> flags
 
   `weights.open_checkpoint` takes its value: a directory, a GGUF file, a name or hf://ORG/NAME.
   """
-  flag = flags.DEFINE_string(name, default, meaning, required=default is None)
+  flag = define_file(name, meaning, default)
   flags.register_validator(name, _check_decoder)
   return flag
 
 
 def define_json(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
   """Defines a flag for a JSON file to write; it is required if it has no default."""
-  flag = flags.DEFINE_string(name, default, meaning, required=default is None)
+  flag = define_file(name, meaning, default)
   flags.register_validator(name, _check_json)
   return flag
 

@@ -8,7 +8,7 @@ from absl import logging
 
 from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import make_writable
+from latent_deliberation.files import make_writable, refuse_backslash
 from latent_deliberation.inference.tokenizer import tokenizer_of
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import named
@@ -90,6 +90,7 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   """
   if target.exists():
     raise UserError(f'{target} exists already. Give another directory, or remove it.')
+  refuse_backslash(target)
   make_writable(target.parent)
   try:
     tokenizer = checkpoint.tokenizer

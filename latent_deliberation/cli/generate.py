@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from absl import logging
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import read_text
+from latent_deliberation.files import JSON_LINES, read_text
 from latent_deliberation.inference.engine import NONE, Engine
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import NEVER
@@ -142,11 +143,17 @@ class Writer:
     return [(self.request.seed + number) % 2**32 for number in range(count)]
 
 
+def read_stop(written: str) -> str:
+  r"""Returns a stop string as it was meant in a shell: \n, \t and \\ stand for one character."""
+  meanings = {'n': '\n', 't': '\t', '\\': '\\'}
+  return re.sub(r'\\([nt\\])', lambda found: meanings[found[1]], written)
+
+
 def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
   """Returns the prompts of the command line, then those of a file.
 
   Args:
-    file: path of a file with a prompt on each line, or of a .jsonl with a key 'prompt'; '' for
+    file: path of a file with a prompt on each line, or of JSON lines with a key 'prompt'; '' for
       none.
 
   Raises:
@@ -167,7 +174,7 @@ def _read_lines(path: Path) -> list[str]:
   lines = text.removesuffix('\n').split('\n') if text else []
   if not lines:
     raise UserError(f'{path} is empty: write a prompt on each line, or leave --prompts_file out')
-  if path.suffix == '.jsonl':
+  if path.suffix.lower() in JSON_LINES:
     lines = [_read_object(line, f'{path}, line {number}') for number, line in enumerate(lines, 1)]
   return lines
 
@@ -177,7 +184,7 @@ def _read_object(line: str, name: str) -> str:
     prompt = json.loads(line)['prompt']
     if not isinstance(prompt, str):
       raise TypeError(f'it is {prompt!r}')
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f'{name}: every line must be an object with a text as "prompt" '
                     f'({type(error).__name__}: {error})') from error
   return prompt

@@ -5,6 +5,7 @@ The byte vocabulary is here too, since programs without TensorFlow use it.
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,10 +43,10 @@ class DataConfig:
       'stdlib' reads the standard library of the running interpreter, 'text' local files, 'tfds' a
       TensorFlow data set. 'mixture' takes a seqio task or mixture that is already registered.
       'synthetic' draws questions of a task in studies/synthetic.
-    files: for 'text': files, globs or directories.
-      A directory stands for all .txt and .jsonl files below it. A .jsonl file holds one document
-      a line. Any other file is one document.
-    text_key: field that holds the text, in a line of .jsonl or in a TFDS example.
+    files: for 'text': files, globs or directories; '~' is the home directory, as in every path.
+      A directory stands for all .txt, .jsonl and .ndjson files below it, compressed ones included.
+      A .jsonl, .ndjson or .json file holds one document a line. Any other file is one document.
+    text_key: field that holds the text, in a line of JSON or in a TFDS example.
     name: for 'tfds', the data set with its version, such as 'c4/en:3.1.0'.
       For 'mixture', the registered name. For 'synthetic', the task: a key of TASKS in
       studies/synthetic/documents.py.
@@ -90,7 +91,9 @@ class DataConfig:
     if not isinstance(self.options, Mapping):
       raise UserError(f"options = {self.options!r}: write a mapping, for instance {{'nodes': 8}}")
     # Own copies, so that the caller's objects may change later.
-    object.__setattr__(self, 'files', tuple(self.files))
+    object.__setattr__(self, 'files', tuple(map(os.path.expanduser, self.files)))
+    for key in ('data_dir', 'vocabulary_path'):
+      object.__setattr__(self, key, os.path.expanduser(getattr(self, key)))
     object.__setattr__(self, 'options', dict(self.options))
     for key, choices in (('source', SOURCES), ('vocabulary', VOCABULARIES), ('mode', MODES)):
       if getattr(self, key) not in choices:

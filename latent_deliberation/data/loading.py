@@ -17,7 +17,13 @@ from sentencepiece import SentencePieceProcessor
 
 from latent_deliberation.array_types import Batch
 from latent_deliberation.data.data_config import BYTE_VOCABULARY_SIZE, DataConfig
-from latent_deliberation.data.rows import Batches, PackedRows, PermutedBatches, permutation
+from latent_deliberation.data.rows import (
+  MANIFEST_FILE,
+  Batches,
+  PackedRows,
+  PermutedBatches,
+  permutation,
+)
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
@@ -40,10 +46,11 @@ def prepare_data(config: DataConfig, vocab_size: int, prepared_dir: Path) -> Non
     prepared_dir: directory of prepared data.
 
   Raises:
-    UserError: there are no rows, and seqio is not installed.
+    UserError: there are no rows, and seqio is not installed; or the directory is that of rows.
     UserError: see `check_pieces`, and `prepare` in packing.py.
   """
   check_pieces(config, vocab_size)
+  _refuse_rows(prepared_dir)
   # A training machine may lack seqio, and then needs rows that were copied to it.
   if importlib.util.find_spec('seqio') is None:
     if not (prepared_dir / ROWS).is_dir():
@@ -62,6 +69,16 @@ def _prepare(config: DataConfig, prepared_dir: Path) -> None:
   prepare(config, prepared_dir)
 
 
+def _refuse_rows(prepared_dir: Path) -> None:
+  """Raises UserError for the folder of the rows in prepared data, or of one split."""
+  parent = prepared_dir.absolute().parent
+  if (prepared_dir / MANIFEST_FILE).is_file():
+    raise UserError(f'{prepared_dir} holds the rows of one split: give the prepared data, '
+                    f'{parent.parent}')
+  if any((prepared_dir / split / MANIFEST_FILE).is_file() for split in ('train', 'validation')):
+    raise UserError(f'{prepared_dir} holds the rows of prepared data: give the whole, {parent}')
+
+
 def check_pieces(data: DataConfig, vocab_size: int) -> None:
   """Compares the size of the vocabulary with the decoder, before any long work.
 
@@ -70,7 +87,7 @@ def check_pieces(data: DataConfig, vocab_size: int) -> None:
   Raises:
     UserError: there are more pieces than embeddings, or the tokenizer cannot be read.
   """
-  path = Path(data.vocabulary_path).expanduser()
+  path = Path(data.vocabulary_path)
   if data.source == 'mixture' or data.vocabulary_path and not path.is_file():
     return
   # A vocabulary that is trained later has data.vocabulary_size pieces.
@@ -125,8 +142,10 @@ def open_rows(prepared_dir: Path, split: str, *, length: int, vocab_size: int) -
     vocab_size: number of embeddings of the decoder.
 
   Raises:
+    UserError: there are no rows, or the directory is that of rows.
     UserError: rows have another length, or more ids than the decoder has embeddings.
   """
+  _refuse_rows(prepared_dir)
   rows = PackedRows(prepared_dir / ROWS / split)
   if rows.vocabulary_size > vocab_size:
     raise UserError(

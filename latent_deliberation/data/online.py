@@ -8,6 +8,7 @@ them where the disk has room.
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,11 @@ class OnlineBatches:
                 self._identity | {'process_index': 0}, step)
     final = _state_directory(directory, step, self._identity['process_index'])
     _check_state(final / 'state.json', self._identity, step)
-    tf.train.Checkpoint(iterator=self._iterator).read(str(final / 'iterator')).assert_consumed()
+    # TensorFlow takes this path for a pattern, so it gets a name without signs, as in 'lr[1e-2]'.
+    with tempfile.TemporaryDirectory() as place:
+      alias = Path(place, 'state')
+      alias.symlink_to(final.absolute())
+      tf.train.Checkpoint(iterator=self._iterator).read(str(alias / 'iterator')).assert_consumed()
     self._next_step = step
 
 
@@ -141,12 +146,13 @@ def _state_to_json(identity: dict[str, Any], step: int) -> bytes:
 def _check_state(path: Path, identity: dict[str, Any], step: int) -> None:
   """Raises UserError unless `path` is the state of this step of this stream."""
   if not path.is_file():
-    raise UserError(f'no data state for step {step} at {path}: resume from a step that was '
-                    'saved, or start in an empty work directory')
+    raise UserError(f'no data state for step {step} at {path}: copy the folder again, or remove '
+                    f'the checkpoint of step {step} to resume from the one before it')
   try:
     saved = json.loads(path.read_bytes())
   except ValueError as error:
-    raise UserError(f'{path} is not a data state ({error}): resume from another step') from error
+    raise UserError(f'{path} is not a data state ({error}): copy the folder again, or remove the '
+                    f'checkpoint of step {step} to resume from the one before it') from error
   expected = json.loads(_state_to_json(identity, step))
   # Keys that only the saved state has are ignored.
   lines = differences({key: saved[key] for key in expected if key in saved}, expected)

@@ -147,8 +147,8 @@ class PackedRows:
     self.directory = Path(directory)
     path = self.directory / MANIFEST_FILE
     if not path.is_file():
-      raise UserError(f'no packed rows in {directory}: {MANIFEST_FILE} is missing. Pack the data '
-                      'first, or name the folder of one split (.../train)')
+      raise UserError(f'no packed rows in {directory}: {MANIFEST_FILE} is missing. If the folder '
+                      'was copied in part, copy it again; otherwise pack the data first')
     self.manifest = Manifest.from_json(path.read_bytes(), path)
     self.fingerprint = self.manifest.fingerprint
     self._tokens = self._open_files('tokens', self.vocabulary_size - 1)

@@ -266,7 +266,7 @@ def open_vocabulary(config: DataConfig, prepared_dir: Path,
   # The copy in the directory is the one that is used. What the configuration says is compared.
   kept = kept_vocabulary(prepared_dir)
   if config.vocabulary_path:
-    path = Path(config.vocabulary_path).expanduser()
+    path = Path(config.vocabulary_path)
     given = load_vocabulary(path)
     if not kept.exists():
       kept = copy_vocabulary(path, prepared_dir, VOCABULARY_FILE)

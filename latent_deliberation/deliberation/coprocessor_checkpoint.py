@@ -23,7 +23,7 @@ from latent_deliberation.array_types import Params, PyTree
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError, differences
-from latent_deliberation.files import explain_failed_write, whole_directory
+from latent_deliberation.files import explain_failed_write, find_inside, whole_directory
 from latent_deliberation.model.checkpoints.safetensors_io import (
   FILE_BYTES,
   SafetensorsSource,
@@ -102,7 +102,7 @@ def read_description(directory: Path) -> tuple[Description, str]:
     raise UserError(f'{directory} holds no trained coprocessor: {DESCRIPTION} is missing. '
                     'Name the <workdir>/coprocessor that launch/train.py wrote')
   try:
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_bytes())
     if stored['format'] != _FORMAT:
       raise UserError(f'format {stored["format"]!r}, expected {_FORMAT}')
     # Saved names of keys and values may be old ones.
@@ -245,14 +245,22 @@ def _shapes(boxed: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def locate_coprocessor(directory: Path) -> Path:
-  """Returns the checkpoint at `directory`, or the one that the run in `directory` wrote.
+  """Returns the checkpoint at `directory`, of the run in `directory`, or the only one inside.
 
   Raises:
-    UserError: there is none.
+    UserError: there is none, or there are several.
   """
   for place in (directory, directory / COPROCESSOR):
     if (place / DESCRIPTION).is_file():
       return place
+  inner = (find_inside(directory, lambda folder: (folder / DESCRIPTION).is_file())
+           if directory.is_dir() else [])
+  if len(inner) == 1:
+    logging.info('%s holds a coprocessor in %s', directory, inner[0])
+    return inner[0]
+  if inner:
+    raise UserError(f'{directory} holds no trained coprocessor itself, but {len(inner)} in its '
+                    f'folders: give one of {", ".join(map(str, inner))}')
   raise UserError(
       f'{directory} holds no trained coprocessor: name the work directory of a finished '
       f'launch/train.py, or its {COPROCESSOR}/. The same command resumes a run that was stopped')

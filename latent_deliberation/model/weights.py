@@ -23,11 +23,17 @@ from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.errors import MissingError, UserError, differences
-from latent_deliberation.files import copy_vocabulary, explain_failed_write, whole_directory
+from latent_deliberation.files import (
+  copy_vocabulary,
+  explain_failed_write,
+  find_inside,
+  list_directory,
+  whole_directory,
+)
 from latent_deliberation.model.checkpoints import google, hugging_face, native
 from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG, read_config
 from latent_deliberation.model.checkpoints.layout import stored_shapes
-from latent_deliberation.model.checkpoints.safetensors_io import SafetensorsSource
+from latent_deliberation.model.checkpoints.safetensors_io import SUFFIX, SafetensorsSource
 from latent_deliberation.model.checkpoints.source import (
   READABLE,
   OrbaxSource,
@@ -42,7 +48,7 @@ from latent_deliberation.model.checkpoints.source import (
 )
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import TransformerConfig
-from latent_deliberation.paths import TOKENIZER_JSON
+from latent_deliberation.paths import COPROCESSOR, TOKENIZER_JSON
 
 FORMATS = ('native', 'huggingface')  # of `save`; 'google' and 'gguf' can only be read
 TOKENIZER = 'tokenizer.model'
@@ -187,23 +193,59 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
     return _open_gguf(directory)
   if directory.is_file():
     raise UserError(f'{directory} is a file: give its directory, or a {GGUF} file')
-  # Our own format comes first: it also has a folder with an orbax checkpoint inside.
-  if (directory / native.DESCRIPTION).is_file():
-    return _open_native(directory)
-  if is_orbax(directory):
-    return _open_google(directory, config)
-  if (directory / CONFIG).is_file() or list(directory.glob('*.safetensors*')):
-    return _open_hugging_face(directory)
-  inner = [child for child in sorted(directory.iterdir()) if child.is_dir() and is_orbax(child)]
-  if len(inner) == 1:  # Google's downloads have the checkpoint in a folder next to the tokenizer
-    return _open_google(inner[0], config)
-  if any(directory.glob(f'*{GGUF}')):
-    return _open_gguf(directory)
+  if not directory.is_dir():
+    raise MissingError(f'{directory} does not exist: give the directory of a decoder')
+  openers = {'native': _open_native, 'google': lambda found: _open_google(found, config),
+             'huggingface': _open_hugging_face, 'gguf': _open_gguf}
+  _refuse_other_parts(directory)
+  formats = _find_formats(directory)
+  if len(formats) > 1:
+    raise UserError(f'{directory} holds decoders of several formats, {formats}: move all files but '
+                    'those of one to another directory')
+  if formats:
+    return openers[formats[0]](directory)
+  if (directory / CONFIG).is_file():
+    return _open_hugging_face(directory)  # says what is missing
+  # One level off, as runs/x for runs/x/decoder, or around Hugging Face's snapshots/HASH.
+  inner = find_inside(directory, lambda folder: bool(_find_formats(folder)))
+  if len(inner) == 1:
+    logging.info('%s holds a decoder in %s', directory, inner[0])
+    return _open(inner[0], config)
+  if inner:
+    raise UserError(f'{directory} holds no decoder itself, but {len(inner)} in its folders: give '
+                    f'one of {", ".join(map(str, inner))}')
+  if any(path.suffix == SUFFIX for path in list_directory(directory)):
+    return _open_hugging_face(directory)  # as above
   refuse_pickles(directory)
   raise MissingError(
       f'{directory} holds no decoder: neither {native.DESCRIPTION}, which launch/pretrain.py '
       f'writes to <workdir>/decoder, nor {CONFIG} and safetensors (Hugging Face), '
       'nor an orbax checkpoint (Google). Give the directory of a decoder')
+
+
+def _find_formats(directory: Path) -> list[str]:
+  """Returns the formats of the decoders in a directory itself; usually one or none."""
+  names = {path.name for path in list_directory(directory) if path.is_file()}
+  suffixes = {Path(name).suffix for name in names}
+  formats = []
+  if native.DESCRIPTION in names:
+    formats.append('native')
+  if is_orbax(directory):
+    formats.append('google')
+  # Like transformers, GGUF files beside the weights are read only if they are named.
+  if CONFIG in names and SUFFIX in suffixes:
+    formats.append('huggingface')
+  elif GGUF in suffixes:
+    formats.append('gguf')
+  return formats
+
+
+def _refuse_other_parts(directory: Path) -> None:
+  """Raises UserError for a folder of a decoder, and for a coprocessor."""
+  if directory.name == native.WEIGHTS and (directory.parent / native.DESCRIPTION).is_file():
+    raise UserError(f'{directory} is a part of a decoder: give {directory.parent}')
+  if (directory / f'{COPROCESSOR}.json').is_file():
+    raise UserError(f'{directory} holds a coprocessor: give the decoder that it was trained on')
 
 
 def _open_native(directory: Path) -> Checkpoint:

@@ -18,7 +18,7 @@ from latent_deliberation.evaluation import report
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.plots import plot_changes
 from latent_deliberation.evaluation.report import markdown_table
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import list_directory, write_whole
 from latent_deliberation.paths import OLD_VALUES, REPORT, RESULTS, with_current_names
 from latent_deliberation.studies import study_report
 from latent_deliberation.studies.study_plots import plot_study
@@ -80,7 +80,8 @@ def load_results(directory: Path) -> dict[str, Result]:
   Raises:
     UserError: there is none, or one is damaged.
   """
-  results = {path.stem: _read(path) for path in sorted(directory.glob('*.json'))}
+  results = {path.stem: _read(path) for path in list_directory(directory)
+             if path.suffix == '.json'}
   if not results:
     raise MissingError(f'{directory} has no results: give a folder of NAME.json files, or add a '
                        'finished study with --add')
@@ -117,7 +118,8 @@ def check_pages(directory: Path) -> None:
   wrong = [file for file, text in pages.items()
            if not (directory / file).is_file() or (directory / file).read_text() != text]
   wrong += [f'{name}.png' for name in results if not (directory / f'{name}.png').is_file()]
-  wrong += sorted(path.name for path in directory.glob('*.md') if path.name not in pages)
+  wrong += [path.name for path in list_directory(directory)
+            if path.suffix == '.md' and path.name not in pages]
   if wrong:
     raise UserError(f'{directory} has {wrong}, which are not rendered from its JSON: run '
                     'launch/render_results.py, or remove them')

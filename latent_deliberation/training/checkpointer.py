@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, differences
+from latent_deliberation.files import path_for_orbax
 from latent_deliberation.paths import DATA_STATES
 from latent_deliberation.training.step import TrainState
 
@@ -33,7 +34,7 @@ class Checkpointer:
     self.directory = directory.absolute()
     self._saving: int | None = None
     self._manager = ocp.CheckpointManager(
-        self.directory,
+        path_for_orbax(directory),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True))
@@ -96,8 +97,11 @@ class Checkpointer:
       return None
     place = f'the checkpoint {self.directory / str(step)}'
     if not (self.directory / str(step) / 'about').is_dir():
-      raise UserError(f"{place} was not written by this project (it has no 'about'): use another "
-                      '--workdir')
+      raise UserError(
+          f"{place} was copied in part, or written by another project (it has no 'about').\n"
+          f'{self._describe_whole_steps(before=step)} Copy it again, or remove '
+          f'{self.directory / str(step)}. The same command then resumes from the newest checkpoint '
+          'that is left.')
     # Compare names and shapes first, since orbax's own errors would not name all that differ.
     with self._explain_damage(step):
       leaves = self._manager.restore(
@@ -129,7 +133,9 @@ class Checkpointer:
     latest = self.latest_step()
     if jax.process_index() == 0 and latest is not None:
       for folder in self.directory.glob(f'{DATA_STATES}/*'):
-        if int(folder.name) < latest and not (self.directory / folder.name).exists():
+        # Anything else, such as a .DS_Store, is not ours to remove.
+        if (folder.name.isdecimal() and int(folder.name) < latest
+            and not (self.directory / folder.name).exists()):
           shutil.rmtree(folder, ignore_errors=True)
 
   @contextlib.contextmanager

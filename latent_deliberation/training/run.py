@@ -25,7 +25,13 @@ from latent_deliberation.distributed import barrier, run_on_process_zero
 from latent_deliberation.errors import UserError, differences
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
 from latent_deliberation.files import make_writable, write_json
-from latent_deliberation.paths import CHECKPOINTS, RUN_FILE, with_current_names
+from latent_deliberation.paths import (
+  CHECKPOINTS,
+  COPROCESSOR,
+  DECODER,
+  RUN_FILE,
+  with_current_names,
+)
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.loop import train
@@ -101,8 +107,8 @@ def claim_workdir(workdir: Path, identity: RunIdentity,
 
   run_on_process_zero(f'write {path}', write_once)
   try:
-    saved = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+    saved = json.loads(path.read_bytes())
+  except ValueError as error:
     raise UserError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
                     'the file, or use another --workdir') from error
   check_same_run(workdir, saved, identity, changeable)  # a new run too: processes must agree
@@ -272,15 +278,19 @@ class Run:
 
     Raises:
       UserError: see `check_sizes`.
-      UserError: the work directory holds another run, or cannot be written to.
+      UserError: the work directory holds another run or a finished model, or cannot be written to.
     """
     self.check_sizes()
+    for name in (DECODER, COPROCESSOR):
+      if (self.workdir / f'{name}.json').is_file():
+        raise UserError(f'{self.workdir} holds a finished {name} and is no work directory: give '
+                        f'the directory of its run, {self.workdir.parent}, or a new one')
     make_writable(self.workdir)
     # Data and decoder may not exist yet. `claim_workdir` compares their fingerprints.
     try:
-      saved = json.loads((self.workdir / RUN_FILE).read_text())
+      saved = json.loads((self.workdir / RUN_FILE).read_bytes())
       identity = self.identity(decoder_fingerprint or saved['decoder'], saved['data'])
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError):
       return  # a new run, or a damaged file that `claim_workdir` reports
     check_same_run(self.workdir, saved, identity, self.changeable)
 

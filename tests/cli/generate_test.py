@@ -15,6 +15,7 @@ from latent_deliberation.cli.generate import (
   answer,
   check_coprocessor,
   read_prompts,
+  read_stop,
 )
 from latent_deliberation.data.vocabularies import ByteVocabulary
 from latent_deliberation.errors import UserError
@@ -112,7 +113,27 @@ def test_prompts_come_from_flags_and_files(tmp_path):
   assert read_prompts([], str(tmp_path / 'lines.jsonl')) == ['a\nb', '\u2028']
 
 
+@pytest.mark.parametrize('name', ['a.JSONL', 'a.ndjson', 'a.json'])
+def test_prompts_in_other_json_lines(tmp_path, name):
+  (tmp_path / name).write_text('{"prompt": "a"}\r\n{"prompt": "b"}\r\n', 'utf-8-sig', newline='')
+  assert read_prompts([], str(tmp_path / name)) == ['a', 'b']
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_prompts_with_a_byte_order_mark(tmp_path, encoding):
+  (tmp_path / 'a.txt').write_text('one\rmore\r\nzwölf\n', encoding, newline='')
+  assert read_prompts([], str(tmp_path / 'a.txt')) == ['one\rmore', 'zwölf']
+
+
+@pytest.mark.parametrize('written, meant', [
+    (r'\n', '\n'), (r'\n\nQ:', '\n\nQ:'), (r'\t', '\t'), (r'\\n', r'\n'), (r'\\\n', '\\\n'),
+    (r'\w', r'\w'), ('\n', '\n'), ('größe', 'größe')])
+def test_stop_strings_as_shells_pass_them(written, meant):
+  assert read_stop(written) == meant
+
+
 @pytest.mark.parametrize('name, content, message', [
+    ('a.jsonl', b'[' * 10**5, 'line 1: .*"prompt"'),
     ('a.jsonl', b'{"prompt": "a"}\n{"text": "a"}\n', 'a.jsonl, line 2: .*"prompt"'),
     ('a.jsonl', b'{"prompt": 5}\n', 'line 1: .*"prompt" .*: it is 5'),
     ('a.jsonl', b'{"prompt": "\\ud800"}\n', r"prompt 0 is '\\ud800', .*Unicode"),

@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import json
+import lzma
 import sysconfig
 from pathlib import Path
 
@@ -38,7 +41,7 @@ def test_whitespace_is_kept(tmp_path):
   write_two(tmp_path)
   (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbf one\r\n\ttwo \r three\n\n')
   corpus = open_corpus(configure(tmp_path))
-  assert '\ufeff one\r\n\ttwo \r three\n\n' in texts(corpus, 'train') + texts(corpus, 'validation')
+  assert ' one\r\n\ttwo \r three\n\n' in texts(corpus, 'train') + texts(corpus, 'validation')
 
 
 def test_place_of_files_does_not_matter(corpus_directory, tmp_path):
@@ -195,3 +198,178 @@ def test_giant_document_is_trained_on(tmp_path):
   giant = tmp_path / f'{held_out[0].split()[1]}.txt'
   giant.write_text('word ' * 1000)
   assert texts(open_corpus(config), 'validation') == held_out[1:]
+
+
+def everything(corpus):
+  return sorted(texts(corpus, 'train') + texts(corpus, 'validation'))
+
+
+def json_lines(*values):
+  return ''.join(json.dumps({'text': value}) + '\n' for value in values)
+
+
+@pytest.mark.parametrize('name', [
+    'sweep lr[1e-2]', 'a*b', 'why?', 'back\\slash', '[!x]', '**'])
+def test_path_with_signs_of_a_pattern(tmp_path, name):
+  """A path that exists is no pattern, as a file, a directory or the beginning of a glob."""
+  folder = tmp_path / name
+  folder.mkdir()
+  (folder / 'part[1].jsonl').write_text(json_lines('one', 'two'))
+  (tmp_path / 'part1.jsonl').write_text(json_lines('another'))
+  for given in (folder / 'part[1].jsonl', folder, folder / '*.jsonl'):
+    corpus = open_corpus(configure(given))
+    assert everything(corpus) == ['one', 'two']
+    assert [file.name for file in corpus.files] == ['part[1].jsonl']
+
+
+@pytest.mark.parametrize('name', [
+    '.ipynb_checkpoints/a-checkpoint.txt', '.a.txt', '._a.txt', '.nfs0001.txt', '~$a.txt',
+    'old.bak/a.txt', '.git/x/a.txt'])
+def test_directory_without_stray_files(tmp_path, caplog, name):
+  path = write_two(tmp_path) / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text('nobody meant this')
+  with caplog.at_level('INFO'):
+    assert everything(open_corpus(configure(tmp_path))) == ['a', 'b']
+  assert 'left out 1 hidden' in caplog.text
+  assert everything(open_corpus(configure(tmp_path, path))) == ['a', 'b', 'nobody meant this']
+
+
+@pytest.mark.parametrize('name', ['a.txt~', '#a.txt#', 'a.txt.bak', 'a.txt.orig', 'a.txt.part'])
+def test_wildcard_without_backups(tmp_path, name):
+  (write_two(tmp_path) / name).write_text('nobody meant this')
+  assert everything(open_corpus(configure(tmp_path / '*'))) == ['a', 'b']
+
+
+def test_files_of_other_kinds_are_logged(tmp_path, caplog):
+  (write_two(tmp_path) / 'c.md').write_text('c')
+  with caplog.at_level('INFO'):
+    assert everything(open_corpus(configure(tmp_path))) == ['a', 'b']
+  assert '1 files .md' in caplog.text
+
+
+def test_equal_documents_are_in_one_split(tmp_path, caplog):
+  """No held-out text is trained on under another name, whatever its file."""
+  for number in range(60):
+    for name in (f'{number}.txt', f'copy of {number}.txt'):
+      (tmp_path / name).write_text(f'note {number} ' * 40)
+  (tmp_path / 'again.jsonl').write_text(json_lines(*(f'note {n} ' * 40 for n in range(30))))
+  with caplog.at_level('INFO'):
+    corpus = open_corpus(configure(tmp_path, validation_percent=20))
+  assert '90 documents are equal' in caplog.text
+  assert len(corpus.numbers('validation')) > 10
+  assert not set(texts(corpus, 'train')) & set(texts(corpus, 'validation'))
+
+
+def test_copies_hold_out_more_and_never_less(tmp_path):
+  """What was held out stays so when copies come, and the fingerprint tells a changed split."""
+  for number in range(60):
+    (tmp_path / f'{number}.txt').write_text(f'note {number}')
+  config = configure(tmp_path, validation_percent=20)
+  before = set(texts(open_corpus(config), 'validation'))
+  for number in range(60):
+    (tmp_path / f'copy of {number}.txt').write_text(f'note {number}')
+  assert before < set(texts(open_corpus(config), 'validation'))
+
+
+def test_only_equal_documents(tmp_path):
+  for name in ('a', 'b', 'c'):
+    (tmp_path / f'{name}.txt').write_text('the same')
+  with pytest.raises(UserError, match='1 documents .* 3 files'):
+    open_corpus(configure(tmp_path))
+
+
+HELD_OUT = ['note 1', 'note 18', 'note 20', 'note 27', 'note 39']
+FINGERPRINT = '1a55fa551ac9f90f8cb511c52dd52ef62cc8b194021c5824eb84c1af444787de'
+
+
+def test_split_and_fingerprint_of_older_code(tmp_path):
+  """Files that older code read the same way keep their split and fingerprint."""
+  for number in range(40):
+    (tmp_path / f'{number}.txt').write_text(f'note {number}')
+  (tmp_path / 'lines.jsonl').write_text(json_lines('one', 'two'))
+  corpus = open_corpus(configure(tmp_path, validation_percent=10))
+  assert sorted(texts(corpus, 'validation')) == HELD_OUT
+  assert corpus.fingerprint == FINGERPRINT
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be'])
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl'])
+def test_byte_order_mark(tmp_path, encoding, name):
+  content = 'größe' if name == 'a.txt' else json_lines('größe', 'x')
+  mark = '\ufeff' if encoding[-2:] in ('le', 'be') else ''
+  (tmp_path / 'b.txt').write_text('b')
+  (tmp_path / name).write_text(mark + content, encoding=encoding)
+  assert everything(open_corpus(configure(tmp_path)))[-1] == ('größe' if name == 'a.txt' else 'x')
+  assert 'größe' in everything(open_corpus(configure(tmp_path)))
+
+
+def test_byte_order_marks_of_joined_files(tmp_path):
+  """As `cat` leaves them, within a file of JSON lines; within a text they are characters."""
+  lines = ['\ufeff' + json_lines(text) for text in ('a', 'b\ufeffc')]
+  (tmp_path / 'a.jsonl').write_text(''.join(lines), encoding='utf-8')
+  assert everything(open_corpus(configure(tmp_path))) == ['a', 'b\ufeffc']
+
+
+def test_utf16_without_a_mark(tmp_path):
+  (write_two(tmp_path) / 'b.txt').write_text('two', encoding='utf-16-le')
+  with pytest.raises(UserError, match=r'b\.txt: NUL at byte 1.*iconv -f utf-16'):
+    open_corpus(configure(tmp_path))
+
+
+@pytest.mark.parametrize('sign', ['\u2028', '\u2029', '\x85', '\v', '\f', '\x1c'])
+def test_signs_within_a_json_line(tmp_path, sign):
+  line = json.dumps({'text': f'a{sign}b'}, ensure_ascii=False)
+  (tmp_path / 'a.jsonl').write_text(line + '\r\n' + json_lines('c'), encoding='utf-8', newline='')
+  assert everything(open_corpus(configure(tmp_path))) == [f'a{sign}b', 'c']
+
+
+@pytest.mark.parametrize('name', ['a.ndjson', 'a.JSONL', 'a.NDJson', 'a.json'])
+def test_other_names_of_json_lines(tmp_path, name):
+  (tmp_path / name).write_text(json_lines('one', 'two'))
+  assert everything(open_corpus(configure(tmp_path / name))) == ['one', 'two']
+  if name != 'a.json':
+    assert everything(open_corpus(configure(tmp_path))) == ['one', 'two']
+
+
+@pytest.mark.parametrize(('ending', 'module'), [('.gz', gzip), ('.bz2', bz2), ('.XZ', lzma)])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_compressed(tmp_path, ending, module, encoding):
+  (tmp_path / 'a.txt').write_text('plain')
+  content = json_lines('one', 'zwei größer', 'three').encode(encoding)
+  (tmp_path / f'a.jsonl{ending}').write_bytes(module.compress(content))
+  corpus = open_corpus(configure(tmp_path))
+  assert everything(corpus) == ['one', 'plain', 'three', 'zwei größer']
+  copies = corpus.files[0].plain.parent
+  assert copies != tmp_path and copies.is_dir()
+  del corpus
+  assert not copies.exists()
+
+
+def test_compressed_beside_the_same_unpacked(tmp_path):
+  (tmp_path / 'a.jsonl').write_text(json_lines('one', 'two'))
+  (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(json_lines('one', 'two').encode()))
+  assert everything(open_corpus(configure(tmp_path))) == ['one', 'two']
+
+
+@pytest.mark.parametrize(('name', 'content', 'message'), [
+    ('a.txt.zst', b'\x28\xb5\x2f\xfd', 'a.txt.zst .*zstd -d a.txt.zst'),
+    ('a.txt.gz', gzip.compress(b'text' * 99)[:20], 'a.txt.gz cannot be unpacked .*again'),
+    ('a.txt.gz', b'no gzip', 'a.txt.gz cannot be unpacked'),
+    ('a.txt.bz2', b'no bzip2', 'a.txt.bz2 cannot be unpacked'),
+    ('a.txt.gz', gzip.compress(b'\xff\xfe\xff'), 'a.txt.gz: not utf-16'),
+    ('a.json', b'[{"text": "a"}]', r"a.json:1: no text .*jq -c '\.\[\]'.* \.txt"),
+    ('a.json', b'{\n  "text": "a"\n}', 'a.json:1: not JSON .*jq'),
+    ('a.jsonl', b'{"text": null}', "a.jsonl:1: no text .*'text', but None: leave the line out"),
+    ('a.jsonl', b'{"id": ' + b'1' * 5000 + b', "text": "x"}', 'a.jsonl:1: .*5000 digits.*leave'),
+    ('a.jsonl', b'{"m": ' + b'[' * 10**5 + b']' * 10**5 + b'}', 'a.jsonl:1: .*leave the line out'),
+])
+def test_file_that_cannot_be_read(tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=message):
+    open_corpus(configure(tmp_path / name))
+
+
+def test_home_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(write_two(tmp_path)))
+  assert everything(open_corpus(configure('~'))) == everything(open_corpus(configure('~/*.txt')))

@@ -51,6 +51,15 @@ def test_data_are_made_once(quickstart):
   assert files_of(quickstart / 'rows') == before
 
 
+@pytest.mark.parametrize('name', ['rows', 'rows/train', 'rows/validation'])
+def test_rows_in_place_of_their_data(quickstart, name):
+  """The directory above is named, and nothing is written."""
+  for use in (prepare, open_split):
+    with pytest.raises(UserError, match=f'{quickstart}/{name} .* {quickstart}$'):
+      use(finished.experiment(), quickstart / name)
+  assert not (quickstart / name / 'rows').exists()
+
+
 @pytest.mark.parametrize('content, message', [
     (b'', 'corpus has 0 documents .* 2 files'),
     (b'ab\0cd', 'bad.txt: NUL at byte 2,'),
@@ -210,7 +219,7 @@ def test_tokenizer_json_must_fit_decoder(tmp_path):
   path = tiny_tokenizer.write(tmp_path)
   config = DataConfig(vocabulary_path=str(path))
   check_pieces(config, 265)
-  with pytest.raises(UserError, match='tokenizer.json: 265 pieces, but decoder.vocab_size.* is 264'):
+  with pytest.raises(UserError, match='tokenizer.json: 265 pieces.*decoder.vocab_size.* is 264'):
     check_pieces(config, 264)
   path.write_bytes(b'{}')
   with pytest.raises(UserError, match=r'tokenizer.json \(2 bytes\)'):

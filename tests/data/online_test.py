@@ -99,6 +99,16 @@ def test_state_of_another_stream(config, tmp_path, arguments, message):
     OnlineBatches(config, tmp_path, *arguments).restore(tmp_path / 'state', 1)
 
 
+def test_resume_in_directory_with_brackets(config, tmp_path):
+  """TensorFlow would take the directory for a pattern."""
+  batches = OnlineBatches(config, tmp_path, 4, seed=0)
+  batches(0)
+  batches.save(tmp_path / 'sweep lr[1e-2]', 1)
+  resumed = OnlineBatches(config, tmp_path, 4, seed=0)
+  resumed.restore(tmp_path / 'sweep lr[1e-2]', 1)
+  assert_equal(resumed(1), batches(1))
+
+
 def test_state_of_fewer_hosts(config, tmp_path):
   """It is refused also by processes that did not exist when it was saved."""
   batches = OnlineBatches(config, tmp_path, 4, 0)

@@ -21,6 +21,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   describe,
   find_coprocessor,
   load_coprocessor,
+  locate_coprocessor,
   read_description,
   write_description,
 )
@@ -78,6 +79,18 @@ def test_no_coprocessor(tmp_path):
     for read in (describe, coprocessor_checkpoint.load):
       with pytest.raises(UserError, match=f'{directory}.*{DESCRIPTION}'):
         read(directory)
+
+
+def test_coprocessor_one_level_off(directory, tmp_path):
+  """The only one inside a directory is taken; several are named."""
+  for name in ('one', 'two'):
+    place = tmp_path / 'runs' / name / 'coprocessor'
+    place.mkdir(parents=True)
+    shutil.copy(directory / DESCRIPTION, place)
+    if name == 'one':
+      assert locate_coprocessor(tmp_path / 'runs') == place
+  with pytest.raises(UserError, match=r'runs holds no .* 2 .*one/coprocessor, .*two/coprocessor'):
+    locate_coprocessor(tmp_path / 'runs')
 
 
 @pytest.mark.parametrize('damage', [

@@ -48,6 +48,13 @@ BAD = {
         'pretrain', '--workdir={files}/typo.py', 'workdir=.*/typo.py: .*a file.*directory'),
     'a URL as directory': Bad(
         'pretrain', '--workdir=gs://bucket/run', 'workdir=gs://bucket/run: .*URL.*[Mm]ount'),
+    'a backslash': Bad(
+        'quickstart', '--workdir={new}\\a', r'^Error: .*new\\a has a backslash.*rename'),
+    'rows as data': Bad(
+        'pretrain', '--workdir={new} --data={run}/rows', '^Error: .*/rows holds the rows .*give'),
+    'a decoder as work directory': Bad(
+        'pretrain', '--workdir={run}/pretraining/decoder --data={run}',
+        '^Error: .*/pretraining/decoder holds a finished decoder.*/pretraining, '),
     'an indivisible batch': Bad(
         'quickstart', '--workdir={new} --config.training.accumulation=3',
         r'^Error: training\.batch_size = 8 .* 3 '),
@@ -55,7 +62,7 @@ BAD = {
         'quickstart', "--workdir={new} --config.training.multipliers={{'gat':2.0}}",
         r"training.multipliers .*\['gat'\].*'gate'"),
     'no decoder': Bad(
-        'train', '--workdir={new} --data={run} --decoder={files}', 'files[0-9]* .*decoder.json'),
+        'train', '--workdir={new} --data={run} --decoder={run}/rows', 'rows .*decoder.json'),
     'another file as decoder': Bad(
         'train', '--workdir={new} --data={run} --decoder={files}/typo.py',
         '/typo.py is a file: .*directory.*[.]gguf'),

@@ -21,6 +21,9 @@ from tests import tiny
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 
+WRITABLE = dataclasses.replace(tiny.CONFIG, query_scale=0.5)  # as Hugging Face's
+
+
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory, decoder_params):
   directory = tmp_path_factory.mktemp('weights') / 'decoder'
@@ -106,6 +109,67 @@ def test_directory_without_decoder(saved, tmp_path, name):
   directory = saved / name if name else tmp_path
   with pytest.raises(UserError, match=f'{directory} '):
     weights.load(directory)
+
+
+def test_directory_with_brackets(tmp_path, decoder_params):
+  """It is a path, and no pattern."""
+  weights.save(tmp_path / 'sweep lr[1e-2]' / 'decoder', tiny.CONFIG, decoder_params)
+  _, loaded = weights.load(tmp_path / 'sweep lr[1e-2]' / 'decoder')
+  jax.tree.map(np.testing.assert_array_equal, loaded, decoder_params)
+
+
+def test_directory_with_backslash(tmp_path, copied, decoder_params):
+  with pytest.raises(UserError, match='backslash'):
+    weights.save(tmp_path / 'a\\b', tiny.CONFIG, decoder_params)
+  with pytest.raises(UserError, match='backslash'):
+    weights.load(copied.rename(tmp_path / 'c\\d'))
+
+
+@pytest.mark.parametrize('name', ['decoder', 'study/decoder', 'snapshots/0123abc'])
+def test_directory_one_level_off(saved, tmp_path, name):
+  """The only decoder inside a directory is taken, as below Hugging Face's models--org--name."""
+  shutil.copytree(saved, tmp_path / name)
+  (tmp_path / '.DS_Store').touch()
+  (tmp_path / 'checkpoints').mkdir()
+  assert weights.open_checkpoint(tmp_path).directory == tmp_path / name
+
+
+def test_several_decoders_inside(saved, tmp_path):
+  for name in ('one', 'two'):
+    shutil.copytree(saved, tmp_path / 'snapshots' / name)
+  with pytest.raises(UserError, match=f'no decoder .*2 .*{tmp_path}/snapshots/one, .*two'):
+    weights.open_checkpoint(tmp_path)
+
+
+def test_part_of_a_decoder(saved):
+  with pytest.raises(UserError, match=f'{saved}/weights .*give {saved}$'):
+    weights.open_checkpoint(saved / 'weights')
+
+
+def test_coprocessor_in_place_of_decoder(tmp_path):
+  for name in ('coprocessor.json', 'coprocessor.safetensors'):
+    (tmp_path / name).touch()
+  with pytest.raises(UserError, match=f'{tmp_path} holds a coprocessor'):
+    weights.open_checkpoint(tmp_path)
+
+
+def test_two_formats_in_a_directory(copied, tmp_path, decoder_params):
+  """Native and Hugging Face files of different decoders are not guessed between."""
+  weights.save(tmp_path / 'other', WRITABLE, decoder_params, format='huggingface')
+  for path in (tmp_path / 'other').iterdir():
+    shutil.copy(path, copied)
+  with pytest.raises(UserError, match=rf"{copied} .*\['native', 'huggingface'\]"):
+    weights.open_checkpoint(copied)
+
+
+def test_gguf_beside_hugging_face(tmp_path, decoder_params):
+  """A GGUF file is read only if it is named, or if there is nothing else."""
+  weights.save(tmp_path / 'hf', WRITABLE, decoder_params, format='huggingface')
+  (tmp_path / 'hf' / 'model-q4.gguf').write_bytes(b'')
+  assert weights.open_checkpoint(tmp_path / 'hf').format == 'huggingface'
+  (tmp_path / 'hf' / 'model.safetensors').unlink()
+  with pytest.raises(UserError, match='model-q4.gguf'):
+    weights.open_checkpoint(tmp_path / 'hf')
 
 
 def edit(directory, **changes):

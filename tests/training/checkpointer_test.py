@@ -80,6 +80,39 @@ def test_round_trip(tmp_path):
   assert batches.restored == (5, 5)
 
 
+@pytest.mark.parametrize('name', ['sweep lr[1e-2]', 'a*b?'])
+def test_directory_with_signs_of_a_pattern(tmp_path, name):
+  save_all(tmp_path / name, [3, 5])
+  assert_same(restore(tmp_path / name), make_state(5))
+
+
+def test_directory_with_backslash(tmp_path):
+  with pytest.raises(UserError, match='backslash'):
+    Checkpointer(tmp_path / 'a\\b', keep=1)
+
+
+def test_stray_entries(tmp_path):
+  """Entries of other programs are neither read nor removed."""
+  save_all(tmp_path, [1, 2], keep=1)
+  strays = ['.DS_Store', '.nfs0001', 'data/.DS_Store', 'data/2~', '2/.DS_Store', '2/about/._a']
+  for stray in strays:
+    (tmp_path / stray).touch()
+  shutil.copytree(tmp_path / '2', tmp_path / '9 copy')
+  save_all(tmp_path, [3], keep=1)
+  assert_same(restore(tmp_path), make_state(3))
+  assert all((tmp_path / stray).exists() for stray in [*strays[:4], '9 copy'])
+
+
+def test_checkpoint_copied_in_part(tmp_path):
+  """It is named, and the one before it is restored once it is removed."""
+  save_all(tmp_path, [1, 2])
+  shutil.rmtree(tmp_path / '2' / 'about')
+  with pytest.raises(UserError, match=f'(?s){tmp_path}/2 .*in part.*: 1.*remove {tmp_path}/2'):
+    restore(tmp_path)
+  shutil.rmtree(tmp_path / '2')
+  assert_same(restore(tmp_path), make_state(1))
+
+
 def test_new_directory(tmp_path):
   """Nothing is restored from a new directory."""
   assert restore(tmp_path / 'new') is None
@@ -130,7 +163,7 @@ def test_foreign_checkpoint(tmp_path):
   """A checkpoint of another program is refused."""
   with ocp.CheckpointManager(tmp_path) as manager:
     manager.save(7, args=ocp.args.StandardSave({'kernel': np.ones(3)}))
-  with pytest.raises(UserError, match=f'{tmp_path}/7.*not written by'):
+  with pytest.raises(UserError, match=f'(?s){tmp_path}/7.*written by another.*remove {tmp_path}/7'):
     restore(tmp_path)
 
 

@@ -275,6 +275,25 @@ def test_resume_unknown_run(coprocessor, quickstart):
     resume(coprocessor, quickstart)
 
 
+@pytest.mark.parametrize('name', ['decoder', 'coprocessor'])
+def test_finished_model_in_place_of_its_run(quickstart, coprocessor, name):
+  """Its run is named, and nothing is written into it."""
+  workdir = coprocessor / name
+  workdir.mkdir(exist_ok=True)
+  (workdir / f'{name}.json').touch()
+  before = sorted(workdir.iterdir())
+  with pytest.raises(UserError, match=f'{workdir} .*{name}.*{coprocessor}, '):
+    resume(workdir, quickstart)
+  assert sorted(workdir.iterdir()) == before
+
+
+def test_run_with_a_byte_order_mark(coprocessor, quickstart):
+  """An editor may save run.json with one."""
+  path = coprocessor / 'run.json'
+  path.write_text(path.read_text(), encoding='utf-8-sig')
+  resume(coprocessor, quickstart)
+
+
 def test_resume_other_job(quickstart, tmp_path):
   """The directory of another job is refused."""
   workdir = shutil.copytree(quickstart / 'pretraining', tmp_path / 'pretraining')

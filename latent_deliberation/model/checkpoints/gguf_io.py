@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import list_directory
 from latent_deliberation.model.checkpoints.source import Stored
 from latent_deliberation.model.rotary import rotary_frequencies
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
@@ -54,7 +55,7 @@ def find_file(path: Path) -> Path | None:
   """
   if path.is_file():
     return path if path.suffix == SUFFIX else None
-  files = sorted(path.glob(f'*{SUFFIX}'))
+  files = [file for file in list_directory(path) if file.suffix == SUFFIX]
   if len(files) > 1:
     raise UserError(f'{path} holds {len(files)} GGUF files, {[file.name for file in files]}: give '
                     'the path of one of them')

@@ -81,7 +81,7 @@ def read_config(directory: Path) -> TransformerConfig:
     raise UserError(f'{directory} holds weights but no {CONFIG}, which describes them: download '
                     'it, too')
   try:
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_bytes())
     family = stored['model_type']
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is damaged or has no model_type ({error}): download it '

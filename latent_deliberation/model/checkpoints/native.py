@@ -12,12 +12,13 @@ from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import path_for_orbax
 from latent_deliberation.model.checkpoints.layout import LAYERED, axis_sizes, parameter_axes
 from latent_deliberation.model.checkpoints.source import OrbaxSource
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-DESCRIPTION, _WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1  # file, directory, version
+DESCRIPTION, WEIGHTS, _FORMAT = 'decoder.json', 'weights', 1  # file, directory, version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ def describe(directory: Path) -> Description:
   """Reads decoder.json. UserError: it is damaged or of another version."""
   path = directory / DESCRIPTION
   try:
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_bytes())
     if stored['format'] != _FORMAT:
       raise UserError(f'format {stored["format"]}, expected {_FORMAT}')
     return Description(TransformerConfig(**stored['config']), stored['fingerprint'],
@@ -50,7 +51,7 @@ def describe(directory: Path) -> Description:
 
 def open_weights(directory: Path) -> OrbaxSource:
   """Returns the tensors, named by the paths of our parameters. UserError: damaged metadata."""
-  return OrbaxSource(directory / _WEIGHTS, lambda name: name)
+  return OrbaxSource(directory / WEIGHTS, lambda name: name)
 
 
 def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -83,7 +84,7 @@ def write(directory: Path, config: TransformerConfig, params: Params,
           vocabulary_hash: str) -> str:
   """Writes a decoder into an empty directory and returns its fingerprint."""
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(directory.absolute() / _WEIGHTS, params)
+    checkpointer.save(path_for_orbax(directory) / WEIGHTS, params)
   decoder_fingerprint = fingerprint(params)
   if jax.process_index() == 0:
     description = {'format': _FORMAT, 'fingerprint': decoder_fingerprint,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
@@ -19,10 +20,15 @@ from safetensors.numpy import save_file
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import list_directory
 from latent_deliberation.model.checkpoints.source import Stored, refuse_pickles
 from latent_deliberation.progress import Progress
 
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
+SUFFIX = '.safetensors'
+# Names that transformers never takes for the weights of a model.
+_NO_DECODER = {'consolidated.safetensors': "has the tensors under Mistral's own names",
+               'adapter_model.safetensors': 'is an adapter without its decoder'}
 FILE_BYTES = 4 << 30  # default limit of a file, and of what a host holds while it writes
 _DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16', 'F64': 'float64', 'I8': 'int8',
            'U8': 'uint8', 'I16': 'int16', 'I32': 'int32', 'I64': 'int64', 'BOOL': 'bool',
@@ -72,7 +78,12 @@ class SafetensorsSource:
 
 def weight_files(directory: Path) -> list[Path]:
   """Returns the safetensors files of a checkpoint; raises as SafetensorsSource does."""
-  index = directory / INDEX
+  index, single = directory / INDEX, directory / SINGLE
+  # transformers takes the single file, too: an index beside it is usually left from another save.
+  if single.is_file():
+    if index.exists():
+      logging.warning('%s is read, and the files of %s are not', single, INDEX)
+    return [single]
   # Several files have an index, and all files in it must be there.
   if index.exists():
     names = sorted(set(_weight_map(index).values()))
@@ -81,10 +92,8 @@ def weight_files(directory: Path) -> list[Path]:
       raise UserError(f'{index} names files that {directory} does not have: {absent}. '
                       'Download them, or the whole directory again')
     return [directory / name for name in names]
-  if (directory / SINGLE).is_file():
-    return [directory / SINGLE]
-  # A single file may have any name.
-  others = sorted(directory.glob('*.safetensors'))
+  # A single file may have any name, but for those of other things than a whole decoder.
+  others = [path for path in list_directory(directory) if path.suffix == SUFFIX]
   if not others:
     refuse_pickles(directory)
     raise UserError(f'{directory} holds neither {SINGLE} nor {INDEX}: give the directory of the '
@@ -92,13 +101,16 @@ def weight_files(directory: Path) -> list[Path]:
   if len(others) > 1:
     raise UserError(f'{directory} holds {[path.name for path in others]} but no {INDEX}, which '
                     'lists the files of a checkpoint: download it, too')
+  if others[0].name in _NO_DECODER:
+    raise UserError(f'{others[0]} {_NO_DECODER[others[0].name]}: give the directory of a decoder '
+                    f'that has {SINGLE} or {INDEX}')
   return others
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
   """Returns tensor name -> file name, from the index."""
   try:
-    weight_map = json.loads(index.read_text())['weight_map']
+    weight_map = json.loads(index.read_bytes())['weight_map']
     return {str(name): str(file) for name, file in weight_map.items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{index} is damaged ({type(error).__name__}: {error}): download it '

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import list_directory, path_for_orbax
 from latent_deliberation.model.checkpoints.layout import (
   LAYERED,
   Entry,
@@ -85,9 +86,10 @@ class OrbaxSource:
 
   def __init__(self, directory: Path, rename: Callable[[str], str]):
     self.directory = Path(directory).absolute()
+    self._path = path_for_orbax(self.directory)
     self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     try:
-      metadata = self._checkpointer.metadata(self.directory).item_metadata
+      metadata = self._checkpointer.metadata(self._path).item_metadata
     except Exception as error:  # orbax raises many classes for truncated or missing files
       raise UserError(f'{directory} is not a whole orbax checkpoint ({_short(error)}): download '
                       'or write it again') from error
@@ -112,7 +114,7 @@ class OrbaxSource:
     leaf = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, strict=False)
     wanted = jax.ShapeDtypeStruct(shape, self.tensors[name].dtype, sharding=sharding)
     try:
-      restored = self._checkpointer.restore(self.directory, args=ocp.args.PyTreeRestore(
+      restored = self._checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(
           item=traverse_util.unflatten_dict({keys: wanted}),
           restore_args=traverse_util.unflatten_dict({keys: leaf}), partial_restore=True))
     except Exception as error:  # as above
@@ -128,7 +130,7 @@ def _short(error: Exception) -> str:
 
 def refuse_pickles(directory: Path) -> None:
   """Raises UserError if a directory holds pickled weights; call it if there are no others."""
-  pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+  pickles = [path.name for path in list_directory(directory) if path.suffix in PICKLES]
   if pickles:
     raise UserError(
         f'{directory} holds pickled weights {pickles}, which are refused because unpickling runs '

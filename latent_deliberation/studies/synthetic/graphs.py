@@ -55,7 +55,7 @@ def read_prosqa(path: str | Path) -> list[AskedGraph]:
   if not path.is_file():
     raise UserError(f'no file {path}: give a JSON file of the ProsQA release')
   try:
-    items = json.loads(path.read_text(encoding='utf-8'))
+    items = json.loads(path.read_bytes())
   except ValueError as error:
     raise UserError(f'{path} is not JSON ({error}): give a file of the ProsQA release') from error
   if not isinstance(items, list) or not items:

@@ -234,7 +234,7 @@ def read_problems(path: str | Path, equations: bool = True) -> list[Problem]:
     raise MissingError(f'no file {path}: give the path of a file of lines {FORM!r}')
   try:
     # Not splitlines, which would also split at a U+2028 in a question.
-    lines = path.read_text(encoding='utf-8').split('\n')
+    lines = path.read_text(encoding='utf-8-sig').split('\n')
   except UnicodeDecodeError as error:
     raise UserError(f'{path} is not UTF-8 text at byte {error.start}: convert it '
                     '(iconv -t utf-8)') from error

@@ -206,6 +206,13 @@ def test_impossible_values(tmp_path, change, message):
     read(tmp_path, {**foreign.HF_CONFIGS['gemma2'], **change})
 
 
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_config_with_a_byte_order_mark(tmp_path, encoding):
+  content = json.dumps(foreign.HF_CONFIGS['gemma2'])
+  (tmp_path / 'config.json').write_text(content, encoding=encoding)
+  assert read_config(tmp_path) == foreign.FAMILIES['gemma2']
+
+
 def test_weights_without_config(tmp_path):
   """Weights without a config.json are refused."""
   with pytest.raises(UserError, match=f'{tmp_path} .*no config.json'):

@@ -151,6 +151,38 @@ def test_files_outside_index(tmp_path):
   assert set(open_source(tmp_path).tensors) == set('abc')
 
 
+def test_single_file_beside_an_index(tmp_path, caplog):
+  """As in transformers, the single file is read."""
+  foreign.write_hf(tmp_path, {}, ARRAYS, files=2)
+  save_file({'z': ARRAYS['a']}, tmp_path / 'model.safetensors')
+  assert set(open_source(tmp_path).tensors) == {'z'}
+  assert 'model.safetensors.index.json' in caplog.text
+
+
+def test_index_with_a_byte_order_mark(tmp_path):
+  foreign.write_hf(tmp_path, {}, ARRAYS, files=2)
+  index = tmp_path / 'model.safetensors.index.json'
+  index.write_text(index.read_text(), encoding='utf-8-sig')
+  assert set(open_source(tmp_path).tensors) == set('abc')
+
+
+@pytest.mark.parametrize('name', ['._gemma.safetensors', '.nfs1.safetensors', '~$a.safetensors'])
+def test_stray_file_beside_the_weights(tmp_path, name):
+  save_file(ARRAYS, tmp_path / 'gemma.safetensors')
+  (tmp_path / name).write_bytes(b'\0\5\x16\7')
+  assert set(open_source(tmp_path).tensors) == set('abc')
+
+
+@pytest.mark.parametrize('name', ['consolidated.safetensors', 'adapter_model.safetensors'])
+def test_file_of_no_whole_decoder(tmp_path, name):
+  """It is refused alone, and not read beside the weights."""
+  save_file({'z': ARRAYS['a']}, tmp_path / name)
+  with pytest.raises(UserError, match=name):
+    open_source(tmp_path)
+  save_file(ARRAYS, tmp_path / 'model.safetensors')
+  assert set(open_source(tmp_path).tensors) == set('abc')
+
+
 def test_files_without_index(tmp_path):
   """Several files without an index are refused."""
   foreign.write_hf(tmp_path, {}, ARRAYS, files=2)
