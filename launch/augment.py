@@ -22,7 +22,7 @@ _COPROCESSOR = app.define_directory('coprocessor', 'Directory of a trained copro
 _VOCABULARY = flags.DEFINE_string(
     'vocabulary', '', "Path of a SentencePiece model, or 'byte'. Default: the decoder's own.")
 _DOCUMENT = flags.DEFINE_string(
-    'document', None, 'File with the text to read, in UTF-8.', required=True)
+    'document', None, 'File with the text to read, in UTF-8. Required.', required=True)
 _LENGTH = flags.DEFINE_integer('length', 2048, 'Largest number of tokens that the text may have.')
 _OUTPUT = app.define_directory('output', 'Directory to write the cache to; must not exist yet.')
 
