@@ -179,11 +179,14 @@ def whole_directory(directory: Path) -> Iterator[Path]:
   # Names that no user chooses.
   partial, locked = (directory.with_name(f'.{directory.name}.{end}') for end in ('partial', 'lock'))
   is_writer = jax.process_index() == 0
-  with lock_for_all(locked, f'writes {directory}'):
+  if is_writer:
+    with explain_failed_write(directory):
+      directory.parent.mkdir(parents=True, exist_ok=True)
+  with lock(locked, f'writes {directory}') if is_writer else contextlib.nullcontext():
     if is_writer:
       shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
       with explain_failed_write(directory):
-        partial.mkdir(parents=True)
+        partial.mkdir()
     # No process writes before the directory exists, or continues before it has its name.
     barrier(f'{directory} begun')
     try:
