@@ -28,7 +28,6 @@ from types import FrameType
 import jax
 from absl import app, flags, logging
 
-import latent_deliberation
 from latent_deliberation.distributed import initialize
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import check_free
@@ -37,7 +36,7 @@ from latent_deliberation.files import check_free
 flags.disclaim_key_flags()
 
 _GRACE_SECONDS = 20  # for other processes to fail with their own message
-_OUR_CODE = str(Path(latent_deliberation.__file__).parent)
+_OUR_CODE = str(Path(__file__).parents[1])
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # the code of a program whose reader has gone
 
 # What results and programs depend on. Variables such as JAX_ENABLE_X64 can change each of these.

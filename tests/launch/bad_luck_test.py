@@ -42,9 +42,29 @@ def test_ctrl_c_ends_at_once(tmp_path):
                     'app.run(job)\n')
   process = subprocess.run([sys.executable, str(script)], cwd=finished.ROOT, text=True,
                            capture_output=True, timeout=60, env=finished.environment())
-  assert process.returncode == 1
+  assert process.returncode == 130
   assert 'Interrupted. Run the same command again' in process.stderr
   assert 'Traceback' not in process.stderr
+
+
+@pytest.mark.parametrize('job, code, said', [
+    ("os.kill(os.getpid(), signal.SIGTERM)", 143, '^Stopped by SIGTERM. Run the same command'),
+    ("print('8\u2020')", 0, None),
+    ("os.close(1); print('text')", 1, 'Bad file descriptor')])
+def test_ends_of_a_script(tmp_path, job, code, said):
+  """SIGTERM has its code. A sign that the encoding lacks ends nothing."""
+  script = tmp_path / 'script.py'
+  script.write_text('import os, signal\n'
+                    'from latent_deliberation.cli import app\n'
+                    f'app.run(lambda: {job.replace("; ", " or ")})\n')
+  process = subprocess.run([sys.executable, str(script)], cwd=finished.ROOT, text=True,
+                           capture_output=True, timeout=60,
+                           env={**finished.environment(), 'PYTHONIOENCODING': 'ascii'})
+  assert process.returncode == code, process.stderr
+  if said:
+    assert re.search(said, process.stderr, re.MULTILINE), process.stderr
+  else:
+    assert process.stdout == '8\\u2020\n'
 
 
 def begin(said: Path | None, *arguments: str,
@@ -101,8 +121,12 @@ def test_run_survives_bad_luck(tmp_path, monkeypatch):
 
   process = begin(said, f'--workdir={workdir}')
   wait_until(lambda: newest(workdir) > killed_at, process, said)
+  second = begin(None, f'--workdir={workdir}')
+  complaint = second.communicate(timeout=120)[1].decode()
+  assert second.returncode == 1
+  assert f'Error: process {process.pid} on ' in complaint and f'works in {workdir}' in complaint
   process.terminate()
-  assert process.wait(60) == 0, said.read_text()
+  assert process.wait(60) == 143, said.read_text()
   assert f'at step {killed_at} of 150' in said.read_text()
   assert f'stopped by SIGTERM at step {newest(workdir)}/150. Saved in' in said.read_text()
 

@@ -91,14 +91,14 @@ def start_two(commands: Sequence[list[str]], logs: Path) -> list[subprocess.Pope
   return processes
 
 
-def end_both(processes: Sequence[subprocess.Popen], logs: Path) -> None:
-  """Waits for both, and fails with their logs where one fails."""
+def end_both(processes: Sequence[subprocess.Popen], logs: Path, code: int = 0) -> None:
+  """Waits for both, and fails with their logs where one ends with another code."""
   try:
     codes = [process.wait(timeout=200) for process in processes]
   finally:
     for process in processes:
       process.kill()
-  assert codes == [0, 0], '\n\n'.join((logs / f'{index}.err').read_text() for index in range(2))
+  assert codes == [code, code], '\n\n'.join((logs / f'{index}.err').read_text() for index in range(2))
 
 
 def free_address() -> str:
@@ -167,7 +167,7 @@ def test_signal_stops_both(quickstart, tmp_path):
       time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
   finally:
-    end_both(processes, logs)
+    end_both(processes, logs, code=143)
   step, = (int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
   assert 2 < step < 10_000
   for index in range(2):

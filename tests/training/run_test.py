@@ -209,7 +209,7 @@ def test_trained_further(coprocessor, quickstart, caplog):
     resume(coprocessor, quickstart, experiment=longer)
   assert 'at step 4 of 4; it is finished' in caplog.text
   assert (coprocessor / METRICS_FILE).read_text() == written
-  with pytest.raises(UserError, match='training.loop.num_steps: 4 saved, 2 now.*may only grow'):
+  with pytest.raises(UserError, match='(?s)training.loop.num_steps: 4 saved, 2 now.*may only grow'):
     resume(coprocessor, quickstart)
 
 
