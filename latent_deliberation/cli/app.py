@@ -231,25 +231,24 @@ def _check_config(arguments: Sequence[str]) -> None:
   Raises:
     UserError: it is not, or does not.
   """
-  place = next((at for at, argument in enumerate(arguments)
-                if re.fullmatch('--?config(=.*)?', argument)), None)
-  override = next((argument for argument in arguments[:place]
+  places = [at for at, argument in enumerate(arguments)
+            if re.fullmatch('--?config(=.*)?', argument)]
+  override = next((argument for argument in arguments[:places[0] if places else None]
                    if re.match(r'--?(no)?config\.', argument)), None)
-  if place is None:
-    if override and flags.FLAGS['config'].default is None:
-      raise UserError(f'{override} without --config: give --config=FILE before it, such as '
-                      '--config=configs/quickstart.py')
-    return
-  if override:
+  if override and places:
     raise UserError(f'{override} is before --config: give --config=FILE first, and then the keys '
                     'that differ')
-  # The path is after '=', or the next argument. After a colon comes the argument of get_config.
-  _, equals, path = arguments[place].partition('=')
-  path = (path if equals else ''.join(arguments[place + 1:place + 2])).partition(':')[0]
-  if not Path(path).is_file():
-    near = difflib.get_close_matches(path, map(str, Path('configs').rglob('*.py')), n=1)
-    hint = f'did you mean {near[0]}?' if near else 'give a file such as configs/quickstart.py'
-    raise UserError(f'--config={path}: there is no such file; {hint}')
+  if override and flags.FLAGS['config'].default is None:
+    raise UserError(f'{override} without --config: give --config=FILE before it, such as '
+                    '--config=configs/quickstart.py')
+  for at in places:
+    # The path is after '=', or the next argument. After a colon comes the argument of get_config.
+    _, equals, path = arguments[at].partition('=')
+    path = (path if equals else ''.join(arguments[at + 1:at + 2])).partition(':')[0]
+    if not Path(path).is_file():
+      near = difflib.get_close_matches(path, map(str, Path('configs').rglob('*.py')), n=1)
+      hint = f'did you mean {near[0]}?' if near else 'give a file such as configs/quickstart.py'
+      raise UserError(f'--config={path}: there is no such file; {hint}')
 
 
 def _describe(error: flags.Error) -> str:

@@ -98,7 +98,8 @@ def end_both(processes: Sequence[subprocess.Popen], logs: Path, code: int = 0) -
   finally:
     for process in processes:
       process.kill()
-  assert codes == [code, code], '\n\n'.join((logs / f'{index}.err').read_text() for index in range(2))
+  said = '\n\n'.join((logs / f'{index}.err').read_text() for index in range(2))
+  assert codes == [code, code], said
 
 
 def free_address() -> str:
