@@ -1,6 +1,7 @@
 """The processes of one run, one on each host: they find each other, wait, and fail together."""
 
 import os
+import sys
 from collections.abc import Callable
 
 import jax
@@ -13,9 +14,11 @@ from latent_deliberation.errors import UserError
 
 ADDRESS = 'JAX_COORDINATOR_ADDRESS'
 # Variables that a launcher sets for each of its processes: their number, and one that exists only
-# where jax recognises the launcher and so finds the other processes.
-LAUNCHERS = (('SLURM_NTASKS', 'SLURM_STEP_NODELIST'),
+# where jax recognises the launcher and so finds the other processes. SLURM_NTASKS will not do for
+# the number: it is that of an allocation, also in a shell that is a single task of it.
+LAUNCHERS = (('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NODELIST'),
              ('OMPI_COMM_WORLD_SIZE', 'OMPI_MCA_orte_hnp_uri'))
+TERMINAL = 'SLURM_PTY_PORT'  # exists in a shell that srun --pty gave a terminal
 PATIENCE_SECONDS = 24 * 3600  # for the work of one process alone, such as packing a corpus
 
 
@@ -24,7 +27,8 @@ def initialize(address: str | None = None, count: int | None = None,
   """Joins the processes of a run, where there are several. Call it before jax has devices.
 
   On a Cloud TPU, and under srun or mpirun, jax finds the processes by itself. Elsewhere give all
-  three arguments. With none of them, a single machine stays one process.
+  three arguments. With none of them, a single machine stays one process, and so does a command in
+  a terminal, whose other tasks would never come. `count` = 1 alone joins nobody.
 
   Args:
     address: host:port of process 0; default is the variable JAX_COORDINATOR_ADDRESS.
@@ -34,6 +38,8 @@ def initialize(address: str | None = None, count: int | None = None,
   Raises:
     UserError: one of the three is missing or has a value that it cannot have.
   """
+  if count == 1 and not index:
+    return
   # Without arguments, jax may find the other processes by itself.
   detected = address is None and count is None and index is None and _are_others_known()
   address = address or os.environ.get(ADDRESS) or None
@@ -52,7 +58,7 @@ def _check_given(address: str | None, count: int | None, index: int | None) -> N
     present = ', '.join(f'{name}={value}' for name, value in given.items() if value is not None)
     raise UserError(
         f'{present} (a flag, or {ADDRESS}) without {" and ".join(missing)}: give all three for '
-        'several processes, and none for one process')
+        'several processes, and --process_count=1 alone for one process')
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit():
     raise UserError(f'--coordinator_address={address}: it must be host:port of process 0, such as '
@@ -69,12 +75,19 @@ def _is_on_tpu() -> bool:
 
 def _are_others_known() -> bool:
   """Whether jax can find the other processes by itself."""
-  return _is_on_tpu() or any(
-      mark in os.environ and int(os.environ.get(count, 1)) > 1 for count, mark in LAUNCHERS)
+  launched = any(mark in os.environ and int(os.environ.get(count, 1)) > 1
+                 for count, mark in LAUNCHERS)
+  return _is_on_tpu() or launched and not _is_in_terminal()
+
+
+def _is_in_terminal() -> bool:
+  """Whether somebody types the commands: a launcher gives its tasks no terminal."""
+  return TERMINAL in os.environ or sys.stdin is not None and sys.stdin.isatty()
 
 
 def _initialize_known() -> None:
-  logging.info('waiting for the other processes that jax finds, if any')
+  logging.info('waiting for the other processes that jax finds, if any; --process_count=1 runs '
+               'this one alone')
   try:
     jax.distributed.initialize()
   except ValueError as error:
@@ -88,6 +101,13 @@ def barrier(name: str) -> None:
   """Returns once every process has called it."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def from_process_zero(value: bool) -> bool:
+  """Returns the value of process 0, on every process."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def run_on_process_zero(task: str, work: Callable[[], None]) -> None:
@@ -113,7 +133,7 @@ def run_on_process_zero(task: str, work: Callable[[], None]) -> None:
   multihost.sync_global_processes(
       task, timeout=PATIENCE_SECONDS, processes=set(range(jax.process_count())))
   # The others learn whether it failed, and raise too.
-  failed = multihost_utils.broadcast_one_to_all(np.array(failure is not None))
+  failed = from_process_zero(failure is not None)
   if failure is not None:
     raise failure
   if failed:

@@ -328,8 +328,8 @@ def define_config(launch_script: str, default: str | None = None) -> None:
     sys.path.insert(0, str(root))
   config_flags.DEFINE_config_file(
       'config', str(root / default) if default else None,
-      'Config file. Any key can be overridden, as in --config.training.batch_size=16.',
-      lock_config=True)
+      'Config file. Any key can be overridden after it, as in --config.training.batch_size=16.'
+      + ('' if default else ' Required.'), lock_config=True)
   if default is None:
     flags.mark_flag_as_required('config')
 

@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all, and files as people have them.
+"""Files and directories that are written whole or not at all, locks, and files as people have them.
 
 Where one cannot be written, these functions raise a UserError that names the path. The others read
 text as editors save it, leave out what nobody meant to give, and pass paths on to orbax.
@@ -6,18 +6,23 @@ text as editors save it, leave out what nobody meant to give, and pass paths on 
 
 import codecs
 import contextlib
+import fcntl
 import json
 import os
+import secrets
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
+from absl import logging
 from etils import epath
 
-from latent_deliberation.distributed import barrier
+from latent_deliberation.distributed import barrier, run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
 
@@ -54,6 +59,8 @@ def find_inside(directory: Path, is_wanted: Callable[[Path], bool], depth: int =
 def find_encoding(content: bytes) -> str:
   """Returns the encoding of a text by the mark at its beginning; UTF-8 without one."""
   return 'utf-16' if content.startswith(_UTF16_MARKS) else 'utf-8-sig'
+
+POLL_SECONDS = 0.5  # between two looks at a lock that another process holds
 
 
 def read_text(path: Path, what: str) -> str:
@@ -119,7 +126,8 @@ def write_whole(path: Path, content: bytes) -> None:
   Raises:
     UserError: the file cannot be written.
   """
-  partial = path.with_name(f'.{path.name}.partial-{os.getpid()}')
+  # Random, since processes in containers that share a disk may have the same number.
+  partial = path.with_name(f'.{path.name}.partial-{secrets.token_hex(4)}')
   with explain_failed_write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -158,6 +166,87 @@ def copy_vocabulary(path: Path, directory: Path, name: str) -> Path:
       write_whole(directory / TOKENIZER_CONFIG, config.read_bytes())
   write_whole(copy, path.read_bytes())
   return copy
+def check_free(paths: Sequence[Path], overwrite: bool) -> None:
+  """Checks, before long work, that the files it will write do not exist.
+
+  Args:
+    paths: files that will be written.
+    overwrite: whether they may exist.
+
+  Raises:
+    UserError: one exists, and must not.
+  """
+  there = [str(path) for path in paths if path.exists()]
+  if there and not overwrite:
+    raise UserError(f'{", ".join(there)} exists already and is not overwritten: name another '
+                    'place, or add --overwrite')
+
+
+@contextlib.contextmanager
+def lock(path: Path, work: str, *, wait: bool = False) -> Iterator[None]:
+  """Holds the lock `path`, which one process of all hosts may hold at a time.
+
+  The system frees it when the process ends in any way. The file says who holds it. On a file system
+  without locks there is only a warning.
+
+  Args:
+    path: file of the lock; created, and removed at the end.
+    work: what the holder does, to complete "process 7 on host ...".
+    wait: whether to wait for another holder.
+
+  Raises:
+    UserError: another process holds it, and `wait` is false; or the file cannot be made.
+  """
+  waiting = False
+  while (file := _try_lock(path)) is None:
+    # The holder may just have ended, and its file with it.
+    with contextlib.suppress(FileNotFoundError):
+      holder = path.read_text() or 'another process'
+      if not wait:
+        raise UserError(f'{holder} {work}: let it end, or end it first. Its lock is {path}')
+      if not waiting:
+        logging.info('%s %s: waiting for it', holder, work)
+      waiting = True
+    time.sleep(POLL_SECONDS)
+  with file:
+    with explain_failed_write(path):
+      begun = time.strftime('%Y-%m-%d %H:%M:%S')
+      file.write(f'process {os.getpid()} on {socket.gethostname()}, since {begun},'.encode())
+      file.flush()
+    try:
+      yield
+    finally:
+      path.unlink(missing_ok=True)
+
+
+def _try_lock(path: Path) -> BinaryIO | None:
+  """Returns the open file of a lock that this process now holds; None where another holds it."""
+  with explain_failed_write(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open('ab')
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # The holder before may have removed this file after it was opened here.
+    is_ours = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+  except (BlockingIOError, FileNotFoundError):
+    is_ours = False
+  except OSError as error:  # a mount of NFS or Lustre without locks
+    logging.warning('%s: this file system has no locks (%s), so nothing keeps a second process '
+                    'from working there', path, error)
+    is_ours = True
+  if not is_ours:
+    file.close()
+    return None
+  file.truncate(0)  # of a process that was killed
+  return file
+
+
+@contextlib.contextmanager
+def lock_for_all(path: Path, work: str) -> Iterator[None]:
+  """Holds a lock for all processes of a run, on process 0. Raises as `lock` does, on every one."""
+  with contextlib.ExitStack() as held:
+    run_on_process_zero(f'lock {path}', lambda: held.enter_context(lock(path, work)))
+    yield
 
 
 @contextlib.contextmanager
@@ -167,31 +256,36 @@ def whole_directory(directory: Path) -> Iterator[Path]:
   Every process enters. Process 0 creates the directory and renames it at the end.
 
   Raises:
-    UserError: `directory` exists already; nothing is overwritten.
+    UserError: `directory` exists already; nothing is overwritten. Or another process writes it.
     UserError: the directory cannot be created or renamed. Errors of the block stay as they are.
   """
   directory = directory.absolute()
   if directory.exists():
     raise UserError(f'{directory} exists already and is not overwritten: name another directory, '
                     'or remove this one')
-  partial = directory.with_name(f'.{directory.name}.partial')  # a name that no user chooses
+  # Names that no user chooses.
+  partial, locked = (directory.with_name(f'.{directory.name}.{end}') for end in ('partial', 'lock'))
   is_writer = jax.process_index() == 0
   if is_writer:
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     with explain_failed_write(directory):
-      partial.mkdir(parents=True)
-  # No process writes before the directory exists, or continues before it has its name.
-  barrier(f'{directory} begun')
-  try:
-    yield partial
-    barrier(f'{directory} written')
+      directory.parent.mkdir(parents=True, exist_ok=True)
+  with lock(locked, f'writes {directory}') if is_writer else contextlib.nullcontext():
     if is_writer:
+      shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
       with explain_failed_write(directory):
-        os.replace(partial, directory)
-    barrier(f'{directory} named')
-  finally:
-    if is_writer:
-      shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    # No process writes before the directory exists, or continues before it has its name.
+    barrier(f'{directory} begun')
+    try:
+      yield partial
+      barrier(f'{directory} written')
+      if is_writer:
+        with explain_failed_write(directory):
+          os.replace(partial, directory)
+      barrier(f'{directory} named')
+    finally:
+      if is_writer:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def make_writable(directory: Path) -> None:

@@ -8,10 +8,13 @@
     checkpoints/data/STEP/    the position of the data at each of them
     decoder/                  written by pretraining
     coprocessor/              written by training: coprocessor.json, coprocessor.safetensors
+    decoder_STEPS/, coprocessor_STEPS/        the same of fewer steps, before it was trained further
+    run.lock                  while a process works in the directory
   prepared data (--data)      may be the work directory of a run
     vocabulary.model          SentencePiece model of the rows; or else
     tokenizer.json            Hugging Face's tokenizer, with tokenizer_config.json
     rows/train, rows/validation
+    data.lock                 while a process prepares them
   a quickstart                also holds its prepared data and its report
     pretraining/, coprocessor/, constant/     work directories of its runs
     phases.json               seconds of each phase
@@ -37,6 +40,7 @@ CHECKPOINTS = 'checkpoints'
 DATA_STATES = 'data'  # in `CHECKPOINTS`
 DECODER = 'decoder'
 COPROCESSOR = 'coprocessor'
+RUN_LOCK, DATA_LOCK = 'run.lock', 'data.lock'
 
 VOCABULARY_FILE = 'vocabulary.model'
 # Hugging Face's tokenizer, and the file beside it that names the tokens which begin and end a text.

@@ -56,7 +56,10 @@ class Progress:
 
 
 class PhaseClock:
-  """Seconds of each phase, kept in a file and summed over the launches of a resumed run."""
+  """Seconds of each phase, kept in a file and summed over the launches of a resumed run.
+
+  The time of a phase that failed is left out, since the next launch may do its work again.
+  """
 
   def __init__(self, path: Path):
     self._path = path
@@ -65,19 +68,33 @@ class PhaseClock:
     self._complete: list[str] = kept['complete']
 
   @contextmanager
-  def phase(self, name: str) -> Iterator[None]:
-    """Times a phase, also one that is stopped. A phase that is complete is not timed again."""
+  def phase(self, name: str, further: bool = False) -> Iterator[None]:
+    """Times a phase, also one that was stopped and saved.
+
+    A resumed study passes again through phases that are complete. They are not timed again, unless
+    they go `further`.
+    """
     logging.info('=== %s', name)
-    # A resumed study passes again through phases that are complete.
+    if further and name in self._complete:
+      self._complete.remove(name)
     if name in self._complete:
       yield
       return
     begun = time.perf_counter()
     try:
       yield
-      self._complete.append(name)
-    finally:
-      self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-      if jax.process_index() == 0:  # processes share the file
-        write_json(self._path, {'seconds': self.seconds, 'complete': self._complete})
-      logging.info('=== %s: %s', name, format_duration(self.seconds[name]))
+    except SystemExit:  # a signal stopped the phase, and what it did is saved
+      logging.info('=== %s: stopped after %s', name, format_duration(self._add(name, begun)))
+      raise
+    except BaseException:
+      logging.info('=== %s: failed after %s', name, format_duration(time.perf_counter() - begun))
+      raise
+    self._complete.append(name)
+    logging.info('=== %s: done in %s', name, format_duration(self._add(name, begun)))
+
+  def _add(self, name: str, begun: float) -> float:
+    """Adds the time since `begun` to a phase; returns the seconds of all its launches."""
+    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+    if jax.process_index() == 0:  # processes share the file
+      write_json(self._path, {'seconds': self.seconds, 'complete': self._complete})
+    return self.seconds[name]

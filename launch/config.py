@@ -13,9 +13,8 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app
-from latent_deliberation.cli.config_reference import format_reference, format_values
+from latent_deliberation.cli.config_reference import format_values, write_reference
 from latent_deliberation.experiment import Experiment, define_config, read_config
-from latent_deliberation.files import write_whole
 from latent_deliberation.studies.study_config import Study
 
 define_config(__file__, 'configs/quickstart.py')
@@ -25,7 +24,7 @@ _REFERENCE = app.define_file(
 
 def main() -> None:
   if _REFERENCE.value:
-    write_whole(Path(_REFERENCE.value), format_reference((Experiment, Study)).encode())
+    write_reference(Path(_REFERENCE.value), (Experiment, Study))
     print(f'Reference: {_REFERENCE.value}')
     return
   kind = Study if 'experiment' in flags.FLAGS.config else Experiment

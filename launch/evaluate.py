@@ -21,6 +21,7 @@ _COPROCESSOR = app.define_directory(
     'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
 _DATA = app.define_directory('data', 'Directory of prepared data.')
 _OUTPUT = app.define_directory('output', 'Directory to write the report to.')
+_OVERWRITE = app.define_overwrite('a report that is there already')
 _CONSTANT = app.define_directory(
     'constant', 'Work directory of trained constant soft tokens, to add as an arm. Default: none.',
     '')
@@ -30,7 +31,8 @@ def main() -> None:
   summary = evaluate(
       read_config(), decoder_dir=Path(_DECODER.value), coprocessor_dir=Path(_COPROCESSOR.value),
       prepared_dir=Path(_DATA.value), output=Path(_OUTPUT.value),
-      constant_dir=Path(_CONSTANT.value) if _CONSTANT.value else None)
+      constant_dir=Path(_CONSTANT.value) if _CONSTANT.value else None,
+      overwrite=_OVERWRITE.value)
   print(format_table(summary))
   print(f'Report: {Path(_OUTPUT.value) / "report.md"}')
 

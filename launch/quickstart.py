@@ -24,10 +24,12 @@ define_config(__file__, 'configs/quickstart.py')
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of all phases; the same command resumes them.', 'runs/quickstart')
 
+_OVERWRITE = app.define_overwrite('a report of other settings')
+
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  summary = quickstart(read_config(), workdir)
+  summary = quickstart(read_config(), workdir, _OVERWRITE.value)
   print(format_table(summary))
   print(f'Report: {workdir / "report.md"}\n'
         f'Next: python launch/generate.py --decoder={workdir / PRETRAINING / DECODER} '

@@ -27,6 +27,8 @@ _NAME = flags.DEFINE_string('name', '', 'Name of the page to add; needed with --
 _SET = flags.DEFINE_multi_string(
     'set', [], 'KEY=VALUE to set in the JSON to add: summary, command or machine')
 
+_OVERWRITE = app.define_overwrite('the figures of a page that is there already')
+
 
 def main() -> None:
   directory = Path(_DIRECTORY.value)
@@ -38,7 +40,7 @@ def main() -> None:
     raise UserError('--add and --name belong together: give both or neither')
   if _ADD.value:
     values = dict(item.partition('=')[::2] for item in _SET.value)
-    add_result(directory, _NAME.value, Path(_ADD.value), values)
+    add_result(directory, _NAME.value, Path(_ADD.value), values, _OVERWRITE.value)
   for page in write_pages(directory):
     print(page)
 

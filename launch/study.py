@@ -3,8 +3,8 @@
   python launch/study.py --config=configs/study/pointer_chasing.py:quick --workdir=runs/chasing
 
 Everything is kept in --workdir. The same command resumes a study that was stopped. With --arm it
-trains and reports some of the arms, in less time; the report is about the arms of the last command.
-Next, open results.md in --workdir.
+trains and reports some of the arms, in less time. A report of other settings or of more arms needs
+--overwrite. Next, open results.md in --workdir.
 """
 
 from pathlib import Path
@@ -23,11 +23,13 @@ _WORKDIR = app.define_directory(
 _ARM = flags.DEFINE_multi_string(
     'arm', [], 'Name of an arm to train and report. Default: all arms')
 
+_OVERWRITE = app.define_overwrite('a report of other settings, or of more arms')
+
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
   study = read_config(Study)
-  print(format_study(run_study(study, workdir, _ARM.value)))
+  print(format_study(run_study(study, workdir, _ARM.value, _OVERWRITE.value)))
   print(f'Report: {workdir / "results.md"}')
 
 

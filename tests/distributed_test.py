@@ -1,5 +1,7 @@
 """Processes join where flags say so or jax finds others, and nowhere else."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import pytest
 from latent_deliberation import distributed
 from latent_deliberation.errors import UserError
 
-ALONE = ('JAX_COORDINATOR_ADDRESS', 'SLURM_NTASKS', 'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE',
-         'OMPI_MCA_orte_hnp_uri')
+ALONE = ('JAX_COORDINATOR_ADDRESS', 'SLURM_NTASKS', 'SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NODELIST',
+         'SLURM_PTY_PORT', 'OMPI_COMM_WORLD_SIZE', 'OMPI_MCA_orte_hnp_uri')
+TASK = {'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '4', 'SLURM_STEP_NODELIST': 'node[1-4]'}
 
 
 @pytest.fixture
@@ -57,8 +60,9 @@ def test_address_alone(joined, monkeypatch):
 
 
 @pytest.mark.parametrize('environment, calls', [
-    ({'SLURM_NTASKS': '2', 'SLURM_STEP_NODELIST': 'node[1-2]'}, 1),
-    ({'SLURM_NTASKS': '1', 'SLURM_STEP_NODELIST': 'node1'}, 0),
+    (TASK, 1),
+    ({**TASK, 'SLURM_STEP_NUM_TASKS': '1'}, 0),  # the shell of an allocation
+    ({**TASK, 'SLURM_PTY_PORT': '4711'}, 0),  # srun --ntasks=4 --pty bash
     ({'SLURM_NTASKS': '2'}, 0),  # in a batch script, outside of srun
     ({'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_MCA_orte_hnp_uri': '1.0;tcp://10.0.0.2:3'}, 1)])
 def test_launchers(joined, monkeypatch, environment, calls):
@@ -67,6 +71,16 @@ def test_launchers(joined, monkeypatch, environment, calls):
     monkeypatch.setenv(name, value)
   distributed.initialize()
   assert joined == [()] * calls
+
+
+def test_terminal(joined, monkeypatch):
+  """Nobody joins the command that somebody types, or that is to run alone."""
+  for name, value in TASK.items():
+    monkeypatch.setenv(name, value)
+  distributed.initialize(None, 1)
+  monkeypatch.setattr('sys.stdin', SimpleNamespace(isatty=lambda: True))
+  distributed.initialize()
+  assert not joined
 
 
 def test_tpu_hosts(joined, monkeypatch):

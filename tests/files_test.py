@@ -1,15 +1,25 @@
 """Files and directories are written whole or not at all, and failures name the path."""
 
+import fcntl
 import os
+import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
 import pytest
+from absl import logging
 
+from latent_deliberation import files
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import (
+  check_free,
   find_inside,
   list_directory,
+  lock,
   make_writable,
   path_for_orbax,
   read_text,
@@ -89,13 +99,94 @@ def test_target_appears(tmp_path):
 
 def test_killed_process(tmp_path):
   """The files of a killed process are removed."""
-  killed = whole_directory(tmp_path / 'target')
-  left = killed.__enter__()
+  left = tmp_path / '.target.partial'
+  left.mkdir()
   (left / 'old').write_text('old')
+  (tmp_path / '.target.lock').write_text('process 7')
   with whole_directory(tmp_path / 'target') as partial:
     (partial / 'new').write_text('new')
   assert [path.name for path in (tmp_path / 'target').iterdir()] == ['new']
   assert list(tmp_path.iterdir()) == [tmp_path / 'target']
+
+
+def test_two_writers(tmp_path):
+  """A second process that writes the same directory is refused, and removes nothing."""
+  with whole_directory(tmp_path / 'target') as partial:
+    (partial / 'file').write_text('first')
+    with (pytest.raises(UserError, match=f'process {os.getpid()} .*writes {tmp_path}/target'),
+          whole_directory(tmp_path / 'target')):
+      pytest.fail('the block was entered')
+  assert (tmp_path / 'target/file').read_text() == 'first'
+
+
+# Takes a lock as `lock` does, says so, and keeps it until the process is killed.
+HOLDER = '''
+import fcntl, sys, time
+file = open(sys.argv[1], 'a')
+fcntl.flock(file, fcntl.LOCK_EX)
+print('process 7 on another, since then,', file=file, flush=True)
+print('held', flush=True)
+time.sleep(60)
+'''
+
+
+def test_lock_of_a_process(tmp_path):
+  """A lock names its process while that lives, and is taken over when it was killed."""
+  path = tmp_path / 'lock'
+  process = subprocess.Popen([sys.executable, '-c', HOLDER, path], stdout=subprocess.PIPE)
+  try:
+    assert process.stdout.readline() == b'held\n'
+    with (pytest.raises(UserError, match='(?s)process 7 on another.* works: .*/lock'),
+          lock(path, 'works')):
+      pytest.fail('two hold the lock')
+  finally:
+    process.kill()
+    process.communicate()
+  assert path.exists()
+  with lock(path, 'works'):
+    assert path.read_text().startswith(f'process {os.getpid()} on {socket.gethostname()}, since 20')
+  assert not path.exists()
+
+
+def test_lock_that_is_waited_for(tmp_path, monkeypatch):
+  """One who waits gets the lock after the other, and says once for whom it waits."""
+  said = []
+  monkeypatch.setattr(logging, 'info', lambda text, *values: said.append(text % values))
+  monkeypatch.setattr(files, 'POLL_SECONDS', 0.01)
+  order = []
+
+  def wait():
+    with lock(tmp_path / 'lock', 'packs', wait=True):
+      order.append('second')
+
+  with lock(tmp_path / 'lock', 'packs'):
+    second = threading.Thread(target=wait)
+    second.start()
+    time.sleep(0.1)
+    order.append('first')
+  second.join(10)
+  assert order == ['first', 'second']
+  assert len(said) == 1 and f'process {os.getpid()} ' in said[0]
+
+
+def test_no_locks(tmp_path, monkeypatch, caplog):
+  """A file system without locks gives a warning, and the work goes on."""
+  def no_locks(*unused):
+    raise OSError(38, 'Function not implemented')
+
+  monkeypatch.setattr(fcntl, 'flock', no_locks)
+  with lock(tmp_path / 'lock', 'works'), lock(tmp_path / 'lock', 'works'):
+    pass
+  assert 'Function not implemented' in caplog.text
+
+
+def test_check_free(tmp_path):
+  """A file that exists is named, unless it may be overwritten."""
+  (tmp_path / 'old').touch()
+  check_free([tmp_path / 'new'], overwrite=False)
+  check_free([tmp_path / 'old'], overwrite=True)
+  with pytest.raises(UserError, match=f'{tmp_path}/old .*--overwrite'):
+    check_free([tmp_path / 'new', tmp_path / 'old'], overwrite=False)
 
 
 def test_relative_path(tmp_path, monkeypatch):

@@ -118,6 +118,13 @@ def test_tensorflow(path):
     assert not needed
 
 
+def test_matplotlib():
+  """Only one module imports matplotlib, whatever MPLBACKEND says."""
+  found = {path.stem for path in modules() if any(
+      name.split('.')[0] == 'matplotlib' for name in imports_of(ast.parse(path.read_text())))}
+  assert found == {'headless'}
+
+
 def test_training_without_tensorflow():
   """Training loads neither TensorFlow nor seqio."""
   code = ('import sys\nfrom latent_deliberation.cli import quickstart\n'

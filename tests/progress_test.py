@@ -39,22 +39,43 @@ def test_unknown_total(monkeypatch):
     assert lines_of(monkeypatch, total, 10)[0] == 'Packing train: 1 documents'
 
 
-def test_phase_clock(tmp_path, monkeypatch):
-  """The clock sums over launches until a phase is complete."""
+@pytest.fixture
+def said(monkeypatch):
+  """The lines of the log."""
+  lines = []
+  monkeypatch.setattr(logging, 'info', lambda text, *values: lines.append(text % values))
+  return lines
+
+
+def test_phase_clock(tmp_path, monkeypatch, said):
+  """The clock sums over launches until a phase is complete; a failed one does not count."""
   now = itertools.count(0, 10)
   monkeypatch.setattr(progress.time, 'perf_counter', lambda: float(next(now)))
 
-  def launch(error=None):
+  def launch(error=None, further=False):
     clock = PhaseClock(tmp_path / 'phases.json')
-    with clock.phase('decoder'):
+    with clock.phase('decoder', further):
       if error:
         raise error
     return clock.seconds
 
   with pytest.raises(SystemExit):
-    launch(SystemExit(0))
+    launch(SystemExit(143))
+  with pytest.raises(ValueError):
+    launch(ValueError())
+  said.clear()
   assert launch() == {'decoder': 20}
+  assert said == ['=== decoder', '=== decoder: done in 20s']
   assert launch() == {'decoder': 20}
+  assert launch(further=True) == {'decoder': 30}
+
+
+@pytest.mark.parametrize('error, word', [(SystemExit(143), 'stopped'), (ValueError(), 'failed')])
+def test_unfinished_phase(tmp_path, said, error, word):
+  """A phase that did not end is not called done."""
+  with pytest.raises(type(error)), PhaseClock(tmp_path / 'phases.json').phase('decoder'):
+    raise error
+  assert [line.split()[2:] for line in said] == [[], [word, 'after', '0s']]
 
 
 @pytest.mark.parametrize('seconds, text', [

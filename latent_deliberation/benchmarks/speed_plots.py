@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
 
 

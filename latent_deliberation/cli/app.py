@@ -1,5 +1,7 @@
 """The frame of every launch script: it parses flags, starts jax and logging, and ends cleanly.
 
+The code of a process says how it ended: 0 done, 1 an error, 130 SIGINT, 143 SIGTERM.
+
 A script defines its flags, and gives its work to `run`:
 
   _WORKDIR = app.define_directory('workdir', 'Work directory of the run.')
@@ -11,24 +13,50 @@ A script defines its flags, and gives its work to `run`:
 """
 
 import contextlib
+import difflib
 import io
 import logging as python_logging
 import os
+import re
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 import jax
 from absl import app, flags, logging
 
 from latent_deliberation.distributed import initialize
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import check_free
 
 # --help of a launch script lists the flags that this module defines among the script's own.
 flags.disclaim_key_flags()
 
 _GRACE_SECONDS = 20  # for other processes to fail with their own message
+_OUR_CODE = str(Path(__file__).parents[1])
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # the code of a program whose reader has gone
+
+# What results and programs depend on. Variables such as JAX_ENABLE_X64 can change each of these.
+JAX_SETTINGS = {
+    'jax_enable_x64': False,
+    'jax_default_prng_impl': 'threefry2x32',
+    'jax_threefry_partitionable': True,
+    'jax_random_seed_offset': 0,
+    'jax_numpy_dtype_promotion': 'standard',
+    'jax_numpy_rank_promotion': 'allow',
+    'jax_default_matmul_precision': None,
+    'jax_disable_jit': False,
+    'jax_debug_nans': False,  # values that no result uses may be NaN
+    'jax_debug_infs': False,
+    'jax_transfer_guard': None,
+}
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM outside of a training loop, which has its own answer to it."""
 
 
 def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
@@ -41,15 +69,35 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
     job: the work of the script.
     prepare: called after the flags are parsed and before jax has devices.
   """
+  # A sign that a terminal's encoding lacks must not end a run.
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    stream.reconfigure(errors='backslashreplace')
   _define_processes()
+  signal.signal(signal.SIGTERM, _terminate)
   try:
     app.run(lambda argv: _main(job, prepare, argv), flags_parser=_parse_flags)
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as stop:
     logging.debug('interrupted here:', exc_info=True)
-    _end_at_once('Interrupted. Run the same command again to continue from what is complete.')
+    said = 'Stopped by SIGTERM.' if isinstance(stop, Terminated) else 'Interrupted.'
+    _end_at_once(f'{said} Run the same command again to continue from what is complete.',
+                 _code_of(stop))
+  except BrokenPipeError:  # whoever reads the output needs no more, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(_BROKEN_PIPE) from None
   except UserError as error:
     logging.debug('the error below, with its traceback:', exc_info=True)
     raise SystemExit(f'Error: {error}') from None  # printed to stderr, with code 1
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+  raise Terminated
+
+
+def _code_of(error: BaseException) -> int:
+  """Returns the code with which an error ends the process."""
+  if isinstance(error, KeyboardInterrupt):
+    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+  return 1
 
 
 def _define_processes() -> None:
@@ -71,10 +119,11 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
   values = flags.FLAGS
 
   # Our own log from INFO on, other libraries' from WARNING on: at INFO, jax logs each kind of
-  # device that the machine lacks, and orbax, through absl's logger, a dozen lines a checkpoint.
+  # device that the machine lacks, and others, through absl's logger, a dozen lines a checkpoint.
   logging.set_verbosity(max(values.verbosity, logging.INFO))
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)
   logging.get_absl_logger().addFilter(_is_worth_a_line)
+  _settle_jax()
 
   # Devices exist from here on.
   prepare()
@@ -89,35 +138,47 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
   with contextlib.redirect_stdout(io.StringIO()) if index else contextlib.nullcontext():
     try:
       job()
-    except (Exception, KeyboardInterrupt):
+      sys.stdout.flush()  # here, so that `run` hears of a reader that has gone
+    except (Exception, KeyboardInterrupt) as error:
       if count > 1:
-        _end_soon()
+        _end_soon(_code_of(error))
       raise
 
 
+def _settle_jax() -> None:
+  """Sets what results depend on, and names each setting that the environment had changed."""
+  for name, value in JAX_SETTINGS.items():
+    found = getattr(jax.config, name, value)  # other versions of jax may lack a setting
+    # Some values are members of an enumeration of strings.
+    if getattr(found, 'value', found) != value:
+      logging.warning('%s=%s is not used: launch scripts need %s', name.upper(),
+                      os.environ.get(name.upper(), found), value)
+      jax.config.update(name, value)
+
+
 def _is_worth_a_line(record: python_logging.LogRecord) -> bool:
-  """Whether to log a record: all but those of orbax below WARNING."""
-  return (record.levelno >= python_logging.WARNING
-          or f'{os.sep}orbax{os.sep}' not in record.pathname)
+  """Whether to log a record: our own, and those of other libraries from WARNING on."""
+  return record.levelno >= python_logging.WARNING or record.pathname.startswith(_OUR_CODE)
 
 
-def _end_at_once(message: str) -> None:
-  """Ends the process with code 1, without the interpreter's shutdown.
+def _end_at_once(message: str, code: int) -> None:
+  """Ends the process without the interpreter's shutdown.
 
   A thread that compiles crashes in that shutdown.
   """
   logging.flush()
-  sys.stdout.flush()
-  print(message, file=sys.stderr, flush=True)
-  os._exit(1)
+  with contextlib.suppress(BrokenPipeError):
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+  os._exit(code)
 
 
-def _end_soon() -> None:
-  """Ends this process in _GRACE_SECONDS at the latest, with code 1.
+def _end_soon(code: int) -> None:
+  """Ends this process in _GRACE_SECONDS at the latest.
 
   Its shutdown waits for the other processes. They may still be at work, and never join it.
   """
-  end = threading.Timer(_GRACE_SECONDS, os._exit, (1,))
+  end = threading.Timer(_GRACE_SECONDS, os._exit, (code,))
   end.daemon = True
   end.start()
 
@@ -142,12 +203,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
   ml_collections would end the process with a traceback.
   """
   try:
+    if 'config' in flags.FLAGS:
+      _check_config(argv[1:])
     others = flags.FLAGS(argv)
     # For a file that cannot be read, ml_collections raises when its config is first used.
     if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
       _ = flags.FLAGS.config.keys
     return others
-  except OSError as error:
+  except SystemExit as end:  # absl's end after --help, with code 1
+    raise SystemExit(0) from end
+  except (OSError, SyntaxError) as error:
     raise UserError(f'--config: {str(error).splitlines()[-1].strip()}') from error
   except (KeyError, AttributeError) as error:
     # The exception that names the key, and the nearest known one, is inside the others.
@@ -157,10 +222,43 @@ def _parse_flags(argv: list[str]) -> list[str]:
                     'docs/config.md explains all keys, and launch/config.py prints those of a '
                     'config.') from error
   except flags.Error as error:
-    # An error in a config file comes with a traceback. Its last line is the error.
-    lines = str(error).strip().splitlines()
-    message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1].strip()}'
-    raise UserError(f'{message}\n--help lists all flags.') from error
+    raise UserError(f'{_describe(error)}\n--help lists all flags.') from error
+
+
+def _check_config(arguments: Sequence[str]) -> None:
+  """Checks that --config is a file, and comes before its overrides.
+
+  Raises:
+    UserError: it is not, or does not.
+  """
+  places = [at for at, argument in enumerate(arguments)
+            if re.fullmatch('--?config(=.*)?', argument)]
+  override = next((argument for argument in arguments[:places[0] if places else None]
+                   if re.match(r'--?(no)?config\.', argument)), None)
+  if override and places:
+    raise UserError(f'{override} is before --config: give --config=FILE first, and then the keys '
+                    'that differ')
+  if override and flags.FLAGS['config'].default is None:
+    raise UserError(f'{override} without --config: give --config=FILE before it, such as '
+                    '--config=configs/quickstart.py')
+  for at in places:
+    # The path is after '=', or the next argument. After a colon comes the argument of get_config.
+    _, equals, path = arguments[at].partition('=')
+    path = (path if equals else ''.join(arguments[at + 1:at + 2])).partition(':')[0]
+    if not Path(path).is_file():
+      near = difflib.get_close_matches(path, map(str, Path('configs').rglob('*.py')), n=1)
+      hint = f'did you mean {near[0]}?' if near else 'give a file such as configs/quickstart.py'
+      raise UserError(f'--config={path}: there is no such file; {hint}')
+
+
+def _describe(error: flags.Error) -> str:
+  """Returns an error of flags in a line, with all flags that are missing."""
+  missing = re.findall(r'flag --(\w+)=None: Flag --\1 must have a value', str(error))
+  if missing:
+    return ' '.join(f'--{name} is missing: give --{name}=...' for name in missing)
+  # An error in a config file comes with a traceback. Its last line is the error.
+  lines = str(error).strip().splitlines()
+  return lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1].strip()}'
 
 
 class _PathParser(flags.ArgumentParser):
@@ -173,6 +271,8 @@ class _PathParser(flags.ArgumentParser):
 
 def define_file(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
   """Defines a flag for the path of a file; it is required if it has no default."""
+  if default is None:
+    meaning = f'{meaning} Required.'
   return flags.DEFINE(_PathParser(), name, default, meaning, required=default is None)
 
 
@@ -194,10 +294,31 @@ def define_decoder(name: str, meaning: str, default: str | None = None) -> flags
 
 
 def define_json(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
-  """Defines a flag for a JSON file to write; it is required if it has no default."""
+  """Defines a flag for a JSON file to write, and --overwrite; it is required without a default.
+
+  A file that exists is refused without --overwrite. So are pictures and tables next to it, which
+  have the same name with another ending.
+  """
   flag = define_file(name, meaning, default)
   flags.register_validator(name, _check_json)
+  define_overwrite('a file that is there already')
+  flags.register_multi_flags_validator(
+      (name, 'overwrite'), lambda values: _check_free(values[name], values['overwrite']))
   return flag
+
+
+def define_overwrite(what: str) -> flags.FlagHolder:
+  """Defines the flag --overwrite, for `what`."""
+  return flags.DEFINE_bool('overwrite', False, f'Overwrite {what}.')
+
+
+def _check_free(path: str | None, overwrite: bool) -> bool:
+  try:
+    files = [Path(path).with_suffix(end) for end in ('.json', '.png', '.csv')] if path else []
+    check_free(files, overwrite)
+  except UserError as error:
+    raise flags.ValidationError(str(error)) from error
+  return True
 
 
 def _check_path(path: str | None) -> bool:
@@ -219,7 +340,6 @@ def _check_directory(path: str | None) -> bool:
 
 
 def _check_json(path: str | None) -> bool:
-  # Pictures and tables next to it have the same name with another ending.
   if path is not None and (
       not path.endswith('.json') or not Path(path).absolute().parent.is_dir()
       or Path(path).is_dir()):

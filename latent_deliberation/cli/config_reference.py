@@ -11,6 +11,7 @@ import shutil
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from latent_deliberation.data import data_config
@@ -18,6 +19,7 @@ from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation import deliberation_config
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.experiment import DTYPES, FROZEN_DTYPES, Computation
+from latent_deliberation.files import check_free, write_whole
 from latent_deliberation.model.transformer import ATTENTIONS, REMAT_POLICIES
 
 # Values that a class's own check allows; a key that is not listed shows its type.
@@ -215,3 +217,14 @@ def _rows(config: Any, path: str) -> Iterator[tuple[str, list[tuple[str, str, st
   yield f'# {path or kind.__name__}{": " + sentence if sentence else ""}', rows
   for key, value in inside:
     yield from _rows(value, key)
+
+
+def write_reference(path: Path, kinds: Sequence[type]) -> None:
+  """Writes the reference of all keys, over an earlier one at most.
+
+  Raises:
+    UserError: the file holds something else.
+  """
+  title = _INTRODUCTION.splitlines()[0]
+  check_free([path], overwrite=path.is_file() and path.read_text().startswith(title))
+  write_whole(path, format_reference(kinds).encode())

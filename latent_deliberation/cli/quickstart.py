@@ -1,5 +1,7 @@
 """The quickstart: data, decoder, coprocessor, constant soft tokens and report, in one command."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +12,85 @@ from latent_deliberation.data.loading import prepare_data
 from latent_deliberation.evaluation.evaluate import constant_variant, evaluate, open_held_out
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable
-from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, PRETRAINING
+from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, PRETRAINING, REPORT
 from latent_deliberation.progress import PhaseClock
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
+from latent_deliberation.training.run import (
+  WITHOUT_EFFECT,
+  Run,
+  check_no_later_run,
+  check_same_settings,
+  hold_workdir,
+)
 from latent_deliberation.training.train import describe_training, train_coprocessor
 
 
-def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
+def quickstart(experiment: Experiment, workdir: Path, overwrite: bool = False) -> dict[str, Any]:
   """Runs every phase in `workdir`. Phases that are complete are not run again.
+
+  Args:
+    experiment: the experiment of all phases.
+    workdir: work directory of the quickstart.
+    overwrite: whether to overwrite a report of other settings.
 
   Returns: the content of <workdir>/report.json.
 
   Raises:
-    UserError: a phase cannot run with this experiment; raised before the first one begins.
+    UserError: a phase cannot run with this experiment, or the report would be overwritten; raised
+      before the first phase begins.
   """
-  runs = {'decoder': workdir / PRETRAINING, 'coprocessor': workdir / COPROCESSOR,
-          'constant soft tokens': workdir / CONSTANT}
   make_writable(workdir)
+  report = workdir / f'{REPORT}.json'
+  if report.exists() and not overwrite:
+    check_same_settings(report, json.loads(report.read_text()), experiment, WITHOUT_EFFECT)
+  with hold_workdir(workdir):
+    return _run_phases(experiment, workdir)
+
+
+def _run_phases(experiment: Experiment, workdir: Path) -> dict[str, Any]:
   mesh = make_mesh(experiment.mesh)
-  check_phases(experiment, mesh, *runs.values())
+  runs = describe_phases(experiment, workdir, mesh)
+  check_phases(runs)
+  # Known now: a run that was made longer is no longer shorter than it should be.
+  further = {name: run.goes_further for name, run in runs.items()}
+  decoder, coprocessor, constant = runs
 
   clock = PhaseClock(workdir / PHASES_FILE)
   with clock.phase('data'):
     prepare_data(experiment.data, experiment.decoder.vocab_size, workdir)
     # Fails now, not hours later, if there is too little held-out text for the report.
     open_held_out(experiment, workdir, mesh)
-  with clock.phase('decoder'):
-    decoder_dir = pretrain(experiment, runs['decoder'], workdir)
-  with clock.phase('coprocessor'):
-    train_coprocessor(experiment, decoder_dir, runs['coprocessor'], workdir)
-  with clock.phase('constant soft tokens'):
-    train_coprocessor(constant_variant(experiment), decoder_dir, runs['constant soft tokens'],
-                      workdir)
+  with clock.phase(decoder, further[decoder]):
+    decoder_dir = pretrain(experiment, runs[decoder].workdir, workdir)
+  with clock.phase(coprocessor, further[coprocessor]):
+    train_coprocessor(experiment, decoder_dir, runs[coprocessor].workdir, workdir)
+  with clock.phase(constant, further[constant]):
+    train_coprocessor(constant_variant(experiment), decoder_dir, runs[constant].workdir, workdir)
   logging.info('=== evaluation')
   return evaluate(
-      experiment, decoder_dir=decoder_dir, coprocessor_dir=runs['coprocessor'],
-      constant_dir=runs['constant soft tokens'], prepared_dir=workdir, output=workdir,
-      seconds=clock.seconds, runs=runs)
+      experiment, decoder_dir=decoder_dir, coprocessor_dir=runs[coprocessor].workdir,
+      constant_dir=runs[constant].workdir, prepared_dir=workdir, output=workdir,
+      seconds=clock.seconds, runs={name: run.workdir for name, run in runs.items()},
+      overwrite=True)
 
 
-def check_phases(experiment: Experiment, mesh: Mesh, pretraining: Path, coprocessor: Path,
-                 constant: Path) -> None:
-  """Checks all phases before the first one begins.
+def describe_phases(experiment: Experiment, workdir: Path, mesh: Mesh) -> dict[str, Run]:
+  """Returns the runs of a quickstart by the names of their phases, in their order."""
+  return {
+      'decoder': describe_pretraining(experiment, workdir / PRETRAINING, mesh),
+      'coprocessor': describe_training(experiment, workdir / COPROCESSOR, mesh),
+      'constant soft tokens': describe_training(
+          constant_variant(experiment), workdir / CONSTANT, mesh)}
 
-  Args:
-    experiment: the experiment of all phases.
-    mesh: the mesh of all phases.
-    pretraining, coprocessor, constant: work directories of the three runs.
+
+def check_phases(runs: Mapping[str, Run]) -> None:
+  """Checks all runs of a quickstart before the first one begins.
 
   Raises:
     UserError: one of the runs cannot start, or its directory belongs to another run.
   """
-  describe_pretraining(experiment, pretraining, mesh).check()
-  describe_training(experiment, coprocessor, mesh).check()
-  describe_training(constant_variant(experiment), constant, mesh).check()
+  for run in runs.values():
+    run.check()
+  pretraining, *others = runs.values()
+  check_no_later_run(pretraining, [run.workdir for run in others])

@@ -27,9 +27,9 @@ from latent_deliberation.data.rows import (
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.files import make_writable
+from latent_deliberation.files import lock, make_writable
 from latent_deliberation.model.weights import Checkpoint
-from latent_deliberation.paths import ROWS, kept_vocabulary
+from latent_deliberation.paths import DATA_LOCK, ROWS, kept_vocabulary
 from latent_deliberation.sharding import rows_of_process
 
 VALIDATION_ORDER = 0  # seed of the order of validation rows, the same for every experiment
@@ -64,9 +64,14 @@ def prepare_data(config: DataConfig, vocab_size: int, prepared_dir: Path) -> Non
 
 def _prepare(config: DataConfig, prepared_dir: Path) -> None:
   from latent_deliberation.data.packing import prepare  # imports TensorFlow, which not all have
-  if not (prepared_dir / ROWS).is_dir():  # a directory with rows may be read-only
-    make_writable(prepared_dir)
-  prepare(config, prepared_dir)
+  needed = ('train', 'validation') if config.mode == 'packed' else ('validation',)
+  if all((prepared_dir / ROWS / split).is_dir() for split in needed):
+    prepare(config, prepared_dir)  # only compares; the directory may be read-only
+    return
+  make_writable(prepared_dir)
+  # Another launch may prepare the same data. This one then uses what that one made.
+  with lock(prepared_dir / DATA_LOCK, f'prepares the data in {prepared_dir}', wait=True):
+    prepare(config, prepared_dir)
 
 
 def _refuse_rows(prepared_dir: Path) -> None:

@@ -33,8 +33,8 @@ from latent_deliberation.evaluation.perplexity import (
 from latent_deliberation.evaluation.plots import plot_attention, plot_changes, plot_losses
 from latent_deliberation.evaluation.report import Report, summarise, write_report
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.files import make_writable
-from latent_deliberation.paths import METRICS_FILE
+from latent_deliberation.files import check_free, make_writable
+from latent_deliberation.paths import METRICS_FILE, REPORT
 from latent_deliberation.progress import Progress
 from latent_deliberation.provenance import git_commit, peak_memory_bytes
 from latent_deliberation.sharding import check_batch, make_mesh, place_batch
@@ -57,7 +57,8 @@ def constant_variant(experiment: Experiment) -> Experiment:
 def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path,
              prepared_dir: Path, output: Path, constant_dir: Path | None = None,
              seconds: Mapping[str, float] | None = None,
-             runs: Mapping[str, Path] | None = None) -> dict[str, Any]:
+             runs: Mapping[str, Path] | None = None,
+             overwrite: bool = False) -> dict[str, Any]:
   """Scores all arms on the same traces of held-out text; writes report.json, report.md and PNGs.
 
   Args:
@@ -69,17 +70,21 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
     constant_dir: like `coprocessor_dir`, for the constant soft tokens; None leaves them out.
     seconds: wall-clock time of earlier phases by name, for the report.
     runs: work directories by name, whose losses are drawn. Default: the one of the coprocessor.
+    overwrite: whether to overwrite a report that is there already.
 
   Returns: the content of report.json.
 
   Raises:
     UserError: there is too little text, a directory holds something else, or one cannot be written.
+    UserError: there is a report already, and it is not to be overwritten.
   """
   begun = time.perf_counter()
   # Check everything that can be wrong before the long part, without loading any weights.
   mesh = make_mesh(experiment.mesh)
   check_batch(experiment.evaluation.batch_size, 1, mesh, experiment.rules, 'evaluation')
   make_writable(output)
+  names = (f'{REPORT}.json', f'{REPORT}.md', CHANGES, LOSSES, ATTENTION)
+  check_free([output / name for name in names], overwrite)
   checkpoint = open_frozen(experiment.decoder, decoder_dir)
   held_out = open_held_out(experiment, prepared_dir, mesh)
   check_rows_vocabulary(held_out.rows, checkpoint)

@@ -11,15 +11,17 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from latent_deliberation.array_types import Array, Batch
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.traces import place
+from latent_deliberation.evaluation.headless import (
+  Axes,
+  Figure,
+  FigureCanvasAgg,
+  ListedColormap,
+  Patch,
+)
 from latent_deliberation.evaluation.perplexity import FROZEN
 from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.files import write_whole

@@ -18,7 +18,7 @@ from latent_deliberation.evaluation import report
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.plots import plot_changes
 from latent_deliberation.evaluation.report import markdown_table
-from latent_deliberation.files import list_directory, write_whole
+from latent_deliberation.files import check_free, list_directory, write_whole
 from latent_deliberation.paths import OLD_VALUES, REPORT, RESULTS, with_current_names
 from latent_deliberation.studies import study_report
 from latent_deliberation.studies.study_plots import plot_study
@@ -43,7 +43,8 @@ OLD_CONFIGS = {'hops.py': 'pointer_chasing.py', 'groups.py': 'state_tracking.py'
 Result = dict[str, Any]  # the content of NAME.json
 
 
-def add_result(directory: Path, name: str, workdir: Path, values: Mapping[str, str]) -> None:
+def add_result(directory: Path, name: str, workdir: Path, values: Mapping[str, str],
+               overwrite: bool = False) -> None:
   """Copies the figures of a finished run to <directory>/<name>.json, under current names.
 
   Args:
@@ -51,9 +52,11 @@ def add_result(directory: Path, name: str, workdir: Path, values: Mapping[str, s
     name: name of the page.
     workdir: work directory of a study or a quickstart.
     values: values for keys of SETTABLE.
+    overwrite: whether to replace the figures of a page that is there already.
 
   Raises:
-    UserError: `workdir` has no figures, a key is unknown, or there is no summary.
+    UserError: the page is there already, `workdir` has no figures, a key is unknown, or there is no
+      summary.
   """
   found = [path for path in (workdir / f'{RESULTS}.json', workdir / f'{REPORT}.json')
            if path.is_file()]
@@ -65,6 +68,7 @@ def add_result(directory: Path, name: str, workdir: Path, values: Mapping[str, s
     raise UserError(f'--set={unknown[0]}=...: the key must be one of {SETTABLE}')
   # Figures under current names, rounded, and without what no page shows.
   path = directory / f'{name}.json'
+  check_free([path], overwrite)
   earlier = _read(path) if path.is_file() else {}
   result = _shorten(_rename_old(_read(found[0]), name))
   # Values given now win over those of the run, and these over earlier ones.

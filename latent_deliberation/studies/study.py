@@ -1,6 +1,7 @@
 """Runs a study: one frozen decoder, several arms over several seeds, one report."""
 
 import dataclasses
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from latent_deliberation.paths import (
   ARM_DATA,
   DECODER,
   PHASES_FILE,
+  RESULTS,
   VOCABULARY_FILE,
   arm_directory,
   kept_vocabulary,
@@ -47,10 +49,18 @@ from latent_deliberation.studies.study_report import summarise_study, write_stud
 from latent_deliberation.studies.study_result import StudyResult
 from latent_deliberation.studies.tune import describe_tuning, tune_decoder
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
+from latent_deliberation.training.run import (
+  WITHOUT_EFFECT,
+  Run,
+  check_no_later_run,
+  check_same_settings,
+  hold_workdir,
+)
 from latent_deliberation.training.train import describe_training, train_coprocessor
 
 
-def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str, Any]:
+def run_study(study: Study, workdir: Path, only: Sequence[str] = (),
+              overwrite: bool = False) -> dict[str, Any]:
   """Trains and scores every arm with every seed. Complete runs are not trained again.
 
   Args:
@@ -58,18 +68,29 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
     workdir: work directory of the study.
     only: names of the arms to train and report; all arms if empty. The scores of an arm
       do not depend on this choice.
+    overwrite: whether to overwrite results of other settings or of more arms.
 
   Returns: the content of <workdir>/results.json; a page and plots are written to the same
     directory.
 
   Raises:
-    UserError: the study has no such arm, or see `check_arms`.
+    UserError: the study has no such arm, or results would be overwritten; or see `check_arms`.
   """
   # Check everything that can be wrong before the first phase.
   names = choose_arms(study, only)
   mesh = make_mesh(study.experiment.mesh)
   make_writable(workdir)
-  check_arms(study, names, workdir, mesh)
+  results = workdir / f'{RESULTS}.json'
+  if results.exists() and not overwrite:
+    check_results(study, names, results)
+  with hold_workdir(workdir):
+    return _run_phases(study, names, workdir, mesh)
+
+
+def _run_phases(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) -> dict[str, Any]:
+  runs = check_arms(study, names, workdir, mesh)
+  # Known now: a run that was made longer is no longer shorter than it should be.
+  further = {phase for phase, run in runs.items() if run.goes_further}
 
   # Data and decoder, which all arms share.
   clock = PhaseClock(workdir / PHASES_FILE)
@@ -78,7 +99,7 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
     arm_prepared_dir = _prepare_arm_data(study, workdir)
     # Fails now, not hours later, if there is too little text to score on.
     scorer = open_scorer(study, workdir, mesh)
-  with clock.phase('decoder'):
+  with clock.phase('decoder', 'decoder' in further):
     decoder_dir = pretrain(study.experiment, workdir / DECODER, workdir)
   decoder_params, decoder_fingerprint = load_frozen(
       study.experiment, open_frozen(study.experiment.decoder, decoder_dir), mesh)
@@ -97,7 +118,7 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
   for number, name in enumerate(names):
     runs, seconds = [], []
     for seed in study.seeds:
-      with clock.phase(phase := f'{name}, seed {seed}'):
+      with clock.phase(phase := _phase_of(name, seed), phase in further):
         runs.append(_run_arm(study, name, seed, frozen, workdir, arm_prepared_dir, scorer, mesh))
       seconds.append(clock.seconds[phase])
       progress.update(number * len(study.seeds) + len(runs))
@@ -157,8 +178,22 @@ def _prepare_arm_data(study: Study, workdir: Path) -> Path:
   return arm_prepared_dir
 
 
-def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) -> None:
-  """Checks the decoder and these arms before the first phase.
+def check_results(study: Study, names: Sequence[str], path: Path) -> None:
+  """Checks that results of these arms lose nothing of the results at `path`.
+
+  Raises:
+    UserError: the results are of other settings, or of other arms too.
+  """
+  saved = json.loads(path.read_text())
+  check_same_settings(path, saved, study, tuple(f'experiment.{key}' for key in WITHOUT_EFFECT))
+  lost = sorted((set(saved['arms']) & set(study.arms)) - set(names))
+  if lost:
+    raise UserError(f'{path} has the arm {lost[0]!r}, which --arm leaves out: leave out --arm, or '
+                    'add --overwrite')
+
+
+def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) -> dict[str, Run]:
+  """Checks the decoder and these arms before the first phase; returns their runs by phase.
 
   Raises:
     UserError: a later phase could not start.
@@ -166,15 +201,25 @@ def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) ->
   # The questions, the decoder's run, and the run of every arm and seed.
   if study.questions.per_difficulty:
     draw_questions(study.questions, study.experiment.data)
-  describe_pretraining(study.experiment, workdir / DECODER, mesh).check()
+  runs = {'decoder': describe_pretraining(study.experiment, workdir / DECODER, mesh)}
   for name in names:
     arm = study.arms[name]
     for seed in study.seeds:
       experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
-      if arm.learns == LATENT_ARM:
-        describe_training(experiment, run_dir, mesh).check()
-      else:
-        describe_tuning(experiment, arm.learns, run_dir, mesh).check()
+      runs[_phase_of(name, seed)] = (
+          describe_training(experiment, run_dir, mesh) if arm.learns == LATENT_ARM
+          else describe_tuning(experiment, arm.learns, run_dir, mesh))
+  for run in runs.values():
+    run.check()
+  # Arms that this command leaves out count too.
+  check_no_later_run(runs['decoder'], [arm_directory(workdir, name, seed) for name in study.arms
+                                       for seed in study.seeds])
+  return runs
+
+
+def _phase_of(arm: str, seed: int) -> str:
+  """Returns the name of the phase that trains and scores an arm."""
+  return f'{arm}, seed {seed}'
 
 
 def _score_frozen(experiment: Experiment, decoder_params: Params,

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from latent_deliberation.evaluation.headless import Axes, Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.perplexity import FROZEN
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
 from latent_deliberation.studies.study_result import controlled_arm

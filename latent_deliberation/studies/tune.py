@@ -19,7 +19,7 @@ from latent_deliberation.training.objectives import (
   language_modelling,
   lora_training,
 )
-from latent_deliberation.training.run import Run, fit
+from latent_deliberation.training.run import Run, fit, hold_workdir
 from latent_deliberation.training.step import LossFn
 
 # 'joint': all weights and constant soft tokens, by the coprocessor's loss.
@@ -63,8 +63,9 @@ def tune_decoder(experiment: Experiment, method: str, decoder_params: Params,
   run = describe_tuning(experiment, method, workdir, mesh)
   run.check(decoder_fingerprint)
   batches = open_batches(experiment, prepared_dir, run.section, mesh)
-  params = fit(run, batches, _loss(experiment, method),
-               {}, frozen=decoder_params, decoder_fingerprint=decoder_fingerprint)
+  with hold_workdir(workdir):
+    params = fit(run, batches, _loss(experiment, method),
+                 {}, frozen=decoder_params, decoder_fingerprint=decoder_fingerprint)
   trained = count_parameters(params)
   if method == 'joint':
     return Tuned(params['decoder'], params['latents'], trained)

@@ -1,7 +1,8 @@
 """The training loop: it steps, logs, saves and evaluates, and stops on a signal or on NaN.
 
 SIGTERM and SIGINT are requests that the loop reads between steps: it saves the finished step and
-raises `Preempted`, which ends the process with code 0.
+raises `Preempted`, which ends the process with code 143 or 130. So a scheduler can tell a run that
+was stopped from one that is done.
 """
 
 import dataclasses
@@ -50,11 +51,11 @@ class LoopConfig:
 
 
 class Preempted(SystemExit):
-  """A signal stopped the run, which is saved. Uncaught, it ends the process with code 0."""
+  """A signal stopped the run, which is saved. Uncaught, it ends the process with 128 + `number`."""
 
-  def __init__(self, message: str):
+  def __init__(self, message: str, number: int):
     super().__init__(message)
-    self.code = 0
+    self.code = 128 + number
 
 
 def train(state: TrainState,
@@ -91,11 +92,12 @@ def train(state: TrainState,
     raise UserError(f'the state is at step {start}, past num_steps = {config.num_steps}: '
                     'raise num_steps, or use another --workdir')
   logbook = _Logbook(config, metrics, checkpointer)
-  evaluating = start > 0 and _is_due(start, config.eval_every, config)
+  # Each step is saved before it is evaluated, so a stop in between may have lost an evaluation.
+  evaluating = (start > 0 and _is_due(start, config.eval_every, config)
+                and not metrics.has_evaluation(start, evaluators))
   unseen = None  # scalars of the last step: read while the next one runs, so devices never wait
 
   with _StopRequests() as stop:
-    # Each step is saved before it is evaluated, so a stop in between may have lost an evaluation.
     if evaluating:
       logbook.evaluate(start, evaluators, state.params)
     for step in range(start, config.num_steps):
@@ -142,7 +144,7 @@ def _preempted(stop: '_StopRequests', step: int, config: LoopConfig,
     saved = f'Saved in {checkpointer.directory}: the same command resumes from there.'
   message = f'stopped by {stop.reason} at step {step}/{config.num_steps}. {saved}'
   logging.warning('%s', message)
-  return Preempted(message)
+  return Preempted(message, stop.number)
 
 
 class _Logbook:
@@ -207,25 +209,31 @@ class _StopRequests:
   """Turns SIGTERM and SIGINT into a request that the loop reads between steps.
 
   A second SIGINT acts at once. With several processes, the runtime of jax.distributed catches
-  SIGTERM and chooses one step at which all processes stop. Python allows no handlers outside the
-  main thread; signals then act as usual.
+  SIGTERM and chooses one step at which all processes stop; SIGINT is passed on as SIGTERM. Python
+  allows no handlers outside the main thread; signals then act as usual.
   """
 
   def __init__(self):
-    self.reason = 'preemption'
+    self.number: int = signal.SIGTERM
     self._received = False
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> '_StopRequests':
-    # With several processes the runtime handles signals, and `requested` asks it.
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
+    if threading.current_thread() is threading.main_thread():
+      # With several processes the runtime handles SIGTERM, and `requested` asks it.
+      alone = jax.process_count() == 1
+      for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
         self._previous[number] = signal.signal(number, self._receive)
     return self
 
   def __exit__(self, *unused: Any) -> None:
     for number in list(self._previous):
       self._restore(number)
+
+  @property
+  def reason(self) -> str:
+    """The signal that this process received; 'preemption' if only another one did."""
+    return signal.Signals(self.number).name if self._received else 'preemption'
 
   def requested(self, step: int) -> bool:
     """Whether the run should stop after `step` updates."""
@@ -234,10 +242,12 @@ class _StopRequests:
     return self._received
 
   def _receive(self, number: int, frame: FrameType | None) -> None:
-    self._received, self.reason = True, signal.Signals(number).name
+    self._received, self.number = True, number
     # The next Ctrl-C then interrupts at once.
     if number == signal.SIGINT:
       self._restore(number)
+      if jax.process_count() > 1:
+        signal.raise_signal(signal.SIGTERM)
 
   def _restore(self, number: int) -> None:
     # None means that the handler was not set from Python.

@@ -3,13 +3,14 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 from absl import logging
 
+from latent_deliberation.distributed import from_process_zero
 from latent_deliberation.files import explain_failed_write
 from latent_deliberation.paths import METRICS_FILE, TENSORBOARD
 from latent_deliberation.progress import format_duration
@@ -53,6 +54,16 @@ class MetricsWriter:
         for name, value in metrics.items():
           self._events.add_scalar(name, value, step)
         self._events.flush()
+
+  def has_evaluation(self, step: int, names: Iterable[str]) -> bool:
+    """Whether the file has values of all these evaluators at `step`; the same on every process."""
+    found = False
+    if self._file is not None:
+      path = self._directory / METRICS_FILE
+      keys = {key.partition('/')[0] for row in read_metrics(path) if row['step'] == step
+              for key in row}
+      found = keys.issuperset(names)
+    return from_process_zero(found)
 
   def close(self) -> None:
     with explain_failed_write(self._directory):

@@ -21,7 +21,7 @@ from latent_deliberation.model import weights
 from latent_deliberation.paths import DECODER, kept_vocabulary
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import language_modelling
-from latent_deliberation.training.run import Run, fit
+from latent_deliberation.training.run import Run, fit, hold_workdir
 from latent_deliberation.training.step import LossFn
 
 
@@ -38,28 +38,30 @@ def pretrain(experiment: Experiment, workdir: Path, prepared_dir: Path) -> Path:
   Raises:
     UserError: config, data or directory do not fit; see `Run.check`, `prepare_data` and `fit`.
   """
-  # Check everything that needs no data, then prepare and open the data.
+  # Check everything that needs no data.
   mesh = make_mesh(experiment.mesh)
   run = describe_pretraining(experiment, workdir, mesh)
   run.check()
-  prepare_data(experiment.data, experiment.decoder.vocab_size, prepared_dir)
-  rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
-                   vocab_size=experiment.decoder.vocab_size)
-  batches = open_batches(experiment, prepared_dir, run.section, mesh)
-  evaluation = experiment.evaluation
-  eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
-                                    experiment.rules)
+  with hold_workdir(workdir):
+    # Prepare and open the data.
+    prepare_data(experiment.data, experiment.decoder.vocab_size, prepared_dir)
+    rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
+                     vocab_size=experiment.decoder.vocab_size)
+    batches = open_batches(experiment, prepared_dir, run.section, mesh)
+    evaluation = experiment.evaluation
+    eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
+                                      experiment.rules)
 
-  # Train, then write the decoder unless an earlier launch did.
-  loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)
-  params = fit(run, batches, loss_fn,
-               {'validation': _validation(experiment, loss_fn, eval_batches, mesh)}, frozen={})
-  target = workdir / DECODER
-  if not target.exists():
-    tokenizer = kept_vocabulary(prepared_dir)
-    weights.save(target, experiment.decoder, params, rows.manifest.recipe.vocabulary_hash,
-                 tokenizer=tokenizer if tokenizer.is_file() else None)
-  return target
+    # Train, then write the decoder unless an earlier launch did.
+    loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)
+    params = fit(run, batches, loss_fn,
+                 {'validation': _validation(experiment, loss_fn, eval_batches, mesh)}, frozen={})
+    target = workdir / DECODER
+    if not target.exists():
+      tokenizer = kept_vocabulary(prepared_dir)
+      weights.save(target, experiment.decoder, params, rows.manifest.recipe.vocabulary_hash,
+                   tokenizer=tokenizer if tokenizer.is_file() else None)
+    return target
 
 
 def describe_pretraining(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:

@@ -2,14 +2,14 @@
 
 `RunIdentity` is what must stay the same when a run is resumed. `claim_workdir` keeps it in run.json
 and compares it. `Run` holds a run's shapes, optimizer and step. `fit` trains a run from the newest
-checkpoint of its directory.
+checkpoint of its directory. A finished run can be trained further, with a larger num_steps.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import barrier, run_on_process_zero
 from latent_deliberation.errors import UserError, differences
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
-from latent_deliberation.files import make_writable, write_json
+from latent_deliberation.files import lock_for_all, make_writable, write_json
 from latent_deliberation.paths import (
   CHECKPOINTS,
   COPROCESSOR,
   DECODER,
   RUN_FILE,
+  RUN_LOCK,
   with_current_names,
 )
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
@@ -80,6 +81,14 @@ class RunIdentity:
                       'use dicts, lists, strings, numbers, booleans and None') from error
 
 
+def hold_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
+  """Holds the lock of a work directory, so that no other launch works in it.
+
+  Every process enters. A run of several hosts is one launch.
+  """
+  return lock_for_all(workdir / RUN_LOCK, f'works in {workdir}')
+
+
 def claim_workdir(workdir: Path, identity: RunIdentity,
                   changeable: tuple[str, ...] = ()) -> None:
   """Makes `workdir` the directory of this run, or checks that it already is.
@@ -118,22 +127,70 @@ def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentit
                    changeable: tuple[str, ...]) -> None:
   """Compares `saved`, the content of the run.json in `workdir`, with the identity of this run.
 
+  The number of steps may be larger now: see `lengthen`.
+
   Raises:
     UserError: a key differs; lists each such key with its two values.
   """
-  # Flatten both. A key that an old run lacks had its default.
-  saved, current = dict(_leaves(with_current_names(saved))), dict(_leaves(identity.record))
-  defaults = _leaves({'config': json.loads(json.dumps(identity.defaults))})
-  saved = {key: value for key, value in defaults if key in current} | saved
-  # Compare all keys but those that a resumed run may change.
-  prefixes = tuple(f'config.{path}.' for path in changeable)
-  saved, current = ({key: value for key, value in leaves.items()
-                     if not f'{key}.'.startswith(prefixes)} for leaves in (saved, current))
-  lines = differences(saved, current)
+  saved = {key: value for key, value in saved.items() if key != EARLIER_STEPS}
+  # The run may have been shorter.
+  grows = _steps_of(saved, identity.job) < _steps_of(identity.record, identity.job)
+  length = (f'{_section_of(identity.job)}.loop.num_steps',) if grows else ()
+  lines = _differences(saved, identity.record, identity.defaults, (*changeable, *length))
   if lines:
     raise UserError('\n'.join([
         f'{workdir} belongs to another run:', *lines,
-        'Use another --workdir, or set the saved values again.']))
+        'Use another --workdir, or set the saved values again. num_steps may only grow.']))
+
+
+def check_same_settings(path: Path, saved: Mapping[str, Any], settings: Any,
+                        changeable: tuple[str, ...] = ()) -> None:
+  """Compares the 'config' of a report with the settings that would replace it.
+
+  Args:
+    path: file of the report, for the message.
+    saved: its content.
+    settings: an experiment or a study.
+    changeable: dotted paths of settings that do not change a report.
+
+  Raises:
+    UserError: a setting differs; lists each with its two values.
+  """
+  current = json.loads(json.dumps({'config': dataclasses.asdict(settings)}, default=str))
+  lines = _differences({'config': saved['config']}, current, defaults_of(type(settings)),
+                       changeable)
+  if lines:
+    raise UserError('\n'.join([
+        f'{path} is of other settings:', *lines,
+        'Use another --workdir, set the saved values again, or add --overwrite.']))
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any],
+                 defaults: Mapping[str, Any], changeable: tuple[str, ...]) -> list[str]:
+  """Returns a line for each leaf of two records that differs, but for those that may change.
+
+  Args:
+    saved, current: the records; their 'config' is the configuration.
+    defaults: defaults of the config, which a saved one had where it lacks a key.
+    changeable: dotted paths of config keys or sections that may change.
+  """
+  saved, current = dict(_leaves(with_current_names(saved))), dict(_leaves(current))
+  defaults = _leaves({'config': json.loads(json.dumps(defaults))})
+  saved = {key: value for key, value in defaults if key in current} | saved
+  prefixes = tuple(f'config.{path}.' for path in changeable)
+  saved, current = ({key: value for key, value in leaves.items()
+                     if not f'{key}.'.startswith(prefixes)} for leaves in (saved, current))
+  return differences(saved, current)
+
+
+def _steps_of(record: Mapping[str, Any], job: str) -> int:
+  """Returns the num_steps of a job in the content of its run.json; 0 where it has none."""
+  return record['config'].get(_section_of(job), {}).get('loop', {}).get('num_steps', 0)
+
+
+def _section_of(job: str) -> str:
+  """Returns the section of the experiment that a job follows."""
+  return 'pretraining' if job == 'pretrain' else 'training'
 
 
 def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
@@ -145,14 +202,20 @@ def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
     yield path, tree
 
 
-# A run may be resumed on other devices, with other cadences, and with its files moved, since the
-# fingerprint of the data covers their contents. Every other key is part of its identity.
-CHANGEABLE = (
-    'mesh', 'rules', 'evaluation', 'computation.activations', 'computation.attention',
+EARLIER_STEPS = 'earlier_num_steps'  # key of run.json, not part of the identity
+# Jobs that write a result into their work directory, with its name.
+_RESULTS = {'pretrain': DECODER, 'train': COPROCESSOR}
+
+# Settings that change no result but by rounding: devices, cadences, and the places of files, since
+# the fingerprint of the data covers their contents.
+WITHOUT_EFFECT = (
+    'mesh', 'rules', 'computation.activations', 'computation.attention',
     'computation.replicate_frozen',
     'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
     f'{section}.loop.{key}' for section in ('pretraining', 'training')
     for key in ('log_every', 'eval_every', 'save_every', 'keep'))
+# A run may be resumed with others of these. Every other key is part of its identity.
+CHANGEABLE = (*WITHOUT_EFFECT, 'evaluation')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +240,7 @@ class Run:
   @property
   def section(self) -> str:
     """Name of the experiment's section that this run follows."""
-    return 'pretraining' if self.job == 'pretrain' else 'training'
+    return _section_of(self.job)
 
   @property
   def settings(self) -> TrainingConfig:
@@ -207,6 +270,18 @@ class Run:
     """Keys or whole sections of the config that a resumed run may change."""
     return CHANGEABLE + tuple(
         f'deliberation.{key}' for key in self.experiment.deliberation.without_effect)
+
+  def saved_steps(self) -> int:
+    """Returns the num_steps of the run in `workdir`; 0 where there is none yet."""
+    try:
+      return _steps_of(json.loads((self.workdir / RUN_FILE).read_text()), self.job)
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+      return 0  # a new run, or a damaged file that `claim_workdir` reports
+
+  @property
+  def goes_further(self) -> bool:
+    """Whether the run in `workdir` was shorter than this one."""
+    return 0 < self.saved_steps() < self.settings.loop.num_steps
 
   @functools.cached_property
   def boxed(self) -> PyTree:
@@ -295,6 +370,55 @@ class Run:
     check_same_run(self.workdir, saved, identity, self.changeable)
 
 
+def check_no_later_run(pretraining: Run, others: Iterable[Path]) -> None:
+  """Refuses to train a decoder further that other runs were trained on.
+
+  Args:
+    pretraining: the run of the decoder.
+    others: work directories of runs that train on it.
+
+  Raises:
+    UserError: the decoder would be trained further, and one of the others has begun.
+  """
+  begun = [str(workdir) for workdir in others if (workdir / RUN_FILE).exists()]
+  if pretraining.goes_further and begun:
+    raise UserError(
+        f'config.pretraining.loop.num_steps: {pretraining.saved_steps()} saved, '
+        f'{pretraining.settings.loop.num_steps} now, but {begun[0]} was trained on the decoder of '
+        f'{pretraining.saved_steps()} steps: use another --workdir, or set the saved value again')
+
+
+def lengthen(run: Run) -> None:
+  """Makes the run in the work directory as long as `run`, if it was shorter.
+
+  Its result is kept as NAME_STEPS, so that the result of all steps gets the name. The learning rate
+  continues as in a run that was planned with this length: it belongs to the number of steps.
+
+  Raises:
+    UserError: the name of the earlier result is taken.
+  """
+  path, earlier, steps = run.workdir / RUN_FILE, run.saved_steps(), run.settings.loop.num_steps
+  if not run.goes_further:
+    return
+  # First the result, then the note: a launch that is killed in between starts again from here.
+  name = _RESULTS.get(run.job, '')
+  result, kept = run.workdir / name, run.workdir / f'{name}_{earlier}'
+  if name and result.exists():
+    if kept.exists():
+      raise UserError(f'{kept} exists already, but {result} of {earlier} steps will be kept there: '
+                      'move it away')
+    result.rename(kept)
+    logging.info('%s of %d steps is kept as %s', result, earlier, kept)
+  saved = json.loads(path.read_text())
+  saved['config'][run.section]['loop']['num_steps'] = steps
+  write_json(path, saved | {EARLIER_STEPS: [*saved.get(EARLIER_STEPS, []), earlier]})
+  before, after = (build_schedule(run.settings.optimizer, length)(earlier)
+                   for length in (earlier, steps))
+  logging.info('%s: trained further, to %d steps instead of %d. The learning rate is that of a run '
+               'of %d steps: %.3g at step %d, where it was %.3g', run.workdir, steps, earlier,
+               steps, after, earlier, before)
+
+
 def fit(run: Run, batches: Batches, loss_fn: LossFn,
         evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]], *,
         frozen: Params, decoder_fingerprint: str = '',
@@ -320,6 +444,7 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
   # The directory must be this run's before its checkpoints are read.
   claim_workdir(run.workdir, run.identity(decoder_fingerprint, batches.fingerprint),
                 run.changeable)
+  run_on_process_zero(f'lengthen the run in {run.workdir}', lambda: lengthen(run))
   train_step = run.make_step(loss_fn, frozen)
   with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
         contextlib.closing(MetricsWriter(run.workdir)) as metrics):
@@ -327,8 +452,10 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
     state = saved.restore(run.abstract, batches)
     if state is None:
       state = run.create_state(load_start() if load_start else frozen)
-    logging.info('%s: at step %d of %d; the first step of a launch compiles', run.workdir,
-                 state.step, settings.loop.num_steps)
+    finished = int(state.step) == settings.loop.num_steps
+    logging.info('%s: at step %d of %d; %s', run.workdir, state.step, settings.loop.num_steps,
+                 f'it is finished, and a larger {run.section}.loop.num_steps trains it further'
+                 if finished else 'the first step of a launch compiles')
     return train(
         state, train_step, batches, config=settings.loop,
         place=lambda batch: place_batch(batch, run.mesh, run.experiment.rules),

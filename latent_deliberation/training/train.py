@@ -31,7 +31,7 @@ from latent_deliberation.experiment import Experiment
 from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
-from latent_deliberation.training.run import Run, fit
+from latent_deliberation.training.run import Run, fit, hold_workdir
 
 
 def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
@@ -65,33 +65,34 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
                     'there: use another --workdir, or move it away')
   check_known_vocabulary(experiment.data, prepared_dir, checkpoint)
 
-  # Prepare and open the data, and load the decoder onto the mesh.
-  prepare_data(experiment.data, experiment.decoder.vocab_size, prepared_dir)
-  rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
-                   vocab_size=experiment.decoder.vocab_size)
-  check_rows_vocabulary(rows, checkpoint)
-  frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
-  deliberator = build_deliberator(experiment)
-  batches = open_batches(experiment, prepared_dir, run.section, mesh)
-  evaluation = experiment.evaluation
-  eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
-                                    experiment.rules)
+  with hold_workdir(workdir):
+    # Prepare and open the data, and load the decoder onto the mesh.
+    prepare_data(experiment.data, experiment.decoder.vocab_size, prepared_dir)
+    rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
+                     vocab_size=experiment.decoder.vocab_size)
+    check_rows_vocabulary(rows, checkpoint)
+    frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
+    deliberator = build_deliberator(experiment)
+    batches = open_batches(experiment, prepared_dir, run.section, mesh)
+    evaluation = experiment.evaluation
+    eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
+                                      experiment.rules)
 
-  # Train. A coprocessor starts from the stored weights, not from those rounded to int8.
-  is_rounded = experiment.computation.frozen_dtype == 'int8'
-  params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
-               {'validation': _validation(experiment, deliberator, frozen, eval_batches, mesh),
-                'latents': _diagnosis(experiment, deliberator, frozen, eval_batches[0], mesh)},
-               frozen=frozen, decoder_fingerprint=decoder_fingerprint,
-               load_start=(lambda: load_stored(checkpoint, mesh, experiment.rules)) if is_rounded
-               else None)
-  if not target.exists():
-    coprocessor_checkpoint.save(target, coprocessor_checkpoint.CoprocessorCheckpoint(
-        decoder_config=experiment.decoder, config=experiment.deliberation,
-        decoder_fingerprint=decoder_fingerprint,
-        vocabulary_hash=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
-        params=params, frozen_dtype=experiment.computation.frozen_dtype))
-  return params
+    # Train. A coprocessor starts from the stored weights, not from those rounded to int8.
+    is_rounded = experiment.computation.frozen_dtype == 'int8'
+    params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
+                 {'validation': _validation(experiment, deliberator, frozen, eval_batches, mesh),
+                  'latents': _diagnosis(experiment, deliberator, frozen, eval_batches[0], mesh)},
+                 frozen=frozen, decoder_fingerprint=decoder_fingerprint,
+                 load_start=(lambda: load_stored(checkpoint, mesh, experiment.rules)) if is_rounded
+                 else None)
+    if not target.exists():
+      coprocessor_checkpoint.save(target, coprocessor_checkpoint.CoprocessorCheckpoint(
+          decoder_config=experiment.decoder, config=experiment.deliberation,
+          decoder_fingerprint=decoder_fingerprint,
+          vocabulary_hash=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
+          params=params, frozen_dtype=experiment.computation.frozen_dtype))
+    return params
 
 
 def describe_training(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:

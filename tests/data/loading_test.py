@@ -1,10 +1,13 @@
 """Data are made once, from what the config names, and refused where they do not fit it."""
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from latent_deliberation import files
 from latent_deliberation.data import loading
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.loading import (
@@ -58,6 +61,30 @@ def test_rows_in_place_of_their_data(quickstart, name):
     with pytest.raises(UserError, match=f'{quickstart}/{name} .* {quickstart}$'):
       use(finished.experiment(), quickstart / name)
   assert not (quickstart / name / 'rows').exists()
+def test_two_launches_pack_once(tmp_path, monkeypatch):
+  """Of two launches on one directory, the second waits and uses what the first packed."""
+  packed = []
+
+  def pack(config, directory):
+    if not (directory / 'rows').exists():
+      packed.append(threading.get_ident())
+      time.sleep(0.2)
+      for split in ('train', 'validation'):
+        (directory / 'rows' / split).mkdir(parents=True)
+
+  monkeypatch.setattr('latent_deliberation.data.packing.prepare', pack)
+  monkeypatch.setattr(files, 'POLL_SECONDS', 0.01)
+  launches = [threading.Thread(target=prepare, args=(finished.experiment(), tmp_path))
+              for _ in range(2)]
+  for launch in launches:
+    launch.start()
+  for launch in launches:
+    launch.join(30)
+  assert len(packed) == 1
+  assert [path.name for path in tmp_path.iterdir()] == ['rows']
+  # Complete rows may be on a disk that is read-only.
+  monkeypatch.setattr(loading, 'lock', lambda *unused, **options: pytest.fail('a lock'))
+  prepare(finished.experiment(), tmp_path)
 
 
 @pytest.mark.parametrize('content, message', [

@@ -1,5 +1,8 @@
 """Curves have an arm in its colour each; the picture of attention shows what the model does."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
@@ -16,6 +19,7 @@ from latent_deliberation.evaluation.plots import (
   plot_gates,
   plot_losses,
 )
+from tests import finished
 
 
 def make_summary(**changes: float) -> dict:
@@ -153,3 +157,13 @@ def test_picture_shows_every_kind(tmp_path, latents):
   for colour in KINDS.values():
     share = (np.abs(image[..., :3] - to_rgb(colour)).max(axis=-1) < 0.01).mean()
     assert share > 0.005, colour
+
+
+@pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'TkAgg'])
+def test_backend_of_a_notebook(backend):
+  """A backend that is not installed, or that has no screen, ends nothing."""
+  code = ('import os, latent_deliberation.evaluation.headless\n'
+          "print(os.environ['MPLBACKEND'])")
+  process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                           env={**finished.environment(), 'MPLBACKEND': backend}, timeout=60)
+  assert process.stdout == f'{backend}\n', process.stderr

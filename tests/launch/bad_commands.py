@@ -39,8 +39,37 @@ BAD = {
         'num_traces = 63.* 64 tokens .* 62 .*num_traces'),
     'no config': Bad(
         'pretrain', '--workdir={new} --config=configs/nothing.py',
-        '^Error: --config: .*configs/nothing.py'),
-    'no directory': Bad('pretrain', '', '--workdir must have a value'),
+        '^Error: --config=configs/nothing.py: .*no such file'),
+    'a misspelt config': Bad(
+        'pretrain', '--workdir={new} --config=configs/quickstrat.py',
+        '--config=configs/quickstrat.py: .*did you mean configs/quickstart.py'),
+    'a directory as config': Bad(
+        'pretrain', '--workdir={new} --config configs', '--config=configs: .*no such file'),
+    'no config at all': Bad(
+        'study', '--workdir={new} --config.seeds=(0,1)',
+        r'--config.seeds=\(0,1\) without --config'),
+    'an override before its config': Bad(
+        'study', '--config.seeds=(0,1) --config=configs/study/text.py --workdir={new}',
+        r'--config.seeds=\(0,1\) is before --config'),
+    'a config that is no Python': Bad(
+        'study', '--config=README.md --workdir={new}', r'^Error: --config: .*README.md, line'),
+    'a report that exists': Bad(
+        'evaluate', '--coprocessor={run} --data={run} --decoder={run}/pretraining/decoder '
+        '--output={run}', 'report.json, .*exists already.*--overwrite'),
+    'a report of other settings': Bad(
+        'quickstart', '--workdir={run} --config.evaluation.bootstrap_samples=10',
+        'report.json .*\n.*evaluation.bootstrap_samples: 2000 saved, 10 now\n.*--overwrite'),
+    'a plan that exists': Bad(
+        'compile', '--topology=cpu:2 --output={files}/plan.json',
+        'plan.json exists already.*--overwrite'),
+    'a shorter run': Bad(
+        'pretrain', '--workdir={run}/pretraining --data={run} '
+        '--config.pretraining.loop.num_steps=3',
+        'pretraining.loop.num_steps: 4 saved, 3 now\n.*may only grow'),
+    'a longer decoder of a quickstart': Bad(
+        'quickstart', '--workdir={run} --overwrite --config.pretraining.loop.num_steps=8',
+        'num_steps: 4 saved, 8 now, but .*/coprocessor was trained on'),
+    'no directory': Bad('pretrain', '', '--workdir is missing'),
     'misspelt flag': Bad(
         'train', '--workdi={new}', "'workdi'. Did you mean: workdir"),
     'no flag': Bad('train', '--workdir={new} --decoder={run} more', r"\['more'\] are not flags"),
@@ -128,22 +157,22 @@ BAD = {
     'an unknown size': Bad(
         'benchmark_weights', '--preset=gemma9 --output={new}', 'gemma9.*gemma2_2b'),
     'an unknown topology': Bad(
-        'compile', '--topology=v9:2x2 --output={files}/plan.json',
+        'compile', '--topology=v9:2x2 --output={files}/other.json',
         'topology=v9:2x2: .*\n  v5e: 2x2, .*v5p: .*v6e: '),
     'a mesh of no devices': Bad(
-        'compile', '--topology=cpu:2 --mesh=fsdp=3 --output={files}/plan.json',
+        'compile', '--topology=cpu:2 --mesh=fsdp=3 --output={files}/other.json',
         "'fsdp': 3, 'tensor': 1} .* 2 devices"),
     'a misspelt mesh': Bad(
-        'compile', '--topology=cpu:2 --mesh=fdsp=2 --output={files}/plan.json',
+        'compile', '--topology=cpu:2 --mesh=fdsp=2 --output={files}/other.json',
         "mesh=fdsp=2: 'fdsp=2' .*AXIS=SIZE"),
     'a rule for no axis of a mesh': Bad(
-        'compile', '--topology=cpu:2 --rules=embed=rows --output={files}/plan.json',
+        'compile', '--topology=cpu:2 --rules=embed=rows --output={files}/other.json',
         r"rule 'embed' -> \('rows',\): .*\['rows'\]"),
     'a misspelt axis of a rule': Bad(
-        'compile', '--topology=cpu:2 --rules=emebd=fsdp --output={files}/plan.json',
+        'compile', '--topology=cpu:2 --rules=emebd=fsdp --output={files}/other.json',
         r"rule 'emebd' -> \('fsdp',\): .*did you mean 'embed'"),
     'heads that do not divide': Bad(
-        'compile', '--topology=cpu:8 --mesh=tensor=4 --output={files}/plan.json',
+        'compile', '--topology=cpu:8 --mesh=tensor=4 --output={files}/other.json',
         "'kv_heads' of 2 .* 4 .*mesh.* rule"),
     'an output in no directory': Bad(
         'benchmark_weights', '--preset=tiny --output={files}/typo.py/weights.json',
@@ -152,7 +181,7 @@ BAD = {
         'benchmark_step', '--output={files}/step.png', r'output=.*step.png: .*\.json'),
     'no document': Bad(
         'augment', '--decoder={run}/pretraining/decoder --coprocessor={run}/coprocessor '
-        '--output={new}.cache', '--document must have a value'),
+        '--output={new}.cache', '--document is missing'),
     'an unknown arm': Bad(
         'study', '--config=configs/study/text.py --workdir={new} --arm=nobody', "nobody"),
 }

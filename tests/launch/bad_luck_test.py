@@ -1,6 +1,7 @@
 """The launch scripts in bad luck: a bug, Ctrl-C, a kill, a full disk, a SIGTERM."""
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -42,9 +44,51 @@ def test_ctrl_c_ends_at_once(tmp_path):
                     'app.run(job)\n')
   process = subprocess.run([sys.executable, str(script)], cwd=finished.ROOT, text=True,
                            capture_output=True, timeout=60, env=finished.environment())
-  assert process.returncode == 1
+  assert process.returncode == 130
   assert 'Interrupted. Run the same command again' in process.stderr
   assert 'Traceback' not in process.stderr
+
+
+# Variables as people's machines have them: a notebook, a debugging session, a shell of Slurm.
+ELSEWHERE = {
+    'PYTHONIOENCODING': 'ascii', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
+    'JAX_ENABLE_X64': '1', 'JAX_DISABLE_JIT': '1', 'JAX_NUMPY_DTYPE_PROMOTION': 'strict',
+    'JAX_THREEFRY_PARTITIONABLE': '0', 'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '4',
+    'SLURM_STEP_NODELIST': 'node[1-4]', 'SLURM_PTY_PORT': '4711', 'SLURM_JOB_ID': '7',
+    'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'}
+
+
+def begin_script(directory: Path, *lines: str, **options: Any) -> subprocess.Popen:
+  """Starts a script whose job is these lines, in an environment from elsewhere."""
+  script = directory / 'script.py'
+  job = ''.join(f'  {line}\n' for line in lines)
+  script.write_text('import os, signal, sys, jax, latent_deliberation.benchmarks.speed_plots\n'
+                    f'from latent_deliberation.cli import app\ndef job():\n{job}app.run(job)\n')
+  return subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True,
+                          env={**finished.environment(), **ELSEWHERE}, **options)
+
+
+def test_machine_of_somebody_else(tmp_path):
+  """Variables of the machine change no result and end nothing; SIGTERM has its own code."""
+  process = begin_script(
+      tmp_path, "print('8\u2020', jax.jit(lambda x: x)(1.0).dtype, jax.process_count())",
+      'os.kill(os.getpid(), signal.SIGTERM)', stdout=subprocess.PIPE)
+  printed, said = process.communicate(timeout=120)
+  assert (process.returncode, printed) == (143, '8\\u2020 float32 1\n'), said
+  assert 'Stopped by SIGTERM. Run the same command' in said and 'Traceback' not in said
+  for name in ('ENABLE_X64=1', 'DISABLE_JIT=1', 'NUMPY_DTYPE_PROMOTION=strict',
+               'THREEFRY_PARTITIONABLE=0'):
+    assert f'JAX_{name} is not used' in said
+
+
+def test_reader_that_has_gone(tmp_path):
+  """A reader of the output that ends early, as `head` does, ends a script without a traceback."""
+  read, write = os.pipe()
+  os.close(read)
+  process = begin_script(tmp_path, "print('text')", stdout=write)
+  os.close(write)
+  _, said = process.communicate(timeout=120)
+  assert process.returncode == 141 and 'Traceback' not in said and 'Exception' not in said, said
 
 
 def begin(said: Path | None, *arguments: str,
@@ -101,8 +145,12 @@ def test_run_survives_bad_luck(tmp_path, monkeypatch):
 
   process = begin(said, f'--workdir={workdir}')
   wait_until(lambda: newest(workdir) > killed_at, process, said)
+  second = begin(None, f'--workdir={workdir}')
+  complaint = second.communicate(timeout=120)[1].decode()
+  assert second.returncode == 1
+  assert f'Error: process {process.pid} on ' in complaint and f'works in {workdir}' in complaint
   process.terminate()
-  assert process.wait(60) == 0, said.read_text()
+  assert process.wait(60) == 143, said.read_text()
   assert f'at step {killed_at} of 150' in said.read_text()
   assert f'stopped by SIGTERM at step {newest(workdir)}/150. Saved in' in said.read_text()
 

@@ -68,13 +68,21 @@ def test_every_script_is_here():
 @pytest.mark.parametrize('script', SCRIPTS + WITHOUT_CONFIG)
 def test_help(answers, script):
   """--help shows a command, the own flags of the script, and what comes next."""
-  _, printed, _ = answers[script]
+  status, printed, _ = answers[script]
+  assert status == 0
   assert f'python launch/{script}.py' in printed
   for flag in ('config', FLAGS[script]) if script in (*SCRIPTS, 'study') else (FLAGS[script],):
     assert re.search(fr'^ +--(\[no\])?{flag}: ', printed, re.MULTILINE), printed
   assert re.search(r'\bNext\b', printed)
   # absl appends this to flags of several values, after a semicolon.
   assert not re.search(r'may be repeated|\.;\s+repeat this option', printed)
+
+
+def test_required_flags(answers):
+  """The help says which flags are required."""
+  flags = re.split(r'^ +--(?=\w+: )', answers['train'][1], flags=re.MULTILINE)[1:]
+  required = {flag.partition(':')[0] for flag in flags if 'Required.' in flag}
+  assert required == {'config', 'decoder', 'workdir'}
 
 
 def test_convert_lists_tensors(answers):

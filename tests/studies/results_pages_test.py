@@ -28,10 +28,10 @@ def row_of(pages: dict[str, str], title: str) -> list[str]:
   return [cell.strip() for cell in row.strip('|').split('|')]
 
 
-def add(directory, tmp_path, study, name='mine', values=SUMMARY):
+def add(directory, tmp_path, study, name='mine', values=SUMMARY, overwrite=False):
   """Adds a study as if it had just been run."""
   write_study(summarise_study(study, samples=50), tmp_path / 'run')
-  add_result(directory, name, tmp_path / 'run', values)
+  add_result(directory, name, tmp_path / 'run', values, overwrite)
   return render_pages(load_results(directory))
 
 
@@ -130,7 +130,9 @@ def test_summary_is_needed_once(tmp_path):
   with pytest.raises(UserError, match='mine has no summary.*--set'):
     add(tmp_path, tmp_path, questions(), values={})
   add(tmp_path, tmp_path, questions())
-  add(tmp_path, tmp_path, questions(seconds=7.0), values={})
+  with pytest.raises(UserError, match='mine.json .*--overwrite'):
+    add(tmp_path, tmp_path, questions(seconds=7.0), values={})
+  add(tmp_path, tmp_path, questions(seconds=7.0), values={}, overwrite=True)
   result = load_results(tmp_path)['mine']
   assert (result['summary'], result['seconds']) == ('Latents help.', 7.0)
 

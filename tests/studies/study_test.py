@@ -74,7 +74,7 @@ def test_more_seeds_keep_complete_runs(finished_study):
   workdir, summary = finished_study
   trained = workdir / 'arms/own/seed0/coprocessor/coprocessor.json'
   before = trained.stat().st_mtime_ns
-  more = run(workdir, 'own', '--config.seeds=(0,1)')
+  more = run(workdir, 'own', '--overwrite', '--config.seeds=(0,1)')
   assert trained.stat().st_mtime_ns == before
   assert more['overall']['own']['by_seed'][0] == summary['overall']['own']['by_seed'][0]
   assert len(more['overall']['own']['by_seed']) == 2 and more['seeds']['own'] == [0, 1]
@@ -84,10 +84,21 @@ def test_more_seeds_keep_complete_runs(finished_study):
 @pytest.mark.slow
 def test_some_arms_are_reported_alike(finished_study):
   workdir, summary = finished_study
-  some = run(workdir, 'all', '--arm=finetuned', '--arm=own')
+  some = run(workdir, 'all', '--overwrite', '--arm=finetuned', '--arm=own')
   assert list(some['overall']) == ['frozen', 'own', 'shuffled', 'zero', 'mean', 'finetuned']
   for name in some['overall']:
     assert some['overall'][name] == summary['overall'][name]
+
+
+def test_results_are_kept(finished_study):
+  """Results of other settings, or of fewer arms, do not replace those that are there."""
+  path = finished_study[0] / 'results.json'
+  one = bind(as_config(study()), Study)
+  study_module.check_results(one, tuple(one.arms), path)
+  with pytest.raises(UserError, match=f"{path} has the arm 'constant'.*--overwrite"):
+    study_module.check_results(one, ('own', 'joint', 'finetuned', 'lora'), path)
+  with pytest.raises(UserError, match=r'config.seeds: \[0\] saved, \[0, 1\] now(?s:.)*--overwrite'):
+    study_module.check_results(dataclasses.replace(one, seeds=(0, 1)), tuple(one.arms), path)
 
 
 def test_unknown_arm_is_refused():
@@ -102,7 +113,7 @@ def test_unknown_arm_is_refused():
 def test_arm_data_options_are_for_arms(finished_study):
   """The decoder trains on its own text."""
   workdir, summary = finished_study
-  other = run(workdir, 'arm_data_options')
+  other = run(workdir, 'arm_data_options', '--overwrite')
   assert other['overall']['frozen'] == summary['overall']['frozen']
   assert json.loads((workdir / 'arms/taught/seed0/run.json').read_text())['data'] != (
       json.loads((workdir / 'arms/own/seed0/run.json').read_text())['data'])
@@ -113,7 +124,8 @@ def test_arm_data_options_are_for_arms(finished_study):
 @pytest.mark.slow
 def test_text_is_scored_by_position(finished_study):
   workdir, _ = finished_study
-  summary = run(workdir, 'own', '--config.questions.per_difficulty=0', '--config.seeds=(0,1)')
+  summary = run(workdir, 'own', '--overwrite', '--config.questions.per_difficulty=0',
+                '--config.seeds=(0,1)')
   assert sorted(summary['by_position']) == ['1', '2']
   assert np.isfinite(summary['by_position']['1']['own']['change_pct'])
 

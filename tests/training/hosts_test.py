@@ -91,14 +91,16 @@ def start_two(commands: Sequence[list[str]], logs: Path) -> list[subprocess.Pope
   return processes
 
 
-def end_both(processes: Sequence[subprocess.Popen], logs: Path) -> None:
-  """Waits for both, and fails with their logs where one fails."""
+def end_both(processes: Sequence[subprocess.Popen], logs: Path,
+             expected: Sequence[int] = (0, 0)) -> None:
+  """Waits for both, and fails with their logs where one ends with another code."""
   try:
     codes = [process.wait(timeout=200) for process in processes]
   finally:
     for process in processes:
       process.kill()
-  assert codes == [0, 0], '\n\n'.join((logs / f'{index}.err').read_text() for index in range(2))
+  said = '\n\n'.join((logs / f'{index}.err').read_text() for index in range(2))
+  assert codes == list(expected), said
 
 
 def free_address() -> str:
@@ -153,7 +155,9 @@ def test_training_on_two(quickstart, tmp_path):
 
 
 @pytest.mark.slow
-def test_signal_stops_both(quickstart, tmp_path):
+@pytest.mark.parametrize('number, codes, reason', [
+    (signal.SIGTERM, (143, 143), 'preemption'), (signal.SIGINT, (143, 130), 'SIGINT')])
+def test_signal_stops_both(quickstart, tmp_path, number, codes, reason):
   """A signal to one process stops both at the same saved step."""
   address, logs, workdir = free_address(), tmp_path / 'logs', tmp_path / 'run'
   processes = start_two([finished.command(
@@ -165,14 +169,14 @@ def test_signal_stops_both(quickstart, tmp_path):
     until = time.monotonic() + 120
     while 'step 2/' not in (logs / '1.err').read_text() and time.monotonic() < until:
       time.sleep(0.1)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(number)
   finally:
-    end_both(processes, logs)
+    end_both(processes, logs, codes)
   step, = (int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
   assert 2 < step < 10_000
   for index in range(2):
     log = (logs / f'{index}.err').read_text()
-    assert f'preemption at step {step}/10000' in log
+    assert f'{reason if index else "preemption"} at step {step}/10000' in log
     assert any(line.startswith(f'[{index}/2] ') and f'step {step}/10000  loss' in line
                for line in log.splitlines())
 

@@ -30,8 +30,9 @@ def test_signal_saves_and_resumes(tmp_path, number):
     if step == 2:
       os.kill(os.getpid(), number)
 
-  with pytest.raises(Preempted, match=f'{number.name}.*3/6.*{tmp_path}'):
+  with pytest.raises(Preempted, match=f'{number.name}.*3/6.*{tmp_path}') as stopped:
     run(tmp_path / 'cut', batches=ToyBatches(interrupt))
+  assert stopped.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
   assert saved_steps(tmp_path / 'cut') == [3]
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
   resumed, whole = run(tmp_path / 'cut'), run(tmp_path / 'whole')
@@ -69,7 +70,7 @@ def test_other_thread(tmp_path):
 
 
 def test_sigterm_of_a_process(tmp_path):
-  """SIGTERM ends the process with code 0, and it says how to resume."""
+  """SIGTERM ends the process with code 143, and it says how to resume."""
   process = subprocess.Popen([sys.executable, __file__, str(tmp_path)], text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])})
@@ -79,7 +80,7 @@ def test_sigterm_of_a_process(tmp_path):
     _, log = process.communicate(timeout=60)
   finally:
     process.kill()
-  assert process.returncode == 0, log
+  assert process.returncode == 143, log
   assert 'SIGTERM' in log and 'the same command' in log
   assert len(saved_steps(tmp_path)) == 1
 

@@ -1,7 +1,9 @@
 """A work directory belongs to one run, and a stopped run resumes exactly."""
 
 import dataclasses
+import functools
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,10 +20,18 @@ from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import CHECKPOINTS, METRICS_FILE, RUN_FILE
+from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import read_metrics
-from latent_deliberation.training.pretrain import pretrain
-from latent_deliberation.training.run import RunIdentity, claim_workdir
+from latent_deliberation.training.pretrain import describe_pretraining, pretrain
+from latent_deliberation.training.run import (
+  WITHOUT_EFFECT,
+  RunIdentity,
+  check_no_later_run,
+  check_same_settings,
+  claim_workdir,
+  hold_workdir,
+)
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
 
@@ -147,13 +157,17 @@ def check_stopping_changes_nothing(job: Callable[[Path], object], result: Callab
   stop_before(1, monkeypatch)
   with pytest.raises(Preempted) as stopped:
     job(tmp_path / 'stopped')
-  assert stopped.value.code == 0
+  assert stopped.value.code == 143
   assert 'SIGTERM at step 2/4' in str(stopped.value.args)
   assert (tmp_path / 'stopped/checkpoints/2').is_dir()
   assert not {'decoder', 'coprocessor'} & {path.name for path in (tmp_path / 'stopped').iterdir()}
   job(tmp_path / 'stopped')
   assert_identical(result(tmp_path / 'stopped'), result(tmp_path / 'straight'))
   assert losses(tmp_path / 'stopped') == losses(tmp_path / 'straight')
+  # A finished run does nothing twice.
+  written = (tmp_path / 'stopped' / METRICS_FILE).read_text()
+  job(tmp_path / 'stopped')
+  assert (tmp_path / 'stopped' / METRICS_FILE).read_text() == written
 
 
 @pytest.mark.slow  # the coprocessor tests the shared code
@@ -173,6 +187,66 @@ def test_training_resume_is_exact(tmp_path, quickstart, monkeypatch):
       lambda workdir: train_coprocessor(experiment, decoder, workdir, quickstart),
       lambda workdir: coprocessor_checkpoint.load(workdir / 'coprocessor').params, tmp_path,
       monkeypatch)
+
+
+def test_trained_further(coprocessor, quickstart, caplog):
+  """A finished run goes on with a larger num_steps, and keeps its earlier result."""
+  before = coprocessor_checkpoint.load(coprocessor / 'coprocessor').params
+  longer = finished.experiment(training__loop__num_steps=4)
+  with caplog.at_level('INFO', logger='absl'):
+    resume(coprocessor, quickstart, experiment=longer)
+  assert 'to 4 steps instead of 2' in caplog.text
+  assert_identical(coprocessor_checkpoint.load(coprocessor / 'coprocessor_2').params, before)
+  assert coprocessor_checkpoint.describe(coprocessor / 'coprocessor').steps == 4
+  assert [row['step'] for row in losses(coprocessor)] == [1, 2, 3, 4]
+  # The learning rate is that of a run of four steps, which has not decayed at step 3.
+  assert losses(coprocessor)[2]['learning_rate'] > losses(coprocessor)[1]['learning_rate'] / 2
+  record = json.loads((coprocessor / RUN_FILE).read_text())
+  assert record['config']['training']['loop']['num_steps'] == 4
+  assert record['earlier_num_steps'] == [2]
+  written = (coprocessor / METRICS_FILE).read_text()
+  with caplog.at_level('INFO', logger='absl'):
+    resume(coprocessor, quickstart, experiment=longer)
+  assert 'at step 4 of 4; it is finished' in caplog.text
+  assert (coprocessor / METRICS_FILE).read_text() == written
+  with pytest.raises(UserError, match='(?s)training.loop.num_steps: 4 saved, 2 now.*may only grow'):
+    resume(coprocessor, quickstart)
+
+
+def test_second_launch(coprocessor, quickstart):
+  """A second launch in the same directory is told of the first, before any work."""
+  with hold_workdir(coprocessor):
+    with pytest.raises(UserError, match=f'process {os.getpid()} .*works in {coprocessor}'):
+      resume(coprocessor, quickstart)
+  resume(coprocessor, quickstart)
+
+
+def test_decoder_of_other_runs(quickstart, tmp_path):
+  """A decoder that others were trained on is not trained further."""
+  experiment = finished.experiment(pretraining__loop__num_steps=8)
+  pretraining = describe_pretraining(experiment, quickstart / 'pretraining',
+                                     make_mesh(experiment.mesh))
+  pretraining.check()
+  check_no_later_run(pretraining, [tmp_path])
+  with pytest.raises(UserError, match='pretraining.loop.num_steps: 4 saved, 8 now.*/coprocessor '):
+    check_no_later_run(pretraining, [tmp_path, quickstart / 'coprocessor'])
+
+
+@pytest.mark.parametrize('change, line', [
+    ({'evaluation__bootstrap_samples': 10}, 'config.evaluation.bootstrap_samples: 2000.*10'),
+    ({'training__loop__log_every': 2}, ''),
+])
+def test_report_of_other_settings(quickstart, change, line):
+  """A report of other settings is not overwritten, and one of other cadences is the same."""
+  path = quickstart / 'report.json'
+  check = functools.partial(
+      check_same_settings, path, json.loads(path.read_text()), finished.experiment(**change),
+      WITHOUT_EFFECT)
+  if not line:
+    check()
+    return
+  with pytest.raises(UserError, match=f'{path}(?s:.)*{line}(?s:.)*--overwrite'):
+    check()
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ hugging_face_config.py reads and writes config.json, safetensors_io.py the files
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -21,19 +22,73 @@ from latent_deliberation.model.checkpoints.safetensors_io import FILE_BYTES, gat
 from latent_deliberation.model.checkpoints.source import Source
 from latent_deliberation.model.transformer_config import TransformerConfig
 
-# Prefixes of the decoder in a multimodal checkpoint, from transformers 4 and 5.
-_MULTIMODAL = ('language_model.model.', 'model.language_model.')
+# Prefixes of the decoder in a checkpoint that transformers wrote. The longer ones are multimodal,
+# and a model without its head has none.
+_OWN_PREFIXES = ('language_model.model.', 'model.language_model.', 'language_model.', 'model.', '')
 _OTHER_PARTS = ('vision_tower.', 'multi_modal_projector.', 'model.vision_tower.',
                 'model.multi_modal_projector.')
 _HEAD, _TABLE = 'lm_head.weight', 'model.embed_tokens.weight'
+# Every decoder here has this tensor, and no vision tower does: it tells the prefix of the decoder.
+_LANDMARK = 'layers.0.input_layernorm.weight'
+# What torch.compile, FSDP and checkpointing put into the names of the modules that they wrap.
+_WRAPPERS = ('_orig_mod.', '_fsdp_wrapped_module.', '_checkpoint_wrapped_module.')
+_ADAPTERS = ('.lora_A.', '.base_layer.')  # in the names of PEFT, before adapters are merged
 
 
-def plain_name(name: str) -> str:
-  """Returns the name of a tensor as a checkpoint without vision has it."""
-  for prefix in _MULTIMODAL:
-    if name.startswith(prefix):
-      return 'model.' + name.removeprefix(prefix)
-  return _HEAD if name == f'language_model.{_HEAD}' else name
+def plain_names(names: Collection[str], directory: Path, tied_head: bool) -> dict[str, str]:
+  """Returns the name that each tensor has in a plain checkpoint of a decoder alone.
+
+  Writers put prefixes before the names: PEFT, DistributedDataParallel, Lightning, or a multimodal
+  model. Any prefix is read if it is that of all layers.
+
+  Args:
+    names: names of the stored tensors.
+    directory: directory of the checkpoint, for messages.
+    tied_head: whether the head is the table of embeddings. If only one of them is stored, it is
+      named as the table.
+
+  Raises:
+    UserError: there is no decoder, or two, or adapters that are not merged.
+  """
+  adapter = next((name for name in names if any(part in name for part in _ADAPTERS)), None)
+  if adapter:
+    raise UserError(f'{directory} has adapters next to its weights, such as {adapter}: merge them '
+                    'with PEFT (merge_and_unload), and save the model again')
+  plain = {name: name for name in names}
+  for wrapper in _WRAPPERS:
+    plain = {name: there.replace(wrapper, '') for name, there in plain.items()}
+  prefix = _find_prefix(plain.values(), directory)
+  # What is before all parts of a multimodal model, too.
+  outer = next(prefix.removesuffix(own) for own in _OWN_PREFIXES
+               if re.fullmatch(fr'(.*\.)?{re.escape(own)}', prefix))
+  plain = {name: _plain_name(there, prefix, outer) for name, there in plain.items()}
+  if tied_head and _TABLE not in plain.values():
+    plain = {name: _TABLE if there == _HEAD else there for name, there in plain.items()}
+  return plain
+
+
+def _find_prefix(names: Collection[str], directory: Path) -> str:
+  """Returns the prefix of the decoder's layers."""
+  matches = (re.fullmatch(fr'((?:.*\.)?){re.escape(_LANDMARK)}', name) for name in names)
+  found = sorted(match[1] for match in matches if match)
+  if not found:
+    raise UserError(f'{directory} has no tensor {_LANDMARK}, after any prefix: its names, such as '
+                    f'{next(iter(names), "none")}, are not those of a Gemma or Llama decoder. '
+                    'Save it with transformers')
+  known = [prefix for prefix in found if prefix in _OWN_PREFIXES]
+  if len(found) > 1 and len(known) != 1:
+    raise UserError(f'{directory} has layers under the prefixes {found}: keep one decoder, and '
+                    'save it again')
+  return (known or found)[0]
+
+
+def _plain_name(name: str, prefix: str, outer: str) -> str:
+  """Returns a name without the prefix of the decoder, or without what is before all parts."""
+  if name.removeprefix(outer) in (_HEAD, f'language_model.{_HEAD}'):
+    return _HEAD
+  if name.startswith(prefix):
+    return 'model.' + name.removeprefix(prefix)
+  return name.removeprefix(outer)
 
 
 def is_foreign(name: str) -> bool:

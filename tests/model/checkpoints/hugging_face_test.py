@@ -273,3 +273,64 @@ def test_save_checks_shapes(tmp_path, change, format):
   with pytest.raises(UserError):
     weights.save(tmp_path / 'target', config, foreign.params_of('gemma2'), format=format)
   assert not list(tmp_path.iterdir())
+
+
+def renamed(tensors, change):
+  return {change(name): tensor for name, tensor in tensors.items()}
+
+
+def bare(name):
+  return name.removeprefix('model.')
+
+
+@pytest.mark.parametrize('change', [
+    bare,  # the model without its head
+    lambda name: f'_orig_mod.{name}',  # torch.compile
+    lambda name: name.replace('self_attn', '_orig_mod.self_attn'),  # of each layer
+    lambda name: f'module.{name}',  # DistributedDataParallel
+    lambda name: f'base_model.model.{name}',  # PEFT
+    lambda name: f'base_model.{bare(name)}',
+    lambda name: f'language_model.{bare(name)}',
+    lambda name: f'module._orig_mod.model.language_model.{bare(name)}',
+    lambda name: f'student.{name}'])
+def test_prefixes(tmp_path, tensors, change):
+  """Any prefix is read if it is that of the whole decoder."""
+  checkpoint = weights.open_checkpoint(write(tmp_path, renamed(tensors, change)))
+  checkpoint.check()
+  foreign.assert_same(foreign.read_all(checkpoint.source, tensors), tensors)
+
+
+def test_prefix_before_all_parts(tmp_path):
+  """A prefix before the vision tower and the head is left out, too."""
+  plain = foreign.hf_tensors(foreign.params_of('gemma3'))
+  tensors = renamed(plain, lambda name: f'module.language_model.{name}')
+  tensors |= {f'module.{name}': tensor for name, tensor in foreign.VISION.items()}
+  tensors['module.language_model.lm_head.weight'] = plain['model.embed_tokens.weight']
+  config = {'model_type': 'gemma3', 'text_config': foreign.HF_CONFIGS['gemma3']}
+  checkpoint = weights.open_checkpoint(foreign.write_hf(tmp_path, config, tensors))
+  checkpoint.check()
+  hugging_face.check_tied_head(checkpoint.source)
+
+
+def test_tied_head_alone(tmp_path, tensors):
+  """A tied head that is stored in the place of its table is the table."""
+  table = tensors.pop('model.embed_tokens.weight')
+  checkpoint = weights.open_checkpoint(write(tmp_path, {**tensors, 'lm_head.weight': table}))
+  checkpoint.check()
+  foreign.assert_same(foreign.read_all(checkpoint.source, ['model.embed_tokens.weight']),
+                      {'model.embed_tokens.weight': table})
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda tensors: renamed(tensors, lambda name: f'a.{name}') | renamed(
+        tensors, lambda name: f'b.{name}'), r"\['a.model.', 'b.model.'\]"),
+    (lambda tensors: renamed(tensors, lambda name: name.replace('layers', 'blocks')),
+     'layers.0.input_layernorm.weight.*blocks'),
+    (lambda tensors: tensors | {
+        'base_model.model.layers.0.mlp.up_proj.lora_A.default.weight': np.ones((2, 16))},
+     'lora_A.*merge_and_unload')])
+def test_ambiguous_names(tmp_path, tensors, change, message):
+  """Names that could mean several things are told in one line."""
+  with pytest.raises(UserError, match=message) as error:
+    weights.open_checkpoint(write(tmp_path, change(tensors)))
+  assert len(str(error.value).splitlines()) == 1
