@@ -166,6 +166,8 @@ def copy_vocabulary(path: Path, directory: Path, name: str) -> Path:
       write_whole(directory / TOKENIZER_CONFIG, config.read_bytes())
   write_whole(copy, path.read_bytes())
   return copy
+
+
 def check_free(paths: Sequence[Path], overwrite: bool) -> None:
   """Checks, before long work, that the files it will write do not exist.
 

@@ -61,6 +61,8 @@ def test_rows_in_place_of_their_data(quickstart, name):
     with pytest.raises(UserError, match=f'{quickstart}/{name} .* {quickstart}$'):
       use(finished.experiment(), quickstart / name)
   assert not (quickstart / name / 'rows').exists()
+
+
 def test_two_launches_pack_once(tmp_path, monkeypatch):
   """Of two launches on one directory, the second waits and uses what the first packed."""
   packed = []
@@ -92,6 +94,8 @@ def test_two_launches_pack_once(tmp_path, monkeypatch):
     (b'ab\0cd', 'bad.txt: NUL at byte 2,'),
     (b'abc\xff\xfe', 'bad.txt: not utf-8 text at byte 3 .*convert it'),
 ])
+
+
 def test_corpus_that_is_not_text(content, message, tmp_path):
   """It is refused before anything is trained."""
   texts = tmp_path / 'texts'
