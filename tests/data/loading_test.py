@@ -94,8 +94,6 @@ def test_two_launches_pack_once(tmp_path, monkeypatch):
     (b'ab\0cd', 'bad.txt: NUL at byte 2,'),
     (b'abc\xff\xfe', 'bad.txt: not utf-8 text at byte 3 .*convert it'),
 ])
-
-
 def test_corpus_that_is_not_text(content, message, tmp_path):
   """It is refused before anything is trained."""
   texts = tmp_path / 'texts'
