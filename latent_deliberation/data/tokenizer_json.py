@@ -109,7 +109,7 @@ def _open(path: Path, content: bytes) -> tuple[Any, Mapping[str, Any]]:
     described = json.loads(content)
     kind = described['model'].get('type', 'BPE')
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f'{damaged} ({error!r}): download it again') from error
+    raise UserError(f'{damaged} ({error}): download it again') from error
   if kind not in MODELS:
     raise UserError(f'{path}: model.type = {kind!r} is not one of {", ".join(MODELS)}: give the '
                     'tokenizer of another model')

@@ -17,6 +17,7 @@ from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished, tiny_tokenizer
+from tests.model.checkpoints import foreign
 
 
 @pytest.fixture(scope='module')
@@ -57,9 +58,10 @@ def test_round_trip(exported, quickstart, tmp_path):
   assert fingerprint(params) == weights.open_checkpoint(original).fingerprint
 
 
-def test_tokenizer_json(exported, tmp_path):
+def test_tokenizer_json(tmp_path):
   """A tokenizer.json comes with the file that names its beginning and end."""
-  source = shutil.copytree(exported, tmp_path / 'source')
+  source = foreign.write_hf(tmp_path / 'source', foreign.HF_CONFIGS['gemma1'],
+                            foreign.hf_tensors(foreign.params_of('gemma1')))
   tokenizer = tiny_tokenizer.write(source)
   convert.convert(weights.open_checkpoint(source), tmp_path / 'native', 'native')
   checkpoint = weights.open_checkpoint(tmp_path / 'native')
