@@ -13,24 +13,26 @@ from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
 
 
 def plot_plans(named: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-  """Draws estimated seconds and memory of several plans, a bar each.
+  """Draws memory of several plans, a bar each, and estimated seconds where there is an estimate.
 
   Args:
     named: plans by name, as in a plan.json; seconds are None without an estimate.
     path: PNG to write.
   """
   names, plans = list(named), list(named.values())
-  figure = Figure(figsize=(11, 1.6 + 0.5 * len(plans)), layout='constrained')
+  are_timed = any(plan['compute_seconds'] is not None for plan in plans)
+  figure = Figure(figsize=(11 if are_timed else 7, 1.6 + 0.5 * len(plans)), layout='constrained')
   FigureCanvasAgg(figure)
-  seconds, memory = figure.subplots(1, 2, sharey=True)
-  _draw_bars(seconds, names, {
-      'compute': [plan['compute_seconds'] or 0 for plan in plans],
-      'exposed collectives': [plan['exposed_seconds'] or 0 for plan in plans]})
-  seconds.set_xlabel('estimated seconds of a step')
+  *timed, memory = figure.subplots(1, 1 + are_timed, sharey=True, squeeze=False)[0]
+  for seconds in timed:
+    _draw_bars(seconds, names, {
+        'compute': [plan['compute_seconds'] or 0 for plan in plans],
+        'exposed collectives': [plan['exposed_seconds'] or 0 for plan in plans]})
+    seconds.set_xlabel('estimated seconds of a step')
   _draw_bars(memory, names, {
       part: [plan['memory'][part] / 1e9 for plan in plans]
       for part in ('frozen', 'trainable', 'optimizer', 'activations', 'temporary')})
-  memory.set_xlabel('GB on a chip')
+  memory.set_xlabel('GB on a chip, or on a virtual device')
   if plans[0]['hbm_capacity']:
     memory.axvline(plans[0]['hbm_capacity'] / 1e9, color='black', linestyle='--', linewidth=1)
   save_figure(figure, path)
