@@ -35,7 +35,7 @@ from latent_deliberation.evaluation.report import Report, summarise, write_repor
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable
 from latent_deliberation.paths import METRICS_FILE
-from latent_deliberation.progress import Progress
+from latent_deliberation.progress import counted
 from latent_deliberation.provenance import git_commit, peak_memory_bytes
 from latent_deliberation.sharding import check_batch, make_mesh, place_batch
 from latent_deliberation.training.metrics import read_metrics
@@ -196,9 +196,7 @@ def place_batches(batches: list[Batch], arms: str, mesh: Mesh,
 
   `arms` names the scored arms in the log.
   """
-  progress = Progress(f'scoring {arms}', 'batches', len(batches))
-  for done, batch in enumerate(batches):
-    progress.update(done)
+  for batch in counted(batches, f'scoring {arms}'):
     yield place_batch(batch, mesh, rules)
 
 

@@ -45,7 +45,9 @@ def _draw_bars(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[fl
     axes.barh(names, sizes, left=left, color=colour, label=part)
     left = left + sizes
   axes.yaxis.set_inverted(True)
-  axes.legend(frameon=False, fontsize=8)
+  # Above the bars, which may reach anywhere inside.
+  axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(parts), frameon=False,
+              fontsize=8)
   trim_axes(axes)
   axes.grid(axis='x', color='#DDDDDD', linewidth=0.6)
   axes.grid(visible=False, axis='y')
