@@ -115,7 +115,7 @@ def test_bad_input(answers, name):
 def test_quickstart_prints_table():
   """The quickstart prints its table once, the place of its report, and what comes next."""
   run, printed = finished.quickstart()
-  assert printed.count('ahead  perplexity') == printed.count('Gain ') == 1
+  assert printed.count('ahead  perplexity') == printed.count('Too few texts') == 1
   report, after = printed.splitlines()[-2:]
   assert report == f'Report: {run}/report.md'
   assert after.startswith(f'Next: python launch/generate.py --decoder={run}/pretraining/decoder ')
