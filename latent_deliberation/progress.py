@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,10 +66,11 @@ class Progress:
     work: the work, a noun phrase.
     unit: the unit that is counted, a plural.
     total: number of units; None or infinite where it is not known.
+    first: number of units that were finished before.
   """
 
-  def __init__(self, work: str, unit: str, total: float | None):
-    self._work, self._unit = work, unit
+  def __init__(self, work: str, unit: str, total: float | None, first: int = 0):
+    self._work, self._unit, self._first = work, unit, first
     self._total = total if total and math.isfinite(total) else None
     self._start = self._last = time.monotonic()
 
@@ -79,9 +80,9 @@ class Progress:
     if now - self._last < 10.0:
       return
     self._last = now
-    if self._total is not None and done:
+    if self._total is not None and done > self._first:
       # At the mean speed so far.
-      left = (now - self._start) * max(self._total - done, 0) / done
+      left = (now - self._start) * max(self._total - done, 0) / (done - self._first)
       logging.info('%s: %d of %d %s  ETA %s', self._work, done, self._total, self._unit,
                    format_duration(left))
     else:
@@ -97,11 +98,14 @@ def counted(batches: Sequence[Item], work: str) -> Iterator[Item]:
     batches: the batches.
     work: the work, a noun phrase.
   """
-  progress = Progress(work, 'batches', len(batches))
-  for done, batch in enumerate(batches):
+  for first in batches[:1]:
+    with announced(f'{work}: the first of {len(batches)} batches'):
+      yield first
+  # The time that compiling took must not count as speed.
+  progress = Progress(work, 'batches', len(batches), first=1)
+  for done, batch in enumerate(batches[1:], start=1):
     progress.update(done)
-    with nullcontext() if done else announced(f'{work}: the first of {len(batches)} batches'):
-      yield batch
+    yield batch
 
 
 class PhaseClock:

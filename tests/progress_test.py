@@ -30,6 +30,17 @@ def test_time_left(monkeypatch):
   assert lines[-1] == 'Packing train: 6 of 10 documents  ETA 40s'
 
 
+def test_time_left_without_the_first(monkeypatch):
+  """Units that were finished before do not count as speed."""
+  lines = []
+  monkeypatch.setattr(time, 'monotonic', itertools.count(0, 10).__next__)
+  monkeypatch.setattr(logging, 'info', lambda text, *values: lines.append(text % values))
+  scoring = Progress('scoring', 'batches', 10, first=1)
+  scoring.update(1)
+  scoring.update(2)
+  assert lines == ['scoring: 1 batches', 'scoring: 2 of 10 batches  ETA 2m40s']
+
+
 def test_ten_seconds(monkeypatch):
   """Lines come every ten seconds at most."""
   assert len(lines_of(monkeypatch, 10, 4)) == 2

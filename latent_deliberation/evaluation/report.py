@@ -186,12 +186,13 @@ def state_gain(summary: Mapping[str, Any]) -> str:
   absent = [at for at in BELOW_SHUFFLED if str(at) not in gain['own_below_shuffled']]
   return ' '.join([
     'Gain not shown.',
-    *([f'Own latents are not below the frozen decoder at {_name(frozen)}.'] if frozen else []),
-    *([f"Own latents are not below another text's latents at {_name(shuffled)}."]
+    *([f'Against the frozen decoder, own latents fail at {_name(frozen)}.'] if frozen else []),
+    *([f"Against another text's latents, own latents fail at {_name(shuffled)}."]
       if shuffled else []),
     *([f'There is no score at {_name(absent)}.'] if absent else []),
-    f'A gain needs both: below the frozen decoder at {_name(BELOW_FROZEN)}, with the whole '
-    f"interval, and below another text's latents at {_name(BELOW_SHUFFLED)}."])
+    f'To pass, own latents must be below the frozen decoder at {_name(BELOW_FROZEN)}, with the '
+    "whole interval. They must also be below another text's latents at "
+    f'{_name(BELOW_SHUFFLED)}.'])
 
 
 def _name(positions: Sequence[int]) -> str:

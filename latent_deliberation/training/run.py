@@ -326,8 +326,9 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
 def log_sizes(run: Run, batches: Batches) -> None:
   """Logs how many parameters a run trains, and on how much text."""
   trained, frozen = count_parameters(run.boxed), count_parameters(run.frozen_shapes)
-  logging.info('%s: %s parameters train, %.3g%% of %s; the others are frozen', run.workdir,
-               f'{trained:,}', 100 * trained / (trained + frozen), f'{trained + frozen:,}')
+  share = (f'{100 * trained / (trained + frozen):.3g}% of {trained + frozen:,}; the others are '
+           'frozen' if frozen else 'all there are')
+  logging.info('%s: %s parameters train, %s', run.workdir, f'{trained:,}', share)
   steps, batch_size = run.settings.loop.num_steps, run.settings.batch_size
   read, length = steps * batch_size, run.experiment.data.length
   epochs = ('from an endless stream' if batches.num_rows is None else

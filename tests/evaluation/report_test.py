@@ -209,14 +209,15 @@ def test_missing_arm_has_no_column():
   assert 'shuffled' not in table.splitlines()[-2] and 'Gain not measured' in table.splitlines()[-1]
 
 
-RULE = ('A gain needs both: below the frozen decoder at positions 1, 2 and 4, with the whole '
-        "interval, and below another text's latents at positions 1, 2, 4 and 8.")
+RULE = ('To pass, own latents must be below the frozen decoder at positions 1, 2 and 4, with the '
+        "whole interval. They must also be below another text's latents at positions 1, 2, 4 and "
+        '8.')
 
 
 def test_missed_bar_is_stated():
   """It names the positions that fail, those without a score, and those that must pass."""
   assert state_gain(written_summary()) == (
-    'Gain not shown. Own latents are not below the frozen decoder at position 4. There is no score '
+    'Gain not shown. Against the frozen decoder, own latents fail at position 4. There is no score '
     f'at position 8. {RULE}')
 
 
@@ -225,8 +226,8 @@ def test_bar_missed_everywhere():
   bar = {'passed': False, 'own_below_frozen': dict.fromkeys('124', False),
          'own_below_shuffled': below}
   assert state_gain(written_summary(bar=bar)) == (
-    'Gain not shown. Own latents are not below the frozen decoder at positions 1, 2 and 4. Own '
-    f"latents are not below another text's latents at positions 1, 2 and 4. {RULE}")
+    'Gain not shown. Against the frozen decoder, own latents fail at positions 1, 2 and 4. Against '
+    f"another text's latents, own latents fail at positions 1, 2 and 4. {RULE}")
 
 
 @pytest.mark.parametrize('changes', [{'texts': 19, 'reached': None, 'all_positions': {
