@@ -16,6 +16,7 @@ from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
 from latent_deliberation.model.layers import Quantised, quantise
 from latent_deliberation.model.transformer_config import TransformerConfig
+from latent_deliberation.progress import announced
 from latent_deliberation.sharding import shardings_of
 
 
@@ -68,7 +69,8 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
     return checkpoint.load(place, dtype), checkpoint.fingerprint
   # A foreign checkpoint has no fingerprint, which needs the weights before they are rounded.
   stored = checkpoint.load(place)
-  decoder_fingerprint = fingerprint(stored)
+  with announced("hashing the decoder's weights"):
+    decoder_fingerprint = fingerprint(stored)
   return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), decoder_fingerprint
 
 

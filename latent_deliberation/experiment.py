@@ -111,7 +111,7 @@ class TrainingConfig:
   """One training run.
 
   Attributes:
-    batch_size: B, number of texts in a global batch.
+    batch_size: B, number of packed rows in a global batch.
     optimizer: optimizer and schedule; see OptimizerConfig.
     loop: length and cadences; see LoopConfig.
     accumulation: number of microbatches that a batch is split into, one after the other.
@@ -140,7 +140,8 @@ class EvaluationConfig:
   """How a decoder and a coprocessor are scored on held-out text.
 
   Attributes:
-    num_texts: number of validation rows that the report scores.
+    num_texts: number of packed validation rows that the report scores.
+      There are fewer texts than rows where `rows_per_text` is above 1.
     batch_size: number of rows that are scored at a time.
     num_traces: M, number of traces of a row.
     num_ahead: number of ahead positions that are scored; may exceed the training's.
@@ -148,7 +149,7 @@ class EvaluationConfig:
     eval_batches: number of batches that training evaluates every eval_every steps.
     bootstrap_samples: number of bootstrap resamplings for each interval.
     rows_per_text: number of consecutive packed rows that count as one text in a resampling.
-      Rows of one document are not independent.
+      Rows of one document are not independent. The report shows intervals for 20 texts or more.
     delay: number of ahead tokens that the report reads before latents join the cache.
   """
   num_texts: int
@@ -175,7 +176,7 @@ class EvaluationConfig:
     # All batches have one shape, so the program is compiled once.
     if self.num_texts < self.batch_size or self.num_texts % self.batch_size:
       raise UserError(f'evaluation.num_texts = {self.num_texts} is not a multiple of batch_size = '
-                      f'{self.batch_size}: change one of the two')
+                      f'{self.batch_size}, both in rows: change one of the two')
     if not 0 <= self.delay < self.num_ahead:
       raise UserError(f'evaluation.delay = {self.delay}: it must be between 0 and '
                       f'num_ahead - 1 = {self.num_ahead - 1}')

@@ -1,16 +1,20 @@
-"""Progress of long work: lines with the time left, and seconds of each phase."""
+"""Progress of long work: lines with the time so far or the time left, and seconds of each phase."""
 
 import json
 import math
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from absl import logging
 
 from latent_deliberation.files import write_json
+
+Item = TypeVar('Item')
 
 
 def format_duration(seconds: float) -> str:
@@ -27,6 +31,34 @@ def format_duration(seconds: float) -> str:
   return f'{second}s'
 
 
+@contextmanager
+def announced(task: str, after: float = 2.0, every: float = 30.0) -> Iterator[None]:
+  """Logs that a task without countable parts is at work, and at its end how long it took.
+
+  Args:
+    task: the task, such as 'loading the decoder'.
+    after: seconds until the first line; a shorter task logs nothing.
+    every: seconds between further lines.
+  """
+  begun, ended = time.monotonic(), threading.Event()
+
+  def tell() -> None:
+    wait = after
+    while not ended.wait(wait):
+      logging.info('%s: at work for %s', task, format_duration(time.monotonic() - begun))
+      wait = every
+
+  teller = threading.Thread(target=tell, daemon=True)
+  teller.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    teller.join()
+  if (seconds := time.monotonic() - begun) >= after:
+    logging.info('%s: took %s', task, format_duration(seconds))
+
+
 class Progress:
   """Logs the progress of a piece of work and the time left, every ten seconds at most.
 
@@ -34,10 +66,11 @@ class Progress:
     work: the work, a noun phrase.
     unit: the unit that is counted, a plural.
     total: number of units; None or infinite where it is not known.
+    first: number of units that were finished before.
   """
 
-  def __init__(self, work: str, unit: str, total: float | None):
-    self._work, self._unit = work, unit
+  def __init__(self, work: str, unit: str, total: float | None, first: int = 0):
+    self._work, self._unit, self._first = work, unit, first
     self._total = total if total and math.isfinite(total) else None
     self._start = self._last = time.monotonic()
 
@@ -47,12 +80,32 @@ class Progress:
     if now - self._last < 10.0:
       return
     self._last = now
-    if self._total is not None and done:
+    if self._total is not None and done > self._first:
       # At the mean speed so far.
-      left = (now - self._start) * max(self._total - done, 0) / done
-      logging.info('%s: %d of %d %s, %.0f s left', self._work, done, self._total, self._unit, left)
+      left = (now - self._start) * max(self._total - done, 0) / (done - self._first)
+      logging.info('%s: %d of %d %s  ETA %s', self._work, done, self._total, self._unit,
+                   format_duration(left))
     else:
       logging.info('%s: %d %s', self._work, done, self._unit)
+
+
+def counted(batches: Sequence[Item], work: str) -> Iterator[Item]:
+  """Yields the batches of a piece of work and logs its progress.
+
+  The work on the first batch compiles, and is announced.
+
+  Args:
+    batches: the batches.
+    work: the work, a noun phrase.
+  """
+  for first in batches[:1]:
+    with announced(f'{work}: the first of {len(batches)} batches'):
+      yield first
+  # The time that compiling took must not count as speed.
+  progress = Progress(work, 'batches', len(batches), first=1)
+  for done, batch in enumerate(batches[1:], start=1):
+    progress.update(done)
+    yield batch
 
 
 class PhaseClock:

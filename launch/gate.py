@@ -12,7 +12,7 @@ each fraction of places that are augmented. Give the config of the training. Nex
 from pathlib import Path
 
 from latent_deliberation.cli import app
-from latent_deliberation.evaluation.gating import PICTURE, fit_gate
+from latent_deliberation.evaluation.gating import PICTURE, fit_gate, format_gates
 from latent_deliberation.experiment import define_config, read_config
 
 define_config(__file__)
@@ -27,16 +27,7 @@ def main() -> None:
   result = fit_gate(
       read_config(), decoder_dir=Path(_DECODER.value), coprocessor_dir=Path(_COPROCESSOR.value),
       prepared_dir=Path(_DATA.value), output=Path(_OUTPUT.value))
-  print('Fraction augmented; for each gate the mean gain of a place in millinats [95% interval], '
-        'and the part of it above chance:')
-  for number, fraction in enumerate(result['curves']['random']['fractions']):
-    if number % 4 == 0:
-      cells = (
-          f'{name} ' + ', '.join(
-              '{:6.2f} [{:6.2f}, {:6.2f}]'.format(*(1e3 * curve[key][number] for key in keys))
-              for keys in (('gain', 'low', 'high'), ('above_chance', 'above_low', 'above_high')))
-          for name, curve in result['curves'].items())
-      print(f'{fraction:4.0%}  ' + '  '.join(cells))
+  print(format_gates(result))
   print(f'Picture: {Path(_OUTPUT.value) / PICTURE}')
 
 

@@ -1,13 +1,15 @@
 """Progress lines show the time left, and times of phases outlive a launch."""
 
+import contextlib
 import itertools
+import threading
 import time
 
 import pytest
 from absl import logging
 
 from latent_deliberation import progress
-from latent_deliberation.progress import PhaseClock, Progress, format_duration
+from latent_deliberation.progress import PhaseClock, Progress, announced, format_duration
 
 
 def lines_of(monkeypatch, total, seconds_between):
@@ -24,8 +26,19 @@ def lines_of(monkeypatch, total, seconds_between):
 def test_time_left(monkeypatch):
   """The time left follows from the pace so far."""
   lines = lines_of(monkeypatch, 10, 10)
-  assert lines[0] == 'Packing train: 1 of 10 documents, 90 s left'
-  assert lines[-1] == 'Packing train: 6 of 10 documents, 40 s left'
+  assert lines[0] == 'Packing train: 1 of 10 documents  ETA 1m30s'
+  assert lines[-1] == 'Packing train: 6 of 10 documents  ETA 40s'
+
+
+def test_time_left_without_the_first(monkeypatch):
+  """Units that were finished before do not count as speed."""
+  lines = []
+  monkeypatch.setattr(time, 'monotonic', itertools.count(0, 10).__next__)
+  monkeypatch.setattr(logging, 'info', lambda text, *values: lines.append(text % values))
+  scoring = Progress('scoring', 'batches', 10, first=1)
+  scoring.update(1)
+  scoring.update(2)
+  assert lines == ['scoring: 1 batches', 'scoring: 2 of 10 batches  ETA 2m40s']
 
 
 def test_ten_seconds(monkeypatch):
@@ -37,6 +50,35 @@ def test_unknown_total(monkeypatch):
   """Without a known total, a line shows the count alone."""
   for total in (None, float('inf')):
     assert lines_of(monkeypatch, total, 10)[0] == 'Packing train: 1 documents'
+
+
+def test_announced(monkeypatch):
+  """A long task shows that it is at work, and how long it took; a short one stays silent."""
+  lines, told = [], threading.Event()
+
+  def log(text, *values):
+    lines.append(text % values)
+    told.set()
+
+  monkeypatch.setattr(logging, 'info', log)
+  with announced('packing', after=60):
+    pass
+  assert not lines
+  with announced('packing', after=0.001):
+    assert told.wait(10)
+  assert lines == ['packing: at work for 0s', 'packing: took 0s']
+  with pytest.raises(KeyError), announced('packing', after=0.001):
+    raise KeyError  # a task that failed took no time
+  assert lines.count('packing: took 0s') == 1
+
+
+def test_counted(monkeypatch):
+  """All batches come, and work on the first of them is announced."""
+  announcements = []
+  monkeypatch.setattr(progress, 'announced', lambda task: announcements.append(task)
+                      or contextlib.nullcontext())
+  assert list(progress.counted('abc', 'scoring')) == ['a', 'b', 'c']
+  assert announcements == ['scoring: the first of 3 batches']
 
 
 @pytest.fixture

@@ -40,10 +40,13 @@ class OnlineBatches:
 
   Attributes:
     fingerprint: hash of everything that determines the stream, except for the processes.
+    num_rows: None, since the stream has no epochs.
 
   Raises:
     UserError: processes cannot have equal shares of a batch; see also `Documents.open`.
   """
+
+  num_rows = None
 
   def __init__(self, config: DataConfig, prepared_dir: Path, batch_size: int, seed: int,
                process_index: int = 0, process_count: int = 1):

@@ -233,8 +233,10 @@ class Batches(Protocol):
 
   Attributes:
     fingerprint: identifies the rows and their order.
+    num_rows: rows of an epoch; None where the stream has no epochs.
   """
   fingerprint: str
+  num_rows: int | None
 
   def __call__(self, step: int) -> Batch:
     """Returns this process's rows of the global batch for `step` = 0, 1, ..., as numpy arrays."""
@@ -274,6 +276,7 @@ class PermutedBatches:
 
   Attributes:
     fingerprint: hash of rows, batch size, seed and range; the same on every process.
+    num_rows: number of rows in the range.
 
   Raises:
     UserError: the batch is empty, or the range holds no row; see also `check_row_range`.
@@ -292,9 +295,9 @@ class PermutedBatches:
                       'pack more text, or widen the range')
     self._rows, self._batch_size, self._seed = rows, batch_size, seed
     self._own_rows = np.arange(batch_size) if own_rows is None else own_rows
-    self._first, self._size = first, last - first
+    self._first, self.num_rows = first, last - first
     identity = {'rows': rows.fingerprint, 'batch_size': batch_size, 'seed': seed}
-    if self._size < len(rows):
+    if self.num_rows < len(rows):
       identity['portion'] = [low, high]  # its name in the fingerprints of finished runs
     self.fingerprint = fingerprint_of(identity)
 
@@ -302,11 +305,11 @@ class PermutedBatches:
     """Returns this process's rows of the global batch of a step, numpy int32 [n, T]."""
     # Rows are numbered through all epochs: row k is place k % N of epoch k // N.
     numbers = step * self._batch_size + self._own_rows
-    epochs, places = np.divmod(numbers, self._size)
+    epochs, places = np.divmod(numbers, self.num_rows)
     indices = np.empty_like(places)
     for epoch in np.unique(epochs):
       chosen = epochs == epoch
-      indices[chosen] = permutation(self._seed, int(epoch), self._size)[places[chosen]]
+      indices[chosen] = permutation(self._seed, int(epoch), self.num_rows)[places[chosen]]
     return self._rows.take(self._first + indices)
 
   def save(self, directory: Path, step: int) -> None:

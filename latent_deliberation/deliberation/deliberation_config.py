@@ -51,6 +51,8 @@ class DeliberationConfig:
       latent's base token. A coprocessor that starts from the decoder's weights then begins with the
       decoder's own reading of that token. Constant soft tokens are always free.
     lora_rank: rank of the adapters; unused unless trainable is 'lora'.
+      The default is large: 128 trains 30.8 M parameters of Gemma 3 270M (123 MB in float32), and
+      16 about an eighth of that.
     lora_alpha: scale of the adapters: their product is multiplied by lora_alpha / lora_rank.
       None multiplies by 1. Unused unless trainable is 'lora'. With a factor of 16 the adapters
       learned almost nothing in our studies (docs/log.md, ranks of adapters).

@@ -30,22 +30,17 @@ from latent_deliberation.evaluation.perplexity import (
   make_scorer,
   score_texts,
 )
-from latent_deliberation.evaluation.plots import plot_attention, plot_changes, plot_losses
+from latent_deliberation.evaluation.plots import plot_attention, plot_changes, plot_training
 from latent_deliberation.evaluation.report import Report, summarise, write_report
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import check_free, make_writable
 from latent_deliberation.paths import METRICS_FILE, REPORT
-from latent_deliberation.progress import Progress
+from latent_deliberation.progress import counted
 from latent_deliberation.provenance import git_commit, peak_memory_bytes
 from latent_deliberation.sharding import check_batch, make_mesh, place_batch
 from latent_deliberation.training.metrics import read_metrics
 
 CHANGES, LOSSES, ATTENTION = 'changes.png', 'losses.png', 'visibility.png'
-PICTURES = {
-    CHANGES: 'Change of perplexity by ahead position, with 95% intervals.',
-    LOSSES: 'Losses in training.',
-    ATTENTION: 'Who may attend to whom: a small trunk of two documents with three traces.',
-}
 
 
 def constant_variant(experiment: Experiment) -> Experiment:
@@ -69,7 +64,7 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
     output: directory of the report; created.
     constant_dir: like `coprocessor_dir`, for the constant soft tokens; None leaves them out.
     seconds: wall-clock time of earlier phases by name, for the report.
-    runs: work directories by name, whose losses are drawn. Default: the one of the coprocessor.
+    runs: work directories by name, whose training is drawn. Default: the one of the coprocessor.
     overwrite: whether to overwrite a report that is there already.
 
   Returns: the content of report.json.
@@ -92,7 +87,7 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   coprocessor_dir = find_trained(experiment, coprocessor_dir, held_out.rows)
   if constant_dir:
     constant_dir = find_trained(constant_experiment, constant_dir, held_out.rows)
-  curves = _read_losses(runs or {'coprocessor': coprocessor_dir.parent})
+  curves = _read_training(runs or {'coprocessor': coprocessor_dir.parent})
 
   # Score every arm. Constant soft tokens have weights of their own, and so a pass of their own.
   decoder_params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
@@ -116,16 +111,30 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
       parameters=counts,
       seconds={**(seconds or {}), 'evaluation': time.perf_counter() - begun},
       peak_memory_bytes=peak_memory_bytes(), git_commit=git_commit(),
-      config=dataclasses.asdict(experiment),
-      pictures={name: caption for name, caption in PICTURES.items() if curves or name != LOSSES}),
+      config=dataclasses.asdict(experiment), rows=len(held_out.texts),
+      pictures=_captions(experiment, bool(curves))),
       experiment.evaluation.bootstrap_samples)
   if jax.process_index() == 0:
     plot_changes(summary, output / CHANGES)
     if curves:
-      plot_losses(curves, output / LOSSES)
+      plot_training(curves, output / LOSSES)
     plot_attention(output / ATTENTION, experiment.deliberation.latents)
     write_report(summary, output)
   return summary
+
+
+def _captions(experiment: Experiment, is_drawn: bool) -> dict[str, str]:
+  """Returns the captions of the pictures; `is_drawn` says whether there are curves of training."""
+  window, config = experiment.decoder.window, experiment.deliberation
+  layers = f'{window} tokens in local layers' if window else 'none'
+  return {
+      CHANGES: 'Change of perplexity by ahead position, in percent, with 95% intervals. Below zero '
+               'is better.',
+      **({LOSSES: 'Training by step: the loss, or what latents gain on validation text.'}
+         if is_drawn else {}),
+      ATTENTION: 'Illustration of who may attend to whom, on a short text with 2 latents and 3 '
+                 f'ahead tokens. This run has {config.num_latents} latents and {config.num_ahead} '
+                 f'ahead tokens; its window is: {layers}.'}
 
 
 def _load_trained(directories: Sequence[Path | None], decoder_fingerprint: str,
@@ -201,14 +210,12 @@ def place_batches(batches: list[Batch], arms: str, mesh: Mesh,
 
   `arms` names the scored arms in the log.
   """
-  progress = Progress(f'scoring {arms}', 'batches', len(batches))
-  for done, batch in enumerate(batches):
-    progress.update(done)
+  for batch in counted(batches, f'scoring {arms}'):
     yield place_batch(batch, mesh, rules)
 
 
-def _read_losses(runs: Mapping[str, Path]) -> dict[str, dict[str, tuple[list, list]]]:
-  """Returns training and validation losses, as (steps, values), of each run that logged any."""
+def _read_training(runs: Mapping[str, Path]) -> dict[str, dict[str, tuple[list, list]]]:
+  """Returns losses and gains, as (steps, values), of each run that logged any."""
   curves = {}
   for name, workdir in runs.items():
     if not (workdir / METRICS_FILE).exists():  # the checkpoint was moved out of its run
@@ -217,5 +224,6 @@ def _read_losses(runs: Mapping[str, Path]) -> dict[str, dict[str, tuple[list, li
     curves[name] = {
         label: ([row['step'] for row in rows if key in row],
                 [row[key] for row in rows if key in row])
-        for label, key in (('training', 'loss'), ('validation', 'validation/loss'))}
+        for label, key in (('training', 'loss'), ('validation', 'validation/loss'),
+                           ('gain', 'validation/gain'), ('content', 'validation/content'))}
   return curves

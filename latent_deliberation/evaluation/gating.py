@@ -29,7 +29,7 @@ from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import find_trained, open_held_out, place_batches
-from latent_deliberation.evaluation.perplexity import FROZEN, OWN, arm_states
+from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, FROZEN, OWN, arm_states
 from latent_deliberation.evaluation.plots import plot_gates
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable, whole_directory
@@ -130,7 +130,8 @@ def check_texts(texts: np.ndarray) -> None:
   """Raises UserError if these texts, distinct numbers [n], are too few to fit a gate on."""
   if len(texts) < 5:
     raise UserError(f'{len(texts)} texts: a gate needs 5 or more to be fitted on, and as many '
-                    'others to be compared on. Raise evaluation.num_texts.')
+                    'others to be compared on. Raise evaluation.num_texts, the number of rows, or '
+                    'lower evaluation.rows_per_text.')
 
 
 def fit_linear_gate(places: Places, seed: int = 0) -> LearnedGate:
@@ -289,9 +290,26 @@ def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
       'git_commit': git_commit()}
   with whole_directory(output) as partial:
     if jax.process_index() == 0:
-      plot_gates(result['curves'], partial / PICTURE)
+      plot_gates(result, partial / PICTURE)
       (partial / GATE_WEIGHTS_FILE).write_bytes(save({
           'weight': fitted.weight.astype(np.float32),
           'bias': np.array([fitted.bias], np.float32)}))
       (partial / GATE_FILE).write_text(json.dumps(result, indent=2) + '\n')
   return result
+
+
+def format_gates(result: Mapping[str, Any]) -> str:
+  """Returns gains at every fifth of all places, from the content of a gate.json, as lines."""
+  is_judged = result['texts'] >= FEWEST_TEXTS
+  lines = ['Fraction augmented; for each gate the mean gain of a place in millinats, and the part '
+           'of it above chance. Above zero is better. '
+           + (f'In brackets: 95% intervals over {result["texts"]} texts.' if is_judged else
+              f'Too few texts for an interval: {result["texts"]}.')]
+  form = '{:6.2f} [{:6.2f}, {:6.2f}]' if is_judged else '{:6.2f}'
+  for number in range(0, len(FRACTIONS), 4):
+    cells = (f'{name} ' + ', '.join(
+        form.format(*(1e3 * curve[key][number] for key in keys))
+        for keys in (('gain', 'low', 'high'), ('above_chance', 'above_low', 'above_high')))
+        for name, curve in result['curves'].items())
+    lines.append(f'{FRACTIONS[number]:4.0%}  ' + '  '.join(cells))
+  return '\n'.join(lines)

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 if _BACKEND is not None:
   os.environ['MPLBACKEND'] = _BACKEND  # for processes that this one starts
@@ -22,4 +23,4 @@ if _BACKEND is not None:
   with contextlib.suppress(ValueError):
     matplotlib.rcParams['backend'] = _BACKEND
 
-__all__ = ['Axes', 'Figure', 'FigureCanvasAgg', 'ListedColormap', 'Patch']
+__all__ = ['Axes', 'Figure', 'FigureCanvasAgg', 'ListedColormap', 'MaxNLocator', 'Patch']

@@ -22,6 +22,9 @@ from latent_deliberation.errors import UserError
 
 FROZEN = 'frozen'  # the decoder alone; all other arms are compared with it
 OWN = 'own'
+# An interval over fewer independent texts is no evidence: a bootstrap makes it too narrow. Nothing
+# is concluded from it, and it is not shown.
+FEWEST_TEXTS = 20
 Control = Callable[[Array, Array], Array]
 
 
@@ -59,7 +62,7 @@ CONTROLS = tuple(name for name in ARMS if name != OWN)
 
 @dataclasses.dataclass(frozen=True)
 class AheadNLL:
-  """Scores of one arm on every text.
+  """Scores of one arm on every text; each packed row is a text of its own until `merged`.
 
   Attributes:
     total: float64 [texts, A] nats at each ahead position, summed over the traces of a text.
@@ -77,16 +80,16 @@ class AheadNLL:
     if not targets.all():
       raise UserError(
           f'ahead position {int(targets.argmin()) + 1} has no target in any of '
-          f'{len(self.count)} texts. Evaluate on more or longer texts, or on fewer '
+          f'{len(self.count)} rows. Evaluate on more or longer rows, or on fewer '
           'ahead positions.')
     # A NaN would hide in every mean, so name its place.
     finite = np.isfinite(self.total).all(axis=0)
     if not finite.all():
       position = int(finite.argmin())
-      text = int(np.isfinite(self.total[:, position]).argmin())
+      row = int(np.isfinite(self.total[:, position]).argmin())
       raise UserError(
-          f'the loss of text {text} at ahead position {position + 1} is '
-          f'{self.total[text, position]}. The weights or the computation are broken: score an '
+          f'the loss of row {row} at ahead position {position + 1} is '
+          f'{self.total[row, position]}. The weights or the computation are broken: score an '
           "earlier checkpoint, or set computation.dtype = 'float32'")
 
   @property
@@ -233,7 +236,8 @@ def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
   The interval is a paired percentile bootstrap (Efron 1979). Each draw takes texts with
   replacement, the same for both arms. What makes a text hard for both then cancels. It takes texts
   and not targets, because targets of one text are not independent. If few texts reach a
-  position, a draw may hold none of them; such a draw is left out at that position.
+  position, a draw may hold none of them; such a draw is left out at that position. An interval over
+  fewer than FEWEST_TEXTS texts is computed, but should not be shown.
 
   Args:
     arm, baseline: scores on the same targets.

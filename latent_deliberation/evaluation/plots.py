@@ -20,10 +20,11 @@ from latent_deliberation.evaluation.headless import (
   Figure,
   FigureCanvasAgg,
   ListedColormap,
+  MaxNLocator,
   Patch,
 )
-from latent_deliberation.evaluation.perplexity import FROZEN
-from latent_deliberation.evaluation.report import LABELS
+from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, FROZEN
+from latent_deliberation.evaluation.report import LABELS, texts_at
 from latent_deliberation.files import write_whole
 from latent_deliberation.model.attention import AttentionMaskSpec, cached_mask, fresh_mask
 
@@ -36,13 +37,16 @@ MARKERS = {'own': 'o', 'shuffled': 's', 'constant': '^', 'zero': 'D'}
 def plot_changes(summary: Mapping[str, Any], path: Path) -> None:
   """Draws the change of perplexity by ahead position for every arm, with 95% intervals.
 
-  If another arm changes far more than own latents, a second panel shows own latents close up.
+  There is no interval where too few texts reach the position. If another arm changes far more than
+  own latents, a second panel shows own latents close up.
 
   Args:
     summary: result of `report.summarise`, or the content of a report.json.
     path: file of the PNG.
   """
-  arms = {name: arm for name, arm in summary['all_positions'].items() if name != FROZEN}
+  is_judged = np.array(texts_at(summary)) >= FEWEST_TEXTS
+  arms = {name: _curve(arm, is_judged) for name, arm in summary['all_positions'].items()
+          if name != FROZEN}
   # A second panel where other arms would flatten own latents.
   low, high = _extent(arms.values())
   own_low, own_high = _extent([arms['own']] if 'own' in arms else arms.values())
@@ -52,7 +56,7 @@ def plot_changes(summary: Mapping[str, Any], path: Path) -> None:
   panels = figure.subplots(1, 2 if wide else 1, squeeze=False)[0]
   for axes in panels:
     _draw_changes(axes, arms, summary)
-  panels[0].set_ylabel('change of perplexity, %')
+  panels[0].set_ylabel('change of perplexity, % (below 0 is better)')
   if wide:
     # Linear within the range of own latents, logarithmic beyond it.
     panels[0].set_yscale('symlog', linthresh=max(-own_low, own_high))
@@ -66,6 +70,13 @@ def plot_changes(summary: Mapping[str, Any], path: Path) -> None:
   handles, labels = panels[0].get_legend_handles_labels()
   figure.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False)
   save_figure(figure, path)
+
+
+def _curve(arm: Mapping[str, Any], is_judged: np.ndarray) -> dict[str, Any]:
+  """Returns changes and intervals of an arm; an interval over too few texts has no width."""
+  change = np.array(arm['change_pct'])
+  return {'change_pct': change,
+          'ci95': np.where(is_judged[:, None], arm['ci95'], change[:, None])}
 
 
 def _extent(arms: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
@@ -92,58 +103,87 @@ def _draw_changes(axes: Axes, arms: Mapping[str, Any], summary: Mapping[str, Any
   trim_axes(axes)
 
 
-def plot_losses(panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
-                path: Path) -> None:
-  """Draws losses by step, in a panel for each model.
+Curve = tuple[Sequence[int], Sequence[float]]  # steps and values
+GAINS = {'gain': 'gain: over the frozen decoder', 'content': "content: over another text's latents"}
 
-  The training loss is drawn as it was logged, and as a running mean over a tenth of the run.
+
+def plot_training(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
+  """Draws a training in a panel for each model: what latents gain by step, or the loss.
+
+  The loss of training is drawn as it was logged, and as a running mean over a tenth of the run.
 
   Args:
-    panels: {'decoder': {'training': (steps, nats per token), 'validation': ...}, ...}; a curve
-      without steps is left out.
+    panels: {'decoder': {'training': curve, 'validation': curve}, ...}, in nats per token. A model
+      with a curve 'gain' or 'content' has these drawn and no losses. Curves may be empty.
     path: file of the PNG.
   """
   figure = Figure(figsize=(4.8 * len(panels), 4), layout='constrained')
   FigureCanvasAgg(figure)
+  first = None  # panel of gains, whose scale the others share
   for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
                                    panels.items(), strict=True):
     curves = {name: curve for name, curve in curves.items() if len(curve[0])}
-    for name, (steps, values) in curves.items():
-      if name == 'training':
-        # The logged loss is noisy, so it is faint below its running mean.
-        axes.plot(steps, values, color='#56B4E9', linewidth=0.6, alpha=0.5)
-        # A running mean, drawn at the middle of its span.
-        span = max(len(values) // 10, 1)
-        mean = np.convolve(values, np.full(span, 1 / span), mode='valid')
-        axes.plot(steps[span // 2:][:len(mean)], mean, color='#0072B2', label=name)
-      else:
-        axes.plot(steps, values, color='#D55E00', marker='o', markersize=4, label=name)
+    if set(curves) & set(GAINS):
+      if first:
+        axes.sharey(first)
+      first = first or axes
+      _draw_gains(axes, curves)
+    else:
+      _draw_losses(axes, curves)
     axes.set_title(title, fontsize=11)
     axes.set_xlabel('step')
-    axes.set_ylabel('loss, nats per token')
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if curves:
-      axes.legend(frameon=False, fontsize=9)
+      # Below the panel, since curves may be anywhere inside.
+      axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), frameon=False, fontsize=9)
     trim_axes(axes)
   save_figure(figure, path)
 
 
-def plot_gates(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+def _draw_gains(axes: Axes, curves: Mapping[str, Curve]) -> None:
+  for (name, label), colour in zip(GAINS.items(), ('#0072B2', '#D55E00'), strict=True):
+    if name in curves:
+      axes.plot(*curves[name], color=colour, marker='o', markersize=4, label=label)
+  axes.axhline(0, color='black', linewidth=1, linestyle='--')
+  axes.margins(y=0.1)
+  axes.set_ylabel('gain, nats per token (above 0 is better)')
+
+
+def _draw_losses(axes: Axes, curves: Mapping[str, Curve]) -> None:
+  for name, (steps, values) in curves.items():
+    if name == 'training':
+      # The logged loss is noisy, so it is faint below its running mean.
+      axes.plot(steps, values, color='#56B4E9', linewidth=0.6, alpha=0.5)
+      # A running mean, drawn at the middle of its span. A single point needs a marker.
+      span = max(len(values) // 10, 1)
+      mean = np.convolve(values, np.full(span, 1 / span), mode='valid')
+      axes.plot(steps[span // 2:][:len(mean)], mean, color='#0072B2', label=name,
+                marker='o' if len(mean) == 1 else '', markersize=4)
+    else:
+      axes.plot(steps, values, color='#D55E00', marker='o', markersize=4, label=name)
+  axes.set_ylabel('loss, nats per token')
+
+
+def plot_gates(result: Mapping[str, Any], path: Path) -> None:
   """Draws the gain of every gate against the fraction of places that are augmented.
 
   Args:
-    curves: fields of a GainCurve as lists, by gate: the 'curves' of a gate.json.
+    result: content of a gate.json: 'curves' by gate, and the number of 'texts'.
     path: file of the PNG.
   """
   figure = Figure(figsize=(7, 5), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots()
-  for (name, curve), colour in zip(curves.items(), COLOURS.values(), strict=False):
+  for (name, curve), colour in zip(result['curves'].items(), COLOURS.values(), strict=False):
     # Gains are small, so they are shown in thousandths of a nat.
     gain, low, high = (1e3 * np.array(curve[field]) for field in ('gain', 'low', 'high'))
     axes.plot(curve['fractions'], gain, color=colour, label=f'{name} gate')
-    axes.fill_between(curve['fractions'], low, high, color=colour, alpha=0.15, linewidth=0)
+    if result['texts'] >= FEWEST_TEXTS:
+      axes.fill_between(curve['fractions'], low, high, color=colour, alpha=0.15, linewidth=0)
+  axes.axhline(0, color='black', linewidth=1, linestyle='--')
   axes.set_xlabel('fraction of places that are augmented')
-  axes.set_ylabel('mean gain of a place, millinats on the tokens ahead')
+  axes.set_ylabel('mean gain of a place, millinats on the tokens ahead (above 0 is better)',
+                  fontsize=9)
   axes.legend(frameon=False)
   trim_axes(axes)
   save_figure(figure, path)
@@ -175,7 +215,9 @@ GLOBAL_WINDOW = 2**30  # of a global layer
 
 
 def plot_attention(path: Path, latents: str = 'refining') -> None:
-  """Draws who may attend to whom: a trunk of two documents with three traces, global layers.
+  """Draws an illustration of who may attend to whom, in layers without a window.
+
+  It has a trunk of two documents and three traces, with two latents and three ahead tokens each.
 
   Args:
     path: file of the PNG.
@@ -202,7 +244,8 @@ def plot_attention(path: Path, latents: str = 'refining') -> None:
   below.set_title(f'Decoder: latents z {where}, ahead tokens follow', loc='left')
   figure.legend(handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()],
                 loc='outside lower center', ncols=3, frameon=False,
-                title='What a row may attend to. The trunk packs two documents, a and b.')
+                title='Illustration: what a row may attend to in layers without a window. The '
+                      'trunk packs two documents, a and b.')
   save_figure(figure, path)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.evaluation.perplexity import (
+  FEWEST_TEXTS,
   FROZEN,
   OWN,
   AheadNLL,
@@ -32,7 +33,7 @@ LABELS = {
   'zero': 'zero latents',
 }
 # A gain counts as shown if own latents have a lower perplexity than the other arm at all of these
-# ahead positions.
+# ahead positions: than the frozen decoder with the whole interval, than shuffled ones by the mean.
 BELOW_FROZEN = (1, 2, 4)
 BELOW_SHUFFLED = (1, 2, 4, 8)
 
@@ -53,6 +54,7 @@ class Report:
     config: configuration of the run; values without a JSON form are written as str.
     pictures: captions by file name, in the directory of the report.
     notes: free sentences.
+    rows: number of packed rows that the texts consist of; None if each row is a text.
   """
   arms: Mapping[str, AheadNLL]
   positions: tuple[int, ...]
@@ -65,6 +67,7 @@ class Report:
   config: Mapping[str, Any]
   pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
+  rows: int | None = None
 
   def __post_init__(self):
     if FROZEN not in self.arms or not set(self.arms) <= set(LABELS):
@@ -97,14 +100,18 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
   content = None
   if {OWN, 'shuffled'} <= set(names):
     content = relative_change(report.arms[OWN], report.arms['shuffled'], samples, seed)
-  # 'arms' has the positions of the table, 'all_positions' all of them.
+  reached = np.count_nonzero(frozen.count, axis=0)
+  # 'arms' has the positions of the table, 'all_positions' and 'reached' all of them. 'reached' is
+  # the number of texts with targets.
   return {
     'positions': list(report.positions),
     'num_ahead': report.num_ahead,
     'arms': {name: _pick(curve, shown) for name, curve in curves.items()},
     'content_effect': None if content is None else _pick(_change(content), shown),
-    'bar': None if content is None else _gain(changes[OWN], content),
+    'bar': None if content is None else _gain(changes[OWN], content, reached),
     'texts': len(frozen.count),
+    'rows': report.rows or len(frozen.count),
+    'reached': reached.tolist(),
     'targets': [int(frozen.count[:, at].sum()) for at in shown],
     'all_positions': curves,
     'bootstrap': {'samples': samples, 'seed': seed},
@@ -132,12 +139,12 @@ def _pick(curve: Mapping[str, list], indices: Iterable[int]) -> dict[str, list]:
   return {name: [values[at] for at in indices] for name, values in curve.items()}
 
 
-def _gain(own: Change, content: Change) -> dict[str, Any]:
+def _gain(own: Change, content: Change, reached: np.ndarray) -> dict[str, Any]:
   """Returns whether own latents are below the frozen decoder and below shuffled latents.
 
   Against the frozen decoder the whole interval must be below zero. Against shuffled latents the
-  point estimate is enough; the interval is stated too. A position that was not scored is absent,
-  and then no gain is shown.
+  point estimate is enough; the interval is stated too. No gain is shown if a position was not
+  scored, and is then absent, or if fewer than FEWEST_TEXTS texts reach it.
   """
   scored = len(own.percent)
   frozen = {str(at): bool(own.high[at - 1] < 0) for at in BELOW_FROZEN if at <= scored}
@@ -146,37 +153,52 @@ def _gain(own: Change, content: Change) -> dict[str, Any]:
               'interval': bool(content.high[at - 1] < 0)}
     for at in BELOW_SHUFFLED if at <= scored}
   passed = (len(frozen) == len(BELOW_FROZEN) and len(shuffled) == len(BELOW_SHUFFLED)
-            and all(frozen.values()) and all(below['point'] for below in shuffled.values()))
+            and all(frozen.values()) and all(below['point'] for below in shuffled.values())
+            and bool(reached[:max(BELOW_SHUFFLED)].min() >= FEWEST_TEXTS))
   return {'passed': passed, 'own_below_frozen': frozen, 'own_below_shuffled': shuffled}
 
 
+def texts_at(summary: Mapping[str, Any]) -> list[int]:
+  """Returns the number of texts with targets at each ahead position, from 1."""
+  # Older reports have the number of all texts alone.
+  return summary.get('reached') or [summary['texts']] * len(
+      summary['all_positions'][FROZEN]['change_pct'])
+
+
 def state_gain(summary: Mapping[str, Any]) -> str:
-  """Returns short sentences: whether a gain is shown, and at which positions."""
+  """Returns short sentences: whether a gain is shown, which positions fail, and which must pass."""
   gain = summary['bar']
   if gain is None:
     return 'Gain not measured: it needs the arms with own and with shuffled latents.'
-  shuffled = gain['own_below_shuffled']
-  frozen = _where(gain['own_below_frozen'], BELOW_FROZEN)
-  point = _where({at: below['point'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
-  interval = _where({at: below['interval'] for at, below in shuffled.items()}, BELOW_SHUFFLED)
-  return (f'Gain {"shown" if gain["passed"] else "not shown"}. Own latents are below the frozen '
-          f'decoder, with an interval below zero, {frozen}. They are below another text\'s latents '
-          f'{point}; the interval is below zero {interval}.')
+  fewest = min(texts_at(summary)[:max(BELOW_SHUFFLED)])
+  if fewest < FEWEST_TEXTS:
+    return (f'Too few texts for an interval: {fewest}. Whether latents gain can be told from '
+            f'{FEWEST_TEXTS} texts on. Raise evaluation.num_texts, the number of rows, or lower '
+            'evaluation.rows_per_text.')
+  if gain['passed']:
+    return (f'Gain shown. Own latents are below the frozen decoder at {_name(BELOW_FROZEN)}, with '
+            "the whole interval. They are below another text's latents at "
+            f'{_name(BELOW_SHUFFLED)}.')
+  # Keys of JSON are strings. A position that was not scored is absent.
+  frozen = [at for at in BELOW_FROZEN if gain['own_below_frozen'].get(str(at)) is False]
+  shuffled = [at for at in BELOW_SHUFFLED
+              if not gain['own_below_shuffled'].get(str(at), {'point': True})['point']]
+  absent = [at for at in BELOW_SHUFFLED if str(at) not in gain['own_below_shuffled']]
+  return ' '.join([
+    'Gain not shown.',
+    *([f'Against the frozen decoder, own latents fail at {_name(frozen)}.'] if frozen else []),
+    *([f"Against another text's latents, own latents fail at {_name(shuffled)}."]
+      if shuffled else []),
+    *([f'There is no score at {_name(absent)}.'] if absent else []),
+    f'To pass, own latents must be below the frozen decoder at {_name(BELOW_FROZEN)}, with the '
+    "whole interval. They must also be below another text's latents at "
+    f'{_name(BELOW_SHUFFLED)}.'])
 
 
-def _where(below: Mapping[str, bool], wanted: Iterable[int]) -> str:
-  """Returns the positions in words, such as 'at 1, 2 but not at 4 (8 not scored)'."""
-  # JSON keys are strings. None is a position that was not scored.
-  outcomes = {str(at): below.get(str(at)) for at in wanted}
-  held, failed, absent = (
-    ', '.join(at for at, outcome in outcomes.items() if outcome is value)
-    for value in (True, False, None))
-  words = f'at {held}' if held else 'at none'
-  if held and failed:
-    words += f' but not at {failed}'
-  elif failed:
-    words += f' of {failed}'
-  return words + (f' ({absent} not scored)' if absent else '')
+def _name(positions: Sequence[int]) -> str:
+  """Returns positions in words, such as 'positions 1, 2 and 4'."""
+  *others, last = map(str, positions)
+  return f'positions {", ".join(others)} and {last}' if others else f'position {last}'
 
 
 def _table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -185,21 +207,26 @@ def _table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
   compared = {LABELS[name]: arm for name, arm in arms.items() if name != FROZEN}
   if summary['content_effect'] is not None:
     compared["own vs another text's"] = summary['content_effect']
-  header = ['ahead', 'perplexity', *compared]
-  rows = []
+  header = ['ahead', 'perplexity', *(f'{name}, %' for name in compared)]
+  reached, rows = texts_at(summary), []
   for at, position in enumerate(summary['positions']):
     # Training had no loss at these positions.
     beyond = '†' if position > summary['num_ahead'] else ''
-    cells = [f'{arm["change_pct"][at]:+.2f} [{arm["ci95"][at][0]:+.2f}, {arm["ci95"][at][1]:+.2f}]'
-             for arm in compared.values()]
+    cells = [f'{arm["change_pct"][at]:+.2f}' + (
+        f' [{arm["ci95"][at][0]:+.2f}, {arm["ci95"][at][1]:+.2f}]'
+        if reached[position - 1] >= FEWEST_TEXTS else '') for arm in compared.values()]
     rows.append([f'{position}{beyond}', f'{arms[FROZEN]["perplexity"][at]:.3f}', *cells])
   return header, rows
 
 
 def _legend(summary: Mapping[str, Any]) -> str:
-  text = ('Perplexity of the frozen decoder, and its relative change in percent with a 95% '
-          f'interval (paired bootstrap over {summary["texts"]:,} texts). There are '
-          f'{summary["targets"][0]:,} targets at ahead position {summary["positions"][0]}.')
+  texts, rows = summary['texts'], summary.get('rows', summary['texts'])
+  over = f'{texts:,} texts' + (f' of {rows:,} packed rows' if rows != texts else '')
+  interval = (f'with a 95% interval (paired bootstrap over {over})' if texts >= FEWEST_TEXTS
+              else f'over {over}')
+  text = (f'Perplexity of the frozen decoder, and its relative change in percent {interval}. '
+          f'Below zero is better. There are {summary["targets"][0]:,} targets at ahead position '
+          f'{summary["positions"][0]}.')
   if 'shuffled' in summary['arms']:
     text += " Another text's latents are also called 'shuffled'."
   if summary['positions'][-1] > summary['num_ahead']:

@@ -49,6 +49,7 @@ from latent_deliberation.model.checkpoints.source import (
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import COPROCESSOR, TOKENIZER_JSON
+from latent_deliberation.progress import announced
 
 FORMATS = ('native', 'huggingface')  # of `save`; 'google' and 'gguf' can only be read
 TOKENIZER = 'tokenizer.model'
@@ -104,6 +105,7 @@ class Checkpoint:
     """Raises UserError if tensors differ from those of the config; the message lists them all."""
     check_tensors(self.source, self._expected, self._padded, self._is_foreign)
 
+  @announced("loading the decoder's weights")
   def load(self, shardings: Callable[[PyTree], PyTree] | None = None,
            dtype: DTypeLike | None = None) -> Params:
     """Returns the parameters. Logs a warning for each that has values that are not finite.

@@ -21,7 +21,7 @@ from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.planning.collectives import find_collectives
 from latent_deliberation.planning.cost_plots import plot_plans
-from latent_deliberation.planning.memory import Memory, divide_memory, shard_bytes
+from latent_deliberation.planning.memory import Memory, divide_memory, peak_bytes, shard_bytes
 from latent_deliberation.planning.plan import (
   DOES_NOT_FIT,
   ESTIMATE,
@@ -142,7 +142,7 @@ def plan_step(run: Run, topology: Topology,
     memory = Memory(**arguments, activations=0, temporary=temporary, peak=needed)
   else:
     program = parse(compiled.as_text())
-    memory = divide_memory(compiled, program, arguments)
+    memory = divide_memory(peak_bytes(compiled, on_cpu=chip is None), program, arguments)
     found, unknown = find_collectives(program, mesh, topology), program.loops_of_unknown_length
     if chip:
       times = estimate_times(program, found, chip, flops)
@@ -151,13 +151,14 @@ def plan_step(run: Run, topology: Topology,
   if times.mfu is not None and mesh.shape['replica'] > 1:
     estimate += ONE_SLICE
   texts = batch.tokens.sharding.shard_shape(batch.tokens.shape)[0]
+  compiler_flags = os.environ.get('LIBTPU_INIT_ARGS', '') if chip else ''
   capacity = chip.hbm_bytes if chip else None
   return Plan(
       topology=topology.name, mesh=dict(mesh.shape), rules=experiment.rules,
       settings={'batch_size': settings.batch_size, 'accumulation': settings.accumulation,
                 'num_latents': experiment.deliberation.num_latents,
                 **dataclasses.asdict(experiment.computation),
-                'libtpu_init_args': os.environ.get('LIBTPU_INIT_ARGS', '')},
+                'libtpu_init_args': compiler_flags},
       fits=None if chip is None else compiled is not None and memory.peak <= capacity,
       hbm_bytes_per_chip=memory.peak, hbm_capacity=capacity, memory=memory,
       remedy=advise(memory, capacity, experiment.computation.remat, settings.accumulation,

@@ -23,7 +23,7 @@ class Memory:
     frozen, trainable, optimizer, batch: arguments of the step, which are there all the time.
     activations: buffers alive when the backward pass begins, without the arguments.
     temporary: the rest of the peak.
-    peak: largest memory at one time, as the compiler allocates it.
+    peak: largest memory at one time; see `peak_bytes`.
   """
   frozen: int
   trainable: int
@@ -52,16 +52,30 @@ def shard_bytes(tree: PyTree) -> int:
              for leaf in jax.tree.leaves(tree))
 
 
-def divide_memory(compiled: jax.stages.Compiled, program: Program,
-                  arguments: Mapping[str, int]) -> Memory:
-  """Returns the parts of a compiled step's memory.
+def peak_bytes(compiled: jax.stages.Compiled, on_cpu: bool) -> int:
+  """Returns the largest memory that a compiled step has at one time, as the compiler allocates it.
 
   Args:
     compiled: the compiled step.
-    program: the same step, parsed.
+    on_cpu: whether it is compiled for CPU devices. Their compiler leaves temporaries out of its
+      peak, so they are added here to arguments and results.
+  """
+  sizes = compiled.memory_analysis()
+  if not on_cpu:
+    return sizes.peak_memory_in_bytes
+  # Donated arguments are results too, and count once.
+  return (sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+          - sizes.alias_size_in_bytes)
+
+
+def divide_memory(peak: int, program: Program, arguments: Mapping[str, int]) -> Memory:
+  """Returns the parts of a compiled step's memory.
+
+  Args:
+    peak: largest memory of the step; see `peak_bytes`.
+    program: the compiled step, parsed.
     arguments: bytes on a chip of 'frozen', 'trainable', 'optimizer' and 'batch'.
   """
-  peak = compiled.memory_analysis().peak_memory_in_bytes
   others = max(peak - sum(arguments.values()), 0)
   activations = min(activation_bytes(program), others)
   return Memory(**arguments, activations=activations, temporary=others - activations, peak=peak)

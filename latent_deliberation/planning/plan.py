@@ -16,8 +16,8 @@ ESTIMATE = (
     'run of a loop. Our kernels count by the operations and bytes that they state. Exposed '
     'collectives count by their bytes over the links. Left out: contention of collectives with '
     'each other and with memory, operations without cycles, host input, checkpoints, evaluation.')
-NO_ESTIMATE = ('Virtual CPU devices have no clock, no links and no memory of their own: only a TPU '
-               'topology gives seconds.')
+NO_ESTIMATE = ('Virtual CPU devices have no clock and no links: only a TPU topology gives seconds. '
+               "Memory is that of the CPU's program, whose temporaries differ from a TPU's.")
 DOES_NOT_FIT = 'No seconds: the compiler for TPUs gives no program for a step that does not fit.'
 ONE_SLICE = (' All chips are assumed to be in one slice. The network between slices is slower than '
              'its links, so collectives over replica will take longer.')

@@ -24,7 +24,9 @@ def describe(plan: Plan) -> str:
   lines = [
       f'{plan.topology}, mesh {name_mesh(plan)}: {fits}', f'({settings})', '',
       f'Memory of a chip: {_size(peak)}{capacity}',
-      *(f'  {name:<12}{_size(size):>12}' for name, size in memory.items()),
+      # Without a loop over layers, activations are not told apart.
+      *(f'  {name:<12}{_size(size) if size or name != "activations" else "in temporary":>12}'
+        for name, size in memory.items()),
       *([plan.remedy] if plan.remedy else []), '',
       f'Model FLOPs a chip and step: {plan.model_flops_per_chip / 1e12:.3g} T']
 
@@ -112,7 +114,7 @@ def compare(plans: Sequence[Plan]) -> str:
     seconds = [plan.estimated_step_seconds, plan.compute_seconds, plan.exposed_seconds]
     lines.append([
         f'{number}:', *(str(row.get(key, '')) for key in (*fixed, *differing)),
-        {True: 'yes', False: 'no', None: '?'}[plan.fits], f'{plan.hbm_bytes_per_chip / 1e9:.2f}',
+        {True: 'yes', False: 'no', None: '?'}[plan.fits], f'{plan.hbm_bytes_per_chip / 1e9:.3g}',
         *('-' if each is None else f'{each:.3g}' for each in seconds),
         '-' if plan.mfu is None else f'{plan.mfu:.1%}'])
   widths = [max(len(line[column]) for line in [heads, *lines]) for column in range(len(heads))]

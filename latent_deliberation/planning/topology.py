@@ -84,13 +84,14 @@ def prepare(name: str, recipe: Path) -> None:
   Raises:
     UserError: there is no such topology.
   """
-  flags = re.search(r'^LIBTPU_INIT_ARGS=(.*)$', recipe.read_text(), re.MULTILINE)
-  os.environ.setdefault('LIBTPU_INIT_ARGS', flags[1])
   kind, _, shape = name.partition(':')
   if kind == _CPU:
     if not shape.isdecimal() or int(shape) < 1:
       raise UserError(f'--topology={name}: {_explain()}')
     jax.config.update('jax_num_cpu_devices', int(shape))
+  else:
+    flags = re.search(r'^LIBTPU_INIT_ARGS=(.*)$', recipe.read_text(), re.MULTILINE)
+    os.environ.setdefault('LIBTPU_INIT_ARGS', flags[1])
   jax.config.update('jax_platforms', _CPU)  # libtpu only compiles here
 
 

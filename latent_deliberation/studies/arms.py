@@ -107,12 +107,12 @@ def _describe_budget(settings: TrainingConfig, common: TrainingConfig) -> str:
 
 
 def read_diagnostics(workdir: Path) -> list[dict[str, float]]:
-  """Reads what a run logged about its latents and their content, by step.
+  """Reads what a run logged about its latents, their gain and their content, by step.
 
   Args:
     workdir: work directory of the run.
   """
-  wanted, rows = {'validation/content': 'content'}, []
+  wanted, rows = {'validation/gain': 'gain', 'validation/content': 'content'}, []
   for row in read_metrics(workdir / METRICS_FILE):
     # Names without their prefix. Most logged steps have no diagnostics.
     found = {wanted[key] if key in wanted else key.removeprefix('latents/'): value

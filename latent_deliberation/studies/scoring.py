@@ -30,7 +30,7 @@ from latent_deliberation.inference.session import DecodingOptions, generate
 from latent_deliberation.inference.tokenizer import BYTES, Prompts, open_tokenizer
 from latent_deliberation.model.layers import output_head
 from latent_deliberation.paths import kept_vocabulary
-from latent_deliberation.progress import Progress
+from latent_deliberation.progress import Progress, counted
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
 from latent_deliberation.studies.study_result import Outcomes
 from latent_deliberation.studies.synthetic.documents import build
@@ -263,7 +263,8 @@ class QuestionScorer:
     scorer = make_question_scorer(
         build_deliberator(experiment), arms, loss_chunk=experiment.computation.loss_chunk,
         mesh=self._mesh, rules=experiment.rules, delay=experiment.evaluation.delay)
-    return score_questions(scorer, params, decoder_params, batches, len(self.difficulty))
+    return score_questions(scorer, params, decoder_params,
+                           counted(batches, f'scoring {", ".join(arms)}'), len(self.difficulty))
 
 
 def draw_questions(settings: QuestionsConfig, data: DataConfig) -> tuple[Task, list[Question]]:

@@ -7,21 +7,32 @@ from typing import Any
 
 import numpy as np
 
-from latent_deliberation.evaluation.headless import Axes, Figure, FigureCanvasAgg
-from latent_deliberation.evaluation.perplexity import FROZEN
+from latent_deliberation.evaluation.headless import Axes, Figure, FigureCanvasAgg, MaxNLocator
+from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, FROZEN, OWN
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
-from latent_deliberation.studies.study_result import controlled_arm
+from latent_deliberation.studies.study_result import controlled_arm, count_examples
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; black is the frozen decoder.
 COLOURS = ('#0072B2', '#009E73', '#D55E00', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442')
 DASHES = {'shuffled': '--', 'zero': ':', 'mean': '-.'}
-MAX_LINES = 9  # of a panel: 'own' with its controls, the tuned decoders and the frozen decoder
+MAX_LINES = 6  # of a panel; 'own' with its controls has 5, the frozen decoder included
+MAX_COLUMNS = 3
+# Titles of diagnostics, with units. docs/evaluation.md explains them.
+TITLES = {
+    'gain': 'gain over the frozen decoder,\nnats per token (above 0 is better)',
+    'content': "content: gain over another text's\nlatents, nats per token (above 0 is better)",
+    'norm': "size of the latents,\nin sizes of the decoder's embeddings",
+    'moved': "distance of the latents from their start,\nin sizes of the decoder's embeddings",
+    'gate': 'size of the gate (root mean square),\n0 at the start',
+    'effective_rank': 'effective rank of the outputs:\ndirections in use'}
 
 
 def plot_study(summary: Mapping[str, Any], path: Path) -> None:
   """Draws accuracy by difficulty, or change of perplexity by position, with 95% intervals.
 
-  A control has the colour of its arm, in dashes. Many arms are spread over panels.
+  A control has the colour of its arm, in dashes. Many arms are spread over small panels of one
+  scale, each of which repeats the frozen decoder and own latents. There is no interval over too few
+  texts or questions.
 
   Args:
     summary: result of `summarise_study`, or the content of a results.json.
@@ -29,43 +40,50 @@ def plot_study(summary: Mapping[str, Any], path: Path) -> None:
   """
   if 'by_position' in summary:
     rows, value, scale = summary['by_position'], 'change_pct', 1
-    labels = 'ahead position', 'change of perplexity, %'
+    labels = 'ahead position', 'change of perplexity, % (below 0 is better)'
   else:
     rows = summary['by_difficulty'] or {'overall': summary['overall']}
     value, scale, labels = 'accuracy', 100, ('difficulty', 'accuracy, %')
+  is_judged = np.array([count_examples(summary, row) >= FEWEST_TEXTS for row in rows])
   panels = _spread(summary['arms'])
-  figure = Figure(figsize=(7 * len(panels), 5), layout='constrained')
+  columns = min(len(panels), MAX_COLUMNS)
+  lines = -(-len(panels) // columns)
+  size = (7, 5) if len(panels) == 1 else (4.4 * columns, 4.2 * lines)
+  figure = Figure(figsize=size, layout='constrained')
   FigureCanvasAgg(figure)
-  all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-  for axes, names in zip(all_axes, panels, strict=True):
-    _draw_arms(axes, rows, names, value, scale)
+  grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+  for axes, names in zip(grid.flat, panels, strict=False):
+    _draw_arms(axes, rows, names, value, scale, is_judged)
     axes.set_xticks(range(len(rows)), labels=list(rows))
     axes.set_xlabel(labels[0])
-    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.12),
-                ncols=4 if len(panels) == 1 else 3, fontsize=9, frameon=False)
-  all_axes[0].set_ylabel(labels[1])
+    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.12 if len(panels) == 1 else -0.18),
+                ncols=4 if len(panels) == 1 else 2, fontsize=9, frameon=False)
+  for axes in grid[:, 0]:
+    axes.set_ylabel(labels[1], fontsize=10 if len(panels) == 1 else 9)
   if 'by_position' in summary:
-    _scale_changes(all_axes[0], rows)
+    _scale_changes(grid[0, 0], rows)
+  _remove(grid.flat[len(panels):])
   save_figure(figure, path)
 
 
 def _spread(names: Mapping[str, Any]) -> list[list[str]]:
-  """Returns the names of each panel. An arm and its controls share one; all have the decoder."""
+  """Returns the names of each panel. An arm and its controls share one."""
   families: dict[str, list[str]] = {}
   for name in names:
     if name != FROZEN:
       families.setdefault(controlled_arm(name) or name, []).append(name)
-  # A family that would overfill a panel begins the next one.
+  # A family that would overfill a panel begins the next one, after what all are compared with.
+  common = [FROZEN, OWN] if OWN in families else [FROZEN]
   panels = [[FROZEN]]
   for family in families.values():
     if len(panels[-1]) > 1 and len(panels[-1]) + len(family) > MAX_LINES:
-      panels.append([FROZEN])
+      panels.append(list(common))
     panels[-1] += family
   return panels
 
 
 def _draw_arms(axes: Axes, rows: Mapping[str, Any], names: Sequence[str], value: str,
-               scale: float) -> None:
+               scale: float, is_judged: np.ndarray) -> None:
   colours = {FROZEN: 'black'}
   palette = itertools.cycle(COLOURS)
   for at, name in enumerate(names):
@@ -76,10 +94,17 @@ def _draw_arms(axes: Axes, rows: Mapping[str, Any], names: Sequence[str], value:
     low, high = scale * np.transpose([row[name]['ci95'] for row in rows.values()])
     # Side by side, so that bars do not hide one another. Rounding may put a mean past its end.
     places = np.arange(len(rows)) + 0.04 * (at - (len(names) - 1) / 2)
+    bars = np.where(is_judged, np.maximum([middle - low, high - middle], 0), np.nan)
     dashes = DASHES[name.rpartition('/')[2]] if controlled_arm(name) else '-'
-    axes.errorbar(places, middle, np.maximum([middle - low, high - middle], 0), label=name,
+    axes.errorbar(places, middle, bars, label=name,
                   color=colours[arm], linestyle=dashes, marker='o', markersize=4, capsize=2)
   trim_axes(axes)
+
+
+def _remove(panels: Iterable[Axes]) -> None:
+  """Removes the panels of a grid that nothing is drawn in."""
+  for axes in panels:
+    axes.remove()
 
 
 def _scale_changes(axes: Axes, rows: Mapping[str, Any]) -> None:
@@ -104,30 +129,39 @@ def plot_diagnostics(diagnostics: Mapping[str, Sequence[Mapping[str, float | Non
   """Draws the diagnostics of training, with a panel for each quantity and a line for each run.
 
   Args:
-    diagnostics: rows of {'step': ..., quantity: ...} by run; None stands for a value that is not
-      finite.
+    diagnostics: rows of {'step': ..., quantity: ...} by run, such as 'own, seed 0'; the seeds of an
+      arm share a colour. None stands for a value that is not finite. A quantity without any value
+      has no panel.
     path: file of the PNG.
   """
   # Quantities in the order in which they first occur.
   quantities = list(dict.fromkeys(
-      name for rows in diagnostics.values() for row in rows for name in row if name != 'step'))
-  columns = min(len(quantities), 3)
-  lines = -(-len(quantities) // columns)
+      name for rows in diagnostics.values() for row in rows for name, value in row.items()
+      if name != 'step' and value is not None))
+  arms = {run: run.rpartition(', seed ')[0] or run for run in diagnostics}
+  colours = dict(zip(dict.fromkeys(arms.values()), itertools.cycle(COLOURS), strict=False))
+  columns = max(min(len(quantities), MAX_COLUMNS), 1)
+  lines = max(-(-len(quantities) // columns), 1)
   figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout='constrained')
   FigureCanvasAgg(figure)
   grid = figure.subplots(lines, columns, squeeze=False).flat
   for axes, quantity in zip(grid, quantities, strict=False):
-    for (run, rows), colour in zip(diagnostics.items(), itertools.cycle(COLOURS), strict=False):
+    for run, rows in diagnostics.items():
       points = [(row['step'], row[quantity]) for row in rows if row.get(quantity) is not None]
       if points:
-        axes.plot(*zip(*points, strict=True), color=colour, label=run)
-    axes.set_title(quantity.replace('_', ' '), fontsize=11)
+        # Markers, since a run may have been evaluated only once.
+        axes.plot(*zip(*points, strict=True), color=colours[arms[run]], marker='o', markersize=3,
+                  label=arms[run])
+    if quantity in ('gain', 'content'):
+      axes.axhline(0, color='black', linewidth=1, linestyle='--')
+    axes.set_title(TITLES.get(quantity, quantity.replace('_', ' ')), fontsize=9)
     axes.set_xlabel('step')
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     trim_axes(axes)
-  # The last row may have empty panels.
-  for axes in grid[len(quantities):]:
-    axes.remove()
-  # One legend for all panels, with each run once.
-  handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-  figure.legend(handles.values(), handles, loc='outside lower center', ncols=4, frameon=False)
+  _remove(grid[len(quantities):])
+  # One legend for all panels, with each arm once.
+  handles = {label: handle for axes in figure.axes
+             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+  figure.legend(handles.values(), handles, loc='outside lower center', ncols=4, frameon=False,
+                title='A line for each seed.')
   save_figure(figure, path)

@@ -6,13 +6,19 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from latent_deliberation.evaluation.perplexity import FROZEN, AheadNLL, Change, relative_change
+from latent_deliberation.evaluation.perplexity import (
+  FEWEST_TEXTS,
+  FROZEN,
+  AheadNLL,
+  Change,
+  relative_change,
+)
 from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.files import write_whole
 from latent_deliberation.paths import RESULTS
@@ -25,6 +31,7 @@ from latent_deliberation.studies.study_result import (
   accuracy,
   accuracy_difference,
   controlled_arm,
+  count_examples,
   mcnemar,
   nll,
   nll_difference,
@@ -167,6 +174,8 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
   return {'texts': len(count),
           'targets': {str(position): int(count[:, position - 1].sum())
                       for position in result.positions},
+          'reached': {str(position): int(np.count_nonzero(count[:, position - 1]))
+                      for position in result.positions},
           'by_position': scores,
           'content_effect': effects}
 
@@ -215,19 +224,22 @@ def _format_questions(summary: Mapping[str, Any]) -> list[str]:
   scores = {**summary['by_difficulty'], 'overall': summary['overall']}
   accuracies, changes, losses, effects, tests = ({group: {} for group in scores} for _ in range(5))
   for group, arms in scores.items():
+    is_judged = count_examples(summary, group) >= FEWEST_TEXTS
     for name, arm in arms.items():
-      accuracies[group][name] = _points(arm['accuracy'], arm['ci95'], sign='')
+      accuracies[group][name] = _points(arm['accuracy'], arm['ci95'], is_judged, sign='')
       if name != FROZEN:
-        changes[group][name] = _points(arm['change'], arm['change_ci95'])
-        losses[group][name] = _nats(arm['nll_change'], arm['nll_change_ci95'])
+        changes[group][name] = _points(arm['change'], arm['change_ci95'], is_judged)
+        losses[group][name] = _nats(arm['nll_change'], arm['nll_change_ci95'], is_judged)
     for name, effect in summary['content_effect'][group].items():
-      effects[group][name] = (f'{_points(effect["accuracy"], effect["ci95"])}; '
-                              f'{_nats(effect["nll_saved"], effect["nll_saved_ci95"])} nats')
+      effects[group][name] = (
+          f'{_points(effect["accuracy"], effect["ci95"], is_judged)}; '
+          f'{_nats(effect["nll_saved"], effect["nll_saved_ci95"], is_judged)} nats')
     for pair, seeds in summary['mcnemar'][group].items():
       tests[group][pair] = '<br>'.join(map(_format_test, seeds))
   # The page. A table without columns is left out with its title.
   return [
-    f'Every arm answers the same {summary["items"]:,} questions.{_explain_controls(summary)}',
+    f'Every arm answers the same {summary["items"]:,} questions.{_explain_controls(summary)}'
+    f'{_name_few(summary, scores, "questions")}',
     f'Accuracy in percent, mean over seeds {_state_interval(summary, "questions")}:',
     _table('difficulty', accuracies),
     *_titled('Change of accuracy against the frozen decoder, in points:', changes),
@@ -243,21 +255,32 @@ def _format_questions(summary: Mapping[str, Any]) -> list[str]:
 def _format_text(summary: Mapping[str, Any]) -> list[str]:
   # Cells of both tables, by position and arm.
   changes = {
-    position: {name: f'{arm["perplexity"]:.3f}' if name == FROZEN else _relative(arm)
+    position: {name: f'{arm["perplexity"]:.3f}' if name == FROZEN
+               else _relative(arm, count_examples(summary, position) >= FEWEST_TEXTS)
                for name, arm in arms.items()}
     for position, arms in summary['by_position'].items()}
-  effects = {position: {name: _relative(effect) for name, effect in arms.items()}
-             for position, arms in summary['content_effect'].items()}
+  effects = {
+    position: {name: _relative(effect, count_examples(summary, position) >= FEWEST_TEXTS)
+               for name, effect in arms.items()}
+    for position, arms in summary['content_effect'].items()}
   position, targets = next(iter(summary['targets'].items()))
   return [
     f'Every arm reads the same {summary["texts"]:,} texts, with {targets:,} targets at ahead '
-    f'position {position}.{_explain_controls(summary)}',
-    'Perplexity of the frozen decoder, and its relative change in percent, mean over seeds '
-    f'{_state_interval(summary, "texts")}:',
+    f'position {position}.{_explain_controls(summary)}'
+    f'{_name_few(summary, changes, "texts")}',
+    'Perplexity of the frozen decoder, and its relative change in percent (below zero is better), '
+    f'mean over seeds {_state_interval(summary, "texts")}:',
     _table('ahead', changes),
     *_titled('### Content effect\n\nRelative change of perplexity, in percent, from shuffled '
              'latents to own ones. Below zero, content helps:', effects, 'ahead'),
   ]
+
+
+def _name_few(summary: Mapping[str, Any], rows: Iterable[str], examples: str) -> str:
+  """Returns a sentence about the rows that are over too few examples for an interval, or none."""
+  counts = {row: count_examples(summary, row) for row in rows}
+  few = [f'{row} ({count})' for row, count in counts.items() if count < FEWEST_TEXTS]
+  return f' Too few {examples} for an interval: {", ".join(few)}.' if few else ''
 
 
 def _explain_controls(summary: Mapping[str, Any]) -> str:
@@ -304,17 +327,18 @@ def _format_test(row: Mapping[str, Any]) -> str:
   return f'{first}:{second}, p = {row["p"]:.2g}'
 
 
-def _points(fraction: float, ends: list[float], sign: str = '+') -> str:
-  return f'{100 * fraction:{sign}.1f} [{100 * ends[0]:{sign}.1f}, {100 * ends[1]:{sign}.1f}]'
+def _points(fraction: float, ends: list[float], is_judged: bool, sign: str = '+') -> str:
+  interval = f' [{100 * ends[0]:{sign}.1f}, {100 * ends[1]:{sign}.1f}]' if is_judged else ''
+  return f'{100 * fraction:{sign}.1f}{interval}'
 
 
-def _nats(value: float, ends: list[float]) -> str:
-  return f'{value:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]'
+def _nats(value: float, ends: list[float], is_judged: bool) -> str:
+  return f'{value:+.3f}' + (f' [{ends[0]:+.3f}, {ends[1]:+.3f}]' if is_judged else '')
 
 
-def _relative(change: Mapping[str, Any]) -> str:
-  return (f'{_percent(change["change_pct"])} '
-          f'[{_percent(change["ci95"][0])}, {_percent(change["ci95"][1])}]')
+def _relative(change: Mapping[str, Any], is_judged: bool) -> str:
+  low, high = map(_percent, change['ci95'])
+  return _percent(change['change_pct']) + (f' [{low}, {high}]' if is_judged else '')
 
 
 def _percent(value: float) -> str:

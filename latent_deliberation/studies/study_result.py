@@ -292,3 +292,15 @@ def controlled_arm(name: str) -> str | None:
 def control_name(arm: str, control: str) -> str:
   """Returns the name of a control of an arm; the inverse of `controlled_arm`."""
   return control if arm == OWN else f'{arm}/{control}'
+
+
+def count_examples(summary: Mapping[str, Any], row: str) -> int:
+  """Returns the number of independent texts or questions in a row of a study's tables.
+
+  Args:
+    summary: result of `summarise_study`, or the content of a results.json.
+    row: ahead position, difficulty or 'overall'.
+  """
+  if 'by_position' in summary:
+    return summary.get('reached', {}).get(row, summary['texts'])  # older results have no 'reached'
+  return summary['items_by_difficulty'].get(row, summary['items'])

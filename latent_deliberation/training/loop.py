@@ -5,6 +5,7 @@ raises `Preempted`, which ends the process with code 143 or 130. So a scheduler 
 was stopped from one that is done.
 """
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -21,9 +22,9 @@ from orbax.checkpoint import utils as orbax_utils
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.data.rows import Batches
 from latent_deliberation.errors import UserError
-from latent_deliberation.progress import format_duration
+from latent_deliberation.progress import announced
 from latent_deliberation.training.checkpointer import Checkpointer
-from latent_deliberation.training.metrics import MetricsWriter, Pace
+from latent_deliberation.training.metrics import MetricsWriter, Pace, format_metric
 from latent_deliberation.training.step import TrainState
 
 
@@ -37,12 +38,14 @@ class LoopConfig:
     eval_every: number of steps from one evaluation to the next.
     save_every: number of steps from one checkpoint to the next.
     keep: number of checkpoints that are kept; older ones are removed.
+    log_seconds: longest time without a line of the log, while steps are shorter than that.
   """
   num_steps: int
   log_every: int
   eval_every: int
   save_every: int
   keep: int
+  log_seconds: int = 30
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
@@ -105,7 +108,9 @@ def train(state: TrainState,
       batch = place(batches(step))
       if step == start:
         logbook.begin(step, batch)
-      state, scalars = train_step(state, batch)
+      compiling = announced('compiling the first step') if step == start else None
+      with compiling or contextlib.nullcontext():
+        state, scalars = train_step(state, batch)
       if unseen is not None:
         logbook.record(*unseen)
       done, unseen = step + 1, (step + 1, scalars)
@@ -125,7 +130,8 @@ def train(state: TrainState,
         logbook.evaluate(done, evaluators, state.params)
     # A signal during the last evaluation must not be lost.
     if checkpointer is not None:
-      checkpointer.wait()
+      with announced('writing the last checkpoint'):
+        checkpointer.wait()
     if stop.requested(config.num_steps):
       raise _preempted(stop, config.num_steps, config, checkpointer)
   return state
@@ -155,14 +161,20 @@ class _Logbook:
     self._config, self._metrics, self._checkpointer = config, metrics, checkpointer
     self._first: int | None = None
     self._pace: Pace | None = None
+    self._last_line = time.monotonic()
 
   def begin(self, start: int, batch: Batch) -> None:
     """Takes the number of tokens of a step from the first global batch."""
     self._first = start + 1
     self._pace = Pace(self._config.num_steps, batch.tokens.size)
+    self._last_line = time.monotonic()
 
   def record(self, step: int, scalars: Mapping[str, Array]) -> None:
-    """Waits for the step, and logs it when due. Raises UserError where it is not finite."""
+    """Waits for the step, and logs it when due. Raises UserError where it is not finite.
+
+    A step is due at `log_every`, and then its metrics are written, too. Slow steps also get a line
+    of the log every `log_seconds`.
+    """
     values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
     # Every process sees the same scalars, so all of them stop together.
     for name in ('loss', 'grad_norm'):
@@ -175,7 +187,10 @@ class _Logbook:
       if speed is not None:
         values['tokens_per_second'] = speed
       self._metrics.write(step, values)
-      logging.info('%s', self._pace.line(step, values))
+      self._log_line(step, values)
+      self._pace.start(step)
+    elif time.monotonic() - self._last_line >= self._config.log_seconds:
+      self._log_line(step, values)
     # Measure from the end of the first step, which compiles.
     if step == self._first:
       self._pace.start(step)
@@ -183,17 +198,21 @@ class _Logbook:
   def evaluate(self, step: int, evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]],
                params: Params) -> None:
     """Runs the evaluators, and writes and logs their values."""
-    begun = time.perf_counter()
-    values = {f'{name}/{key}': float(value) for name, evaluator in evaluators.items()
-              for key, value in evaluator(params).items()}
+    with announced(f'evaluating at step {step}'):
+      values = {f'{name}/{key}': float(value) for name, evaluator in evaluators.items()
+                for key, value in evaluator(params).items()}
     if values:
       self._metrics.write(step, values)
-      shown = '  '.join(f'{name} {value:.4f}' for name, value in values.items())
-      logging.info('step %d/%d  %s  (%s)', step, self._config.num_steps, shown,
-                   format_duration(time.perf_counter() - begun))
+      logging.info('step %d/%d  %s', step, self._config.num_steps,
+                   '  '.join(format_metric(name, value) for name, value in values.items()))
+    self._last_line = time.monotonic()
     # An evaluation must not count as time of training.
     if self._pace is not None:
       self._pace.start(step)
+
+  def _log_line(self, step: int, values: Mapping[str, float]) -> None:
+    logging.info('%s', self._pace.line(step, values))
+    self._last_line = time.monotonic()
 
   def _describe_last_good(self) -> str:
     if self._checkpointer is None:

@@ -1,4 +1,7 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, and a progress line with an ETA."""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, and a progress line with an ETA.
+
+docs/evaluation.md explains every logged number.
+"""
 
 import json
 import os
@@ -20,6 +23,18 @@ try:
   from tensorboardX import SummaryWriter
 except ImportError:
   SummaryWriter = None
+
+
+# Units of logged numbers, by the last part of their names. A number that is not here has none.
+UNITS = {'loss': 'nats/token', 'gain': 'nats/token', 'content': 'nats/token',
+         'norm': 'x embeddings', 'moved': 'x embeddings', 'effective_rank': 'directions'}
+_SIGNED = ('gain', 'content')  # above zero is good
+
+
+def format_metric(name: str, value: float) -> str:
+  """Returns a number with its name, sign and unit: 'validation/gain +0.0123 nats/token'."""
+  kind = name.rpartition('/')[2]
+  return f'{name} {value:{"+" if kind in _SIGNED else ""}.4f} {UNITS.get(kind, "")}'.rstrip()
 
 
 class MetricsWriter:
@@ -100,9 +115,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Pace:
   """Measures speed and predicts the end of a run.
 
-  Tokens per second cover the current window, which begins at the last `line` or `start`. The ETA
-  uses the mean time of a step since the first `start`, including pauses. Call `start` after the
-  first step, to leave out compilation, and after every pause.
+  Tokens per second cover the current window, which begins at the last `start`. The ETA uses the
+  mean time of a step since the first `start`, including pauses. Call `start` after the first step,
+  to leave out compilation, and after every pause.
   """
 
   def __init__(self, num_steps: int, tokens_per_step: int,
@@ -121,13 +136,12 @@ class Pace:
     return self._tokens_per_step / mean if (mean := self._mean(self._window, step)) else None
 
   def line(self, step: int, metrics: Mapping[str, float]) -> str:
-    """Returns 'step 120/1000  loss 3.2101  tokens/s 5,210  ETA 3m12s'; begins a new window."""
+    """Returns 'step 120/1000  loss 3.2101 nats/token  5,210 tokens/s  ETA 3m12s'."""
     speed, mean = self.tokens_per_second(step), self._mean(self._first, step)
-    self.start(step)
     tokens = '-' if speed is None else f'{speed:,.0f}'
     eta = '-' if mean is None else format_duration(mean * (self._num_steps - step))
-    loss = metrics['loss']
-    return f'step {step}/{self._num_steps}  loss {loss:.4f}  tokens/s {tokens}  ETA {eta}'
+    loss = format_metric('loss', metrics['loss'])
+    return f'step {step}/{self._num_steps}  {loss}  {tokens} tokens/s  ETA {eta}'
 
   def _mean(self, since: tuple[int, float] | None, step: int) -> float | None:
     """Seconds per step since `since`; None when no step was measured."""

@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params, PyTree
+from latent_deliberation.build import count_parameters
 from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import barrier, run_on_process_zero
 from latent_deliberation.errors import UserError, differences
@@ -213,7 +214,7 @@ WITHOUT_EFFECT = (
     'computation.replicate_frozen',
     'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
     f'{section}.loop.{key}' for section in ('pretraining', 'training')
-    for key in ('log_every', 'eval_every', 'save_every', 'keep'))
+    for key in ('log_every', 'log_seconds', 'eval_every', 'save_every', 'keep'))
 # A run may be resumed with others of these. Every other key is part of its identity.
 CHANGEABLE = (*WITHOUT_EFFECT, 'evaluation')
 
@@ -452,6 +453,7 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
     state = saved.restore(run.abstract, batches)
     if state is None:
       state = run.create_state(load_start() if load_start else frozen)
+    log_sizes(run, batches)
     finished = int(state.step) == settings.loop.num_steps
     logging.info('%s: at step %d of %d; %s', run.workdir, state.step, settings.loop.num_steps,
                  f'it is finished, and a larger {run.section}.loop.num_steps trains it further'
@@ -460,3 +462,17 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
         state, train_step, batches, config=settings.loop,
         place=lambda batch: place_batch(batch, run.mesh, run.experiment.rules),
         checkpointer=saved, metrics=metrics, evaluators=evaluators).params
+
+
+def log_sizes(run: Run, batches: Batches) -> None:
+  """Logs how many parameters a run trains, and on how much text."""
+  trained, frozen = count_parameters(run.boxed), count_parameters(run.frozen_shapes)
+  share = (f'{100 * trained / (trained + frozen):.3g}% of {trained + frozen:,}; the others are '
+           'frozen' if frozen else 'all there are')
+  logging.info('%s: %s parameters train, %s', run.workdir, f'{trained:,}', share)
+  steps, batch_size = run.settings.loop.num_steps, run.settings.batch_size
+  read, length = steps * batch_size, run.experiment.data.length
+  epochs = ('from an endless stream' if batches.num_rows is None else
+            f'{read / batches.num_rows:.3g} epochs of {batches.num_rows:,} rows')
+  logging.info('%s: %s steps of %s rows of %s tokens: %s tokens in all, %s', run.workdir,
+               f'{steps:,}', f'{batch_size:,}', f'{length:,}', f'{read * length:,}', epochs)

@@ -29,6 +29,7 @@ from latent_deliberation.evaluation.diagnostics import make_diagnosis
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN, make_scorer, score_texts
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.paths import COPROCESSOR
+from latent_deliberation.progress import announced
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.run import Run, fit, hold_workdir
@@ -87,11 +88,13 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
                  load_start=(lambda: load_stored(checkpoint, mesh, experiment.rules)) if is_rounded
                  else None)
     if not target.exists():
-      coprocessor_checkpoint.save(target, coprocessor_checkpoint.CoprocessorCheckpoint(
-          decoder_config=experiment.decoder, config=experiment.deliberation,
-          decoder_fingerprint=decoder_fingerprint,
-          vocabulary_hash=rows.manifest.recipe.vocabulary_hash, steps=run.settings.loop.num_steps,
-          params=params, frozen_dtype=experiment.computation.frozen_dtype))
+      with announced(f'writing {target}'):
+        coprocessor_checkpoint.save(target, coprocessor_checkpoint.CoprocessorCheckpoint(
+            decoder_config=experiment.decoder, config=experiment.deliberation,
+            decoder_fingerprint=decoder_fingerprint,
+            vocabulary_hash=rows.manifest.recipe.vocabulary_hash,
+            steps=run.settings.loop.num_steps, params=params,
+            frozen_dtype=experiment.computation.frozen_dtype))
     return params
 
 

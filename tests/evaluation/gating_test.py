@@ -6,10 +6,12 @@ import pytest
 
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.gating import FRACTIONS as FRACTIONS_OF_FILE
 from latent_deliberation.evaluation.gating import (
   Places,
   compare_gates,
   fit_linear_gate,
+  format_gates,
   gain_curve,
   score_places,
 )
@@ -92,3 +94,13 @@ def test_places_match_scoring(decoder_params):
   np.testing.assert_allclose(places.hidden[:len(at)], hidden[0, at], atol=1e-5)
   log_p = jax.nn.log_softmax(logits[0, at])
   np.testing.assert_allclose(places.entropy[:len(at)], -(np.exp(log_p) * log_p).sum(-1), atol=1e-4)
+
+
+@pytest.mark.parametrize('texts, shown', [(20, True), (19, False)])
+def test_intervals_of_few_texts_are_not_printed(texts, shown):
+  curves = compare_gates(fit_linear_gate(synthetic()), synthetic(seed=1), FRACTIONS_OF_FILE, 20)
+  result = {'texts': texts, 'curves': {name: vars(curve) for name, curve in curves.items()}}
+  head, none, *_, every = format_gates(result).splitlines()
+  assert (f'Too few texts for an interval: {texts}' in head) != shown
+  assert ('[' in every) == shown
+  assert none.split()[:2] == ['0%', 'learned'] and every.split()[0] == '100%'

@@ -258,7 +258,7 @@ def test_two_texts_give_an_interval():
 
 def test_position_without_target_is_named():
   count = np.array([[1, 1, 0], [1, 2, 0]])
-  with pytest.raises(UserError, match='ahead position 3 .* 2 texts'):
+  with pytest.raises(UserError, match='ahead position 3 .* 2 rows'):
     AheadNLL(1.0 * count, count)
 
 
@@ -272,7 +272,7 @@ def test_one_text_gives_no_interval():
 def test_infinite_loss_is_named():
   total = np.ones((3, 4))
   total[1, 2] = np.nan
-  with pytest.raises(UserError, match='text 1 at ahead position 3 .*nan'):
+  with pytest.raises(UserError, match='row 1 at ahead position 3 .*nan'):
     AheadNLL(total, np.ones((3, 4), int))
 
 

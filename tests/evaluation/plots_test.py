@@ -17,7 +17,7 @@ from latent_deliberation.evaluation.plots import (
   plot_attention,
   plot_changes,
   plot_gates,
-  plot_losses,
+  plot_training,
 )
 from tests import finished
 
@@ -29,7 +29,8 @@ def make_summary(**changes: float) -> dict:
     name: {'change_pct': (change / ahead).tolist(),
            'ci95': np.stack([change / ahead - 0.2, change / ahead + 0.2], axis=1).tolist()}
     for name, change in {'frozen': 0.0, **changes}.items()}
-  return {'positions': [1, 2, 4, 8, 16, 32], 'num_ahead': 16, 'all_positions': curves}
+  return {'positions': [1, 2, 4, 8, 16, 32], 'num_ahead': 16, 'texts': 100,
+          'all_positions': curves}
 
 
 def has_colour(image: np.ndarray, colour: str) -> bool:
@@ -63,18 +64,38 @@ def test_losses_have_a_panel_each(tmp_path):
   sizes = []
   for count in (1, 2):
     panels = {f'model {at}': {'training': curve, 'validation': curve} for at in range(count)}
-    plot_losses(panels, tmp_path / 'losses.png')
+    plot_training(panels, tmp_path / 'losses.png')
     image = imread(tmp_path / 'losses.png')
     assert has_colour(image, '#0072B2') and has_colour(image, '#D55E00')
     sizes.append(image.shape[:2])
   assert sizes == [(4 * DPI, round(4.8 * DPI)), (4 * DPI, round(9.6 * DPI))]
 
 
+def test_gains_replace_losses(tmp_path):
+  """A model with latents shows gain and content, and no loss."""
+  loss, gain = ([10, 20], [3.0, 2.9]), ([10, 20], [0.0, 0.01])
+  plot_training({'coprocessor': {'training': loss, 'validation': loss, 'gain': gain,
+                                 'content': ([], [])}}, tmp_path / 'losses.png')
+  image = imread(tmp_path / 'losses.png')
+  assert has_colour(image, '#0072B2')
+  assert not has_colour(image, '#D55E00')  # of content and of validation losses
+
+
+def test_weak_intervals_are_not_drawn(tmp_path):
+  """Fewer than 20 texts leave bands out."""
+  for texts, band in ((20, True), (19, False)):
+    plot_changes({**make_summary(own=-3.0), 'texts': texts}, tmp_path / 'changes.png')
+    image = imread(tmp_path / 'changes.png')
+    mixed = '#D0E4F0'  # own's blue at 18% on white
+    share = (np.abs(image[..., :3] - to_rgb(mixed)).max(axis=-1) < 0.02).mean()
+    assert (share > 0.005) == band
+
+
 def test_gates_have_a_colour_each(tmp_path):
   curve = {'fractions': [0.0, 0.5, 1.0], 'thresholds': [None, 0.2, 0.0], 'gain': [0.0, 0.02, 0.03],
            'low': [0.0, 0.01, 0.02], 'high': [0.0, 0.03, 0.04]}
-  plot_gates({'learned': curve, 'random': curve | {'gain': [0.0, 0.01, 0.03]}},
-             tmp_path / 'gate.png')
+  curves = {'learned': curve, 'random': curve | {'gain': [0.0, 0.01, 0.03]}}
+  plot_gates({'curves': curves, 'texts': 20}, tmp_path / 'gate.png')
   image = imread(tmp_path / 'gate.png')
   assert [has_colour(image, colour) for colour in COLOURS.values()] == [True, True, False, False]
 
@@ -84,7 +105,7 @@ def test_gates_have_a_colour_each(tmp_path):
   {'training': ([1], [3.0]), 'validation': ([], [])},
 ])
 def test_losses_of_few_steps(tmp_path, curves):
-  plot_losses({'decoder': curves}, tmp_path / 'losses.png')
+  plot_training({'decoder': curves}, tmp_path / 'losses.png')
   image = imread(tmp_path / 'losses.png')
   assert has_colour(image, '#0072B2') == bool(curves['training'][0])
   assert not has_colour(image, '#D55E00')

@@ -43,8 +43,8 @@ def test_summary_is_plain_json():
   summary = summarise(make_report(EVERY_ARM))
   stored = json.loads(json.dumps(summary, allow_nan=False, default=str))
   assert list(stored) == [
-    'positions', 'num_ahead', 'arms', 'content_effect', 'bar', 'texts', 'targets',
-    'all_positions', 'bootstrap', 'parameters', 'seconds', 'peak_memory_bytes',
+    'positions', 'num_ahead', 'arms', 'content_effect', 'bar', 'texts', 'rows', 'reached',
+    'targets', 'all_positions', 'bootstrap', 'parameters', 'seconds', 'peak_memory_bytes',
     'decoder_fingerprint', 'git_commit', 'config', 'pictures', 'notes']
   assert list(stored['arms']) == ['frozen', 'own', 'shuffled', 'constant', 'zero']
   for arm, curve in zip(stored['arms'].values(), stored['all_positions'].values(), strict=True):
@@ -174,7 +174,7 @@ def written_summary(**changes) -> dict:
       'own_below_shuffled': {'1': {'point': True, 'interval': True},
                              '2': {'point': True, 'interval': False},
                              '4': {'point': True, 'interval': False}}},
-    'texts': 200, 'targets': [6400, 6000],
+    'texts': 200, 'reached': [200] * 32, 'targets': [6400, 6000],
     'parameters': {'decoder': 1234567}, 'seconds': {'training': 61.25},
     'peak_memory_bytes': 3 * 2**29,
     'decoder_fingerprint': 'aa', 'git_commit': 'abc',
@@ -209,16 +209,53 @@ def test_missing_arm_has_no_column():
   assert 'shuffled' not in table.splitlines()[-2] and 'Gain not measured' in table.splitlines()[-1]
 
 
+RULE = ('To pass, own latents must be below the frozen decoder at positions 1, 2 and 4, with the '
+        "whole interval. They must also be below another text's latents at positions 1, 2, 4 and "
+        '8.')
+
+
 def test_missed_bar_is_stated():
+  """It names the positions that fail, those without a score, and those that must pass."""
   assert state_gain(written_summary()) == (
-    'Gain not shown. Own latents are below the frozen decoder, with an interval below zero, '
-    "at 1, 2 but not at 4. They are below another text's latents at 1, 2, 4 (8 not scored); "
-    'the interval is below zero at 1 but not at 2, 4 (8 not scored).')
+    'Gain not shown. Against the frozen decoder, own latents fail at position 4. There is no score '
+    f'at position 8. {RULE}')
 
 
 def test_bar_missed_everywhere():
-  bar = {**written_summary()['bar'], 'own_below_frozen': {'1': False, '2': False, '4': False}}
-  assert 'at none of 1, 2, 4. They' in state_gain(written_summary(bar=bar))
+  below = {at: {'point': at == '8', 'interval': False} for at in '1248'}
+  bar = {'passed': False, 'own_below_frozen': dict.fromkeys('124', False),
+         'own_below_shuffled': below}
+  assert state_gain(written_summary(bar=bar)) == (
+    'Gain not shown. Against the frozen decoder, own latents fail at positions 1, 2 and 4. Against '
+    f"another text's latents, own latents fail at positions 1, 2 and 4. {RULE}")
+
+
+@pytest.mark.parametrize('changes', [{'texts': 19, 'reached': None, 'all_positions': {
+    'frozen': {'change_pct': [0.0] * 32}}}, {'reached': [200, 200, 19, 200, 200, 200, 200, 200]}])
+def test_too_few_texts_are_no_evidence(changes):
+  """No gain is shown from fewer than 20 texts, whatever was computed from them."""
+  bar = {'passed': True, 'own_below_frozen': dict.fromkeys('124', True),
+         'own_below_shuffled': {at: {'point': True, 'interval': True} for at in '1248'}}
+  text = state_gain(written_summary(bar=bar, **changes))
+  assert text.startswith('Too few texts for an interval: 19.') and 'Gain' not in text
+  assert 'evaluation.rows_per_text' in text
+
+
+def test_too_few_texts_have_no_intervals():
+  """The table has an interval only where 20 texts or more reach the position."""
+  header, first, last = format_table(written_summary(reached=[19] * 31 + [20])).splitlines()[:3]
+  assert first.split() == ['1', '12.346', '-3.00', '-3.00', '-5.00']
+  assert last.split()[:3] == ['32†', '40.000', '-0.50'] and '[-2.00, +1.00]' in last
+  legend = format_table(written_summary(texts=2, rows=24, reached=[2] * 32)).splitlines()[3]
+  assert 'over 2 texts of 24 packed rows.' in legend and '95%' not in legend
+
+
+def test_few_texts_miss_the_bar():
+  """One text too few that reaches a judged position."""
+  report = make_report(EVERY_ARM)
+  for arm in report.arms.values():
+    arm.total[0, 3] = arm.count[0, 3] = 0
+  assert not summarise(report)['bar']['passed']
 
 
 def test_passed_bar_is_stated():
@@ -257,4 +294,4 @@ def test_measured_report_is_written(tmp_path):
     peak_memory_bytes=0, git_commit='abc', config={'workdir': tmp_path})
   write_report(summarise(report), tmp_path)
   assert json.loads((tmp_path / 'report.json').read_text())['config'] == {'workdir': str(tmp_path)}
-  assert 'Gain not shown' in (tmp_path / 'report.md').read_text()
+  assert 'Too few texts for an interval: 3' in (tmp_path / 'report.md').read_text()

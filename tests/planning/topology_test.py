@@ -51,12 +51,14 @@ def test_number_of_devices(name):
 
 @pytest.mark.parametrize('given, flags', [(None, '--xla_tpu_'), ('--mine', '--mine')])
 def test_compiler_flags(given, flags, monkeypatch):
-  """The compiler gets the flags of training, unless the environment has flags."""
+  """The compiler for TPUs gets the flags of training, unless the environment has flags."""
+  monkeypatch.setattr(jax.config, 'update', lambda *option: None)  # jax has started here
   monkeypatch.setenv('LIBTPU_INIT_ARGS', given or '')
   if given is None:
     monkeypatch.delenv('LIBTPU_INIT_ARGS')
-  with pytest.raises(UserError, match='--topology=cpu:0'):
-    prepare('cpu:0', RECIPE)
+  prepare('cpu:8', RECIPE)
+  assert os.environ.get('LIBTPU_INIT_ARGS') == given
+  prepare('v5e:16x16', RECIPE)
   assert os.environ['LIBTPU_INIT_ARGS'].startswith(flags)
 
 

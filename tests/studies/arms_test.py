@@ -82,6 +82,8 @@ def test_training_costs_of_each_kind():
 def test_diagnostics_are_read_from_metrics(tmp_path):
   metrics = MetricsWriter(tmp_path)
   metrics.write(2, {'loss': 1.0})
-  metrics.write(4, {'validation/content': 0.2, 'latents/effective_rank': 3.0, 'other': 5.0})
+  metrics.write(4, {'validation/gain': 0.1, 'validation/content': 0.2,
+                    'latents/effective_rank': 3.0, 'other': 5.0})
   metrics.close()
-  assert read_diagnostics(tmp_path) == [{'step': 4, 'content': 0.2, 'effective_rank': 3.0}]
+  assert read_diagnostics(tmp_path) == [
+      {'step': 4, 'gain': 0.1, 'content': 0.2, 'effective_rank': 3.0}]

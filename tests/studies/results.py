@@ -7,7 +7,7 @@ from latent_deliberation.studies.study_result import Arm, Outcomes, StudyResult
 
 ITEMS = 40
 DIFFICULTY = np.arange(ITEMS) % 2 + 1
-COUNT = np.ones((6, 4), int)
+COUNT = np.ones((24, 4), int)
 
 
 def answer(right: float, nll: float = 2.0) -> Outcomes:
@@ -16,8 +16,8 @@ def answer(right: float, nll: float = 2.0) -> Outcomes:
 
 
 def read(nll: float) -> AheadNLL:
-  """Scores of 6 texts, of so many nats a token on average at each of 4 positions."""
-  return AheadNLL(nll + np.linspace(-0.1, 0.1, 24).reshape(6, 4), COUNT)
+  """Scores of 24 texts, of so many nats a token on average at each of 4 positions."""
+  return AheadNLL(nll + np.tile(np.linspace(-0.1, 0.1, 24).reshape(6, 4), (4, 1)), COUNT)
 
 
 def make_arm(*runs: Outcomes | AheadNLL, **changes) -> Arm:

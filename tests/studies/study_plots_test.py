@@ -24,13 +24,26 @@ def test_controls_share_the_colour_of_arms(tmp_path, study, arms):
   assert colours_in(tmp_path / 'results.png') == set(COLOURS[:arms])
 
 
-def test_many_arms_take_another_panel(tmp_path):
-  """The arms of the main study fit one."""
-  main = ('frozen', 'own', 'shuffled', 'zero', 'mean', 'constant', 'joint', 'finetuned', 'lora')
-  for names, panels in ((main, 1), ((*main, 'rank8', 'rank8/shuffled'), 2)):
+def test_many_arms_take_small_panels(tmp_path):
+  """At most six lines share a panel, and three panels a line."""
+  main = ('frozen', 'own', 'shuffled', 'zero', 'mean', 'constant')
+  tuned = ('joint', 'finetuned', 'lora')
+  many = tuple(f'rank{rank}{control}' for rank in (1, 2, 4) for control in ('', '/shuffled'))
+  for names, size in ((main, (5, 7)), ((*main, *tuned), (4.2, 8.8)),
+                      ((*main, *tuned, *many), (8.4, 13.2))):
     arms = {name: make_arm(answer(0.5)) for name in names}
     plot_study(summarise_study(questions(arms=arms), samples=50), tmp_path / 'results.png')
-    assert imread(tmp_path / 'results.png').shape[:2] == (5 * DPI, panels * 7 * DPI)
+    expected = tuple(round(inches * DPI) for inches in size)
+    assert imread(tmp_path / 'results.png').shape[:2] == expected
+
+
+def test_own_latents_are_in_every_panel(tmp_path):
+  names = ('frozen', 'own', 'shuffled', 'zero', 'mean', 'constant', 'joint', 'lora')
+  arms = {name: make_arm(answer(0.5)) for name in names}
+  plot_study(summarise_study(questions(arms=arms), samples=50), tmp_path / 'results.png')
+  image = imread(tmp_path / 'results.png')[..., :3]
+  blue = (np.abs(image - to_rgb(COLOURS[0])).max(axis=-1) < 0.01).any(axis=0)
+  assert blue[:len(blue) // 2].any() and blue[len(blue) // 2:].any()
 
 
 def test_overall_is_drawn_without_difficulty(tmp_path):
@@ -51,13 +64,22 @@ def test_ruinous_control_leaves_arms_apart(tmp_path):
 
 
 def test_diagnostics_panels_and_lines(tmp_path):
-  """A panel for each quantity, a line for each run."""
+  """A panel for each quantity that has values, a line for each run."""
   rows = [{'step': step, 'gate': 0.1 * step, 'content': None if step == 3 else 1.0 / step,
-           'effective_rank': 2.0, 'latent_norm_ratio': 0.5} for step in range(1, 6)]
-  plot_diagnostics({'own, seed 0': rows, 'own, seed 1': rows[:3]}, tmp_path / 'diagnostics.png')
+           'effective_rank': 2.0, 'latent_norm_ratio': 0.5, 'norm': None} for step in range(1, 6)]
+  plot_diagnostics({'own, seed 0': rows, 'own, seed 1': rows[:3], 'lora, seed 0': rows[:2]},
+                   tmp_path / 'diagnostics.png')
   height, width = imread(tmp_path / 'diagnostics.png').shape[:2]
   assert (height, width) == (round(6.4 * DPI), round(12.6 * DPI))
   assert colours_in(tmp_path / 'diagnostics.png') == set(COLOURS[:2])
+
+
+def test_one_evaluation_is_drawn(tmp_path):
+  """A run that was evaluated once has a marker."""
+  plot_diagnostics({'own': [{'step': 4, 'gate': 0.1}]}, tmp_path / 'diagnostics.png')
+  image = imread(tmp_path / 'diagnostics.png')[..., :3]
+  above = image[:len(image) * 3 // 4]  # the legend is below
+  assert (np.abs(above - to_rgb(COLOURS[0])).max(axis=-1) < 0.01).any()
 
 
 def test_one_quantity_has_one_panel(tmp_path):

@@ -93,7 +93,8 @@ def test_text_as_plain_json():
   for arms in summary['by_position'].values():
     assert list(arms) == ['frozen', 'own', 'shuffled']
     assert set(arms['own']) == {'perplexity', 'change_pct', 'ci95', 'by_seed'}
-  assert (summary['texts'], summary['targets']) == (6, {'1': 6, '4': 6})
+  assert (summary['texts'], summary['targets']) == (24, {'1': 24, '4': 24})
+  assert summary['reached'] == summary['targets']
 
 
 def test_perplexity_changes_with_mean_loss():
@@ -176,6 +177,26 @@ def test_page_of_text():
   assert changes[2][1:3] == ['7.486', '-9.52 [-9.52, -9.52]']
   assert changes[2][4].startswith('+2.2e+06 [')
   assert content[2][1] == '-18.13 [-18.13, -18.13]'
+
+
+def test_few_questions_have_no_interval():
+  """A difficulty with 19 questions has means alone, and the page says so."""
+  page = format_study(summarise_study(
+    questions(difficulty=np.where(np.arange(40) < 21, 1, 5)), samples=50))
+  for table in rows_of(page, 'difficulty')[:4]:
+    assert all('[' in cell for cell in table[1][1:]) and all('[' in cell for cell in table[3][1:])
+    assert not any('[' in cell for cell in table[2][1:])
+  assert 'Too few questions for an interval: 5 (19).' in page
+
+
+def test_few_texts_have_no_interval():
+  """Positions that 19 texts reach have means alone."""
+  summary = summarise_study(texts(), samples=50)
+  assert 'Too few' not in format_study(summary)
+  summary['reached']['4'] = 19
+  changes, content = rows_of(format_study(summary), 'ahead')
+  assert changes[2][2] == '-9.52' and content[2][1] == '-18.13' and '[' in changes[1][2]
+  assert 'Too few texts for an interval: 4 (19).' in format_study(summary)
 
 
 @pytest.mark.parametrize('study', [questions, texts])

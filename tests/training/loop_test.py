@@ -1,6 +1,8 @@
 """The loop resumes exactly, logs and saves at its cadences, and never saves a bad state."""
 
+import itertools
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.paths import METRICS_FILE
+from latent_deliberation.training import loop
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.metrics import read_metrics
 from tests.training.toy_run import JITTED_STEP, ToyBatches, run, saved_steps
@@ -56,6 +59,18 @@ def test_log_every(tmp_path, caplog):
   assert [row['step'] for row in rows] == [2, 4, 5]
   assert all(row['grad_norm'] > 0 and row['tokens_per_second'] > 0 for row in rows)
   assert 'step 4/5  loss ' in caplog.text and 'ETA ' in caplog.text
+  assert not any(row['step'] == 1 for row in rows) and 'step 1/5' not in caplog.text
+
+
+def test_log_seconds(tmp_path, caplog, monkeypatch):
+  """Slow steps have lines between those of the cadence, and the metrics stay at the cadence."""
+  clock = itertools.count(0, 20)
+  monkeypatch.setattr(loop, 'time', types.SimpleNamespace(monotonic=lambda: next(clock)))
+  with caplog.at_level(logging.INFO, logger='absl'):
+    run(tmp_path, num_steps=6, log_every=6, checkpoints=False)
+  lines = [line for line in caplog.messages if line.startswith('step ')]
+  assert [line.split()[1] for line in lines] == ['2/6', '4/6', '6/6']
+  assert [row['step'] for row in read_metrics(tmp_path / METRICS_FILE)] == [6]
 
 
 def test_eval_every(tmp_path):
@@ -130,7 +145,8 @@ def test_state_past_end(tmp_path):
     run(tmp_path, num_steps=4)
 
 
-@pytest.mark.parametrize('field', ['num_steps', 'log_every', 'eval_every', 'save_every', 'keep'])
+@pytest.mark.parametrize('field', ['num_steps', 'log_every', 'eval_every', 'save_every', 'keep',
+                                   'log_seconds'])
 def test_cadence_below_one(field):
   """A length or cadence below 1 is refused."""
   with pytest.raises(UserError, match=f'{field} = 0'):

@@ -7,7 +7,12 @@ import pytest
 from latent_deliberation.errors import UserError
 from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training import metrics
-from latent_deliberation.training.metrics import MetricsWriter, Pace, read_metrics
+from latent_deliberation.training.metrics import (
+  MetricsWriter,
+  Pace,
+  format_metric,
+  read_metrics,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +119,7 @@ def test_pace_without_compilation():
   progress.start(1)
   clock.now = 62.0
   assert progress.line(11, {'loss': 3.21009}) == (
-      'step 11/1000  loss 3.2101  tokens/s 500  ETA 3m18s')
+      'step 11/1000  loss 3.2101 nats/token  500 tokens/s  ETA 3m18s')
 
 
 def test_pace_with_pauses():
@@ -123,14 +128,24 @@ def test_pace_with_pauses():
   progress = Pace(num_steps=40, tokens_per_step=1000, clock=clock)
   progress.start(0)
   clock.now = 10.0
-  assert progress.line(10, {'loss': 1.0}).endswith('tokens/s 1,000  ETA 30s')
+  assert progress.line(10, {'loss': 1.0}).endswith('1,000 tokens/s  ETA 30s')
   clock.now = 50.0  # an evaluation
   progress.start(10)
   clock.now = 55.0
   assert progress.tokens_per_second(20) == pytest.approx(2000)
-  assert progress.line(20, {'loss': 1.0}).endswith('tokens/s 2,000  ETA 55s')
+  assert progress.line(20, {'loss': 1.0}).endswith('2,000 tokens/s  ETA 55s')
 
 
 def test_pace_before_measuring():
   """Before anything is measured, the line shows dashes."""
-  assert Pace(9, 10).line(1, {'loss': 1.0}) == 'step 1/9  loss 1.0000  tokens/s -  ETA -'
+  assert Pace(9, 10).line(1, {'loss': 1.0}).endswith('  - tokens/s  ETA -')
+
+
+@pytest.mark.parametrize('name, value, text', [
+    ('validation/loss', 3.2, 'validation/loss 3.2000 nats/token'),
+    ('validation/gain', 0.01234, 'validation/gain +0.0123 nats/token'),
+    ('latents/effective_rank', 12.0, 'latents/effective_rank 12.0000 directions'),
+    ('latents/gate', 0.5, 'latents/gate 0.5000')])
+def test_format_metric(name, value, text):
+  """A number has its unit, and a gain its sign."""
+  assert format_metric(name, value) == text
