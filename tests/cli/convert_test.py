@@ -1,5 +1,6 @@
 """Converting a decoder changes its format and nothing else."""
 
+import json
 import runpy
 import shutil
 
@@ -53,6 +54,20 @@ def test_round_trip(exported, quickstart, tmp_path):
   config, params = weights.load(tmp_path / 'back')
   assert config == weights.open_checkpoint(original).config
   assert fingerprint(params) == weights.open_checkpoint(original).fingerprint
+
+
+def test_hugging_face_keeps_what_transformers_reads(exported, tmp_path):
+  """A Hugging Face directory keeps the files of its tokenizer, and its longest text."""
+  source = shutil.copytree(exported, tmp_path / 'source')
+  (source / 'tokenizer_config.json').write_text('{"tokenizer_class": "GemmaTokenizer"}')
+  config = json.loads((source / 'config.json').read_text())
+  (source / 'config.json').write_text(json.dumps(
+      config | {'text_config': {'max_position_embeddings': 32768}, 'eos_token_id': [1, 106]}))
+  convert.convert(weights.open_checkpoint(source), tmp_path / 'copy', 'huggingface')
+  kept = json.loads((tmp_path / 'copy/config.json').read_text())
+  assert kept == config | {'max_position_embeddings': 32768, 'eos_token_id': [1, 106]}
+  name = 'tokenizer_config.json'
+  assert (tmp_path / 'copy' / name).read_bytes() == (source / name).read_bytes()
 
 
 def test_dtype_rounds(exported, tmp_path):
