@@ -1,6 +1,8 @@
 """Describes a decoder on disk without loading it, and converts it to another format."""
 
 import dataclasses
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -8,10 +10,11 @@ from absl import logging
 
 from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import make_writable, refuse_backslash
+from latent_deliberation.files import make_writable, refuse_backslash, write_json
 from latent_deliberation.inference.tokenizer import tokenizer_of
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import named
+from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.model.weights import Checkpoint
@@ -100,6 +103,28 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   params = checkpoint.load(dtype=dtype)
   weights.save(target, checkpoint.config, params, checkpoint.vocabulary_hash, format,
                tokenizer)
+  if checkpoint.format == format == 'huggingface':
+    _keep_hugging_face(checkpoint.directory, target)
   written = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
   with_it = f', with {tokenizer}' if tokenizer else ''
   return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{with_it}'
+
+
+# What transformers reads next to the weights, and our decoder does not need.
+_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+          'chat_template.jinja', 'generation_config.json')
+_KEYS = ('max_position_embeddings', 'initializer_range', 'bos_token_id', 'eos_token_id',
+         'pad_token_id')
+
+
+def _keep_hugging_face(source: Path, target: Path) -> None:
+  """Copies what only transformers reads: files of the tokenizer, and some keys of config.json."""
+  for name in _FILES:
+    if (source / name).is_file() and not (target / name).exists():
+      shutil.copyfile(source / name, target / name)
+  stored = json.loads((source / CONFIG).read_bytes())
+  # A multimodal config has those of its decoder in a part of their own.
+  stored |= stored.get('text_config', {})
+  content = json.loads((target / CONFIG).read_bytes())
+  content |= {key: stored[key] for key in _KEYS if key in stored and key not in content}
+  write_json(target / CONFIG, content)

@@ -128,8 +128,8 @@ def _captions(experiment: Experiment, is_drawn: bool) -> dict[str, str]:
   window, config = experiment.decoder.window, experiment.deliberation
   layers = f'{window} tokens in local layers' if window else 'none'
   return {
-      CHANGES: 'Change of perplexity by ahead position, in percent, with 95% intervals. Below zero '
-               'is better.',
+      CHANGES: 'Change of perplexity by ahead position, in percent. Below zero is better. Bands '
+               'are 95% intervals.',
       **({LOSSES: 'Training by step: the loss, or what latents gain on validation text.'}
          if is_drawn else {}),
       ATTENTION: 'Illustration of who may attend to whom, on a short text with 2 latents and 3 '

@@ -132,7 +132,7 @@ def plot_training(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None
       _draw_losses(axes, curves)
     axes.set_title(title, fontsize=11)
     axes.set_xlabel('step')
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if curves:
       # Below the panel, since curves may be anywhere inside.
       axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), frameon=False, fontsize=9)

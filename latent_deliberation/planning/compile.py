@@ -36,6 +36,7 @@ from latent_deliberation.planning.plan import (
 from latent_deliberation.planning.program import parse
 from latent_deliberation.planning.table import name_mesh, write_csv
 from latent_deliberation.planning.topology import Topology
+from latent_deliberation.progress import announced
 from latent_deliberation.sharding import MeshConfig, batch_sharding, make_mesh
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.run import Run
@@ -126,11 +127,12 @@ def plan_step(run: Run, topology: Topology,
 
   # The compiler gives a program, or the bytes that a step would need and the chip does not have.
   begun = time.monotonic()
-  lowered = step.lower(run.abstract, batch)
-  try:
-    compiled, needed = lowered.compile(), None
-  except jax.errors.JaxRuntimeError as error:
-    compiled, needed = None, _needed_bytes(error)
+  with announced('compiling the step'):
+    lowered = step.lower(run.abstract, batch)
+    try:
+      compiled, needed = lowered.compile(), None
+    except jax.errors.JaxRuntimeError as error:
+      compiled, needed = None, _needed_bytes(error)
   seconds = time.monotonic() - begun
 
   # Memory, collectives and time of that program.

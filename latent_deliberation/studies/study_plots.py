@@ -156,7 +156,7 @@ def plot_diagnostics(diagnostics: Mapping[str, Sequence[Mapping[str, float | Non
       axes.axhline(0, color='black', linewidth=1, linestyle='--')
     axes.set_title(TITLES.get(quantity, quantity.replace('_', ' ')), fontsize=9)
     axes.set_xlabel('step')
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     trim_axes(axes)
   _remove(grid[len(quantities):])
   # One legend for all panels, with each arm once.

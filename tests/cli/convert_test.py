@@ -1,6 +1,7 @@
 """Converting a decoder changes its format and nothing else."""
 
 import dataclasses
+import json
 import runpy
 import shutil
 
@@ -68,6 +69,20 @@ def test_tokenizer_json(tmp_path):
   assert checkpoint.tokenizer == tmp_path / 'native/tokenizer.json'
   assert checkpoint.tokenizer.read_bytes() == tokenizer.read_bytes()
   assert (tmp_path / 'native/tokenizer_config.json').is_file()
+
+
+def test_hugging_face_keeps_what_transformers_reads(exported, tmp_path):
+  """A Hugging Face directory keeps the files of its tokenizer, and its longest text."""
+  source = shutil.copytree(exported, tmp_path / 'source')
+  (source / 'tokenizer_config.json').write_text('{"tokenizer_class": "GemmaTokenizer"}')
+  config = json.loads((source / 'config.json').read_text())
+  (source / 'config.json').write_text(json.dumps(
+      config | {'text_config': {'max_position_embeddings': 32768}, 'eos_token_id': [1, 106]}))
+  convert.convert(weights.open_checkpoint(source), tmp_path / 'copy', 'huggingface')
+  kept = json.loads((tmp_path / 'copy/config.json').read_text())
+  assert kept == config | {'max_position_embeddings': 32768, 'eos_token_id': [1, 106]}
+  name = 'tokenizer_config.json'
+  assert (tmp_path / 'copy' / name).read_bytes() == (source / name).read_bytes()
 
 
 def test_dtype_rounds(exported, tmp_path):

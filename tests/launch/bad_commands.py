@@ -133,6 +133,8 @@ BAD = {
         'convert', '--source={run}/pretraining/decoder --target={files}', 'files[0-9]* exists'),
     'a source without a decoder': Bad(
         'convert', '--source={run}/rows', 'rows .*decoder.json'),
+    'a coprocessor as decoder': Bad(
+        'convert', '--source={run}/coprocessor/coprocessor', 'coprocessor/coprocessor .*--coproc'),
     'an unknown format': Bad(
         'convert', '--source={run}/pretraining/decoder --target={new} --format=pickle',
         'pickle.*<native|huggingface>'),

@@ -13,6 +13,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.model.transformer_config import TransformerConfig, unlike_gemma
 
 CONFIG = 'config.json'
+_COPROCESSOR = 'coprocessor.json'  # that of deliberation/coprocessor_checkpoint.py
 
 # The values of transformers in our words.
 _KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
@@ -74,9 +75,13 @@ def read_config(directory: Path) -> TransformerConfig:
   """Returns the architecture that config.json describes, or its text part if there are others.
 
   Raises:
-    UserError: config.json is missing or damaged, or describes a model of none of FAMILIES.
+    UserError: config.json is missing or damaged, or describes a model of none of FAMILIES; or the
+      directory holds a coprocessor.
   """
   path = Path(directory) / CONFIG
+  if (Path(directory) / _COPROCESSOR).is_file():
+    raise UserError(f'{directory} holds a coprocessor, which is no decoder: give the directory of '
+                    'its decoder here, and this one as --coprocessor')
   if not path.is_file():
     raise UserError(f'{directory} holds weights but no {CONFIG}, which describes them: download '
                     'it, too')
