@@ -130,6 +130,7 @@ class PhaseClock:
     logging.info('=== %s', name)
     if further and name in self._complete:
       self._complete.remove(name)
+      self._write()  # also true for the next launch, if this one is killed
     if name in self._complete:
       yield
       return
@@ -148,6 +149,9 @@ class PhaseClock:
   def _add(self, name: str, begun: float) -> float:
     """Adds the time since `begun` to a phase; returns the seconds of all its launches."""
     self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+    self._write()
+    return self.seconds[name]
+
+  def _write(self) -> None:
     if jax.process_index() == 0:  # processes share the file
       write_json(self._path, {'seconds': self.seconds, 'complete': self._complete})
-    return self.seconds[name]

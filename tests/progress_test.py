@@ -109,7 +109,10 @@ def test_phase_clock(tmp_path, monkeypatch, said):
   assert launch() == {'decoder': 20}
   assert said == ['=== decoder', '=== decoder: done in 20s']
   assert launch() == {'decoder': 20}
-  assert launch(further=True) == {'decoder': 30}
+  with pytest.raises(ValueError):
+    launch(ValueError(), further=True)
+  assert launch() == {'decoder': 30}
+  assert launch() == {'decoder': 30}
 
 
 @pytest.mark.parametrize('error, word', [(SystemExit(143), 'stopped'), (ValueError(), 'failed')])

@@ -1,7 +1,5 @@
 """The quickstart: data, decoder, coprocessor, constant soft tokens and report, in one command."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +39,16 @@ def quickstart(experiment: Experiment, workdir: Path, overwrite: bool = False) -
       before the first phase begins.
   """
   make_writable(workdir)
-  report = workdir / f'{REPORT}.json'
-  if report.exists() and not overwrite:
-    check_same_settings(report, json.loads(report.read_text()), experiment, WITHOUT_EFFECT)
   with hold_workdir(workdir):
-    return _run_phases(experiment, workdir)
+    return _run_phases(experiment, workdir, overwrite)
 
 
-def _run_phases(experiment: Experiment, workdir: Path) -> dict[str, Any]:
-  mesh = make_mesh(experiment.mesh)
-  runs = describe_phases(experiment, workdir, mesh)
-  check_phases(runs)
-  # Known now: a run that was made longer is no longer shorter than it should be.
+def _run_phases(experiment: Experiment, workdir: Path, overwrite: bool) -> dict[str, Any]:
+  mesh, report = make_mesh(experiment.mesh), workdir / f'{REPORT}.json'
+  runs = check_phases(experiment, workdir, mesh)
+  if report.exists() and not overwrite:
+    check_same_settings(report, experiment, WITHOUT_EFFECT)
+  # Asked before the phases, which make their runs longer.
   further = {name: run.goes_further for name, run in runs.items()}
   decoder, coprocessor, constant = runs
 
@@ -75,22 +71,17 @@ def _run_phases(experiment: Experiment, workdir: Path) -> dict[str, Any]:
       overwrite=True)
 
 
-def describe_phases(experiment: Experiment, workdir: Path, mesh: Mesh) -> dict[str, Run]:
-  """Returns the runs of a quickstart by the names of their phases, in their order."""
-  return {
-      'decoder': describe_pretraining(experiment, workdir / PRETRAINING, mesh),
-      'coprocessor': describe_training(experiment, workdir / COPROCESSOR, mesh),
-      'constant soft tokens': describe_training(
-          constant_variant(experiment), workdir / CONSTANT, mesh)}
-
-
-def check_phases(runs: Mapping[str, Run]) -> None:
-  """Checks all runs of a quickstart before the first one begins.
+def check_phases(experiment: Experiment, workdir: Path, mesh: Mesh) -> dict[str, Run]:
+  """Checks all runs before the first one begins; returns them by the names of their phases.
 
   Raises:
     UserError: one of the runs cannot start, or its directory belongs to another run.
   """
-  for run in runs.values():
-    run.check()
-  pretraining, *others = runs.values()
-  check_no_later_run(pretraining, [run.workdir for run in others])
+  decoder = describe_pretraining(experiment, workdir / PRETRAINING, mesh)
+  decoder.check()
+  coprocessor = describe_training(experiment, workdir / COPROCESSOR, mesh)
+  coprocessor.check()
+  constant = describe_training(constant_variant(experiment), workdir / CONSTANT, mesh)
+  constant.check()
+  check_no_later_run(decoder, (coprocessor.workdir, constant.workdir))
+  return {'decoder': decoder, 'coprocessor': coprocessor, 'constant soft tokens': constant}

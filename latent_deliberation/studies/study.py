@@ -1,7 +1,6 @@
 """Runs a study: one frozen decoder, several arms over several seeds, one report."""
 
 import dataclasses
-import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -80,16 +79,16 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = (),
   names = choose_arms(study, only)
   mesh = make_mesh(study.experiment.mesh)
   make_writable(workdir)
-  results = workdir / f'{RESULTS}.json'
+  with hold_workdir(workdir):
+    return _run_phases(study, names, workdir, mesh, overwrite)
+
+
+def _run_phases(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh,
+                overwrite: bool) -> dict[str, Any]:
+  runs, results = check_arms(study, names, workdir, mesh), workdir / f'{RESULTS}.json'
   if results.exists() and not overwrite:
     check_results(study, names, results)
-  with hold_workdir(workdir):
-    return _run_phases(study, names, workdir, mesh)
-
-
-def _run_phases(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) -> dict[str, Any]:
-  runs = check_arms(study, names, workdir, mesh)
-  # Known now: a run that was made longer is no longer shorter than it should be.
+  # Asked before the phases, which make their runs longer.
   further = {phase for phase, run in runs.items() if run.goes_further}
 
   # Data and decoder, which all arms share.
@@ -184,8 +183,8 @@ def check_results(study: Study, names: Sequence[str], path: Path) -> None:
   Raises:
     UserError: the results are of other settings, or of other arms too.
   """
-  saved = json.loads(path.read_text())
-  check_same_settings(path, saved, study, tuple(f'experiment.{key}' for key in WITHOUT_EFFECT))
+  saved = check_same_settings(
+      path, study, tuple(f'experiment.{key}' for key in WITHOUT_EFFECT))
   lost = sorted((set(saved['arms']) & set(study.arms)) - set(names))
   if lost:
     raise UserError(f'{path} has the arm {lost[0]!r}, which --arm leaves out: leave out --arm, or '
@@ -202,15 +201,15 @@ def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) ->
   if study.questions.per_difficulty:
     draw_questions(study.questions, study.experiment.data)
   runs = {'decoder': describe_pretraining(study.experiment, workdir / DECODER, mesh)}
+  runs['decoder'].check()
   for name in names:
     arm = study.arms[name]
     for seed in study.seeds:
       experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
-      runs[_phase_of(name, seed)] = (
-          describe_training(experiment, run_dir, mesh) if arm.learns == LATENT_ARM
-          else describe_tuning(experiment, arm.learns, run_dir, mesh))
-  for run in runs.values():
-    run.check()
+      run = (describe_training(experiment, run_dir, mesh) if arm.learns == LATENT_ARM
+             else describe_tuning(experiment, arm.learns, run_dir, mesh))
+      run.check()
+      runs[_phase_of(name, seed)] = run
   # Arms that this command leaves out count too.
   check_no_later_run(runs['decoder'], [arm_directory(workdir, name, seed) for name in study.arms
                                        for seed in study.seeds])

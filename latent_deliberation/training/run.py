@@ -144,26 +144,31 @@ def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentit
         'Use another --workdir, or set the saved values again. num_steps may only grow.']))
 
 
-def check_same_settings(path: Path, saved: Mapping[str, Any], settings: Any,
-                        changeable: tuple[str, ...] = ()) -> None:
+def check_same_settings(path: Path, settings: Any, changeable: tuple[str, ...]) -> dict[str, Any]:
   """Compares the 'config' of a report with the settings that would replace it.
 
   Args:
-    path: file of the report, for the message.
-    saved: its content.
+    path: the report, a JSON file.
     settings: an experiment or a study.
     changeable: dotted paths of settings that do not change a report.
 
+  Returns: the content of the report.
+
   Raises:
-    UserError: a setting differs; lists each with its two values.
+    UserError: a setting differs; lists each with its two values. Or the file is damaged.
   """
+  try:
+    report = json.loads(path.read_text())
+    saved = {'config': report['config']}
+  except (json.JSONDecodeError, KeyError) as error:
+    raise UserError(f'{path} is no report ({error!r}): move it away, or add --overwrite') from error
   current = json.loads(json.dumps({'config': dataclasses.asdict(settings)}, default=str))
-  lines = _differences({'config': saved['config']}, current, defaults_of(type(settings)),
-                       changeable)
+  lines = _differences(saved, current, defaults_of(type(settings)), changeable)
   if lines:
     raise UserError('\n'.join([
         f'{path} is of other settings:', *lines,
         'Use another --workdir, set the saved values again, or add --overwrite.']))
+  return report
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any],
