@@ -215,6 +215,12 @@ class Context:
   plain: State
   augmented: State
 
+  @property
+  def end(self) -> list[int]:
+    """The last ids of the text."""
+    count = min(16, int(self.plain.lengths[0]))
+    return np.asarray(self.plain.cache.newest(count).tokens[0]).tolist()
+
 
 def check_context(output: Path, document: Path, coprocessor: str) -> str:
   """Returns the text of a document, after all checks that need no decoder.
