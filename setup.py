@@ -29,7 +29,9 @@ setup(
         'tensorflow-datasets>=4.9.8',
     ],
     extras_require={
-        'test': ['gguf>=0.17', 'hypothesis>=6', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.6'],
+        'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'pytest>=8', 'pytest-xdist>=3.6',
+                 'ruff>=0.6'],
+        'chat': ['jinja2>=3.1'],
         'gguf': ['gguf>=0.17'],
         'parity': ['torch>=2.6', 'transformers>=4.57'],
         'tensorboard': ['tensorboardX>=2.6'],

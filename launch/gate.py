@@ -27,8 +27,8 @@ def main() -> None:
   result = fit_gate(
       read_config(), decoder_dir=Path(_DECODER.value), coprocessor_dir=Path(_COPROCESSOR.value),
       prepared_dir=Path(_DATA.value), output=Path(_OUTPUT.value))
-  print('Fraction augmented; for each gate the mean gain of a place in millinats [95% interval], '
-        'and the part of it above chance:')
+  print('Fraction of places augmented; for each gate the mean gain of a place in millinats '
+        '[95% interval], and the part of it above chance:')
   for number, fraction in enumerate(result['curves']['random']['fractions']):
     if number % 4 == 0:
       cells = (

@@ -142,7 +142,7 @@ def test_bad_calls_are_refused(quickstart, tmp_path, decoder, generator):
       (lambda: generator.generate(PROMPTS, max_tokens=2**31 - 1), 'text 1 has 26 tokens'),
       (lambda: generator.generate(PROMPTS, top_k=10**30), 'top_k = 1000'),
       (lambda: ld.Generator(decoder, length=0.5), 'length = 0.5'),
-      (lambda: ld.Generator(decoder, length=2**31 - 1), 'length = 2147483647'),
+      (lambda: ld.Generator(decoder, length=2**31), 'length = 2147483648'),
       (lambda: ld.score(generator, PROMPTS, CONTINUATIONS, batch_size=0.5), 'batch_size = 0.5'),
       (lambda: ld.Generator('a/directory'), "decoder = 'a/directory'"),
       (lambda: ld.Generator(decoder, decoder), 'coprocessor = ')):

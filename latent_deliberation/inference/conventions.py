@@ -98,13 +98,17 @@ def read_conventions(checkpoint: Checkpoint) -> Conventions:
   # Gemma 3 has the part of its config that is about text in a part of its own.
   ends = [found for each in (generation, config, config.get('text_config') or {})
           for found in _ids(directory, each.get('eos_token_id'))]
-  special = {}
-  for number, token in (tokenizer.get('added_tokens_decoder') or {}).items():
-    (special if token.get('special') else added)[token['content']] = int(number)
-  bos, eos = (_piece(tokenizer.get(name)) for name in ('bos_token', 'eos_token'))
-  return _known(checkpoint, Conventions(
-      directory, tuple(ends), special, added, bos, eos,
-      _template(directory, tokenizer, processor)))
+  try:
+    special = {}
+    for number, token in (tokenizer.get('added_tokens_decoder') or {}).items():
+      (special if token.get('special') else added)[token['content']] = int(number)
+    bos, eos = (_piece(tokenizer.get(name)) for name in ('bos_token', 'eos_token'))
+    return _known(checkpoint, Conventions(
+        directory, tuple(ends), special, added, bos, eos,
+        _template(directory, tokenizer, processor)))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(f'{directory / TOKENIZER} or {ADDED} has something of another form '
+                    f'({type(error).__name__}: {error}): download it again') from error
 
 
 def _read_gguf(checkpoint: Checkpoint) -> Conventions:

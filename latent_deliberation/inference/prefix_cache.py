@@ -5,6 +5,7 @@ such as a document or a system prompt, that launch/augment.py saves so that prom
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ class Context:
   plain: State
   augmented: State
 
-  @property
+  @functools.cached_property
   def end(self) -> list[int]:
     """The last ids of the text."""
     count = min(16, int(self.plain.lengths[0]))

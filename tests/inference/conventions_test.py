@@ -41,6 +41,9 @@ def test_texts_end_at_any_of_them(tmp_path):
 @pytest.mark.parametrize('name, content, message', [
     ('config', [1], r'config.json holds \[1\]'),
     ('generation_config', {'eos_token_id': 'end'}, "eos_token_id = 'end'"),
+    ('tokenizer_config', {'added_tokens_decoder': {'5': '<turn>'}}, 'tokenizer_config.json'),
+    ('tokenizer_config', {'chat_template': [{'name': 'default'}]}, 'tokenizer_config.json'),
+    ('added_tokens', {'<turn>': 'five'}, 'added_tokens.json'),
     ('generation_config', {'eos_token_id': [1, 1.5]}, r'eos_token_id = \[1, 1.5\]')])
 def test_damaged_files_are_refused(tmp_path, name, content, message):
   with pytest.raises(UserError, match=message):

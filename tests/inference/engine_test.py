@@ -9,6 +9,7 @@ import pytest
 from latent_deliberation.deliberation.deliberation_config import LATENTS
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference import decode, passes
+from latent_deliberation.inference import engine as engine_module
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.engine import CACHE_BUDGET, Engine
@@ -230,6 +231,16 @@ def test_batches_fit_the_budget(refining):
   assert list(batches(refining, 5)) == [slice(0, 5)]
 
 
+def test_length_beyond_the_memory_is_refused(decoder_params, monkeypatch):
+  """It is noticed before anything is allocated."""
+  cache = Engine(tiny.CONFIG, decoder_params, length=4096).read(PROMPTS[:1]).cache
+  size = sum(each.nbytes for each in (*cache.keys, *cache.values))
+  monkeypatch.setattr(engine_module, '_memory', lambda device: size)
+  Engine(tiny.CONFIG, decoder_params, length=4096)
+  with pytest.raises(UserError, match='length = 4097: .* GiB.*--length'):
+    Engine(tiny.CONFIG, decoder_params, length=4097)
+
+
 def test_stop_ends_only_its_own_text(plain):
   whole = generate(plain, PROMPTS, DecodingOptions(24))
   last = whole[1].tokens[4:6]
@@ -298,8 +309,6 @@ def test_other_bad_input_is_refused(refining, decoder_params):
       (lambda: score(refining, PROMPTS, [[1], [], [2]], DecodingOptions(4)), 'continuation 1'),
       (lambda: Engine(tiny.CONFIG, decoder_params, length=0), 'length = 0'),
       (lambda: Engine(tiny.CONFIG, decoder_params, length=10**30), 'length = 1000'),
-      (lambda: Engine(tiny.CONFIG, decoder_params, length=2**31 - 1),
-       r'length = 2147483647: .* GiB.*--length'),
       (lambda: Engine(tiny.CONFIG, quantise(decoder_params), length=9), 'int8'),
       (lambda: refining.read_on(state, [[1]]), '1 prompts for a state of 3 texts'),
       (lambda: refining.read_on(state, [[], [1] * 30, []]), 'text 1 has 49 tokens'),
