@@ -9,7 +9,7 @@
   print(completion.text, completion.finish_reason)
   (nats, num_tokens), = ld.score(generator, ['2 + 2 ='], [' 4'])
 
-Prompts and continuations of one call run as one batch, on the first device. `inference.engine` and
+A call runs on the first device, in batches whose caches fit 2 GiB. `inference.engine` and
 `inference.session` have more: meshes, latents at other places, gates, and the background.
 """
 
@@ -30,8 +30,22 @@ from latent_deliberation.inference import passes, session
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.engine import LoadedDecoder, build_engine, read_decoder
 from latent_deliberation.inference.policy import NEVER, ONCE
-from latent_deliberation.inference.session import Completion, DecodingOptions, text_of, with_ends
-from latent_deliberation.inference.tokenizer import Prompts, tokenizer_of
+from latent_deliberation.inference.session import (
+  Completion,
+  DecodingOptions,
+  batches,
+  check_lengths,
+  text_of,
+  with_ends,
+)
+from latent_deliberation.inference.tokenizer import (
+  Prompts,
+  check_anchors,
+  check_prompts,
+  check_room,
+  encode_chat,
+  tokenizer_of,
+)
 from latent_deliberation.model import weights
 
 __all__ = ['Generator', 'Score', 'TextCompletion', 'UserError', 'load_coprocessor', 'load_decoder',
@@ -106,7 +120,8 @@ class Generator:
       length: largest number of tokens of a text, prompt included.
 
     Raises:
-      UserError: the coprocessor was trained on another decoder, or `length` is below 1.
+      UserError: the coprocessor was trained on another decoder, or `length` is below 1 or does not
+        fit the memory.
     """
     if not isinstance(decoder, LoadedDecoder):
       raise UserError(f'decoder = {decoder!r:.80}: give what load_decoder returns')
@@ -117,8 +132,8 @@ class Generator:
 
   def generate(self, prompts: Sequence[str], *, max_tokens: int = 64, augment: bool | None = None,
                stop: Sequence[str] = (), temperature: float = 0.0, top_k: int | None = None,
-               top_p: float = 1.0, min_p: float = 0.0,
-               seeds: Sequence[int] | None = None) -> list[TextCompletion]:
+               top_p: float = 1.0, min_p: float = 0.0, seeds: Sequence[int] | None = None,
+               chat: bool = False, batch_size: int = 0) -> list[TextCompletion]:
     """Continues each prompt.
 
     Args:
@@ -128,18 +143,35 @@ class Generator:
       stop: strings that end a text and are not part of it.
       temperature, top_k, top_p, min_p: see `inference.decode.Sampling`; 0 is greedy.
       seeds: one for each prompt; default 0, 1, 2, ...
+      chat: whether each prompt is the first turn of a conversation, which the chat template of the
+        decoder's model frames.
+      batch_size: prompts that are decoded together; 0 for as many as fit 2 GiB of cache. Only
+        rounding depends on it.
 
     Raises:
-      UserError: a prompt is too long or too short, or an option is out of range.
+      UserError: a prompt is too long or too short, an option is out of range, or there is no chat
+        template.
     """
     # The same latents as in `score`: once, at the end of the prompt.
     policy = ONCE if self._augments(augment) else NEVER
     options = with_ends(
         DecodingOptions(max_tokens, Sampling(temperature, top_k, top_p, min_p), policy=policy),
         self.tokenizer, _texts('stop', stop))
-    ids = self._encode('prompts', prompts)
-    return [TextCompletion(**vars(completion), text=text_of(completion, self.tokenizer, stop))
-            for completion in session.generate(self.engine, ids, options, seeds)]
+    if chat:
+      ids = [encode_chat(self.tokenizer, [{'role': 'user', 'content': prompt}])
+             for prompt in _texts('prompts', prompts)]
+    else:
+      ids = [self.tokenizer.encode(prompt) for prompt in _texts('prompts', prompts)]
+    # Check everything before the first batch is decoded.
+    seeds = session.check_seeds(seeds, len(ids))
+    self._check_prompts(ids)
+    check_lengths(self.engine, np.array(list(map(len, ids))), options)
+    completions = []
+    for batch in batches(self.engine, len(ids), batch_size):
+      completions += session.generate(self.engine, ids[batch], options, seeds[batch])
+    return [TextCompletion(**vars(completion),
+                           text=text_of(completion, self.tokenizer, stop, prompt))
+            for completion, prompt in zip(completions, ids, strict=True)]
 
   def _augments(self, augment: bool | None) -> bool:
     """Returns whether to make latents, by default if there is a coprocessor."""
@@ -151,40 +183,48 @@ class Generator:
                       'Generator')
     return available if augment is None else augment
 
-  def _encode(self, name: str, texts: Sequence[str]) -> Prompts:
-    """Returns the ids of texts; `name` is for the error where they are one string."""
-    return [self.tokenizer.encode(text) for text in _texts(name, texts)]
+  def _check_prompts(self, ids: Prompts) -> None:
+    check_prompts(ids, np.zeros(len(ids)), self.engine.model.decoder.config.vocab_size)
 
 
 def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[str], *,
-          augment: bool | None = None) -> list[Score]:
+          augment: bool | None = None, batch_size: int = 0) -> list[Score]:
   """Scores one given continuation of each prompt (teacher forcing).
 
   Latents are made once, at the end of the prompt. Prompt and continuation are tokenised apart.
 
   Args:
-    augment: see `Generator.generate`.
+    augment, batch_size: see `Generator.generate`.
 
   Raises:
     UserError: there is not one continuation for each prompt, or a text is too long or too short.
   """
   augment, engine = generator._augments(augment), generator.engine
-  before = generator._encode('prompts', prompts)
-  # Without the token that begins a text, which the prompt has.
-  after = [ids[1:] for ids in generator._encode('continuations', continuations)]
+  before = [generator.tokenizer.encode(text) for text in _texts('prompts', prompts)]
+  after = [generator.tokenizer.encode_more(text)
+           for text in _texts('continuations', continuations)]
   if len(before) != len(after):
     raise UserError(f'{len(before)} prompts and {len(after)} continuations: give one for each')
   if [] in after:
     raise UserError(f'continuation {after.index([])} is empty: there is nothing to score')
-  state = engine.read(before)
+  # Check all texts before the first batch is read.
+  generator._check_prompts(before)
+  lengths = np.array(list(map(len, before)))
+  check_room(lengths + list(map(len, after)), 0, engine.model.plan.global_slots)
   if augment:
-    # Latents that are not finite are left out by `attach`.
-    latents = engine.augment(state)
-    if not np.asarray(latents.finite).all():
-      engine.warn('some are not finite')
-    state = engine.attach(state, latents)
-  return [Score(float(logprobs.sum(dtype=np.float64)), len(logprobs))
-          for logprobs in engine.score_on(state, after)]
+    check_anchors(lengths, engine.model.coprocessor.config.first_anchor)
+  scores = []
+  for batch in batches(engine, len(before), batch_size):
+    state = engine.read(before[batch])
+    if augment:
+      # Latents that are not finite are left out by `attach`.
+      latents = engine.augment(state)
+      if not np.asarray(latents.finite).all():
+        engine.warn('some are not finite')
+      state = engine.attach(state, latents)
+    scores += [Score(float(logprobs.sum(dtype=np.float64)), len(logprobs))
+               for logprobs in engine.score_on(state, after[batch])]
+  return scores
 
 
 def _texts(name: str, texts: Sequence[str]) -> Sequence[str]:

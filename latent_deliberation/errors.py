@@ -1,5 +1,7 @@
 """The errors that are meant for people. Every other exception is a bug or bad luck."""
 
+import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,27 @@ class UserError(ValueError):
 
 class MissingError(UserError):
   """A file, directory or data set that was named does not exist."""
+
+
+def check_integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
+  """Raises UserError unless a value is an integer from `least` to `most`."""
+  try:
+    fits = not isinstance(value, bool) and least <= operator.index(value) <= most
+  except TypeError:
+    fits = False
+  if not fits:
+    raise UserError(f'{name} = {value!r}: give an integer from {least} to {most}')
+
+
+def check_number(name: str, value: Any, least: float, most: float = math.inf) -> None:
+  """Raises UserError unless a value is a finite number from `least` to `most`."""
+  try:
+    fits = not isinstance(value, bool) and least <= value <= most and math.isfinite(value)
+  except (TypeError, OverflowError):  # an integer beyond all floats
+    fits = False
+  if not fits:
+    limit = f'from {least} to {most}' if math.isfinite(most) else f'of {least} or more'
+    raise UserError(f'{name} = {value!r}: give a number {limit}')
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any],

@@ -2,9 +2,9 @@
 
   python launch/generate.py --decoder=runs/decoder/decoder --coprocessor=runs/coprocessor --compare
 
-Without a prompt it asks for one after the other. Latents are made at the end of a prompt, --at
-other places, --every so many tokens, or where a --gate opens. With a --cache they are there
-already. Next, measure with launch/evaluate.py.
+Without a prompt it asks for one after the other. With --chat these are the turns of one
+conversation. Latents are made at the end of a prompt, --at other places, --every so many tokens, or
+where a --gate opens. With a --cache they are there already. Next, measure with launch/evaluate.py.
 """
 
 from pathlib import Path
@@ -12,10 +12,11 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app, generate
+from latent_deliberation.cli.prompts import read_prompts
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.engine import open_engine
-from latent_deliberation.inference.policy import NEVER, SCORES, combine, open_gate
+from latent_deliberation.inference.policy import MIN_GAP, NEVER, SCORES, combine, open_gate
 from latent_deliberation.inference.prefix_cache import open_context
 from latent_deliberation.inference.session import DecodingOptions
 
@@ -29,6 +30,10 @@ _VOCABULARY = app.define_file(
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue')
 _PROMPTS_FILE = app.define_file(
     'prompts_file', "File with a prompt on each line, or JSON lines with a key 'prompt'.", '')
+_CHAT = flags.DEFINE_bool(
+    'chat', False, "Put prompts into the chat template of the decoder's model.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', 0, 'Prompts to decode together. Default: as many as fit 2 GiB of kv-cache.')
 _STOP = flags.DEFINE_multi_string(
     'stop', [], r'String that ends a text; \n is a new line and \\ a backslash')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 64, 'Largest number of tokens to decode.')
@@ -45,7 +50,10 @@ _AT = flags.DEFINE_multi_integer(
 _EVERY = flags.DEFINE_integer('every', 0, 'Make latents after every so many tokens; 0 for never.')
 _GATE = app.define_directory(
     'gate', 'Directory that launch/gate.py wrote; latents are made where the gate opens.', '')
-_BUDGET = flags.DEFINE_float('budget', 0.25, 'Fraction of tokens at which the gate opens.')
+_BUDGET = flags.DEFINE_float(
+    'budget', 0.05, 'Fraction of decoded tokens at which the gate opens, as it is expected.')
+_MIN_GAP = flags.DEFINE_integer(
+    'min_gap', MIN_GAP, 'Tokens that a text decodes before its gate may open again.')
 _SCORE = flags.DEFINE_enum('gate_score', SCORES[0], SCORES, 'Score that opens the gate.')
 _CACHE = app.define_directory(
     'cache', 'Directory that launch/augment.py wrote; prompts continue its text.', '')
@@ -53,14 +61,17 @@ _BACKGROUND = flags.DEFINE_bool(
     'background', False, 'Make latents in the background and decode on meanwhile.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one line of JSON for each prompt.')
 _STREAM = flags.DEFINE_bool('stream', False, 'Print the text while it is decoded.')
-_COMPARE = flags.DEFINE_bool('compare', False, 'Print plain and augmented text side by side.')
+_COMPARE = flags.DEFINE_bool(
+    'compare', False, 'Print plain and augmented text side by side, each scored both ways.')
 
 
 def main() -> None:
   augments = generate.check_coprocessor(_COPROCESSOR.value, at=_AT.value, every=_EVERY.value,
                                         gate=_GATE.value, background=_BACKGROUND.value)
-  prompts = generate.read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
-  gate = open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value) if _GATE.value else None
+  prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
+  gate = None
+  if _GATE.value:
+    gate = open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value, _MIN_GAP.value)
   policy = combine(_AT.value, _EVERY.value, gate, () if _CACHE.value else (0,))
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
   timing = LatentTiming(None if _BACKGROUND.value else 0)
@@ -68,7 +79,7 @@ def main() -> None:
                             timing=timing)
   stop = tuple(map(generate.read_stop, _STOP.value))
   request = generate.Request(options, stop, _SEED.value, _JSON.value, _STREAM.value,
-                             _COMPARE.value, _CACHE.value)
+                             _COMPARE.value, _CACHE.value, _CHAT.value, _BATCH_SIZE.value)
   engine, tokenizer = open_engine(
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)
   context = open_context(Path(_CACHE.value), engine) if _CACHE.value else None

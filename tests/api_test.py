@@ -53,6 +53,19 @@ def test_stop_strings_end_a_completion(generator):
   assert found.text == whole.text[:whole.text.index(stop)]
 
 
+def test_batches_change_only_rounding(generator):
+  """Each prompt is drawn by its own seed, whatever its batch is."""
+  prompts, options = PROMPTS * 2, dict(max_tokens=9, temperature=1.0)
+  together = generator.generate(prompts, **options)
+  for alone, other in zip(generator.generate(prompts, batch_size=1, **options), together,
+                          strict=True):
+    assert (alone.tokens, alone.text) == (other.tokens, other.text)
+  scores = ld.score(generator, PROMPTS, CONTINUATIONS)
+  for alone, other in zip(ld.score(generator, PROMPTS, CONTINUATIONS, batch_size=1), scores,
+                          strict=True):
+    assert alone == pytest.approx(other, abs=1e-4)
+
+
 def test_plain_score_is_decoder_logprob(quickstart, decoder, generator):
   """Without latents, a score is the sum of what the uncached decoder gives."""
   config, params = weights.load(quickstart / 'pretraining/decoder')
@@ -122,6 +135,15 @@ def test_bad_calls_are_refused(quickstart, tmp_path, decoder, generator):
       (lambda: generator.generate(PROMPTS, max_tokens=2.5), 'max_tokens = 2.5'),
       (lambda: generator.generate(PROMPTS, augment='no'), "augment = 'no'"),
       (lambda: generator.generate([3]), 'prompts holds 3'),
+      (lambda: generator.generate(PROMPTS, chat=True), 'no chat template'),
+      (lambda: generator.generate(PROMPTS, batch_size=-1), 'batch_size = -1'),
+      (lambda: generator.generate(PROMPTS, seeds=[0, 2**32]), 'seed = 4294967296'),
+      (lambda: generator.generate(PROMPTS, max_tokens=10**30), 'max_tokens = 1000'),
+      (lambda: generator.generate(PROMPTS, max_tokens=2**31 - 1), 'text 1 has 26 tokens'),
+      (lambda: generator.generate(PROMPTS, top_k=10**30), 'top_k = 1000'),
+      (lambda: ld.Generator(decoder, length=0.5), 'length = 0.5'),
+      (lambda: ld.Generator(decoder, length=2**31), 'length = 2147483648'),
+      (lambda: ld.score(generator, PROMPTS, CONTINUATIONS, batch_size=0.5), 'batch_size = 0.5'),
       (lambda: ld.Generator('a/directory'), "decoder = 'a/directory'"),
       (lambda: ld.Generator(decoder, decoder), 'coprocessor = ')):
     with pytest.raises(ld.UserError, match=message):

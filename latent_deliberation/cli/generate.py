@@ -5,28 +5,42 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
-from latent_deliberation.errors import UserError
-from latent_deliberation.files import JSON_LINES, read_text
+from latent_deliberation.cli.prompts import Prompt, check_unicode
+from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.inference.conventions import Message
 from latent_deliberation.inference.engine import NONE, Engine
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import NEVER
 from latent_deliberation.inference.prefix_cache import Context, read_after
 from latent_deliberation.inference.session import (
+  Completion,
   DecodingOptions,
+  batches,
+  check_lengths,
   generate,
+  score,
   stream,
   text_of,
   with_ends,
 )
-from latent_deliberation.inference.tokenizer import Prompts, Tokenizer, check_stops
+from latent_deliberation.inference.tokenizer import (
+  Prompts,
+  Tokenizer,
+  check_stops,
+  encode_chat,
+  typed_control,
+)
+from latent_deliberation.progress import Progress
 
 _COLUMN = 46
+_WELCOME = 'Type a prompt, then Enter. Ctrl-C ends a text, and Ctrl-D leaves.'
+_NAMES = {'plain': 'plain text', 'augmented': 'text with latents'}
 
 
 def check_coprocessor(coprocessor: str, **flags: object) -> bool:
@@ -51,13 +65,15 @@ class Request:
   """One request of the command line, checked before a decoder is loaded.
 
   Attributes:
-    options: options of decoding. `stop` and `eos` are set later; see `with_ends`.
+    options: options of decoding. `stop`, `eos` and `num_ids` are set later; see `with_ends`.
     stop: strings that end a text and are not part of it.
     seed: seed of the first prompt; each next prompt adds 1.
     as_json: print a line of JSON for each prompt.
     streamed: print text while it is decoded.
-    compared: print plain and augmented text side by side.
+    compared: print plain and augmented text side by side, each scored both ways.
     cache: directory that launch/augment.py wrote, whose text prompts continue; '' for none.
+    chat: put prompts into the decoder's chat template.
+    batch_size: prompts that are decoded together; 0 for as many as fit.
   """
   options: DecodingOptions
   stop: tuple[str, ...] = ()
@@ -66,11 +82,13 @@ class Request:
   streamed: bool = False
   compared: bool = False
   cache: str = ''
+  chat: bool = False
+  batch_size: int = 0
 
   def __post_init__(self):
     check_stops(self.stop)
-    if not 0 <= self.seed < 2**32:
-      raise UserError(f'seed = {self.seed}: give one between 0 and 2**32 - 1')
+    check_integer('seed', self.seed, 0, 2**32 - 1)
+    check_integer('batch_size', self.batch_size, 0)
     if self.streamed and (self.as_json or self.compared):
       raise UserError('--stream prints text while it is decoded, --json and --compare print it at '
                       'the end: choose one of them')
@@ -80,9 +98,21 @@ class Request:
     if self.cache and self.options.timing != DecodingOptions.timing:
       raise UserError(f'--cache={self.cache} has latents, and --background is for latents that are '
                       'still to be made: leave one of them out')
+    if self.cache and self.chat:
+      raise UserError(f'--cache={self.cache} holds the beginning of a text, and --chat begins a '
+                      'conversation: choose one of them')
     if self.compared and self.options.policy == NEVER and not self.cache:
       raise UserError('--compare shows plain text and text with latents, and there are no latents: '
                       'give a --coprocessor, or leave --compare out')
+    self._check_places()
+
+  def _check_places(self) -> None:
+    """Raises UserError where --at names places that no text reaches."""
+    policy, size = self.options.policy, self.options.max_tokens
+    late = [stop for stop in policy.at if stop >= size]
+    if late:
+      raise UserError(f'--at={late[0]} with --max_tokens={size}: no latents come there, since a '
+                      f'text ends first. Give a place up to {size - 1}, or raise --max_tokens')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,53 +124,99 @@ class Writer:
     tokenizer: tokenizer of the decoder.
     request: the request.
     context: the cache that the request names, opened.
+    history: turns of a conversation before the prompt.
   """
   engine: Engine
   tokenizer: Tokenizer
   request: Request
   context: Context | None = None
+  history: list[Message] = dataclasses.field(default_factory=list)
 
-  def write(self, prompts: Sequence[str], plain: bool = False) -> list[dict[str, Any]]:
-    """Returns prompt, text, tokens, logprobs, finish_reason and latents_at for each prompt."""
-    completions = generate(self.engine, self._texts(prompts, plain), self._decoding(plain),
-                           self._seeds(len(prompts)))
-    return [{'prompt': prompt, 'text': text_of(completion, self.tokenizer, self.request.stop),
-             **dataclasses.asdict(completion)}
-            for prompt, completion in zip(prompts, completions, strict=True)]
+  def check(self, prompts: Sequence[Prompt]) -> None:
+    """Checks all prompts before the first one is decoded, and warns of typed control pieces.
 
-  def write_slowly(self, prompt: str) -> Iterator[str]:
-    """Yields the continuation of one prompt in pieces, while it is decoded."""
-    said = ''
-    for completion, in stream(self.engine, self._texts([prompt]), self._decoding(),
-                              self._seeds(1)):
-      text = text_of(completion, self.tokenizer, self.request.stop)
+    Raises:
+      UserError: a prompt is too long for the cache, too short for latents, or refused by the chat
+        template.
+    """
+    before = 0 if self.context is None else int(self.context.plain.lengths[0])
+    lengths = np.array([before + len(self._encode(prompt.text)) for prompt in prompts])
+    check_lengths(self.engine, lengths, self._decoding(), [prompt.name for prompt in prompts])
+    for prompt in () if self.request.chat else prompts:
+      typed = typed_control(self.tokenizer, prompt.text)
+      if typed:
+        logging.warning('%s has %s, read as plain characters. --chat puts a prompt into the chat '
+                        'template of its model. This is logged once.', prompt.name, typed)
+        return
+
+  def write(self, prompts: Sequence[str], plain: bool = False,
+            first: int = 0) -> list[dict[str, Any]]:
+    """Returns prompt, text, tokens, logprobs, finish_reason and latents_at for each prompt.
+
+    Args:
+      prompts: prompts to decode together.
+      plain: leave latents out.
+      first: number of the first prompt among all, from 0, which decides the seeds.
+    """
+    ids = list(map(self._encode, prompts))
+    completions = generate(self.engine, self._texts(ids, plain), self._decoding(plain),
+                           self._seeds(first, len(prompts)))
+    return list(map(self._result, prompts, ids, completions))
+
+  def write_slowly(self, prompt: str, first: int = 0) -> Iterator[dict[str, Any]]:
+    """Yields the result of one prompt while it is decoded, with the text that will not change."""
+    ids, said = self._encode(prompt), ''
+    longest = max(map(len, self.request.stop), default=1)
+    for completion, in stream(self.engine, self._texts([ids]), self._decoding(),
+                              self._seeds(first, 1)):
+      result = self._result(prompt, ids, completion)
       if not completion.finish_reason:
         # The end may yet become another character, or be the beginning of a stop string.
-        text = text.rstrip('\ufffd')
-        text = text[:max(0, len(text) - max(map(len, self.request.stop), default=1) + 1)]
-      yield text[len(said):]
-      said = max(said, text, key=len)
+        text = result['text'].rstrip('\ufffd')
+        text = text[:max(0, len(text) - longest + 1)]
+        result['text'] = said = max(said, text, key=len)
+      yield result
 
-  def compare(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns, for each prompt, what is written plainly and what is written with latents."""
-    plain = self.write(prompts, plain=True)
-    augmented = self.write(prompts)
+  def compare(self, prompts: Sequence[str], first: int = 0) -> list[dict[str, Any]]:
+    """Returns the plain and the augmented result of each prompt, and scores each text both ways.
+
+    'nats' of a result holds the log-probability of its tokens, by the plain decoder and with
+    latents.
+    """
+    ids = list(map(self._encode, prompts))
+    results = {name: self.write(prompts, plain, first)
+               for name, plain in (('plain', True), ('augmented', False))}
+    for found in results.values():
+      tokens = [result['tokens'] for result in found]
+      for name, plain in (('plain', True), ('augmented', False)):
+        scored = score(self.engine, self._texts(ids, plain), tokens, self._decoding(plain))
+        for result, completion in zip(found, scored, strict=True):
+          result.setdefault('nats', {})[name] = sum(completion.logprobs)
     return [{'prompt': prompt, 'plain': one, 'augmented': other}
-            for prompt, one, other in zip(prompts, plain, augmented, strict=True)]
+            for prompt, one, other in zip(prompts, *results.values(), strict=True)]
 
-  def _texts(self, prompts: Sequence[str], plain: bool = False) -> Prompts | State:
-    ids = [self.tokenizer.encode(prompt) for prompt in prompts]
-    if self.context is None:
-      return ids
-    # The context has the token that begins a text already.
-    return read_after(self.engine, self.context, [more[1:] for more in ids], plain)
+  def _encode(self, prompt: str) -> list[int]:
+    if self.request.chat:
+      return encode_chat(self.tokenizer, [*self.history, {'role': 'user', 'content': prompt}])
+    # The text of a context has begun already.
+    if self.context is not None:
+      return self.tokenizer.encode_more(prompt)
+    return self.tokenizer.encode(prompt)
+
+  def _texts(self, ids: Prompts, plain: bool = False) -> Prompts | State:
+    return ids if self.context is None else read_after(self.engine, self.context, ids, plain)
 
   def _decoding(self, plain: bool = False) -> DecodingOptions:
     options = with_ends(self.request.options, self.tokenizer, self.request.stop)
     return dataclasses.replace(options, policy=NEVER) if plain else options
 
-  def _seeds(self, count: int) -> list[int]:
-    return [(self.request.seed + number) % 2**32 for number in range(count)]
+  def _seeds(self, first: int, count: int) -> list[int]:
+    return [(self.request.seed + first + number) % 2**32 for number in range(count)]
+
+  def _result(self, prompt: str, ids: Sequence[int], completion: Completion) -> dict[str, Any]:
+    before = ids if self.context is None else [*self.context.end, *ids]
+    text = text_of(completion, self.tokenizer, self.request.stop, before)
+    return {'prompt': prompt, 'text': text, **dataclasses.asdict(completion)}
 
 
 def read_stop(written: str) -> str:
@@ -149,117 +225,166 @@ def read_stop(written: str) -> str:
   return re.sub(r'\\([nt\\])', lambda found: meanings[found[1]], written)
 
 
-def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
-  """Returns the prompts of the command line, then those of a file.
-
-  Args:
-    file: path of a file with a prompt on each line, or of JSON lines with a key 'prompt'; '' for
-      none.
-
-  Raises:
-    UserError: the file is absent or has no prompt, a line of a .jsonl has none, or a prompt is
-      empty or not Unicode.
-  """
-  prompts = [*prompts, *(_read_lines(Path(file)) if file else ())]
-  for number, prompt in enumerate(prompts):
-    if not prompt:
-      raise UserError(f'prompt {number} is empty: write something, or leave the line out')
-    _check_unicode(prompt, f'prompt {number}')
-  return prompts
-
-
-def _read_lines(path: Path) -> list[str]:
-  text = read_text(path, 'a prompt on each line')
-  # Not splitlines, which also splits at some characters within a text.
-  lines = text.removesuffix('\n').split('\n') if text else []
-  if not lines:
-    raise UserError(f'{path} is empty: write a prompt on each line, or leave --prompts_file out')
-  if path.suffix.lower() in JSON_LINES:
-    lines = [_read_object(line, f'{path}, line {number}') for number, line in enumerate(lines, 1)]
-  return lines
-
-
-def _read_object(line: str, name: str) -> str:
-  try:
-    prompt = json.loads(line)['prompt']
-    if not isinstance(prompt, str):
-      raise TypeError(f'it is {prompt!r}')
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise UserError(f'{name}: every line must be an object with a text as "prompt" '
-                    f'({type(error).__name__}: {error})') from error
-  return prompt
-
-
-def _check_unicode(text: str, name: str) -> None:
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise UserError(f'{name} is {text!r}, which is not Unicode ({error.reason}): give UTF-8'
-                    ) from error
-
-
-def answer(writer: Writer, prompts: Sequence[str]) -> None:
+def answer(writer: Writer, prompts: Sequence[Prompt]) -> None:
   """Prints the continuations of prompts; without any, asks for one after the other.
 
   Raises:
     UserError: a prompt is bad. If it was typed, the error is printed and the next one follows.
   """
-  request = writer.request
-
-  def show(batch: Sequence[str]) -> None:
-    if request.streamed:
-      for prompt in batch:
-        print(prompt, end='', flush=True)
-        for piece in writer.write_slowly(prompt):
-          print(piece, end='', flush=True)
-        print()
-      return
-    for result in writer.compare(batch) if request.compared else writer.write(batch):
-      if request.as_json:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
-      else:
-        print(_side_by_side(result) if request.compared else result['prompt'] + result['text'],
-              flush=True)
-
+  engine, request = writer.engine, writer.request
+  if prompts:
+    writer.check(prompts)
+  parts = list(batches(engine, len(prompts), 1 if request.streamed else request.batch_size))
   # In the background, latents would otherwise come too late for short texts.
   if request.options.timing.delay is None and request.options.policy != NEVER:
     logging.info('compiling the coprocessor')
-    writer.engine.warm_up(1 if request.streamed or not prompts else len(prompts))
-  if prompts:
-    show(prompts)
-  for prompt in () if prompts else _ask():
+    engine.warm_up(len(prompts[parts[0]]) if prompts else 1)
+  if not prompts:
+    _converse(writer)
+    return
+  progress, results = Progress('generating', 'prompts', len(prompts)), []
+  for part in parts:
+    results += _show(writer, prompts[part], part.start, headed=len(prompts) > 1)
+    progress.update(part.stop)
+  _log_latents(writer, results)
+
+
+def _show(writer: Writer, prompts: Sequence[Prompt], first: int, headed: bool,
+          typed: bool = False) -> list[dict[str, Any]]:
+  """Decodes prompts together and prints them; returns the results, with latents if compared.
+
+  Args:
+    first: number of the first prompt, from 0.
+    headed: print the name of a prompt above its text.
+    typed: Ctrl-C ends a text, and not the program.
+  """
+  request, texts = writer.request, [prompt.text for prompt in prompts]
+  if request.compared:
+    results = writer.compare(texts, first)
+  elif request.streamed or typed:
+    results = [_follow(writer, prompt, first, headed, typed) for prompt in prompts]
+  else:
+    results = writer.write(texts, first=first)
+  for prompt, result in zip(prompts, results, strict=True):
+    if request.as_json:
+      line = {} if prompt.line is None else {'line': prompt.line}
+      print(json.dumps({**line, **result}, ensure_ascii=False), flush=True)
+    elif not request.streamed:
+      whole = _side_by_side(result) if request.compared else _shown(writer, prompt) + result['text']
+      print(_heading(prompt, headed) + whole, flush=True)
+  return [result['augmented'] for result in results] if request.compared else results
+
+
+def _follow(writer: Writer, prompt: Prompt, first: int, headed: bool, typed: bool,
+            ) -> dict[str, Any]:
+  """Decodes one prompt, and prints the text meanwhile if it is streamed; returns the result."""
+  streamed, said, result = writer.request.streamed, '', {}
+  if streamed:
+    print(_heading(prompt, headed) + _shown(writer, prompt), end='', flush=True)
+  try:
+    for result in writer.write_slowly(prompt.text, first):
+      if streamed:
+        print(result['text'][len(said):], end='', flush=True)
+      said = result['text']
+  except KeyboardInterrupt:
+    if not typed or not result:
+      raise
+    print('\nThe text was ended.', file=sys.stderr)
+  if streamed:
+    print(flush=True)
+  return result
+
+
+def _heading(prompt: Prompt, headed: bool) -> str:
+  return f'==> {prompt.name} <==\n' if headed else ''
+
+
+def _shown(writer: Writer, prompt: Prompt) -> str:
+  """Returns what is printed before a text: its prompt, unless it is a turn of a conversation."""
+  return '' if writer.request.chat else prompt.text
+
+
+def _converse(writer: Writer) -> None:
+  """Answers what someone types, until the end of the input."""
+  terminal = sys.stdin.isatty()
+  if terminal:
+    print(_WELCOME, file=sys.stderr)
+  for text in _ask(terminal):
+    prompt = Prompt(text, 'the prompt')
     try:
-      _check_unicode(prompt, 'the prompt')
-      show([prompt])
+      check_unicode(text, prompt.name)
+      writer.check([prompt])
+      result, = _show(writer, [prompt], 0, headed=False, typed=terminal)
+      _log_latents(writer, [result])
     except UserError as error:  # this prompt is bad; the next one may be better
       print(error, file=sys.stderr)
-  if writer.engine.stats.begun:
-    logging.info('latents: %s', writer.engine.stats)
+      continue
+    except KeyboardInterrupt:
+      if not terminal:
+        raise
+      print('\nThe text was ended before its first token. Ctrl-D leaves.', file=sys.stderr)
+      continue
+    if writer.request.chat:
+      writer.history.extend([{'role': 'user', 'content': text},
+                             {'role': 'assistant', 'content': result['text']}])
 
 
-def _ask() -> Iterator[str]:
+def _ask(terminal: bool) -> Iterator[str]:
   """Yields the lines that someone types, until the end of the input."""
   while True:
-    if sys.stdin.isatty():
-      print('prompt> ', end='', flush=True)
-    line = sys.stdin.readline()
+    try:
+      if terminal:
+        print('prompt> ', end='', flush=True)
+      line = sys.stdin.readline()
+    except KeyboardInterrupt:
+      if not terminal:
+        raise
+      print('\nCtrl-D leaves.', file=sys.stderr)
+      continue
     if not line:
       return
     if line.strip():
       yield line.rstrip('\n')
 
 
-def _side_by_side(result: dict[str, Any]) -> str:
-  """Formats a result of `Writer.compare` as two columns, plain and with latents."""
+def _log_latents(writer: Writer, results: Sequence[Mapping[str, Any]]) -> None:
+  """Logs where texts got latents, unless none were requested."""
+  stats = writer.engine.stats
+  if writer.context is not None:
+    logging.info('latents came with the cache, before the prompt')
+  if writer.request.options.policy == NEVER:
+    return
+  places = [result['latents_at'] for result in results]
+  tokens = sum(len(result['tokens']) for result in results)
+  if len(results) == 1 and places[0]:
+    said = f'latents were added at tokens {", ".join(map(str, places[0]))} of {tokens:,}'
+  elif any(places):
+    said = (f'latents were added {sum(map(len, places)):,} times in {tokens:,} tokens, to '
+            f'{sum(map(bool, places)):,} of {len(places):,} texts')
+  else:
+    said = f'no latents were added in {tokens:,} tokens'
+  if stats.failed:
+    said += f'; the coprocessor failed {stats.failed} times so far'
+  if stats.late:
+    said += f'; texts ended before latents were ready {stats.late} times so far'
+  logging.info(said)
+
+
+def _side_by_side(result: Mapping[str, Any]) -> str:
+  """Formats a result of `Writer.compare`: two columns of text, and a table of scores."""
   columns = []
-  for name, title in (('plain', 'plain'), ('augmented', 'with latents')):
-    found = result[name]
-    total = sum(found['logprobs'])
-    head = f'{title}: {total:.2f} nats, {total / len(found["tokens"]):.3f} a token'
-    columns.append([head, *textwrap.wrap(found['text'], _COLUMN, replace_whitespace=False,
-                                         drop_whitespace=False)])
-  columns = [[line for part in column for line in part.split('\n')] for column in columns]
+  for name, title in _NAMES.items():
+    parts = textwrap.wrap(result[name]['text'], _COLUMN, replace_whitespace=False,
+                          drop_whitespace=False)
+    lines = (line for part in parts for line in part.split('\n'))
+    columns.append([title, '-' * len(title), *lines])
   height = max(map(len, columns))
   left, right = (column + [''] * (height - len(column)) for column in columns)
   lines = [f'{one:{_COLUMN}} | {other}'.rstrip() for one, other in zip(left, right, strict=True)]
-  return '\n'.join([result['prompt'], *lines, ''])
+  # Both texts are scored both ways, since scores of two different texts say little.
+  table = [f'{"nats (a token)":26}{"by the plain decoder":>22}{"with latents":>22}']
+  for name, title in _NAMES.items():
+    nats, size = result[name]['nats'], len(result[name]['tokens'])
+    cells = [f'{nats[way]:.2f} ({nats[way] / size:.3f})' for way in _NAMES]
+    table.append(f'{title + f", {size} tokens":26}{cells[0]:>22}{cells[1]:>22}')
+  return '\n'.join([result['prompt'], *lines, '', *table, ''])

@@ -1,9 +1,9 @@
 """Fits gates, which say where latents are worth their cost before the coprocessor runs.
 
-A gate gives every place in a text a score, from what the plain decoder knows there. A budget is a
-fraction of all places; those with the highest scores are augmented. The gain of a place is the fall
-of the negative log-likelihood of the tokens ahead. It is measured at all places and counted at
-those that are augmented.
+A gate gives every place in a text a score, from what the plain decoder knows there. A fraction of
+all places, those with the highest scores, is augmented. The gain of a place is the fall of the
+negative log-likelihood of the tokens ahead. It is measured at all places and counted at those that
+are augmented. `inference.policy` turns a budget of decoded tokens into such a fraction.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.inference.passes import Augmentation, State
 
 
@@ -46,8 +46,8 @@ class LatentTiming:
   timeout: float = 60.0
 
   def __post_init__(self):
-    if self.delay is not None and self.delay < 0:
-      raise UserError(f'delay = {self.delay}: it must be 0 tokens or more')
+    if self.delay is not None:
+      check_integer('delay', self.delay, 0)
     if not self.timeout > 0:
       raise UserError(f'timeout = {self.timeout} s: it must be above 0')
 
@@ -100,7 +100,8 @@ class BackgroundAugmentation:
 
   def wait(self) -> None:
     """Waits until the augmentation has ended or its time is over."""
-    self._ended.wait(max(0.0, self._deadline - time.monotonic()))
+    left = self._deadline - time.monotonic()
+    self._ended.wait(min(max(0.0, left), threading.TIMEOUT_MAX))
 
   def result(self) -> Augmentation:
     """Returns the latents, after waiting for them.

@@ -10,11 +10,14 @@ from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, typed
 from latent_deliberation.deliberation.loss import entropy
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import check_integer, check_number
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.passes import Model, State, Weights, embed, predict
 from latent_deliberation.inference.policy import Gate
 from latent_deliberation.inference.ring_cache import RingKVCache, SlotIndex
+
+# Temperatures below and above which float32 logits leave only the likeliest token, or all alike.
+COLDEST, HOTTEST = 1e-8, 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +25,10 @@ class Sampling:
   """Options of sampling. The filters work on the tempered distribution, in this order.
 
   Attributes:
-    temperature: divisor of the logits; 0 takes the likeliest token.
+    temperature: divisor of the logits; 0, and anything below COLDEST, takes the likeliest token.
     top_k: number of the likeliest tokens to keep; None keeps all.
     top_p: keeps the likeliest tokens up to the one at which their probability mass reaches top_p.
+      0 keeps only the likeliest.
     min_p: keeps tokens at least min_p times as likely as the likeliest.
   """
   temperature: float = 0.0
@@ -33,20 +37,23 @@ class Sampling:
   min_p: float = 0.0
 
   def __post_init__(self):
-    if not 0 <= self.temperature < float('inf'):
-      raise UserError(f'temperature = {self.temperature}: it must be 0 (greedy) or above')
-    if self.top_k is not None and self.top_k < 1:
-      raise UserError(f'top_k = {self.top_k}: it must be 1 or more, or None to keep all')
-    if not 0 < self.top_p <= 1:
-      raise UserError(f'top_p = {self.top_p}: it must be above 0 and at most 1, which keeps all')
-    if not 0 <= self.min_p <= 1:
-      raise UserError(f'min_p = {self.min_p}: it must be from 0, which keeps all, to 1')
+    check_number('temperature', self.temperature, 0)
+    if self.top_k is not None:
+      check_integer('top_k', self.top_k, 1, 2**63 - 1)
+    check_number('top_p', self.top_p, 0, 1)
+    check_number('min_p', self.min_p, 0, 1)
+
+  @property
+  def greedy(self) -> bool:
+    """Whether the likeliest token is taken."""
+    return self.temperature < COLDEST
 
 
 @typed
 def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
   """Returns tempered logits, with -inf for dropped tokens; the likeliest is always kept."""
-  logits = logits / sampling.temperature
+  # By an infinite temperature, an impossible token would become not a number.
+  logits = logits / min(sampling.temperature, HOTTEST)
   drop = lambda least: jnp.where(logits < least, -jnp.inf, logits)  # noqa: E731
   if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
     logits = drop(jax.lax.top_k(logits, sampling.top_k)[0][:, -1:])
@@ -55,28 +62,36 @@ def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B
     probabilities = jax.nn.softmax(falling, axis=-1)
     # A token stays if the mass of all likelier ones has not reached top_p.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    logits = drop(jnp.min(jnp.where(before < sampling.top_p, falling, jnp.inf), axis=-1,
-                          keepdims=True))
+    stays = (before < sampling.top_p).at[:, 0].set(True)
+    logits = drop(jnp.min(jnp.where(stays, falling, jnp.inf), axis=-1, keepdims=True))
   if sampling.min_p > 0:
     logits = drop(jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p))
   return logits
 
 
 @typed
-def sample(keys: Array, logits: Float[Array, 'B V'],
-           sampling: Sampling) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
-  """Returns a token for each text, and its log-probability under the model, before any filter.
+def sample(keys: Array, logits: Float[Array, 'B V'], sampling: Sampling,
+           allowed: Bool[Array, ' V'] | None = None) -> Int[Array, 'B']:
+  """Draws a token for each text.
 
   Args:
     keys: [B] PRNG keys. Each text has its own, so its tokens do not depend on the other texts.
+    allowed: ids that may be drawn; None for all.
   """
-  if sampling.temperature == 0:
+  if allowed is not None:
+    logits = jnp.where(allowed, logits, -jnp.inf)
+  if sampling.greedy:
     tokens = jnp.argmax(logits, axis=-1)
   else:
     tokens = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
-  # Of the model itself, without temperature and filters.
+  return tokens.astype(jnp.int32)
+
+
+@typed
+def logprobs_of(tokens: Int[Array, 'B'], logits: Float[Array, 'B V']) -> Float[Array, 'B']:
+  """Returns log-probabilities of tokens under the model itself, before temperature and filters."""
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-  return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 @struct.dataclass
@@ -97,12 +112,13 @@ class Decoded:
   opened: Bool[Array, 'B']
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'size', 'eos'),
+@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'size', 'eos', 'num_ids'),
                    donate_argnames='keys_values')
 def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...], ...],
            state: State, keys: Array, count: Array, active: Array, limit: Array,
-           threshold: Array | None, gate: Gate | None, gate_from: Array, *, sampling: Sampling,
-           size: int, eos: int | None) -> tuple[State, Decoded]:
+           threshold: Array | None, gate: Gate | None, gate_from: Array, forced: Array | None, *,
+           sampling: Sampling, size: int, eos: tuple[int, ...],
+           num_ids: int | None) -> tuple[State, Decoded]:
   """Decodes up to `limit` tokens of every active text in one loop.
 
   Args:
@@ -114,8 +130,15 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     threshold: score in nats above which the loop stops before it draws the token; None for never.
     gate: source of the score; None for the entropy of the next token.
     gate_from: int32 [B], tokens that must be decoded before a text's gate may open.
-    eos: id that ends a text; None for none.
+    forced: int32 [size, B], tokens to take instead of drawn ones; None to draw.
+    eos: ids that end a text.
+    num_ids: ids from here on are never drawn, unless they end a text; None for no such ids.
   """
+  allowed = None
+  if num_ids is not None:
+    ids = jnp.arange(model.decoder.config.vocab_size)
+    allowed = (ids < num_ids) | jnp.isin(ids, jnp.array(eos, jnp.int32))
+
   def opens(step: Array, hidden: Array, logits: Array, active: Array) -> Array:
     if threshold is None:
       return jnp.zeros_like(active)
@@ -133,8 +156,12 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     cache = _with_batch(cache).append(*newest)
 
     # Draw the next token. A text that has ended writes a padding, with segment 0.
-    drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + step)
-    token, logprob = sample(drawn, logits, sampling)
+    if forced is None:
+      drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + step)
+      token = sample(drawn, logits, sampling, allowed)
+    else:
+      token = forced[step]
+    logprob = logprobs_of(token, logits)
     token = jnp.where(active, token, 0)
     index = jax.tree.map(lambda leaf: leaf[:, None], SlotIndex(
         token, position, active.astype(jnp.int32)))
@@ -150,8 +177,8 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     tokens = tokens.at[step].set(token)
     logprobs = logprobs.at[step].set(logprob)
     position = position + active
-    if eos is not None:
-      active = active & (token != eos)
+    for ending in eos:
+      active = active & (token != ending)
     return (step + 1, _without_batch(cache), (fresh, index), hidden, logits, position, tokens,
             logprobs, active, opens(step + 1, hidden, logits, active))
 

@@ -7,6 +7,7 @@ together.
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,13 +25,13 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   Description,
 )
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer, differences
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.background import AugmentationStats
 from latent_deliberation.inference.decode import Decoded, Sampling, decode
 from latent_deliberation.inference.passes import Augmentation, Model, State, Weights
 from latent_deliberation.inference.policy import FittedGate, Gate
-from latent_deliberation.inference.ring_cache import RingKVCache, plan_cache
+from latent_deliberation.inference.ring_cache import RingKVCache, cache_bytes, plan_cache
 from latent_deliberation.inference.tokenizer import (
   Prompts,
   Tokenizer,
@@ -45,6 +46,8 @@ from latent_deliberation.model.decoder import Decoder, fingerprint
 from latent_deliberation.model.layers import Quantised
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
+
+CACHE_BUDGET = 2 * 2**30  # bytes of kv-cache that texts decoded together may take by default
 
 
 class Engine:
@@ -78,8 +81,7 @@ class Engine:
     Raises:
       UserError: `length` is below 1, the coprocessor has other widths, or weights are int8.
     """
-    if length < 1:
-      raise UserError(f'length = {length}: a cache needs room for 1 token or more')
+    _check_length(decoder_config, length, dtype, mesh)
     if isinstance(decoder_params['embedder']['table'], Quantised):
       raise UserError("the decoder's weights are int8, which inference does not support: give the "
                       'weights as they are stored')
@@ -106,6 +108,13 @@ class Engine:
   def shards(self) -> int:
     """Number that must divide the number of texts."""
     return batch_shards(self._mesh, self._rules) if self._mesh is not None else 1
+
+  @property
+  def batch_size(self) -> int:
+    """Number of texts whose caches fit CACHE_BUDGET, 1 or more."""
+    model = self.model
+    return max(1, CACHE_BUDGET // cache_bytes(
+        model.plan, model.decoder.config, model.decoder.dtype))
 
   def read(self, prompts: Prompts) -> State:
     """Reads texts of any lengths from their beginnings.
@@ -164,23 +173,29 @@ class Engine:
       return passes.choose(self.place(rows), chosen, other)
 
   def decode(self, state: State, keys: Array, *, count: int, active: np.ndarray, limit: int,
-             size: int, sampling: Sampling, eos: int | None = None,
-             threshold: float | None = None, gate: Gate | None = None,
-             gate_from: np.ndarray | None = None) -> tuple[State, Decoded]:
+             size: int, sampling: Sampling, eos: tuple[int, ...] = (),
+             num_ids: int | None = None, threshold: float | None = None,
+             gate: Gate | None = None, gate_from: np.ndarray | None = None,
+             forced: np.ndarray | None = None) -> tuple[State, Decoded]:
     """Decodes up to `limit` tokens; the keys and values of `state` are overwritten.
 
     Args:
       gate_from: int32 [B], see `decode.decode`, as for the others; None for 0.
+      forced: int32 [B, size].
     """
     cache = state.cache
     # Keys and values are donated, so they are passed apart from the rest of the state.
     bare = state.replace(cache=cache.replace(keys=(), values=()))
     gate_from = np.zeros(len(active), np.int32) if gate_from is None else gate_from
     threshold = None if threshold is None else np.float32(threshold)
+    forced = None if forced is None else self.place(forced).T
+    # A vocabulary of as many ids as there are embeddings needs no check of what is drawn.
+    if num_ids is not None and num_ids >= self.model.decoder.config.vocab_size:
+      num_ids = None
     return self._call(
         decode, (cache.keys, cache.values), bare, keys, np.int32(count), self.place(active),
-        np.int32(limit), threshold, gate, self.place(gate_from), sampling=sampling, size=size,
-        eos=eos)
+        np.int32(limit), threshold, gate, self.place(gate_from), forced, sampling=sampling,
+        size=size, eos=eos, num_ids=num_ids)
 
   def warm_up(self, batch: int) -> None:
     """Compiles the program that makes latents for `batch` texts, before the first texts need it.
@@ -252,6 +267,26 @@ def _rows(aligned: Array, count: np.ndarray) -> list[np.ndarray]:
   return [row[len(row) - size:] for row, size in zip(np.asarray(aligned), count, strict=True)]
 
 
+def _check_length(config: TransformerConfig, length: int, dtype: str,
+                  mesh: Mesh | None = None) -> None:
+  """Raises UserError where one text of `length` tokens would not fit the memory."""
+  check_integer('length', length, 1)
+  needed = cache_bytes(plan_cache(config, length), config, dtype)
+  # A mesh divides the cache, and tells itself where it does not fit.
+  available = None if mesh is not None else _memory(jax.local_devices()[0])
+  if available is not None and needed > available:
+    raise UserError(f'length = {length}: the kv-cache of one text would take '
+                    f'{needed / 2**30:,.1f} GiB, and the device has {available / 2**30:,.1f} GiB: '
+                    'give a smaller length (--length)')
+
+
+def _memory(device: jax.Device) -> int | None:
+  """Returns the bytes of memory of a device; None where they are not known."""
+  if device.platform == 'cpu':
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return (device.memory_stats() or {}).get('bytes_limit')
+
+
 def _check_coprocessor(decoder_config: TransformerConfig, config: DeliberationConfig,
                        params: Params) -> None:
   if config.reads == 'states':
@@ -319,6 +354,7 @@ def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', 
     UserError: one of them is absent or damaged, or they do not belong together.
   """
   checkpoint = weights.open_checkpoint(decoder_dir)
+  _check_length(checkpoint.config, length, LoadedDecoder.dtype)
   tokenizer = tokenizer_of(checkpoint, vocabulary)
   # Everything that descriptions can tell, before any weights are read.
   place = None
@@ -366,8 +402,10 @@ def check_match(decoder_config: TransformerConfig, decoder_fingerprint: str,
     decoder_fingerprint: '' while it is not known; then only the sizes are compared.
   """
   if coprocessor is not None and coprocessor.decoder_config != decoder_config:
-    raise UserError(f'the coprocessor was trained on a decoder with {coprocessor.decoder_config}, '
-                    f'but this one has {decoder_config}: give the decoder that it was trained on')
+    lines = differences(dataclasses.asdict(coprocessor.decoder_config),
+                        dataclasses.asdict(decoder_config), 'decoder.')
+    raise UserError('\n'.join(['the coprocessor was trained on another decoder:', *lines,
+                               'Give the decoder that it was trained on.']))
   if coprocessor is not None and decoder_fingerprint:
     coprocessor_checkpoint.check_decoder(coprocessor, decoder_fingerprint)
   if gate is not None and decoder_fingerprint:

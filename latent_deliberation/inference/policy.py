@@ -13,8 +13,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from latent_deliberation.array_types import Array, Float
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer, check_number
 from latent_deliberation.paths import GATE_FILE, GATE_WEIGHTS_FILE
+
+MIN_GAP = 8  # tokens that a text decodes, by default, before its gate may open again
+MOST_GAP = 2**30  # added to a number of tokens in int32
 
 
 @struct.dataclass(eq=False)
@@ -45,16 +48,15 @@ class Policy:
   every: int | None = None
   threshold: float | None = None
   gate: Gate | None = None
-  min_gap: int = 8
+  min_gap: int = MIN_GAP
 
   def __post_init__(self):
+    for stop in self.at:  # 0 is the end of the prompt
+      check_integer('at', stop, 0)
     object.__setattr__(self, 'at', tuple(sorted(set(self.at))))
-    if self.at and self.at[0] < 0:
-      raise UserError(f'at = {self.at}: it must be 0, the end of the prompt, or more')
-    for name in ('every', 'min_gap'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise UserError(f'{name} = {value}: it must be 1 token or more')
+    if self.every is not None:
+      check_integer('every', self.every, 1)
+    check_integer('min_gap', self.min_gap, 1, MOST_GAP)
     # A gate needs a threshold. Without a gate the score is an entropy.
     if self.gate is not None and self.threshold is None:
       raise UserError('a gate without a threshold: give the score above which it opens')
@@ -107,18 +109,25 @@ class FittedGate:
           'launch/gate.py')
 
 
-def open_gate(directory: Path, score: str, budget: float) -> FittedGate:
+def open_gate(directory: Path, score: str, budget: float, min_gap: int = MIN_GAP) -> FittedGate:
   """Reads a gate, and finds the threshold that spends a budget by its measured curve.
 
   Args:
     directory: output of launch/gate.py.
     score: 'learned', or 'entropy' for the decoder's own uncertainty.
-    budget: fraction of the measured places at which the gate should open. Between two measured
-      fractions the threshold is interpolated.
+    budget: expected fraction of decoded tokens at which the gate opens. Between two measured
+      thresholds it is interpolated.
+    min_gap: number of tokens that a text decodes before its gate may open again.
 
   Raises:
     UserError: there is no gate, it is damaged, or it has no threshold for this budget.
   """
+  check_number('budget', budget, 0)
+  check_integer('min_gap', min_gap, 1, MOST_GAP)
+  if budget * min_gap > 1:
+    raise UserError(f'budget = {budget}: a gate that opens every min_gap = {min_gap} tokens opens '
+                    f'at {1 / min_gap:.4g} of them. Give a budget up to that, or a smaller '
+                    '--min_gap')
   for name in (GATE_FILE, GATE_WEIGHTS_FILE):
     if not (directory / name).is_file():
       raise UserError(f'{directory} holds no {name}: give the output of launch/gate.py')
@@ -135,14 +144,27 @@ def open_gate(directory: Path, score: str, budget: float) -> FittedGate:
     raise UserError(f'the gate in {directory} is damaged ({type(error).__name__}: {error}): fit '
                     'it again with launch/gate.py') from error
   # Outside of the curve, interpolation would give its end without a warning.
-  if not fractions[0] <= budget <= fractions[-1]:
+  needed = fraction_of_places(budget, min_gap)
+  if not fractions[0] <= needed <= fractions[-1]:
+    least, most = (1 / (min_gap - 1 + 1 / fraction) for fraction in fractions[[0, -1]])
     raise UserError(
-        f'budget = {budget}: {directory / GATE_FILE} has thresholds for fractions from '
-        f'{fractions[0]} to {fractions[-1]}. Give one of these, or no coprocessor to deliberate '
-        'nowhere')
-  threshold = float(np.interp(budget, fractions, thresholds))
-  return FittedGate(directory, decoder_fingerprint,
-                    Policy(threshold=threshold, gate=gate if score == 'learned' else None))
+        f'budget = {budget}: {directory / GATE_FILE} has thresholds for budgets from {least:.4g} '
+        f'to {most:.4g}, at min_gap = {min_gap}. Give one of these, or no coprocessor to '
+        'deliberate nowhere')
+  threshold = float(np.interp(needed, fractions, thresholds))
+  return FittedGate(directory, decoder_fingerprint, Policy(
+      threshold=threshold, gate=gate if score == 'learned' else None, min_gap=min_gap))
+
+
+def fraction_of_places(budget: float, min_gap: int) -> float:
+  """Returns the fraction of places that must pass, so that a gate opens at `budget` of the tokens.
+
+  After it has opened, a gate stays shut for min_gap - 1 places. It then opens at each place with
+  the probability p, which is this fraction, if places are independent. So it opens once in
+  min_gap - 1 + 1 / p tokens.
+  """
+  open_again = 1 - budget * (min_gap - 1)  # fraction of tokens at which the gate may open
+  return min(1.0, budget / open_again)
 
 
 def combine(at: Sequence[int], every: int, gate: FittedGate | None,

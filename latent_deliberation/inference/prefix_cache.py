@@ -5,6 +5,7 @@ such as a document or a system prompt, that launch/augment.py saves so that prom
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,12 @@ class Context:
   """One text in the decoder's cache, without latents and with them. Neither is ever changed."""
   plain: State
   augmented: State
+
+  @functools.cached_property
+  def end(self) -> list[int]:
+    """The last ids of the text."""
+    count = min(16, int(self.plain.lengths[0]))
+    return np.asarray(self.plain.cache.newest(count).tokens[0]).tolist()
 
 
 def check_context(output: Path, document: Path, coprocessor: str) -> str:

@@ -59,6 +59,12 @@ def plan_cache(config: TransformerConfig, length: int, num_latents: int = 0,
   return CachePlan(config.layer_kinds, length, min(window, length), num_latents)
 
 
+def cache_bytes(plan: CachePlan, config: TransformerConfig, dtype: str) -> int:
+  """Returns the bytes of keys and values that one text takes."""
+  slots = sum(plan.slots(kind) + plan.latent_slots for kind in plan.kinds)
+  return 2 * slots * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+
+
 @struct.dataclass
 class SlotIndex:
   """Contents of the slots of one kind of layer, slots + Z of them in each text.

@@ -1,7 +1,7 @@
 """Decodes texts block by block: options, completions, and the session that joins latents.
 
-`generate` and `stream` are the entry points. A `Session` decides on the host, between two blocks of
-tokens, when to deliberate, when latents join, and where texts end.
+`generate`, `stream` and `score` are the entry points. A `Session` decides on the host, between two
+blocks of tokens, when to deliberate, when latents join, and where texts end.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.inference.background import BackgroundAugmentation, LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.engine import Engine, copied
@@ -34,7 +34,8 @@ class DecodingOptions:
   Attributes:
     max_tokens: largest number of tokens to decode for a prompt.
     sampling: temperature and filters of the draw of a token.
-    eos: id that ends a text; None for none.
+    eos: ids that end a text.
+    num_ids: ids from here on are never drawn, unless they end a text; None for no such ids.
     stop: function that is given all tokens of a prompt's completion, after every token. True ends
       the text.
     policy: places where texts deliberate.
@@ -42,14 +43,14 @@ class DecodingOptions:
   """
   max_tokens: int
   sampling: Sampling = Sampling()
-  eos: int | None = None
+  eos: tuple[int, ...] = ()
+  num_ids: int | None = None
   stop: Callable[[Sequence[int]], bool] | None = None
   policy: Policy = NEVER
   timing: LatentTiming = LatentTiming()
 
   def __post_init__(self):
-    if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-      raise UserError(f'max_tokens = {self.max_tokens!r}: it must be an integer of 1 or more')
+    check_integer('max_tokens', self.max_tokens, 1)
 
 
 @dataclasses.dataclass
@@ -70,13 +71,24 @@ class Completion:
 
 def with_ends(options: DecodingOptions, tokenizer: Tokenizer,
               stop: Sequence[str]) -> DecodingOptions:
-  """Returns options that end a text at the tokenizer's eos, or at one of the strings `stop`."""
-  return dataclasses.replace(options, eos=tokenizer.eos, stop=stop_at(tokenizer, stop))
+  """Returns options that end a text where its decoder does, or at one of the strings `stop`.
+
+  Only ids of the tokenizer are drawn, since no other has a text.
+  """
+  eos = tuple(dict.fromkeys((tokenizer.eos, *tokenizer.conventions.ends)))
+  return dataclasses.replace(options, eos=eos, num_ids=tokenizer.size,
+                             stop=stop_at(tokenizer, stop))
 
 
-def text_of(completion: Completion, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
-  """Returns the text of a completion, without the stop string that ended it."""
-  text = tokenizer.decode(completion.tokens)
+def text_of(completion: Completion, tokenizer: Tokenizer, stop: Sequence[str],
+            before: Sequence[int]) -> str:
+  """Returns the text that a completion adds to its prompt, without what ended it.
+
+  Args:
+    before: ids before the completion, or the last of them.
+  """
+  ended = completion.finish_reason == 'eos'
+  text = tokenizer.decode(completion.tokens[:-1] if ended else completion.tokens, before)
   ends = [text.find(string) for string in stop if string in text]
   return text[:min(ends)] if completion.finish_reason == 'stop' and ends else text
 
@@ -104,11 +116,13 @@ class Session:
     completions: completion of each text.
   """
 
-  def __init__(self, engine: Engine, state: State, options: DecodingOptions, seeds: list[int]):
+  def __init__(self, engine: Engine, state: State, options: DecodingOptions, seeds: list[int],
+               forced: Prompts | None = None):
     """Begins from a state, which is overwritten.
 
     Args:
       seeds: seeds of the texts. Further rows of the state are filler.
+      forced: tokens of each text to take instead of drawn ones; None to draw.
     """
     self.engine, self.options, self.state, self.policy = engine, options, state, options.policy
     # Without a coprocessor the plain decoder continues, with one warning.
@@ -126,6 +140,14 @@ class Session:
     self.base, self.base_count, self.augmentation = None, 0, None
     self.attached, self.waiting, self.opened = np.zeros((3, batch), bool)
     self.gate_from = np.zeros(batch, np.int32)
+    # Number of tokens of each text, and given tokens, with some of a block after the last one.
+    self.sizes = [options.max_tokens] * len(self.completions)
+    self.forced = None
+    if forced is not None:
+      self.sizes = [len(tokens) for tokens in forced]
+      self.forced = np.zeros((batch, max(self.sizes) + BLOCK), np.int32)
+      for row, tokens in zip(self.forced, forced, strict=False):
+        row[:len(tokens)] = tokens
 
   def run(self) -> Iterator[list[Completion]]:
     """Decodes to the end."""
@@ -238,10 +260,12 @@ class Session:
     threshold = self.policy.threshold
     if threshold is not None and self.waiting.any():
       threshold = math.inf  # no gate opens while texts wait for latents
+    forced = None if self.forced is None else self.forced[:, self.count:self.count + BLOCK]
     self.state, decoded = self.engine.decode(
         self.state, self.keys, count=self.count, active=self.active, limit=self._limit(),
-        size=BLOCK, sampling=self.options.sampling, eos=self.options.eos, threshold=threshold,
-        gate=self.policy.gate, gate_from=self.gate_from)
+        size=BLOCK, sampling=self.options.sampling, eos=self.options.eos,
+        num_ids=self.options.num_ids, threshold=threshold, gate=self.policy.gate,
+        gate_from=self.gate_from, forced=forced)
     decoded = jax.device_get(decoded)
     self.count += int(decoded.steps)
     self.opened = decoded.opened
@@ -251,18 +275,18 @@ class Session:
         if completion.finish_reason:
           break
         self._add(completion, int(decoded.tokens[step, number]),
-                  float(decoded.logprobs[step, number]))
+                  float(decoded.logprobs[step, number]), self.sizes[number])
       self.active[number] = not completion.finish_reason
     return int(decoded.steps)
 
-  def _add(self, completion: Completion, token: int, logprob: float) -> None:
+  def _add(self, completion: Completion, token: int, logprob: float, size: int) -> None:
     completion.tokens.append(token)
     completion.logprobs.append(logprob)
-    if token == self.options.eos:
+    if token in self.options.eos:
       completion.finish_reason = 'eos'
     elif self.options.stop is not None and self.options.stop(completion.tokens):
       completion.finish_reason = 'stop'
-    elif len(completion.tokens) == self.options.max_tokens:
+    elif len(completion.tokens) == size:
       completion.finish_reason = 'length'
 
 
@@ -273,8 +297,28 @@ def generate(engine: Engine, texts: Prompts | State, options: DecodingOptions,
   return completions
 
 
+def score(engine: Engine, texts: Prompts | State, continuations: Prompts,
+          options: DecodingOptions) -> list[Completion]:
+  """Decodes given continuations, with latents where the policy would make them; see `stream`.
+
+  The completions hold the given tokens, and their log-probabilities.
+
+  Args:
+    continuations: ids of each text, one or more.
+    options: options of decoding, of which the policy and the timing are used.
+  """
+  if not all(continuations):
+    raise UserError(f'continuation {list(map(len, continuations)).index(0)} is empty: there is '
+                    'nothing to score')
+  options = dataclasses.replace(options, max_tokens=max(map(len, continuations)), eos=(),
+                                stop=None, num_ids=None)
+  *_, completions = stream(engine, texts, options, forced=continuations)
+  return completions
+
+
 def stream(engine: Engine, texts: Prompts | State, options: DecodingOptions,
-           seeds: Sequence[int] | None = None) -> Iterator[list[Completion]]:
+           seeds: Sequence[int] | None = None, forced: Prompts | None = None,
+           ) -> Iterator[list[Completion]]:
   """Checks everything, then decodes a block of tokens at a time.
 
   Args:
@@ -283,6 +327,7 @@ def stream(engine: Engine, texts: Prompts | State, options: DecodingOptions,
     options: options of decoding.
     seeds: seeds of the texts; default 0, 1, 2, ... Each text is drawn by its own seed, whatever
       the others are.
+    forced: tokens of each text to take instead of drawn ones; None to draw.
 
   Returns: an iterator over the same growing completions; the first has one token.
 
@@ -295,20 +340,53 @@ def stream(engine: Engine, texts: Prompts | State, options: DecodingOptions,
   lengths = np.asarray(texts.lengths) if given else np.array([len(prompt) for prompt in texts])
   if not given:
     check_prompts(texts, np.zeros(len(texts)), engine.model.decoder.config.vocab_size)
-  check_room(lengths, options.max_tokens, engine.model.plan.global_slots)
-  if engine.model.coprocessor is not None and options.policy != NEVER:
-    check_anchors(lengths, engine.model.coprocessor.config.first_anchor)
+  check_lengths(engine, lengths, options)
   width, gate = engine.model.decoder.config.embed_dim, options.policy.gate
   if gate is not None and gate.weight.shape != (width,):
     raise UserError(f'the weight of the gate has shape {gate.weight.shape}, but the decoder needs '
                     f'{(width,)}: give a gate that was fitted on this decoder')
-  seeds = list(range(len(lengths))) if seeds is None else list(seeds)
-  if len(seeds) != len(lengths) or not all(0 <= seed < 2**32 for seed in seeds):
-    raise UserError(f'{len(seeds)} seeds {seeds[:4]} for {len(lengths)} texts: give one for each, '
-                    'between 0 and 2**32 - 1')
+  seeds = check_seeds(seeds, len(lengths))
   # A given state is copied, because decoding overwrites its cache.
   if given:
-    return Session(engine, copied(texts), options, seeds).run()
+    return Session(engine, copied(texts), options, seeds, forced).run()
   # The mesh divides the texts evenly, so the first prompt fills up the last shards.
   filler = [texts[0]] * (-len(texts) % engine.shards)
-  return Session(engine, engine.read([*texts, *filler]), options, seeds).run()
+  return Session(engine, engine.read([*texts, *filler]), options, seeds, forced).run()
+
+
+def check_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
+  """Returns a seed for each of `count` texts; 0, 1, 2, ... for None.
+
+  Raises:
+    UserError: there is not one for each text, or one is not from 0 to 2**32 - 1.
+  """
+  seeds = list(range(count)) if seeds is None else list(seeds)
+  if len(seeds) != count:
+    raise UserError(f'{len(seeds)} seeds {seeds[:4]} for {count} texts: give one for each')
+  for seed in seeds:
+    check_integer('seed', seed, 0, 2**32 - 1)
+  return seeds
+
+
+def check_lengths(engine: Engine, lengths: np.ndarray, options: DecodingOptions,
+                  names: Sequence[str] = ()) -> None:
+  """Raises UserError where texts of `lengths` [B] tokens cannot be decoded as the options say.
+
+  Args:
+    names: see `check_room`.
+  """
+  check_room(lengths, options.max_tokens, engine.model.plan.global_slots, names)
+  if engine.model.coprocessor is not None and options.policy != NEVER:
+    check_anchors(lengths, engine.model.coprocessor.config.first_anchor, names)
+
+
+def batches(engine: Engine, count: int, batch_size: int = 0) -> Iterator[slice]:
+  """Yields the texts that are decoded together, of `count` texts.
+
+  Args:
+    batch_size: number of texts; 0 for as many as `Engine.batch_size` says.
+  """
+  check_integer('batch_size', batch_size, 0)
+  size = batch_size or engine.batch_size
+  for first in range(0, count, size):
+    yield slice(first, min(first + size, count))

@@ -3,8 +3,10 @@
 Nothing here needs TensorFlow.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,48 +23,71 @@ from latent_deliberation.data.data_config import (
 )
 from latent_deliberation.data.tokenizer_json import TokenizerJson
 from latent_deliberation.errors import UserError
+from latent_deliberation.inference.conventions import (
+  NO_CONVENTIONS,
+  Conventions,
+  Message,
+  read_conventions,
+)
 from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.paths import VOCABULARY_FILE
 
 BYTES = 'byte'  # name of the byte vocabulary, in the place of a path
+_CONTEXT = 16  # ids before a text that decide how it begins; one of them is more than a space
 
 
 class Tokenizer(Protocol):
   """Attributes:
     size: number of ids.
-    eos: id that ends a text.
+    bos, eos: ids that begin and end a text.
     hash: hash of everything that decides how text becomes ids, as in a decoder's description.
+    control: pieces that stand for control ids, such as '<start_of_turn>', with the ids.
+    conventions: what the decoder's files say of its texts.
   """
   size: int
+  bos: int
   eos: int
   hash: str
+  control: Mapping[str, int]
+  conventions: Conventions
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text; the first one begins every text."""
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of ids, without special ones."""
+  def encode_more(self, text: str) -> list[int]:
+    """Returns the ids of a text that continues another one."""
+
+  def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+    """Returns the text that `ids` add to the text of the ids `before`, without special ones."""
 
 
 class ByteTokenizer:
   """UTF-8 bytes as ids from 4 on."""
   size = BYTE_VOCABULARY_SIZE
-  eos = EOS_ID
+  bos, eos = BOS_ID, EOS_ID
   hash = BYTE_VOCABULARY_HASH
+
+  def __init__(self, conventions: Conventions = NO_CONVENTIONS):
+    self.conventions = conventions
+    self.control = {'<bos>': BOS_ID, '<eos>': EOS_ID, **conventions.special}
 
   def encode(self, text: str) -> list[int]:
     """See Tokenizer."""
     return [BOS_ID, *encode_bytes(text)]
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def encode_more(self, text: str) -> list[int]:
+    """See Tokenizer."""
+    return encode_bytes(text)
+
+  def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
     """See Tokenizer. Bytes that are not UTF-8 become U+FFFD."""
-    return decode_bytes(ids)
+    return decode_bytes([i for i in ids if i < self.size])
 
 
 class SentencePieceTokenizer:
   """A SentencePiece model, such as Gemma's tokenizer.model."""
 
-  def __init__(self, path: Path):
+  def __init__(self, path: Path, conventions: Conventions = NO_CONVENTIONS):
     """Reads the model.
 
     Raises:
@@ -79,47 +104,108 @@ class SentencePieceTokenizer:
       raise UserError(f'{path} ({len(model)} bytes) is not a SentencePiece model: {error}. Give '
                       'another path, or delete a damaged file') from error
     self.size = self._model.vocab_size()
-    self.eos = self._model.eos_id()
+    self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
     self.hash = hashlib.sha256(model).hexdigest()
+    self.conventions, self._bytes = conventions, model
     # SentencePiece gives -1 for an id that a model does not have.
-    if self._model.bos_id() < 0 or self.eos < 0:
-      raise UserError(f'{path}: bos id {self._model.bos_id()}, eos id {self.eos}: a text begins '
+    if self.bos < 0 or self.eos < 0:
+      raise UserError(f'{path}: bos id {self.bos}, eos id {self.eos}: a text begins '
                       'and ends with one. Give the vocabulary that the decoder was trained with')
+
+  @functools.cached_property
+  def control(self) -> Mapping[str, int]:
+    """See Tokenizer."""
+    own = {self._model.id_to_piece(number): number for number in range(self.size)
+           if self._model.is_control(number)}
+    added = {piece: number for piece, number in self.conventions.added.items()
+             if number >= self.size}
+    return {**own, **added, **self.conventions.special}
 
   def encode(self, text: str) -> list[int]:
     """See Tokenizer."""
-    return [self._model.bos_id(), *self._model.encode(text)]
+    return [self.bos, *self._model.encode(text)]
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def encode_more(self, text: str) -> list[int]:
     """See Tokenizer."""
-    return self._model.decode([int(i) for i in ids if not self._model.is_control(int(i))])
+    model, collapses = self._continuing
+    # A model that collapses spaces drops those that begin a text, and puts one there instead.
+    return (self._model if collapses and text[:1].isspace() else model).encode(text)
+
+  @functools.cached_property
+  def _continuing(self) -> tuple[sentencepiece.SentencePieceProcessor, bool]:
+    """The model without a space before the text, and whether it collapses spaces.
+
+    `add_dummy_prefix`, the default of spm_train, reads every text as if a space came before it.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    model = sentencepiece_model_pb2.ModelProto.FromString(self._bytes)
+    collapses = model.normalizer_spec.remove_extra_whitespaces
+    if not model.normalizer_spec.add_dummy_prefix:
+      return self._model, False
+    model.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()), collapses
+
+  def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+    """See Tokenizer."""
+    # SentencePiece drops the space that begins a text. It must not drop one within a text.
+    before = self._pieces(before[-_CONTEXT:])
+    return self._model.decode([*before, *self._pieces(ids)])[len(self._model.decode(before)):]
+
+  def _pieces(self, ids: Sequence[int]) -> list[int]:
+    """Returns the ids that stand for text."""
+    return [int(i) for i in ids if 0 <= i < self.size and not self._model.is_control(int(i))]
 
 
 class JsonTokenizer:
   """A tokenizer.json, such as that of Llama 3, Qwen or SmolLM2; see `TokenizerJson`."""
 
-  def __init__(self, path: Path):
-    self._model = TokenizerJson(path)
-    self.size, self.eos, self.hash = self._model.size, self._model.eos, self._model.hash
+  def __init__(self, path: Path, conventions: Conventions = NO_CONVENTIONS):
+    self._model, self.conventions = TokenizerJson(path), conventions
+    self.size, self.hash = self._model.size, self._model.hash
+    self.bos, self.eos = self._model.bos, self._model.eos
+
+  @functools.cached_property
+  def control(self) -> Mapping[str, int]:
+    """See Tokenizer."""
+    own = {self._model.pieces[number]: number for number in self._model.special}
+    return {**own, **self.conventions.special}
 
   def encode(self, text: str) -> list[int]:
     """See Tokenizer."""
-    return [self._model.bos, *self._model.encode(text)]
+    return [self.bos, *self._model.encode(text)]
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def encode_more(self, text: str) -> list[int]:
     """See Tokenizer."""
-    return self._model.decode(ids)
+    # Some vocabularies read every text as if a space came before it. After a line there is none.
+    line, longer = self._model.encode('\n'), self._model.encode('\n' + text)
+    if self._adds_space and longer[:len(line)] == line:
+      return longer[len(line):]
+    return self._model.encode(text)
+
+  @functools.cached_property
+  def _adds_space(self) -> bool:
+    return len(self._model.encode('\na')) < len(self._model.encode('\n') + self._model.encode('a'))
+
+  def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+    """See Tokenizer."""
+    before = self._known(before[-_CONTEXT:])
+    return self._model.decode([*before, *self._known(ids)])[len(self._model.decode(before)):]
+
+  def _known(self, ids: Sequence[int]) -> list[int]:
+    return [int(i) for i in ids if int(i) in self._model.pieces]
 
 
-def open_tokenizer(vocabulary: str | Path) -> Tokenizer:
+def open_tokenizer(vocabulary: str | Path,
+                   conventions: Conventions = NO_CONVENTIONS) -> Tokenizer:
   """Opens a SentencePiece model, a .json file of Hugging Face, or 'byte'.
 
   Raises what `SentencePieceTokenizer` and `TokenizerJson` do.
   """
   if vocabulary == BYTES:
-    return ByteTokenizer()
+    return ByteTokenizer(conventions)
   path = Path(vocabulary)
-  return JsonTokenizer(path) if path.suffix == '.json' else SentencePieceTokenizer(path)
+  kind = JsonTokenizer if path.suffix == '.json' else SentencePieceTokenizer
+  return kind(path, conventions)
 
 
 def tokenizer_of(checkpoint: Checkpoint, vocabulary: str = '') -> Tokenizer:
@@ -140,7 +226,7 @@ def tokenizer_of(checkpoint: Checkpoint, vocabulary: str = '') -> Tokenizer:
                       '--vocabulary=PATH, its SentencePiece model or tokenizer.json, or '
                       f'--vocabulary={BYTES}')
     vocabulary = str(found)
-  tokenizer = open_tokenizer(vocabulary)
+  tokenizer = open_tokenizer(vocabulary, read_conventions(checkpoint))
   # It must be the decoder's own, and have no more pieces than there are embeddings.
   if checkpoint.vocabulary_hash and tokenizer.hash != checkpoint.vocabulary_hash:
     raise UserError(f'the decoder in {checkpoint.directory} was trained with the vocabulary '
@@ -174,12 +260,44 @@ def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[
   # A token may begin before the string that it completes. A character has at most 4 bytes, and
   # so at most 4 tokens.
   reach = 4 * max(map(len, strings)) + 4
+  before = tokenizer.encode('a')  # a text comes before, so a first space counts
 
   def stop(tokens: Sequence[int]) -> bool:
-    text = tokenizer.decode(tokens[-reach:])
+    text = tokenizer.decode(tokens[-reach:], before)
     return any(string in text for string in strings)
 
   return stop
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+  """Returns the ids of the prompt that asks for the next turn of a conversation.
+
+  Args:
+    tokenizer: tokenizer of the decoder, whose conventions hold a chat template.
+    messages: turns so far, with the keys 'role' and 'content'.
+
+  Raises:
+    UserError: see `Conventions.render`.
+  """
+  names = {number: piece for piece, number in tokenizer.control.items()}
+  text = tokenizer.conventions.render(
+      messages, names.get(tokenizer.bos, ''), names.get(tokenizer.eos, ''))
+  # Control pieces become their ids, and the text between them is read as text.
+  pieces = '|'.join(map(re.escape, sorted(tokenizer.control, key=len, reverse=True)))
+  ids, begun = [], False
+  for part in re.split(f'({pieces})', text):
+    if part in tokenizer.control:
+      ids.append(tokenizer.control[part])
+    elif part:
+      ids += tokenizer.encode_more(part) if begun else tokenizer.encode(part)[1:]
+      begun = True
+  return ids
+
+
+def typed_control(tokenizer: Tokenizer, text: str) -> list[str]:
+  """Returns the control pieces that occur in a text, which `encode` reads as plain characters."""
+  return [piece for piece, number in tokenizer.control.items()
+          if piece in text and number not in tokenizer.encode(piece)[1:]]
 
 
 # --- Prompts as arrays ---
@@ -206,21 +324,28 @@ def check_prompts(prompts: Prompts, before: np.ndarray, vocab_size: int) -> None
                       f'{vocab_size - 1}: use the vocabulary that it was trained with')
 
 
-def check_room(lengths: np.ndarray, more: int, room: int) -> None:
-  """Raises UserError where a text of `lengths` [B] and `more` tokens does not fit a cache."""
+def check_room(lengths: np.ndarray, more: int, room: int, names: Sequence[str] = ()) -> None:
+  """Raises UserError where a text of `lengths` [B] and `more` tokens does not fit a cache.
+
+  Args:
+    names: names of the texts in errors; default 'text 0', 'text 1', ...
+  """
   longest = int(np.argmax(lengths))
-  if lengths[longest] + more > room:
+  if int(lengths[longest]) + more > room:
+    name = names[longest] if names else f'text {longest}'
     raise UserError(
-        f'text {longest} has {lengths[longest]} tokens, {more} more are requested, and the cache '
-        f'has room for {room}: shorten the text, request fewer, or raise length')
+        f'{name} has {lengths[longest]} tokens, {more} more are requested, and the cache '
+        f'has room for {room}: shorten the text, request fewer (--max_tokens), or raise length '
+        '(--length)')
 
 
-def check_anchors(lengths: np.ndarray, first_anchor: int) -> None:
-  """Raises UserError where a text is too short for latents at its end."""
+def check_anchors(lengths: np.ndarray, first_anchor: int, names: Sequence[str] = ()) -> None:
+  """Raises UserError where a text is too short for latents at its end; see `check_room`."""
   shortest = int(np.argmin(lengths))
   if lengths[shortest] <= first_anchor:
+    name = names[shortest] if names else f'text {shortest}'
     raise UserError(
-        f'text {shortest} has {lengths[shortest]} tokens, but refining latents replace its last '
+        f'{name} has {lengths[shortest]} tokens, but refining latents replace its last '
         f'{first_anchor + 1}: give a longer prompt')
 
 

@@ -179,7 +179,7 @@ def write_chains(engine: Engine, prompts: Prompts, ending: Sequence[int], max_to
   """
   ending = list(ending)
   options = DecodingOptions(
-      max_tokens, eos=eos, stop=lambda tokens: list(tokens[-len(ending):]) == ending)
+      max_tokens, eos=(eos,), stop=lambda tokens: list(tokens[-len(ending):]) == ending)
   # Prompts of similar lengths share a batch, which saves padding.
   order = np.argsort([len(prompt) for prompt in prompts], kind='stable').tolist()
   chains: list[list[int]] = [[] for _ in prompts]

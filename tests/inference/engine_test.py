@@ -9,11 +9,18 @@ import pytest
 from latent_deliberation.deliberation.deliberation_config import LATENTS
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference import decode, passes
+from latent_deliberation.inference import engine as engine_module
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
-from latent_deliberation.inference.engine import Engine
+from latent_deliberation.inference.engine import CACHE_BUDGET, Engine
 from latent_deliberation.inference.policy import ONCE, Gate, Policy
-from latent_deliberation.inference.session import DecodingOptions, generate, stream
+from latent_deliberation.inference.session import (
+  DecodingOptions,
+  batches,
+  generate,
+  score,
+  stream,
+)
 from latent_deliberation.model import weights
 from latent_deliberation.model.layers import quantise
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
@@ -165,12 +172,73 @@ def test_reading_on_is_decoding(decoder_params, latents):
 def test_eos_ends_only_its_own_text(plain):
   whole = generate(plain, PROMPTS, DecodingOptions(24))
   eos = whole[0].tokens[10]
-  ended = generate(plain, PROMPTS, DecodingOptions(24, eos=eos))
+  ended = generate(plain, PROMPTS, DecodingOptions(24, eos=(eos,)))
   for completion, long in zip(ended, whole, strict=True):
     end = long.tokens.index(eos) + 1 if eos in long.tokens else 24
     assert completion.tokens == long.tokens[:end]
     assert completion.logprobs == long.logprobs[:end]
     assert completion.finish_reason == ('eos' if eos in long.tokens else 'length')
+
+
+def test_any_of_several_ids_ends_a_text(plain):
+  whole = generate(plain, PROMPTS, DecodingOptions(24))
+  ids = whole[0].tokens[10], whole[1].tokens[5]
+  for completion, long in zip(generate(plain, PROMPTS, DecodingOptions(24, eos=ids)), whole,
+                              strict=True):
+    end = next((place for place, token in enumerate(long.tokens, 1) if token in ids), 24)
+    assert completion.tokens == long.tokens[:end]
+    assert completion.finish_reason == ('eos' if long.tokens[end - 1] in ids else 'length')
+
+
+@pytest.mark.parametrize('sampling', [Sampling(), NUCLEUS], ids=['greedy', 'sampled'])
+def test_ids_beyond_the_tokenizer_are_never_written(plain, decoder_params, sampling):
+  """Only ids below num_ids, and those that end a text; log-probabilities stay the model's."""
+  whole = [token for each in generate(plain, PROMPTS, DecodingOptions(24, sampling))
+           for token in each.tokens]
+  num_ids, eos = max(whole), 37
+  options = DecodingOptions(24, sampling, num_ids=num_ids, eos=(eos,))
+  for prompt, completion in zip(PROMPTS, generate(plain, PROMPTS, options), strict=True):
+    assert all(token < num_ids or token == eos for token in completion.tokens)
+    expected = plain_logprobs(decoder_params, prompt, completion.tokens)
+    np.testing.assert_allclose(completion.logprobs, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize('policy', [ONCE, Policy(every=5)], ids=['once', 'every'])
+def test_score_is_what_decoding_gave(refining, policy):
+  """Given tokens score as when they were drawn, with latents in the same places."""
+  options = DecodingOptions(18, NUCLEUS, policy=policy)
+  drawn = generate(refining, PROMPTS, options)
+  assert_same(score(refining, PROMPTS, [each.tokens for each in drawn], options), drawn)
+
+
+def test_score_without_latents_is_the_decoders(refining, decoder_params):
+  """Continuations have lengths of their own."""
+  continuations = [PROMPTS[1], PROMPTS[0], PROMPTS[2][:1]]
+  for prompt, tokens, found in zip(
+      PROMPTS, continuations, score(refining, PROMPTS, continuations, DecodingOptions(1)),
+      strict=True):
+    assert found.tokens == tokens
+    np.testing.assert_allclose(found.logprobs, plain_logprobs(decoder_params, prompt, tokens),
+                               atol=2e-5)
+
+
+def test_batches_fit_the_budget(refining):
+  """The default number of texts is the budget over the bytes of one cache."""
+  cache = refining.read(PROMPTS).cache
+  one = sum(each.nbytes for each in (*cache.keys, *cache.values)) // len(PROMPTS)
+  assert refining.batch_size == CACHE_BUDGET // one
+  assert list(batches(refining, 5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+  assert list(batches(refining, 5)) == [slice(0, 5)]
+
+
+def test_length_beyond_the_memory_is_refused(decoder_params, monkeypatch):
+  """It is noticed before anything is allocated."""
+  cache = Engine(tiny.CONFIG, decoder_params, length=4096).read(PROMPTS[:1]).cache
+  size = sum(each.nbytes for each in (*cache.keys, *cache.values))
+  monkeypatch.setattr(engine_module, '_memory', lambda device: size)
+  Engine(tiny.CONFIG, decoder_params, length=4096)
+  with pytest.raises(UserError, match='length = 4097: .* GiB.*--length'):
+    Engine(tiny.CONFIG, decoder_params, length=4097)
 
 
 def test_stop_ends_only_its_own_text(plain):
@@ -228,11 +296,19 @@ def test_other_bad_input_is_refused(refining, decoder_params):
   state = refining.read(PROMPTS)
   for call, message in (
       (lambda: stream(refining, PROMPTS, DecodingOptions(4), seeds=[1]), '1 seeds .* for 3 texts'),
-      (lambda: stream(refining, PROMPTS, DecodingOptions(4), seeds=[1, 2, -1]), 'between 0 and'),
+      (lambda: stream(refining, PROMPTS, DecodingOptions(4), seeds=[1, 2, -1]), 'seed = -1'),
       (lambda: stream(refining, PROMPTS, DecodingOptions(4, policy=Policy(
           threshold=0.0, gate=Gate(np.zeros(9), 0.0)))), r'shape \(9,\), .*\(16,'),
+      (lambda: stream(refining, PROMPTS, DecodingOptions(4), seeds=[1, 2, 0.5]), 'seed = 0.5'),
+      (lambda: stream(refining, PROMPTS, DecodingOptions(4), seeds=[1, 2, 2**32]), 'seed = 4294'),
+      (lambda: stream(refining, PROMPTS, DecodingOptions(2**31 - 1)), 'text 1 has 19 tokens'),
       (lambda: DecodingOptions(0), 'max_tokens = 0'),
+      (lambda: DecodingOptions(10**30), 'max_tokens = 1000'),
+      (lambda: DecodingOptions(True), 'max_tokens = True'),
+      (lambda: list(batches(refining, 3, -1)), 'batch_size = -1'),
+      (lambda: score(refining, PROMPTS, [[1], [], [2]], DecodingOptions(4)), 'continuation 1'),
       (lambda: Engine(tiny.CONFIG, decoder_params, length=0), 'length = 0'),
+      (lambda: Engine(tiny.CONFIG, decoder_params, length=10**30), 'length = 1000'),
       (lambda: Engine(tiny.CONFIG, quantise(decoder_params), length=9), 'int8'),
       (lambda: refining.read_on(state, [[1]]), '1 prompts for a state of 3 texts'),
       (lambda: refining.read_on(state, [[], [1] * 30, []]), 'text 1 has 49 tokens'),

@@ -1,9 +1,15 @@
 """Text becomes the ids that training saw, and comes back."""
 
+import io
+import itertools
+
 import pytest
+import sentencepiece
 
 from latent_deliberation.data import vocabularies
 from latent_deliberation.errors import UserError
+from latent_deliberation.inference.conventions import Conventions
+from latent_deliberation.inference.session import Completion, text_of
 from latent_deliberation.inference.tokenizer import (
   ByteTokenizer,
   open_tokenizer,
@@ -42,6 +48,80 @@ def test_ids_are_those_of_prepared_data(kind, model, tokenizer_json):
     ids = tokenizer.encode(text)
     assert ids == [vocabulary.bos_id, *vocabulary.encode(text)]
     assert tokenizer.decode([*ids, tokenizer.eos]) == text
+
+
+@pytest.fixture(scope='module', params=[True, False], ids=['collapses', 'keeps spaces'])
+def dummy_prefix(request, tmp_path_factory):
+  """A vocabulary with spm_train's default, a space before every text."""
+  path, model = tmp_path_factory.mktemp('defaults') / 'tokenizer.model', io.BytesIO()
+  words = ['The cat sat on the mat', 'the rain fell on the cat', 'a train ran on the mat'] * 20
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(words), model_writer=model, vocab_size=300, byte_fallback=True,
+      control_symbols=['<turn>'], remove_extra_whitespaces=request.param, hard_vocab_limit=False,
+      minloglevel=2)
+  path.write_bytes(model.getvalue())
+  return open_tokenizer(path)
+
+
+def test_continuation_keeps_its_first_space(dummy_prefix):
+  """It is what it adds to the text of its prompt."""
+  tokenizer, prompt = dummy_prefix, dummy_prefix.encode('The cat sat')
+  assert prompt + tokenizer.encode_more(' on the mat') == tokenizer.encode('The cat sat on the mat')
+  for more in (' on the mat', 's on', ' é 漢', '\N{SLIGHTLY SMILING FACE}'):
+    ids = tokenizer.encode_more(more)
+    assert tokenizer.decode(ids, prompt) == more
+    # A stream shows the same in pieces.
+    completion, said = Completion(ids), ''
+    for count in range(1, len(ids) + 1):
+      text = text_of(Completion(ids[:count]), tokenizer, (), prompt).rstrip('\ufffd')
+      assert text.startswith(said)
+      said = text
+    assert said == text_of(completion, tokenizer, (), prompt) == more
+  # After the beginning of a text there is no space.
+  assert tokenizer.decode(tokenizer.encode('The')[1:], [tokenizer.bos]) == 'The'
+
+
+def test_stop_string_with_a_space_ends_at_the_first_token(dummy_prefix):
+  ids = dummy_prefix.encode_more(' on the mat')
+  before = dummy_prefix.encode('The cat sat')
+  stop = dummy_prefix.decode(ids[:1], before)
+  assert stop[0] == ' ' and stop_at(dummy_prefix, [stop])(ids[:1])
+  assert text_of(Completion(ids[:1], finish_reason='stop'), dummy_prefix, [stop], before) == ''
+
+
+def test_own_vocabularies_need_no_prefix(model, tokenizer_json):
+  """Without a dummy prefix, a continuation is read as any text."""
+  for tokenizer in (ByteTokenizer(), open_tokenizer(model), open_tokenizer(tokenizer_json)):
+    for text in TEXTS:
+      assert tokenizer.encode_more(text) == tokenizer.encode(text)[1:]
+      assert tokenizer.decode(tokenizer.encode_more(text), tokenizer.encode(TEXTS[0])) == text
+
+
+def test_ids_that_a_vocabulary_lacks_have_no_text(model, tokenizer_json, dummy_prefix):
+  """Tables are often longer than vocabularies, and models have added tokens."""
+  for tokenizer in (ByteTokenizer(), open_tokenizer(model), open_tokenizer(tokenizer_json),
+                    dummy_prefix):
+    ids = tokenizer.encode('the cat')
+    lacking = [*itertools.chain(*((token, tokenizer.size + 5) for token in ids)), 2**31, -1]
+    assert tokenizer.decode(lacking) == tokenizer.decode(ids) == 'the cat'
+    assert stop_at(tokenizer, ['cat'])(lacking)
+
+
+def test_end_of_a_text_is_not_shown():
+  """An end may be a piece of text to the vocabulary."""
+  tokenizer = ByteTokenizer(Conventions(ends=(100,)))
+  ids = [*tokenizer.encode_more('ab'), 100]
+  assert text_of(Completion(ids, finish_reason='eos'), tokenizer, (), ()) == 'ab'
+  assert text_of(Completion(ids, finish_reason='length'), tokenizer, (), ()) == 'ab`'
+
+
+def test_control_pieces_have_ids(dummy_prefix, tmp_path):
+  path = tmp_path / 'tokenizer.model'
+  path.write_bytes(dummy_prefix._bytes)
+  assert dummy_prefix.control['<turn>'] not in dummy_prefix.encode('a<turn>b')
+  conventions = Conventions(special={'<turn>': 4}, added={'<new>': dummy_prefix.size, 'the': 5})
+  tokenizer = open_tokenizer(path, conventions)
+  assert tokenizer.control == {**dummy_prefix.control, '<turn>': 4, '<new>': tokenizer.size}
 
 
 def test_stop_at_last_token(model, tokenizer_json):

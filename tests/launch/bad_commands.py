@@ -143,7 +143,13 @@ BAD = {
         'temperature = -1.0: .*0'),
     'a prompt longer than the cache': Bad(
         'generate', '--decoder={run}/pretraining/decoder --prompt=abcdef --length=9 --max_tokens=3',
-        '0 has 7 tokens.* 3 .* 9'),
+        'prompt 1 has 7 tokens.* 3 .* 9.*--length'),
+    'latents after the end': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --coprocessor={run}/coprocessor '
+        '--prompt=a --at=100 --max_tokens=10', '--at=100 .*--max_tokens=10'),
+    'a chat without a template': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --prompt=a --chat',
+        'pretraining/decoder .*chat_template.*--chat'),
     'a decoder as coprocessor': Bad(
         'generate', '--decoder={run}/pretraining/decoder --prompt=a '
         '--coprocessor={run}/pretraining/decoder', 'pretraining/decoder .*coprocessor'),

@@ -1,0 +1,75 @@
+"""Prompts of the command line and of files, with the names that people know them by."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from latent_deliberation.errors import UserError
+from latent_deliberation.files import JSON_LINES, read_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A text to continue.
+
+  Attributes:
+    text: the text.
+    name: its name in errors and headings, such as 'prompt 2' or 'a.txt, line 7'.
+    line: number of its line in a file, from 1; None if it is from no file.
+  """
+  text: str
+  name: str
+  line: int | None = None
+
+
+def read_prompts(prompts: Sequence[str], file: str) -> list[Prompt]:
+  """Returns the prompts of the command line, then those of a file.
+
+  Args:
+    file: path of a file with a prompt on each line, or of JSON lines with a key 'prompt'; ''
+      for none. Empty lines are skipped.
+
+  Raises:
+    UserError: the file is absent or has no prompt, a line of a .jsonl has none, or a prompt is
+      empty or not Unicode.
+  """
+  given = [Prompt(text, f'prompt {number}') for number, text in enumerate(prompts, 1)]
+  given += _read_lines(Path(file)) if file else []
+  for prompt in given:
+    if not prompt.text:
+      raise UserError(f'{prompt.name} is empty: write something, or leave it out')
+    check_unicode(prompt.text, prompt.name)
+  return given
+
+
+def _read_lines(path: Path) -> list[Prompt]:
+  # Not splitlines, which also splits at some characters within a text.
+  lines = read_text(path, 'a prompt on each line').split('\n')
+  found = [Prompt(line, f'{path}, line {number}', number) for number, line in enumerate(lines, 1)
+           if line.strip()]
+  if not found:
+    raise UserError(f'{path} is empty: write a prompt on each line, or leave --prompts_file out')
+  if path.suffix.lower() in JSON_LINES:
+    found = [dataclasses.replace(prompt, text=_read_object(prompt)) for prompt in found]
+  return found
+
+
+def _read_object(line: Prompt) -> str:
+  try:
+    prompt = json.loads(line.text)['prompt']
+    if not isinstance(prompt, str):
+      raise TypeError(f'it is {prompt!r}')
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise UserError(f'{line.name}: every line must be an object with a text as "prompt" '
+                    f'({type(error).__name__}: {error})') from error
+  return prompt
+
+
+def check_unicode(text: str, name: str) -> None:
+  """Raises UserError where a text cannot be written as UTF-8."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f'{name} is {text!r}, which is not Unicode ({error.reason}): give UTF-8'
+                    ) from error
