@@ -33,7 +33,8 @@ class TokenizerJson:
     path: path of the tokenizer.json.
     size: V, one more than the largest id of an ordinary token, of `bos` and of `eos`. Special
       tokens of other parts may come after, such as that of a picture in Gemma 3.
-    bos: id that begins a text: bos_token, or else that of SEPARATOR.
+    bos: id that begins a text: bos_token, or else that of SEPARATOR. Rows and prompts begin with
+      it, also where the model's own tokenizer adds no beginning.
     eos: id that ends a text: eos_token.
     unk: id of what the vocabulary cannot spell; None if that is left out.
     special: ids of special tokens.
@@ -53,7 +54,7 @@ class TokenizerJson:
       raise MissingError(f'no vocabulary at {path}: give the path of a tokenizer.json')
     content = path.read_bytes()
     self._tokenizer, described = _open(path, content)
-    # The library keeps the first of two tokens of one id, and counts on where an id is missing.
+    # The library accepts two tokens of one id, and gives an added token the next id that is free.
     ids = self._tokenizer.get_vocab(with_added_tokens=True)
     _check_ids(path, ids, described.get('added_tokens') or ())
     added = self._tokenizer.get_added_tokens_decoder()
@@ -132,9 +133,10 @@ def _check_ids(path: Path, ids: Mapping[str, int], added: Sequence[Mapping[str, 
     raise UserError(f'{path}: no token has the id {missing}, and the largest is {max(owners)}: '
                     'download it again')
   for token in added:
-    if ids[token['content']] != token['id']:
-      raise UserError(f'{path}: {token["content"]!r} has the id {token["id"]}, but '
-                      f'{ids[token["content"]]} comes next: download it again')
+    read = ids.get(token['content'])
+    if read != token['id']:
+      raise UserError(f'{path}: {token["content"]!r} has the id {token["id"]}, but the tokenizers '
+                      f'library gives it {read}: download it again')
 
 
 def _read_ends(path: Path, ids: Mapping[str, int]) -> tuple[int, int]:
