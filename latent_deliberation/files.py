@@ -61,6 +61,7 @@ def find_encoding(content: bytes) -> str:
   return 'utf-16' if content.startswith(_UTF16_MARKS) else 'utf-8-sig'
 
 POLL_SECONDS = 0.5  # between two looks at a lock that another process holds
+_ATTEMPTS = 10  # to open the file of a lock while others remove it; some mounts change its number
 
 
 def read_text(path: Path, what: str) -> str:
@@ -223,24 +224,33 @@ def lock(path: Path, work: str, *, wait: bool = False) -> Iterator[None]:
 
 def _try_lock(path: Path) -> BinaryIO | None:
   """Returns the open file of a lock that this process now holds; None where another holds it."""
-  with explain_failed_write(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open('ab')
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # The holder before may have removed this file after it was opened here.
-    is_ours = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-  except (BlockingIOError, FileNotFoundError):
-    is_ours = False
-  except OSError as error:  # a mount of NFS or Lustre without locks
-    logging.warning('%s: this file system has no locks (%s), so nothing keeps a second process '
-                    'from working there', path, error)
-    is_ours = True
-  if not is_ours:
+  # The holder before may remove the file after it is opened here. Then the lock is of no file.
+  for left in reversed(range(_ATTEMPTS)):
+    with explain_failed_write(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      file = path.open('ab')
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.close()
+      return None
+    except OSError as error:  # a mount of NFS or Lustre without locks
+      logging.warning('%s: this file system has no locks (%s), so nothing keeps a second process '
+                      'from working there', path, error)
+      break
+    if not left or _is_at(path, file):
+      break
     file.close()
-    return None
   file.truncate(0)  # of a process that was killed
   return file
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+  """Whether an open file is the one at `path`."""
+  try:
+    return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+  except FileNotFoundError:
+    return False
 
 
 @contextlib.contextmanager

@@ -169,6 +169,26 @@ def test_lock_that_is_waited_for(tmp_path, monkeypatch):
   assert len(said) == 1 and f'process {os.getpid()} ' in said[0]
 
 
+def test_many_launches(tmp_path, monkeypatch):
+  """Of many that take and leave a lock at the same time, one holds it at a time."""
+  monkeypatch.setattr(files, 'POLL_SECONDS', 0.001)
+  inside, most = [], []
+
+  def work():
+    for _ in range(20):
+      with lock(tmp_path / 'lock', 'works', wait=True):
+        inside.append(1)
+        most.append(len(inside))
+        inside.pop()
+
+  workers = [threading.Thread(target=work) for _ in range(4)]
+  for worker in workers:
+    worker.start()
+  for worker in workers:
+    worker.join(30)
+  assert most == [1] * 80
+
+
 def test_no_locks(tmp_path, monkeypatch, caplog):
   """A file system without locks gives a warning, and the work goes on."""
   def no_locks(*unused):

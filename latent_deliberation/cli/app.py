@@ -18,6 +18,7 @@ import io
 import logging as python_logging
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -70,8 +71,9 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
     prepare: called after the flags are parsed and before jax has devices.
   """
   # A sign that a terminal's encoding lacks must not end a run.
-  for stream in filter(None, (sys.stdout, sys.stderr)):
-    stream.reconfigure(errors='backslashreplace')
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # not one of a notebook, or None where it is closed
+      stream.reconfigure(errors='backslashreplace')
   _define_processes()
   signal.signal(signal.SIGTERM, _terminate)
   try:
@@ -81,12 +83,22 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
     said = 'Stopped by SIGTERM.' if isinstance(stop, Terminated) else 'Interrupted.'
     _end_at_once(f'{said} Run the same command again to continue from what is complete.',
                  _code_of(stop))
-  except BrokenPipeError:  # whoever reads the output needs no more, as `head` does
+  except BrokenPipeError:
+    if _has_reader():
+      raise
+    # Whoever read the output needs no more, as `head` does. Nothing may be written at the end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(_BROKEN_PIPE) from None
   except UserError as error:
     logging.debug('the error below, with its traceback:', exc_info=True)
     raise SystemExit(f'Error: {error}') from None  # printed to stderr, with code 1
+
+
+def _has_reader() -> bool:
+  """Whether somebody still reads the output, so that another pipe is broken."""
+  output = select.poll()
+  output.register(sys.stdout.fileno(), 0)
+  return not output.poll(0)  # an error is reported, whatever was asked for
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -138,7 +150,7 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
   with contextlib.redirect_stdout(io.StringIO()) if index else contextlib.nullcontext():
     try:
       job()
-      sys.stdout.flush()  # here, so that `run` hears of a reader that has gone
+      _flush()  # here, so that `run` hears of a reader that has gone
     except (Exception, KeyboardInterrupt) as error:
       if count > 1:
         _end_soon(_code_of(error))
@@ -168,9 +180,14 @@ def _end_at_once(message: str, code: int) -> None:
   """
   logging.flush()
   with contextlib.suppress(BrokenPipeError):
-    sys.stdout.flush()
+    _flush()
     print(message, file=sys.stderr, flush=True)
   os._exit(code)
+
+
+def _flush() -> None:
+  if sys.stdout is not None:  # None where it was closed, as by >&-
+    sys.stdout.flush()
 
 
 def _end_soon(code: int) -> None:

@@ -11,8 +11,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-# TensorFlow's greetings: INFO lines, and what it says about GPUs, which it is not to use.
-_GREETINGS = re.compile(rb'I\d{4} |WARNING: All log messages before absl::InitializeLog'
+# TensorFlow's greetings: INFO lines without a date, and what it says about GPUs, which it is not to
+# use.
+_GREETINGS = re.compile(rb'I0000 |WARNING: All log messages before absl::InitializeLog'
                         rb'|.*(failed call to cuInit|Unable to register cu\w+ factory)')
 
 

@@ -70,8 +70,8 @@ start() {
     command+=' && bash launch/recipes/host.sh stage'
     command+=" $(quote --from="bucket/$data" --to="/tmp/$data")"
   fi
-  # With exec, python gets the signal that ends a pod, and saves. When a pod is lost, all of them
-  # start again from the newest checkpoint.
+  # With exec, python gets the signal that ends a pod, and saves. It then ends with code 143, which
+  # is no success: all pods start again from the newest checkpoint, as when one is lost.
   command+=" && exec $(quote python "${rest[@]}")"
   on_cluster workload create --workload="$name" --tpu-type="$type" --num-slices="$slices" \
     --docker-image="$image" --env-file="$root/launch/recipes/tpu.env" --max-restarts=50 \

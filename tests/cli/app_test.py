@@ -1,10 +1,13 @@
 """Flags of paths mean what people write, and the log keeps what other libraries warn of."""
 
 import logging
+import os
 
+import jax
 import pytest
 from absl import flags
 
+from latent_deliberation import progress
 from latent_deliberation.cli import app
 
 
@@ -41,11 +44,20 @@ def test_other_paths_stay(flag, written):
   assert holder.value == written
 
 
-def test_log_keeps_warnings(monkeypatch):
-  """Only other libraries' details are left out."""
-  def kept(level, path):
-    return app._is_worth_a_line(logging.LogRecord('absl', level, path, 1, 'text', (), None))
+@pytest.mark.parametrize('path, level, is_shown', [
+    (progress.__file__, logging.INFO, True),
+    (f'site-packages{os.sep}orbax{os.sep}checkpoint.py', logging.INFO, False),
+    (f'site-packages{os.sep}orbax{os.sep}checkpoint.py', logging.WARNING, True),
+    (f'site-packages{os.sep}tensorflow{os.sep}save.py', logging.INFO, False),
+    (f'site-packages{os.sep}tensorflow{os.sep}save.py', logging.ERROR, True)])
+def test_lines_of_the_log(path, level, is_shown):
+  """Of other libraries, only warnings and errors are shown."""
+  record = logging.LogRecord('absl', level, path, 1, 'said', (), None)
+  assert app._is_worth_a_line(record) is is_shown
 
-  assert kept(logging.WARNING, '/lib/orbax/checkpoint/a.py')
-  assert kept(logging.INFO, '/lib/latent_deliberation/a.py')
-  assert not kept(logging.INFO, '/lib/orbax/checkpoint/a.py')
+
+def test_settings_of_jax():
+  """Every setting exists, and has its value without any variable."""
+  for name, value in app.JAX_SETTINGS.items():
+    found = getattr(jax.config, name)
+    assert getattr(found, 'value', found) == value, name
