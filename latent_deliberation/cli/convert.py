@@ -126,5 +126,5 @@ def _keep_hugging_face(source: Path, target: Path) -> None:
   # A multimodal config has those of its decoder in a part of their own.
   stored |= stored.get('text_config', {})
   content = json.loads((target / CONFIG).read_bytes())
-  content |= {key: stored[key] for key in _KEYS if key in stored and key not in content}
+  content |= {key: stored[key] for key in _KEYS if key in stored}
   write_json(target / CONFIG, content)
