@@ -70,7 +70,7 @@ def list_files(patterns: Sequence[str]) -> tuple[TextFile, ...]:
   """
   files = {}
   for pattern in patterns:
-    root, paths = _match(pattern)
+    root, paths = _match(pattern) if pattern else (Path(), [])
     if not paths:
       raise MissingError(
           f'no file matches {pattern!r} (seen from {os.getcwd()}): give existing files, a glob, or '

@@ -99,6 +99,11 @@ def test_glob_without_match(tmp_path):
     open_corpus(configure(tmp_path / 'nothing-*.txt'))
 
 
+def test_empty_name():
+  with pytest.raises(UserError, match="no file matches ''"):
+    open_corpus(DataConfig(source='text', files=('',)))
+
+
 def test_directory_without_text(tmp_path):
   (tmp_path / 'image.png').write_bytes(b'\x89PNG')
   with pytest.raises(UserError, match='no file matches'):
