@@ -1,6 +1,6 @@
 """The errors that are meant for people. Every other exception is a bug or bad luck."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -14,6 +14,22 @@ class UserError(ValueError):
 
 class MissingError(UserError):
   """A file, directory or data set that was named does not exist."""
+
+
+def raise_problems(problems: Iterable[str]) -> None:
+  """Raises one UserError with all of these messages, a line each; none of them raises nothing."""
+  lines = list(problems)
+  if lines:
+    raise UserError('\n'.join(lines))
+
+
+def problems_of(check: Callable[[], Any]) -> list[str]:
+  """Returns the message of a check that fails with a UserError, or [] if it passes."""
+  try:
+    check()
+  except UserError as error:
+    return [str(error)]
+  return []
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any],

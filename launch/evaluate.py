@@ -11,9 +11,9 @@ of launch/train.py with deliberation.trainable=constant (pause tokens). Next, op
 from pathlib import Path
 
 from latent_deliberation.cli import app
+from latent_deliberation.cli.config_flag import define_config, read_config
 from latent_deliberation.evaluation.evaluate import evaluate
 from latent_deliberation.evaluation.report import format_table
-from latent_deliberation.experiment import define_config, read_config
 
 define_config(__file__)
 _DECODER = app.define_decoder('decoder', 'Directory or GGUF file of the frozen decoder.')

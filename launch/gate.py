@@ -12,8 +12,8 @@ each fraction of places that are augmented. Give the config of the training. Nex
 from pathlib import Path
 
 from latent_deliberation.cli import app
+from latent_deliberation.cli.config_flag import define_config, read_config
 from latent_deliberation.evaluation.gating import PICTURE, fit_gate
-from latent_deliberation.experiment import define_config, read_config
 
 define_config(__file__)
 _DECODER = app.define_decoder('decoder', 'Directory or GGUF file of the frozen decoder.')

@@ -9,9 +9,10 @@ launch/pretrain.py, launch/train.py or launch/evaluate.py.
 
 from pathlib import Path
 
+from latent_deliberation.build import with_decoder
 from latent_deliberation.cli import app
+from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
 from latent_deliberation.data.loading import prepare_data
-from latent_deliberation.experiment import define_config, read_config
 
 define_config(__file__)
 _WORKDIR = app.define_directory(
@@ -19,7 +20,7 @@ _WORKDIR = app.define_directory(
 
 
 def main() -> None:
-  experiment = read_config()
+  experiment = with_decoder(read_config(), given=given_keys())
   prepare_data(experiment.data, experiment.decoder.vocab_size, Path(_WORKDIR.value))
   print(f'Data: {_WORKDIR.value}\nNext: python launch/pretrain.py --data={_WORKDIR.value} '
         '--config=... --workdir=...')

@@ -9,7 +9,7 @@ run that was stopped. Next, train a coprocessor for <workdir>/decoder with launc
 from pathlib import Path
 
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import define_config, read_config
+from latent_deliberation.cli.config_flag import define_config, read_config
 from latent_deliberation.training.pretrain import pretrain
 
 define_config(__file__)

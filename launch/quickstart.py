@@ -14,23 +14,28 @@ launch/pretrain.py, launch/train.py and launch/evaluate.py.
 
 from pathlib import Path
 
+from latent_deliberation.build import with_decoder
 from latent_deliberation.cli import app
+from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
 from latent_deliberation.cli.quickstart import quickstart
 from latent_deliberation.evaluation.report import format_table
-from latent_deliberation.experiment import define_config, read_config
 from latent_deliberation.paths import COPROCESSOR, DECODER, PRETRAINING
 
-define_config(__file__, 'configs/quickstart.py')
+define_config(__file__, 'configs/quickstart.py', of_run='workdir')
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of all phases; the same command resumes them.', 'runs/quickstart')
+_DECODER = app.define_decoder(
+    'decoder', 'Directory or GGUF file of a decoder that exists. Default: decoder_from of the '
+    'config, or else one is pretrained.', '')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  summary = quickstart(read_config(), workdir)
+  experiment = with_decoder(read_config(), _DECODER.value, given_keys())
+  summary = quickstart(experiment, workdir)
   print(format_table(summary))
-  print(f'Report: {workdir / "report.md"}\n'
-        f'Next: python launch/generate.py --decoder={workdir / PRETRAINING / DECODER} '
+  print(f'Report: {workdir / "report.md"}\nNext: python launch/generate.py '
+        f'--decoder={experiment.decoder_from or workdir / PRETRAINING / DECODER} '
         f'--coprocessor={workdir / COPROCESSOR} --compare')
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import define_config, read_config
-from latent_deliberation.studies.study import run_study
+from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
+from latent_deliberation.studies.study import run_study, take_decoder
 from latent_deliberation.studies.study_config import Study
 from latent_deliberation.studies.study_report import format_study
 
@@ -22,11 +22,14 @@ _WORKDIR = app.define_directory(
     'workdir', 'Work directory of the study; the same command resumes it.')
 _ARM = flags.DEFINE_multi_string(
     'arm', [], 'Name of an arm to train and report. Default: all arms')
+_DECODER = app.define_decoder(
+    'decoder', 'Directory or GGUF file of a decoder that exists. Default: decoder_from of the '
+    'experiment, or else one is pretrained.', '')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  study = read_config(Study)
+  study = take_decoder(read_config(Study), _DECODER.value, given_keys())
   print(format_study(run_study(study, workdir, _ARM.value)))
   print(f'Report: {workdir / "results.md"}')
 

@@ -29,6 +29,12 @@ from latent_deliberation.errors import UserError
 flags.disclaim_key_flags()
 
 _GRACE_SECONDS = 20  # for other processes to fail with their own message
+_before_parsing: list[Callable[[], None]] = []
+
+
+def before_parsing(action: Callable[[], None]) -> None:
+  """Calls `action` before the flags are parsed, where its errors are shown as those of flags."""
+  _before_parsing.append(action)
 
 
 def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
@@ -142,6 +148,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
   ml_collections would end the process with a traceback.
   """
   try:
+    for action in _before_parsing:
+      action()
     others = flags.FLAGS(argv)
     # For a file that cannot be read, ml_collections raises when its config is first used.
     if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
@@ -149,14 +157,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return others
   except OSError as error:
     raise UserError(f'--config: {str(error).splitlines()[-1].strip()}') from error
-  except (KeyError, AttributeError) as error:
-    # The exception that names the key, and the nearest known one, is inside the others.
-    while error.args and isinstance(error.args[0], Exception):
-      error = error.args[0]
-    raise UserError(f'--config has no such key: {error.args[0]}\n'
-                    'docs/config.md explains all keys, and launch/config.py prints those of a '
-                    'config.') from error
   except flags.Error as error:
+    # absl puts an error of a value into one of its own.
+    if isinstance(error.__context__, UserError):
+      raise error.__context__ from None
     # An error in a config file comes with a traceback. Its last line is the error.
     lines = str(error).strip().splitlines()
     message = lines[0] if len(lines) == 1 else f'{lines[0]} {lines[-1].strip()}'
@@ -170,12 +174,12 @@ def define_directory(name: str, meaning: str, default: str | None = None) -> fla
   return flag
 
 
-def define_decoder(name: str, meaning: str) -> flags.FlagHolder:
-  """Defines a required flag for a decoder: a directory, or a GGUF file.
+def define_decoder(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
+  """Defines a flag for a decoder, a directory or a GGUF file; it is required without a default.
 
   `weights.open_checkpoint` refuses other files.
   """
-  flag = flags.DEFINE_string(name, None, meaning, required=True)
+  flag = flags.DEFINE_string(name, default, meaning, required=default is None)
   flags.register_validator(name, _check_path)
   return flag
 

@@ -1,16 +1,26 @@
-"""The quickstart: data, decoder, coprocessor, constant soft tokens and report, in one command."""
+"""The quickstart: data, decoder, coprocessor, constant soft tokens and report, in one command.
 
+With `decoder_from`, the decoder exists already, and is not pretrained.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 from jax.sharding import Mesh
 
-from latent_deliberation.data.loading import prepare_data
+from latent_deliberation.build import open_frozen
+from latent_deliberation.data.loading import (
+  check_known_vocabulary,
+  check_rows_vocabulary,
+  prepare_data,
+)
+from latent_deliberation.errors import problems_of, raise_problems
 from latent_deliberation.evaluation.evaluate import constant_variant, evaluate, open_held_out
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable
-from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, PRETRAINING
+from latent_deliberation.paths import CONSTANT, COPROCESSOR, DECODER, PHASES_FILE, PRETRAINING
 from latent_deliberation.progress import PhaseClock
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
@@ -25,19 +35,27 @@ def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
   Raises:
     UserError: a phase cannot run with this experiment; raised before the first one begins.
   """
-  runs = {'decoder': workdir / PRETRAINING, 'coprocessor': workdir / COPROCESSOR,
-          'constant soft tokens': workdir / CONSTANT}
+  runs = {'coprocessor': workdir / COPROCESSOR, 'constant soft tokens': workdir / CONSTANT}
+  if not experiment.decoder_from:
+    runs = {'decoder': workdir / PRETRAINING} | runs
   make_writable(workdir)
   mesh = make_mesh(experiment.mesh)
-  check_phases(experiment, mesh, *runs.values())
+  check_phases(experiment, mesh, runs)
+  decoder_dir = Path(experiment.decoder_from or runs['decoder'] / DECODER)
+  if experiment.decoder_from:
+    checkpoint = open_frozen(experiment.decoder, decoder_dir)
+    check_known_vocabulary(experiment.data, workdir, checkpoint)
 
   clock = PhaseClock(workdir / PHASES_FILE)
   with clock.phase('data'):
     prepare_data(experiment.data, experiment.decoder.vocab_size, workdir)
     # Fails now, not hours later, if there is too little held-out text for the report.
-    open_held_out(experiment, workdir, mesh)
-  with clock.phase('decoder'):
-    decoder_dir = pretrain(experiment, runs['decoder'], workdir)
+    held_out = open_held_out(experiment, workdir, mesh)
+    if experiment.decoder_from:
+      check_rows_vocabulary(held_out.rows, checkpoint)
+  if not experiment.decoder_from:
+    with clock.phase('decoder'):
+      pretrain(experiment, runs['decoder'], workdir)
   with clock.phase('coprocessor'):
     train_coprocessor(experiment, decoder_dir, runs['coprocessor'], workdir)
   with clock.phase('constant soft tokens'):
@@ -50,18 +68,22 @@ def quickstart(experiment: Experiment, workdir: Path) -> dict[str, Any]:
       seconds=clock.seconds, runs=runs)
 
 
-def check_phases(experiment: Experiment, mesh: Mesh, pretraining: Path, coprocessor: Path,
-                 constant: Path) -> None:
+def check_phases(experiment: Experiment, mesh: Mesh, runs: Mapping[str, Path]) -> None:
   """Checks all phases before the first one begins.
 
   Args:
     experiment: the experiment of all phases.
     mesh: the mesh of all phases.
-    pretraining, coprocessor, constant: work directories of the three runs.
+    runs: work directories of the runs by phase; without 'decoder', no decoder is pretrained.
 
   Raises:
-    UserError: one of the runs cannot start, or its directory belongs to another run.
+    UserError: runs cannot start, or their directories belong to other runs; a line for each.
   """
-  describe_pretraining(experiment, pretraining, mesh).check()
-  describe_training(experiment, coprocessor, mesh).check()
-  describe_training(constant_variant(experiment), constant, mesh).check()
+  constant = constant_variant(experiment)
+  phases = {'decoder': lambda: describe_pretraining(experiment, runs['decoder'], mesh),
+            'coprocessor': lambda: describe_training(experiment, runs['coprocessor'], mesh),
+            'constant soft tokens': lambda: describe_training(
+                constant, runs['constant soft tokens'], mesh)}
+  problems = [found for name in runs
+              for found in problems_of(lambda phase=phases[name]: phase().check())]
+  raise_problems(dict.fromkeys(problems))  # phases share some

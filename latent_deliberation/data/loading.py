@@ -4,6 +4,7 @@
 evaluation. The checks compare the vocabulary of the data with the decoder.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -159,9 +160,11 @@ def open_batches(experiment: Experiment, prepared_dir: Path, section: str, mesh:
   # Even seeds order pretraining, odd seeds training.
   seed = 2 * experiment.seed + ('pretraining', 'training').index(section)
   if experiment.data.mode == 'online':
-    from latent_deliberation.data.online import OnlineBatches  # imports TensorFlow
-    return OnlineBatches(experiment.data, prepared_dir, settings.batch_size, seed,
-                         jax.process_index(), jax.process_count())
+    # Imported only for streams, since it needs TensorFlow.
+    online = importlib.import_module('latent_deliberation.data.online')
+    return online.OnlineBatches(
+        experiment.data, prepared_dir, settings.batch_size, seed, jax.process_index(),
+        jax.process_count())
   rows = open_rows(prepared_dir, 'train', length=experiment.data.length,
                    vocab_size=experiment.decoder.vocab_size)
   return PermutedBatches(rows, settings.batch_size, seed,

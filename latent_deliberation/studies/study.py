@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ import jax
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
-from latent_deliberation.build import count_parameters, load_frozen, open_frozen
-from latent_deliberation.data.loading import prepare_data
+from latent_deliberation.build import count_parameters, load_frozen, open_frozen, with_decoder
+from latent_deliberation.data.loading import (
+  check_known_vocabulary,
+  check_rows_vocabulary,
+  open_rows,
+  prepare_data,
+)
 from latent_deliberation.distributed import run_on_process_zero
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable, write_whole
@@ -46,6 +51,7 @@ from latent_deliberation.studies.study_report import summarise_study, write_stud
 from latent_deliberation.studies.study_result import StudyResult
 from latent_deliberation.studies.tune import describe_tuning, tune_decoder
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
+from latent_deliberation.training.run import Run
 from latent_deliberation.training.train import describe_training, train_coprocessor
 
 
@@ -78,10 +84,8 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
     # Fails now, not hours later, if there is too little text to score on.
     scorer = open_scorer(study, workdir, mesh)
   with clock.phase('decoder'):
-    decoder_dir = pretrain(study.experiment, workdir / DECODER, workdir)
-  decoder_params, decoder_fingerprint = load_frozen(
-      study.experiment, open_frozen(study.experiment.decoder, decoder_dir), mesh)
-  frozen = FrozenDecoder(decoder_dir, decoder_params, decoder_fingerprint)
+    frozen = _open_decoder(study.experiment, workdir, mesh)
+  decoder_params = frozen.params
   arms = {FROZEN: describe_frozen(
       study.experiment, _score_frozen(study.experiment, decoder_params, scorer), scorer,
       clock.seconds['decoder'])}
@@ -113,18 +117,41 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
   return summary
 
 
+def take_decoder(study: Study, decoder: str = '', given: Collection[str] = ()) -> Study:
+  """Returns the study on a decoder that exists; see `with_decoder`.
+
+  Args:
+    study: the study.
+    decoder: directory, GGUF file or name; default is `decoder_from` of the experiment.
+    given: dotted paths of the keys of the study that the user gave.
+  """
+  keys = [key.removeprefix('experiment.') for key in given]
+  return dataclasses.replace(study, experiment=with_decoder(study.experiment, decoder, keys))
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenDecoder:
   """The frozen decoder of a study.
 
   Attributes:
-    directory: directory that pretraining wrote.
+    directory: its directory, or its file.
     params: its weights, on devices.
     fingerprint: fingerprint of its weights as stored.
   """
   directory: Path
   params: Params
   fingerprint: str
+
+
+def _open_decoder(experiment: Experiment, workdir: Path, mesh: Mesh) -> FrozenDecoder:
+  """Loads the decoder that the study takes, or pretrains one."""
+  directory = (Path(experiment.decoder_from) if experiment.decoder_from
+               else pretrain(experiment, workdir / DECODER, workdir))
+  checkpoint = open_frozen(experiment.decoder, directory)
+  check_rows_vocabulary(open_rows(
+      workdir, 'validation', length=experiment.data.length,
+      vocab_size=experiment.decoder.vocab_size), checkpoint)
+  return FrozenDecoder(directory, *load_frozen(experiment, checkpoint, mesh))
 
 
 def choose_arms(study: Study, only: Sequence[str]) -> tuple[str, ...]:
@@ -165,15 +192,27 @@ def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) ->
   # The questions, the decoder's run, and the run of every arm and seed.
   if study.questions.per_difficulty:
     draw_questions(study.questions, study.experiment.data)
-  describe_pretraining(study.experiment, workdir / DECODER, mesh).check()
+  decoder_from, problems = study.experiment.decoder_from, []
+  if decoder_from:
+    checkpoint = open_frozen(study.experiment.decoder, Path(decoder_from))
+    check_known_vocabulary(study.experiment.data, workdir, checkpoint)
+  else:
+    problems += problems_of(
+        describe_pretraining(study.experiment, workdir / DECODER, mesh).check)
   for name in names:
-    arm = study.arms[name]
+    learns = study.arms[name].learns
     for seed in study.seeds:
       experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
-      if arm.learns == LATENT_ARM:
-        describe_training(experiment, run_dir, mesh).check()
-      else:
-        describe_tuning(experiment, arm.learns, run_dir, mesh).check()
+      problems += [f'arms.{name}, seed {seed}: {problem}' for problem in problems_of(
+          lambda run=(experiment, run_dir, learns): _describe_run(*run, mesh).check())]
+  raise_problems(problems)
+
+
+def _describe_run(experiment: Experiment, run_dir: Path, learns: str, mesh: Mesh) -> Run:
+  """Returns the run of an arm with one seed."""
+  if learns == LATENT_ARM:
+    return describe_training(experiment, run_dir, mesh)
+  return describe_tuning(experiment, learns, run_dir, mesh)
 
 
 def _score_frozen(experiment: Experiment, decoder_params: Params,

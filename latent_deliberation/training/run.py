@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import barrier, run_on_process_zero
-from latent_deliberation.errors import UserError, differences
+from latent_deliberation.errors import UserError, differences, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
 from latent_deliberation.files import make_writable, write_json
 from latent_deliberation.paths import CHECKPOINTS, RUN_FILE, with_current_names
@@ -143,7 +143,7 @@ def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
 # fingerprint of the data covers their contents. Every other key is part of its identity.
 CHANGEABLE = (
     'mesh', 'rules', 'evaluation', 'computation.attention', 'computation.replicate_frozen',
-    'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
+    'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from') + tuple(
     f'{section}.loop.{key}' for section in ('pretraining', 'training')
     for key in ('log_every', 'eval_every', 'save_every', 'keep'))
 
@@ -246,19 +246,20 @@ class Run:
 
     Raises:
       UserError: batches or parameters do not divide over the mesh, two processes would need the
-        same texts of a stream, or the warm-up is longer than the run.
+        same texts of a stream, or the warm-up is longer than the run; a line for each.
     """
     experiment = self.experiment
-    check_batch(self.settings.batch_size, self.settings.accumulation, self.mesh, experiment.rules,
-                self.section)
-    check_batch(experiment.evaluation.batch_size, 1, self.mesh, experiment.rules, 'evaluation')
+    problems = [
+        *problems_of(lambda: check_batch(
+            self.settings.batch_size, self.settings.accumulation, self.mesh, experiment.rules,
+            self.section)),
+        *problems_of(lambda: check_batch(
+            experiment.evaluation.batch_size, 1, self.mesh, experiment.rules, 'evaluation'))]
     if experiment.data.mode == 'online':
-      check_own_rows(self.mesh, experiment.rules)
-    # Errors of shardings and warm-up lack the section's name.
-    try:
-      _ = self.abstract  # builds optimizer and shardings
-    except UserError as error:
-      raise UserError(f'{self.section}: {error}') from error
+      problems += problems_of(lambda: check_own_rows(self.mesh, experiment.rules))
+    # Building optimizer and shardings checks them. Their errors lack the section's name.
+    problems += [f'{self.section}: {problem}' for problem in problems_of(lambda: self.abstract)]
+    raise_problems(problems)
 
   def check(self, decoder_fingerprint: str = '') -> None:
     """Checks, before long work, everything that needs neither data nor weights.
