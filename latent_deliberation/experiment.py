@@ -239,16 +239,22 @@ def _problems_of_trunks(sections: Mapping[str, Any]) -> Iterator[str]:
 
 
 def as_config(experiment: Any) -> ConfigDict:
-  """Returns an experiment, or a study, as a locked ConfigDict that flags can override."""
+  """Returns an experiment, or a study, as a locked ConfigDict that flags can override.
+
+  Args:
+    experiment: the dataclass, or nested dicts of its values.
+  """
 
   def fill(tree: Mapping[str, Any]) -> ConfigDict:
     # A flag cannot override a bare None; all our optional values are floats. Keys keep their
     # order, since a report lists a study's arms in it.
     return ConfigDict({key: fill(value) if isinstance(value, Mapping)
-                       else config_dict.placeholder(float) if value is None else value
+                       else config_dict.placeholder(float) if value is None
+                       else tuple(value) if isinstance(value, list) else value  # as read from JSON
                        for key, value in tree.items()}, sort_keys=False)
 
-  return fill(dataclasses.asdict(experiment)).lock()
+  tree = dataclasses.asdict(experiment) if dataclasses.is_dataclass(experiment) else experiment
+  return fill(tree).lock()
 
 
 def defaults_of(kind: type) -> dict[str, Any]:

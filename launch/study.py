@@ -17,7 +17,7 @@ from latent_deliberation.studies.study import run_study, take_decoder
 from latent_deliberation.studies.study_config import Study
 from latent_deliberation.studies.study_report import format_study
 
-define_config(__file__)
+define_config(__file__, of_run='workdir')
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of the study; the same command resumes it.')
 _ARM = flags.DEFINE_multi_string(
@@ -30,7 +30,7 @@ _DECODER = app.define_decoder(
 def main() -> None:
   workdir = Path(_WORKDIR.value)
   study = take_decoder(read_config(Study), _DECODER.value, given_keys())
-  print(format_study(run_study(study, workdir, _ARM.value)))
+  print(format_study(run_study(study, workdir, _ARM.value, given_keys())))
   print(f'Report: {workdir / "results.md"}')
 
 

@@ -131,8 +131,8 @@ def _follow(config: ConfigDict, given: set[str]) -> Iterator[tuple[str, Any]]:
       yield f'{name}.optimizer.warmup_steps', steps // 10
 
 
-def read_run(path: Path) -> Experiment:
-  """Returns the experiment of a run, from its run.json.
+def read_run(path: Path) -> ConfigDict:
+  """Returns the config of a run, of a quickstart or of a study, from its run.json.
 
   Raises:
     UserError: the file is missing or damaged, or its job has no whole experiment.
@@ -145,12 +145,15 @@ def read_run(path: Path) -> Experiment:
   except (json.JSONDecodeError, KeyError, TypeError) as error:
     raise UserError(f'{path} is no run.json ({error!r}): name the run.json that a training wrote '
                     'to its --workdir, or a config file') from error
+  if 'experiment' in config:
+    return as_config(config)
   if 'training' not in config:
     raise UserError(f'{path} is of the job {job!r}, which reads only a part of the config: name '
                     'the run.json of a training, or a config file')
   # Training does not read the settings of pretraining, and does not save them.
   config.setdefault('pretraining', {**config['training'], 'multipliers': {}})
-  return bind(config, where=str(path))
+  # Bound first, so that keys which are newer than the run have their defaults.
+  return as_config(bind(config, where=str(path)))
 
 
 class _ConfigParser(ConfigFileFlagParser):
@@ -163,7 +166,7 @@ class _ConfigParser(ConfigFileFlagParser):
       UserError: the file raises one, or overrides name unknown keys; a line for each.
     """
     try:
-      config = as_config(read_run(Path(path))) if path.endswith('.json') else super().parse(path)
+      config = read_run(Path(path)) if path.endswith('.json') else super().parse(path)
     except UserError as error:
       # ml_collections puts a traceback into the message.
       raise UserError(f'{path}: {error.__context__ or error}') from None

@@ -18,6 +18,14 @@ from latent_deliberation.data.loading import (
   open_rows,
   prepare_data,
 )
+from latent_deliberation.data.text_sizes import (
+  Choices,
+  fit_to_rows,
+  fit_to_text,
+  read_choices,
+  with_choices,
+  write_choices,
+)
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
@@ -27,12 +35,13 @@ from latent_deliberation.paths import (
   ARM_DATA,
   DECODER,
   PHASES_FILE,
+  RUN_FILE,
   VOCABULARY_FILE,
   arm_directory,
 )
 from latent_deliberation.progress import PhaseClock, Progress
 from latent_deliberation.provenance import git_commit
-from latent_deliberation.sharding import make_mesh
+from latent_deliberation.sharding import batch_shards, make_mesh
 from latent_deliberation.studies.arms import (
   ScoredRun,
   describe_arm,
@@ -55,7 +64,8 @@ from latent_deliberation.training.run import Run
 from latent_deliberation.training.train import describe_training, train_coprocessor
 
 
-def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str, Any]:
+def run_study(study: Study, workdir: Path, only: Sequence[str] = (),
+              given: Collection[str] = ()) -> dict[str, Any]:
   """Trains and scores every arm with every seed. Complete runs are not trained again.
 
   Args:
@@ -63,6 +73,8 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
     workdir: work directory of the study.
     only: names of the arms to train and report; all arms if empty. The scores of an arm
       do not depend on this choice.
+    given: dotted paths of the keys that the user gave. Of the others, some follow from a small
+      text of the user's; see data/text_sizes.py.
 
   Returns: the content of <workdir>/results.json; a page and plots are written to the same
     directory.
@@ -74,12 +86,11 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
   names = choose_arms(study, only)
   mesh = make_mesh(study.experiment.mesh)
   make_writable(workdir)
-  check_arms(study, names, workdir, mesh)
 
   # Data and decoder, which all arms share.
   clock = PhaseClock(workdir / PHASES_FILE)
   with clock.phase('data'):
-    prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
+    study = _prepare(study, names, workdir, given, mesh)
     arm_prepared_dir = _prepare_arm_data(study, workdir)
     # Fails now, not hours later, if there is too little text to score on.
     scorer = open_scorer(study, workdir, mesh)
@@ -115,6 +126,30 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = ()) -> dict[str
   if jax.process_index() == 0:
     write_study(summary, workdir)
   return summary
+
+
+def _prepare(study: Study, names: Sequence[str], workdir: Path, given: Collection[str],
+             mesh: Mesh) -> Study:
+  """Prepares the data and checks all arms. Returns the study with sizes for its text."""
+  keys = {key.removeprefix('experiment.') for key in given}
+
+  def with_sizes(choices: Choices) -> Study:
+    return dataclasses.replace(study, experiment=with_choices(study.experiment, choices))
+
+  chosen = read_choices(workdir, keys)
+  if chosen is None and any(workdir.glob(f'arms/*/*/{RUN_FILE}')):
+    chosen = {}  # trained before sizes followed from the text
+  choices = fit_to_text(study.experiment, keys) if chosen is None else chosen
+  study = with_sizes(choices)
+  check_arms(study, names, workdir, mesh)
+  prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
+  if chosen is None:
+    shards = batch_shards(mesh, study.experiment.rules)
+    choices |= fit_to_rows(study.experiment, keys, workdir, shards)
+    study = with_sizes(choices)
+    check_arms(study, names, workdir, mesh)
+  write_choices(workdir, 'study', dataclasses.asdict(study), choices)
+  return study
 
 
 def take_decoder(study: Study, decoder: str = '', given: Collection[str] = ()) -> Study:
