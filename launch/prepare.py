@@ -11,7 +11,12 @@ from pathlib import Path
 
 from latent_deliberation.build import with_decoder
 from latent_deliberation.cli import app
-from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
+from latent_deliberation.cli.config_flag import (
+  config_arguments,
+  define_config,
+  given_keys,
+  read_config,
+)
 from latent_deliberation.data.loading import prepare_data
 
 define_config(__file__)
@@ -22,8 +27,9 @@ _WORKDIR = app.define_directory(
 def main() -> None:
   experiment = with_decoder(read_config(), given=given_keys())
   prepare_data(experiment.data, experiment.decoder.vocab_size, Path(_WORKDIR.value))
-  print(f'Data: {_WORKDIR.value}\nNext: python launch/pretrain.py --data={_WORKDIR.value} '
-        '--config=... --workdir=...')
+  script = 'train' if experiment.decoder_from else 'pretrain'
+  print(f'Data: {_WORKDIR.value}\nNext: python launch/{script}.py {config_arguments()} '
+        f'--data={_WORKDIR.value} --workdir={_WORKDIR.value}/{script}')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ run that was stopped. Next, train a coprocessor for <workdir>/decoder with launc
 from pathlib import Path
 
 from latent_deliberation.cli import app
-from latent_deliberation.cli.config_flag import define_config, read_config
+from latent_deliberation.cli.config_flag import config_arguments, define_config, read_config
 from latent_deliberation.training.pretrain import pretrain
 
 define_config(__file__)
@@ -22,7 +22,7 @@ def main() -> None:
   workdir = Path(_WORKDIR.value)
   decoder_dir = pretrain(read_config(), workdir, Path(_DATA.value or workdir))
   print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={decoder_dir} '
-        f'--data={_DATA.value or workdir} --config=... --workdir=...')
+        f'--data={_DATA.value or workdir} {config_arguments()} --workdir={workdir}/coprocessor')
 
 
 if __name__ == '__main__':

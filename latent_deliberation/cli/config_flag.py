@@ -11,6 +11,7 @@ follow from what is given: the source of text, the number of embeddings, the war
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -83,6 +84,12 @@ def _find_run(flag: str) -> Path | None:
     return None
   places = (Path(given), Path(given).absolute().parent)
   return next((place / RUN_FILE for place in places if (place / RUN_FILE).is_file()), None)
+
+
+def config_arguments() -> str:
+  """Returns --config and its overrides as they were given, for a command that follows."""
+  return shlex.join(argument for argument in sys.argv[1:]
+                    if re.match(rf'--?(no)?{FLAG}[.=]', argument))
 
 
 def given_keys() -> frozenset[str]:
@@ -165,11 +172,14 @@ class _ConfigParser(ConfigFileFlagParser):
     Raises:
       UserError: the file raises one, or overrides name unknown keys; a line for each.
     """
-    try:
-      config = read_run(Path(path)) if path.endswith('.json') else super().parse(path)
-    except UserError as error:
-      # ml_collections puts a traceback into the message.
-      raise UserError(f'{path}: {error.__context__ or error}') from None
+    if path.endswith('.json'):
+      config = read_run(Path(path))
+    else:
+      try:
+        config = super().parse(path)
+      except UserError as error:
+        # ml_collections puts the error of the file, with a traceback, into another one.
+        raise UserError(f'{path}: {error.__context__}') from None
     if isinstance(config, ConfigDict):
       raise_problems(_unknown_overrides(config))
     return config

@@ -31,7 +31,7 @@ BYTES_PER_PIECE = 64  # of training text, for each piece of a vocabulary
 SMALLEST_VOCABULARY = 300  # a smaller one gains little over bytes
 SMALL_TEXT = 1 << 20  # bytes; a vocabulary may not fit less text
 FEWEST_TEXTS = 20  # that an interval is over
-PASSES = 20  # over the training text, at most
+PASSES = 4  # over the training text, at most; by more, a decoder learns it by heart
 BATCHES_PER_PASS = 8  # at least; few large batches are few steps
 SMALLEST_BATCH = 4
 
