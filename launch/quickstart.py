@@ -5,8 +5,10 @@
 It takes 11 minutes on two cores, and 17 on one. Everything is written to --workdir. The same
 command resumes a run that was stopped. Open report.md there. For your own text:
 
-  python launch/quickstart.py --workdir=runs/mine --config.data.source=text \\
-      --config.data.files="('notes/*.txt',)"
+  python launch/quickstart.py --workdir=runs/mine --config.data.files='notes/*.txt'
+
+Sizes that a small text does not allow follow from the text. --decoder takes a decoder that exists,
+and pretrains none.
 
 Next, try prompts with launch/generate.py. For other sizes and machines, its steps are
 launch/pretrain.py, launch/train.py and launch/evaluate.py.
