@@ -1,6 +1,7 @@
 """Builds the modules of an experiment, and loads the weights of its frozen decoder."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params, PyTree
+from latent_deliberation.data.data_config import BYTE_VOCABULARY_HASH
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
@@ -18,6 +21,42 @@ from latent_deliberation.model.layers import Quantised, quantise
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.progress import announced
 from latent_deliberation.sharding import shardings_of
+
+
+def with_decoder(experiment: Experiment, decoder: str = '',
+                 given: Collection[str] = ()) -> Experiment:
+  """Returns the experiment with the architecture and the vocabulary of a decoder that exists.
+
+  Args:
+    experiment: the configuration. It keeps a vocabulary_path of its own.
+    decoder: directory, GGUF file or name of the decoder; default is `experiment.decoder_from`. The
+      experiment is returned as it is if both are empty.
+    given: dotted paths of the keys that the user gave, which are kept. `open_frozen` compares those
+      of the architecture.
+
+  Raises:
+    UserError: there is no such decoder, or it is damaged.
+  """
+  decoder = decoder or experiment.decoder_from
+  if not decoder:
+    return experiment
+  try:
+    checkpoint = weights.open_checkpoint(decoder)
+  except UserError:
+    # A Google checkpoint of sizes that no preset has.
+    checkpoint = weights.open_checkpoint(decoder, experiment.decoder)
+  kept = {key: getattr(experiment.decoder, key) for section, _, key in
+          (path.partition('.') for path in given) if section == 'decoder'}
+  data = experiment.data
+  if not (data.source == 'mixture' or data.vocabulary_path or 'data.vocabulary' in given):
+    if checkpoint.vocabulary_hash == BYTE_VOCABULARY_HASH:
+      data = dataclasses.replace(data, vocabulary='byte')
+    elif checkpoint.tokenizer:
+      data = dataclasses.replace(data, vocabulary='sentencepiece',
+                                 vocabulary_path=str(checkpoint.tokenizer))
+  return dataclasses.replace(
+      experiment, decoder=dataclasses.replace(checkpoint.config, **kept), data=data,
+      decoder_from=decoder)
 
 
 def build_decoder(experiment: Experiment) -> Decoder:

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -37,6 +37,22 @@ def check_number(name: str, value: Any, least: float, most: float = math.inf) ->
   if not fits:
     limit = f'from {least} to {most}' if math.isfinite(most) else f'of {least} or more'
     raise UserError(f'{name} = {value!r}: give a number {limit}')
+
+
+def raise_problems(problems: Iterable[str]) -> None:
+  """Raises one UserError with all of these messages, a line each; none of them raises nothing."""
+  lines = list(problems)
+  if lines:
+    raise UserError('\n'.join(lines))
+
+
+def problems_of(check: Callable[[], Any]) -> list[str]:
+  """Returns the message of a check that fails with a UserError, or [] if it passes."""
+  try:
+    check()
+  except UserError as error:
+    return [str(error)]
+  return []
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any],

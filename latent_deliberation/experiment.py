@@ -1,33 +1,28 @@
-"""The configuration of an experiment, and its binding to ml_collections and to flags.
+"""The configuration of an experiment, and its binding to ml_collections.
 
 Each section is a frozen dataclass that checks its values, and the docstring of a section describes
 its keys. A config file returns `as_config` of an Experiment: a ConfigDict, any key of which a flag
-can override. `bind` makes it an Experiment again.
+can override (cli/config_flag.py). `bind` makes it an Experiment again.
 """
 
 import dataclasses
 import difflib
-import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import ConfigDict, config_dict
 
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.rows import ALL_ROWS, check_row_range
 from latent_deliberation.deliberation.coprocessor import PARTS
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.model.transformer import ATTENTIONS, REMAT_POLICIES
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, check_rules
 from latent_deliberation.training.loop import LoopConfig
 from latent_deliberation.training.optimizer import OptimizerConfig
-
-# --help of a launch script shows the flags that are defined here as its own.
-flags.disclaim_key_flags()
 
 DTYPES = ('float32', 'bfloat16')
 CPU_INFO = Path('/proc/cpuinfo')
@@ -70,20 +65,16 @@ class Computation:
   replicate_frozen: bool = False
 
   def __post_init__(self):
+    raise_problems(self._problems())
+
+  def _problems(self) -> Iterator[str]:
     for name, known in (('dtype', (*DTYPES, 'auto')), ('activations', (*DTYPES, 'auto')),
-                        ('frozen_dtype', FROZEN_DTYPES)):
+                        ('frozen_dtype', FROZEN_DTYPES), ('remat', sorted(REMAT_POLICIES)),
+                        ('attention', sorted((*ATTENTIONS, 'auto')))):
       if getattr(self, name) not in known:
-        raise UserError(f'computation.{name} = {getattr(self, name)!r}: it must be one of '
-                        f'{known}')
-    if self.remat not in REMAT_POLICIES:
-      raise UserError(f'computation.remat = {self.remat!r}: it must be one of '
-                      f'{sorted(REMAT_POLICIES)}')
-    known = sorted((*ATTENTIONS, 'auto'))
-    if self.attention not in known:
-      raise UserError(f'computation.attention = {self.attention!r}: it must be one of '
-                      f'{known}')
+        yield f'computation.{name} = {getattr(self, name)!r}: it must be one of {known}'
     if self.loss_chunk < 1:
-      raise UserError(f'computation.loss_chunk = {self.loss_chunk}: it must be 1 or more')
+      yield f'computation.loss_chunk = {self.loss_chunk}: it must be 1 or more'
 
   def on(self, platform: str) -> 'Computation':
     """Returns a copy with every 'auto' resolved for a platform ('tpu', 'gpu' or 'cpu')."""
@@ -130,9 +121,8 @@ class TrainingConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'row_range_percent', check_row_range(self.row_range_percent))
-    for name in ('batch_size', 'accumulation'):
-      if getattr(self, name) < 1:
-        raise UserError(f'{name} = {getattr(self, name)}: it must be 1 or more')
+    raise_problems(f'{name} = {getattr(self, name)}: it must be 1 or more'
+                   for name in ('batch_size', 'accumulation') if getattr(self, name) < 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,25 +154,28 @@ class EvaluationConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'positions', tuple(self.positions))
+    raise_problems(self._problems())
+
+  def _problems(self) -> Iterator[str]:
     # Positions index the scored ahead tokens, in the order of the table.
     increasing = list(self.positions) == sorted(set(self.positions))
     if not self.positions or not increasing or not (
         1 <= self.positions[0] <= self.positions[-1] <= self.num_ahead):
-      raise UserError(f'evaluation.positions = {self.positions}: they must increase, from 1 or '
-                      f'more to at most num_ahead = {self.num_ahead}')
+      yield (f'evaluation.positions = {self.positions}: they must increase, from 1 or more to at '
+             f'most num_ahead = {self.num_ahead}')
     if self.batch_size < 2:
-      raise UserError(f'evaluation.batch_size = {self.batch_size}: it must be 2 or more, since one '
-                      'control takes the latents of another text of the batch')
+      yield (f'evaluation.batch_size = {self.batch_size}: it must be 2 or more, since one control '
+             'takes the latents of another text of the batch')
     # All batches have one shape, so the program is compiled once.
-    if self.num_texts < self.batch_size or self.num_texts % self.batch_size:
-      raise UserError(f'evaluation.num_texts = {self.num_texts} is not a multiple of batch_size = '
-                      f'{self.batch_size}, both in rows: change one of the two')
+    elif self.num_texts < self.batch_size or self.num_texts % self.batch_size:
+      yield (f'evaluation.num_texts = {self.num_texts} is not a multiple of batch_size = '
+             f'{self.batch_size}, both in rows: change one of the two')
     if not 0 <= self.delay < self.num_ahead:
-      raise UserError(f'evaluation.delay = {self.delay}: it must be between 0 and '
-                      f'num_ahead - 1 = {self.num_ahead - 1}')
+      yield (f'evaluation.delay = {self.delay}: it must be between 0 and num_ahead - 1 = '
+             f'{self.num_ahead - 1}')
     for name in ('num_traces', 'eval_batches', 'bootstrap_samples', 'rows_per_text'):
       if getattr(self, name) < 1:
-        raise UserError(f'evaluation.{name} = {getattr(self, name)}: it must be 1 or more')
+        yield f'evaluation.{name} = {getattr(self, name)}: it must be 1 or more'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +184,7 @@ class Experiment:
 
   Attributes:
     decoder: architecture of the decoder; see TransformerConfig.
+      With `decoder_from` it is that of the decoder there.
     data: text, vocabulary and rows; see DataConfig.
     pretraining: training run of the decoder; see TrainingConfig.
     deliberation: latents and coprocessor; see DeliberationConfig.
@@ -200,6 +194,8 @@ class Experiment:
     mesh: number of devices along each mesh axis; see MeshConfig.
     rules: mesh axes that each logical axis of a tensor is split over.
     seed: seed of parameters, traces and the order of training rows.
+    decoder_from: decoder that exists already: a directory, a GGUF file or a name; '' pretrains one.
+      Its vocabulary is used too, unless `data` has a vocabulary_path. The flag --decoder sets it.
   """
   decoder: TransformerConfig
   data: DataConfig
@@ -212,53 +208,76 @@ class Experiment:
   rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
       default_factory=lambda: dict(DEFAULT_RULES))
   seed: int = 0
+  decoder_from: str = ''
 
   def __post_init__(self):
     object.__setattr__(self, 'rules', check_rules(self.rules))
-    if not 0 <= self.seed < 2**30 - 1:
-      raise UserError(f'seed = {self.seed}: it must be between 0 and {2**30 - 2}')
-    self._check_multipliers()
-    # A stream has no rows to take a range of.
-    for section in ('pretraining', 'training'):
-      row_range_percent = getattr(self, section).row_range_percent
-      if self.data.mode == 'online' and row_range_percent != ALL_ROWS:
-        raise UserError(
-            f'{section}.row_range_percent = {row_range_percent}, but a stream has no rows to '
-            f"count (data.mode = 'online'): set it to {ALL_ROWS}, or set data.mode = 'packed'")
-    # The fused kernels keep all traces of a text in one row.
-    for axis in ('trace', 'length'):
-      if self.computation.attention != 'plain' and axis in self.rules and self.rules[axis]:
-        raise UserError(
-            f'rule {axis!r} -> {self.rules[axis]} with computation.attention = '
-            f'{self.computation.attention!r}: the fused kernels do not divide this axis. Leave the '
-            "rule out, or set attention = 'plain'")
-    # A trunk must hold the traces of training and those of the evaluation.
-    self.deliberation.check_trunk(self.data.length)
-    try:
-      scored = self.deliberation.with_traces(self.evaluation.num_traces, self.evaluation.num_ahead)
-      scored.check_trunk(self.data.length)
-    except UserError as error:
-      raise UserError(f'evaluation: {error}') from error
+    raise_problems(problems_between(vars(self)))
 
-  def _check_multipliers(self) -> None:
-    for section, parts in (('pretraining', ('embedder', 'transformer')), ('training', PARTS)):
-      unknown = sorted(set(getattr(self, section).multipliers) - set(parts))
-      if unknown:
-        raise UserError(f'{section}.multipliers names {unknown}: the trainable parameters are '
-                        f'among {parts}')
+
+def problems_between(sections: Mapping[str, Any]) -> Iterator[str]:
+  """Yields what is wrong between the sections of an experiment.
+
+  Args:
+    sections: values by the keys of Experiment. One that could not be made is absent, and what
+      needs it is not checked.
+  """
+  seed = sections.get('seed', 0)
+  if not 0 <= seed < 2**30 - 1:
+    yield f'seed = {seed}: it must be between 0 and {2**30 - 2}'
+  for section, parts in (('pretraining', ('embedder', 'transformer')), ('training', PARTS)):
+    if section not in sections:
+      continue
+    unknown = sorted(set(sections[section].multipliers) - set(parts))
+    if unknown:
+      yield (f'{section}.multipliers names {unknown}: the trainable parameters are among '
+             f'{parts}')
+    # A stream has no rows to take a range of.
+    percent = sections[section].row_range_percent
+    if 'data' in sections and sections['data'].mode == 'online' and percent != ALL_ROWS:
+      yield (f'{section}.row_range_percent = {percent}, but a stream has no rows to count '
+             f"(data.mode = 'online'): set it to {ALL_ROWS}, or set data.mode = 'packed'")
+  # The fused kernels keep all traces of a text in one row.
+  rules = sections.get('rules', {})
+  for axis in ('trace', 'length'):
+    if 'computation' in sections and sections['computation'].attention != 'plain' and (
+        rules.get(axis)):
+      yield (f'rule {axis!r} -> {rules[axis]} with computation.attention = '
+             f'{sections["computation"].attention!r}: the fused kernels do not divide this axis. '
+             "Leave the rule out, or set attention = 'plain'")
+  yield from _problems_of_trunks(sections)
+
+
+def _problems_of_trunks(sections: Mapping[str, Any]) -> Iterator[str]:
+  """Yields where a trunk cannot hold the traces of training, or those of the evaluation."""
+  if not {'deliberation', 'data'} <= set(sections):
+    return
+  deliberation, length = sections['deliberation'], sections['data'].length
+  yield from problems_of(lambda: deliberation.check_trunk(length))
+  if 'evaluation' in sections:
+    scored = sections['evaluation']
+    traces = deliberation.with_traces(scored.num_traces, scored.num_ahead)
+    yield from (f'evaluation: {problem}'
+                for problem in problems_of(lambda: traces.check_trunk(length)))
 
 
 def as_config(experiment: Any) -> ConfigDict:
-  """Returns an experiment, or a study, as a locked ConfigDict that flags can override."""
+  """Returns an experiment, or a study, as a locked ConfigDict that flags can override.
+
+  Args:
+    experiment: the dataclass, or nested dicts of its values.
+  """
 
   def fill(tree: Mapping[str, Any]) -> ConfigDict:
     # A flag cannot override a bare None; all our optional values are floats. Keys keep their
     # order, since a report lists a study's arms in it.
     return ConfigDict({key: fill(value) if isinstance(value, Mapping)
-                       else config_dict.placeholder(float) if value is None else value
+                       else config_dict.placeholder(float) if value is None
+                       else tuple(value) if isinstance(value, list) else value  # as read from JSON
                        for key, value in tree.items()}, sort_keys=False)
 
-  return fill(dataclasses.asdict(experiment)).lock()
+  tree = dataclasses.asdict(experiment) if dataclasses.is_dataclass(experiment) else experiment
+  return fill(tree).lock()
 
 
 def defaults_of(kind: type) -> dict[str, Any]:
@@ -277,6 +296,31 @@ def defaults_of(kind: type) -> dict[str, Any]:
   return defaults
 
 
+def keys_of(kind: type, path: str = '') -> Iterator[str]:
+  """Yields the dotted path of every section and key of a dataclass."""
+  for field in dataclasses.fields(kind):
+    inside = f'{path}.{field.name}' if path else field.name
+    yield inside
+    if dataclasses.is_dataclass(field.type):
+      yield from keys_of(field.type, inside)
+
+
+def nearest_key(key: str, known: Collection[str]) -> str:
+  """Returns the known dotted path that a misspelt one is most like, or '' if it is like none."""
+  def ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+  def likeness(candidate: str) -> tuple[float, float]:
+    # The name decides, where 'steps' may stand for 'num_steps'. Sections decide between names.
+    (*place, name), (*other_place, other) = key.split('.'), candidate.split('.')
+    named = max(ratio(name, part) for part in (other, *other.split('_')))
+    return named, named + 0.2 * ratio(name, other) + 0.3 * ratio(
+        '.'.join(place), '.'.join(other_place))
+
+  near = [candidate for candidate in known if likeness(candidate)[0] >= 0.6]
+  return max(near, key=lambda candidate: likeness(candidate)[1], default='')
+
+
 def bind(config: Mapping[str, Any], kind: type = Experiment, where: str = 'config') -> Any:
   """Makes a frozen dataclass of `kind` from a nested mapping such as a ConfigDict.
 
@@ -286,55 +330,59 @@ def bind(config: Mapping[str, Any], kind: type = Experiment, where: str = 'confi
     where: dotted path of `config`, for error messages.
 
   Raises:
-    UserError: a key is unknown or missing, or a value is not allowed. The message names the key by
-      its dotted path, and suggests the nearest known key.
+    UserError: keys are unknown or missing, or values are not allowed. The message has a line for
+      each, in all sections. It names the key by its dotted path, and suggests the nearest known
+      key.
   """
-  fields = {field.name: field for field in dataclasses.fields(kind)}
+  problems: list[str] = []
+  bound = _bind(config, kind, '', where, tuple(keys_of(kind)), problems)
+  raise_problems(problems)
+  return bound
+
+
+def _bind(config: Mapping[str, Any], kind: type, path: str, where: str, known: Collection[str],
+          problems: list[str]) -> Any:
+  """Returns `kind` bound, or appends to `problems` and returns None.
+
+  Args:
+    config: the values.
+    kind: the dataclass.
+    path: dotted path of `config` inside the outermost one; '' for that one.
+    where: path of the outermost one, for error messages.
+    known: all keys of the outermost dataclass.
+    problems: messages of what is wrong; more are appended.
+  """
+  fields, before = {field.name: field for field in dataclasses.fields(kind)}, len(problems)
+  place = f'{where}.{path}' if path else where
   for key in config:
     # A misspelt key must not fall back to a default silently.
     if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f'did you mean {near[0]!r}?' if near else f'known keys: {sorted(fields)}'
-      raise UserError(f'{where}.{key} is not a key of this project: {hint}')
+      near = nearest_key(f'{path}.{key}' if path else key, known)
+      hint = f'did you mean {near!r}?' if near else f'known keys: {sorted(fields)}'
+      problems.append(f'{place}.{key} is not a key of this project: {hint}')
   missing = sorted(name for name, field in fields.items() if name not in config
                    and field.default is dataclasses.MISSING
                    and field.default_factory is dataclasses.MISSING)
   if missing:
-    raise UserError(f'{where} has no {missing}: give a value, as configs/quickstart.py does')
+    problems.append(f'{place} has no {missing}: give a value, as configs/quickstart.py does')
   # Sections become dataclasses themselves, other mappings plain dicts.
   values = {}
-  for key in config:
+  for key in (key for key in config if key in fields):
     value, field = config[key], fields[key]
     if dataclasses.is_dataclass(field.type):
-      value = bind(value, field.type, f'{where}.{key}')
+      value = _bind(value, field.type, f'{path}.{key}' if path else key, where, known, problems)
+      if value is None:
+        continue
     elif isinstance(value, Mapping) or hasattr(value, 'to_dict'):
       value = {name: value[name] for name in value}
     values[key] = value
+  # What is whole is also checked where a section is not.
+  if len(problems) > before:
+    if kind is Experiment:
+      problems += [f'{place}: {problem}' for problem in problems_between(values)]
+    return None
   try:
     return kind(**values)
   except UserError as error:
-    raise UserError(f'{where}: {error}') from error
-
-
-def define_config(launch_script: str, default: str | None = None) -> None:
-  """Defines the flag --config of a launch script.
-
-  Args:
-    launch_script: path of the script, which is in launch/.
-    default: path of a config file, relative to the root of the source tree. Without a default, the
-      flag is required.
-  """
-  root = Path(launch_script).resolve().parents[1]
-  if str(root) not in sys.path:  # so that config files can import their neighbours
-    sys.path.insert(0, str(root))
-  config_flags.DEFINE_config_file(
-      'config', str(root / default) if default else None,
-      'Config file. Any key can be overridden after it, as in --config.training.batch_size=16.'
-      + ('' if default else ' Required.'), lock_config=True)
-  if default is None:
-    flags.mark_flag_as_required('config')
-
-
-def read_config(kind: type = Experiment) -> Any:
-  """Returns --config and its overrides as a checked dataclass of `kind`."""
-  return bind(flags.FLAGS.config, kind)
+    problems += [f'{place}: {line}' for line in str(error).splitlines()]
+    return None

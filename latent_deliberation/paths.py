@@ -15,10 +15,13 @@
     tokenizer.json            Hugging Face's tokenizer, with tokenizer_config.json
     rows/train, rows/validation
     data.lock                 while a process prepares them
+    rows/source.json          what the rows were packed from, to explain a difference
   a quickstart                also holds its prepared data and its report
+    run.json                  config of the last launch, and sizes that were chosen for its text
     pretraining/, coprocessor/, constant/     work directories of its runs
     phases.json               seconds of each phase
   a study                     also holds its prepared data
+    run.json                  as in a quickstart
     decoder/, arms/NAME/seedN/                work directories of its runs
     lessons/                  prepared data of the arms, where they read other text
     phases.json

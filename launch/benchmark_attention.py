@@ -14,7 +14,7 @@ from absl import flags
 
 from latent_deliberation.benchmarks.attention_speed import benchmark
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import define_config, read_config
+from latent_deliberation.cli.config_flag import define_config, read_config
 
 define_config(__file__)
 _TEXTS = flags.DEFINE_integer('texts', 1, 'Number of texts in the batch.', lower_bound=1)

@@ -14,7 +14,7 @@ from absl import flags
 
 from latent_deliberation.benchmarks.dense_plan import benchmark
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import define_config, read_config
+from latent_deliberation.cli.config_flag import define_config, read_config
 from latent_deliberation.planning import topology
 
 define_config(__file__)

@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import define_config, read_config
+from latent_deliberation.cli.config_flag import define_config, read_config
 from latent_deliberation.planning import table, topology
 from latent_deliberation.planning.compile import plan_training
 from latent_deliberation.sharding import parse_mesh, parse_rules

@@ -13,8 +13,9 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app
+from latent_deliberation.cli.config_flag import define_config, read_config
 from latent_deliberation.cli.config_reference import format_values, write_reference
-from latent_deliberation.experiment import Experiment, define_config, read_config
+from latent_deliberation.experiment import Experiment
 from latent_deliberation.studies.study_config import Study
 
 define_config(__file__, 'configs/quickstart.py')

@@ -1,25 +1,28 @@
 """Measures what a coprocessor gains, against controls, on held-out text.
 
-  python launch/evaluate.py --config=configs/quickstart.py --decoder=runs/decoder/decoder \\
-      --coprocessor=runs/coprocessor --data=runs/decoder --output=runs/report
+  python launch/evaluate.py --coprocessor=runs/coprocessor --output=runs/report
 
-Give the config of the training; its section `evaluation` may differ. --constant adds an arm: a run
-of launch/train.py with deliberation.trainable=constant (pause tokens). Next, open report.md in
+Config, decoder and data are those of the run, from its run.json, unless flags say otherwise. Keys
+such as --config.evaluation.num_texts=128 change what is scored. --constant adds an arm: a run of
+launch/train.py with deliberation.trainable=constant (pause tokens). Next, open report.md in
 --output.
 """
 
 from pathlib import Path
 
 from latent_deliberation.cli import app
+from latent_deliberation.cli.config_flag import define_config
+from latent_deliberation.cli.trained_run import open_run
 from latent_deliberation.evaluation.evaluate import evaluate
 from latent_deliberation.evaluation.report import format_table
-from latent_deliberation.experiment import define_config, read_config
 
-define_config(__file__)
-_DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the frozen decoder.')
+define_config(__file__, of_run='coprocessor')
+_DECODER = app.define_decoder(
+    'decoder', 'Directory, GGUF file or name of the frozen decoder. Default: that of the run.', '')
 _COPROCESSOR = app.define_directory(
     'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
-_DATA = app.define_directory('data', 'Directory of prepared data.')
+_DATA = app.define_directory(
+    'data', 'Directory of prepared data. Default: that of the run, or of its quickstart.', '')
 _OUTPUT = app.define_directory('output', 'Directory to write the report to.')
 _OVERWRITE = app.define_overwrite('a report that is there already')
 _CONSTANT = app.define_directory(
@@ -28,9 +31,10 @@ _CONSTANT = app.define_directory(
 
 
 def main() -> None:
+  run = open_run(_DECODER.value, _COPROCESSOR.value, _DATA.value)
   summary = evaluate(
-      read_config(), decoder_dir=Path(_DECODER.value), coprocessor_dir=Path(_COPROCESSOR.value),
-      prepared_dir=Path(_DATA.value), output=Path(_OUTPUT.value),
+      run.experiment, decoder_dir=run.decoder_dir, coprocessor_dir=run.coprocessor_dir,
+      prepared_dir=run.prepared_dir, output=Path(_OUTPUT.value),
       constant_dir=Path(_CONSTANT.value) if _CONSTANT.value else None,
       overwrite=_OVERWRITE.value)
   print(format_table(summary))

@@ -10,9 +10,15 @@ launch/pretrain.py, launch/train.py or launch/evaluate.py.
 from pathlib import Path
 from shlex import quote
 
+from latent_deliberation.build import with_decoder
 from latent_deliberation.cli import app
+from latent_deliberation.cli.config_flag import (
+  config_arguments,
+  define_config,
+  given_keys,
+  read_config,
+)
 from latent_deliberation.data.loading import prepare_data
-from latent_deliberation.experiment import define_config, read_config
 
 define_config(__file__)
 _WORKDIR = app.define_directory(
@@ -20,10 +26,11 @@ _WORKDIR = app.define_directory(
 
 
 def main() -> None:
-  experiment = read_config()
+  experiment = with_decoder(read_config(), given=given_keys())
   prepare_data(experiment.data, experiment.decoder.vocab_size, Path(_WORKDIR.value))
-  print(f'Data: {_WORKDIR.value}\nNext: python launch/pretrain.py --data={quote(_WORKDIR.value)} '
-        '--config=... --workdir=...')
+  script, data = 'train' if experiment.decoder_from else 'pretrain', _WORKDIR.value
+  print(f'Data: {data}\nNext: python launch/{script}.py {config_arguments()} '
+        f'--data={quote(data)} --workdir={quote(f"{data}/{script}")}')
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import define_config, read_config
+from latent_deliberation.cli.config_flag import config_arguments, define_config, read_config
 from latent_deliberation.training.pretrain import pretrain
 
 define_config(__file__)
@@ -22,8 +22,9 @@ _DATA = app.define_directory('data', 'Directory of prepared data. Default: --wor
 def main() -> None:
   workdir = Path(_WORKDIR.value)
   decoder_dir = pretrain(read_config(), workdir, Path(_DATA.value or workdir))
+  data, run = _DATA.value or _WORKDIR.value, f'{_WORKDIR.value}/coprocessor'
   print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={quote(str(decoder_dir))} '
-        f'--data={quote(_DATA.value or _WORKDIR.value)} --config=... --workdir=...')
+        f'--data={quote(data)} {config_arguments()} --workdir={quote(run)}')
 
 
 if __name__ == '__main__':

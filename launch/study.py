@@ -12,24 +12,27 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import define_config, read_config
-from latent_deliberation.studies.study import run_study
+from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
+from latent_deliberation.studies.study import run_study, take_decoder
 from latent_deliberation.studies.study_config import Study
 from latent_deliberation.studies.study_report import format_study
 
-define_config(__file__)
+define_config(__file__, of_run='workdir')
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of the study; the same command resumes it.')
 _ARM = flags.DEFINE_multi_string(
     'arm', [], 'Name of an arm to train and report. Default: all arms')
+_DECODER = app.define_decoder(
+    'decoder', 'Directory, GGUF file or name of a decoder that exists. Default: decoder_from of '
+    'the experiment, or else one is pretrained.', '')
 
 _OVERWRITE = app.define_overwrite('a report of other settings, or of more arms')
 
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  study = read_config(Study)
-  print(format_study(run_study(study, workdir, _ARM.value, _OVERWRITE.value)))
+  study = take_decoder(read_config(Study), _DECODER.value, given_keys())
+  print(format_study(run_study(study, workdir, _ARM.value, given_keys(), _OVERWRITE.value)))
   print(f'Report: {workdir / "results.md"}')
 
 

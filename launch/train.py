@@ -4,19 +4,23 @@
       --data=runs/decoder --workdir=runs/coprocessor
 
 The config says which parameters are trained (deliberation.trainable: 'full', 'lora' or 'constant')
-and how latents are made. The same command resumes a run that was stopped. Next, measure the gain
-with launch/evaluate.py.
+and how latents are made. Architecture and vocabulary are the decoder's. The same command resumes a
+run that was stopped. Next, measure the gain with launch/evaluate.py.
 """
 
 from pathlib import Path
 from shlex import quote
 
+from latent_deliberation.build import with_decoder
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import define_config, read_config
+from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
+from latent_deliberation.errors import UserError
 from latent_deliberation.training.train import train_coprocessor
 
-define_config(__file__)
-_DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the frozen decoder.')
+define_config(__file__, of_run='workdir')
+_DECODER = app.define_decoder(
+    'decoder', 'Directory, GGUF file or name of the frozen decoder. Default: decoder_from of the '
+    'config.', '')
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of the run; the same command resumes it.')
 _DATA = app.define_directory('data', 'Directory of prepared data. Default: --workdir.', '')
@@ -24,10 +28,14 @@ _DATA = app.define_directory('data', 'Directory of prepared data. Default: --wor
 
 def main() -> None:
   prepared_dir = _DATA.value or _WORKDIR.value
-  train_coprocessor(read_config(), Path(_DECODER.value), Path(_WORKDIR.value), Path(prepared_dir))
+  experiment = with_decoder(read_config(), _DECODER.value, given_keys())
+  if not experiment.decoder_from:
+    raise UserError("--decoder = '': give the directory of a decoder, or set decoder_from")
+  train_coprocessor(experiment, Path(experiment.decoder_from), Path(_WORKDIR.value),
+                    Path(prepared_dir))
   print(f'Coprocessor: {_WORKDIR.value}/coprocessor\n'
         f'Next: python launch/evaluate.py --coprocessor={quote(_WORKDIR.value)} '
-        f'--decoder={quote(_DECODER.value)} --data={quote(prepared_dir)} --config=... --output=...')
+        f'--data={quote(prepared_dir)} --output={quote(f"{_WORKDIR.value}/report")}')
 
 
 if __name__ == '__main__':

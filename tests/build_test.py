@@ -14,8 +14,10 @@ from latent_deliberation.build import (
   frozen_shapes,
   load_frozen,
   open_frozen,
+  with_decoder,
 )
 from latent_deliberation.errors import UserError
+from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import boxed_shapes, fingerprint
 from latent_deliberation.model.layers import quantise
 from latent_deliberation.sharding import MeshConfig, make_mesh
@@ -70,6 +72,32 @@ def test_truncated(tmp_path, quickstart, mesh):
   largest.write_bytes(largest.read_bytes()[:100])
   with pytest.raises(UserError, match=f'{decoder}/weights'):
     load_frozen(finished.experiment(), open_frozen(finished.experiment().decoder, decoder), mesh)
+
+
+def test_with_decoder(quickstart):
+  """Architecture and vocabulary are the decoder's, but for keys that the user gave."""
+  decoder, expected = quickstart / 'pretraining/decoder', finished.experiment()
+  other = finished.experiment(decoder__num_layers=1, decoder__window=9,
+                              data__vocabulary='sentencepiece')
+  adopted = with_decoder(other, str(decoder))
+  assert (adopted.decoder, adopted.data) == (expected.decoder, expected.data)
+  assert adopted.decoder_from == str(decoder) and with_decoder(adopted) == adopted
+  assert with_decoder(other) == other
+  kept = with_decoder(other, str(decoder), {'decoder.window', 'data.vocabulary'})
+  assert kept.decoder == dataclasses.replace(expected.decoder, window=9)
+  assert kept.data.vocabulary == 'sentencepiece'
+
+
+def test_with_decoder_takes_its_tokenizer(quickstart, tmp_path):
+  """A SentencePiece model beside the decoder is used, unless the config names one."""
+  config, params = weights.load(quickstart / 'pretraining/decoder')
+  (tmp_path / 'model').write_bytes(b'model')
+  weights.save(tmp_path / 'decoder', config, params, 'a hash', tokenizer=tmp_path / 'model')
+  tokenizer = tmp_path / 'decoder/tokenizer.model'
+  data = with_decoder(finished.experiment(), str(tmp_path / 'decoder')).data
+  assert (data.vocabulary, data.vocabulary_path) == ('sentencepiece', str(tokenizer))
+  named = finished.experiment(data__vocabulary='sentencepiece', data__vocabulary_path='mine')
+  assert with_decoder(named, str(tmp_path / 'decoder')).data == named.data
 
 
 def test_no_decoder(tmp_path):

@@ -100,7 +100,8 @@ def test_unknown_key():
   """An unknown key is named with the nearest known one."""
   raw = finished.config_of('tiny').to_dict()
   raw['training']['optimizer']['learning_rat'] = raw['training']['optimizer'].pop('learning_rate')
-  with pytest.raises(UserError, match="config.training.optimizer.learning_rat .*'learning_rate'"):
+  near = "config.training.optimizer.learning_rat .*'training.optimizer.learning_rate'"
+  with pytest.raises(UserError, match=near):
     bind(raw)
 
 

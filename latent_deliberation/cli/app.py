@@ -37,6 +37,7 @@ from latent_deliberation.files import check_free
 flags.disclaim_key_flags()
 
 _GRACE_SECONDS = 20  # for other processes to fail with their own message
+_before_parsing: list[Callable[[], None]] = []
 _OUR_CODE = str(Path(__file__).parents[1])
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # the code of a program whose reader has gone
 
@@ -58,6 +59,11 @@ JAX_SETTINGS = {
 
 class Terminated(KeyboardInterrupt):
   """SIGTERM outside of a training loop, which has its own answer to it."""
+
+
+def before_parsing(action: Callable[[], None]) -> None:
+  """Calls `action` before the flags are parsed, where its errors are shown as those of flags."""
+  _before_parsing.append(action)
 
 
 def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
@@ -220,6 +226,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
   ml_collections would end the process with a traceback.
   """
   try:
+    for action in _before_parsing:
+      action()
     if 'config' in flags.FLAGS:
       _check_config(argv[1:])
     others = flags.FLAGS(argv)
@@ -231,14 +239,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     raise SystemExit(0) from end
   except (OSError, SyntaxError) as error:
     raise UserError(f'--config: {str(error).splitlines()[-1].strip()}') from error
-  except (KeyError, AttributeError) as error:
-    # The exception that names the key, and the nearest known one, is inside the others.
-    while error.args and isinstance(error.args[0], Exception):
-      error = error.args[0]
-    raise UserError(f'--config has no such key: {error.args[0]}\n'
-                    'docs/config.md explains all keys, and launch/config.py prints those of a '
-                    'config.') from error
   except flags.Error as error:
+    # absl puts an error of a value into one of its own.
+    if isinstance(error.__context__, UserError):
+      raise error.__context__ from None
     raise UserError(f'{_describe(error)}\n--help lists all flags.') from error
 
 

@@ -24,7 +24,8 @@ from latent_deliberation.model.transformer import ATTENTIONS, REMAT_POLICIES
 
 # Values that a class's own check allows; a key that is not listed shows its type.
 CHOICES = {
-    Computation: {'dtype': DTYPES, 'frozen_dtype': FROZEN_DTYPES, 'remat': tuple(REMAT_POLICIES),
+    Computation: {'dtype': (*DTYPES, 'auto'), 'activations': (*DTYPES, 'auto'),
+                  'frozen_dtype': FROZEN_DTYPES, 'remat': tuple(REMAT_POLICIES),
                   'attention': (*ATTENTIONS, 'auto')},
     DataConfig: {'source': data_config.SOURCES, 'vocabulary': data_config.VOCABULARIES,
                  'mode': data_config.MODES},

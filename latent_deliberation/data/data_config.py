@@ -6,10 +6,10 @@ The byte vocabulary is here too, since programs without TensorFlow use it.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import raise_problems
 
 # sources.py says how to add a source, and checks on import that it can read each of these.
 SOURCES = ('stdlib', 'text', 'tfds', 'mixture', 'synthetic')
@@ -39,13 +39,15 @@ class DataConfig:
   """Where text comes from and how it becomes rows of tokens.
 
   Attributes:
-    source: where the documents come from.
+    source: where the documents come from; '' follows from what is given.
+      That is 'text' with files, 'tfds' with a data_dir or a name with a version, else 'stdlib'.
       'stdlib' reads the standard library of the running interpreter, 'text' local files, 'tfds' a
       TensorFlow data set. 'mixture' takes a seqio task or mixture that is already registered.
       'synthetic' draws questions of a task in studies/synthetic.
-    files: for 'text': files, globs or directories; '~' is the home directory, as in every path.
-      A directory stands for all .txt, .jsonl and .ndjson files below it, compressed ones included.
-      A .jsonl, .ndjson or .json file holds one document a line. Any other file is one document.
+    files: for 'text': files, globs or directories; one string may hold several, with commas.
+      '~' is the home directory, as in every path. A directory stands for all .txt, .jsonl and
+      .ndjson files below it, compressed ones included. A .jsonl, .ndjson or .json file holds one
+      document a line. Any other file is one document.
     text_key: field that holds the text, in a line of JSON or in a TFDS example.
     name: for 'tfds', the data set with its version, such as 'c4/en:3.1.0'.
       For 'mixture', the registered name. For 'synthetic', the task: a key of TASKS in
@@ -68,7 +70,7 @@ class DataConfig:
     max_tokens: tokens to pack of each split, cut to whole rows; 0 packs every document once.
       With a limit, a mixture repeats training text where it must to keep its rates.
   """
-  source: str = 'stdlib'
+  source: str = ''
   files: tuple[str, ...] = ()
   text_key: str = 'text'
   name: str = ''
@@ -86,48 +88,52 @@ class DataConfig:
   max_tokens: int = 0
 
   def __post_init__(self):
-    if isinstance(self.files, str):
-      raise UserError(f'files = {self.files!r} is one string: write a tuple, ({self.files!r},)')
-    if not isinstance(self.options, Mapping):
-      raise UserError(f"options = {self.options!r}: write a mapping, for instance {{'nodes': 8}}")
     # Own copies, so that the caller's objects may change later.
-    object.__setattr__(self, 'files', tuple(map(os.path.expanduser, self.files)))
+    object.__setattr__(self, 'files', tuple(map(os.path.expanduser, split_files(self.files))))
     for key in ('data_dir', 'vocabulary_path'):
       object.__setattr__(self, key, os.path.expanduser(getattr(self, key)))
-    object.__setattr__(self, 'options', dict(self.options))
+    if isinstance(self.options, Mapping):
+      object.__setattr__(self, 'options', dict(self.options))
+    if not self.source:
+      object.__setattr__(self, 'source', _find_source(self.files, self.name, self.data_dir))
+    raise_problems(self._problems())
+
+  def _problems(self) -> Iterator[str]:
+    if not isinstance(self.options, Mapping):
+      yield f"options = {self.options!r}: write a mapping, for instance {{'nodes': 8}}"
     for key, choices in (('source', SOURCES), ('vocabulary', VOCABULARIES), ('mode', MODES)):
       if getattr(self, key) not in choices:
-        raise UserError(f'{key} = {getattr(self, key)!r}: choose one of {choices}')
-    self._check_source()
-    self._check_vocabulary()
-    self._check_numbers()
+        yield f'{key} = {getattr(self, key)!r}: choose one of {choices}'
+    if self.source in SOURCES:
+      yield from self._problems_of_source()
+    yield from self._problems_of_vocabulary()
+    yield from self._problems_of_numbers()
 
-  def _check_source(self) -> None:
-    """Raises UserError unless the source has the keys that it needs, and none that it ignores."""
+  def _problems_of_source(self) -> Iterator[str]:
+    """Yields each key that the source needs and lacks, or has and ignores."""
     # A key that the source would ignore is a mistake, unless it has its default.
     for key, sources in KEYS_OF_SOURCES.items():
-      value, default = getattr(self, key), {} if key == 'options' else getattr(DataConfig, key)
+      value, default = getattr(self, key), _DEFAULTS[key]
       if self.source in sources and key in NEEDED_KEYS and not value:
-        raise UserError(f'source = {self.source!r} needs {key}, which is empty: give it')
+        yield f'source = {self.source!r} needs {key}, which is empty: give it'
       if self.source not in sources and value != default:
-        raise UserError(
-            f'{key} = {value!r} has no meaning for source = {self.source!r}: leave it at '
-            f'{default!r}, or choose a source among {sources}')
-    if self.source == 'tfds' and ':' not in self.name:
-      raise UserError(f'name = {self.name!r} has no version. Write name/config:version, for '
-                      "instance 'c4/en:3.1.0'. Otherwise a later release could change the data")
+        yield (f'{key} = {value!r} has no meaning for source = {self.source!r}: leave it at '
+               f'{default!r}, or choose a source among {sources}')
+    if self.source == 'tfds' and self.name and ':' not in self.name:
+      yield (f'name = {self.name!r} has no version. Write name/config:version, for instance '
+             "'c4/en:3.1.0'. Otherwise a later release could change the data")
     if not self.text_key:
-      raise UserError("text_key = '': name the field that holds the text")
+      yield "text_key = '': name the field that holds the text"
 
-  def _check_vocabulary(self) -> None:
+  def _problems_of_vocabulary(self) -> Iterator[str]:
     if self.vocabulary_path and self.vocabulary == 'byte':
-      raise UserError(f"vocabulary_path = {self.vocabulary_path!r}, but vocabulary = 'byte' has "
-                      "no file: leave it empty, or set vocabulary = 'sentencepiece'")
+      yield (f"vocabulary_path = {self.vocabulary_path!r}, but vocabulary = 'byte' has no file: "
+             "leave it empty, or set vocabulary = 'sentencepiece'")
     if self.vocabulary_path and self.source == 'mixture':
-      raise UserError(f'vocabulary_path = {self.vocabulary_path!r}, but the mixture {self.name!r} '
-                      'brings its own vocabulary: leave it empty')
+      yield (f'vocabulary_path = {self.vocabulary_path!r}, but the mixture {self.name!r} brings '
+             'its own vocabulary: leave it empty')
 
-  def _check_numbers(self) -> None:
+  def _problems_of_numbers(self) -> Iterator[str]:
     bounds = {
         'documents': (2, 2**63 - 1),  # one for each split
         'questions': (1, 2**31 - 1),
@@ -137,15 +143,64 @@ class DataConfig:
         'seed': (0, 2**31 - 2),  # TensorFlow takes seeds modulo 2**31 - 1
         'max_tokens': (0, 2**63 - 1),
     }
+    wrong = set()
     for key, (low, high) in bounds.items():
       value = getattr(self, key)
       if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f'{key} = {value!r}: it must be an integer')
-      if not low <= value <= high:
-        raise UserError(f'{key} = {value}: it must be between {low} and {high}')
-    if 0 < self.max_tokens < self.length:
-      raise UserError(f'max_tokens = {self.max_tokens} is less than one row of length = '
-                      f'{self.length} tokens: raise it, or set 0 for every document')
+        wrong.add(key)
+        yield f'{key} = {value!r}: it must be an integer'
+      elif not low <= value <= high:
+        wrong.add(key)
+        yield f'{key} = {value}: it must be between {low} and {high}'
+    if not wrong & {'max_tokens', 'length'} and 0 < self.max_tokens < self.length:
+      yield (f'max_tokens = {self.max_tokens} is less than one row of length = {self.length} '
+             'tokens: raise it, or set 0 for every document')
+
+
+# Defaults of the keys that only some sources read.
+_DEFAULTS = {field.name: {} if field.name == 'options' else field.default
+             for field in dataclasses.fields(DataConfig) if field.name in KEYS_OF_SOURCES}
+
+
+def split_files(files: str | Sequence[str]) -> tuple[str, ...]:
+  """Returns files as a tuple, from one string or several.
+
+  Commas separate the files of a string, unless it is the name of a file that exists.
+  """
+  if not isinstance(files, str):
+    return tuple(files)
+  if os.path.exists(os.path.expanduser(files)):
+    return (files,)
+  return tuple(part.strip() for part in files.split(',') if part.strip())
+
+
+def _find_source(files: Sequence[str], name: str, data_dir: str) -> str:
+  """Returns the source that goes with what is given; see DataConfig.source."""
+  if files:
+    return 'text'
+  return 'tfds' if data_dir or ':' in name else 'stdlib'
+
+
+def with_given_source(data: Mapping[str, Any], given: Set[str]) -> dict[str, Any]:
+  """Returns the keys of a data section that follow from those which the user gave.
+
+  The source follows from them, unless it is given itself. What the config file has for another
+  source gets its default, so that it does not stand in the user's way.
+
+  Args:
+    data: the section, with the given values in it.
+    given: keys of the section that the user gave.
+  """
+  of_sources = {key: data[key] for key in KEYS_OF_SOURCES if key in given}
+  if not given & {'source', *KEYS_OF_SOURCES}:
+    return {}
+  source = data['source']
+  if 'source' not in given and not all(source in KEYS_OF_SOURCES[key] for key in of_sources):
+    source = _find_source(
+        of_sources.get('files', ()), of_sources.get('name', ''), of_sources.get('data_dir', ''))
+  return {'source': source} | {
+      key: default for key, default in _DEFAULTS.items()
+      if key not in given and source not in KEYS_OF_SOURCES[key]}
 
 
 def encode_bytes(text: str) -> list[int]:

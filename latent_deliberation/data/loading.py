@@ -188,9 +188,11 @@ def open_batches(experiment: Experiment, prepared_dir: Path, section: str, mesh:
   # Even seeds order pretraining, odd seeds training.
   seed = 2 * experiment.seed + ('pretraining', 'training').index(section)
   if experiment.data.mode == 'online':
-    from latent_deliberation.data.online import OnlineBatches  # imports TensorFlow
-    return OnlineBatches(experiment.data, prepared_dir, settings.batch_size, seed,
-                         jax.process_index(), jax.process_count())
+    # Imported only for streams, since it needs TensorFlow.
+    online = importlib.import_module('latent_deliberation.data.online')
+    return online.OnlineBatches(
+        experiment.data, prepared_dir, settings.batch_size, seed, jax.process_index(),
+        jax.process_count())
   rows = open_rows(prepared_dir, 'train', length=experiment.data.length,
                    vocab_size=experiment.decoder.vocab_size)
   return PermutedBatches(rows, settings.batch_size, seed,

@@ -4,8 +4,10 @@
 how documents fill rows, and rows.py how the files are read.
 """
 
+import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,12 +31,15 @@ from latent_deliberation.data.sources import SPLITS
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import bytes_per_token
 from latent_deliberation.errors import MissingError, UserError, differences
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.paths import ROWS
 from latent_deliberation.progress import Progress
 
 # Fields of a Recipe that a DataConfig gives. The others follow from the source.
 KNOWN_BY_CONFIG = ('length', 'seed', 'max_tokens')
+HASHES = ('task', 'source_fingerprint')  # other fields of it, which no reader understands
+NOT_IN_ROWS = ('files', 'data_dir', 'vocabulary_path', 'mode')  # keys of a DataConfig
+SOURCE_FILE = 'source.json'  # next to the folders of the splits
 TOKENS_PER_FILE = 1 << 24  # 32 to 64 MB a file; packing needs about 200 MB of memory
 
 
@@ -66,22 +71,72 @@ def prepare(config: DataConfig, prepared_dir: Path) -> Path:
       _check_recipe(directory / split, {key: getattr(config, key) for key in KNOWN_BY_CONFIG})
     logging.warning('%s. The rows in %s are complete and are used as they are', missing, directory)
     return directory
+  described = describe_source(config, documents)
   recipes = [documents.recipe(config, split)
              for split in (SPLITS if config.mode == 'packed' else ('validation',))]
   # All splits that are there are checked before any is packed, which may take long.
   unpacked = [recipe for recipe in recipes if not (directory / recipe.split).exists()]
   for recipe in recipes:
     if recipe not in unpacked:
-      _check_recipe(directory / recipe.split, vars(recipe))
+      _check_recipe(directory / recipe.split, vars(recipe), described)
   for recipe in unpacked:
     pack(documents, recipe, directory)
+  if unpacked:
+    write_json(directory / SOURCE_FILE, described)
   return directory
 
 
-def _check_recipe(directory: Path, expected: Mapping[str, Any]) -> None:
-  """Raises UserError where rows were packed from other values than these fields of a Recipe."""
+def describe_source(config: DataConfig, documents: Documents) -> dict[str, Any]:
+  """Returns what the hashes of a Recipe stand for, to explain a difference, as JSON values."""
+  source = getattr(documents.provider, 'source', None)  # a mixture has several
+  files = getattr(getattr(source, 'corpus', None), 'files', ())
+  keys = {key: value for key, value in dataclasses.asdict(config).items()
+          if key not in (*NOT_IN_ROWS, *KNOWN_BY_CONFIG)}
+  return json.loads(json.dumps({'config': keys, 'files': [file.name for file in files]}))
+
+
+def _explain(directory: Path, described: Mapping[str, Any], new_text: bool) -> list[str]:
+  """Returns a line for each key or set of files that differs; [] where that is not known.
+
+  Args:
+    directory: folder of a split.
+    described: what its rows should be packed from.
+    new_text: whether the documents differ.
+  """
+  path = directory.parent / SOURCE_FILE
+  if not path.is_file():  # packed by earlier code
+    return []
+  saved = json.loads(path.read_text())
+  lines = differences(saved['config'], described['config'], 'data.')
+  for change, one, other in (('added', described, saved), ('removed', saved, described)):
+    names = sorted(set(one['files']) - set(other['files']))
+    if names:
+      lines.append(f'  files {change}: {len(names)} ({", ".join(names[:3])}'
+                   f'{", ..." if len(names) > 3 else ""})')
+  if new_text and not lines:
+    lines = ['  files: the same names, but their contents have changed']
+  return lines
+
+
+def _check_recipe(directory: Path, expected: Mapping[str, Any],
+                  described: Mapping[str, Any] | None = None) -> None:
+  """Raises UserError where rows were packed from other values than these fields of a Recipe.
+
+  Args:
+    directory: folder of the split.
+    expected: fields of a Recipe.
+    described: what their hashes stand for; None where that is not known.
+  """
   found = PackedRows(directory).manifest.recipe
-  lines = differences({key: getattr(found, key) for key in expected}, expected)
+  different = {key for key in expected if getattr(found, key) != expected[key]}
+  lines = []
+  if described and different & {*HASHES}:
+    lines = _explain(directory, described, 'source_fingerprint' in different)
+    different -= {*HASHES} if lines else set()
+  for keys, prefix in ((different & {*KNOWN_BY_CONFIG}, 'data.'),
+                       (different - {*KNOWN_BY_CONFIG}, '')):
+    lines += differences({key: getattr(found, key) for key in keys},
+                         {key: expected[key] for key in keys}, prefix)
   if lines:
     raise UserError('\n'.join([
         f'{directory} was packed from something else:', *lines,

@@ -39,6 +39,7 @@ from latent_deliberation.sharding import shardings_of
 
 DESCRIPTION, _FORMAT = 'coprocessor.json', 1
 _STEM = 'coprocessor'  # of the safetensors files
+ONLY_IN_TRAINING = ('num_traces', 'initialisation', 'max_delay')  # of DeliberationConfig
 REMEDY = ('Copy the coprocessor again, or remove it and run launch/train.py once more, which '
           'writes it again from the checkpoint of its run')
 
@@ -267,15 +268,15 @@ def locate_coprocessor(directory: Path) -> Path:
 
 
 def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
-                     config: DeliberationConfig, steps: int,
-                     vocabulary_hash: str) -> Path:
+                     config: DeliberationConfig, vocabulary_hash: str) -> Path:
   """Locates a trained coprocessor and checks that it is the expected one. Reads no parameters.
+
+  Choices that only training reads are not compared.
 
   Args:
     directory: the checkpoint, or the work directory of the run that wrote it.
     decoder_config: expected architecture of its decoder.
     config: expected config of its latents.
-    steps: expected number of updates.
     vocabulary_hash: hash of the vocabulary of the text that it will read.
 
   Raises:
@@ -284,14 +285,13 @@ def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
   """
   found = locate_coprocessor(directory)
   description = describe(found)
-  # Steps count too: with the same config, a control may have been trained for longer.
-  lines = differences({'num_steps': description.steps}, {'num_steps': steps},
-                      'config.training.loop.')
+  lines = []
   # Both configs, key by key, but for keys that these choices do not use.
   for section, saved, current in (('decoder', description.decoder_config, decoder_config),
                                   ('deliberation', description.config, config)):
     saved, current = ({key: value for key, value in dataclasses.asdict(values).items()
-                       if key not in config.without_effect} for values in (saved, current))
+                       if key not in (*config.without_effect, *ONLY_IN_TRAINING)}
+                      for values in (saved, current))
     lines += differences(saved, current, f'config.{section}.')
   if lines:
     raise UserError('\n'.join([

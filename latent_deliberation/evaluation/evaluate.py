@@ -1,6 +1,7 @@
 """Scores a trained coprocessor against its controls, and writes the report."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Batch, Params
@@ -20,6 +22,7 @@ from latent_deliberation.data.loading import (
 )
 from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.deliberation.coprocessor_checkpoint import (
+  describe,
   find_coprocessor,
   load_coprocessor,
 )
@@ -34,7 +37,7 @@ from latent_deliberation.evaluation.plots import plot_attention, plot_changes, p
 from latent_deliberation.evaluation.report import Report, summarise, write_report
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import check_free, make_writable
-from latent_deliberation.paths import METRICS_FILE, REPORT
+from latent_deliberation.paths import METRICS_FILE, REPORT, RUN_FILE
 from latent_deliberation.progress import counted
 from latent_deliberation.provenance import git_commit, peak_memory_bytes
 from latent_deliberation.sharding import check_batch, make_mesh, place_batch
@@ -87,6 +90,10 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   coprocessor_dir = find_trained(experiment, coprocessor_dir, held_out.rows)
   if constant_dir:
     constant_dir = find_trained(constant_experiment, constant_dir, held_out.rows)
+    steps = [describe(directory).steps for directory in (coprocessor_dir, constant_dir)]
+    if len(set(steps)) > 1:
+      logging.warning('the coprocessor was trained for %d steps, the constant soft tokens for %d: '
+                      'the comparison favours the longer training', *steps)
   curves = _read_training(runs or {'coprocessor': coprocessor_dir.parent})
 
   # Score every arm. Constant soft tokens have weights of their own, and so a pass of their own.
@@ -178,13 +185,29 @@ def open_held_out(experiment: Experiment, prepared_dir: Path, mesh: Mesh) -> Hel
 def find_trained(experiment: Experiment, directory: Path, rows: PackedRows) -> Path:
   """Finds the checkpoint of the coprocessor that the experiment trains, to score on these rows.
 
+  Logs a warning where it was trained in another dtype.
+
   Raises:
     UserError: see `find_coprocessor`.
   """
-  return find_coprocessor(
+  found = find_coprocessor(
       directory, decoder_config=experiment.decoder, config=experiment.deliberation,
-      steps=experiment.training.loop.num_steps,
       vocabulary_hash=rows.manifest.recipe.vocabulary_hash)
+  _compare_dtype(experiment, found)
+  return found
+
+
+def _compare_dtype(experiment: Experiment, coprocessor_dir: Path) -> None:
+  """Logs a warning where the run of a coprocessor computed in another dtype."""
+  path = coprocessor_dir.parent / RUN_FILE
+  if not path.is_file():  # the checkpoint was moved out of its run
+    return
+  trained = json.loads(path.read_text())['config']['computation']['dtype']
+  if trained != experiment.computation.dtype:
+    logging.warning(
+        'the coprocessor in %s was trained with computation.dtype = %r and is scored with %r: '
+        'zero latents then differ slightly from the frozen decoder', coprocessor_dir, trained,
+        experiment.computation.dtype)
 
 
 def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params,

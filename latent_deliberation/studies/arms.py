@@ -31,9 +31,10 @@ class ScoredRun:
 
 def describe_frozen(experiment: Experiment, run: ScoredRun, scorer: QuestionScorer | TextScorer,
                     seconds: float) -> Arm:
-  """Returns the arm of the frozen decoder, which was pretrained in `seconds`."""
+  """Returns the arm of the frozen decoder, which was pretrained or loaded in `seconds`."""
   decoder_config, settings = experiment.decoder, experiment.pretraining
-  texts = settings.loop.num_steps * settings.batch_size
+  # What a decoder that exists has cost is not known here. Its operations count as 0.
+  texts = 0 if experiment.decoder_from else settings.loop.num_steps * settings.batch_size
   answer = flops.answer_flops(decoder_config, scorer.prompt_tokens, scorer.answer_tokens)
   return Arm(
       kind='decoder', trained=run.trained, total=run.total,

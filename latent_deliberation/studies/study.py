@@ -1,9 +1,10 @@
 """Runs a study: one frozen decoder, several arms over several seeds, one report."""
 
 import dataclasses
+import functools
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,23 @@ import jax
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
-from latent_deliberation.build import count_parameters, load_frozen, open_frozen
-from latent_deliberation.data.loading import prepare_data
+from latent_deliberation.build import count_parameters, load_frozen, open_frozen, with_decoder
+from latent_deliberation.data.loading import (
+  check_known_vocabulary,
+  check_rows_vocabulary,
+  open_rows,
+  prepare_data,
+)
+from latent_deliberation.data.text_sizes import (
+  Choices,
+  fit_to_rows,
+  fit_to_text,
+  read_choices,
+  with_choices,
+  write_choices,
+)
 from latent_deliberation.distributed import run_on_process_zero
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, raise_problems
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import copy_vocabulary, make_writable
@@ -23,13 +37,14 @@ from latent_deliberation.paths import (
   DECODER,
   PHASES_FILE,
   RESULTS,
+  RUN_FILE,
   VOCABULARY_FILE,
   arm_directory,
   kept_vocabulary,
 )
 from latent_deliberation.progress import PhaseClock, Progress
 from latent_deliberation.provenance import git_commit
-from latent_deliberation.sharding import make_mesh
+from latent_deliberation.sharding import batch_shards, make_mesh
 from latent_deliberation.studies.arms import (
   ScoredRun,
   describe_arm,
@@ -59,7 +74,7 @@ from latent_deliberation.training.train import describe_training, train_coproces
 
 
 def run_study(study: Study, workdir: Path, only: Sequence[str] = (),
-              overwrite: bool = False) -> dict[str, Any]:
+              given: Collection[str] = (), overwrite: bool = False) -> dict[str, Any]:
   """Trains and scores every arm with every seed. Complete runs are not trained again.
 
   Args:
@@ -67,6 +82,8 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = (),
     workdir: work directory of the study.
     only: names of the arms to train and report; all arms if empty. The scores of an arm
       do not depend on this choice.
+    given: dotted paths of the keys that the user gave. Of the others, some follow from a small
+      text of the user's; see data/text_sizes.py.
     overwrite: whether to overwrite results of other settings or of more arms.
 
   Returns: the content of <workdir>/results.json; a page and plots are written to the same
@@ -80,29 +97,24 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = (),
   mesh = make_mesh(study.experiment.mesh)
   make_writable(workdir)
   with hold_workdir(workdir):
-    return _run_phases(study, names, workdir, mesh, overwrite)
+    return _run_phases(study, names, workdir, given, mesh, overwrite)
 
 
-def _run_phases(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh,
-                overwrite: bool) -> dict[str, Any]:
-  runs, results = check_arms(study, names, workdir, mesh), workdir / f'{RESULTS}.json'
-  if results.exists() and not overwrite:
-    check_results(study, names, results)
-  # Asked before the phases, which make their runs longer.
-  further = {phase for phase, run in runs.items() if run.goes_further}
+def _run_phases(study: Study, names: Sequence[str], workdir: Path, given: Collection[str],
+                mesh: Mesh, overwrite: bool) -> dict[str, Any]:
 
   # Data and decoder, which all arms share.
   clock = PhaseClock(workdir / PHASES_FILE)
   with clock.phase('data'):
-    prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
+    study, runs = _prepare(study, names, workdir, given, mesh, overwrite)
     arm_prepared_dir = _prepare_arm_data(study, workdir)
     # Fails now, not hours later, if there is too little text to score on.
     scorer = open_scorer(study, workdir, mesh)
+  # Asked before the phases, which make their runs longer.
+  further = {phase for phase, run in runs.items() if run.goes_further}
   with clock.phase('decoder', 'decoder' in further):
-    decoder_dir = pretrain(study.experiment, workdir / DECODER, workdir)
-  decoder_params, decoder_fingerprint = load_frozen(
-      study.experiment, open_frozen(study.experiment.decoder, decoder_dir), mesh)
-  frozen = FrozenDecoder(decoder_dir, decoder_params, decoder_fingerprint)
+    frozen = _open_decoder(study.experiment, workdir, mesh)
+  decoder_params = frozen.params
   arms = {FROZEN: describe_frozen(
       study.experiment, _score_frozen(study.experiment, decoder_params, scorer), scorer,
       clock.seconds['decoder'])}
@@ -134,18 +146,70 @@ def _run_phases(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh,
   return summary
 
 
+def _prepare(study: Study, names: Sequence[str], workdir: Path, given: Collection[str],
+             mesh: Mesh, overwrite: bool) -> tuple[Study, dict[str, Run]]:
+  """Prepares the data and checks all arms before the first phase.
+
+  Returns: the study with sizes for its text, and the runs by the names of their phases.
+  """
+  keys = {key.removeprefix('experiment.') for key in given}
+
+  def with_sizes(choices: Choices) -> Study:
+    return dataclasses.replace(study, experiment=with_choices(study.experiment, choices))
+
+  chosen = read_choices(workdir, keys)
+  if chosen is None and any(workdir.glob(f'arms/*/*/{RUN_FILE}')):
+    chosen = {}  # trained before sizes followed from the text
+  choices = fit_to_text(study.experiment, keys) if chosen is None else chosen
+  study = with_sizes(choices)
+  runs, results = check_arms(study, names, workdir, mesh), workdir / f'{RESULTS}.json'
+  if results.exists() and not overwrite:
+    check_results(study, names, results)
+  prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
+  if chosen is None:
+    shards = batch_shards(mesh, study.experiment.rules)
+    choices |= fit_to_rows(study.experiment, keys, workdir, shards)
+    study = with_sizes(choices)
+    runs = check_arms(study, names, workdir, mesh)
+  write_choices(workdir, 'study', dataclasses.asdict(study), choices)
+  return study, runs
+
+
+def take_decoder(study: Study, decoder: str = '', given: Collection[str] = ()) -> Study:
+  """Returns the study on a decoder that exists; see `with_decoder`.
+
+  Args:
+    study: the study.
+    decoder: directory, GGUF file or name; default is `decoder_from` of the experiment.
+    given: dotted paths of the keys of the study that the user gave.
+  """
+  keys = [key.removeprefix('experiment.') for key in given]
+  return dataclasses.replace(study, experiment=with_decoder(study.experiment, decoder, keys))
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenDecoder:
   """The frozen decoder of a study.
 
   Attributes:
-    directory: directory that pretraining wrote.
+    directory: its directory, or its file.
     params: its weights, on devices.
     fingerprint: fingerprint of its weights as stored.
   """
   directory: Path
   params: Params
   fingerprint: str
+
+
+def _open_decoder(experiment: Experiment, workdir: Path, mesh: Mesh) -> FrozenDecoder:
+  """Loads the decoder that the study takes, or pretrains one."""
+  directory = (Path(experiment.decoder_from) if experiment.decoder_from
+               else pretrain(experiment, workdir / DECODER, workdir))
+  checkpoint = open_frozen(experiment.decoder, directory)
+  check_rows_vocabulary(open_rows(
+      workdir, 'validation', length=experiment.data.length,
+      vocab_size=experiment.decoder.vocab_size), checkpoint)
+  return FrozenDecoder(directory, *load_frozen(experiment, checkpoint, mesh))
 
 
 def choose_arms(study: Study, only: Sequence[str]) -> tuple[str, ...]:
@@ -200,20 +264,41 @@ def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) ->
   # The questions, the decoder's run, and the run of every arm and seed.
   if study.questions.per_difficulty:
     draw_questions(study.questions, study.experiment.data)
-  runs = {'decoder': describe_pretraining(study.experiment, workdir / DECODER, mesh)}
-  runs['decoder'].check()
+  decoder_from, problems = study.experiment.decoder_from, []
+  describe: dict[str, Callable[[], Run]] = {}
+  if decoder_from:
+    checkpoint = open_frozen(study.experiment.decoder, Path(decoder_from))
+    check_known_vocabulary(study.experiment.data, workdir, checkpoint)
+  else:
+    describe['decoder'] = functools.partial(
+        describe_pretraining, study.experiment, workdir / DECODER, mesh)
   for name in names:
-    arm = study.arms[name]
+    learns = study.arms[name].learns
     for seed in study.seeds:
       experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
-      run = (describe_training(experiment, run_dir, mesh) if arm.learns == LATENT_ARM
-             else describe_tuning(experiment, arm.learns, run_dir, mesh))
-      run.check()
-      runs[_phase_of(name, seed)] = run
-  # Arms that this command leaves out count too.
-  check_no_later_run(runs['decoder'], [arm_directory(workdir, name, seed) for name in study.arms
-                                       for seed in study.seeds])
+      describe[_phase_of(name, seed)] = functools.partial(
+          _describe_run, experiment, run_dir, learns, mesh)
+  # Check all runs, and say at once what is wrong with any of them.
+  runs = {}
+  for phase, make in describe.items():
+    try:
+      runs[phase] = make()
+      runs[phase].check()
+    except UserError as error:
+      problems.append(f'{phase}: {error}')
+  raise_problems(problems)
+  if 'decoder' in runs:
+    # Arms that this command leaves out count too.
+    check_no_later_run(runs['decoder'], [arm_directory(workdir, name, seed) for name in study.arms
+                                         for seed in study.seeds])
   return runs
+
+
+def _describe_run(experiment: Experiment, run_dir: Path, learns: str, mesh: Mesh) -> Run:
+  """Returns the run of an arm with one seed."""
+  if learns == LATENT_ARM:
+    return describe_training(experiment, run_dir, mesh)
+  return describe_tuning(experiment, learns, run_dir, mesh)
 
 
 def _phase_of(arm: str, seed: int) -> str:

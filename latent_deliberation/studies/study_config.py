@@ -17,7 +17,8 @@ from latent_deliberation.studies.tune import TUNINGS
 LATENT_ARM = 'latents'  # ArmConfig.learns of an arm that trains latents for the frozen decoder
 CHAIN = 'chain'  # the frozen decoder, which answers after a chain that it wrote itself
 # Sections of the experiment that no arm may change.
-SHARED = ('decoder', 'data', 'computation', 'pretraining', 'evaluation', 'mesh', 'rules', 'seed')
+SHARED = ('decoder', 'data', 'computation', 'pretraining', 'evaluation', 'mesh', 'rules', 'seed',
+          'decoder_from')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Study:
 
   Attributes:
     name: title of the report.
-    experiment: starting point of every arm; its decoder is pretrained once, with its seed.
+    experiment: starting point of every arm; its decoder is pretrained once, with its seed, unless
+      `decoder_from` names one that exists.
     arms: trained arms by name. The controls of the arm 'own' are called 'shuffled', 'zero' and
       'mean'; the controls of any other arm NAME are called 'NAME/shuffled' and so on.
     seeds: seeds of the arms; each gives another initialisation, other traces and another order of

@@ -16,6 +16,7 @@ from latent_deliberation.data.loading import (
   prepare_data,
   validation_batches,
 )
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.paths import DECODER, kept_vocabulary
@@ -36,9 +37,13 @@ def pretrain(experiment: Experiment, workdir: Path, prepared_dir: Path) -> Path:
   Returns: <workdir>/decoder, for `weights.load`.
 
   Raises:
+    UserError: the experiment has a decoder already.
     UserError: config, data or directory do not fit; see `Run.check`, `prepare_data` and `fit`.
   """
   # Check everything that needs no data.
+  if experiment.decoder_from:
+    raise UserError(f'decoder_from = {experiment.decoder_from!r}: this decoder exists and needs no '
+                    "pretraining. Train a coprocessor for it, or set decoder_from = ''")
   mesh = make_mesh(experiment.mesh)
   run = describe_pretraining(experiment, workdir, mesh)
   run.check()

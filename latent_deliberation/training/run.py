@@ -23,7 +23,7 @@ from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.build import count_parameters
 from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import barrier, run_on_process_zero
-from latent_deliberation.errors import UserError, differences
+from latent_deliberation.errors import UserError, differences, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
 from latent_deliberation.files import lock_for_all, make_writable, write_json
 from latent_deliberation.paths import (
@@ -217,7 +217,7 @@ _RESULTS = {'pretrain': DECODER, 'train': COPROCESSOR}
 WITHOUT_EFFECT = (
     'mesh', 'rules', 'computation.activations', 'computation.attention',
     'computation.replicate_frozen',
-    'data.files', 'data.data_dir', 'data.vocabulary_path') + tuple(
+    'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from') + tuple(
     f'{section}.loop.{key}' for section in ('pretraining', 'training')
     for key in ('log_every', 'log_seconds', 'eval_every', 'save_every', 'keep'))
 # A run may be resumed with others of these. Every other key is part of its identity.
@@ -337,19 +337,20 @@ class Run:
 
     Raises:
       UserError: batches or parameters do not divide over the mesh, two processes would need the
-        same texts of a stream, or the warm-up is longer than the run.
+        same texts of a stream, or the warm-up is longer than the run; a line for each.
     """
     experiment = self.experiment
-    check_batch(self.settings.batch_size, self.settings.accumulation, self.mesh, experiment.rules,
-                self.section)
-    check_batch(experiment.evaluation.batch_size, 1, self.mesh, experiment.rules, 'evaluation')
+    problems = [
+        *problems_of(lambda: check_batch(
+            self.settings.batch_size, self.settings.accumulation, self.mesh, experiment.rules,
+            self.section)),
+        *problems_of(lambda: check_batch(
+            experiment.evaluation.batch_size, 1, self.mesh, experiment.rules, 'evaluation'))]
     if experiment.data.mode == 'online':
-      check_own_rows(self.mesh, experiment.rules)
-    # Errors of shardings and warm-up lack the section's name.
-    try:
-      _ = self.abstract  # builds optimizer and shardings
-    except UserError as error:
-      raise UserError(f'{self.section}: {error}') from error
+      problems += problems_of(lambda: check_own_rows(self.mesh, experiment.rules))
+    # Building optimizer and shardings checks them. Their errors lack the section's name.
+    problems += [f'{self.section}: {problem}' for problem in problems_of(lambda: self.abstract)]
+    raise_problems(problems)
 
   def check(self, decoder_fingerprint: str = '') -> None:
     """Checks, before long work, everything that needs neither data nor weights.

@@ -8,6 +8,7 @@ import jax
 import pytest
 from PIL import Image
 
+from latent_deliberation.build import with_decoder
 from latent_deliberation.cli import quickstart as job
 from latent_deliberation.cli.quickstart import quickstart as run_quickstart
 from latent_deliberation.errors import UserError
@@ -160,4 +161,28 @@ def test_too_little_text_is_refused(tmp_path, quickstart, monkeypatch):
   """Too little held-out text for the report is found before anything is trained."""
   monkeypatch.setattr(job, 'pretrain', lambda *unused: pytest.fail('training began'))
   with pytest.raises(UserError, match='8000.*evaluation.num_texts'):
-    run_quickstart(finished.experiment(evaluation__num_texts=8000), tmp_path)
+    run_quickstart(finished.experiment(evaluation__num_texts=8000), tmp_path,
+                   {'evaluation.num_texts'})
+
+
+@pytest.mark.usefixtures('one_device')
+def test_existing_decoder_is_not_pretrained(tmp_path, quickstart, monkeypatch):
+  """Text is packed with its vocabulary, and both trainings and the report are on it."""
+  seen = []
+  monkeypatch.setattr(job, 'pretrain', lambda *unused: pytest.fail('pretraining began'))
+  monkeypatch.setattr(job, 'train_coprocessor', lambda experiment, decoder, *unused: seen.append(
+      (experiment.deliberation.trainable, decoder)))
+  monkeypatch.setattr(job, 'evaluate', lambda experiment, **directories: directories)
+  decoder = quickstart / 'pretraining/decoder'
+  start = finished.experiment(
+      decoder__num_layers=1, data__vocabulary='sentencepiece', evaluation__num_texts=800)
+  directories = run_quickstart(with_decoder(start, str(decoder)), tmp_path)
+  assert seen == [('full', decoder), ('constant', decoder)]
+  assert directories['decoder_dir'] == decoder and 'decoder' not in directories['runs']
+  saved = json.loads((tmp_path / 'run.json').read_text())
+  assert saved['config']['data']['vocabulary'] == 'byte'
+  assert saved['config']['evaluation']['num_texts'] == saved['chosen']['evaluation.num_texts'] < 800
+  # The same command chooses the same, also where the text has gone.
+  monkeypatch.setattr(job, 'fit_to_text', lambda *unused: pytest.fail('chosen again'))
+  run_quickstart(with_decoder(start, str(decoder)), tmp_path)
+  assert json.loads((tmp_path / 'run.json').read_text()) == saved

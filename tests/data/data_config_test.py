@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.data_config import DataConfig, with_given_source
 from latent_deliberation.errors import UserError
 
 SYNTHETIC = {'source': 'synthetic', 'name': 'pointer_chasing'}
@@ -20,17 +20,61 @@ def test_files_become_a_tuple():
   assert hash(config) == hash(dataclasses.replace(config))
 
 
+@pytest.mark.parametrize(('fields', 'source'), [
+    ({}, 'stdlib'), ({'files': 'a.txt'}, 'text'), ({'name': 'c4/en:3.1.0'}, 'tfds'),
+    ({'source': 'tfds', 'name': 'c4/en:3.1.0'}, 'tfds'),
+    ({'data_dir': 'sets', 'name': 'c4/en:3.1.0'}, 'tfds')])
+def test_source_follows(fields, source):
+  assert DataConfig(**fields).source == source
+
+
+def test_files_of_one_string(tmp_path):
+  """Commas separate files, but not in the name of a file that exists."""
+  (tmp_path / 'a,b.txt').write_text('x')
+  assert DataConfig(files='a.txt, b/*.jsonl').files == ('a.txt', 'b/*.jsonl')
+  assert DataConfig(files=f'{tmp_path}/a,b.txt').files == (f'{tmp_path}/a,b.txt',)
+
+
+def test_all_problems_are_named():
+  with pytest.raises(UserError, match="(?s)mode = 'fast'.*length = 1.*seed = -1"):
+    DataConfig(mode='fast', length=1, seed=-1)
+
+
+STDLIB = dataclasses.asdict(DataConfig())
+C4 = dataclasses.asdict(DataConfig(source='tfds', name='c4/en:3.1.0', data_dir='sets'))
+
+
+@pytest.mark.parametrize(('data', 'given', 'expected'), [
+    # What the config file has for its own source does not stand in the way.
+    (C4, {'files': ('a',)}, {'source': 'text', 'name': '', 'data_dir': ''}),
+    (C4, {'data_dir': 'others'}, {'source': 'tfds', 'name': 'c4/en:3.1.0'}),
+    (STDLIB, {'name': 'c4/en:3.1.0'}, {'source': 'tfds'}),
+    (STDLIB, {'length': 128}, {'source': 'stdlib'})])
+def test_source_follows_from_overrides(data, given, expected):
+  data = data | given
+  data |= with_given_source(data, set(given))
+  assert expected.items() <= dataclasses.asdict(DataConfig(**data)).items()
+
+
+@pytest.mark.parametrize('given', [
+    {'files': ('a',), 'source': 'stdlib'}, {'files': ('a',), 'name': 'c4/en:3.1.0'}])
+def test_two_sources_are_refused(given):
+  data = STDLIB | given
+  data |= with_given_source(data, set(given))
+  with pytest.raises(UserError, match='files|name'):
+    DataConfig(**data)
+
+
 @pytest.mark.parametrize(('fields', 'message'), [
     ({'source': 'web'}, r"source = 'web': choose one of \('stdlib'"),
     ({'vocabulary': 'words'}, "vocabulary = 'words'"),
     ({'mode': 'fast'}, "mode = 'fast'"),
     ({'source': 'text'}, "source = 'text' needs files"),
-    ({'source': 'text', 'files': 'a.txt'}, "files = 'a.txt'.*tuple"),
-    ({'files': ('a.txt',)}, "files = .*'a.txt'.*source = 'stdlib'"),
+    ({'source': 'stdlib', 'files': ('a.txt',)}, "files = .*'a.txt'.*source = 'stdlib'"),
     ({'source': 'tfds'}, "source = 'tfds' needs name"),
     ({'source': 'tfds', 'name': 'c4/en'}, "name = 'c4/en' has no version"),
     ({'source': 'mixture'}, "source = 'mixture' needs name"),
-    ({'name': 'c4/en:3.1.0'}, "name = 'c4/en:3.1.0'.*source = 'stdlib'"),
+    ({'source': 'stdlib', 'name': 'c4/en:3.1.0'}, "name = 'c4/en:3.1.0'.*source = 'stdlib'"),
     ({'source': 'synthetic'}, "source = 'synthetic' needs name"),
     ({'options': {'nodes': 8}}, "options = {'nodes': 8}.*source = 'stdlib'"),
     ({'documents': 10}, "documents = 10 .*source = 'stdlib'.*100000"),
@@ -38,7 +82,7 @@ def test_files_become_a_tuple():
     (SYNTHETIC | {'options': 'nodes'}, "options = 'nodes'.*mapping"),
     (SYNTHETIC | {'documents': 1}, 'documents = 1: .* between 2'),
     (SYNTHETIC | {'questions': 0}, 'questions = 0: .* between 1'),
-    ({'data_dir': '/data'}, "data_dir = '/data'.*source = 'stdlib'.*tfds"),
+    ({'source': 'stdlib', 'data_dir': '/data'}, "data_dir = '/data'.*source = 'stdlib'.*tfds"),
     ({'text_key': ''}, "text_key = ''"),
     ({'vocabulary': 'byte', 'vocabulary_path': 'v.model'}, "'v.model'.*vocabulary = 'byte'"),
     ({'source': 'mixture', 'name': 'm', 'vocabulary_path': 'v.model'}, "'v.model'.*'m'"),

@@ -12,19 +12,36 @@ class Bad:
     arguments: {run} is a finished quickstart, {new} does not exist, {files} has two bad configs,
       a bad GGUF file and a bad tokenizer.
     message: pattern of its output, with what is wrong and, where there is one, the remedy.
+    alone: without the config of the finished quickstart.
   """
   script: str
   arguments: str
   message: str
+  alone: bool = False
 
 
 BAD = {
-    'misspelt key': Bad(
-        'pretrain', '--workdir={new} --config.training.batchsize=4',
-        r"^Error: .*'batchsize'\nDid you mean \"batch_size\".*docs/config.md.*launch/config.py"),
-    'misspelt section': Bad(
-        'quickstart', '--workdir={new} --config.trainin.batch_size=4',
-        "'trainin'\nDid you mean \"training\".*docs/config.md.*launch/config.py"),
+    'misspelt keys': Bad(
+        'pretrain', '--workdir={new} --config.training.stepz=4 --config.trainin.batch_size=4',
+        r"^Error: .*'training.stepz'.*'training.loop.num_steps'.*docs/config.md.*launch/config.py"
+        r".*'trainin.batch_size'.*'training.batch_size'"),
+    'several impossible values': Bad(
+        'quickstart', '--workdir={new} --config.deliberation.num_traces=63 '
+        '--config.evaluation.delay=9 --config.training.accumulation=0 --config.seed=-1',
+        '(?s)training: accumulation = 0.*evaluation.delay = 9.*seed = -1.*num_traces = 63'),
+    'two sources of text': Bad(
+        'quickstart', '--workdir={new} --config.data.source=stdlib', "files = .*source = 'stdlib'"),
+    'a pretraining of a decoder that exists': Bad(
+        'pretrain', '--workdir={new} --config.decoder_from=gemma', "decoder_from = 'gemma'"),
+    'the run of a pretraining as config': Bad(
+        'train', '--workdir={new} --config={run}/pretraining/run.json', "run.json .*'pretrain'"),
+    'no decoder at all': Bad('train', '--workdir={new}', "--decoder = ''.*decoder_from"),
+    'too many texts for what a run knows': Bad(
+        'evaluate', '--coprocessor={run}/coprocessor --output={new} '
+        '--config.evaluation.num_texts=8000', '8000 .*evaluation.num_texts', alone=True),
+    'too few texts for the gate of a run': Bad(
+        'gate', '--coprocessor={run}/coprocessor --output={new} '
+        '--config.evaluation.rows_per_text=9999', 'evaluation.num_texts', alone=True),
     'value of another type': Bad(
         'pretrain', '--workdir={new} --config.training.batch_size=four',
         "config.training.batch_size=four: .*'four'"),

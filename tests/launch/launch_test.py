@@ -27,6 +27,8 @@ FLAGS = {
 def arguments_of(bad: Bad, files: Path) -> list[str]:
   run, _ = finished.quickstart()
   arguments = bad.arguments.format(run=run, new=files / 'new', files=files).split()
+  if bad.alone:
+    return [sys.executable, f'launch/{bad.script}.py', *arguments]
   return command(bad.script, *arguments)
 
 

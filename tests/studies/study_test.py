@@ -166,7 +166,8 @@ def test_chains_need_their_task():
     ({'own': {'learns': 'everything'}}, "learns = 'everything'"),
     ({'own': {'lerns': 'latents'}}, "arms.own.lerns .* did you mean 'learns'"),
     ({'own': {'changes': {'decoder': {'num_layers': 3}}}}, r"arms.own.changes .*'decoder'"),
-    ({'own': {'changes': {'deliberation': {'num_latent': 3}}}}, "did you mean 'num_latents'"),
+    ({'own': {'changes': {'deliberation': {'num_latent': 3}}}},
+     "did you mean 'deliberation.num_latents'"),
     ({'own': {'changes': {'deliberation': {'num_latents': 0}}}}, 'num_latents = 0'),
 ])
 def test_unfair_or_unknown_arms(arms, message):

@@ -1,0 +1,222 @@
+"""The flag --config: a config file or the run.json of a run, with overrides, as typed values.
+
+  define_config(__file__)
+
+  def main() -> None:
+    experiment = read_config()
+
+What a flag gives, such as --config.data.files, goes before what the config file says. Some values
+follow from what is given: the source of text, the number of embeddings, the warm-up.
+"""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
+from ml_collections.config_flags.tuple_parser import TupleParser
+
+from latent_deliberation.cli import app
+from latent_deliberation.data.data_config import (
+  BYTE_VOCABULARY_SIZE,
+  split_files,
+  with_given_source,
+)
+from latent_deliberation.errors import UserError, raise_problems
+from latent_deliberation.experiment import Experiment, as_config, bind, nearest_key
+from latent_deliberation.paths import RUN_FILE, with_current_names
+
+# --help of a launch script shows the flags that are defined here as its own.
+flags.disclaim_key_flags()
+
+FLAG = 'config'
+HELP = ("Config file, or the run.json of a run. Any key can be overridden, as in "
+        '--config.training.batch_size=16; launch/config.py --config=... lists all keys.')
+
+
+def define_config(launch_script: str, default: str | None = None, of_run: str = '') -> None:
+  """Defines the flag --config of a launch script.
+
+  Args:
+    launch_script: path of the script, which is in launch/.
+    default: path of a config file, relative to the root of the source tree. Without a default, the
+      flag is required.
+    of_run: name of the flag of a run. Without --config, the run.json of that run is the config.
+  """
+  root = Path(launch_script).resolve().parents[1]
+  if str(root) not in sys.path:  # so that config files can import their neighbours
+    sys.path.insert(0, str(root))
+  saved = _find_run(of_run) if of_run and _given_flag(FLAG) is None else None
+  if saved or default:
+    default = str(saved or root / default)
+  config_flags.register_flag_parser_for_type(tuple, _TupleParser())
+  config_flags.DEFINE_config_file(FLAG, None, HELP, lock_config=True)
+  flags.FLAGS[FLAG].parser = _ConfigParser(FLAG)
+  if default is None:
+    flags.mark_flag_as_required(FLAG)
+  else:
+    # Only where errors of overrides are caught: the default is read when it is set.
+    app.before_parsing(lambda: flags.FLAGS.set_default(FLAG, default))
+
+
+def _given_flag(name: str) -> str | None:
+  """Returns the value of a flag on the command line, before flags are parsed; None if absent."""
+  for number, argument in enumerate(sys.argv[1:], 1):
+    found = re.fullmatch(rf'--?{name}(?:=(.*))?', argument, re.DOTALL)
+    if found:
+      return found[1] if found[1] is not None else ' '.join(sys.argv[number + 1:number + 2])
+  return None
+
+
+def _find_run(flag: str) -> Path | None:
+  """Returns the run.json of the run that a flag on the command line names; None if there is none.
+
+  The flag may also name a directory in the run's, such as its coprocessor/.
+  """
+  given = _given_flag(flag)
+  if not given:
+    return None
+  places = (Path(given), Path(given).absolute().parent)
+  return next((place / RUN_FILE for place in places if (place / RUN_FILE).is_file()), None)
+
+
+def config_arguments() -> str:
+  """Returns --config and its overrides as they were given, for a command that follows."""
+  return shlex.join(argument for argument in sys.argv[1:]
+                    if re.match(rf'--?(no)?{FLAG}[.=]', argument))
+
+
+def given_keys() -> frozenset[str]:
+  """Returns the dotted paths of the keys that were given on the command line."""
+  return frozenset(config_flags.get_override_values(flags.FLAGS[FLAG]))
+
+
+def read_config(kind: type = Experiment) -> Any:
+  """Returns --config and its overrides as a checked dataclass of `kind`.
+
+  Raises:
+    UserError: keys or values are wrong; the message has a line for each.
+  """
+  config, given = flags.FLAGS[FLAG].value, given_keys()
+  # A study holds its experiment. Both have the same sections.
+  prefix = '' if 'experiment' not in config else 'experiment.'
+  section = config.experiment if prefix else config
+  inside = {key.removeprefix(prefix) for key in given if key.startswith(prefix)}
+  for key, value in _follow(section, inside):
+    old = config
+    for part in f'{prefix}{key}'.split('.'):
+      old = old[part]
+    if (dict(old) if isinstance(old, ConfigDict) else old) != value:
+      logging.info('%s%s = %r follows from what is given, in place of %r', prefix, key, value, old)
+      with config.unlocked():
+        config.update_from_flattened_dict({f'{prefix}{key}': value})
+  return bind(config, kind)
+
+
+def _follow(config: ConfigDict, given: set[str]) -> Iterator[tuple[str, Any]]:
+  """Yields (key, value) of each key that follows from those which were given."""
+  of_data = {key.partition('.')[2] for key in given if key.startswith('data.')}
+  for key, value in with_given_source(config.data, of_data).items():
+    yield f'data.{key}', value
+  # A decoder that is pretrained here has an embedding for each piece of its vocabulary.
+  if (of_data & {'vocabulary', 'vocabulary_size'} and 'decoder.vocab_size' not in given
+      and not config.decoder_from and not config.data.vocabulary_path):
+    yield 'decoder.vocab_size', (BYTE_VOCABULARY_SIZE if config.data.vocabulary == 'byte'
+                                 else config.data.vocabulary_size)
+  # A warm-up that was meant for a longer run becomes a tenth of this one.
+  for name in ('pretraining', 'training'):
+    settings = config[name]
+    steps = settings.loop.num_steps
+    if (f'{name}.loop.num_steps' in given and f'{name}.optimizer.warmup_steps' not in given
+        and settings.optimizer.warmup_steps > steps):
+      yield f'{name}.optimizer.warmup_steps', steps // 10
+
+
+def read_run(path: Path) -> ConfigDict:
+  """Returns the config of a run, of a quickstart or of a study, from its run.json.
+
+  Raises:
+    UserError: the file is missing or damaged, or its job has no whole experiment.
+  """
+  try:
+    saved = with_current_names(json.loads(path.read_text()))
+    job, config = saved['job'], dict(saved['config'])
+  except OSError as error:
+    raise UserError(f'{path} cannot be read ({error}): name the run.json of a run') from error
+  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    raise UserError(f'{path} is no run.json ({error!r}): name the run.json that a training wrote '
+                    'to its --workdir, or a config file') from error
+  if 'experiment' in config:
+    return as_config(config)
+  if 'training' not in config:
+    raise UserError(f'{path} is of the job {job!r}, which reads only a part of the config: name '
+                    'the run.json of a training, or a config file')
+  # Training does not read the settings of pretraining, and does not save them.
+  config.setdefault('pretraining', {**config['training'], 'multipliers': {}})
+  # Bound first, so that keys which are newer than the run have their defaults.
+  return as_config(bind(config, where=str(path)))
+
+
+class _ConfigParser(ConfigFileFlagParser):
+  """Reads a config file or a run.json, and refuses overrides of keys that it lacks."""
+
+  def parse(self, path: str) -> ConfigDict:
+    """See ConfigFileFlagParser.
+
+    Raises:
+      UserError: the file raises one, or overrides name unknown keys; a line for each.
+    """
+    if path.endswith('.json'):
+      config = read_run(Path(path))
+    else:
+      try:
+        config = super().parse(path)
+      except UserError as error:
+        # ml_collections puts the error of the file, with a traceback, into another one.
+        raise UserError(f'{path}: {error.__context__}') from None
+    if isinstance(config, ConfigDict):
+      raise_problems(_unknown_overrides(config))
+    return config
+
+
+def _unknown_overrides(config: ConfigDict) -> Iterator[str]:
+  """Yields a message for each override on the command line whose key the config lacks."""
+  known = list(_paths(config))
+  for argument in sys.argv[1:]:
+    found = re.match(rf'--?(?:no)?{FLAG}\.([^=]+)', argument)
+    # Brackets name an entry of a tuple, which ml_collections checks.
+    if found and found[1] not in known and '[' not in found[1]:
+      near = nearest_key(found[1], known)
+      hint = f'Did you mean {near!r}? ' if near else ''
+      yield (f'--{FLAG} has no key {found[1]!r}. {hint}docs/config.md explains all keys, and '
+             'launch/config.py prints those of a config.')
+
+
+def _paths(config: Mapping[str, Any], path: str = '') -> Iterator[str]:
+  for key in config:
+    inside = f'{path}.{key}' if path else key
+    yield inside
+    if isinstance(config[key], ConfigDict | Mapping):
+      yield from _paths(config[key], inside)
+
+
+class _TupleParser(TupleParser):
+  """Also reads names of files with commas or spaces, without quotes."""
+
+  def parse(self, argument: Any) -> tuple:
+    """See TupleParser."""
+    try:
+      values = super().parse(argument)
+    except ValueError:
+      # A tuple that is meant as one has brackets or quotes.
+      if not isinstance(argument, str) or re.search(r'[()\[\]\'"]', argument):
+        raise
+      values = (argument,)
+    # A text without quotes comes back as it is, also one with commas.
+    return split_files(argument) if values == (argument,) and isinstance(argument, str) else values

@@ -1,0 +1,54 @@
+"""A trained run, with its config, decoder and data, for the commands that score it."""
+
+import dataclasses
+from pathlib import Path
+
+from latent_deliberation.build import with_decoder
+from latent_deliberation.cli.config_flag import given_keys, read_config
+from latent_deliberation.deliberation.coprocessor_checkpoint import locate_coprocessor
+from latent_deliberation.errors import UserError
+from latent_deliberation.experiment import Experiment
+from latent_deliberation.paths import DECODER, PRETRAINING, ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+  """A run to score.
+
+  Attributes:
+    experiment: --config with its overrides, or the config of the run.
+    decoder_dir: directory of the frozen decoder.
+    coprocessor_dir: directory of the trained coprocessor, or the work directory of its run.
+    prepared_dir: directory of prepared data.
+  """
+  experiment: Experiment
+  decoder_dir: Path
+  coprocessor_dir: Path
+  prepared_dir: Path
+
+
+def open_run(decoder: str, coprocessor: str, data: str) -> TrainedRun:
+  """Returns the run of a coprocessor, with what flags say and what the run itself knows.
+
+  Args:
+    decoder: --decoder, or ''.
+    coprocessor: --coprocessor: the work directory of a run, or the coprocessor/ in it.
+    data: --data, or ''.
+
+  Raises:
+    UserError: neither the flags nor the run say where the decoder or the data are.
+  """
+  # The run, and the quickstart that it may be a phase of.
+  run_dir = locate_coprocessor(Path(coprocessor)).parent
+  places, quickstart = (run_dir, run_dir.absolute().parent), run_dir.absolute().parent
+  experiment = with_decoder(read_config(), decoder, given_keys())
+  pretrained = quickstart / PRETRAINING / DECODER
+  if not experiment.decoder_from and not pretrained.is_dir():
+    raise UserError(f"--decoder = '': {run_dir} does not say which decoder it was trained on; "
+                    'give its directory')
+  found = next((place for place in places if (place / ROWS).is_dir()), None)
+  if not data and found is None:
+    raise UserError(f"--data = '': there are no {ROWS}/ in {run_dir} or above it; give the "
+                    'directory of prepared data')
+  return TrainedRun(experiment, Path(experiment.decoder_from or pretrained), Path(coprocessor),
+                    Path(data) if data else found)
