@@ -21,8 +21,7 @@ _WORKDIR = app.define_directory(
 def main() -> None:
   experiment = read_config()
   prepare_data(experiment.data, experiment.decoder.vocab_size, Path(_WORKDIR.value))
-  print(f'Data: {_WORKDIR.value}\n'
-        f'Next: python launch/pretrain.py --data={app.quote(_WORKDIR.value)} '
+  print(f'Data: {_WORKDIR.value}\nNext: python launch/pretrain.py --data={_WORKDIR.value} '
         '--config=... --workdir=...')
 
 

@@ -21,8 +21,8 @@ _DATA = app.define_directory('data', 'Directory of prepared data. Default: --wor
 def main() -> None:
   workdir = Path(_WORKDIR.value)
   decoder_dir = pretrain(read_config(), workdir, Path(_DATA.value or workdir))
-  print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={app.quote(decoder_dir)} '
-        f'--data={app.quote(_DATA.value or _WORKDIR.value)} --config=... --workdir=...')
+  print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={decoder_dir} '
+        f'--data={_DATA.value or workdir} --config=... --workdir=...')
 
 
 if __name__ == '__main__':

@@ -30,8 +30,8 @@ def main() -> None:
   summary = quickstart(read_config(), workdir)
   print(format_table(summary))
   print(f'Report: {workdir / "report.md"}\n'
-        f'Next: python launch/generate.py --decoder={app.quote(workdir / PRETRAINING / DECODER)} '
-        f'--coprocessor={app.quote(workdir / COPROCESSOR)} --compare')
+        f'Next: python launch/generate.py --decoder={workdir / PRETRAINING / DECODER} '
+        f'--coprocessor={workdir / COPROCESSOR} --compare')
 
 
 if __name__ == '__main__':

@@ -25,9 +25,8 @@ def main() -> None:
   prepared_dir = _DATA.value or _WORKDIR.value
   train_coprocessor(read_config(), Path(_DECODER.value), Path(_WORKDIR.value), Path(prepared_dir))
   print(f'Coprocessor: {_WORKDIR.value}/coprocessor\n'
-        f'Next: python launch/evaluate.py --coprocessor={app.quote(_WORKDIR.value)} '
-        f'--decoder={app.quote(_DECODER.value)} --data={app.quote(prepared_dir)} '
-        '--config=... --output=...')
+        f'Next: python launch/evaluate.py --coprocessor={_WORKDIR.value} '
+        f'--decoder={_DECODER.value} --data={prepared_dir} --config=... --output=...')
 
 
 if __name__ == '__main__':

@@ -14,7 +14,6 @@ import contextlib
 import io
 import logging as python_logging
 import os
-import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -170,11 +169,6 @@ class _PathParser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> str:
     return os.path.expanduser(argument)
-
-
-def quote(path: str | Path) -> str:
-  """Returns a path as a command of a shell must have it."""
-  return shlex.quote(str(path))
 
 
 def define_file(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:

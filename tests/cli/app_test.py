@@ -41,12 +41,6 @@ def test_other_paths_stay(flag, written):
   assert holder.value == written
 
 
-def test_quote():
-  """Paths in printed commands can be pasted."""
-  assert app.quote('runs/a') == 'runs/a'
-  assert app.quote('sweep lr[1e-2]') == "'sweep lr[1e-2]'"
-
-
 def test_log_keeps_warnings(monkeypatch):
   """Only other libraries' details are left out."""
   def kept(level, path):
