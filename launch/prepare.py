@@ -8,6 +8,7 @@ launch/pretrain.py, launch/train.py or launch/evaluate.py.
 """
 
 from pathlib import Path
+from shlex import quote
 
 from latent_deliberation.cli import app
 from latent_deliberation.data.loading import prepare_data
@@ -21,7 +22,7 @@ _WORKDIR = app.define_directory(
 def main() -> None:
   experiment = read_config()
   prepare_data(experiment.data, experiment.decoder.vocab_size, Path(_WORKDIR.value))
-  print(f'Data: {_WORKDIR.value}\nNext: python launch/pretrain.py --data={_WORKDIR.value} '
+  print(f'Data: {_WORKDIR.value}\nNext: python launch/pretrain.py --data={quote(_WORKDIR.value)} '
         '--config=... --workdir=...')
 
 

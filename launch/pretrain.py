@@ -7,6 +7,7 @@ run that was stopped. Next, train a coprocessor for <workdir>/decoder with launc
 """
 
 from pathlib import Path
+from shlex import quote
 
 from latent_deliberation.cli import app
 from latent_deliberation.experiment import define_config, read_config
@@ -21,8 +22,8 @@ _DATA = app.define_directory('data', 'Directory of prepared data. Default: --wor
 def main() -> None:
   workdir = Path(_WORKDIR.value)
   decoder_dir = pretrain(read_config(), workdir, Path(_DATA.value or workdir))
-  print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={decoder_dir} '
-        f'--data={_DATA.value or workdir} --config=... --workdir=...')
+  print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={quote(str(decoder_dir))} '
+        f'--data={quote(_DATA.value or _WORKDIR.value)} --config=... --workdir=...')
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ launch/pretrain.py, launch/train.py and launch/evaluate.py.
 """
 
 from pathlib import Path
+from shlex import quote
 
 from latent_deliberation.cli import app
 from latent_deliberation.cli.quickstart import quickstart
@@ -30,8 +31,8 @@ def main() -> None:
   summary = quickstart(read_config(), workdir)
   print(format_table(summary))
   print(f'Report: {workdir / "report.md"}\n'
-        f'Next: python launch/generate.py --decoder={workdir / PRETRAINING / DECODER} '
-        f'--coprocessor={workdir / COPROCESSOR} --compare')
+        f'Next: python launch/generate.py --decoder={quote(str(workdir / PRETRAINING / DECODER))} '
+        f'--coprocessor={quote(str(workdir / COPROCESSOR))} --compare')
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ with launch/evaluate.py.
 """
 
 from pathlib import Path
+from shlex import quote
 
 from latent_deliberation.cli import app
 from latent_deliberation.experiment import define_config, read_config
@@ -25,8 +26,8 @@ def main() -> None:
   prepared_dir = _DATA.value or _WORKDIR.value
   train_coprocessor(read_config(), Path(_DECODER.value), Path(_WORKDIR.value), Path(prepared_dir))
   print(f'Coprocessor: {_WORKDIR.value}/coprocessor\n'
-        f'Next: python launch/evaluate.py --coprocessor={_WORKDIR.value} '
-        f'--decoder={_DECODER.value} --data={prepared_dir} --config=... --output=...')
+        f'Next: python launch/evaluate.py --coprocessor={quote(_WORKDIR.value)} '
+        f'--decoder={quote(_DECODER.value)} --data={quote(prepared_dir)} --config=... --output=...')
 
 
 if __name__ == '__main__':
