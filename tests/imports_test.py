@@ -103,7 +103,7 @@ def test_launch_scripts():
   for path in scripts:
     assert len(path.read_text().splitlines()) <= 80, path
     roots = {name.split('.')[0] for name in imports_of(ast.parse(path.read_text()))}
-    assert roots <= {'absl', 'pathlib', PACKAGE}, path
+    assert roots <= {'absl', 'pathlib', 'shlex', PACKAGE}, path
 
 
 @pytest.mark.parametrize('path', modules(), ids=lambda path: f'{folder_of(path)}-{path.stem}')
