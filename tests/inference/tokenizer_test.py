@@ -2,7 +2,6 @@
 
 import io
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -11,12 +10,7 @@ from latent_deliberation.data import vocabularies
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference.conventions import Conventions
 from latent_deliberation.inference.session import Completion, text_of
-from latent_deliberation.inference.tokenizer import (
-  ByteTokenizer,
-  open_tokenizer,
-  stop_at,
-  tokenizer_of,
-)
+from latent_deliberation.inference.tokenizer import ByteTokenizer, open_tokenizer, stop_at
 
 TEXTS = ['def f(x):\n    return x + 1  # é — 漢字 🙂', ' leading and trailing ', 'ß']
 
@@ -105,14 +99,6 @@ def test_end_of_a_text_is_not_shown():
   ids = [*tokenizer.encode_more('ab'), 100]
   assert text_of(Completion(ids, finish_reason='eos'), tokenizer, (), ()) == 'ab'
   assert text_of(Completion(ids, finish_reason='length'), tokenizer, (), ()) == 'ab`'
-
-
-def test_tokenizer_knows_the_conventions_of_its_decoder(tmp_path):
-  (tmp_path / 'generation_config.json').write_text('{"eos_token_id": [1, 106]}')
-  tokenizer = tokenizer_of(SimpleNamespace(
-      format='native', directory=tmp_path, vocabulary_hash=ByteTokenizer.hash,
-      config=SimpleNamespace(vocab_size=300)))
-  assert tokenizer.conventions.ends == (1, 106)
 
 
 def test_control_pieces_have_ids(dummy_prefix, tmp_path):
