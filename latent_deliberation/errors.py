@@ -18,14 +18,19 @@ class MissingError(UserError):
   """A file, directory or data set that was named does not exist."""
 
 
-def check_integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
-  """Raises UserError unless a value is an integer from `least` to `most`."""
+def check_integer(name: str, value: Any, least: int, most: int = 2**31 - 1,
+                  otherwise: str = '') -> None:
+  """Raises UserError unless a value is an integer from `least` to `most`.
+
+  Args:
+    otherwise: what to give for no number at all, such as ', or None for all'.
+  """
   try:
     fits = not isinstance(value, bool) and least <= operator.index(value) <= most
   except TypeError:
     fits = False
   if not fits:
-    raise UserError(f'{name} = {value!r}: give an integer from {least} to {most}')
+    raise UserError(f'{name} = {value!r}: give an integer from {least} to {most}{otherwise}')
 
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf) -> None:
@@ -36,7 +41,7 @@ def check_number(name: str, value: Any, least: float, most: float = math.inf) ->
     fits = False
   if not fits:
     limit = f'from {least} to {most}' if math.isfinite(most) else f'of {least} or more'
-    raise UserError(f'{name} = {value!r}: give a number {limit}')
+    raise UserError(f'{name} = {value!r}: give a finite number {limit}')
 
 
 def raise_problems(problems: Iterable[str]) -> None:

@@ -3,9 +3,16 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from latent_deliberation.errors import MissingError, UserError, differences
+from latent_deliberation.errors import (
+  MissingError,
+  UserError,
+  check_integer,
+  check_number,
+  differences,
+)
 from tests import finished
 
 
@@ -52,3 +59,17 @@ def test_differences():
   assert differences(saved, current, 'x.') == [
       '  x.a: None saved, (nothing) now', "  x.b: 1 saved, '1' now",
       '  x.c: (nothing) saved, 3 now']
+
+
+@pytest.mark.parametrize('check, good, bad', [
+    (check_integer, [0, 2**31 - 1, np.int64(3)], [-1, 2**31, 10**400, 2.5, True, '3', None]),
+    (check_number, [0, 0.5, 1e300, np.float32(2), 5e-324],
+     [-0.1, float('nan'), float('inf'), 10**400, True, '3', None])])
+def test_numbers_are_checked(check, good, bad):
+  """The message has the key and the value."""
+  for value in good:
+    check('key', value, 0)
+  for value in bad:
+    with pytest.raises(UserError) as raised:
+      check('key', value, 0)
+    assert str(raised.value).startswith(f'key = {value!r}: give a')

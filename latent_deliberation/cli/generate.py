@@ -245,7 +245,8 @@ def answer(writer: Writer, prompts: Sequence[Prompt]) -> None:
   progress, results = Progress('generating', 'prompts', len(prompts)), []
   for part in parts:
     results += _show(writer, prompts[part], part.start, headed=len(prompts) > 1)
-    progress.update(part.stop)
+    if part.stop < len(prompts):
+      progress.update(part.stop)
   _log_latents(writer, results)
 
 

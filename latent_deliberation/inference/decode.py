@@ -39,7 +39,7 @@ class Sampling:
   def __post_init__(self):
     check_number('temperature', self.temperature, 0)
     if self.top_k is not None:
-      check_integer('top_k', self.top_k, 1, 2**63 - 1)
+      check_integer('top_k', self.top_k, 1, 2**63 - 1, ', or none to keep all tokens (--top_k=0)')
     check_number('top_p', self.top_p, 0, 1)
     check_number('min_p', self.min_p, 0, 1)
 

@@ -55,7 +55,7 @@ class Policy:
       check_integer('at', stop, 0)
     object.__setattr__(self, 'at', tuple(sorted(set(self.at))))
     if self.every is not None:
-      check_integer('every', self.every, 1)
+      check_integer('every', self.every, 1, otherwise=', or none to leave it out (--every=0)')
     check_integer('min_gap', self.min_gap, 1, MOST_GAP)
     # A gate needs a threshold. Without a gate the score is an entropy.
     if self.gate is not None and self.threshold is None:

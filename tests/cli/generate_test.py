@@ -120,14 +120,14 @@ def test_several_texts_have_headings(opened, more, capsys):
 @pytest.mark.parametrize('sampling', [Sampling(), Sampling(1.0)], ids=['greedy', 'sampled'])
 def test_batches_write_the_same_texts(opened, sampling, capsys):
   """A text is drawn by its number among all prompts, whatever its batch is."""
-  prompts = [Prompt(text, f'prompt {number}') for number, text in enumerate(PROMPTS * 2, 1)]
+  prompts = [Prompt(PROMPTS[0], f'prompt {number}') for number in (1, 2)]
   options, found = DecodingOptions(9, sampling, policy=ONCE), []
-  for more in ({'batch_size': 1}, {'batch_size': 3}, {}, {'streamed': True}):
-    answer(asked(opened, options=options, seed=2**32 - 2, **more), prompts)
+  for more in ({}, {'batch_size': 1}, {'streamed': True}):
+    answer(asked(opened, options=options, seed=2**32 - 1, **more), prompts)
     found.append(capsys.readouterr().out)
-  assert found[1:] == found[:1] * 3
-  parts = re.split('==> prompt . <==\n', found[0])
-  assert (parts[1] == parts[3]) == (sampling == Sampling())
+  assert found[1:] == found[:1] * 2
+  _, first, second = re.split('==> prompt . <==\n', found[0])
+  assert (first == second) == (sampling == Sampling())
 
 
 def test_prompts_are_checked_before_the_first_is_decoded(opened, monkeypatch):

@@ -130,9 +130,16 @@ def test_worker_on_another_device(made, decoder_params):
   assert helped.stats == AugmentationStats(begun=2, joined=2)
 
 
+@pytest.mark.parametrize('timeout', [1e300, float('inf')])
+def test_timeout_may_be_endless(engine, timeout):
+  """A wait of more than threads can count is as long as they can."""
+  completions = generate(engine, PROMPTS, decoding(timeout=timeout))
+  assert [completion.latents_at for completion in completions] == [[0]] * 3
+
+
 @pytest.mark.parametrize('values, message', [
-    (dict(delay=-1), 'delay = -1'), (dict(timeout=0), 'timeout = 0'),
-    (dict(timeout=float('nan')), 'timeout = nan')])
+    (dict(delay=-1), 'delay = -1'), (dict(delay=0.5), 'delay = 0.5'),
+    (dict(timeout=0), 'timeout = 0'), (dict(timeout=float('nan')), 'timeout = nan')])
 def test_bad_timing_is_refused(values, message):
   with pytest.raises(UserError, match=message):
     LatentTiming(**values)

@@ -8,7 +8,12 @@ import pytest
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference.conventions import Conventions, read_conventions
 from latent_deliberation.inference.session import DecodingOptions, with_ends
-from latent_deliberation.inference.tokenizer import ByteTokenizer, encode_chat, typed_control
+from latent_deliberation.inference.tokenizer import (
+  ByteTokenizer,
+  encode_chat,
+  tokenizer_of,
+  typed_control,
+)
 
 TEMPLATE = (
     '{{ bos_token }}{% for turn in messages %}<turn>{{ turn.role }}\n{{ turn.content }}<eos>'
@@ -36,6 +41,14 @@ def test_texts_end_at_any_of_them(tmp_path):
   tokenizer = ByteTokenizer(read(tmp_path, generation_config={'eos_token_id': [1, 106]}))
   assert with_ends(DecodingOptions(4), tokenizer, ()).eos == (1, 106)
   assert with_ends(DecodingOptions(4), ByteTokenizer(), ()).eos == (1,)
+
+
+def test_tokenizer_knows_the_conventions_of_its_decoder(tmp_path):
+  (tmp_path / 'generation_config.json').write_text('{"eos_token_id": [1, 106]}')
+  tokenizer = tokenizer_of(SimpleNamespace(
+      format='native', directory=tmp_path, vocabulary_hash=ByteTokenizer.hash,
+      config=SimpleNamespace(vocab_size=300)))
+  assert tokenizer.conventions.ends == (1, 106)
 
 
 @pytest.mark.parametrize('name, content, message', [

@@ -1,6 +1,8 @@
 """Decoding agrees with the uncached decoder, and with latents with the forward pass of training."""
 
+import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from latent_deliberation.inference import decode, passes
 from latent_deliberation.inference import engine as engine_module
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
-from latent_deliberation.inference.engine import CACHE_BUDGET, Engine
+from latent_deliberation.inference.engine import CACHE_BUDGET, Engine, check_match
 from latent_deliberation.inference.policy import ONCE, Gate, Policy
 from latent_deliberation.inference.session import (
   DecodingOptions,
@@ -310,6 +312,9 @@ def test_other_bad_input_is_refused(refining, decoder_params):
       (lambda: Engine(tiny.CONFIG, decoder_params, length=0), 'length = 0'),
       (lambda: Engine(tiny.CONFIG, decoder_params, length=10**30), 'length = 1000'),
       (lambda: Engine(tiny.CONFIG, quantise(decoder_params), length=9), 'int8'),
+      # Of two decoders, only the keys that differ are named.
+      (lambda: check_match(dataclasses.replace(tiny.CONFIG, window=9), '', SimpleNamespace(
+          decoder_config=tiny.CONFIG), None), '\n  decoder.window: 4 saved, 9 now\n[^\n]*$'),
       (lambda: refining.read_on(state, [[1]]), '1 prompts for a state of 3 texts'),
       (lambda: refining.read_on(state, [[], [1] * 30, []]), 'text 1 has 49 tokens'),
       (lambda: Engine(tiny.CONFIG, decoder_params, length=9, coprocessor=(
