@@ -304,7 +304,8 @@ def define_json(name: str, meaning: str, default: str | None = None) -> flags.Fl
   flag = _define_path(name, meaning, default)
   flags.register_validator(name, _check_json)
   define_overwrite('a file that is there already')
-  flags.register_validator(name, _check_free)
+  flags.register_multi_flags_validator(
+      (name, 'overwrite'), lambda values: _check_free(values[name], values['overwrite']))
   return flag
 
 
@@ -319,10 +320,10 @@ def _define_path(name: str, meaning: str, default: str | None) -> flags.FlagHold
   return flags.DEFINE_string(name, default, meaning, required=default is None)
 
 
-def _check_free(path: str | None) -> bool:
+def _check_free(path: str | None, overwrite: bool) -> bool:
   try:
     files = [Path(path).with_suffix(end) for end in ('.json', '.png', '.csv')] if path else []
-    check_free(files, flags.FLAGS['overwrite'].value)
+    check_free(files, overwrite)
   except UserError as error:
     raise flags.ValidationError(str(error)) from error
   return True
