@@ -31,7 +31,7 @@ def launch(tmp_path, job, **variables):
     ("int('one')", {}, "ValueError: invalid literal for int() with base 10: 'one'"),
     ('first, second = [1]', {}, 'ValueError: not enough values to unpack (expected 2, got 1)'),
     # An int('one') inside the library, which reads this variable.
-    ('pass', {'SLURM_NTASKS': 'one', 'SLURM_STEP_NODELIST': 'node'}, "'one'")],
+    ('pass', {'SLURM_STEP_NUM_TASKS': 'one', 'SLURM_STEP_NODELIST': 'node'}, "'one'")],
     ids=['int', 'unpack', 'library'])
 def test_bug_keeps_traceback(tmp_path, job, variables, message):
   """An error that Python raises in a frame of ours is a bug: traceback, and code 1."""

@@ -323,8 +323,7 @@ def define_json(name: str, meaning: str, default: str | None = None) -> flags.Fl
   flag = define_file(name, meaning, default)
   flags.register_validator(name, _check_json)
   define_overwrite('a file that is there already')
-  flags.register_multi_flags_validator(
-      (name, 'overwrite'), lambda values: _check_free(values[name], values['overwrite']))
+  flags.register_validator(name, lambda path: _check_free(path, flags.FLAGS['overwrite'].value))
   return flag
 
 

@@ -71,8 +71,9 @@ BAD = {
     'a config that is no Python': Bad(
         'study', '--config=README.md --workdir={new}', r'^Error: --config: .*README.md, line'),
     'a report that exists': Bad(
-        'evaluate', '--coprocessor={run} --data={run} --decoder={run}/pretraining/decoder '
-        '--output={run}', 'report.json, .*exists already.*--overwrite'),
+        'evaluate', '--coprocessor={run}/coprocessor --data={run} '
+        '--decoder={run}/pretraining/decoder --output={run}',
+        'report.json, .*exists already.*--overwrite'),
     'a report of other settings': Bad(
         'quickstart', '--workdir={run} --config.evaluation.bootstrap_samples=10',
         'report.json .*\n.*evaluation.bootstrap_samples: 2000 saved, 10 now\n.*--overwrite'),
