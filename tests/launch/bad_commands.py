@@ -40,7 +40,7 @@ BAD = {
         'evaluate', '--coprocessor={run}/coprocessor --output={new} '
         '--config.evaluation.num_texts=8000', '8000 .*evaluation.num_texts', alone=True),
     'too few texts for the gate of a run': Bad(
-        'gate', '--coprocessor={run}/coprocessor --output={new} '
+        'gate', '--coprocessor={run}/coprocessor --output={new}_gate '
         '--config.evaluation.rows_per_text=9999', 'evaluation.num_texts', alone=True),
     'value of another type': Bad(
         'pretrain', '--workdir={new} --config.training.batch_size=four',
