@@ -28,6 +28,7 @@ from latent_deliberation.data.data_config import (
   split_files,
   with_given_source,
 )
+from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
 from latent_deliberation.errors import UserError, raise_problems
 from latent_deliberation.experiment import Experiment, as_config, bind, nearest_key
 from latent_deliberation.paths import RUN_FILE, with_current_names
@@ -77,13 +78,15 @@ def _given_flag(name: str) -> str | None:
 def _find_run(flag: str) -> Path | None:
   """Returns the run.json of the run that a flag on the command line names; None if there is none.
 
-  The flag may also name a directory in the run's, such as its coprocessor/.
+  The flag may also name the coprocessor/ in the directory of the run.
   """
   given = _given_flag(flag)
   if not given:
     return None
-  places = (Path(given), Path(given).absolute().parent)
-  return next((place / RUN_FILE for place in places if (place / RUN_FILE).is_file()), None)
+  place = Path(given)
+  if (place / DESCRIPTION).is_file():
+    place = place.absolute().parent
+  return place / RUN_FILE if (place / RUN_FILE).is_file() else None
 
 
 def config_arguments() -> str:

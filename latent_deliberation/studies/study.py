@@ -89,11 +89,7 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = (),
 
   # Data and decoder, which all arms share.
   clock = PhaseClock(workdir / PHASES_FILE)
-  with clock.phase('data'):
-    study = _prepare(study, names, workdir, given, mesh)
-    arm_prepared_dir = _prepare_arm_data(study, workdir)
-    # Fails now, not hours later, if there is too little text to score on.
-    scorer = open_scorer(study, workdir, mesh)
+  study, arm_prepared_dir, scorer = _prepare(study, names, workdir, given, mesh, clock)
   with clock.phase('decoder'):
     frozen = _open_decoder(study.experiment, workdir, mesh)
   decoder_params = frozen.params
@@ -128,9 +124,12 @@ def run_study(study: Study, workdir: Path, only: Sequence[str] = (),
   return summary
 
 
-def _prepare(study: Study, names: Sequence[str], workdir: Path, given: Collection[str],
-             mesh: Mesh) -> Study:
-  """Prepares the data and checks all arms. Returns the study with sizes for its text."""
+def _prepare(study: Study, names: Sequence[str], workdir: Path, given: Collection[str], mesh: Mesh,
+             clock: PhaseClock) -> tuple[Study, Path, QuestionScorer | TextScorer]:
+  """Checks all arms and prepares their data.
+
+  Returns: the study with sizes for its text, the directory of the arms' text, and the scorer.
+  """
   keys = {key.removeprefix('experiment.') for key in given}
 
   def with_sizes(choices: Choices) -> Study:
@@ -142,14 +141,18 @@ def _prepare(study: Study, names: Sequence[str], workdir: Path, given: Collectio
   choices = fit_to_text(study.experiment, keys) if chosen is None else chosen
   study = with_sizes(choices)
   check_arms(study, names, workdir, mesh)
-  prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
-  if chosen is None:
-    shards = batch_shards(mesh, study.experiment.rules)
-    choices |= fit_to_rows(study.experiment, keys, workdir, shards)
-    study = with_sizes(choices)
-    check_arms(study, names, workdir, mesh)
+  with clock.phase('data'):
+    prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
+    if chosen is None:
+      shards = batch_shards(mesh, study.experiment.rules)
+      choices |= fit_to_rows(study.experiment, keys, workdir, shards)
+      study = with_sizes(choices)
+      check_arms(study, names, workdir, mesh)
+    arm_prepared_dir = _prepare_arm_data(study, workdir)
+    # Fails now, not hours later, if there is too little text to score on.
+    scorer = open_scorer(study, workdir, mesh)
   write_choices(workdir, 'study', dataclasses.asdict(study), choices)
-  return study
+  return study, arm_prepared_dir, scorer
 
 
 def take_decoder(study: Study, decoder: str = '', given: Collection[str] = ()) -> Study:
