@@ -20,7 +20,7 @@ _DATA = app.define_directory('data', 'Directory of prepared data. Default: --wor
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  decoder_dir = pretrain(read_config(), workdir, Path(_DATA.value or workdir))
+  decoder_dir = pretrain(read_config(on_devices=True), workdir, Path(_DATA.value or workdir))
   print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={decoder_dir} '
         f'--data={_DATA.value or workdir} {config_arguments()} --workdir={workdir}/coprocessor')
 

@@ -33,7 +33,7 @@ _DECODER = app.define_decoder(
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  experiment = with_decoder(read_config(), _DECODER.value, given_keys())
+  experiment = with_decoder(read_config(on_devices=True), _DECODER.value, given_keys())
   summary = quickstart(experiment, workdir, given_keys())
   print(format_table(summary))
   print(f'Report: {workdir / "report.md"}\nNext: python launch/generate.py '

@@ -29,7 +29,7 @@ _DECODER = app.define_decoder(
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  study = take_decoder(read_config(Study), _DECODER.value, given_keys())
+  study = take_decoder(read_config(Study, on_devices=True), _DECODER.value, given_keys())
   print(format_study(run_study(study, workdir, _ARM.value, given_keys())))
   print(f'Report: {workdir / "results.md"}')
 

@@ -27,8 +27,10 @@ BAD = {
         r".*'trainin.batch_size'.*'training.batch_size'"),
     'several impossible values': Bad(
         'quickstart', '--workdir={new} --config.deliberation.num_traces=63 '
-        '--config.evaluation.delay=9 --config.training.accumulation=0 --config.seed=-1',
-        '(?s)training: accumulation = 0.*evaluation.delay = 9.*seed = -1.*num_traces = 63'),
+        '--config.evaluation.delay=9 --config.training.accumulation=0 --config.seed=-1 '
+        '--config.mesh.fsdp=3',
+        "(?s)training: accumulation = 0.*evaluation.delay = 9.*seed = -1.*num_traces = 63"
+        ".*'fsdp': 3"),
     'two sources of text': Bad(
         'quickstart', '--workdir={new} --config.data.source=stdlib', "files = .*source = 'stdlib'"),
     'a pretraining of a decoder that exists': Bad(
