@@ -21,7 +21,7 @@ _DATA = app.define_directory('data', 'Directory of prepared data. Default: --wor
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  decoder_dir = pretrain(read_config(), workdir, Path(_DATA.value or workdir))
+  decoder_dir = pretrain(read_config(on_devices=True), workdir, Path(_DATA.value or workdir))
   data, run = _DATA.value or _WORKDIR.value, f'{_WORKDIR.value}/coprocessor'
   print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={quote(str(decoder_dir))} '
         f'--data={quote(data)} {config_arguments()} --workdir={quote(run)}')

@@ -36,7 +36,7 @@ _OVERWRITE = app.define_overwrite('a report of other settings')
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  experiment = with_decoder(read_config(), _DECODER.value, given_keys())
+  experiment = with_decoder(read_config(on_devices=True), _DECODER.value, given_keys())
   summary = quickstart(experiment, workdir, given_keys(), _OVERWRITE.value)
   print(format_table(summary))
   decoder = experiment.decoder_from or str(workdir / PRETRAINING / DECODER)

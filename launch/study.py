@@ -31,7 +31,7 @@ _OVERWRITE = app.define_overwrite('a report of other settings, or of more arms')
 
 def main() -> None:
   workdir = Path(_WORKDIR.value)
-  study = take_decoder(read_config(Study), _DECODER.value, given_keys())
+  study = take_decoder(read_config(Study, on_devices=True), _DECODER.value, given_keys())
   print(format_study(run_study(study, workdir, _ARM.value, given_keys(), _OVERWRITE.value)))
   print(f'Report: {workdir / "results.md"}')
 

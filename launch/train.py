@@ -28,7 +28,7 @@ _DATA = app.define_directory('data', 'Directory of prepared data. Default: --wor
 
 def main() -> None:
   prepared_dir = _DATA.value or _WORKDIR.value
-  experiment = with_decoder(read_config(), _DECODER.value, given_keys())
+  experiment = with_decoder(read_config(on_devices=True), _DECODER.value, given_keys())
   if not experiment.decoder_from:
     raise UserError("--decoder = '': give the directory of a decoder, or set decoder_from")
   train_coprocessor(experiment, Path(experiment.decoder_from), Path(_WORKDIR.value),

@@ -28,9 +28,11 @@ from latent_deliberation.data.data_config import (
   split_files,
   with_given_source,
 )
-from latent_deliberation.errors import UserError, raise_problems
+from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
+from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, as_config, bind, nearest_key
 from latent_deliberation.paths import RUN_FILE, with_current_names
+from latent_deliberation.sharding import MeshConfig, make_mesh
 
 # --help of a launch script shows the flags that are defined here as its own.
 flags.disclaim_key_flags()
@@ -77,13 +79,15 @@ def _given_flag(name: str) -> str | None:
 def _find_run(flag: str) -> Path | None:
   """Returns the run.json of the run that a flag on the command line names; None if there is none.
 
-  The flag may also name a directory in the run's, such as its coprocessor/.
+  The flag may also name the coprocessor/ in the directory of the run.
   """
   given = _given_flag(flag)
   if not given:
     return None
-  places = (Path(given), Path(given).absolute().parent)
-  return next((place / RUN_FILE for place in places if (place / RUN_FILE).is_file()), None)
+  place = Path(given)
+  if (place / DESCRIPTION).is_file():
+    place = place.absolute().parent
+  return place / RUN_FILE if (place / RUN_FILE).is_file() else None
 
 
 def config_arguments() -> str:
@@ -97,8 +101,12 @@ def given_keys() -> frozenset[str]:
   return frozenset(config_flags.get_override_values(flags.FLAGS[FLAG]))
 
 
-def read_config(kind: type = Experiment) -> Any:
+def read_config(kind: type = Experiment, on_devices: bool = False) -> Any:
   """Returns --config and its overrides as a checked dataclass of `kind`.
+
+  Args:
+    kind: the dataclass, an Experiment or one that holds an `experiment`.
+    on_devices: also check that the mesh fits the devices of this process.
 
   Raises:
     UserError: keys or values are wrong; the message has a line for each.
@@ -116,7 +124,12 @@ def read_config(kind: type = Experiment) -> Any:
       logging.info('%s%s = %r follows from what is given, in place of %r', prefix, key, value, old)
       with config.unlocked():
         config.update_from_flattened_dict({f'{prefix}{key}': value})
-  return bind(config, kind)
+  bound = []
+  problems = problems_of(lambda: bound.append(bind(config, kind)))
+  if on_devices:
+    problems += problems_of(lambda: make_mesh(bind(section.mesh, MeshConfig, 'config.mesh')))
+  raise_problems(problems)
+  return bound[0]
 
 
 def _follow(config: ConfigDict, given: set[str]) -> Iterator[tuple[str, Any]]:

@@ -41,7 +41,7 @@ def open_run(decoder: str, coprocessor: str, data: str) -> TrainedRun:
   # The run, and the quickstart that it may be a phase of.
   run_dir = locate_coprocessor(Path(coprocessor)).parent
   places, quickstart = (run_dir, run_dir.absolute().parent), run_dir.absolute().parent
-  experiment = with_decoder(read_config(), decoder, given_keys())
+  experiment = with_decoder(read_config(on_devices=True), decoder, given_keys())
   pretrained = quickstart / PRETRAINING / DECODER
   if not experiment.decoder_from and not pretrained.is_dir():
     raise UserError(f"--decoder = '': {run_dir} does not say which decoder it was trained on; "

@@ -35,7 +35,7 @@ from latent_deliberation.evaluation.perplexity import (
 )
 from latent_deliberation.evaluation.plots import plot_attention, plot_changes, plot_training
 from latent_deliberation.evaluation.report import Report, summarise, write_report
-from latent_deliberation.experiment import Experiment
+from latent_deliberation.experiment import Computation, Experiment
 from latent_deliberation.files import check_free, make_writable
 from latent_deliberation.paths import METRICS_FILE, REPORT, RUN_FILE
 from latent_deliberation.progress import counted
@@ -202,7 +202,8 @@ def _compare_dtype(experiment: Experiment, coprocessor_dir: Path) -> None:
   path = coprocessor_dir.parent / RUN_FILE
   if not path.is_file():  # the checkpoint was moved out of its run
     return
-  trained = json.loads(path.read_text())['config']['computation']['dtype']
+  computed = json.loads(path.read_text())['config'].get('computation', {})
+  trained = computed.get('dtype', Computation.dtype)
   if trained != experiment.computation.dtype:
     logging.warning(
         'the coprocessor in %s was trained with computation.dtype = %r and is scored with %r: '

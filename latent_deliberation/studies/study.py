@@ -105,11 +105,8 @@ def _run_phases(study: Study, names: Sequence[str], workdir: Path, given: Collec
 
   # Data and decoder, which all arms share.
   clock = PhaseClock(workdir / PHASES_FILE)
-  with clock.phase('data'):
-    study, runs = _prepare(study, names, workdir, given, mesh, overwrite)
-    arm_prepared_dir = _prepare_arm_data(study, workdir)
-    # Fails now, not hours later, if there is too little text to score on.
-    scorer = open_scorer(study, workdir, mesh)
+  study, runs, arm_prepared_dir, scorer = _prepare(
+      study, names, workdir, given, mesh, clock, overwrite)
   # Asked before the phases, which make their runs longer.
   further = {phase for phase, run in runs.items() if run.goes_further}
   with clock.phase('decoder', 'decoder' in further):
@@ -146,11 +143,14 @@ def _run_phases(study: Study, names: Sequence[str], workdir: Path, given: Collec
   return summary
 
 
-def _prepare(study: Study, names: Sequence[str], workdir: Path, given: Collection[str],
-             mesh: Mesh, overwrite: bool) -> tuple[Study, dict[str, Run]]:
-  """Prepares the data and checks all arms before the first phase.
+def _prepare(
+    study: Study, names: Sequence[str], workdir: Path, given: Collection[str], mesh: Mesh,
+    clock: PhaseClock, overwrite: bool,
+) -> tuple[Study, dict[str, Run], Path, QuestionScorer | TextScorer]:
+  """Checks all arms before the first phase, and prepares their data.
 
-  Returns: the study with sizes for its text, and the runs by the names of their phases.
+  Returns: the study with sizes for its text, the runs by the names of their phases, the directory
+    of the arms' text, and the scorer.
   """
   keys = {key.removeprefix('experiment.') for key in given}
 
@@ -165,14 +165,18 @@ def _prepare(study: Study, names: Sequence[str], workdir: Path, given: Collectio
   runs, results = check_arms(study, names, workdir, mesh), workdir / f'{RESULTS}.json'
   if results.exists() and not overwrite:
     check_results(study, names, results)
-  prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
-  if chosen is None:
-    shards = batch_shards(mesh, study.experiment.rules)
-    choices |= fit_to_rows(study.experiment, keys, workdir, shards)
-    study = with_sizes(choices)
-    runs = check_arms(study, names, workdir, mesh)
+  with clock.phase('data'):
+    prepare_data(study.experiment.data, study.experiment.decoder.vocab_size, workdir)
+    if chosen is None:
+      shards = batch_shards(mesh, study.experiment.rules)
+      choices |= fit_to_rows(study.experiment, keys, workdir, shards)
+      study = with_sizes(choices)
+      runs = check_arms(study, names, workdir, mesh)
+    arm_prepared_dir = _prepare_arm_data(study, workdir)
+    # Fails now, not hours later, if there is too little text to score on.
+    scorer = open_scorer(study, workdir, mesh)
   write_choices(workdir, 'study', dataclasses.asdict(study), choices)
-  return study, runs
+  return study, runs, arm_prepared_dir, scorer
 
 
 def take_decoder(study: Study, decoder: str = '', given: Collection[str] = ()) -> Study:

@@ -72,6 +72,8 @@ def test_run_of_a_flag(monkeypatch, quickstart):
   for place in ('coprocessor', 'coprocessor/coprocessor'):
     monkeypatch.setattr(sys, 'argv', ['x', f'--coprocessor={quickstart / place}'])
     assert config_flag._find_run('coprocessor') == quickstart / 'coprocessor/run.json'
+    assert bind(PARSER.parse(str(config_flag._find_run('coprocessor')))).data == (
+        finished.experiment().data)
   monkeypatch.setattr(sys, 'argv', ['x', '--coprocessor', str(quickstart / 'rows/train')])
   assert config_flag._find_run('coprocessor') is None
   assert config_flag._find_run('workdir') is None

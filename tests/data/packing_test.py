@@ -201,14 +201,16 @@ def test_missing_split_is_packed_alone(corpus_directory, tmp_path):
 
 def test_online_packs_only_validation(corpus_directory, tmp_path):
   directory = prepare(local(corpus_directory, mode='online'), tmp_path)
-  assert [path.name for path in directory.iterdir()] == ['validation']
+  assert {path.name for path in directory.iterdir()} == {'validation', 'source.json'}
 
 
 @pytest.mark.parametrize(('fields', 'message'), [
     ({'length': 16}, 'length: 32 saved, 16 now'),
     ({'seed': 5}, 'seed: 0 saved, 5 now'),
     ({'max_tokens': 64}, 'max_tokens: 0 saved, 64 now'),
-    ({'validation_percent': 50}, "task: 'text_.*' saved, 'text_"),
+    ({'validation_percent': 50}, r'something else:\n  data.validation_percent: \d+ saved, 50 now'),
+    ({'length': 16, 'validation_percent': 50},
+     r'data.validation_percent: \d+ saved, 50 now\n  data.length: 32 saved, 16 now'),
     ({'vocabulary': 'sentencepiece', 'vocabulary_size': 340},
      'vocabulary_size: 260 saved, 340 now'),
 ])
@@ -226,6 +228,14 @@ def test_changed_corpus_is_refused(corpus_directory, tmp_path):
   shutil.copytree(corpus_directory, copy)
   prepare(local(copy), tmp_path / 'work')
   (copy / 'odd' / '1.txt').write_text('changed')
+  with pytest.raises(UserError, match='else:\n  files: .*contents'):
+    prepare(local(copy), tmp_path / 'work')
+  # Names of files are told apart, not only their hash.
+  (copy / 'odd' / '1.txt').rename(copy / 'odd' / 'new.txt')
+  with pytest.raises(UserError, match=r'files added: 1 \(odd/new.txt\)\n  files removed: 1 \('):
+    prepare(local(copy), tmp_path / 'work')
+  # Rows of earlier code have hashes alone.
+  (tmp_path / 'work/rows/source.json').unlink()
   with pytest.raises(UserError, match='source_fingerprint: .* saved, .* now'):
     prepare(local(copy), tmp_path / 'work')
 
@@ -265,7 +275,7 @@ def test_interrupted_packing(corpus_directory, tmp_path, monkeypatch):
   (tmp_path / 'rows' / '.train.partial').mkdir()
   (tmp_path / 'rows' / '.train.partial' / 'tokens-00009.npy').write_bytes(b'garbage')
   directory = prepare(config, tmp_path)
-  assert sorted(path.name for path in directory.iterdir()) == ['train', 'validation']
+  assert {path.name for path in directory.iterdir()} == {'source.json', 'train', 'validation'}
   assert not (directory / 'train' / 'tokens-00009.npy').exists()
 
 

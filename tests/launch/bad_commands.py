@@ -27,8 +27,10 @@ BAD = {
         r".*'trainin.batch_size'.*'training.batch_size'"),
     'several impossible values': Bad(
         'quickstart', '--workdir={new} --config.deliberation.num_traces=63 '
-        '--config.evaluation.delay=9 --config.training.accumulation=0 --config.seed=-1',
-        '(?s)training: accumulation = 0.*evaluation.delay = 9.*seed = -1.*num_traces = 63'),
+        '--config.evaluation.delay=9 --config.training.accumulation=0 --config.seed=-1 '
+        '--config.mesh.fsdp=3',
+        "(?s)training: accumulation = 0.*evaluation.delay = 9.*seed = -1.*num_traces = 63"
+        ".*'fsdp': 3"),
     'two sources of text': Bad(
         'quickstart', '--workdir={new} --config.data.source=stdlib', "files = .*source = 'stdlib'"),
     'a pretraining of a decoder that exists': Bad(
@@ -40,7 +42,7 @@ BAD = {
         'evaluate', '--coprocessor={run}/coprocessor --output={new} '
         '--config.evaluation.num_texts=8000', '8000 .*evaluation.num_texts', alone=True),
     'too few texts for the gate of a run': Bad(
-        'gate', '--coprocessor={run}/coprocessor --output={new} '
+        'gate', '--coprocessor={run}/coprocessor --output={new}_gate '
         '--config.evaluation.rows_per_text=9999', 'evaluation.num_texts', alone=True),
     'value of another type': Bad(
         'pretrain', '--workdir={new} --config.training.batch_size=four',

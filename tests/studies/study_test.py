@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.loading import prepare_data
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import ARM_DATA
+from latent_deliberation.sharding import MeshConfig, make_mesh
 from latent_deliberation.studies import study as study_module
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
 from tests import finished
-from tests.studies.tiny_study import study, word_problems
+from tests.studies.tiny_study import ARMS, study, word_problems
 
 
 def run(workdir, which, *overrides):
@@ -99,6 +101,27 @@ def test_results_are_kept(finished_study):
     study_module.check_results(one, ('own', 'joint', 'finetuned', 'lora'), path)
   with pytest.raises(UserError, match=r'config.seeds: \[0\] saved, \[0, 1\] now(?s:.)*--overwrite'):
     study_module.check_results(dataclasses.replace(one, seeds=(0, 1)), tuple(one.arms), path)
+
+
+def test_decoder_that_exists(quickstart, tmp_path, monkeypatch):
+  """It is loaded with its own architecture, and none is pretrained."""
+  monkeypatch.setattr(study_module, 'pretrain', lambda *unused: pytest.fail('pretraining began'))
+  decoder = quickstart / 'pretraining/decoder'
+  data = DataConfig(files=(str(finished.TEXTS),), vocabulary='byte', length=64,
+                    validation_percent=30)
+  start = study({name: ARMS[name] for name in ('own', 'lora', 'finetuned')}, data=data,
+                per_difficulty=0)
+  other = dataclasses.replace(start.experiment.decoder, num_layers=1)
+  start = dataclasses.replace(start, experiment=dataclasses.replace(
+      start.experiment, decoder=other,
+      deliberation=dataclasses.replace(start.experiment.deliberation, anchor_tokens=())))
+  asked, mesh = study_module.take_decoder(start, str(decoder)), make_mesh(MeshConfig())
+  assert asked.experiment.decoder == finished.experiment().decoder
+  study_module.check_arms(asked, tuple(asked.arms), tmp_path, mesh)
+  prepare_data(data, asked.experiment.decoder.vocab_size, tmp_path)
+  frozen = study_module._open_decoder(asked.experiment, tmp_path, mesh)
+  assert frozen.directory == decoder
+  assert frozen.fingerprint == fingerprint(weights.load(decoder)[1])
 
 
 def test_unknown_arm_is_refused():

@@ -316,7 +316,7 @@ def test_resume_other_data(coprocessor, quickstart, tmp_path):
   experiment = finished.experiment(data__files=(str(tmp_path / 'texts'),))
   with pytest.raises(UserError, match="\n  data: '[0-9a-f]+'.*'[0-9a-f]+'"):
     resume(coprocessor, quickstart, tmp_path / 'data', experiment=experiment)
-  with pytest.raises(UserError, match='(?s)rows/train.*source_finger'):
+  with pytest.raises(UserError, match='(?s)rows/train.*files: .*contents'):
     resume(coprocessor, quickstart, experiment=experiment)
 
 
