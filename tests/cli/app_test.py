@@ -14,14 +14,13 @@ from latent_deliberation.cli import app
 @pytest.fixture
 def flag():
   """Defines a flag with one of the functions of app.py, and forgets it afterwards."""
-  names = []
+  before = set(flags.FLAGS)
 
   def define(function, *arguments):
-    names.append(f'app_test_{function.__name__}')
-    return function(names[-1], 'Meaning.', *arguments)
+    return function(f'app_test_{function.__name__}', 'Meaning.', *arguments)
 
   yield define
-  for name in names:
+  for name in set(flags.FLAGS) - before:  # a function may define --overwrite too
     delattr(flags.FLAGS, name)
 
 

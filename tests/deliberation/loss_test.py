@@ -67,7 +67,7 @@ def test_no_overflow_at_cap(inputs, cap, way):
   hidden, targets, table = inputs
   ours = with_gradients(functools.partial(token_nll, chunk=N), 1000 * hidden, targets, table, cap)
   plain = with_gradients(optax_nll, 1000 * hidden, targets, table, cap)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-4, atol=5e-4), ours, plain)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3), ours, plain)
 
 
 @pytest.mark.parametrize('chunk', [3, 10])

@@ -109,7 +109,7 @@ def test_rows_hold_the_documents(tmp_path):
 
 def test_rows_of_other_options(tmp_path):
   prepare(synthetic(), tmp_path)
-  with pytest.raises(UserError, match='source_fingerprint: .* saved, .* now'):
+  with pytest.raises(UserError, match=r'data.options: .* saved, .*nodes.* now'):
     prepare(synthetic(options={'nodes': 9}), tmp_path)
 
 
