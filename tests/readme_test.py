@@ -172,7 +172,7 @@ def test_python_of_guides_runs(quickstart, page):
 
 
 @pytest.mark.parametrize('path, kind', [
-    ('configs/my_gemma.py', Experiment), ('configs/study/mine.py', Study),
+    ('configs/study/mine.py', Study),
     ('configs/study/existing.py', Study)])
 def test_config_of_guide_builds(quickstart, tmp_path, path, kind):
   """A config file that a guide shows gives a checked experiment or study."""
