@@ -2,25 +2,33 @@
 
   pip install -e '.[parity]'
   python launch/benchmark_step.py --output=step.json
+  python launch/benchmark_step.py --output=gemma.json --decoder=gemma3-270m
 
 All have the same random weights. They run in turns, transformers in a process of its own. The
-ratios are drawn as a PNG next to the JSON. Next, train with launch/train.py.
+ratios are drawn as a PNG next to the JSON. With --decoder the weights are those of a pretrained
+decoder: its train step is timed against the same step in float32, and its loss against
+transformers. Next, train with launch/train.py.
 """
 
 from pathlib import Path
 
 from absl import flags
 
+from latent_deliberation.benchmarks.real_decoder import benchmark_decoder
 from latent_deliberation.benchmarks.step_speed import benchmark
 from latent_deliberation.cli import app
 
 _OUTPUT = app.define_json('output', 'JSON file to write, with a PNG next to it.')
+_DECODER = app.define_decoder(
+    'decoder', 'Directory, GGUF file or name of a pretrained decoder. Default: random weights.', '')
 _REPEATS = flags.DEFINE_integer(
     'repeats', 15, 'Number of turns of each comparison.', lower_bound=1)
 
 
 def main() -> None:
-  result = benchmark(Path(_OUTPUT.value), _REPEATS.value)
+  output = Path(_OUTPUT.value)
+  result = (benchmark_decoder(_DECODER.value, output, _REPEATS.value) if _DECODER.value
+            else benchmark(output, _REPEATS.value))
   for kind in ('step', 'decoder'):
     for case, measured in result[kind].items():
       for other, ratio in measured['over_ours'].items():

@@ -164,29 +164,34 @@ def build_programs(directory: Path, prompts: Mapping[str, Sequence[Sequence[int]
   return programs
 
 
-def build_steps(directory: Path, tokens: Sequence[Sequence[int]],
-                threads: int) -> dict[str, Program]:
-  """Builds transformers' programs 'forward' and 'forward_backward', with gradients of all weights.
+def build_steps(directory: Path, tokens: Sequence[Sequence[int]], threads: int,
+                dtype: str = 'float32') -> dict[str, Program]:
+  """Builds transformers' programs: 'forward', 'loss', and 'forward_backward' with all gradients.
 
   Args:
     directory: directory of the model.
     tokens: B texts of T ids.
     threads: threads that torch uses.
+    dtype: dtype of weights and computation.
   """
   import torch
   import transformers
   torch.set_num_threads(threads)
   # Only eager attention has Gemma 2's soft-cap.
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      directory, attn_implementation='eager')
+      directory, attn_implementation='eager', dtype=getattr(torch, dtype))
   ids = torch.tensor(tokens)
 
   def forward() -> None:
     with torch.inference_mode():
       model(ids, use_cache=False)
 
+  def loss() -> None:
+    with torch.inference_mode():
+      model(ids, labels=ids, use_cache=False)
+
   def forward_backward() -> None:
     model.zero_grad()
     model(ids, labels=ids, use_cache=False).loss.backward()
 
-  return {'forward': forward, 'forward_backward': forward_backward}
+  return {'forward': forward, 'loss': loss, 'forward_backward': forward_backward}

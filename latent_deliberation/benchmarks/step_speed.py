@@ -91,8 +91,8 @@ def _compare_ways(decoder_params: Params, num_traces: int, num_latents: int,
   programs = {}
   for way, objective in WAYS.items():
     loss = objective(deliberator, num_traces * AHEAD)
-    programs[way] = _compiled(jax.value_and_grad(loss, has_aux=True), params, decoder_params,
-                              batch, keys)
+    programs[way] = compiled(jax.value_and_grad(loss, has_aux=True), params, decoder_params,
+                             batch, keys)
   return ratios_of_turns(programs, repeats)
 
 
@@ -103,9 +103,9 @@ def _compare_decoders(params: Params, repeats: int) -> dict[str, Any]:
   loss = language_modelling(decoder, LENGTH)
   forward = lambda params, tokens: decoder.apply({'params': params}, tokens)[0]  # noqa: E731
   ours = {
-      'forward': _compiled(forward, params, batch.tokens),
-      'forward_backward': _compiled(jax.value_and_grad(loss, has_aux=True), params, {}, batch,
-                                    jax.random.split(jax.random.key(0), TEXTS))}
+      'forward': compiled(forward, params, batch.tokens),
+      'forward_backward': compiled(jax.value_and_grad(loss, has_aux=True), params, {}, batch,
+                                   jax.random.split(jax.random.key(0), TEXTS))}
   with tempfile.TemporaryDirectory() as place:
     weights.save(Path(place) / 'decoder', CONFIG, params, format='huggingface')
     with Baseline(build_steps, Path(place) / 'decoder', batch.tokens.tolist(), THREADS) as baseline:
@@ -125,8 +125,8 @@ def random_batch(num_texts: int, length: int, vocab_size: int) -> Batch:
                  for leaf in (tokens, np.ones_like(tokens), positions)))
 
 
-def _compiled(function: Callable[..., Any], *arguments: Params | Batch | Array,
-              ) -> Callable[[], float]:
+def compiled(function: Callable[..., Any], *arguments: Params | Batch | Array,
+             ) -> Callable[[], float]:
   """Returns a program that runs the function once and returns the seconds."""
   compiled = jax.jit(function)
   return lambda: seconds_of(lambda: jax.block_until_ready(compiled(*arguments)))

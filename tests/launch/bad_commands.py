@@ -154,7 +154,7 @@ BAD = {
     'a source without a decoder': Bad(
         'convert', '--source={run}/rows', 'rows .*decoder.json'),
     'a coprocessor as decoder': Bad(
-        'convert', '--source={run}/coprocessor/coprocessor', 'coprocessor/coprocessor .*--coproc'),
+        'convert', '--source={run}/coprocessor/coprocessor', 'coprocessor/coprocessor holds a'),
     'an unknown format': Bad(
         'convert', '--source={run}/pretraining/decoder --target={new} --format=pickle',
         'pickle.*<native|huggingface>'),
