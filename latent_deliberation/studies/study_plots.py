@@ -48,18 +48,19 @@ def plot_study(summary: Mapping[str, Any], path: Path) -> None:
   panels = _spread(summary['arms'])
   columns = min(len(panels), MAX_COLUMNS)
   lines = -(-len(panels) // columns)
-  size = (7, 5) if len(panels) == 1 else (4.4 * columns, 4.2 * lines)
+  is_alone = len(panels) == 1
+  size = (7, 5) if is_alone else (4.4 * columns, 4.2 * lines)
   figure = Figure(figsize=size, layout='constrained')
   FigureCanvasAgg(figure)
   grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
   for axes, names in zip(grid.flat, panels, strict=False):
-    _draw_arms(axes, rows, names, value, scale, is_judged)
+    _draw_arms(axes, rows, names, value, scale, is_judged, is_alone)
     axes.set_xticks(range(len(rows)), labels=list(rows))
     axes.set_xlabel(labels[0])
-    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.12 if len(panels) == 1 else -0.18),
-                ncols=4 if len(panels) == 1 else 2, fontsize=9, frameon=False)
+    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.12 if is_alone else -0.18),
+                ncols=4 if is_alone else 2, fontsize=9, frameon=False)
   for axes in grid[:, 0]:
-    axes.set_ylabel(labels[1], fontsize=10 if len(panels) == 1 else 9)
+    axes.set_ylabel(labels[1], fontsize=10 if is_alone else 9)
   if 'by_position' in summary:
     _scale_changes(grid[0, 0], rows)
   _remove(grid.flat[len(panels):])
@@ -83,7 +84,7 @@ def _spread(names: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _draw_arms(axes: Axes, rows: Mapping[str, Any], names: Sequence[str], value: str,
-               scale: float, is_judged: np.ndarray) -> None:
+               scale: float, is_judged: np.ndarray, is_alone: bool) -> None:
   colours = {FROZEN: 'black'}
   palette = itertools.cycle(COLOURS)
   for at, name in enumerate(names):
@@ -96,7 +97,9 @@ def _draw_arms(axes: Axes, rows: Mapping[str, Any], names: Sequence[str], value:
     places = np.arange(len(rows)) + 0.04 * (at - (len(names) - 1) / 2)
     bars = np.where(is_judged, np.maximum([middle - low, high - middle], 0), np.nan)
     dashes = DASHES[name.rpartition('/')[2]] if controlled_arm(name) else '-'
-    axes.errorbar(places, middle, bars, label=name,
+    # One arm of a panel has controls, so their names need not repeat its own.
+    label = name if is_alone else name.rpartition('/')[2]
+    axes.errorbar(places, middle, bars, label=label,
                   color=colours[arm], linestyle=dashes, marker='o', markersize=4, capsize=2)
   trim_axes(axes)
 
