@@ -14,6 +14,7 @@ A call runs on the first device, in batches whose caches fit 2 GiB. `inference.e
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +70,7 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
   """
   if dtype not in weights.READABLE:
     raise UserError(f'dtype = {dtype!r}: it must be one of {weights.READABLE}')
-  path = Path(path)
+  path = Path(os.path.expanduser(path))
   # A GGUF file is a whole decoder. Any other file stands for its directory.
   in_directory = path.is_file() and path.suffix != weights.GGUF
   checkpoint = weights.open_checkpoint(path.parent if in_directory else path)
