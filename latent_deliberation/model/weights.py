@@ -49,7 +49,7 @@ from latent_deliberation.model.checkpoints.source import (
 )
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import TransformerConfig
-from latent_deliberation.paths import COPROCESSOR, TOKENIZER_JSON
+from latent_deliberation.paths import COPROCESSOR, DECODER, TOKENIZER_JSON
 from latent_deliberation.progress import announced
 
 FORMATS = ('native', 'huggingface')  # of `save`; 'google' and 'gguf' can only be read
@@ -211,6 +211,8 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
     return _open_hugging_face(directory)  # says what is missing
   # Some levels off, as runs/x for runs/x/decoder, or Hugging Face's hub/models--X/snapshots/HASH.
   inner = find_inside(directory, lambda folder: bool(_find_formats(folder)), depth=3)
+  if directory / DECODER in inner:  # of a run, which may keep decoders of fewer steps beside it
+    inner = [directory / DECODER]
   if len(inner) == 1:
     logging.info('%s holds a decoder in %s', directory, inner[0])
     return _open(inner[0], config)
