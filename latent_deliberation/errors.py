@@ -50,7 +50,7 @@ def check_number(name: str, value: Any, least: float, most: float = math.inf) ->
 def check_types(section: Any) -> None:
   """Raises UserError unless each key of a dataclass has a value of its type, with a line for each.
 
-  An integer of less than 64 bits is a number, too, and a list is a tuple.
+  An integer of 64 bits is a number, too, and a list is a tuple.
   """
   values = ((field.name, getattr(section, field.name), field.type)
             for field in dataclasses.fields(section))
@@ -82,8 +82,8 @@ def _describe(kind: Any) -> str:
     return f'a tuple, with {_describe(inside[0])} in each place'
   if origin is Mapping:
     return 'a mapping' if inside[1] is Any else f'a mapping to {_describe(inside[1])} each'
-  return {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a text',
-          types.NoneType: 'None'}.get(kind, f'a {kind.__name__}')
+  return {bool: 'True or False', int: 'an integer of 64 bits', float: 'a number',
+          str: 'a text', types.NoneType: 'None'}.get(kind, f'a {kind.__name__}')
 
 
 def raise_problems(problems: Iterable[str]) -> None:
