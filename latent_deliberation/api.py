@@ -9,17 +9,20 @@
   print(completion.text, completion.finish_reason)
   (nats, num_tokens), = ld.score(generator, ['2 + 2 ='], [' 4'])
 
-A call runs on the first device, in batches whose caches fit 2 GiB. `inference.engine` and
-`inference.session` have more: meshes, latents at other places, gates, and the background.
+A call runs on the first device, in batches whose caches fit 2 GiB, with jax set as launch scripts
+set it. `inference.engine` and `inference.session` have more: meshes, latents at other places,
+gates, and the background.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from latent_deliberation.cli.app import settled_jax
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import (
   CoprocessorCheckpoint,
@@ -52,6 +55,7 @@ __all__ = ['Generator', 'Score', 'TextCompletion', 'UserError', 'load_coprocesso
            'score']
 
 
+@settled_jax()
 def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
                  dtype: str = 'float32') -> LoadedDecoder:
   """Loads a frozen decoder: weights, config and tokenizer.
@@ -69,13 +73,14 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
   """
   if dtype not in weights.READABLE:
     raise UserError(f'dtype = {dtype!r}: it must be one of {weights.READABLE}')
-  path = Path(path)
+  path = Path(os.path.expanduser(path))
   # A GGUF file is a whole decoder. Any other file stands for its directory.
   in_directory = path.is_file() and path.suffix != weights.GGUF
   checkpoint = weights.open_checkpoint(path.parent if in_directory else path)
   return read_decoder(checkpoint, tokenizer_of(checkpoint, str(vocabulary)), dtype)
 
 
+@settled_jax()
 def load_coprocessor(directory: str | Path) -> CoprocessorCheckpoint:
   """Loads a trained coprocessor, with its transformer unstacked.
 
@@ -112,6 +117,7 @@ class Generator:
     tokenizer: turns text into ids and back.
   """
 
+  @settled_jax()
   def __init__(self, decoder: LoadedDecoder, coprocessor: CoprocessorCheckpoint | None = None, *,
                length: int = 2048):
     """Puts the two together; several generators may share a decoder.
@@ -130,6 +136,7 @@ class Generator:
     self.engine = build_engine(decoder, coprocessor, length)
     self.tokenizer = decoder.tokenizer
 
+  @settled_jax()
   def generate(self, prompts: Sequence[str], *, max_tokens: int = 64, augment: bool | None = None,
                stop: Sequence[str] = (), temperature: float = 0.0, top_k: int | None = None,
                top_p: float = 1.0, min_p: float = 0.0, seeds: Sequence[int] | None = None,
@@ -187,6 +194,7 @@ class Generator:
     check_prompts(ids, np.zeros(len(ids)), self.engine.model.decoder.config.vocab_size)
 
 
+@settled_jax()
 def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[str], *,
           augment: bool | None = None, batch_size: int = 0) -> list[Score]:
   """Scores one given continuation of each prompt (teacher forcing).

@@ -1,7 +1,10 @@
 """The errors that are meant for people. Every other exception is a bug or bad luck."""
 
+import dataclasses
 import math
 import operator
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -42,6 +45,45 @@ def check_number(name: str, value: Any, least: float, most: float = math.inf) ->
   if not fits:
     limit = f'from {least} to {most}' if math.isfinite(most) else f'of {least} or more'
     raise UserError(f'{name} = {value!r}: give a finite number {limit}')
+
+
+def check_types(section: Any) -> None:
+  """Raises UserError unless each key of a dataclass has a value of its type, with a line for each.
+
+  An integer of 64 bits is a number, too, and a list is a tuple.
+  """
+  values = ((field.name, getattr(section, field.name), field.type)
+            for field in dataclasses.fields(section))
+  raise_problems(f'{name} = {value!r:.80}: give {_describe(kind)}' for name, value, kind in values
+                 if not _has_type(value, kind))
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+  """Whether a value has the type of an annotation; see `check_types`."""
+  origin, inside = typing.get_origin(kind), typing.get_args(kind)
+  if origin is types.UnionType:
+    return any(_has_type(value, each) for each in inside)
+  if origin is tuple:
+    return isinstance(value, tuple | list) and all(_has_type(each, inside[0]) for each in value)
+  if origin is Mapping:
+    return isinstance(value, Mapping) and all(
+        inside[1] is Any or _has_type(each, inside[1]) for each in value.values())
+  if kind in (int, float) and isinstance(value, int):
+    return not isinstance(value, bool) and abs(value) < 2**63
+  return isinstance(value, kind)
+
+
+def _describe(kind: Any) -> str:
+  """Returns what to give for an annotation, such as 'a number or None'."""
+  origin, inside = typing.get_origin(kind), typing.get_args(kind)
+  if origin is types.UnionType:
+    return ' or '.join(map(_describe, inside))
+  if origin is tuple:
+    return f'a tuple, with {_describe(inside[0])} in each place'
+  if origin is Mapping:
+    return 'a mapping' if inside[1] is Any else f'a mapping to {_describe(inside[1])} each'
+  return {bool: 'True or False', int: 'an integer of 64 bits', float: 'a number',
+          str: 'a text', types.NoneType: 'None'}.get(kind, f'a {kind.__name__}')
 
 
 def raise_problems(problems: Iterable[str]) -> None:

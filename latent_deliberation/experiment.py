@@ -17,7 +17,14 @@ from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.rows import ALL_ROWS, check_row_range
 from latent_deliberation.deliberation.coprocessor import PARTS
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.errors import UserError, problems_of, raise_problems
+from latent_deliberation.errors import (
+  UserError,
+  check_integer,
+  check_number,
+  check_types,
+  problems_of,
+  raise_problems,
+)
 from latent_deliberation.model.transformer import ATTENTIONS, REMAT_POLICIES
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, check_rules
@@ -28,6 +35,7 @@ DTYPES = ('float32', 'bfloat16')
 CPU_INFO = Path('/proc/cpuinfo')
 FAST_BFLOAT16 = {'amx_bf16', 'avx512_bf16'}  # instruction sets of CPUs
 FROZEN_DTYPES = (*DTYPES, 'int8')
+LAST_SEED = 2**30 - 2  # of an experiment; the order of its rows takes twice as much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Computation:
   replicate_frozen: bool = False
 
   def __post_init__(self):
+    check_types(self)
     raise_problems(self._problems())
 
   def _problems(self) -> Iterator[str]:
@@ -121,8 +130,11 @@ class TrainingConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'row_range_percent', check_row_range(self.row_range_percent))
+    check_types(self)
     raise_problems(f'{name} = {getattr(self, name)}: it must be 1 or more'
                    for name in ('batch_size', 'accumulation') if getattr(self, name) < 1)
+    for name, factor in self.multipliers.items():
+      check_number(f'multipliers.{name}', factor, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +165,7 @@ class EvaluationConfig:
   delay: int = 0
 
   def __post_init__(self):
+    check_types(self)
     object.__setattr__(self, 'positions', tuple(self.positions))
     raise_problems(self._problems())
 
@@ -211,6 +224,7 @@ class Experiment:
   decoder_from: str = ''
 
   def __post_init__(self):
+    check_types(self)
     object.__setattr__(self, 'rules', check_rules(self.rules))
     raise_problems(problems_between(vars(self)))
 
@@ -222,9 +236,7 @@ def problems_between(sections: Mapping[str, Any]) -> Iterator[str]:
     sections: values by the keys of Experiment. One that could not be made is absent, and what
       needs it is not checked.
   """
-  seed = sections.get('seed', 0)
-  if not 0 <= seed < 2**30 - 1:
-    yield f'seed = {seed}: it must be between 0 and {2**30 - 2}'
+  yield from problems_of(lambda: check_integer('seed', sections.get('seed', 0), 0, LAST_SEED))
   for section, parts in (('pretraining', ('embedder', 'transformer')), ('training', PARTS)):
     if section not in sections:
       continue

@@ -26,7 +26,8 @@ from latent_deliberation.distributed import barrier, run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
 
-JSON_LINES = ('.jsonl', '.ndjson', '.json')  # endings of files with a JSON object on each line
+# Endings of files with a JSON object on each line.
+JSON_LINES = ('.jsonl', '.ndjson', '.jsonlines', '.ldjson', '.json')
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _STRAY_ENDINGS = ('~', '.bak', '.orig', '.swp', '.tmp', '.part', '.partial')
 
@@ -59,6 +60,7 @@ def find_inside(directory: Path, is_wanted: Callable[[Path], bool], depth: int =
 def find_encoding(content: bytes) -> str:
   """Returns the encoding of a text by the mark at its beginning; UTF-8 without one."""
   return 'utf-16' if content.startswith(_UTF16_MARKS) else 'utf-8-sig'
+
 
 POLL_SECONDS = 0.5  # between two looks at a lock that another process holds
 _ATTEMPTS = 10  # to open the file of a lock while others remove it; some mounts change its number

@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import PyTree
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_types
 
 MESH_AXES = ('replica', 'data', 'fsdp', 'tensor')
 
@@ -52,6 +52,9 @@ class MeshConfig:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+
+  def __post_init__(self):
+    check_types(self)
 
 
 def parse_mesh(text: str) -> MeshConfig:

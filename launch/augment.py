@@ -9,6 +9,7 @@ decoder. No other decoder can use them. Next, launch/generate.py --cache=runs/ca
 """
 
 from pathlib import Path
+from shlex import quote
 
 from absl import flags
 
@@ -34,7 +35,7 @@ def main() -> None:
       Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value)
   tokens = save_context(text, output, engine, tokenizer)
   print(f'{output}: {tokens} tokens and {engine.model.coprocessor.config.num_latents} latents. '
-        f'Continue them: launch/generate.py --cache={output}')
+        f'Continue them: launch/generate.py --cache={quote(str(output))}')
 
 
 if __name__ == '__main__':

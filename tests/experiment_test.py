@@ -1,11 +1,18 @@
 """An experiment is bound and checked as it is made, and errors name the key and its value."""
 
+import copy
 import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
 from flax import linen as nn
 
+from configs import tiny
 from latent_deliberation import experiment as experiment_module
 from latent_deliberation.build import build_deliberator
 from latent_deliberation.errors import UserError
@@ -141,3 +148,42 @@ def test_defaults():
   defaults = defaults_of(Experiment)
   assert defaults['training']['row_range_percent'] == (0, 100) and defaults['data']['options'] == {}
   assert defaults['computation']['remat'] == 'none' and 'batch_size' not in defaults['training']
+
+
+CONFIG = tiny.get_config().to_dict()
+EXTREMES = (math.nan, math.inf, -math.inf, -1, 0, 1.5, 1e300, 10**9, 10**30, 10**400, '4', True,
+            None, (), ('a',), (math.nan,), (-1,), {'embedder': math.nan}, {'embedder': 'a'})
+
+
+def typed_keys(kind: type, path: str = '') -> Iterator[tuple[str, Any]]:
+  """Yields the dotted path and the annotation of each key that is no section."""
+  for field in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(field.type):
+      yield from typed_keys(field.type, f'{path}{field.name}.')
+    else:
+      yield path + field.name, field.type
+
+
+def leaves(value: Any) -> Iterator[Any]:
+  """Yields the values in a tuple or mapping, or the value itself."""
+  for each in value.values() if isinstance(value, dict) else value:
+    yield from leaves(each) if isinstance(each, dict | tuple) else [each]
+
+
+@pytest.mark.parametrize('key, kind', list(typed_keys(Experiment)))
+def test_extremes(key, kind):
+  """A key takes values of its own type alone, no NaN and no endless number; others are named."""
+  allowed = {kind, *typing.get_args(kind)}
+  allowed |= {int} if float in allowed else set()
+  for value in EXTREMES:
+    config = copy.deepcopy(CONFIG)
+    *sections, name = key.split('.')
+    functools.reduce(dict.__getitem__, sections, config)[name] = value
+    try:
+      bound = bind(config)
+    except UserError as error:
+      assert name in str(error), value
+      continue
+    found = list(leaves([functools.reduce(getattr, key.split('.'), bound)]))
+    assert {type(each) for each in found} <= allowed, value
+    assert all(each == each and each not in (10**30, 10**400) for each in found), value

@@ -22,9 +22,10 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -165,13 +166,32 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
 
 def _settle_jax() -> None:
   """Sets what results depend on, and names each setting that the environment had changed."""
-  for name, value in JAX_SETTINGS.items():
-    found = getattr(jax.config, name, value)  # other versions of jax may lack a setting
-    # Some values are members of an enumeration of strings.
-    if getattr(found, 'value', found) != value:
-      logging.warning('%s=%s is not used: launch scripts need %s', name.upper(),
-                      os.environ.get(name.upper(), found), value)
+  for name, found in _changed_settings().items():
+    logging.warning('%s=%s is not used: launch scripts need %s', name.upper(),
+                    os.environ.get(name.upper(), found), JAX_SETTINGS[name])
+    jax.config.update(name, JAX_SETTINGS[name])
+
+
+@contextlib.contextmanager
+def settled_jax() -> Iterator[None]:
+  """Has JAX_SETTINGS inside of the block, and what a notebook or its variables chose after it."""
+  found = _changed_settings()
+  try:
+    for name in found:
+      jax.config.update(name, JAX_SETTINGS[name])
+    yield
+  finally:
+    for name, value in found.items():
       jax.config.update(name, value)
+
+
+def _changed_settings() -> dict[str, Any]:
+  """Returns the values in jax of those JAX_SETTINGS that it has with another value."""
+  found = {name: getattr(jax.config, name, value)  # other versions of jax may lack a setting
+           for name, value in JAX_SETTINGS.items()}
+  # Some values are members of an enumeration of strings.
+  found = {name: getattr(value, 'value', value) for name, value in found.items()}
+  return {name: value for name, value in found.items() if value != JAX_SETTINGS[name]}
 
 
 def _is_worth_a_line(record: python_logging.LogRecord) -> bool:
@@ -266,7 +286,7 @@ def _check_config(arguments: Sequence[str]) -> None:
     # The path is after '=', or the next argument. After a colon comes the argument of get_config.
     _, equals, path = arguments[at].partition('=')
     path = (path if equals else ''.join(arguments[at + 1:at + 2])).partition(':')[0]
-    if not Path(path).is_file():
+    if not Path(os.path.expanduser(path)).is_file():
       near = difflib.get_close_matches(path, map(str, Path('configs').rglob('*.py')), n=1)
       hint = f'did you mean {near[0]}?' if near else 'give a file such as configs/quickstart.py'
       raise UserError(f'--config={path}: there is no such file; {hint}')

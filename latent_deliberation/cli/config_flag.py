@@ -10,6 +10,7 @@ follow from what is given: the source of text, the number of embeddings, the war
 """
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -84,7 +85,7 @@ def _find_run(flag: str) -> Path | None:
   given = _given_flag(flag)
   if not given:
     return None
-  place = Path(given)
+  place = Path(os.path.expanduser(given))
   if (place / DESCRIPTION).is_file():
     place = place.absolute().parent
   return place / RUN_FILE if (place / RUN_FILE).is_file() else None
@@ -158,11 +159,11 @@ def read_run(path: Path) -> ConfigDict:
     UserError: the file is missing or damaged, or its job has no whole experiment.
   """
   try:
-    saved = with_current_names(json.loads(path.read_text()))
+    saved = with_current_names(json.loads(path.read_bytes()))
     job, config = saved['job'], dict(saved['config'])
   except OSError as error:
     raise UserError(f'{path} cannot be read ({error}): name the run.json of a run') from error
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is no run.json ({error!r}): name the run.json that a training wrote '
                     'to its --workdir, or a config file') from error
   if 'experiment' in config:
@@ -185,6 +186,7 @@ class _ConfigParser(ConfigFileFlagParser):
     Raises:
       UserError: the file raises one, or overrides name unknown keys; a line for each.
     """
+    path = os.path.expanduser(path)
     if path.endswith('.json'):
       config = read_run(Path(path))
     else:

@@ -181,6 +181,10 @@ def _index_file(file: TextFile, text_key: str,
     content = file.plain.read_bytes()
     file_hash.update(content)
     text = decode(content, file.path)
+    if _is_json_line(text.partition('\n')[0], text_key):
+      logging.log_first_n(
+          logging.WARNING, '%s is read as one document, but its first line is JSON with %r: name '
+          'it .jsonl if every line is a document. This is logged once.', 1, file.path, text_key)
     if text:
       yield file.name, 0, len(content), text
     return
@@ -193,6 +197,16 @@ def _index_file(file: TextFile, text_key: str,
       if text:
         yield f'{file.name}:{number}', start, len(line), text
       start += len(line)
+
+
+def _is_json_line(line: str, text_key: str) -> bool:
+  """Whether a line of a file that is one document looks like a document of its own."""
+  if not line.startswith('{'):
+    return False
+  try:
+    return text_key in json.loads(line)
+  except (ValueError, RecursionError):
+    return False
 
 
 def _parse_line(line: bytes, start: int, number: int, path: Path, text_key: str) -> str:

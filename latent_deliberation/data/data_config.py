@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from latent_deliberation.errors import raise_problems
+from latent_deliberation.errors import check_types, raise_problems
 
 # sources.py says how to add a source, and checks on import that it can read each of these.
 SOURCES = ('stdlib', 'text', 'tfds', 'mixture', 'synthetic')
@@ -89,18 +89,18 @@ class DataConfig:
 
   def __post_init__(self):
     # Own copies, so that the caller's objects may change later.
-    object.__setattr__(self, 'files', tuple(map(os.path.expanduser, split_files(self.files))))
+    if isinstance(self.files, str):
+      object.__setattr__(self, 'files', split_files(self.files))
+    check_types(self)
+    object.__setattr__(self, 'files', tuple(map(os.path.expanduser, self.files)))
     for key in ('data_dir', 'vocabulary_path'):
       object.__setattr__(self, key, os.path.expanduser(getattr(self, key)))
-    if isinstance(self.options, Mapping):
-      object.__setattr__(self, 'options', dict(self.options))
+    object.__setattr__(self, 'options', dict(self.options))
     if not self.source:
       object.__setattr__(self, 'source', _find_source(self.files, self.name, self.data_dir))
     raise_problems(self._problems())
 
   def _problems(self) -> Iterator[str]:
-    if not isinstance(self.options, Mapping):
-      yield f"options = {self.options!r}: write a mapping, for instance {{'nodes': 8}}"
     for key, choices in (('source', SOURCES), ('vocabulary', VOCABULARIES), ('mode', MODES)):
       if getattr(self, key) not in choices:
         yield f'{key} = {getattr(self, key)!r}: choose one of {choices}'
@@ -146,10 +146,7 @@ class DataConfig:
     wrong = set()
     for key, (low, high) in bounds.items():
       value = getattr(self, key)
-      if not isinstance(value, int) or isinstance(value, bool):
-        wrong.add(key)
-        yield f'{key} = {value!r}: it must be an integer'
-      elif not low <= value <= high:
+      if not low <= value <= high:
         wrong.add(key)
         yield f'{key} = {value}: it must be between {low} and {high}'
     if not wrong & {'max_tokens', 'length'} and 0 < self.max_tokens < self.length:

@@ -106,7 +106,7 @@ def _explain(directory: Path, described: Mapping[str, Any], new_text: bool) -> l
   path = directory.parent / SOURCE_FILE
   if not path.is_file():  # packed by earlier code
     return []
-  saved = json.loads(path.read_text())
+  saved = json.loads(path.read_bytes())
   lines = differences(saved['config'], described['config'], 'data.')
   for change, one, other in (('added', described, saved), ('removed', saved, described)):
     names = sorted(set(one['files']) - set(other['files']))

@@ -26,7 +26,7 @@ from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.files import JSON_LINES, find_encoding, is_stray
 
 # Endings of the files that a directory stands for. A .json there usually describes the others.
-OF_DIRECTORIES = ('.txt', '.jsonl', '.ndjson')
+OF_DIRECTORIES = ('.txt', '.jsonl', '.ndjson', '.jsonlines', '.ldjson')
 UNPACK = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
 # Commands that unpack what Python's own library does not.
 UNPACK_BY_HAND = {'.zst': 'zstd -d', '.zip': 'unzip', '.lz4': 'lz4 -d', '.7z': '7z x'}
@@ -178,7 +178,8 @@ def make_plain(file: TextFile, copy: Path) -> TextFile:
                     '(iconv -t utf-8) or leave it out') from error
   except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
     raise UserError(f'{file.path} cannot be unpacked into {copy.parent} ({error}): copy or '
-                    'download it again, or set TMPDIR to a directory with more space') from error
+                    'download it again, rename it if it is not compressed, or set TMPDIR to a '
+                    'directory with more space') from error
   return dataclasses.replace(file, plain=copy)
 
 

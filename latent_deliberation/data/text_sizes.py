@@ -209,10 +209,10 @@ def read_choices(workdir: Path, given: Set[str]) -> Choices | None:
   """
   path = workdir / RUN_FILE
   try:
-    chosen = json.loads(path.read_text())['chosen']
+    chosen = json.loads(path.read_bytes())['chosen']
   except FileNotFoundError:
     return None
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is damaged or of another job ({error!r}): restore the file, or use '
                     'another --workdir') from error
   return {key: value for key, value in chosen.items() if key not in given}

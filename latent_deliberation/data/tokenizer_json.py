@@ -4,6 +4,7 @@ Data and inference share it, and nothing here needs TensorFlow. The file says ho
 Which tokens begin and end a text is in tokenizer_config.json beside it.
 """
 
+import codecs
 import hashlib
 import importlib.util
 import json
@@ -115,7 +116,7 @@ def _open(path: Path, content: bytes) -> tuple[Any, Mapping[str, Any]]:
     raise UserError(f'{path}: model.type = {kind!r} is not one of {", ".join(MODELS)}: give the '
                     'tokenizer of another model')
   try:
-    return Tokenizer.from_buffer(content), described
+    return Tokenizer.from_buffer(content.removeprefix(codecs.BOM_UTF8)), described
   except Exception as error:  # the library raises nothing narrower
     raise UserError(f'{damaged} ({error}): download it again') from error
 

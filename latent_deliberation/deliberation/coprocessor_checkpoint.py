@@ -9,6 +9,7 @@ one of its decoder's weights. A coprocessor is refused for any other decoder.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -251,6 +252,7 @@ def locate_coprocessor(directory: Path) -> Path:
   Raises:
     UserError: there is none, or there are several.
   """
+  directory = Path(os.path.expanduser(directory))
   for place in (directory, directory / COPROCESSOR):
     if (place / DESCRIPTION).is_file():
       return place

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer, check_types
 
 LATENTS = ('paper', 'anchored', 'refining')
 POSITIONS = ('shift', 'share')
@@ -79,6 +79,7 @@ class DeliberationConfig:
   anchor_tokens: tuple[int, ...] = ()
 
   def __post_init__(self):
+    check_types(self)
     object.__setattr__(self, 'anchor_tokens', tuple(self.anchor_tokens))
     # Choices, then sizes, then numbers that depend on each other.
     for name, allowed in (('latents', LATENTS), ('positions', POSITIONS),
@@ -86,9 +87,11 @@ class DeliberationConfig:
                           ('reads', READS), ('gate', GATES), ('soft_tokens', SOFT_TOKENS)):
       if getattr(self, name) not in allowed:
         raise UserError(f'{name} = {getattr(self, name)!r}: it must be one of {allowed}')
-    for name in ('num_latents', 'num_ahead', 'num_traces', 'lora_rank'):
-      if getattr(self, name) < 1:
-        raise UserError(f'{name} = {getattr(self, name)}: it must be 1 or more')
+    for name in ('num_latents', 'num_ahead', 'num_traces'):
+      check_integer(name, getattr(self, name), 1)
+    check_integer('lora_rank', self.lora_rank, 1, 2**16)  # wider than any decoder
+    for token in self.anchor_tokens:
+      check_integer('anchor_tokens', token, 0)
     if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
       raise UserError(f'lora_alpha = {self.lora_alpha}: it must be above 0, or None')
     if self.num_layers < 0:

@@ -202,7 +202,7 @@ def _compare_dtype(experiment: Experiment, coprocessor_dir: Path) -> None:
   path = coprocessor_dir.parent / RUN_FILE
   if not path.is_file():  # the checkpoint was moved out of its run
     return
-  computed = json.loads(path.read_text())['config'].get('computation', {})
+  computed = json.loads(path.read_bytes())['config'].get('computation', {})
   trained = computed.get('dtype', Computation.dtype)
   if trained != experiment.computation.dtype:
     logging.warning(

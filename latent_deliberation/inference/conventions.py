@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import read_text
 from latent_deliberation.model.weights import Checkpoint
 
 GENERATION, CONFIG, TOKENIZER = 'generation_config.json', 'config.json', 'tokenizer_config.json'
@@ -133,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   try:
-    content = json.loads(path.read_text('utf-8'))
+    content = json.loads(path.read_bytes())
   except (OSError, ValueError) as error:
     raise UserError(f'{path} cannot be read ({error}): download it again') from error
   if not isinstance(content, dict):
@@ -158,7 +159,7 @@ def _piece(token: Any) -> str:
 def _template(directory: Path, tokenizer: Mapping[str, Any], processor: Mapping[str, Any]) -> str:
   """Returns the chat template, from a file of its own or from JSON."""
   if (directory / TEMPLATE).is_file():
-    return (directory / TEMPLATE).read_text('utf-8')
+    return read_text(directory / TEMPLATE, 'a chat template')
   template = tokenizer.get('chat_template') or processor.get('chat_template') or ''
   if isinstance(template, str):
     return template

@@ -132,7 +132,7 @@ def open_gate(directory: Path, score: str, budget: float, min_gap: int = MIN_GAP
     if not (directory / name).is_file():
       raise UserError(f'{directory} holds no {name}: give the output of launch/gate.py')
   try:
-    result = json.loads((directory / GATE_FILE).read_text())
+    result = json.loads((directory / GATE_FILE).read_bytes())
     curve, decoder_fingerprint = result['curves'][score], result['decoder']
     # No threshold is high enough to open nowhere, so a fraction of 0 has none.
     known = [(fraction, float(threshold)) for fraction, threshold in zip(

@@ -127,7 +127,7 @@ def _describe(directory: Path) -> dict[str, Any]:
                     'or prefix_cache.save has written')
   try:
     # Saved names of keys and values may be old ones.
-    description = with_current_names(json.loads(path.read_text()))
+    description = with_current_names(json.loads(path.read_bytes()))
     if description['format'] != _FORMAT:
       raise UserError(f'format {description["format"]!r}, expected {_FORMAT}')
   except (ValueError, KeyError, TypeError) as error:

@@ -5,6 +5,7 @@ Nothing here needs TensorFlow.
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import sentencepiece
+from absl import logging
 
 from latent_deliberation.data.data_config import (
   BOS_ID,
@@ -30,7 +32,7 @@ from latent_deliberation.inference.conventions import (
   read_conventions,
 )
 from latent_deliberation.model.weights import Checkpoint
-from latent_deliberation.paths import VOCABULARY_FILE
+from latent_deliberation.paths import TOKENIZER_JSON, VOCABULARY_FILE
 
 BYTES = 'byte'  # name of the byte vocabulary, in the place of a path
 _CONTEXT = 16  # ids before a text that decide how it begins; one of them is more than a space
@@ -203,7 +205,7 @@ def open_tokenizer(vocabulary: str | Path,
   """
   if vocabulary == BYTES:
     return ByteTokenizer(conventions)
-  path = Path(vocabulary)
+  path = Path(os.path.expanduser(vocabulary))
   kind = JsonTokenizer if path.suffix == '.json' else SentencePieceTokenizer
   return kind(path, conventions)
 
@@ -226,6 +228,9 @@ def tokenizer_of(checkpoint: Checkpoint, vocabulary: str = '') -> Tokenizer:
                       '--vocabulary=PATH, its SentencePiece model or tokenizer.json, or '
                       f'--vocabulary={BYTES}')
     vocabulary = str(found)
+    beside = found.with_name(TOKENIZER_JSON)
+    if found != beside and beside.is_file():
+      logging.info('%s is read, and the %s beside it is not', found, TOKENIZER_JSON)
   tokenizer = open_tokenizer(vocabulary, read_conventions(checkpoint))
   # It must be the decoder's own, and have no more pieces than there are embeddings.
   if checkpoint.vocabulary_hash and tokenizer.hash != checkpoint.vocabulary_hash:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_types
 
 LAYER_KINDS = ('local', 'global')
 ACTIVATIONS = ('gelu', 'silu')
@@ -78,27 +78,20 @@ class TransformerConfig:
   tied_head: bool = True
 
   def __post_init__(self):
+    check_types(self)
     object.__setattr__(self, 'layer_pattern', tuple(self.layer_pattern))
     object.__setattr__(self, 'rope_llama3', tuple(self.rope_llama3))
-    # Whole numbers. A bool is an int in Python, but not a size.
     for name in ('vocab_size', 'embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim',
                  'hidden_dim', 'window'):
       value = getattr(self, name)
-      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      if value < 1:
         raise UserError(f'{name} = {value!r} is not an integer of at least 1: set one')
     # Factors. None turns a soft-cap off, or selects the default that the docstring names.
     for name in ('attention_softcap', 'final_softcap', 'query_scale', 'rope_base',
                  'rope_local_base', 'rope_scaling', 'norm_epsilon'):
       value = getattr(self, name)
-      if value is None and name not in ('rope_base', 'rope_scaling', 'norm_epsilon'):
-        continue
-      if not isinstance(value, int | float) or not 0 < value < float('inf'):
+      if value is not None and not 0 < value < math.inf:
         raise UserError(f'{name} = {value!r} is not a finite number above 0: set one')
-    # Switches. Any other value would silently count as one of the two.
-    for name in ('qk_norm', 'post_norms', 'norm_offset', 'scale_embeddings', 'qkv_bias',
-                 'tied_head'):
-      if not isinstance(getattr(self, name), bool):
-        raise UserError(f'{name} = {getattr(self, name)!r}: set True or False')
     if self.activation not in ACTIVATIONS:
       raise UserError(f'activation = {self.activation!r}: set one of {ACTIVATIONS}')
     # Numbers that must fit together.
@@ -134,8 +127,8 @@ class TransformerConfig:
 
 def _is_llama3(values: tuple[Any, ...]) -> bool:
   """Whether values are a scaling of wavelengths, whose ramp goes from `low` up to `high`."""
-  return (len(values) == 4 and all(isinstance(value, int | float) and 0 < value < math.inf
-                                   for value in values) and values[1] < values[2])
+  return (len(values) == 4 and all(0 < value < math.inf for value in values)
+          and values[1] < values[2])
 
 
 def unlike_gemma(config: TransformerConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ path may be a name; see model/checkpoints/named.py.
 import dataclasses
 import importlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +49,7 @@ from latent_deliberation.model.checkpoints.source import (
 )
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import TransformerConfig
-from latent_deliberation.paths import COPROCESSOR, TOKENIZER_JSON
+from latent_deliberation.paths import COPROCESSOR, DECODER, TOKENIZER_JSON
 from latent_deliberation.progress import announced
 
 FORMATS = ('native', 'huggingface')  # of `save`; 'google' and 'gguf' can only be read
@@ -174,7 +175,7 @@ def open_checkpoint(directory: str | Path, config: TransformerConfig | None = No
     UserError: there is no decoder, it is damaged or pickled, or its architecture is unsupported or
       differs from `config`.
   """
-  path = Path(directory)
+  path = Path(os.path.expanduser(directory))
   if not path.exists():
     # Imported only for a name, to keep what every run imports small.
     named = importlib.import_module('latent_deliberation.model.checkpoints.named')
@@ -208,8 +209,10 @@ def _open(directory: Path, config: TransformerConfig | None) -> Checkpoint:
     return openers[formats[0]](directory)
   if (directory / CONFIG).is_file():
     return _open_hugging_face(directory)  # says what is missing
-  # One level off, as runs/x for runs/x/decoder, or around Hugging Face's snapshots/HASH.
-  inner = find_inside(directory, lambda folder: bool(_find_formats(folder)))
+  # Some levels off, as runs/x for runs/x/decoder, or Hugging Face's hub/models--X/snapshots/HASH.
+  inner = find_inside(directory, lambda folder: bool(_find_formats(folder)), depth=3)
+  if directory / DECODER in inner:  # of a run, which may keep decoders of fewer steps beside it
+    inner = [directory / DECODER]
   if len(inner) == 1:
     logging.info('%s holds a decoder in %s', directory, inner[0])
     return _open(inner[0], config)

@@ -131,7 +131,7 @@ def check_pages(directory: Path) -> None:
 
 def _read(path: Path) -> Result:
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    return json.loads(path.read_bytes())
   except ValueError as error:
     raise UserError(f'{path} is not JSON ({error}): restore it, or remove it') from error
 

@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer, check_types
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
-from latent_deliberation.experiment import Experiment, bind
+from latent_deliberation.experiment import LAST_SEED, Experiment, bind
 from latent_deliberation.studies.synthetic.documents import build
 from latent_deliberation.studies.tune import TUNINGS
 
@@ -35,6 +35,7 @@ class ArmConfig:
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
+    check_types(self)
     object.__setattr__(self, 'changes', _merged({}, self.changes))
     if self.learns not in (LATENT_ARM, *TUNINGS):
       raise UserError(f'learns = {self.learns!r}: choose one of {(LATENT_ARM, *TUNINGS)}')
@@ -63,6 +64,7 @@ class QuestionsConfig:
   chain_tokens: int = 0
 
   def __post_init__(self):
+    check_types(self)
     object.__setattr__(self, 'options', dict(self.options))
     for name, least in (('per_difficulty', 0), ('batch_size', 2), ('seed', 0),
                         ('chain_tokens', 0)):
@@ -96,7 +98,14 @@ class Study:
   arm_data_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
+    # 'own' comes first in every report.
+    object.__setattr__(self, 'arms', {
+        name: arm if isinstance(arm, ArmConfig) else bind(arm, ArmConfig, f'arms.{name}')
+        for name, arm in sorted(self.arms.items(), key=lambda item: item[0] != OWN)})
+    check_types(self)
     object.__setattr__(self, 'seeds', tuple(self.seeds))
+    for seed in self.seeds:
+      check_integer('seeds', seed, 0, LAST_SEED)
     object.__setattr__(self, 'arm_data_options', dict(self.arm_data_options))
     if not self.seeds or len(set(self.seeds)) < len(self.seeds):
       raise UserError(f'seeds = {self.seeds}: give one or more, all different')
@@ -125,10 +134,6 @@ class Study:
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):
       raise UserError(f'arms = {sorted(self.arms)}: give at least one. A name must not be empty, '
                       f'contain a slash or be one of {(FROZEN, CHAIN, *CONTROLS)}.')
-    # 'own' comes first in every report.
-    object.__setattr__(self, 'arms', {
-        name: arm if isinstance(arm, ArmConfig) else bind(arm, ArmConfig, f'arms.{name}')
-        for name, arm in sorted(self.arms.items(), key=lambda item: item[0] != OWN)})
     # Binding every arm finds a wrong change before any long work.
     for name in self.arms:
       self.variant(name, self.seeds[0])

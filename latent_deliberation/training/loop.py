@@ -21,7 +21,7 @@ from orbax.checkpoint import utils as orbax_utils
 
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.data.rows import Batches
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.progress import announced
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.metrics import MetricsWriter, Pace, format_metric
@@ -49,8 +49,7 @@ class LoopConfig:
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
-      if value < 1:
-        raise UserError(f'{name} = {value}: it must be 1 or more')
+      check_integer(name, value, 1)
 
 
 class Preempted(SystemExit):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from latent_deliberation.array_types import Array, Params
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_types
 
 _SHAPES = {
     'constant': jnp.ones_like,
@@ -45,6 +45,7 @@ class OptimizerConfig:
   clip_norm: float = 1.0
 
   def __post_init__(self):
+    check_types(self)
     demands = {
         'learning_rate': ('a finite number above 0', 0 < self.learning_rate < math.inf),
         'warmup_steps': ('0 or more', self.warmup_steps >= 0),
@@ -52,7 +53,7 @@ class OptimizerConfig:
         'final_fraction': ('within [0, 1]', 0 <= self.final_fraction <= 1),
         'b1': ('within [0, 1)', 0 <= self.b1 < 1),
         'b2': ('within [0, 1)', 0 <= self.b2 < 1),
-        'eps': ('above 0', self.eps > 0),
+        'eps': ('a finite number above 0', 0 < self.eps < math.inf),
         'weight_decay': ('a finite number, 0 or more', 0 <= self.weight_decay < math.inf),
         'clip_norm': ('above 0 (inf clips nothing)', self.clip_norm > 0),
     }

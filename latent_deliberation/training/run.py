@@ -158,9 +158,9 @@ def check_same_settings(path: Path, settings: Any, changeable: tuple[str, ...]) 
     UserError: a setting differs; lists each with its two values. Or the file is damaged.
   """
   try:
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_bytes())
     saved = {'config': report['config']}
-  except (json.JSONDecodeError, KeyError) as error:
+  except (ValueError, KeyError) as error:
     raise UserError(f'{path} is no report ({error!r}): move it away, or add --overwrite') from error
   current = json.loads(json.dumps({'config': dataclasses.asdict(settings)}, default=str))
   lines = _differences(saved, current, defaults_of(type(settings)), changeable)
@@ -280,8 +280,8 @@ class Run:
   def saved_steps(self) -> int:
     """Returns the num_steps of the run in `workdir`; 0 where there is none yet."""
     try:
-      return _steps_of(json.loads((self.workdir / RUN_FILE).read_text()), self.job)
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+      return _steps_of(json.loads((self.workdir / RUN_FILE).read_bytes()), self.job)
+    except (FileNotFoundError, ValueError, KeyError):
       return 0  # a new run, or a damaged file that `claim_workdir` reports
 
   @property
@@ -372,7 +372,7 @@ class Run:
     try:
       saved = json.loads((self.workdir / RUN_FILE).read_bytes())
       identity = self.identity(decoder_fingerprint or saved['decoder'], saved['data'])
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
       return  # a new run, or a damaged file that `claim_workdir` reports
     check_same_run(self.workdir, saved, identity, self.changeable)
 
@@ -416,7 +416,7 @@ def lengthen(run: Run) -> None:
                       'move it away')
     result.rename(kept)
     logging.info('%s of %d steps is kept as %s', result, earlier, kept)
-  saved = json.loads(path.read_text())
+  saved = json.loads(path.read_bytes())
   saved['config'][run.section]['loop']['num_steps'] = steps
   write_json(path, saved | {EARLIER_STEPS: [*saved.get(EARLIER_STEPS, []), earlier]})
   before, after = (build_schedule(run.settings.optimizer, length)(earlier)

@@ -55,6 +55,24 @@ def test_lines_of_the_log(path, level, is_shown):
   assert app._is_worth_a_line(record) is is_shown
 
 
+def test_settings_of_jax_elsewhere():
+  """The API computes with ours, and leaves those of a notebook as they are."""
+  def found():
+    return jax.numpy.arange(2.0).dtype, jax.config.jax_default_prng_impl
+
+  before = found()
+  jax.config.update('jax_enable_x64', True)
+  jax.config.update('jax_default_prng_impl', 'rbg')
+  try:
+    elsewhere = found()
+    with app.settled_jax():
+      assert found() == before != elsewhere
+    assert found() == elsewhere
+  finally:
+    jax.config.update('jax_enable_x64', False)
+    jax.config.update('jax_default_prng_impl', 'threefry2x32')
+
+
 def test_settings_of_jax():
   """Every setting exists, and has its value without any variable."""
   for name, value in app.JAX_SETTINGS.items():

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from latent_deliberation.cli import config_flag
+from latent_deliberation.cli import app, config_flag
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, bind, keys_of, nearest_key
 from latent_deliberation.studies.study_config import Study
@@ -46,6 +46,13 @@ def test_error_of_a_file_has_no_traceback(tmp_path):
   with pytest.raises(UserError, match=r'^.*bad.py: .*num_ahead = 64') as error:
     PARSER.parse(str(path))
   assert 'Traceback' not in str(error.value)
+
+
+def test_home_directory(tmp_path, monkeypatch):
+  (tmp_path / 'own.py').write_text((finished.ROOT / 'configs/tiny.py').read_text())
+  monkeypatch.setenv('HOME', str(tmp_path))
+  app._check_config(['--config=~/own.py:argument'])
+  assert bind(PARSER.parse('~/own.py')).training.batch_size == 8
 
 
 def test_run_as_config(quickstart):

@@ -329,12 +329,20 @@ def test_signs_within_a_json_line(tmp_path, sign):
   assert everything(open_corpus(configure(tmp_path))) == [f'a{sign}b', 'c']
 
 
-@pytest.mark.parametrize('name', ['a.ndjson', 'a.JSONL', 'a.NDJson', 'a.json'])
+@pytest.mark.parametrize('name', ['a.ndjson', 'a.JSONL', 'a.NDJson', 'a.jsonlines', 'a.LDJSON',
+                                  'a.json'])
 def test_other_names_of_json_lines(tmp_path, name):
   (tmp_path / name).write_text(json_lines('one', 'two'))
   assert everything(open_corpus(configure(tmp_path / name))) == ['one', 'two']
   if name != 'a.json':
     assert everything(open_corpus(configure(tmp_path))) == ['one', 'two']
+
+
+def test_json_lines_under_an_unknown_name(tmp_path, caplog):
+  for name in ('part-0', 'part-1'):
+    (tmp_path / name).write_text(json_lines(name, 'two'))
+  assert len(everything(open_corpus(configure(tmp_path / 'part-*')))) == 2
+  assert caplog.text.count("'text'") == 1 and 'part-0' in caplog.text
 
 
 @pytest.mark.parametrize(('ending', 'module'), [('.gz', gzip), ('.bz2', bz2), ('.XZ', lzma)])

@@ -1,5 +1,6 @@
 """What a decoder's files say of ends and conversations is read, and used as its model means it."""
 
+import codecs
 import json
 from types import SimpleNamespace
 
@@ -35,6 +36,14 @@ def read(directory, vocab_size=300, **files):
     (dict(config={'eos_token_id': [1, 300, -1]}), (1,))])  # of no embedding
 def test_ends_are_those_of_all_files(tmp_path, files, ends):
   assert read(tmp_path, **files).ends == ends
+
+
+def test_byte_order_marks(tmp_path):
+  content = json.dumps({'eos_token_id': [1, 106]}).encode()
+  (tmp_path / 'generation_config.json').write_bytes(codecs.BOM_UTF8 + content)
+  (tmp_path / 'chat_template.jinja').write_bytes(codecs.BOM_UTF8 + b'{{ bos_token }}')
+  found = read(tmp_path)
+  assert (found.ends, found.chat_template) == ((1, 106), '{{ bos_token }}')
 
 
 def test_texts_end_at_any_of_them(tmp_path):

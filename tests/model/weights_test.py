@@ -125,13 +125,23 @@ def test_directory_with_backslash(tmp_path, copied, decoder_params):
     weights.load(copied.rename(tmp_path / 'c\\d'))
 
 
-@pytest.mark.parametrize('name', ['decoder', 'study/decoder', 'snapshots/0123abc'])
+@pytest.mark.parametrize('name', ['decoder', 'study/decoder', 'snapshots/0123abc',
+                                  'models--org--name/snapshots/0123abc'])
 def test_directory_one_level_off(saved, tmp_path, name):
   """The only decoder inside a directory is taken, as below Hugging Face's models--org--name."""
   shutil.copytree(saved, tmp_path / name)
   (tmp_path / '.DS_Store').touch()
   (tmp_path / 'checkpoints').mkdir()
   assert weights.open_checkpoint(tmp_path).directory == tmp_path / name
+
+
+def test_run_that_went_further(saved, tmp_path, monkeypatch):
+  """The decoder of a run is meant, and not those of fewer steps beside it."""
+  for name in ('decoder', 'decoder_4'):
+    shutil.copytree(saved, tmp_path / name)
+  monkeypatch.setenv('HOME', str(tmp_path.parent))
+  for path in (tmp_path, f'~/{tmp_path.name}'):
+    assert weights.open_checkpoint(path).directory == tmp_path / 'decoder'
 
 
 def test_several_decoders_inside(saved, tmp_path):
