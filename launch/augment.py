@@ -18,8 +18,10 @@ from latent_deliberation.inference.engine import open_engine
 from latent_deliberation.inference.prefix_cache import check_context, save_context
 
 _DECODER = app.define_decoder(
-    'decoder', 'Directory of the decoder, in any format we read, a GGUF file or a name.')
-_COPROCESSOR = app.define_directory('coprocessor', 'Directory of a trained coprocessor.')
+    'decoder',
+    'Directory, GGUF file or name of the decoder; launch/convert.py --list has the names.')
+_COPROCESSOR = app.define_directory(
+    'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
 _VOCABULARY = app.define_file(
     'vocabulary',
     "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.", '')

@@ -12,8 +12,7 @@ and the orbax checkpoints of Google's gemma library. It also reads GGUF files, w
 pip install -e '.[gguf]'; give the file, or the directory that holds one. Some models have a name,
 which --list alone shows. hf://ORG/NAME downloads one from Hugging Face. Training reads them all, so
 nothing has to be converted first. A decoder's tokenizer comes with it. Without --target, no weights
-are loaded. Next, train a coprocessor for a decoder in DIRECTORY:
-launch/train.py --config=configs/gemma2_2b.py:DIRECTORY --decoder=DIRECTORY.
+are loaded. Next, train a coprocessor for it, as in docs/gemma.md.
 """
 
 from pathlib import Path

@@ -21,9 +21,12 @@ from latent_deliberation.inference.prefix_cache import open_context
 from latent_deliberation.inference.session import DecodingOptions
 
 _DECODER = app.define_decoder(
-    'decoder', 'Directory of the decoder, in any format we read, a GGUF file or a name.')
+    'decoder',
+    'Directory, GGUF file or name of the decoder; launch/convert.py --list has the names.')
 _COPROCESSOR = app.define_directory(
-    'coprocessor', "Directory of a trained coprocessor, or 'none'. Default: none.", '')
+    'coprocessor',
+    "Work directory of a finished training, the coprocessor/ that it wrote, or 'none'. "
+    'Default: none.', '')
 _VOCABULARY = app.define_file(
     'vocabulary',
     "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.", '')

@@ -59,8 +59,12 @@ def define_config(launch_script: str, default: str | None = None, of_run: str = 
   if saved or default:
     default = str(saved or root / default)
   config_flags.register_flag_parser_for_type(tuple, _TupleParser())
-  config_flags.DEFINE_config_file(FLAG, None, HELP, lock_config=True)
+  meaning = HELP
+  if default is None:
+    meaning += f' Default: the run.json of --{of_run}.' if of_run else ' Required.'
+  config_flags.DEFINE_config_file(FLAG, None, meaning, lock_config=True)
   flags.FLAGS[FLAG].parser = _ConfigParser(FLAG)
+  flags.FLAGS[FLAG].default_as_str = None  # it would be listed as 'None'
   if default is None:
     flags.mark_flag_as_required(FLAG)
   else:

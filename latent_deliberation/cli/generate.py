@@ -1,6 +1,8 @@
 """Continues prompts, plain or with latents, for a terminal or as JSON."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -36,7 +38,7 @@ from latent_deliberation.inference.tokenizer import (
   encode_chat,
   typed_control,
 )
-from latent_deliberation.progress import Progress
+from latent_deliberation.progress import Progress, announced
 
 _COLUMN = 46
 _WELCOME = 'Type a prompt, then Enter. Ctrl-C ends a text, and Ctrl-D leaves.'
@@ -260,12 +262,12 @@ def _show(writer: Writer, prompts: Sequence[Prompt], first: int, headed: bool,
     typed: Ctrl-C ends a text, and not the program.
   """
   request, texts = writer.request, [prompt.text for prompt in prompts]
-  if request.compared:
-    results = writer.compare(texts, first)
-  elif request.streamed or typed:
+  if not request.compared and (request.streamed or typed):
     results = [_follow(writer, prompt, first, headed, typed) for prompt in prompts]
   else:
-    results = writer.write(texts, first=first)
+    # The first texts wait for the compiler.
+    with contextlib.nullcontext() if first else announced('compiling and decoding'):
+      results = (writer.compare if request.compared else writer.write)(texts, first=first)
   for prompt, result in zip(prompts, results, strict=True):
     if request.as_json:
       line = {} if prompt.line is None else {'line': prompt.line}
@@ -283,7 +285,10 @@ def _follow(writer: Writer, prompt: Prompt, first: int, headed: bool, typed: boo
   if streamed:
     print(_heading(prompt, headed) + _shown(writer, prompt), end='', flush=True)
   try:
-    for result in writer.write_slowly(prompt.text, first):
+    results = writer.write_slowly(prompt.text, first)
+    with announced('compiling and decoding the first token'):
+      first_result = next(results)
+    for result in itertools.chain([first_result], results):
       if streamed:
         print(result['text'][len(said):], end='', flush=True)
       said = result['text']
@@ -383,9 +388,9 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
   left, right = (column + [''] * (height - len(column)) for column in columns)
   lines = [f'{one:{_COLUMN}} | {other}'.rstrip() for one, other in zip(left, right, strict=True)]
   # Both texts are scored both ways, since scores of two different texts say little.
-  table = [f'{"nats (a token)":26}{"by the plain decoder":>22}{"with latents":>22}']
+  table = [f'{"nats (a token)":30}{"by the plain decoder":>22}{"with latents":>22}']
   for name, title in _NAMES.items():
     nats, size = result[name]['nats'], len(result[name]['tokens'])
     cells = [f'{nats[way]:.2f} ({nats[way] / size:.3f})' for way in _NAMES]
-    table.append(f'{title + f", {size} tokens":26}{cells[0]:>22}{cells[1]:>22}')
+    table.append(f'{title + f", {size} tokens":30}{cells[0]:>22}{cells[1]:>22}')
   return '\n'.join([result['prompt'], *lines, '', *table, ''])

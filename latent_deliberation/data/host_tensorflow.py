@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Iterator
 
 # TensorFlow's greetings: INFO lines without a date, and what it says about GPUs, which it is not to
-# use.
+# use. Its SentencePiece logs a line for each data set that begins.
 _GREETINGS = re.compile(rb'I0000 |WARNING: All log messages before absl::InitializeLog'
+                        rb'|\w+\.cc\(\d+\) LOG\(INFO\)'
                         rb'|.*(failed call to cuInit|Unable to register cu\w+ factory)')
 
 
@@ -46,4 +47,4 @@ with without_greetings():
 
   tf.config.set_visible_devices([], 'GPU')
 
-__all__ = ['seqio', 'tf']
+__all__ = ['seqio', 'tf', 'without_greetings']

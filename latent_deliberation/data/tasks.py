@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from latent_deliberation.data.data_config import PAD_ID, DataConfig
-from latent_deliberation.data.host_tensorflow import seqio, tf
+from latent_deliberation.data.host_tensorflow import seqio, tf, without_greetings
 from latent_deliberation.data.rows import Recipe
 from latent_deliberation.data.sources import SPLITS, build_source, read_texts, source_fingerprint
 from latent_deliberation.data.vocabularies import (
@@ -145,7 +145,12 @@ class Documents:
 
 def iterate(dataset: tf.data.Dataset) -> Iterator[np.ndarray]:
   """Yields the elements of a dataset as numpy arrays. A document with id 0 raises UserError."""
+  elements = dataset.as_numpy_iterator()
   try:
-    yield from dataset.as_numpy_iterator()
+    with without_greetings():
+      first = next(elements, None)
+    if first is not None:
+      yield first
+      yield from elements
   except tf.errors.InvalidArgumentError as error:
     raise UserError(error.message) from error

@@ -34,6 +34,7 @@ FEWEST_TEXTS = 20  # that an interval is over
 PASSES = 4  # over the training text, at most; by more, a decoder learns it by heart
 BATCHES_PER_PASS = 8  # at least; few large batches are few steps
 SMALLEST_BATCH = 4
+VALIDATIONS = 4  # during a shortened training, at least; one is no curve
 
 Choices = dict[str, Any]  # value by dotted path of the key
 
@@ -138,7 +139,8 @@ def _fit_evaluation(experiment: Experiment, given: Set[str], rows: int, shards: 
 
   # A number of texts that was given must stay a multiple of the batch.
   if 'evaluation.num_texts' not in given:
-    choose('batch_size', _halve(values['batch_size'], rows, max(2, shards)))
+    # Rows that fill no batch are left out: less than a quarter of them.
+    choose('batch_size', _halve(values['batch_size'], rows // 4, max(2, shards)))
   batches = rows // values['batch_size']
   if batches:
     choose('num_texts', min(values['num_texts'], batches * values['batch_size']))
@@ -154,16 +156,19 @@ def _fit_training(experiment: Experiment, given: Set[str], section: str, rows: i
   low, high = settings.row_range_percent
   rows = max(1, rows * (high - low) // 100)
   batch_size, steps = settings.batch_size, settings.loop.num_steps
-  warmup = settings.optimizer.warmup_steps
+  warmup, eval_every = settings.optimizer.warmup_steps, settings.loop.eval_every
   if f'{section}.batch_size' not in given:
     batch_size = _halve(batch_size, rows // BATCHES_PER_PASS,
                         max(SMALLEST_BATCH, shards * settings.accumulation))
   if f'{section}.loop.num_steps' not in given:
     steps = min(steps, max(1, PASSES * rows // batch_size))
-  if f'{section}.optimizer.warmup_steps' not in given and steps < settings.loop.num_steps:
-    warmup = min(warmup, steps // 10)
+  if steps < settings.loop.num_steps:
+    if f'{section}.optimizer.warmup_steps' not in given:
+      warmup = min(warmup, steps // 10)
+    if f'{section}.loop.eval_every' not in given:
+      eval_every = min(eval_every, max(1, steps // VALIDATIONS))
   return {f'{section}.batch_size': batch_size, f'{section}.loop.num_steps': steps,
-          f'{section}.optimizer.warmup_steps': warmup}
+          f'{section}.loop.eval_every': eval_every, f'{section}.optimizer.warmup_steps': warmup}
 
 
 def _halve(size: int, limit: int, least: int) -> int:

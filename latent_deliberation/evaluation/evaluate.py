@@ -27,6 +27,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   load_coprocessor,
 )
 from latent_deliberation.evaluation.perplexity import (
+  FEWEST_TEXTS,
   FROZEN,
   OWN,
   AheadNLL,
@@ -119,7 +120,7 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
       seconds={**(seconds or {}), 'evaluation': time.perf_counter() - begun},
       peak_memory_bytes=peak_memory_bytes(), git_commit=git_commit(),
       config=dataclasses.asdict(experiment), rows=len(held_out.texts),
-      pictures=_captions(experiment, bool(curves))),
+      pictures=_captions(experiment, len(set(held_out.texts)), bool(curves))),
       experiment.evaluation.bootstrap_samples)
   if jax.process_index() == 0:
     plot_changes(summary, output / CHANGES)
@@ -130,13 +131,13 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   return summary
 
 
-def _captions(experiment: Experiment, is_drawn: bool) -> dict[str, str]:
+def _captions(experiment: Experiment, texts: int, is_drawn: bool) -> dict[str, str]:
   """Returns the captions of the pictures; `is_drawn` says whether there are curves of training."""
+  bands = ' Bands are 95% intervals.' if texts >= FEWEST_TEXTS else ''
   window, config = experiment.decoder.window, experiment.deliberation
   layers = f'{window} tokens in local layers' if window else 'none'
   return {
-      CHANGES: 'Change of perplexity by ahead position, in percent. Below zero is better. Bands '
-               'are 95% intervals.',
+      CHANGES: 'Change of perplexity by ahead position, in percent. Below zero is better.' + bands,
       **({LOSSES: 'Training by step: the loss, or what latents gain on validation text.'}
          if is_drawn else {}),
       ATTENTION: 'Illustration of who may attend to whom, on a short text with 2 latents and 3 '

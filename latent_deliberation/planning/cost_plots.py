@@ -44,7 +44,7 @@ def _draw_bars(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[fl
     left = left + sizes
   axes.yaxis.set_inverted(True)
   # Above the bars, which may reach anywhere inside.
-  axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(parts), frameon=False,
+  axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=min(3, len(parts)), frameon=False,
               fontsize=8)
   trim_axes(axes)
   axes.grid(axis='x', color='#DDDDDD', linewidth=0.6)

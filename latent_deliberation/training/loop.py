@@ -8,6 +8,7 @@ was stopped from one that is done.
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -261,6 +262,10 @@ class _StopRequests:
 
   def _receive(self, number: int, frame: FrameType | None) -> None:
     self._received, self.number = True, number
+    again = '; a second Ctrl-C ends at once' if number == signal.SIGINT else ''
+    # Written past the log, whose line this handler may interrupt.
+    with contextlib.suppress(OSError):
+      os.write(2, f'{self.reason}: stopping as soon as a step is saved{again}\n'.encode())
     # The next Ctrl-C then interrupts at once.
     if number == signal.SIGINT:
       self._restore(number)

@@ -1,5 +1,6 @@
 """Prompts are continued, by what the launch scripts left on disk."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -103,6 +104,7 @@ def test_compare_scores_each_text_both_ways(opened, capsys):
     assert abs(nats[other] - total) > 1e-3
   answer(writer, GIVEN[1:])
   shown = capsys.readouterr().out
+  assert len(set(map(len, shown.rstrip().splitlines()[-3:]))) == 1  # columns are aligned
   for name, title in (('plain', 'plain text'), ('augmented', 'text with latents')):
     row, = re.findall(f'{title}, {len(result[name]["tokens"])} tokens +(.*)', shown)
     assert re.findall(r'(\S+) \(', row) == [
@@ -147,6 +149,20 @@ def test_latents_are_logged_in_words(opened, more, caplog):
   said = [text for text in caplog.messages if 'latents' in text]
   assert said == ['latents were added at tokens 0, 8 of 12',
                   'latents were added 4 times in 24 tokens, to 2 of 2 texts']
+
+
+@pytest.mark.parametrize('more', [{}, {'streamed': True}, {'compared': True}], ids=str)
+def test_the_first_text_is_announced(opened, more, monkeypatch):
+  tasks = []
+
+  @contextlib.contextmanager
+  def announced(task):
+    tasks.append(task)
+    yield
+
+  monkeypatch.setattr('latent_deliberation.cli.generate.announced', announced)
+  answer(asked(opened, batch_size=1, **more), GIVEN[:1])
+  assert len(tasks) == 1
 
 
 def test_no_latents_are_logged_too(opened, caplog):

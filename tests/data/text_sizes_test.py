@@ -96,7 +96,7 @@ def test_only_files_of_the_user(tmp_path):
   assert fit_to_text(start, set()) == fit_to_rows(start, set(), tmp_path) == {}
 
 
-@pytest.mark.parametrize('train, validation', [(80, 40), (9, 5), (1500, 200)])
+@pytest.mark.parametrize('train, validation', [(80, 40), (51, 20), (9, 5), (1500, 200)])
 def test_rows_suffice(rows, notes, train, validation):
   """Every batch finds its rows, intervals have texts, and no row is read too often."""
   rows(train, validation)
@@ -105,10 +105,12 @@ def test_rows_suffice(rows, notes, train, validation):
   scored = chosen.evaluation
   assert 0 < scored.num_texts <= validation and scored.num_texts % scored.batch_size == 0
   assert scored.eval_batches * scored.batch_size <= validation
+  assert (scored.num_texts >= 20) == (validation >= 20)
   assert scored.rows_per_text == 1 or scored.num_texts // scored.rows_per_text >= 20
   for section in (chosen.pretraining, chosen.training):
     assert section.loop.num_steps * section.batch_size <= text_sizes.PASSES * train
     assert section.optimizer.warmup_steps < section.loop.num_steps
+    assert section.loop.num_steps // section.loop.eval_every >= 4
 
 
 def test_much_text_changes_nothing(rows, notes):

@@ -22,8 +22,8 @@ from tests.training.toy_run import ToyBatches, run, saved_steps
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_resumes(tmp_path, number):
-  """A signal saves the finished step, and the run resumes from it."""
+def test_signal_saves_and_resumes(tmp_path, number, capfd):
+  """A signal is answered at once, saves the finished step, and the run resumes from it."""
   handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
   def interrupt(step):
@@ -32,6 +32,7 @@ def test_signal_saves_and_resumes(tmp_path, number):
 
   with pytest.raises(Preempted, match=f'{number.name}.*3/6.*{tmp_path}') as stopped:
     run(tmp_path / 'cut', batches=ToyBatches(interrupt))
+  assert number.name in capfd.readouterr().err
   assert stopped.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
   assert saved_steps(tmp_path / 'cut') == [3]
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
