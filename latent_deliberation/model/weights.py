@@ -250,7 +250,8 @@ def _refuse_other_parts(directory: Path) -> None:
   if directory.name == native.WEIGHTS and (directory.parent / native.DESCRIPTION).is_file():
     raise UserError(f'{directory} is a part of a decoder: give {directory.parent}')
   if (directory / f'{COPROCESSOR}.json').is_file():
-    raise UserError(f'{directory} holds a coprocessor: give the decoder that it was trained on')
+    raise UserError(f'{directory} holds a coprocessor: give the decoder that it was trained on, '
+                    'and this one as --coprocessor')
 
 
 def _open_native(directory: Path) -> Checkpoint:
