@@ -123,7 +123,8 @@ def fit_to_rows(experiment: Experiment, given: Set[str], prepared_dir: Path,
   trained = 0
   if experiment.data.mode == 'packed':
     trained = len(PackedRows(prepared_dir / ROWS / 'train'))
-    for section in ('pretraining', 'training'):
+    # A decoder that exists is not pretrained.
+    for section in ('training',) if experiment.decoder_from else ('pretraining', 'training'):
       choices |= _fit_training(experiment, given, section, trained, shards)
   return _changes(experiment, choices, f'{trained} rows to train on, {held_out} held out')
 

@@ -85,9 +85,13 @@ def test_given_keys_stay(notes, trainings, rows):
     assert key not in fit_to_rows(experiment(notes), {key}, notes)
 
 
-def test_existing_decoder_keeps_its_vocabulary(notes, trainings):
+def test_existing_decoder_keeps_its_vocabulary(notes, trainings, rows):
+  """Nor is anything chosen for a pretraining, which it does not have."""
   start = dataclasses.replace(experiment(notes), decoder_from='somewhere')
   assert set(fit_to_text(start, set())) <= {'data.validation_percent'} and not trainings
+  rows(80, 40)
+  assert {key.partition('.')[0] for key in fit_to_rows(start, set(), notes)} == {
+      'evaluation', 'training'}
 
 
 def test_only_files_of_the_user(tmp_path):
