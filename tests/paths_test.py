@@ -10,7 +10,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
 from latent_deliberation.errors import UserError
 from latent_deliberation.paths import OLD_KEYS, OLD_VALUES, RUN_FILE, with_current_names
 from latent_deliberation.sharding import make_mesh
-from latent_deliberation.training.run import RunIdentity, claim_workdir
+from latent_deliberation.training.run_identity import RunIdentity, claim_workdir
 from latent_deliberation.training.train import describe_training
 from tests import finished
 

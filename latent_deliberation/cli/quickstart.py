@@ -39,10 +39,9 @@ from latent_deliberation.paths import (
 from latent_deliberation.progress import PhaseClock
 from latent_deliberation.sharding import batch_shards, make_mesh
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
-from latent_deliberation.training.run import (
+from latent_deliberation.training.run import Run, check_no_later_run
+from latent_deliberation.training.run_identity import (
   WITHOUT_EFFECT,
-  Run,
-  check_no_later_run,
   check_same_settings,
   hold_workdir,
 )

@@ -31,7 +31,7 @@ from latent_deliberation.files import (
   list_directory,
   whole_directory,
 )
-from latent_deliberation.model.checkpoints import google, hugging_face, native
+from latent_deliberation.model.checkpoints import hugging_face, native
 from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG, read_config
 from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.safetensors_io import SUFFIX, SafetensorsSource
@@ -276,11 +276,12 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _import(name: str) -> ModuleType:
-  """Returns a module that is needed only for GGUF files."""
+  """Returns a module of model.checkpoints that few decoders need."""
   return importlib.import_module(f'latent_deliberation.model.checkpoints.{name}')
 
 
 def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoint:
+  google = _import('google')
   source = OrbaxSource(directory, google.plain_name)
   config = config or google.find_config(source.tensors, str(directory))
   layout = google.find_layout(config, source.tensors)

@@ -63,10 +63,9 @@ from latent_deliberation.studies.study_report import summarise_study, write_stud
 from latent_deliberation.studies.study_result import StudyResult
 from latent_deliberation.studies.tune import describe_tuning, tune_decoder
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
-from latent_deliberation.training.run import (
+from latent_deliberation.training.run import Run, check_no_later_run
+from latent_deliberation.training.run_identity import (
   WITHOUT_EFFECT,
-  Run,
-  check_no_later_run,
   check_same_settings,
   hold_workdir,
 )

@@ -19,7 +19,8 @@ from latent_deliberation.training.objectives import (
   language_modelling,
   lora_training,
 )
-from latent_deliberation.training.run import Run, fit, hold_workdir
+from latent_deliberation.training.run import Run, fit
+from latent_deliberation.training.run_identity import hold_workdir
 from latent_deliberation.training.step import LossFn
 
 # 'joint': all weights and constant soft tokens, by the coprocessor's loss.

@@ -22,7 +22,8 @@ from latent_deliberation.model import weights
 from latent_deliberation.paths import DECODER, kept_vocabulary
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import language_modelling
-from latent_deliberation.training.run import Run, fit, hold_workdir
+from latent_deliberation.training.run import Run, fit
+from latent_deliberation.training.run_identity import hold_workdir
 from latent_deliberation.training.step import LossFn
 
 

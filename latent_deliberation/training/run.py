@@ -1,17 +1,15 @@
-"""A training run: its identity, the run itself, and `fit`, which trains it.
+"""A training run, and `fit`, which trains it from the newest checkpoint of its directory.
 
-`RunIdentity` is what must stay the same when a run is resumed. `claim_workdir` keeps it in run.json
-and compares it. `Run` holds a run's shapes, optimizer and step. `fit` trains a run from the newest
-checkpoint of its directory. A finished run can be trained further, with a larger num_steps.
+`Run` holds a run's shapes, optimizer and step. A finished run can be trained further, with a larger
+num_steps. run_identity.py says what must stay the same.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
@@ -22,23 +20,30 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.build import count_parameters
 from latent_deliberation.data.rows import Batches
-from latent_deliberation.distributed import barrier, run_on_process_zero
-from latent_deliberation.errors import UserError, differences, problems_of, raise_problems
+from latent_deliberation.distributed import run_on_process_zero
+from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
-from latent_deliberation.files import lock_for_all, make_writable, write_json
+from latent_deliberation.files import make_writable, write_json
 from latent_deliberation.paths import (
   CHECKPOINTS,
   COPROCESSOR,
   DECODER,
   RUN_FILE,
-  RUN_LOCK,
-  with_current_names,
 )
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.loop import train
 from latent_deliberation.training.metrics import MetricsWriter
 from latent_deliberation.training.optimizer import build_optimizer, build_schedule
+from latent_deliberation.training.run_identity import (
+  CHANGEABLE,
+  EARLIER_STEPS,
+  RunIdentity,
+  check_same_run,
+  claim_workdir,
+  section_of,
+  steps_of,
+)
 from latent_deliberation.training.step import (
   LossFn,
   TrainState,
@@ -47,181 +52,8 @@ from latent_deliberation.training.step import (
   make_train_step,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class RunIdentity:
-  """Everything that must stay the same for a run to be resumed.
-
-  Attributes:
-    job: name of the job, such as 'pretrain'.
-    config: the whole configuration, as nested dicts of JSON values.
-    decoder_fingerprint: fingerprint of the frozen decoder; '' where there is none.
-    data_fingerprint: fingerprint of the data.
-    defaults: defaults of the config, as nested dicts. A saved run that lacks a key had its default.
-      So the default of a new key must mean what the code did before the key existed.
-  """
-  job: str
-  config: Mapping[str, Any]
-  decoder_fingerprint: str
-  data_fingerprint: str
-  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  @functools.cached_property
-  def record(self) -> dict[str, Any]:
-    """The content of run.json, as it reads back: tuples are lists, keys are strings.
-
-    Raises:
-      UserError: the config holds something that JSON cannot.
-    """
-    try:
-      return json.loads(json.dumps({
-          'job': self.job, 'config': self.config, 'decoder': self.decoder_fingerprint,
-          'data': self.data_fingerprint}))
-    except TypeError as error:
-      raise UserError(f'the config of job {self.job!r} cannot be written as JSON ({error}): '
-                      'use dicts, lists, strings, numbers, booleans and None') from error
-
-
-def hold_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
-  """Holds the lock of a work directory, so that no other launch works in it.
-
-  Every process enters. A run of several hosts is one launch.
-  """
-  return lock_for_all(workdir / RUN_LOCK, f'works in {workdir}')
-
-
-def claim_workdir(workdir: Path, identity: RunIdentity,
-                  changeable: tuple[str, ...] = ()) -> None:
-  """Makes `workdir` the directory of this run, or checks that it already is.
-
-  Process 0 writes run.json, and every process compares it. The directory may hold other files,
-  such as a vocabulary or data.
-
-  Args:
-    workdir: directory on a mounted file system; created if missing.
-    identity: identity of the run.
-    changeable: dotted paths of config keys or sections that a resumed run may change.
-
-  Raises:
-    UserError: the directory holds another run, or checkpoints without a run.json.
-  """
-  path, record = workdir / RUN_FILE, identity.record
-  if not path.exists() and (workdir / CHECKPOINTS).exists():
-    raise UserError(f'{workdir / CHECKPOINTS} exists, but {path} does not: the checkpoints are of '
-                    'an unknown run. Restore the file, or use another --workdir')
-  barrier(f'{path} looked at')  # every process looks before process 0 makes the directory
-
-  def write_once() -> None:
-    if not path.exists():
-      write_json(path, record)
-
-  run_on_process_zero(f'write {path}', write_once)
-  try:
-    saved = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise UserError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
-                    'the file, or use another --workdir') from error
-  check_same_run(workdir, saved, identity, changeable)  # a new run too: processes must agree
-
-
-def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentity,
-                   changeable: tuple[str, ...]) -> None:
-  """Compares `saved`, the content of the run.json in `workdir`, with the identity of this run.
-
-  The number of steps may be larger now: see `lengthen`.
-
-  Raises:
-    UserError: a key differs; lists each such key with its two values.
-  """
-  saved = {key: value for key, value in saved.items() if key != EARLIER_STEPS}
-  # The run may have been shorter.
-  grows = _steps_of(saved, identity.job) < _steps_of(identity.record, identity.job)
-  length = (f'{_section_of(identity.job)}.loop.num_steps',) if grows else ()
-  lines = _differences(saved, identity.record, identity.defaults, (*changeable, *length))
-  if lines:
-    raise UserError('\n'.join([
-        f'{workdir} belongs to another run:', *lines,
-        'Use another --workdir, or set the saved values again. num_steps may only grow.']))
-
-
-def check_same_settings(path: Path, settings: Any, changeable: tuple[str, ...]) -> dict[str, Any]:
-  """Compares the 'config' of a report with the settings that would replace it.
-
-  Args:
-    path: the report, a JSON file.
-    settings: an experiment or a study.
-    changeable: dotted paths of settings that do not change a report.
-
-  Returns: the content of the report.
-
-  Raises:
-    UserError: a setting differs; lists each with its two values. Or the file is damaged.
-  """
-  try:
-    report = json.loads(path.read_bytes())
-    saved = {'config': report['config']}
-  except (ValueError, KeyError) as error:
-    raise UserError(f'{path} is no report ({error!r}): move it away, or add --overwrite') from error
-  current = json.loads(json.dumps({'config': dataclasses.asdict(settings)}, default=str))
-  lines = _differences(saved, current, defaults_of(type(settings)), changeable)
-  if lines:
-    raise UserError('\n'.join([
-        f'{path} is of other settings:', *lines,
-        'Use another --workdir, set the saved values again, or add --overwrite.']))
-  return report
-
-
-def _differences(saved: Mapping[str, Any], current: Mapping[str, Any],
-                 defaults: Mapping[str, Any], changeable: tuple[str, ...]) -> list[str]:
-  """Returns a line for each leaf of two records that differs, but for those that may change.
-
-  Args:
-    saved, current: the records; their 'config' is the configuration.
-    defaults: defaults of the config, which a saved one had where it lacks a key.
-    changeable: dotted paths of config keys or sections that may change.
-  """
-  saved, current = dict(_leaves(with_current_names(saved))), dict(_leaves(current))
-  defaults = _leaves({'config': json.loads(json.dumps(defaults))})
-  saved = {key: value for key, value in defaults if key in current} | saved
-  prefixes = tuple(f'config.{path}.' for path in changeable)
-  saved, current = ({key: value for key, value in leaves.items()
-                     if not f'{key}.'.startswith(prefixes)} for leaves in (saved, current))
-  return differences(saved, current)
-
-
-def _steps_of(record: Mapping[str, Any], job: str) -> int:
-  """Returns the num_steps of a job in the content of its run.json; 0 where it has none."""
-  return record['config'].get(_section_of(job), {}).get('loop', {}).get('num_steps', 0)
-
-
-def _section_of(job: str) -> str:
-  """Returns the section of the experiment that a job follows."""
-  return 'pretraining' if job == 'pretrain' else 'training'
-
-
-def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-  """Yields the leaves of nested dicts with their dotted paths."""
-  if isinstance(tree, Mapping) and tree:
-    for key, child in tree.items():
-      yield from _leaves(child, f'{path}.{key}' if path else key)
-  else:
-    yield path, tree
-
-
-EARLIER_STEPS = 'earlier_num_steps'  # key of run.json, not part of the identity
 # Jobs that write a result into their work directory, with its name.
 _RESULTS = {'pretrain': DECODER, 'train': COPROCESSOR}
-
-# Settings that change no result but by rounding: devices, cadences, and the places of files, since
-# the fingerprint of the data covers their contents.
-WITHOUT_EFFECT = (
-    'mesh', 'rules', 'computation.activations', 'computation.attention',
-    'computation.replicate_frozen',
-    'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from') + tuple(
-    f'{section}.loop.{key}' for section in ('pretraining', 'training')
-    for key in ('log_every', 'log_seconds', 'eval_every', 'save_every', 'keep'))
-# A run may be resumed with others of these. Every other key is part of its identity.
-CHANGEABLE = (*WITHOUT_EFFECT, 'evaluation')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +78,7 @@ class Run:
   @property
   def section(self) -> str:
     """Name of the experiment's section that this run follows."""
-    return _section_of(self.job)
+    return section_of(self.job)
 
   @property
   def settings(self) -> TrainingConfig:
@@ -280,7 +112,7 @@ class Run:
   def saved_steps(self) -> int:
     """Returns the num_steps of the run in `workdir`; 0 where there is none yet."""
     try:
-      return _steps_of(json.loads((self.workdir / RUN_FILE).read_bytes()), self.job)
+      return steps_of(json.loads((self.workdir / RUN_FILE).read_bytes()), self.job)
     except (FileNotFoundError, ValueError, KeyError):
       return 0  # a new run, or a damaged file that `claim_workdir` reports
 

@@ -32,7 +32,8 @@ from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.progress import announced
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
-from latent_deliberation.training.run import Run, fit, hold_workdir
+from latent_deliberation.training.run import Run, fit
+from latent_deliberation.training.run_identity import hold_workdir
 
 
 def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,

@@ -24,10 +24,10 @@ from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
-from latent_deliberation.training.run import (
+from latent_deliberation.training.run import check_no_later_run
+from latent_deliberation.training.run_identity import (
   WITHOUT_EFFECT,
   RunIdentity,
-  check_no_later_run,
   check_same_settings,
   claim_workdir,
   hold_workdir,
