@@ -31,7 +31,7 @@ import jax
 from absl import app, flags, logging
 
 from latent_deliberation.distributed import initialize
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.files import check_free
 
 # --help of a launch script lists the flags that this module defines among the script's own.
@@ -241,7 +241,32 @@ def _name_process(index: int, count: int) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags as absl does, and turns errors of flags and of --config into a UserError.
+  """Parses the flags as absl does, and says all that is wrong with them in one UserError."""
+  unknown = list(_unknown_flags(argv[1:]))
+  if unknown:
+    raise_problems([*problems_of(lambda: _parse_known(argv)), *unknown, '--help lists all flags.'])
+  return _parse_known(argv)
+
+
+def _unknown_flags(arguments: Sequence[str]) -> Iterator[str]:
+  """Yields a message for each flag that is not defined; keys of --config are another matter."""
+  is_value = False
+  for argument in arguments:
+    found = not is_value and re.match('--?([A-Za-z][^=]*)', argument)
+    if not found:
+      is_value = False
+      continue
+    name = found[1]
+    flag = flags.FLAGS[name] if name in flags.FLAGS else None
+    is_value = flag is not None and not flag.boolean and '=' not in argument
+    if flag is None and name.removeprefix('no') not in flags.FLAGS and not re.match(
+        r'(no)?config[.\[]', name):
+      near = difflib.get_close_matches(name, flags.FLAGS, n=1)
+      yield f'Unknown command line flag {name!r}.' + (f' Did you mean: {near[0]} ?' if near else '')
+
+
+def _parse_known(argv: list[str]) -> list[str]:
+  """Parses the flags that are defined, and turns errors of them and of --config into a UserError.
 
   ml_collections would end the process with a traceback.
   """
@@ -250,7 +275,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
       action()
     if 'config' in flags.FLAGS:
       _check_config(argv[1:])
-    others = flags.FLAGS(argv)
+    others = flags.FLAGS(argv, known_only=True)
     # For a file that cannot be read, ml_collections raises when its config is first used.
     if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
       _ = flags.FLAGS.config.keys

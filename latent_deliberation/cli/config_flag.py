@@ -188,7 +188,8 @@ class _ConfigParser(ConfigFileFlagParser):
     """See ConfigFileFlagParser.
 
     Raises:
-      UserError: the file raises one, or overrides name unknown keys; a line for each.
+      UserError: the file raises one, or overrides have keys that are unknown or values of another
+        type; a line for each.
     """
     path = os.path.expanduser(path)
     if path.endswith('.json'):
@@ -200,21 +201,39 @@ class _ConfigParser(ConfigFileFlagParser):
         # ml_collections puts the error of the file, with a traceback, into another one.
         raise UserError(f'{path}: {error.__context__}') from None
     if isinstance(config, ConfigDict):
-      raise_problems(_unknown_overrides(config))
+      problems = list(_problems_of_overrides(config))
+      if problems:
+        raise_problems([*problems, 'docs/config.md explains all keys, and launch/config.py prints '
+                        'those of a config.'])
     return config
 
 
-def _unknown_overrides(config: ConfigDict) -> Iterator[str]:
-  """Yields a message for each override on the command line whose key the config lacks."""
+# How a value is written, by the type of the key's own value.
+_PARSERS = {bool: ('True or False', flags.BooleanParser()),
+            int: ('an integer', flags.IntegerParser()), float: ('a number', flags.FloatParser())}
+
+
+def _problems_of_overrides(config: ConfigDict) -> Iterator[str]:
+  """Yields a message for each override with a key that the config lacks, or of another type."""
   known = list(_paths(config))
   for argument in sys.argv[1:]:
-    found = re.match(rf'--?(?:no)?{FLAG}\.([^=]+)', argument)
-    # Brackets name an entry of a tuple, which ml_collections checks.
-    if found and found[1] not in known and '[' not in found[1]:
-      near = nearest_key(found[1], known)
-      hint = f'Did you mean {near!r}? ' if near else ''
-      yield (f'--{FLAG} has no key {found[1]!r}. {hint}docs/config.md explains all keys, and '
-             'launch/config.py prints those of a config.')
+    found = re.match(rf'--?(?:no)?{FLAG}\.([^=]+)(?:=(.*))?', argument, re.DOTALL)
+    if not found or '[' in found[1]:  # an entry of a tuple, which ml_collections checks
+      continue
+    key, given = found.groups()
+    if key not in known:
+      near = nearest_key(key, known)
+      yield f'--{FLAG} has no key {key!r}.' + (f' Did you mean {near!r}?' if near else '')
+      continue
+    value = config
+    for part in key.split('.'):
+      value = value[part]
+    if type(value) in _PARSERS and given is not None:
+      what, parser = _PARSERS[type(value)]
+      try:
+        parser.parse(given)
+      except (ValueError, TypeError):
+        yield f'--{FLAG}.{key}={given}: give {what}, such as {value!r}'
 
 
 def _paths(config: Mapping[str, Any], path: str = '') -> Iterator[str]:

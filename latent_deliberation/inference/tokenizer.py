@@ -5,6 +5,7 @@ Nothing here needs TensorFlow.
 
 import functools
 import hashlib
+import importlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,6 @@ from latent_deliberation.data.data_config import (
   decode_bytes,
   encode_bytes,
 )
-from latent_deliberation.data.tokenizer_json import TokenizerJson
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference.conventions import (
   NO_CONVENTIONS,
@@ -159,10 +159,12 @@ class SentencePieceTokenizer:
 
 
 class JsonTokenizer:
-  """A tokenizer.json, such as that of Llama 3, Qwen or SmolLM2; see `TokenizerJson`."""
+  """A tokenizer.json, such as that of Llama 3, Qwen or SmolLM2; see data/tokenizer_json.py."""
 
   def __init__(self, path: Path, conventions: Conventions = NO_CONVENTIONS):
-    self._model, self.conventions = TokenizerJson(path), conventions
+    # Imported only here, to keep what every prompt imports small.
+    module = importlib.import_module('latent_deliberation.data.tokenizer_json')
+    self._model, self.conventions = module.TokenizerJson(path), conventions
     self.size, self.hash = self._model.size, self._model.hash
     self.bos, self.eos = self._model.bos, self._model.eos
 

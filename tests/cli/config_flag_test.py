@@ -29,14 +29,17 @@ def test_nearest_key_of_a_study():
       'experiment.training.loop.num_steps')
 
 
-def test_all_unknown_overrides_are_named(monkeypatch):
-  monkeypatch.setattr(sys, 'argv', ['x', '--config.training.stepz=3', '--config.data.fils=a',
-                                    '--noconfig.computation.scan', '--config.data.length=9'])
+def test_all_wrong_overrides_are_named(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', [
+      'x', '--config.training.stepz=3', '--config.data.fils=a', '--noconfig.computation.scan',
+      '--config.data.length=9', '--config.training.batch_size=x',
+      '--config.training.optimizer.learning_rate=1e-3', '--config.computation.scan=perhaps'])
   with pytest.raises(UserError) as error:
     PARSER.parse(str(finished.ROOT / 'configs/tiny.py'))
-  first, second = str(error.value).splitlines()
+  first, second, third, fourth, _ = str(error.value).splitlines()
   assert "'training.stepz'" in first and "'training.loop.num_steps'" in first
   assert "'data.fils'" in second and "'data.files'" in second
+  assert 'training.batch_size=x' in third and 'computation.scan=perhaps' in fourth
 
 
 def test_error_of_a_file_has_no_traceback(tmp_path):

@@ -23,8 +23,11 @@ class Bad:
 BAD = {
     'misspelt keys': Bad(
         'pretrain', '--workdir={new} --config.training.stepz=4 --config.trainin.batch_size=4',
-        r"^Error: .*'training.stepz'.*'training.loop.num_steps'.*docs/config.md.*launch/config.py"
-        r".*'trainin.batch_size'.*'training.batch_size'"),
+        r"^Error: .*'training.stepz'.*'training.loop.num_steps'.*'trainin.batch_size'"
+        r".*'training.batch_size'.*docs/config.md.*launch/config.py"),
+    'mistakes of several kinds': Bad(
+        'pretrain', '--worxdir={new} --config.data.fils=a --config.training.batch_size=x',
+        "^Error: .*'data.fils'.*'data.files'.*batch_size=x: give an integer.*'worxdir'.*workdir"),
     'several impossible values': Bad(
         'quickstart', '--workdir={new} --config.deliberation.num_traces=63 '
         '--config.evaluation.delay=9 --config.training.accumulation=0 --config.seed=-1 '
@@ -46,7 +49,7 @@ BAD = {
         '--config.evaluation.rows_per_text=9999', 'evaluation.num_texts', alone=True),
     'value of another type': Bad(
         'pretrain', '--workdir={new} --config.training.batch_size=four',
-        "config.training.batch_size=four: .*'four'"),
+        'config.training.batch_size=four: give an integer'),
     'misspelt key in a file': Bad(
         'pretrain', '--workdir={new} --config={files}/typo.py',
         "typo.py.*DeliberationConfig.*'num_latent'"),
