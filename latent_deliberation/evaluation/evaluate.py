@@ -205,11 +205,12 @@ def _compare_dtype(experiment: Experiment, coprocessor_dir: Path) -> None:
     return
   computed = json.loads(path.read_bytes())['config'].get('computation', {})
   trained = computed.get('dtype', Computation.dtype)
-  if trained != experiment.computation.dtype:
+  scored = experiment.computation.on(jax.default_backend()).dtype  # a run keeps what 'auto' was
+  if trained != scored:
     logging.warning(
         'the coprocessor in %s was trained with computation.dtype = %r and is scored with %r: '
         'zero latents then differ slightly from the frozen decoder', coprocessor_dir, trained,
-        experiment.computation.dtype)
+        scored)
 
 
 def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params,
