@@ -73,8 +73,12 @@ def build_deliberator(experiment: Experiment) -> Deliberator:
 def _options(experiment: Experiment) -> dict[str, Any]:
   """The options of a module's computation on the devices of this process."""
   computation = experiment.computation.on(jax.default_backend())
-  return {name: getattr(computation, name)
-          for name in ('dtype', 'activations', 'remat', 'scan', 'attention')}
+  options = {name: getattr(computation, name)
+             for name in ('dtype', 'activations', 'remat', 'scan', 'attention')}
+  # Only activations of another dtype than the products' need a conversion.
+  if computation.activations == computation.dtype:
+    options['activations'] = None
+  return options
 
 
 def open_frozen(decoder_config: TransformerConfig, decoder_dir: Path) -> weights.Checkpoint:

@@ -7,9 +7,11 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 from latent_deliberation.build import (
   build_decoder,
+  build_deliberator,
   count_parameters,
   frozen_shapes,
   load_frozen,
@@ -104,6 +106,19 @@ def test_no_decoder(tmp_path):
   """A directory without a decoder is refused."""
   with pytest.raises(UserError, match=f'{tmp_path}.*decoder.json'):
     open_frozen(finished.experiment().decoder, tmp_path)
+
+
+@pytest.mark.parametrize('attention', ['plain', 'fused'])
+@pytest.mark.parametrize('activations', ['auto', 'bfloat16', 'float32'])
+def test_bfloat16_of_every_kind_starts(attention, activations):
+  """A coprocessor can be made for every mix of dtypes and kernels."""
+  experiment = finished.experiment(
+      computation__dtype='bfloat16', computation__activations=activations,
+      computation__attention=attention)
+  coprocessor = build_deliberator(experiment).coprocessor
+  decoder = nn.unbox(boxed_shapes(experiment.decoder))
+  shapes = nn.unbox(jax.eval_shape(coprocessor.init, jax.random.key(0), decoder))
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.float32.dtype}
 
 
 def test_computation_changes_no_shape():
