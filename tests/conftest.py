@@ -30,7 +30,8 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 
 # Modules that start processes, train, or compile large programs. A test of any other module is
-# `unit`, unless it is slow or uses the finished quickstart. `pytest -m unit` takes under a minute.
+# `unit`, unless it is slow, needs a published model or uses the finished quickstart.
+# `pytest -m unit` takes under a minute.
 NOT_UNIT = (
     'api', 'benchmarks/', 'cli/convert', 'cli/generate', 'cli/quickstart', 'data/loading',
     'data/online', 'deliberation/coprocessor', 'deliberation/flops', 'deliberation/forward',
@@ -50,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   for item in items:
     module = item.path.relative_to(Path(__file__).parent).as_posix()
     is_large = module.startswith(NOT_UNIT) or 'quickstart' in item.fixturenames
-    if not is_large and item.get_closest_marker('slow') is None:
+    if not is_large and not any(map(item.get_closest_marker, ('slow', 'gemma'))):
       item.add_marker('unit')
 
 
