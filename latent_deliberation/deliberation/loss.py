@@ -208,6 +208,11 @@ class _Sums:
   chosen: Array
   mixed: Array | None = None
 
+  @property
+  def nll(self) -> Array:
+    """Negative log-likelihood of the targets in nats [n]."""
+    return self.peak + jnp.log(self.total) - self.chosen
+
 
 def _sum_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead,
                 mixed: Array | None = None) -> _Sums:
@@ -241,19 +246,17 @@ def _slope(cap: float | None, logits: Array) -> Array | float:
 
 
 def _nll_by_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead) -> Array:
-  sums = _sum_blocks(cap, hidden, targets, head)
-  return sums.peak + jnp.log(sums.total) - sums.chosen
+  return _sum_blocks(cap, hidden, targets, head).nll
 
 
 def _gradient_by_blocks(cap: float | None, hidden: Array, targets: Array,
                         head: OutputHead) -> tuple[Array, Array]:
   """Returns the loss [n] and its gradient by the hidden states [n, D], from one pass."""
   sums = _sum_blocks(cap, hidden, targets, head, jnp.zeros(hidden.shape, jnp.float32))
-  nll = sums.peak + jnp.log(sums.total) - sums.chosen
   rows = jax.tree.map(lambda leaf: leaf[targets], head).astype(jnp.float32)
   gradient = sums.mixed / sums.total[:, None] - rows * jnp.broadcast_to(
-      _slope(cap, sums.chosen), nll.shape)[:, None]
-  return nll, gradient.astype(hidden.dtype)
+      _slope(cap, sums.chosen), targets.shape)[:, None]
+  return sums.nll, gradient.astype(hidden.dtype)
 
 
 @typed

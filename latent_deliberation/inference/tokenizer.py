@@ -149,9 +149,7 @@ class SentencePieceTokenizer:
 
   def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
     """See Tokenizer."""
-    # SentencePiece drops the space that begins a text. It must not drop one within a text.
-    before = self._pieces(before[-_CONTEXT:])
-    return self._model.decode([*before, *self._pieces(ids)])[len(self._model.decode(before)):]
+    return _decode_after(self._model.decode, self._pieces(before[-_CONTEXT:]), self._pieces(ids))
 
   def _pieces(self, ids: Sequence[int]) -> list[int]:
     """Returns the ids that stand for text."""
@@ -192,11 +190,16 @@ class JsonTokenizer:
 
   def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
     """See Tokenizer."""
-    before = self._known(before[-_CONTEXT:])
-    return self._model.decode([*before, *self._known(ids)])[len(self._model.decode(before)):]
+    return _decode_after(self._model.decode, self._known(before[-_CONTEXT:]), self._known(ids))
 
   def _known(self, ids: Sequence[int]) -> list[int]:
     return [int(i) for i in ids if int(i) in self._model.pieces]
+
+
+def _decode_after(decode: Callable[[list[int]], str], before: list[int], ids: list[int]) -> str:
+  """Returns the text that `ids` add to the text of the ids `before`."""
+  # SentencePiece drops the space that begins a text. It must not drop one within a text.
+  return decode([*before, *ids])[len(decode(before)):]
 
 
 def open_tokenizer(vocabulary: str | Path,

@@ -8,6 +8,7 @@ path may be a name; see model/checkpoints/named.py.
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import os
@@ -80,7 +81,7 @@ class Checkpoint:
   _is_foreign: Callable[[str], bool]
   _read: Callable[[Mapping[str, Sharding], DTypeLike | None], Params]
 
-  @property
+  @functools.cached_property
   def tokenizer(self) -> Path | None:
     """Path of the SentencePiece model in the directory, or else of its tokenizer.json, or None.
 
