@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from flax import linen as nn
 
@@ -103,7 +102,7 @@ def _compare_decoders(config: TransformerConfig, params: Params, computation: Co
       'forward_backward': compiled(jax.value_and_grad(loss, has_aux=True), params, {}, batch, keys)}
   result: dict[str, Any] = {}
   with tempfile.TemporaryDirectory() as place:
-    weights.save(Path(place) / 'decoder', config, jax.tree.map(jnp.asarray, params),
+    weights.save(Path(place) / 'decoder', config, params,
                  format='huggingface')
     for dtype in DTYPES:
       with Baseline(build_steps, Path(place) / 'decoder', batch.tokens.tolist(), THREADS,

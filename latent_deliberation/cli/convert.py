@@ -14,7 +14,7 @@ from latent_deliberation.files import make_writable, refuse_backslash, write_jso
 from latent_deliberation.inference.tokenizer import tokenizer_of
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import named
-from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG
+from latent_deliberation.model.checkpoints.hugging_face_config import COMPANIONS, CONFIG
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.model.weights import Checkpoint
@@ -110,16 +110,14 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{with_it}'
 
 
-# What transformers reads next to the weights, and our decoder does not need.
-_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
-          'chat_template.jinja', 'generation_config.json')
+# Keys of config.json that transformers reads, and our decoder does not need.
 _KEYS = ('max_position_embeddings', 'initializer_range', 'bos_token_id', 'eos_token_id',
          'pad_token_id')
 
 
 def _keep_hugging_face(source: Path, target: Path) -> None:
   """Copies what only transformers reads: files of the tokenizer, and some keys of config.json."""
-  for name in _FILES:
+  for name in COMPANIONS:
     if (source / name).is_file() and not (target / name).exists():
       shutil.copyfile(source / name, target / name)
   stored = json.loads((source / CONFIG).read_bytes())

@@ -213,7 +213,7 @@ def _open_weights(directory: Path, boxed: PyTree) -> SafetensorsSource:
   if not any(directory.glob('*.safetensors')):
     raise UserError(f'{directory} has {DESCRIPTION}, but {_STEM}.safetensors is missing. '
                     f'{REMEDY}')
-  source = SafetensorsSource(directory, lambda name: name)
+  source = SafetensorsSource(directory)
   # Compare with the shapes that the description means.
   stored = {name: tensor.shape for name, tensor in source.tensors.items()}
   lines = shape_differences(stored, _shapes(boxed))

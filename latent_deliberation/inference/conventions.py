@@ -14,10 +14,16 @@ from typing import Any, NoReturn
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import read_text
+from latent_deliberation.model.checkpoints.hugging_face_config import (
+  ADDED,
+  CONFIG,
+  GENERATION,
+  PROCESSOR,
+  TEMPLATE,
+)
 from latent_deliberation.model.weights import Checkpoint
+from latent_deliberation.paths import TOKENIZER_CONFIG
 
-GENERATION, CONFIG, TOKENIZER = 'generation_config.json', 'config.json', 'tokenizer_config.json'
-ADDED, TEMPLATE, PROCESSOR = 'added_tokens.json', 'chat_template.jinja', 'chat_template.json'
 _GGUF_ENDS = ('eos', 'eot', 'eom')  # of a text, a turn, and a message
 
 Message = Mapping[str, str]  # 'role' and 'content'
@@ -55,8 +61,8 @@ class Conventions:
     """
     if not self.chat_template:
       raise UserError(f'the decoder in {self.directory} has no chat template, neither {TEMPLATE} '
-                      f'nor a chat_template in {TOKENIZER}: put the one of its model there, or '
-                      'leave --chat out')
+                      f'nor a chat_template in {TOKENIZER_CONFIG}: put the one of its model '
+                      'there, or leave --chat out')
     try:
       jinja = importlib.import_module('jinja2.sandbox')
     except ImportError as error:
@@ -95,7 +101,7 @@ def read_conventions(checkpoint: Checkpoint) -> Conventions:
     return _read_gguf(checkpoint)
   directory = checkpoint.directory
   generation, config, tokenizer, added, processor = (
-      _read(directory / name) for name in (GENERATION, CONFIG, TOKENIZER, ADDED, PROCESSOR))
+      _read(directory / name) for name in (GENERATION, CONFIG, TOKENIZER_CONFIG, ADDED, PROCESSOR))
   # Gemma 3 has the part of its config that is about text in a part of its own.
   ends = [found for each in (generation, config, config.get('text_config') or {})
           for found in _ids(directory, each.get('eos_token_id'))]
@@ -108,7 +114,7 @@ def read_conventions(checkpoint: Checkpoint) -> Conventions:
         directory, tuple(ends), special, added, bos, eos,
         _template(directory, tokenizer, processor)))
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(f'{directory / TOKENIZER} or {ADDED} has something of another form '
+    raise UserError(f'{directory / TOKENIZER_CONFIG} or {ADDED} has something of another form '
                     f'({type(error).__name__}: {error}): download it again') from error
 
 

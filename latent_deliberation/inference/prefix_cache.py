@@ -26,7 +26,7 @@ from latent_deliberation.inference import passes
 from latent_deliberation.inference.engine import NONE, Engine
 from latent_deliberation.inference.passes import Augmentation, Model, State
 from latent_deliberation.inference.ring_cache import CachePlan
-from latent_deliberation.inference.tokenizer import Prompts, Tokenizer
+from latent_deliberation.inference.tokenizer import IDS_BEFORE, Prompts, Tokenizer
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import with_current_names
@@ -219,7 +219,7 @@ class Context:
   @functools.cached_property
   def end(self) -> list[int]:
     """The last ids of the text."""
-    count = min(16, int(self.plain.lengths[0]))
+    count = min(IDS_BEFORE, int(self.plain.lengths[0]))
     return np.asarray(self.plain.cache.newest(count).tokens[0]).tolist()
 
 

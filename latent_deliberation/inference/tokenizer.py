@@ -35,7 +35,7 @@ from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.paths import TOKENIZER_JSON, VOCABULARY_FILE
 
 BYTES = 'byte'  # name of the byte vocabulary, in the place of a path
-_CONTEXT = 16  # ids before a text that decide how it begins; one of them is more than a space
+IDS_BEFORE = 16  # ids before a text that decide how it begins; one of them is more than a space
 
 
 class Tokenizer(Protocol):
@@ -149,7 +149,7 @@ class SentencePieceTokenizer:
 
   def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
     """See Tokenizer."""
-    return _decode_after(self._model.decode, self._pieces(before[-_CONTEXT:]), self._pieces(ids))
+    return _decode_after(self._model.decode, self._pieces(before[-IDS_BEFORE:]), self._pieces(ids))
 
   def _pieces(self, ids: Sequence[int]) -> list[int]:
     """Returns the ids that stand for text."""
@@ -190,7 +190,7 @@ class JsonTokenizer:
 
   def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
     """See Tokenizer."""
-    return _decode_after(self._model.decode, self._known(before[-_CONTEXT:]), self._known(ids))
+    return _decode_after(self._model.decode, self._known(before[-IDS_BEFORE:]), self._known(ids))
 
   def _known(self, ids: Sequence[int]) -> list[int]:
     return [int(i) for i in ids if int(i) in self._model.pieces]

@@ -295,9 +295,8 @@ def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoin
 def _open_hugging_face(directory: Path) -> Checkpoint:
   config = read_config(directory)
   # All names together tell the prefix of the decoder.
-  stored = SafetensorsSource(directory, str).tensors
-  names = hugging_face.plain_names(stored, directory, config.tied_head)
-  source = SafetensorsSource(directory, names.__getitem__)
+  source = SafetensorsSource(
+      directory, lambda names: hugging_face.plain_names(names, directory, config.tied_head))
   layout = hugging_face.find_layout(config)
   if not config.tied_head:
     hugging_face.check_own_head(source)

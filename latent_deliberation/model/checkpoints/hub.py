@@ -14,11 +14,12 @@ from pathlib import Path
 from types import ModuleType
 
 from latent_deliberation.errors import UserError
+from latent_deliberation.model.checkpoints.hugging_face_config import COMPANIONS, CONFIG
+from latent_deliberation.model.checkpoints.safetensors_io import INDEX
 
 _ADDRESS = re.compile(
     r'hf://(?P<repo>[^/@]+/[^/@]+)(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>.+))?')
-_PATTERNS = ('config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer*',
-             'special_tokens_map.json')
+_PATTERNS = (CONFIG, 'model*.safetensors', INDEX, 'tokenizer*', *COMPANIONS)
 # Errors of the library, by class: what is wrong, and what to do. The first that fits counts.
 _REMEDIES = (
     ('GatedRepoError', 'is gated', 'accept its terms at https://huggingface.co/{repo}, then log in '

@@ -11,9 +11,14 @@ from typing import Any
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.model.transformer_config import TransformerConfig, unlike_gemma
+from latent_deliberation.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 CONFIG = 'config.json'
-_COPROCESSOR = 'coprocessor.json'  # that of deliberation/coprocessor_checkpoint.py
+# Files beside the weights that say how texts begin and end, and how a conversation is written.
+GENERATION, ADDED = 'generation_config.json', 'added_tokens.json'
+TEMPLATE, PROCESSOR = 'chat_template.jinja', 'chat_template.json'
+COMPANIONS = (TOKENIZER_JSON, TOKENIZER_CONFIG, 'special_tokens_map.json', ADDED, TEMPLATE,
+              PROCESSOR, GENERATION)
 
 # The values of transformers in our words.
 _KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
@@ -75,13 +80,9 @@ def read_config(directory: Path) -> TransformerConfig:
   """Returns the architecture that config.json describes, or its text part if there are others.
 
   Raises:
-    UserError: config.json is missing or damaged, or describes a model of none of FAMILIES; or the
-      directory holds a coprocessor.
+    UserError: config.json is missing or damaged, or describes a model of none of FAMILIES.
   """
   path = Path(directory) / CONFIG
-  if (Path(directory) / _COPROCESSOR).is_file():
-    raise UserError(f'{directory} holds a coprocessor, which is no decoder: give the directory of '
-                    'its decoder here, and this one as --coprocessor')
   if not path.is_file():
     raise UserError(f'{directory} holds weights but no {CONFIG}, which describes them: download '
                     'it, too')

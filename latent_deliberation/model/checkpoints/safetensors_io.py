@@ -4,8 +4,8 @@ A reader gives each device only its own shards. A writer holds one file of tenso
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 
 import jax
@@ -40,21 +40,24 @@ class SafetensorsSource:
 
   Args:
     directory: directory of the files.
-    rename: function from a name in a file to the name in `tensors`.
+    rename: function from all names in the files to their names in `tensors`; default as they are.
 
   Raises:
     UserError: there are no safetensors, a file is missing or damaged, or a tensor is there twice.
   """
 
-  def __init__(self, directory: Path, rename: Callable[[str], str]):
+  def __init__(self, directory: Path,
+               rename: Callable[[Collection[str]], Mapping[str, str]] | None = None):
     self.directory = Path(directory)
     self.tensors: dict[str, Stored] = {}
     self._places: dict[str, tuple[Path, str]] = {}
+    headers = {path: _header(path) for path in weight_files(self.directory)}
+    renamed = rename(list(chain(*headers.values()))) if rename else {}
     duplicates = []
     # Two files, or two names after renaming, may hold the same tensor.
-    for path in weight_files(self.directory):
-      for stored_name, stored in _header(path).items():
-        name = rename(stored_name)
+    for path, header in headers.items():
+      for stored_name, stored in header.items():
+        name = renamed.get(stored_name, stored_name)
         if name in self.tensors:
           file, other = self._places[name]
           duplicates.append(f'  {other} in {file.name}, {stored_name} in {path.name}')

@@ -8,6 +8,7 @@ import pytest
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import hub
+from latent_deliberation.model.checkpoints.hugging_face_config import COMPANIONS
 
 library = pytest.importorskip('huggingface_hub')
 
@@ -50,14 +51,14 @@ def fake(tmp_path, monkeypatch):
 
 
 def test_safetensors(fake, tmp_path):
-  """Config, safetensors and tokenizer are downloaded, and nothing else."""
+  """Config, safetensors, tokenizer and what texts are written with are downloaded, and no more."""
   repository = fake('config.json', 'model-00001-of-00002.safetensors', 'tokenizer.model',
                     'model.safetensors.index.json', 'tokenizer.json', 'consolidated.safetensors',
-                    'pytorch_model.bin', 'README.md', 'model-Q4_K_M.gguf')
+                    'pytorch_model.bin', 'README.md', 'model-Q4_K_M.gguf', *COMPANIONS[1:])
   assert hub.download('hf://org/name') == tmp_path
-  assert sorted(path.name for path in tmp_path.iterdir()) == [
-      'config.json', 'model-00001-of-00002.safetensors', 'model.safetensors.index.json',
-      'tokenizer.json', 'tokenizer.model']
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+      {'config.json', 'model-00001-of-00002.safetensors', 'model.safetensors.index.json',
+       'tokenizer.model', *COMPANIONS})
   assert repository.requests == [('org/name', None)]
 
 

@@ -25,8 +25,8 @@ ARRAYS = {'a': np.arange(32, dtype=np.float32).reshape(8, 4), 'b': np.arange(3, 
           'c': np.arange(24).reshape(2, 3, 4).astype('bfloat16')}
 
 
-def open_source(directory, rename=lambda name: name):
-  return SafetensorsSource(directory, rename)
+def open_source(directory, rename=str):
+  return SafetensorsSource(directory, lambda names: {name: rename(name) for name in names})
 
 
 @pytest.fixture(params=[1, 2])
