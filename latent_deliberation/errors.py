@@ -93,10 +93,10 @@ def raise_problems(problems: Iterable[str]) -> None:
     raise UserError('\n'.join(lines))
 
 
-def problems_of(check: Callable[[], Any]) -> list[str]:
+def problems_of(check: Callable[..., Any], *arguments: Any) -> list[str]:
   """Returns the message of a check that fails with a UserError, or [] if it passes."""
   try:
-    check()
+    check(*arguments)
   except UserError as error:
     return [str(error)]
   return []

@@ -88,6 +88,18 @@ def test_bad_value(change, message):
     finished.experiment(**change)
 
 
+@pytest.mark.parametrize('section, values', [
+    ('decoder', {'window': 0, 'head_dim': 7, 'activation': 'relu'}),
+    ('deliberation', {'latents': 'none', 'num_traces': 0, 'lora_rank': 0, 'num_layers': -1}),
+    ('training', {'batch_size': 0, 'accumulation': 0})])
+def test_all_bad_values_of_a_section(section, values):
+  """Each impossible value of a section is named, not the first alone."""
+  with pytest.raises(UserError) as raised:
+    dataclasses.replace(getattr(finished.experiment(), section), **values)
+  named = [line.split(' = ')[0] for line in str(raised.value).splitlines()]
+  assert sorted(named) == sorted(values)
+
+
 def test_constant_variant():
   """The constant variant trains soft tokens and gate alone."""
   experiment = finished.experiment()

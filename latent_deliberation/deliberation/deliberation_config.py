@@ -2,8 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
-from latent_deliberation.errors import UserError, check_integer, check_types
+from latent_deliberation.errors import (
+  UserError,
+  check_integer,
+  check_types,
+  problems_of,
+  raise_problems,
+)
 
 LATENTS = ('paper', 'anchored', 'refining')
 POSITIONS = ('shift', 'share')
@@ -81,26 +88,29 @@ class DeliberationConfig:
   def __post_init__(self):
     check_types(self)
     object.__setattr__(self, 'anchor_tokens', tuple(self.anchor_tokens))
+    raise_problems(self._problems())
+
+  def _problems(self) -> Iterator[str]:
     # Choices, then sizes, then numbers that depend on each other.
     for name, allowed in (('latents', LATENTS), ('positions', POSITIONS),
                           ('initialisation', INITIALISATIONS), ('trainable', TRAINABLES),
                           ('reads', READS), ('gate', GATES), ('soft_tokens', SOFT_TOKENS)):
       if getattr(self, name) not in allowed:
-        raise UserError(f'{name} = {getattr(self, name)!r}: it must be one of {allowed}')
+        yield f'{name} = {getattr(self, name)!r}: it must be one of {allowed}'
     for name in ('num_latents', 'num_ahead', 'num_traces'):
-      check_integer(name, getattr(self, name), 1)
-    check_integer('lora_rank', self.lora_rank, 1, 2**16)  # wider than any decoder
+      yield from problems_of(check_integer, name, getattr(self, name), 1)
+    # No decoder is wider than the largest rank.
+    yield from problems_of(check_integer, 'lora_rank', self.lora_rank, 1, 2**16)
     for token in self.anchor_tokens:
-      check_integer('anchor_tokens', token, 0)
+      yield from problems_of(check_integer, 'anchor_tokens', token, 0)
     if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-      raise UserError(f'lora_alpha = {self.lora_alpha}: it must be above 0, or None')
+      yield f'lora_alpha = {self.lora_alpha}: it must be above 0, or None'
     if self.num_layers < 0:
-      raise UserError(f'num_layers = {self.num_layers}: it must be 1 or more, or 0 for as many as '
-                      'the decoder has')
+      yield (f'num_layers = {self.num_layers}: it must be 1 or more, or 0 for as many as the '
+             'decoder has')
     if not 0 <= self.max_delay <= max(self.num_ahead - 2, 0):
-      raise UserError(
-          f'max_delay = {self.max_delay}, num_ahead = {self.num_ahead}: max_delay must be between '
-          '0 and num_ahead - 2, so that an ahead token is left to predict')
+      yield (f'max_delay = {self.max_delay}, num_ahead = {self.num_ahead}: max_delay must be '
+             'between 0 and num_ahead - 2, so that an ahead token is left to predict')
 
   def check_trunk(self, length: int) -> None:
     """Raises UserError where a trunk of `length` tokens cannot hold the configured traces."""

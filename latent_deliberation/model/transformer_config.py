@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
-from latent_deliberation.errors import UserError, check_types
+from latent_deliberation.errors import UserError, check_types, raise_problems
 
 LAYER_KINDS = ('local', 'global')
 ACTIVATIONS = ('gelu', 'silu')
@@ -81,34 +82,38 @@ class TransformerConfig:
     check_types(self)
     object.__setattr__(self, 'layer_pattern', tuple(self.layer_pattern))
     object.__setattr__(self, 'rope_llama3', tuple(self.rope_llama3))
+    raise_problems(self._problems())
+
+  def _problems(self) -> Iterator[str]:
+    wrong = set()
     for name in ('vocab_size', 'embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim',
                  'hidden_dim', 'window'):
       value = getattr(self, name)
       if value < 1:
-        raise UserError(f'{name} = {value!r} is not an integer of at least 1: set one')
+        wrong.add(name)
+        yield f'{name} = {value!r} is not an integer of at least 1: set one'
     # Factors. None turns a soft-cap off, or selects the default that the docstring names.
     for name in ('attention_softcap', 'final_softcap', 'query_scale', 'rope_base',
                  'rope_local_base', 'rope_scaling', 'norm_epsilon'):
       value = getattr(self, name)
       if value is not None and not 0 < value < math.inf:
-        raise UserError(f'{name} = {value!r} is not a finite number above 0: set one')
+        yield f'{name} = {value!r} is not a finite number above 0: set one'
     if self.activation not in ACTIVATIONS:
-      raise UserError(f'activation = {self.activation!r}: set one of {ACTIVATIONS}')
+      yield f'activation = {self.activation!r}: set one of {ACTIVATIONS}'
     # Numbers that must fit together.
-    if self.num_heads % self.num_kv_heads:
-      raise UserError(
-          f'num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}: '
-          'each kv head serves the same number of query heads, so change one of the two')
+    if not wrong & {'num_heads', 'num_kv_heads'} and self.num_heads % self.num_kv_heads:
+      yield (f'num_heads = {self.num_heads} is not a multiple of num_kv_heads = '
+             f'{self.num_kv_heads}: each kv head serves the same number of query heads, so change '
+             'one of the two')
     if self.rope_llama3 and not _is_llama3(self.rope_llama3):
-      raise UserError(f'rope_llama3 = {self.rope_llama3}: give () or four numbers above 0, which '
-                      'are factor, low and high frequency factors, and original length; low must '
-                      'be less than high')
-    if self.head_dim % 2:
-      raise UserError(f'head_dim = {self.head_dim} is odd: set an even number')
+      yield (f'rope_llama3 = {self.rope_llama3}: give () or four numbers above 0, which are '
+             'factor, low and high frequency factors, and original length; low must be less than '
+             'high')
+    if 'head_dim' not in wrong and self.head_dim % 2:
+      yield f'head_dim = {self.head_dim} is odd: set an even number'
     unknown = set(self.layer_pattern) - set(LAYER_KINDS)
     if unknown or not self.layer_pattern:
-      raise UserError(
-          f'layer_pattern = {self.layer_pattern}: give one or more of {LAYER_KINDS}')
+      yield f'layer_pattern = {self.layer_pattern}: give one or more of {LAYER_KINDS}'
 
   @property
   def layer_kinds(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from latent_deliberation.errors import UserError, check_integer, check_types
+from latent_deliberation.errors import UserError, check_integer, check_types, raise_problems
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import LAST_SEED, Experiment, bind
 from latent_deliberation.studies.synthetic.documents import build
@@ -66,10 +66,9 @@ class QuestionsConfig:
   def __post_init__(self):
     check_types(self)
     object.__setattr__(self, 'options', dict(self.options))
-    for name, least in (('per_difficulty', 0), ('batch_size', 2), ('seed', 0),
-                        ('chain_tokens', 0)):
-      if getattr(self, name) < least:
-        raise UserError(f'questions.{name} = {getattr(self, name)}: it must be {least} or more')
+    least = {'per_difficulty': 0, 'batch_size': 2, 'seed': 0, 'chain_tokens': 0}
+    raise_problems(f'questions.{name} = {getattr(self, name)}: it must be {number} or more'
+                   for name, number in least.items() if getattr(self, name) < number)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from orbax.checkpoint import utils as orbax_utils
 
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.data.rows import Batches
-from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.errors import UserError, check_integer, problems_of, raise_problems
 from latent_deliberation.progress import announced
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.metrics import MetricsWriter, Pace, format_metric
@@ -49,8 +49,8 @@ class LoopConfig:
   log_seconds: int = 30
 
   def __post_init__(self):
-    for name, value in dataclasses.asdict(self).items():
-      check_integer(name, value, 1)
+    raise_problems(problem for name, value in dataclasses.asdict(self).items()
+                   for problem in problems_of(check_integer, name, value, 1))
 
 
 class Preempted(SystemExit):

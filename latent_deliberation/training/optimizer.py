@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from latent_deliberation.array_types import Array, Params
-from latent_deliberation.errors import UserError, check_types
+from latent_deliberation.errors import UserError, check_types, raise_problems
 
 _SHAPES = {
     'constant': jnp.ones_like,
@@ -57,9 +57,8 @@ class OptimizerConfig:
         'weight_decay': ('a finite number, 0 or more', 0 <= self.weight_decay < math.inf),
         'clip_norm': ('above 0 (inf clips nothing)', self.clip_norm > 0),
     }
-    for name, (demand, met) in demands.items():
-      if not met:
-        raise UserError(f'optimizer.{name} = {getattr(self, name)!r}: it must be {demand}')
+    raise_problems(f'optimizer.{name} = {getattr(self, name)!r}: it must be {demand}'
+                   for name, (demand, met) in demands.items() if not met)
 
 
 def build_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
