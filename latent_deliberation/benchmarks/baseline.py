@@ -128,7 +128,7 @@ def alternate(programs: Mapping[str, Callable[[], float]],
 
 
 def build_programs(directory: Path, prompts: Mapping[str, Sequence[Sequence[int]]],
-                   num_tokens: int, threads: int) -> dict[str, Program]:
+                   num_tokens: int, threads: int, dtype: str = 'float32') -> dict[str, Program]:
   """Builds prefill and greedy generation of transformers for each batch of prompts.
 
   Args:
@@ -136,6 +136,7 @@ def build_programs(directory: Path, prompts: Mapping[str, Sequence[Sequence[int]
     prompts: batches by name; a batch is a list of token ids for each prompt.
     num_tokens: number of tokens to generate.
     threads: threads that torch uses.
+    dtype: dtype of weights and computation.
 
   Returns: programs '<batch> prefill', and '<batch> dynamic' and '<batch> static', which generate
     with that kind of cache.
@@ -143,7 +144,8 @@ def build_programs(directory: Path, prompts: Mapping[str, Sequence[Sequence[int]
   import torch
   import transformers
   torch.set_num_threads(threads)
-  model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      directory, dtype=getattr(torch, dtype)).eval()
 
   def prefill(ids: torch.Tensor) -> None:
     with torch.inference_mode():

@@ -52,34 +52,37 @@ SIZES = {
 BATCHES = (1, 8)
 PROMPT, DECODED = 128, 64  # tokens
 LENGTH = PROMPT + DECODED + 1  # tokens of a cache
+DTYPES = ('float32', 'bfloat16')  # of both sides, for a decoder that exists
 NUM_LATENTS = (8, 32, 64)
 FIRST_TOKENS = 40  # pairs of times to the first token
 
 
-def benchmark(output: Path, repeats: int) -> dict[str, Any]:
+def benchmark(output: Path, repeats: int, decoder: str = '') -> dict[str, Any]:
   """Times every case and writes `output`, and its ratios as a PNG next to it.
 
   Args:
     output: JSON file to write.
     repeats: turns of each comparison.
+    decoder: name, directory or GGUF file of a decoder, which is compared in each of DTYPES; ''
+      compares random decoders of SIZES in float32.
 
   Returns: the content of `output`.
 
   Raises:
-    UserError: torch or transformers is not installed.
+    UserError: torch or transformers is not installed, or there is no such decoder.
   """
   check_libraries()
+  dtypes = DTYPES if decoder else ('float32',)
   result: dict[str, Any] = {
       'decode_ratio_vs_transformers': {}, 'prefill_ratio_vs_transformers': {},
       'decode_tokens_per_second': {}, 'prefill_tokens_per_second': {},
       'augmentation_in_decode_steps': {}, 'cache_bytes': {},
       'transformers_seconds': {},
       **describe_turns(repeats)}
-  for size, config in SIZES.items():
-    params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), int)))[
-        'params']
-    _compare(result, size, config, params, repeats)
-    _time_augmentation(result, size, config, params, repeats)
+  for name, config, params in _decoders(decoder):
+    for dtype in dtypes:
+      _compare(result, f'{name}_{dtype}' if decoder else name, config, params, dtype, repeats)
+    _time_augmentation(result, name, config, params, repeats)
   logging.info('time to the first token')  # with the last size
   result['first_token_ratio_background_vs_plain'] = _first_token_ratio(config, params)
   write_json(output, result)
@@ -87,24 +90,37 @@ def benchmark(output: Path, repeats: int) -> dict[str, Any]:
   return result
 
 
+def _decoders(decoder: str) -> Iterator[tuple[str, TransformerConfig, Params]]:
+  """Yields name, architecture and float32 weights: of a decoder, or random ones of SIZES."""
+  if decoder:
+    checkpoint = weights.open_checkpoint(decoder)
+    yield Path(decoder).name, checkpoint.config, checkpoint.load(dtype='float32')
+    return
+  for name, config in SIZES.items():
+    tokens = jnp.zeros((1, 1), int)
+    yield name, config, nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), tokens))['params']
+
+
 def _prompts(config: TransformerConfig, batch: int) -> list[list[int]]:
   tokens = np.random.default_rng(batch).integers(4, config.vocab_size, (batch, PROMPT))
   return tokens.tolist()
 
 
-def _compare(result: dict[str, Any], size: str, config: TransformerConfig, params: Params,
-             repeats: int) -> None:
+def _compare(result: dict[str, Any], name: str, config: TransformerConfig, params: Params,
+             dtype: str, repeats: int) -> None:
   """Adds tokens per second of prefill and of greedy decoding, with transformers' faster cache."""
-  prompts = {f'{size}_batch{batch}': _prompts(config, batch) for batch in BATCHES}
+  prompts = {f'{name}_batch{batch}': _prompts(config, batch) for batch in BATCHES}
+  held = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
   with tempfile.TemporaryDirectory() as place:
     weights.save(Path(place) / 'decoder', config, params, format='huggingface')
-    with Baseline(build_programs, Path(place) / 'decoder', prompts, DECODED, THREADS) as baseline:
+    with Baseline(build_programs, Path(place) / 'decoder', prompts, DECODED, THREADS,
+                  dtype) as baseline:
       for case, batch in prompts.items():
         logging.info('%s: against transformers', case)
         theirs = {program: functools.partial(baseline.seconds, f'{case} {program}')
                   for program in ('prefill', *CACHES)}
-        _compare_batch(result, case, batch, Engine(config, params, length=LENGTH), theirs,
-                       repeats)
+        engine = Engine(config, held, length=LENGTH, dtype=dtype)
+        _compare_batch(result, case, batch, engine, theirs, repeats)
 
 
 def _compare_batch(result: dict[str, Any], case: str, prompts: list[list[int]],

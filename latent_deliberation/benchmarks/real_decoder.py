@@ -102,8 +102,7 @@ def _compare_decoders(config: TransformerConfig, params: Params, computation: Co
       'forward_backward': compiled(jax.value_and_grad(loss, has_aux=True), params, {}, batch, keys)}
   result: dict[str, Any] = {}
   with tempfile.TemporaryDirectory() as place:
-    weights.save(Path(place) / 'decoder', config, params,
-                 format='huggingface')
+    weights.save(Path(place) / 'decoder', config, params, format='huggingface')
     for dtype in DTYPES:
       with Baseline(build_steps, Path(place) / 'decoder', batch.tokens.tolist(), THREADS,
                     dtype) as baseline:

@@ -1,0 +1,61 @@
+"""A published decoder: what latents gain by content, and what by fitting the text.
+
+  python launch/study.py --config=configs/study/pretrained.py --workdir=runs/gemma_study
+  python launch/study.py --config=configs/study/pretrained.py:smollm2-135m \\
+      --workdir=runs/smollm2_study
+  python launch/study.py --config=configs/study/pretrained.py --workdir=runs/gemma_study --arm=own
+
+The decoder is Gemma 3 270M, or SmolLM2-135M. Every arm has the text, steps, batch and rate of
+configs/gemma3_270m.py, so its 4 latents are the arm 'own'. An arm of 400 steps takes about an hour
+on two CPU cores, so choose some with --arm; a later command adds others.
+
+- 'constant' has soft tokens without a coprocessor. What it gains is no content.
+- 'lora' puts the same adapters on the decoder itself, and trains them by next-token loss.
+- '8 latents' to '32 latents' are the shape of the paper's Table 1.
+- 'paper' arms have latents after the anchor, as the paper has, for 2 and 4 times the steps.
+- 'rank 4', 'rank 64' and 'whole' have other numbers of weights.
+- 'states' reads the decoder's last layer in place of its cache.
+- 'delay' trains latents that come up to 3 tokens late. With
+  --config.experiment.evaluation.delay=1 (2, 3) and another --workdir, all arms are scored so.
+"""
+
+import dataclasses
+
+from configs import gemma3_270m, smollm2_135m
+from latent_deliberation.errors import UserError
+from latent_deliberation.experiment import as_config, bind
+from latent_deliberation.studies.study_config import ArmConfig, Study
+
+CONFIGS = {'gemma3-270m': gemma3_270m, 'smollm2-135m': smollm2_135m}
+STEPS = 400
+
+
+def get_config(decoder='gemma3-270m'):
+  """Returns the study on one of CONFIGS."""
+  if decoder not in CONFIGS:
+    raise UserError(f'pretrained.py:{decoder}: choose one of {tuple(CONFIGS)}')
+  experiment = bind(CONFIGS[decoder].get_config())
+  experiment = dataclasses.replace(experiment, evaluation=dataclasses.replace(
+      experiment.evaluation, num_ahead=32, positions=(1, 2, 4, 8, 16, 32)))
+  return as_config(Study(
+      name=f'a published decoder, {decoder}', experiment=experiment, arms=_arms()))
+
+
+def _arms():
+  return {
+      'own': ArmConfig(),
+      'constant': _latents(trainable='constant'),
+      'lora': ArmConfig('lora'),
+      **{f'{count} latents': _latents(num_latents=count) for count in (8, 16, 32)},
+      **{f'paper, {times} x steps': _latents(times * STEPS, latents='paper', soft_tokens='free')
+         for times in (2, 4)},
+      'rank 4': _latents(lora_rank=4),
+      'rank 64': _latents(lora_rank=64),
+      'whole': _latents(trainable='full'),
+      'states': _latents(reads='states'),
+      'delay': _latents(max_delay=3)}
+
+
+def _latents(num_steps=STEPS, **choices):
+  return ArmConfig(changes={
+      'deliberation': choices, 'training': {'loop': {'num_steps': num_steps}}})
