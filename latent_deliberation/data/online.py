@@ -18,8 +18,9 @@ from latent_deliberation.array_types import Batch
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.packing import check_segments, fill_rows
-from latent_deliberation.data.rows import fingerprint_of, positions_in_segments, segments_from_bos
+from latent_deliberation.data.rows import Framing, fingerprint_of, positions_in_segments
 from latent_deliberation.data.tasks import Documents
+from latent_deliberation.data.vocabularies import framing_of
 from latent_deliberation.errors import UserError, differences
 from latent_deliberation.files import write_whole
 
@@ -64,9 +65,9 @@ class OnlineBatches:
     # Not in the fingerprint: `restore` compares the number of processes and names both.
     self._identity |= {'process_count': process_count, 'process_index': process_index}
     shard = seqio.ShardInfo(process_index, process_count) if process_count > 1 else None
-    self._bos_id = documents.vocabulary.bos_id
+    self._framing = framing_of(documents.vocabulary)
     rows = pack_stream(documents.stream('train', seed, shard, repeat=True), config.length,
-                       self._bos_id, seed)
+                       self._framing, seed)
     self._iterator = iter(rows.batch(share, drop_remainder=True).prefetch(2))
     self._next_step = 0
 
@@ -76,7 +77,7 @@ class OnlineBatches:
     Raises:
       ValueError: `step` is not the one after the last.
       UserError: the stream has no document.
-      UserError: a document holds the padding id, or BOS after its beginning.
+      UserError: a document holds an id that means padding, or BOS after its beginning.
     """
     if step != self._next_step:
       raise ValueError(f'step = {step}, but the stream is at {self._next_step} and only goes '
@@ -90,9 +91,9 @@ class OnlineBatches:
     except tf.errors.InvalidArgumentError as error:
       raise UserError(error.message) from error
     # The model reads segments from BOS, which must give what packing meant.
-    check_segments(tokens, intended, self._bos_id, self._identity['task'])
+    check_segments(tokens, intended, self._framing, self._identity['task'])
     self._next_step += 1
-    segments = segments_from_bos(tokens, self._bos_id)
+    segments = self._framing.segments(tokens)
     return Batch(tokens=tokens, segments=segments, positions=positions_in_segments(segments))
 
   def save(self, directory: Path, step: int) -> None:
@@ -175,7 +176,8 @@ def _share(batch_size: int, process_index: int, process_count: int) -> int:
   return batch_size // process_count
 
 
-def pack_stream(documents: tf.data.Dataset, length: int, bos_id: int, seed: int) -> tf.data.Dataset:
+def pack_stream(documents: tf.data.Dataset, length: int, framing: Framing,
+                seed: int) -> tf.data.Dataset:
   """Returns rows (tokens, segments), int32 [T] each, of documents, int32 [n] with BOS and EOS.
 
   `fill_rows` fills them, a group of documents at a time: seqio's own packing leaves a quarter of a
@@ -183,7 +185,7 @@ def pack_stream(documents: tf.data.Dataset, length: int, bos_id: int, seed: int)
   """
   def fill(tokens: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # The group comes as one array of tokens, with the ends of all documents but the last.
-    rows = fill_rows(np.split(tokens, ends), length, bos_id)
+    rows = fill_rows(np.split(tokens, ends), length, framing)
     tokens, segments = zip(*rows, strict=True)
     return np.stack(tokens), np.stack(segments)
 

@@ -21,15 +21,15 @@ from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.host_tensorflow import seqio
 from latent_deliberation.data.rows import (
   MANIFEST_FILE,
+  Framing,
   Manifest,
   PackedRows,
   Recipe,
-  segments_from_bos,
   smallest_dtype,
 )
 from latent_deliberation.data.sources import SPLITS
 from latent_deliberation.data.tasks import Documents, iterate
-from latent_deliberation.data.vocabularies import bytes_per_token
+from latent_deliberation.data.vocabularies import bytes_per_token, framing_of
 from latent_deliberation.errors import MissingError, UserError, differences
 from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.paths import ROWS
@@ -155,7 +155,7 @@ def pack(documents: Documents, recipe: Recipe, directory: Path,
 
   Raises:
     UserError: the folder exists, or the split has no token.
-    UserError: a document holds the padding id, or BOS after its beginning.
+    UserError: a document holds an id that means padding, or BOS after its beginning.
   """
   final, partial = directory / recipe.split, directory / f'.{recipe.split}.partial'
   if final.exists():
@@ -197,9 +197,9 @@ def _write_rows(documents: Documents, recipe: Recipe, directory: Path,
       yield document
 
   # Rows are made one by one, so a limit also ends the reading of documents.
-  bos_id = documents.vocabulary.bos_id
-  rows = itertools.islice(fill_rows(count(iterate(stream)), recipe.length, bos_id), limit)
-  files = RowFiles(directory, recipe, bos_id, bytes_per_token(documents.vocabulary))
+  framing = framing_of(documents.vocabulary)
+  rows = itertools.islice(fill_rows(count(iterate(stream)), recipe.length, framing), limit)
+  files = RowFiles(directory, recipe, framing, bytes_per_token(documents.vocabulary))
   total = None if is_mixture else provider.num_input_examples(recipe.split)
   progress = Progress(f'packing {recipe.split}', 'rows' if limit else 'documents', limit or total)
   # Rows are collected until they fill a file, which bounds the memory.
@@ -218,22 +218,28 @@ def _write_rows(documents: Documents, recipe: Recipe, directory: Path,
   return Manifest(
       recipe=recipe, rows=files.rows, tokens=files.tokens, documents=begun,
       text_bytes=files.text_bytes, rows_per_file=rows_per_file, content_hash=files.content_hash,
-      bos_id=bos_id)
+      bos_id=framing.bos_id, **({} if framing.is_usual else {
+          'format_version': 3, 'eos_id': framing.eos_id, 'pad_id': framing.pad_id}))
 
 
 def fill_rows(documents: Iterable[np.ndarray], length: int,
-              bos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+              framing: Framing) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields rows (tokens, segments), int32 [T] each, from documents in the given order.
 
   A document that does not fit continues in the next row, again after a BOS. A row ends with padding
-  only if one place is left, which BOS would fill alone, or if there are no more documents.
+  only if one place is left, which BOS would fill alone, or if there are no more documents. Where
+  one id begins and ends a document, an end that would be alone in the next row is left out.
 
   Args:
     documents: int32 [n] each, BOS first.
     length: T, at least 2.
-    bos_id: id that begins every segment.
+    framing: ids that begin, end and fill rows.
   """
-  tokens, segments = np.zeros((2, length), np.int32)
+
+  def empty_row() -> tuple[np.ndarray, np.ndarray]:
+    return np.full(length, framing.pad_id, np.int32), np.zeros(length, np.int32)
+
+  tokens, segments = empty_row()
   filled = segment = 0
   for document in documents:
     done = 1  # its BOS is written with each of its segments
@@ -241,28 +247,31 @@ def fill_rows(documents: Iterable[np.ndarray], length: int,
       # A segment is BOS and as much of the document as the row has room for.
       part = document[done:done + length - filled - 1]
       done += len(part)
+      if len(part) == 1 and part[0] == framing.bos_id == framing.eos_id:
+        break
       end = filled + 1 + len(part)
       segment += 1
-      tokens[filled] = bos_id
+      tokens[filled] = framing.bos_id
       tokens[filled + 1:end] = part
       segments[filled:end] = segment
       filled = end
       if length - filled < 2:
         yield tokens, segments
-        tokens, segments = np.zeros((2, length), np.int32)
+        tokens, segments = empty_row()
         filled = segment = 0
   if filled:
     yield tokens, segments
 
 
-def check_segments(tokens: np.ndarray, segments: np.ndarray, bos_id: int, task: str) -> None:
+def check_segments(tokens: np.ndarray, segments: np.ndarray, framing: Framing, task: str) -> None:
   """Raises UserError unless tokens [B, T] have the segments [B, T] that `fill_rows` gave them.
 
   They differ where a document holds BOS after its beginning.
   """
-  if not np.array_equal(segments_from_bos(tokens, bos_id), segments):
-    raise UserError(f'{task}: a document holds the BOS id {bos_id} after its beginning, and would '
-                    'be read as two documents. Remove the id in the preprocessors of the task')
+  if not np.array_equal(framing.segments(tokens), segments):
+    raise UserError(f'{task}: a document holds the BOS id {framing.bos_id} after its beginning, '
+                    'and would be read as two documents. Remove the id in the preprocessors of '
+                    'the task')
 
 
 class RowFiles:
@@ -271,15 +280,16 @@ class RowFiles:
   Args:
     directory: folder of the files, which must exist.
     recipe: what the rows are made from.
-    bos_id: id that begins every segment.
+    framing: ids that begin, end and fill rows.
     bytes_per_token: UTF-8 bytes of text that each id stands for, int32 [V].
 
   Attributes:
     rows, tokens, text_bytes, content_hash: totals of the files so far, as in `Manifest`.
   """
 
-  def __init__(self, directory: Path, recipe: Recipe, bos_id: int, bytes_per_token: np.ndarray):
-    self._directory, self._recipe, self._bos_id = directory, recipe, bos_id
+  def __init__(self, directory: Path, recipe: Recipe, framing: Framing,
+               bytes_per_token: np.ndarray):
+    self._directory, self._recipe, self._framing = directory, recipe, framing
     self._bytes_per_token, self._hash, self._files = bytes_per_token, hashlib.sha256(), 0
     self.rows = self.tokens = self.text_bytes = 0
 
@@ -294,7 +304,7 @@ class RowFiles:
       UserError: a document holds BOS after its beginning.
     """
     tokens, segments = (np.stack(part) for part in zip(*rows, strict=True))
-    check_segments(tokens, segments, self._bos_id, self._recipe.task)
+    check_segments(tokens, segments, self._framing, self._recipe.task)
     tokens = tokens.astype(smallest_dtype(self._recipe.vocabulary_size - 1))
     with (self._directory / f'tokens-{self._files:05d}.npy').open('wb') as file:
       np.save(file, tokens)
@@ -304,8 +314,8 @@ class RowFiles:
     # Segments are part of the hash, though no file holds them: it is that of older packings.
     self._hash.update(tokens)
     self._hash.update(segments.astype(smallest_dtype(self._recipe.length)))
-    # Padding is id 0, and adds neither tokens nor text.
-    self.tokens += int(np.count_nonzero(tokens))
+    # Padding adds neither tokens nor text.
+    self.tokens += int(np.count_nonzero(segments))
     self.text_bytes += int(self._bytes_per_token[tokens].sum(dtype=np.int64))
     self.rows += len(rows)
     self._files += 1

@@ -1,8 +1,8 @@
 """Packed rows on disk, their batches, and the order of those; no TensorFlow or seqio here.
 
 A split is a folder with manifest.json and files tokens-00000.npy, ..., each [rows, T]. The files
-are plain .npy: a memory map reads any row at once and needs only numpy. Every document of a row
-begins with BOS and padding is id 0, so segments and positions follow from the tokens.
+are plain .npy: a memory map reads any row at once and needs only numpy. Segments and positions
+follow from the tokens that begin, end and fill a row; see `Framing`.
 
 Row k of a training run is permutation(seed, k // N)[k % N]. The order is a formula, so a resumed
 run reads no saved position, and the number of processes does not matter.
@@ -23,8 +23,43 @@ from latent_deliberation.data.data_config import PAD_ID
 from latent_deliberation.errors import UserError
 
 # Version 1 stored segments in files of their own, segments-00000.npy. It is read, not written.
-FORMAT_VERSION = 2
+# Version 2 is for a framing of the usual kind, version 3 for any other.
+FORMAT_VERSIONS = (1, 2, 3)
 MANIFEST_FILE = 'manifest.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+  """Ids that begin a document, end it, and fill what is left of a row.
+
+  Usually the three differ, and id 0 fills rows. Qwen, Llama and Mistral give id 0 to a token, so
+  there BOS fills rows: no document is BOS alone, so the first BOS that nothing follows begins the
+  padding. In Qwen one id both begins and ends a document, so every second one in a row ends it.
+
+  Attributes:
+    bos_id, eos_id: ids that begin and end a document.
+    pad_id: PAD_ID, or else `bos_id`.
+  """
+  bos_id: int
+  eos_id: int
+  pad_id: int = PAD_ID
+
+  @property
+  def is_usual(self) -> bool:
+    """Whether the three ids differ."""
+    return len({self.bos_id, self.eos_id, self.pad_id}) == 3
+
+  def segments(self, tokens: np.ndarray) -> np.ndarray:
+    """Returns the segment of each token of rows, int32 [B, T]: 1, 2, ..., and 0 on padding."""
+    begins = tokens == self.bos_id
+    if self.bos_id == self.eos_id:
+      begins &= np.cumsum(begins, axis=1) % 2 == 1
+    padding = tokens == self.pad_id
+    if self.pad_id == self.bos_id:
+      followed = np.zeros_like(begins)
+      followed[:, :-1] = tokens[:, 1:] != self.bos_id
+      padding = np.logical_or.accumulate(begins & ~followed, axis=1)
+    return np.where(padding, 0, np.cumsum(begins, axis=1)).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +100,8 @@ class Manifest:
     content_hash: sha256 of the rows, file by file, tokens before segments.
     bos_id: id that begins every segment; None in version 1, where files hold the segments.
     format_version: version of this layout.
+    eos_id, pad_id: see Framing; None before version 3, where padding is id 0 and no id both begins
+      and ends a document.
   """
   recipe: Recipe
   rows: int
@@ -74,19 +111,30 @@ class Manifest:
   rows_per_file: int
   content_hash: str
   bos_id: int | None
-  format_version: int = FORMAT_VERSION
+  format_version: int = 2
+  eos_id: int | None = None
+  pad_id: int | None = None
+
+  @property
+  def framing(self) -> Framing | None:
+    """Ids that tell the segments of a row; None in version 1."""
+    if self.format_version == 1:
+      return None
+    if self.format_version == 2:
+      return Framing(self.bos_id, eos_id=-1)  # it is not the BOS
+    return Framing(self.bos_id, self.eos_id, self.pad_id)
 
   @property
   def fingerprint(self) -> str:
-    """Hash of the rows and what they were made from, the same in both versions of the layout."""
-    version_1 = dataclasses.replace(self, bos_id=None, format_version=1)
+    """Hash of the rows and what they were made from, the same in all versions of the layout."""
+    version_1 = dataclasses.replace(self, format_version=1)
     return hashlib.sha256(version_1.to_json()).hexdigest()
 
   def to_json(self) -> bytes:
-    """Returns the content of manifest.json; for version 1, byte for byte as it was written."""
+    """Returns the content of manifest.json, byte for byte as its version was written."""
     fields = dataclasses.asdict(self)
-    if self.format_version == 1:
-      del fields['bos_id']
+    for name in _LATER_FIELDS[self.format_version]:
+      del fields[name]
     return json.dumps(fields, indent=2, sort_keys=True).encode() + b'\n'
 
   @classmethod
@@ -95,15 +143,18 @@ class Manifest:
     try:
       fields = json.loads(content)
       version = fields['format_version']
-      if version in (1, FORMAT_VERSION):
-        # Version 1 has no BOS id, since its files hold the segments.
-        missing = {'bos_id': None} if version == 1 else {}
+      if version in FORMAT_VERSIONS:
+        missing = dict.fromkeys(_LATER_FIELDS[version])
         return cls(**(fields | missing | {'recipe': Recipe(**fields['recipe'])}))
     except (ValueError, TypeError, KeyError) as error:
       raise UserError(f'{origin} is not a manifest of packed rows ({error!r}): pack the data '
                       'again into an empty folder') from error
-    raise UserError(f'{origin} has format version {version}, this code reads 1 and '
-                    f'{FORMAT_VERSION}: pack the data again into an empty folder')
+    raise UserError(f'{origin} has format version {version}, this code reads '
+                    f'{FORMAT_VERSIONS}: pack the data again into an empty folder')
+
+
+# Fields of a Manifest that a version lacks.
+_LATER_FIELDS = {1: ('bos_id', 'eos_id', 'pad_id'), 2: ('eos_id', 'pad_id'), 3: ()}
 
 
 def smallest_dtype(largest: int) -> np.dtype:
@@ -114,11 +165,6 @@ def smallest_dtype(largest: int) -> np.dtype:
 def fingerprint_of(identity: dict[str, Any]) -> str:
   """Returns the sha256 of the values that tell one sequence of batches from another."""
   return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def segments_from_bos(tokens: np.ndarray, bos_id: int) -> np.ndarray:
-  """Returns the segment of each token, int32 [B, T]: the number of BOS up to it, 0 on padding."""
-  return np.where(tokens == PAD_ID, 0, np.cumsum(tokens == bos_id, axis=1)).astype(np.int32)
 
 
 def positions_in_segments(segments: np.ndarray) -> np.ndarray:
@@ -153,7 +199,8 @@ class PackedRows:
     self.fingerprint = self.manifest.fingerprint
     self._tokens = self._open_files('tokens', self.vocabulary_size - 1)
     # Version 1 stores segments. Later versions compute them in `take`.
-    if self.manifest.bos_id is None:
+    self._framing = self.manifest.framing
+    if self._framing is None:
       self._segments = self._open_files('segments', self.length)
 
   def __len__(self) -> int:
@@ -175,10 +222,10 @@ class PackedRows:
     if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
       raise IndexError(f'rows {indices.min()} to {indices.max()}: there are {len(self)}')
     tokens = self._gather(self._tokens, indices)
-    if self.manifest.bos_id is None:
+    if self._framing is None:
       segments = self._gather(self._segments, indices)
     else:
-      segments = segments_from_bos(tokens, self.manifest.bos_id)
+      segments = self._framing.segments(tokens)
     return Batch(tokens=tokens, segments=segments, positions=positions_in_segments(segments))
 
   def _open_files(self, kind: str, largest: int) -> list[np.ndarray]:

@@ -16,6 +16,7 @@ from latent_deliberation.data.sources import SPLITS, build_source, read_texts, s
 from latent_deliberation.data.vocabularies import (
   Vocabulary,
   check_vocabulary,
+  framing_of,
   open_vocabulary,
   vocabulary_hash,
 )
@@ -107,8 +108,8 @@ class Documents:
     """Returns whole documents in shuffled order, int32 [n] each, from BOS to EOS.
 
     BOS and EOS are added where the task has not added them. Documents without a token are left out.
-    A document that holds id 0 stops the stream with tf.errors.InvalidArgumentError: packing would
-    take the 0 for padding and lose it.
+    Where id 0 fills rows, a document that holds it stops the stream with
+    tf.errors.InvalidArgumentError: packing would lose it.
 
     Args:
       split: 'train' or 'validation'.
@@ -133,13 +134,14 @@ class Documents:
     return dataset.filter(lambda tokens: tf.size(tokens) > 0).map(self._frame)
 
   def _frame(self, tokens: tf.Tensor) -> tf.Tensor:
-    tf.debugging.assert_none_equal(tokens, PAD_ID, message=(
-        f'{self.provider.name}: a document holds id {PAD_ID}, which is padding. Its task must not '
-        'pad, and its vocabulary must not use the id'))
+    framing = framing_of(self.vocabulary)
+    if framing.pad_id != framing.bos_id:
+      tf.debugging.assert_none_equal(tokens, PAD_ID, message=(
+          f'{self.provider.name}: a document holds id {PAD_ID}, which is padding. Its task must '
+          'not pad, and its vocabulary must not use the id'))
     # Each is added once, unless the task has added it.
-    bos_id, eos_id = self.vocabulary.bos_id, self.vocabulary.eos_id
-    bos = tf.fill([tf.cast(tokens[0] != bos_id, tf.int32)], bos_id)
-    eos = tf.fill([tf.cast(tokens[-1] != eos_id, tf.int32)], eos_id)
+    bos = tf.fill([tf.cast(tokens[0] != framing.bos_id, tf.int32)], framing.bos_id)
+    eos = tf.fill([tf.cast(tokens[-1] != framing.eos_id, tf.int32)], framing.eos_id)
     return tf.concat([bos, tokens, eos], axis=0)
 
 

@@ -27,6 +27,7 @@ from latent_deliberation.data.data_config import (
   encode_bytes,
 )
 from latent_deliberation.data.host_tensorflow import seqio, tf
+from latent_deliberation.data.rows import Framing
 from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.files import copy_vocabulary, write_whole
 from latent_deliberation.paths import VOCABULARY_FILE, kept_vocabulary
@@ -196,15 +197,7 @@ def load_vocabulary(path: Path) -> seqio.SentencePieceVocabulary | JsonVocabular
 
 
 def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
-  """Refuses a vocabulary in which padding, beginning or end is missing, or is a real token.
-
-  Rows are padded with 0, and packing takes every 0 for padding. A vocabulary that gives id 0 to a
-  token would lose that token silently. In Llama 2 and Mistral it is <unk>.
-
-  In a tokenizer.json, id 0 serves as padding if it is a special token that no text gives and that
-  does not begin or end one. In SmolLM2-Instruct it is <|endoftext|>. What the tokenizer itself
-  pads with does not matter: there it is the end, which stays an end here. In Qwen and Llama 3,
-  id 0 is '!', and in the base SmolLM2 it is the beginning and the end.
+  """Refuses a vocabulary without an id that begins a text, or one that ends it.
 
   Raises:
     UserError: as above, or the vocabulary is of a type that is not in `Vocabulary`.
@@ -212,18 +205,6 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
   if not isinstance(vocabulary, Vocabulary):
     raise UserError(f'{origin}: vocabulary of type {type(vocabulary).__name__}: use one of '
                     f'{[each.__name__ for each in Vocabulary.__args__]}')
-  if isinstance(vocabulary, JsonVocabulary):
-    _check_json(vocabulary, origin)
-    return
-  # seqio always says that padding is 0. Only the tokenizer knows its real id.
-  pad_id = vocabulary.pad_id
-  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-    pad_id = vocabulary.tokenizer.pad_id()
-  if pad_id != PAD_ID:
-    raise UserError(
-        f'{origin}: id 0 is the token {vocabulary.tokenizer.id_to_piece(0)!r} and the pad id is '
-        f'{pad_id}, but rows are padded with 0. Train the vocabulary with --pad_id=0 --eos_id=1 '
-        '--bos_id=2 --unk_id=3, or take one that has <pad> at 0, as Gemma does')
   # seqio gives None, and SentencePiece -1, for an id that is not there.
   if vocabulary.bos_id in (None, -1) or vocabulary.eos_id in (None, -1):
     raise UserError(
@@ -231,19 +212,23 @@ def check_vocabulary(vocabulary: seqio.Vocabulary, origin: str) -> None:
         'needs both. Train the vocabulary with --eos_id=1 --bos_id=2, or take another')
 
 
-def _check_json(vocabulary: JsonVocabulary, origin: str) -> None:
-  """Raises UserError where packing would misread a token of a tokenizer.json."""
-  tokenizer = vocabulary.tokenizer
-  meanings = {'bos': tokenizer.bos, 'eos': tokenizer.eos, 'unk': tokenizer.unk}
-  remedy = ('Text can be generated with it; for training take a decoder with padding at 0, such as '
-            'a Gemma or SmolLM2-Instruct')
-  if PAD_ID not in tokenizer.special or PAD_ID in meanings.values():
-    raise UserError(f'{origin}: id 0 is the token {tokenizer.pieces[PAD_ID]!r}, with {meanings}, '
-                    f'but rows are padded with 0. {remedy}')
-  # The number of BOS in a row tells its documents apart.
-  if tokenizer.bos == tokenizer.eos:
-    raise UserError(f'{origin}: {tokenizer.pieces[tokenizer.bos]!r} both begins and ends a text, '
-                    f'but every document needs two. {remedy}')
+def framing_of(vocabulary: Vocabulary) -> Framing:
+  """Returns the ids that begin, end and fill rows of a vocabulary.
+
+  Id 0 fills rows where it is padding in the SentencePiece model, as in Gemma. In a tokenizer.json
+  it does where it is a special token that no text gives, and that does not begin or end one. In
+  SmolLM2-Instruct it is <|endoftext|>. Elsewhere BOS fills rows: in Llama 2 and Mistral id 0 is
+  <unk>, in Llama 3 and Qwen '!', and in the base SmolLM2 the beginning and the end.
+  """
+  bos, eos = vocabulary.bos_id, vocabulary.eos_id
+  if isinstance(vocabulary, JsonVocabulary):
+    is_free = PAD_ID in vocabulary.tokenizer.special and PAD_ID not in (
+        bos, eos, vocabulary.tokenizer.unk)
+  elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    is_free = vocabulary.tokenizer.pad_id() == PAD_ID  # seqio always says that padding is 0
+  else:
+    is_free = True
+  return Framing(bos, eos, PAD_ID if is_free else bos)
 
 
 def open_vocabulary(config: DataConfig, prepared_dir: Path,

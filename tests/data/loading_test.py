@@ -17,6 +17,7 @@ from latent_deliberation.data.loading import (
   prepare_data,
   validation_batches,
 )
+from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.paths import METRICS_FILE
@@ -112,17 +113,28 @@ def test_missing_files_are_named(tmp_path):
     prepare(experiment, tmp_path)
 
 
-def test_vocabulary_that_pads_with_a_token(tmp_path, quickstart):
+def test_vocabulary_without_padding(tmp_path):
+  """Rows of a vocabulary that gives id 0 to a token are packed and read, and lose no token."""
   import sentencepiece
-  model = tmp_path / 'llama.model'
+  model, words = tmp_path / 'llama.model', 'one two three four five '
   with model.open('wb') as file:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(['one two three four five'] * 20), model_writer=file,
+        sentence_iterator=iter([words] * 20), model_writer=file,
         model_type='char', vocab_size=17, unk_id=0, bos_id=1, eos_id=2, minloglevel=2)
+  for number in range(40):
+    (tmp_path / f'{number}.txt').write_text(words * 5 + 'Z' * number)  # unknown, so id 0
   experiment = finished.experiment(
-      data__vocabulary='sentencepiece', data__vocabulary_path=str(model))
-  with pytest.raises(UserError, match=f"{model}: id 0 is the token '<unk>' and the pad id is -1"):
-    prepare(experiment, tmp_path)
+      data__files=(f'{tmp_path}/*.txt',), data__vocabulary='sentencepiece',
+      data__vocabulary_path=str(model))
+  prepare(experiment, tmp_path)
+  rows = PackedRows(tmp_path / 'rows/train')
+  assert rows.manifest.pad_id == 1
+  batch = rows.take(np.arange(len(rows)))
+  inside = batch.segments > 0
+  assert inside.sum() == rows.manifest.tokens
+  assert (batch.tokens[~inside] == 1).all() and (batch.tokens[inside] == 0).sum() > 20
+  # Each text ends once.
+  assert (batch.tokens[inside] == 2).sum() == rows.manifest.documents
 
 
 def test_rows_must_fit_the_decoder(quickstart):

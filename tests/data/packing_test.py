@@ -14,7 +14,7 @@ from latent_deliberation.data import packing
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.online import OnlineBatches
 from latent_deliberation.data.packing import RowFiles, fill_rows, pack, prepare
-from latent_deliberation.data.rows import PackedRows, Recipe, segments_from_bos, smallest_dtype
+from latent_deliberation.data.rows import Framing, PackedRows, Recipe, smallest_dtype
 from latent_deliberation.data.sources import build_source, read_texts
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import ByteVocabulary, load_vocabulary
@@ -23,10 +23,11 @@ from latent_deliberation.paths import kept_vocabulary
 from tests import tiny_tokenizer
 
 BOS, EOS = 2, 1
+FRAMING = Framing(BOS, EOS)
 
 
-def fill(documents, length):
-  rows = list(fill_rows([np.array(d, np.int32) for d in documents], length, BOS))
+def fill(documents, length, framing=FRAMING):
+  rows = list(fill_rows([np.array(d, np.int32) for d in documents], length, framing))
   return [tokens.tolist() for tokens, _ in rows], [segments.tolist() for _, segments in rows]
 
 
@@ -53,6 +54,25 @@ BODIES = st.lists(st.integers(3, 99), max_size=30)  # of documents, between BOS 
 
 
 @settings(max_examples=40, deadline=None, database=None)
+@given(st.lists(BODIES, min_size=1, max_size=12), st.integers(2, 40), st.sampled_from([EOS, BOS]),
+       st.sampled_from([0, BOS]))
+def test_segments_come_back(bodies, length, eos, pad):
+  """Tokens alone tell the segments, also where BOS ends documents or fills rows."""
+  framing = Framing(BOS, eos, pad)
+  tokens, segments = map(np.array, fill([[BOS, *body, eos] for body in bodies], length, framing))
+  if not tokens.size:  # documents without a token, which begin with their end
+    assert eos == BOS and not any(bodies)
+    return
+  np.testing.assert_array_equal(framing.segments(tokens), segments)
+  # No token of a text is lost, and segments count up from the beginning of a row.
+  kept = tokens[(tokens != BOS) & (tokens != eos) & (segments > 0)].tolist()
+  assert kept == [token for body in bodies for token in body]
+  assert (tokens[segments == 0] == pad).all()
+  steps = np.diff(segments, axis=1, prepend=0)
+  assert set(steps[segments > 0].tolist()) <= {0, 1}
+
+
+@settings(max_examples=40, deadline=None, database=None)
 @given(st.lists(BODIES, min_size=1, max_size=12), st.integers(2, 40))
 def test_rows_lose_nothing(bodies, length):
   """No token is lost or moved, every segment begins with BOS, and rows are full."""
@@ -62,7 +82,7 @@ def test_rows_lose_nothing(bodies, length):
   kept = tokens[(tokens != BOS) & (tokens != 0)].tolist()
   assert kept == [token for document in documents for token in document[1:]]
   # BOS is where a segment begins, and nowhere else.
-  np.testing.assert_array_equal(segments_from_bos(tokens, BOS), segments)
+  np.testing.assert_array_equal(FRAMING.segments(tokens), segments)
   begins = (np.diff(segments, axis=1, prepend=0) != 0) & (segments > 0)
   np.testing.assert_array_equal(tokens == BOS, begins)
   # A segment ends with EOS, or with the end of its row, where the document continues.
@@ -77,7 +97,7 @@ def test_rows_lose_nothing(bodies, length):
 def test_smallest_dtype_is_written(tmp_path, vocabulary_size, dtype):
   recipe = Recipe(task='t', split='train', source_fingerprint='', vocabulary_hash='',
                   vocabulary_size=vocabulary_size, length=4, seed=0, max_tokens=0)
-  files = RowFiles(tmp_path, recipe, BOS, np.full(vocabulary_size, 3))
+  files = RowFiles(tmp_path, recipe, FRAMING, np.full(vocabulary_size, 3))
   last = vocabulary_size - 1
   files.write([(np.array([BOS, last, EOS, 0]), np.array([1, 1, 1, 0]))])
   tokens = np.load(tmp_path / 'tokens-00000.npy')
@@ -135,7 +155,7 @@ def test_segments_are_read_back(corpus_directory, tmp_path):
   directory = prepare(config, tmp_path) / 'train'
   assert sorted(path.name for path in directory.iterdir()) == ['manifest.json', 'tokens-00000.npy']
   documents = Documents.open(config, tmp_path)
-  filled = list(fill_rows(iterate(documents.stream('train', config.seed)), config.length, BOS))
+  filled = list(fill_rows(iterate(documents.stream('train', config.seed)), config.length, FRAMING))
   rows = PackedRows(directory)
   assert (rows.manifest.format_version, rows.manifest.bos_id) == (2, BOS)
   batch = rows.take(np.arange(len(rows)))
@@ -153,7 +173,8 @@ def test_fingerprint_is_that_of_version_1(corpus_directory, tmp_path):
     content.update(values.astype(smallest_dtype(largest)))
   manifest = dataclasses.asdict(rows.manifest) | {
       'content_hash': content.hexdigest(), 'format_version': 1}
-  del manifest['bos_id']
+  for name in ('bos_id', 'eos_id', 'pad_id'):
+    del manifest[name]
   written = json.dumps(manifest, indent=2, sort_keys=True).encode() + b'\n'
   assert rows.fingerprint == hashlib.sha256(written).hexdigest()
 

@@ -14,12 +14,12 @@ from latent_deliberation.data.packing import RowFiles
 from latent_deliberation.data.rows import (
   ALL_ROWS,
   MANIFEST_FILE,
+  Framing,
   Manifest,
   PackedRows,
   PermutedBatches,
   Recipe,
   positions_in_segments,
-  segments_from_bos,
 )
 from latent_deliberation.errors import UserError
 
@@ -38,7 +38,7 @@ def row_of(number):
 def write_rows(directory, rows=10, rows_per_file=4, recipe=RECIPE):
   directory.mkdir(exist_ok=True)
   all_rows = [(np.array(row_of(number)), np.array(SEGMENTS)) for number in range(rows)]
-  files = RowFiles(directory, recipe, BOS, np.ones(recipe.vocabulary_size, np.int32))
+  files = RowFiles(directory, recipe, Framing(BOS, 1), np.ones(recipe.vocabulary_size, np.int32))
   for start in range(0, rows, rows_per_file):
     files.write(all_rows[start:start + rows_per_file])
   manifest = Manifest(recipe=recipe, rows=rows, tokens=files.tokens, documents=1,
@@ -109,10 +109,32 @@ def test_take_outside_is_refused(directory, indices):
     PackedRows(directory).take(indices)
 
 
-def test_segments_from_bos():
-  tokens = np.array([[2, 5, 2, 2, 6, 0], [2, 1, 0, 0, 0, 0], [2, 3, 4, 5, 6, 7]])
-  assert segments_from_bos(tokens, 2).tolist() == [
-      [1, 1, 2, 3, 3, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
+@pytest.mark.parametrize('framing, tokens, segments', [
+    (Framing(2, 1), [2, 5, 2, 2, 6, 0], [1, 1, 2, 3, 3, 0]),
+    (Framing(2, 1), [2, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]),
+    (Framing(2, 1), [2, 3, 4, 5, 6, 7], [1, 1, 1, 1, 1, 1]),
+    # BOS fills the row, and 0 is a token.
+    (Framing(2, 1, 2), [2, 0, 1, 2, 2, 2], [1, 1, 1, 0, 0, 0]),
+    (Framing(2, 1, 2), [2, 0, 1, 2, 1, 2], [1, 1, 1, 2, 2, 0]),
+    (Framing(2, 1, 2), [2, 0, 1, 2, 3, 4], [1, 1, 1, 2, 2, 2]),
+    # BOS ends documents as well.
+    (Framing(2, 2, 2), [2, 0, 2, 2, 3, 4], [1, 1, 1, 2, 2, 2]),
+    (Framing(2, 2, 2), [2, 5, 2, 2, 3, 2], [1, 1, 1, 2, 2, 2]),
+    (Framing(2, 2, 2), [2, 5, 2, 2, 2, 2], [1, 1, 1, 0, 0, 0]),
+    (Framing(2, 2), [2, 5, 2, 2, 3, 0], [1, 1, 1, 2, 2, 0])])
+def test_segments(framing, tokens, segments):
+  assert framing.segments(np.array([tokens])).tolist() == [segments]
+
+
+def test_manifest_of_another_framing(tmp_path):
+  """What fills rows is kept; without it, a manifest is that of version 2."""
+  usual = PackedRows(write_rows(tmp_path)).manifest
+  assert usual.framing.segments(np.array([[2, 5, 0]])).tolist() == [[1, 1, 0]]
+  assert 'pad_id' not in json.loads(usual.to_json())
+  other = dataclasses.replace(usual, format_version=3, eos_id=2, pad_id=2)
+  read = Manifest.from_json(other.to_json(), tmp_path)
+  assert read == other and read.framing == Framing(2, 2, 2)
+  assert read.fingerprint == usual.fingerprint  # the hash of the vocabulary tells them apart
 
 
 def test_positions_in_segments():
@@ -143,7 +165,7 @@ def test_foreign_manifest_is_named(directory, content):
 def test_later_format_version_is_refused(directory):
   fields = json.loads((directory / MANIFEST_FILE).read_text()) | {'format_version': 7, 'new': 1}
   (directory / MANIFEST_FILE).write_text(json.dumps(fields))
-  with pytest.raises(UserError, match='format version 7.* 1 and 2'):
+  with pytest.raises(UserError, match=r'format version 7.* \(1, 2, 3\)'):
     PackedRows(directory)
 
 

@@ -7,11 +7,13 @@ import seqio
 import tensorflow as tf
 
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.rows import Framing
 from latent_deliberation.data.vocabularies import (
   VOCABULARY_FILE,
   ByteVocabulary,
   JsonVocabulary,
   bytes_per_token,
+  framing_of,
   load_vocabulary,
   open_vocabulary,
   train_sentencepiece,
@@ -108,10 +110,10 @@ def test_size_must_fit_the_text(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_id_0_must_be_padding(tmp_path):
-  path = train_foreign(tmp_path / 'llama.model')
-  with pytest.raises(UserError, match=r"id 0 is the token '<unk>' and the pad id is -1.*--pad_id"):
-    load_vocabulary(path)
+def test_framing_of_sentencepiece(tmp_path, trained):
+  """Id 0 fills rows where it is padding, and BOS where it is a token."""
+  assert framing_of(trained) == framing_of(ByteVocabulary()) == Framing(2, 1, 0)
+  assert framing_of(load_vocabulary(train_foreign(tmp_path / 'llama.model'))) == Framing(1, 2, 1)
 
 
 def test_vocabulary_without_bos(tmp_path):
@@ -120,24 +122,28 @@ def test_vocabulary_without_bos(tmp_path):
     load_vocabulary(path)
 
 
-@pytest.mark.parametrize('special, ends, message', [
-    ((), {'bos_token': '!', 'eos_token': '"'}, "json: id 0 is the token 'Ā'.* with 0.*Gemma"),
-    (('<|endoftext|>', '<end>'), {'eos_token': '<end>'}, r"id 0 .*endoftext.*'bos': 0"),
-    (('<begin>', '<end>'), {'bos_token': '<end>', 'eos_token': '<begin>'}, "id 0 .*'eos': 0"),
-    (('<pad>', '<end>'), {'bos_token': '<end>', 'eos_token': '<end>'}, "'<end>' both .*training"),
+@pytest.mark.parametrize('special, ends, framing', [
+    (('<pad>', '<begin>', '<end>'), {'bos_token': '<begin>', 'eos_token': '<end>'}, (1, 2, 0)),
+    ((), {'bos_token': '!', 'eos_token': '"'}, None),
+    (('<|endoftext|>', '<end>'), {'eos_token': '<end>'}, (0, 1, 0)),
+    (('<begin>', '<end>'), {'bos_token': '<end>', 'eos_token': '<begin>'}, (1, 0, 1)),
+    (('<pad>', '<end>'), {'bos_token': '<end>', 'eos_token': '<end>'}, (1, 1, 0)),
+    (('<|endoftext|>',), {'bos_token': '<|endoftext|>', 'eos_token': '<|endoftext|>'}, (0, 0, 0)),
 ])
-def test_ids_of_json(special, ends, message, tmp_path):
-  """Id 0 must be a special token without a meaning, and documents begin and end differently."""
+def test_framing_of_json(special, ends, framing, tmp_path):
+  """BOS fills rows unless id 0 is a special token without a meaning."""
   path = tiny_tokenizer.write(tmp_path, tiny_tokenizer.describe(special), ends)
-  with pytest.raises(UserError, match=message):
-    load_vocabulary(path)
+  vocabulary = load_vocabulary(path)
+  if framing is None:  # id 0 is a byte
+    framing = (vocabulary.bos_id, vocabulary.eos_id, vocabulary.bos_id)
+  assert framing_of(vocabulary) == Framing(*framing)
 
 
 def test_unknown_at_0(tmp_path):
-  """Padding that a text gives where it cannot be spelled is refused."""
-  content = tiny_tokenizer.describe(unk_token='<pad>')
-  with pytest.raises(UserError, match="id 0 is the token '<pad>'.*'unk': 0"):
-    load_vocabulary(tiny_tokenizer.write(tmp_path, content))
+  """Id 0 does not fill rows where it stands for what cannot be spelled."""
+  vocabulary = load_vocabulary(
+      tiny_tokenizer.write(tmp_path, tiny_tokenizer.describe(unk_token='<pad>')))
+  assert framing_of(vocabulary).pad_id == vocabulary.bos_id
 
 
 def test_missing_vocabulary_is_named(tmp_path):
