@@ -31,17 +31,20 @@ def get_config():
   return as_config(laptop_experiment('gemma3-270m', PRESETS['gemma3_270m']))
 
 
-def laptop_experiment(name: str, architecture: TransformerConfig) -> Experiment:
-  """Returns the main job on a small pretrained decoder: 4 refining latents, adapters of rank 16.
+def laptop_experiment(name: str, architecture: TransformerConfig, lora_rank: int = 16,
+                      gate: float = 0.3) -> Experiment:
+  """Returns the main job on a small pretrained decoder: 4 refining latents, made by adapters.
 
   Args:
     name: name, directory or GGUF file of the decoder.
     architecture: its architecture.
+    lora_rank: rank of the adapters.
+    gate: factor on the learning rate of the gate.
   """
   training = TrainingConfig(
       batch_size=4,
       optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, final_fraction=0.05, b2=0.98),
-      multipliers={'soft_tokens': 0.03, 'gate': 0.3},
+      multipliers={'soft_tokens': 0.03, 'gate': gate},
       loop=LoopConfig(num_steps=400, log_every=5, eval_every=100, save_every=50, keep=2))
   return Experiment(
       decoder=architecture, decoder_from=name,
@@ -49,7 +52,7 @@ def laptop_experiment(name: str, architecture: TransformerConfig) -> Experiment:
       computation=Computation(dtype='auto', frozen_dtype='bfloat16', scan=False, loss_chunk=256),
       pretraining=dataclasses.replace(training, multipliers={}),  # not run
       deliberation=DeliberationConfig(
-          num_latents=4, num_ahead=8, num_traces=32, trainable='lora', lora_rank=16),
+          num_latents=4, num_ahead=8, num_traces=32, trainable='lora', lora_rank=lora_rank),
       training=training,
       evaluation=EvaluationConfig(
           num_texts=64, batch_size=4, num_traces=16, num_ahead=16, positions=(1, 2, 4, 8, 16),

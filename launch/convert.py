@@ -6,13 +6,15 @@
   python launch/convert.py --source=gemma-2-2b --target=decoder
   python launch/convert.py --source=gemma-2-2b-Q4_K_M.gguf --target=decoder
   python launch/convert.py --source=runs/decoder/decoder --target=exported --format=huggingface
+  python launch/convert.py --coprocessor=runs/coprocessor --target=small --dtype=bfloat16
 
 It reads our own directories, those of Hugging Face (safetensors: Gemma, Llama, Mistral and Qwen),
 and the orbax checkpoints of Google's gemma library. It also reads GGUF files, which need
 pip install -e '.[gguf]'; give the file, or the directory that holds one. Some models have a name,
 which --list alone shows. hf://ORG/NAME downloads one from Hugging Face. Training reads them all, so
 nothing has to be converted first. A decoder's tokenizer comes with it. Without --target, no weights
-are loaded. Next, train a coprocessor for it, as in docs/gemma.md.
+are loaded. A coprocessor is written again in another dtype, to share it. Next, train a coprocessor,
+as in docs/gemma.md.
 """
 
 from pathlib import Path
@@ -24,10 +26,11 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 
 _SOURCE = app.define_decoder('source', 'Directory, GGUF file or name of the decoder to read.', '')
+_COPROCESSOR = app.define_directory(
+    'coprocessor', 'Trained coprocessor to write again in another dtype. Default: none.', '')
 _TARGET = app.define_directory(
-    'target',
-    'Directory to write the decoder to; must not exist yet. Default: only describe it.',
-    '')
+    'target', 'Directory to write to, which must not exist yet. Default: only describe the '
+    'decoder.', '')
 _FORMAT = flags.DEFINE_enum(
     'format', weights.FORMATS[0], weights.FORMATS, 'Format to write the decoder in.')
 _DTYPE = flags.DEFINE_enum(
@@ -38,6 +41,11 @@ _LIST = flags.DEFINE_bool(
 
 
 def main() -> None:
+  if _COPROCESSOR.value:
+    if _SOURCE.value or not _TARGET.value:
+      raise UserError('--coprocessor: give --target with it, and no --source')
+    print(convert.convert_coprocessor(Path(_COPROCESSOR.value), Path(_TARGET.value), _DTYPE.value))
+    return
   if not _SOURCE.value:
     if not _LIST.value:
       raise UserError('--source: give the decoder to read, or --list alone for the known names')

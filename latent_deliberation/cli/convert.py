@@ -1,4 +1,7 @@
-"""Describes a decoder on disk without loading it, and converts it to another format."""
+"""Describes a decoder on disk without loading it, and converts it to another format.
+
+A coprocessor has one format, and converts to another dtype.
+"""
 
 import dataclasses
 import json
@@ -9,6 +12,7 @@ from pathlib import Path
 from absl import logging
 
 from latent_deliberation.build import count_parameters
+from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable, refuse_backslash, write_json
 from latent_deliberation.inference.tokenizer import tokenizer_of
@@ -108,6 +112,30 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   written = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
   with_it = f', with {tokenizer}' if tokenizer else ''
   return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{with_it}'
+
+
+def convert_coprocessor(directory: Path, target: Path, dtype: str | None) -> str:
+  """Writes a trained coprocessor with its parameters rounded to `dtype`.
+
+  Args:
+    directory: the coprocessor/ of a training, or the work directory of that run.
+    target: directory to write; it appears whole or not at all.
+    dtype: 'bfloat16' halves the bytes of a trained one.
+
+  Returns: a sentence on what was written.
+
+  Raises:
+    UserError: there is no dtype, the coprocessor is absent or damaged, or `target` exists already
+      or cannot be written.
+  """
+  if dtype is None:
+    raise UserError('--dtype: give the dtype to round the coprocessor to, such as bfloat16')
+  trained = coprocessor_checkpoint.load(
+      coprocessor_checkpoint.locate_coprocessor(directory), dtype=dtype)
+  make_writable(target.parent)
+  coprocessor_checkpoint.save(target, trained)
+  written = sum(path.stat().st_size for path in target.iterdir())
+  return f'{target}: {count_parameters(trained.params):,} weights in {dtype}, {written:,} bytes'
 
 
 # Keys of config.json that transformers reads, and our decoder does not need.

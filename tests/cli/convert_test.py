@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.cli import convert
+from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import bind
 from latent_deliberation.model import weights
@@ -164,3 +165,18 @@ def test_config_of_directory_or_preset(exported, tmp_path, monkeypatch):
   assert bind(get_config('gemma3_1b')).decoder == PRESETS['gemma3_1b']
   with pytest.raises(UserError, match="'gemma9'.*gemma3_1b"):
     get_config('gemma9')
+
+
+def test_coprocessor_in_another_dtype(quickstart, tmp_path):
+  """Half the bytes, rounded once, for the same decoder; nothing is overwritten."""
+  source, target = quickstart / 'coprocessor', tmp_path / 'small'
+  said = convert.convert_coprocessor(source, target, 'bfloat16')
+  assert str(target) in said and 'bfloat16' in said
+  before, after = (coprocessor_checkpoint.load(coprocessor_checkpoint.locate_coprocessor(place))
+                   for place in (source, target))
+  jax.tree.map(lambda old, new: np.testing.assert_array_equal(old.astype('bfloat16'), new),
+               before.params, after.params)
+  assert after.decoder_fingerprint == before.decoder_fingerprint
+  for again in (target, tmp_path / 'other'):
+    with pytest.raises(UserError, match='small exists' if again == target else '--dtype'):
+      convert.convert_coprocessor(source, again, 'bfloat16' if again == target else None)
