@@ -25,8 +25,20 @@ from latent_deliberation.data.rows import Batches
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.progress import announced
 from latent_deliberation.training.checkpointer import Checkpointer
-from latent_deliberation.training.metrics import MetricsWriter, Pace, format_metric
+from latent_deliberation.training.metrics import MetricsWriter, format_metric
 from latent_deliberation.training.step import TrainState
+from latent_deliberation.training.utilisation import (
+  COMPILE,
+  DATA,
+  EVALUATION,
+  SAVE,
+  STEP,
+  Pace,
+  TimeLedger,
+  measure_goodput,
+  memory_gib,
+  peak_flops,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +81,9 @@ def train(state: TrainState,
           place: Callable[[Batch], Any],
           checkpointer: Checkpointer | None,
           metrics: MetricsWriter,
-          evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]]) -> TrainState:
+          evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]],
+          step_flops: float = 0.0,
+          begun: float | None = None) -> TrainState:
   """Trains from `state.step` to `config.num_steps`.
 
   Args:
@@ -81,6 +95,8 @@ def train(state: TrainState,
     checkpointer: writer of checkpoints; None saves nothing.
     metrics: writer of the scalars at `log_every`, and of the evaluators' values as 'name/key'.
     evaluators: functions of the parameters, by name.
+    step_flops: operations of a step on each device; 0 where they are not counted.
+    begun: time.monotonic() when the launch began to work on the run; default is now.
 
   Returns: the state after the last step.
 
@@ -94,10 +110,12 @@ def train(state: TrainState,
   if start > config.num_steps:
     raise UserError(f'the state is at step {start}, past num_steps = {config.num_steps}: '
                     'raise num_steps, or use another --workdir')
-  logbook = _Logbook(config, metrics, checkpointer)
+  ledger = TimeLedger(begun)
+  logbook = _Logbook(config, metrics, checkpointer, ledger, step_flops)
   # Each step is saved before it is evaluated, so a stop in between may have lost an evaluation.
   evaluating = (start > 0 and _is_due(start, config.eval_every, config)
                 and not metrics.has_evaluation(start, evaluators))
+  ledger.begin(start)
   unseen = None  # scalars of the last step: read while the next one runs, so devices never wait
 
   with _StopRequests() as stop:
@@ -106,11 +124,14 @@ def train(state: TrainState,
     for step in range(start, config.num_steps):
       # Dispatch the step, then read the scalars of the step before it.
       batch = place(batches(step))
+      # Nobody waited for a batch that came while the devices were at work.
+      ledger.book(DATA if unseen is None or _is_finished(unseen[1]) else STEP)
       if step == start:
         logbook.begin(step, batch)
       compiling = announced('compiling the first step') if step == start else None
       with compiling or contextlib.nullcontext():
         state, scalars = train_step(state, batch)
+      ledger.book(COMPILE if step == start else STEP)
       if unseen is not None:
         logbook.record(*unseen)
       done, unseen = step + 1, (step + 1, scalars)
@@ -124,17 +145,23 @@ def train(state: TrainState,
         unseen = None
       if saving and checkpointer is not None:
         checkpointer.save(done, state, batches)
+        ledger.book(SAVE)
       if stopping:
+        logbook.close(done)
         raise _preempted(stop, done, config, checkpointer)
       if evaluating:
         logbook.evaluate(done, evaluators, state.params)
+    with announced('writing the last checkpoint'):
+      logbook.close(config.num_steps)
     # A signal during the last evaluation must not be lost.
-    if checkpointer is not None:
-      with announced('writing the last checkpoint'):
-        checkpointer.wait()
     if stop.requested(config.num_steps):
       raise _preempted(stop, config.num_steps, config, checkpointer)
   return state
+
+
+def _is_finished(scalars: Mapping[str, Array]) -> bool:
+  """Whether the devices have computed the scalars of a step, and so the step."""
+  return all(value.is_ready() for value in scalars.values() if isinstance(value, jax.Array))
 
 
 def _is_due(step: int, every: int, config: LoopConfig) -> bool:
@@ -143,11 +170,8 @@ def _is_due(step: int, every: int, config: LoopConfig) -> bool:
 
 def _preempted(stop: '_StopRequests', step: int, config: LoopConfig,
                checkpointer: Checkpointer | None) -> Preempted:
-  if checkpointer is None:
-    saved = 'Nothing was saved.'
-  else:
-    checkpointer.wait()
-    saved = f'Saved in {checkpointer.directory}: the same command resumes from there.'
+  saved = 'Nothing was saved.' if checkpointer is None else (
+      f'Saved in {checkpointer.directory}: the same command resumes from there.')
   message = f'stopped by {stop.reason} at step {step}/{config.num_steps}. {saved}'
   logging.warning('%s', message)
   return Preempted(message, stop.number)
@@ -156,9 +180,10 @@ def _preempted(stop: '_StopRequests', step: int, config: LoopConfig,
 class _Logbook:
   """Reads the scalars of finished steps, logs them, measures speed, and stops the run on NaN."""
 
-  def __init__(self, config: LoopConfig, metrics: MetricsWriter,
-               checkpointer: Checkpointer | None):
+  def __init__(self, config: LoopConfig, metrics: MetricsWriter, checkpointer: Checkpointer | None,
+               ledger: TimeLedger, step_flops: float):
     self._config, self._metrics, self._checkpointer = config, metrics, checkpointer
+    self._ledger, self._step_flops = ledger, step_flops
     self._first: int | None = None
     self._pace: Pace | None = None
     self._last_line = time.monotonic()
@@ -166,7 +191,8 @@ class _Logbook:
   def begin(self, start: int, batch: Batch) -> None:
     """Takes the number of tokens of a step from the first global batch."""
     self._first = start + 1
-    self._pace = Pace(self._config.num_steps, batch.tokens.size)
+    self._pace = Pace(self._config.num_steps, batch.tokens.size, self._step_flops,
+                      peak_flops(jax.devices()[0].device_kind))
     self._last_line = time.monotonic()
 
   def record(self, step: int, scalars: Mapping[str, Array]) -> None:
@@ -176,21 +202,25 @@ class _Logbook:
     of the log every `log_seconds`.
     """
     values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
+    self._ledger.book(STEP)
     # Every process sees the same scalars, so all of them stop together.
     for name in ('loss', 'grad_norm'):
       if not math.isfinite(values[name]):
         raise UserError(
             f'{name} = {values[name]} at step {step}. {self._describe_last_good()} The same '
             'command would fail again: lower learning_rate or clip_norm, in another --workdir')
-    if _is_due(step, self._config.log_every, self._config):
-      speed = self._pace.tokens_per_second(step)
-      if speed is not None:
-        values['tokens_per_second'] = speed
-      self._metrics.write(step, values)
-      self._log_line(step, values)
-      self._pace.start(step)
-    elif time.monotonic() - self._last_line >= self._config.log_seconds:
-      self._log_line(step, values)
+    is_due = _is_due(step, self._config.log_every, self._config)
+    if is_due or time.monotonic() - self._last_line >= self._config.log_seconds:
+      memory = memory_gib()
+      parts = (f'step {step}/{self._config.num_steps}', format_metric('loss', values['loss']),
+               self._pace.describe(step), f'{memory:.3g} GiB', self._ledger.describe(),
+               f'ETA {self._pace.eta(step)}')
+      logging.info('%s', '  '.join(filter(None, parts)))
+      self._last_line = time.monotonic()
+      if is_due:
+        self._metrics.write(step, {**values, **self._pace.measure(step), 'memory_gib': memory,
+                                   **self._ledger.take(step)})
+        self._pace.start(step)
     # Measure from the end of the first step, which compiles.
     if step == self._first:
       self._pace.start(step)
@@ -201,6 +231,7 @@ class _Logbook:
     with announced(f'evaluating at step {step}'):
       values = {f'{name}/{key}': float(value) for name, evaluator in evaluators.items()
                 for key, value in evaluator(params).items()}
+    self._ledger.book(EVALUATION)
     if values:
       self._metrics.write(step, values)
       logging.info('step %d/%d  %s', step, self._config.num_steps,
@@ -210,9 +241,22 @@ class _Logbook:
     if self._pace is not None:
       self._pace.start(step)
 
-  def _log_line(self, step: int, values: Mapping[str, float]) -> None:
-    logging.info('%s', self._pace.line(step, values))
-    self._last_line = time.monotonic()
+  def close(self, step: int) -> None:
+    """Waits for the last checkpoint, and logs what the time of all launches went into.
+
+    Raises:
+      UserError: the checkpoint cannot be written.
+    """
+    if self._checkpointer is not None:
+      self._checkpointer.wait()
+      self._ledger.book(SAVE)
+    # A launch without a step has nothing to tell.
+    if self._first is None:
+      return
+    self._metrics.write(step, self._ledger.take(step))
+    goodput = measure_goodput(self._metrics.lines())
+    if goodput is not None:  # on process 0
+      logging.info('%s', goodput.describe())
 
   def _describe_last_good(self) -> str:
     if self._checkpointer is None:

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, and a progress line with an ETA.
+"""Metrics of a run: metrics.jsonl and trackers.
 
 docs/evaluation.md explains every logged number.
 """
@@ -6,7 +6,7 @@ docs/evaluation.md explains every logged number.
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,6 @@ from absl import logging
 from latent_deliberation.distributed import from_process_zero
 from latent_deliberation.files import explain_failed_write
 from latent_deliberation.paths import METRICS_FILE, TENSORBOARD
-from latent_deliberation.progress import format_duration
 
 # Not clu.metric_writers: it imports TensorFlow, which training machines need not have.
 try:
@@ -70,6 +69,10 @@ class MetricsWriter:
           self._events.add_scalar(name, value, step)
         self._events.flush()
 
+  def lines(self) -> list[dict[str, Any]]:
+    """Returns the lines of all launches, as they were written; none but on process 0."""
+    return [] if self._file is None else list(read_lines(self._directory / METRICS_FILE))
+
   def has_evaluation(self, step: int, names: Iterable[str]) -> bool:
     """Whether the file has values of all these evaluators at `step`; the same on every process."""
     found = False
@@ -102,49 +105,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
   A line that a crash cut off is skipped with a warning.
   """
   steps: dict[int, dict[str, Any]] = {}
-  for number, line in enumerate(path.read_text().splitlines(), start=1):
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError:
-      logging.warning('%s: skipped line %d, which a crash cut off', path, number)
-      continue
+  for row in read_lines(path):
     steps.setdefault(row['step'], {}).update(row)
   return [steps[step] for step in sorted(steps)]
 
 
-class Pace:
-  """Measures speed and predicts the end of a run.
-
-  Tokens per second cover the current window, which begins at the last `start`. The ETA uses the
-  mean time of a step since the first `start`, including pauses. Call `start` after the first step,
-  to leave out compilation, and after every pause.
-  """
-
-  def __init__(self, num_steps: int, tokens_per_step: int,
-               clock: Callable[[], float] = time.perf_counter):
-    self._num_steps, self._tokens_per_step, self._clock = num_steps, tokens_per_step, clock
-    self._first: tuple[int, float] | None = None
-    self._window: tuple[int, float] | None = None
-
-  def start(self, step: int) -> None:
-    """Begins a window at `step`, the number of finished steps."""
-    self._window = (step, self._clock())
-    self._first = self._first or self._window
-
-  def tokens_per_second(self, step: int) -> float | None:
-    """Returns the speed since the window began; None before anything was measured."""
-    return self._tokens_per_step / mean if (mean := self._mean(self._window, step)) else None
-
-  def line(self, step: int, metrics: Mapping[str, float]) -> str:
-    """Returns 'step 120/1000  loss 3.2101 nats/token  5,210 tokens/s  ETA 3m12s'."""
-    speed, mean = self.tokens_per_second(step), self._mean(self._first, step)
-    tokens = '-' if speed is None else f'{speed:,.0f}'
-    eta = '-' if mean is None else format_duration(mean * (self._num_steps - step))
-    loss = format_metric('loss', metrics['loss'])
-    return f'step {step}/{self._num_steps}  {loss}  {tokens} tokens/s  ETA {eta}'
-
-  def _mean(self, since: tuple[int, float] | None, step: int) -> float | None:
-    """Seconds per step since `since`; None when no step was measured."""
-    if since is None or step == since[0]:
-      return None
-    return (self._clock() - since[1]) / (step - since[0])
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+  """Yields the lines of a metrics.jsonl as they were written, without those that are damaged."""
+  for number, line in enumerate(path.read_text(errors='replace').splitlines(), start=1):
+    try:
+      row = json.loads(line)
+      row['step'] + row['seconds']
+    except (ValueError, TypeError, KeyError):
+      logging.warning('%s: skipped line %d, which a crash cut off', path, number)
+    else:
+      yield row

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.build import count_parameters
 from latent_deliberation.data.rows import Batches
+from latent_deliberation.deliberation.flops import training_flops
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
@@ -67,6 +69,7 @@ class Run:
     mesh: devices that the run is sharded over.
     init: (key, frozen parameters) -> trainable parameters, boxed with logical axes.
     frozen_shapes: shapes of the parameters that the loss reads and no step changes; {} for none.
+    begun: time.monotonic() at which this launch began to work on the run.
   """
   job: str
   experiment: Experiment
@@ -74,6 +77,7 @@ class Run:
   mesh: Mesh
   init: Callable[[Array, Params], PyTree]
   frozen_shapes: Params
+  begun: float = dataclasses.field(default_factory=time.monotonic)
 
   @property
   def section(self) -> str:
@@ -149,6 +153,13 @@ class Run:
     # Created inside jit, so no device holds more than its shards.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
     return jax.jit(create, out_shardings=shardings)(jax.random.key(self.experiment.seed), start)
+
+  @property
+  def step_flops(self) -> float:
+    """Operations of a step on each device, by the architecture."""
+    experiment = self.experiment
+    return self.settings.batch_size / self.mesh.size * training_flops(
+        self.job, experiment.decoder, experiment.deliberation, experiment.data.length)
 
   def make_step(self, loss_fn: LossFn, frozen: Params) -> TrainStep:
     """Returns the train step of this run.
@@ -299,7 +310,8 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
     return train(
         state, train_step, batches, config=settings.loop,
         place=lambda batch: place_batch(batch, run.mesh, run.experiment.rules),
-        checkpointer=saved, metrics=metrics, evaluators=evaluators).params
+        checkpointer=saved, metrics=metrics, evaluators=evaluators, step_flops=run.step_flops,
+        begun=run.begun).params
 
 
 def log_sizes(run: Run, batches: Batches) -> None:

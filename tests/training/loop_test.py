@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import types
 
 import jax
@@ -13,7 +14,8 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training import loop
 from latent_deliberation.training.loop import LoopConfig
-from latent_deliberation.training.metrics import read_metrics
+from latent_deliberation.training.metrics import read_lines, read_metrics
+from latent_deliberation.training.utilisation import TimeLedger
 from tests.training.toy_run import JITTED_STEP, ToyBatches, run, saved_steps
 
 
@@ -58,8 +60,28 @@ def test_log_every(tmp_path, caplog):
   rows = read_metrics(tmp_path / METRICS_FILE)
   assert [row['step'] for row in rows] == [2, 4, 5]
   assert all(row['grad_norm'] > 0 and row['tokens_per_second'] > 0 for row in rows)
-  assert 'step 4/5  loss ' in caplog.text and 'ETA ' in caplog.text
+  assert 'step 4/5  loss ' in caplog.text and 'ETA ' in caplog.text and ' GiB  ' in caplog.text
   assert not any(row['step'] == 1 for row in rows) and 'step 1/5' not in caplog.text
+
+
+def test_seconds_of_a_run(tmp_path, caplog, monkeypatch):
+  """The lines of the metrics hold every second of a launch, by kind; the log ends with goodput."""
+  clock = itertools.count(0, 1)
+  monkeypatch.setattr(loop, 'TimeLedger', lambda begun: TimeLedger(begun, lambda: next(clock)))
+  with caplog.at_level(logging.INFO, logger='absl'):
+    run(tmp_path, num_steps=4, log_every=2, save_every=2, eval_every=4,
+        evaluators={'held_out': lambda params: {'one': 1.0}})
+  lines = [line for line in read_lines(tmp_path / METRICS_FILE) if 'time/from' in line]
+  assert [(line['time/from'], line['step']) for line in lines] == [(0, 2), (2, 4), (4, 4)]
+  spent = {key: sum(line.get(key, 0.0) for line in lines)
+           for line in lines for key in line if key.startswith('time/') and key != 'time/from'}
+  # Each look at the clock is a second later.
+  assert sum(spent.values()) == next(clock) - 1
+  assert spent['time/start'] == spent['time/compile'] == spent['time/evaluation'] == 1
+  assert spent['time/save'] == 3  # two, and the wait for the last
+  assert spent['time/step'] >= 7  # dispatched three times, read four times
+  assert sum(bool(re.match(r'goodput [\d.]+% of \d+s in 1 launch: start 1s, ', message))
+             for message in caplog.messages) == 1
 
 
 def test_log_seconds(tmp_path, caplog, monkeypatch):
