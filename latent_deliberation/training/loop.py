@@ -26,6 +26,7 @@ from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.progress import announced
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.metrics import MetricsWriter, format_metric
+from latent_deliberation.training.profiling import StepProfile
 from latent_deliberation.training.step import TrainState
 from latent_deliberation.training.utilisation import (
   COMPILE,
@@ -82,6 +83,7 @@ def train(state: TrainState,
           checkpointer: Checkpointer | None,
           metrics: MetricsWriter,
           evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]],
+          profile: StepProfile | None = None,
           step_flops: float = 0.0,
           begun: float | None = None) -> TrainState:
   """Trains from `state.step` to `config.num_steps`.
@@ -95,6 +97,7 @@ def train(state: TrainState,
     checkpointer: writer of checkpoints; None saves nothing.
     metrics: writer of the scalars at `log_every`, and of the evaluators' values as 'name/key'.
     evaluators: functions of the parameters, by name.
+    profile: writer of a profile of some steps.
     step_flops: operations of a step on each device; 0 where they are not counted.
     begun: time.monotonic() when the launch began to work on the run; default is now.
 
@@ -128,13 +131,18 @@ def train(state: TrainState,
       ledger.book(DATA if unseen is None or _is_finished(unseen[1]) else STEP)
       if step == start:
         logbook.begin(step, batch)
+      if profile is not None:
+        profile.begin(step + 1, state)
       compiling = announced('compiling the first step') if step == start else None
-      with compiling or contextlib.nullcontext():
+      with (compiling or contextlib.nullcontext(),
+            jax.profiler.StepTraceAnnotation('step', step_num=step + 1)):
         state, scalars = train_step(state, batch)
       ledger.book(COMPILE if step == start else STEP)
       if unseen is not None:
         logbook.record(*unseen)
       done, unseen = step + 1, (step + 1, scalars)
+      if profile is not None:
+        profile.end(done, state)
 
       # Save and evaluate. Both need the scalars of this step first, since they may be NaN.
       stopping = stop.requested(done)

@@ -30,6 +30,7 @@ from latent_deliberation.paths import (
   CHECKPOINTS,
   COPROCESSOR,
   DECODER,
+  PROFILE,
   RUN_FILE,
 )
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
@@ -37,6 +38,7 @@ from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.loop import train
 from latent_deliberation.training.metrics import MetricsWriter
 from latent_deliberation.training.optimizer import build_optimizer, build_schedule
+from latent_deliberation.training.profiling import StepProfile, parse_range
 from latent_deliberation.training.run_identity import (
   CHANGEABLE,
   EARLIER_STEPS,
@@ -296,22 +298,27 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
                 run.changeable)
   run_on_process_zero(f'lengthen the run in {run.workdir}', lambda: lengthen(run))
   train_step = run.make_step(loss_fn, frozen)
+  profiled = parse_range(settings.profile, settings.loop.num_steps)
   with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
-        contextlib.closing(MetricsWriter(run.workdir)) as metrics):
+        contextlib.closing(MetricsWriter(run.workdir)) as metrics,
+        contextlib.closing(StepProfile(run.workdir / PROFILE, profiled)) as profile):
     # Resume the newest checkpoint, or create a state on its shards.
     state = saved.restore(run.abstract, batches)
     if state is None:
       state = run.create_state(load_start() if load_start else frozen)
     log_sizes(run, batches)
     finished = int(state.step) == settings.loop.num_steps
+    if profiled and profiled[-1] <= int(state.step):
+      logging.warning('%s.profile = %r is before step %d, at which this launch resumes: nothing is '
+                      'profiled', run.section, settings.profile, state.step)
     logging.info('%s: at step %d of %d; %s', run.workdir, state.step, settings.loop.num_steps,
                  f'it is finished, and a larger {run.section}.loop.num_steps trains it further'
                  if finished else 'the first step of a launch compiles')
     return train(
         state, train_step, batches, config=settings.loop,
         place=lambda batch: place_batch(batch, run.mesh, run.experiment.rules),
-        checkpointer=saved, metrics=metrics, evaluators=evaluators, step_flops=run.step_flops,
-        begun=run.begun).params
+        checkpointer=saved, metrics=metrics, evaluators=evaluators, profile=profile,
+        step_flops=run.step_flops, begun=run.begun).params
 
 
 def log_sizes(run: Run, batches: Batches) -> None:

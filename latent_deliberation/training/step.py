@@ -94,17 +94,18 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
     with nn.logical_axis_rules(tuple(rules.items())):
       total, targets, gradients = _accumulate(loss_fn, state.params, frozen, batch, keys,
                                               accumulation)
-    # The loss is a sum over targets. From here on, gradients are those of the mean.
-    gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(targets, 1), gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    with jax.named_scope('optimiser'):
+      # The loss is a sum over targets. From here on, gradients are those of the mean.
+      gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(targets, 1), gradients)
+      updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
     metrics = {
         'loss': total / jnp.maximum(targets, 1),
         'targets': targets,
         'grad_norm': optax.tree.norm(gradients),
         'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
     }
-    return state.replace(step=state.step + 1, opt_state=opt_state,
-                         params=optax.apply_updates(state.params, updates)), metrics
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   # The new state takes the memory of the old one. Frozen parameters stay.
   jitted = jax.jit(

@@ -64,7 +64,8 @@ def new_state() -> TrainState:
 def run(workdir: Path, num_steps: int = 6, *, batches: ToyBatches | None = None,
         train_step: Callable[..., Any] | None = JITTED_STEP,
         evaluators: Mapping[str, Callable[..., Any]] | None = None, save_every: int = 100,
-        eval_every: int = 100, log_every: int = 1, checkpoints: bool = True) -> TrainState:
+        eval_every: int = 100, log_every: int = 1, checkpoints: bool = True,
+        **options: Any) -> TrainState:
   """One launch with new objects, which resumes the run in `workdir`."""
   batches = batches or ToyBatches()
   state, checkpointer = new_state(), None
@@ -78,7 +79,7 @@ def run(workdir: Path, num_steps: int = 6, *, batches: ToyBatches | None = None,
   try:
     return train(state, train_step, batches, place=jax.device_put, checkpointer=checkpointer,
                  config=LoopConfig(num_steps, log_every, eval_every, save_every, keep=2),
-                 metrics=metrics, evaluators=evaluators or {})
+                 metrics=metrics, evaluators=evaluators or {}, **options)
   finally:
     metrics.close()
     if checkpointer is not None:
