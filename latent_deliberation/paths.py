@@ -40,6 +40,7 @@ from typing import Any
 RUN_FILE = 'run.json'
 METRICS_FILE = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
+WANDB_ID = 'wandb/id'  # in the folder that wandb makes
 PROFILE = 'profile'
 CHECKPOINTS = 'checkpoints'
 DATA_STATES = 'data'  # in `CHECKPOINTS`

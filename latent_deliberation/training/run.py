@@ -36,7 +36,7 @@ from latent_deliberation.paths import (
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.loop import train
-from latent_deliberation.training.metrics import MetricsWriter
+from latent_deliberation.training.metrics import MetricsWriter, check_trackers
 from latent_deliberation.training.optimizer import build_optimizer, build_schedule
 from latent_deliberation.training.profiling import StepProfile, parse_range
 from latent_deliberation.training.run_identity import (
@@ -206,6 +206,7 @@ class Run:
     Raises:
       UserError: see `check_sizes`.
       UserError: the work directory holds another run or a finished model, or cannot be written to.
+      UserError: see `check_trackers`.
     """
     self.check_sizes()
     for name in (DECODER, COPROCESSOR):
@@ -213,6 +214,7 @@ class Run:
         raise UserError(f'{self.workdir} holds a finished {name} and is no work directory: give '
                         f'the directory of its run, {self.workdir.parent}, or a new one')
     make_writable(self.workdir)
+    run_on_process_zero('begin its trackers', lambda: check_trackers(self.settings.trackers))
     # Data and decoder may not exist yet. `claim_workdir` compares their fingerprints.
     try:
       saved = json.loads((self.workdir / RUN_FILE).read_bytes())
@@ -300,7 +302,8 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
   train_step = run.make_step(loss_fn, frozen)
   profiled = parse_range(settings.profile, settings.loop.num_steps)
   with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
-        contextlib.closing(MetricsWriter(run.workdir)) as metrics,
+        contextlib.closing(MetricsWriter(run.workdir, settings.trackers,
+                                         dataclasses.asdict(run.experiment))) as metrics,
         contextlib.closing(StepProfile(run.workdir / PROFILE, profiled)) as profile):
     # Resume the newest checkpoint, or create a state on its shards.
     state = saved.restore(run.abstract, batches)

@@ -10,11 +10,6 @@ from latent_deliberation.training import metrics
 from latent_deliberation.training.metrics import MetricsWriter, format_metric, read_metrics
 
 
-@pytest.fixture(autouse=True)
-def without_tensorboard(monkeypatch):
-  monkeypatch.setattr(metrics, 'SummaryWriter', None)
-
-
 def write(directory, *rows):
   writer = MetricsWriter(directory)
   for step, values in rows:
@@ -70,28 +65,6 @@ def test_lines_of_a_step(tmp_path):
 def test_only_process_zero_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(metrics.jax, 'process_index', lambda: 1)
   assert not write(tmp_path / 'run', (1, {'loss': 3.0})).parent.exists()
-
-
-def test_tensorboard(tmp_path, monkeypatch):
-  """TensorBoard gets the same scalars where it is installed."""
-  events = []
-
-  class FakeSummaryWriter:
-    def __init__(self, directory):
-      events.append(directory)
-
-    def add_scalar(self, *event):
-      events.append(event)
-
-    def flush(self):
-      pass
-
-    def close(self):
-      events.append('closed')
-
-  monkeypatch.setattr(metrics, 'SummaryWriter', FakeSummaryWriter)
-  write(tmp_path, (7, {'loss': 3.0}))
-  assert events == [str(tmp_path / 'tensorboard'), ('loss', 3.0, 7), 'closed']
 
 
 def test_full_disk(tmp_path):
