@@ -103,11 +103,11 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def from_process_zero(value: bool) -> bool:
-  """Returns the value of process 0, on every process."""
+def from_process_zero(value: int) -> int:
+  """Returns the value of process 0, a bool or an integer of 32 bits, on every process."""
   if jax.process_count() == 1:
     return value
-  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+  return type(value)(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def run_on_process_zero(task: str, work: Callable[[], None]) -> None:

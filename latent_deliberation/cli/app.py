@@ -81,7 +81,7 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # not one of a notebook, or None where it is closed
       stream.reconfigure(errors='backslashreplace')
-  _define_processes()
+  _define_common()
   signal.signal(signal.SIGTERM, _terminate)
   try:
     app.run(lambda argv: _main(job, prepare, argv), flags_parser=_parse_flags)
@@ -119,8 +119,12 @@ def _code_of(error: BaseException) -> int:
   return 1
 
 
-def _define_processes() -> None:
-  """Defines the flags of a run of several processes; a Cloud TPU needs none of them."""
+def _define_common() -> None:
+  """Defines the flags of every script: a cache, and several processes that are no Cloud TPU."""
+  # No key of the config: programs in a cache are trusted, and a run.json may be of somebody else.
+  flags.DEFINE(_PathParser(), 'compilation_cache', None,
+               'Directory that keeps compiled programs for the next launch. Default: that of the '
+               'variable JAX_COMPILATION_CACHE_DIR, if any.')
   flags.DEFINE_string('coordinator_address', None,
                       'Address of process 0, as host:port. Only for a run of several processes.')
   flags.DEFINE_integer('process_count', None,
@@ -143,6 +147,8 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)
   logging.get_absl_logger().addFilter(_is_worth_a_line)
   _settle_jax()
+  if values.compilation_cache is not None:
+    jax.config.update('jax_compilation_cache_dir', values.compilation_cache)
 
   # Devices exist from here on.
   prepare()

@@ -22,7 +22,8 @@ from orbax.checkpoint import utils as orbax_utils
 
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.data.rows import Batches
-from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.distributed import from_process_zero
+from latent_deliberation.errors import UserError, check_integer, check_number, check_types
 from latent_deliberation.progress import announced
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.metrics import MetricsWriter, format_metric
@@ -53,6 +54,10 @@ class LoopConfig:
     save_every: number of steps from one checkpoint to the next.
     keep: number of checkpoints that are kept; older ones are removed.
     log_seconds: longest time without a line of the log, while steps are shorter than that.
+    save_minutes: longest time without a checkpoint, whatever save_every says; 0 for no limit.
+      It is agreed on by all processes, and may be late by a part of the time if steps slow down.
+    keep_every: number of steps between checkpoints that are kept for good; 0 keeps none.
+      Such a step is saved in any case.
   """
   num_steps: int
   log_every: int
@@ -60,10 +65,18 @@ class LoopConfig:
   save_every: int
   keep: int
   log_seconds: int = 30
+  save_minutes: float = 0.0
+  keep_every: int = 0
 
   def __post_init__(self):
-    for name, value in dataclasses.asdict(self).items():
-      check_integer(name, value, 1)
+    check_types(self)
+    check_number('save_minutes', self.save_minutes, 0)
+    check_integer('keep_every', self.keep_every, 0)
+    for name in ('num_steps', 'log_every', 'eval_every', 'save_every', 'keep', 'log_seconds'):
+      check_integer(name, getattr(self, name), 1)
+
+
+MOST_SKIPPED = 20  # updates in a row that were skipped as spikes; so many are no spike
 
 
 class Preempted(SystemExit):
@@ -115,6 +128,7 @@ def train(state: TrainState,
                     'raise num_steps, or use another --workdir')
   ledger = TimeLedger(begun)
   logbook = _Logbook(config, metrics, checkpointer, ledger, step_flops)
+  timed_saves = TimedSaves(60 * config.save_minutes, start)
   # Each step is saved before it is evaluated, so a stop in between may have lost an evaluation.
   evaluating = (start > 0 and _is_due(start, config.eval_every, config)
                 and not metrics.has_evaluation(start, evaluators))
@@ -146,13 +160,15 @@ def train(state: TrainState,
 
       # Save and evaluate. Both need the scalars of this step first, since they may be NaN.
       stopping = stop.requested(done)
-      saving = stopping or _is_due(done, config.save_every, config)
+      saving = (timed_saves.is_due(done) or stopping or _is_due(done, config.save_every, config)
+                or config.keep_every and done % config.keep_every == 0)
       evaluating = _is_due(done, config.eval_every, config)
       if saving or evaluating:
         logbook.record(*unseen)
         unseen = None
       if saving and checkpointer is not None:
         checkpointer.save(done, state, batches)
+        timed_saves.note_save(done)
         ledger.book(SAVE)
       if stopping:
         logbook.close(done)
@@ -211,12 +227,7 @@ class _Logbook:
     """
     values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
     self._ledger.book(STEP)
-    # Every process sees the same scalars, so all of them stop together.
-    for name in ('loss', 'grad_norm'):
-      if not math.isfinite(values[name]):
-        raise UserError(
-            f'{name} = {values[name]} at step {step}. {self._describe_last_good()} The same '
-            'command would fail again: lower learning_rate or clip_norm, in another --workdir')
+    self._check(step, values)
     is_due = _is_due(step, self._config.log_every, self._config)
     if is_due or time.monotonic() - self._last_line >= self._config.log_seconds:
       memory = memory_gib()
@@ -226,12 +237,31 @@ class _Logbook:
       logging.info('%s', '  '.join(filter(None, parts)))
       self._last_line = time.monotonic()
       if is_due:
-        self._metrics.write(step, {**values, **self._pace.measure(step), 'memory_gib': memory,
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._metrics.write(step, {**finite, **self._pace.measure(step), 'memory_gib': memory,
                                    **self._ledger.take(step)})
         self._pace.start(step)
     # Measure from the end of the first step, which compiles.
     if step == self._first:
       self._pace.start(step)
+
+  def _check(self, step: int, values: Mapping[str, float]) -> None:
+    """Raises UserError where a step went wrong. Every process sees the same, and stops with it."""
+    in_a_row = values.get('skipped_in_a_row', 0)
+    if in_a_row:
+      logging.warning('step %d: its update is skipped, since its loss or its gradient is far above '
+                      'the average: loss %.4f, grad_norm %.4g; %d skipped so far', step,
+                      values['loss'], values['grad_norm'], values['skipped_updates'])
+    if in_a_row >= MOST_SKIPPED:
+      raise UserError(
+          f'{MOST_SKIPPED} updates in a row were skipped up to step {step}: this is no spike. '
+          f'{self._describe_last_good()} Lower learning_rate or raise optimizer.skip_spikes, in '
+          'another --workdir')
+    for name in ('loss', 'grad_norm'):
+      if not in_a_row and not math.isfinite(values[name]):
+        raise UserError(
+            f'{name} = {values[name]} at step {step}. {self._describe_last_good()} The same '
+            'command would fail again: lower learning_rate or clip_norm, in another --workdir')
 
   def evaluate(self, step: int, evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]],
                params: Params) -> None:
@@ -274,6 +304,39 @@ class _Logbook:
     if step is None:
       return f'There is no checkpoint in {self._checkpointer.directory} yet.'
     return f'The last good checkpoint is {self._checkpointer.directory / str(step)}.'
+
+
+class TimedSaves:
+  """Says when it is time to save, at the same step on every process.
+
+  Processes that agree wait for their devices. So process 0 looks at its clock and says at which
+  step to ask again: after half of the time that is left, or less.
+
+  Args:
+    seconds: longest time without a save; 0 for no limit.
+    step: step at which the launch begins, which is saved already.
+    clock: a clock in seconds that never jumps.
+  """
+
+  def __init__(self, seconds: float, step: int, clock: Callable[[], float] = time.monotonic):
+    self._seconds, self._clock = seconds, clock
+    self.note_save(step)
+
+  def note_save(self, step: int) -> None:
+    """Begins to wait anew after a save."""
+    self._saved, self._saved_at = step, self._clock()
+    self._ask_at = step + 1
+
+  def is_due(self, step: int) -> bool:
+    """Whether `step`, which every process has finished, should be saved."""
+    if not self._seconds or step < self._ask_at:
+      return False
+    spent = self._clock() - self._saved_at
+    steps_left = (self._seconds - spent) / max(spent, 1e-9) * (step - self._saved)
+    # Process 0's number counts; 0 is to save now. It must fit into 32 bits.
+    wait = from_process_zero(0 if steps_left <= 0 else min(max(1, int(steps_left / 2)), 10**6))
+    self._ask_at = step + wait
+    return wait == 0
 
 
 class _StopRequests:

@@ -301,7 +301,8 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
   run_on_process_zero(f'lengthen the run in {run.workdir}', lambda: lengthen(run))
   train_step = run.make_step(loss_fn, frozen)
   profiled = parse_range(settings.profile, settings.loop.num_steps)
-  with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
+  with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep,
+                                        settings.loop.keep_every)) as saved,
         contextlib.closing(MetricsWriter(run.workdir, settings.trackers,
                                          dataclasses.asdict(run.experiment))) as metrics,
         contextlib.closing(StepProfile(run.workdir / PROFILE, profiled)) as profile):

@@ -27,7 +27,7 @@ WITHOUT_EFFECT = (
     'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from') + tuple(
     f'{section}.{key}' for section in ('pretraining', 'training')
     for key in ('loop.log_every', 'loop.log_seconds', 'loop.eval_every', 'loop.save_every',
-                'loop.keep', 'profile', 'trackers'))
+                'loop.save_minutes', 'loop.keep', 'loop.keep_every', 'profile', 'trackers'))
 # A run may be resumed with others of these. Every other key is part of its identity.
 CHANGEABLE = (*WITHOUT_EFFECT, 'evaluation')
 
