@@ -156,6 +156,8 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
   index, count = jax.process_index(), jax.process_count()
   if count > 1:
     _name_process(index, count)
+    # jax aborts where another process is lost. Its message must not be followed by all stacks.
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
   logging.info('%d %s devices, process %d of %d', jax.device_count(), jax.default_backend(), index,
                count)
 
@@ -167,6 +169,10 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
     except (Exception, KeyboardInterrupt) as error:
       if count > 1:
         _end_soon(_code_of(error))
+      if count > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+        error.add_note(f'Process {index} of {count} lost its work in the error above. If another '
+                       'process ended before it, the log of that one says why. The same command '
+                       'on every host resumes from the newest checkpoint.')
       raise
 
 
