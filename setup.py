@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'pytest>=8', 'pytest-xdist>=3.6',
-                 'ruff>=0.6', 'tokenizers>=0.21'],
+                 'ruff>=0.6', 'tokenizers>=0.21', 'wandb>=0.20'],
         'chat': ['jinja2>=3.1'],
         'gguf': ['gguf>=0.17', 'tokenizers>=0.21'],
         'tokenizers': ['tokenizers>=0.21'],
@@ -38,5 +38,6 @@ setup(
         'hub': ['huggingface-hub>=0.30'],
         'tensorboard': ['tensorboardX>=2.6'],
         'tpu': ['jax[tpu]'],
+        'wandb': ['wandb>=0.20'],
     },
 )

@@ -20,6 +20,9 @@ LAUNCHERS = (('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NODELIST'),
              ('OMPI_COMM_WORLD_SIZE', 'OMPI_MCA_orte_hnp_uri'))
 TERMINAL = 'SLURM_PTY_PORT'  # exists in a shell that srun --pty gave a terminal
 PATIENCE_SECONDS = 24 * 3600  # for the work of one process alone, such as packing a corpus
+# After so long without a sign of life from one process, all others end. jax's own threads give the
+# sign, also while a process packs, compiles or waits.
+HEARTBEAT_SECONDS = 45
 
 
 def initialize(address: str | None = None, count: int | None = None,
@@ -48,7 +51,8 @@ def initialize(address: str | None = None, count: int | None = None,
   elif not (address is None and count is None and index is None):
     _check_given(address, count, index)
     logging.info('process %d of %d: waiting for all of them at %s', index, count, address)
-    jax.distributed.initialize(address, count, index, cluster_detection_method='deactivate')
+    jax.distributed.initialize(address, count, index, cluster_detection_method='deactivate',
+                               heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
 def _check_given(address: str | None, count: int | None, index: int | None) -> None:
@@ -89,7 +93,7 @@ def _initialize_known() -> None:
   logging.info('waiting for the other processes that jax finds, if any; --process_count=1 runs '
                'this one alone')
   try:
-    jax.distributed.initialize()
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   except ValueError as error:
     # jax's error where no variable and no metadata server describes a pod, as in a notebook.
     if not _is_on_tpu() or 'coordinator_address should be defined' not in str(error):
@@ -103,11 +107,11 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def from_process_zero(value: bool) -> bool:
-  """Returns the value of process 0, on every process."""
+def from_process_zero(value: int) -> int:
+  """Returns the value of process 0, a bool or an integer of 32 bits, on every process."""
   if jax.process_count() == 1:
     return value
-  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+  return type(value)(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def run_on_process_zero(task: str, work: Callable[[], None]) -> None:

@@ -29,7 +29,9 @@ from latent_deliberation.model.transformer import ATTENTIONS, REMAT_POLICIES
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, check_rules
 from latent_deliberation.training.loop import LoopConfig
+from latent_deliberation.training.metrics import AUTO, parse_trackers
 from latent_deliberation.training.optimizer import OptimizerConfig
+from latent_deliberation.training.profiling import parse_range
 
 DTYPES = ('float32', 'bfloat16')
 CPU_INFO = Path('/proc/cpuinfo')
@@ -120,6 +122,10 @@ class TrainingConfig:
     row_range_percent: range of the packed training rows that are read, in percent.
       (0, 50) for pretraining and (50, 100) for training give the coprocessor text that the decoder
       has not read.
+    profile: steps to profile, START:END for START up to END - 1; '' for none.
+      The trace is in <workdir>/profile, for xprof.
+    trackers: where metrics go besides metrics.jsonl: 'tensorboard', 'wandb', or both with a comma.
+      'auto' is TensorBoard where tensorboardX is installed, and '' is none.
   """
   batch_size: int
   optimizer: OptimizerConfig
@@ -127,6 +133,8 @@ class TrainingConfig:
   accumulation: int = 1
   multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
   row_range_percent: tuple[int, int] = ALL_ROWS
+  profile: str = ''
+  trackers: str = AUTO
 
   def __post_init__(self):
     object.__setattr__(self, 'row_range_percent', check_row_range(self.row_range_percent))
@@ -135,6 +143,8 @@ class TrainingConfig:
                    for name in ('batch_size', 'accumulation') if getattr(self, name) < 1)
     for name, factor in self.multipliers.items():
       check_number(f'multipliers.{name}', factor, 0)
+    raise_problems([*problems_of(lambda: parse_range(self.profile, self.loop.num_steps)),
+                    *problems_of(lambda: parse_trackers(self.trackers))])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
   a run (--workdir)
     run.json                  identity of the run, which a resumed run must have
     metrics.jsonl             logged numbers, one line for each logged step
-    tensorboard/              the same numbers, where tensorboardX is installed
+    tensorboard/, wandb/      the same numbers for trackers
+    profile/                  profiles of steps, for xprof
     checkpoints/STEP/         states that training resumes from
     checkpoints/data/STEP/    the position of the data at each of them
     decoder/                  written by pretraining
@@ -39,6 +40,8 @@ from typing import Any
 RUN_FILE = 'run.json'
 METRICS_FILE = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'
+WANDB_ID = 'wandb/id'  # in the folder that wandb makes
+PROFILE = 'profile'
 CHECKPOINTS = 'checkpoints'
 DATA_STATES = 'data'  # in `CHECKPOINTS`
 DECODER = 'decoder'

@@ -129,7 +129,8 @@ def _fill_sizes(sizes: Sequence[int], num_devices: int) -> list[int]:
   if left_over or math.prod(sizes) != num_devices:
     raise UserError(
         f'mesh {_named(sizes)} has {math.prod(sizes)} places for {num_devices} devices: the sizes '
-        'must multiply to the number of devices')
+        'must multiply to the number of devices. Give mesh.fsdp or mesh.data = -1 for all that are '
+        'left. A run may be resumed with another mesh')
   return sizes
 
 

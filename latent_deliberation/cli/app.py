@@ -81,7 +81,7 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # not one of a notebook, or None where it is closed
       stream.reconfigure(errors='backslashreplace')
-  _define_processes()
+  _define_common()
   signal.signal(signal.SIGTERM, _terminate)
   try:
     app.run(lambda argv: _main(job, prepare, argv), flags_parser=_parse_flags)
@@ -119,8 +119,12 @@ def _code_of(error: BaseException) -> int:
   return 1
 
 
-def _define_processes() -> None:
-  """Defines the flags of a run of several processes; a Cloud TPU needs none of them."""
+def _define_common() -> None:
+  """Defines the flags of every script: a cache, and several processes that are no Cloud TPU."""
+  # No key of the config: programs in a cache are trusted, and a run.json may be of somebody else.
+  flags.DEFINE(_PathParser(), 'compilation_cache', None,
+               'Directory that keeps compiled programs for the next launch. Default: that of the '
+               'variable JAX_COMPILATION_CACHE_DIR, if any.')
   flags.DEFINE_string('coordinator_address', None,
                       'Address of process 0, as host:port. Only for a run of several processes.')
   flags.DEFINE_integer('process_count', None,
@@ -143,6 +147,8 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
   python_logging.getLogger('jax').setLevel(python_logging.WARNING)
   logging.get_absl_logger().addFilter(_is_worth_a_line)
   _settle_jax()
+  if values.compilation_cache is not None:
+    jax.config.update('jax_compilation_cache_dir', values.compilation_cache)
 
   # Devices exist from here on.
   prepare()
@@ -150,6 +156,8 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
   index, count = jax.process_index(), jax.process_count()
   if count > 1:
     _name_process(index, count)
+    # jax aborts where another process is lost. Its message must not be followed by all stacks.
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
   logging.info('%d %s devices, process %d of %d', jax.device_count(), jax.default_backend(), index,
                count)
 
@@ -161,6 +169,10 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
     except (Exception, KeyboardInterrupt) as error:
       if count > 1:
         _end_soon(_code_of(error))
+      if count > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+        error.add_note(f'Process {index} of {count} lost its work in the error above. If another '
+                       'process ended before it, the log of that one says why. The same command '
+                       'on every host resumes from the newest checkpoint.')
       raise
 
 

@@ -63,7 +63,8 @@ def prepare_data(config: DataConfig, vocab_size: int, prepared_dir: Path) -> Non
 
 
 def _prepare(config: DataConfig, prepared_dir: Path) -> None:
-  from latent_deliberation.data.packing import prepare  # imports TensorFlow, which not all have
+  # Imported by name: it needs TensorFlow, which a machine that only trains need not have.
+  prepare = importlib.import_module('latent_deliberation.data.packing').prepare
   needed = ('train', 'validation') if config.mode == 'packed' else ('validation',)
   if all((prepared_dir / ROWS / split).is_dir() for split in needed):
     prepare(config, prepared_dir)  # only compares; the directory may be read-only

@@ -144,3 +144,19 @@ def traces_flops(decoder_config: TransformerConfig, config: DeliberationConfig, 
   if tuned:
     return 3 * (trunk + config.num_traces * second)
   return trunk + config.num_traces * (coprocessing + 2 * second)
+
+
+def training_flops(job: str, decoder_config: TransformerConfig, config: DeliberationConfig,
+                   length: int) -> float:
+  """Returns the operations of a training step on one text, by what is trained.
+
+  Args:
+    job: 'pretrain' or 'finetuned' for all weights of a decoder, 'lora' for its adapters, 'joint'
+      for weights and latents together; any other for latents alone.
+    decoder_config: architecture of the decoder.
+    config: how latents are made, and the rank of adapters.
+    length: number of tokens of the text.
+  """
+  if job in ('pretrain', 'finetuned', 'lora'):
+    return text_flops(decoder_config, length, config.lora_rank if job == 'lora' else 0)
+  return traces_flops(decoder_config, config, length, tuned=job == 'joint')

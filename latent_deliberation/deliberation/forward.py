@@ -1,4 +1,7 @@
-"""The three passes: prefill, coprocess, second pass. This file is the paper."""
+"""The three passes: prefill, coprocess, second pass. This file is the paper.
+
+Named scopes are the names of the passes in a profile. They change no program.
+"""
 
 import dataclasses
 
@@ -57,6 +60,7 @@ class Deliberator:
     latents = self.latents(params, decoder_params, placement, outputs)
     return self.second_pass(decoder_params, latents, traces, placement, cache)
 
+  @jax.named_scope('prefill')
   def prefill(self, decoder_params: Params, batch: Batch) -> tuple[Array, KVCache]:
     """First pass: the decoder reads the trunks. Returns hidden states [B, T, D] and kv-cache."""
     hidden, cache = self.decoder.apply(
@@ -64,6 +68,7 @@ class Deliberator:
         method='prefill')
     return hidden, cache if self.tuned else jax.lax.stop_gradient(cache)
 
+  @jax.named_scope('coprocess')
   def coprocess(self, params: Params, decoder_params: Params, placement: Placement, trunk: Array,
                 cache: KVCache) -> Latents:
     """The coprocessor reads the cache. Returns its outputs [B, M, Z, D] at the soft tokens."""
@@ -75,6 +80,7 @@ class Deliberator:
     """Returns the latents that the decoder reads, made from the coprocessor's outputs."""
     return self.coprocessor.compose(params, outputs, self._base(decoder_params, placement))
 
+  @jax.named_scope('second_pass')
   def second_pass(self, decoder_params: Params, latents: Latents, traces: Traces,
                   placement: Placement, cache: KVCache) -> Float[Array, 'B M A D']:
     """Second pass: the decoder reads [latents, ahead tokens] after the trunk's cache.
@@ -108,6 +114,7 @@ class Deliberator:
     return self.decoder.apply({'params': decoder_params}, placement.base_tokens, method='embed')
 
 
+@jax.named_scope('loss')
 @typed
 def ahead_nll(hidden: Float[Array, 'B M A D'], traces: Traces, decoder_params: Params,
               final_softcap: float | None, loss_chunk: int) -> Float[Array, 'B M A']:

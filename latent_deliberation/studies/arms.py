@@ -78,12 +78,11 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
   decoder_config, config = experiment.decoder, experiment.deliberation
   settings, length = experiment.training, experiment.data.length
   texts = settings.loop.num_steps * settings.batch_size
+  training = texts * flops.training_flops(learns, decoder_config, config, length)
   # Tuned decoders cost what the decoder costs; arms with latents also make and read latents.
   answer = flops.answer_flops(decoder_config, scorer.prompt_tokens, scorer.answer_tokens)
-  training = flops.text_flops(decoder_config, length, config.lora_rank if learns == 'lora' else 0)
   if learns in (LATENT_ARM, 'joint'):
     answer += flops.latents_flops(decoder_config, config, scorer.prompt_tokens)
-    training = flops.traces_flops(decoder_config, config, length, tuned=learns == 'joint')
   kind = f'{config.trainable} {config.latents} latents' if learns == LATENT_ARM else learns
   arms = {}
   for control in (FROZEN, OWN, *CONTROLS):  # the order of the report
@@ -92,7 +91,7 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
     label = name if control in (OWN, FROZEN) else control_name(name, control)
     arms[label] = Arm(
         kind=kind, trained=runs[0].trained, total=runs[0].total,
-        flops_per_token=answer / scorer.answer_tokens, train_flops=texts * training,
+        flops_per_token=answer / scorer.answer_tokens, train_flops=training,
         seeds=study.seeds, seconds=seconds,
         note=_describe_budget(settings, study.experiment.training),
         **_scored([run.scores[control] for run in runs]))

@@ -27,16 +27,24 @@ class Checkpointer:
   into place when every process has written all its files.
   """
 
-  def __init__(self, directory: Path, keep: int):
-    """Opens or creates `directory`, which keeps the newest `keep` checkpoints."""
+  def __init__(self, directory: Path, keep: int, keep_every: int = 0):
+    """Opens or creates `directory`.
+
+    Args:
+      directory: directory of the checkpoints.
+      keep: number of the newest checkpoints that are kept.
+      keep_every: steps that are multiples of it are kept for good; 0 for none.
+    """
     if keep < 1:  # LoopConfig refuses it with the name of its key
       raise ValueError(f'keep = {keep}: it must be 1 or more')
+    policies = ocp.checkpoint_managers
+    kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
     self.directory = directory.absolute()
     self._saving: int | None = None
     self._manager = ocp.CheckpointManager(
         path_for_orbax(directory),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True))
 
   def latest_step(self) -> int | None:

@@ -22,11 +22,32 @@ from orbax.checkpoint import utils as orbax_utils
 
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.data.rows import Batches
-from latent_deliberation.errors import UserError, check_integer, problems_of, raise_problems
+from latent_deliberation.distributed import from_process_zero
+from latent_deliberation.errors import (
+  UserError,
+  check_integer,
+  check_number,
+  check_types,
+  problems_of,
+  raise_problems,
+)
 from latent_deliberation.progress import announced
 from latent_deliberation.training.checkpointer import Checkpointer
-from latent_deliberation.training.metrics import MetricsWriter, Pace, format_metric
+from latent_deliberation.training.metrics import MetricsWriter, format_metric
+from latent_deliberation.training.profiling import StepProfile
 from latent_deliberation.training.step import TrainState
+from latent_deliberation.training.utilisation import (
+  COMPILE,
+  DATA,
+  EVALUATION,
+  SAVE,
+  STEP,
+  Pace,
+  TimeLedger,
+  measure_goodput,
+  memory_gib,
+  peak_flops,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +61,10 @@ class LoopConfig:
     save_every: number of steps from one checkpoint to the next.
     keep: number of checkpoints that are kept; older ones are removed.
     log_seconds: longest time without a line of the log, while steps are shorter than that.
+    save_minutes: longest time without a checkpoint, whatever save_every says; 0 for no limit.
+      It is agreed on by all processes, and may be late by a part of the time if steps slow down.
+    keep_every: number of steps between checkpoints that are kept for good; 0 keeps none.
+      Such a step is saved in any case.
   """
   num_steps: int
   log_every: int
@@ -47,10 +72,20 @@ class LoopConfig:
   save_every: int
   keep: int
   log_seconds: int = 30
+  save_minutes: float = 0.0
+  keep_every: int = 0
 
   def __post_init__(self):
-    raise_problems(problem for name, value in dataclasses.asdict(self).items()
-                   for problem in problems_of(check_integer, name, value, 1))
+    check_types(self)
+    counts = ('num_steps', 'log_every', 'eval_every', 'save_every', 'keep', 'log_seconds')
+    raise_problems([
+        *problems_of(check_number, 'save_minutes', self.save_minutes, 0),
+        *problems_of(check_integer, 'keep_every', self.keep_every, 0),
+        *(problem for name in counts
+          for problem in problems_of(check_integer, name, getattr(self, name), 1))])
+
+
+MOST_SKIPPED = 20  # updates in a row that were skipped as spikes; so many are no spike
 
 
 class Preempted(SystemExit):
@@ -69,7 +104,10 @@ def train(state: TrainState,
           place: Callable[[Batch], Any],
           checkpointer: Checkpointer | None,
           metrics: MetricsWriter,
-          evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]]) -> TrainState:
+          evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]],
+          profile: StepProfile | None = None,
+          step_flops: float = 0.0,
+          begun: float | None = None) -> TrainState:
   """Trains from `state.step` to `config.num_steps`.
 
   Args:
@@ -81,6 +119,9 @@ def train(state: TrainState,
     checkpointer: writer of checkpoints; None saves nothing.
     metrics: writer of the scalars at `log_every`, and of the evaluators' values as 'name/key'.
     evaluators: functions of the parameters, by name.
+    profile: writer of a profile of some steps.
+    step_flops: operations of a step on each device; 0 where they are not counted.
+    begun: time.monotonic() when the launch began to work on the run; default is now.
 
   Returns: the state after the last step.
 
@@ -94,10 +135,13 @@ def train(state: TrainState,
   if start > config.num_steps:
     raise UserError(f'the state is at step {start}, past num_steps = {config.num_steps}: '
                     'raise num_steps, or use another --workdir')
-  logbook = _Logbook(config, metrics, checkpointer)
+  ledger = TimeLedger(begun)
+  logbook = _Logbook(config, metrics, checkpointer, ledger, step_flops)
+  timed_saves = TimedSaves(60 * config.save_minutes, start)
   # Each step is saved before it is evaluated, so a stop in between may have lost an evaluation.
   evaluating = (start > 0 and _is_due(start, config.eval_every, config)
                 and not metrics.has_evaluation(start, evaluators))
+  ledger.begin(start)
   unseen = None  # scalars of the last step: read while the next one runs, so devices never wait
 
   with _StopRequests() as stop:
@@ -106,35 +150,51 @@ def train(state: TrainState,
     for step in range(start, config.num_steps):
       # Dispatch the step, then read the scalars of the step before it.
       batch = place(batches(step))
+      # Nobody waited for a batch that came while the devices were at work.
+      ledger.book(DATA if unseen is None or _is_finished(unseen[1]) else STEP)
       if step == start:
         logbook.begin(step, batch)
+      if profile is not None:
+        profile.begin(step + 1, state)
       compiling = announced('compiling the first step') if step == start else None
-      with compiling or contextlib.nullcontext():
+      with (compiling or contextlib.nullcontext(),
+            jax.profiler.StepTraceAnnotation('step', step_num=step + 1)):
         state, scalars = train_step(state, batch)
+      ledger.book(COMPILE if step == start else STEP)
       if unseen is not None:
         logbook.record(*unseen)
       done, unseen = step + 1, (step + 1, scalars)
+      if profile is not None:
+        profile.end(done, state)
 
       # Save and evaluate. Both need the scalars of this step first, since they may be NaN.
       stopping = stop.requested(done)
-      saving = stopping or _is_due(done, config.save_every, config)
+      saving = (timed_saves.is_due(done) or stopping or _is_due(done, config.save_every, config)
+                or config.keep_every and done % config.keep_every == 0)
       evaluating = _is_due(done, config.eval_every, config)
       if saving or evaluating:
         logbook.record(*unseen)
         unseen = None
       if saving and checkpointer is not None:
         checkpointer.save(done, state, batches)
+        timed_saves.note_save(done)
+        ledger.book(SAVE)
       if stopping:
+        logbook.close(done)
         raise _preempted(stop, done, config, checkpointer)
       if evaluating:
         logbook.evaluate(done, evaluators, state.params)
+    with announced('writing the last checkpoint'):
+      logbook.close(config.num_steps)
     # A signal during the last evaluation must not be lost.
-    if checkpointer is not None:
-      with announced('writing the last checkpoint'):
-        checkpointer.wait()
     if stop.requested(config.num_steps):
       raise _preempted(stop, config.num_steps, config, checkpointer)
   return state
+
+
+def _is_finished(scalars: Mapping[str, Array]) -> bool:
+  """Whether the devices have computed the scalars of a step, and so the step."""
+  return all(value.is_ready() for value in scalars.values() if isinstance(value, jax.Array))
 
 
 def _is_due(step: int, every: int, config: LoopConfig) -> bool:
@@ -143,11 +203,8 @@ def _is_due(step: int, every: int, config: LoopConfig) -> bool:
 
 def _preempted(stop: '_StopRequests', step: int, config: LoopConfig,
                checkpointer: Checkpointer | None) -> Preempted:
-  if checkpointer is None:
-    saved = 'Nothing was saved.'
-  else:
-    checkpointer.wait()
-    saved = f'Saved in {checkpointer.directory}: the same command resumes from there.'
+  saved = 'Nothing was saved.' if checkpointer is None else (
+      f'Saved in {checkpointer.directory}: the same command resumes from there.')
   message = f'stopped by {stop.reason} at step {step}/{config.num_steps}. {saved}'
   logging.warning('%s', message)
   return Preempted(message, stop.number)
@@ -156,9 +213,10 @@ def _preempted(stop: '_StopRequests', step: int, config: LoopConfig,
 class _Logbook:
   """Reads the scalars of finished steps, logs them, measures speed, and stops the run on NaN."""
 
-  def __init__(self, config: LoopConfig, metrics: MetricsWriter,
-               checkpointer: Checkpointer | None):
+  def __init__(self, config: LoopConfig, metrics: MetricsWriter, checkpointer: Checkpointer | None,
+               ledger: TimeLedger, step_flops: float):
     self._config, self._metrics, self._checkpointer = config, metrics, checkpointer
+    self._ledger, self._step_flops = ledger, step_flops
     self._first: int | None = None
     self._pace: Pace | None = None
     self._last_line = time.monotonic()
@@ -166,7 +224,8 @@ class _Logbook:
   def begin(self, start: int, batch: Batch) -> None:
     """Takes the number of tokens of a step from the first global batch."""
     self._first = start + 1
-    self._pace = Pace(self._config.num_steps, batch.tokens.size)
+    self._pace = Pace(self._config.num_steps, batch.tokens.size, self._step_flops,
+                      peak_flops(jax.devices()[0].device_kind))
     self._last_line = time.monotonic()
 
   def record(self, step: int, scalars: Mapping[str, Array]) -> None:
@@ -176,24 +235,42 @@ class _Logbook:
     of the log every `log_seconds`.
     """
     values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
-    # Every process sees the same scalars, so all of them stop together.
-    for name in ('loss', 'grad_norm'):
-      if not math.isfinite(values[name]):
-        raise UserError(
-            f'{name} = {values[name]} at step {step}. {self._describe_last_good()} The same '
-            'command would fail again: lower learning_rate or clip_norm, in another --workdir')
-    if _is_due(step, self._config.log_every, self._config):
-      speed = self._pace.tokens_per_second(step)
-      if speed is not None:
-        values['tokens_per_second'] = speed
-      self._metrics.write(step, values)
-      self._log_line(step, values)
-      self._pace.start(step)
-    elif time.monotonic() - self._last_line >= self._config.log_seconds:
-      self._log_line(step, values)
+    self._ledger.book(STEP)
+    self._check(step, values)
+    is_due = _is_due(step, self._config.log_every, self._config)
+    if is_due or time.monotonic() - self._last_line >= self._config.log_seconds:
+      memory = memory_gib()
+      parts = (f'step {step}/{self._config.num_steps}', format_metric('loss', values['loss']),
+               self._pace.describe(step), f'{memory:.3g} GiB', self._ledger.describe(),
+               f'ETA {self._pace.eta(step)}')
+      logging.info('%s', '  '.join(filter(None, parts)))
+      self._last_line = time.monotonic()
+      if is_due:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._metrics.write(step, {**finite, **self._pace.measure(step), 'memory_gib': memory,
+                                   **self._ledger.take(step)})
+        self._pace.start(step)
     # Measure from the end of the first step, which compiles.
     if step == self._first:
       self._pace.start(step)
+
+  def _check(self, step: int, values: Mapping[str, float]) -> None:
+    """Raises UserError where a step went wrong. Every process sees the same, and stops with it."""
+    in_a_row = values.get('skipped_in_a_row', 0)
+    if in_a_row:
+      logging.warning('step %d: its update is skipped, since its loss or its gradient is far above '
+                      'the average: loss %.4f, grad_norm %.4g; %d skipped so far', step,
+                      values['loss'], values['grad_norm'], values['skipped_updates'])
+    if in_a_row >= MOST_SKIPPED:
+      raise UserError(
+          f'{MOST_SKIPPED} updates in a row were skipped up to step {step}: this is no spike. '
+          f'{self._describe_last_good()} Lower learning_rate or raise optimizer.skip_spikes, in '
+          'another --workdir')
+    for name in ('loss', 'grad_norm'):
+      if not in_a_row and not math.isfinite(values[name]):
+        raise UserError(
+            f'{name} = {values[name]} at step {step}. {self._describe_last_good()} The same '
+            'command would fail again: lower learning_rate or clip_norm, in another --workdir')
 
   def evaluate(self, step: int, evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]],
                params: Params) -> None:
@@ -201,6 +278,7 @@ class _Logbook:
     with announced(f'evaluating at step {step}'):
       values = {f'{name}/{key}': float(value) for name, evaluator in evaluators.items()
                 for key, value in evaluator(params).items()}
+    self._ledger.book(EVALUATION)
     if values:
       self._metrics.write(step, values)
       logging.info('step %d/%d  %s', step, self._config.num_steps,
@@ -210,9 +288,22 @@ class _Logbook:
     if self._pace is not None:
       self._pace.start(step)
 
-  def _log_line(self, step: int, values: Mapping[str, float]) -> None:
-    logging.info('%s', self._pace.line(step, values))
-    self._last_line = time.monotonic()
+  def close(self, step: int) -> None:
+    """Waits for the last checkpoint, and logs what the time of all launches went into.
+
+    Raises:
+      UserError: the checkpoint cannot be written.
+    """
+    if self._checkpointer is not None:
+      self._checkpointer.wait()
+      self._ledger.book(SAVE)
+    # A launch without a step has nothing to tell.
+    if self._first is None:
+      return
+    self._metrics.write(step, self._ledger.take(step))
+    goodput = measure_goodput(self._metrics.lines())
+    if goodput is not None:  # on process 0
+      logging.info('%s', goodput.describe())
 
   def _describe_last_good(self) -> str:
     if self._checkpointer is None:
@@ -222,6 +313,39 @@ class _Logbook:
     if step is None:
       return f'There is no checkpoint in {self._checkpointer.directory} yet.'
     return f'The last good checkpoint is {self._checkpointer.directory / str(step)}.'
+
+
+class TimedSaves:
+  """Says when it is time to save, at the same step on every process.
+
+  Processes that agree wait for their devices. So process 0 looks at its clock and says at which
+  step to ask again: after half of the time that is left, or less.
+
+  Args:
+    seconds: longest time without a save; 0 for no limit.
+    step: step at which the launch begins, which is saved already.
+    clock: a clock in seconds that never jumps.
+  """
+
+  def __init__(self, seconds: float, step: int, clock: Callable[[], float] = time.monotonic):
+    self._seconds, self._clock = seconds, clock
+    self.note_save(step)
+
+  def note_save(self, step: int) -> None:
+    """Begins to wait anew after a save."""
+    self._saved, self._saved_at = step, self._clock()
+    self._ask_at = step + 1
+
+  def is_due(self, step: int) -> bool:
+    """Whether `step`, which every process has finished, should be saved."""
+    if not self._seconds or step < self._ask_at:
+      return False
+    spent = self._clock() - self._saved_at
+    steps_left = (self._seconds - spent) / max(spent, 1e-9) * (step - self._saved)
+    # Process 0's number counts; 0 is to save now. It must fit into 32 bits.
+    wait = from_process_zero(0 if steps_left <= 0 else min(max(1, int(steps_left / 2)), 10**6))
+    self._ask_at = step + wait
+    return wait == 0
 
 
 class _StopRequests:

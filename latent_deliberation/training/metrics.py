@@ -1,29 +1,28 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, and a progress line with an ETA.
+"""Metrics of a run: metrics.jsonl and trackers.
 
 docs/evaluation.md explains every logged number.
 """
 
+import importlib
+import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import jax
 from absl import logging
 
 from latent_deliberation.distributed import from_process_zero
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import explain_failed_write
-from latent_deliberation.paths import METRICS_FILE, TENSORBOARD
-from latent_deliberation.progress import format_duration
+from latent_deliberation.paths import METRICS_FILE
 
-# Not clu.metric_writers: it imports TensorFlow, which training machines need not have.
-try:
-  from tensorboardX import SummaryWriter
-except ImportError:
-  SummaryWriter = None
-
+TRACKERS = ('tensorboard', 'wandb')
+AUTO = 'auto'  # TensorBoard where tensorboardX is installed
 
 # Units of logged numbers, by the last part of their names. A number that is not here has none.
 UNITS = {'loss': 'nats/token', 'gain': 'nats/token', 'content': 'nats/token',
@@ -37,17 +36,50 @@ def format_metric(name: str, value: float) -> str:
   return f'{name} {value:{"+" if kind in _SIGNED else ""}.4f} {UNITS.get(kind, "")}'.rstrip()
 
 
+def parse_trackers(text: str) -> tuple[str, ...]:
+  """Returns the names of trackers in 'tensorboard,wandb'; '' and 'auto' name some, too.
+
+  Raises:
+    UserError: one of them is unknown.
+  """
+  if text == AUTO:
+    return ('tensorboard',) if importlib.util.find_spec('tensorboardX') else ()
+  names = tuple(filter(None, map(str.strip, text.split(','))))
+  if not set(names) <= set(TRACKERS):
+    raise UserError(f"trackers = {text!r}: give 'auto', or names of {TRACKERS} with commas between "
+                    "them, or '' for none")
+  return names
+
+
+def check_trackers(text: str) -> None:
+  """Checks trackers before long work; see `trackers.check_trackers`."""
+  if names := parse_trackers(text):
+    _trackers_module().check_trackers(names)
+
+
+def _trackers_module() -> ModuleType:
+  return importlib.import_module('latent_deliberation.training.trackers')  # only where one is used
+
+
 class MetricsWriter:
-  """Appends to <directory>/metrics.jsonl, and to <directory>/tensorboard with tensorboardX.
+  """Appends to <directory>/metrics.jsonl, and sends the same numbers to trackers.
 
   Only process 0 writes. Every line is flushed, so a crash can cut off no more than the last one.
-  Raises UserError where a file cannot be written.
+
+  Args:
+    directory: work directory of the run.
+    trackers: names of trackers, as `parse_trackers` takes them.
+    config: configuration of the run for the trackers, as nested dicts.
+
+  Raises:
+    UserError: a file cannot be written, or a tracker cannot begin.
   """
 
-  def __init__(self, directory: Path):
+  def __init__(self, directory: Path, trackers: str = '',
+               config: Mapping[str, Any] | None = None):
     self._directory = directory
     self._file: BinaryIO | None = None
-    self._events: Any = None
+    self._trackers: dict[str, Any] = {}
     if jax.process_index() != 0:
       return
     with explain_failed_write(directory):
@@ -55,20 +87,21 @@ class MetricsWriter:
       # Opened to append and to read, since a crash may have cut off the last line.
       self._file = open(directory / METRICS_FILE, 'a+b')
       _end_torn_line(self._file)
-      if SummaryWriter is not None:
-        self._events = SummaryWriter(str(directory / TENSORBOARD))
+    if names := parse_trackers(trackers):
+      self._trackers = _trackers_module().open_trackers(names, directory, config or {})
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds one line: the step, the wall-clock time in seconds since 1970, and the metrics."""
     line = json.dumps({'step': step, 'seconds': round(time.time(), 3), **metrics})
-    with explain_failed_write(self._directory):
-      if self._file is not None:
+    if self._file is not None:
+      with explain_failed_write(self._directory):
         self._file.write(line.encode() + b'\n')
         self._file.flush()
-      if self._events is not None:
-        for name, value in metrics.items():
-          self._events.add_scalar(name, value, step)
-        self._events.flush()
+    self._tell_trackers(lambda tracker: tracker.write(step, metrics))
+
+  def lines(self) -> list[dict[str, Any]]:
+    """Returns the lines of all launches, as they were written; none but on process 0."""
+    return [] if self._file is None else list(read_lines(self._directory / METRICS_FILE))
 
   def has_evaluation(self, step: int, names: Iterable[str]) -> bool:
     """Whether the file has values of all these evaluators at `step`; the same on every process."""
@@ -81,10 +114,20 @@ class MetricsWriter:
     return from_process_zero(found)
 
   def close(self) -> None:
-    with explain_failed_write(self._directory):
-      for output in (self._file, self._events):
-        if output is not None:
-          output.close()
+    """Ends the file and the trackers."""
+    self._tell_trackers(lambda tracker: tracker.close())
+    if self._file is not None:
+      with explain_failed_write(self._directory):
+        self._file.close()
+
+  def _tell_trackers(self, tell: Callable[[Any], None]) -> None:
+    for name, tracker in list(self._trackers.items()):
+      try:
+        tell(tracker)
+      except Exception as error:  # a tracker may fail in any way, and must not end a training
+        del self._trackers[name]
+        logging.warning('the tracker %s failed and gets no more metrics (%s: %s); %s has all',
+                        name, type(error).__name__, error, self._directory / METRICS_FILE)
 
 
 def _end_torn_line(file: BinaryIO) -> None:
@@ -102,49 +145,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
   A line that a crash cut off is skipped with a warning.
   """
   steps: dict[int, dict[str, Any]] = {}
-  for number, line in enumerate(path.read_text().splitlines(), start=1):
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError:
-      logging.warning('%s: skipped line %d, which a crash cut off', path, number)
-      continue
+  for row in read_lines(path):
     steps.setdefault(row['step'], {}).update(row)
   return [steps[step] for step in sorted(steps)]
 
 
-class Pace:
-  """Measures speed and predicts the end of a run.
-
-  Tokens per second cover the current window, which begins at the last `start`. The ETA uses the
-  mean time of a step since the first `start`, including pauses. Call `start` after the first step,
-  to leave out compilation, and after every pause.
-  """
-
-  def __init__(self, num_steps: int, tokens_per_step: int,
-               clock: Callable[[], float] = time.perf_counter):
-    self._num_steps, self._tokens_per_step, self._clock = num_steps, tokens_per_step, clock
-    self._first: tuple[int, float] | None = None
-    self._window: tuple[int, float] | None = None
-
-  def start(self, step: int) -> None:
-    """Begins a window at `step`, the number of finished steps."""
-    self._window = (step, self._clock())
-    self._first = self._first or self._window
-
-  def tokens_per_second(self, step: int) -> float | None:
-    """Returns the speed since the window began; None before anything was measured."""
-    return self._tokens_per_step / mean if (mean := self._mean(self._window, step)) else None
-
-  def line(self, step: int, metrics: Mapping[str, float]) -> str:
-    """Returns 'step 120/1000  loss 3.2101 nats/token  5,210 tokens/s  ETA 3m12s'."""
-    speed, mean = self.tokens_per_second(step), self._mean(self._first, step)
-    tokens = '-' if speed is None else f'{speed:,.0f}'
-    eta = '-' if mean is None else format_duration(mean * (self._num_steps - step))
-    loss = format_metric('loss', metrics['loss'])
-    return f'step {step}/{self._num_steps}  {loss}  {tokens} tokens/s  ETA {eta}'
-
-  def _mean(self, since: tuple[int, float] | None, step: int) -> float | None:
-    """Seconds per step since `since`; None when no step was measured."""
-    if since is None or step == since[0]:
-      return None
-    return (self._clock() - since[1]) / (step - since[0])
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+  """Yields the lines of a metrics.jsonl as they were written, without those that are damaged."""
+  for number, line in enumerate(path.read_text(errors='replace').splitlines(), start=1):
+    try:
+      row = json.loads(line)
+      row['step'] + row['seconds']
+    except (ValueError, TypeError, KeyError):
+      logging.warning('%s: skipped line %d, which a crash cut off', path, number)
+    else:
+      yield row

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from latent_deliberation.array_types import Array, Batch, Params
@@ -18,10 +19,12 @@ def language_modelling(decoder: Decoder, loss_chunk: int) -> LossFn:
 
   def loss(params: Params, frozen: Params, batch: Batch, keys: Array) -> tuple[Array, Array]:
     del frozen, keys
-    hidden, _ = decoder.apply({'params': params}, batch.tokens, batch.positions, batch.segments,
-                              method='prefill')
-    nll = token_nll(hidden[:, :-1], batch.tokens[:, 1:], output_head(params),
-                    decoder.config.final_softcap, loss_chunk)
+    with jax.named_scope('prefill'):
+      hidden, _ = decoder.apply({'params': params}, batch.tokens, batch.positions, batch.segments,
+                                method='prefill')
+    with jax.named_scope('loss'):
+      nll = token_nll(hidden[:, :-1], batch.tokens[:, 1:], output_head(params),
+                      decoder.config.final_softcap, loss_chunk)
     # A token is no target for the document before it, and padding is no target at all.
     valid = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
     return jnp.sum(nll * valid), jnp.sum(valid)

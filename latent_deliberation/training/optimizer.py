@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ class OptimizerConfig:
     weight_decay: decoupled weight decay, per unit of learning rate.
       It applies to leaves of two or more axes, except for the scales of norms.
     clip_norm: largest global norm of a gradient; inf clips nothing.
+    skip_spikes: spread above its average from which a loss or a gradient is a spike; 0 for none.
+      An update with a loss, or a norm of its gradient, that is more than so many standard
+      deviations above the average of the last 50 or so is not applied. 6 is a good start.
   """
   learning_rate: float
   warmup_steps: int = 0
@@ -43,6 +47,7 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.0
   clip_norm: float = 1.0
+  skip_spikes: float = 0.0
 
   def __post_init__(self):
     check_types(self)
@@ -56,6 +61,7 @@ class OptimizerConfig:
         'eps': ('a finite number above 0', 0 < self.eps < math.inf),
         'weight_decay': ('a finite number, 0 or more', 0 <= self.weight_decay < math.inf),
         'clip_norm': ('above 0 (inf clips nothing)', self.clip_norm > 0),
+        'skip_spikes': ('a finite number, 0 or more', 0 <= self.skip_spikes < math.inf),
     }
     raise_problems(f'optimizer.{name} = {getattr(self, name)!r}: it must be {demand}'
                    for name, (demand, met) in demands.items() if not met)
@@ -88,6 +94,8 @@ def build_optimizer(config: OptimizerConfig, num_steps: int,
                     ) -> optax.GradientTransformation:
   """Returns a clip by global norm, Adam, weight decay and learning rate, in that order.
 
+  With `skip_spikes`, an update that is a spike changes nothing.
+
   Args:
     config: the settings.
     num_steps: length of the run, which the schedule spans.
@@ -97,7 +105,7 @@ def build_optimizer(config: OptimizerConfig, num_steps: int,
     UserError: warm-up is longer than the run. Also raised by `init` where the parameters lack a
       key of `multipliers`.
   """
-  return optax.chain(
+  chain = optax.chain(
       # Clip before Adam, whose averages should not see outliers.
       optax.clip_by_global_norm(config.clip_norm),
       optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
@@ -106,6 +114,7 @@ def build_optimizer(config: OptimizerConfig, num_steps: int,
       # Last, because Adam would cancel a factor on gradients.
       _scale_by_key(multipliers or {}),
   )
+  return _skip_spikes(chain, config.skip_spikes) if config.skip_spikes else chain
 
 
 def _is_matrix(params: Params) -> Params:
@@ -133,3 +142,74 @@ def _scale_by_key(multipliers: Mapping[str, float]) -> optax.GradientTransformat
     return {**updates, **scaled}, state
 
   return optax.GradientTransformation(init, update)
+
+
+_MEMORY = 50  # updates that an average of spikes goes back
+_FEWEST = 20  # updates before anything counts as a spike
+_LEAST_SPREAD = 0.01  # of the average, where a loss hardly varies
+
+
+class SpikeState(NamedTuple):
+  """State of an optimizer that skips spikes.
+
+  Attributes:
+    inner: state of the optimizer inside.
+    count: number of updates that were applied.
+    mean: averages of loss and norm of the gradient over those, [2].
+    variance: their variances, [2].
+    skipped: number of updates that were skipped.
+    in_a_row: how many of them are the newest.
+  """
+  inner: optax.OptState
+  count: Array
+  mean: Array
+  variance: Array
+  skipped: Array
+  in_a_row: Array
+
+
+def spike_metrics(opt_state: optax.OptState) -> dict[str, Array]:
+  """Returns the numbers of skipped updates, where the optimizer skips any."""
+  if not isinstance(opt_state, SpikeState):
+    return {}
+  return {'skipped_updates': opt_state.skipped, 'skipped_in_a_row': opt_state.in_a_row}
+
+
+def _skip_spikes(optimizer: optax.GradientTransformation,
+                 factor: float) -> optax.GradientTransformationExtraArgs:
+  """Returns the optimizer without the updates whose loss or gradient is far above the average.
+
+  `update` needs the loss. A number that is not finite is a spike, too, once there is an average.
+  """
+
+  def init(params: Params) -> SpikeState:
+    zero, zeros = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.float32)
+    return SpikeState(optimizer.init(params), zero, zeros, zeros, zero, zero)
+
+  def update(gradients: Params, state: SpikeState, params: Params | None = None, *,
+             loss: Array) -> tuple[Params, SpikeState]:
+    updates, inner = optimizer.update(gradients, state.inner, params)
+    values = jnp.stack([loss, optax.tree.norm(gradients)]).astype(jnp.float32)
+    spread = jnp.maximum(jnp.sqrt(state.variance), _LEAST_SPREAD * jnp.abs(state.mean))
+    # A comparison with NaN is false, so NaN counts as above.
+    is_low = jnp.all(values <= state.mean + factor * spread)
+    is_applied = is_low | (state.count < _FEWEST)
+
+    def choose(applied: Array, skipped: Array) -> Array:
+      return jnp.where(is_applied, applied, skipped)
+
+    # The learning rate belongs to the step, and goes on.
+    inner = jax.tree.map(
+        lambda new, old: new if isinstance(new, optax.ScaleByScheduleState)
+        else choose(new, old), inner, state.inner,
+        is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState))
+    # A plain average at first, then one that forgets.
+    weight = 1 / jnp.minimum(state.count + 1, _MEMORY)
+    change = values - state.mean
+    return jax.tree.map(lambda leaf: choose(leaf, jnp.zeros_like(leaf)), updates), SpikeState(
+        inner, state.count + is_applied,
+        choose(state.mean + weight * change, state.mean),
+        choose((1 - weight) * (state.variance + weight * change**2), state.variance),
+        state.skipped + ~is_applied, choose(0, state.in_a_row + 1))
+
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.build import count_parameters
 from latent_deliberation.data.rows import Batches
+from latent_deliberation.deliberation.flops import training_flops
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
@@ -28,13 +30,15 @@ from latent_deliberation.paths import (
   CHECKPOINTS,
   COPROCESSOR,
   DECODER,
+  PROFILE,
   RUN_FILE,
 )
 from latent_deliberation.sharding import check_batch, check_own_rows, place_batch
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.loop import train
-from latent_deliberation.training.metrics import MetricsWriter
+from latent_deliberation.training.metrics import MetricsWriter, check_trackers
 from latent_deliberation.training.optimizer import build_optimizer, build_schedule
+from latent_deliberation.training.profiling import StepProfile, parse_range
 from latent_deliberation.training.run_identity import (
   CHANGEABLE,
   EARLIER_STEPS,
@@ -67,6 +71,7 @@ class Run:
     mesh: devices that the run is sharded over.
     init: (key, frozen parameters) -> trainable parameters, boxed with logical axes.
     frozen_shapes: shapes of the parameters that the loss reads and no step changes; {} for none.
+    begun: time.monotonic() at which this launch began to work on the run.
   """
   job: str
   experiment: Experiment
@@ -74,6 +79,7 @@ class Run:
   mesh: Mesh
   init: Callable[[Array, Params], PyTree]
   frozen_shapes: Params
+  begun: float = dataclasses.field(default_factory=time.monotonic)
 
   @property
   def section(self) -> str:
@@ -150,6 +156,13 @@ class Run:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
     return jax.jit(create, out_shardings=shardings)(jax.random.key(self.experiment.seed), start)
 
+  @property
+  def step_flops(self) -> float:
+    """Operations of a step on each device, by the architecture."""
+    experiment = self.experiment
+    return self.settings.batch_size / self.mesh.size * training_flops(
+        self.job, experiment.decoder, experiment.deliberation, experiment.data.length)
+
   def make_step(self, loss_fn: LossFn, frozen: Params) -> TrainStep:
     """Returns the train step of this run.
 
@@ -193,6 +206,7 @@ class Run:
     Raises:
       UserError: see `check_sizes`.
       UserError: the work directory holds another run or a finished model, or cannot be written to.
+      UserError: see `check_trackers`.
     """
     self.check_sizes()
     for name in (DECODER, COPROCESSOR):
@@ -200,6 +214,7 @@ class Run:
         raise UserError(f'{self.workdir} holds a finished {name} and is no work directory: give '
                         f'the directory of its run, {self.workdir.parent}, or a new one')
     make_writable(self.workdir)
+    run_on_process_zero('begin its trackers', lambda: check_trackers(self.settings.trackers))
     # Data and decoder may not exist yet. `claim_workdir` compares their fingerprints.
     try:
       saved = json.loads((self.workdir / RUN_FILE).read_bytes())
@@ -285,21 +300,29 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
                 run.changeable)
   run_on_process_zero(f'lengthen the run in {run.workdir}', lambda: lengthen(run))
   train_step = run.make_step(loss_fn, frozen)
-  with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep)) as saved,
-        contextlib.closing(MetricsWriter(run.workdir)) as metrics):
+  profiled = parse_range(settings.profile, settings.loop.num_steps)
+  with (contextlib.closing(Checkpointer(run.workdir / CHECKPOINTS, settings.loop.keep,
+                                        settings.loop.keep_every)) as saved,
+        contextlib.closing(MetricsWriter(run.workdir, settings.trackers,
+                                         dataclasses.asdict(run.experiment))) as metrics,
+        contextlib.closing(StepProfile(run.workdir / PROFILE, profiled)) as profile):
     # Resume the newest checkpoint, or create a state on its shards.
     state = saved.restore(run.abstract, batches)
     if state is None:
       state = run.create_state(load_start() if load_start else frozen)
     log_sizes(run, batches)
     finished = int(state.step) == settings.loop.num_steps
+    if profiled and profiled[-1] <= int(state.step):
+      logging.warning('%s.profile = %r is before step %d, at which this launch resumes: nothing is '
+                      'profiled', run.section, settings.profile, state.step)
     logging.info('%s: at step %d of %d; %s', run.workdir, state.step, settings.loop.num_steps,
                  f'it is finished, and a larger {run.section}.loop.num_steps trains it further'
                  if finished else 'the first step of a launch compiles')
     return train(
         state, train_step, batches, config=settings.loop,
         place=lambda batch: place_batch(batch, run.mesh, run.experiment.rules),
-        checkpointer=saved, metrics=metrics, evaluators=evaluators).params
+        checkpointer=saved, metrics=metrics, evaluators=evaluators, profile=profile,
+        step_flops=run.step_flops, begun=run.begun).params
 
 
 def log_sizes(run: Run, batches: Batches) -> None:

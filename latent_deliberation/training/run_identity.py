@@ -25,8 +25,9 @@ WITHOUT_EFFECT = (
     'mesh', 'rules', 'computation.activations', 'computation.attention',
     'computation.replicate_frozen',
     'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from') + tuple(
-    f'{section}.loop.{key}' for section in ('pretraining', 'training')
-    for key in ('log_every', 'log_seconds', 'eval_every', 'save_every', 'keep'))
+    f'{section}.{key}' for section in ('pretraining', 'training')
+    for key in ('loop.log_every', 'loop.log_seconds', 'loop.eval_every', 'loop.save_every',
+                'loop.save_minutes', 'loop.keep', 'loop.keep_every', 'profile', 'trackers'))
 # A run may be resumed with others of these. Every other key is part of its identity.
 CHANGEABLE = (*WITHOUT_EFFECT, 'evaluation')
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import Array, Batch, Int, Params, PyTree
 from latent_deliberation.sharding import batch_sharding, shardings_of
+from latent_deliberation.training.optimizer import spike_metrics
 
 
 @struct.dataclass
@@ -86,6 +87,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
     accumulation: number of microbatches that a batch is split into, one after the other.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
+  optimizer = optax.with_extra_args_support(optimizer)  # most need no loss
 
   def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     # A key for each text, by step and place in the batch, on any mesh.
@@ -94,17 +96,20 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
     with nn.logical_axis_rules(tuple(rules.items())):
       total, targets, gradients = _accumulate(loss_fn, state.params, frozen, batch, keys,
                                               accumulation)
-    # The loss is a sum over targets. From here on, gradients are those of the mean.
-    gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(targets, 1), gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    with jax.named_scope('optimiser'):
+      # The loss is a sum over targets. From here on, gradients are those of the mean.
+      gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(targets, 1), gradients)
+      loss = total / jnp.maximum(targets, 1)
+      updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, loss=loss)
+      params = optax.apply_updates(state.params, updates)
     metrics = {
-        'loss': total / jnp.maximum(targets, 1),
+        'loss': loss,
         'targets': targets,
         'grad_norm': optax.tree.norm(gradients),
         'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+        **spike_metrics(opt_state),
     }
-    return state.replace(step=state.step + 1, opt_state=opt_state,
-                         params=optax.apply_updates(state.params, updates)), metrics
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   # The new state takes the memory of the old one. Frozen parameters stay.
   jitted = jax.jit(

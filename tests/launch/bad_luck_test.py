@@ -58,13 +58,14 @@ ELSEWHERE = {
     'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'}
 
 
-def begin_script(directory: Path, *lines: str, **options: Any) -> subprocess.Popen:
+def begin_script(directory: Path, *lines: str, flags: tuple[str, ...] = (),
+                 **options: Any) -> subprocess.Popen:
   """Starts a script whose job is these lines, in an environment from elsewhere."""
   script = directory / 'script.py'
   job = ''.join(f'  {line}\n' for line in lines)
   script.write_text('import os, signal, sys, jax, latent_deliberation.benchmarks.speed_plots\n'
                     f'from latent_deliberation.cli import app\ndef job():\n{job}app.run(job)\n')
-  return subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True,
+  return subprocess.Popen([sys.executable, str(script), *flags], stderr=subprocess.PIPE, text=True,
                           env={**finished.environment(), **ELSEWHERE}, **options)
 
 
@@ -72,8 +73,10 @@ def test_machine_of_somebody_else(tmp_path):
   """Variables of the machine change no result and end nothing; SIGTERM has its own code."""
   process = begin_script(
       tmp_path, "print('8\u2020', jax.jit(lambda x: x)(1.0).dtype, jax.process_count())",
-      'os.kill(os.getpid(), signal.SIGTERM)', stdout=subprocess.PIPE)
+      'os.kill(os.getpid(), signal.SIGTERM)', stdout=subprocess.PIPE,
+      flags=(f'--compilation_cache={tmp_path}/kept',))
   printed, said = process.communicate(timeout=120)
+  assert list((tmp_path / 'kept').iterdir())  # what the flag names, and not the variable
   assert (process.returncode, printed) == (143, '8\\u2020 float32 1\n'), said
   assert 'Stopped by SIGTERM. Run the same command' in said and 'Traceback' not in said
   for name in ('ENABLE_X64=1', 'DISABLE_JIT=1', 'NUMPY_DTYPE_PROMOTION=strict',

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import types
 
 import jax
@@ -13,7 +14,8 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training import loop
 from latent_deliberation.training.loop import LoopConfig
-from latent_deliberation.training.metrics import read_metrics
+from latent_deliberation.training.metrics import read_lines, read_metrics
+from latent_deliberation.training.utilisation import TimeLedger
 from tests.training.toy_run import JITTED_STEP, ToyBatches, run, saved_steps
 
 
@@ -58,8 +60,28 @@ def test_log_every(tmp_path, caplog):
   rows = read_metrics(tmp_path / METRICS_FILE)
   assert [row['step'] for row in rows] == [2, 4, 5]
   assert all(row['grad_norm'] > 0 and row['tokens_per_second'] > 0 for row in rows)
-  assert 'step 4/5  loss ' in caplog.text and 'ETA ' in caplog.text
+  assert 'step 4/5  loss ' in caplog.text and 'ETA ' in caplog.text and ' GiB  ' in caplog.text
   assert not any(row['step'] == 1 for row in rows) and 'step 1/5' not in caplog.text
+
+
+def test_seconds_of_a_run(tmp_path, caplog, monkeypatch):
+  """The lines of the metrics hold every second of a launch, by kind; the log ends with goodput."""
+  clock = itertools.count(0, 1)
+  monkeypatch.setattr(loop, 'TimeLedger', lambda begun: TimeLedger(begun, lambda: next(clock)))
+  with caplog.at_level(logging.INFO, logger='absl'):
+    run(tmp_path, num_steps=4, log_every=2, save_every=2, eval_every=4,
+        evaluators={'held_out': lambda params: {'one': 1.0}})
+  lines = [line for line in read_lines(tmp_path / METRICS_FILE) if 'time/from' in line]
+  assert [(line['time/from'], line['step']) for line in lines] == [(0, 2), (2, 4), (4, 4)]
+  spent = {key: sum(line.get(key, 0.0) for line in lines)
+           for line in lines for key in line if key.startswith('time/') and key != 'time/from'}
+  # Each look at the clock is a second later.
+  assert sum(spent.values()) == next(clock) - 1
+  assert spent['time/start'] == spent['time/compile'] == spent['time/evaluation'] == 1
+  assert spent['time/save'] == 3  # two, and the wait for the last
+  assert spent['time/step'] >= 7  # dispatched three times, read four times
+  assert sum(bool(re.match(r'goodput [\d.]+% of \d+s in 1 launch: start 1s, ', message))
+             for message in caplog.messages) == 1
 
 
 def test_log_seconds(tmp_path, caplog, monkeypatch):
@@ -117,6 +139,107 @@ def test_not_finite(tmp_path, name, value, save_every):
   assert max(losses(tmp_path)) == 3
 
 
+def skipping(spikes):
+  """A train step that skips the updates of some steps."""
+  skipped = [0, 0]
+
+  def train_step(state, batch):
+    step = int(state.step) + 1
+    state, scalars = JITTED_STEP(state, batch)
+    skipped[:] = [skipped[0] + 1, skipped[1] + 1] if step in spikes else [skipped[0], 0]
+    if step in spikes:
+      scalars['loss'] = jnp.float32(np.nan)
+    return state, {**scalars, 'skipped_updates': np.int32(skipped[0]),
+                   'skipped_in_a_row': np.int32(skipped[1])}
+
+  return train_step
+
+
+def test_skipped_updates(tmp_path, caplog):
+  """Spikes are told and counted, also those that are not finite, and the run goes on."""
+  run(tmp_path, num_steps=6, train_step=skipping({3, 5}), checkpoints=False)
+  rows = read_metrics(tmp_path / METRICS_FILE)
+  assert [row['skipped_updates'] for row in rows] == [0, 0, 1, 1, 2, 2]
+  assert [row['step'] for row in rows if 'loss' not in row] == [3, 5]
+  assert [message.partition(':')[0] for message in caplog.messages
+          if 'is skipped' in message] == ['step 3', 'step 5']
+
+
+def test_skipped_in_a_row(tmp_path):
+  """Too many in a row stop the run."""
+  many = loop.MOST_SKIPPED
+  with pytest.raises(UserError, match=f'{many} updates in a row .* step {many + 2}.*skip_spikes'):
+    run(tmp_path, num_steps=99, train_step=skipping(range(3, 99)), checkpoints=False)
+
+
+class Clock:
+  """A clock that a process moves on."""
+  now = 0.0
+
+  def __call__(self):
+    return self.now
+
+
+def test_saves_by_time():
+  """A save is due when its time has passed, whatever steps cost, and not before."""
+  clock = Clock()
+  saves, saved = loop.TimedSaves(60.0, 0, clock), []
+  for step in range(1, 61):
+    clock.now += 1.0 if step < 30 else 7.0
+    if saves.is_due(step):
+      saves.note_save(step)
+      saved.append(clock.now)
+  gaps = np.diff([0.0, *saved])
+  # It is asked at half of what seems left, so steps that slow down make it late once.
+  assert len(saved) >= 3 and all(gaps >= 60) and all(gaps[1:] <= 67)
+  assert not any(loop.TimedSaves(0.0, 0, clock).is_due(step) for step in range(1, 9))
+
+
+def test_processes_save_at_the_same_step(monkeypatch):
+  """Process 0's clock counts, and few steps ask it."""
+  answers, asked = [], []
+
+  def tell(value):
+    answers.append(value)
+    return value
+
+  def hear(value):
+    return asked.pop(0)
+
+  def saved_by(pace, exchange):
+    monkeypatch.setattr(loop, 'from_process_zero', exchange)
+    clock = Clock()
+    saves, saved = loop.TimedSaves(100.0, 0, clock), []
+    for step in range(1, 400):
+      clock.now += pace
+      if saves.is_due(step):
+        saves.note_save(step)
+        saved.append(step)
+    return saved
+
+  first = saved_by(1.0, tell)
+  asked[:] = answers
+  assert first == [100, 200, 300] and len(answers) < 40
+  assert saved_by(17.0, hear) == first and not asked
+
+
+def test_save_minutes(tmp_path, monkeypatch):
+  """Checkpoints come by the clock as well as by steps."""
+  clock = itertools.count(0, 20)
+  timed = loop.TimedSaves
+  monkeypatch.setattr(loop, 'TimedSaves',
+                      lambda seconds, step: timed(seconds, step, lambda: next(clock)))
+  run(tmp_path, num_steps=9, save_every=8, config={'save_minutes': 1.0, 'keep': 9})
+  assert saved_steps(tmp_path) == [3, 6, 8, 9]
+
+
+def test_keep_every(tmp_path):
+  """Multiples are saved, and kept when newer ones come."""
+  run(tmp_path, num_steps=9, save_every=4, config={'keep_every': 3, 'keep': 1})
+  assert saved_steps(tmp_path) == [3, 6, 9]
+  assert sorted(path.name for path in (tmp_path / 'checkpoints/data').iterdir()) == ['3', '6', '9']
+
+
 def test_scalars_read_late(tmp_path):
   """Scalars are read during the next step, so devices never wait."""
   class Scalar:
@@ -151,3 +274,12 @@ def test_cadence_below_one(field):
   """A length or cadence below 1 is refused."""
   with pytest.raises(UserError, match=f'{field} = 0'):
     LoopConfig(**{**dict(num_steps=1, log_every=1, eval_every=1, save_every=1, keep=1), field: 0})
+
+
+@pytest.mark.parametrize('field, value', [
+    ('save_minutes', -1.0), ('save_minutes', float('inf')), ('keep_every', -1),
+    ('keep_every', 1.5)])
+def test_save_cadence_below_zero(field, value):
+  """So are cadences of saves below 0, which is none."""
+  with pytest.raises(UserError, match=f'{field} = {value}'):
+    LoopConfig(1, 1, 1, 1, 1, **{field: value})

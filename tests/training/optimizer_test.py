@@ -14,6 +14,7 @@ from latent_deliberation.training.optimizer import (
   OptimizerConfig,
   build_optimizer,
   build_schedule,
+  spike_metrics,
 )
 
 CONFIG = OptimizerConfig(learning_rate=0.1, schedule='constant', clip_norm=float('inf'))
@@ -123,3 +124,70 @@ def test_norms_do_not_decay():
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
   assert not updates['norm']['scale'].any()
   assert (updates['query']['w'] < 0).all()
+
+
+def spiky(factor=4.0, **settings):
+  return build_optimizer(
+      OptimizerConfig(learning_rate=0.1, schedule='linear', skip_spikes=factor, **settings), 100)
+
+
+def follow(optimizer, losses, gradients):
+  """Returns the parameters and the state after each update."""
+  @jax.jit
+  def step(params, state, loss, gradient):
+    updates, state = optimizer.update({'w': jnp.full(3, gradient)}, state, params, loss=loss)
+    return optax.apply_updates(params, updates), state
+
+  params, state, found = {'w': jnp.ones(3)}, optimizer.init({'w': jnp.ones(3)}), []
+  for loss, gradient in zip(losses, gradients, strict=True):
+    params, state = step(params, state, loss, gradient)
+    found.append((params['w'], state))
+  return found
+
+
+def wobbly(count):
+  """Losses and gradients of a run without spikes."""
+  random = np.random.default_rng(0)
+  return list(3 + 0.1 * random.standard_normal(count)), list(
+      0.5 + 0.05 * random.standard_normal(count))
+
+
+@pytest.mark.parametrize('loss, gradient', [(9.0, 0.5), (3.0, 5.0), (np.nan, 0.5), (3.0, np.inf)])
+def test_spike_is_skipped(loss, gradient):
+  """An update far above the average changes nothing but its count; the learning rate goes on."""
+  losses, gradients = wobbly(40)
+  losses[30], gradients[30] = loss, gradient
+  found = follow(spiky(), losses, gradients)
+  assert [int(state.skipped) for _, state in found] == [0] * 30 + [1] * 10
+  assert [int(state.in_a_row) for _, state in found] == [0] * 30 + [1] + [0] * 9
+  (before, last), (after, state) = found[29:31]
+  np.testing.assert_array_equal(before, after)
+  assert not np.array_equal(found[31][0], after)
+  np.testing.assert_array_equal(last.mean, state.mean)
+  schedule, = (leaf for leaf in jax.tree.leaves(
+      state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState))
+               if isinstance(leaf, optax.ScaleByScheduleState))
+  assert int(schedule.count) == 31
+
+
+def test_nothing_is_skipped_without_spikes():
+  """The optimizer is the one without skipping, bit for bit."""
+  losses, gradients = wobbly(60)
+  skipping, plain = (follow(optimizer, losses, gradients) for optimizer in (
+      spiky(6.0), optax.with_extra_args_support(spiky(0.0))))
+  for (one, _), (other, _) in zip(skipping, plain, strict=True):
+    np.testing.assert_array_equal(one, other)
+  assert int(skipping[-1][1].skipped) == 0
+
+
+def test_beginning_is_never_a_spike():
+  """A loss that falls from far above, before there is an average, is no spike."""
+  found = follow(spiky(), [9.0, 3.0, 12.0, *[3.0] * 10], [0.5, 9.0, *[0.5] * 11])
+  assert int(found[-1][1].skipped) == 0 and spike_metrics(found[-1][1])['skipped_updates'] == 0
+  assert spike_metrics(spiky(0.0).init({'w': jnp.ones(3)})) == {}
+
+
+def test_slow_rise_is_no_spike():
+  """An average that follows lets a loss rise slowly."""
+  found = follow(spiky(), list(np.linspace(3.0, 6.0, 200)), [0.5] * 200)
+  assert int(found[-1][1].skipped) == 0

@@ -64,21 +64,28 @@ def new_state() -> TrainState:
 def run(workdir: Path, num_steps: int = 6, *, batches: ToyBatches | None = None,
         train_step: Callable[..., Any] | None = JITTED_STEP,
         evaluators: Mapping[str, Callable[..., Any]] | None = None, save_every: int = 100,
-        eval_every: int = 100, log_every: int = 1, checkpoints: bool = True) -> TrainState:
-  """One launch with new objects, which resumes the run in `workdir`."""
+        eval_every: int = 100, log_every: int = 1, checkpoints: bool = True,
+        config: Mapping[str, Any] | None = None, **options: Any) -> TrainState:
+  """One launch with new objects, which resumes the run in `workdir`.
+
+  Args:
+    config: further settings of LoopConfig.
+    options: further arguments of `train`.
+  """
+  config = LoopConfig(**{'num_steps': num_steps, 'log_every': log_every, 'eval_every': eval_every,
+                         'save_every': save_every, 'keep': 2, **(config or {})})
   batches = batches or ToyBatches()
   state, checkpointer = new_state(), None
   metrics = MetricsWriter(workdir)
   if checkpoints:
-    checkpointer = Checkpointer(workdir / 'checkpoints', keep=2)
+    checkpointer = Checkpointer(workdir / 'checkpoints', config.keep, config.keep_every)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), state)
     state = checkpointer.restore(abstract, batches) or state
   try:
     return train(state, train_step, batches, place=jax.device_put, checkpointer=checkpointer,
-                 config=LoopConfig(num_steps, log_every, eval_every, save_every, keep=2),
-                 metrics=metrics, evaluators=evaluators or {})
+                 config=config, metrics=metrics, evaluators=evaluators or {}, **options)
   finally:
     metrics.close()
     if checkpointer is not None:
