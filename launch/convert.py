@@ -15,12 +15,12 @@ nothing has to be converted first. A decoder's tokenizer comes with it. Without 
 are loaded. Next, train a coprocessor for it, as in docs/gemma.md.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from latent_deliberation.cli import app, convert
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import as_path
 from latent_deliberation.model import weights
 
 _SOURCE = app.define_decoder('source', 'Directory, GGUF file or name of the decoder to read.', '')
@@ -49,7 +49,7 @@ def main() -> None:
     print(convert.list_tensors(checkpoint))
   checkpoint.check()
   if _TARGET.value:
-    print(convert.convert(checkpoint, Path(_TARGET.value), _FORMAT.value, _DTYPE.value))
+    print(convert.convert(checkpoint, as_path(_TARGET.value), _FORMAT.value, _DTYPE.value))
 
 
 if __name__ == '__main__':

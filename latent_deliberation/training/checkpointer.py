@@ -1,7 +1,6 @@
 """Checkpoints of the train state and the data's position, written whole and in the background."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import orbax.checkpoint as ocp
 from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, differences
-from latent_deliberation.files import path_for_orbax
+from latent_deliberation.files import orbax_options, path_for_orbax, remove_tree
 from latent_deliberation.paths import DATA_STATES
 from latent_deliberation.training.step import TrainState
 
@@ -37,7 +36,7 @@ class Checkpointer:
         path_for_orbax(directory),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True))
+            cleanup_tmp_directories=True, **orbax_options(directory)))
 
   def latest_step(self) -> int | None:
     """Returns the newest step, including one that is still being written; None without any."""
@@ -121,7 +120,7 @@ class Checkpointer:
     directory = self._data_directory(step)
 
     def make_empty() -> None:
-      shutil.rmtree(directory, ignore_errors=True)  # left by an unfinished save
+      remove_tree(directory)  # left by an unfinished save
       directory.mkdir(parents=True)
 
     run_on_process_zero(f'make {directory}', make_empty)
@@ -136,7 +135,7 @@ class Checkpointer:
         # Anything else, such as a .DS_Store, is not ours to remove.
         if (folder.name.isdecimal() and int(folder.name) < latest
             and not (self.directory / folder.name).exists()):
-          shutil.rmtree(folder, ignore_errors=True)
+          remove_tree(folder)
 
   @contextlib.contextmanager
   def _explain_failed_save(self, *kinds: type[Exception]) -> Iterator[None]:

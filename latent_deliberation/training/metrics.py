@@ -3,6 +3,7 @@
 docs/evaluation.md explains every logged number.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -14,7 +15,7 @@ import jax
 from absl import logging
 
 from latent_deliberation.distributed import from_process_zero
-from latent_deliberation.files import explain_failed_write
+from latent_deliberation.files import explain_failed_write, growing_files
 from latent_deliberation.paths import METRICS_FILE, TENSORBOARD
 from latent_deliberation.progress import format_duration
 
@@ -45,7 +46,7 @@ class MetricsWriter:
   """
 
   def __init__(self, directory: Path):
-    self._directory = directory
+    self._directory, self._place = directory, contextlib.ExitStack()
     self._file: BinaryIO | None = None
     self._events: Any = None
     if jax.process_index() != 0:
@@ -53,10 +54,12 @@ class MetricsWriter:
     with explain_failed_write(directory):
       directory.mkdir(parents=True, exist_ok=True)
       # Opened to append and to read, since a crash may have cut off the last line.
-      self._file = open(directory / METRICS_FILE, 'a+b')
+      here = self._place.enter_context(growing_files(directory, METRICS_FILE))
+      self._path = here / METRICS_FILE
+      self._file = self._path.open('a+b')
       _end_torn_line(self._file)
       if SummaryWriter is not None:
-        self._events = SummaryWriter(str(directory / TENSORBOARD))
+        self._events = SummaryWriter(str(here / TENSORBOARD))
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds one line: the step, the wall-clock time in seconds since 1970, and the metrics."""
@@ -74,14 +77,13 @@ class MetricsWriter:
     """Whether the file has values of all these evaluators at `step`; the same on every process."""
     found = False
     if self._file is not None:
-      path = self._directory / METRICS_FILE
-      keys = {key.partition('/')[0] for row in read_metrics(path) if row['step'] == step
+      keys = {key.partition('/')[0] for row in read_metrics(self._path) if row['step'] == step
               for key in row}
       found = keys.issuperset(names)
     return from_process_zero(found)
 
   def close(self) -> None:
-    with explain_failed_write(self._directory):
+    with explain_failed_write(self._directory), self._place:
       for output in (self._file, self._events):
         if output is not None:
           output.close()
