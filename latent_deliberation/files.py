@@ -161,10 +161,10 @@ def path_for_orbax(directory: Path) -> LiteralPath:
 def orbax_options(directory: Path) -> dict[str, Any]:
   """Returns options with which orbax writes a checkpoint whole or not at all in this place."""
   if is_here(directory):
-    return {}  # it renames
-  ocp = importlib.import_module('orbax.checkpoint')
-  return {'atomicity_options': ocp.options.AtomicityOptions(
-      mode=ocp.options.AtomicityMode.COMMIT_FILE)}  # it writes a file that says so, last
+    return {}  # it renames a directory
+  options = importlib.import_module('orbax.checkpoint').options
+  # It writes a file last, which says that the directory is whole.
+  return {'atomicity_options': options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE)}
 
 
 def refuse_backslash(directory: Path) -> None:

@@ -143,7 +143,7 @@ def new_file(path: StorePath) -> Iterator[Path]:
 
 def send(local: Path, path: StorePath) -> None:
   """Copies a file of this machine to a store."""
-  with path.explained():
+  with path.explained(is_written=True):
     path.filesystem.put_file(str(local), path.url)
 
 

@@ -10,6 +10,7 @@ process was killed.
 import contextlib
 import fnmatch
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -32,8 +33,10 @@ from etils import epath  # noqa: E402
 
 LIBRARIES = {'gs': 'gcsfs', 's3': 's3fs'}
 UNFINISHED = '.unfinished'
+COMMITTED = 'commit_success.txt'  # in a checkpoint of orbax that is whole
 CHECK_SECONDS = 30  # for the first answer of a store
-_CONNECT_SECONDS, _READ_SECONDS = 20, 60  # for every later one; the libraries then try again
+_CONNECT_SECONDS, _READ_SECONDS = 20, 30  # for every later one; the libraries then try again
+_TRIES = 5
 _LOGIN = {
     'gs': 'log in with `gcloud auth application-default login`, or give this machine a service '
           'account with the roles storage.objectUser and storage.legacyBucketReader on the bucket',
@@ -174,7 +177,7 @@ class StorePath(type(epath.Path())):
     return self.read_bytes().decode(encoding or 'utf-8')
 
   def write_bytes(self, data: bytes) -> int:
-    with self.explained():
+    with self.explained(is_written=True):
       self.filesystem.pipe_file(self.url, data)
     return len(data)
 
@@ -184,7 +187,7 @@ class StorePath(type(epath.Path())):
   def create(self, data: bytes) -> bool:
     """Writes an object unless it exists; returns whether it did. Of many who try, one does."""
     try:
-      with self.explained():
+      with self.explained(is_written=True):
         self.filesystem.pipe_file(self.url, data, mode='create')
     except FileExistsError:
       return False
@@ -225,6 +228,12 @@ class StorePath(type(epath.Path())):
   def finish(self) -> None:
     (self / UNFINISHED).unlink()
 
+  def clear_unfinished(self) -> None:
+    """Removes the steps of orbax below that a killed process left."""
+    for path, is_directory in self._entries():
+      if is_directory and path.name.isdecimal() and not (path / COMMITTED).is_file():
+        path.rmtree(missing_ok=True)
+
   def rename(self, target: 'StorePath') -> 'StorePath':
     """Copies a file or directory within the store, and then removes it here.
 
@@ -246,12 +255,16 @@ class StorePath(type(epath.Path())):
     return target
 
   @contextlib.contextmanager
-  def explained(self) -> Iterator[None]:
-    """Turns an error of a library into a StoreError, but for those that pathlib raises too."""
+  def explained(self, is_written: bool = False) -> Iterator[None]:
+    """Turns an error of a library into a StoreError, but for those that pathlib raises too.
+
+    Args:
+      is_written: whether the block writes, for which nothing but the bucket can be missing.
+    """
     try:
       yield
     except FileNotFoundError as error:
-      if _is_of_bucket(error):
+      if is_written or _is_of_bucket(error):
         raise StoreError(_no_bucket(self)) from error
       raise
     except (FileExistsError, UserError):
@@ -295,9 +308,10 @@ def _open_filesystem(scheme: str, url: str) -> Any:
     if scheme == 's3':
       settings['config_kwargs'] = {
           'connect_timeout': _CONNECT_SECONDS, 'read_timeout': _READ_SECONDS,
-          'retries': {'total_max_attempts': 2, 'mode': 'standard'}}
+          'retries': {'total_max_attempts': _TRIES, 'mode': 'standard'}}
     else:
       import aiohttp
+      logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # errors are explained here
       settings['session_kwargs'] = {'timeout': aiohttp.ClientTimeout(
           total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)}
   return epath.backend.fsspec_backend.fs(f'{scheme}://')

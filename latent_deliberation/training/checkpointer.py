@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, differences
-from latent_deliberation.files import orbax_options, path_for_orbax, remove_tree
+from latent_deliberation.files import is_here, orbax_options, path_for_orbax, remove_tree
 from latent_deliberation.paths import DATA_STATES
 from latent_deliberation.training.step import TrainState
 
@@ -32,11 +32,15 @@ class Checkpointer:
       raise ValueError(f'keep = {keep}: it must be 1 or more')
     self.directory = directory.absolute()
     self._saving: int | None = None
+    renames = is_here(self.directory)
+    if not renames and jax.process_index() == 0:
+      directory.clear_unfinished()
     self._manager = ocp.CheckpointManager(
         path_for_orbax(directory),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True, **orbax_options(directory)))
+            # Where it does not rename, orbax takes every other directory for an unfinished step.
+            cleanup_tmp_directories=renames, **orbax_options(directory)))
 
   def latest_step(self) -> int | None:
     """Returns the newest step, including one that is still being written; None without any."""
@@ -146,7 +150,8 @@ class Checkpointer:
       step, self._saving = self._saving, None
       self._manager.reload()  # forgets the failed step, and lists again what it was to replace
       raise UserError(
-          f'the checkpoint of step {step} could not be written to {self.directory}: {error}\n'
+          f'the checkpoint of step {step} could not be written to {self.directory}: '
+          f'{str(error).partition(" [tensorstore_spec")[0]}\n'
           f'{self._describe_whole_steps()} Make the directory writable or free some space. The '
           'same command then resumes from the newest checkpoint.') from error
 
