@@ -24,7 +24,7 @@ import jax
 from etils import epath
 
 from latent_deliberation.distributed import barrier, run_on_process_zero
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import StoreError, UserError
 from latent_deliberation.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 # Endings of files with a JSON object on each line.
@@ -41,7 +41,7 @@ def as_path(text: str | os.PathLike) -> Path:
 
 
 def check_path(text: str) -> None:
-  """Raises UserError for a URL that is of no store, or of one that does not answer."""
+  """Raises UserError for a URL that is of no store, StoreError for one that does not answer."""
   if ':/' in text:
     _import('stores').check(text)
 
@@ -179,8 +179,8 @@ def explain_failed_write(path: Path) -> Iterator[None]:
   """Turns an OSError of the block, which writes to `path`, into a UserError."""
   try:
     yield
-  except UserError:  # of a store, and explained already
-    raise
+  except StoreError as error:  # says itself what to do
+    raise UserError(str(error)) from error
   except OSError as error:
     raise UserError(f'{path} cannot be written to ({error}): make it writable or free some '
                     'space') from error
@@ -193,7 +193,8 @@ def write_whole(path: Path, content: bytes) -> None:
     UserError: the file cannot be written.
   """
   if not is_here(path):
-    path.write_bytes(content)
+    with explain_failed_write(path):
+      path.write_bytes(content)
     return
   # Random, since processes in containers that share a disk may have the same number.
   partial = path.with_name(f'.{path.name}.partial-{secrets.token_hex(4)}')
@@ -336,7 +337,7 @@ def remove_tree(directory: Path) -> None:
   if is_here(directory):
     shutil.rmtree(directory, ignore_errors=True)
   else:
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(StoreError):
       directory.rmtree(missing_ok=True)
 
 
@@ -352,8 +353,9 @@ def make_writable(directory: Path) -> None:
   refuse_backslash(directory)
   if not is_here(directory):
     probe = directory / f'.probe-{secrets.token_hex(4)}'
-    write_whole(probe, b'probe')
-    probe.unlink()
+    with explain_failed_write(probe):
+      probe.write_bytes(b'probe')
+      probe.unlink()
     return
   if ':/' in str(directory):
     raise UserError(f'{directory} is a URL: give gs://BUCKET/PATH, s3://BUCKET/PATH or a path of '

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import StoreError, UserError
 from latent_deliberation.files import explain_failed_write, is_here
 
 POLL_SECONDS = 0.5  # between two looks at a lock that another process holds
@@ -181,12 +181,12 @@ class _Lease:
         self._beats += 1
         if not ended.is_set():
           self._path.write_bytes(self._content())
-      except UserError as error:  # the next beat may succeed
+      except StoreError as error:  # the next beat may succeed
         logging.warning('the lock could not be renewed: %s', error)
 
   def give_back(self) -> None:
     """Removes the lease if it is still that of this process."""
-    with contextlib.suppress(UserError):  # then it is taken over later
+    with contextlib.suppress(StoreError):  # then it is taken over later
       if (self._read() or {}).get('owner') == self._owner:
         self._path.unlink(missing_ok=True)
 

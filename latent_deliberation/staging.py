@@ -20,10 +20,10 @@ from typing import Any
 from absl import logging
 from fsspec.callbacks import Callback
 
-from latent_deliberation.errors import MissingError, UserError
+from latent_deliberation.errors import MissingError, StoreError, UserError
 from latent_deliberation.files import explain_failed_write, lock
 from latent_deliberation.progress import Progress
-from latent_deliberation.stores import StoreError, StorePath
+from latent_deliberation.stores import StorePath
 
 VARIABLE = 'LATENT_DELIBERATION_CACHE'
 MIRROR_SECONDS = 15.0  # between two copies of files that grow
@@ -48,7 +48,8 @@ def fetch(path: StorePath, beside: str = '') -> Path:
 
   Raises:
     MissingError: there is nothing.
-    UserError: the disk has too little space, the store fails, or objects change meanwhile.
+    UserError: the disk has too little space, or objects change meanwhile.
+    StoreError: the store fails.
   """
   root, objects = path, path.objects()
   if list(objects) == ['']:
@@ -158,7 +159,7 @@ def mirror(directory: StorePath, *names: str) -> Iterator[Path]:
     names: files of it to begin with, where they are there.
 
   Raises:
-    UserError: at the end, if the store then fails.
+    StoreError: at the end, if the store then fails.
   """
   with tempfile.TemporaryDirectory(prefix='latent_deliberation-') as place:
     local, ended = Path(place), threading.Event()
@@ -177,7 +178,7 @@ def mirror(directory: StorePath, *names: str) -> Iterator[Path]:
       while not ended.wait(MIRROR_SECONDS):
         try:
           copy_changes()
-        except UserError as error:  # the next time, or the last, may succeed
+        except StoreError as error:  # the next time, or the last, may succeed
           logging.warning('%s', error)
 
     copier = threading.Thread(target=copy_often, daemon=True)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import StoreError, UserError
 
 # epath would import TensorFlow where it is installed, which knows no s3://.
 os.environ.setdefault('EPATH_USE_TF', 'false')
@@ -48,10 +48,6 @@ _NO_LOGIN = ('NoCredentialsError', 'PartialCredentialsError', 'ProfileNotFound',
              'DefaultCredentialsError', 'RefreshError', 'UnauthorizedSSOTokenError')
 _NO_NETWORK = ('EndpointConnectionError', 'ClientConnectorError', 'ConnectionClosedError',
                'ClientConnectorDNSError', 'ServerDisconnectedError', 'ConnectionError')
-
-
-class StoreError(UserError, OSError):
-  """A store that does not do what it is asked; an OSError too, as of a disk."""
 
 
 class _Stat(epath.stat_utils.StatResult):
@@ -267,7 +263,7 @@ class StorePath(type(epath.Path())):
       if is_written or _is_of_bucket(error):
         raise StoreError(_no_bucket(self)) from error
       raise
-    except (FileExistsError, UserError):
+    except (FileExistsError, StoreError, UserError):
       raise
     except Exception as error:  # the libraries of stores have dozens of classes
       raise StoreError(describe(self, error)) from error
@@ -277,8 +273,8 @@ def check(url: str) -> None:
   """Checks, before long work, that a store answers for a path, whether or not it is there.
 
   Raises:
-    UserError: the scheme is unknown, the library is missing, there is no such bucket or no
-      permission, or no answer within CHECK_SECONDS.
+    UserError: the scheme is unknown, or the library is missing.
+    StoreError: there is no such bucket or no permission, or no answer within CHECK_SECONDS.
   """
   scheme, separator, rest = url.partition('://')
   if scheme not in LIBRARIES or not separator or not re.match('[^/]', rest):

@@ -31,7 +31,7 @@ import jax
 from absl import app, flags, logging
 
 from latent_deliberation.distributed import initialize
-from latent_deliberation.errors import UserError, problems_of, raise_problems
+from latent_deliberation.errors import StoreError, UserError, problems_of, raise_problems
 from latent_deliberation.files import as_path, check_free, check_path
 
 # --help of a launch script lists the flags that this module defines among the script's own.
@@ -96,7 +96,7 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
     # Whoever read the output needs no more, as `head` does. Nothing may be written at the end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(_BROKEN_PIPE) from None
-  except UserError as error:
+  except (UserError, StoreError) as error:
     logging.debug('the error below, with its traceback:', exc_info=True)
     raise SystemExit(f'Error: {error}') from None  # printed to stderr, with code 1
 
@@ -389,7 +389,7 @@ def _check_free(path: str | None, overwrite: bool) -> bool:
 def _check_path(path: str | None) -> bool:
   try:
     check_path(path or '')
-  except UserError as error:
+  except (UserError, StoreError) as error:
     raise flags.ValidationError(str(error)) from error
   return True
 
