@@ -29,6 +29,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   locate_coprocessor,
 )
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import as_path
 from latent_deliberation.inference import passes, session
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.engine import LoadedDecoder, build_engine, read_decoder
@@ -73,7 +74,7 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
   """
   if dtype not in weights.READABLE:
     raise UserError(f'dtype = {dtype!r}: it must be one of {weights.READABLE}')
-  path = Path(os.path.expanduser(path))
+  path = as_path(os.path.expanduser(path))
   # A GGUF file is a whole decoder. Any other file stands for its directory.
   in_directory = path.is_file() and path.suffix != weights.GGUF
   checkpoint = weights.open_checkpoint(path.parent if in_directory else path)
@@ -90,7 +91,7 @@ def load_coprocessor(directory: str | Path) -> CoprocessorCheckpoint:
   Raises:
     UserError: it is absent or damaged.
   """
-  loaded = coprocessor_checkpoint.load(locate_coprocessor(Path(directory)))
+  loaded = coprocessor_checkpoint.load(locate_coprocessor(as_path(directory)))
   if 'transformer' not in loaded.params:
     return loaded
   unstacked = passes.unstack(loaded.params['transformer'])

@@ -17,6 +17,10 @@ class UserError(ValueError):
   """
 
 
+class StoreError(OSError):
+  """An object store that does not do what it is asked. The message is for people, as above."""
+
+
 class MissingError(UserError):
   """A file, directory or data set that was named does not exist."""
 

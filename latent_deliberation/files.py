@@ -1,35 +1,85 @@
-"""Files and directories that are written whole or not at all, locks, and files as people have them.
+"""Files and directories that are written whole or not at all, and files as people have them.
 
 Where one cannot be written, these functions raise a UserError that names the path. The others read
 text as editors save it, leave out what nobody meant to give, and pass paths on to orbax.
+
+A path is one of this machine, a pathlib.Path, or one of an object store (stores.py), which has the
+same methods. What else differs between the two is here.
 """
 
 import codecs
 import contextlib
-import fcntl
+import importlib
 import json
 import os
 import secrets
 import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import ModuleType
+from typing import Any
 
 import jax
-from absl import logging
 from etils import epath
 
 from latent_deliberation.distributed import barrier, run_on_process_zero
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import StoreError, UserError
 from latent_deliberation.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 # Endings of files with a JSON object on each line.
 JSON_LINES = ('.jsonl', '.ndjson', '.jsonlines', '.ldjson', '.json')
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _STRAY_ENDINGS = ('~', '.bak', '.orig', '.swp', '.tmp', '.part', '.partial')
+STORES = ('gs://', 's3://')
+
+
+def as_path(text: str | os.PathLike) -> Path:
+  """Returns the path that a text means, of this machine or of an object store."""
+  text = os.fspath(text)
+  return _import('stores').StorePath(text) if text.startswith(STORES) else Path(text)
+
+
+def check_path(text: str) -> None:
+  """Raises UserError for a URL that is of no store, StoreError for one that does not answer."""
+  if ':/' in text:
+    _import('stores').check(text)
+
+
+def is_here(path: Path) -> bool:
+  """Whether a path is of this machine."""
+  return isinstance(path, Path)
+
+
+def _import(name: str) -> ModuleType:
+  """Returns a module for locks, or one that only paths of object stores need."""
+  return importlib.import_module(f'latent_deliberation.{name}')
+
+
+def at_hand(path: Path, beside: str = '') -> Path:
+  """Returns the path of a file or directory on this machine; of a store, that of a copy.
+
+  Args:
+    beside: pattern of names of further files, which a file of a store must have beside it.
+
+  Raises: as `fetch` of staging.py does.
+  """
+  return path if is_here(path) else _import('staging').fetch(path, beside)
+
+
+def new_file(path: Path) -> contextlib.AbstractContextManager[Path]:
+  """Yields where on this machine to write a new file, which is then at `path`."""
+  return contextlib.nullcontext(path) if is_here(path) else _import('staging').new_file(path)
+
+
+def growing_files(directory: Path, *names: str) -> contextlib.AbstractContextManager[Path]:
+  """Yields a directory of this machine for files that grow; what is in it comes to `directory`.
+
+  Args:
+    names: files that go on, where they are there.
+  """
+  return (contextlib.nullcontext(directory) if is_here(directory)
+          else _import('staging').mirror(directory, *names))
 
 
 def is_stray(name: str) -> bool:
@@ -48,7 +98,9 @@ def list_directory(directory: Path) -> list[Path]:
 def find_inside(directory: Path, is_wanted: Callable[[Path], bool], depth: int = 2) -> list[Path]:
   """Returns the nearest folders inside a directory, up to `depth` levels, that are wanted."""
   found = []
-  for folder in filter(Path.is_dir, list_directory(directory)):
+  for folder in list_directory(directory):
+    if not folder.is_dir():
+      continue
     with contextlib.suppress(PermissionError):
       if is_wanted(folder):
         found.append(folder)
@@ -60,10 +112,6 @@ def find_inside(directory: Path, is_wanted: Callable[[Path], bool], depth: int =
 def find_encoding(content: bytes) -> str:
   """Returns the encoding of a text by the mark at its beginning; UTF-8 without one."""
   return 'utf-16' if content.startswith(_UTF16_MARKS) else 'utf-8-sig'
-
-
-POLL_SECONDS = 0.5  # between two looks at a lock that another process holds
-_ATTEMPTS = 10  # to open the file of a lock while others remove it; some mounts change its number
 
 
 def read_text(path: Path, what: str) -> str:
@@ -103,7 +151,20 @@ class LiteralPath(type(epath.Path())):
 def path_for_orbax(directory: Path) -> LiteralPath:
   """Returns the absolute path of a directory of orbax. Raises as `refuse_backslash` does."""
   refuse_backslash(directory)
-  return LiteralPath(directory.absolute())
+  if is_here(directory):
+    return LiteralPath(directory.absolute())
+  if directory.scheme == 's3':
+    _import('stores').teach_orbax()
+  return directory
+
+
+def orbax_options(directory: Path) -> dict[str, Any]:
+  """Returns options with which orbax writes a checkpoint whole or not at all in this place."""
+  if is_here(directory):
+    return {}  # it renames a directory
+  options = importlib.import_module('orbax.checkpoint').options
+  # It writes a file last, which says that the directory is whole.
+  return {'atomicity_options': options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE)}
 
 
 def refuse_backslash(directory: Path) -> None:
@@ -118,6 +179,8 @@ def explain_failed_write(path: Path) -> Iterator[None]:
   """Turns an OSError of the block, which writes to `path`, into a UserError."""
   try:
     yield
+  except StoreError as error:  # says itself what to do
+    raise UserError(str(error)) from error
   except OSError as error:
     raise UserError(f'{path} cannot be written to ({error}): make it writable or free some '
                     'space') from error
@@ -129,6 +192,10 @@ def write_whole(path: Path, content: bytes) -> None:
   Raises:
     UserError: the file cannot be written.
   """
+  if not is_here(path):
+    with explain_failed_write(path):
+      path.write_bytes(content)
+    return
   # Random, since processes in containers that share a disk may have the same number.
   partial = path.with_name(f'.{path.name}.partial-{secrets.token_hex(4)}')
   with explain_failed_write(path):
@@ -187,12 +254,8 @@ def check_free(paths: Sequence[Path], overwrite: bool) -> None:
                     'place, or add --overwrite')
 
 
-@contextlib.contextmanager
-def lock(path: Path, work: str, *, wait: bool = False) -> Iterator[None]:
-  """Holds the lock `path`, which one process of all hosts may hold at a time.
-
-  The system frees it when the process ends in any way. The file says who holds it. On a file system
-  without locks there is only a warning.
+def lock(path: Path, work: str, *, wait: bool = False) -> contextlib.AbstractContextManager[None]:
+  """Holds the lock `path`, which one process of all hosts may hold at a time; see locks.py.
 
   Args:
     path: file of the lock; created, and removed at the end.
@@ -202,57 +265,7 @@ def lock(path: Path, work: str, *, wait: bool = False) -> Iterator[None]:
   Raises:
     UserError: another process holds it, and `wait` is false; or the file cannot be made.
   """
-  waiting = False
-  while (file := _try_lock(path)) is None:
-    # The holder may just have ended, and its file with it.
-    with contextlib.suppress(FileNotFoundError):
-      holder = path.read_text() or 'another process'
-      if not wait:
-        raise UserError(f'{holder} {work}: let it end, or end it first. Its lock is {path}')
-      if not waiting:
-        logging.info('%s %s: waiting for it', holder, work)
-      waiting = True
-    time.sleep(POLL_SECONDS)
-  with file:
-    with explain_failed_write(path):
-      begun = time.strftime('%Y-%m-%d %H:%M:%S')
-      file.write(f'process {os.getpid()} on {socket.gethostname()}, since {begun},'.encode())
-      file.flush()
-    try:
-      yield
-    finally:
-      path.unlink(missing_ok=True)
-
-
-def _try_lock(path: Path) -> BinaryIO | None:
-  """Returns the open file of a lock that this process now holds; None where another holds it."""
-  # The holder before may remove the file after it is opened here. Then the lock is of no file.
-  for left in reversed(range(_ATTEMPTS)):
-    with explain_failed_write(path):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      file = path.open('ab')
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.close()
-      return None
-    except OSError as error:  # a mount of NFS or Lustre without locks
-      logging.warning('%s: this file system has no locks (%s), so nothing keeps a second process '
-                      'from working there', path, error)
-      break
-    if not left or _is_at(path, file):
-      break
-    file.close()
-  file.truncate(0)  # of a process that was killed
-  return file
-
-
-def _is_at(path: Path, file: BinaryIO) -> bool:
-  """Whether an open file is the one at `path`."""
-  try:
-    return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-  except FileNotFoundError:
-    return False
+  return _import('locks').lock(path, work, wait)
 
 
 @contextlib.contextmanager
@@ -267,7 +280,8 @@ def lock_for_all(path: Path, work: str) -> Iterator[None]:
 def whole_directory(directory: Path) -> Iterator[Path]:
   """Yields a directory to write into, which becomes `directory` if the block raises no error.
 
-  Every process enters. Process 0 creates the directory and renames it at the end.
+  Every process enters. Process 0 creates the directory and renames it at the end. A store has no
+  rename: there the directory is written at its place, and does not exist before the end.
 
   Raises:
     UserError: `directory` exists already; nothing is overwritten. Or another process writes it.
@@ -278,16 +292,15 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     raise UserError(f'{directory} exists already and is not overwritten: name another directory, '
                     'or remove this one')
   # Names that no user chooses.
-  partial, locked = (directory.with_name(f'.{directory.name}.{end}') for end in ('partial', 'lock'))
+  partial, locked = partial_of(directory), directory.with_name(f'.{directory.name}.lock')
   is_writer = jax.process_index() == 0
   if is_writer:
     with explain_failed_write(directory):
       directory.parent.mkdir(parents=True, exist_ok=True)
   with lock(locked, f'writes {directory}') if is_writer else contextlib.nullcontext():
     if is_writer:
-      shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
       with explain_failed_write(directory):
-        partial.mkdir()
+        begin_directory(partial)
     # No process writes before the directory exists, or continues before it has its name.
     barrier(f'{directory} begun')
     try:
@@ -295,11 +308,37 @@ def whole_directory(directory: Path) -> Iterator[Path]:
       barrier(f'{directory} written')
       if is_writer:
         with explain_failed_write(directory):
-          os.replace(partial, directory)
+          finish_directory(partial, directory)
       barrier(f'{directory} named')
-    finally:
+    except BaseException:
       if is_writer:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
+      raise
+
+
+def partial_of(directory: Path) -> Path:
+  """Returns where a directory is written before it exists: beside it; in a store, at its place."""
+  return directory.with_name(f'.{directory.name}.partial') if is_here(directory) else directory
+
+
+def begin_directory(partial: Path) -> None:
+  """Makes the directory of `partial_of`, empty."""
+  remove_tree(partial)  # left by a killed process
+  partial.mkdir(parents=True) if is_here(partial) else partial.begin()
+
+
+def finish_directory(partial: Path, directory: Path) -> None:
+  """Gives a directory that is whole its name."""
+  os.replace(partial, directory) if is_here(partial) else directory.finish()
+
+
+def remove_tree(directory: Path) -> None:
+  """Removes a directory with all that is in it, where it is there and can be removed."""
+  if is_here(directory):
+    shutil.rmtree(directory, ignore_errors=True)
+  else:
+    with contextlib.suppress(StoreError):
+      directory.rmtree(missing_ok=True)
 
 
 def make_writable(directory: Path) -> None:
@@ -308,12 +347,19 @@ def make_writable(directory: Path) -> None:
   Long work calls this first.
 
   Raises:
-    UserError: the directory is a URL, has a backslash, or cannot be created or written to.
+    UserError: the directory is a URL of an unknown kind, has a backslash, or cannot be created or
+      written to.
   """
-  if ':/' in str(directory):
-    raise UserError(f'{directory} is a URL, and must be a path: mount the bucket (gcsfuse, for '
-                    'instance) and give the path under the mount')
   refuse_backslash(directory)
+  if not is_here(directory):
+    probe = directory / f'.probe-{secrets.token_hex(4)}'
+    with explain_failed_write(probe):
+      probe.write_bytes(b'probe')
+      probe.unlink()
+    return
+  if ':/' in str(directory):
+    raise UserError(f'{directory} is a URL: give gs://BUCKET/PATH, s3://BUCKET/PATH or a path of '
+                    'this machine')
   try:
     directory.mkdir(parents=True, exist_ok=True)
     # Only a write shows whether writing works, on mounted buckets for instance.

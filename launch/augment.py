@@ -8,12 +8,12 @@ Writes the decoder's kv-cache and the latents as safetensors, with a JSON file t
 decoder. No other decoder can use them. Next, launch/generate.py --cache=runs/cache continues them.
 """
 
-from pathlib import Path
 from shlex import quote
 
 from absl import flags
 
 from latent_deliberation.cli import app
+from latent_deliberation.files import as_path
 from latent_deliberation.inference.engine import open_engine
 from latent_deliberation.inference.prefix_cache import check_context, save_context
 
@@ -31,10 +31,10 @@ _OUTPUT = app.define_directory('output', 'Directory to write the cache to; must 
 
 
 def main() -> None:
-  output = Path(_OUTPUT.value)
-  text = check_context(output, Path(_DOCUMENT.value), _COPROCESSOR.value)
+  output = as_path(_OUTPUT.value)
+  text = check_context(output, as_path(_DOCUMENT.value), _COPROCESSOR.value)
   engine, tokenizer = open_engine(
-      Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value)
+      as_path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value)
   tokens = save_context(text, output, engine, tokenizer)
   print(f'{output}: {tokens} tokens and {engine.model.coprocessor.config.num_latents} latents. '
         f'Continue them: launch/generate.py --cache={quote(str(output))}')

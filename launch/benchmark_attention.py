@@ -8,13 +8,13 @@ Weights and texts are random. Both ways run forward and backward, in turns, and 
 loss and in the norm of the gradient. Next, set --config.computation.attention for launch/train.py.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from latent_deliberation.benchmarks.attention_speed import benchmark
 from latent_deliberation.cli import app
 from latent_deliberation.cli.config_flag import define_config, read_config
+from latent_deliberation.files import as_path
 
 define_config(__file__)
 _TEXTS = flags.DEFINE_integer('texts', 1, 'Number of texts in the batch.', lower_bound=1)
@@ -26,7 +26,7 @@ _REPEATS = flags.DEFINE_integer(
 
 def main() -> None:
   result = benchmark(read_config(), _TEXTS.value, _DENSE.value,
-                     Path(_OUTPUT.value), _REPEATS.value)
+                     as_path(_OUTPUT.value), _REPEATS.value)
   for way, measured in result['measured'].items():
     print(f'{way:<11} {result["seconds"][way]:8.3f} s  loss {measured["loss"]:.4f}  gradient norm '
           f'{measured["gradient_norm"]:.4g}  temporary {measured["temporary_bytes"] / 1e9:.1f} GB')

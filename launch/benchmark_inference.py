@@ -9,12 +9,12 @@ process of its own. The ratios are drawn as a PNG next to the JSON. Next, decode
 launch/generate.py.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from latent_deliberation.benchmarks.inference_speed import benchmark
 from latent_deliberation.cli import app
+from latent_deliberation.files import as_path
 
 _OUTPUT = app.define_json('output', 'JSON file to write, with a PNG next to it.')
 _DECODER = app.define_decoder(
@@ -25,7 +25,7 @@ _REPEATS = flags.DEFINE_integer(
 
 
 def main() -> None:
-  result = benchmark(Path(_OUTPUT.value), _REPEATS.value, _DECODER.value)
+  result = benchmark(as_path(_OUTPUT.value), _REPEATS.value, _DECODER.value)
   for name in ('decode', 'prefill'):
     for case, ratio in result[f'{name}_ratio_vs_transformers'].items():
       print(f'{name:<8} {case:<28} {ratio:5.1f} x as fast as transformers')

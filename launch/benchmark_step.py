@@ -10,13 +10,13 @@ decoder: its train step is timed against the same step in float32, and its loss 
 transformers. Next, train with launch/train.py.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from latent_deliberation.benchmarks.real_decoder import benchmark_decoder
 from latent_deliberation.benchmarks.step_speed import benchmark
 from latent_deliberation.cli import app
+from latent_deliberation.files import as_path
 
 _OUTPUT = app.define_json('output', 'JSON file to write, with a PNG next to it.')
 _DECODER = app.define_decoder(
@@ -26,7 +26,7 @@ _REPEATS = flags.DEFINE_integer(
 
 
 def main() -> None:
-  output = Path(_OUTPUT.value)
+  output = as_path(_OUTPUT.value)
   result = (benchmark_decoder(_DECODER.value, output, _REPEATS.value) if _DECODER.value
             else benchmark(output, _REPEATS.value))
   for kind in ('step', 'decoder'):

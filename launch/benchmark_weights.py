@@ -7,12 +7,12 @@ process of its own, and removes it. It takes 5.2 GB of disk for gemma2_2b. Next,
 checkpoint with launch/convert.py.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from latent_deliberation.benchmarks.loading_memory import benchmark
 from latent_deliberation.cli import app
+from latent_deliberation.files import as_path
 from latent_deliberation.model.transformer_config import PRESETS
 
 _PRESET = flags.DEFINE_enum(
@@ -21,7 +21,7 @@ _OUTPUT = app.define_json('output', 'JSON file to write.')
 
 
 def main() -> None:
-  measured = benchmark(_PRESET.value, Path(_OUTPUT.value))
+  measured = benchmark(_PRESET.value, as_path(_OUTPUT.value))
   print(f'{measured["weight_bytes"] / 1e9:.2f} GB of weights in {measured["seconds"]:.0f} s '
         f'({measured["seconds_over_safetensors_alone"]:.1f} x the time in which safetensors alone '
         f'reads them); peak memory {measured["peak_bytes"] / 1e9:.2f} GB, '

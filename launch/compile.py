@@ -19,6 +19,7 @@ from absl import flags
 
 from latent_deliberation.cli import app
 from latent_deliberation.cli.config_flag import define_config, read_config
+from latent_deliberation.files import as_path
 from latent_deliberation.planning import table, topology
 from latent_deliberation.planning.compile import plan_training
 from latent_deliberation.sharding import parse_mesh, parse_rules
@@ -40,7 +41,7 @@ def main() -> None:
   meshes = [parse_mesh(text) for text in _MESHES.value]
   rules = [parse_rules(text) for text in _RULES.value]
   plans = plan_training(experiment, topology.find_topology(_TOPOLOGY.value), meshes, rules,
-                        Path(_OUTPUT.value))
+                        as_path(_OUTPUT.value))
   print('\n\n'.join(table.describe(plan) for plan in plans))
   if len(plans) > 1:
     print(f'\n{table.compare(plans)}')

@@ -17,12 +17,12 @@ are loaded. A coprocessor is written again in another dtype, to share it. Next, 
 as in docs/gemma.md.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from latent_deliberation.cli import app, convert
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import as_path
 from latent_deliberation.model import weights
 
 _SOURCE = app.define_decoder('source', 'Directory, GGUF file or name of the decoder to read.', '')
@@ -44,7 +44,8 @@ def main() -> None:
   if _COPROCESSOR.value:
     if _SOURCE.value or not _TARGET.value:
       raise UserError('--coprocessor: give --target with it, and no --source')
-    print(convert.convert_coprocessor(Path(_COPROCESSOR.value), Path(_TARGET.value), _DTYPE.value))
+    print(convert.convert_coprocessor(
+        as_path(_COPROCESSOR.value), as_path(_TARGET.value), _DTYPE.value))
     return
   if not _SOURCE.value:
     if not _LIST.value:
@@ -57,7 +58,7 @@ def main() -> None:
     print(convert.list_tensors(checkpoint))
   checkpoint.check()
   if _TARGET.value:
-    print(convert.convert(checkpoint, Path(_TARGET.value), _FORMAT.value, _DTYPE.value))
+    print(convert.convert(checkpoint, as_path(_TARGET.value), _FORMAT.value, _DTYPE.value))
 
 
 if __name__ == '__main__':

@@ -8,13 +8,13 @@ launch/train.py with deliberation.trainable=constant (pause tokens). Next, open 
 --output.
 """
 
-from pathlib import Path
 
 from latent_deliberation.cli import app
 from latent_deliberation.cli.config_flag import define_config
 from latent_deliberation.cli.trained_run import open_run
 from latent_deliberation.evaluation.evaluate import evaluate
 from latent_deliberation.evaluation.report import format_table
+from latent_deliberation.files import as_path
 
 define_config(__file__, of_run='coprocessor')
 _DECODER = app.define_decoder(
@@ -34,11 +34,11 @@ def main() -> None:
   run = open_run(_DECODER.value, _COPROCESSOR.value, _DATA.value)
   summary = evaluate(
       run.experiment, decoder_dir=run.decoder_dir, coprocessor_dir=run.coprocessor_dir,
-      prepared_dir=run.prepared_dir, output=Path(_OUTPUT.value),
-      constant_dir=Path(_CONSTANT.value) if _CONSTANT.value else None,
+      prepared_dir=run.prepared_dir, output=as_path(_OUTPUT.value),
+      constant_dir=as_path(_CONSTANT.value) if _CONSTANT.value else None,
       overwrite=_OVERWRITE.value)
   print(format_table(summary))
-  print(f'Report: {Path(_OUTPUT.value) / "report.md"}')
+  print(f'Report: {as_path(_OUTPUT.value) / "report.md"}')
 
 
 if __name__ == '__main__':

@@ -8,12 +8,12 @@ each fraction of places that are augmented. Config, decoder and data are those o
 flags say otherwise. Next, open gate.png in --output.
 """
 
-from pathlib import Path
 
 from latent_deliberation.cli import app
 from latent_deliberation.cli.config_flag import define_config
 from latent_deliberation.cli.trained_run import open_run
 from latent_deliberation.evaluation.gating import PICTURE, fit_gate, format_gates
+from latent_deliberation.files import as_path
 
 define_config(__file__, of_run='coprocessor')
 _DECODER = app.define_decoder(
@@ -29,9 +29,9 @@ def main() -> None:
   run = open_run(_DECODER.value, _COPROCESSOR.value, _DATA.value)
   result = fit_gate(
       run.experiment, decoder_dir=run.decoder_dir, coprocessor_dir=run.coprocessor_dir,
-      prepared_dir=run.prepared_dir, output=Path(_OUTPUT.value))
+      prepared_dir=run.prepared_dir, output=as_path(_OUTPUT.value))
   print(format_gates(result))
-  print(f'Picture: {Path(_OUTPUT.value) / PICTURE}')
+  print(f'Picture: {as_path(_OUTPUT.value) / PICTURE}')
 
 
 if __name__ == '__main__':

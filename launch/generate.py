@@ -7,12 +7,12 @@ conversation. Latents are made at the end of a prompt, --at other places, --ever
 where a --gate opens. With a --cache they are there already. Next, measure with launch/evaluate.py.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from latent_deliberation.cli import app, generate
 from latent_deliberation.cli.prompts import read_prompts
+from latent_deliberation.files import as_path
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.engine import open_engine
@@ -74,7 +74,7 @@ def main() -> None:
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   gate = None
   if _GATE.value:
-    gate = open_gate(Path(_GATE.value), _SCORE.value, _BUDGET.value, _MIN_GAP.value)
+    gate = open_gate(as_path(_GATE.value), _SCORE.value, _BUDGET.value, _MIN_GAP.value)
   policy = combine(_AT.value, _EVERY.value, gate, () if _CACHE.value else (0,))
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
   timing = LatentTiming(None if _BACKGROUND.value else 0)
@@ -84,8 +84,8 @@ def main() -> None:
   request = generate.Request(options, stop, _SEED.value, _JSON.value, _STREAM.value,
                              _COMPARE.value, _CACHE.value, _CHAT.value, _BATCH_SIZE.value)
   engine, tokenizer = open_engine(
-      Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)
-  context = open_context(Path(_CACHE.value), engine) if _CACHE.value else None
+      as_path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)
+  context = open_context(as_path(_CACHE.value), engine) if _CACHE.value else None
   generate.answer(generate.Writer(engine, tokenizer, request, context), prompts)
 
 

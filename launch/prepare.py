@@ -7,7 +7,6 @@ that is only evaluated on, and for training on machines without seqio. Next, run
 launch/pretrain.py, launch/train.py or launch/evaluate.py.
 """
 
-from pathlib import Path
 from shlex import quote
 
 from latent_deliberation.build import with_decoder
@@ -19,6 +18,7 @@ from latent_deliberation.cli.config_flag import (
   read_config,
 )
 from latent_deliberation.data.loading import prepare_data
+from latent_deliberation.files import as_path
 
 define_config(__file__)
 _WORKDIR = app.define_directory(
@@ -27,7 +27,7 @@ _WORKDIR = app.define_directory(
 
 def main() -> None:
   experiment = with_decoder(read_config(), given=given_keys())
-  prepare_data(experiment.data, experiment.decoder.vocab_size, Path(_WORKDIR.value))
+  prepare_data(experiment.data, experiment.decoder.vocab_size, as_path(_WORKDIR.value))
   script, data = 'train' if experiment.decoder_from else 'pretrain', _WORKDIR.value
   print(f'Data: {data}\nNext: python launch/{script}.py {config_arguments()} '
         f'--data={quote(data)} --workdir={quote(f"{data}/{script}")}')

@@ -6,11 +6,11 @@ Text is first tokenised and packed in --data, if that has not been done. The sam
 run that was stopped. Next, train a coprocessor for <workdir>/decoder with launch/train.py.
 """
 
-from pathlib import Path
 from shlex import quote
 
 from latent_deliberation.cli import app
 from latent_deliberation.cli.config_flag import config_arguments, define_config, read_config
+from latent_deliberation.files import as_path
 from latent_deliberation.training.pretrain import pretrain
 
 define_config(__file__)
@@ -20,8 +20,8 @@ _DATA = app.define_directory('data', 'Directory of prepared data. Default: --wor
 
 
 def main() -> None:
-  workdir = Path(_WORKDIR.value)
-  decoder_dir = pretrain(read_config(on_devices=True), workdir, Path(_DATA.value or workdir))
+  workdir = as_path(_WORKDIR.value)
+  decoder_dir = pretrain(read_config(on_devices=True), workdir, as_path(_DATA.value or workdir))
   data, run = _DATA.value or _WORKDIR.value, f'{_WORKDIR.value}/coprocessor'
   print(f'Decoder: {decoder_dir}\nNext: python launch/train.py --decoder={quote(str(decoder_dir))} '
         f'--data={quote(data)} {config_arguments()} --workdir={quote(run)}')

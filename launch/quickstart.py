@@ -14,7 +14,6 @@ Next, try prompts with launch/generate.py. For other sizes and machines, its ste
 launch/pretrain.py, launch/train.py and launch/evaluate.py.
 """
 
-from pathlib import Path
 from shlex import quote
 
 from latent_deliberation.build import with_decoder
@@ -22,6 +21,7 @@ from latent_deliberation.cli import app
 from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
 from latent_deliberation.cli.quickstart import quickstart
 from latent_deliberation.evaluation.report import format_table
+from latent_deliberation.files import as_path
 from latent_deliberation.paths import COPROCESSOR, DECODER, PRETRAINING
 
 define_config(__file__, 'configs/quickstart.py', of_run='workdir')
@@ -35,7 +35,7 @@ _OVERWRITE = app.define_overwrite('a report of other settings')
 
 
 def main() -> None:
-  workdir = Path(_WORKDIR.value)
+  workdir = as_path(_WORKDIR.value)
   experiment = with_decoder(read_config(on_devices=True), _DECODER.value, given_keys())
   summary = quickstart(experiment, workdir, given_keys(), _OVERWRITE.value)
   print(format_table(summary))

@@ -7,12 +7,12 @@ trains and reports some of the arms, in less time. A report of other settings or
 --overwrite. Next, open results.md in --workdir.
 """
 
-from pathlib import Path
 
 from absl import flags
 
 from latent_deliberation.cli import app
 from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
+from latent_deliberation.files import as_path
 from latent_deliberation.studies.study import run_study, take_decoder
 from latent_deliberation.studies.study_config import Study
 from latent_deliberation.studies.study_report import format_study
@@ -30,7 +30,7 @@ _OVERWRITE = app.define_overwrite('a report of other settings, or of more arms')
 
 
 def main() -> None:
-  workdir = Path(_WORKDIR.value)
+  workdir = as_path(_WORKDIR.value)
   study = take_decoder(read_config(Study, on_devices=True), _DECODER.value, given_keys())
   print(format_study(run_study(study, workdir, _ARM.value, given_keys(), _OVERWRITE.value)))
   print(f'Report: {workdir / "results.md"}')

@@ -8,13 +8,13 @@ and how latents are made. Architecture and vocabulary are the decoder's. The sam
 run that was stopped. Next, measure the gain with launch/evaluate.py.
 """
 
-from pathlib import Path
 from shlex import quote
 
 from latent_deliberation.build import with_decoder
 from latent_deliberation.cli import app
 from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import as_path
 from latent_deliberation.training.train import train_coprocessor
 
 define_config(__file__, of_run='workdir')
@@ -31,8 +31,8 @@ def main() -> None:
   experiment = with_decoder(read_config(on_devices=True), _DECODER.value, given_keys())
   if not experiment.decoder_from:
     raise UserError("--decoder = '': give the directory of a decoder, or set decoder_from")
-  train_coprocessor(experiment, Path(experiment.decoder_from), Path(_WORKDIR.value),
-                    Path(prepared_dir))
+  train_coprocessor(experiment, as_path(experiment.decoder_from), as_path(_WORKDIR.value),
+                    as_path(prepared_dir))
   print(f'Coprocessor: {_WORKDIR.value}/coprocessor\n'
         f'Next: python launch/evaluate.py --coprocessor={quote(_WORKDIR.value)} '
         f'--data={quote(prepared_dir)} --output={quote(f"{_WORKDIR.value}/report")}')

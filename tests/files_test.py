@@ -13,7 +13,7 @@ import jax
 import pytest
 from absl import logging
 
-from latent_deliberation import files
+from latent_deliberation import locks
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import (
   check_free,
@@ -152,7 +152,7 @@ def test_lock_that_is_waited_for(tmp_path, monkeypatch):
   """One who waits gets the lock after the other, and says once for whom it waits."""
   said = []
   monkeypatch.setattr(logging, 'info', lambda text, *values: said.append(text % values))
-  monkeypatch.setattr(files, 'POLL_SECONDS', 0.01)
+  monkeypatch.setattr(locks, 'POLL_SECONDS', 0.01)
   order = []
 
   def wait():
@@ -171,7 +171,7 @@ def test_lock_that_is_waited_for(tmp_path, monkeypatch):
 
 def test_many_launches(tmp_path, monkeypatch):
   """Of many that take and leave a lock at the same time, one holds it at a time."""
-  monkeypatch.setattr(files, 'POLL_SECONDS', 0.001)
+  monkeypatch.setattr(locks, 'POLL_SECONDS', 0.001)
   inside, most = [], []
 
   def work():
@@ -239,7 +239,7 @@ def test_failed_directory(tmp_path):
 def test_url(tmp_path, monkeypatch):
   """A URL is refused, and does not become a local folder."""
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match='gs:/bucket/run.*mount'):
+  with pytest.raises(UserError, match='gs:/bucket/run.*gs://BUCKET'):
     make_writable(Path('gs://bucket/run'))
   assert not list(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from safetensors import safe_open
 
-from latent_deliberation.files import write_json
+from latent_deliberation.files import is_here, write_json
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints.hugging_face import find_layout
 from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG, write_config
@@ -37,7 +37,8 @@ def benchmark(preset: str, output: Path) -> dict[str, Any]:
   Returns: the content of `output`.
   """
   config = find_preset(preset)
-  with tempfile.TemporaryDirectory(prefix='weights-', dir=output.absolute().parent) as place:
+  beside = output.absolute().parent if is_here(output) else None
+  with tempfile.TemporaryDirectory(prefix='weights-', dir=beside) as place:
     logging.info('writing random weights of %s', preset)
     _run_apart(write_synthetic, Path(place), config)
     logging.info('reading them')

@@ -31,8 +31,8 @@ import jax
 from absl import app, flags, logging
 
 from latent_deliberation.distributed import initialize
-from latent_deliberation.errors import UserError, problems_of, raise_problems
-from latent_deliberation.files import check_free
+from latent_deliberation.errors import StoreError, UserError, problems_of, raise_problems
+from latent_deliberation.files import as_path, check_free, check_path
 
 # --help of a launch script lists the flags that this module defines among the script's own.
 flags.disclaim_key_flags()
@@ -96,7 +96,7 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
     # Whoever read the output needs no more, as `head` does. Nothing may be written at the end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(_BROKEN_PIPE) from None
-  except UserError as error:
+  except (UserError, StoreError) as error:
     logging.debug('the error below, with its traceback:', exc_info=True)
     raise SystemExit(f'Error: {error}') from None  # printed to stderr, with code 1
 
@@ -340,7 +340,7 @@ def _describe(error: flags.Error) -> str:
 
 
 class _PathParser(flags.ArgumentParser):
-  """A path, in which '~' is the home directory: shells leave it as it is after '='."""
+  """A path or URL, in which '~' is the home directory: shells leave it as it is after '='."""
   syntactic_help = 'a path'
 
   def parse(self, argument: str) -> str:
@@ -391,7 +391,7 @@ def define_overwrite(what: str) -> flags.FlagHolder:
 
 def _check_free(path: str | None, overwrite: bool) -> bool:
   try:
-    files = [Path(path).with_suffix(end) for end in ('.json', '.png', '.csv')] if path else []
+    files = [as_path(path).with_suffix(end) for end in ('.json', '.png', '.csv')] if path else []
     check_free(files, overwrite)
   except UserError as error:
     raise flags.ValidationError(str(error)) from error
@@ -399,9 +399,10 @@ def _check_free(path: str | None, overwrite: bool) -> bool:
 
 
 def _check_path(path: str | None) -> bool:
-  if path and ':/' in path:
-    raise flags.ValidationError('this is a URL. Mount the bucket, with gcsfuse for instance, and '
-                                'give the path of the mount.')
+  try:
+    check_path(path or '')
+  except (UserError, StoreError) as error:
+    raise flags.ValidationError(str(error)) from error
   return True
 
 
@@ -411,14 +412,15 @@ def _check_decoder(path: str | None) -> bool:
 
 def _check_directory(path: str | None) -> bool:
   _check_path(path)
-  if path and Path(path).exists() and not Path(path).is_dir():
+  if path and as_path(path).exists() and not as_path(path).is_dir():
     raise flags.ValidationError('this is a file. Give the path of a directory.')
   return True
 
 
 def _check_json(path: str | None) -> bool:
+  _check_path(path)
   if path is not None and (
-      not path.endswith('.json') or not Path(path).absolute().parent.is_dir()
-      or Path(path).is_dir()):
+      not path.endswith('.json') or as_path(path).is_dir()
+      or ':/' not in path and not Path(path).absolute().parent.is_dir()):
     raise flags.ValidationError('give a path that ends in .json, in a directory that exists.')
   return True

@@ -32,6 +32,7 @@ from latent_deliberation.data.data_config import (
 from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
 from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, as_config, bind, nearest_key
+from latent_deliberation.files import as_path
 from latent_deliberation.paths import RUN_FILE, with_current_names
 from latent_deliberation.sharding import MeshConfig, make_mesh
 
@@ -89,7 +90,7 @@ def _find_run(flag: str) -> Path | None:
   given = _given_flag(flag)
   if not given:
     return None
-  place = Path(os.path.expanduser(given))
+  place = as_path(os.path.expanduser(given))
   if (place / DESCRIPTION).is_file():
     place = place.absolute().parent
   return place / RUN_FILE if (place / RUN_FILE).is_file() else None
@@ -193,7 +194,7 @@ class _ConfigParser(ConfigFileFlagParser):
     """
     path = os.path.expanduser(path)
     if path.endswith('.json'):
-      config = read_run(Path(path))
+      config = read_run(as_path(path))
     else:
       try:
         config = super().parse(path)

@@ -5,7 +5,6 @@ A coprocessor has one format, and converts to another dtype.
 
 import dataclasses
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from absl import logging
 from latent_deliberation.build import count_parameters
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import make_writable, refuse_backslash, write_json
+from latent_deliberation.files import make_writable, refuse_backslash, write_json, write_whole
 from latent_deliberation.inference.tokenizer import tokenizer_of
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import named
@@ -147,7 +146,7 @@ def _keep_hugging_face(source: Path, target: Path) -> None:
   """Copies what only transformers reads: files of the tokenizer, and some keys of config.json."""
   for name in COMPANIONS:
     if (source / name).is_file() and not (target / name).exists():
-      shutil.copyfile(source / name, target / name)
+      write_whole(target / name, (source / name).read_bytes())
   stored = json.loads((source / CONFIG).read_bytes())
   # A multimodal config has those of its decoder in a part of their own.
   stored |= stored.get('text_config', {})

@@ -27,7 +27,7 @@ from latent_deliberation.data.text_sizes import (
 from latent_deliberation.errors import problems_of, raise_problems
 from latent_deliberation.evaluation.evaluate import constant_variant, evaluate, open_held_out
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.files import make_writable
+from latent_deliberation.files import as_path, make_writable
 from latent_deliberation.paths import (
   CONSTANT,
   COPROCESSOR,
@@ -81,7 +81,7 @@ def _run_phases(experiment: Experiment, workdir: Path, given: Set[str],
   further = {name: run.goes_further for name, run in runs.items()}
 
   if experiment.decoder_from:
-    decoder_dir = Path(experiment.decoder_from)
+    decoder_dir = as_path(experiment.decoder_from)
   else:
     with clock.phase(_DECODER, further[_DECODER]):
       decoder_dir = pretrain(experiment, runs[_DECODER].workdir, workdir)
@@ -113,7 +113,7 @@ def _prepare(experiment: Experiment, workdir: Path, given: Set[str], overwrite: 
     check_same_settings(report, experiment, WITHOUT_EFFECT)
   checkpoint = None
   if experiment.decoder_from:
-    checkpoint = open_frozen(experiment.decoder, Path(experiment.decoder_from))
+    checkpoint = open_frozen(experiment.decoder, as_path(experiment.decoder_from))
     check_known_vocabulary(experiment.data, workdir, checkpoint)
   with clock.phase('data'):
     prepare_data(experiment.data, experiment.decoder.vocab_size, workdir)

@@ -8,6 +8,7 @@ from latent_deliberation.cli.config_flag import given_keys, read_config
 from latent_deliberation.deliberation.coprocessor_checkpoint import locate_coprocessor
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
+from latent_deliberation.files import as_path
 from latent_deliberation.paths import DECODER, PRETRAINING, ROWS
 
 
@@ -39,7 +40,7 @@ def open_run(decoder: str, coprocessor: str, data: str) -> TrainedRun:
     UserError: neither the flags nor the run say where the decoder or the data are.
   """
   # The run, and the quickstart that it may be a phase of.
-  run_dir = locate_coprocessor(Path(coprocessor)).parent
+  run_dir = locate_coprocessor(as_path(coprocessor)).parent
   places, quickstart = (run_dir, run_dir.absolute().parent), run_dir.absolute().parent
   experiment = with_decoder(read_config(on_devices=True), decoder, given_keys())
   pretrained = quickstart / PRETRAINING / DECODER
@@ -50,5 +51,5 @@ def open_run(decoder: str, coprocessor: str, data: str) -> TrainedRun:
   if not data and found is None:
     raise UserError(f"--data = '': there are no {ROWS}/ in {run_dir} or above it; give the "
                     'directory of prepared data')
-  return TrainedRun(experiment, Path(experiment.decoder_from or pretrained), Path(coprocessor),
-                    Path(data) if data else found)
+  return TrainedRun(experiment, as_path(experiment.decoder_from or pretrained),
+                    as_path(coprocessor), as_path(data) if data else found)

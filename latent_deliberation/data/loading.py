@@ -27,7 +27,7 @@ from latent_deliberation.data.rows import (
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.files import lock, make_writable
+from latent_deliberation.files import as_path, at_hand, lock, make_writable
 from latent_deliberation.model.weights import Checkpoint
 from latent_deliberation.paths import DATA_LOCK, ROWS, kept_vocabulary
 from latent_deliberation.sharding import rows_of_process
@@ -93,14 +93,14 @@ def check_pieces(data: DataConfig, vocab_size: int) -> None:
   Raises:
     UserError: there are more pieces than embeddings, or the tokenizer cannot be read.
   """
-  path = Path(data.vocabulary_path)
+  path = as_path(data.vocabulary_path)
   if data.source == 'mixture' or data.vocabulary_path and not path.is_file():
     return
   # A vocabulary that is trained later has data.vocabulary_size pieces.
   if data.vocabulary == 'byte':
     origin, pieces = 'the byte vocabulary', BYTE_VOCABULARY_SIZE
   elif data.vocabulary_path:
-    origin, pieces = str(path), _count_pieces(path)
+    origin, pieces = str(path), _count_pieces(at_hand(path, 'tokenizer*.json'))
   else:
     origin, pieces = 'data.vocabulary_size', data.vocabulary_size
   if pieces > vocab_size:

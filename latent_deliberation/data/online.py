@@ -7,7 +7,6 @@ them where the disk has room.
 """
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,14 @@ from latent_deliberation.data.rows import Framing, fingerprint_of, positions_in_
 from latent_deliberation.data.tasks import Documents
 from latent_deliberation.data.vocabularies import framing_of
 from latent_deliberation.errors import UserError, differences
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import (
+  at_hand,
+  begin_directory,
+  finish_directory,
+  growing_files,
+  partial_of,
+  write_whole,
+)
 
 GROUP_DOCUMENTS = 128  # packed together; only the last row of a group has much padding
 SHUFFLED_ROWS = 512  # enough to separate the rows of one document; most of a saved state is these
@@ -110,12 +116,12 @@ class OnlineBatches:
     if final.exists():
       _check_state(final / 'state.json', self._identity, step)
       return
-    partial = final.with_name(f'.{final.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tf.train.Checkpoint(iterator=self._iterator).write(str(partial / 'iterator'))
+    partial = partial_of(final)
+    begin_directory(partial)
+    with growing_files(partial) as here:  # TensorFlow writes files
+      tf.train.Checkpoint(iterator=self._iterator).write(str(here / 'iterator'))
     write_whole(partial / 'state.json', _state_to_json(self._identity, step))
-    partial.rename(final)
+    finish_directory(partial, final)
 
   def restore(self, directory: Path, step: int) -> None:
     """Goes to the saved state after which `step` comes next.
@@ -132,13 +138,13 @@ class OnlineBatches:
     # TensorFlow takes this path for a pattern, so it gets a name without signs, as in 'lr[1e-2]'.
     with tempfile.TemporaryDirectory() as place:
       alias = Path(place, 'state')
-      alias.symlink_to(final.absolute())
+      alias.symlink_to(at_hand(final).absolute())
       tf.train.Checkpoint(iterator=self._iterator).read(str(alias / 'iterator')).assert_consumed()
     self._next_step = step
 
 
 def _state_directory(directory: Path, step: int, process_index: int) -> Path:
-  return Path(directory) / f'stream-{step}-host-{process_index}'
+  return directory / f'stream-{step}-host-{process_index}'
 
 
 def _state_to_json(identity: dict[str, Any], step: int) -> bytes:

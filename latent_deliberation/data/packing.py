@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,15 @@ from latent_deliberation.data.sources import SPLITS
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import bytes_per_token, framing_of
 from latent_deliberation.errors import MissingError, UserError, differences
-from latent_deliberation.files import write_json, write_whole
+from latent_deliberation.files import (
+  begin_directory,
+  finish_directory,
+  new_file,
+  partial_of,
+  remove_tree,
+  write_json,
+  write_whole,
+)
 from latent_deliberation.paths import ROWS
 from latent_deliberation.progress import Progress
 
@@ -59,7 +66,6 @@ def prepare(config: DataConfig, prepared_dir: Path) -> Path:
     UserError: the rows were made from something else; each difference is named.
     UserError: see `Documents.open` and `pack`.
   """
-  prepared_dir = Path(prepared_dir)
   directory = prepared_dir / ROWS
   try:
     documents = Documents.open(config, prepared_dir)
@@ -157,21 +163,21 @@ def pack(documents: Documents, recipe: Recipe, directory: Path,
     UserError: the folder exists, or the split has no token.
     UserError: a document holds an id that means padding, or BOS after its beginning.
   """
-  final, partial = directory / recipe.split, directory / f'.{recipe.split}.partial'
+  final = directory / recipe.split
+  partial = partial_of(final)
   if final.exists():
     raise UserError(f'{final} exists already: delete it to pack again')
   if partial.exists():
     logging.warning('removing %s, which an earlier run did not finish', partial)
-    shutil.rmtree(partial)
   # The folder gets its name when it is complete, so that no reader finds a part of it.
-  partial.mkdir(parents=True)
+  begin_directory(partial)
   try:
     # The manifest comes last. A folder without one is not complete.
     manifest = _write_rows(documents, recipe, partial, tokens_per_file)
     write_whole(partial / MANIFEST_FILE, manifest.to_json())
-    partial.rename(final)
+    finish_directory(partial, final)
   except BaseException:
-    shutil.rmtree(partial)
+    remove_tree(partial)
     raise
   logging.info('packed %s: %d documents, %d tokens, %d rows of %d, %.2f bytes of text a token',
                recipe.split, manifest.documents, manifest.tokens, manifest.rows, recipe.length,
@@ -306,7 +312,8 @@ class RowFiles:
     tokens, segments = (np.stack(part) for part in zip(*rows, strict=True))
     check_segments(tokens, segments, self._framing, self._recipe.task)
     tokens = tokens.astype(smallest_dtype(self._recipe.vocabulary_size - 1))
-    with (self._directory / f'tokens-{self._files:05d}.npy').open('wb') as file:
+    path = self._directory / f'tokens-{self._files:05d}.npy'
+    with new_file(path) as here, here.open('wb') as file:
       np.save(file, tokens)
       # On disk before the manifest describes it.
       file.flush()

@@ -21,6 +21,7 @@ import numpy as np
 from latent_deliberation.array_types import Batch
 from latent_deliberation.data.data_config import PAD_ID
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import as_path, at_hand
 
 # Version 1 stored segments in files of their own, segments-00000.npy. It is read, not written.
 # Version 2 is for a framing of the usual kind, version 3 for any other.
@@ -190,11 +191,11 @@ class PackedRows:
   """
 
   def __init__(self, directory: Path):
-    self.directory = Path(directory)
-    path = self.directory / MANIFEST_FILE
-    if not path.is_file():
+    if not (as_path(directory) / MANIFEST_FILE).is_file():
       raise UserError(f'no packed rows in {directory}: {MANIFEST_FILE} is missing. If the folder '
                       'was copied in part, copy it again; otherwise pack the data first')
+    self.directory = at_hand(as_path(directory))
+    path = self.directory / MANIFEST_FILE
     self.manifest = Manifest.from_json(path.read_bytes(), path)
     self.fingerprint = self.manifest.fingerprint
     self._tokens = self._open_files('tokens', self.vocabulary_size - 1)

@@ -29,7 +29,7 @@ from latent_deliberation.data.data_config import (
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.rows import Framing
 from latent_deliberation.errors import MissingError, UserError
-from latent_deliberation.files import copy_vocabulary, write_whole
+from latent_deliberation.files import as_path, at_hand, copy_vocabulary, write_whole
 from latent_deliberation.paths import VOCABULARY_FILE, kept_vocabulary
 
 # More text than this hardly changes a few thousand pieces. It trains in about ten seconds.
@@ -182,6 +182,7 @@ def load_vocabulary(path: Path) -> seqio.SentencePieceVocabulary | JsonVocabular
   if not path.is_file():
     raise MissingError(f'no vocabulary at {path}: give the path of a SentencePiece model or a '
                        "tokenizer.json, or vocabulary_path = '' to train one")
+  path = at_hand(path, 'tokenizer*.json')
   if path.suffix == '.json':
     vocabulary = JsonVocabulary(path)
     check_vocabulary(vocabulary, str(path))
@@ -251,7 +252,7 @@ def open_vocabulary(config: DataConfig, prepared_dir: Path,
   # The copy in the directory is the one that is used. What the configuration says is compared.
   kept = kept_vocabulary(prepared_dir)
   if config.vocabulary_path:
-    path = Path(config.vocabulary_path)
+    path = as_path(config.vocabulary_path)
     given = load_vocabulary(path)
     if not kept.exists():
       kept = copy_vocabulary(path, prepared_dir, VOCABULARY_FILE)

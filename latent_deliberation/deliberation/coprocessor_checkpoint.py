@@ -24,7 +24,13 @@ from latent_deliberation.array_types import Params, PyTree
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError, differences
-from latent_deliberation.files import explain_failed_write, find_inside, whole_directory
+from latent_deliberation.files import (
+  as_path,
+  at_hand,
+  explain_failed_write,
+  find_inside,
+  whole_directory,
+)
 from latent_deliberation.model.checkpoints.safetensors_io import (
   FILE_BYTES,
   SafetensorsSource,
@@ -121,7 +127,7 @@ def read_description(directory: Path) -> tuple[Description, str]:
 
 def describe(directory: str | Path) -> Description:
   """Reads only the description. Raises as `read_description` does."""
-  return read_description(Path(directory))[0]
+  return read_description(as_path(directory))[0]
 
 
 def check_decoder(description: Description, decoder_fingerprint: str) -> None:
@@ -170,7 +176,8 @@ def save(directory: str | Path, checkpoint: CoprocessorCheckpoint,
   if lines:
     raise ValueError('\n'.join([
         'the parameters are not those that `config` and `decoder_config` describe:', *lines]))
-  with whole_directory(Path(directory)) as partial, explain_failed_write(Path(directory)):
+  directory = as_path(directory)
+  with whole_directory(directory) as partial, explain_failed_write(directory):
     write_tensors(partial, _STEM, {path: leaf.nbytes for path, leaf in flat.items()},
                   ((path, gather(leaf)) for path, leaf in flat.items()), file_bytes)
     params_fingerprint = fingerprint(checkpoint.params)  # every process takes part
@@ -192,8 +199,9 @@ def load(directory: str | Path, shardings: Callable[[PyTree], PyTree] | None = N
     UserError: there is no checkpoint, or one of its files is missing.
     UserError: it is damaged, or its parameters are not those that it describes.
   """
-  directory = Path(directory)
+  directory = as_path(directory)
   description, expected = read_description(directory)
+  directory = at_hand(directory)
   boxed = _boxed_shapes(description)
   source = _open_weights(directory, boxed)
   placed = (shardings or on_first_device)(boxed)
@@ -252,7 +260,7 @@ def locate_coprocessor(directory: Path) -> Path:
   Raises:
     UserError: there is none, or there are several.
   """
-  directory = Path(os.path.expanduser(directory))
+  directory = as_path(os.path.expanduser(directory))
   for place in (directory, directory / COPROCESSOR):
     if (place / DESCRIPTION).is_file():
       return place

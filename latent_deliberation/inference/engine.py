@@ -26,6 +26,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 )
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError, check_integer, differences
+from latent_deliberation.files import as_path
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.background import AugmentationStats
 from latent_deliberation.inference.decode import Decoded, Sampling, decode
@@ -359,7 +360,7 @@ def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', 
   # Everything that descriptions can tell, before any weights are read.
   place = None
   if coprocessor not in ('', NONE):
-    place = coprocessor_checkpoint.locate_coprocessor(Path(coprocessor))
+    place = coprocessor_checkpoint.locate_coprocessor(as_path(coprocessor))
   description = None if place is None else coprocessor_checkpoint.describe(place)
   check_match(checkpoint.config, checkpoint.fingerprint, description, gate)
   decoder = read_decoder(checkpoint, tokenizer)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from latent_deliberation.array_types import Array, Float
 from latent_deliberation.errors import UserError, check_integer, check_number
+from latent_deliberation.files import at_hand
 from latent_deliberation.paths import GATE_FILE, GATE_WEIGHTS_FILE
 
 MIN_GAP = 8  # tokens that a text decodes, by default, before its gate may open again
@@ -138,7 +139,7 @@ def open_gate(directory: Path, score: str, budget: float, min_gap: int = MIN_GAP
     known = [(fraction, float(threshold)) for fraction, threshold in zip(
         curve['fractions'], curve['thresholds'], strict=True) if threshold is not None]
     fractions, thresholds = map(np.array, zip(*known, strict=True))
-    arrays = load_file(directory / GATE_WEIGHTS_FILE)
+    arrays = load_file(at_hand(directory / GATE_WEIGHTS_FILE))
     gate = Gate(arrays['weight'], arrays['bias'][0])
   except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
     raise UserError(f'the gate in {directory} is damaged ({type(error).__name__}: {error}): fit '

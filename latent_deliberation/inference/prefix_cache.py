@@ -21,7 +21,14 @@ from safetensors.flax import load_file, save_file
 from latent_deliberation.array_types import PyTree
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import make_writable, read_text, whole_directory
+from latent_deliberation.files import (
+  as_path,
+  at_hand,
+  make_writable,
+  new_file,
+  read_text,
+  whole_directory,
+)
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.engine import NONE, Engine
 from latent_deliberation.inference.passes import Augmentation, Model, State
@@ -55,9 +62,10 @@ def save(directory: Path, engine: Engine, state: State,
   description = {'format': _FORMAT, 'decoder': engine.decoder_fingerprint, 'written': written,
                  'texts': len(state.position), 'augmented': augmentation is not None,
                  **_layout(engine)}
-  with whole_directory(Path(directory)) as partial:
-    save_file(arrays, partial / _ARRAYS)
-    (partial / _ARRAYS).chmod(0o644)  # safetensors lets only the owner read it
+  with whole_directory(as_path(directory)) as partial:
+    with new_file(partial / _ARRAYS) as path:
+      save_file(arrays, path)
+      path.chmod(0o644)  # safetensors lets only the owner read it
     (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
 
 
@@ -70,7 +78,7 @@ def load(directory: Path, engine: Engine) -> tuple[State, Augmentation | None]:
     UserError: there is no cache in `directory`, or it is damaged, of an older version, of another
       decoder, or of another layout.
   """
-  directory = Path(directory)
+  directory = at_hand(as_path(directory))
   description = _describe(directory)
   _check(directory, description, engine)
 

@@ -25,6 +25,7 @@ from latent_deliberation.data.data_config import (
   encode_bytes,
 )
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import as_path, at_hand
 from latent_deliberation.inference.conventions import (
   NO_CONVENTIONS,
   Conventions,
@@ -210,7 +211,7 @@ def open_tokenizer(vocabulary: str | Path,
   """
   if vocabulary == BYTES:
     return ByteTokenizer(conventions)
-  path = Path(os.path.expanduser(vocabulary))
+  path = at_hand(as_path(os.path.expanduser(vocabulary)), 'tokenizer*.json')
   kind = JsonTokenizer if path.suffix == '.json' else SentencePieceTokenizer
   return kind(path, conventions)
 

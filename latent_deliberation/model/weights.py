@@ -26,6 +26,8 @@ from jax.typing import DTypeLike
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.errors import MissingError, UserError, differences
 from latent_deliberation.files import (
+  as_path,
+  at_hand,
   copy_vocabulary,
   explain_failed_write,
   find_inside,
@@ -85,7 +87,8 @@ class Checkpoint:
   def tokenizer(self) -> Path | None:
     """Path of the SentencePiece model in the directory, or else of its tokenizer.json, or None.
 
-    A GGUF file holds the vocabulary itself, which is rebuilt into the user's cache.
+    It is on this machine. A GGUF file holds the vocabulary itself, which is rebuilt into the user's
+    cache.
 
     Raises:
       UserError: the vocabulary of a GGUF file is of an unknown kind, or damaged.
@@ -96,7 +99,8 @@ class Checkpoint:
     around = [self.directory.parent] if self.format == 'google' else []
     paths = (place / name for name in (TOKENIZER, TOKENIZER_JSON)
              for place in (self.directory, *around))
-    return next(filter(Path.is_file, paths), None)
+    found = next((path for path in paths if path.is_file()), None)
+    return found and at_hand(found, 'tokenizer*.json')
 
   @property
   def left_out(self) -> list[str]:
@@ -168,7 +172,8 @@ def open_checkpoint(directory: str | Path, config: TransformerConfig | None = No
 
   Args:
     directory: directory of the decoder, path of a GGUF file, name of an installed model, or
-      hf://ORG/NAME. A path that exists goes before a name.
+      hf://ORG/NAME. A path that exists goes before a name. From an object store, our own format
+      and Google's are read in place, the others from a copy on this machine.
     config: architecture that the decoder must have; default the stored one. A Google checkpoint
       needs it if no preset has its sizes.
 
@@ -176,7 +181,7 @@ def open_checkpoint(directory: str | Path, config: TransformerConfig | None = No
     UserError: there is no decoder, it is damaged or pickled, or its architecture is unsupported or
       differs from `config`.
   """
-  path = Path(os.path.expanduser(directory))
+  path = as_path(os.path.expanduser(directory))
   if not path.exists():
     # Imported only for a name, to keep what every run imports small.
     named = importlib.import_module('latent_deliberation.model.checkpoints.named')
@@ -267,7 +272,7 @@ def _open_native(directory: Path) -> Checkpoint:
 def _open_gguf(path: Path) -> Checkpoint:
   # The tensors have Hugging Face's names and shapes, so its layout serves.
   gguf_io = _import('gguf_io')
-  source = gguf_io.GGUFSource(gguf_io.find_file(path))
+  source = gguf_io.GGUFSource(at_hand(gguf_io.find_file(path)))
   config = gguf_io.read_config(source)
   layout = hugging_face.find_layout(config)
   return Checkpoint(
@@ -293,6 +298,7 @@ def _open_google(directory: Path, config: TransformerConfig | None) -> Checkpoin
 
 
 def _open_hugging_face(directory: Path) -> Checkpoint:
+  directory = at_hand(directory)
   config = read_config(directory)
   # All names together tell the prefix of the decoder.
   source = SafetensorsSource(
@@ -337,7 +343,8 @@ def save(directory: str | Path, config: TransformerConfig, params: Params,
     raise UserError('\n'.join(['the parameters differ from the config:', *lines,
                                'Give the config that they were made with.']))
   # The directory gets its name when all files in it are complete.
-  with whole_directory(Path(directory)) as partial, explain_failed_write(Path(directory)):
+  directory = as_path(directory)
+  with whole_directory(directory) as partial, explain_failed_write(directory):
     if tokenizer is not None and jax.process_index() == 0:
       copy_vocabulary(tokenizer, partial, TOKENIZER)
     if format == 'native':

@@ -31,7 +31,7 @@ from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, raise_problems
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.files import copy_vocabulary, make_writable
+from latent_deliberation.files import as_path, copy_vocabulary, make_writable
 from latent_deliberation.paths import (
   ARM_DATA,
   DECODER,
@@ -206,7 +206,7 @@ class FrozenDecoder:
 
 def _open_decoder(experiment: Experiment, workdir: Path, mesh: Mesh) -> FrozenDecoder:
   """Loads the decoder that the study takes, or pretrains one."""
-  directory = (Path(experiment.decoder_from) if experiment.decoder_from
+  directory = (as_path(experiment.decoder_from) if experiment.decoder_from
                else pretrain(experiment, workdir / DECODER, workdir))
   checkpoint = open_frozen(experiment.decoder, directory)
   check_rows_vocabulary(open_rows(
@@ -270,7 +270,7 @@ def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) ->
   decoder_from, problems = study.experiment.decoder_from, []
   describe: dict[str, Callable[[], Run]] = {}
   if decoder_from:
-    checkpoint = open_frozen(study.experiment.decoder, Path(decoder_from))
+    checkpoint = open_frozen(study.experiment.decoder, as_path(decoder_from))
     check_known_vocabulary(study.experiment.data, workdir, checkpoint)
   else:
     describe['decoder'] = functools.partial(

@@ -1,7 +1,6 @@
 """Checkpoints of the train state and the data's position, written whole and in the background."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import orbax.checkpoint as ocp
 from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, differences
-from latent_deliberation.files import path_for_orbax
+from latent_deliberation.files import is_here, orbax_options, path_for_orbax, remove_tree
 from latent_deliberation.paths import DATA_STATES
 from latent_deliberation.training.step import TrainState
 
@@ -41,11 +40,15 @@ class Checkpointer:
     kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
     self.directory = directory.absolute()
     self._saving: int | None = None
+    renames = is_here(self.directory)
+    if not renames and jax.process_index() == 0:
+      directory.clear_unfinished()
     self._manager = ocp.CheckpointManager(
         path_for_orbax(directory),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True))
+            # Where it does not rename, orbax takes every other directory for an unfinished step.
+            cleanup_tmp_directories=renames, **orbax_options(directory)))
 
   def latest_step(self) -> int | None:
     """Returns the newest step, including one that is still being written; None without any."""
@@ -129,7 +132,7 @@ class Checkpointer:
     directory = self._data_directory(step)
 
     def make_empty() -> None:
-      shutil.rmtree(directory, ignore_errors=True)  # left by an unfinished save
+      remove_tree(directory)  # left by an unfinished save
       directory.mkdir(parents=True)
 
     run_on_process_zero(f'make {directory}', make_empty)
@@ -144,7 +147,7 @@ class Checkpointer:
         # Anything else, such as a .DS_Store, is not ours to remove.
         if (folder.name.isdecimal() and int(folder.name) < latest
             and not (self.directory / folder.name).exists()):
-          shutil.rmtree(folder, ignore_errors=True)
+          remove_tree(folder)
 
   @contextlib.contextmanager
   def _explain_failed_save(self, *kinds: type[Exception]) -> Iterator[None]:
@@ -155,7 +158,8 @@ class Checkpointer:
       step, self._saving = self._saving, None
       self._manager.reload()  # forgets the failed step, and lists again what it was to replace
       raise UserError(
-          f'the checkpoint of step {step} could not be written to {self.directory}: {error}\n'
+          f'the checkpoint of step {step} could not be written to {self.directory}: '
+          f'{str(error).partition(" [tensorstore_spec")[0]}\n'
           f'{self._describe_whole_steps()} Make the directory writable or free some space. The '
           'same command then resumes from the newest checkpoint.') from error
 

@@ -3,6 +3,7 @@
 docs/evaluation.md explains every logged number.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -18,8 +19,8 @@ from absl import logging
 
 from latent_deliberation.distributed import from_process_zero
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import explain_failed_write
-from latent_deliberation.paths import METRICS_FILE
+from latent_deliberation.files import explain_failed_write, growing_files
+from latent_deliberation.paths import METRICS_FILE, WANDB_ID
 
 TRACKERS = ('tensorboard', 'wandb')
 AUTO = 'auto'  # TensorBoard where tensorboardX is installed
@@ -77,7 +78,7 @@ class MetricsWriter:
 
   def __init__(self, directory: Path, trackers: str = '',
                config: Mapping[str, Any] | None = None):
-    self._directory = directory
+    self._directory, self._place = directory, contextlib.ExitStack()
     self._file: BinaryIO | None = None
     self._trackers: dict[str, Any] = {}
     if jax.process_index() != 0:
@@ -85,10 +86,14 @@ class MetricsWriter:
     with explain_failed_write(directory):
       directory.mkdir(parents=True, exist_ok=True)
       # Opened to append and to read, since a crash may have cut off the last line.
-      self._file = open(directory / METRICS_FILE, 'a+b')
+      here = self._place.enter_context(growing_files(directory, METRICS_FILE, WANDB_ID))
+      self._path = here / METRICS_FILE
+      self._file = self._path.open('a+b')
       _end_torn_line(self._file)
     if names := parse_trackers(trackers):
-      self._trackers = _trackers_module().open_trackers(names, directory, config or {})
+      # The name of the run, where a tracker shows it among others.
+      name = '/'.join(directory.absolute().parts[-2:])
+      self._trackers = _trackers_module().open_trackers(names, here, name, config or {})
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds one line: the step, the wall-clock time in seconds since 1970, and the metrics."""
@@ -101,14 +106,13 @@ class MetricsWriter:
 
   def lines(self) -> list[dict[str, Any]]:
     """Returns the lines of all launches, as they were written; none but on process 0."""
-    return [] if self._file is None else list(read_lines(self._directory / METRICS_FILE))
+    return [] if self._file is None else list(read_lines(self._path))
 
   def has_evaluation(self, step: int, names: Iterable[str]) -> bool:
     """Whether the file has values of all these evaluators at `step`; the same on every process."""
     found = False
     if self._file is not None:
-      path = self._directory / METRICS_FILE
-      keys = {key.partition('/')[0] for row in read_metrics(path) if row['step'] == step
+      keys = {key.partition('/')[0] for row in read_metrics(self._path) if row['step'] == step
               for key in row}
       found = keys.issuperset(names)
     return from_process_zero(found)
@@ -116,8 +120,8 @@ class MetricsWriter:
   def close(self) -> None:
     """Ends the file and the trackers."""
     self._tell_trackers(lambda tracker: tracker.close())
-    if self._file is not None:
-      with explain_failed_write(self._directory):
+    with explain_failed_write(self._directory), self._place:
+      if self._file is not None:
         self._file.close()
 
   def _tell_trackers(self, tell: Callable[[Any], None]) -> None:

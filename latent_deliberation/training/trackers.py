@@ -33,8 +33,8 @@ class Tracker(Protocol):
 class TensorBoard:
   """Events for TensorBoard in <workdir>/tensorboard, by tensorboardX, which needs no TensorFlow."""
 
-  def __init__(self, workdir: Path, config: Mapping[str, Any]):
-    del config
+  def __init__(self, workdir: Path, name: str, config: Mapping[str, Any]):
+    del name, config
     module = _import('tensorboardX', 'tensorboard')
     self._writer = module.SummaryWriter(str(workdir / TENSORBOARD))
 
@@ -56,7 +56,7 @@ class WandB:
   WANDB_ENTITY and WANDB_NAME say where the run appears.
   """
 
-  def __init__(self, workdir: Path, config: Mapping[str, Any]):
+  def __init__(self, workdir: Path, name: str, config: Mapping[str, Any]):
     wandb = _import('wandb', 'wandb')
     # The name of the run in wandb, kept so that all launches are one run there.
     kept = workdir / WANDB_ID
@@ -64,7 +64,7 @@ class WandB:
       write_whole(kept, secrets.token_hex(8).encode())
     self._run = _reach(lambda: wandb.init(
         project=os.environ.get('WANDB_PROJECT', _PROJECT), id=kept.read_text(), resume='allow',
-        name=os.environ.get('WANDB_NAME', '/'.join(workdir.absolute().parts[-2:])),
+        name=os.environ.get('WANDB_NAME', name),
         dir=str(workdir), config=dict(config),
         settings=wandb.Settings(init_timeout=_START_SECONDS, console='off', quiet=True)))
     # Our own step, since a resumed run goes back to its checkpoint, and steps of wandb only grow.
@@ -79,7 +79,7 @@ class WandB:
     self._run.finish()
 
 
-_KINDS: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+_KINDS: Mapping[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
     'tensorboard': TensorBoard, 'wandb': WandB}
 
 
@@ -95,19 +95,20 @@ def check_trackers(names: tuple[str, ...]) -> None:
     _reach(_import('wandb', 'wandb').login)
 
 
-def open_trackers(names: tuple[str, ...], workdir: Path,
+def open_trackers(names: tuple[str, ...], workdir: Path, run_name: str,
                   config: Mapping[str, Any]) -> dict[str, Tracker]:
   """Returns trackers by name.
 
   Args:
     names: names of trackers.
-    workdir: work directory of the run.
+    workdir: work directory of the run, on this machine.
+    run_name: name of the run where a tracker shows it among others.
     config: configuration of the run, as nested dicts.
 
   Raises:
     UserError: see `check_trackers`.
   """
-  return {name: _KINDS[name](workdir, config) for name in names}
+  return {name: _KINDS[name](workdir, run_name, config) for name in names}
 
 
 def _import(module: str, extra: str) -> ModuleType:

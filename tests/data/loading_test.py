@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latent_deliberation import files
+from latent_deliberation import locks
 from latent_deliberation.data import loading
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.loading import (
@@ -76,7 +76,7 @@ def test_two_launches_pack_once(tmp_path, monkeypatch):
         (directory / 'rows' / split).mkdir(parents=True)
 
   monkeypatch.setattr('latent_deliberation.data.packing.prepare', pack)
-  monkeypatch.setattr(files, 'POLL_SECONDS', 0.01)
+  monkeypatch.setattr(locks, 'POLL_SECONDS', 0.01)
   launches = [threading.Thread(target=prepare, args=(finished.experiment(), tmp_path))
               for _ in range(2)]
   for launch in launches:

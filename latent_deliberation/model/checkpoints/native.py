@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import path_for_orbax
+from latent_deliberation.files import orbax_options, path_for_orbax
 from latent_deliberation.model.checkpoints.layout import LAYERED, axis_sizes, parameter_axes
 from latent_deliberation.model.checkpoints.source import OrbaxSource
 from latent_deliberation.model.decoder import fingerprint
@@ -83,7 +83,7 @@ def read(source: OrbaxSource, description: Description,
 def write(directory: Path, config: TransformerConfig, params: Params,
           vocabulary_hash: str) -> str:
   """Writes a decoder into an empty directory and returns its fingerprint."""
-  with ocp.StandardCheckpointer() as checkpointer:
+  with ocp.StandardCheckpointer(**orbax_options(directory)) as checkpointer:
     checkpointer.save(path_for_orbax(directory) / WEIGHTS, params)
   decoder_fingerprint = fingerprint(params)
   if jax.process_index() == 0:

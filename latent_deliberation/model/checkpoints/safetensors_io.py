@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import list_directory
+from latent_deliberation.files import list_directory, new_file
 from latent_deliberation.model.checkpoints.source import Stored, refuse_pickles
 from latent_deliberation.progress import Progress
 
@@ -159,10 +159,10 @@ def write_tensors(directory: Path, stem: str, sizes: Mapping[str, int],
     # Make the tensors of this file on every process. Process 0 writes them.
     held = {name: np.asarray(value, order='C') for name, value in islice(tensors, len(names))}
     if jax.process_index() == 0:
-      path = directory / f'{stem}{part}.safetensors'
-      # transformers refuses a file without the name of a format.
-      save_file(held, path, metadata={'format': 'pt'})
-      path.chmod(0o644)  # safetensors makes it readable for its owner only
+      with new_file(directory / f'{stem}{part}.safetensors') as path:
+        # transformers refuses a file without the name of a format.
+        save_file(held, path, metadata={'format': 'pt'})
+        path.chmod(0o644)  # safetensors makes it readable for its owner only
     weight_map |= dict.fromkeys(held, f'{stem}{part}.safetensors')
     del held  # before the tensors of the next file are made
     progress.update(len(weight_map))

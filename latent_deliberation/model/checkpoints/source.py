@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import list_directory, path_for_orbax
+from latent_deliberation.files import as_path, list_directory, path_for_orbax
 from latent_deliberation.model.checkpoints.layout import (
   LAYERED,
   Entry,
@@ -85,7 +85,7 @@ class OrbaxSource:
   """
 
   def __init__(self, directory: Path, rename: Callable[[str], str]):
-    self.directory = Path(directory).absolute()
+    self.directory = as_path(directory).absolute()
     self._path = path_for_orbax(self.directory)
     self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     try:

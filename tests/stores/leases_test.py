@@ -1,0 +1,110 @@
+"""A lock on a store has one holder at a time, and is free again when its holder is killed."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+
+from latent_deliberation import locks
+from latent_deliberation.errors import UserError
+from latent_deliberation.files import lock
+from tests.stores.object_store import Fault
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch):
+  """Leases that are written ten times a second."""
+  for name, seconds in {'BEAT_SECONDS': 0.1, 'LEASE_SECONDS': 0.8, 'POLL_SECONDS': 0.05,
+                        '_SETTLE_SECONDS': 0.1}.items():
+    monkeypatch.setattr(locks, name, seconds)
+
+
+def leave(path):
+  """Leaves a lease as a killed process does."""
+  locks._Lease(path, 'works').take(wait=False)
+
+
+def test_holder_that_lives(place):
+  """A second process is refused, however long the first one works, and told who that is."""
+  path = place / 'run.lock'
+  with lock(path, 'works'):
+    time.sleep(1.5)  # longer than a lease without a sign of life
+    with (pytest.raises(UserError, match=f'process {os.getpid()} on .* works: .*{path}'),
+          lock(path, 'works')):
+      pytest.fail('two hold the lock')
+  assert not path.exists()
+
+
+def test_holder_that_was_killed(place):
+  """Its lease is taken over."""
+  path = place / 'run.lock'
+  leave(path)
+  with lock(path, 'works'):
+    assert json.loads(path.read_bytes())['holder'].startswith(f'process {os.getpid()} ')
+  assert not path.exists()
+
+
+def test_lock_that_is_waited_for(place):
+  """One who waits gets the lease after the other."""
+  order = []
+
+  def wait():
+    with lock(place / 'data.lock', 'packs', wait=True):
+      order.append('second')
+
+  with lock(place / 'data.lock', 'packs'):
+    second = threading.Thread(target=wait)
+    second.start()
+    time.sleep(1)
+    order.append('first')
+  second.join(10)
+  assert order == ['first', 'second']
+
+
+def test_many_launches_after_a_killed_one(place):
+  """Of many who watch the same dead lease, one holds it at a time, and each in its turn."""
+  path, inside, most = place / 'data.lock', [], []
+  leave(path)
+
+  def work():
+    with lock(path, 'packs', wait=True):
+      inside.append(1)
+      most.append(len(inside))
+      time.sleep(0.05)
+      inside.pop()
+
+  workers = [threading.Thread(target=work) for _ in range(3)]
+  for worker in workers:
+    worker.start()
+  for worker in workers:
+    worker.join(30)
+  assert most == [1] * 3 and not path.exists()
+
+
+def test_lost_lease(place, monkeypatch):
+  """A process that finds another holder ends, and leaves the lease to it."""
+  path, ended = place / 'run.lock', threading.Event()
+
+  def end(code):
+    ended.set()
+    threading.Event().wait()  # the process would be gone; here only this thread stops
+
+  monkeypatch.setattr(os, '_exit', end)
+  with lock(path, 'works'):
+    path.write_bytes(json.dumps({'holder': 'process 7', 'owner': 'x', 'beats': 0}).encode())
+    assert ended.wait(5)
+  assert json.loads(path.read_bytes())['owner'] == 'x'
+
+
+def test_store_that_fails_for_a_while(store, place):
+  """The holder goes on, and is the holder still."""
+  path = place / 'run.lock'
+  with lock(path, 'works'):
+    store.faults['refuse'] = Fault(status=403)
+    time.sleep(0.5)
+    store.faults.clear()
+    time.sleep(0.3)
+    assert json.loads(path.read_bytes())['beats'] >= 2
+  assert not path.exists()
