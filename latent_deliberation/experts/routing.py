@@ -10,8 +10,10 @@ none where no score is above zero. `ROUTERS` lists them, from the simplest on:
             needs no data, and never says none
 """
 
+import collections
 import dataclasses
 import importlib.util
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -156,3 +158,30 @@ def make_router(name: str, experts: Mapping[str, Known]) -> Router:
   if name not in ROUTERS:
     raise UserError(f'router = {name!r}: choose one of {list(ROUTERS)}')
   return ROUTERS[name](experts)
+
+
+# --- Words ---
+
+
+def keywords_of(own: Sequence[str], general: Sequence[str], number: int = 64) -> list[str]:
+  """Returns the words that set a text apart from general text, the most telling ones first.
+
+  A word's weight is p log(p / q), with p its share of all words in `own` and q, smoothed, in
+  `general`: its part of the divergence of the two (Kullback and Leibler 1951).
+
+  Args:
+    own, general: documents.
+    number: largest number of words.
+  """
+  counts, others = (collections.Counter(word for text in texts for word in words_of(text))
+                    for texts in (own, general))
+  total, total_others = max(sum(counts.values()), 1), sum(others.values())
+  vocabulary = len(counts.keys() | others.keys())
+
+  def weight(word: str) -> float:
+    share = counts[word] / total
+    return share * math.log(share * (total_others + vocabulary) / (others[word] + 1))
+
+  # A word of one document alone may be a name.
+  telling = [word for word in counts if counts[word] > 1 and weight(word) > 0]
+  return sorted(telling, key=lambda word: (-weight(word), word))[:number]
