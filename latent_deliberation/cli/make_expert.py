@@ -5,7 +5,6 @@ Each is kept in the work directory, so that the same command continues where it 
 """
 
 import dataclasses
-import glob
 import json
 import os
 import shlex
@@ -28,11 +27,9 @@ from latent_deliberation.build import (
   open_frozen,
 )
 from latent_deliberation.cli.quickstart import prepare_phases, train_phases
-from latent_deliberation.data.corpus import open_corpus
 from latent_deliberation.data.data_config import DataConfig, split_files
 from latent_deliberation.data.loading import open_batches, prepare_data
 from latent_deliberation.data.rows import PackedRows
-from latent_deliberation.data.text_files import list_files
 from latent_deliberation.data.text_sizes import PASSES, Choices, fit_to_rows, with_choices
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
@@ -50,7 +47,7 @@ from latent_deliberation.experts.measuring import (
   portable,
 )
 from latent_deliberation.experts.package import PICTURE, Routing, write_package
-from latent_deliberation.experts.routing import keywords_of
+from latent_deliberation.experts.texts import STDLIB, files_of, keywords_of, read_documents
 from latent_deliberation.files import make_writable, write_json
 from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, ROWS, RUN_FILE
 from latent_deliberation.progress import PhaseClock, announced, counted, format_duration
@@ -61,11 +58,9 @@ from latent_deliberation.training.run import Run
 from latent_deliberation.training.run_identity import hold_workdir
 
 GENERAL_DATA, REQUEST_FILE, PACE_FILE = 'general', 'expert_request.json', 'pace.json'
-_MORE_TEXT = ('*.md', '*.markdown', '*.rst')  # of a folder, besides what DataConfig.files takes
 _TIMED_STEPS = 4
 _FEWEST_STEPS = 20
 _TRAINING_SHARE = 0.75  # of the minutes; scores, controls' compilation and the rest take the others
-_KEYWORD_BYTES = 8 << 20  # of documents that keywords are counted in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,31 +89,6 @@ class ExpertRequest:
     if self.name == GENERAL:
       raise UserError(f'name = {self.name!r}: this is the name of text of no domain; give another')
     check_number('minutes', self.minutes, 0, 1e6)
-
-
-def files_of(text: str) -> tuple[str, ...]:
-  """Returns the files, globs and folders of --text, with a glob for each other kind of text.
-
-  Raises:
-    UserError: there is no such file, or a folder has no text.
-  """
-  files = []
-  for part in split_files(os.path.expanduser(text)):
-    if not os.path.isdir(part):
-      files.append(part)
-      continue
-    more = [os.path.join(part, '**', pattern) for pattern in _MORE_TEXT
-            if glob.glob(os.path.join(glob.escape(part), '**', pattern), recursive=True)]
-    try:
-      list_files([part])
-      files.append(part)
-    except UserError:
-      if not more:
-        raise
-    files += more
-  if not files:
-    raise UserError(f"text = {text!r}: give a folder, a file or a glob, such as 'notes/*.txt'")
-  return tuple(files)
 
 
 def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, output: Path,
@@ -189,8 +159,8 @@ def _general_data(experiment: Experiment, request: ExpertRequest) -> DataConfig:
   """Returns the data of general text: as many held-out rows as are scored and routed on."""
   config = experiment.evaluation
   tokens = 2 * ROUTING_ROWS * config.num_texts * experiment.data.length
-  source = dict(source='stdlib', files=())
-  if request.general:
+  source = dict(source=STDLIB, files=())
+  if request.general not in ('', STDLIB):
     source = dict(source='text', files=files_of(request.general))
   return dataclasses.replace(experiment.data, **source, max_tokens=tokens, validation_percent=30)
 
@@ -325,8 +295,8 @@ def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,
   config, texts = trained.config, {}
   for text, place in ((request.name, workdir), (GENERAL, workdir / GENERAL_DATA)):
     texts[text] = _describe_text(experiment, place)
-  keywords = keywords_of(_documents(experiment.data),
-                         _documents(_general_data(experiment, request)))
+  keywords = keywords_of(read_documents(experiment.data, 'train'),
+                         read_documents(_general_data(experiment, request), 'train'))
   description = request.description or f'Text about {", ".join(keywords[:6]) or request.name}.'
   return Card(
       name=request.name, description=description, licence=request.licence,
@@ -353,20 +323,9 @@ def _describe_text(experiment: Experiment, prepared_dir: Path) -> dict[str, Any]
           'held_out': len(rows['validation']), 'tokens': rows['train'].manifest.tokens}
 
 
-def _documents(data: DataConfig) -> list[str]:
-  """Returns documents of the training split, up to a number of bytes."""
-  corpus, documents, size = open_corpus(data), [], 0
-  for number in np.random.default_rng(0).permutation(corpus.numbers('train')):
-    if size >= _KEYWORD_BYTES:
-      break
-    documents.append(corpus.read(number))
-    size += int(corpus.size[number])
-  return documents
-
-
 def _name_text(general: str) -> str:
   """Returns what to call general text, without the directories of this machine."""
-  if not general:
+  if general in ('', STDLIB):
     return "Python's standard library"
   return ', '.join(Path(part).name or part for part in split_files(general))
 
