@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 __all__ = ['Generator', 'Score', 'TextCompletion', 'UserError', 'load_coprocessor', 'load_decoder',
-           'score']
+           'load_expert', 'score']
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,9 @@
   print(completion.text, completion.finish_reason)
   (nats, num_tokens), = ld.score(generator, ['2 + 2 ='], [' 4'])
 
+  generator = ld.Generator(decoder, experts={'astronomy': ld.load_expert('experts/astronomy')})
+  generator.generate(['A comet', 'Dear'], expert=['astronomy', None])
+
 A call runs on the first device, in batches whose caches fit 2 GiB, with jax set as launch scripts
 set it. `inference.engine` and `inference.session` have more: meshes, latents at other places,
 gates, and the background.
@@ -16,7 +19,7 @@ gates, and the background.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,16 +32,24 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   locate_coprocessor,
 )
 from latent_deliberation.errors import UserError
+from latent_deliberation.experts.attach import Choice, Experts, ExpertSource
+from latent_deliberation.experts.package import Expert, load_package
+from latent_deliberation.experts.routing import Router
 from latent_deliberation.files import as_path
 from latent_deliberation.inference import passes, session
-from latent_deliberation.inference.decode import Sampling
-from latent_deliberation.inference.engine import LoadedDecoder, build_engine, read_decoder
+from latent_deliberation.inference.background import LatentSource
+from latent_deliberation.inference.decode import Sampling, check_seeds
+from latent_deliberation.inference.engine import (
+  Engine,
+  LoadedDecoder,
+  build_engine,
+  read_decoder,
+)
 from latent_deliberation.inference.policy import NEVER, ONCE
 from latent_deliberation.inference.session import (
   Completion,
   DecodingOptions,
   batches,
-  check_lengths,
   text_of,
   with_ends,
 )
@@ -53,7 +64,7 @@ from latent_deliberation.inference.tokenizer import (
 from latent_deliberation.model import weights
 
 __all__ = ['Generator', 'Score', 'TextCompletion', 'UserError', 'load_coprocessor', 'load_decoder',
-           'score']
+           'load_expert', 'score']
 
 
 @settled_jax()
@@ -98,10 +109,28 @@ def load_coprocessor(directory: str | Path) -> CoprocessorCheckpoint:
   return dataclasses.replace(loaded, params={**loaded.params, 'transformer': unstacked})
 
 
+@settled_jax()
+def load_expert(directory: str | Path) -> Expert:
+  """Loads an expert, after all files of its package are checked.
+
+  Args:
+    directory: the package that launch/experts.py train wrote or add downloaded.
+
+  Raises:
+    UserError: it is absent, damaged or hostile.
+  """
+  return load_package(Path(os.path.expanduser(directory)))
+
+
 @dataclasses.dataclass
 class TextCompletion(Completion):
-  """Continuation of a prompt: text, tokens, logprobs (nats), finish_reason and latents_at."""
+  """Continuation of a prompt: text, tokens, logprobs (nats), finish_reason and latents_at.
+
+  Attributes:
+    experts: weight by name of the experts that made latents; empty for none.
+  """
   text: str = ''
+  experts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Score(NamedTuple):
@@ -111,34 +140,54 @@ class Score(NamedTuple):
 
 
 class Generator:
-  """A decoder, with a coprocessor or without, that continues and scores text.
+  """A decoder, with a coprocessor, with experts or alone, that continues and scores text.
 
   Attributes:
-    engine: runs the decoder on ids.
     tokenizer: turns text into ids and back.
+    experts: the experts, which `experts.attach` and `experts.detach` change at any time; None for
+      a generator without.
   """
 
   @settled_jax()
   def __init__(self, decoder: LoadedDecoder, coprocessor: CoprocessorCheckpoint | None = None, *,
-               length: int = 2048):
-    """Puts the two together; several generators may share a decoder.
+               experts: Mapping[str, Expert | CoprocessorCheckpoint | str | Path] | None = None,
+               router: str | Router = 'gain', strict: bool = False, length: int = 2048):
+    """Puts them together; several generators may share a decoder.
 
     Args:
+      experts: by name: what load_expert or load_coprocessor returned, or the directory of a
+        package. They take the place of a coprocessor.
+      router: what expert='auto' means; see `experts.routing`.
+      strict: whether an expert that is damaged, foreign or unknown is an error. Otherwise its texts
+        are the plain decoder's, and one warning says why.
       length: largest number of tokens of a text, prompt included.
 
     Raises:
       UserError: the coprocessor was trained on another decoder, or `length` is below 1 or does not
-        fit the memory.
+        fit the memory. With `strict`, see `Experts.attach`.
     """
     if not isinstance(decoder, LoadedDecoder):
       raise UserError(f'decoder = {decoder!r:.80}: give what load_decoder returns')
     if not isinstance(coprocessor, CoprocessorCheckpoint | None):
       raise UserError(f'coprocessor = {coprocessor!r:.80}: give what load_coprocessor returns')
-    self.engine = build_engine(decoder, coprocessor, length)
+    if coprocessor is not None and experts is not None:
+      raise UserError('coprocessor and experts are both given: give one of the two; experts may '
+                      'hold a coprocessor')
+    self.experts = None
+    if experts is not None:
+      self.experts = Experts(decoder, experts, length=length, strict=strict, router=router)
+    else:
+      self._engine = build_engine(decoder, coprocessor, length)
     self.tokenizer = decoder.tokenizer
+
+  @property
+  def engine(self) -> Engine:
+    """The engine that runs the decoder on ids."""
+    return self._engine if self.experts is None else self.experts.engine
 
   @settled_jax()
   def generate(self, prompts: Sequence[str], *, max_tokens: int = 64, augment: bool | None = None,
+               expert: Choice | Sequence[Choice] = None,
                stop: Sequence[str] = (), temperature: float = 0.0, top_k: int | None = None,
                top_p: float = 1.0, min_p: float = 0.0, seeds: Sequence[int] | None = None,
                chat: bool = False, batch_size: int = 0) -> list[TextCompletion]:
@@ -148,6 +197,8 @@ class Generator:
       prompts: texts, none of them empty.
       max_tokens: largest number of tokens to decode for a prompt.
       augment: whether latents are made at the end of each prompt; None if there is a coprocessor.
+      expert: expert of all prompts, or a list with one for each prompt: a name, a mapping from
+        names to weights, 'auto' for what the router chooses, or None for none.
       stop: strings that end a text and are not part of it.
       temperature, top_k, top_p, min_p: see `inference.decode.Sampling`; 0 is greedy.
       seeds: one for each prompt; default 0, 1, 2, ...
@@ -160,10 +211,8 @@ class Generator:
       UserError: a prompt is too long or too short, an option is out of range, or there is no chat
         template.
     """
-    # The same latents as in `score`: once, at the end of the prompt.
-    policy = ONCE if self._augments(augment) else NEVER
     options = with_ends(
-        DecodingOptions(max_tokens, Sampling(temperature, top_k, top_p, min_p), policy=policy),
+        DecodingOptions(max_tokens, Sampling(temperature, top_k, top_p, min_p)),
         self.tokenizer, _texts('stop', stop))
     if chat:
       ids = [encode_chat(self.tokenizer, [{'role': 'user', 'content': prompt}])
@@ -171,15 +220,54 @@ class Generator:
     else:
       ids = [self.tokenizer.encode(prompt) for prompt in _texts('prompts', prompts)]
     # Check everything before the first batch is decoded.
-    seeds = session.check_seeds(seeds, len(ids))
+    seeds = check_seeds(seeds, len(ids))
     self._check_prompts(ids)
-    check_lengths(self.engine, np.array(list(map(len, ids))), options)
-    completions = []
+    lengths = np.array(list(map(len, ids)))
+    sources = self._sources(augment, expert, prompts, lengths)
+    check_room(lengths, max_tokens, self.engine.model.plan.global_slots)
+    completions, taken = [], []
     for batch in batches(self.engine, len(ids), batch_size):
-      completions += session.generate(self.engine, ids[batch], options, seeds[batch])
+      source = sources(batch)
+      # The same latents as in `score`: once, at the end of the prompt.
+      completions += session.generate(
+          self.engine, ids[batch], dataclasses.replace(options, policy=ONCE if source else NEVER),
+          seeds[batch], source)
+      taken += getattr(source, 'mixes', [{}] * (batch.stop - batch.start))
     return [TextCompletion(**vars(completion),
-                           text=text_of(completion, self.tokenizer, stop, prompt))
-            for completion, prompt in zip(completions, ids, strict=True)]
+                           text=text_of(completion, self.tokenizer, stop, prompt),
+                           experts=mix if completion.latents_at else {})
+            for completion, prompt, mix in zip(completions, ids, taken, strict=True)]
+
+  def _sources(self, augment: bool | None, expert: Choice | Sequence[Choice],
+               texts: Sequence[str], lengths: np.ndarray,
+               ) -> Callable[[slice], LatentSource | None]:
+    """Returns what makes the latents of a batch; the function returns None for the plain decoder.
+
+    Raises:
+      UserError: nothing makes the requested latents, or a text is too short for them.
+    """
+    is_one = expert is None or isinstance(expert, str | Mapping)
+    choices = [expert] * len(texts) if is_one else list(expert)
+    if len(choices) != len(texts):
+      raise UserError(f'expert = {expert!r:.80}: {len(choices)} for {len(texts)} prompts: give '
+                      'one, or one for each')
+    if self.experts is None:
+      if any(choices):
+        raise UserError(f'expert = {expert!r:.80} without experts: give them to Generator')
+      if not self._augments(augment):
+        return lambda batch: None
+      check_anchors(lengths, self.engine.first_anchor)
+      return lambda batch: self.engine
+    if augment not in (None, False):
+      raise UserError(f'augment = {augment!r}: with experts, give None, or False for none at all')
+    mixes = [self.experts.mix(None if augment is False else choice) for choice in choices]
+    self.experts.check_lengths(mixes, lengths)
+
+    def source(batch: slice) -> LatentSource | None:
+      found = ExpertSource(self.experts, mixes[batch], texts[batch])
+      return None if found.is_plain else found
+
+    return source
 
   def _augments(self, augment: bool | None) -> bool:
     """Returns whether to make latents, by default if there is a coprocessor."""
@@ -197,18 +285,19 @@ class Generator:
 
 @settled_jax()
 def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[str], *,
-          augment: bool | None = None, batch_size: int = 0) -> list[Score]:
+          augment: bool | None = None, expert: Choice | Sequence[Choice] = None,
+          batch_size: int = 0) -> list[Score]:
   """Scores one given continuation of each prompt (teacher forcing).
 
   Latents are made once, at the end of the prompt. Prompt and continuation are tokenised apart.
 
   Args:
-    augment, batch_size: see `Generator.generate`.
+    augment, expert, batch_size: see `Generator.generate`.
 
   Raises:
     UserError: there is not one continuation for each prompt, or a text is too long or too short.
   """
-  augment, engine = generator._augments(augment), generator.engine
+  engine = generator.engine
   before = [generator.tokenizer.encode(text) for text in _texts('prompts', prompts)]
   after = [generator.tokenizer.encode_more(text)
            for text in _texts('continuations', continuations)]
@@ -220,17 +309,17 @@ def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[
   generator._check_prompts(before)
   lengths = np.array(list(map(len, before)))
   check_room(lengths + list(map(len, after)), 0, engine.model.plan.global_slots)
-  if augment:
-    check_anchors(lengths, engine.model.coprocessor.config.first_anchor)
+  sources = generator._sources(augment, expert, prompts, lengths)
   scores = []
   for batch in batches(engine, len(before), batch_size):
-    state = engine.read(before[batch])
-    if augment:
+    state, source = engine.read(before[batch]), sources(batch)
+    rows = np.zeros(0, bool) if source is None else source.wants(state)
+    if rows.any():
       # Latents that are not finite are left out by `attach`.
-      latents = engine.augment(state)
-      if not np.asarray(latents.finite).all():
+      latents = source.augment(state)
+      if not np.asarray(latents.finite)[rows].all():
         engine.warn('some are not finite')
-      state = engine.attach(state, latents)
+      state = engine.attach(state, latents, rows)
     scores += [Score(float(logprobs.sum(dtype=np.float64)), len(logprobs))
                for logprobs in engine.score_on(state, after[batch])]
   return scores

@@ -41,8 +41,10 @@ def test_generate_is_launch_generate(quickstart, generator):
   for augment, policy in ((True, ONCE), (None, ONCE), (False, NEVER)):
     found = generator.generate(PROMPTS, max_tokens=20, augment=augment, seeds=[3, 4], **sampling)
     request = Request(DecodingOptions(20, Sampling(**sampling), policy=policy), seed=3)
+    assert all(completion.experts == {} for completion in found)
+    written = [{'experts': {}, **result} for result in Writer(*opened, request).write(PROMPTS)]
     assert [{'prompt': prompt, **vars(completion)} for prompt, completion in zip(
-        PROMPTS, found, strict=True)] == Writer(*opened, request).write(PROMPTS)
+        PROMPTS, found, strict=True)] == written
 
 
 def test_stop_strings_end_a_completion(generator):
@@ -102,6 +104,36 @@ def test_detached_coprocessor_changes_no_bit(quickstart, decoder):
   # A cache without room for latents has another shape, so that sums round otherwise.
   plain = ld.score(ld.Generator(decoder, length=LENGTH), PROMPTS, CONTINUATIONS)
   np.testing.assert_allclose(plain, before, rtol=1e-6)
+
+
+def test_experts_are_coprocessors(quickstart, decoder, generator):
+  """Each prompt has its own expert; a coprocessor without a card may be one."""
+  loaded = ld.load_coprocessor(quickstart / 'coprocessor')
+  several = ld.Generator(decoder, experts={'own': loaded, 'twin': loaded}, length=LENGTH)
+  options = dict(max_tokens=9, temperature=0.8, seeds=[3, 4])
+  expected = generator.generate(PROMPTS, **options)
+  for expert, mixes in (('own', [{'own': 1}] * 2), (['twin', 'own'], [{'twin': 1}, {'own': 1}]),
+                        ({'own': 0.5, 'twin': 0.5}, [{'own': 0.5, 'twin': 0.5}] * 2)):
+    found = several.generate(PROMPTS, expert=expert, **options)
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
+    assert [each.experts for each in found] == mixes
+    for one, other in zip(
+        ld.score(several, PROMPTS, CONTINUATIONS, expert=expert),
+        ld.score(generator, PROMPTS, CONTINUATIONS), strict=True):
+      assert one == pytest.approx(other, abs=1e-4)
+  plain = several.generate(PROMPTS, **options)
+  mixed = several.generate(PROMPTS, expert=[None, 'own'], **options)
+  assert vars(mixed[0]) == vars(plain[0]) and mixed[1].logprobs != plain[1].logprobs
+  assert several.generate(PROMPTS, expert='own', augment=False, **options) == plain
+  several.experts.detach('twin')
+  assert several.generate(PROMPTS, expert='twin', **options) == plain
+  for call, message in (
+      (lambda: several.generate(PROMPTS, expert=['own']), '1 for 2 prompts'),
+      (lambda: several.generate(PROMPTS, augment=True), 'augment = True: with experts'),
+      (lambda: generator.generate(PROMPTS, expert='own'), "expert = 'own' without experts"),
+      (lambda: ld.Generator(decoder, loaded, experts={}), 'coprocessor and experts')):
+    with pytest.raises(ld.UserError, match=message):
+      call()
 
 
 def test_wrong_pairs_are_refused(quickstart, tmp_path, decoder):

@@ -10,11 +10,23 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
+import numpy as np
 
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.inference.passes import Augmentation, State
+
+
+class LatentSource(Protocol):
+  """Makes latents for the texts of a session: an engine, or experts that are chosen by text."""
+
+  def wants(self, state: State) -> np.ndarray:
+    """Returns the texts of a plain state that may get latents, bool [B]."""
+
+  def augment(self, state: State) -> Augmentation:
+    """Makes latents for the end of every text of a state, which stays as it is."""
 
 
 @dataclasses.dataclass

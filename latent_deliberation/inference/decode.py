@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, typed
 from latent_deliberation.deliberation.loss import entropy
-from latent_deliberation.errors import check_integer, check_number
+from latent_deliberation.errors import UserError, check_integer, check_number
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.passes import Model, State, Weights, embed, predict
 from latent_deliberation.inference.policy import Gate
@@ -92,6 +93,20 @@ def logprobs_of(tokens: Int[Array, 'B'], logits: Float[Array, 'B V']) -> Float[A
   """Returns log-probabilities of tokens under the model itself, before temperature and filters."""
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def check_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
+  """Returns a seed for each of `count` texts; 0, 1, 2, ... for None.
+
+  Raises:
+    UserError: there is not one for each text, or one is not from 0 to 2**32 - 1.
+  """
+  seeds = list(range(count)) if seeds is None else list(seeds)
+  if len(seeds) != count:
+    raise UserError(f'{len(seeds)} seeds {seeds[:4]} for {count} texts: give one for each')
+  for seed in seeds:
+    check_integer('seed', seed, 0, 2**32 - 1)
+  return seeds
 
 
 @struct.dataclass

@@ -7,7 +7,6 @@ together.
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,14 +24,19 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   Description,
 )
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.errors import UserError, check_integer, differences
+from latent_deliberation.errors import UserError, differences
 from latent_deliberation.files import as_path
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.background import AugmentationStats
 from latent_deliberation.inference.decode import Decoded, Sampling, decode
-from latent_deliberation.inference.passes import Augmentation, Model, State, Weights
+from latent_deliberation.inference.passes import Augmentation, Model, State
 from latent_deliberation.inference.policy import FittedGate, Gate
-from latent_deliberation.inference.ring_cache import RingKVCache, cache_bytes, plan_cache
+from latent_deliberation.inference.ring_cache import (
+  RingKVCache,
+  cache_bytes,
+  check_length,
+  plan_cache,
+)
 from latent_deliberation.inference.tokenizer import (
   Prompts,
   Tokenizer,
@@ -66,7 +70,8 @@ class Engine:
                coprocessor: tuple[DeliberationConfig, Params] | None = None,
                dtype: str = 'float32', mesh: Mesh | None = None,
                rules: Mapping[str, Sequence[str]] = DEFAULT_RULES,
-               worker: 'Engine | None' = None, decoder_fingerprint: str = ''):
+               worker: 'Engine | None' = None, decoder_fingerprint: str = '',
+               room: DeliberationConfig | None = None):
     """Unstacks the weights.
 
     Args:
@@ -78,27 +83,29 @@ class Engine:
       mesh, rules: devices that hold the weights, and the mapping onto them; None for one device.
       worker: see above; None for itself.
       decoder_fingerprint: see above; computed if it is not given.
+      room: without a coprocessor, latents that `attach` may get from elsewhere; None for none.
 
     Raises:
       UserError: `length` is below 1, the coprocessor has other widths, or weights are int8.
     """
-    _check_length(decoder_config, length, dtype, mesh)
+    check_length(decoder_config, length, dtype, mesh)
     if isinstance(decoder_params['embedder']['table'], Quantised):
       raise UserError("the decoder's weights are int8, which inference does not support: give the "
                       'weights as they are stored')
     # The plan of the cache depends on the latents.
     config, params = coprocessor or (None, None)
-    num_latents, refining = 0, False
     if config is not None:
-      _check_coprocessor(decoder_config, config, params)
-      num_latents, refining = config.num_latents, config.latents == 'refining'
+      check_coprocessor(decoder_config, config, params)
+    room, num_latents, refining = config or room, 0, False
+    if room is not None:
+      num_latents, refining = room.num_latents, room.latents == 'refining'
     # jit compiles for the values of the static part, so all of them must be hashable.
     self.model = Model(
         decoder=Decoder(decoder_config, dtype=dtype),
         coprocessor=None if config is None else Coprocessor(decoder_config, config, dtype=dtype),
         plan=plan_cache(decoder_config, length, num_latents, refining),
         rules=() if mesh is None else tuple((name, tuple(axes)) for name, axes in rules.items()))
-    self.weights = _unstack(decoder_params, config, params)
+    self.weights = passes.assemble(decoder_params, config, params)
     self.worker = worker or self
     self.decoder_fingerprint = decoder_fingerprint or fingerprint(decoder_params)
     self.stats = AugmentationStats()
@@ -109,6 +116,13 @@ class Engine:
   def shards(self) -> int:
     """Number that must divide the number of texts."""
     return batch_shards(self._mesh, self._rules) if self._mesh is not None else 1
+
+  @property
+  def first_anchor(self) -> int:
+    """Least index of a token that latents may follow. Raises UserError without a coprocessor."""
+    if self.model.coprocessor is None:
+      raise UserError('there is no coprocessor, which makes the latents: give one')
+    return self.model.coprocessor.config.first_anchor
 
   @property
   def batch_size(self) -> int:
@@ -146,13 +160,17 @@ class Engine:
     tokens, count = align(prompts)
     return _rows(self._call(passes.score_on, state, *self.place((tokens, count))), count)
 
+  def wants(self, state: State) -> np.ndarray:
+    """Returns the texts of a state that may get latents, bool [B]: all of them."""
+    return np.ones(len(state.position), bool)
+
   def augment(self, state: State) -> Augmentation:
     """Makes latents for the end of every text of a state, which stays as it is.
 
     Raises:
       UserError: there is no coprocessor, or a text is too short for refining latents.
     """
-    check_anchors(np.asarray(state.lengths), self._first_anchor())
+    check_anchors(np.asarray(state.lengths), self.first_anchor)
     # A worker on other devices gets a copy of the state, and its latents come back.
     if self.worker is not self:
       return self.place(self.worker.augment(self.worker.place(state)))
@@ -205,7 +223,7 @@ class Engine:
       UserError: there is no coprocessor, or the cache has no room for latents.
     """
     # The shortest texts that can have latents. Their tokens do not matter.
-    shortest = [0] * (self._first_anchor() + 1)
+    shortest = [0] * (self.first_anchor + 1)
     state = self.read([shortest] * (batch + -batch % self.shards))
     jax.block_until_ready(self.attach(state, self.augment(state)))
 
@@ -223,11 +241,6 @@ class Engine:
       logging.warning('No latents: %s. The decoder continues without them. This is logged once; '
                       'Engine.stats counts how often it happens.', reason)
     self._warned = True
-
-  def _first_anchor(self) -> int:
-    if self.model.coprocessor is None:
-      raise UserError('there is no coprocessor, which makes the latents: give one')
-    return self.model.coprocessor.config.first_anchor
 
   def _check_texts(self, prompts: Prompts) -> None:
     check_prompts(prompts, np.zeros(len(prompts)), self.model.decoder.config.vocab_size)
@@ -268,28 +281,9 @@ def _rows(aligned: Array, count: np.ndarray) -> list[np.ndarray]:
   return [row[len(row) - size:] for row, size in zip(np.asarray(aligned), count, strict=True)]
 
 
-def _check_length(config: TransformerConfig, length: int, dtype: str,
-                  mesh: Mesh | None = None) -> None:
-  """Raises UserError where one text of `length` tokens would not fit the memory."""
-  check_integer('length', length, 1)
-  needed = cache_bytes(plan_cache(config, length), config, dtype)
-  # A mesh divides the cache, and tells itself where it does not fit.
-  available = None if mesh is not None else _memory(jax.local_devices()[0])
-  if available is not None and needed > available:
-    raise UserError(f'length = {length}: the kv-cache of one text would take '
-                    f'{needed / 2**30:,.1f} GiB, and the device has {available / 2**30:,.1f} GiB: '
-                    'give a smaller length (--length)')
-
-
-def _memory(device: jax.Device) -> int | None:
-  """Returns the bytes of memory of a device; None where they are not known."""
-  if device.platform == 'cpu':
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  return (device.memory_stats() or {}).get('bytes_limit')
-
-
-def _check_coprocessor(decoder_config: TransformerConfig, config: DeliberationConfig,
-                       params: Params) -> None:
+def check_coprocessor(decoder_config: TransformerConfig, config: DeliberationConfig,
+                      params: Params) -> None:
+  """Raises UserError where inference cannot run this coprocessor with this decoder."""
   if config.reads == 'states':
     raise UserError("this coprocessor has reads = 'states': it reads the decoder's hidden states, "
                     'which generation does not keep. Use one that reads the cache')
@@ -298,21 +292,6 @@ def _check_coprocessor(decoder_config: TransformerConfig, config: DeliberationCo
     raise UserError(
         f'the soft tokens of the coprocessor have shape {params["soft_tokens"].shape}, but '
         f'{expected} is expected: give the decoder that it was trained on')
-
-
-def _unstack(decoder_params: Params, config: DeliberationConfig | None,
-             params: Params | None) -> Weights:
-  layers = passes.unstack(decoder_params['transformer'])
-  if config is None:
-    return Weights(decoder_params['embedder'], layers)
-  # Adapters share the decoder's unstacked weights.
-  coprocessor_layers = {
-      'full': lambda: passes.unstack(params['transformer']),
-      'lora': lambda: passes.adapt(layers, params['lora']),
-      'constant': lambda: None,
-  }[config.trainable]()
-  own = {name: params[name] for name in ('soft_tokens', 'gate') if name in params}
-  return Weights(decoder_params['embedder'], layers, own, coprocessor_layers)
 
 
 # --- From disk ---
@@ -355,7 +334,7 @@ def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', 
     UserError: one of them is absent or damaged, or they do not belong together.
   """
   checkpoint = weights.open_checkpoint(decoder_dir)
-  _check_length(checkpoint.config, length, LoadedDecoder.dtype)
+  check_length(checkpoint.config, length, LoadedDecoder.dtype)
   tokenizer = tokenizer_of(checkpoint, vocabulary)
   # Everything that descriptions can tell, before any weights are read.
   place = None

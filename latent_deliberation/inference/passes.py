@@ -20,7 +20,8 @@ from flax import struct
 
 from latent_deliberation.array_types import Array, Batch, Bool, Float, Int, Params
 from latent_deliberation.deliberation.coprocessor import Coprocessor
-from latent_deliberation.deliberation.traces import place
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
+from latent_deliberation.deliberation.traces import Placement, place
 from latent_deliberation.inference.ring_cache import CachePlan, RingKVCache, SlotIndex
 from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues
 from latent_deliberation.model.decoder import Decoder
@@ -190,6 +191,22 @@ class Augmentation:
   finite: Bool[Array, 'B']
 
 
+def assemble(decoder_params: Params, config: DeliberationConfig | None = None,
+             params: Params | None = None) -> Weights:
+  """Returns the unstacked weights of a decoder and its coprocessor, if there is one."""
+  layers = unstack(decoder_params['transformer'])
+  if config is None:
+    return Weights(decoder_params['embedder'], layers)
+  # Adapters share the decoder's unstacked weights.
+  coprocessor_layers = {
+      'full': lambda: unstack(params['transformer']),
+      'lora': lambda: adapt(layers, params['lora']),
+      'constant': lambda: None,
+  }[config.trainable]()
+  own = {name: params[name] for name in ('soft_tokens', 'gate') if name in params}
+  return Weights(decoder_params['embedder'], layers, own, coprocessor_layers)
+
+
 # --- Programs ---
 
 
@@ -284,31 +301,47 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
   The coprocessor reads the cache of the texts, and the decoder then reads the latents (paper,
   section 2.1).
   """
+  return read_latents(model, weights, state, coprocess(model, weights, state))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def coprocess(model: Model, weights: Weights, state: State) -> Array:
+  """Returns what the coprocessor adds to the embeddings of base tokens, [B, Z, D].
+
+  For latents of the 'paper', which have no base, it returns the latents themselves.
+  """
   with nn.logical_axis_rules(model.rules):
-    decoder, coprocessor = model.decoder.config, model.coprocessor
-
-    # Where latents go: one trace in each text, whose anchor is the last token.
-    newest = state.cache.newest(coprocessor.config.num_latents)
-    text = Batch(newest.tokens, newest.segments, newest.positions)
-    last = jnp.full((len(newest.tokens), 1), coprocessor.config.num_latents - 1)
-    placement = place(text, last, coprocessor.config, num_ahead=1)
-    positions = placement.latent_positions[:, 0]
-
+    coprocessor, (_, placement) = model.coprocessor, _place(model, state)
     # The coprocessor reads the whole cache; constant soft tokens are outputs as they are.
     base = embed(model, weights, placement.base_tokens[:, 0])[:, None]
     outputs = coprocessor.feed(weights.coprocessor, base)
-    seen = jnp.ones_like(positions)
     if weights.coprocessor_layers is not None:
+      positions = placement.latent_positions[:, 0]
       hidden, _ = run(coprocessor.transformer_config, weights.coprocessor_layers, outputs[:, 0],
-                      positions, seen, state.cache, coprocessor.transformer.lora)
+                      positions, jnp.ones_like(positions), state.cache,
+                      coprocessor.transformer.lora)
       outputs = hidden[:, None]
-    latents = coprocessor.compose(weights.coprocessor, outputs, base)[:, 0]
+    return coprocessor.compose(weights.coprocessor, outputs, jnp.zeros_like(base))[:, 0]
 
-    # The decoder reads the latents. Refining ones replace the last tokens, which are hidden.
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_latents(model: Model, weights: Weights, state: State, added: Array) -> Augmentation:
+  """The decoder reads latents for the end of every text.
+
+  Args:
+    added: see `coprocess`.
+  """
+  with nn.logical_axis_rules(model.rules):
+    newest, placement = _place(model, state)
+    positions, latents = placement.latent_positions[:, 0], added
+    if model.coprocessor.config.latents != 'paper':
+      latents = embed(model, weights, placement.base_tokens[:, 0]) + added
+
+    # Refining latents replace the last tokens, which are hidden.
     replaces = (placement.coprocessor_prefix_length - placement.decoder_prefix_length > 0)  # [B, 1]
     replaced = jnp.where(replaces, newest.positions, -1)
-    hidden, fresh = run(decoder, weights.layers, latents, positions, seen,
-                        state.cache.hide(replaced))
+    hidden, fresh = run(model.decoder.config, weights.layers, latents, positions,
+                        jnp.ones_like(positions), state.cache.hide(replaced))
     logits = predict(model, weights, hidden[:, -1])
 
     # A text fails if any of its new keys, values or logits is not finite.
@@ -317,6 +350,16 @@ def augment(model: Model, weights: Weights, state: State) -> Augmentation:
     return Augmentation(tuple(fresh), positions, replaced, state.position,
                         placement.ahead_positions[:, 0, 0], hidden[:, -1], logits,
                         jnp.stack(finite).all(axis=0))
+
+
+def _place(model: Model, state: State) -> tuple[SlotIndex, Placement]:
+  """Returns the last Z tokens of every text, and the placement of latents at its end."""
+  # One trace in each text, whose anchor is the last token.
+  config = model.coprocessor.config
+  newest = state.cache.newest(config.num_latents)
+  last = jnp.full((len(newest.tokens), 1), config.num_latents - 1)
+  text = Batch(newest.tokens, newest.segments, newest.positions)
+  return newest, place(text, last, config, num_ahead=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,14 +11,17 @@ overwrite nothing, so other latents, or none, may take their place later.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Bool, Float, Int
+from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.model.attention import KeysValues, KVCache
 from latent_deliberation.model.transformer_config import TransformerConfig
 
@@ -63,6 +66,26 @@ def cache_bytes(plan: CachePlan, config: TransformerConfig, dtype: str) -> int:
   """Returns the bytes of keys and values that one text takes."""
   slots = sum(plan.slots(kind) + plan.latent_slots for kind in plan.kinds)
   return 2 * slots * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+
+
+def check_length(config: TransformerConfig, length: int, dtype: str,
+                 mesh: Mesh | None = None) -> None:
+  """Raises UserError where the cache of one text of `length` tokens would not fit the memory."""
+  check_integer('length', length, 1)
+  needed = cache_bytes(plan_cache(config, length), config, dtype)
+  # A mesh divides the cache, and tells itself where it does not fit.
+  available = None if mesh is not None else _memory(jax.local_devices()[0])
+  if available is not None and needed > available:
+    raise UserError(f'length = {length}: the kv-cache of one text would take '
+                    f'{needed / 2**30:,.1f} GiB, and the device has {available / 2**30:,.1f} GiB: '
+                    'give a smaller length (--length)')
+
+
+def _memory(device: jax.Device) -> int | None:
+  """Returns the bytes of memory of a device; None where they are not known."""
+  if device.platform == 'cpu':
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return (device.memory_stats() or {}).get('bytes_limit')
 
 
 @struct.dataclass

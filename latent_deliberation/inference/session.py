@@ -12,8 +12,12 @@ import jax
 import numpy as np
 
 from latent_deliberation.errors import UserError, check_integer
-from latent_deliberation.inference.background import BackgroundAugmentation, LatentTiming
-from latent_deliberation.inference.decode import Sampling
+from latent_deliberation.inference.background import (
+  BackgroundAugmentation,
+  LatentSource,
+  LatentTiming,
+)
+from latent_deliberation.inference.decode import Sampling, check_seeds
 from latent_deliberation.inference.engine import Engine, copied
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import NEVER, Policy
@@ -117,16 +121,18 @@ class Session:
   """
 
   def __init__(self, engine: Engine, state: State, options: DecodingOptions, seeds: list[int],
-               forced: Prompts | None = None):
+               forced: Prompts | None = None, source: LatentSource | None = None):
     """Begins from a state, which is overwritten.
 
     Args:
       seeds: seeds of the texts. Further rows of the state are filler.
       forced: tokens of each text to take instead of drawn ones; None to draw.
+      source: what makes the latents; None for the coprocessor of the engine.
     """
     self.engine, self.options, self.state, self.policy = engine, options, state, options.policy
+    self.source = source or engine
     # Without a coprocessor the plain decoder continues, with one warning.
-    if engine.model.coprocessor is None and self.policy != NEVER:
+    if source is None and engine.model.coprocessor is None and self.policy != NEVER:
       engine.stats.begun += 1
       self._fail('there is no coprocessor')
       self.policy = NEVER
@@ -171,6 +177,11 @@ class Session:
     self.waiting = self.active & (everywhere | self.opened)
     if not self.waiting.any():
       return
+    # A gate stays closed in texts that get no latents.
+    wants = self.source.wants(self.state)
+    self.waiting, self.gate_from[~wants] = self.waiting & wants, np.iinfo(np.int32).max
+    if not self.waiting.any():
+      return
     self.engine.stats.begun += 1
     try:
       self._split()
@@ -198,7 +209,7 @@ class Session:
     self.base, self.base_count = plain, self.count
 
   def _begin(self) -> None:
-    self.augmentation = BackgroundAugmentation(self.engine.augment, self.base,
+    self.augmentation = BackgroundAugmentation(self.source.augment, self.base,
                                                self.options.timing.timeout)
 
   def _is_due(self) -> bool:
@@ -291,14 +302,15 @@ class Session:
 
 
 def generate(engine: Engine, texts: Prompts | State, options: DecodingOptions,
-             seeds: Sequence[int] | None = None) -> list[Completion]:
+             seeds: Sequence[int] | None = None,
+             source: LatentSource | None = None) -> list[Completion]:
   """Decodes to the end; see `stream`."""
-  *_, completions = stream(engine, texts, options, seeds)
+  *_, completions = stream(engine, texts, options, seeds, source=source)
   return completions
 
 
 def score(engine: Engine, texts: Prompts | State, continuations: Prompts,
-          options: DecodingOptions) -> list[Completion]:
+          options: DecodingOptions, source: LatentSource | None = None) -> list[Completion]:
   """Decodes given continuations, with latents where the policy would make them; see `stream`.
 
   The completions hold the given tokens, and their log-probabilities.
@@ -306,19 +318,20 @@ def score(engine: Engine, texts: Prompts | State, continuations: Prompts,
   Args:
     continuations: ids of each text, one or more.
     options: options of decoding, of which the policy and the timing are used.
+    source: see `stream`.
   """
   if not all(continuations):
     raise UserError(f'continuation {list(map(len, continuations)).index(0)} is empty: there is '
                     'nothing to score')
   options = dataclasses.replace(options, max_tokens=max(map(len, continuations)), eos=(),
                                 stop=None, num_ids=None)
-  *_, completions = stream(engine, texts, options, forced=continuations)
+  *_, completions = stream(engine, texts, options, forced=continuations, source=source)
   return completions
 
 
 def stream(engine: Engine, texts: Prompts | State, options: DecodingOptions,
            seeds: Sequence[int] | None = None, forced: Prompts | None = None,
-           ) -> Iterator[list[Completion]]:
+           source: LatentSource | None = None) -> Iterator[list[Completion]]:
   """Checks everything, then decodes a block of tokens at a time.
 
   Args:
@@ -328,6 +341,7 @@ def stream(engine: Engine, texts: Prompts | State, options: DecodingOptions,
     seeds: seeds of the texts; default 0, 1, 2, ... Each text is drawn by its own seed, whatever
       the others are.
     forced: tokens of each text to take instead of drawn ones; None to draw.
+    source: what makes the latents of these texts; None for the coprocessor of the engine.
 
   Returns: an iterator over the same growing completions; the first has one token.
 
@@ -348,24 +362,10 @@ def stream(engine: Engine, texts: Prompts | State, options: DecodingOptions,
   seeds = check_seeds(seeds, len(lengths))
   # A given state is copied, because decoding overwrites its cache.
   if given:
-    return Session(engine, copied(texts), options, seeds, forced).run()
+    return Session(engine, copied(texts), options, seeds, forced, source).run()
   # The mesh divides the texts evenly, so the first prompt fills up the last shards.
   filler = [texts[0]] * (-len(texts) % engine.shards)
-  return Session(engine, engine.read([*texts, *filler]), options, seeds, forced).run()
-
-
-def check_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
-  """Returns a seed for each of `count` texts; 0, 1, 2, ... for None.
-
-  Raises:
-    UserError: there is not one for each text, or one is not from 0 to 2**32 - 1.
-  """
-  seeds = list(range(count)) if seeds is None else list(seeds)
-  if len(seeds) != count:
-    raise UserError(f'{len(seeds)} seeds {seeds[:4]} for {count} texts: give one for each')
-  for seed in seeds:
-    check_integer('seed', seed, 0, 2**32 - 1)
-  return seeds
+  return Session(engine, engine.read([*texts, *filler]), options, seeds, forced, source).run()
 
 
 def check_lengths(engine: Engine, lengths: np.ndarray, options: DecodingOptions,

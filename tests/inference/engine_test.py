@@ -10,8 +10,7 @@ import pytest
 
 from latent_deliberation.deliberation.deliberation_config import LATENTS
 from latent_deliberation.errors import UserError
-from latent_deliberation.inference import decode, passes
-from latent_deliberation.inference import engine as engine_module
+from latent_deliberation.inference import decode, passes, ring_cache
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.engine import CACHE_BUDGET, Engine, check_match
@@ -237,7 +236,7 @@ def test_length_beyond_the_memory_is_refused(decoder_params, monkeypatch):
   """It is noticed before anything is allocated."""
   cache = Engine(tiny.CONFIG, decoder_params, length=4096).read(PROMPTS[:1]).cache
   size = sum(each.nbytes for each in (*cache.keys, *cache.values))
-  monkeypatch.setattr(engine_module, '_memory', lambda device: size)
+  monkeypatch.setattr(ring_cache, '_memory', lambda device: size)
   Engine(tiny.CONFIG, decoder_params, length=4096)
   with pytest.raises(UserError, match='length = 4097: .* GiB.*--length'):
     Engine(tiny.CONFIG, decoder_params, length=4097)
