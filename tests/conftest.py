@@ -35,8 +35,8 @@ jax.config.update('jax_num_cpu_devices', 8)
 NOT_UNIT = (
     'api', 'benchmarks/', 'cli/convert', 'cli/generate', 'cli/quickstart', 'data/loading',
     'data/online', 'deliberation/coprocessor', 'deliberation/flops', 'deliberation/forward',
-    'errors', 'evaluation/diagnostics', 'evaluation/evaluate', 'evaluation/gating',
-    'evaluation/perplexity', 'evaluation/plots', 'inference/', 'launch/bad_luck', 'launch/launch',
+    'errors', 'evaluation/answers', 'evaluation/diagnostics', 'evaluation/evaluate',
+    'evaluation/gating', 'evaluation/perplexity', 'evaluation/plots', 'inference/', 'launch/bad_luck', 'launch/launch',
     'launch/recipes', 'model/checkpoints/gguf', 'model/checkpoints/google',
     'model/checkpoints/hugging_face_test',
     'model/checkpoints/native', 'model/checkpoints/source', 'model/decoder', 'model/kernels/',
