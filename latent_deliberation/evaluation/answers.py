@@ -273,8 +273,8 @@ class AnswerScorer:
       placement = place(read.trunk, anchors, self.config, batch.ahead.shape[-1])
 
       def second_pass(latents: Array) -> Array:
-        return deliberator.second_pass(decoder_params, take_from_trunk(latents, batch.owner), traces,
-                                       placement, read.cache)
+        of_traces = take_from_trunk(latents, batch.owner)
+        return deliberator.second_pass(decoder_params, of_traces, traces, placement, read.cache)
 
       # A loop over the arms is compiled once, and rounds alike for all of them.
       states |= dict(zip(augmented, jax.lax.map(second_pass, latents), strict=True))
