@@ -108,6 +108,7 @@ class ArmModel:
     tokenizer: its tokenizer.
     own: the coprocessor; None without one.
     constant: trained constant soft tokens; None without any.
+    dtype: dtype of the computation.
     max_length: largest number of tokens that the decoder reads of a text.
   """
 
@@ -120,6 +121,7 @@ class ArmModel:
     self.own, self.constant, self.max_length = own, constant, max_length
     self._params, self._mesh = params, mesh or make_mesh(MeshConfig())
     computation = Computation(dtype=dtype, attention='auto').on(jax.default_backend())
+    self.dtype = computation.dtype
     self._options = {
         'dtype': computation.dtype, 'attention': computation.attention,
         'activations': None if computation.activations == computation.dtype

@@ -14,7 +14,6 @@ by its path, imports this module before lm_eval looks for the model.
 
 import collections
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,14 @@ try:
   from lm_eval.api.instance import Instance
   from lm_eval.api.model import LM
   from lm_eval.api.registry import register_model
+  from lm_eval.evaluator import simple_evaluate
+  from lm_eval.tasks import TaskManager
 except ImportError as error:
   raise UserError(f'lm-evaluation-harness cannot be imported ({error}): pip install -e '
                   "'.[eval]'") from error
 
 NAME = 'latent_deliberation'
+__all__ = ['DeliberationLM', 'TaskManager', 'run_command', 'simple_evaluate']
 
 
 @register_model(NAME)
@@ -152,15 +154,6 @@ class DeliberationLM(LM):
         answers[number] = value
         self.cache_hook.add_partial(method, requests[number].args, value)
     return answers
-
-
-def stay_offline() -> None:
-  """Keeps Hugging Face's libraries from the network, unless variables say otherwise.
-
-  They read the variables when they are imported.
-  """
-  for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'TRANSFORMERS_OFFLINE'):
-    os.environ.setdefault(name, '1')
 
 
 def run_command() -> None:

@@ -9,9 +9,6 @@ import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
 from latent_deliberation.deliberation.flops import (
   answer_flops,
   forward_flops,
@@ -274,11 +271,6 @@ def _writing(generation: Mapping[str, Any], batch_size: int) -> Writing:
   return Writing(DecodingOptions(int(limit), Sampling(**sampled)), stop, batch_size)
 
 
-def is_leader() -> bool:
-  """Whether this process has the tasks, and writes files."""
-  return jax.process_index() == 0
-
-
-def mean_cost(cost: Cost, items: int) -> dict[str, float]:
+def mean_cost(tokens: float, flops: float, items: int) -> dict[str, float]:
   """Returns tokens and operations of an item, for JSON."""
-  return {'tokens': float(np.round(cost.tokens / items, 2)), 'flops': float(cost.flops / items)}
+  return {'tokens': round(tokens / items, 2), 'flops': flops / items}
