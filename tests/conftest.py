@@ -35,7 +35,8 @@ jax.config.update('jax_num_cpu_devices', 8)
 NOT_UNIT = (
     'api', 'benchmarks/', 'cli/convert', 'cli/generate', 'cli/quickstart', 'data/loading',
     'data/online', 'deliberation/coprocessor', 'deliberation/flops', 'deliberation/forward',
-    'errors', 'evaluation/answers', 'evaluation/diagnostics', 'evaluation/evaluate',
+    'errors', 'evaluation/answers', 'evaluation/code_execution', 'evaluation/diagnostics',
+    'evaluation/evaluate', 'evaluation/harness', 'evaluation/task',
     'evaluation/gating', 'evaluation/perplexity', 'evaluation/plots', 'inference/',
     'launch/bad_luck', 'launch/launch',
     'launch/recipes', 'model/checkpoints/gguf', 'model/checkpoints/google',

@@ -23,6 +23,7 @@ from latent_deliberation.inference.tokenizer import padded_length
 
 SHARED = 64  # tokens that contexts must begin with alike, so that they are read once
 ROW_TOKENS = 1024  # tokens of a row, those of its traces included
+SMALLEST_PART = 64  # contexts that are worth a compilation of their own
 CALL_TOKENS = 8192  # tokens of a call whose contexts share a prefix, with the prefix of each
 
 
@@ -231,7 +232,7 @@ def _split_by_ahead(contexts: Sequence[Context], members: Sequence[int]) -> Iter
   waiting: list[int] = []
   for size in sorted(by_ahead):
     waiting += by_ahead[size]
-    if 8 * len(waiting) >= len(members) or size == max(by_ahead):
+    if len(waiting) >= max(len(members) / 8, SMALLEST_PART) or size == max(by_ahead):
       yield _by_length(contexts, waiting)
       waiting = []
 

@@ -172,11 +172,12 @@ class ArmModel:
                        policy: Policy) -> Iterator[tuple[Scored, int]]:
     left = [number for number in range(len(requests)) if number not in skip]
     left.sort(key=lambda number: (len(requests[number].context), number))
-    size = min(self.engine(arm).batch_size for arm in arms)
+    size = min(self.engine(self.same_as(arm)).batch_size for arm in arms)
+    size = min(size, max(len(left), 1))
     calls = [left[first:first + size] for first in range(0, len(left), size)]
     for done, numbers in enumerate(calls, start=1):
       nats = []
-      for arm in arms:
+      for arm in map(self.same_as, arms):
         options = DecodingOptions(1, policy=NEVER if arm == FROZEN else policy)
         completions = session.score(
             self.engine(arm), [requests[number].context for number in numbers],
@@ -185,6 +186,11 @@ class ArmModel:
       # The engine does not tell which tokens were the likeliest.
       scores = np.array(nats).T
       yield Scored(np.array(numbers), scores, np.zeros(scores.shape, bool)), len(calls) - done
+
+  def same_as(self, arm: str) -> str:
+    """Returns the arm whose texts an arm has: refining latents of zero are the frozen decoder."""
+    refines = self.own is not None and self.own.config.latents == 'refining'
+    return FROZEN if arm == ZERO and refines else arm
 
   def engine(self, arm: str) -> Engine:
     """Returns the engine that writes text in an arm.
@@ -247,12 +253,12 @@ class ArmModel:
     lengths = np.array([len(prompt) for prompt in prompts])
     session.check_lengths(engine, lengths, options)
     order = sorted(range(len(prompts)), key=lambda number: (lengths[number], number))
-    # A batch has one more row for another example's latents.
-    size = (writing.batch_size or max(1, engine.batch_size - 1)) + 1
-    size += -size % engine.shards
     shared = _read_shared(engine, prompts)
     skip = set(skip)
     left = [place for place in range(len(order)) if order[place] not in skip]
+    # A batch has one more row for another example's latents.
+    size = min(writing.batch_size or max(1, engine.batch_size - 1), len(left)) + 1
+    size += -size % engine.shards
     batches = [left[first:first + size - 1] for first in range(0, len(left), size - 1)]
 
     def write_batch(places: Sequence[int]) -> tuple[list[int], list[str], list[int]]:

@@ -166,21 +166,22 @@ class TaskAnswers:
     settings = [writing.options.max_tokens, list(writing.stop),
                 dataclasses.asdict(writing.options.sampling)]
     keys = [prompt_key(each, settings) for each in ids]
+    author = self.model.same_as(arm)
     skip = [number for number, key in enumerate(keys)
-            if self._ledger.text(task, arm, key) is not None]
+            if self._ledger.text(task, author, key) is not None]
     if len(skip) < len(ids):
-      lead('write', ids, arm, dict(generation), skip)
-      progress = Progress(f'writing {task}, {arm}', 'texts', len(ids) - len(skip))
+      lead('write', ids, author, dict(generation), skip)
+      progress = Progress(f'writing {task}, {author}', 'texts', len(ids) - len(skip))
       done = 0
-      for written, _ in self._write(ids, arm, generation, skip):
-        self._ledger.add_texts(task, arm, [keys[number] for number in written.numbers],
+      for written, _ in self._write(ids, author, generation, skip):
+        self._ledger.add_texts(task, author, [keys[number] for number in written.numbers],
                                written.texts, written.tokens)
         done += len(written.numbers)
         progress.update(done)
     cost = self.costs[task, arm] = Cost()
     texts = []
     for prompt, key in zip(ids, keys, strict=True):
-      text, tokens = self._ledger.text(task, arm, key)
+      text, tokens = self._ledger.text(task, author, key)
       texts.append(text)
       self._add_text_cost(cost, arm, len(prompt), max(tokens, 1))
     return texts
