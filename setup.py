@@ -9,6 +9,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['latent_deliberation', 'latent_deliberation.*']),
+    package_data={'latent_deliberation.evaluation': ['tasks/*']},
     install_requires=[
         'absl-py>=2.1',
         'beartype>=0.19',
@@ -29,9 +30,10 @@ setup(
         'tensorflow-datasets>=4.9.8',
     ],
     extras_require={
-        'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'pytest>=8', 'pytest-xdist>=3.6',
-                 'ruff>=0.6', 'tokenizers>=0.21', 'wandb>=0.20'],
+        'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'lm_eval==0.4.13', 'pytest>=8',
+                 'pytest-xdist>=3.6', 'ruff>=0.6', 'tokenizers>=0.21', 'wandb>=0.20'],
         'chat': ['jinja2>=3.1'],
+        'eval': ['lm_eval==0.4.13'],
         'gguf': ['gguf>=0.17', 'tokenizers>=0.21'],
         'tokenizers': ['tokenizers>=0.21'],
         'parity': ['torch>=2.6', 'transformers>=4.57'],

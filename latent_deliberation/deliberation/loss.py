@@ -1,6 +1,7 @@
 """Cross-entropy over a large vocabulary, without all logits at once; entropy.
 
-The losses of training, which call these functions, are in training/objectives.py.
+The losses of training, which call these functions, are in training/objectives.py. Scores of answers
+are in evaluation/answers.py.
 """
 
 import functools
@@ -12,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typed
+from latent_deliberation.array_types import Array, Float, Int, PyTree, typed
 from latent_deliberation.model.attention import MASKED, SUMMABLE, softcap
 from latent_deliberation.model.layers import Quantised, matmul
 
@@ -38,24 +39,11 @@ def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
     cap: soft-cap of the logits; None for none.
     chunk: number of targets of a text per slice; the last slice may be shorter.
   """
-  return _by_slices(functools.partial(_nll, cap), hidden, targets, unembedding, chunk)
+  return by_slices(functools.partial(_nll, cap), hidden, targets, unembedding, chunk)
 
 
-@typed
-def likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
-              unembedding: OutputHead, cap: float | None,
-              chunk: int) -> Bool[Array, 'B N']:
-  """Returns whether no token has a higher logit than the target; arguments as in `token_nll`."""
-
-  def is_top(hidden: Array, targets: Array, head: OutputHead) -> Array:
-    logits = _logits(cap, hidden, head)
-    return _chosen(logits, targets) >= jnp.max(logits, axis=-1)
-
-  return _by_slices(is_top, hidden, targets, unembedding, chunk)
-
-
-def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
-               unembedding: OutputHead, chunk: int) -> Array:
+def by_slices(measure: Callable[..., PyTree], hidden: Array, targets: Array,
+              unembedding: OutputHead, chunk: int) -> PyTree:
   """Applies measure(hidden [n, D], targets [n], head [V, D]) -> [n] to slices of the N targets."""
   # A quantised head stays int8 here, and every slice converts it.
   if not isinstance(unembedding, Quantised):
@@ -65,10 +53,10 @@ def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
       lambda leaf: nn.with_logical_constraint(leaf, ('vocab', None)[:leaf.ndim]), unembedding)
   batch, length, width = hidden.shape
 
-  def of_slice(hidden: Array, targets: Array) -> Array:
+  def of_slice(hidden: Array, targets: Array) -> PyTree:
     # Flatten to the rows of one matrix, since XLA then fuses more of what follows.
     measured = measure(hidden.reshape(-1, width), targets.reshape(-1), unembedding)
-    return measured.reshape(targets.shape)
+    return jax.tree.map(lambda leaf: leaf.reshape(targets.shape), measured)
 
   if length <= chunk:
     return of_slice(hidden, targets)
@@ -77,18 +65,19 @@ def _by_slices(measure: Callable[..., Array], hidden: Array, targets: Array,
   slices = (
       jnp.moveaxis(hidden[:, :whole].reshape(batch, -1, chunk, width), 1, 0),
       jnp.moveaxis(targets[:, :whole].reshape(batch, -1, chunk), 1, 0))
-  measured = jax.lax.map(lambda pair: of_slice(*pair), slices)
-  measured = jnp.moveaxis(measured, 0, 1).reshape(batch, whole)
+  measured = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(batch, whole),
+                          jax.lax.map(lambda pair: of_slice(*pair), slices))
   if whole == length:
     return measured
-  return jnp.concatenate([measured, of_slice(hidden[:, whole:], targets[:, whole:])], axis=1)
+  return jax.tree.map(lambda first, rest: jnp.concatenate([first, rest], axis=1), measured,
+                      of_slice(hidden[:, whole:], targets[:, whole:]))
 
 
 # --- The loss of a slice, and its gradient ---
 
 
 def _compute_nll(cap: float | None, hidden: Array, targets: Array, head: OutputHead) -> Array:
-  return _by_platform(_nll_by_blocks, _nll_at_once, cap, hidden, targets, head)
+  return by_platform(_nll_by_blocks, nll_at_once, cap, hidden, targets, head)
 
 
 _nll = jax.custom_vjp(_compute_nll, nondiff_argnums=(0,))
@@ -99,7 +88,7 @@ def _nll_forward(cap: float | None, hidden: CustomVJPPrimal, targets: CustomVJPP
   is_constant = not any(leaf.perturbed for leaf in jax.tree.leaves(head))
   values = (hidden.value, targets.value, jax.tree.map(lambda leaf: leaf.value, head))
   if is_constant:
-    return _by_platform(_gradient_by_blocks, _gradient_at_once, cap, *values)
+    return by_platform(_gradient_by_blocks, _gradient_at_once, cap, *values)
   return _compute_nll(cap, *values), values
 
 
@@ -116,8 +105,8 @@ def _nll_backward(cap: float | None, residuals: Array | tuple[Array, Array, Outp
            head: OutputHead, cotangent: Array) -> tuple[Array, OutputHead]:
     return jax.vjp(lambda hidden, head: nll(cap, hidden, targets, head), hidden, head)[1](cotangent)
 
-  of_hidden, of_head = _by_platform(
-      functools.partial(pull, _nll_by_blocks), functools.partial(pull, _nll_at_once),
+  of_hidden, of_head = by_platform(
+      functools.partial(pull, _nll_by_blocks), functools.partial(pull, nll_at_once),
       cap, *residuals, cotangent)
   return of_hidden, None, of_head
 
@@ -125,9 +114,9 @@ def _nll_backward(cap: float | None, residuals: Array | tuple[Array, Array, Outp
 _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
-def _by_platform(by_blocks: Callable[..., PyTree], at_once: Callable[..., PyTree],
-                 cap: float | None, hidden: Array, targets: Array, head: OutputHead,
-                 *more: Array) -> PyTree:
+def by_platform(by_blocks: Callable[..., PyTree], at_once: Callable[..., PyTree],
+                cap: float | None, hidden: Array, targets: Array, head: OutputHead,
+                *more: Array) -> PyTree:
   """Calls `by_blocks` where the program is for one CPU and a large head, otherwise `at_once`.
 
   Several devices may hold a part of the head each, and then take the logits of their part at once.
@@ -143,13 +132,13 @@ def _vocab_size(head: OutputHead) -> int:
   return len(head.values if isinstance(head, Quantised) else head)
 
 
-def _logits(cap: float | None, hidden: Array, head: OutputHead) -> Array:
+def head_logits(cap: float | None, hidden: Array, head: OutputHead) -> Array:
   """Logits [n, V] in float32."""
   return softcap(jnp.matmul(hidden, head.astype(hidden.dtype).T, preferred_element_type='float32'),
                  cap)
 
 
-def _chosen(logits: Array, targets: Array) -> Array:
+def chosen_logits(logits: Array, targets: Array) -> Array:
   """The targets' logits, as a masked sum: XLA would write all logits for a gather's gradient.
 
   A target that is none of the tokens gets 0.
@@ -161,19 +150,19 @@ def _chosen(logits: Array, targets: Array) -> Array:
 # The logits of all tokens at once.
 
 
-def _nll_at_once(cap: float | None, hidden: Array, targets: Array, head: OutputHead) -> Array:
-  logits = _logits(cap, hidden, head)
+def nll_at_once(cap: float | None, hidden: Array, targets: Array, head: OutputHead) -> Array:
+  logits = head_logits(cap, hidden, head)
   if cap is None or cap > SUMMABLE:
-    return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
+    return jax.nn.logsumexp(logits, axis=-1) - chosen_logits(logits, targets)
   # Bounded logits need no first pass that finds the largest.
-  return jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - _chosen(logits, targets)
+  return jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - chosen_logits(logits, targets)
 
 
 def _gradient_at_once(cap: float | None, hidden: Array, targets: Array,
                       head: OutputHead) -> tuple[Array, Array]:
   """Returns the loss [n] and its gradient by the hidden states [n, D]."""
   # Each loss depends on its own hidden state alone, so a cotangent of ones gives each gradient.
-  nll, pull = jax.vjp(lambda hidden: _nll_at_once(cap, hidden, targets, head), hidden)
+  nll, pull = jax.vjp(lambda hidden: nll_at_once(cap, hidden, targets, head), hidden)
   return nll, pull(jnp.ones_like(nll))[0]
 
 
@@ -191,7 +180,7 @@ def _block_size(vocab_size: int) -> int | None:
 
 
 @struct.dataclass
-class _Sums:
+class Sums:
   """Sums over the tokens that were read so far, for n targets.
 
   A larger peak in a later block rescales the sums, as in attention without stored scores. Indeed
@@ -214,30 +203,30 @@ class _Sums:
     return self.peak + jnp.log(self.total) - self.chosen
 
 
-def _sum_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead,
-                mixed: Array | None = None) -> _Sums:
+def sum_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead,
+               mixed: Array | None = None) -> Sums:
   """Returns the sums over all tokens; `mixed` is zeros [n, D] if that sum is wanted."""
   block = _block_size(_vocab_size(head))
   blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, block, *leaf.shape[1:]), head)
   firsts = jnp.arange(0, _vocab_size(head), block)
 
   @jax.checkpoint  # a backward pass computes the logits of a block again
-  def add(sums: _Sums, item: tuple[Array, OutputHead]) -> tuple[_Sums, None]:
+  def add(sums: Sums, item: tuple[Array, OutputHead]) -> tuple[Sums, None]:
     first, part = item
     part = part.astype(hidden.dtype)
     logits = softcap(matmul(hidden, part.T), cap)
     # The peak cancels out of the loss, so it needs no gradient.
     peak = jnp.maximum(sums.peak, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
     shrink, weights = jnp.exp(sums.peak - peak), jnp.exp(logits - peak[:, None])
-    added = _Sums(peak, sums.total * shrink + jnp.sum(weights, axis=-1),
-                  sums.chosen + _chosen(logits, targets - first))
+    added = Sums(peak, sums.total * shrink + jnp.sum(weights, axis=-1),
+                  sums.chosen + chosen_logits(logits, targets - first))
     if sums.mixed is not None:
       update = matmul((weights * _slope(cap, logits)).astype(hidden.dtype), part)
       added = added.replace(mixed=sums.mixed * shrink[:, None] + update)
     return added, None
 
   zeros = jnp.zeros(targets.shape, jnp.float32)
-  return jax.lax.scan(add, _Sums(zeros + MASKED, zeros, zeros, mixed), (firsts, blocks))[0]
+  return jax.lax.scan(add, Sums(zeros + MASKED, zeros, zeros, mixed), (firsts, blocks))[0]
 
 
 def _slope(cap: float | None, logits: Array) -> Array | float:
@@ -246,13 +235,13 @@ def _slope(cap: float | None, logits: Array) -> Array | float:
 
 
 def _nll_by_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead) -> Array:
-  return _sum_blocks(cap, hidden, targets, head).nll
+  return sum_blocks(cap, hidden, targets, head).nll
 
 
 def _gradient_by_blocks(cap: float | None, hidden: Array, targets: Array,
                         head: OutputHead) -> tuple[Array, Array]:
   """Returns the loss [n] and its gradient by the hidden states [n, D], from one pass."""
-  sums = _sum_blocks(cap, hidden, targets, head, jnp.zeros(hidden.shape, jnp.float32))
+  sums = sum_blocks(cap, hidden, targets, head, jnp.zeros(hidden.shape, jnp.float32))
   rows = jax.tree.map(lambda leaf: leaf[targets], head).astype(jnp.float32)
   gradient = sums.mixed / sums.total[:, None] - rows * jnp.broadcast_to(
       _slope(cap, sums.chosen), targets.shape)[:, None]

@@ -18,10 +18,10 @@ from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.build import build_deliberator
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
-from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
-from latent_deliberation.deliberation.loss import likeliest
+from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import gather_traces
 from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.answers import nll_and_likeliest
 from latent_deliberation.evaluation.evaluate import open_held_out, score_traces
 from latent_deliberation.evaluation.perplexity import FROZEN, AheadNLL, arm_states
 from latent_deliberation.experiment import Experiment
@@ -133,9 +133,8 @@ def make_question_scorer(deliberator: Deliberator, arms: Sequence[str], *, loss_
       # Nats of the whole answer, and whether greedy decoding would write it.
       cap, scores = deliberator.decoder.config.final_softcap, {}
       for arm, hidden in states.items():
-        nll = ahead_nll(hidden, traces, decoder_params, cap, loss_chunk)[:, 0]
-        right = likeliest(hidden[:, 0], traces.ahead_tokens[:, 0],
-                          output_head(decoder_params), cap, loss_chunk)
+        nll, right = nll_and_likeliest(hidden[:, 0], traces.ahead_tokens[:, 0],
+                                       output_head(decoder_params), cap, loss_chunk)
         scores[arm] = jnp.sum(nll * answer, axis=1), jnp.all(right | ~answer, axis=1)
     return scores
 

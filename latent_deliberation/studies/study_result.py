@@ -6,15 +6,15 @@ page of them.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation import paired
+from latent_deliberation.evaluation.paired import Estimate
 from latent_deliberation.evaluation.perplexity import (
   CONTROLS,
   FROZEN,
@@ -54,14 +54,6 @@ class Outcomes:
   def select(self, chosen: np.ndarray) -> 'Outcomes':
     """Returns the outcomes on the questions where `chosen`, bool [items], is true."""
     return Outcomes(self.nll[chosen], self.correct[chosen])
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-  """A mean over questions, with the ends of its 95% interval."""
-  value: float
-  low: float
-  high: float
 
 
 def accuracy(runs: Sequence[Outcomes], samples: int = 2000, seed: int = 0) -> Estimate:
@@ -118,12 +110,7 @@ def mcnemar(one: Outcomes, other: Outcomes) -> tuple[int, int, float]:
     ValueError: the two have different numbers of items.
   """
   check_same_items({'one': [one], 'other': [other]})
-  one_only = int(np.count_nonzero(one.correct & ~other.correct))
-  other_only = int(np.count_nonzero(other.correct & ~one.correct))
-  discordant = one_only + other_only
-  # A p-value below 1e-308 comes out as 0.
-  p = float(binomtest(one_only, discordant).pvalue) if discordant else 1.0
-  return one_only, other_only, p
+  return paired.mcnemar(one.correct, other.correct)
 
 
 def check_same_items(arms: Mapping[str, Sequence[Outcomes]]) -> None:
@@ -149,21 +136,9 @@ def _nats(runs: Sequence[Outcomes]) -> np.ndarray:
 
 
 def _estimate(values: np.ndarray, samples: int, seed: int) -> Estimate:
-  """Returns the mean of `values`, [items], with its interval from draws of items."""
-  items = len(values)
-  if items < 2:
-    raise UserError(f'{items} item, and an interval needs 2: raise questions.per_difficulty')
-  # A draw weighs each item by how often it holds it.
-  low, high = np.percentile(_draw(items, samples, seed) @ values / items, (2.5, 97.5))
-  return Estimate(float(values.mean()), float(low), float(high))
-
-
-@functools.lru_cache(maxsize=1)  # a report uses the same draws for every arm
-def _draw(items: int, samples: int, seed: int) -> np.ndarray:
-  """Returns how often each item is drawn, float64 [samples, items]."""
-  rng = np.random.default_rng(seed)
-  return np.stack([np.bincount(rng.integers(items, size=items), minlength=items)
-                   for _ in range(samples)]).astype(np.float64)
+  if len(values) < 2:
+    raise UserError(f'{len(values)} item, and an interval needs 2: raise questions.per_difficulty')
+  return paired.estimate(values, samples, seed)
 
 
 @dataclasses.dataclass(frozen=True)

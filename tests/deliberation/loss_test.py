@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from latent_deliberation.deliberation import loss
-from latent_deliberation.deliberation.loss import likeliest, token_nll
+from latent_deliberation.deliberation.loss import token_nll
+from latent_deliberation.evaluation.answers import nll_and_likeliest
 from latent_deliberation.model.attention import SUMMABLE
 from latent_deliberation.model.layers import quantise
 
@@ -80,7 +81,7 @@ def test_int8_head(inputs, chunk, way):
   def measured(head):
     total = lambda hidden: jnp.sum(  # noqa: E731
         token_nll(hidden, targets, head, 2.0, chunk) * weight)
-    return jax.value_and_grad(total)(hidden), likeliest(hidden, targets, head, 2.0, chunk)
+    return jax.value_and_grad(total)(hidden), nll_and_likeliest(hidden, targets, head, 2.0, chunk)
 
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
                measured(head), measured(head.astype(jnp.float32)))
@@ -160,6 +161,6 @@ def test_likeliest(inputs, chunk):
   hidden, targets, table = inputs
   top = jnp.argmax(hidden @ table.T, axis=-1)
   targets = targets.at[:, ::2].set(top[:, ::2])
-  found = likeliest(hidden, targets, table, 3.0, chunk)
+  _, found = nll_and_likeliest(hidden, targets, table, 3.0, chunk)
   np.testing.assert_array_equal(found, targets == top)
   assert 0 < found.sum() < found.size

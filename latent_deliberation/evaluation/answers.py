@@ -1,0 +1,411 @@
+"""Scores answers under several arms, after one reading of each context.
+
+Many contexts are packed in a trunk row, which the decoder reads once. Each answer is a trace over
+the shared cache, by the attention that training has. Every arm reads the same traces, and differs
+in its latents alone: own ones, another example's, constant ones, or none.
+
+`AnswerScorer` takes requests in ids. answer_packing.py says how they become arrays.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from latent_deliberation.array_types import Array, Batch, Bool, Float, Int, Params, PyTree, typed
+from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.deliberation.loss import (
+  OutputHead,
+  by_platform,
+  by_slices,
+  chosen_logits,
+  head_logits,
+  nll_at_once,
+  sum_blocks,
+)
+from latent_deliberation.deliberation.traces import Placement, Traces, place, take_from_trunk
+from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.answer_packing import (
+  AnswerBatch,
+  Call,
+  Context,
+  Request,
+  find_partners,
+  group,
+  pack,
+  plan,
+)
+from latent_deliberation.evaluation.perplexity import FROZEN, OWN
+from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
+from latent_deliberation.model.decoder import Decoder
+from latent_deliberation.model.layers import output_head
+from latent_deliberation.sharding import batch_sharding, batch_shards
+
+SHUFFLED, ZERO, MEAN, CONSTANT = 'shuffled', 'zero', 'mean', 'constant'
+# Arms in the order of tables. 'mean' has the mean outputs over contexts of the task, 'constant'
+# soft tokens that were trained without a coprocessor.
+ARMS = (FROZEN, OWN, SHUFFLED, ZERO, MEAN, CONSTANT)
+ROWS = 4  # trunk rows of a call, for each shard of the batch
+LOGIT_ROWS = 2048  # targets of all arms whose logits exist at the same time
+MEAN_CONTEXTS = 256  # contexts that the mean outputs are taken over, at most
+
+
+@typed
+def nll_and_likeliest(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
+                      unembedding: OutputHead, cap: float | None,
+                      chunk: int) -> tuple[Float[Array, 'B N'], Bool[Array, 'B N']]:
+  """Returns `loss.token_nll`, and whether no token has a higher logit than the target.
+
+  Both come from one pass over the output head. Arguments are those of `token_nll`.
+  """
+
+  def at_once(cap: float | None, *arrays: PyTree) -> tuple[Array, Array]:
+    logits = head_logits(cap, arrays[0], arrays[2])  # XLA computes them once, with those of the nll
+    return nll_at_once(cap, *arrays), chosen_logits(logits, arrays[1]) >= jnp.max(logits, axis=-1)
+
+  def by_blocks(cap: float | None, *arrays: PyTree) -> tuple[Array, Array]:
+    sums = sum_blocks(cap, *arrays)
+    return sums.nll, sums.chosen >= sums.peak
+
+  measure = functools.partial(by_platform, by_blocks, at_once, cap)
+  return by_slices(measure, hidden, targets, unembedding, chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A maker of latents: a coprocessor, or constant soft tokens.
+
+  Attributes:
+    coprocessor: the module.
+    params: its parameters.
+  """
+  coprocessor: Coprocessor
+  params: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """The scores of some requests.
+
+  Attributes:
+    numbers: [n] number of each request.
+    nats: float64 [n, arms] negative log-likelihood of the whole continuation.
+    greedy: bool [n, arms] whether each of its tokens is the likeliest one.
+  """
+  numbers: np.ndarray
+  nats: np.ndarray
+  greedy: np.ndarray
+
+
+class AnswerScorer:
+  """Scores continuations of contexts under several arms.
+
+  Attributes:
+    arms: names of ARMS, in the order of the scores.
+  """
+
+  def __init__(self, decoder: Decoder, decoder_params: Params, arms: Sequence[str], *, mesh: Mesh,
+               rules: Mapping[str, Sequence[str]], own: Source | None = None,
+               constant: Source | None = None):
+    """Checks that every arm can be scored.
+
+    Args:
+      decoder: the frozen decoder, without weights.
+      decoder_params: its weights.
+      arms: see above.
+      mesh, rules: devices that hold the weights, and the mapping onto them.
+      own: the coprocessor; None scores the decoder alone.
+      constant: trained constant soft tokens, for the arm of this name.
+
+    Raises:
+      UserError: an arm is unknown, or lacks what makes its latents; or the constant soft tokens
+        are of another number or kind.
+    """
+    _check_arms(arms, own, constant)
+    self.arms = tuple(arms)
+    self._decoder, self._decoder_params = decoder, decoder_params
+    self._sources = {name: source for name, source in ((OWN, own), (CONSTANT, constant)) if source}
+    self._mesh, self._rules = mesh, rules
+    compiled = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    self._programs = {name: compiled(functools.partial(self._score, name)) for name in (
+        self.arms, (FROZEN,))}
+    self._sum_outputs = compiled(self._sum)
+    self._mean = None
+
+  @property
+  def config(self):
+    """Config of the latents; None for the decoder alone."""
+    source = next(iter(self._sources.values()), None)
+    return source and source.coprocessor.config
+
+  def has_room(self, request: Request) -> bool:
+    """Whether the latents of the arms fit before the request's anchor."""
+    anchor = len(request.context) - 1 if request.anchor is None else request.anchor
+    return self.config is None or anchor >= self.config.first_anchor
+
+  def set_params(self, params: Params) -> None:
+    """Takes other parameters of the coprocessor, as its training goes on."""
+    self._sources[OWN] = dataclasses.replace(self._sources[OWN], params=params)
+
+  def score(self, requests: Sequence[Request],
+            skip: Collection[int] = ()) -> Iterator[tuple[Scored, int]]:
+    """Yields the scores of each call, and the number of calls that are left.
+
+    A request without room for latents gets the score of the frozen decoder in every arm.
+
+    Args:
+      requests: all requests of a task. Another example's latents come from these.
+      skip: numbers of requests that need no score, since they have one already.
+
+    Raises:
+      UserError: a request is empty; see `answer_packing.group`.
+    """
+    contexts = group(requests)
+    find_partners(contexts)
+    skip = set(skip)
+    wanted = [number for number, context in enumerate(contexts) if not skip >= set(
+        context.requests)]
+    is_short = [self.config is not None and contexts[number].anchor < self.config.first_anchor
+                for number in wanted]
+    augmented, short = ([number for number, short in zip(wanted, is_short, strict=True)
+                         if short == chosen] for chosen in (False, True))
+    # A partner lends its latents, so it needs room for them.
+    self._leave_short_alone(contexts)
+    if MEAN in self.arms and augmented:
+      self._mean = self._mean_outputs(contexts)
+    calls = [*((self.arms, call) for call in self._plan(contexts, augmented, self.arms)),
+             *(((FROZEN,), call) for call in self._plan(contexts, short, (FROZEN,)))]
+    for done, (arms, call) in enumerate(calls, start=1):
+      yield self._score_call(arms, contexts, call), len(calls) - done
+
+  def _leave_short_alone(self, contexts: Sequence[Context]) -> None:
+    if self.config is None:
+      return
+    for number, context in enumerate(contexts):
+      if contexts[context.partner].anchor < self.config.first_anchor:
+        context.partner = number
+
+  def _plan(self, contexts: Sequence[Context], chosen: Sequence[int],
+            arms: Sequence[str]) -> list[Call]:
+    num_latents = 0 if self.config is None or tuple(arms) == (FROZEN,) else self.config.num_latents
+    return plan(contexts, chosen, num_latents=num_latents, partners=SHUFFLED in arms,
+                rows=ROWS * batch_shards(self._mesh, self._rules)) if chosen else []
+
+  def _score_call(self, arms: tuple[str, ...], contexts: Sequence[Context], call: Call) -> Scored:
+    batch, first = pack(contexts, call)
+    params = {name: source.params for name, source in self._sources.items()}
+    with jax.set_mesh(self._mesh):
+      nll, likeliest = jax.device_get(self._programs[arms](
+          params, self._decoder_params, self._place(batch), self._mean))
+    # Each request is the sum of its targets.
+    numbers, nats, greedy = [], [], []
+    for number, (row, start) in first.items():
+      for request, targets in contexts[number].requests.items():
+        at = start + np.array(targets)
+        numbers.append(request)
+        nats.append(nll[:, row, at].sum(axis=-1, dtype=np.float64))
+        greedy.append(likeliest[:, row, at].all(axis=-1))
+    repeated = (len(numbers), len(self.arms))  # the frozen decoder alone counts for every arm
+    return Scored(np.array(numbers), np.broadcast_to(np.array(nats), repeated),
+                  np.broadcast_to(np.array(greedy), repeated))
+
+  def _place(self, batch: AnswerBatch) -> AnswerBatch:
+    """Puts a batch, which every process has whole, on the devices."""
+    rows = batch_sharding(self._mesh, self._rules)
+    everywhere = NamedSharding(self._mesh, PartitionSpec())
+    placed = functools.partial(
+        jax.tree.map, lambda leaf: jax.make_array_from_callback(
+            leaf.shape, rows, lambda index: leaf[index]))
+    prefix = jax.tree.map(lambda leaf: jax.make_array_from_callback(
+        leaf.shape, everywhere, lambda index: leaf[index]), batch.prefix)
+    return placed(batch.replace(prefix=None)).replace(prefix=prefix)
+
+  # --- The programs ---
+
+  def _score(self, arms: tuple[str, ...], params: Mapping[str, Params], decoder_params: Params,
+             batch: AnswerBatch, mean: Array | None) -> tuple[Array, Array]:
+    """Returns nats and whether it is the likeliest token, [arms, B, N] each, of every target."""
+    with nn.logical_axis_rules(tuple(self._rules.items())):
+      read = _read(self._decoder, decoder_params, batch)
+      hidden = self._arm_states(arms, params, decoder_params, batch, read, mean)
+      # The states that predict the targets, and one pass over the head for all arms.
+      order = list(dict.fromkeys(hidden))
+      chosen = jnp.stack([take_from_trunk(
+          hidden[name].reshape(len(batch.owner), -1, hidden[name].shape[-1]),
+          batch.trace * batch.ahead.shape[-1] + batch.place) for name in order])
+      flat = chosen.reshape(-1, *chosen.shape[2:])
+      targets = jnp.tile(batch.targets, (len(order), 1))
+      nll, likeliest = nll_and_likeliest(
+          flat, targets, output_head(decoder_params), self._decoder.config.final_softcap,
+          chunk=max(1, LOGIT_ROWS // len(flat)))
+      shape = len(order), *batch.targets.shape
+      index = np.array([order.index(self._same_as(arm)) for arm in arms])
+      return nll.reshape(shape)[index], likeliest.reshape(shape)[index]
+
+  def _same_as(self, arm: str) -> str:
+    """Returns the arm whose states an arm has: refining latents of zero are the frozen decoder."""
+    refines = self.config is not None and self.config.latents == 'refining'
+    return FROZEN if arm == ZERO and refines else arm
+
+  def _arm_states(self, arms: tuple[str, ...], params: Mapping[str, Params],
+                  decoder_params: Params, batch: AnswerBatch, read: '_Read',
+                  mean: Array | None) -> dict[str, Array]:
+    """Returns hidden states [B, M, A, D] that predict the ahead tokens, by arm."""
+    arms = tuple(dict.fromkeys(map(self._same_as, arms)))
+    anchors = jnp.take_along_axis(batch.anchors, batch.owner, axis=1)
+    traces = Traces(anchors, jnp.ones_like(anchors, bool), batch.ahead,
+                    jnp.ones_like(batch.ahead, bool))
+    augmented = [arm for arm in arms if arm != FROZEN]
+    states = {}
+    if not augmented or self.config.latents != 'refining':
+      states[FROZEN] = _plain_states(self._decoder, decoder_params, traces, read)
+    else:
+      augmented = list(arms)  # the frozen decoder, too: as latents of zero, so that it rounds alike
+    if augmented:
+      latents = self._latents(augmented, params, decoder_params, batch, read, mean)
+      deliberator = self._deliberator(OWN if OWN in self._sources else CONSTANT)
+      placement = place(read.trunk, anchors, self.config, batch.ahead.shape[-1])
+
+      def second_pass(latents: Array) -> Array:
+        of_traces = take_from_trunk(latents, batch.owner)
+        return deliberator.second_pass(decoder_params, of_traces, traces, placement, read.cache)
+
+      # A loop over the arms is compiled once, and rounds alike for all of them.
+      states |= dict(zip(augmented, jax.lax.map(second_pass, latents), strict=True))
+    return {arm: states[arm] for arm in arms}
+
+  def _latents(self, arms: Sequence[str], params: Mapping[str, Params], decoder_params: Params,
+               batch: AnswerBatch, read: '_Read', mean: Array | None) -> Array:
+    """Returns the latents of each arm, [arms, B, C, Z, D]."""
+    placement = place(read.trunk, batch.anchors, self.config, 1)
+    outputs = None
+    if set(arms) & {OWN, SHUFFLED}:
+      outputs = self._outputs(OWN, params, decoder_params, placement, read)
+    made = []
+    for arm in arms:
+      name = CONSTANT if arm == CONSTANT or OWN not in self._sources else OWN
+      deliberator = self._deliberator(name)
+      if arm == FROZEN:
+        made.append(self._decoder.apply({'params': decoder_params}, placement.base_tokens,
+                                        method='embed'))
+        continue
+      if arm == CONSTANT:
+        own = self._outputs(CONSTANT, params, decoder_params, placement, read)
+      elif arm == SHUFFLED:
+        flat = outputs.reshape(-1, *outputs.shape[2:])
+        own = flat[batch.partners]
+      elif arm == OWN:
+        own = outputs
+      else:
+        shape = (*batch.anchors.shape, self.config.num_latents, self._decoder.config.embed_dim)
+        own = jnp.broadcast_to(0.0 if arm == ZERO else mean, shape).astype(self._decoder.dtype)
+      made.append(deliberator.latents(params[name], decoder_params, placement, own))
+    return jnp.stack(made)
+
+  def _outputs(self, name: str, params: Mapping[str, Params], decoder_params: Params,
+               placement: Placement, read: '_Read') -> Array:
+    return self._deliberator(name).coprocess(params[name], decoder_params, placement, read.hidden,
+                                             read.cache)
+
+  def _deliberator(self, name: str) -> Deliberator:
+    return Deliberator(self._decoder, self._sources[name].coprocessor)
+
+  def _mean_outputs(self, contexts: Sequence[Context]) -> Array:
+    """Returns the coprocessor's mean outputs [Z, D], over contexts spread evenly over the task."""
+    fit = [number for number, context in enumerate(contexts)
+           if context.anchor >= self.config.first_anchor]
+    chosen = fit[::-(-len(fit) // MEAN_CONTEXTS)]
+    total, count = 0.0, 0
+    params = {OWN: self._sources[OWN].params}
+    for call in self._plan(contexts, chosen, (OWN,)):
+      with jax.set_mesh(self._mesh):
+        total += jax.device_get(self._sum_outputs(
+            params, self._decoder_params, self._place(pack(contexts, call)[0])))
+      count += sum(map(len, call.rows))
+    return np.asarray(total / count, np.float32)
+
+  def _sum(self, params: Mapping[str, Params], decoder_params: Params,
+           batch: AnswerBatch) -> Array:
+    with nn.logical_axis_rules(tuple(self._rules.items())):
+      read = _read(self._decoder, decoder_params, batch)
+      placement = place(read.trunk, batch.anchors, self.config, 1)
+      outputs = self._outputs(OWN, params, decoder_params, placement, read)
+      return jnp.sum(outputs.astype(jnp.float32), axis=(0, 1),
+                     where=batch.contexts[..., None, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+  """Trunk rows that the decoder has read: tokens, hidden states and kv-cache."""
+  trunk: Batch
+  hidden: Array
+  cache: KVCache
+
+
+def _read(decoder: Decoder, decoder_params: Params, batch: AnswerBatch) -> _Read:
+  """Reads the trunk rows; a common prefix is read once and copied into the cache of each row."""
+  variables = {'params': decoder_params}
+  shared = batch.prefix.tokens.shape[1]
+  if not shared:
+    hidden, cache = decoder.apply(variables, batch.batch.tokens, batch.batch.positions,
+                                  batch.batch.segments, method='prefill')
+    return _Read(batch.batch, hidden, cache)
+  before, prefix = decoder.apply(variables, batch.prefix.tokens, batch.prefix.positions,
+                                 batch.prefix.segments, method='prefill')
+  rows = len(batch.batch.tokens)
+  repeat = lambda leaf, axis: jnp.repeat(leaf, rows, axis)  # noqa: E731
+  prefix = KVCache(repeat(prefix.keys, 1), repeat(prefix.values, 1), repeat(prefix.positions, 0),
+                   repeat(prefix.segments, 0))
+  positions, segments = batch.batch.positions[:, None], batch.batch.segments[:, None]
+  x = decoder.apply(variables, batch.batch.tokens[:, None], method='embed')
+  hidden, fresh = decoder.apply(
+      variables, x, positions, AttentionMaskSpec(segments, jnp.full((rows, 1), shared)), prefix,
+      method='transform')
+  trunk = jax.tree.map(lambda first, rest: jnp.concatenate([repeat(first, 0), rest], axis=1),
+                       batch.prefix, batch.batch)
+  return _Read(trunk, jnp.concatenate([repeat(before, 0), hidden[:, 0]], axis=1),
+               prefix.append(fresh, positions, segments))
+
+
+def _plain_states(decoder: Decoder, decoder_params: Params, traces: Traces, read: _Read) -> Array:
+  """Returns hidden states [B, M, A, D] that predict the ahead tokens, without latents."""
+  variables = {'params': decoder_params}
+  # The anchor predicts the first ahead token, and the others each the next one.
+  first = take_from_trunk(read.hidden, traces.anchors)[:, :, None]
+  if traces.ahead_tokens.shape[-1] == 1:
+    return first
+  x = decoder.apply(variables, traces.ahead_tokens[..., :-1], method='embed')
+  anchors = take_from_trunk(read.trunk.positions, traces.anchors)[..., None]
+  positions = anchors + 1 + jnp.arange(x.shape[2])
+  segments = jnp.broadcast_to(take_from_trunk(read.trunk.segments, traces.anchors)[..., None],
+                              positions.shape)
+  mask_spec = AttentionMaskSpec(segments, traces.anchors + 1)
+  hidden, _ = decoder.apply(variables, x, positions, mask_spec, read.cache, method='transform')
+  return jnp.concatenate([first, hidden], axis=2)
+
+
+def _check_arms(arms: Sequence[str], own: Source | None, constant: Source | None) -> None:
+  if not arms or len(set(arms)) < len(arms):
+    raise UserError(f'arms = {list(arms)}: give one or more of {ARMS}, each once')
+  for arm in arms:
+    if arm not in ARMS:
+      raise UserError(f'arm {arm!r} is unknown: give one of {ARMS}')
+    if arm == CONSTANT and constant is None:
+      raise UserError(f'arm {arm!r} needs trained constant soft tokens: give their directory '
+                      '(constant, or --constant)')
+    if arm not in (FROZEN, CONSTANT) and own is None:
+      raise UserError(f'arm {arm!r} needs a coprocessor: give its directory (coprocessor, or '
+                      f'--coprocessor), or the arm {FROZEN!r} alone')
+  if own is not None and constant is not None:
+    ours, theirs = own.coprocessor.config, constant.coprocessor.config
+    for key in ('num_latents', 'latents', 'positions'):
+      if getattr(ours, key) != getattr(theirs, key):
+        raise UserError(f'the constant soft tokens have {key} = {getattr(theirs, key)!r}, and the '
+                        f'coprocessor has {getattr(ours, key)!r}: give constant soft tokens of '
+                        'the same kind')

@@ -1,0 +1,349 @@
+"""A decoder with its coprocessor and controls, which scores answers and writes text in every arm.
+
+`open_arm_model` loads it. `ArmModel.score` takes answers through the packed scorer. Where latents
+come by a policy, as after every 16 tokens, answers and texts go through the engine of inference.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Array, Params
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.coprocessor_checkpoint import (
+  CoprocessorCheckpoint,
+  locate_coprocessor,
+)
+from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.answer_packing import SHARED, Request
+from latent_deliberation.evaluation.answers import (
+  CONSTANT,
+  MEAN,
+  SHUFFLED,
+  ZERO,
+  AnswerScorer,
+  Scored,
+  Source,
+)
+from latent_deliberation.evaluation.perplexity import FROZEN, OWN
+from latent_deliberation.evaluation.shared_work import of_all
+from latent_deliberation.experiment import DTYPES, Computation
+from latent_deliberation.inference import passes, session
+from latent_deliberation.inference.engine import Engine, check_match
+from latent_deliberation.inference.passes import State
+from latent_deliberation.inference.policy import NEVER, ONCE, Policy
+from latent_deliberation.inference.session import DecodingOptions, Session
+from latent_deliberation.inference.tokenizer import Tokenizer, tokenizer_of
+from latent_deliberation.model import weights
+from latent_deliberation.model.decoder import Decoder, fingerprint
+from latent_deliberation.model.transformer_config import TransformerConfig
+from latent_deliberation.sharding import (
+  DEFAULT_RULES,
+  MeshConfig,
+  make_mesh,
+  parse_mesh,
+  shardings_of,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlledCoprocessor(Coprocessor):
+  """A coprocessor whose outputs are replaced by a control's, before they become latents.
+
+  Attributes:
+    control: 'shuffled' takes those of the text before in the batch, 'zero' has zeros.
+  """
+  control: str = OWN
+
+  def compose(self, params: Params, outputs: Array, base: Array) -> Array:
+    """See Coprocessor."""
+    if self.control == SHUFFLED:
+      outputs = jnp.roll(outputs, 1, axis=0)
+    elif self.control == ZERO:
+      outputs = jnp.zeros_like(outputs)
+    return super().compose(params, outputs, base)
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+  """How texts are written.
+
+  Attributes:
+    options: options of decoding, without the policy.
+    stop: strings that end a text and are not part of it.
+    batch_size: texts that are decoded together; 0 for as many as fit 2 GiB of cache.
+  """
+  options: DecodingOptions
+  stop: tuple[str, ...] = ()
+  batch_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """Texts that were written.
+
+  Attributes:
+    numbers: number of each prompt.
+    texts: the texts, without what ended them.
+    tokens: number of tokens of each, with the one that ended it.
+  """
+  numbers: tuple[int, ...]
+  texts: tuple[str, ...]
+  tokens: tuple[int, ...]
+
+
+class ArmModel:
+  """A frozen decoder, a coprocessor, and constant soft tokens; the last two may be absent.
+
+  Attributes:
+    config: architecture of the decoder.
+    fingerprint: fingerprint of its weights.
+    tokenizer: its tokenizer.
+    own: the coprocessor; None without one.
+    constant: trained constant soft tokens; None without any.
+    dtype: dtype of the computation.
+    max_length: largest number of tokens that the decoder reads of a text.
+  """
+
+  def __init__(self, config: TransformerConfig, params: Params, decoder_fingerprint: str,
+               tokenizer: Tokenizer, *, own: CoprocessorCheckpoint | None = None,
+               constant: CoprocessorCheckpoint | None = None, dtype: str = 'float32',
+               max_length: int = 2048, mesh: Mesh | None = None):
+    """Takes weights that are loaded, stacked, on the devices of `mesh`."""
+    self.config, self.fingerprint, self.tokenizer = config, decoder_fingerprint, tokenizer
+    self.own, self.constant, self.max_length = own, constant, max_length
+    self._params, self._mesh = params, mesh or make_mesh(MeshConfig())
+    computation = Computation(dtype=dtype, attention='auto').on(jax.default_backend())
+    self.dtype = computation.dtype
+    self._options = {
+        'dtype': computation.dtype, 'attention': computation.attention,
+        'activations': None if computation.activations == computation.dtype
+                       else computation.activations}
+    self._scorers: dict[tuple[str, ...], AnswerScorer] = {}
+    self._engines: dict[str, Engine] = {}
+    self._unstacked: Params | None = None
+
+  def scorer(self, arms: Sequence[str]) -> AnswerScorer:
+    """Returns the scorer of these arms, which keeps its compiled programs."""
+    key = tuple(arms)
+    if key not in self._scorers:
+      sources = {name: self._source(checkpoint) for name, checkpoint in (
+          (OWN, self.own if set(arms) - {FROZEN, CONSTANT} else None),
+          (CONSTANT, self.constant if CONSTANT in arms else None)) if checkpoint is not None}
+      self._scorers[key] = AnswerScorer(
+          Decoder(self.config, **self._options), self._params, arms, mesh=self._mesh,
+          rules=DEFAULT_RULES, own=sources.get(OWN), constant=sources.get(CONSTANT))
+    return self._scorers[key]
+
+  def _source(self, checkpoint: CoprocessorCheckpoint) -> Source:
+    return Source(Coprocessor(self.config, checkpoint.config, **self._options), checkpoint.params)
+
+  def score(self, requests: Sequence[Request], arms: Sequence[str], skip: Collection[int] = (),
+            policy: Policy = ONCE) -> Iterator[tuple[Scored, int]]:
+    """Yields the scores of some requests, and the number of calls that are left.
+
+    Args:
+      requests: all requests of a task.
+      arms: names of `answers.ARMS`.
+      skip: numbers of requests that need no score.
+      policy: places of the latents. Once, where each request says, is the packed scorer's. Any
+        other is scored token by token, with its places counted from the end of the context.
+
+    Raises:
+      UserError: an arm or a request cannot be scored; see AnswerScorer.
+    """
+    if policy == ONCE:
+      yield from self.scorer(arms).score(requests, skip)
+      return
+    unable = set(arms) - {FROZEN, OWN, CONSTANT, ZERO}
+    if unable:
+      raise UserError(f'arms {sorted(unable)} have latents at the end of the context alone: leave '
+                      'the policy (every, at, gate) out, or the arms')
+    yield from self._score_by_policy(requests, arms, set(skip), policy)
+
+  def _score_by_policy(self, requests: Sequence[Request], arms: Sequence[str], skip: set[int],
+                       policy: Policy) -> Iterator[tuple[Scored, int]]:
+    left = [number for number in range(len(requests)) if number not in skip]
+    left.sort(key=lambda number: (len(requests[number].context), number))
+    size = min(self.engine(self.same_as(arm)).batch_size for arm in arms)
+    size = min(size, max(len(left), 1))
+    calls = [left[first:first + size] for first in range(0, len(left), size)]
+    for done, numbers in enumerate(calls, start=1):
+      nats = []
+      for arm in map(self.same_as, arms):
+        options = DecodingOptions(1, policy=NEVER if arm == FROZEN else policy)
+        completions = session.score(
+            self.engine(arm), [requests[number].context for number in numbers],
+            [requests[number].continuation for number in numbers], options)
+        nats.append([-sum(completion.logprobs) for completion in completions])
+      # The engine does not tell which tokens were the likeliest.
+      scores = np.array(nats).T
+      yield Scored(np.array(numbers), scores, np.zeros(scores.shape, bool)), len(calls) - done
+
+  def same_as(self, arm: str) -> str:
+    """Returns the arm whose texts an arm has: refining latents of zero are the frozen decoder."""
+    refines = self.own is not None and self.own.config.latents == 'refining'
+    return FROZEN if arm == ZERO and refines else arm
+
+  def engine(self, arm: str) -> Engine:
+    """Returns the engine that writes text in an arm.
+
+    Raises:
+      UserError: the arm has no latents in text that is written, or lacks what makes them.
+    """
+    if arm not in self._engines:
+      checkpoint = {FROZEN: None, CONSTANT: self.constant}.get(arm, self.own)
+      if arm == MEAN or arm != FROZEN and checkpoint is None:
+        raise UserError(f'arm {arm!r} cannot write text: give {FROZEN!r}; {OWN!r}, {SHUFFLED!r} or '
+                        f'{ZERO!r} with a coprocessor; or {CONSTANT!r} with constant soft tokens')
+      # All engines share the decoder's unstacked weights.
+      if self._unstacked is None:
+        params = self._local(self._params)
+        self._unstacked = {**params, 'transformer': passes.unstack(params['transformer'])}
+      several = self._mesh.size > 1 and jax.process_count() == 1
+      engine = Engine(
+          self.config, self._unstacked, length=self.max_length, dtype=self._options['dtype'],
+          coprocessor=checkpoint and (checkpoint.config, self._local(checkpoint.params)),
+          mesh=self._mesh if several else None, decoder_fingerprint=self.fingerprint)
+      if arm in (SHUFFLED, ZERO):
+        plain = engine.model.coprocessor
+        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+        engine.model = dataclasses.replace(
+            engine.model, coprocessor=ControlledCoprocessor(**fields, control=arm))
+      self._engines[arm] = engine
+    return self._engines[arm]
+
+  def _local(self, params: Params) -> Params:
+    """Returns the weights on a device of this process, where several write texts of their own."""
+    if jax.process_count() == 1:
+      return params
+    if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+      raise UserError(f'mesh {dict(self._mesh.shape)}: with several processes each writes texts of '
+                      'its own, which needs whole weights on a device: leave --mesh out')
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+
+  def write(self, prompts: Sequence[Sequence[int]], arm: str, writing: Writing,
+            skip: Collection[int] = (), policy: Policy = ONCE) -> Iterator[tuple[Written, int]]:
+    """Yields the texts after some prompts, and the number of batches that are left.
+
+    Prompts of similar lengths are decoded together. What all of them begin with is read once. With
+    several processes, each writes one batch in turn, and all get all texts.
+
+    Args:
+      prompts: ids of all prompts of a task. Another example's latents come from these.
+      arm: name of an arm, but not 'mean'.
+      writing: options.
+      skip: numbers of prompts that need no text.
+      policy: places of the latents.
+
+    Raises:
+      UserError: see `engine`; or a prompt is too long or too short.
+    """
+    engine = self.engine(arm)
+    options = dataclasses.replace(
+        session.with_ends(writing.options, self.tokenizer, writing.stop),
+        policy=NEVER if arm == FROZEN else policy)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    session.check_lengths(engine, lengths, options)
+    order = sorted(range(len(prompts)), key=lambda number: (lengths[number], number))
+    shared = _read_shared(engine, prompts)
+    skip = set(skip)
+    left = [place for place in range(len(order)) if order[place] not in skip]
+    # A batch has one more row for another example's latents.
+    size = min(writing.batch_size or max(1, engine.batch_size - 1), len(left)) + 1
+    size += -size % engine.shards
+    batches = [left[first:first + size - 1] for first in range(0, len(left), size - 1)]
+
+    def write_batch(places: Sequence[int]) -> tuple[list[int], list[str], list[int]]:
+      # The row before the first, around the end, is of the prompt before it in the order.
+      before = order[places[0] - 1] if places[0] else order[min(1, len(order) - 1)]
+      numbers = [order[place] for place in places]
+      rows = [*numbers, *[before] * (size - len(numbers))]
+      state = _read_rows(engine, shared, [prompts[number] for number in rows])
+      *_, completions = Session(engine, state, options, numbers).run()
+      texts = [session.text_of(completion, self.tokenizer, writing.stop, prompts[number])
+               for completion, number in zip(completions, numbers, strict=True)]
+      return numbers, texts, [len(completion.tokens) for completion in completions]
+
+    turns = jax.process_count()
+    for first in range(0, len(batches), turns):
+      own = batches[first + jax.process_index():][:1]
+      written = of_all([write_batch(places) for places in own])
+      for numbers, texts, tokens in itertools.chain.from_iterable(written):
+        yield Written(tuple(numbers), tuple(texts), tuple(tokens)), max(
+            len(batches) - first - turns, 0)
+
+
+def _read_shared(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[int, State | None]:
+  """Reads what all prompts begin with; returns its number of tokens, 0 if it is too short."""
+  first, last, shortest = min(prompts), max(prompts), min(map(len, prompts))
+  shared = next((at for at in range(shortest - 1) if first[at] != last[at]), shortest - 1)
+  if shared < SHARED or len(prompts) < 2:
+    return 0, None
+  # A mesh divides texts, so each of its shards reads the same one.
+  return shared, engine.read([first[:shared]] * engine.shards)
+
+
+def _read_rows(engine: Engine, shared: tuple[int, State | None],
+               prompts: Sequence[Sequence[int]]) -> State:
+  count, state = shared
+  if state is None:
+    return engine.read(prompts)
+  copies = len(prompts) // engine.shards
+  repeated = jax.tree.map(
+      lambda leaf: jnp.repeat(leaf, copies, axis=0) if leaf.ndim else leaf, state)
+  return engine.read_on(repeated, [prompt[count:] for prompt in prompts])
+
+
+def open_arm_model(decoder: str | Path, coprocessor: str | Path = '', constant: str | Path = '', *,
+                   vocabulary: str = '', dtype: str = 'float32', max_length: int = 2048,
+                   mesh: str = '') -> ArmModel:
+  """Loads a decoder and what makes latents for it, after all checks that need no weights.
+
+  Args:
+    decoder: directory, GGUF file, name or hf:// address of the decoder.
+    coprocessor: trained coprocessor, or the work directory of its run; '' for none.
+    constant: the same for trained constant soft tokens.
+    vocabulary: path of a vocabulary, or 'byte'; '' for the decoder's own.
+    dtype: dtype of the computation: 'float32', 'bfloat16', or 'auto' for what the devices are fast
+      at.
+    max_length: largest number of tokens that the decoder reads of a text.
+    mesh: sizes of the mesh, such as 'fsdp=8,data=1'; '' for a copy of the weights on each device.
+
+  Raises:
+    UserError: one of them is absent, damaged, or of another decoder; or a value is not allowed.
+  """
+  if dtype not in (*DTYPES, 'auto'):
+    raise UserError(f"dtype = {dtype!r}: give one of {(*DTYPES, 'auto')}")
+  checkpoint = weights.open_checkpoint(decoder)
+  tokenizer = tokenizer_of(checkpoint, vocabulary)
+  found = {OWN: coprocessor, CONSTANT: constant}
+  found = {name: locate_coprocessor(Path(path)) for name, path in found.items() if path}
+  for name, path in found.items():
+    description = coprocessor_checkpoint.describe(path)
+    _check_kind(name, path, description.config.trainable == 'constant')
+    check_match(checkpoint.config, checkpoint.fingerprint, description, None)
+  placed = make_mesh(parse_mesh(mesh) if mesh else MeshConfig())
+  shardings = lambda boxed: shardings_of(boxed, placed, DEFAULT_RULES)  # noqa: E731
+  params = checkpoint.load(shardings)
+  decoder_fingerprint = checkpoint.fingerprint or fingerprint(params)
+  loaded = {}
+  for name, path in found.items():
+    loaded[name] = coprocessor_checkpoint.load(path, shardings)
+    coprocessor_checkpoint.check_decoder(loaded[name], decoder_fingerprint)
+  return ArmModel(checkpoint.config, params, decoder_fingerprint, tokenizer, own=loaded.get(OWN),
+                  constant=loaded.get(CONSTANT), dtype=dtype, max_length=max_length, mesh=placed)
+
+
+def _check_kind(name: str, path: Path, is_constant: bool) -> None:
+  if is_constant != (name == CONSTANT):
+    kinds = {True: 'constant soft tokens', False: 'a coprocessor'}
+    raise UserError(f'{path} holds {kinds[is_constant]}, but {kinds[not is_constant]} is expected '
+                    f'as --{"constant" if name == CONSTANT else "coprocessor"}: give the other one')

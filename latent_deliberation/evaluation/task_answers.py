@@ -1,0 +1,277 @@
+"""Answers to the requests of tasks, in several arms, each computed once.
+
+The requests of a task come as text, once for each arm, since lm-evaluation-harness scores one model
+after the other. The first time, all arms are scored in one pass. After that the ledger has them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from latent_deliberation.deliberation.flops import (
+  answer_flops,
+  forward_flops,
+  head_flops,
+  latents_flops,
+)
+from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.evaluation.answer_packing import Request, group
+from latent_deliberation.evaluation.answer_texts import END, AnswerEncoder, EncodedCounts
+from latent_deliberation.evaluation.answers import CONSTANT
+from latent_deliberation.evaluation.arm_model import ArmModel, Writing
+from latent_deliberation.evaluation.ledger import Ledger, Score, prompt_key, request_key
+from latent_deliberation.evaluation.perplexity import FROZEN
+from latent_deliberation.evaluation.shared_work import follow, lead
+from latent_deliberation.inference.decode import Sampling
+from latent_deliberation.inference.policy import ONCE, Policy
+from latent_deliberation.inference.session import DecodingOptions
+from latent_deliberation.progress import Progress, announced
+
+MAX_TOKENS = 256  # of a text, where a task does not say how many
+# Keys of lm-evaluation-harness's generation_kwargs.
+_SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p')
+_KNOWN = {'until', 'max_gen_toks', 'max_tokens', 'max_new_tokens', 'do_sample', *_SAMPLING}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How latents come, and what happens where they cannot.
+
+  Attributes:
+    place: place of the latents in a context; see AnswerEncoder.
+    policy: further places; once, at `place`, by default.
+    plain_if_short: whether contexts without room for latents are scored without them, in every
+      arm; otherwise they are refused.
+    batch_size: texts that are decoded together; 0 for as many as fit 2 GiB of cache.
+  """
+  place: str = END
+  policy: Policy = ONCE
+  plain_if_short: bool = False
+  batch_size: int = 0
+
+  def __post_init__(self):
+    check_integer('batch_size', self.batch_size, 0)
+    if self.place != END and self.policy != ONCE:
+      raise UserError(f'place = {self.place!r} with a policy (every, at, gate): a policy counts '
+                      'tokens from the end of the context; give one of the two')
+
+
+@dataclasses.dataclass
+class Cost:
+  """What the answers of an arm cost, if nothing else is computed.
+
+  Attributes:
+    tokens: number of tokens and latents that the decoder reads.
+    flops: operations, those of the coprocessor included.
+  """
+  tokens: float = 0.0
+  flops: float = 0.0
+
+
+class TaskAnswers:
+  """Scores and texts of several arms.
+
+  Attributes:
+    arms: names of `answers.ARMS`, scored together.
+    model: the decoder and what makes its latents.
+    counts: requests that were truncated or merged, by task.
+    short: number of contexts without room for latents, by task.
+    costs: cost of each arm, by task and arm.
+  """
+
+  def __init__(self, model: ArmModel, arms: Sequence[str], settings: Settings = Settings(),
+               ledger: Ledger | None = None):
+    self.model, self.arms, self._settings = model, tuple(arms), settings
+    self._ledger = ledger or Ledger()
+    self.counts: dict[str, EncodedCounts] = {}
+    self.short: dict[str, int] = {}
+    self.costs: dict[tuple[str, str], Cost] = {}
+    # An unknown arm is refused before any task is loaded.
+    model.scorer(self.arms)
+
+  def score(self, task: str, pairs: Sequence[tuple[str, str]],
+            items: Sequence[Hashable]) -> dict[str, list[Score]]:
+    """Returns the scores of continuations after contexts, by arm.
+
+    Args:
+      task: name of the task.
+      pairs: context and continuation of each request; all those of the task.
+      items: question of each request.
+
+    Raises:
+      UserError: a request cannot be scored; see AnswerEncoder. Or a context has no room for
+        latents, and is not to be scored without.
+    """
+    encoder = AnswerEncoder(self.model.tokenizer, self.model.max_length, self._settings.place)
+    requests = []
+    for (context, continuation), item in zip(pairs, items, strict=True):
+      requests.append(encoder.encode(context, continuation, item))
+    self.counts[task] = encoder.counts
+    self._check_room(task, requests)
+    return self.score_requests(task, requests)
+
+  def score_windows(
+      self, task: str,
+      windows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, list[Score]]:
+    """Returns the scores of continuations after contexts, both in ids, by arm; see `score`."""
+    requests = [Request(tuple(context), tuple(continuation), len(context) - 1, number)
+                for number, (context, continuation) in enumerate(windows)]
+    if self._settings.policy == ONCE:
+      self._check_room(task, requests)
+    return self.score_requests(task, requests)
+
+  def score_requests(self, task: str, requests: Sequence[Request]) -> dict[str, list[Score]]:
+    """Returns the scores of requests in ids, by arm; see `score`."""
+    keys = [request_key(request) for request in requests]
+    skip = [number for number, key in enumerate(keys) if all(
+        self._ledger.score(task, arm, key) is not None for arm in self.arms)]
+    if len(skip) < len(requests):
+      # The item is a number here, so that JSON carries it to other processes.
+      numbers: dict[Hashable, int] = {}
+      plain = [[request.context, request.continuation, request.anchor,
+                numbers.setdefault(request.item, len(numbers))] for request in requests]
+      lead('score', plain, skip)
+      progress = Progress(f'scoring {task}', 'requests', len(requests) - len(skip))
+      done = 0
+      with announced(f'scoring {task}: the first batch'):
+        batches = self._compute(plain, skip)
+        scored = next(batches)
+      while scored is not None:
+        self._ledger.add_scores(task, self.arms, [keys[number] for number in scored.numbers],
+                                scored.nats, scored.greedy)
+        done += len(scored.numbers)
+        progress.update(done)
+        scored = next(batches, None)
+    self._count_costs(task, requests)
+    return {arm: [self._ledger.score(task, arm, key) for key in keys] for arm in self.arms}
+
+  def write(self, task: str, prompts: Sequence[str], generation: Mapping[str, Any],
+            arm: str) -> list[str]:
+    """Returns the texts after prompts in an arm.
+
+    Args:
+      task: name of the task.
+      prompts: all prompts of the task that have these options.
+      generation: options, under the names of lm-evaluation-harness.
+      arm: name of an arm.
+
+    Raises:
+      UserError: an option is unknown or has a value that is not allowed; see `ArmModel.write`.
+    """
+    writing = _writing(generation, self._settings.batch_size)
+    encoder = AnswerEncoder(self.model.tokenizer, self.model.max_length)
+    ids = [encoder.encode_prompt(prompt, writing.options.max_tokens) for prompt in prompts]
+    self.counts[task] = encoder.counts
+    settings = [writing.options.max_tokens, list(writing.stop),
+                dataclasses.asdict(writing.options.sampling)]
+    keys = [prompt_key(each, settings) for each in ids]
+    author = self.model.same_as(arm)
+    skip = [number for number, key in enumerate(keys)
+            if self._ledger.text(task, author, key) is not None]
+    if len(skip) < len(ids):
+      lead('write', ids, author, dict(generation), skip)
+      progress = Progress(f'writing {task}, {author}', 'texts', len(ids) - len(skip))
+      done = 0
+      for written, _ in self._write(ids, author, generation, skip):
+        self._ledger.add_texts(task, author, [keys[number] for number in written.numbers],
+                               written.texts, written.tokens)
+        done += len(written.numbers)
+        progress.update(done)
+    cost = self.costs[task, arm] = Cost()
+    texts = []
+    for prompt, key in zip(ids, keys, strict=True):
+      text, tokens = self._ledger.text(task, author, key)
+      texts.append(text)
+      self._add_text_cost(cost, arm, len(prompt), max(tokens, 1))
+    return texts
+
+  def follow(self) -> None:
+    """Takes part in what process 0 computes, on the other processes, until it ends."""
+
+    def exhaust(function: Any, *arguments: Any) -> None:
+      for _ in function(*arguments):
+        pass
+
+    follow({'score': functools.partial(exhaust, self._compute),
+            'write': functools.partial(exhaust, self._write)})
+
+  def _compute(self, plain: Sequence[Sequence[Any]], skip: Sequence[int]):
+    requests = [Request(tuple(context), tuple(continuation), anchor, item)
+                for context, continuation, anchor, item in plain]
+    for scored, _ in self.model.score(requests, self.arms, skip, self._settings.policy):
+      yield scored
+
+  def _write(self, ids: Sequence[Sequence[int]], arm: str, generation: Mapping[str, Any],
+             skip: Sequence[int]):
+    writing = _writing(generation, self._settings.batch_size)
+    yield from self.model.write(ids, arm, writing, skip, self._settings.policy)
+
+  def _check_room(self, task: str, requests: Sequence[Request]) -> None:
+    """Counts contexts that are too short for latents, and refuses them if they must be."""
+    scorer = self.model.scorer(self.arms)
+    short = {(request.context, request.anchor) for request in requests
+             if not scorer.has_room(request)}
+    if set(self.arms) == {FROZEN}:
+      short = set()
+    self.short[task] = len(short)
+    if short and not self._settings.plain_if_short:
+      context, anchor = min(short, key=lambda each: (each[1], len(each[0])))
+      raise UserError(
+          f'{len(short)} contexts of task {task} are too short for the latents, which replace '
+          f'{scorer.config.num_latents} tokens; the shortest has {anchor + 1} up to their place: '
+          'score such contexts without latents (--plain_if_short), or choose another place')
+
+  def _count_costs(self, task: str, requests: Sequence[Request]) -> None:
+    """Counts what each arm alone takes for the requests of a task."""
+    decoder, contexts = self.model.config, group(requests)
+    for arm in self.arms:
+      config, cost = self._config_of(arm), Cost()
+      latents = config.num_latents if config else 0
+      for context in contexts:
+        trunk, traces = len(context.ids), [latents + len(trace) for trace in context.traces]
+        cost.tokens += trunk + sum(traces)
+        cost.flops += forward_flops(decoder, trunk) + len(context.targets) * head_flops(decoder)
+        cost.flops += sum(forward_flops(decoder, size, trunk + 1) for size in traces if size)
+        if config:
+          # Every trace reads the latents, so the reading of the augmentation is counted already.
+          cost.flops += latents_flops(decoder, config, context.anchor + 1)
+          cost.flops -= forward_flops(decoder, latents, trunk + 1)
+      self.costs[task, arm] = cost
+
+  def _add_text_cost(self, cost: Cost, arm: str, prompt: int, tokens: int) -> None:
+    config = self._config_of(arm)
+    cost.tokens += prompt + tokens + (config.num_latents if config else 0)
+    cost.flops += answer_flops(self.model.config, prompt, tokens)
+    if config:
+      cost.flops += latents_flops(self.model.config, config, prompt)
+
+  def _config_of(self, arm: str):
+    """Returns the config of an arm's latents; None for the frozen decoder."""
+    checkpoint = {FROZEN: None, CONSTANT: self.model.constant}.get(arm, self.model.own)
+    return checkpoint and checkpoint.config
+
+
+def _writing(generation: Mapping[str, Any], batch_size: int) -> Writing:
+  unknown = sorted(set(generation) - _KNOWN)
+  if unknown:
+    raise UserError(f'generation_kwargs has {unknown}, which are not known here: give some of '
+                    f'{sorted(_KNOWN)}')
+  until = generation.get('until') or []
+  stop = tuple(each for each in ([until] if isinstance(until, str) else until) if each)
+  limit = next((generation[key] for key in ('max_gen_toks', 'max_new_tokens', 'max_tokens')
+                if generation.get(key) is not None), MAX_TOKENS)
+  sampled = {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
+  # Greedy unless sampling is asked for, whatever the temperature says.
+  if not generation.get('do_sample', bool(sampled.get('temperature'))):
+    sampled = {}
+  elif 'temperature' not in sampled:
+    sampled['temperature'] = 1.0
+  if sampled.get('top_k') == 0:
+    del sampled['top_k']
+  return Writing(DecodingOptions(int(limit), Sampling(**sampled)), stop, batch_size)
+
+
+def mean_cost(tokens: float, flops: float, items: int) -> dict[str, float]:
+  """Returns tokens and operations of an item, for JSON."""
+  return {'tokens': round(tokens / items, 2), 'flops': flops / items}

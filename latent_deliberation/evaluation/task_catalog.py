@@ -1,0 +1,141 @@
+"""The benchmarks by name: those of the paper with their shots, from local data or from the hub.
+
+Local tasks are the files in tasks/. Without local data, lm-evaluation-harness's own tasks are
+taken, which it downloads. The library is imported where tasks are loaded, since that is slow.
+"""
+
+import difflib
+import logging as python_logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from latent_deliberation.errors import UserError, problems_of, raise_problems
+from latent_deliberation.evaluation.code_execution import check_isolation
+from latent_deliberation.evaluation.task_files import TASKS, find_file
+
+# The paper's benchmarks and their examples in a prompt (table 2), under our names.
+PAPER: Mapping[str, int] = {
+    'mmlu': 5, 'gsm8k': 8, 'drop': 3, 'arc_easy': 0, 'arc_challenge': 0, 'math': 4,
+    'winogrande': 0, 'piqa': 0, 'social_iqa': 0, 'hellaswag': 0, 'boolq': 0, 'mbpp': 3,
+    'agieval': 0, 'triviaqa': 0, 'nq_open': 0, 'humaneval': 0, 'bbh': 3}
+# Names of lm-evaluation-harness where they differ. Its tasks of programs load their metric from the
+# hub and run programs without isolation, so they are left out.
+HUB: Mapping[str, str] = {
+    'math': 'minerva_math', 'agieval': 'agieval_en', 'bbh': 'bbh_cot_fewshot',
+    'lambada': 'lambada_openai'}
+NO_HUB = ('mbpp', 'humaneval', 'gsm8k_chain', 'agieval_math')
+CHAIN_OF = {'gsm8k': 'gsm8k_chain'}  # task -> the same questions, with a chain of thought
+
+
+def task_file(name: str) -> dict[str, Any]:
+  """Returns the values of a task file, with those that it includes and without its functions."""
+  with (TASKS / name).open() as file:
+    values = yaml.load(file, Loader=_Loader)
+  included = values.pop('include', None)
+  return {**(task_file(included) if included else {}), **values}
+
+
+class _Loader(yaml.SafeLoader):
+  """Reads task files; a function becomes its name."""
+
+
+_Loader.add_constructor('!function', lambda loader, node: loader.construct_scalar(node))
+
+
+def local_names() -> list[str]:
+  """Returns the names of all local tasks."""
+  return sorted(path.stem for path in TASKS.glob('*.yaml'))
+
+
+def check_tasks(tasks: Sequence[str], data: str, run_code: bool) -> None:
+  """Checks names and files of tasks, before long work.
+
+  Args:
+    tasks: names of tasks.
+    data: data directories, with the system's separator of paths between; '' for the hub.
+    run_code: whether programs that the model writes may be run.
+
+  Raises:
+    UserError: a task is unknown, has no data, or runs programs that may not be run. The message has
+      a line for each.
+  """
+  if not tasks:
+    raise UserError('no task is given: name some, such as --tasks=piqa,arc_easy; or --tasks=paper')
+  known, problems, runs_code = local_names(), [], False
+  for name in tasks:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+      hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(known)}'
+      problems.append(f'task {name!r} is unknown: {hint}')
+      continue
+    values = task_file(f'{name}.yaml')
+    runs_code |= (is_code := bool(values.get('unsafe_code')))
+    if is_code and not run_code:
+      problems.append(f'task {name} runs programs that the model writes: allow it with --run_code, '
+                      'or leave the task out')
+    if not data and name in NO_HUB:
+      problems.append(f'task {name} needs local data: give --data=DIRECTORY')
+    elif data:
+      given = values['dataset_kwargs']
+      for file in given['files'].values():
+        problems += problems_of(lambda folder=given['folder'], file=file: find_file(
+            data, folder, file))
+  raise_problems(dict.fromkeys(problems))
+  if runs_code:
+    check_isolation()
+
+
+def expand(tasks: Sequence[str]) -> list[str]:
+  """Returns names of tasks, each once, with 'paper' for all those of the paper."""
+  return list(dict.fromkeys(
+      name for each in tasks for name in (PAPER if each == 'paper' else (each,))))
+
+
+def quieten() -> None:
+  """Keeps the library's warnings about its own task files out of the log."""
+  python_logging.getLogger('lm_eval').setLevel(python_logging.ERROR)
+
+
+def stay_offline() -> None:
+  """Keeps Hugging Face's libraries from the network, unless variables say otherwise.
+
+  They read the variables when they are imported.
+  """
+  for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'TRANSFORMERS_OFFLINE'):
+    os.environ.setdefault(name, '1')
+
+
+def open_tasks(data: str, num_fewshot: int | None) -> Any:
+  """Returns lm-evaluation-harness's manager of tasks: ours with data, otherwise its own."""
+  if data:
+    stay_offline()
+  from latent_deliberation.evaluation import harness
+  quieten()
+  if not data:
+    return harness.TaskManager()
+  # Task files get these values. Those with examples in their documents take the number from here.
+  shots = {} if num_fewshot is None else {'shots': num_fewshot}
+  return harness.TaskManager(include_defaults=False, include_path=str(TASKS),
+                             metadata={'data': data, **shots})
+
+
+def hub_name(task: str) -> str:
+  """Returns the name of a task in lm-evaluation-harness."""
+  return HUB.get(task, task)
+
+
+def shots_of(task: str, data: str, num_fewshot: int | None) -> int | None:
+  """Returns the number of examples to ask lm-evaluation-harness for; None for the task's own."""
+  if num_fewshot is not None or data:
+    return num_fewshot
+  return PAPER.get(task)
+
+
+def shots_shown(task: str, num_fewshot: int | None) -> int:
+  """Returns the number of examples in the prompts of a task, for tables."""
+  if task in CHAIN_OF.values() or task in ('agieval', 'agieval_math', 'humaneval'):
+    return 0
+  return PAPER.get(task, 0) if num_fewshot is None else num_fewshot

@@ -1,0 +1,238 @@
+"""What the task files in tasks/ need of Python: their documents, and results beyond a metric.
+
+`load` reads the files of a task into the form of lm-evaluation-harness. The task files name it and
+the functions below it, so loading a task also registers our model; see harness.py.
+"""
+
+import collections
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from latent_deliberation.errors import MissingError, UserError
+from latent_deliberation.evaluation import harness
+from latent_deliberation.evaluation.code_execution import run_program
+from latent_deliberation.evaluation.task_files import Doc, check_gold, find_file, read_documents
+
+__all__ = ['harness', 'load']
+
+
+def load(*, folder: str, files: Mapping[str, str], data: str = '', prepare: str = '',
+         shots: int | None = None, **metadata: Any) -> Mapping[str, Any]:
+  """Returns the splits of a task, as `custom_dataset` of a task file.
+
+  Args:
+    folder: folder of the task in the data directory.
+    files: name of the file of each split, without its ending.
+    data: the data directory, or several with the system's separator of paths between.
+    prepare: name of a function of PREPARED, which makes the documents of the task.
+    shots: number of examples in a prompt, where `prepare` puts them there.
+    metadata: further values that lm-evaluation-harness passes on; not used.
+
+  Raises:
+    MissingError: there is no data directory, or a file is missing.
+    UserError: a file is damaged, or a document has no gold answer.
+  """
+  del metadata
+  if not data:
+    raise MissingError(f'task data of {folder}: no data directory is given. Give --data=DIRECTORY, '
+                       'or --metadata data=DIRECTORY to lm_eval')
+  raw = {split: read_documents(find_file(data, folder, name)) for split, name in files.items()}
+  if prepare:
+    raw = PREPARED[prepare](raw, shots)
+  # An import of the harness's own library, which is slow.
+  from datasets import Dataset
+  return {split: Dataset.from_list(docs) for split, docs in raw.items()}
+
+
+# --- Documents that need more than a template ---
+
+Prepared = Callable[[dict[str, list[Doc]], int | None], dict[str, list[Doc]]]
+LETTERS = 'ABCDEFGHIJ'
+
+
+def _choices(gold: str) -> Prepared:
+  """Documents as they are, with a gold answer under `gold`."""
+
+  def prepare(splits: dict[str, list[Doc]], shots: int | None) -> dict[str, list[Doc]]:
+    for split, docs in splits.items():
+      check_gold(docs, gold, split)
+    return splits
+
+  return prepare
+
+
+def _mmlu(splits: dict[str, list[Doc]], shots: int | None) -> dict[str, list[Doc]]:
+  """Questions with lettered choices, after examples of the same subject."""
+  shots = 5 if shots is None else shots
+
+  def show(doc: Doc) -> str:
+    listed = '\n'.join(f'{letter}. {choice}' for letter, choice in zip(
+        LETTERS, doc['choices'], strict=False))
+    return f'{doc["question"].strip()}\n{listed}\nAnswer:'
+
+  examples: dict[str, list[Doc]] = collections.defaultdict(list)
+  for doc in splits.get('dev', ()):
+    examples[doc['subject']].append(doc)
+  check_gold(splits['test'], 'answer', 'test')
+  docs = []
+  for doc in splits['test']:
+    subject = doc['subject'].replace('_', ' ')
+    given = [f'{show(each)} {LETTERS[each["answer"]]}' for each in examples[doc['subject']][:shots]]
+    if len(given) < shots:
+      raise UserError(f'mmlu has {len(given)} examples for {doc["subject"]}, and {shots} are '
+                      'requested: lower --num_fewshot')
+    header = f'The following are multiple choice questions (with answers) about {subject}.'
+    docs.append({'subject': doc['subject'], 'query': '\n\n'.join([header, *given, show(doc)]),
+                 'choices': list(LETTERS[:len(doc['choices'])]), 'gold': doc['answer']})
+  return {'test': docs}
+
+
+def _agieval(splits: dict[str, list[Doc]], shots: int | None) -> dict[str, list[Doc]]:
+  """Questions with lettered choices, of those tasks that have choices."""
+  _no_shots('agieval', shots)
+  docs = []
+  for doc in splits['test']:
+    if doc.get('options'):
+      letters = LETTERS[:len(doc['options'])]
+      check_gold([doc], 'label', f'test ({doc["task"]})')
+      passage = f'{doc["passage"]}\n\n' if doc.get('passage') else ''
+      docs.append({
+          'task': doc['task'],
+          'query': f'{passage}Q: {doc["question"]} Answer Choices: {" ".join(doc["options"])}\n'
+                   f'A: Among A through {letters[-1]}, the answer is',
+          'choices': list(letters), 'gold': letters.index(doc['label'])})
+  return {'test': docs}
+
+
+def _agieval_math(splits: dict[str, list[Doc]], shots: int | None) -> dict[str, list[Doc]]:
+  """The questions of AGIEval without choices."""
+  _no_shots('agieval_math', shots)
+  docs = [{'problem': doc['question'], 'answer': doc['answer']} for doc in splits['test']
+          if not doc.get('options')]
+  check_gold(docs, 'answer', 'test')
+  return {'test': docs}
+
+
+def _no_shots(task: str, shots: int | None) -> None:
+  if shots:
+    raise UserError(f'{task} has no examples for its prompts: leave --num_fewshot out')
+
+
+def _math(splits: dict[str, list[Doc]], shots: int | None) -> dict[str, list[Doc]]:
+  """Problems with their worked solutions. The first ones are the examples, and not questions."""
+  shots = 4 if shots is None else shots
+  docs = [{'problem': doc['context'], 'solution': doc['chain_of_thought'],
+           'answer': doc['answer']} for doc in splits['test']]
+  check_gold(docs, 'answer', 'test')
+  if len(docs) <= shots:
+    raise UserError(f'math has {len(docs)} problems, and {shots} of them are examples: lower '
+                    '--num_fewshot')
+  given = ''.join(f'Problem:\n{doc["problem"]}\n\nSolution: {doc["solution"]} '
+                  f'Final Answer: The final answer is ${doc["answer"]}$.\n\n'
+                  for doc in docs[:shots])
+  return {'test': [{**doc, 'query': f'{given}Problem:\n{doc["problem"]}\n\nSolution:'}
+                   for doc in docs[shots:]]}
+
+
+def _bbh(splits: dict[str, list[Doc]], shots: int | None) -> dict[str, list[Doc]]:
+  """Questions after three examples with their reasoning; all 27 tasks in one."""
+  shots = 3 if shots is None else shots
+  check_gold(splits['test'], 'target', 'test')
+  examples = {}
+  for doc in splits['cot_prompts']:
+    # A line that asks not to be trained on, then what the task is, then the examples.
+    _, _, text = doc['prompt'].rpartition('-----\n')
+    header, *given = text.strip().split('\n\nQ: ')
+    if len(given) < shots:
+      raise UserError(f'bbh has {len(given)} examples for {doc["task"]}, and {shots} are '
+                      'requested: lower --num_fewshot')
+    examples[doc['task']] = '\n\nQ: '.join([header, *given[:shots]])
+  docs = []
+  for doc in splits['test']:
+    if doc['task'] not in examples:
+      raise UserError(f'bbh: cot_prompts has no examples for {doc["task"]}: add them')
+    docs.append({'task': doc['task'], 'target': doc['target'],
+                 'query': f'{examples[doc["task"]]}\n\nQ: {doc["input"]}\n'
+                          "A: Let's think step by step."})
+  return {'test': docs}
+
+
+def _drop(splits: dict[str, list[Doc]], shots: int | None) -> dict[str, list[Doc]]:
+  """Passages with questions. Every list of spans in `answers` is one right answer."""
+  prepared = {}
+  for split, docs in splits.items():
+    prepared[split] = []
+    for number, doc in enumerate(docs):
+      answers = doc.get('answers') or [doc.get('answers_spans', {}).get('spans', [])]
+      if not any(answers):
+        raise UserError(f'document {number} of drop/{split} has no gold answer: give answers, a '
+                        'list of lists of spans')
+      prepared[split].append({'passage': doc['passage'], 'question': doc['question'],
+                              'answers': [list(map(str, spans)) for spans in answers]})
+  return prepared
+
+
+def _mbpp(splits: dict[str, list[Doc]], shots: int | None) -> dict[str, list[Doc]]:
+  """Tasks 11 to 510, after tasks 2, 3 and 4 as examples."""
+  shots = 3 if shots is None else shots
+  by_id = {doc['task_id']: doc for doc in splits['all']}
+  if any(number not in by_id for number in range(2, 2 + shots)) or shots > 9:
+    raise UserError(f'mbpp has no {shots} examples among tasks 2 to 10: lower --num_fewshot')
+
+  def show(doc: Doc) -> str:
+    tests = '\n'.join(doc['test_list'])
+    return ('You are an expert Python programmer, and here is your task: '
+            f'{doc["text"]} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n')
+
+  given = ''.join(f'{show(by_id[number])}{_lines(by_id[number]["code"])}\n[DONE]\n\n'
+                  for number in range(2, 2 + shots))
+  return {'test': [
+      {'query': given + show(doc), 'code': _lines(doc['code']) + '\n[DONE]',
+       'checks': '\n'.join([doc.get('test_setup_code', ''), *doc['test_list']])}
+      for number, doc in sorted(by_id.items()) if 11 <= number <= 510]}
+
+
+def _lines(code: str) -> str:
+  return code.replace('\r\n', '\n').rstrip()
+
+
+PREPARED: Mapping[str, Prepared] = {
+    'mmlu': _mmlu, 'agieval': _agieval, 'agieval_math': _agieval_math, 'math': _math, 'bbh': _bbh,
+    'drop': _drop, 'mbpp': _mbpp,
+    'answer': _choices('answer'), 'answerKey': _choices('answerKey'), 'label': _choices('label'),
+    'gold': _choices('gold'), 'aliases': _choices('aliases')}
+
+
+# --- Results that need more than a metric ---
+
+
+def score_math(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+  """Returns whether the last boxed answer, or what follows 'answer is', equals the gold one."""
+  from lm_eval.tasks.hendrycks_math import utils
+  text = results[0]
+  boxed = utils.last_boxed_only_string(text)
+  if boxed is not None:
+    found = utils.remove_boxed(boxed)
+  else:
+    said = re.findall(r'answer is:?\s*(.+)', text)
+    found = said[-1].strip().rstrip('.').strip('$ ') if said else text.strip()
+  return {'exact_match': float(utils.is_equiv(found, doc['answer']))}
+
+
+def score_reasoning(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+  """Returns whether what follows the first 'the answer is' is the target."""
+  said = re.search(r'the answer is (.*)', results[0])
+  found = (said[1] if said else results[0]).strip().rstrip('.')
+  return {'exact_match': float(found == doc['target'].strip().rstrip('.'))}
+
+
+def score_humaneval(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+  """Returns whether the completed function passes its tests."""
+  program = f'{doc["prompt"]}{results[0]}\n{doc["test"]}\ncheck({doc["entry_point"]})\n'
+  return {'pass_at_1': float(run_program(program).passed)}
+
+
+def score_mbpp(doc: Doc, results: Sequence[str]) -> dict[str, float]:
+  """Returns whether the written program passes its tests."""
+  return {'pass_at_1': float(run_program(f'{results[0]}\n{doc["checks"]}\n').passed)}

@@ -1,0 +1,87 @@
+"""Texts become requests as in lm-evaluation-harness, with the first token always first."""
+
+import pytest
+
+from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.answer_texts import AnswerEncoder
+from latent_deliberation.inference.tokenizer import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+def ids(text):
+  return tuple(BYTES.encode(text))
+
+
+class MergingTokenizer(ByteTokenizer):
+  """Bytes, but 'ab' is one token: 300."""
+
+  def encode(self, text):
+    out, before = [], super().encode(text)
+    for token in before:
+      if out and [out[-1], token] == list(ids('ab')[1:]):
+        out[-1] = 300
+      else:
+        out.append(token)
+    return out
+
+
+def test_pair():
+  """The context keeps the token that begins a text; the latents come after its last token."""
+  encoder = AnswerEncoder(BYTES, 100)
+  assert encoder.encode('Q: 1', ' 2', 'item') == Request(ids('Q: 1'), ids(' 2')[1:], 4, 'item')
+
+
+def test_spaces():
+  """Spaces at the end of the context belong to the answer."""
+  assert AnswerEncoder(BYTES, 100).encode('Q: ', '2').continuation == ids(' 2')[1:]
+
+
+def test_empty_context():
+  assert AnswerEncoder(BYTES, 100).encode('', 'yes') == Request(ids(''), ids('yes')[1:], 0)
+
+
+def test_merged():
+  """An answer that merges with its context is scored with the merged token, and counted."""
+  encoder = AnswerEncoder(MergingTokenizer(), 100)
+  assert encoder.encode('xa', 'bc') == Request(ids('x'), (300, *ids('c')[1:]), 1)
+  encoder.encode('xa', 'c')
+  assert (encoder.counts.requests, encoder.counts.merged) == (2, 1)
+
+
+@pytest.mark.parametrize('place, at', [('end', 14), ('before:Answer:', 6), ('before: Answer: ', 6)])
+def test_place(place, at):
+  """Latents come after the last token before the last such text."""
+  assert AnswerEncoder(BYTES, 100, place).encode('Q: why\nAnswer:', ' so').anchor == at
+
+
+def test_truncation():
+  """Tokens after the first one go, as many as needed; a prompt leaves room for its text."""
+  encoder = AnswerEncoder(BYTES, 8)
+  request = encoder.encode('abcdefghij', 'xyz')
+  assert request == Request((ids('')[0], *ids('fghij')[1:]), ids('xyz')[1:], 5)
+  assert len(request.context) + len(request.continuation) - 1 == 8
+  assert encoder.encode('abcde', 'xyz').context == ids('abcde')
+  assert encoder.counts.truncated == 1
+  assert encoder.encode_prompt('abcdefghij', 4) == [ids('')[0], *ids('hij')[1:]]
+  assert encoder.counts.truncated == 2
+
+
+def test_anchor_is_cut():
+  """An anchor that is cut off leaves no room for latents."""
+  assert AnswerEncoder(BYTES, 8, 'before:d').encode('abcdefghij', 'xyz').anchor == 0
+
+
+@pytest.mark.parametrize('context, continuation, options, said', [
+    ('Q', '', {}, 'empty'), ('Q', 'x' * 9, {'max_length': 8}, 'max_length = 8'),
+    ('Q', 'x', {'place': 'before:Answer:'}, 'Answer:'), ('Q', 'x', {'place': 'middle'}, "'middle'"),
+    ('Q', 'x', {'place': 'before: '}, 'before'), ('Q', 'x', {'max_length': 1}, 'max_length = 1')])
+def test_refused(context, continuation, options, said):
+  with pytest.raises(UserError, match=said):
+    AnswerEncoder(BYTES, **{'max_length': 100, **options}).encode(context, continuation, 'item 7')
+
+
+def test_no_room_for_a_prompt():
+  with pytest.raises(UserError, match='max_gen_toks'):
+    AnswerEncoder(BYTES, 8).encode_prompt('abc', 7)

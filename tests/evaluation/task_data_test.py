@@ -1,0 +1,177 @@
+"""Task files read local data, and refuse what cannot be scored."""
+
+import json
+
+import pytest
+
+pytest.importorskip('lm_eval')
+
+from latent_deliberation.errors import MissingError, UserError
+from latent_deliberation.evaluation import code_execution, task_catalog, task_data
+from latent_deliberation.evaluation.task_data import load
+from latent_deliberation.evaluation.task_files import find_file, read_documents
+from tests.evaluation import task_examples
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  return task_examples.write(tmp_path_factory.mktemp('data'))
+
+
+def requests_of(data, name, **values):
+  """Contexts and continuations of a task, and its gold answers."""
+  manager = task_catalog.open_tasks(str(data), values.get('shots'))
+  task = manager.load([name])['tasks'][name]
+  task.set_fewshot_seed(0)
+  if task.config.num_fewshot is None:
+    task.set_config('num_fewshot', 0)
+  task.build_all_requests(limit=3)
+  return task, [request.args for request in task.instances]
+
+
+@pytest.mark.parametrize('name, number, context, continuation', [
+    ('piqa', 1, 'Question: How do I read the 0th of the forty\nAnswer:', ' close it, then write'),
+    ('boolq', 1, 'Question: is 0 a read?\nAnswer:', ' yes'),
+    ('winogrande', 0, 'since the read', ' came first.'),
+    ('winogrande', 1, 'since the number', ' came first.'),
+    ('mmlu', 2, 'Answer: A\n\nWhich 0?\nA. read\nB. write\nC. open\nD. close\nAnswer:', ' C'),
+    ('agieval', 1, 'Q: What is 0? Answer Choices: (A)1 (B)2 (C)3\nA: Among A through C, the answer '
+     'is', ' B')])
+def test_choices(data, name, number, context, continuation):
+  """The last part of a context, and the beginning of a choice."""
+  found = requests_of(data, name)[1][number]
+  assert found[0].endswith(context) and found[1].startswith(continuation)
+
+
+def test_shots(data):
+  """MMLU's examples are those of its subject, five by default."""
+  _, requests = requests_of(data, 'mmlu')
+  assert requests[0][0].count('high_school ') == 5 and 'law' not in requests[0][0]
+  assert requests[0][0].startswith('The following are multiple choice questions (with answers) '
+                                   'about high school.')
+  _, requests = requests_of(data, 'mmlu', shots=2)
+  assert requests[0][0].count('high_school ') == 2
+
+
+@pytest.mark.parametrize('name, begins, ends', [
+    ('gsm8k', 'Question: What is 0 and 0?\nAnswer: 0 + 0 = 0\n#### 0\n\nQuestion: What is 1',
+     'How many are 0 and read?\nAnswer:'),
+    ('gsm8k_chain', 'Question: How many are 0', "Let's think step by step."),
+    ('math', 'Problem:\nWhat is 0 + 1?\n\nSolution: It is', 'What is 4 + 1?\n\nSolution:'),
+    ('bbh', "Add up.\n\nQ: 0 + 1 is\nA: Let's think step by step.\nSo the answer is 1.\n\nQ: 1",
+     "Q: 0 + 2 is\nA: Let's think step by step."),
+    ('mbpp', 'You are an expert Python programmer, and here is your task: Add 2.',
+     'assert add(3) == 14\n[BEGIN]\n'),
+    ('humaneval', 'def plus_0(x):\n', 'def plus_0(x):\n'),
+    ('triviaqa', 'Question: What is the 0th read?\nAnswer:', 'Answer:')])
+def test_written(data, name, begins, ends):
+  """The beginning and the end of a prompt."""
+  prompt = requests_of(data, name)[1][0][0]
+  assert prompt.startswith(begins) and prompt.endswith(ends)
+
+
+def test_math_examples_are_no_questions(data):
+  task, _ = requests_of(data, 'math')
+  assert [doc['answer'] for doc in task.eval_docs] == ['5', '6', '7', '8']
+
+
+def test_paper():
+  """All 17 tasks of the paper have a task file, with its shots."""
+  assert len(task_catalog.PAPER) == 17 and set(task_catalog.PAPER) <= set(
+      task_catalog.local_names())
+  assert task_catalog.expand(['paper', 'piqa', 'sciq']) == [*task_catalog.PAPER, 'sciq']
+
+
+@pytest.mark.parametrize('tasks, options, said', [
+    (['pica'], {}, 'did you mean piqa'), (['drop'], {}, 'drop/train.jsonl is missing'),
+    (['humaneval'], {}, '--run_code'), ([], {}, '--tasks'),
+    (['gsm8k_chain'], {'data': ''}, '--data')])
+def test_refused(data, tasks, options, said):
+  with pytest.raises(UserError, match=said):
+    task_catalog.check_tasks(tasks, **{'data': str(data), 'run_code': False, **options})
+
+
+def test_all_at_once(data):
+  """Everything that is wrong is said at once."""
+  with pytest.raises(UserError) as raised:
+    task_catalog.check_tasks(['pica', 'drop', 'mbpp'], str(data), run_code=False)
+  assert len(str(raised.value).splitlines()) == 4
+
+
+def test_no_isolation(data, monkeypatch):
+  """Where programs cannot be isolated, a task with programs is refused."""
+  monkeypatch.setattr(code_execution, '_SCRIPT', code_execution._SCRIPT.with_name('no_such.py'))
+  with pytest.raises(UserError, match='--run_code'):
+    task_catalog.check_tasks(['humaneval'], str(data), run_code=True)
+
+
+def test_several_directories(data, tmp_path):
+  """A file is looked for in each directory; a whole one goes before a sample."""
+  task_examples.write(tmp_path, 'piqa')
+  both = f'{tmp_path}:{data}'
+  assert find_file(both, 'piqa', 'validation').is_relative_to(tmp_path)
+  assert find_file(both, 'triviaqa', 'validation').name == 'validation_6.jsonl.gz'
+  whole = tmp_path / 'triviaqa' / 'validation.jsonl'
+  whole.parent.mkdir()
+  whole.write_text('{}\n')
+  assert find_file(both, 'triviaqa', 'validation') == whole
+  with pytest.raises(MissingError, match='no data directory'):
+    load(folder='piqa', files={'validation': 'validation'})
+
+
+@pytest.mark.parametrize('content, said', [
+    (b'', 'no document'), (b'{"a": 1}\n[]\n', 'line 2'), (b'{"a": \n', 'cannot be read')])
+def test_damage(tmp_path, content, said):
+  path = tmp_path / 'x.jsonl'
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=said):
+    read_documents(path)
+
+
+@pytest.mark.parametrize('label', [-1, None, ''])
+def test_hidden_labels(tmp_path, label):
+  """A test set without labels is refused."""
+  (tmp_path / 'piqa').mkdir()
+  (tmp_path / 'piqa' / 'validation.jsonl').write_text(json.dumps({'goal': 'x', 'label': label}))
+  with pytest.raises(UserError, match='no gold answer'):
+    load(folder='piqa', files={'validation': 'validation'}, data=str(tmp_path), prepare='label')
+
+
+def test_drop(tmp_path):
+  """DROP is read in the hub's form and in that of its task file, which its metric takes."""
+  from lm_eval.tasks.drop.utils import process_results
+  (tmp_path / 'drop').mkdir()
+  docs = [{'passage': 'Two came.', 'question': 'Who?', 'answers_spans': {'spans': ['two', 'men']}},
+          {'passage': 'Two came.', 'question': 'Who?', 'answers': [['2'], ['two']]}]
+  for split in ('train', 'validation'):
+    (tmp_path / 'drop' / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, docs * 2)))
+  task, requests = requests_of(tmp_path, 'drop')
+  assert requests[0][0].startswith('Two came. Who? two, men\n\nTwo came. Who? 2')
+  second = task.eval_docs[1]
+  assert [process_results(second, [text])['f1'] for text in ('two', 'three')] == [1, 0]
+
+
+@pytest.mark.parametrize('text, right', [
+    ('so it is $\\boxed{\\frac{1}{2}}$', True), ('The answer is \\frac12.', True),
+    ('The final answer is $\\frac{1}{3}$.', False), ('I do not know', False)])
+def test_math_results(text, right):
+  found = task_data.score_math({'answer': '\\frac{1}{2}'}, [text])
+  assert found == {'exact_match': float(right)}
+
+
+def test_reasoning_results():
+  score = lambda text: task_data.score_reasoning({'target': '(A)'}, [text])['exact_match']  # noqa: E731
+  assert score('It follows. So the answer is (A).\n') == 1 and score('the answer is (B).') == 0
+
+
+def test_programs(data):
+  """Programs count as right if they pass their tests."""
+  try:
+    code_execution.check_isolation()
+  except UserError:
+    pytest.skip('this machine allows no namespaces')
+  for name, score, good in (('humaneval', task_data.score_humaneval, '  return x + 1'),
+                            ('mbpp', task_data.score_mbpp, 'def add(x): return x + 12')):
+    doc = requests_of(data, name)[0].eval_docs[1]
+    assert score(doc, [good])['pass_at_1'] == 1
+    assert score(doc, [good.replace('+', '-')])['pass_at_1'] == 0
