@@ -41,8 +41,9 @@ NOT_UNIT = (
     'model/checkpoints/google', 'model/checkpoints/hugging_face_test',
     'model/checkpoints/native', 'model/checkpoints/source', 'model/decoder', 'model/kernels/',
     'model/layers', 'model/rotary', 'model/transformer_test', 'model/weights', 'parity/',
-    'planning/compile', 'readme', 'studies/scoring', 'studies/study_test', 'studies/tune',
-    'training/checkpointer', 'training/hosts', 'training/loop', 'training/step', 'training/train')
+    'planning/compile', 'readme', 'serving/', 'studies/scoring', 'studies/study_test',
+    'studies/tune', 'training/checkpointer', 'training/hosts', 'training/loop', 'training/step',
+    'training/train')
 
 
 @pytest.hookimpl(tryfirst=True)
