@@ -13,7 +13,7 @@ from tests import finished
 PACKAGE = 'latent_deliberation'
 
 # Three rings: what a train step and a prompt need; studies; tools. No ring imports the next one.
-STUDIES, TOOLS = ('studies',), ('benchmarks', 'planning')
+STUDIES, TOOLS = ('studies',), ('benchmarks', 'planning', 'serving')
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets')
 # Modules that import those. No other module may import one of these when it is loaded.
 NEED_TENSORFLOW = tuple(f'{PACKAGE}.data.{name}' for name in (

@@ -106,6 +106,11 @@ class BackgroundAugmentation:
     except BaseException as error:  # whatever it is, it must not stop the decoder
       self._error = error
 
+  @property
+  def has_ended(self) -> bool:
+    """Whether the thread has ended. One that hangs never does."""
+    return self._ended.is_set()
+
   def is_ready(self) -> bool:
     """Whether `result` returns, or raises, without waiting."""
     return self._ended.is_set() or time.monotonic() >= self._deadline

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from latent_deliberation.array_types import Array, Bool, Float, Int, typed
+from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typed
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.errors import UserError, check_integer, check_number
 from latent_deliberation.inference import passes
@@ -48,6 +48,10 @@ class Sampling:
   def greedy(self) -> bool:
     """Whether the likeliest token is taken."""
     return self.temperature < COLDEST
+
+  def draw(self, keys: Array, logits: Array, allowed: Array | None, rows: PyTree) -> Array:
+    """Draws a token for each text; see `sample`. `rows` is for a sampling by text."""
+    return sample(keys, logits, self, allowed)
 
 
 @typed
@@ -119,35 +123,41 @@ class Decoded:
     steps: number of tokens that were decoded for every active text.
     active: True for texts that have not ended.
     opened: True for texts whose gate opens at their next token.
+    top_tokens, top_logprobs: the likeliest tokens at each place, and their log-probabilities.
   """
   tokens: Int[Array, 'size B']
   logprobs: Float[Array, 'size B']
   steps: Int[Array, '']
   active: Bool[Array, 'B']
   opened: Bool[Array, 'B']
+  top_tokens: Int[Array, 'size B top']
+  top_logprobs: Float[Array, 'size B top']
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'size', 'eos', 'num_ids'),
-                   donate_argnames='keys_values')
+@functools.partial(
+    jax.jit, static_argnames=('model', 'sampling', 'size', 'eos', 'num_ids', 'num_top'),
+    donate_argnames='keys_values')
 def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...], ...],
            state: State, keys: Array, count: Array, active: Array, limit: Array,
-           threshold: Array | None, gate: Gate | None, gate_from: Array, forced: Array | None, *,
-           sampling: Sampling, size: int, eos: tuple[int, ...],
-           num_ids: int | None) -> tuple[State, Decoded]:
+           threshold: Array | None, gate: Gate | None, gate_from: Array, forced: Array | None,
+           rows: PyTree = None, *, sampling: Sampling, size: int, eos: tuple[int, ...],
+           num_ids: int | None, num_top: int = 0) -> tuple[State, Decoded]:
   """Decodes up to `limit` tokens of every active text in one loop.
 
   Args:
     keys_values: keys and values of the cache, which are overwritten. Those in `state` are not used.
     keys: [B] PRNG keys. The token after n decoded ones is drawn with fold_in(key, n).
-    count: int32 [], number of tokens decoded so far.
+    count: int32 [] or [B], number of tokens of each text decoded so far.
     active: bool [B], texts that have not ended.
     limit: number of tokens, at most `size`, which is compiled in.
     threshold: score in nats above which the loop stops before it draws the token; None for never.
     gate: source of the score; None for the entropy of the next token.
     gate_from: int32 [B], tokens that must be decoded before a text's gate may open.
     forced: int32 [size, B], tokens to take instead of drawn ones; None to draw.
+    rows: what `sampling.draw` gets: the options of each text where these differ.
     eos: ids that end a text.
     num_ids: ids from here on are never drawn, unless they end a text; None for no such ids.
+    num_top: number of the likeliest tokens to report at each place.
   """
   allowed = None
   if num_ids is not None:
@@ -166,17 +176,20 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     return (step < limit) & active.any() & ~opened.any()
 
   def body(carry: tuple) -> tuple:
-    step, cache, newest, _, logits, position, tokens, logprobs, active, _ = carry
+    step, cache, newest, _, logits, position, tokens, logprobs, top, active, _ = carry
     # The token of the step before is appended first; see `RingKVCache.pop`.
     cache = _with_batch(cache).append(*newest)
 
     # Draw the next token. A text that has ended writes a padding, with segment 0.
     if forced is None:
-      drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + step)
-      token = sample(drawn, logits, sampling, allowed)
+      drawn = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(count + step, active.shape))
+      token = sampling.draw(drawn, logits, allowed, rows)
     else:
       token = forced[step]
     logprob = logprobs_of(token, logits)
+    if num_top:
+      likeliest, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), num_top)
+      top = (top[0].at[step].set(ids.astype(jnp.int32)), top[1].at[step].set(likeliest))
     token = jnp.where(active, token, 0)
     index = jax.tree.map(lambda leaf: leaf[:, None], SlotIndex(
         token, position, active.astype(jnp.int32)))
@@ -195,23 +208,24 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
     for ending in eos:
       active = active & (token != ending)
     return (step + 1, _without_batch(cache), (fresh, index), hidden, logits, position, tokens,
-            logprobs, active, opens(step + 1, hidden, logits, active))
+            logprobs, top, active, opens(step + 1, hidden, logits, active))
 
   with nn.logical_axis_rules(model.rules):
     # The newest token leaves the cache here, and every step appends the one before.
     cache = state.cache.replace(keys=keys_values[0], values=keys_values[1])
     cache, *newest = cache.pop()
     first = jnp.zeros((), jnp.int32)
+    shape = (size, len(active))
+    top = jnp.zeros((*shape, num_top), jnp.int32), jnp.zeros((*shape, num_top))
     carry = (first, _without_batch(cache), tuple(newest), state.hidden, state.logits,
-             state.position, jnp.zeros((size, len(active)), jnp.int32),
-             jnp.zeros((size, len(active))), active,
+             state.position, jnp.zeros(shape, jnp.int32), jnp.zeros(shape), top, active,
              opens(first, state.hidden, state.logits, active))
-    steps, cache, newest, hidden, logits, position, tokens, logprobs, active, opened = (
+    steps, cache, newest, hidden, logits, position, tokens, logprobs, top, active, opened = (
         jax.lax.while_loop(continues, body, carry))
     # The loop leaves its last token out, so it is appended now.
     state = State(_with_batch(cache).append(*newest), hidden, logits, position,
                   state.lengths + position - state.position)
-    return state, Decoded(tokens, logprobs, steps, active, opened)
+    return state, Decoded(tokens, logprobs, steps, active, opened, *top)
 
 
 def _without_batch(cache: RingKVCache) -> RingKVCache:

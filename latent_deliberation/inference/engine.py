@@ -52,6 +52,7 @@ from latent_deliberation.model.layers import Quantised
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
 
+GREEDY = Sampling()
 CACHE_BUDGET = 2 * 2**30  # bytes of kv-cache that texts decoded together may take by default
 
 
@@ -191,11 +192,12 @@ class Engine:
     with self._context():
       return passes.choose(self.place(rows), chosen, other)
 
-  def decode(self, state: State, keys: Array, *, count: int, active: np.ndarray, limit: int,
-             size: int, sampling: Sampling, eos: tuple[int, ...] = (),
+  def decode(self, state: State, keys: Array, *, count: int | np.ndarray, active: np.ndarray,
+             limit: int, size: int, sampling: Sampling = GREEDY, eos: tuple[int, ...] = (),
              num_ids: int | None = None, threshold: float | None = None,
              gate: Gate | None = None, gate_from: np.ndarray | None = None,
-             forced: np.ndarray | None = None) -> tuple[State, Decoded]:
+             forced: np.ndarray | None = None, rows: PyTree = None, num_top: int = 0,
+             ) -> tuple[State, Decoded]:
     """Decodes up to `limit` tokens; the keys and values of `state` are overwritten.
 
     Args:
@@ -212,9 +214,9 @@ class Engine:
     if num_ids is not None and num_ids >= self.model.decoder.config.vocab_size:
       num_ids = None
     return self._call(
-        decode, (cache.keys, cache.values), bare, keys, np.int32(count), self.place(active),
-        np.int32(limit), threshold, gate, self.place(gate_from), forced, sampling=sampling,
-        size=size, eos=eos, num_ids=num_ids)
+        decode, (cache.keys, cache.values), bare, keys, np.asarray(count, np.int32),
+        self.place(active), np.int32(limit), threshold, gate, self.place(gate_from), forced, rows,
+        sampling=sampling, size=size, eos=eos, num_ids=num_ids, num_top=num_top)
 
   def warm_up(self, batch: int) -> None:
     """Compiles the program that makes latents for `batch` texts, before the first texts need it.

@@ -206,6 +206,25 @@ class RingKVCache:
     # Other texts also keep the tokens that they hide.
     return shown.replace(index=jax.tree.map(choose, shown.index, self.index))
 
+  def insert(self, row: Array, other: 'RingKVCache') -> 'RingKVCache':
+    """Returns the cache with the one text of `other`, a cache of the same plan, in the place `row`.
+
+    The text is turned in its rings, so that its newest token is in the slot of all newest tokens.
+    """
+    def place(kind: str, old: Array, new: Array, axis: int) -> Array:
+      tokens, latents = jnp.split(new, [self.plan.slots(kind)], axis)
+      turned = jnp.roll(tokens, self.write_index - other.write_index, axis)
+      return jax.lax.dynamic_update_slice_in_dim(
+          old, jnp.concatenate([turned, latents], axis), row, 0)
+
+    layers = [tuple(place(kind, *each, axis)
+                    for kind, *each in zip(self.plan.kinds, *arrays, strict=True))
+              for arrays, axis in (((self.keys, other.keys), _KEYS),
+                                   ((self.values, other.values), _VALUES))]
+    index = {kind: jax.tree.map(functools.partial(place, kind, axis=1), where, other.index[kind])
+             for kind, where in self.index.items()}
+    return RingKVCache(*layers, index, self.write_index, self.plan)
+
   def hide(self, positions: Array) -> 'RingKVCache':
     """Hides the tokens at `positions` [B, Z] and shows all others."""
     index = {}

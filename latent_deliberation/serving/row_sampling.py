@@ -1,0 +1,70 @@
+"""Draws of texts that are decoded together, each by options of its own, in one program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from latent_deliberation.array_types import Array, Bool, Float, Int, typed
+from latent_deliberation.inference.decode import COLDEST, HOTTEST
+
+
+@struct.dataclass
+class RowOptions:
+  """Options of each text of a batch.
+
+  Attributes:
+    temperature, top_p, min_p: see Sampling.
+    top_k: the same; 0 keeps all.
+    leader: row whose token a text takes: its own, unless it follows another text. A text that
+      follows is the same text with other latents, or none, which scores the leader's tokens.
+  """
+  temperature: Float[Array, 'B']
+  top_k: Int[Array, 'B']
+  top_p: Float[Array, 'B']
+  min_p: Float[Array, 'B']
+  leader: Int[Array, 'B']
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+  """Takes the place of `Sampling` in `decode.decode`, whose `rows` are then RowOptions."""
+
+  def draw(self, keys: Array, logits: Array, allowed: Array | None, rows: RowOptions) -> Array:
+    """See `sample_rows`."""
+    return sample_rows(keys, logits, rows, allowed)
+
+
+@typed
+def sample_rows(keys: Array, logits: Float[Array, 'B V'], rows: RowOptions,
+                allowed: Bool[Array, ' V'] | None = None) -> Int[Array, 'B']:
+  """Draws a token for each text as `decode.sample` does, each by options of its own."""
+  if allowed is not None:
+    logits = jnp.where(allowed, logits, -jnp.inf)
+  likeliest = jnp.argmax(logits, axis=-1)
+  drawn = rows.temperature >= COLDEST
+  filters = drawn & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+
+  def draw() -> Array:
+    tempered = logits / jnp.clip(rows.temperature, COLDEST, HOTTEST)[:, None]
+    # A whole vocabulary is sorted only where some text has a filter.
+    kept = jax.lax.cond(filters.any(), lambda: _filtered_rows(tempered, rows), lambda: tempered)
+    return jnp.where(drawn, jax.vmap(jax.random.categorical)(keys, kept), likeliest)
+
+  tokens = jax.lax.cond(drawn.any(), draw, lambda: likeliest)
+  return tokens.astype(jnp.int32)[rows.leader]
+
+
+def _filtered_rows(logits: Array, rows: RowOptions) -> Array:
+  """Returns tempered logits [B, V], with -inf for tokens that the text's filters drop."""
+  falling = -jnp.sort(-logits, axis=-1)
+  last = jnp.where(rows.top_k > 0, jnp.clip(rows.top_k, 1, logits.shape[-1]), logits.shape[-1]) - 1
+  falling = jnp.where(jnp.arange(logits.shape[-1]) <= last[:, None], falling, -jnp.inf)
+  probabilities = jax.nn.softmax(falling, axis=-1)
+  before = jnp.cumsum(probabilities, axis=-1) - probabilities
+  stays = ((before < rows.top_p[:, None]) | (rows.top_p >= 1)[:, None]) & (falling > -jnp.inf)
+  least = jnp.min(jnp.where(stays.at[:, 0].set(True), falling, jnp.inf), axis=-1)
+  # The logarithm of 0 drops nothing.
+  least = jnp.maximum(least, falling[:, 0] + jnp.log(rows.min_p))
+  return jnp.where(logits < least[:, None], -jnp.inf, logits)
