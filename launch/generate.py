@@ -12,12 +12,10 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app, generate
-from latent_deliberation.cli.prompts import read_prompts
+from latent_deliberation.cli.prompts import read_prompts, read_stop
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
-from latent_deliberation.inference.engine import open_engine
 from latent_deliberation.inference.policy import MIN_GAP, NEVER, SCORES, combine, open_gate
-from latent_deliberation.inference.prefix_cache import open_context
 from latent_deliberation.inference.session import DecodingOptions
 
 _DECODER = app.define_decoder(
@@ -27,6 +25,10 @@ _COPROCESSOR = app.define_directory(
     'coprocessor',
     "Work directory of a finished training, the coprocessor/ that it wrote, or 'none'. "
     'Default: none.', '')
+_EXPERT = flags.DEFINE_string(
+    'expert', '', "Expert: a name or a package, several as 'a:0.5,b:0.5', 'auto' or 'none'.")
+_STRICT = flags.DEFINE_bool(
+    'strict', False, 'End with an error where an expert cannot be attached.')
 _VOCABULARY = app.define_file(
     'vocabulary',
     "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.", '')
@@ -69,8 +71,9 @@ _COMPARE = flags.DEFINE_bool(
 
 
 def main() -> None:
-  augments = generate.check_coprocessor(_COPROCESSOR.value, at=_AT.value, every=_EVERY.value,
-                                        gate=_GATE.value, background=_BACKGROUND.value)
+  augments = generate.check_coprocessor(
+      _COPROCESSOR.value or _EXPERT.value, at=_AT.value, every=_EVERY.value, gate=_GATE.value,
+      background=_BACKGROUND.value)
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   gate = None
   if _GATE.value:
@@ -80,13 +83,12 @@ def main() -> None:
   timing = LatentTiming(None if _BACKGROUND.value else 0)
   options = DecodingOptions(_MAX_TOKENS.value, sampling, policy=policy if augments else NEVER,
                             timing=timing)
-  stop = tuple(map(generate.read_stop, _STOP.value))
+  stop = tuple(map(read_stop, _STOP.value))
   request = generate.Request(options, stop, _SEED.value, _JSON.value, _STREAM.value,
                              _COMPARE.value, _CACHE.value, _CHAT.value, _BATCH_SIZE.value)
-  engine, tokenizer = open_engine(
-      Path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value, gate)
-  context = open_context(Path(_CACHE.value), engine) if _CACHE.value else None
-  generate.answer(generate.Writer(engine, tokenizer, request, context), prompts)
+  generate.answer(generate.open_writer(
+      request, _DECODER.value, _COPROCESSOR.value, _EXPERT.value, _STRICT.value, _VOCABULARY.value,
+      _LENGTH.value, gate), prompts)
 
 
 if __name__ == '__main__':

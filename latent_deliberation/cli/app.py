@@ -67,7 +67,8 @@ def before_parsing(action: Callable[[], None]) -> None:
   _before_parsing.append(action)
 
 
-def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
+def run(job: Callable[..., None], prepare: Callable[[], None] = lambda: None,
+        takes_words: bool = False) -> None:
   """Parses the flags and runs the job.
 
   A UserError ends the process with code 1 and "Error: " and its message. Its traceback is logged
@@ -76,6 +77,7 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
   Args:
     job: the work of the script.
     prepare: called after the flags are parsed and before jax has devices.
+    takes_words: whether the job is given the arguments that are no flags; else there may be none.
   """
   # A sign that a terminal's encoding lacks must not end a run.
   for stream in (sys.stdout, sys.stderr):
@@ -84,7 +86,7 @@ def run(job: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> 
   _define_processes()
   signal.signal(signal.SIGTERM, _terminate)
   try:
-    app.run(lambda argv: _main(job, prepare, argv), flags_parser=_parse_flags)
+    app.run(lambda argv: _main(job, prepare, argv, takes_words), flags_parser=_parse_flags)
   except KeyboardInterrupt as stop:
     logging.debug('interrupted here:', exc_info=True)
     said = 'Stopped by SIGTERM.' if isinstance(stop, Terminated) else 'Interrupted.'
@@ -131,9 +133,10 @@ def _define_processes() -> None:
                        lower_bound=0)
 
 
-def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str]) -> None:
+def _main(job: Callable[..., None], prepare: Callable[[], None], argv: list[str],
+          takes_words: bool) -> None:
   """Runs the job in this process, which is one of one or several."""
-  if len(argv) > 1:
+  if len(argv) > 1 and not takes_words:
     raise app.UsageError(f'{argv[1:]} are not flags: write --name=value')
   values = flags.FLAGS
 
@@ -156,7 +159,7 @@ def _main(job: Callable[[], None], prepare: Callable[[], None], argv: list[str])
   # Every process logs. Only the first one prints.
   with contextlib.redirect_stdout(io.StringIO()) if index else contextlib.nullcontext():
     try:
-      job()
+      job(*[argv[1:]] * takes_words)
       _flush()  # here, so that `run` hears of a reader that has gone
     except (Exception, KeyboardInterrupt) as error:
       if count > 1:

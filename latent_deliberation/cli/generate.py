@@ -2,24 +2,26 @@
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
-import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from latent_deliberation.cli.prompts import Prompt, check_unicode
+from latent_deliberation.cli.prompts import WELCOME, Prompt, ask, check_unicode
 from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.inference.background import LatentSource
 from latent_deliberation.inference.conventions import Message
-from latent_deliberation.inference.engine import NONE, Engine
+from latent_deliberation.inference.engine import NONE, Engine, open_engine
 from latent_deliberation.inference.passes import State
-from latent_deliberation.inference.policy import NEVER
-from latent_deliberation.inference.prefix_cache import Context, read_after
+from latent_deliberation.inference.policy import NEVER, FittedGate
+from latent_deliberation.inference.prefix_cache import Context, open_context, read_after
 from latent_deliberation.inference.session import (
   Completion,
   DecodingOptions,
@@ -41,7 +43,6 @@ from latent_deliberation.inference.tokenizer import (
 from latent_deliberation.progress import Progress, announced
 
 _COLUMN = 46
-_WELCOME = 'Type a prompt, then Enter. Ctrl-C ends a text, and Ctrl-D leaves.'
 _NAMES = {'plain': 'plain text', 'augmented': 'text with latents'}
 
 
@@ -60,6 +61,25 @@ def check_coprocessor(coprocessor: str, **flags: object) -> bool:
     raise UserError(f'{", ".join(given)} without a --coprocessor, which makes the latents: give '
                     'one, or leave the others out')
   return coprocessor not in ('', NONE)
+
+
+def open_writer(request: 'Request', decoder: str, coprocessor: str, expert: str, strict: bool,
+                vocabulary: str, length: int, gate: FittedGate | None) -> 'Writer':
+  """Opens decoder, coprocessor or experts, and the cache that a request names.
+
+  Args:
+    expert: value of --expert; '' for none.
+    strict: whether an expert that cannot be attached is an error.
+    decoder, coprocessor, vocabulary, length, gate: see `open_engine`, which also raises.
+  """
+  if expert:
+    # Imported by name, since most prompts have no experts.
+    attached = importlib.import_module('latent_deliberation.cli.attached')
+    return attached.open_writer(request, decoder, coprocessor, expert, strict, vocabulary, length,
+                                gate)
+  engine, tokenizer = open_engine(Path(decoder), coprocessor, vocabulary, length, gate)
+  context = open_context(Path(request.cache), engine) if request.cache else None
+  return Writer(engine, tokenizer, request, context)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +147,14 @@ class Writer:
     request: the request.
     context: the cache that the request names, opened.
     history: turns of a conversation before the prompt.
+    sources: gives prompts, as text, their experts; None where there are no experts.
   """
   engine: Engine
   tokenizer: Tokenizer
   request: Request
   context: Context | None = None
   history: list[Message] = dataclasses.field(default_factory=list)
+  sources: Callable[[Sequence[str]], LatentSource] | None = None
 
   def check(self, prompts: Sequence[Prompt]) -> None:
     """Checks all prompts before the first one is decoded, and warns of typed control pieces.
@@ -162,7 +184,7 @@ class Writer:
     """
     ids = list(map(self._encode, prompts))
     completions = generate(self.engine, self._texts(ids, plain), self._decoding(plain),
-                           self._seeds(first, len(prompts)))
+                           self._seeds(first, len(prompts)), self._source(prompts))
     return list(map(self._result, prompts, ids, completions))
 
   def write_slowly(self, prompt: str, first: int = 0) -> Iterator[dict[str, Any]]:
@@ -170,7 +192,7 @@ class Writer:
     ids, said = self._encode(prompt), ''
     longest = max(map(len, self.request.stop), default=1)
     for completion, in stream(self.engine, self._texts([ids]), self._decoding(),
-                              self._seeds(first, 1)):
+                              self._seeds(first, 1), source=self._source([prompt])):
       result = self._result(prompt, ids, completion)
       if not completion.finish_reason:
         # The end may yet become another character, or be the beginning of a stop string.
@@ -191,11 +213,15 @@ class Writer:
     for found in results.values():
       tokens = [result['tokens'] for result in found]
       for name, plain in (('plain', True), ('augmented', False)):
-        scored = score(self.engine, self._texts(ids, plain), tokens, self._decoding(plain))
+        scored = score(self.engine, self._texts(ids, plain), tokens, self._decoding(plain),
+                       self._source(prompts))
         for result, completion in zip(found, scored, strict=True):
           result.setdefault('nats', {})[name] = sum(completion.logprobs)
     return [{'prompt': prompt, 'plain': one, 'augmented': other}
             for prompt, one, other in zip(prompts, *results.values(), strict=True)]
+
+  def _source(self, prompts: Sequence[str]) -> LatentSource | None:
+    return None if self.sources is None else self.sources(prompts)
 
   def _encode(self, prompt: str) -> list[int]:
     if self.request.chat:
@@ -221,12 +247,6 @@ class Writer:
     return {'prompt': prompt, 'text': text, **dataclasses.asdict(completion)}
 
 
-def read_stop(written: str) -> str:
-  r"""Returns a stop string as it was meant in a shell: \n, \t and \\ stand for one character."""
-  meanings = {'n': '\n', 't': '\t', '\\': '\\'}
-  return re.sub(r'\\([nt\\])', lambda found: meanings[found[1]], written)
-
-
 def answer(writer: Writer, prompts: Sequence[Prompt]) -> None:
   """Prints the continuations of prompts; without any, asks for one after the other.
 
@@ -238,7 +258,8 @@ def answer(writer: Writer, prompts: Sequence[Prompt]) -> None:
     writer.check(prompts)
   parts = list(batches(engine, len(prompts), 1 if request.streamed else request.batch_size))
   # In the background, latents would otherwise come too late for short texts.
-  if request.options.timing.delay is None and request.options.policy != NEVER:
+  if (request.options.timing.delay is None and request.options.policy != NEVER
+      and writer.sources is None):
     logging.info('compiling the coprocessor')
     engine.warm_up(len(prompts[parts[0]]) if prompts else 1)
   if not prompts:
@@ -314,8 +335,8 @@ def _converse(writer: Writer) -> None:
   """Answers what someone types, until the end of the input."""
   terminal = sys.stdin.isatty()
   if terminal:
-    print(_WELCOME, file=sys.stderr)
-  for text in _ask(terminal):
+    print(WELCOME, file=sys.stderr)
+  for text in ask(terminal):
     prompt = Prompt(text, 'the prompt')
     try:
       check_unicode(text, prompt.name)
@@ -333,24 +354,6 @@ def _converse(writer: Writer) -> None:
     if writer.request.chat:
       writer.history.extend([{'role': 'user', 'content': text},
                              {'role': 'assistant', 'content': result['text']}])
-
-
-def _ask(terminal: bool) -> Iterator[str]:
-  """Yields the lines that someone types, until the end of the input."""
-  while True:
-    try:
-      if terminal:
-        print('prompt> ', end='', flush=True)
-      line = sys.stdin.readline()
-    except KeyboardInterrupt:
-      if not terminal:
-        raise
-      print('\nCtrl-D leaves.', file=sys.stderr)
-      continue
-    if not line:
-      return
-    if line.strip():
-      yield line.rstrip('\n')
 
 
 def _log_latents(writer: Writer, results: Sequence[Mapping[str, Any]]) -> None:

@@ -1,12 +1,16 @@
-"""Prompts of the command line and of files, with the names that people know them by."""
+"""Prompts of the command line, of files and of a terminal, with their names for people."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import JSON_LINES, read_text
+
+WELCOME = 'Type a prompt, then Enter. Ctrl-C ends a text, and Ctrl-D leaves.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,12 @@ def _read_object(line: Prompt) -> str:
   return prompt
 
 
+def read_stop(written: str) -> str:
+  r"""Returns a stop string as it was meant in a shell: \n, \t and \\ stand for one character."""
+  meanings = {'n': '\n', 't': '\t', '\\': '\\'}
+  return re.sub(r'\\([nt\\])', lambda found: meanings[found[1]], written)
+
+
 def check_unicode(text: str, name: str) -> None:
   """Raises UserError where a text cannot be written as UTF-8."""
   try:
@@ -73,3 +83,21 @@ def check_unicode(text: str, name: str) -> None:
   except UnicodeEncodeError as error:
     raise UserError(f'{name} is {text!r}, which is not Unicode ({error.reason}): give UTF-8'
                     ) from error
+
+
+def ask(terminal: bool) -> Iterator[str]:
+  """Yields the lines that someone types, until the end of the input."""
+  while True:
+    try:
+      if terminal:
+        print('prompt> ', end='', flush=True)
+      line = sys.stdin.readline()
+    except KeyboardInterrupt:
+      if not terminal:
+        raise
+      print('\nCtrl-D leaves.', file=sys.stderr)
+      continue
+    if not line:
+      return
+    if line.strip():
+      yield line.rstrip('\n')

@@ -4,7 +4,7 @@ With `decoder_from`, the decoder exists already, and is not pretrained.
 """
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +76,10 @@ def quickstart(experiment: Experiment, workdir: Path, given: Set[str] = frozense
 def _run_phases(experiment: Experiment, workdir: Path, given: Set[str],
                 overwrite: bool) -> dict[str, Any]:
   mesh, clock = make_mesh(experiment.mesh), PhaseClock(workdir / PHASES_FILE)
-  experiment, runs = _prepare(experiment, workdir, given, overwrite, mesh, clock)
-  # Asked before the phases, which make their runs longer.
-  further = {name: run.goes_further for name, run in runs.items()}
-
-  if experiment.decoder_from:
-    decoder_dir = Path(experiment.decoder_from)
-  else:
-    with clock.phase(_DECODER, further[_DECODER]):
-      decoder_dir = pretrain(experiment, runs[_DECODER].workdir, workdir)
-  with clock.phase(_COPROCESSOR, further[_COPROCESSOR]):
-    train_coprocessor(experiment, decoder_dir, runs[_COPROCESSOR].workdir, workdir)
-  with clock.phase(_CONSTANT, further[_CONSTANT]):
-    train_coprocessor(constant_variant(experiment), decoder_dir, runs[_CONSTANT].workdir, workdir)
+  report = workdir / f'{REPORT}.json'
+  experiment, runs = prepare_phases(experiment, workdir, given, mesh, clock,
+                                    None if overwrite else report)
+  decoder_dir = train_phases(experiment, runs, workdir, clock)
   logging.info('=== evaluation')
   return evaluate(
       experiment, decoder_dir=decoder_dir, coprocessor_dir=runs[_COPROCESSOR].workdir,
@@ -97,9 +88,14 @@ def _run_phases(experiment: Experiment, workdir: Path, given: Set[str],
       overwrite=True)
 
 
-def _prepare(experiment: Experiment, workdir: Path, given: Set[str], overwrite: bool, mesh: Mesh,
-             clock: PhaseClock) -> tuple[Experiment, dict[str, Run]]:
+def prepare_phases(experiment: Experiment, workdir: Path, given: Set[str], mesh: Mesh,
+                   clock: PhaseClock, report: Path | None = None,
+                   ) -> tuple[Experiment, dict[str, Run]]:
   """Prepares the data and checks all phases, before the first one begins.
+
+  Args:
+    experiment, workdir, given: see `quickstart`.
+    report: report that must be of the same settings if it is there; None for none.
 
   Returns: the experiment with sizes for its text, and the runs by the names of their phases.
   """
@@ -108,8 +104,8 @@ def _prepare(experiment: Experiment, workdir: Path, given: Set[str], overwrite: 
     chosen = {}  # trained before sizes followed from the text
   choices = fit_to_text(experiment, given) if chosen is None else chosen
   experiment = with_choices(experiment, choices)
-  runs, report = check_phases(experiment, workdir, mesh), workdir / f'{REPORT}.json'
-  if report.exists() and not overwrite:
+  runs = check_phases(experiment, workdir, mesh)
+  if report is not None and report.exists():
     check_same_settings(report, experiment, WITHOUT_EFFECT)
   checkpoint = None
   if experiment.decoder_from:
@@ -128,6 +124,31 @@ def _prepare(experiment: Experiment, workdir: Path, given: Set[str], overwrite: 
       check_rows_vocabulary(held_out.rows, checkpoint)
   write_choices(workdir, 'quickstart', dataclasses.asdict(experiment), choices)
   return experiment, runs
+
+
+def train_phases(experiment: Experiment, runs: Mapping[str, Run], workdir: Path,
+                 clock: PhaseClock) -> Path:
+  """Trains the decoder, if none exists, the coprocessor and the constant soft tokens.
+
+  Args:
+    experiment, runs: see `prepare_phases`.
+    workdir: directory of prepared data.
+    clock: takes the time of each phase.
+
+  Returns: the directory of the decoder.
+  """
+  # Asked before the phases, which make their runs longer.
+  further = {name: run.goes_further for name, run in runs.items()}
+  if experiment.decoder_from:
+    decoder_dir = Path(experiment.decoder_from)
+  else:
+    with clock.phase(_DECODER, further[_DECODER]):
+      decoder_dir = pretrain(experiment, runs[_DECODER].workdir, workdir)
+  with clock.phase(_COPROCESSOR, further[_COPROCESSOR]):
+    train_coprocessor(experiment, decoder_dir, runs[_COPROCESSOR].workdir, workdir)
+  with clock.phase(_CONSTANT, further[_CONSTANT]):
+    train_coprocessor(constant_variant(experiment), decoder_dir, runs[_CONSTANT].workdir, workdir)
+  return decoder_dir
 
 
 def check_phases(experiment: Experiment, workdir: Path, mesh: Mesh) -> dict[str, Run]:

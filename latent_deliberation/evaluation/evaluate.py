@@ -97,17 +97,13 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
                       'the comparison favours the longer training', *steps)
   curves = _read_training(runs or {'coprocessor': coprocessor_dir.parent})
 
-  # Score every arm. Constant soft tokens have weights of their own, and so a pass of their own.
   decoder_params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
   params, soft_tokens = _load_trained(
       (coprocessor_dir, constant_dir), decoder_fingerprint, experiment, mesh)
-  arms = score_traces(experiment, (FROZEN, OWN, 'shuffled', 'zero'), params, decoder_params,
-                      held_out.batches, mesh)
+  arms = score_arms(experiment, params, soft_tokens, decoder_params, held_out.batches, mesh)
   counts = {'frozen decoder': count_parameters(decoder_params),
             'coprocessor': count_parameters(params)}
   if constant_dir:
-    arms['constant'] = score_traces(constant_experiment, (OWN,), soft_tokens, decoder_params,
-                                    held_out.batches, mesh)[OWN]
     counts['constant soft tokens'] = count_parameters(soft_tokens)
 
   # Summarise and write.
@@ -228,6 +224,23 @@ def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params,
       first_anchor=first_anchor)
   placed = place_batches(batches, ', '.join(arms), mesh, experiment.rules)
   return score_texts(scorer, params, decoder_params, placed)
+
+
+def score_arms(experiment: Experiment, params: Params, soft_tokens: Params | None,
+               decoder_params: Params, batches: list[Batch], mesh: Mesh) -> dict[str, AheadNLL]:
+  """Scores a coprocessor and all its controls on the same traces.
+
+  Args:
+    params: parameters of the coprocessor.
+    soft_tokens: parameters of constant soft tokens; None leaves them out.
+  """
+  arms = score_traces(experiment, (FROZEN, OWN, 'shuffled', 'zero'), params, decoder_params,
+                      batches, mesh)
+  # Constant soft tokens have weights of their own, and so a pass of their own.
+  if soft_tokens is not None:
+    arms['constant'] = score_traces(constant_variant(experiment), (OWN,), soft_tokens,
+                                    decoder_params, batches, mesh)[OWN]
+  return arms
 
 
 def place_batches(batches: list[Batch], arms: str, mesh: Mesh,

@@ -176,7 +176,8 @@ class Experts:
     if form != 'refining' and list(weights.values()) != [1.0]:
       raise UserError(f'expert = {choice!r:.80}: only refining latents have weights and add up, '
                       f'and these experts have {form} latents: give one name')
-    return dict(weights)
+    # A weight of zero is no expert, so it leaves no bit.
+    return {name: weight for name, weight in weights.items() if weight}
 
   def source(self, choices: Sequence[Choice], texts: Sequence[str] = ()) -> 'ExpertSource':
     """Returns the source of latents for one batch, for `session.stream` and its callers.
@@ -222,10 +223,13 @@ class Experts:
     if not isinstance(self._router, str):
       return self._router
     if self._made_router is None:
-      self._made_router = make_router(self._router, {
-          name: Known(each.card, each.routing, each.weights)
-          for name, each in self._attached.items()})
+      self._made_router = make_router(self._router, self.known())
     return self._made_router
+
+  def known(self) -> dict[str, Known]:
+    """Returns what routers may know of the experts that are attached now."""
+    return {name: Known(each.card, each.routing, each.model, each.weights)
+            for name, each in self._attached.items()}
 
   def augment(self, state: State, mixes: Sequence[Mix]) -> Augmentation:
     """Makes latents for the end of every text; those of texts without an expert mean nothing.

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from latent_deliberation.errors import UserError, check_integer, check_types
@@ -58,6 +58,7 @@ class Card:
     check_types(self)
     object.__setattr__(self, 'keywords', tuple(self.keywords))
     check_name(self.name)
+    _check_printable(dataclasses.asdict(self), 'the card')
     for key in ('name', 'fingerprint'):
       if not isinstance(self.base.get(key), str):
         raise UserError(f'base.{key} = {self.base.get(key)!r}: give a text')
@@ -106,6 +107,20 @@ def check_name(name: str) -> None:
   if not _NAME.fullmatch(name) or name in (AUTO, NONE) or '..' in name:
     raise UserError(f'name = {name!r:.80}: give up to 64 small letters, digits, and - . _ between '
                     f'them, and neither {AUTO} nor {NONE}')
+
+
+def _check_printable(value: Any, where: str) -> None:
+  """Raises UserError where a text could do more in a terminal than be read."""
+  if isinstance(value, Mapping):
+    for key, inner in value.items():
+      _check_printable(key, where)
+      _check_printable(inner, where)
+  elif isinstance(value, list | tuple):
+    for inner in value:
+      _check_printable(inner, where)
+  elif isinstance(value, str) and not value.isprintable():
+    raise UserError(f'{where} has a text with signs that cannot be printed, {value!r:.80}: leave '
+                    'them out')
 
 
 def split_address(written: str) -> tuple[str, str]:
@@ -163,21 +178,28 @@ def render(card: Card) -> str:
       ('address', f'`{card.address}`'),
       ('decoder', f'{card.base["name"]}, weights `{card.base["fingerprint"]}`'),
       ('latents', f'{latents.get("number")} {latents.get("form")}, by {latents.get("trainable")} '
-                  f'with {latents.get("parameters", 0):,} trained weights'),
+                  f'with {_count(latents.get("parameters"))} trained weights'),
       ('licence', card.licence or 'not stated'),
       *((key, str(recipe[key])) for key in ('steps', 'seed', 'machine', 'git_commit', 'command')
         if recipe.get(key) not in (None, '')),
-      *((f'{key} text', _describe_text(recipe[key])) for key in ('text', GENERAL)
+      *((label, _describe_text(recipe[key])) for key, label in (
+          ('text', 'own text'), (GENERAL, 'general text'))
         if isinstance(recipe.get(key), Mapping))]
   seconds = recipe.get('seconds')
   if isinstance(seconds, Mapping):
     facts.append(('time', ', '.join(f'{name} {format_duration(value)}'
-                                    for name, value in seconds.items())))
+                                    for name, value in seconds.items()
+                                    if isinstance(value, int | float) and 0 <= value < 2**53)))
   parts = [title, summary, _tables(card), '## Facts',
            markdown_table(['what', 'value'], facts, '---'), '## Use it', _usage(card)]
   if card.keywords:
     parts += ['## Words of its text', ', '.join(card.keywords[:40])]
   return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def _count(value: Any) -> str:
+  """Returns a number with commas; a card that nobody vouches for may have anything there."""
+  return f'{value:,}' if isinstance(value, int) else '?'
 
 
 def _describe_text(text: Mapping[str, Any]) -> str:
@@ -187,16 +209,14 @@ def _describe_text(text: Mapping[str, Any]) -> str:
 
 def _tables(card: Card) -> str:
   """Returns a table of nats saved by text and arm, and its legend."""
-  arms = [arm for arm in LABELS if any(
-      isinstance(scores, Mapping) and arm in scores.get('gain', {})
-      for scores in card.scores.values())]
-  rows = []
-  for name, scores in card.scores.items():
-    cells = [format_gain(scores, arm) for arm in arms]
-    rows.append([name, f'{scores.get("texts", 0):,}', *cells])
+  tables = {name: scores for name, scores in card.scores.items()
+            if isinstance(scores, Mapping) and isinstance(scores.get('gain'), Mapping)}
+  arms = [arm for arm in LABELS if any(arm in scores['gain'] for scores in tables.values())]
+  rows = [[name, _count(scores.get('texts')), *(format_gain(scores, arm) for arm in arms)]
+          for name, scores in tables.items()]
   if not rows:
     return 'Nothing was measured.'
-  ahead = next(iter(card.scores.values())).get('num_ahead')
+  ahead = next(iter(tables.values())).get('num_ahead')
   return '\n\n'.join([
       markdown_table(['held-out text', 'texts', *(LABELS[arm] for arm in arms)], rows),
       f'Nats that latents save at a place, summed over the next {ahead} tokens, with 95% '
@@ -220,11 +240,3 @@ def _usage(card: Card) -> str:
       '```bash', f'python launch/experts.py add SOURCE/{card.address}',
       f'python launch/generate.py --decoder={card.base["name"]} --expert={card.name} --compare',
       '```'])
-
-
-def shown(cards: Sequence[Card]) -> list[list[str]]:
-  """Returns a row for each card: name, fingerprint, decoder, gains, size, description."""
-  return [[card.name, card.fingerprint, card.base['name'], format_gain(card.scores.get(card.name)),
-           format_gain(card.scores.get(GENERAL)),
-           f'{sum(entry["bytes"] for entry in card.files.values()) / 2**20:.1f} MiB',
-           card.description] for card in cards]

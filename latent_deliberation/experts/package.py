@@ -1,10 +1,11 @@
 """The package of an expert: a directory of files that are all checked before one is believed.
 
-  expert.json, README.md                     the card, for programs and for people
-  coprocessor.json, coprocessor.safetensors  the coprocessor, as launch/train.py writes it
-  routing.safetensors                        centroid and gain head, by which routers choose
-  sample.safetensors                         held-out rows, on which the scores are measured again
-  scores.png                                 the scores, drawn
+  expert.json, README.md  the card, for programs and for people
+  coprocessor/            the coprocessor: coprocessor.json and coprocessor.safetensors, as
+                          launch/train.py writes them
+  routing.safetensors     centroid and gain head, by which routers choose
+  sample.safetensors      held-out rows, on which the scores are measured again
+  scores.png              the scores, drawn
 
 Nothing in a package is executed or unpickled. Names, kinds and sizes of files are checked first,
 then their hashes, then the headers of safetensors files, and then numbers.
@@ -13,7 +14,6 @@ then their hashes, then the headers of safetensors files, and then numbers.
 import dataclasses
 import hashlib
 import json
-import os
 import stat
 import struct
 from collections.abc import Mapping, Sequence
@@ -35,13 +35,15 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import Card, from_json, render, to_json
 from latent_deliberation.files import is_stray, whole_directory
+from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.progress import Progress
 
 CARD, README, PICTURE = 'expert.json', 'README.md', 'scores.png'
-WEIGHTS, ROUTING, SAMPLE = 'coprocessor.safetensors', 'routing.safetensors', 'sample.safetensors'
+ROUTING, SAMPLE = 'routing.safetensors', 'sample.safetensors'
+WEIGHTS, ABOUT = f'{COPROCESSOR}/coprocessor.safetensors', f'{COPROCESSOR}/{DESCRIPTION}'
 # Every file that a package may have besides its card, with the largest size that is believed.
-MOST_BYTES = {DESCRIPTION: 2**18, WEIGHTS: 2**36, ROUTING: 2**26, SAMPLE: 2**26, PICTURE: 2**24}
-NEEDED = (DESCRIPTION, WEIGHTS)
+MOST_BYTES = {ABOUT: 2**18, WEIGHTS: 2**36, ROUTING: 2**26, SAMPLE: 2**26, PICTURE: 2**24}
+NEEDED = (ABOUT, WEIGHTS)
 CARD_BYTES = 2**21
 _HEADER_BYTES = 2**23  # of a safetensors file
 # Dtypes of tensors, as safetensors writes them.
@@ -126,8 +128,12 @@ def check_package(directory: Path) -> Card:
   card = read_card(directory)
   check_names(card, str(directory))
   # Nothing may lie there that the card does not list, since readers prefer some names to others.
-  found = {entry.name for entry in os.scandir(directory) if not is_stray(entry.name)}
-  extra = sorted(found - {CARD, README} - set(card.files))
+  if (directory / COPROCESSOR).is_symlink():
+    raise UserError(f'{directory / COPROCESSOR} is a link: add the expert again')
+  found = {path.relative_to(directory).as_posix()
+           for folder in (directory, directory / COPROCESSOR) if folder.is_dir()
+           for path in folder.iterdir() if not is_stray(path.name)}
+  extra = sorted(found - {CARD, README, COPROCESSOR} - set(card.files))
   if extra:
     raise UserError(f'{directory} holds {extra[:8]}, which its card does not list: remove them, or '
                     'add the expert again')
@@ -214,7 +220,7 @@ def load_package(directory: Path) -> Expert:
     UserError: see `check_package`; card and coprocessor differ; or a weight is not finite.
   """
   card = check_package(directory)
-  coprocessor = coprocessor_checkpoint.load(directory)
+  coprocessor = coprocessor_checkpoint.load(directory / COPROCESSOR)
   check_agreement(card, coprocessor, str(directory))
   if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(coprocessor.params)):
     raise UserError(f'{directory / WEIGHTS} holds weights that are not finite: do not use this '
@@ -231,7 +237,7 @@ def check_agreement(card: Card, description: Description, where: str) -> None:
       ('latents.number', card.latents.get('number'), config.num_latents),
       ('latents.form', card.latents.get('form'), config.latents)):
     if said != is_so:
-      raise UserError(f'{where}: its card has {name} = {said!r}, but {DESCRIPTION} has {is_so!r}: '
+      raise UserError(f'{where}: its card has {name} = {said!r}, but {ABOUT} has {is_so!r}: '
                       'do not use this package')
 
 
@@ -307,11 +313,7 @@ def write_package(directory: Path, card: Card, coprocessor: CoprocessorCheckpoin
   """
   check_agreement(card, coprocessor, str(directory))
   with whole_directory(directory) as partial:
-    # A directory inside, since the checkpoint has its own way to be whole.
-    coprocessor_checkpoint.save(partial / 'checkpoint', coprocessor, MOST_BYTES[WEIGHTS])
-    for path in (partial / 'checkpoint').iterdir():
-      path.rename(partial / path.name)
-    (partial / 'checkpoint').rmdir()
+    coprocessor_checkpoint.save(partial / COPROCESSOR, coprocessor, MOST_BYTES[WEIGHTS])
     if routing is not None:
       _save(partial / ROUTING, {
           name: np.atleast_1d(np.asarray(value, np.float32))
@@ -321,8 +323,9 @@ def write_package(directory: Path, card: Card, coprocessor: CoprocessorCheckpoin
                                for name, parts in sample.items() for part, array in parts.items()})
     if picture is not None:
       (partial / PICTURE).write_bytes(picture)
-    files = {path.name: {'bytes': path.stat().st_size, 'sha256': sha256_of(path)}
-             for path in sorted(partial.iterdir())}
+    files = {path.relative_to(partial).as_posix(): {
+        'bytes': path.stat().st_size, 'sha256': sha256_of(path)}
+             for path in sorted(partial.rglob('*')) if path.is_file()}
     card = dataclasses.replace(card, files=files)
     check_names(card, str(directory))
     write_card(partial, card)

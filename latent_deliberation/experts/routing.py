@@ -6,22 +6,31 @@ none where no score is above zero. `ROUTERS` lists them, from the simplest on:
   bm25      words of the prompt that the expert's card has as keywords; needs no model
   centroid  the decoder's final hidden state at the end of the prompt, near the expert's mean
   gain      nats that the expert is predicted to save, by a linear head on the same state
-  arrow     the same text's inputs to each layer, along what the expert's adapters amplify most;
-            needs no data, and never says none
+  arrow     inputs of each layer, along the direction that the expert's adapters amplify most
+            (Ostapenko et al. 2024); needs no data, and never says none
 """
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
+from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import Card
 from latent_deliberation.experts.package import Routing
-from latent_deliberation.inference.passes import State, Weights
+from latent_deliberation.inference import passes
+from latent_deliberation.inference.passes import Layers, Model, State, Weights
+from latent_deliberation.model.attention import AttentionMaskSpec
+from latent_deliberation.model.layers import RMSNorm
+from latent_deliberation.model.transformer import Block, layer_traits
 
 _WORD = re.compile(r'[^\W\d_]{3,}')  # three letters or more
 
@@ -45,7 +54,8 @@ class Known:
   """What routers may know of an expert; None for what its package lacks."""
   card: Card | None
   routing: Routing | None
-  weights: Weights | None
+  model: Model | None = None
+  weights: Weights | None = None
 
 
 class Router(Protocol):
@@ -139,12 +149,85 @@ class GainRouter:
     return _stack(columns, len(query.hidden))
 
 
+class ArrowRouter:
+  """Arrow, for one choice a text: how much the inputs of layers point along an expert's prototypes.
+
+  The prototype of a layer is the direction of its input that the adapters of queries, keys and
+  values together amplify most: the first singular vector of their product. The decoder reads the
+  last tokens once more, for what its layers are given, which costs about a decoded token.
+  """
+
+  def __init__(self, experts: Mapping[str, Known]):
+    usable = {name: known for name, known in experts.items()
+              if known.weights is not None and known.weights.coprocessor_layers is not None
+              and 'lora' in known.weights.coprocessor_layers.blocks[-1]}
+    self.names = list(experts)
+    self._columns = [self.names.index(name) for name in usable]
+    self._prototypes = self._known = None
+    if usable:
+      self._known = next(iter(usable.values()))
+      self._prototypes = jnp.stack([_prototypes(known.weights.coprocessor_layers)
+                                    for known in usable.values()])
+
+  def scores(self, query: Query) -> np.ndarray:
+    """Returns the mean cosine, without its sign, over layers and tokens; from 0 to 1."""
+    scores = np.full((len(query.hidden), len(self.names)), -np.inf)
+    if self._known is not None:
+      scores[:, self._columns] = _along(self._known.model, self._known.weights, query.state,
+                                        self._prototypes)
+    return scores
+
+
+def _prototypes(layers: Layers) -> Array:
+  """Returns the first singular vector [L, D] of the adapters of each layer; 0 where it has none."""
+  found = []
+  for block in layers.blocks:
+    adapters = [block['lora']['attention'][name] for name in ('query', 'key', 'value')
+                ] if 'lora' in block else []
+    width = layers.final_norm['scale'].shape[0]
+    if not adapters:
+      found.append(jnp.zeros(width))
+      continue
+    # The vectors are in the span of all A, which is thin.
+    basis, _ = jnp.linalg.qr(jnp.concatenate([each['a'] for each in adapters], axis=1))
+    product = jnp.concatenate([
+        basis.T @ each['a'] @ each['b'].reshape(len(each['b']), -1) for each in adapters], axis=1)
+    found.append(basis @ jnp.linalg.svd(product, full_matrices=False)[0][:, 0])
+  return jnp.stack(found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _along(model: Model, weights: Weights, state: State, prototypes: Array) -> Array:
+  """Returns [B, E], the mean cosine of inputs of layers with prototypes [E, L, D]."""
+  config, count = model.decoder.config, model.coprocessor.config.num_latents
+  with nn.logical_axis_rules(model.rules):
+    newest = state.cache.newest(count)
+    cache = state.cache.hide(jnp.where(newest.segments > 0, newest.positions, -1))
+    # As in `passes.run`, but for the inputs of each layer.
+    x = passes.embed(model, weights, newest.tokens)[:, None]
+    mask_spec = AttentionMaskSpec(newest.segments[:, None],
+                                  jnp.full((len(x), 1), np.iinfo(np.int32).max))
+    traits, found = layer_traits(config), []
+    norm = RMSNorm(config.norm_epsilon, config.norm_offset)
+    skipped = config.num_layers - prototypes.shape[1]
+    for number, block in enumerate(weights.layers.blocks):
+      inputs = norm.apply({'params': block['params']['attention_in']}, x).astype(jnp.float32)
+      inputs = inputs[:, 0] / (jnp.linalg.norm(inputs[:, 0], axis=-1, keepdims=True) + 1e-12)
+      if number >= skipped:
+        found.append(jnp.abs(jnp.einsum('BZD,ED->BZE', inputs, prototypes[:, number - skipped])))
+      layer = jax.tree.map(lambda leaf: leaf[number], traits)  # noqa: B023
+      x, _ = Block(config).apply(block, x, (layer, cache.layer(number)),
+                                 newest.positions[:, None], mask_spec)
+    seen = (newest.segments > 0)[None, :, :, None]
+    return jnp.mean(jnp.stack(found), axis=(0, 2), where=seen)
+
+
 def _stack(columns: Sequence[np.ndarray], rows: int) -> np.ndarray:
   return np.stack(columns, axis=1) if columns else np.zeros((rows, 0))
 
 
 ROUTERS: Mapping[str, Callable[[Mapping[str, Known]], Router]] = {
-    'bm25': KeywordRouter, 'centroid': CentroidRouter, 'gain': GainRouter}
+    'bm25': KeywordRouter, 'centroid': CentroidRouter, 'gain': GainRouter, 'arrow': ArrowRouter}
 
 
 def make_router(name: str, experts: Mapping[str, Known]) -> Router:

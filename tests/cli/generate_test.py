@@ -18,9 +18,8 @@ from latent_deliberation.cli.generate import (
   Writer,
   answer,
   check_coprocessor,
-  read_stop,
 )
-from latent_deliberation.cli.prompts import Prompt, read_prompts
+from latent_deliberation.cli.prompts import Prompt, read_prompts, read_stop
 from latent_deliberation.data.vocabularies import ByteVocabulary
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference.background import LatentTiming

@@ -124,10 +124,11 @@ def test_weights_add_up(trio, monkeypatch):
 
 
 def test_weight_zero_is_the_plain_decoder(trio):
-  """Latents with a weight of zero are the embeddings of their base tokens."""
+  """A weight of zero leaves no bit, and tiny ones little: latents are then the base tokens."""
   plain = generate(trio.engine, PROMPTS, decoding(NEVER))
-  for one, other in zip(decoded(trio, [{'stars': 0.0}] * 3), plain, strict=True):
-    assert one.tokens == other.tokens
+  assert_same(decoded(trio, [{'stars': 0.0}] * 3), plain)
+  for one, other in zip(decoded(trio, [{'stars': 1e-9}] * 3), plain, strict=True):
+    assert one.tokens == other.tokens and one.latents_at == [0]
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=5e-5)
 
 

@@ -1,0 +1,113 @@
+"""--expert of the command line: which experts to attach, and which each prompt gets."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from latent_deliberation.api import load_decoder
+from latent_deliberation.cli.generate import Request, Writer
+from latent_deliberation.errors import UserError
+from latent_deliberation.experts.added import added_directory, list_added, locate
+from latent_deliberation.experts.attach import Choice, Experts
+from latent_deliberation.experts.card import AUTO, NONE
+from latent_deliberation.experts.package import read_card
+from latent_deliberation.experts.routing import ROUTERS
+from latent_deliberation.inference.background import LatentSource
+from latent_deliberation.inference.engine import LoadedDecoder
+from latent_deliberation.inference.policy import FittedGate
+
+
+def parse_expert(written: str) -> tuple[Choice, str]:
+  """Returns what --expert asks for, with packages as they were written, and the router's name.
+
+  Args:
+    written: 'none'; 'auto', or 'auto:ROUTER'; or packages with commas, each with ':WEIGHT' or not.
+
+  Raises:
+    UserError: it is malformed.
+  """
+  if written == NONE:
+    return None, ''
+  word, _, router = written.partition(':')
+  if word == AUTO:
+    if router and router not in ROUTERS:
+      raise UserError(f'--expert={written}: choose one of {[f"auto:{name}" for name in ROUTERS]}')
+    return AUTO, router or 'gain'
+  mix = {}
+  for part in filter(None, map(str.strip, written.split(','))):
+    found = re.fullmatch(r'(.+?)(?::(-?\d+(?:\.\d*)?(?:e-?\d+)?))?', part)
+    package, weight = found[1], float(found[2] or 1)
+    if package in mix:
+      raise UserError(f'--expert={written}: {package} is there twice: give one weight for it')
+    mix[package] = weight
+  if not mix:
+    raise UserError(f"--expert={written}: give a name, a package, 'a:0.5,b:0.5', 'auto' or 'none'")
+  return mix, ''
+
+
+def attach_named(decoder: LoadedDecoder, packages: Sequence[str], *, length: int, strict: bool,
+                 router: str = 'gain') -> tuple[Experts, dict[str, str]]:
+  """Attaches packages by name or directory; returns the experts, and package -> name.
+
+  Raises:
+    UserError: two packages have one name; with `strict`, one cannot be attached.
+  """
+  experts = Experts(decoder, {}, length=length, strict=strict, router=router)
+  names: dict[str, str] = {}
+  for package in packages:
+    try:
+      directory = locate(package, added_directory())
+      name = read_card(directory).name
+    except UserError as error:
+      if strict:
+        raise
+      logging.warning('No latents of the expert %r: %s. The decoder continues without them.',
+                      package, error)
+      continue
+    if experts.attach(name, directory):
+      names[package] = name
+  return experts, names
+
+
+def fitting(decoder_fingerprint: str) -> list[str]:
+  """Returns the directories of the added experts of a decoder; of several with one name, the last.
+
+  Raises:
+    UserError: there are none.
+  """
+  directory = added_directory()
+  found = {card.name: str(path) for card, path in list_added(directory)
+           if card.base['fingerprint'] == decoder_fingerprint}
+  if not found:
+    raise UserError(f'--expert=auto: {directory} has no expert of this decoder: add some with '
+                    'launch/experts.py add')
+  return list(found.values())
+
+
+def open_writer(request: Request, decoder: str, coprocessor: str, expert: str, strict: bool,
+                vocabulary: str, length: int, gate: FittedGate | None) -> Writer:
+  """Returns a writer with experts; see `generate.open_writer`."""
+  if coprocessor not in ('', NONE):
+    raise UserError(f'--coprocessor={coprocessor} and --expert={expert}: give one of the two')
+  if request.cache:
+    raise UserError(f'--cache={request.cache} has the latents of a coprocessor, and --expert makes '
+                    'others: leave one of them out')
+  choice, router = parse_expert(expert)
+  loaded = load_decoder(Path(decoder), vocabulary=vocabulary)
+  if gate is not None:
+    gate.check_decoder(loaded.fingerprint)
+  packages = fitting(loaded.fingerprint) if choice == AUTO else list(choice or ())
+  experts, names = attach_named(loaded, packages, length=length, strict=strict,
+                                router=router or 'gain')
+  if choice not in (None, AUTO):
+    # Without one of several, the text is the plain decoder's.
+    choice = {names[package]: weight for package, weight in choice.items() if package in names
+              } if len(names) == len(packages) else None
+
+  def sources(prompts: Sequence[str]) -> LatentSource:
+    return experts.source([choice] * len(prompts), prompts)
+
+  sources(['x'])  # a mix that does not add up is noticed now
+  return Writer(experts.engine, loaded.tokenizer, request, sources=sources)

@@ -1,0 +1,271 @@
+"""The commands of launch/experts.py but for train: the marketplace, and routers."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from absl import logging
+
+from latent_deliberation.api import load_decoder
+from latent_deliberation.cli.attached import attach_named
+from latent_deliberation.errors import UserError
+from latent_deliberation.experts.added import (
+  add,
+  added_directory,
+  index_of,
+  list_added,
+  locate,
+  remove,
+)
+from latent_deliberation.experts.attach import Experts
+from latent_deliberation.experts.card import NONE, render
+from latent_deliberation.experts.index import COLUMNS, Entry, publish, read_index, search
+from latent_deliberation.experts.package import read_card
+from latent_deliberation.experts.router_trial import (
+  format_trial,
+  judge_pairs,
+  judge_routers,
+  plot_trial,
+)
+from latent_deliberation.experts.routing import ROUTERS, Query, choose, make_router
+from latent_deliberation.experts.texts import Cut, CutSizes, cut_documents, documents_of
+from latent_deliberation.experts.trial import (
+  compare_experts,
+  format_comparison,
+  plot_comparison,
+  try_mixes,
+)
+from latent_deliberation.experts.verifying import verify
+from latent_deliberation.files import check_free, make_writable, write_json, write_whole
+from latent_deliberation.inference.engine import LoadedDecoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Flags of launch/experts.py that these commands read; see its --help.
+
+  Attributes are the flags.
+  """
+  decoder: str = ''
+  index: str = ''
+  text: str = ''
+  domain: tuple[str, ...] = ()
+  pair: tuple[str, ...] = ()
+  router: tuple[str, ...] = ()
+  output: str = ''
+  prompts: int = 64
+  batch_size: int = 8
+  length: int = 512
+  scores: bool = False
+  force: bool = False
+  overwrite: bool = False
+
+
+def run(command: str, words: Sequence[str], options: Options) -> None:
+  """Runs a command with its words.
+
+  Raises:
+    UserError: there is no such command, or it needs other words or flags.
+  """
+  if command not in COMMANDS:
+    raise UserError(f'{command or "no command"}: give one of train, {", ".join(COMMANDS)}')
+  COMMANDS[command](list(words), options)
+
+
+def _only(words: list[str], what: str) -> str:
+  if len(words) != 1:
+    raise UserError(f'{words}: give one {what}')
+  return words[0]
+
+
+# --- The marketplace ---
+
+
+def _list(words: list[str], options: Options) -> None:
+  if words:
+    raise UserError(f'{words}: list takes no words; search does')
+  _print_entries(_entries(options), options)
+
+
+def _search(words: list[str], options: Options) -> None:
+  if not words:
+    raise UserError('search: give words')
+  _print_entries(search(_entries(options), words), options)
+
+
+def _entries(options: Options) -> list[Entry]:
+  return read_index(options.index) if options.index else index_of(added_directory())
+
+
+def _print_entries(entries: Sequence[Entry], options: Options) -> None:
+  if not entries:
+    print(f'No expert in {options.index or added_directory()}.')
+    return
+  rows = [COLUMNS, *(entry.row for entry in entries)]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  for row in rows:
+    print('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _show(words: list[str], options: Options) -> None:
+  name = _only(words, 'expert, as a name or a directory')
+  if options.index:
+    raise UserError('show reads added experts: add it first, or open its README.md in the index')
+  directory = locate(name, added_directory())
+  print(render(read_card(directory)) + f'\nPackage: {directory}')
+
+
+def _add(words: list[str], options: Options) -> None:
+  card, directory = add(_only(words, 'address of an expert'), added_directory(), options.index)
+  print(f'{card.address} is in {directory}\nNext: python launch/generate.py '
+        f'--decoder={options.decoder or card.base["name"]} --expert={card.name} --compare')
+
+
+def _verify(words: list[str], options: Options) -> None:
+  directory = locate(_only(words, 'expert, as a name or a directory'), added_directory())
+  decoder = load_decoder(options.decoder) if options.decoder else None
+  failed = 0
+  for check in verify(directory, decoder, options.decoder, options.scores):
+    print(check, flush=True)
+    failed += check.passed is False
+  if failed:
+    raise UserError(f'{directory}: {failed} checks failed; do not use it')
+
+
+def _remove(words: list[str], options: Options) -> None:
+  print(f'{remove(_only(words, "expert"), added_directory())} is removed.')
+
+
+def _publish(words: list[str], options: Options) -> None:
+  if not options.index:
+    raise UserError('publish: give --index=FOLDER')
+  card = publish(Path(_only(words, 'directory of a package')), Path(options.index), options.force)
+  print(f'{card.address} is listed in {options.index}.')
+
+
+# --- On text ---
+
+
+def _open(words: Sequence[str], options: Options) -> tuple[LoadedDecoder, Experts]:
+  """Loads the decoder and attaches experts: those named, or all that were added for it."""
+  decoder = _load(options)
+  packages = list(words) or [str(path) for card, path in list_added(added_directory())
+                             if card.base['fingerprint'] == decoder.fingerprint]
+  experts, _ = attach_named(decoder, packages, length=options.length, strict=True)
+  if not experts.names:
+    raise UserError('no experts: name some, or add some for this decoder')
+  return decoder, experts
+
+
+def _load(options: Options) -> LoadedDecoder:
+  if not options.decoder:
+    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
+  return load_decoder(options.decoder)
+
+
+def _check_output(options: Options) -> Path | None:
+  if not options.output:
+    return None
+  output = Path(options.output)
+  if output.suffix != '.json':
+    raise UserError(f'--output={output}: give a path that ends in .json; a table and a picture go '
+                    'beside it')
+  check_free([output.with_suffix(end) for end in ('.json', '.md', '.png')], options.overwrite)
+  make_writable(output.absolute().parent)
+  return output
+
+
+def _compare(words: list[str], options: Options) -> None:
+  if not options.text:
+    raise UserError('compare: give --text, the text to compare experts on')
+  output = _check_output(options)
+  documents = documents_of(options.text)
+  decoder, experts = _open(words, options)
+  cuts = cut_documents('text', documents, decoder.tokenizer, CutSizes(count=options.prompts))
+  trial = try_mixes(experts, cuts, {name: {name: 1.0} for name in experts.names},
+                    batch_size=options.batch_size)
+  result = compare_experts(trial)
+  page = format_comparison(result)
+  print(page)
+  if output is not None:
+    write_json(output, result)
+    write_whole(output.with_suffix('.md'), page.encode() + b'\n')
+    plot_comparison(result, output.with_suffix('.png'))
+
+
+def _route(words: list[str], options: Options) -> None:
+  if not options.text:
+    raise UserError('route: give --text, the prompt to route or a file with it')
+  prompt = options.text
+  if len(prompt) < 4096 and Path(prompt).is_file():
+    prompt = documents_of(prompt)[0]
+  decoder, experts = _open(words, options)
+  ids = decoder.tokenizer.encode(prompt)[:options.length - 8]
+  state = experts.engine.read([ids])
+  query = Query([prompt], state.hidden, state)
+  for name in options.router or ROUTERS:
+    router = make_router(name, experts.known())
+    scores = router.scores(query)
+    chosen, = choose(router, scores)
+    shown = ', '.join(f'{expert} {score:+.3f}' for score, expert in sorted(
+        zip(scores[0], router.names, strict=True), reverse=True))
+    print(f'{name}: {chosen or NONE}   ({shown})')
+
+
+def _evaluate(words: list[str], options: Options) -> None:
+  """Judges routers on the texts of --domain, and sums of experts on mixed text."""
+  if not options.domain:
+    raise UserError('evaluate: give --domain=NAME=TEXT for each text; a NAME that is no expert is '
+                    'text of no domain')
+  if not options.output:
+    raise UserError('evaluate: give --output=FILE.json')
+  output, texts = _check_output(options), _domains(options)
+  decoder, experts = _open(words, options)
+  pairs = _pairs(options, experts, texts)
+  sizes = CutSizes(count=options.prompts)
+  cuts: dict[str, list[Cut]] = {
+      name: cut_documents(name, documents, decoder.tokenizer, sizes)
+      for name, documents in texts.items()}
+  everything = [cut for found in cuts.values() for cut in found]
+  _, result = judge_routers(experts, everything, options.router or tuple(ROUTERS),
+                            options.batch_size)
+  result['pairs'] = judge_pairs(experts, cuts, pairs, decoder.tokenizer, options.batch_size)
+  result |= {'decoder': decoder.fingerprint, 'cut_sizes': vars(sizes)}
+  page = format_trial(result)
+  print(page)
+  write_json(output, json.loads(json.dumps(result)))
+  write_whole(output.with_suffix('.md'), page.encode())
+  plot_trial(result, output.with_suffix('.png'))
+  logging.info('written: %s, and .md and .png beside it', output)
+
+
+def _domains(options: Options) -> dict[str, list[str]]:
+  texts = {}
+  for written in options.domain:
+    name, equals, text = written.partition('=')
+    if not equals or not name or not text or name in texts:
+      raise UserError(f'--domain={written}: give NAME=TEXT, each name once')
+    texts[name] = documents_of(text)
+  return texts
+
+
+def _pairs(options: Options, experts: Experts, texts: Mapping[str, list[str]],
+           ) -> list[tuple[str, str]]:
+  """Returns pairs of experts to add up: those of --pair, or each expert with the next one."""
+  known = [name for name in experts.names if name in texts]
+  if not options.pair:
+    return list(zip(known, known[1:], strict=False))
+  pairs = []
+  for written in options.pair:
+    one, plus, other = written.partition('+')
+    if not plus or one not in known or other not in known or one == other:
+      raise UserError(f'--pair={written}: give two experts that have a --domain, as A+B: {known}')
+    pairs.append((one, other))
+  return pairs
+
+
+COMMANDS: Mapping[str, Callable[[list[str], Options], None]] = {
+    'list': _list, 'search': _search, 'show': _show, 'add': _add, 'verify': _verify,
+    'remove': _remove, 'compare': _compare, 'publish': _publish, 'route': _route,
+    'evaluate': _evaluate}

@@ -1,0 +1,340 @@
+"""From a folder of text to an expert: data, adapters, controls, scores and the package.
+
+The phases are those of the quickstart, followed by scores on general text and by what routers need.
+Each is kept in the work directory, so that the same command continues where it was stopped.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from latent_deliberation.build import (
+  build_deliberator,
+  count_parameters,
+  frozen_shapes,
+  load_frozen,
+  open_frozen,
+)
+from latent_deliberation.cli.quickstart import prepare_phases, train_phases
+from latent_deliberation.data.data_config import DataConfig, split_files
+from latent_deliberation.data.loading import open_batches, prepare_data
+from latent_deliberation.data.rows import PackedRows
+from latent_deliberation.data.text_sizes import PASSES, Choices, fit_to_rows, with_choices
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
+from latent_deliberation.errors import UserError, check_number
+from latent_deliberation.evaluation.evaluate import HeldOut, open_held_out
+from latent_deliberation.evaluation.plots import plot_changes
+from latent_deliberation.experiment import Experiment
+from latent_deliberation.experts.card import GENERAL, Card, check_name
+from latent_deliberation.experts.measuring import (
+  ROUTING_ROWS,
+  base_name,
+  find_places,
+  fit_routing,
+  measure,
+  portable,
+)
+from latent_deliberation.experts.package import PICTURE, Routing, write_package
+from latent_deliberation.experts.texts import STDLIB, files_of, keywords_of, read_documents
+from latent_deliberation.files import make_writable, write_json
+from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, ROWS, RUN_FILE
+from latent_deliberation.progress import PhaseClock, announced, counted, format_duration
+from latent_deliberation.provenance import git_commit
+from latent_deliberation.sharding import make_mesh, place_batch
+from latent_deliberation.training.objectives import augmentation
+from latent_deliberation.training.run import Run
+from latent_deliberation.training.run_identity import hold_workdir
+
+GENERAL_DATA, REQUEST_FILE, PACE_FILE = 'general', 'expert_request.json', 'pace.json'
+_TIMED_STEPS = 4
+_FEWEST_STEPS = 20
+_TRAINING_SHARE = 0.75  # of the minutes; scores, controls' compilation and the rest take the others
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertRequest:
+  """What an expert is made from.
+
+  Attributes:
+    name: its name.
+    text: folder, file, glob, or several of them with commas.
+    general: the same for text of no domain; '' for the text of Python's standard library.
+    minutes: time to spend; 0 for as many steps as the config says.
+    description: sentence about it; '' for one made from its text.
+    licence: licence of its weights.
+    sample: whether held-out rows go into the package, so that others can measure the scores again.
+  """
+  name: str
+  text: str
+  general: str = ''
+  minutes: float = 0.0
+  description: str = ''
+  licence: str = ''
+  sample: bool = True
+
+  def __post_init__(self):
+    check_name(self.name)
+    if self.name == GENERAL:
+      raise UserError(f'name = {self.name!r}: this is the name of text of no domain; give another')
+    check_number('minutes', self.minutes, 0, 1e6)
+
+
+def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, output: Path,
+                given: Set[str] = frozenset()) -> Card:
+  """Trains, measures and packs an expert, or continues where an earlier launch stopped.
+
+  Args:
+    experiment: configuration, with the decoder; its text is replaced by that of the request.
+    request: what the expert is made from.
+    workdir: directory of all that is trained and prepared on the way.
+    output: directory of the package; must not exist yet.
+    given: dotted paths of the config's keys that the user gave.
+
+  Raises:
+    UserError: text, decoder or a directory do not fit; raised before long work.
+  """
+  if not experiment.decoder_from:
+    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
+  if output.exists():
+    raise UserError(f'{output} exists already and is not overwritten: give another --output')
+  make_writable(output.absolute().parent)
+  make_writable(workdir)
+  data = dataclasses.replace(experiment.data, source='text', files=files_of(request.text),
+                             name='', options={}, data_dir='')
+  experiment = dataclasses.replace(experiment, data=data)
+  general = _general_data(experiment, request)
+  with hold_workdir(workdir):
+    _keep_request(workdir, request)
+    return _run_phases(experiment, request, general, workdir, output, given)
+
+
+def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataConfig, workdir: Path,
+                output: Path, given: Set[str]) -> Card:
+  mesh, clock = make_mesh(experiment.mesh), PhaseClock(workdir / PHASES_FILE)
+  pace = _read_pace(workdir)
+  experiment = with_choices(experiment, pace)
+  given = given | pace.keys()
+  experiment, runs = prepare_phases(experiment, workdir, given, mesh, clock)
+  with clock.phase('general text'):
+    other = _prepare_general(experiment, general, given, workdir, mesh)
+
+  # Only now is there text to measure the speed on.
+  if request.minutes and not pace:
+    with clock.phase('speed'):
+      pace = _choose_steps(experiment, request.minutes, given, runs['coprocessor'], workdir, mesh)
+    write_json(workdir / PACE_FILE, pace)
+    experiment = with_choices(experiment, pace)
+    experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock)
+
+  train_phases(experiment, runs, workdir, clock)
+  scores, routing, sample, trained = _measure(experiment, request.name, other, runs, workdir, mesh,
+                                              clock)
+  card = _describe(experiment, request, workdir, scores, trained, clock)
+  picture = workdir / PICTURE
+  plot_changes(scores[request.name], picture)
+  card = write_package(output, card, trained, routing=routing,
+                       sample=sample if request.sample else None, picture=picture.read_bytes())
+  if not card.gains:
+    logging.warning('%s: no gain is shown on its own held-out text. The card says so, and publish '
+                    'refuses it without --force. Train longer, or on more text.', card.name)
+  return card
+
+
+# --- Text ---
+
+
+def _general_data(experiment: Experiment, request: ExpertRequest) -> DataConfig:
+  """Returns the data of general text: as many held-out rows as are scored and routed on."""
+  config = experiment.evaluation
+  tokens = 2 * ROUTING_ROWS * config.num_texts * experiment.data.length
+  source = dict(source=STDLIB, files=())
+  if request.general not in ('', STDLIB):
+    source = dict(source='text', files=files_of(request.general))
+  return dataclasses.replace(experiment.data, **source, max_tokens=tokens, validation_percent=30)
+
+
+def _prepare_general(experiment: Experiment, general: DataConfig, given: Set[str], workdir: Path,
+                     mesh: Mesh) -> Experiment:
+  """Packs general text in a folder of the work directory; returns the experiment that scores it."""
+  place = workdir / GENERAL_DATA
+  # With the vocabulary of the expert's own text.
+  prepare_data(general, experiment.decoder.vocab_size, place)
+  other = dataclasses.replace(experiment, data=general)
+  if general.source == 'text':
+    choices = fit_to_rows(other, given, place)
+    other = with_choices(other, {key: value for key, value in choices.items()
+                                 if key.startswith('evaluation.')})
+  open_held_out(other, place, mesh)  # fails now if there is too little
+  return other
+
+
+# --- Speed ---
+
+
+def _choose_steps(experiment: Experiment, minutes: float, given: Set[str], run: Run, workdir: Path,
+                  mesh: Mesh) -> Choices:
+  """Returns the number of steps, and cadences that follow from it, that fit the minutes."""
+  seconds = time_step(experiment, run, workdir, mesh)
+  # The constant soft tokens train for as many steps, which take no longer.
+  steps = int(_TRAINING_SHARE * 60 * minutes / (2 * seconds))
+  batches = open_batches(experiment, workdir, run.section, mesh)
+  most = max(1, PASSES * batches.num_rows // experiment.training.batch_size)
+  chosen = max(min(_FEWEST_STEPS, most), min(steps, most))
+  logging.info('%.2f s a step: %d steps for %g minutes%s', seconds, chosen, minutes,
+               f'; more than {PASSES} passes over the text gain little' if chosen < steps else '')
+  if steps < _FEWEST_STEPS:
+    logging.warning('%d steps take about %s, and not %g minutes; fewer teach nothing', chosen,
+                    format_duration(2 * chosen * seconds / _TRAINING_SHARE), minutes)
+  loop, optimizer = experiment.training.loop, experiment.training.optimizer
+  choices = {'training.loop.num_steps': chosen,
+             'training.loop.eval_every': min(loop.eval_every, max(1, chosen // 4)),
+             'training.optimizer.warmup_steps': min(optimizer.warmup_steps, chosen // 10)}
+  return {key: value for key, value in choices.items() if key not in given}
+
+
+def time_step(experiment: Experiment, run: Run, prepared_dir: Path, mesh: Mesh) -> float:
+  """Returns the seconds of a training step, without compilation. Nothing is kept."""
+  checkpoint = open_frozen(experiment.decoder, Path(experiment.decoder_from))
+  frozen, _ = load_frozen(experiment, checkpoint, mesh)
+  batches = open_batches(experiment, prepared_dir, run.section, mesh)
+  step = run.make_step(
+      augmentation(build_deliberator(experiment), experiment.computation.loss_chunk), frozen)
+  state, taken = run.create_state(frozen), []
+  for number in counted(range(1 + _TIMED_STEPS), 'measuring the speed'):
+    batch = place_batch(batches(number), mesh, experiment.rules)
+    begun = time.perf_counter()
+    state, scalars = step(state, batch)
+    jax.block_until_ready(scalars)
+    taken.append(time.perf_counter() - begun)
+  return float(np.median(taken[1:]))
+
+
+def _read_pace(workdir: Path) -> Choices:
+  """Returns the steps that an earlier launch chose; {} if none did."""
+  path = workdir / PACE_FILE
+  try:
+    return json.loads(path.read_bytes()) if path.exists() else {}
+  except ValueError as error:
+    raise UserError(f'{path} is damaged ({error}): use another --workdir') from error
+
+
+def _keep_request(workdir: Path, request: ExpertRequest) -> None:
+  """Keeps the request in the work directory, or compares it with the one that is there.
+
+  Words about the expert may change, and what it is made from may not.
+  """
+  path = workdir / REQUEST_FILE
+  current = {key: value for key, value in dataclasses.asdict(request).items()
+             if key in ('name', 'text', 'general', 'minutes')}
+  if path.exists():
+    saved = json.loads(path.read_bytes())
+    lines = [f'  {key}: {saved.get(key)!r} saved, {value!r} now'
+             for key, value in current.items() if saved.get(key) != value]
+    if lines:
+      raise UserError('\n'.join([f'{workdir} belongs to another expert:', *lines,
+                                 'Use another --workdir, or give the saved values.']))
+  elif (workdir / RUN_FILE).exists():
+    raise UserError(f'{workdir} belongs to another job: use another --workdir')
+  else:
+    write_json(path, current)
+
+
+# --- Scores and card ---
+
+
+def _measure(experiment: Experiment, name: str, other: Experiment, runs: Mapping[str, Run],
+             workdir: Path, mesh: Mesh, clock: PhaseClock,
+             ) -> tuple[dict[str, Any], Routing | None, dict[str, Any], CoprocessorCheckpoint]:
+  """Scores own and general text, and fits what routers need.
+
+  Returns: the scores, the routing, the scored rows by text, and the trained coprocessor.
+  """
+  checkpoint = open_frozen(experiment.decoder, Path(experiment.decoder_from))
+  trained, constant = (coprocessor_checkpoint.load(workdir / place / COPROCESSOR)
+                       for place in (COPROCESSOR, CONSTANT))
+  scores, places, sample = {}, [], {}
+  with announced('loading the decoder'):
+    decoder_params, _ = load_frozen(experiment, checkpoint, mesh)
+  for text, scored, prepared in ((name, experiment, workdir),
+                                 (GENERAL, other, workdir / GENERAL_DATA)):
+    with clock.phase(f'scores on {text} text'):
+      held_out = open_held_out(scored, prepared, mesh)
+      scores[text] = measure(scored, trained.params, constant.params, decoder_params, held_out,
+                             mesh)
+    with clock.phase(f'routing on {text} text'):
+      places.append(find_places(scored, trained.params, decoder_params, held_out, mesh))
+    sample[text] = _rows_of(held_out)
+  try:
+    routing = fit_routing(*places)
+  except UserError as error:
+    logging.warning('the expert has no centroid and no gain head: %s', error)
+    routing = None
+  return scores, routing, sample, trained
+
+
+def _rows_of(held_out: HeldOut) -> dict[str, np.ndarray]:
+  return {'tokens': np.concatenate([batch.tokens for batch in held_out.batches]),
+          'texts': held_out.texts}
+
+
+def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,
+              scores: Mapping[str, Any], trained: CoprocessorCheckpoint, clock: PhaseClock) -> Card:
+  """Returns the card, but for its files."""
+  config, texts = trained.config, {}
+  for text, place in ((request.name, workdir), (GENERAL, workdir / GENERAL_DATA)):
+    texts[text] = _describe_text(experiment, place)
+  keywords = keywords_of(read_documents(experiment.data, 'train'),
+                         read_documents(_general_data(experiment, request), 'train'))
+  description = request.description or f'Text about {", ".join(keywords[:6]) or request.name}.'
+  return Card(
+      name=request.name, description=description, licence=request.licence,
+      base={'name': base_name(experiment.decoder_from),
+            'fingerprint': trained.decoder_fingerprint},
+      vocabulary=trained.vocabulary_hash,
+      latents={'number': config.num_latents, 'form': config.latents, 'trainable': config.trainable,
+               'parameters': count_parameters(trained.params),
+               'decoder_parameters': count_parameters(
+                   frozen_shapes(experiment, make_mesh(experiment.mesh)))},
+      recipe={'text': {'name': request.name, **texts[request.name]},
+              GENERAL: {'name': _name_text(request.general), **texts[GENERAL]},
+              'settings': portable(experiment, request.name), 'steps': trained.steps,
+              'seed': experiment.seed, 'seconds': {
+                  name: round(seconds, 1) for name, seconds in clock.seconds.items()},
+              'machine': f'{os.cpu_count()} cores, {jax.devices()[0].device_kind}',
+              'command': _command(), 'git_commit': git_commit()},
+      scores=scores, keywords=tuple(keywords), files={})
+
+
+def _describe_text(experiment: Experiment, prepared_dir: Path) -> dict[str, Any]:
+  rows = {split: PackedRows(prepared_dir / ROWS / split) for split in ('train', 'validation')}
+  return {'fingerprint': rows['train'].fingerprint, 'rows': len(rows['train']),
+          'held_out': len(rows['validation']), 'tokens': rows['train'].manifest.tokens}
+
+
+def _name_text(general: str) -> str:
+  """Returns what to call general text, without the directories of this machine."""
+  if general in ('', STDLIB):
+    return "Python's standard library"
+  return ', '.join(Path(part).name or part for part in split_files(general))
+
+
+def _command() -> str:
+  """Returns the command of this process, without the directories of this machine."""
+  words = []
+  for word in sys.argv[1:]:
+    flag, equals, value = word.partition('=')
+    words.append(flag + equals + (Path(value).name if '/' in value and '://' not in value
+                                  else value))
+  return shlex.join(['python', 'launch/experts.py', *words])

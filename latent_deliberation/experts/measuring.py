@@ -1,0 +1,259 @@
+"""Measures an expert: its scores with every control, what routers need to know, and both again.
+
+A score is the change of the decoder's loss on held-out text, at the same places for every arm. It
+is kept in the card with a 95% interval over texts.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Batch, Params
+from latent_deliberation.build import build_deliberator, load_frozen, open_frozen
+from latent_deliberation.data.loading import validation_batches, validation_texts
+from latent_deliberation.data.rows import positions_in_segments, segments_from_bos
+from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.evaluation.evaluate import (
+  HeldOut,
+  place_batches,
+  score_arms,
+)
+from latent_deliberation.evaluation.gating import Places, fit_linear_gate, score_places
+from latent_deliberation.evaluation.perplexity import (
+  FEWEST_TEXTS,
+  FROZEN,
+  OWN,
+  AheadNLL,
+  check_paired,
+  relative_change,
+)
+from latent_deliberation.experiment import Experiment, bind
+from latent_deliberation.experts.card import Card, gain_on
+from latent_deliberation.experts.package import Expert, Routing
+from latent_deliberation.experts.routing import cosines
+from latent_deliberation.paths import with_current_names
+from latent_deliberation.sharding import make_mesh
+
+ROUTING_ROWS = 3  # times as many rows as are scored, for centroid and gain head
+HOLDS_WITHIN = 0.02  # nats that a score may differ by, where its interval is not known or narrower
+
+
+# --- Scores ---
+
+
+def summarise_arms(arms: Mapping[str, AheadNLL], positions: tuple[int, ...], num_ahead: int,
+                   samples: int = 2000) -> dict[str, Any]:
+  """Returns the scores of a text as a card has them.
+
+  'gain' has the nats that each arm saves at a place, summed over the first `num_ahead` tokens, with
+  its interval: None where fewer than FEWEST_TEXTS texts reach all of them. 'all_positions' has the
+  change of perplexity at each ahead position, as in a report.
+
+  Args:
+    arms: scores by arm, merged by text.
+    positions: ahead positions to mark in a picture.
+    num_ahead: number of ahead tokens of the training.
+    samples: draws of the bootstrap.
+  """
+  frozen = arms[FROZEN]
+  reached = np.count_nonzero(frozen.count, axis=0)
+  changes = {name: relative_change(arm, frozen, samples) for name, arm in arms.items()}
+  return {
+      'texts': len(frozen.count), 'reached': reached.tolist(), 'positions': list(positions),
+      'num_ahead': num_ahead, 'perplexity': np.exp(frozen.nll).tolist(),
+      'gain': {name: saved_nats(arm, frozen, num_ahead, samples) for name, arm in arms.items()
+               if name != FROZEN},
+      'all_positions': {
+          name: {'change_pct': change.percent.tolist(),
+                 'ci95': np.stack([change.low, change.high], axis=1).tolist()}
+          for name, change in changes.items()}}
+
+
+def saved_nats(arm: AheadNLL, frozen: AheadNLL, num_ahead: int, samples: int = 2000,
+               seed: int = 0) -> dict[str, Any]:
+  """Returns the 'nats' that an arm saves at a place, and 'ci95', a paired bootstrap over texts."""
+  check_paired({'arm': arm, FROZEN: frozen})
+  saved, count = (frozen.total - arm.total)[:, :num_ahead], frozen.count[:, :num_ahead]
+  nats, texts = float((saved.sum(axis=0) / count.sum(axis=0)).sum()), len(count)
+  if np.count_nonzero(count, axis=0).min() < FEWEST_TEXTS:
+    return {'nats': nats, 'ci95': None}
+  weights = np.random.default_rng(seed).multinomial(
+      texts, np.full(texts, 1 / texts), samples).astype(np.float64)
+  drawn = ((weights @ saved) / np.maximum(weights @ count, 1)).sum(axis=1)
+  return {'nats': nats, 'ci95': np.percentile(drawn, (2.5, 97.5)).tolist()}
+
+
+def measure(experiment: Experiment, params: Params, soft_tokens: Params | None,
+            decoder_params: Params, held_out: HeldOut, mesh: Mesh) -> dict[str, Any]:
+  """Scores an expert and its controls on held-out text; returns what `summarise_arms` does.
+
+  Args:
+    experiment: configuration of the training, with the `evaluation` to do.
+    params: parameters of the coprocessor.
+    soft_tokens: those of constant soft tokens; None leaves this control out.
+    decoder_params: the frozen weights.
+    held_out: the text.
+    mesh: devices.
+  """
+  arms = score_arms(experiment, params, soft_tokens, decoder_params, held_out.batches, mesh)
+  config = experiment.evaluation
+  return {'batch_size': config.batch_size, **summarise_arms(
+      {name: arm.merged(held_out.texts) for name, arm in arms.items()}, config.positions,
+      experiment.deliberation.num_ahead, config.bootstrap_samples)}
+
+
+# --- What routers need ---
+
+
+def find_places(experiment: Experiment, params: Params, decoder_params: Params,
+                held_out: HeldOut, mesh: Mesh) -> Places:
+  """Returns hidden states and gains at places of held-out text: more rows than are scored."""
+  config, rows = experiment.evaluation, held_out.rows
+  count = min(len(rows), ROUTING_ROWS * config.num_texts) // config.batch_size
+  batches = validation_batches(rows, count, config.batch_size, mesh, experiment.rules)
+  deliberator = build_deliberator(experiment).with_traces(
+      config.num_traces, experiment.deliberation.num_ahead)
+  return score_places(
+      deliberator, params, decoder_params,
+      place_batches(batches, f'{FROZEN}, {OWN}', mesh, experiment.rules),
+      validation_texts(rows, count * config.batch_size, config.rows_per_text),
+      loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
+      rules=experiment.rules)
+
+
+def fit_routing(own: Places, general: Places) -> Routing:
+  """Fits what routers know of an expert, from places of its own text and of general text.
+
+  Raises:
+    UserError: there are too few texts for a gain head.
+  """
+  # Texts of the two are different texts. The head sees as many places of either.
+  number = min(len(own.gain), len(general.gain))
+  both = [_drawn(own, number), _drawn(general, number)]
+  both[1] = dataclasses.replace(both[1], text=both[1].text + own.text.max() + 1)
+  head = fit_linear_gate(Places(*(
+      np.concatenate([getattr(places, field.name) for places in both])
+      for field in dataclasses.fields(Places))))
+  origin = general.hidden.mean(axis=0)
+  centroid = own.hidden.mean(axis=0) - origin
+  centroid = centroid / max(float(np.linalg.norm(centroid)), 1e-12)
+  threshold = _separate(*(cosines(places.hidden, origin, centroid) for places in (own, general)))
+  return Routing(centroid, origin, threshold, head.weight.astype(np.float32), head.bias)
+
+
+def _drawn(places: Places, number: int) -> Places:
+  chosen = np.zeros(len(places.gain), bool)
+  chosen[np.random.default_rng(0).permutation(len(chosen))[:number]] = True
+  return places.where(chosen)
+
+
+def _separate(own: np.ndarray, other: np.ndarray) -> float:
+  """Returns the threshold that most of `own` are above and most of `other` are not."""
+  candidates = np.unique(np.concatenate([own, other]))
+  own, other = np.sort(own), np.sort(other)
+  right = (1 - np.searchsorted(own, candidates, 'right') / len(own)
+           + np.searchsorted(other, candidates, 'right') / len(other))
+  return float(candidates[np.argmax(right)])
+
+
+# --- Again ---
+
+
+def portable(experiment: Experiment, name: str) -> dict[str, Any]:
+  """Returns an experiment for a card: JSON values, without the paths of this machine."""
+  data = experiment.data
+  if data.source == 'text':
+    data = dataclasses.replace(data, files=(name,))
+  experiment = dataclasses.replace(
+      experiment, data=dataclasses.replace(data, vocabulary_path='', data_dir=''),
+      decoder_from=base_name(experiment.decoder_from))
+  return json.loads(json.dumps(dataclasses.asdict(experiment)))
+
+
+def base_name(decoder: str) -> str:
+  """Returns the name of a decoder without the directories before it; 'hf://ORG/NAME' stays."""
+  return decoder if decoder.startswith('hf:/') else Path(decoder).name
+
+
+def experiment_of(card: Card) -> Experiment:
+  """Returns the experiment of a card. Raises UserError where its recipe has none."""
+  settings = card.recipe.get('settings')
+  if not isinstance(settings, Mapping):
+    raise UserError(f'the card of {card.name} has no settings in its recipe: its scores cannot be '
+                    'measured again')
+  return bind(with_current_names(settings), where=f'settings of {card.name}')
+
+
+def as_held_out(sample: Mapping[str, np.ndarray], batch_size: int, bos_id: int) -> HeldOut:
+  """Returns the rows of a package's sample as text to score."""
+  tokens = sample['tokens']
+  if len(tokens) != len(sample['texts']) or len(tokens) % batch_size or tokens.min() < 0:
+    raise UserError(f'the sample has rows {tokens.shape} and {len(sample["texts"])} texts, for '
+                    f'batches of {batch_size}: add the expert again')
+  segments = segments_from_bos(tokens, bos_id)
+  batch = Batch(tokens, segments, positions_in_segments(segments))
+  return HeldOut(None, [Batch(*(part[first:first + batch_size] for part in (
+      batch.tokens, batch.segments, batch.positions)))
+                        for first in range(0, len(tokens), batch_size)], sample['texts'])
+
+
+def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]], decoder_dir: Path,
+                  bos_id: int) -> dict[str, dict[str, Any]]:
+  """Measures the scores of a card again, on the sample of its package.
+
+  Constant soft tokens are not in the package, so this control is left out.
+
+  Args:
+    expert: the expert.
+    sample: see `package.read_sample`.
+    decoder_dir: its decoder.
+    bos_id: id that begins every text of the decoder's vocabulary.
+
+  Returns: name of a text -> 'card' and 'now', both with nats by arm, and 'holds'.
+
+  Raises:
+    UserError: the decoder or the sample does not fit the expert.
+  """
+  experiment = experiment_of(expert.card)
+  mesh = make_mesh(experiment.mesh)
+  checkpoint = open_frozen(experiment.decoder, decoder_dir)
+  decoder_params, found = load_frozen(experiment, checkpoint, mesh)
+  if found != expert.card.base['fingerprint']:
+    raise UserError(f'the decoder has the fingerprint {found}, and {expert.card.name} was made for '
+                    f'{expert.card.base["fingerprint"]}: give that decoder')
+  results = {}
+  for name, rows in sample.items():
+    if rows['tokens'].max() >= experiment.decoder.vocab_size:
+      raise UserError(f'the sample of {expert.card.name} has tokens that its decoder has not: do '
+                      'not use this package')
+    # The places depend on the rows that were scored together.
+    known = expert.card.scores.get(name, {})
+    batch_size = known.get('batch_size', experiment.evaluation.batch_size)
+    check_integer(f'scores.{name}.batch_size', batch_size, 2)
+    held_out = as_held_out(rows, batch_size, bos_id)
+    now = measure(experiment, expert.coprocessor.params, None, decoder_params, held_out, mesh)
+    results[name] = compare_scores(known, now)
+  return results
+
+
+def compare_scores(card: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+  """Compares the nats of two scores. They hold if those of now are in the card's intervals."""
+  result = {'card': {}, 'now': {}, 'holds': True}
+  for arm, found in now['gain'].items():
+    known = card.get('gain', {}).get(arm)
+    result['now'][arm] = found['nats']
+    if known is None:
+      continue
+    result['card'][arm] = known['nats']
+    interval = gain_on(card, arm)
+    within = interval is not None and interval[1] <= found['nats'] <= interval[2]
+    if not within and abs(found['nats'] - known['nats']) > HOLDS_WITHIN:
+      result['holds'] = False
+  # A text that the card has no scores of says nothing in its favour.
+  result['holds'] = result['holds'] and bool(result['card'])
+  return result

@@ -1,0 +1,189 @@
+"""Texts that people name: to documents, to the words that set them apart, and to prompts.
+
+A prompt is cut out of a document at a random place, together with the tokens that follow it. What
+an expert saves on these tokens is its gain there.
+"""
+
+import collections
+import dataclasses
+import glob
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from latent_deliberation.data.corpus import open_corpus
+from latent_deliberation.data.data_config import DataConfig, split_files
+from latent_deliberation.data.text_files import list_files
+from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.experts.routing import words_of
+from latent_deliberation.inference.tokenizer import Tokenizer
+
+STDLIB = 'stdlib'  # said in the place of files: the text of Python's standard library
+_MOST_CHARACTERS = 50_000  # of a document that is cut
+_MORE_TEXT = ('*.md', '*.markdown', '*.rst')  # of a folder, besides what DataConfig.files takes
+
+
+def files_of(text: str) -> tuple[str, ...]:
+  """Returns the files, globs and folders in `text`, with a glob for each other kind of text.
+
+  Args:
+    text: a folder, a file or a glob, or several of them with commas.
+
+  Raises:
+    UserError: there is no such file, or a folder has no text.
+  """
+  files = []
+  for part in split_files(os.path.expanduser(text)):
+    if not os.path.isdir(part):
+      files.append(part)
+      continue
+    more = [os.path.join(glob.escape(part), '**', pattern) for pattern in _MORE_TEXT
+            if glob.glob(os.path.join(glob.escape(part), '**', pattern), recursive=True)]
+    try:
+      list_files([part])
+      files.append(part)
+    except UserError:
+      if not more:
+        raise
+    files += more
+  if not files:
+    raise UserError(f"text = {text!r}: give a folder, a file or a glob, such as 'notes/*.txt'")
+  return tuple(files)
+
+
+def read_documents(data: DataConfig, split: str = '', most_bytes: int = 8 << 20) -> list[str]:
+  """Returns documents in a fixed random order, up to a number of bytes.
+
+  Args:
+    data: where the text is.
+    split: 'train' or 'validation'; '' for both.
+    most_bytes: bytes after which reading stops.
+
+  Raises:
+    UserError: see `open_corpus`.
+  """
+  corpus, documents, size = open_corpus(data), [], 0
+  numbers = corpus.numbers(split) if split else np.arange(len(corpus.size))
+  for number in np.random.default_rng(0).permutation(numbers):
+    if size >= most_bytes:
+      break
+    documents.append(corpus.read(number))
+    size += int(corpus.size[number])
+  return documents
+
+
+def documents_of(text: str) -> list[str]:
+  """Returns the documents of files, globs and folders, or of 'stdlib'. Raises as `files_of`."""
+  if text == STDLIB:
+    return read_documents(DataConfig(source=STDLIB))
+  return read_documents(DataConfig(source='text', files=files_of(text)))
+
+
+def keywords_of(own: Sequence[str], general: Sequence[str], number: int = 64) -> list[str]:
+  """Returns the words that set a text apart from general text, the most telling ones first.
+
+  A word's weight is p log(p / q), with p its share of all words in `own` and q, smoothed, in
+  `general`: its part of the divergence of the two (Kullback and Leibler 1951).
+
+  Args:
+    own, general: documents.
+    number: largest number of words.
+  """
+  counts, others = (collections.Counter(word for text in texts for word in words_of(text))
+                    for texts in (own, general))
+  total, total_others = max(sum(counts.values()), 1), sum(others.values())
+  vocabulary = len(counts.keys() | others.keys())
+
+  def weight(word: str) -> float:
+    share = counts[word] / total
+    return share * math.log(share * (total_others + vocabulary) / (others[word] + 1))
+
+  # A word that occurs once may be a name.
+  telling = [word for word in counts if counts[word] > 1 and weight(word) > 0]
+  return sorted(telling, key=lambda word: (-weight(word), word))[:number]
+
+
+# --- Prompts ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """A prompt from a document, and what follows it there.
+
+  Attributes:
+    domain: name of the text.
+    document: number of the document in its text. Cuts of one document are not independent.
+    prompt: the prompt as text.
+    ids: its ids, with the one that begins a text.
+    ahead: ids of the tokens after it.
+  """
+  domain: str
+  document: int
+  prompt: str
+  ids: list[int]
+  ahead: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class CutSizes:
+  """Sizes of cuts, in tokens.
+
+  Attributes:
+    shortest, longest: of a prompt.
+    ahead: tokens after a prompt.
+    count: number of cuts of a text.
+  """
+  shortest: int = 32
+  longest: int = 160
+  ahead: int = 16
+  count: int = 64
+
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      check_integer(name, value, 1)
+    check_integer('longest', self.longest, self.shortest)
+
+
+def cut_documents(domain: str, documents: Sequence[str], tokenizer: Tokenizer, sizes: CutSizes,
+                  seed: int = 0) -> list[Cut]:
+  """Cuts prompts out of documents: one of each, and more where there are too few.
+
+  Raises:
+    UserError: no document is long enough.
+  """
+  random = np.random.default_rng(seed)
+  # A long document is read in part, which saves its tokenizer time.
+  tokens = [tokenizer.encode(document[:_MOST_CHARACTERS])[1:]
+            for document in documents[:4 * sizes.count]]
+  usable = [number for number, ids in enumerate(tokens)
+            if len(ids) >= sizes.shortest + sizes.ahead]
+  if not usable:
+    raise UserError(f'the text {domain!r} has no document of {sizes.shortest + sizes.ahead} tokens '
+                    f'among {len(documents)}: give more text')
+  cuts = []
+  for turn in range(sizes.count):
+    document = usable[turn % len(usable)]
+    ids = tokens[document]
+    length = int(random.integers(sizes.shortest, min(sizes.longest, len(ids) - sizes.ahead) + 1))
+    start = int(random.integers(0, len(ids) - length - sizes.ahead + 1))
+    prompt = ids[start:start + length]
+    cuts.append(Cut(domain, document, tokenizer.decode(prompt), [tokenizer.bos, *prompt],
+                    ids[start + length:start + length + sizes.ahead]))
+  return cuts
+
+
+def mix_cuts(first: Sequence[Cut], second: Sequence[Cut], tokenizer: Tokenizer) -> list[Cut]:
+  """Returns prompts with a passage of each of two texts, of which the later one goes on.
+
+  Which of the two is later alternates.
+  """
+  mixed = []
+  between = tokenizer.encode_more('\n\n')
+  for number, pair in enumerate(zip(first, second, strict=False)):
+    before, after = pair if number % 2 else pair[::-1]
+    ids = [*before.ids, *between, *after.ids[1:]]
+    mixed.append(Cut(f'{first[0].domain}+{second[0].domain}', number,
+                     f'{before.prompt}\n\n{after.prompt}', ids, after.ahead))
+  return mixed

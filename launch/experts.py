@@ -1,0 +1,82 @@
+"""Latent experts of a frozen decoder: makes, packs, shares, compares and routes them.
+
+  python launch/experts.py train --decoder=gemma3-270m --text=notes/ --name=notes --output=expert
+
+The commands, each with its words:
+
+  train                make an expert from --text, and write its package to --output
+  list                 added experts, or those of --index
+  search WORDS         the same, by words of name, description and text
+  show NAME            the card of an expert
+  add SOURCE           download an expert: INDEX/NAME, or NAME with --index
+  verify NAME          check files, with --decoder also its traces, with --scores also its scores
+  remove NAME          remove an added expert
+  publish DIR          list a package in --index, a folder
+  compare NAMES        what experts save on --text, as a table; with --output also a picture
+  route NAMES          scores of every router for --text, a prompt
+  evaluate NAMES       judge routers on texts, --domain=NAME=TEXT; writes --output
+
+NAME is that of an added expert, or the directory of a package. Without NAMES all added experts of
+the decoder are taken. Next, use one: launch/generate.py --expert=NAME.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from latent_deliberation.build import with_decoder
+from latent_deliberation.cli import app, expert_commands
+from latent_deliberation.cli.config_flag import define_config, given_keys, read_config
+from latent_deliberation.cli.make_expert import ExpertRequest, make_expert
+from latent_deliberation.errors import UserError
+from latent_deliberation.experts.card import render
+
+define_config(__file__, 'configs/gemma3_270m.py')
+_DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.', '')
+_TEXT = flags.DEFINE_string(
+    'text', '', 'Folder, file or glob of text, or several with commas. For route: the prompt.')
+_GENERAL = flags.DEFINE_string(
+    'general', '', "Text of no domain, for train. Default: Python's standard library.")
+_NAME = flags.DEFINE_string('name', '', 'Name of the expert, for train.')
+_OUTPUT = app.define_file('output', 'Package to write, or the .json of compare or evaluate.', '')
+_WORKDIR = app.define_directory(
+    'workdir', 'Work directory of train, which resumes there. Default: runs/experts/NAME.', '')
+_MINUTES = flags.DEFINE_float(
+    'minutes', 0.0, 'Time to train for. Default: as many steps as the config says.')
+_DESCRIPTION = flags.DEFINE_string('description', '', 'A sentence about the expert.')
+_LICENCE = flags.DEFINE_string('licence', '', 'Licence of its weights, such as CC-BY-4.0.')
+_SAMPLE = flags.DEFINE_bool(
+    'sample', True, 'Put held-out rows into the package, so that others can measure its scores.')
+_INDEX = flags.DEFINE_string('index', '', 'Index: a path, http(s)://, gs:// or hf:// address.')
+_DOMAIN = flags.DEFINE_multi_string('domain', [], 'NAME=TEXT, a text to judge routers on')
+_PAIR = flags.DEFINE_multi_string('pair', [], 'A+B, two experts to add up. Default: neighbours')
+_ROUTER = flags.DEFINE_multi_string('router', [], 'Router to show or to judge. Default: all')
+_PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts to cut out of each text.')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Prompts to score together.')
+_SCORES = flags.DEFINE_bool('scores', False, 'Measure the scores of the card again, in verify.')
+_FORCE = flags.DEFINE_bool('force', False, 'Publish an expert that shows no gain, too.')
+_OVERWRITE = app.define_overwrite('the results of compare or evaluate')
+
+
+def main(words: list[str]) -> None:
+  command, *rest = words or ['']
+  if command != 'train':
+    expert_commands.run(command, rest, expert_commands.Options(
+        decoder=_DECODER.value, index=_INDEX.value, text=_TEXT.value, domain=tuple(_DOMAIN.value),
+        pair=tuple(_PAIR.value), router=tuple(_ROUTER.value), output=_OUTPUT.value,
+        prompts=_PROMPTS.value, batch_size=_BATCH_SIZE.value, scores=_SCORES.value,
+        force=_FORCE.value, overwrite=_OVERWRITE.value))
+    return
+  if rest or not (_TEXT.value and _OUTPUT.value):
+    raise UserError(f'train {" ".join(rest)}: give --text=FOLDER and --output=DIR, and no words')
+  request = ExpertRequest(_NAME.value, _TEXT.value, _GENERAL.value, _MINUTES.value,
+                          _DESCRIPTION.value, _LICENCE.value, _SAMPLE.value)
+  experiment = with_decoder(read_config(on_devices=True), _DECODER.value, given_keys())
+  workdir = Path(_WORKDIR.value or f'runs/experts/{request.name}')
+  card = make_expert(experiment, request, workdir, Path(_OUTPUT.value), given_keys())
+  print(f'{render(card)}\nPackage: {_OUTPUT.value}\nNext: python launch/generate.py '
+        f'--decoder={experiment.decoder_from} --expert={_OUTPUT.value} --compare')
+
+
+if __name__ == '__main__':
+  app.run(main, takes_words=True)
