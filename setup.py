@@ -29,6 +29,7 @@ setup(
         'tensorflow-datasets>=4.9.8',
     ],
     extras_require={
+        'serve': ['prometheus-client>=0.21', 'starlette>=0.40', 'uvicorn>=0.30'],
         'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'pytest>=8', 'pytest-xdist>=3.6',
                  'ruff>=0.6', 'tokenizers>=0.21'],
         'chat': ['jinja2>=3.1'],

@@ -57,6 +57,7 @@ from latent_deliberation.serving.text_stream import TextStream
 
 BODY_SECONDS = 10.0  # time in which the body of a request must have come
 _RETRY = {'retry-after': '1'}
+_FAILED = 500, 'the server failed; its log says why'
 _GONE = -1  # number of no text: the client has gone
 
 
@@ -257,8 +258,7 @@ class Answer:
     if update.ended_by in (TIME, ERROR, SHUTDOWN, CANCELLED) and not update.tokens:
       raise RequestError(*{
           TIME: (503, 'the time of this request was over before its text began'),
-          ERROR: (500, 'the server failed; its log says why')}.get(
-              update.ended_by, (503, 'this server ends: ask another one')))
+          ERROR: _FAILED}.get(update.ended_by, (503, 'this server ends: ask another one')))
     self.has_news = True
     self._waiting.append((number, update))
 
@@ -267,6 +267,8 @@ class Answer:
     number, update = self._waiting.pop() if self._waiting else await self._news.get()
     if number == _GONE:
       raise ClientDisconnect
+    if update.ended_by == ERROR:  # a cut text must not look like a whole one
+      raise RequestError(*_FAILED)
     return {**self._head, 'choices': [self._choices[number].take(update)]}
 
   def usage(self) -> dict[str, int]:
@@ -284,6 +286,9 @@ class Answer:
       try:
         yield _event(await self.take())
       except ClientDisconnect:
+        return
+      except RequestError as error:
+        yield _event(error.to_json())
         return
     if self._asked.includes_usage:
       yield _event({**self._head, 'choices': [], 'usage': self.usage()})
@@ -403,7 +408,7 @@ async def _refuse_path(request: Request, error: HTTPException) -> Response:
 
 async def _fail(request: Request, error: Exception) -> Response:
   logging.error('A request failed.', exc_info=error)
-  return JSONResponse(RequestError(500, 'the server failed; its log says why').to_json(), 500)
+  return JSONResponse(RequestError(*_FAILED).to_json(), 500)
 
 
 class _Counting:

@@ -302,13 +302,21 @@ class Scored:
       offset += len(piece)
     content = {
         'tokens': self.pieces, 'token_logprobs': [token.logprob for token in self.tokens],
-        'top_logprobs': [{tokenizer.decode([number]): logprob
-                          for number, logprob in token.top[:most]} for token in self.tokens]
+        'top_logprobs': [_likely(tokenizer, token, most) for token in self.tokens]
         if most else None,
         'text_offset': offsets}
     if scored_with:
       content['score_with'] = [token.other_logprob for token in self.tokens]
     return content
+
+
+def _likely(tokenizer: Tokenizer, token: Token, most: int) -> dict[str, float]:
+  """Returns log-probabilities by text, of the likeliest tokens and of the one that was taken."""
+  found: dict[str, float] = {}
+  # Several tokens may have one text, such as parts of a character. The likeliest of them stays.
+  for number, logprob in (*token.top[:most], (token.id, token.logprob)):
+    found.setdefault(tokenizer.decode([number]), logprob)
+  return found
 
 
 def latents_to_json(report: Report) -> dict[str, Any]:
