@@ -316,9 +316,12 @@ class _Choice:
     for number, token in enumerate(update.tokens, 1):
       is_end = update.ended_by == 'eos' and number == len(update.tokens)
       pieces.append('' if is_end else self._stream.add(token.id))
+    before = len(self._stream.text)
+    text = self._stream.end(update.ended_by) if update.ended_by else self._stream.give()
+    if pieces:  # a character that was never completed belongs to the last token
+      pieces[-1] += self._stream.text[before:]
     self.scored.pieces += pieces
     self.scored.tokens += update.tokens
-    text = self._stream.end(update.ended_by) if update.ended_by else self._stream.give()
     part = self._content(text, Scored(pieces, list(update.tokens)), offset)
     return {**part, **self._latents} if update.reports else part
 
