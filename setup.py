@@ -30,8 +30,10 @@ setup(
         'tensorflow-datasets>=4.9.8',
     ],
     extras_require={
-        'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'lm_eval==0.4.13', 'pytest>=8',
-                 'pytest-xdist>=3.6', 'ruff>=0.6', 'tokenizers>=0.21', 'wandb>=0.20'],
+        'serve': ['prometheus-client>=0.21', 'starlette>=0.40', 'uvicorn>=0.30'],
+        'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'lm_eval==0.4.13',
+                 'prometheus-client>=0.21', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.6',
+                 'starlette>=0.40', 'tokenizers>=0.21', 'uvicorn>=0.30', 'wandb>=0.20'],
         'chat': ['jinja2>=3.1'],
         'eval': ['lm_eval==0.4.13'],
         'gguf': ['gguf>=0.17', 'tokenizers>=0.21'],

@@ -106,6 +106,11 @@ class Experts:
     """Least index of a token that latents may follow; 0 without experts."""
     return self._latents.first_anchor if self._latents else 0
 
+  def card(self, name: str) -> Card | None:
+    """Returns the card of an attached expert; None where it has none, or is not attached."""
+    attached = self._attached.get(name)
+    return None if attached is None else attached.card
+
   def attach(self, name: str, expert: Expert | CoprocessorCheckpoint | str | Path) -> bool:
     """Attaches an expert, and returns whether it is attached now.
 

@@ -1,0 +1,60 @@
+"""A folder of experts that a server follows: what is put there is attached, what leaves, detached.
+
+Each package in the folder is an expert under the name on its card. So experts come and go while
+texts run, by launch/experts.py add and remove, and never by a request.
+"""
+
+import threading
+from pathlib import Path
+
+from absl import logging
+
+from latent_deliberation.errors import UserError
+from latent_deliberation.experts.added import list_added
+from latent_deliberation.experts.attach import Experts
+
+
+class ExpertFolder:
+  """Keeps the experts of one folder attached."""
+
+  def __init__(self, experts: Experts, directory: Path):
+    """Follows a folder, which need not exist yet."""
+    self._experts, self._directory = experts, directory
+    self._known: dict[str, str] = {}  # fingerprint by name of what was attached, or refused
+    self._stopped = threading.Event()
+
+  def look(self) -> None:
+    """Attaches and detaches what has changed since the last look.
+
+    Of several packages with one name, the first by address stays. A package of another decoder is
+    left out, with one warning.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    for card, path in list_added(self._directory):
+      found.setdefault(card.name, (card.fingerprint, path))
+    for name, fingerprint in list(self._known.items()):
+      if found.get(name, ('',))[0] != fingerprint:
+        del self._known[name]
+        if name in self._experts.names:
+          self._experts.detach(name)
+          logging.info('The expert %s was removed.', name)
+    for name, (fingerprint, path) in found.items():
+      if name not in self._known:
+        self._known[name] = fingerprint
+        if self._experts.attach(name, path):
+          logging.info('The expert %s@%s is attached.', name, fingerprint)
+
+  def follow(self, seconds: float) -> None:
+    """Looks again every so many seconds, in a thread, until `stop` is called."""
+    def work() -> None:
+      while not self._stopped.wait(seconds):
+        try:
+          self.look()
+        except (UserError, OSError) as error:  # half a package, or a folder that has gone
+          logging.warning('%s: %s', self._directory, error)
+
+    threading.Thread(target=work, daemon=True, name='expert folder').start()
+
+  def stop(self) -> None:
+    """Ends the thread after its look."""
+    self._stopped.set()
