@@ -163,6 +163,9 @@ class EvaluationConfig:
     rows_per_text: number of consecutive packed rows that count as one text in a resampling.
       Rows of one document are not independent. The report shows intervals for 20 texts or more.
     delay: number of ahead tokens that the report reads before latents join the cache.
+    tasks: benchmarks that training scores every eval_every steps; see docs/benchmarks.md.
+    task_data: directory with the data of these tasks.
+    task_items: number of items of each task, the first ones.
   """
   num_texts: int
   batch_size: int
@@ -173,10 +176,14 @@ class EvaluationConfig:
   bootstrap_samples: int = 2000
   rows_per_text: int = 1
   delay: int = 0
+  tasks: tuple[str, ...] = ()
+  task_data: str = ''
+  task_items: int = 100
 
   def __post_init__(self):
     check_types(self)
-    object.__setattr__(self, 'positions', tuple(self.positions))
+    for name in ('positions', 'tasks'):
+      object.__setattr__(self, name, tuple(getattr(self, name)))
     raise_problems(self._problems())
 
   def _problems(self) -> Iterator[str]:
@@ -196,7 +203,7 @@ class EvaluationConfig:
     if not 0 <= self.delay < self.num_ahead:
       yield (f'evaluation.delay = {self.delay}: it must be between 0 and num_ahead - 1 = '
              f'{self.num_ahead - 1}')
-    for name in ('num_traces', 'eval_batches', 'bootstrap_samples', 'rows_per_text'):
+    for name in ('num_traces', 'eval_batches', 'bootstrap_samples', 'rows_per_text', 'task_items'):
       if getattr(self, name) < 1:
         yield f'evaluation.{name} = {getattr(self, name)}: it must be 1 or more'
 

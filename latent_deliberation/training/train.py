@@ -1,5 +1,6 @@
 """Training: trains a coprocessor, or constant soft tokens, on a frozen decoder's kv-cache."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -66,6 +67,11 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
     raise UserError(f'{target} holds something else, but the trained coprocessor will be written '
                     'there: use another --workdir, or move it away')
   check_known_vocabulary(experiment.data, prepared_dir, checkpoint)
+  # Few runs score benchmarks, so what that needs is imported only for those.
+  watch = None
+  if experiment.evaluation.tasks:
+    watch = importlib.import_module('latent_deliberation.evaluation.task_watch')
+    watch.check(experiment.evaluation)
 
   with hold_workdir(workdir):
     # Prepare and open the data, and load the decoder onto the mesh.
@@ -80,12 +86,17 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
     eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
                                       experiment.rules)
 
+    evaluators = {
+        'validation': _validation(experiment, deliberator, frozen, eval_batches, mesh),
+        'latents': _diagnosis(experiment, deliberator, frozen, eval_batches[0], mesh)}
+    if watch is not None:
+      evaluators['tasks'] = watch.make_evaluator(experiment, deliberator, frozen, prepared_dir,
+                                                 mesh)
+
     # Train. A coprocessor starts from the stored weights, not from those rounded to int8.
     is_rounded = experiment.computation.frozen_dtype == 'int8'
     params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
-                 {'validation': _validation(experiment, deliberator, frozen, eval_batches, mesh),
-                  'latents': _diagnosis(experiment, deliberator, frozen, eval_batches[0], mesh)},
-                 frozen=frozen, decoder_fingerprint=decoder_fingerprint,
+                 evaluators, frozen=frozen, decoder_fingerprint=decoder_fingerprint,
                  load_start=(lambda: load_stored(checkpoint, mesh, experiment.rules)) if is_rounded
                  else None)
     if not target.exists():

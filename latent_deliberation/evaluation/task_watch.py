@@ -1,0 +1,155 @@
+"""Benchmarks during training: a fixed sample of chosen tasks, scored at every evaluation.
+
+training/train.py imports this module only where `evaluation.tasks` names tasks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.deliberation.forward import Deliberator
+from latent_deliberation.errors import UserError, raise_problems
+from latent_deliberation.evaluation import task_catalog
+from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.answer_texts import AnswerEncoder
+from latent_deliberation.evaluation.answers import SHUFFLED, AnswerScorer, Source
+from latent_deliberation.evaluation.perplexity import FROZEN, OWN
+from latent_deliberation.evaluation.shared_work import from_leader
+from latent_deliberation.evaluation.task_outcomes import find_gold
+from latent_deliberation.experiment import EvaluationConfig, Experiment
+from latent_deliberation.inference.tokenizer import BYTES, Tokenizer, open_tokenizer
+from latent_deliberation.paths import kept_vocabulary
+from latent_deliberation.progress import announced
+
+MAX_LENGTH = 1024  # tokens of a context and its answer
+WRITTEN = 'generate_until'
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """The items of a task that are scored.
+
+  Attributes:
+    requests: continuations of all items, one item after the other.
+    gold: for each item, the number of the request with its gold answer.
+    items: for each request, the number of its item.
+    is_choice: whether the item is right if its gold answer is the likeliest of its requests;
+      otherwise it is right if greedy decoding would write it.
+  """
+  requests: list[Request]
+  gold: np.ndarray
+  items: np.ndarray
+  is_choice: bool
+
+
+def check(config: EvaluationConfig) -> None:
+  """Checks tasks and their files, before any long work.
+
+  Raises:
+    UserError: a task is unknown or has no data; or it runs programs.
+  """
+  if not config.task_data:
+    raise UserError(f'evaluation.tasks = {config.tasks}: set evaluation.task_data to the directory '
+                    'with their data')
+  known = set(task_catalog.local_names())
+  raise_problems(f'evaluation.tasks has {name!r}, which runs programs: training scores answers '
+                 'alone, so leave it out' for name in known & set(config.tasks)
+                 if task_catalog.task_file(f'{name}.yaml').get('unsafe_code'))
+  task_catalog.check_tasks(config.tasks, config.task_data, run_code=False)
+
+
+def make_evaluator(experiment: Experiment, deliberator: Deliberator, decoder_params: Params,
+                   prepared_dir: Path, mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
+  """Returns an evaluator of the coprocessor's parameters.
+
+  Its values are by task, as in 'piqa/gain'. 'gain' is nats that own latents take off the gold
+  answer, against the frozen decoder. 'content' is the same against another example's latents.
+  'accuracy' and 'frozen_accuracy' are fractions. Of tasks whose answers are written, the gold
+  answer is scored, and counts as right if greedy decoding would write it.
+
+  Args:
+    experiment: the whole configuration.
+    deliberator: decoder and coprocessor.
+    decoder_params: weights of the frozen decoder.
+    prepared_dir: directory of the prepared data, with the vocabulary.
+    mesh: devices of the training.
+  """
+  data = experiment.data
+  tokenizer = open_tokenizer(BYTES if data.vocabulary == 'byte' else
+                             data.vocabulary_path or kept_vocabulary(prepared_dir))
+  # Process 0 has lm-evaluation-harness, whose samples may differ from host to host.
+  plain = None
+  if jax.process_index() == 0:
+    with announced('reading tasks'):
+      plain = {name: _read(name, experiment.evaluation, tokenizer)
+               for name in experiment.evaluation.tasks}
+  samples = {name: _sample(values) for name, values in from_leader(plain).items()}
+  scorers: list[AnswerScorer] = []
+
+  def evaluate(params: Params) -> Mapping[str, float]:
+    if not scorers:
+      scorers.append(AnswerScorer(
+          deliberator.decoder, decoder_params, (FROZEN, OWN, SHUFFLED), mesh=mesh,
+          rules=experiment.rules, own=Source(deliberator.coprocessor, params)))
+    scorers[0].set_params(params)
+    return {f'{name}/{key}': value for name, sample in samples.items()
+            for key, value in _score(scorers[0], sample).items()}
+
+  return evaluate
+
+
+def _read(name: str, config: EvaluationConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+  """Returns the requests of a task's first items, as JSON values."""
+  manager = task_catalog.open_tasks(config.task_data, None)
+  task = manager.load([name])['tasks'][name]
+  task.set_fewshot_seed(0)
+  if task.config.num_fewshot is None:
+    task.set_config('num_fewshot', 0)
+  task.build_all_requests(limit=config.task_items)
+  encoder = AnswerEncoder(tokenizer, MAX_LENGTH)
+  requests, gold, items, seen = [], [], [], {}
+  for instance in task.instances:
+    item = seen.setdefault(instance.doc_id, len(seen))
+    answer = find_gold(task, instance.doc)
+    context, continuation = instance.args[:2]
+    if task.OUTPUT_TYPE == WRITTEN:
+      continuation = f'{task.config.target_delimiter}{answer.text}'
+    if answer.index is None or instance.idx == answer.index:
+      gold.append(len(requests))
+    request = encoder.encode(context, continuation, item)
+    requests.append([request.context, request.continuation, request.anchor])
+    items.append(item)
+  return {'requests': requests, 'gold': gold, 'items': items,
+          'is_choice': task.OUTPUT_TYPE == 'multiple_choice'}
+
+
+def _sample(values: Mapping[str, Any]) -> Sample:
+  requests = [Request(tuple(context), tuple(continuation), anchor, item)
+              for (context, continuation, anchor), item in zip(
+                  values['requests'], values['items'], strict=True)]
+  return Sample(requests, np.array(values['gold']), np.array(values['items']),
+                values['is_choice'])
+
+
+def _score(scorer: AnswerScorer, sample: Sample) -> dict[str, float]:
+  nats = np.zeros((len(sample.requests), len(scorer.arms)))
+  greedy = np.zeros(nats.shape, bool)
+  for scored, _ in scorer.score(sample.requests):
+    nats[scored.numbers], greedy[scored.numbers] = scored.nats, scored.greedy
+  frozen, own, shuffled = nats[sample.gold].mean(axis=0)
+  right = _right(nats, sample) if sample.is_choice else greedy[sample.gold]
+  return {'gain': frozen - own, 'content': shuffled - own,
+          'frozen_accuracy': right[:, 0].mean(), 'accuracy': right[:, 1].mean()}
+
+
+def _right(nats: np.ndarray, sample: Sample) -> np.ndarray:
+  """Returns whether the gold answer is the likeliest of its item's, bool [items, arms]."""
+  best = np.full((len(sample.gold), nats.shape[1]), np.inf)
+  np.minimum.at(best, sample.items, nats)
+  return nats[sample.gold] <= best
