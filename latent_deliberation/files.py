@@ -1,7 +1,7 @@
 """Files and directories that are written whole or not at all, and files as people have them.
 
 Where one cannot be written, these functions raise a UserError that names the path. The others read
-text as editors save it, leave out what nobody meant to give, and pass paths on to orbax.
+text as editors save it, leave out what nobody meant to give, pass paths on to orbax, and seal JSON.
 
 A path is one of this machine, a pathlib.Path, or one of an object store (stores.py), which has the
 same methods. What else differs between the two is here.
@@ -9,13 +9,14 @@ same methods. What else differs between the two is here.
 
 import codecs
 import contextlib
+import hashlib
 import importlib
 import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -368,3 +369,44 @@ def make_writable(directory: Path) -> None:
   except OSError as error:
     raise UserError(f'{directory} cannot be written to ({error}): name another directory, or free '
                     'some space there') from error
+
+
+# --- JSON that knows whether it was changed ---
+
+# A changed learning rate is valid JSON, and would be used without a word. So files that describe
+# our data have a checksum of themselves. Those of earlier code have none, and are read as they are.
+CHECKSUM = 'checksum'  # the key
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the content of a file with its checksum, in place of an earlier one."""
+  plain = {key: value for key, value in content.items() if key != CHECKSUM}
+  return {**plain, CHECKSUM: _checksum(plain)}
+
+
+def unseal(text: bytes, origin: Path) -> Any:
+  """Returns the content of a file without its checksum.
+
+  Args:
+    text: the file, whose spaces and lines may have changed.
+    origin: its path, for the error message.
+
+  Raises:
+    UserError: the content is not that of the checksum.
+    ValueError: it is no JSON.
+  """
+  content = json.loads(text)
+  if not isinstance(content, dict) or CHECKSUM not in content:
+    return content
+  given = content.pop(CHECKSUM)
+  if given != _checksum(content):
+    raise UserError(f'{origin} has changed since it was written: its {CHECKSUM} is {given}, and '
+                    f'its content has {_checksum(content)}. Restore the file. If you changed it '
+                    f'on purpose, remove its {CHECKSUM}')
+  return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+  # As it reads back: tuples are lists, and keys are strings.
+  text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]

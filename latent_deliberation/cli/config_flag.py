@@ -9,7 +9,6 @@ What a flag gives, such as --config.data.files, goes before what the config file
 follow from what is given: the source of text, the number of embeddings, the warm-up.
 """
 
-import json
 import os
 import re
 import shlex
@@ -32,7 +31,7 @@ from latent_deliberation.data.data_config import (
 from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
 from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, as_config, bind, nearest_key
-from latent_deliberation.files import as_path
+from latent_deliberation.files import as_path, unseal
 from latent_deliberation.paths import RUN_FILE, with_current_names
 from latent_deliberation.sharding import MeshConfig, make_mesh
 
@@ -164,10 +163,12 @@ def read_run(path: Path) -> ConfigDict:
     UserError: the file is missing or damaged, or its job has no whole experiment.
   """
   try:
-    saved = with_current_names(json.loads(path.read_bytes()))
+    saved = with_current_names(unseal(path.read_bytes(), path))
     job, config = saved['job'], dict(saved['config'])
   except OSError as error:
     raise UserError(f'{path} cannot be read ({error}): name the run.json of a run') from error
+  except UserError:
+    raise
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is no run.json ({error!r}): name the run.json that a training wrote '
                     'to its --workdir, or a config file') from error

@@ -19,11 +19,13 @@ from absl import logging
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.host_tensorflow import seqio
 from latent_deliberation.data.rows import (
+  CHECKSUMS_FILE,
   MANIFEST_FILE,
   Framing,
   Manifest,
   PackedRows,
   Recipe,
+  checksums_of,
   smallest_dtype,
 )
 from latent_deliberation.data.sources import SPLITS
@@ -174,7 +176,7 @@ def pack(documents: Documents, recipe: Recipe, directory: Path,
   try:
     # The manifest comes last. A folder without one is not complete.
     manifest = _write_rows(documents, recipe, partial, tokens_per_file)
-    write_whole(partial / MANIFEST_FILE, manifest.to_json())
+    write_whole(partial / MANIFEST_FILE, manifest.seal())
     finish_directory(partial, final)
   except BaseException:
     remove_tree(partial)
@@ -218,6 +220,7 @@ def _write_rows(documents: Documents, recipe: Recipe, directory: Path,
       chunk = []
   if chunk:
     files.write(chunk)
+  files.close()
   if not files.rows:
     raise UserError(f'{recipe.task} has no token in split {recipe.split!r}: give more documents, '
                     'or change validation_percent')
@@ -297,6 +300,7 @@ class RowFiles:
                bytes_per_token: np.ndarray):
     self._directory, self._recipe, self._framing = directory, recipe, framing
     self._bytes_per_token, self._hash, self._files = bytes_per_token, hashlib.sha256(), 0
+    self._checksums: list[np.ndarray] = []
     self.rows = self.tokens = self.text_bytes = 0
 
   @property
@@ -312,12 +316,8 @@ class RowFiles:
     tokens, segments = (np.stack(part) for part in zip(*rows, strict=True))
     check_segments(tokens, segments, self._framing, self._recipe.task)
     tokens = tokens.astype(smallest_dtype(self._recipe.vocabulary_size - 1))
-    path = self._directory / f'tokens-{self._files:05d}.npy'
-    with new_file(path) as here, here.open('wb') as file:
-      np.save(file, tokens)
-      # On disk before the manifest describes it.
-      file.flush()
-      os.fsync(file.fileno())
+    self._save(f'tokens-{self._files:05d}.npy', tokens)
+    self._checksums.append(checksums_of(tokens))
     # Segments are part of the hash, though no file holds them: it is that of older packings.
     self._hash.update(tokens)
     self._hash.update(segments.astype(smallest_dtype(self._recipe.length)))
@@ -326,3 +326,15 @@ class RowFiles:
     self.text_bytes += int(self._bytes_per_token[tokens].sum(dtype=np.int64))
     self.rows += len(rows)
     self._files += 1
+
+  def close(self) -> None:
+    """Writes the checksums of all rows, after the last file."""
+    if self._checksums:
+      self._save(CHECKSUMS_FILE, np.concatenate(self._checksums))
+
+  def _save(self, name: str, values: np.ndarray) -> None:
+    with new_file(self._directory / name) as here, here.open('wb') as file:
+      np.save(file, values)
+      # On disk before the manifest describes it.
+      file.flush()
+      os.fsync(file.fileno())

@@ -2,7 +2,8 @@
 
 A split is a folder with manifest.json and files tokens-00000.npy, ..., each [rows, T]. The files
 are plain .npy: a memory map reads any row at once and needs only numpy. Segments and positions
-follow from the tokens that begin, end and fill a row; see `Framing`.
+follow from the tokens that begin, end and fill a row; see `Framing`. checksums.npy has the CRC-32
+of each row, which is compared when the row is read. Folders of earlier code have none.
 
 Row k of a training run is permutation(seed, k // N)[k % N]. The order is a formula, so a resumed
 run reads no saved position, and the number of processes does not matter.
@@ -12,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +23,13 @@ import numpy as np
 from latent_deliberation.array_types import Batch
 from latent_deliberation.data.data_config import PAD_ID
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import as_path, at_hand
+from latent_deliberation.files import as_path, at_hand, seal, unseal
 
 # Version 1 stored segments in files of their own, segments-00000.npy. It is read, not written.
 # Version 2 is for a framing of the usual kind, version 3 for any other.
 FORMAT_VERSIONS = (1, 2, 3)
 MANIFEST_FILE = 'manifest.json'
+CHECKSUMS_FILE = 'checksums.npy'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,21 +135,27 @@ class Manifest:
     return hashlib.sha256(version_1.to_json()).hexdigest()
 
   def to_json(self) -> bytes:
-    """Returns the content of manifest.json, byte for byte as its version was written."""
+    """Returns the fields as JSON, byte for byte as their version was written."""
     fields = dataclasses.asdict(self)
     for name in _LATER_FIELDS[self.format_version]:
       del fields[name]
     return json.dumps(fields, indent=2, sort_keys=True).encode() + b'\n'
 
+  def seal(self) -> bytes:
+    """Returns the content of manifest.json, with a checksum of it."""
+    return json.dumps(seal(json.loads(self.to_json())), indent=2, sort_keys=True).encode() + b'\n'
+
   @classmethod
   def from_json(cls, content: bytes, origin: Path) -> 'Manifest':
-    """Reads what `to_json` wrote. Raises UserError, naming `origin`, for anything else."""
+    """Reads what `seal` wrote. Raises UserError, naming `origin`, for anything else."""
     try:
-      fields = json.loads(content)
+      fields = unseal(content, origin)
       version = fields['format_version']
       if version in FORMAT_VERSIONS:
         missing = dict.fromkeys(_LATER_FIELDS[version])
         return cls(**(fields | missing | {'recipe': Recipe(**fields['recipe'])}))
+    except UserError:
+      raise
     except (ValueError, TypeError, KeyError) as error:
       raise UserError(f'{origin} is not a manifest of packed rows ({error!r}): pack the data '
                       'again into an empty folder') from error
@@ -161,6 +170,11 @@ _LATER_FIELDS = {1: ('bos_id', 'eos_id', 'pad_id'), 2: ('eos_id', 'pad_id'), 3: 
 def smallest_dtype(largest: int) -> np.dtype:
   """Returns the dtype of a file whose values are 0 to `largest`: uint16 if they fit, else int32."""
   return np.dtype(np.uint16 if largest < 2**16 else np.int32)
+
+
+def checksums_of(rows: np.ndarray) -> np.ndarray:
+  """Returns the CRC-32 of each row [n, T] as it is stored, uint32 [n]."""
+  return np.array([zlib.crc32(row) for row in np.ascontiguousarray(rows)], np.uint32)
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
@@ -203,6 +217,7 @@ class PackedRows:
     self._framing = self.manifest.framing
     if self._framing is None:
       self._segments = self._open_files('segments', self.length)
+    self._checksums = self._open_checksums()
 
   def __len__(self) -> int:
     return self.manifest.rows
@@ -223,6 +238,7 @@ class PackedRows:
     if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
       raise IndexError(f'rows {indices.min()} to {indices.max()}: there are {len(self)}')
     tokens = self._gather(self._tokens, indices)
+    self._check(tokens, indices)
     if self._framing is None:
       segments = self._gather(self._segments, indices)
     else:
@@ -232,8 +248,27 @@ class PackedRows:
   def _open_files(self, kind: str, largest: int) -> list[np.ndarray]:
     step, dtype = self.manifest.rows_per_file, smallest_dtype(largest)
     return [_open_file(self.directory / f'{kind}-{first // step:05d}.npy',
-                       min(step, len(self) - first), self.length, dtype)
+                       (min(step, len(self) - first), self.length), dtype)
             for first in range(0, len(self), step)]
+
+  def _open_checksums(self) -> np.ndarray | None:
+    """Returns the CRC-32 of each row, uint32 [N]; None where none were written."""
+    if not (self.directory / CHECKSUMS_FILE).exists():
+      return None
+    checksums = _open_file(self.directory / CHECKSUMS_FILE, (len(self),), np.dtype(np.uint32))
+    return np.array(checksums)
+
+  def _check(self, tokens: np.ndarray, indices: np.ndarray) -> None:
+    """Raises UserError for rows that are not those which were packed."""
+    if self._checksums is None:
+      return
+    found = checksums_of(tokens.astype(smallest_dtype(self.vocabulary_size - 1)))
+    damaged = indices[found != self._checksums[indices]]
+    if damaged.size:
+      raise UserError(
+          f'{self.directory}: {damaged.size} rows, the first of them {damaged[0]}, are not as they '
+          f'were packed: their file, or {CHECKSUMS_FILE}, is damaged. Copy the folder again, or '
+          'delete it and pack again')
 
   def _gather(self, files: Sequence[np.ndarray], indices: np.ndarray) -> np.ndarray:
     gathered = np.empty((len(indices), self.length), np.int32)
@@ -245,7 +280,7 @@ class PackedRows:
     return gathered
 
 
-def _open_file(path: Path, rows: int, length: int, dtype: np.dtype) -> np.ndarray:
+def _open_file(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Maps a file, and checks that it is whole and has the shape that the manifest gives."""
   try:
     # A memory map: rows are read when they are taken.
@@ -256,9 +291,9 @@ def _open_file(path: Path, rows: int, length: int, dtype: np.dtype) -> np.ndarra
   except (ValueError, OSError, EOFError) as error:
     raise UserError(f'{path} ({path.stat().st_size} bytes) is truncated or not an .npy file '
                     f'({error}): copy the folder again, or delete it and pack again') from error
-  if array.shape != (rows, length) or array.dtype != dtype:
+  if array.shape != shape or array.dtype != dtype:
     raise UserError(f'{path} has {array.dtype} {list(array.shape)}, {MANIFEST_FILE} promises '
-                    f'{dtype} {[rows, length]}: the file is of another packing. Copy the folder '
+                    f'{dtype} {list(shape)}: the file is of another packing. Copy the folder '
                     'again, or delete it and pack again')
   return array
 

@@ -8,7 +8,6 @@ run.json, so that the same command chooses the same again.
 
 import dataclasses
 import importlib
-import json
 import tempfile
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -22,7 +21,7 @@ from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, as_config, bind
-from latent_deliberation.files import write_json
+from latent_deliberation.files import seal, unseal, write_json
 from latent_deliberation.paths import ROWS, RUN_FILE
 
 HELD_OUT_ROWS = 32  # rows to hold out, if a larger percentage can
@@ -204,7 +203,7 @@ def with_choices(experiment: Experiment, choices: Mapping[str, Any]) -> Experime
 def write_choices(workdir: Path, job: str, config: Mapping[str, Any], choices: Choices) -> None:
   """Writes the run.json of a job of several runs: its config, and what was chosen for its text."""
   run_on_process_zero(f'write {workdir / RUN_FILE}', lambda: write_json(
-      workdir / RUN_FILE, {'job': job, 'config': config, 'chosen': choices}))
+      workdir / RUN_FILE, seal({'job': job, 'config': config, 'chosen': choices})))
 
 
 def read_choices(workdir: Path, given: Set[str]) -> Choices | None:
@@ -215,9 +214,11 @@ def read_choices(workdir: Path, given: Set[str]) -> Choices | None:
   """
   path = workdir / RUN_FILE
   try:
-    chosen = json.loads(path.read_bytes())['chosen']
+    chosen = unseal(path.read_bytes(), path)['chosen']
   except FileNotFoundError:
     return None
+  except UserError:
+    raise
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is damaged or of another job ({error!r}): restore the file, or use '
                     'another --workdir') from error

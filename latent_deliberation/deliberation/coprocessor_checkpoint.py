@@ -29,6 +29,8 @@ from latent_deliberation.files import (
   at_hand,
   explain_failed_write,
   find_inside,
+  seal,
+  unseal,
   whole_directory,
 )
 from latent_deliberation.model.checkpoints.safetensors_io import (
@@ -96,7 +98,7 @@ def write_description(directory: Path, description: Description, params_fingerpr
       'frozen_dtype': description.frozen_dtype,
       'config': dataclasses.asdict(description.config),
       'model': dataclasses.asdict(description.decoder_config)}
-  (directory / DESCRIPTION).write_text(json.dumps(content, indent=2) + '\n')
+  (directory / DESCRIPTION).write_text(json.dumps(seal(content), indent=2) + '\n')
 
 
 def read_description(directory: Path) -> tuple[Description, str]:
@@ -110,7 +112,7 @@ def read_description(directory: Path) -> tuple[Description, str]:
     raise UserError(f'{directory} holds no trained coprocessor: {DESCRIPTION} is missing. '
                     'Name the <workdir>/coprocessor that launch/train.py wrote')
   try:
-    stored = json.loads(path.read_bytes())
+    stored = unseal(path.read_bytes(), path)
     if stored['format'] != _FORMAT:
       raise UserError(f'format {stored["format"]!r}, expected {_FORMAT}')
     # Saved names of keys and values may be old ones.

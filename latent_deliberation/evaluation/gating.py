@@ -8,6 +8,7 @@ are augmented. `inference.policy` turns a budget of decoded tokens into such a f
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from latent_deliberation.evaluation.evaluate import find_trained, open_held_out,
 from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, FROZEN, OWN, arm_states
 from latent_deliberation.evaluation.plots import plot_gates
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.files import make_writable, whole_directory
+from latent_deliberation.files import make_writable, seal, whole_directory
 from latent_deliberation.paths import GATE_FILE, GATE_WEIGHTS_FILE
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import check_batch, make_mesh
@@ -280,6 +281,8 @@ def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   first = np.isin(places.text, fitted_on)
   fitted, others = fit_linear_gate(places.where(first)), places.where(~first)
   curves = compare_gates(fitted, others, FRACTIONS, experiment.evaluation.bootstrap_samples)
+  stored = save({'weight': fitted.weight.astype(np.float32),
+                 'bias': np.array([fitted.bias], np.float32)})
   # JSON has no infinity, so a threshold that never opens becomes None.
   result = {
       'places': len(others.gain), 'texts': len(np.unique(others.text)),
@@ -287,14 +290,12 @@ def fit_gate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
       'curves': {name: {field: np.where(np.isfinite(values), values, None).tolist()
                         for field, values in vars(curve).items()}
                  for name, curve in curves.items()},
-      'git_commit': git_commit()}
+      'weights': hashlib.sha256(stored).hexdigest(), 'git_commit': git_commit()}
   with whole_directory(output) as partial:
     if jax.process_index() == 0:
       plot_gates(result, partial / PICTURE)
-      (partial / GATE_WEIGHTS_FILE).write_bytes(save({
-          'weight': fitted.weight.astype(np.float32),
-          'bias': np.array([fitted.bias], np.float32)}))
-      (partial / GATE_FILE).write_text(json.dumps(result, indent=2) + '\n')
+      (partial / GATE_WEIGHTS_FILE).write_bytes(stored)
+      (partial / GATE_FILE).write_text(json.dumps(seal(result), indent=2) + '\n')
   return result
 
 

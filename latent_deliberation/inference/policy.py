@@ -1,7 +1,7 @@
 """Policies of deliberation: set places, or places where a gate opens; and fitted gates on disk."""
 
 import dataclasses
-import json
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from latent_deliberation.array_types import Array, Float
 from latent_deliberation.errors import UserError, check_integer, check_number
-from latent_deliberation.files import at_hand
+from latent_deliberation.files import unseal
 from latent_deliberation.paths import GATE_FILE, GATE_WEIGHTS_FILE
 
 MIN_GAP = 8  # tokens that a text decodes, by default, before its gate may open again
@@ -133,13 +133,17 @@ def open_gate(directory: Path, score: str, budget: float, min_gap: int = MIN_GAP
     if not (directory / name).is_file():
       raise UserError(f'{directory} holds no {name}: give the output of launch/gate.py')
   try:
-    result = json.loads((directory / GATE_FILE).read_bytes())
+    result = unseal((directory / GATE_FILE).read_bytes(), directory / GATE_FILE)
     curve, decoder_fingerprint = result['curves'][score], result['decoder']
     # No threshold is high enough to open nowhere, so a fraction of 0 has none.
     known = [(fraction, float(threshold)) for fraction, threshold in zip(
         curve['fractions'], curve['thresholds'], strict=True) if threshold is not None]
     fractions, thresholds = map(np.array, zip(*known, strict=True))
-    arrays = load_file(at_hand(directory / GATE_WEIGHTS_FILE))
+    stored = (directory / GATE_WEIGHTS_FILE).read_bytes()
+    # Gates of earlier code do not say which weights are theirs.
+    if result.get('weights', found := hashlib.sha256(stored).hexdigest()) != found:
+      raise ValueError(f'{GATE_WEIGHTS_FILE} is not the one that {GATE_FILE} names')
+    arrays = load(stored)
     gate = Gate(arrays['weight'], arrays['bias'][0])
   except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
     raise UserError(f'the gate in {directory} is damaged ({type(error).__name__}: {error}): fit '

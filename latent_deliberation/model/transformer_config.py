@@ -5,13 +5,21 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from latent_deliberation.errors import UserError, check_types, raise_problems
+from latent_deliberation.errors import (
+  UserError,
+  check_integer,
+  check_types,
+  problems_of,
+  raise_problems,
+)
 
 LAYER_KINDS = ('local', 'global')
 ACTIVATIONS = ('gelu', 'silu')
 # Switches that tell Llama and Qwen from Gemma, which has the default of each.
 _SWITCHES = ('rope_llama3', 'norm_offset', 'activation', 'scale_embeddings', 'qkv_bias',
              'tied_head')
+
+MOST_LAYERS = 10_000  # a number beyond it is damage, and would take all memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +96,10 @@ class TransformerConfig:
     wrong = set()
     for name in ('vocab_size', 'embed_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim',
                  'hidden_dim', 'window'):
-      value = getattr(self, name)
-      if value < 1:
-        wrong.add(name)
-        yield f'{name} = {value!r} is not an integer of at least 1: set one'
+      most = MOST_LAYERS if name == 'num_layers' else 2**31 - 1
+      problems = problems_of(check_integer, name, getattr(self, name), 1, most)
+      wrong |= {name} if problems else set()
+      yield from problems
     # Factors. None turns a soft-cap off, or selects the default that the docstring names.
     for name in ('attention_softcap', 'final_softcap', 'query_scale', 'rope_base',
                  'rope_local_base', 'rope_scaling', 'norm_epsilon'):

@@ -11,8 +11,11 @@ from latent_deliberation.data.rows import Batches
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, differences
 from latent_deliberation.files import is_here, orbax_options, path_for_orbax, remove_tree
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import DATA_STATES
 from latent_deliberation.training.step import TrainState
+
+FINGERPRINT = 'fingerprint'  # key of a checkpoint's 'about': that of its state
 
 # What orbax raises where files cannot be written: tensorstore knows no OSError.
 ORBAX_ERRORS = (OSError, ValueError, RuntimeError)
@@ -72,7 +75,7 @@ class Checkpointer:
     with self._explain_failed_save(OSError):
       self._save_data(step, batches)
     with self._explain_failed_save(*ORBAX_ERRORS):
-      about = {'state': _describe(state)}
+      about = {'state': _describe(state), FINGERPRINT: fingerprint(vars(state))}
       self._manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
 
@@ -115,12 +118,16 @@ class Checkpointer:
           'that is left.')
     # Compare names and shapes first, since orbax's own errors would not name all that differ.
     with self._explain_damage(step):
-      leaves = self._manager.restore(
-          step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']['state']
-    _check_same_leaves(place, leaves, _describe(abstract_state))
+      about = self._manager.restore(
+          step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+    _check_same_leaves(place, about['state'], _describe(abstract_state))
     with self._explain_damage(step):
       state = self._manager.restore(
           step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))['state']
+      # Files may be damaged in a way that is read without an error. Older checkpoints do not say.
+      saved, found = about.get(FINGERPRINT), fingerprint(vars(state))
+      if saved not in (None, found):
+        raise ValueError(f'its state has fingerprint {found}, but {saved} was saved')
     # Last, so the stream moves only if the state could be read.
     batches.restore(self._data_directory(step), step)
     return state

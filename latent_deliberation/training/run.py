@@ -25,7 +25,7 @@ from latent_deliberation.deliberation.flops import training_flops
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
-from latent_deliberation.files import make_writable, write_json
+from latent_deliberation.files import make_writable, seal, unseal, write_json
 from latent_deliberation.paths import (
   CHECKPOINTS,
   COPROCESSOR,
@@ -217,7 +217,7 @@ class Run:
     run_on_process_zero('begin its trackers', lambda: check_trackers(self.settings.trackers))
     # Data and decoder may not exist yet. `claim_workdir` compares their fingerprints.
     try:
-      saved = json.loads((self.workdir / RUN_FILE).read_bytes())
+      saved = unseal((self.workdir / RUN_FILE).read_bytes(), self.workdir / RUN_FILE)
       identity = self.identity(decoder_fingerprint or saved['decoder'], saved['data'])
     except (FileNotFoundError, ValueError, KeyError):
       return  # a new run, or a damaged file that `claim_workdir` reports
@@ -263,9 +263,9 @@ def lengthen(run: Run) -> None:
                       'move it away')
     result.rename(kept)
     logging.info('%s of %d steps is kept as %s', result, earlier, kept)
-  saved = json.loads(path.read_bytes())
+  saved = unseal(path.read_bytes(), path)
   saved['config'][run.section]['loop']['num_steps'] = steps
-  write_json(path, saved | {EARLIER_STEPS: [*saved.get(EARLIER_STEPS, []), earlier]})
+  write_json(path, seal(saved | {EARLIER_STEPS: [*saved.get(EARLIER_STEPS, []), earlier]}))
   before, after = (build_schedule(run.settings.optimizer, length)(earlier)
                    for length in (earlier, steps))
   logging.info('%s: trained further, to %d steps instead of %d. The learning rate is that of a run '

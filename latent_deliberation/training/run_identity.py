@@ -15,7 +15,7 @@ from typing import Any
 from latent_deliberation.distributed import barrier, run_on_process_zero
 from latent_deliberation.errors import UserError, differences
 from latent_deliberation.experiment import defaults_of
-from latent_deliberation.files import lock_for_all, write_json
+from latent_deliberation.files import lock_for_all, seal, unseal, write_json
 from latent_deliberation.paths import CHECKPOINTS, RUN_FILE, RUN_LOCK, with_current_names
 
 EARLIER_STEPS = 'earlier_num_steps'  # key of run.json, not part of the identity
@@ -97,11 +97,13 @@ def claim_workdir(workdir: Path, identity: RunIdentity,
 
   def write_once() -> None:
     if not path.exists():
-      write_json(path, record)
+      write_json(path, seal(record))
 
   run_on_process_zero(f'write {path}', write_once)
   try:
-    saved = json.loads(path.read_bytes())
+    saved = unseal(path.read_bytes(), path)
+  except UserError:
+    raise
   except ValueError as error:
     raise UserError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
                     'the file, or use another --workdir') from error

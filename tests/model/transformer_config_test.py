@@ -11,9 +11,9 @@ from tests import tiny
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'vocab_size': 0}, 'vocab_size = 0 '),
-    ({'num_layers': -1}, 'num_layers = -1 '),
-    ({'window': 0}, 'window = 0 '),
+    ({'vocab_size': 0}, 'vocab_size = 0:'),
+    ({'num_layers': -1}, 'num_layers = -1:'),
+    ({'window': 0}, 'window = 0:'),
     ({'num_kv_heads': 3}, 'num_heads = 4 .*num_kv_heads = 3'),
     ({'head_dim': 5}, 'head_dim = 5 '),
     ({'layer_pattern': ('local', 'sparse')}, r"'sparse'.*\('local', 'global'\)"),

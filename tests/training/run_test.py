@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from latent_deliberation.data.rows import PermutedBatches
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
+from latent_deliberation.files import unseal
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import CHECKPOINTS, METRICS_FILE, RUN_FILE
@@ -47,6 +49,10 @@ IDENTITY = RunIdentity(
             'positions': (1, 2)})
 
 
+def saved_record(workdir):
+  return unseal((workdir / RUN_FILE).read_bytes(), workdir / RUN_FILE)
+
+
 def changed(**config):
   return dataclasses.replace(IDENTITY, config={**IDENTITY.config, **config})
 
@@ -55,7 +61,7 @@ def test_claim_and_resume(tmp_path):
   """A new directory is claimed, and the same run claims it again."""
   workdir = tmp_path / 'runs' / 'a'
   claim_workdir(workdir, IDENTITY)
-  assert json.loads((workdir / RUN_FILE).read_text()) == IDENTITY.record
+  assert saved_record(workdir) == IDENTITY.record
   assert [path.name for path in workdir.iterdir()] == [RUN_FILE]
   (workdir / CHECKPOINTS).mkdir()
   claim_workdir(workdir, IDENTITY)
@@ -82,7 +88,7 @@ def test_claim_other_run(tmp_path, other, line):
   with pytest.raises(UserError, match=f'(?s){tmp_path}.*{line}.*--workdir') as error:
     claim_workdir(tmp_path, other)
   assert 'save_every' not in str(error.value)
-  assert json.loads((tmp_path / RUN_FILE).read_text()) == IDENTITY.record
+  assert saved_record(tmp_path) == IDENTITY.record
 
 
 def test_free_keys(tmp_path):
@@ -104,7 +110,7 @@ def test_older_than_a_key(tmp_path):
   claim_workdir(tmp_path, now(clip=1.0, bounds=(0, 1)))
   with pytest.raises(UserError, match='\n  config.optimizer.clip: 1.0.*2.0'):
     claim_workdir(tmp_path, now(clip=2.0, bounds=(0, 1)))
-  assert json.loads((tmp_path / RUN_FILE).read_text()) == IDENTITY.record
+  assert saved_record(tmp_path) == IDENTITY.record
 
 
 def test_claim_unknown_checkpoints(tmp_path):
@@ -119,6 +125,17 @@ def test_claim_damaged_file(tmp_path):
   (tmp_path / RUN_FILE).write_text('{"job": ')
   with pytest.raises(UserError, match=f'{RUN_FILE}.*JSON'):
     claim_workdir(tmp_path, IDENTITY)
+
+
+def test_claim_changed_file(tmp_path):
+  """A run.json that was changed is refused, and accepted once its checksum is removed."""
+  claim_workdir(tmp_path, IDENTITY)
+  path = tmp_path / RUN_FILE
+  path.write_text(path.read_text().replace('"save_every": 10', '"save_every": 20'))
+  with pytest.raises(UserError, match=f'{path} has changed .*remove its checksum'):
+    claim_workdir(tmp_path, IDENTITY, changeable=('loop.save_every',))
+  path.write_text(re.sub(r',\s*"checksum": "\w+"', '', path.read_text()))
+  claim_workdir(tmp_path, IDENTITY, changeable=('loop.save_every',))
 
 
 def test_config_without_json(tmp_path):
@@ -285,7 +302,7 @@ def test_resume_other_evaluation(coprocessor, quickstart):
 def test_resume_without_a_key(coprocessor, quickstart):
   """A run that is older than a key resumes with its default."""
   path = coprocessor / RUN_FILE
-  record = json.loads(path.read_text())
+  record = saved_record(coprocessor)  # of a code that wrote no checksum
   del record['config']['training']['row_range_percent']
   path.write_text(json.dumps(record))
   resume(coprocessor, quickstart)

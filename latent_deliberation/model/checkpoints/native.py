@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import orbax_options, path_for_orbax
+from latent_deliberation.files import orbax_options, path_for_orbax, seal, unseal
 from latent_deliberation.model.checkpoints.layout import LAYERED, axis_sizes, parameter_axes
 from latent_deliberation.model.checkpoints.source import OrbaxSource
 from latent_deliberation.model.decoder import fingerprint
@@ -39,7 +39,7 @@ def describe(directory: Path) -> Description:
   """Reads decoder.json. UserError: it is damaged or of another version."""
   path = directory / DESCRIPTION
   try:
-    stored = json.loads(path.read_bytes())
+    stored = unseal(path.read_bytes(), path)
     if stored['format'] != _FORMAT:
       raise UserError(f'format {stored["format"]}, expected {_FORMAT}')
     return Description(TransformerConfig(**stored['config']), stored['fingerprint'],
@@ -90,5 +90,5 @@ def write(directory: Path, config: TransformerConfig, params: Params,
     description = {'format': _FORMAT, 'fingerprint': decoder_fingerprint,
                    'vocabulary': vocabulary_hash,
                    'config': dataclasses.asdict(config)}
-    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
+    (directory / DESCRIPTION).write_text(json.dumps(seal(description), indent=2) + '\n')
   return decoder_fingerprint

@@ -1,0 +1,117 @@
+"""The page about a fault campaign, docs/reliability.md, from the campaign's JSON."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latent_deliberation.benchmarks.fault_mutations import CHANGED, OUTCOMES, REFUSED, UNCHANGED
+from latent_deliberation.evaluation.report import markdown_table
+from latent_deliberation.files import write_whole
+
+_PAGE = """\
+# Reliability
+
+`launch/fault_campaign.py` hurts small runs on purpose, and counts what they survive. This page is
+rendered from its JSON; do not edit it.
+
+{kills:,} kills and {files:,} damaged files left {faults:,} faults. Seed {seed}, commit {commit}.
+
+```
+python launch/fault_campaign.py --workdir=runs/faults --output=runs/faults.json \\
+    --kills=1000 --mutations=10000 --scenarios=50
+python launch/fault_campaign.py --output=runs/faults.json --page=docs/reliability.md
+```
+
+The first command goes on where it was stopped. A case depends on `--seed` and its number alone.
+
+## Kills
+
+A run is killed with SIGKILL at random moments, up to six times, and resumed each time. Half of the
+moments are anywhere in a launch, half while it trains, saves and evaluates.
+Its results must then be those of a run that nobody touched: the same bytes of the coprocessor, the
+same fingerprint of the decoder, the same rows, the same number in every line of the metrics.
+
+{jobs_table}
+
+What the launches were at: {phases}. With two processes, one of them is killed. The other must end
+by itself within a minute, with a message.
+
+## Damaged files
+
+One file is damaged: a bit is flipped, bytes are replaced, removed, repeated or added, a number in
+the text is another one, the file is cut off, emptied, removed, or holds its neighbour's content.
+Reading must then refuse it with a message for people, or give what the whole file gives.
+"{changed}" would be the worst: other content, without a word.
+
+{subjects_table}
+
+The slowest took {slowest:.1f} s. Decoders of others state no fingerprint. They are opened as a
+coprocessor's decoder, whose fingerprint is known from the training.
+
+## Other bad luck
+
+{scenarios_table}
+
+- A full disk refuses files above a random size, between 512 bytes and 1 MB. The quickstart must
+  end with a message, and with its results once there is room.
+- The clock on the wall jumps by up to ten years, at each tenth look.
+- A lost host is killed (SIGKILL) or hangs (SIGSTOP) while two processes train.
+
+## What makes it so
+
+- What is written gets its name when it is whole: directories are renamed, files are replaced. See
+  [design](design.md#runs).
+- Checkpoints, decoders and coprocessors state a fingerprint of their values, which is compared
+  when they are read. Packed rows have a checksum each.
+- `run.json` and other descriptions hold a checksum of themselves. Who changes one on purpose
+  removes the line.
+- A process that is lost ends the others: jax's heartbeat has a limit of 45 seconds.
+- Files of earlier code have no checksums, and are read as they are.
+"""
+
+
+def format_page(result: Mapping[str, Any]) -> str:
+  """Returns docs/reliability.md from the content of a campaign's JSON."""
+  killed, damaged = result['kills'], result['mutations']
+  kills = sum(counts['kills'] for counts in killed['jobs'].values())
+  files = sum(sum(counts.values()) for counts in damaged['subjects'].values())
+  jobs_table = markdown_table(
+      ['job', 'runs', 'kills', 'lost, or another result'],
+      [[name, f'{counts["runs"]:,}', f'{counts["kills"]:,}', f'{counts["faulty"]:,}']
+       for name, counts in killed['jobs'].items()])
+  others = [name for name in OUTCOMES if name not in (REFUSED, UNCHANGED)]
+  subjects_table = markdown_table(
+      ['files', 'damaged', REFUSED, UNCHANGED, *others],
+      [[name, *(f'{value:,}' for value in (
+          sum(counts.values()), *(counts[outcome] for outcome in (REFUSED, UNCHANGED, *others))))]
+       for name, counts in damaged['subjects'].items()])
+  scenarios_table = markdown_table(
+      ['what happened', 'cases', 'faults', 'more'],
+      [[name, f'{counts["cases"]:,}', f'{counts["faulty"]:,}', _tell(name, counts)]
+       for name, counts in result['scenarios'].items()])
+  phases = ', '.join(f'{name} {count:,}' for name, count in killed['phases'].items())
+  return _PAGE.format(
+      kills=kills, files=files, faults=result['num_faults'], jobs_table=jobs_table,
+      subjects_table=subjects_table, scenarios_table=scenarios_table, phases=phases,
+      slowest=damaged['slowest_seconds'], seed=result['seed'], commit=result['git_commit'][:12],
+      changed=CHANGED)
+
+
+def _tell(name: str, counts: Mapping[str, Any]) -> str:
+  if 'signals' in counts:
+    phases = ', '.join(f'{phase} {count}' for phase, count in counts['phases'].items())
+    return f'{counts["signals"]} signals: {phases}'
+  if 'refused' in counts:
+    return f'{counts["refused"]} of them too full for the run'
+  if 'told' in counts:
+    return f'{counts["told"]} second launches were told of the first'
+  if 'slowest_seconds' in counts:
+    return '; '.join(f'{number}: the other ended in {seconds:.0f} s or less' for number, seconds
+                     in counts['slowest_seconds'].items() if seconds)
+  return ''
+
+
+def write_page(output: Path, page: Path) -> None:
+  """Writes the page of a campaign's JSON, over an earlier one."""
+  write_whole(page, format_page(json.loads(output.read_bytes())).encode())
