@@ -1,5 +1,6 @@
 """A profile of some steps of a run, for xprof: the key `profile` of a training."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from absl import logging
 
 from latent_deliberation.array_types import PyTree
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import growing_files
 
 
 def parse_range(text: str, num_steps: int) -> range:
@@ -38,7 +40,7 @@ class StepProfile:
 
   def __init__(self, directory: Path, steps: range):
     self._directory, self._steps = directory, steps if jax.process_index() == 0 else range(0)
-    self._is_tracing = False
+    self._is_tracing, self._place = False, contextlib.ExitStack()
 
   def begin(self, step: int, state: PyTree) -> None:
     """Starts the trace if `step`, which comes next, belongs to it.
@@ -53,7 +55,8 @@ class StepProfile:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # calls of Python would hide our own scopes
     try:
-      jax.profiler.start_trace(str(self._directory), profiler_options=options)
+      here = self._place.enter_context(growing_files(self._directory))
+      jax.profiler.start_trace(str(here), profiler_options=options)
     except Exception as error:  # of whatever kind the profiler has
       self._give_up(error)
     else:
@@ -71,7 +74,8 @@ class StepProfile:
       return
     self._is_tracing = False
     try:
-      jax.profiler.stop_trace()
+      with self._place:
+        jax.profiler.stop_trace()
     except Exception as error:  # of whatever kind the profiler has
       self._give_up(error)
     else:
