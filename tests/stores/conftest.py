@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from latent_deliberation import locks
 from latent_deliberation.files import as_path
 from tests.stores import object_store
 from tests.stores.object_store import Store
@@ -40,3 +41,11 @@ def store(request: pytest.FixtureRequest, stores: dict[str, Store]) -> Iterator[
 def place(store: Store, tmp_path: Path) -> Path:
   """A directory of the store that no other test uses; there is nothing in it yet."""
   return as_path(store.url(*tmp_path.parts[-2:], str(os.getpid())))
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Leases that are written ten times a second."""
+  for name, seconds in {'BEAT_SECONDS': 0.1, 'LEASE_SECONDS': 0.8, 'POLL_SECONDS': 0.05,
+                        '_SETTLE_SECONDS': 0.1}.items():
+    monkeypatch.setattr(locks, name, seconds)

@@ -132,7 +132,7 @@ def test_store_that_refuses_to_list(store, place):
 
 def test_decoder(place, tmp_path):
   """Our own format is read in place, Hugging Face's from a copy; both with their tokenizers."""
-  config = dataclasses.replace(tiny.CONFIG, vocab_size=300)
+  config = dataclasses.replace(tiny.CONFIG, vocab_size=300, query_scale=0.5)
   params, tokenizer = tiny.decoder_params(config), tiny_tokenizer.write(tmp_path)
   for form in weights.FORMATS:
     weights.save(str(place / form), config, params, format=form, tokenizer=tokenizer)

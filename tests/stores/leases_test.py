@@ -13,14 +13,6 @@ from latent_deliberation.files import lock
 from tests.stores.object_store import Fault
 
 
-@pytest.fixture(autouse=True)
-def short_times(monkeypatch):
-  """Leases that are written ten times a second."""
-  for name, seconds in {'BEAT_SECONDS': 0.1, 'LEASE_SECONDS': 0.8, 'POLL_SECONDS': 0.05,
-                        '_SETTLE_SECONDS': 0.1}.items():
-    monkeypatch.setattr(locks, name, seconds)
-
-
 def leave(path):
   """Leaves a lease as a killed process does."""
   locks._Lease(path, 'works').take(wait=False)

@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import orbax_options, path_for_orbax, seal, unseal
+from latent_deliberation.files import is_here, orbax_options, path_for_orbax, seal, unseal
 from latent_deliberation.model.checkpoints.layout import LAYERED, axis_sizes, parameter_axes
 from latent_deliberation.model.checkpoints.source import OrbaxSource
 from latent_deliberation.model.decoder import fingerprint
@@ -69,8 +69,10 @@ def read(source: OrbaxSource, description: Description,
   Raises:
     UserError: the fingerprint of the weights differs from that in decoder.json.
   """
-  flat = {path: source.read(path, shape, shardings[path])
-          for path, shape in shapes(description.config).items()}
+  wanted = {path: (shape, shardings[path]) for path, shape in shapes(description.config).items()}
+  # A disk is read one array at a time, for memory's sake; a store answers too slowly for that.
+  flat = ({path: source.read(path, *place) for path, place in wanted.items()}
+          if is_here(source.directory) else source.read_several(wanted))
   params = traverse_util.unflatten_dict(flat, sep='/')
   actual = fingerprint(params)
   if actual != description.fingerprint:

@@ -109,18 +109,30 @@ class OrbaxSource:
 
   def read(self, name: str, shape: tuple[int, ...], sharding: Sharding) -> Array:
     """See Source."""
-    keys = self._keys[name]
-    # Restore this array alone. Without `strict`, orbax cuts it to the wanted shape.
-    leaf = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, strict=False)
-    wanted = jax.ShapeDtypeStruct(shape, self.tensors[name].dtype, sharding=sharding)
+    return self.read_several({name: (shape, sharding)})[name]
+
+  def read_several(self, wanted: Mapping[str, tuple[tuple[int, ...], Sharding]]
+                   ) -> dict[str, Array]:
+    """Returns tensors of these shapes and shardings, with as few requests as `read` takes for one.
+
+    All of them are read at once, which takes more memory than one after the other.
+    """
+    # Restore these arrays alone. Without `strict`, orbax cuts them to the wanted shapes.
+    leaves, items = {}, {}
+    for name, (shape, sharding) in wanted.items():
+      leaves[self._keys[name]] = ocp.ArrayRestoreArgs(
+          sharding=sharding, global_shape=shape, strict=False)
+      items[self._keys[name]] = jax.ShapeDtypeStruct(
+          shape, self.tensors[name].dtype, sharding=sharding)
     try:
       restored = self._checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(
-          item=traverse_util.unflatten_dict({keys: wanted}),
-          restore_args=traverse_util.unflatten_dict({keys: leaf}), partial_restore=True))
+          item=traverse_util.unflatten_dict(items),
+          restore_args=traverse_util.unflatten_dict(leaves), partial_restore=True))
     except Exception as error:  # as above
-      raise UserError(f'{name} of {self.directory} cannot be read ({_short(error)}): the '
-                      'checkpoint is damaged; download or write it again') from error
-    return traverse_util.flatten_dict(restored)[keys]
+      raise UserError(f'{", ".join(wanted)} of {self.directory} cannot be read ({_short(error)}): '
+                      'the checkpoint is damaged; download or write it again') from error
+    flat = traverse_util.flatten_dict(restored)
+    return {name: flat[self._keys[name]] for name in wanted}
 
 
 def _short(error: Exception) -> str:
