@@ -25,7 +25,7 @@ EOS = (7,)
 
 
 @contextlib.contextmanager
-def serving(experts, rows=2, timeout=20, most_queued=100, seconds=100):
+def serving(experts, rows=2, timeout=200, most_queued=100, seconds=100):
   batcher = Batcher(ExpertGuard(experts, timeout), rows, DecodingOptions(1, eos=EOS, num_ids=30),
                     most_queued=most_queued, seconds=seconds, metrics=ServiceMetrics())
   try:
@@ -133,7 +133,7 @@ def test_faults_leave_the_plain_text(fault, kind):
   """The text of a faulty expert is the plain one, and says so; others notice nothing."""
   experts = FaultyExperts(stars=fault)
   requests = [request(number, (None, 'stars', 'law')[number % 3]) for number in range(9)]
-  with serving(experts, timeout=1) as batcher:
+  with serving(experts, timeout=5) as batcher:
     # Compiled first, or healthy experts would run out of this short time.
     experts.augment(experts.engine.read([PROMPTS[0]]), [{'law': 1.0}])
     found = [reader.result() for reader in submit(batcher, *requests)]
