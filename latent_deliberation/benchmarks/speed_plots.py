@@ -68,3 +68,25 @@ def plot_step_ratios(result: Mapping[str, Any], path: Path) -> None:
   axes.set_xlabel('time over ours')
   axes.spines[['top', 'right']].set_visible(False)
   save_figure(figure, path)
+
+
+def plot_harness(result: Mapping[str, Any], path: Path) -> None:
+  """Draws items per second of each program, a panel for each task.
+
+  Args:
+    result: result of `harness_speed.benchmark`.
+    path: PNG to write.
+  """
+  tasks = result['items_per_second']
+  figure = Figure(figsize=(5 * len(tasks), 3.5), layout='constrained')
+  FigureCanvasAgg(figure)
+  for axes, (name, speeds) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(),
+                                  strict=True):
+    bars = axes.barh(list(speeds), list(speeds.values()),
+                     color=['#999999', *[COLOURS['own']] * (len(speeds) - 1)])
+    axes.bar_label(bars, fmt='%.1f', fontsize=8, padding=2)
+    axes.invert_yaxis()
+    axes.set_xlabel('items per second')
+    axes.set_title(name, fontsize=11)
+    axes.spines[['top', 'right']].set_visible(False)
+  save_figure(figure, path)

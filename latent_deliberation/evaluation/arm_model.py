@@ -119,7 +119,7 @@ class ArmModel:
     """Takes weights that are loaded, stacked, on the devices of `mesh`."""
     self.config, self.fingerprint, self.tokenizer = config, decoder_fingerprint, tokenizer
     self.own, self.constant, self.max_length = own, constant, max_length
-    self._params, self._mesh = params, mesh or make_mesh(MeshConfig())
+    self.params, self._mesh = params, mesh or make_mesh(MeshConfig())
     computation = Computation(dtype=dtype, attention='auto').on(jax.default_backend())
     self.dtype = computation.dtype
     self._options = {
@@ -138,7 +138,7 @@ class ArmModel:
           (OWN, self.own if set(arms) - {FROZEN, CONSTANT} else None),
           (CONSTANT, self.constant if CONSTANT in arms else None)) if checkpoint is not None}
       self._scorers[key] = AnswerScorer(
-          Decoder(self.config, **self._options), self._params, arms, mesh=self._mesh,
+          Decoder(self.config, **self._options), self.params, arms, mesh=self._mesh,
           rules=DEFAULT_RULES, own=sources.get(OWN), constant=sources.get(CONSTANT))
     return self._scorers[key]
 
@@ -205,7 +205,7 @@ class ArmModel:
                         f'{ZERO!r} with a coprocessor; or {CONSTANT!r} with constant soft tokens')
       # All engines share the decoder's unstacked weights.
       if self._unstacked is None:
-        params = self._local(self._params)
+        params = self._local(self.params)
         self._unstacked = {**params, 'transformer': passes.unstack(params['transformer'])}
       several = self._mesh.size > 1 and jax.process_count() == 1
       engine = Engine(

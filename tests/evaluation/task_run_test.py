@@ -219,6 +219,6 @@ def test_unable_arms(model, data, tmp_path):
   """Mean latents write no text, and an arm needs what makes its latents."""
   with pytest.raises(UserError, match="'mean'"):
     run_tasks(model, Plan(('triviaqa',), ('mean',), str(data)), Settings(), tmp_path / 'out')
-  alone = ArmModel(model.config, model._params, model.fingerprint, model.tokenizer)
+  alone = ArmModel(model.config, model.params, model.fingerprint, model.tokenizer)
   with pytest.raises(UserError, match='coprocessor'):
     run_tasks(alone, Plan(('piqa',), ('own',), str(data)), Settings(), tmp_path / 'other')
