@@ -42,7 +42,7 @@ NOT_UNIT = (
     'model/checkpoints/hugging_face_test',
     'model/checkpoints/native', 'model/checkpoints/source', 'model/decoder', 'model/kernels/',
     'model/layers', 'model/rotary', 'model/transformer_test', 'model/weights', 'parity/',
-    'planning/compile', 'readme', 'serving/', 'studies/scoring', 'studies/study_test',
+    'planning/compile', 'readme', 'serving/', 'stores/', 'studies/scoring', 'studies/study_test',
     'studies/tune', 'training/checkpointer', 'training/hosts', 'training/loop', 'training/step',
     'training/trackers', 'training/train')
 

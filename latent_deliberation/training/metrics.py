@@ -156,7 +156,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
   """Yields the lines of a metrics.jsonl as they were written, without those that are damaged."""
-  for number, line in enumerate(path.read_text(errors='replace').splitlines(), start=1):
+  for number, line in enumerate(path.read_bytes().decode(errors='replace').splitlines(), start=1):
     try:
       row = json.loads(line)
       row['step'] + row['seconds']

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.data.packing import RowFiles
-from latent_deliberation.data.rows import MANIFEST_FILE, Manifest, PackedRows, Recipe
+from latent_deliberation.data.rows import MANIFEST_FILE, Framing, Manifest, PackedRows, Recipe
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
 from latent_deliberation.errors import StoreError, UserError
@@ -185,7 +185,7 @@ def test_rows(place):
   """Packed rows are written file by file, and read from a copy."""
   rows = [(np.array([2, number, 3, 2, 5, 0]), np.array([1, 1, 1, 2, 2, 0]))
           for number in range(10, 20)]
-  files = RowFiles(place, _RECIPE, 2, np.ones(100, np.int32))
+  files = RowFiles(place, _RECIPE, Framing(2, 1), np.ones(100, np.int32))
   for start in range(0, 10, 4):
     files.write(rows[start:start + 4])
   manifest = Manifest(recipe=_RECIPE, rows=10, tokens=files.tokens, documents=1,
