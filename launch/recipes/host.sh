@@ -5,6 +5,7 @@
 #   host.sh mount --bucket=my-bucket                 at ./bucket
 #   host.sh stage --from=bucket/data --to=/tmp/data  a copy of the rows on a local disk
 #   host.sh start -- launch/train.py ...             in the background, into ~/run.log
+#   host.sh state                                    none, running, lost or "ended CODE"
 #   host.sh stop                                     SIGTERM: the run saves and ends
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -64,8 +65,24 @@ start() {
     fail "process $(<"$pid_file") is still running, and a chip takes one process: stop it first"
   fi
   mapfile -t variables < <(grep --extended-regexp '^[A-Z]' "$here/tpu.env")
-  run bash -c "$(quote env "${variables[@]}" nohup "$HOME/venv/bin/python" "${rest[@]}") \
->$HOME/run.log 2>&1 </dev/null & echo \$! >$pid_file"
+  # The code of the process is kept, for `state`. Nothing may hold the terminal of ssh.
+  run rm -f "$HOME/run.code"
+  run bash -c "($(quote env "${variables[@]}" nohup "$HOME/venv/bin/python" "${rest[@]}") \
+>$HOME/run.log 2>&1 </dev/null & echo \$! >$pid_file; wait \$!; echo \$? >$HOME/run.code) \
+>/dev/null 2>&1 </dev/null &"
+}
+
+state() {
+  local pid_file=$HOME/run.pid
+  if [[ ! -e $pid_file ]]; then
+    echo none
+  elif kill -0 "$(<"$pid_file")" 2>/dev/null; then
+    echo running
+  elif [[ -e $HOME/run.code ]]; then
+    echo "ended $(<"$HOME/run.code")"
+  else
+    echo lost
+  fi
 }
 
 case $action in
@@ -73,6 +90,7 @@ case $action in
   mount) mount_bucket ;;
   stage) stage ;;
   start) start ;;
+  state) state ;;
   stop) run bash -c "kill \$(cat $HOME/run.pid)" ;;
-  *) fail "'$action' is not an action: install, mount, stage, start or stop" ;;
+  *) fail "'$action' is not an action: install, mount, stage, start, state or stop" ;;
 esac

@@ -13,7 +13,7 @@ import pytest
 from tests import finished
 
 RECIPES = finished.ROOT / 'launch/recipes'
-SCRIPTS = ('bucket', 'gke', 'host', 'tpu_vm')
+SCRIPTS = ('babysit', 'bucket', 'gke', 'host', 'tpu_vm')
 TOOLS = ('gcloud', 'git', 'xpk', 'docker', 'kubectl', 'mkdir')
 KNOWN = {
     'RECIPE_NAME': 'pod', 'RECIPE_ZONE': 'us-west4-b', 'RECIPE_PROJECT': 'money',
@@ -96,9 +96,9 @@ def test_run_stages_rows_first():
 
 def test_host_uses_tpu_env():
   """A host trains with the variables of tpu.env."""
-  (command,) = shown('host', f'start {TRAIN}')
+  _, command = shown('host', f'start {TRAIN}')
   line, _, _ = command[2].partition(' >')
-  words = shlex.split(line)
+  words = shlex.split(line.removeprefix('('))
   variables = [line for line in (RECIPES / 'tpu.env').read_text().splitlines()
                if line and not line.startswith('#')]
   assert words == ['env', *variables, 'nohup', '/home/user/venv/bin/python',
@@ -113,21 +113,111 @@ def test_host_has_one_run(tmp_path):
                     'for _ in {1..300}; do sleep 0.1; done\n')
   python.chmod(0o755)
   home, log = {'HOME': str(tmp_path)}, tmp_path / 'run.log'
+  assert recipe('host', 'state', home).stdout == 'none\n'
   assert recipe('host', f'start {TRAIN}', home).returncode == 0
   wait_for(log, '\n')
+  assert recipe('host', 'state', home).stdout == 'running\n'
   again = recipe('host', f'start {TRAIN}', home)
   assert again.returncode == 2 and 'is still running' in again.stderr
   assert recipe('host', 'stop', home).returncode == 0
   wait_for(log, 'saved')
+  wait_for(tmp_path / 'run.code', '0\n')
+  assert recipe('host', 'state', home).stdout == 'ended 0\n'
+  (tmp_path / 'run.code').unlink()  # of a host that was restarted
+  assert recipe('host', 'state', home).stdout == 'lost\n'
   flags = re.search('^LIBTPU_INIT_ARGS=(.*)$', (RECIPES / 'tpu.env').read_text(), re.MULTILINE)[1]
   assert log.read_text().splitlines()[0] == f'{flags} {" ".join(shlex.split(TRAIN)[1:])}'
 
 
 def wait_for(log: Path, text: str) -> None:
   end = time.monotonic() + 20
-  while text not in log.read_text():
-    assert time.monotonic() < end, log.read_text()
+  while not log.exists() or text not in log.read_text():
+    assert time.monotonic() < end, log.read_text() if log.exists() else log
     time.sleep(0.05)
+
+
+# A cloud that plays a part: each look at the slice, or at the run, takes the next line of a file.
+CLOUD = """#!/bin/bash
+echo "$*" >>{place}/called
+next() {{
+  head --lines=1 {place}/$1
+  sed --in-place 1d {place}/$1
+}}
+case "$*" in
+  *queued-resources\\ describe*) next slice ;;
+  *host.sh\\ state*)
+    line=$(next hosts)
+    [[ $line != unreachable ]] || exit 255
+    tr , '\\n' <<<"$line"
+    ;;
+esac
+"""
+KEEP = 'keep --type=v5litepod-16 --version=v2 --minutes=0 --data='
+
+
+def babysat(place: Path, slice_states: str, host_states: str,
+            arguments: str = f'{KEEP} {TRAIN}') -> tuple[list[str], subprocess.CompletedProcess]:
+  """What a babysitter did, one word a command, while slice and hosts went through states."""
+  (place / 'slice').write_text(slice_states.replace(' ', '\n').replace('absent', '') + '\n')
+  (place / 'hosts').write_text(host_states.replace('; ', '\n') + '\n')
+  (place / 'gcloud').write_text(CLOUD.format(place=place))
+  (place / 'git').write_text('#!/bin/bash\n')
+  for tool in ('gcloud', 'git'):
+    (place / tool).chmod(0o755)
+  process = recipe('babysit', arguments, path=f'{place}:{os.environ["PATH"]}')
+  kinds = {'queued-resources create': 'create', 'queued-resources delete': 'delete',
+           'host.sh install': 'install', 'host.sh start': 'start', 'host.sh stop': 'stop'}
+  done = [word for line in (place / 'called').read_text().splitlines()
+          for text, word in kinds.items() if text in line]
+  return done, process
+
+
+def test_babysitter_keeps_a_run(tmp_path):
+  """A slice is asked for, installed and used, again after it was taken away, until the run ends."""
+  done, process = babysat(
+      tmp_path, 'absent WAITING_FOR_RESOURCES ACTIVE ACTIVE ACTIVE SUSPENDED PROVISIONING ACTIVE '
+      'ACTIVE ACTIVE', 'new,new; running,running; unreachable; new; running; ended 0,ended 0')
+  assert process.returncode == 0, process.stderr
+  assert done == ['create', 'install', 'start', 'delete', 'create', 'install', 'start', 'delete']
+  assert 'the run is done' in process.stderr
+
+
+def test_babysitter_starts_a_failed_run_again(tmp_path):
+  """Hosts that stay are not installed again, and a run that is at work is left alone."""
+  done, process = babysat(tmp_path, ' '.join(['ACTIVE'] * 5),
+                          'none; ended 134,running; ended 1,ended 134; running; ended 0')
+  assert process.returncode == 0, process.stderr
+  assert done == ['start', 'start', 'delete']
+  assert 'the run has ended: ended 1, ended 134' in process.stderr
+
+
+def test_babysitter_gives_up(tmp_path):
+  """A run that fails at once, again and again, is not started for ever, and its slice is kept."""
+  done, process = babysat(tmp_path, ' '.join(['ACTIVE'] * 9),
+                          'none; ended 1; ended 1; ended 1; ended 1',
+                          f'{KEEP} --tries=3 {TRAIN}')
+  assert process.returncode == 2 and 'failed 3 times in a row' in process.stderr
+  assert done == ['start'] * 3
+
+
+def test_babysitter_stops(tmp_path):
+  """The slice goes when every host has saved and ended."""
+  done, process = babysat(tmp_path, '', 'running,ended 143; running; ended 143',
+                          'stop --minutes=0')
+  assert process.returncode == 0 and done == ['stop', 'delete'], process.stderr
+  assert (tmp_path / 'hosts').read_text().strip() == ''
+
+
+def test_babysitter_shows_a_life():
+  """Its dry run has every command that a slice needs."""
+  commands = [' '.join(command) for command in shown('babysit', f'{KEEP} {TRAIN}')]
+  for text in ('queued-resources create pod --node-id=pod --accelerator-type=v5litepod-16 '
+               '--runtime-version=v2 --scopes=cloud-platform --async --spot',
+               'queued-resources describe pod', 'host.sh install', 'host.sh start',
+               'host.sh state', 'queued-resources delete pod --force --quiet'):
+    assert sum(text in command for command in commands) == 1, text
+  assert not any('--spot' in ' '.join(command) for command in shown(
+      'babysit', f'{KEEP} --spot=no {TRAIN}'))
 
 
 def test_stage_copies_once_and_whole(tmp_path):
@@ -169,6 +259,7 @@ def test_bucket_has_hierarchical_namespace():
 
 
 @pytest.mark.parametrize('script, arguments, missing', [
+    ('babysit', 'state', 'RECIPE_PROJECT'), ('babysit', f'{KEEP} {TRAIN}', 'RECIPE_BUCKET'),
     ('tpu_vm', 'delete', 'RECIPE_ZONE'), ('tpu_vm', 'install', 'RECIPE_BUCKET'),
     ('tpu_vm', f'run {TRAIN}', 'RECIPE_NAME'), ('gke', 'delete', 'RECIPE_CLUSTER'),
     ('gke', 'cluster --capacity=spot', 'RECIPE_TYPE'), ('gke', 'storage', 'RECIPE_BUCKET'),
@@ -198,6 +289,11 @@ def test_missing_flag_is_named(script, arguments, missing):
     ('tpu_vm', 'create', 'create needs --type=v5litepod-256 and --version='),
     ('tpu_vm', 'create --type=a --version=b --spot=maybe', '--spot=maybe: yes or no'),
     ('tpu_vm', 'run', 'run needs a script and its flags'),
+    ('babysit', KEEP, 'keep needs a script and its flags'),
+    ('babysit', f'keep {TRAIN}', 'keep needs --type=v5litepod-256 and --version='),
+    ('babysit', f'{KEEP} --spot=maybe {TRAIN}', '--spot=maybe: yes or no'),
+    ('babysit', f'{KEEP} --tries=0 {TRAIN}', '--tries=0: a number of failures'),
+    ('babysit', f'keep --type=a --version=b --minutes=soon {TRAIN}', '--minutes=soon: a number'),
     ('bucket', 'upload --from=data', 'upload needs --from=DIRECTORY and --to=PATH'),
     *((script, 'begin', "'begin' is not an action: ") for script in SCRIPTS),
     *((script, '', "'' is not an action: ") for script in SCRIPTS)])

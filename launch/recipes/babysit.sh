@@ -1,0 +1,163 @@
+#!/usr/bin/env bash
+# Keeps a run alive on a preemptible slice of Cloud TPU VMs: it asks for the slice by a queued
+# resource, installs, trains, and begins again when the slice is taken away or the run fails.
+#
+#   export RECIPE_NAME=pod RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project RECIPE_BUCKET=my-bucket
+#   babysit.sh keep --type=v5litepod-256 --version=v2-alpha-tpuv5-lite -- launch/train.py \
+#       --config=configs/gemma2_2b.py --config.data.mode=packed \
+#       --config.data.max_tokens=20000000000 --decoder=bucket/gemma-2-2b --data=/tmp/data \
+#       --workdir=bucket/runs/coprocessor --config.training.loop.save_minutes=10
+#   babysit.sh state
+#   babysit.sh stop
+#
+# `keep` runs until training ends with code 0, and then deletes the slice; --delete=no keeps it. It
+# looks every --minutes=2. It gives up after --tries=5 failures in a row that each come within half
+# an hour, since those have another reason than a slice that was taken away. Start it on a machine
+# that stays, in tmux for instance. Started again, it goes on where things are.
+#
+# `state` prints the state of the slice and of the run on its hosts. `stop` lets the run save and
+# end, and deletes the slice; end `keep` before it, or it asks for the slice again. --spot=no takes
+# capacity that is not withdrawn. --data=NAME is as in tpu_vm.sh.
+#
+# --dry_run prints the commands of one life, one a line, and runs none.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$root/launch/recipes/common.sh"
+
+action=${1:-}
+name=${RECIPE_NAME:-} zone=${RECIPE_ZONE:-} project=${RECIPE_PROJECT:-} bucket=${RECIPE_BUCKET:-}
+type='' version='' spot=yes data=data minutes=2 tries=5 delete=yes
+read_flags 'name zone project bucket type version spot data minutes tries delete' "${@:2}"
+quick=$((30 * 60)) # seconds in which a failure counts towards --tries
+
+queued() {
+  run gcloud compute tpus queued-resources "$1" "$name" "${@:2}" --zone="$zone" \
+    --project="$project"
+}
+
+vm() {
+  local flags=(--name="$name" --zone="$zone" --project="$project" --bucket="$bucket")
+  if [[ -n $dry_run ]]; then
+    flags+=(--dry_run)
+  fi
+  "$root/launch/recipes/tpu_vm.sh" "$1" "${flags[@]}" "${@:2}"
+}
+
+create() {
+  local wanted=(--node-id="$name" --accelerator-type="$type" --runtime-version="$version"
+    --scopes=cloud-platform --async)
+  if [[ $spot == yes ]]; then
+    wanted+=(--spot)
+  fi
+  queued create "${wanted[@]}"
+}
+
+# The state of the slice: ACTIVE, SUSPENDED, WAITING_FOR_RESOURCES and so on; empty without one.
+slice_state() {
+  queued describe --format='value(state.state)' 2>/dev/null || true
+}
+
+# What each host says of the run, one word or two a line: new, none, running, lost or "ended CODE".
+# Fails where a host cannot be reached.
+run_state() {
+  run gcloud compute tpus tpu-vm ssh "$name" --worker=all --zone="$zone" --project="$project" \
+    --command='if [[ -d latent_deliberation ]]; then cd latent_deliberation && bash launch/recipes/host.sh state; else echo new; fi'
+}
+
+begin() {
+  vm run --data="$data" -- "${rest[@]}"
+}
+
+say() {
+  echo "$(date '+%F %T') $*" >&2
+}
+
+keep() {
+  local failures=0 begun='' slice hosts
+  while true; do
+    slice=$(slice_state)
+    case $slice in
+      '')
+        say 'there is no slice: asking for one'
+        create
+        ;;
+      ACTIVE)
+        # A host that cannot be reached is usually one that is about to be taken away.
+        if ! hosts=$(run_state | sort --unique); then
+          say 'a host cannot be reached'
+        elif [[ $hosts == 'ended 0' ]]; then
+          say 'the run is done'
+          [[ $delete != yes ]] || queued delete --force --quiet
+          return
+        elif [[ $hosts == *running* ]]; then
+          say 'the run is at work'
+        else
+          if [[ -n $begun ]]; then
+            say "the run has ended: ${hosts//$'\n'/, }"
+            ((failures = SECONDS - begun < quick ? failures + 1 : 0)) || true
+            ((failures < tries)) ||
+              fail "the run failed $failures times in a row; see: tpu_vm.sh logs --name=$name"
+          fi
+          if [[ $hosts == *new* ]]; then
+            say 'installing on new hosts'
+            vm install
+          fi
+          say 'starting the run'
+          begun=$SECONDS
+          begin
+        fi
+        ;;
+      SUSPENDED | FAILED)
+        say "the slice is $slice: asking for another one"
+        begun=''
+        queued delete --force --quiet
+        create
+        ;;
+      *) say "the slice is $slice" ;;
+    esac
+    sleep "$(awk "BEGIN {print $minutes * 60}")"
+  done
+}
+
+stop() {
+  vm stop || true # there may be no run any more
+  # The slice may go when the run has saved and ended; ten minutes are enough for that.
+  local left=120
+  while [[ -z $dry_run ]] && ((left--)) && run_state | grep --quiet running; do
+    sleep "$(awk "BEGIN {print $minutes * 2.5}")"
+  done
+  queued delete --force --quiet
+}
+
+case $action in
+  keep)
+    require name zone project bucket
+    [[ -n $type && -n $version ]] ||
+      fail 'keep needs --type=v5litepod-256 and --version=v2-alpha-tpuv5-lite, or others'
+    [[ $spot == yes || $spot == no ]] || fail "--spot=$spot: yes or no"
+    [[ $delete == yes || $delete == no ]] || fail "--delete=$delete: yes or no"
+    [[ $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--minutes=$minutes: a number of minutes"
+    [[ $tries =~ ^[1-9][0-9]*$ ]] || fail "--tries=$tries: a number of failures, 1 or more"
+    ((${#rest[@]})) || fail 'keep needs a script and its flags after --: keep -- launch/train.py ...'
+    if [[ -n $dry_run ]]; then
+      create
+      queued describe --format='value(state.state)'
+      vm install
+      begin
+      run_state
+      queued delete --force --quiet
+    else
+      keep
+    fi
+    ;;
+  state | stop)
+    require name zone project
+    if [[ $action == state ]]; then
+      queued describe --format='value(state.state)'
+      run_state
+    else
+      stop
+    fi
+    ;;
+  *) fail "'$action' is not an action: keep, state or stop" ;;
+esac
