@@ -29,9 +29,10 @@ setup(
         'tensorflow-datasets>=4.9.8',
     ],
     extras_require={
-        'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'pytest>=8', 'pytest-xdist>=3.6',
-                 'ruff>=0.6', 'tokenizers>=0.21'],
+        'test': ['aiohttp>=3.9', 'bm25s>=0.2', 'fsspec>=2024.6', 'gguf>=0.17', 'hypothesis>=6',
+                 'jinja2>=3.1', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.6', 'tokenizers>=0.21'],
         'chat': ['jinja2>=3.1'],
+        'experts': ['aiohttp>=3.9', 'bm25s>=0.2', 'fsspec>=2024.6'],
         'gguf': ['gguf>=0.17', 'tokenizers>=0.21'],
         'tokenizers': ['tokenizers>=0.21'],
         'parity': ['torch>=2.6', 'transformers>=4.57'],
