@@ -234,14 +234,18 @@ class Experts:
   def augment(self, state: State, mixes: Sequence[Mix]) -> Augmentation:
     """Makes latents for the end of every text; those of texts without an expert mean nothing.
 
-    Texts are grouped by expert: each expert reads the caches of its texts in one pass.
-
     Args:
       state: the texts, which stay as they are.
       mixes: weights by name for each text. Texts beyond them get no expert.
     """
-    config, weights = self._latents, self.engine.weights
-    batch = len(state.position)
+    return self.read_latents(state, self.outputs(state, mixes))
+
+  def outputs(self, state: State, mixes: Sequence[Mix]) -> Array:
+    """Returns what the experts add to the embeddings of base tokens, [B, Z, D]; see `augment`.
+
+    Texts are grouped by expert: each expert reads the caches of its texts in one pass.
+    """
+    config, batch = self._latents, len(state.position)
     added = jnp.zeros((batch, config.num_latents, state.hidden.shape[1]), state.hidden.dtype)
     for name in dict.fromkeys(name for mix in mixes for name in mix):
       each = self._attached[name]
@@ -256,9 +260,22 @@ class Experts:
         chosen = np.concatenate([rows, np.full(padding, batch)])
         added = _add(each.model, each.weights, state, chosen,
                      np.concatenate([scale[rows], np.zeros(padding, np.float32)]), added)
-    reader = dataclasses.replace(self.engine.model, coprocessor=Coprocessor(
-        self._decoder.config, config, dtype=self._decoder.dtype))
-    return passes.read_latents(reader, weights, state, added)
+    return added
+
+  def read_latents(self, state: State, outputs: Array) -> Augmentation:
+    """The decoder reads latents for the end of every text; `outputs` as the method gives them."""
+    return passes.read_latents(self.reader, self.engine.weights, state, outputs)
+
+  @property
+  def latents(self) -> DeliberationConfig | None:
+    """Number, form and place of the latents of all experts; None while there are none."""
+    return self._latents
+
+  @property
+  def reader(self) -> Model:
+    """The static part of programs that read latents of these experts."""
+    return dataclasses.replace(self.engine.model, coprocessor=Coprocessor(
+        self._decoder.config, self._latents, dtype=self._decoder.dtype))
 
   def _build(self, room: DeliberationConfig | None) -> Engine:
     decoder = self._decoder

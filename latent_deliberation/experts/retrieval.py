@@ -1,0 +1,387 @@
+"""Retrieval with experts: documents that are read and augmented once, found by words, gone on from.
+
+A document is cut into passages. The decoder's cache of a passage, and the latents of an expert for
+its end, are kept on disk under a hash of the passage's tokens. So a document that changed is read
+anew, and nothing else is. BM25 finds the passage of a question (Robertson and Zaragoza 2009, by the
+library bm25s), and the question follows it in the cache.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from flax import traverse_util
+from flax.serialization import from_state_dict, to_state_dict
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save
+
+from latent_deliberation.data.text_files import UNPACK, UNPACK_BY_HAND, list_files
+from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.experts.attach import Choice, Experts, Mix
+from latent_deliberation.experts.card import AUTO
+from latent_deliberation.experts.routing import Query
+from latent_deliberation.experts.texts import files_of
+from latent_deliberation.files import read_text, write_whole
+from latent_deliberation.inference import prefix_cache
+from latent_deliberation.inference.passes import Augmentation, State
+from latent_deliberation.inference.session import (
+  DecodingOptions,
+  generate,
+  text_of,
+  with_ends,
+)
+from latent_deliberation.inference.tokenizer import Tokenizer, check_room
+from latent_deliberation.model.decoder import fingerprint
+from latent_deliberation.progress import Progress
+
+MOST_BYTES = 2**26  # of one document
+PASSAGE = 256  # tokens of a passage, by default
+DOCUMENT, QUESTION = 'document', 'question'  # ends at which latents are made
+_STORE = '.latent_deliberation'  # of the caches, inside the folder of the documents
+_WORD = re.compile(r'\w+')
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+  """A part of a document.
+
+  Attributes:
+    text: its text.
+    source: where it is from, such as 'notes/a.txt, passage 2'.
+    ids: its tokens, with the one that begins a text.
+  """
+  text: str
+  source: str
+  ids: tuple[int, ...]
+
+  @property
+  def hash(self) -> str:
+    """Hash of the tokens, 16 hexadecimal digits."""
+    return hashlib.sha256(np.array(self.ids, np.int32).tobytes()).hexdigest()[:16]
+
+
+# --- Documents ---
+
+
+def read_passages(directory: Path, tokenizer: Tokenizer, size: int = PASSAGE) -> list[Passage]:
+  """Returns the passages of all documents in a folder, in order.
+
+  Documents that are empty, binary, compressed or larger than MOST_BYTES are left out, each with a
+  warning.
+
+  Args:
+    directory: folder with .txt, .md and .rst files, and .jsonl files with a "text" on each line.
+    size: largest number of tokens of a passage.
+
+  Raises:
+    UserError: there is no such folder, or no document in it can be used.
+  """
+  check_integer('passage', size, 16)
+  passages = []
+  for path in [file.path for file in list_files(files_of(str(directory)))]:
+    try:
+      for name, text in _read_documents(path):
+        parts = list(_cut(text, tokenizer, size))
+        passages += [
+            Passage(part, name if len(parts) == 1 else f'{name}, passage {number}',
+                    tuple(tokenizer.encode(part)))
+            for number, part in enumerate(parts, 1)]
+        if not parts:
+          logging.warning('%s is empty and is left out.', name)
+    except (UserError, OSError) as error:
+      logging.warning('%s is left out: %s', path, error)
+  if not passages:
+    raise UserError(f'{directory} has no document that can be used: give a folder with text')
+  return passages
+
+
+def _read_documents(path: Path) -> Iterator[tuple[str, str]]:
+  """Yields name and text of each document of a file. Raises UserError where it is no text."""
+  if path.suffix.lower() in (*UNPACK, *UNPACK_BY_HAND):
+    raise UserError('it is compressed: unpack it')
+  if path.stat().st_size > MOST_BYTES:
+    raise UserError(f'it has {path.stat().st_size:,} bytes, and at most {MOST_BYTES:,} are read: '
+                    'cut it into several files')
+  text = read_text(path, 'a document')
+  if path.suffix.lower() not in ('.jsonl', '.ndjson', '.jsonlines', '.ldjson'):
+    yield path.name, text
+    return
+  for number, line in enumerate(text.split('\n'), 1):
+    if line.strip():
+      try:
+        yield f'{path.name}, line {number}', str(json.loads(line)['text'])
+      except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f'line {number} is no object with a "text" ({type(error).__name__})'
+                        ) from error
+
+
+def _cut(text: str, tokenizer: Tokenizer, size: int) -> Iterator[str]:
+  """Yields parts of a text of at most `size` tokens, cut between paragraphs as far as possible."""
+  held, used = [], 0
+  for paragraph in filter(str.strip, re.split(r'\n\s*\n', text)):
+    for part in _halve(paragraph.strip(), tokenizer, size):
+      needed = len(tokenizer.encode(part)) + 2  # and an empty line
+      if held and used + needed > size:
+        yield '\n\n'.join(held)
+        held, used = [], 0
+      held.append(part)
+      used += needed
+  if held:
+    yield '\n\n'.join(held)
+
+
+def _halve(text: str, tokenizer: Tokenizer, size: int) -> Iterator[str]:
+  """Yields a paragraph, or halves of it, cut at the space nearest to the middle."""
+  # A long text is halved without being counted first.
+  if len(text) <= 64 * size and len(tokenizer.encode(text)) <= size - 2 or len(text) < 2:
+    yield text
+    return
+  middle = len(text) // 2
+  before, after = text.rfind(' ', 0, middle), text.find(' ', middle)
+  places = [place for place in (before, after) if 0 < place < len(text) - 1]
+  at = min(places, key=lambda place: abs(place - middle), default=middle)
+  for half in (text[:at].strip(), text[at:].strip()):
+    yield from _halve(half, tokenizer, size)
+
+
+# --- The library ---
+
+
+class Library:
+  """The passages of a folder: found by words, read and augmented once.
+
+  Attributes:
+    passages: all passages.
+    made, found: numbers of caches and latents that were made, and that were on disk already.
+  """
+
+  def __init__(self, passages: Sequence[Passage], experts: Experts, store: Path):
+    """Indexes the passages.
+
+    Args:
+      experts: the experts, on the engine that reads the passages.
+      store: directory of caches; created when the first one is written.
+
+    Raises:
+      UserError: bm25s is not installed.
+    """
+    if importlib.util.find_spec('bm25s') is None:
+      raise UserError("retrieval needs the library bm25s: pip install -e '.[experts]'")
+    import bm25s
+    self.passages, self._experts, self._store = list(passages), experts, store
+    self.made = self.found = 0
+    self._index = bm25s.BM25()
+    self._index.index([_words(passage.text) or ['-'] for passage in passages], show_progress=False)
+
+  def search(self, question: str, count: int = 1) -> list[tuple[Passage, float]]:
+    """Returns the best passages with their scores; none that has no word of the question."""
+    words = _words(question)
+    if not words:
+      return []
+    scores = np.asarray(self._index.get_scores(words))
+    best = np.argsort(-scores, kind='stable')[:count]
+    return [(self.passages[number], float(scores[number])) for number in best if scores[number] > 0]
+
+  def state(self, passage: Passage) -> State:
+    """Returns a passage in the decoder's cache, without latents."""
+    place = self._place(passage)
+    if place.is_dir():
+      try:
+        state, _ = prefix_cache.load(place, self._experts.engine)
+        self.found += 1
+        return state
+      except UserError as error:
+        logging.warning('%s: it is read anew.', error)
+    state = self._experts.engine.read([passage.ids])
+    self.made += 1
+    if not place.is_dir():  # a damaged one stays, since nothing on disk is removed
+      prefix_cache.save(place, self._experts.engine, state)
+    return state
+
+  def latents(self, passage: Passage, state: State, mix: Mix) -> Augmentation:
+    """Returns the latents of experts for the end of a passage, whose `state` that is."""
+    path = self._place(passage).with_suffix(f'.{self._key_of(mix)}.safetensors')
+    shapes = jax.eval_shape(lambda plain: self._experts.augment(plain, [mix]), state)
+    if path.is_file():
+      try:
+        found = _from_flat(shapes, load_file(path))
+        self.found += 1
+        return self._experts.engine.place(found)
+      except (OSError, ValueError, KeyError, SafetensorError) as error:
+        logging.warning('%s is damaged (%s): it is made anew.', path, error)
+    latents = self._experts.augment(state, [mix])
+    self.made += 1
+    if bool(latents.finite.all()):
+      write_whole(path, save(_flat(latents)))
+    return latents
+
+  def prepare(self, mix: Mix) -> None:
+    """Reads and augments all passages that are not on disk yet, with a progress bar."""
+    progress = Progress('augmenting', 'passages', len(self.passages))
+    for done, passage in enumerate(self.passages, 1):
+      state = self.state(passage)
+      if mix and len(passage.ids) > self._experts.first_anchor:
+        self.latents(passage, state, mix)
+      progress.update(done)
+
+  def _place(self, passage: Passage) -> Path:
+    return self._store / f'{passage.hash}-{self._engine_key()}'
+
+  def _engine_key(self) -> str:
+    """Returns a hash of what a cache depends on besides its tokens."""
+    engine, room = self._experts.engine, self._experts.latents
+    plan = engine.model.plan
+    parts = [engine.decoder_fingerprint, engine.model.decoder.dtype, plan.latent_slots,
+             plan.local_slots, None if room is None else dataclasses.asdict(room)]
+    return _hash(parts)
+
+  def _key_of(self, mix: Mix) -> str:
+    """Returns a hash of experts, by their addresses or weights, and of how they are mixed."""
+    known = self._experts.known()
+    parts = []
+    for name, weight in sorted(mix.items()):
+      card = known[name].card
+      parts.append([fingerprint(known[name].weights.coprocessor) if card is None else card.address,
+                    float(weight)])
+    return _hash(parts)
+
+
+def open_library(directory: Path, experts: Experts, tokenizer: Tokenizer, *,
+                 store: Path | None = None, size: int = PASSAGE) -> Library:
+  """Returns the library of a folder, whose caches are kept inside it unless `store` is given.
+
+  Raises:
+    UserError: see `read_passages` and `Library`.
+  """
+  passages = read_passages(directory, tokenizer, size)
+  return Library(passages, experts, store or directory / _STORE)
+
+
+def _words(text: str) -> list[str]:
+  return _WORD.findall(text.lower())
+
+
+def _hash(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _flat(latents: Augmentation) -> dict[str, jax.Array]:
+  return traverse_util.flatten_dict(to_state_dict(latents), sep='/')
+
+
+def _from_flat(shapes: Augmentation, arrays: Mapping[str, jax.Array]) -> Augmentation:
+  """Returns latents from arrays by name. Raises ValueError where they are of another shape."""
+  for name, shape in _flat(shapes).items():
+    if arrays[name].shape != shape.shape or arrays[name].dtype != shape.dtype:
+      raise ValueError(f'{name} is {arrays[name].shape}, expected {shape.shape}')
+  return from_state_dict(shapes, traverse_util.unflatten_dict(dict(arrays), sep='/'))
+
+
+# --- Questions ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """An answer and where it is from.
+
+  Attributes:
+    text: the answer.
+    source: passage that it follows; '' where no document was found.
+    score: BM25 score of the passage.
+    experts: weight by name of the experts whose latents were read; empty for none.
+    fault: why an expert that was asked for gave no latents; '' for no fault.
+    seconds: seconds by part: 'search', 'read' and 'decode'.
+  """
+  text: str
+  source: str
+  score: float
+  experts: Mix
+  fault: str
+  seconds: Mapping[str, float]
+
+
+def format_question(question: str, follows: bool) -> str:
+  """Returns the prompt of a question, which follows a document or begins a text."""
+  return f'{chr(10) * 2 if follows else ""}Question: {question}\nAnswer:'
+
+
+def ask(library: Library, experts: Experts, tokenizer: Tokenizer, question: str, *,
+        choice: Choice = None, at: str = DOCUMENT, max_tokens: int = 64) -> Answer:
+  """Answers a question after the passage that has its words, or without one if there is none.
+
+  Args:
+    choice: what the question asks for; see `experts.attach`.
+    at: 'document' for latents at the end of the passage, which are on disk after the first time;
+      'question' for new ones at the end of the question.
+    max_tokens: largest number of tokens of the answer.
+
+  Raises:
+    UserError: the question is empty, or does not fit the cache after its passage.
+  """
+  if not question.strip():
+    raise UserError('the question is empty: write one')
+  if at not in (DOCUMENT, QUESTION):
+    raise UserError(f'at = {at!r}: give {DOCUMENT!r} or {QUESTION!r}')
+  begun = time.perf_counter()
+  (passage, score), = library.search(question) or [(None, 0.0)]
+  searched = time.perf_counter()
+  prompt = format_question(question, passage is not None)
+  engine = experts.engine
+  room, before = engine.model.plan.global_slots, () if passage is None else passage.ids
+  ids = tokenizer.encode(prompt) if passage is None else tokenizer.encode_more(prompt)
+  check_room(np.array([len(before) + len(ids)]), max_tokens, room, ['the question, with its text,'])
+  if passage is None:
+    state, mix, fault = _augmented(experts, engine.read([ids]), choice, prompt)
+  else:
+    state, text = library.state(passage), passage.text
+    if at == QUESTION:
+      state, text = engine.read_on(state, [ids]), passage.text + prompt
+    state, mix, fault = _augmented(experts, state, choice, text,
+                                   (library, passage) if at == DOCUMENT else None)
+    if at == DOCUMENT:
+      state = engine.read_on(state, [ids])
+  jax.block_until_ready(state)
+  read = time.perf_counter()
+  options = with_ends(DecodingOptions(max_tokens), tokenizer, ('\n',))
+  completion, = generate(engine, state, options)
+  ended = time.perf_counter()
+  return Answer(text_of(completion, tokenizer, ('\n',), ids).strip(),
+                '' if passage is None else passage.source, score, mix, fault,
+                {'search': searched - begun, 'read': read - searched, 'decode': ended - read})
+
+
+def _augmented(experts: Experts, state: State, choice: Choice, text: str,
+               stored: tuple[Library, Passage] | None = None) -> tuple[State, Mix, str]:
+  """Returns a state with latents at its end, the experts of these, and a fault.
+
+  Whatever an expert does, the plain state is there.
+  """
+  mix = experts.mix(choice)
+  if mix == AUTO:
+    mix, = experts.route(Query([text], np.asarray(state.hidden), state))
+  if not mix:
+    # An unknown name was warned of.
+    return state, {}, '' if choice in (None, 'none', AUTO) else f'there is no expert {choice!r}'
+  if int(state.lengths[0]) <= experts.first_anchor:
+    return state, {}, 'the text is too short for latents'
+  try:
+    if stored is None:
+      latents = experts.augment(state, [mix])
+    else:
+      library, passage = stored
+      latents = library.latents(passage, state, mix)
+    if not bool(latents.finite.all()):
+      raise RuntimeError('its latents are not finite')
+  except RuntimeError as error:  # of an expert, or of the device
+    logging.warning('No latents of %s: %s. The decoder continues without them.', list(mix), error)
+    return state, {}, f'{list(mix)}: {error}'
+  return experts.engine.attach(state, latents), mix, ''
