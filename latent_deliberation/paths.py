@@ -29,6 +29,8 @@
     results.json, results.md, results.png, diagnostics.png
   a report (--output)
     report.json, report.md, changes.png, losses.png, visibility.png
+  benchmarks (--output)
+    run.json, answers.jsonl, tasks/, samples/, results.json, results.md, results.png
   a gate (--output)
     gate.json, gate.safetensors, gate.png
 """

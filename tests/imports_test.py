@@ -125,6 +125,16 @@ def test_matplotlib():
   assert found == {'headless'}
 
 
+def test_lm_eval():
+  """lm-evaluation-harness is an extra, and slow to load: few modules import it."""
+  found = {path.stem for path in modules() if any(
+      name.split('.')[0] == 'lm_eval' for name in imports_of(ast.parse(path.read_text())))}
+  assert found == {'harness', 'harness_speed', 'task_data'}
+  loaded = {path.stem for path in modules() if any(
+      name.split('.')[0] == 'lm_eval' for name in imports_when_loaded(path))}
+  assert loaded == {'harness'}
+
+
 def test_training_without_tensorflow():
   """Training loads neither TensorFlow nor seqio."""
   code = ('import sys\nfrom latent_deliberation.cli import quickstart\n'
