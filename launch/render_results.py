@@ -25,7 +25,7 @@ _ADD = app.define_directory(
     'add', 'Work directory of a finished study or quickstart to add. Default: none.', '')
 _NAME = flags.DEFINE_string('name', '', 'Name of the page to add; needed with --add.')
 _SET = flags.DEFINE_multi_string(
-    'set', [], 'KEY=VALUE to set in the JSON to add: summary, command or machine')
+    'set', [], 'KEY=VALUE to set in the JSON to add: summary, command, machine or name')
 
 _OVERWRITE = app.define_overwrite('the figures of a page that is there already')
 

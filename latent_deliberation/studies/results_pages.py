@@ -28,7 +28,7 @@ FAILS_BELOW = 0.8  # the frozen decoder begins to fail at the first difficulty b
 POSITION = 4  # ahead position of the index, for text
 INDEX = 'README.md'
 # Keys that --set may give. They stay when a result is added again without them.
-SETTABLE = ('summary', 'command', 'machine')
+SETTABLE = ('summary', 'command', 'machine', 'name')  # the name is the title of the page
 # Keys that neither a page nor a plot uses.
 LEFT_OUT = ('diagnostics', 'pictures', 'decoder_unchanged')
 
@@ -142,11 +142,13 @@ def _is_report(result: Result) -> bool:
 
 
 def _shorten(value: Any) -> Any:
-  """Returns the value without keys of LEFT_OUT, its floats at six digits."""
+  """Returns the value without keys of LEFT_OUT and places of files, its floats at six digits."""
   if isinstance(value, Mapping):
     return {key: _shorten(item) for key, item in value.items() if key not in LEFT_OUT}
   if isinstance(value, list):
     return [_shorten(item) for item in value]
+  if isinstance(value, str) and value.startswith('/') and '\n' not in value:
+    return Path(value).name  # where a file was on the machine of the run tells a reader nothing
   return float(f'{value:.6g}') if isinstance(value, float) else value
 
 

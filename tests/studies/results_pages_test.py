@@ -126,6 +126,13 @@ def test_quickstart_can_be_added(quickstart, tmp_path):
   assert f'{report["arms"]["frozen"]["perplexity"][0]:.3f}' in page
 
 
+def test_places_of_files_are_left_out(tmp_path):
+  """A committed result names files, and not where they were."""
+  config = {'data': {'vocabulary_path': '/home/somebody/gemma/tokenizer.model'}, 'seed': 1}
+  add(tmp_path, tmp_path, questions(config=config))
+  assert load_results(tmp_path)['mine']['config']['data'] == {'vocabulary_path': 'tokenizer.model'}
+
+
 def test_summary_is_needed_once(tmp_path):
   with pytest.raises(UserError, match='mine has no summary.*--set'):
     add(tmp_path, tmp_path, questions(), values={})
