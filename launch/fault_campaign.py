@@ -6,7 +6,7 @@
 
 All runs are of the smallest decoder, in processes of their own. The same command goes on where it
 was stopped. A kill takes some seconds, a damaged file a tenth of one, a case of the five scenarios
-a minute. --page renders the page of a campaign that is done.
+a minute. Next, render the page with --page.
 """
 
 from pathlib import Path

@@ -25,14 +25,14 @@ from latent_deliberation.training.metrics import read_metrics
 
 STEPS, SAVE_EVERY = 24, 3
 MINUTE = 60.0  # in which the processes that are left must end
-PATIENCE = 300.0  # seconds for a launch that is left alone
+PATIENCE = 900.0  # seconds for a launch that is left alone, also on a busy machine
 MOST_KILLS = 6  # of one run
 # Keys of metrics.jsonl that depend on the clock or on the machine.
 _OF_CLOCK = re.compile(r'seconds|tokens_per_second|teraflops_per_device|mfu|memory_gib|time/.*')
 # What a launch is at, by the last of these texts in its log.
 _PHASES = {
     'pack': ('the corpus has', 'packed train'), 'prepare a run': ('parameters train',),
-    'compile': ('the first step of a launch compiles',), 'train': ('loss ',),
+    'compile': ('the first step of a launch compiles',), 'train': ('  loss ',),
     'evaluate': ('validation/loss',), 'finish': ('goodput ',)}
 
 

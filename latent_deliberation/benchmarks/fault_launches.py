@@ -99,6 +99,7 @@ class Launcher:
       file_bytes: size that no file may exceed, as if the disk were full; 0 for no limit.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b'')  # before the launch opens it, so that nobody reads an earlier one
     pid = self.ask({'start': list(arguments), 'log': str(log), 'call': call, 'clock': list(clock),
                     'variables': dict(variables or {}), 'file_bytes': file_bytes})
     return Launch(self, pid, log)

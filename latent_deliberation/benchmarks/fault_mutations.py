@@ -186,8 +186,8 @@ def _note(file: Any, value: Any) -> None:
   file.flush()
 
 
-def run_mutations(launcher: Launcher, place: Path, seed: int,
-                  cases: Sequence[int]) -> Iterator[dict[str, Any]]:
+def run_mutations(launcher: Launcher, place: Path, seed: int, cases: Sequence[int],
+                  worker: str = f'{__name__}:work') -> Iterator[dict[str, Any]]:
   """Yields the result of each case, in their order.
 
   Args:
@@ -195,6 +195,7 @@ def run_mutations(launcher: Launcher, place: Path, seed: int,
     place: directory for notes and logs.
     seed: seed of the damage.
     cases: consecutive numbers of cases.
+    worker: 'module:function' of a worker.
   """
   notes = place / 'mutations.jsonl'
   notes.unlink(missing_ok=True)
@@ -203,11 +204,11 @@ def run_mutations(launcher: Launcher, place: Path, seed: int,
   next_case, last = cases[0], cases[-1] + 1
   while next_case < last:
     position = notes.stat().st_size
-    worker = launcher.start([str(notes), str(seed), str(next_case), str(last)],
-                            place / 'mutations.log', call=f'{__name__}:work')
+    launch = launcher.start([str(notes), str(seed), str(next_case), str(last)],
+                            place / 'mutations.log', call=worker)
     base, begun, at = 0, time.monotonic(), None
     while True:
-      is_over = worker.poll() is not None
+      is_over = launch.poll() is not None
       with notes.open() as file:
         file.seek(position)
         lines = file.read()
@@ -217,24 +218,24 @@ def run_mutations(launcher: Launcher, place: Path, seed: int,
         begun = time.monotonic()
         if 'begun' in line:
           at = line['case']
-          base = base or _resident_bytes(worker.pid)
+          base = base or _resident_bytes(launch.pid)
         else:
           at, next_case = None, line['case'] + 1
           yield line
       outcome = (DIED if is_over else HANG if time.monotonic() - begun > MOST_SECONDS * (
           1 if at is not None else 5) else MEMORY if base and _resident_bytes(
-              worker.pid) > base + MOST_BYTES else '')
+              launch.pid) > base + MOST_BYTES else '')
       if outcome:
         break
       time.sleep(0.02)
-    worker.kill(signal.SIGKILL)
+    launch.kill(signal.SIGKILL)
     if next_case >= last:
       return
     if at is None:
-      raise RuntimeError(f'a worker of mutations ended with {worker.wait(9)} between two cases:\n'
-                         f'{worker.said()[-4000:]}')
+      raise RuntimeError(f'a worker of mutations ended with {launch.wait(9)} between two cases:\n'
+                         f'{launch.said()[-4000:]}')
     yield {'case': at, 'subject': subjects()[at % len(subjects())].name, 'file': '', 'damage': '',
-           'outcome': outcome, 'note': worker.said()[-_NOTE_BYTES:], 'seconds': 0.0}
+           'outcome': outcome, 'note': launch.said()[-_NOTE_BYTES:], 'seconds': 0.0}
     next_case = at + 1
 
 

@@ -288,7 +288,7 @@ def _open_file(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
   except FileNotFoundError:
     raise UserError(f'{path} is missing, but {MANIFEST_FILE} lists it: copy the folder again, or '
                     'delete it and pack the data again') from None
-  except (ValueError, OSError, EOFError) as error:
+  except Exception as error:  # numpy evaluates the header, and damage there raises almost any class
     raise UserError(f'{path} ({path.stat().st_size} bytes) is truncated or not an .npy file '
                     f'({error}): copy the folder again, or delete it and pack again') from error
   if array.shape != shape or array.dtype != dtype:

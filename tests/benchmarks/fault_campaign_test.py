@@ -1,0 +1,143 @@
+"""A campaign counts what happened, goes on where it was, and its page is what its JSON gives."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from latent_deliberation.benchmarks import fault_campaign, fault_kills
+from latent_deliberation.benchmarks.fault_campaign import run_campaign
+from latent_deliberation.benchmarks.fault_kills import digest, jobs, phase_of, run_case
+from latent_deliberation.benchmarks.fault_launches import launcher
+from latent_deliberation.benchmarks.fault_mutations import CRASH, REFUSED, UNCHANGED
+from latent_deliberation.benchmarks.fault_page import format_page, write_page
+from latent_deliberation.benchmarks.fault_scenarios import SCENARIOS
+from tests import finished
+
+PAGE = finished.ROOT / 'docs/reliability.md'
+
+
+class FakeLauncher:
+  """Launches nothing."""
+
+  def __init__(self, variables):
+    pass
+
+  def close(self):
+    pass
+
+
+@pytest.fixture
+def cases(monkeypatch):
+  """The cases that a campaign ran, which do nothing."""
+  ran = []
+
+  def mutations(opened, place, seed, numbers):
+    for number in numbers:
+      ran.append(('mutations', number))
+      yield {'case': number, 'subject': f'subject {number % 2}', 'file': 'f', 'damage': 'd',
+             'outcome': CRASH if number == 3 else REFUSED if number % 2 else UNCHANGED,
+             'note': 'a note', 'seconds': number / 10}
+
+  def kill(opened, job, place, seed):
+    ran.append((job.name, seed))
+    return {'job': job.name, 'kills': 2, 'phases': {'train': 2},
+            'faults': ['lost'] if seed[-1] == 1 else []}
+
+  def scenario(opened, place, seed):
+    ran.append(('scenario', seed))
+    return {'faults': [], 'kills': 1, 'phases': {'start': 1}, 'refused': True, 'told': True,
+            'signal': 'SIGKILL', 'seconds': 3.0}
+
+  monkeypatch.setattr('latent_deliberation.benchmarks.fault_launches.Launcher', FakeLauncher)
+  monkeypatch.setattr(fault_campaign, 'prepare_base', lambda opened, place: None)
+  monkeypatch.setattr(fault_campaign, 'run_mutations', mutations)
+  monkeypatch.setattr(fault_campaign, 'run_case', kill)
+  monkeypatch.setattr(fault_campaign, 'SCENARIOS', dict.fromkeys(SCENARIOS, scenario))
+  return ran
+
+
+def test_counts(tmp_path, cases):
+  """Kills by job, files by subject and outcome, scenarios by name; every fault is told."""
+  result = run_campaign(tmp_path / 'work', tmp_path / 'out.json', kills=6, mutations=5, scenarios=2)
+  assert json.loads((tmp_path / 'out.json').read_text()) == result
+  assert result['kills']['jobs']['pretrain'] == {'runs': 1, 'kills': 2, 'faulty': 1}
+  assert sum(counts['kills'] for counts in result['kills']['jobs'].values()) == 6
+  assert result['mutations']['subjects']['subject 1'] == {
+      **dict.fromkeys(fault_campaign.OUTCOMES, 0), REFUSED: 1, CRASH: 1}
+  assert result['mutations']['slowest_seconds'] == 0.4
+  assert {name: counts['cases'] for name, counts in result['scenarios'].items()} == dict.fromkeys(
+      SCENARIOS, 2)
+  assert result['num_faults'] == 2 and 'lost' in result['faults']
+  assert any('subject 1, f, d: crash a note' in fault for fault in result['faults'])
+
+
+def test_goes_on_where_it_was(tmp_path, cases):
+  """A launch runs what is left, and the same cases get the same seeds."""
+  counts = dict(kills=6, mutations=5, scenarios=2)
+  run_campaign(tmp_path / 'whole', tmp_path / 'whole.json', **counts)
+  whole = list(cases)
+  cases.clear()
+  run_campaign(tmp_path / 'parts', tmp_path / 'parts.json', kills=2, mutations=3, scenarios=1)
+  first = list(cases)
+  run_campaign(tmp_path / 'parts', tmp_path / 'parts.json', **counts)
+  assert sorted(map(str, cases)) == sorted(map(str, whole)) and 0 < len(first) < len(whole)
+  assert (tmp_path / 'parts.json').read_text() == (tmp_path / 'whole.json').read_text()
+
+
+def test_page(tmp_path, cases):
+  """The page has every count, and no placeholder is left."""
+  run_campaign(tmp_path / 'work', tmp_path / 'out.json', kills=6, mutations=5, scenarios=2)
+  write_page(tmp_path / 'out.json', tmp_path / 'page.md')
+  page = (tmp_path / 'page.md').read_text()
+  assert '6 kills and 5 damaged files left 2 faults' in page
+  assert '| pretrain | 1 | 2 | 1 |' in page and '| subject 1 | 2 | 1 | 0 |' in page
+  assert not re.search(r'[{}]', page)
+
+
+def test_committed_page():
+  """docs/reliability.md is what its JSON gives."""
+  result = json.loads(PAGE.with_suffix('.json').read_text())
+  assert PAGE.read_text() == format_page(result)
+
+
+@pytest.mark.parametrize('said, phase', [
+    ('', 'start'), ('the corpus has 4 documents', 'pack'), ('27 parameters train', 'prepare a run'),
+    ('the first step of a launch compiles', 'compile'),
+    ('the first step of a launch compiles\nstep 1/2  loss 3', 'train'),
+    ('step 2/2  loss 3\nstep 2/2  validation/loss 2', 'evaluate'),
+    ('step 2/2  validation/loss 2\ngoodput 3%', 'finish')])
+def test_phases(said, phase):
+  """The last thing that a log tells is what a launch was at."""
+  assert phase_of(said) == phase
+
+
+def test_digest_leaves_out_the_clock(tmp_path, quickstart):
+  """Two runs of one config differ in nothing but the clock; another number shows."""
+  job, run = jobs(tmp_path)['train'], tmp_path / 'run'
+  shutil.copytree(quickstart / 'coprocessor', run)
+  path = run / 'metrics.jsonl'
+  before, lines = digest(job, run), path.read_text()
+  assert {'coprocessor/coprocessor.json', 'coprocessor/coprocessor.safetensors',
+          'metrics.jsonl'} == set(before)
+  path.write_text(re.sub(r'"(seconds|tokens_per_second)": [\d.]+', r'"\1": 7.0', lines))
+  assert digest(job, run) == before
+  path.write_text(re.sub(r'"loss": (\d)', r'"loss": 9\1', lines, count=1))
+  assert [name for name, value in digest(job, run).items() if value != before[name]] == [
+      'metrics.jsonl']
+
+
+@pytest.mark.slow
+def test_killed_run(tmp_path, monkeypatch):
+  """A killed run is resumed to the same result; one that lost a checkpoint is a fault."""
+  with launcher(finished.environment()) as opened:
+    fault_kills.prepare_base(opened, tmp_path)
+    job = jobs(tmp_path)['pretrain']
+    found = run_case(opened, job, tmp_path, [0, 0, 1], kills=2)
+    assert found['faults'] == [] and found['job'] == 'pretrain'
+    # As if the run had been at a later step.
+    monkeypatch.setattr(fault_kills, 'newest_checkpoint', lambda workdir, seen=[]: (
+        seen.append(0) or -len(seen)))
+    found = run_case(opened, job, tmp_path, [0, 0, 2], kills=1)
+    assert any('is lost' in fault for fault in found['faults'])
