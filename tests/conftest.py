@@ -41,7 +41,8 @@ NOT_UNIT = (
     'model/checkpoints/hugging_face_test',
     'model/checkpoints/native', 'model/checkpoints/source', 'model/decoder', 'model/kernels/',
     'model/layers', 'model/rotary', 'model/transformer_test', 'model/weights', 'parity/',
-    'planning/compile', 'readme', 'studies/scoring', 'studies/study_test', 'studies/tune',
+    'planning/compile', 'readme', 'stores/', 'studies/scoring', 'studies/study_test',
+    'studies/tune',
     'training/checkpointer', 'training/hosts', 'training/loop', 'training/step', 'training/train')
 
 

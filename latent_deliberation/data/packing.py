@@ -21,8 +21,8 @@ from latent_deliberation.data.host_tensorflow import seqio
 from latent_deliberation.data.rows import (
   MANIFEST_FILE,
   Manifest,
-  PackedRows,
   Recipe,
+  read_manifest,
   segments_from_bos,
   smallest_dtype,
 )
@@ -133,7 +133,7 @@ def _check_recipe(directory: Path, expected: Mapping[str, Any],
     expected: fields of a Recipe.
     described: what their hashes stand for; None where that is not known.
   """
-  found = PackedRows(directory).manifest.recipe
+  found = read_manifest(directory).recipe
   different = {key for key in expected if getattr(found, key) != expected[key]}
   lines = []
   if described and different & {*HASHES}:
