@@ -9,9 +9,12 @@ import time
 
 import pytest
 
+from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.model import weights
 from latent_deliberation.training.metrics import read_metrics
 from tests import finished
 from tests.stores.object_store import Fault
+from tests.training import hosts_test
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +85,22 @@ def test_quickstart(store, place, quickstart):
   assert (place / 'report/changes.png').read_bytes().startswith(b'\x89PNG')
   run('convert', f'--source={decoder}', f'--target={place}/converted', '--format=native')
   assert (place / 'converted/decoder.json').is_file()
+
+
+def test_two_processes(place, tmp_path, quickstart):
+  """Two processes write the shards of one decoder and read them again, without a common disk."""
+  mesh = ['--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.mesh.tensor=2']
+  for number, (script, *arguments) in enumerate([
+      ('pretrain', f'--workdir={place}/pretraining'),
+      ('train', f'--decoder={place}/pretraining/decoder', f'--workdir={place}/coprocessor')]):
+    address = hosts_test.free_address()
+    commands = [finished.command(
+        script, *arguments, *mesh, f'--data={quickstart}', f'--coordinator_address={address}',
+        '--process_count=2', f'--process_id={index}') for index in range(2)]
+    logs = tmp_path / str(number)
+    hosts_test.end_both(hosts_test.start_two(commands, logs), logs)
+  assert weights.load(place / 'pretraining/decoder')[0].num_layers
+  assert coprocessor_checkpoint.load(place / 'coprocessor/coprocessor').steps == 2
 
 
 def test_second_launch(place, quickstart):
