@@ -155,7 +155,7 @@ def path_for_orbax(directory: Path) -> LiteralPath:
   if is_here(directory):
     return LiteralPath(directory.absolute())
   if directory.scheme == 's3':
-    _import('stores').teach_orbax()
+    _import('orbax_s3').teach_orbax()
   return directory
 
 
@@ -353,10 +353,8 @@ def make_writable(directory: Path) -> None:
   """
   refuse_backslash(directory)
   if not is_here(directory):
-    probe = directory / f'.probe-{secrets.token_hex(4)}'
-    with explain_failed_write(probe):
-      probe.write_bytes(b'probe')
-      probe.unlink()
+    with explain_failed_write(directory):
+      directory.probe()
     return
   if ':/' in str(directory):
     raise UserError(f'{directory} is a URL: give gs://BUCKET/PATH, s3://BUCKET/PATH or a path of '

@@ -26,7 +26,7 @@ from latent_deliberation.files import explain_failed_write, is_here
 POLL_SECONDS = 0.5  # between two looks at a lock that another process holds
 _ATTEMPTS = 10  # to open the file of a lock while others remove it; some mounts change its number
 BEAT_SECONDS = 5.0  # from one writing of a lease to the next
-LEASE_SECONDS = 20.0  # without a writing, after which its holder counts as gone
+LEASE_SECONDS = 30.0  # without a writing, after which its holder counts as gone
 _SETTLE_SECONDS = 1.0  # in which another process that took over the same lease would be seen
 
 

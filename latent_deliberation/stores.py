@@ -7,13 +7,15 @@ names. While it holds an object UNFINISHED it does not exist: it is being writte
 process was killed.
 """
 
+import concurrent.futures
 import contextlib
 import fnmatch
 import importlib.util
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latent_deliberation.errors import StoreError, UserError
@@ -37,6 +39,7 @@ COMMITTED = 'commit_success.txt'  # in a checkpoint of orbax that is whole
 CHECK_SECONDS = 30  # for the first answer of a store
 _CONNECT_SECONDS, _READ_SECONDS = 20, 30  # for every later one; the libraries then try again
 _TRIES = 5
+_AT_ONCE = 16  # objects that are removed at a time
 _LOGIN = {
     'gs': 'log in with `gcloud auth application-default login`, or give this machine a service '
           'account with the roles storage.objectUser and storage.legacyBucketReader on the bucket',
@@ -78,7 +81,7 @@ class StorePath(type(epath.Path())):
   @property
   def filesystem(self) -> Any:
     """The library's object for this kind of store; the same for all paths."""
-    return _open_filesystem(self.scheme, self.url)
+    return open_filesystem(self.scheme, self.url)
 
   def absolute(self) -> 'StorePath':
     return self
@@ -189,6 +192,13 @@ class StorePath(type(epath.Path())):
       return False
     return True
 
+  def probe(self) -> None:
+    """Writes an object below this path, and removes it. Raises StoreError if that fails."""
+    with self.explained(is_written=True):
+      name = f'{self.url}/.probe-{secrets.token_hex(4)}'
+      self.filesystem.pipe_file(name, b'probe')
+      self.filesystem.rm_file(name)
+
   def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
     """Does nothing: a directory begins with what is written into it."""
 
@@ -202,23 +212,26 @@ class StorePath(type(epath.Path())):
 
   def rmtree(self, missing_ok: bool = False) -> None:
     """Removes all that is below; UNFINISHED last, so that no rest looks whole."""
-    names = [f'{self.url}/{rest}' for rest in self.objects()]
+    names = list(self.objects())
     if not names and not missing_ok:
       raise FileNotFoundError(self.url)
-    with self.explained():
-      marks = [name for name in names if name.endswith(f'/{UNFINISHED}')]
-      for some in (sorted(set(names) - set(marks)), marks):
-        if some:
-          self.filesystem.rm(some)
+    marks = [rest for rest in names if rest.rpartition('/')[2] == UNFINISHED]
+    self._remove([rest for rest in names if rest not in marks])
+    self._remove(marks)
+
+  def _remove(self, names: Sequence[str]) -> None:
+    """Removes objects below this path, several at a time."""
+    # Each by its name: the library would take signs in a list of names, as in 'lr[1e-2]', for a
+    # pattern.
+    with self.explained(), concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+      for _ in pool.map(lambda rest: (self / rest).unlink(missing_ok=True), names):
+        pass
 
   def begin(self) -> 'StorePath':
     """Makes this an empty directory that does not exist until `finish`."""
     mark = self / UNFINISHED
     mark.write_bytes(b'This directory is being written, or was when its process ended.\n')
-    names = [f'{self.url}/{rest}' for rest in self.objects() if rest != UNFINISHED]
-    if names:
-      with self.explained():
-        self.filesystem.rm(names)
+    self._remove([rest for rest in self.objects() if rest != UNFINISHED])
     return self
 
   def finish(self) -> None:
@@ -290,7 +303,7 @@ def check(url: str) -> None:
   raise StoreError(_no_bucket(path))
 
 
-def _open_filesystem(scheme: str, url: str) -> Any:
+def open_filesystem(scheme: str, url: str) -> Any:
   """Returns the filesystem of fsspec that epath, and so orbax, also takes for this scheme."""
   library = LIBRARIES[scheme]
   if importlib.util.find_spec(library) is None:
@@ -341,54 +354,3 @@ def describe(path: StorePath, error: BaseException) -> str:
   if kinds & {*_NO_NETWORK}:
     return f'{path}: the store cannot be reached ({said}): {network}'
   return f'{path}: the store failed ({said}): {network}'
-
-
-def teach_orbax() -> None:
-  """Lets orbax keep arrays in s3://, for which TensorStore has a driver and orbax has no name.
-
-  orbax describes the place of arrays for TensorStore in one function. It is private to the library.
-
-  Raises:
-    UserError: a later version of orbax has no such function.
-  """
-  from orbax.checkpoint._src.serialization import tensorstore_utils
-  describe_place = getattr(tensorstore_utils, 'build_kvstore_tspec', None)
-  if describe_place is None:
-    raise UserError('this version of orbax-checkpoint has no way to s3://: install 0.12.8, or give '
-                    'gs:// or a path of this machine')
-  if hasattr(describe_place, 'knows_s3'):
-    return
-
-  def build(directory: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    scheme, _, rest = directory.partition('://')
-    if scheme != 's3':
-      return describe_place(directory, *args, **kwargs)
-    # As for gs://, with another driver wherever that one stands.
-    return _with_s3(describe_place(f'gs://{rest}', *args, **kwargs), _s3_options(directory))
-
-  build.knows_s3 = True
-  tensorstore_utils.build_kvstore_tspec = build
-
-
-def _with_s3(spec: Any, options: Mapping[str, Any]) -> Any:
-  if isinstance(spec, list):
-    return [_with_s3(each, options) for each in spec]
-  if not isinstance(spec, dict):
-    return spec
-  if spec.get('driver') in ('gcs', 'gcs_grpc'):
-    return {**spec, **options}
-  return {key: _with_s3(value, options) for key, value in spec.items()}
-
-
-def _s3_options(url: str) -> dict[str, Any]:
-  """Returns TensorStore's options for the endpoint and region that s3fs found."""
-  client = _open_filesystem('s3', url)
-  client.connect()
-  endpoint, region = client.s3.meta.endpoint_url, client.s3.meta.region_name
-  options: dict[str, Any] = {'driver': 's3'}
-  if not re.search(r'\.amazonaws\.com(\.cn)?/?$', endpoint):
-    options |= {'endpoint': endpoint, 'aws_region': region or 'us-east-1'}
-  if os.environ.get('AWS_ACCESS_KEY_ID'):
-    # Otherwise TensorStore looks in more places, and writes of each that it does not find.
-    options['aws_credentials'] = {'type': 'environment'}
-  return options

@@ -15,6 +15,7 @@ from absl import flags
 
 from latent_deliberation.cli import app
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import as_path
 from latent_deliberation.studies.results_pages import add_result, check_pages, write_pages
 
 _DIRECTORY = app.define_directory(
@@ -40,7 +41,7 @@ def main() -> None:
     raise UserError('--add and --name belong together: give both or neither')
   if _ADD.value:
     values = dict(item.partition('=')[::2] for item in _SET.value)
-    add_result(directory, _NAME.value, Path(_ADD.value), values, _OVERWRITE.value)
+    add_result(directory, _NAME.value, as_path(_ADD.value), values, _OVERWRITE.value)
   for page in write_pages(directory):
     print(page)
 

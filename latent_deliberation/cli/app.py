@@ -325,8 +325,9 @@ def _check_config(arguments: Sequence[str]) -> None:
   for at in places:
     # The path is after '=', or the next argument. After a colon comes the argument of get_config.
     _, equals, path = arguments[at].partition('=')
-    path = (path if equals else ''.join(arguments[at + 1:at + 2])).partition(':')[0]
-    if not Path(os.path.expanduser(path)).is_file():
+    path = path if equals else ''.join(arguments[at + 1:at + 2])
+    path = path if ':/' in path else path.partition(':')[0]
+    if not as_path(os.path.expanduser(path)).is_file():
       near = difflib.get_close_matches(path, map(str, Path('configs').rglob('*.py')), n=1)
       hint = f'did you mean {near[0]}?' if near else 'give a file such as configs/quickstart.py'
       raise UserError(f'--config={path}: there is no such file; {hint}')

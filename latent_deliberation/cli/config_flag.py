@@ -29,9 +29,9 @@ from latent_deliberation.data.data_config import (
   with_given_source,
 )
 from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
-from latent_deliberation.errors import UserError, problems_of, raise_problems
+from latent_deliberation.errors import StoreError, UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, as_config, bind, nearest_key
-from latent_deliberation.files import as_path, unseal
+from latent_deliberation.files import as_path, check_path, unseal
 from latent_deliberation.paths import RUN_FILE, with_current_names
 from latent_deliberation.sharding import MeshConfig, make_mesh
 
@@ -90,9 +90,15 @@ def _find_run(flag: str) -> Path | None:
   if not given:
     return None
   place = as_path(os.path.expanduser(given))
-  if (place / DESCRIPTION).is_file():
-    place = place.absolute().parent
-  return place / RUN_FILE if (place / RUN_FILE).is_file() else None
+  try:
+    check_path(given)
+    if (place / DESCRIPTION).is_file():
+      place = place.absolute().parent
+    return place / RUN_FILE if (place / RUN_FILE).is_file() else None
+  except (UserError, StoreError) as error:  # flags are not parsed yet, and nothing is caught
+    problem = f'--{flag}={given}: {error}'
+    app.before_parsing(lambda: raise_problems([problem]))
+    return None
 
 
 def config_arguments() -> str:

@@ -23,9 +23,9 @@ from latent_deliberation.data.rows import (
   MANIFEST_FILE,
   Framing,
   Manifest,
-  PackedRows,
   Recipe,
   checksums_of,
+  read_manifest,
   smallest_dtype,
 )
 from latent_deliberation.data.sources import SPLITS
@@ -135,7 +135,7 @@ def _check_recipe(directory: Path, expected: Mapping[str, Any],
     expected: fields of a Recipe.
     described: what their hashes stand for; None where that is not known.
   """
-  found = PackedRows(directory).manifest.recipe
+  found = read_manifest(directory).recipe
   different = {key for key in expected if getattr(found, key) != expected[key]}
   lines = []
   if described and different & {*HASHES}:

@@ -191,6 +191,15 @@ def positions_in_segments(segments: np.ndarray) -> np.ndarray:
   return np.where(segments > 0, index - first, 0).astype(np.int32)
 
 
+def read_manifest(directory: Path) -> Manifest:
+  """Returns the manifest of a folder of rows. Raises UserError if it is missing or damaged."""
+  path = directory / MANIFEST_FILE
+  if not path.is_file():
+    raise UserError(f'no packed rows in {directory}: {MANIFEST_FILE} is missing. If the folder '
+                    'was copied in part, copy it again; otherwise pack the data first')
+  return Manifest.from_json(path.read_bytes(), path)
+
+
 class PackedRows:
   """One split of packed rows, opened for reading any row.
 
@@ -205,12 +214,8 @@ class PackedRows:
   """
 
   def __init__(self, directory: Path):
-    if not (as_path(directory) / MANIFEST_FILE).is_file():
-      raise UserError(f'no packed rows in {directory}: {MANIFEST_FILE} is missing. If the folder '
-                      'was copied in part, copy it again; otherwise pack the data first')
+    self.manifest = read_manifest(as_path(directory))
     self.directory = at_hand(as_path(directory))
-    path = self.directory / MANIFEST_FILE
-    self.manifest = Manifest.from_json(path.read_bytes(), path)
     self.fingerprint = self.manifest.fingerprint
     self._tokens = self._open_files('tokens', self.vocabulary_size - 1)
     # Version 1 stores segments. Later versions compute them in `take`.

@@ -82,7 +82,7 @@ def claim_workdir(workdir: Path, identity: RunIdentity,
   such as a vocabulary or data.
 
   Args:
-    workdir: directory on a mounted file system; created if missing.
+    workdir: directory that all processes see; created if missing.
     identity: identity of the run.
     changeable: dotted paths of config keys or sections that a resumed run may change.
 

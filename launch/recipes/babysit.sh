@@ -2,11 +2,12 @@
 # Keeps a run alive on a preemptible slice of Cloud TPU VMs: it asks for the slice by a queued
 # resource, installs, trains, and begins again when the slice is taken away or the run fails.
 #
-#   export RECIPE_NAME=pod RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project RECIPE_BUCKET=my-bucket
+#   export RECIPE_NAME=pod RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project
 #   babysit.sh keep --type=v5litepod-256 --version=v2-alpha-tpuv5-lite -- launch/train.py \
 #       --config=configs/gemma2_2b.py --config.data.mode=packed \
-#       --config.data.max_tokens=20000000000 --decoder=bucket/gemma-2-2b --data=/tmp/data \
-#       --workdir=bucket/runs/coprocessor --config.training.loop.save_minutes=10
+#       --config.data.max_tokens=20000000000 --decoder=gs://my-bucket/gemma-2-2b \
+#       --data=gs://my-bucket/data --workdir=gs://my-bucket/runs/coprocessor \
+#       --config.training.loop.save_minutes=10
 #   babysit.sh state
 #   babysit.sh stop
 #
@@ -17,7 +18,7 @@
 #
 # `state` prints the state of the slice and of the run on its hosts. `stop` lets the run save and
 # end, and deletes the slice; end `keep` before it, or it asks for the slice again. --spot=no takes
-# capacity that is not withdrawn. --data=NAME is as in tpu_vm.sh.
+# capacity that is not withdrawn.
 #
 # --dry_run prints the commands of one life, one a line, and runs none.
 set -euo pipefail
@@ -25,9 +26,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/launch/recipes/common.sh"
 
 action=${1:-}
-name=${RECIPE_NAME:-} zone=${RECIPE_ZONE:-} project=${RECIPE_PROJECT:-} bucket=${RECIPE_BUCKET:-}
-type='' version='' spot=yes data=data minutes=2 tries=5 delete=yes
-read_flags 'name zone project bucket type version spot data minutes tries delete' "${@:2}"
+name=${RECIPE_NAME:-} zone=${RECIPE_ZONE:-} project=${RECIPE_PROJECT:-}
+type='' version='' spot=yes minutes=2 tries=5 delete=yes
+read_flags 'name zone project type version spot minutes tries delete' "${@:2}"
 quick=$((30 * 60)) # seconds in which a failure counts towards --tries
 
 queued() {
@@ -36,7 +37,7 @@ queued() {
 }
 
 vm() {
-  local flags=(--name="$name" --zone="$zone" --project="$project" --bucket="$bucket")
+  local flags=(--name="$name" --zone="$zone" --project="$project")
   if [[ -n $dry_run ]]; then
     flags+=(--dry_run)
   fi
@@ -65,7 +66,7 @@ run_state() {
 }
 
 begin() {
-  vm run --data="$data" -- "${rest[@]}"
+  vm run -- "${rest[@]}"
 }
 
 say() {
@@ -131,7 +132,7 @@ stop() {
 
 case $action in
   keep)
-    require name zone project bucket
+    require name zone project
     [[ -n $type && -n $version ]] ||
       fail 'keep needs --type=v5litepod-256 and --version=v2-alpha-tpuv5-lite, or others'
     [[ $spot == yes || $spot == no ]] || fail "--spot=$spot: yes or no"

@@ -6,8 +6,8 @@
 #   bucket.sh download --bucket=my-bucket --from=runs/coprocessor --to=runs/coprocessor
 #
 # --dry_run prints the commands. The default of --bucket is RECIPE_BUCKET, and so on. First make the
-# rows with launch/prepare.py, on a machine with seqio, and upload its --workdir. Upload a decoder as
-# its directory.
+# rows with launch/prepare.py, on a machine with seqio, and upload its --workdir; or let it write them
+# to --workdir=gs://my-bucket/data. Upload a decoder as its directory.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -18,10 +18,9 @@ read_flags 'bucket location project from to' "${@:2}"
 case $action in
   create)
     require bucket location project
-    # Checkpoints, decoders and coprocessors are written to a directory that is then renamed. With a
-    # hierarchical namespace this is one step. In a flat bucket every file would be copied.
+    # A flat namespace will do: runs rename no directory in a bucket.
     run gcloud storage buckets create "gs://$bucket" --project="$project" --location="$location" \
-      --uniform-bucket-level-access --enable-hierarchical-namespace
+      --uniform-bucket-level-access
     ;;
   upload)
     require bucket

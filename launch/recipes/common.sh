@@ -23,7 +23,7 @@ read_flags() {
       --*=*)
         flag=${1%%=*}
         flag=${flag#--}
-        [[ $flag != *' '* && " $known " == *" $flag "* ]] || fail "--$flag is not a flag; the flags are: $known dry_run"
+        [[ -n $flag && $flag != *' '* && " $known " == *" $flag "* ]] || fail "--$flag is not a flag; the flags are: $known dry_run"
         printf -v "$flag" '%s' "${1#*=}"
         ;;
       *)

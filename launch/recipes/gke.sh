@@ -2,16 +2,15 @@
 # Trains on TPU slices of a GKE cluster, one or several, with xpk (pip install xpk).
 #
 #   export RECIPE_CLUSTER=tpus RECIPE_ZONE=us-west4-b RECIPE_PROJECT=my-project
-#   export RECIPE_BUCKET=my-bucket RECIPE_TYPE=v5litepod-256
+#   export RECIPE_TYPE=v5litepod-256
 #   export RECIPE_IMAGE=us-docker.pkg.dev/my-project/images/latents
 #   gke.sh cluster --slices=2 --capacity=spot
-#   gke.sh storage
 #   gke.sh image
 #   gke.sh run --name=first --slices=2 -- launch/train.py --config=configs/gemma2_2b.py \
 #       --config.mesh.replica=2 --config.training.accumulation=2 \
 #       --config.evaluation.batch_size=512 --config.data.mode=packed \
-#       --config.data.max_tokens=20000000000 --decoder=bucket/gemma-2-2b --data=/tmp/data \
-#       --workdir=bucket/runs/coprocessor
+#       --config.data.max_tokens=20000000000 --decoder=gs://my-bucket/gemma-2-2b \
+#       --data=gs://my-bucket/data --workdir=gs://my-bucket/runs/coprocessor
 #   gke.sh logs --name=first
 #   gke.sh stop --name=first
 #   gke.sh delete
@@ -25,9 +24,9 @@ source "$root/launch/recipes/common.sh"
 
 action=${1:-}
 cluster=${RECIPE_CLUSTER:-} zone=${RECIPE_ZONE:-} project=${RECIPE_PROJECT:-}
-bucket=${RECIPE_BUCKET:-} type=${RECIPE_TYPE:-} image=${RECIPE_IMAGE:-}
-name='' slices=1 capacity='' data=data
-read_flags 'cluster zone project bucket type image name slices capacity data' "${@:2}"
+type=${RECIPE_TYPE:-} image=${RECIPE_IMAGE:-}
+name='' slices=1 capacity=''
+read_flags 'cluster zone project type image name slices capacity' "${@:2}"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices: the number of slices, 1 or more"
 
 # Calls xpk on the cluster.
@@ -43,17 +42,7 @@ make_cluster() {
     spot | on-demand) option=--$capacity ;;
     *) option=--reservation=$capacity ;;
   esac
-  on_cluster cluster create --tpu-type="$type" --num-slices="$slices" "$option" \
-    --enable-gcsfuse-csi-driver
-}
-
-attach_storage() {
-  require bucket
-  # The bucket is mounted in the source tree of the image, so paths are the same as on a TPU VM. It
-  # has no caches; host.sh says why.
-  on_cluster storage attach "$bucket" --type=gcsfuse --bucket="$bucket" --size=1 --auto-mount=true \
-    --mount-point=/latent_deliberation/bucket --readonly=false \
-    --mount-options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
+  on_cluster cluster create --tpu-type="$type" --num-slices="$slices" "$option"
 }
 
 make_image() {
@@ -65,14 +54,9 @@ make_image() {
 start() {
   require type image
   ((${#rest[@]})) || fail 'run needs a script and its flags after --: run -- launch/train.py ...'
-  local command='cd /latent_deliberation'
-  if [[ -n $data ]]; then
-    command+=' && bash launch/recipes/host.sh stage'
-    command+=" $(quote --from="bucket/$data" --to="/tmp/$data")"
-  fi
   # With exec, python gets the signal that ends a pod, and saves. It then ends with code 143, which
   # is no success: all pods start again from the newest checkpoint, as when one is lost.
-  command+=" && exec $(quote python "${rest[@]}")"
+  local command="cd /latent_deliberation && exec $(quote python "${rest[@]}")"
   on_cluster workload create --workload="$name" --tpu-type="$type" --num-slices="$slices" \
     --docker-image="$image" --env-file="$root/launch/recipes/tpu.env" --max-restarts=50 \
     --termination-grace-period-seconds=300 --command="$command"
@@ -88,17 +72,16 @@ follow() {
 
 case $action in
   image) ;;
-  cluster | storage | delete) require cluster zone project ;;
+  cluster | delete) require cluster zone project ;;
   run | logs | stop)
     require cluster zone project
     [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
       fail "--name=$name: Kubernetes allows small letters, digits and -, with a letter first"
     ;;
-  *) fail "'$action' is not an action: cluster, storage, image, run, logs, stop or delete" ;;
+  *) fail "'$action' is not an action: cluster, image, run, logs, stop or delete" ;;
 esac
 case $action in
   cluster) make_cluster ;;
-  storage) attach_storage ;;
   image) make_image ;;
   run) start ;;
   logs) follow ;;

@@ -98,8 +98,8 @@ BAD = {
     'no flag': Bad('train', '--workdir={new} --decoder={run} more', r"\['more'\] are not flags"),
     'a file as directory': Bad(
         'pretrain', '--workdir={files}/typo.py', 'workdir=.*/typo.py: .*a file.*directory'),
-    'a URL as directory': Bad(
-        'pretrain', '--workdir=gs://bucket/run', 'workdir=gs://bucket/run: .*URL.*[Mm]ount'),
+    'a URL of an unknown kind as directory': Bad(
+        'pretrain', '--workdir=az://bucket/run', 'workdir=az://bucket/run: .*s3://BUCKET/PATH'),
     'a backslash': Bad(
         'quickstart', '--workdir={new}\\a', r'^Error: .*new\\a has a backslash.*rename'),
     'rows as data': Bad(
@@ -135,10 +135,10 @@ BAD = {
         r'cut.json \(9 bytes\) .*tokenizer.json'),
     'a damaged GGUF file as source': Bad(
         'convert', '--source={files}/gguf/cut.gguf', 'gguf/cut.gguf .*GGUF file'),
-    'a URL as decoder': Bad(
-        'augment', '--decoder=gs://bucket/decoder --coprocessor={run}/coprocessor '
+    'a URL of an unknown kind as decoder': Bad(
+        'augment', '--decoder=http://host/decoder --coprocessor={run}/coprocessor '
         '--document={files}/typo.py --output={new}.cache',
-        'decoder=gs://bucket/decoder: .*URL.*[Mm]ount'),
+        'decoder=http://host/decoder: .*s3://BUCKET/PATH'),
     'a decoder of other sizes': Bad(
         'train', '--workdir={new} --data={run} --decoder={run}/pretraining/decoder '
         '--config.decoder.window=9', 'decoder.window: 8 .*, 9 .*config'),

@@ -57,8 +57,8 @@ def test_dry_run_is_what_runs(tmp_path):
   for script, arguments in [
       ('tpu_vm', 'create --type=v5litepod-256 --version=v2 --spot=yes'), ('tpu_vm', 'install'),
       ('tpu_vm', f'run {TRAIN}'), ('tpu_vm', 'logs --worker=3'), ('tpu_vm', 'stop'),
-      ('tpu_vm', 'delete'), ('gke', 'cluster --slices=2 --capacity=spot'), ('gke', 'storage'),
-      ('gke', 'image'), ('gke', f'run --name=first --slices=2 {TRAIN}'),
+      ('tpu_vm', 'delete'), ('gke', 'cluster --slices=2 --capacity=spot'), ('gke', 'image'),
+      ('gke', f'run --name=first --slices=2 {TRAIN}'),
       ('gke', 'logs --name=first'), ('gke', 'stop --name=first'), ('gke', 'delete'),
       ('bucket', 'create'), ('bucket', 'upload --from=data --to=data'),
       ('bucket', 'download --from=runs --to=runs')]:
@@ -78,20 +78,13 @@ def test_create_has_type_and_scopes():
       '--zone=us-west4-b', '--project=money'}
 
 
-def test_run_stages_rows_first():
-  """Training begins on all hosts after the rows are on their disks."""
-  stage, start = shown('tpu_vm', f'run {TRAIN}')
-  for command in (stage, start):
-    assert command[:6] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'pod']
-    assert '--worker=all' in command
-  inside = [shlex.split(word.removeprefix('--command=')) for word in (stage[7], start[7])]
-  assert inside[0][-4:] == ['launch/recipes/host.sh', 'stage', '--from=bucket/data',
-                            '--to=/tmp/data']
-  assert inside[1][-6:] == ['launch/recipes/host.sh', 'start', *shlex.split(TRAIN)]
-  (alone,) = shown('tpu_vm', f'run --data= {TRAIN}')
-  assert alone == start
-  other, _ = shown('tpu_vm', f'run --data=c4 {TRAIN}')
-  assert other[7].endswith(' --from=bucket/c4 --to=/tmp/c4')
+def test_run_starts_on_all_hosts():
+  """Training begins on all hosts; they read the bucket themselves."""
+  (start,) = shown('tpu_vm', f'run {TRAIN}')
+  assert start[:6] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'pod']
+  assert '--worker=all' in start
+  inside = shlex.split(start[7].removeprefix('--command='))
+  assert inside[-6:] == ['launch/recipes/host.sh', 'start', *shlex.split(TRAIN)]
 
 
 def test_host_uses_tpu_env():
@@ -152,7 +145,7 @@ case "$*" in
     ;;
 esac
 """
-KEEP = 'keep --type=v5litepod-16 --version=v2 --minutes=0 --data='
+KEEP = 'keep --type=v5litepod-16 --version=v2 --minutes=0'
 
 
 def babysat(place: Path, slice_states: str, host_states: str,
@@ -220,19 +213,6 @@ def test_babysitter_shows_a_life():
       'babysit', f'{KEEP} --spot=no {TRAIN}'))
 
 
-def test_stage_copies_once_and_whole(tmp_path):
-  """Rows are copied once, and a copy that was cut short is made again."""
-  (tmp_path / 'bucket').mkdir()
-  (tmp_path / 'bucket/rows').write_text('rows')
-  (tmp_path / 'disk.partial').mkdir()  # of a copy that was cut short
-  arguments = f'stage --from={tmp_path}/bucket --to={tmp_path}/disk/'
-  assert recipe('host', arguments).returncode == 0
-  (tmp_path / 'bucket/rows').write_text('others')
-  assert recipe('host', arguments).returncode == 0
-  assert {path.name for path in tmp_path.iterdir()} == {'bucket', 'disk'}
-  assert [path.read_text() for path in (tmp_path / 'disk').iterdir()] == ['rows']
-
-
 def test_slices_are_one_workload():
   """All slices of a cluster train as one workload."""
   (command,) = shown('gke', f'run --name=first --slices=2 {TRAIN}')
@@ -249,22 +229,28 @@ def test_slices_are_one_workload():
 def test_cluster_slices_and_capacity(capacity, flag):
   """A cluster has the number of slices and the capacity asked for."""
   (command,) = shown('gke', f'cluster --slices=4 --capacity={capacity}')
-  assert {'--num-slices=4', flag, '--enable-gcsfuse-csi-driver'} < set(command)
+  assert {'--num-slices=4', flag} < set(command)
 
 
-def test_bucket_has_hierarchical_namespace():
-  """A bucket renames a directory in one step."""
+def test_bucket():
+  """A bucket is a flat one, which every account has."""
   (command,) = shown('bucket', 'create')
-  assert '--enable-hierarchical-namespace' in command and 'gs://store' in command
+  assert 'gs://store' in command
+  assert not any('namespace' in word or 'fuse' in word for word in command)
+
+
+def test_no_mounts():
+  """No recipe mounts a bucket: runs read and write gs:// themselves."""
+  for path in RECIPES.iterdir():
+    assert 'gcsfuse' not in path.read_text(), path
 
 
 @pytest.mark.parametrize('script, arguments, missing', [
-    ('babysit', 'state', 'RECIPE_PROJECT'), ('babysit', f'{KEEP} {TRAIN}', 'RECIPE_BUCKET'),
-    ('tpu_vm', 'delete', 'RECIPE_ZONE'), ('tpu_vm', 'install', 'RECIPE_BUCKET'),
+    ('babysit', 'state', 'RECIPE_PROJECT'), ('babysit', f'{KEEP} {TRAIN}', 'RECIPE_ZONE'),
+    ('tpu_vm', 'delete', 'RECIPE_ZONE'), ('bucket', 'upload --from=a --to=b', 'RECIPE_BUCKET'),
     ('tpu_vm', f'run {TRAIN}', 'RECIPE_NAME'), ('gke', 'delete', 'RECIPE_CLUSTER'),
-    ('gke', 'cluster --capacity=spot', 'RECIPE_TYPE'), ('gke', 'storage', 'RECIPE_BUCKET'),
-    ('gke', 'image', 'RECIPE_IMAGE'), ('bucket', 'create', 'RECIPE_LOCATION'),
-    ('host', 'mount', 'RECIPE_BUCKET')])
+    ('gke', 'cluster --capacity=spot', 'RECIPE_TYPE'),
+    ('gke', 'image', 'RECIPE_IMAGE'), ('bucket', 'create', 'RECIPE_LOCATION')])
 def test_missing_flag_is_named(script, arguments, missing):
   """A missing value is named with its flag and its variable."""
   others = {name: value for name, value in KNOWN.items() if name != missing}
@@ -279,7 +265,8 @@ def test_missing_flag_is_named(script, arguments, missing):
 @pytest.mark.parametrize('script, arguments, message', [
     ('tpu_vm', 'delete --nam=pod', '--nam is not a flag; the flags are: name zone'),
     ('tpu_vm', "delete '--name zone=pod'", '--name zone is not a flag; the flags are: name zone'),
-    ('tpu_vm', 'install --bucket=gs://store', '--bucket=gs://store: give the name'),
+    ('host', 'install --=x', '-- is not a flag'),
+    ('bucket', 'create --bucket=gs://store', '--bucket=gs://store: give the name'),
     ('bucket', 'upload --bucket=gs://store --from=a --to=b', '--bucket=gs://store: give the name'),
     ('gke', 'delete pod', 'pod: flags are --name=value, of: cluster zone'),
     ('gke', 'run --name=first', 'run needs a script and its flags'),

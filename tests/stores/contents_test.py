@@ -15,7 +15,13 @@ from latent_deliberation.data.rows import MANIFEST_FILE, Framing, Manifest, Pack
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
 from latent_deliberation.errors import StoreError, UserError
-from latent_deliberation.files import at_hand, list_directory, write_whole
+from latent_deliberation.files import (
+  as_path,
+  at_hand,
+  list_directory,
+  path_for_orbax,
+  write_whole,
+)
 from latent_deliberation.inference.tokenizer import tokenizer_of
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import fingerprint
@@ -120,6 +126,14 @@ def test_missing_object(place):
       (place / '2' / rest).unlink()
   with pytest.raises(UserError, match=f'(?s){place}/2 cannot be read.*: 1. .*remove {place}/2'):
     restore(place)
+
+
+def test_orbax_of_another_version(monkeypatch):
+  """Where s3:// cannot be put into orbax, an error says which version can."""
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+  monkeypatch.delattr(tensorstore_utils, 'build_kvstore_tspec')
+  with pytest.raises(UserError, match='orbax-checkpoint.*s3://: install'):
+    path_for_orbax(as_path('s3://bucket/run'))
 
 
 def test_store_that_refuses_to_list(store, place):

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class Fault:
   """What a proxy does to requests, of those that `where` chooses.
 
   Attributes:
-    where: whether to do it to a request of this method and path.
+    where: whether to do it to a request of this method and path, which has the object's name.
     times: to how many of them; then none.
     status: code of an answer in place of the server's; 0 for the server's.
     seconds: how long the answer waits.
@@ -107,10 +108,12 @@ class Store:
 
   def pass_on(self, request: http.server.BaseHTTPRequestHandler) -> None:
     """Answers a request with what the server says, or with a fault."""
-    method = request.command
+    method, path = request.command, request.path
     self.requests[method] += 1
     body = _read_body(request)
-    fault = self._choose(method, request.path)
+    if named := re.search(rb'"name": *"([^"]*)"', body[:2000]):  # as gcsfs names an object
+      path += f'&name={named[1].decode()}'
+    fault = self._choose(method, path)
     time.sleep(fault.seconds)
     status, reason, headers, content = fault.status, 'fault', {}, fault.body
     with contextlib.suppress(ConnectionError):

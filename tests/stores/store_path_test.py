@@ -108,6 +108,16 @@ def test_directory_of_a_killed_process(place):
   assert list((place / 'target').objects()) == ['new']
 
 
+def test_signs_of_a_pattern(place):
+  """They mean themselves where things are removed, too."""
+  for name in ('lr[1e-2]', 'lr1', 'lr*'):
+    with whole_directory(place / name) as partial:
+      (partial / 'a?b').write_text(name)
+  (place / 'lr*').rename(place / 'l?')
+  (place / 'lr[1e-2]').rmtree()
+  assert sorted(place.objects()) == ['l?/a?b', 'lr1/a?b']
+
+
 def test_failed_directory(place):
   """An error of the block leaves no directory, and stays as it is."""
   with pytest.raises(ZeroDivisionError), whole_directory(place / 'target') as partial:
