@@ -8,6 +8,7 @@ setup(
     description='Deliberation in latent space via differentiable cache augmentation, in JAX',
     license='Apache-2.0',
     python_requires='>=3.11',
+    package_data={'latent_deliberation.serving': ['page.html']},
     packages=find_packages(include=['latent_deliberation', 'latent_deliberation.*']),
     install_requires=[
         'absl-py>=2.1',
@@ -30,9 +31,12 @@ setup(
     ],
     extras_require={
         'serve': ['prometheus-client>=0.21', 'starlette>=0.40', 'uvicorn>=0.30'],
-        'test': ['gguf>=0.17', 'hypothesis>=6', 'jinja2>=3.1', 'pytest>=8', 'pytest-xdist>=3.6',
-                 'ruff>=0.6', 'tokenizers>=0.21'],
+        'test': ['aiohttp>=3.9', 'bm25s>=0.2', 'fsspec>=2024.6', 'gguf>=0.17', 'hypothesis>=6',
+                 'jinja2>=3.1', 'prometheus-client>=0.21', 'pytest>=8', 'pytest-xdist>=3.6',
+                 'ruff>=0.6', 'starlette>=0.40', 'tokenizers>=0.21', 'uvicorn>=0.30'],
+        'browser': ['selenium>=4.20'],
         'chat': ['jinja2>=3.1'],
+        'experts': ['aiohttp>=3.9', 'bm25s>=0.2', 'fsspec>=2024.6'],
         'gguf': ['gguf>=0.17', 'tokenizers>=0.21'],
         'tokenizers': ['tokenizers>=0.21'],
         'parity': ['torch>=2.6', 'transformers>=4.57'],

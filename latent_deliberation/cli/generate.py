@@ -65,12 +65,11 @@ def check_coprocessor(coprocessor: str, **flags: object) -> bool:
 
 def open_writer(request: 'Request', decoder: str, coprocessor: str, expert: str, strict: bool,
                 vocabulary: str, length: int, gate: FittedGate | None) -> 'Writer':
-  """Opens decoder, coprocessor or experts, and the cache that a request names.
+  """Opens decoder, coprocessor or experts, and the cache that a request names; see `open_engine`.
 
   Args:
     expert: value of --expert; '' for none.
     strict: whether an expert that cannot be attached is an error.
-    decoder, coprocessor, vocabulary, length, gate: see `open_engine`, which also raises.
   """
   if expert:
     # Imported by name, since most prompts have no experts.
@@ -175,17 +174,19 @@ class Writer:
 
   def write(self, prompts: Sequence[str], plain: bool = False,
             first: int = 0) -> list[dict[str, Any]]:
-    """Returns prompt, text, tokens, logprobs, finish_reason and latents_at for each prompt.
+    """Returns prompt, text, tokens, logprobs, finish_reason, latents_at and experts of each prompt.
 
     Args:
       prompts: prompts to decode together.
       plain: leave latents out.
       first: number of the first prompt among all, from 0, which decides the seeds.
     """
-    ids = list(map(self._encode, prompts))
+    ids, source = list(map(self._encode, prompts)), self._source(prompts)
     completions = generate(self.engine, self._texts(ids, plain), self._decoding(plain),
-                           self._seeds(first, len(prompts)), self._source(prompts))
-    return list(map(self._result, prompts, ids, completions))
+                           self._seeds(first, len(prompts)), source)
+    more = [{}] * len(ids) if source is None else [{'experts': mix} for mix in source.mixes]
+    return [self._result(*each) | mix for *each, mix in zip(prompts, ids, completions, more,
+                                                            strict=True)]
 
   def write_slowly(self, prompt: str, first: int = 0) -> Iterator[dict[str, Any]]:
     """Yields the result of one prompt while it is decoded, with the text that will not change."""
@@ -221,7 +222,7 @@ class Writer:
             for prompt, one, other in zip(prompts, *results.values(), strict=True)]
 
   def _source(self, prompts: Sequence[str]) -> LatentSource | None:
-    return None if self.sources is None else self.sources(prompts)
+    return self.sources and self.sources(prompts)
 
   def _encode(self, prompt: str) -> list[int]:
     if self.request.chat:

@@ -138,9 +138,9 @@ class Place:
       with fsspec.open(path, 'rb', **options) as file:
         while chunk := file.read(_CHUNK):
           yield chunk
-    except FileNotFoundError as error:
-      raise UserError(f'{path}: there is no such file; give the folder of an index, or of an '
-                      'expert') from error
+    except FileNotFoundError as error:  # over http, also where nobody answers
+      raise UserError(f'{path}: there is no such file, or it cannot be reached; give the folder of '
+                      'an index, or of an expert') from error
     except Exception as error:  # the libraries of stores have classes of their own
       raise UserError(f'{path} cannot be read ({type(error).__name__}: {str(error):.200}): check '
                       'address, network and rights, and try again') from error

@@ -1,0 +1,36 @@
+"""Compares an expert with a LoRA on the decoder: seconds, memory, nats gained and lost.
+
+  python launch/benchmark_lora.py --decoder=gemma3-270m --expert=experts/notes \
+      --workdir=runs/experts/notes --python=PYTHON --output=lora.json
+
+The LoRA is PEFT's, in bfloat16, on the rows of the expert's training. PYTHON is an interpreter with
+torch, transformers and peft. The table and a picture are written beside the JSON. Next, time
+decoding with launch/benchmark_experts.py.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from latent_deliberation.benchmarks.lora_cost import benchmark, format_cost
+from latent_deliberation.cli import app
+
+_DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.')
+_EXPERT = app.define_directory('expert', 'Package of the expert.')
+_WORKDIR = app.define_directory('workdir', 'Work directory of its training.')
+_OUTPUT = app.define_json('output', 'JSON file to write, with a table and a PNG next to it.')
+_PYTHON = app.define_file('python', 'Interpreter with torch, transformers and peft.')
+_LEARNING_RATE = flags.DEFINE_float('learning_rate', 3e-4, 'Learning rate of the LoRA.')
+_STEPS = flags.DEFINE_integer('steps', 0, 'Steps of the LoRA. Default: those of the expert.')
+_THREADS = flags.DEFINE_integer('threads', 0, 'Threads of torch. Default: its own choice.')
+
+
+def main() -> None:
+  print(format_cost(benchmark(
+      _DECODER.value, Path(_EXPERT.value), Path(_WORKDIR.value), Path(_OUTPUT.value),
+      python=_PYTHON.value, learning_rate=_LEARNING_RATE.value, steps=_STEPS.value,
+      threads=_THREADS.value)))
+
+
+if __name__ == '__main__':
+  app.run(main)

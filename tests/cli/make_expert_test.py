@@ -1,0 +1,225 @@
+"""From a folder of text to an expert, and on to its use: the whole path, on the tiny decoder."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import latent_deliberation as ld
+from latent_deliberation.build import with_decoder
+from latent_deliberation.cli import make_expert as module
+from latent_deliberation.cli.attached import parse_expert
+from latent_deliberation.cli.expert_commands import Options, run
+from latent_deliberation.cli.make_expert import ExpertRequest, make_expert
+from latent_deliberation.errors import UserError
+from latent_deliberation.experts.card import GENERAL
+from latent_deliberation.experts.package import load_package, read_sample
+from latent_deliberation.experts.verifying import verify
+from tests import finished
+
+GIVEN = frozenset({'training.loop.num_steps', 'training.batch_size'})
+
+
+def experiment_of(decoder, **overrides):
+  return with_decoder(finished.experiment(
+      decoder_from='', deliberation__trainable='lora', deliberation__lora_rank=2,
+      data__validation_percent=30, **overrides), str(decoder))
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory, quickstart):
+  """A folder with the text of a domain, and of none."""
+  place = tmp_path_factory.mktemp('expert')
+  finished.write_texts(place / 'acts', [
+      f'Page {number}. ' + f'WHEREAS clause {number} of the act holds; ' * 20
+      for number in range(40)])
+  return place
+
+
+@pytest.fixture(scope='module')
+def made(place, quickstart):
+  """An expert of two steps."""
+  experiment = experiment_of(quickstart / 'pretraining/decoder')
+  request = ExpertRequest('acts', str(place / 'acts'), str(finished.TEXTS),
+                          description='Acts', licence='CC0-1.0')
+  card = make_expert(experiment, request, place / 'work', place / 'package', GIVEN)
+  return card, experiment, request
+
+
+def test_package(made, place, quickstart):
+  """Card, controls, routing and sample: all that the package promises."""
+  card, experiment, _ = made
+  expert = load_package(place / 'package')
+  assert expert.card == card and expert.coprocessor.steps == card.recipe['steps'] == 2
+  assert card.scores.keys() == {'acts', GENERAL}
+  for scores in card.scores.values():
+    assert scores['gain'].keys() == {'own', 'shuffled', 'zero', 'constant'}
+    assert abs(scores['gain']['zero']['nats']) < 1e-4
+  assert not card.gains  # eight texts give no interval
+  assert 'whereas' in card.keywords and card.licence == 'CC0-1.0'
+  assert expert.routing.centroid.shape == (experiment.decoder.embed_dim,)
+  np.testing.assert_allclose(np.linalg.norm(expert.routing.centroid), 1, rtol=1e-5)
+  assert read_sample(place / 'package')['acts']['tokens'].shape[1] == experiment.data.length
+  assert card.recipe['text']['rows'] > 0 and card.recipe[GENERAL]['held_out'] > 0
+  written = (place / 'package/expert.json').read_text()
+  assert str(place) not in written and str(quickstart) not in written
+
+
+def test_everything_is_verified(made, place, quickstart):
+  """Files, decoder, traces and scores; another decoder fails."""
+  decoder_dir = quickstart / 'pretraining/decoder'
+  decoder = ld.load_decoder(decoder_dir)
+  checks = list(verify(place / 'package', decoder, str(decoder_dir), scores=True))
+  assert [check.passed for check in checks] == [True] * 9, '\n'.join(map(str, checks))
+  assert [check.passed for check in verify(place / 'package', None)] == [True, None]
+  other = dataclasses.replace(decoder, fingerprint='d1')
+  *_, last = verify(place / 'package', other)
+  assert last.passed is False and 'fingerprint d1' in last.found
+
+
+def test_finished_work_is_not_done_again(made, place, monkeypatch):
+  """The same command packs again what is there, to the same weights; another one is refused."""
+  card, experiment, request = made
+  monkeypatch.setattr('latent_deliberation.training.run.train',
+                      lambda state, *unused, **options: state)
+  again = make_expert(experiment, request, place / 'work', place / 'again', GIVEN)
+  weights = 'coprocessor/coprocessor.safetensors'
+  assert again.files[weights] == card.files[weights]
+  assert again.scores == card.scores
+  for change, message in (({'name': 'law'}, "name: 'acts' saved, 'law' now"),
+                          ({'general': ''}, 'general: '), ({'minutes': 3.0}, 'minutes: 0.0 saved')):
+    with pytest.raises(UserError, match=message):
+      make_expert(experiment, dataclasses.replace(request, **change), place / 'work',
+                  place / 'other', GIVEN)
+  with pytest.raises(UserError, match='exists already'):
+    make_expert(experiment, request, place / 'work', place / 'again', GIVEN)
+
+
+def test_minutes_choose_the_steps(made, place, monkeypatch, tmp_path):
+  """Three quarters of the time, for two trainings; never more than four passes over the text."""
+  _, experiment, request = made
+  shutil.copytree(place / 'work/rows', tmp_path / 'rows')
+  mesh = module.make_mesh(experiment.mesh)
+  run = module.prepare_phases(experiment, place / 'work', GIVEN, mesh, module.PhaseClock(
+      tmp_path / 'phases.json'))[1]['coprocessor']
+  rows = len(module.PackedRows(place / 'work/rows/train'))
+  most = 4 * rows // experiment.training.batch_size
+  for seconds, steps in ((0.75 * 60 / 2 / 25, min(25, most)), (1e-9, most), (1e9, min(20, most))):
+    monkeypatch.setattr(module, 'time_step', lambda *unused, seconds=seconds: seconds)
+    found = module._choose_steps(experiment, 1.0, frozenset(), run, tmp_path, mesh)
+    assert found['training.loop.num_steps'] == steps
+    assert found['training.optimizer.warmup_steps'] <= steps // 10
+    assert found['training.loop.eval_every'] <= max(1, steps // 4)
+
+
+def test_step_is_timed(made, place):
+  _, experiment, _ = made
+  mesh = module.make_mesh(experiment.mesh)
+  run = module.prepare_phases(experiment, place / 'work', GIVEN, mesh, module.PhaseClock(
+      place / 'phases.json'))[1]['coprocessor']
+  assert 0 < module.time_step(experiment, run, place / 'work', mesh) < 60
+
+
+def test_marketplace_commands(made, place, quickstart, monkeypatch, capsys, tmp_path):
+  """publish, list, search, add, show, route, compare, remove: as words of the command line."""
+  monkeypatch.setenv('LATENT_DELIBERATION_EXPERTS', str(tmp_path / 'added'))
+  index = str(tmp_path / 'index')
+  decoder = str(quickstart / 'pretraining/decoder')
+
+  def said(command, *words, **options):
+    run(command, words, Options(**options))
+    return capsys.readouterr().out
+
+  with pytest.raises(UserError, match='no gain.*--force'):
+    run('publish', [str(place / 'package')], Options(index=index))
+  address = made[0].address
+  assert address in said('publish', str(place / 'package'), index=index, force=True)
+  assert address in said('list', index=index) and address in said('search', 'whereas', index=index)
+  assert 'No expert' in said('search', 'banana', index=index)
+  assert 'No expert' in said('list')
+  assert address in said('add', 'acts', index=index) and address in said('list')
+  assert '# acts: a latent expert' in said('show', 'acts')
+  assert 'ok: ' in said('verify', 'acts', decoder=decoder)
+  routed = said('route', decoder=decoder, text='the clause of the act', router=('gain', 'centroid'))
+  assert routed.startswith('gain: ') and 'acts' in routed
+  table = said('compare', 'acts', decoder=decoder, text=str(place / 'acts'), prompts=4,
+               batch_size=2, length=200, output=str(tmp_path / 'compare.json'))
+  assert '| acts |' in table and (tmp_path / 'compare.png').exists()
+  compared = json.loads((tmp_path / 'compare.json').read_text())
+  assert compared['saved']['text']['acts']['prompts'] == 4
+  page = said('evaluate', decoder=decoder, domain=(f'acts={place}/acts', f'x={finished.TEXTS}'),
+              prompts=4, batch_size=4, length=200, router=('gain',), pair=(),
+              output=str(tmp_path / 'evaluate.json'))
+  assert '## Chosen by gain' in page and (tmp_path / 'evaluate.png').exists()
+  assert 'is removed' in said('remove', 'acts') and 'No expert' in said('list')
+
+
+def test_generate_with_an_expert(made, place, quickstart):
+  """launch/generate.py attaches a package; an unknown one leaves the plain text and a warning."""
+  def launch(*arguments):
+    return subprocess.run(
+        [sys.executable, 'launch/generate.py', f'--decoder={quickstart}/pretraining/decoder',
+         '--prompt=the clause of', '--json', '--max_tokens=4', *arguments], cwd=finished.ROOT,
+        env=finished.environment(), text=True, capture_output=True, timeout=300)
+
+  plain, own, unknown = (json.loads(launch(*arguments).stdout) for arguments in (
+      [], [f'--expert={place}/package'], ['--expert=moon']))
+  assert own['experts'] == {'acts': 1.0} and own['latents_at'] == [0]
+  assert unknown['experts'] == {} and unknown['logprobs'] == plain['logprobs']
+  process = launch('--expert=moon', '--strict')
+  assert process.returncode == 1 and 'no expert moon' in process.stderr
+
+
+def test_bad_text(made, place, tmp_path):
+  """An empty folder, and a text too small, are refused before long work."""
+  _, experiment, request = made
+  (tmp_path / 'empty').mkdir()
+  finished.write_texts(tmp_path / 'tiny', ['one', 'two', 'three', 'four'])
+  for text, message in ((tmp_path / 'empty', 'no file matches'), (tmp_path / 'tiny', 'rows|row')):
+    with pytest.raises(UserError, match=message):
+      make_expert(experiment, dataclasses.replace(request, text=str(text)), tmp_path / 'work',
+                  tmp_path / 'out', GIVEN)
+    assert not (tmp_path / 'out').exists()
+    shutil.rmtree(tmp_path / 'work', ignore_errors=True)
+
+
+@pytest.mark.parametrize('values, message', [
+    ({'name': 'A'}, "name = 'A'"), ({'name': GENERAL}, 'text of no domain'),
+    ({'minutes': -1.0}, 'minutes = -1'), ({'minutes': float('nan')}, 'minutes = nan')])
+def test_bad_requests(values, message):
+  with pytest.raises(UserError, match=message):
+    ExpertRequest(**{'name': 'a', 'text': 'b', **values})
+
+
+@pytest.mark.parametrize('written, choice, router', [
+    ('none', None, ''), ('auto', 'auto', 'gain'), ('auto:bm25', 'auto', 'bm25'),
+    ('law', {'law': 1.0}, ''), ('law:0.5, stars:-1e-3', {'law': 0.5, 'stars': -1e-3}, ''),
+    ('a/b:c', {'a/b:c': 1.0}, ''), ('law@0123456789abcdef:2', {'law@0123456789abcdef': 2.0}, '')])
+def test_what_the_flag_asks_for(written, choice, router):
+  assert parse_expert(written) == (choice, router)
+
+
+@pytest.mark.parametrize('written', ['auto:best', ',', 'law,law', 'law:1,law:2'])
+def test_bad_flags(written):
+  with pytest.raises(UserError, match=f'--expert={written}'):
+    parse_expert(written)
+
+
+@pytest.mark.parametrize('command, words, options, message', [
+    ('', [], {}, 'no command'), ('trains', [], {}, 'trains: give one of'),
+    ('list', ['x'], {}, 'takes no words'), ('search', [], {}, 'give words'),
+    ('show', [], {}, 'give one'), ('show', ['a', 'b'], {}, 'give one'),
+    ('add', [], {}, 'address of an expert'), ('add', ['x'], {}, 'give --index'),
+    ('publish', ['x'], {}, 'give --index'), ('compare', ['x'], {}, 'give --text'),
+    ('route', [], {}, 'give --text'), ('evaluate', [], {}, 'give --domain'),
+    ('evaluate', [], {'domain': ('a=b',)}, 'give --output'),
+    ('compare', ['x'], {'text': 'y', 'output': 'a.txt'}, 'ends in .json'),
+    ('remove', ['moon'], {}, 'no expert moon')])
+def test_bad_commands(command, words, options, message, monkeypatch, tmp_path):
+  monkeypatch.setenv('LATENT_DELIBERATION_EXPERTS', str(tmp_path))
+  with pytest.raises(UserError, match=message):
+    run(command, words, Options(**options))

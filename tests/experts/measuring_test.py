@@ -1,0 +1,124 @@
+"""Scores of a card, and what routers need, from measurements that are known."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.gating import Places
+from latent_deliberation.evaluation.perplexity import AheadNLL
+from latent_deliberation.experts.measuring import (
+  as_held_out,
+  base_name,
+  compare_scores,
+  experiment_of,
+  fit_routing,
+  portable,
+  saved_nats,
+  summarise_arms,
+)
+from latent_deliberation.experts.routing import cosines
+from tests import finished
+from tests.experts import small
+
+RANDOM = np.random.default_rng(0)
+
+
+def arm(total, texts=40):
+  """Scores with 5 targets of each text at three ahead positions."""
+  return AheadNLL(np.broadcast_to(total, (texts, 3)) * 1.0, np.full((texts, 3), 5))
+
+
+def test_saved_nats_are_summed_over_ahead_tokens():
+  """Means of positions add up; positions beyond the training's are left out."""
+  frozen = arm([10.0, 20.0, 30.0])
+  found = saved_nats(arm([5.0, 10.0, 0.0]), frozen, num_ahead=2)
+  assert found == {'nats': 3.0, 'ci95': [3.0, 3.0]}
+  noisy = AheadNLL(frozen.total - RANDOM.normal(5, 5, (40, 3)), frozen.count)
+  low, high = saved_nats(noisy, frozen, num_ahead=2)['ci95']
+  assert low < saved_nats(noisy, frozen, num_ahead=2)['nats'] < high
+  # Roughly: the spread of the mean of 40 texts, over two positions, of 5 targets each.
+  assert (high - low) == pytest.approx(2 * 1.96 * np.sqrt(2) * 5 / 5 / np.sqrt(40), rel=0.4)
+
+
+def test_few_texts_give_no_interval():
+  assert saved_nats(arm([5.0] * 3, 19), arm([6.0] * 3, 19), 3) == {
+      'nats': pytest.approx(0.6), 'ci95': None}
+
+
+def test_summary_is_json():
+  arms = {'frozen': arm([10.0, 20.0, 30.0]), 'own': arm([9.0, 19.0, 29.0]),
+          'zero': arm([10.0, 20.0, 30.0])}
+  found = json.loads(json.dumps(summarise_arms(arms, (1, 2), 2)))
+  assert found['gain']['own']['nats'] == pytest.approx(0.4) and found['gain']['zero']['nats'] == 0
+  assert 'frozen' not in found['gain'] and found['texts'] == 40
+  assert found['all_positions']['own']['change_pct'][0] == pytest.approx(100 * np.expm1(-0.2))
+
+
+def places(mean, gain, texts, count=400, width=6):
+  hidden = (RANDOM.standard_normal((count, width)) * 0.2 + mean).astype(np.float32)
+  return Places(hidden, np.zeros(count), gain(hidden), np.arange(count) % texts)
+
+
+def test_routing_separates_texts_and_predicts_gains():
+  """The centroid points from general to own text, and the head has the sign of the gain."""
+  axis = np.eye(6, dtype=np.float32)
+  own = places(axis[0], lambda hidden: 0.5 + 0 * hidden[:, 0], texts=20)
+  general = places(axis[1], lambda hidden: -0.5 + 0 * hidden[:, 0], texts=20, count=900)
+  found = fit_routing(own, general)
+  np.testing.assert_allclose(found.centroid, (axis[0] - axis[1]) / np.sqrt(2), atol=0.1)
+  np.testing.assert_allclose(found.origin, axis[1], atol=0.05)
+  for each, is_own in ((own, True), (general, False)):
+    near = cosines(each.hidden, found.origin, found.centroid) > found.threshold
+    gains = each.hidden @ found.gain_weight + found.gain_bias > 0
+    assert np.mean(near == is_own) > 0.95 and np.mean(gains == is_own) > 0.95
+
+
+def test_routing_needs_texts():
+  few = places(np.zeros(6), lambda hidden: hidden[:, 0], texts=2)
+  with pytest.raises(UserError, match='4 texts: a gate needs 5'):
+    fit_routing(few, few)
+
+
+def test_settings_of_a_card():
+  """They come back as an experiment, without paths of this machine."""
+  experiment = dataclasses.replace(finished.experiment(), decoder_from='/home/me/decoder')
+  settings = portable(experiment, 'stars')
+  assert '/home' not in json.dumps(settings) and str(finished.TEXTS) not in json.dumps(settings)
+  found = experiment_of(small.card(recipe={'settings': settings}))
+  assert found.data.files == ('stars',) and found.decoder_from == 'decoder'
+  assert found.evaluation == experiment.evaluation and found.training == experiment.training
+  for recipe in ({}, {'settings': 3}, {'settings': {**settings, 'colour': 'red'}}):
+    with pytest.raises(UserError, match='settings|colour'):
+      experiment_of(small.card(recipe=recipe))
+
+
+@pytest.mark.parametrize('decoder, name', [
+    ('gemma3-270m', 'gemma3-270m'), ('a/b/decoder', 'decoder'), ('hf://ORG/NAME', 'hf://ORG/NAME')])
+def test_names_of_decoders(decoder, name):
+  assert base_name(decoder) == name
+
+
+def test_sample_is_text_again():
+  """Segments and positions follow from BOS and padding."""
+  tokens = np.array([[2, 5, 6, 2, 7], [8, 9, 2, 5, 0], [2, 5, 5, 5, 5], [2, 6, 6, 6, 6]])
+  held_out = as_held_out({'tokens': tokens, 'texts': np.array([0, 0, 1, 1])}, 2, bos_id=2)
+  first, second = held_out.batches
+  np.testing.assert_array_equal(first.segments, [[1, 1, 1, 2, 2], [0, 0, 1, 1, 0]])
+  np.testing.assert_array_equal(first.positions, [[0, 1, 2, 0, 1], [0, 0, 0, 1, 0]])
+  np.testing.assert_array_equal(second.tokens, tokens[2:])
+  for rows, texts in ((tokens[:3], [0, 0, 1]), (tokens, [0, 0, 1]), (-tokens, [0, 0, 1, 1])):
+    with pytest.raises(UserError, match='the sample has rows'):
+      as_held_out({'tokens': rows, 'texts': np.array(texts)}, 2, bos_id=2)
+
+
+def test_scores_hold_within_their_interval():
+  def scored(nats, ci95=None):
+    return {'gain': {'own': {'nats': nats, 'ci95': ci95}}}
+  for card, now, holds in (
+      (scored(0.2, [0.1, 0.3]), scored(0.29), True), (scored(0.2, [0.1, 0.3]), scored(0.31), False),
+      (scored(0.2), scored(0.21), True), (scored(0.2), scored(0.3), False),
+      (scored(0.2, [0.199, 0.201]), scored(0.21), True), ({}, scored(0.2), False)):
+    assert compare_scores(card, now)['holds'] == holds
