@@ -9,7 +9,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['latent_deliberation', 'latent_deliberation.*']),
-    package_data={'latent_deliberation.evaluation': ['tasks/*']},
+    package_data={'latent_deliberation.evaluation': ['tasks/*'],
+                  'latent_deliberation.serving': ['page.html']},
     install_requires=[
         'absl-py>=2.1',
         'beartype>=0.19',
@@ -36,6 +37,7 @@ setup(
                  'prometheus-client>=0.21', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.6',
                  's3fs>=2025.3', 'starlette>=0.40', 'tokenizers>=0.21', 'uvicorn>=0.30',
                  'wandb>=0.20'],
+        'browser': ['selenium>=4.20'],
         'buckets': ['gcsfs>=2025.3', 's3fs>=2025.3'],
         'chat': ['jinja2>=3.1'],
         'eval': ['lm_eval==0.4.13'],

@@ -15,6 +15,8 @@ The commands, each with its words:
   compare NAMES        what experts save on --text, as a table; with --output also a picture
   route NAMES          scores of every router for --text, a prompt
   evaluate NAMES       judge routers on texts, --domain=NAME=TEXT; writes --output
+  ask QUESTION         answer after the passage of --documents that has its words, with --expert
+  export               write --text with latents of --expert to --output, for other engines
 
 NAME is that of an added expert, or the directory of a package. Without NAMES all added experts of
 the decoder are taken. Next, use one: launch/generate.py --expert=NAME.
@@ -55,7 +57,17 @@ _PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts to cut out of each text.
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Prompts to score together.')
 _SCORES = flags.DEFINE_bool('scores', False, 'Measure the scores of the card again, in verify.')
 _FORCE = flags.DEFINE_bool('force', False, 'Publish an expert that shows no gain, too.')
-_OVERWRITE = app.define_overwrite('the results of compare or evaluate')
+_EXPERT = flags.DEFINE_string(
+    'expert', 'none', "For ask and export: NAME, 'a:0.5,b:0.5', 'auto' or 'none'.")
+_DOCUMENTS = app.define_directory('documents', 'Folder of text to ask.', '')
+_STORE = app.define_directory('store', 'Caches of documents. Default: inside --documents.', '')
+_LATENTS_AT = flags.DEFINE_enum(
+    'latents_at', 'document', ['document', 'question'], 'End at which ask makes latents.')
+_PASSAGE = flags.DEFINE_integer('passage', 256, 'Tokens of a passage of --documents.')
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 64, 'Largest number of tokens of an answer.')
+_LENGTH = flags.DEFINE_integer('length', 512, 'Room in the cache, in tokens, prompt included.')
+_FORMAT = flags.DEFINE_enum('format', 'prompt_embeds', ['prompt_embeds'], 'What export writes.')
+_OVERWRITE = app.define_overwrite('the results of compare, evaluate or export')
 
 
 def main(words: list[str]) -> None:
@@ -65,7 +77,10 @@ def main(words: list[str]) -> None:
         decoder=_DECODER.value, index=_INDEX.value, text=_TEXT.value, domain=tuple(_DOMAIN.value),
         pair=tuple(_PAIR.value), router=tuple(_ROUTER.value), output=_OUTPUT.value,
         prompts=_PROMPTS.value, batch_size=_BATCH_SIZE.value, scores=_SCORES.value,
-        force=_FORCE.value, overwrite=_OVERWRITE.value))
+        force=_FORCE.value, overwrite=_OVERWRITE.value, expert=_EXPERT.value,
+        documents=_DOCUMENTS.value, store=_STORE.value, latents_at=_LATENTS_AT.value,
+        passage=_PASSAGE.value, max_tokens=_MAX_TOKENS.value, length=_LENGTH.value,
+        format=_FORMAT.value))
     return
   if rest or not (_TEXT.value and _OUTPUT.value):
     raise UserError(f'train {" ".join(rest)}: give --text=FOLDER and --output=DIR, and no words')

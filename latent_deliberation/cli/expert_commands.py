@@ -9,6 +9,7 @@ from absl import logging
 
 from latent_deliberation.api import load_decoder
 from latent_deliberation.cli.attached import attach_named
+from latent_deliberation.cli.expert_use import ask_documents, export_prompt
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import (
   add,
@@ -57,6 +58,13 @@ class Options:
   prompts: int = 64
   batch_size: int = 8
   length: int = 512
+  expert: str = NONE
+  documents: str = ''
+  store: str = ''
+  latents_at: str = 'document'
+  passage: int = 256
+  max_tokens: int = 64
+  format: str = 'prompt_embeds'
   scores: bool = False
   force: bool = False
   overwrite: bool = False
@@ -240,6 +248,21 @@ def _evaluate(words: list[str], options: Options) -> None:
   logging.info('written: %s, and .md and .png beside it', output)
 
 
+def _ask(words: list[str], options: Options) -> None:
+  ask_documents(_only(words, 'question, in quotation marks'), decoder=options.decoder,
+                documents=options.documents, expert=options.expert, at=options.latents_at,
+                passage=options.passage, max_tokens=options.max_tokens, length=options.length,
+                store=options.store)
+
+
+def _export(words: list[str], options: Options) -> None:
+  if words:
+    raise UserError(f'{words}: export takes its prompt as --text')
+  export_prompt(options.text, decoder=options.decoder, expert=options.expert,
+                output=options.output, format=options.format, length=options.length,
+                overwrite=options.overwrite)
+
+
 def _domains(options: Options) -> dict[str, list[str]]:
   texts = {}
   for written in options.domain:
@@ -268,4 +291,4 @@ def _pairs(options: Options, experts: Experts, texts: Mapping[str, list[str]],
 COMMANDS: Mapping[str, Callable[[list[str], Options], None]] = {
     'list': _list, 'search': _search, 'show': _show, 'add': _add, 'verify': _verify,
     'remove': _remove, 'compare': _compare, 'publish': _publish, 'route': _route,
-    'evaluate': _evaluate}
+    'evaluate': _evaluate, 'ask': _ask, 'export': _export}

@@ -56,7 +56,7 @@ class ExpertGuard:
     """Starts to make latents for the end of the one text of a state, which stays as it is.
 
     Args:
-      choice: what the text asks for, as `Experts.mix` takes it.
+      choice: what the text asks for: a mix, a name, 'auto' or None.
       text: the prompt, for routers that read it.
     """
     return Deliberation(self, choice, text, state)
@@ -83,7 +83,8 @@ class Deliberation:
     self._guard, self._experts, self._text = guard, guard.experts, text
     self.report = Report(choice)
     # What the thread works on: what it should route, and then the experts that were chosen.
-    self._mix: Mix = {AUTO: 1.0} if choice == AUTO else guard.experts.mix(choice)
+    # `Experts.mix` checked it when it was asked for. Experts may have been removed since.
+    self._mix: Mix = {choice: 1.0} if isinstance(choice, str) else dict(choice or {})
     self._scores: Mapping[str, float] | None = None
     self._lock = threading.Lock()
     self._thread: BackgroundAugmentation | None = None

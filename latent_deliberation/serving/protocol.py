@@ -149,9 +149,10 @@ class Reader:
                            f'{MOST_EXPERTS} of them', key)
       mix[expert] = _weight(weight, model, key) if colon else 1.0
     try:
-      return self.experts.mix(mix)
+      self.experts.mix(mix)
     except UserError as error:
       raise RequestError(400, str(error), key) from error
+    return mix
 
   def _check_keys(self, values: Mapping[str, Any]) -> None:
     known = {'model', 'prompt', 'max_tokens', 'n', 'temperature', 'top_p', 'top_k', 'min_p', 'seed',

@@ -62,7 +62,8 @@ class RunningServer:
 
   def warm_up(self) -> None:
     """Compiles the programs that every text needs, so that the first requests do not wait."""
-    service = self.service
+    service, guard = self.service, self.service.batcher.guard
+    guard.timeout = self.options.request_seconds  # compiling is no fault of an expert
     ids = [service.tokenizer.bos] * (service.experts.first_anchor + 2)
     # One after the other: the likeliest tokens are reported by another program.
     for choice, wants_top in ((None, False), (None, True), *(
@@ -71,6 +72,7 @@ class RunningServer:
       service.batcher.submit([TextRequest(ids, '', (choice,), GREEDY, 0, 2, None, wants_top)],
                              [lambda update, ended=ended: update.ended_by and ended.set()])
       ended.wait(self.options.request_seconds)
+    guard.timeout = self.options.latent_seconds
 
   def serve(self) -> None:
     """Answers requests until SIGTERM, SIGINT or `stop`, and then ends what runs."""

@@ -60,7 +60,6 @@ def test_removed_expert():
   experts = FaultyExperts()
   state = experts.engine.read([PROMPTS[1]])
   experts.detach('stars')
-  experts.mix = lambda choice: {choice: 1.0}  # asked before it was detached
   deliberation = ExpertGuard(experts, 5).begin('stars', 'a', state)
   assert deliberation.finish() is None
   assert (deliberation.report.kind, deliberation.report.fault) == (

@@ -1,0 +1,126 @@
+"""Commands that use experts: ask a folder of documents, measure that, export embeddings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from latent_deliberation.api import load_decoder
+from latent_deliberation.cli.attached import attach_named, fitting, parse_expert
+from latent_deliberation.errors import UserError
+from latent_deliberation.experts.attach import Choice, Experts
+from latent_deliberation.experts.card import AUTO
+from latent_deliberation.experts.prompt_embeds import EMBEDS, embed_prompt, export
+from latent_deliberation.experts.retrieval import Library, ask, open_library
+from latent_deliberation.experts.retrieval_trial import (
+  FILES,
+  RetrievalTrial,
+  hash_of,
+  passages_of,
+  read_questions,
+  run_trial,
+  summarise,
+  write_summary,
+)
+from latent_deliberation.files import check_free, make_writable
+from latent_deliberation.inference.engine import LoadedDecoder
+
+
+def open_choice(decoder_name: str, expert: str, length: int, strict: bool,
+                ) -> tuple[LoadedDecoder, Experts, Choice]:
+  """Loads a decoder, attaches what --expert names, and returns both with what a text asks for.
+
+  Args:
+    expert: see `attached.parse_expert`.
+    strict: whether an expert that cannot be attached is an error; else the text is plain.
+
+  Raises:
+    UserError: no decoder is given, or --expert is malformed.
+  """
+  if not decoder_name:
+    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
+  choice, router = parse_expert(expert)
+  decoder = load_decoder(decoder_name)
+  packages = fitting(decoder.fingerprint) if choice == AUTO else list(choice or ())
+  experts, names = attach_named(decoder, packages, length=length, strict=strict,
+                                router=router or 'gain')
+  if choice not in (None, AUTO):
+    # Without one of several, the text is the plain decoder's.
+    choice = {names[package]: weight for package, weight in choice.items()
+              } if len(names) == len(packages) else None
+  return decoder, experts, choice
+
+
+def ask_documents(question: str, *, decoder: str, documents: str, expert: str, at: str,
+                  passage: int, max_tokens: int, length: int, store: str = '') -> None:
+  """Prints the answer to a question, and where it is from.
+
+  Raises:
+    UserError: see `retrieval.read_passages` and `retrieval.ask`.
+  """
+  if not documents:
+    raise UserError('ask: give --documents=DIR, a folder of text')
+  if not Path(documents).is_dir():
+    raise UserError(f'--documents={documents}: there is no such folder')
+  loaded, experts, choice = open_choice(decoder, expert, length, strict=False)
+  library = open_library(Path(documents), experts, loaded.tokenizer, size=passage,
+                         store=Path(store) if store else None)
+  answer = ask(library, experts, loaded.tokenizer, question, choice=choice, at=at,
+               max_tokens=max_tokens)
+  print(answer.text)
+  print(f'\nfrom {answer.source} (BM25 {answer.score:.2f})' if answer.source else
+        '\nNo document has a word of the question, so this is what the decoder says without one.')
+  used = ', '.join(f'{name} {weight:g}' for name, weight in answer.experts.items()) or 'none'
+  print(f'experts: {used}{f"; {answer.fault}" if answer.fault else ""}')
+  print('seconds: ' + ', '.join(f'{part} {taken:.2f}' for part, taken in answer.seconds.items()))
+
+
+def export_prompt(prompt: str, *, decoder: str, expert: str, output: str, format: str, length: int,
+                  overwrite: bool) -> None:
+  """Writes a prompt with latents as other engines take it, and prints where.
+
+  Raises:
+    UserError: the format is unknown, the output exists, or see `embed_prompt`.
+  """
+  if format != EMBEDS:
+    raise UserError(f'--format={format}: give {EMBEDS}')
+  if not prompt or not output:
+    raise UserError('export: give --text=PROMPT and --output=DIR')
+  directory = Path(output)
+  check_free([directory / f'{EMBEDS}.{end}' for end in ('safetensors', 'json')], overwrite)
+  make_writable(directory.absolute())
+  loaded, experts, choice = open_choice(decoder, expert, length, strict=True)
+  found = embed_prompt(experts, loaded.tokenizer, prompt, choice)
+  paths = export(directory, found, Path(decoder).name, loaded.fingerprint)
+  used = ', '.join(found.experts) or 'none'
+  print(f'{paths[0]}: {found.values.shape[0]} embeddings, experts: {used}. {paths[1].name} has the '
+        'greedy tokens that an engine should give after them; see docs/retrieval.md.')
+
+
+def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, sets: Sequence[str],
+                      questions: int, passage: int, length: int, store: str = '') -> str:
+  """Measures an expert beside retrieval, and returns the tables; see `retrieval_trial`.
+
+  Raises:
+    UserError: --sets or --expert names nothing that can be measured, or there are no questions.
+  """
+  unknown = sorted(set(sets) - FILES.keys())
+  if unknown or not sets:
+    raise UserError(f'--sets={",".join(sets)}: give some of {list(FILES)}')
+  # Files are read before a decoder is loaded.
+  asked = {name: read_questions(data, name, questions) for name in sets}
+  loaded, experts, choice = open_choice(decoder, expert, length, strict=True)
+  mix = experts.mix(choice)
+  if not mix or mix == AUTO:
+    raise UserError(f"--expert={expert}: give the expert to measure, or 'a:0.5,b:0.5'")
+  cards = [experts.card(name) for name in mix]
+  identity = {
+      'decoder': loaded.fingerprint, 'mix': mix, 'passage': passage, 'length': length,
+      'experts': [None if card is None else card.address for card in cards]}
+  results = {}
+  for name, found in asked.items():
+    passages = passages_of(read_questions(data, name, 0), loaded.tokenizer, passage)
+    library = Library(passages, experts, Path(store) if store else output.with_suffix('.caches'))
+    records = run_trial(
+        RetrievalTrial(experts, loaded.tokenizer, library, mix), found,
+        output.with_suffix(f'.{name}.jsonl'), {**identity, 'questions': hash_of(found)})
+    results[name] = summarise(records)
+  return write_summary(output, results, identity)

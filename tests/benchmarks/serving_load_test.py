@@ -1,0 +1,41 @@
+"""The load test counts what is lost and what changes, and a real small load loses nothing."""
+
+import json
+
+import pytest
+
+from latent_deliberation.benchmarks import serving_load
+from latent_deliberation.benchmarks.serving_load import LoadOptions, check_load, measure_load
+from latent_deliberation.errors import UserError
+from tests.serving import small_server
+
+
+def answer(model='load', text='a', status=200, ended='length', experts=None, fault=None):
+  return {'model': model, 'prompt': 'p', 'status': status, 'text': text, 'tokens': 4, 'first': 0.1,
+          'seconds': 0.5, 'latents': {'experts': experts or {}, 'fault': fault}, 'ended': ended}
+
+
+def test_losses_and_changes_are_counted():
+  found = serving_load.summarise_phase([
+      answer(), answer(text='b'), answer(status=500), answer(ended=None), answer(ended='shutdown'),
+      answer('load+one', 'c', experts={'one': 1.0}), answer('load+one', fault='it failed'),
+      answer('load+one', 'd', fault='it failed'), answer('load+two', status=404)],
+      {'p': 'a'}, 2.0, 10)
+  assert (found['whole'], found['lost'], found['unknown_expert']) == (5, 4, 1)
+  assert (found['changed'], found['with_latents'], found['faults']) == (2, 1, 2)
+  assert found['tokens_per_second'] == 10
+  with pytest.raises(UserError, match='4 of 10 requests were lost.* 2 plain texts'):
+    check_load({'phases': {'plain': found}})
+
+
+def test_small_load(tmp_path, monkeypatch):
+  """Six clients on tiny weights: faults are injected, nothing is lost, plain texts stay."""
+  monkeypatch.setattr(serving_load, 'load_decoder', lambda name: small_server.decoder())
+  result = measure_load(tmp_path / 'load.json', 'tiny', LoadOptions(
+      clients=6, requests=4, max_tokens=6, rows=2, length=64, share=0.7, latent_seconds=5.0))
+  assert result == json.loads((tmp_path / 'load.json').read_text())
+  assert (tmp_path / 'load.png').stat().st_size > 5000
+  plain, healthy, faulty = result['phases'].values()
+  assert all(each['lost'] == each['changed'] == 0 for each in (plain, healthy, faulty))
+  assert plain['with_latents'] == healthy['faults'] == 0 < healthy['with_latents']
+  assert faulty['faults'] > 0 and sum(result['faults'].values()) > 0
