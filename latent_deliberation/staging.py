@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +50,7 @@ def fetch(path: StorePath, beside: str = '') -> Path:
     UserError: the disk has too little space, or objects change meanwhile.
     StoreError: the store fails.
   """
-  root, objects = path, path.objects()
-  if list(objects) == ['']:
-    root = path.parent
-    objects = {path.name: objects['']} | {
-        name: about for name, about in root.objects().items()
-        if '/' not in name and beside and fnmatchcase(name, beside)}
-  if not objects:
-    raise MissingError(f'{path} does not exist: give what is in the bucket')
+  root, objects = _list(path, beside)
   version = _version(objects)
   copy = cache_directory().joinpath(*root.parts[1:], version)
   found = copy if root is path else copy / path.name
@@ -76,11 +68,22 @@ def fetch(path: StorePath, beside: str = '') -> Path:
     with explain_failed_write(copy):
       _copy(root, objects, partial)
       # A copy that mixes two versions must not pass for either.
-      now = {name: about for name, about in root.objects().items() if name in objects}
-      if _version(now) != version:
+      if _version(_list(path, beside)[1]) != version:
         raise UserError(f'{path} changed while it was copied to {copy}: run the same command again')
       partial.rename(copy)
   return found
+
+
+def _list(path: StorePath, beside: str) -> tuple[StorePath, dict[str, Mapping[str, Any]]]:
+  """Returns the directory of what is copied, and the properties of each file by its name there."""
+  objects = path.objects()
+  if not objects:
+    raise MissingError(f'{path} does not exist: give what is in the bucket')
+  if list(objects) != ['']:
+    return path, objects
+  others = path.parent.glob(beside) if beside else ()
+  return path.parent, {path.name: objects['']} | {
+      file.name: found[''] for file in others if '' in (found := file.objects())}
 
 
 def _version(objects: Mapping[str, Mapping[str, Any]]) -> str:

@@ -254,6 +254,8 @@ class StorePath(type(epath.Path())):
         self.filesystem.cp_file(self.url, target.url)
       self.unlink()
       return target
+    if target.exists():
+      raise FileExistsError(target.url)
     target.begin()
     with self.explained():
       for rest in names:
@@ -296,8 +298,8 @@ def check(url: str) -> None:
   path = StorePath(url)
   for place in (path, StorePath(f'{scheme}://{path.bucket}')):
     with contextlib.suppress(FileNotFoundError), path.explained():
-      import fsspec.asyn
       files = path.filesystem
+      import fsspec.asyn
       fsspec.asyn.sync(files.loop, files._info, place.url, timeout=CHECK_SECONDS)
       return
   raise StoreError(_no_bucket(path))
@@ -311,18 +313,17 @@ def open_filesystem(scheme: str, url: str) -> Any:
                     f'pip install {library}')
   import fsspec
   settings = fsspec.config.conf.setdefault(scheme, {})
-  if 'use_listings_cache' not in settings:
-    # Without a cache: other hosts write, too. With ends, so that nothing waits for ever.
-    settings['use_listings_cache'] = False
-    if scheme == 's3':
-      settings['config_kwargs'] = {
-          'connect_timeout': _CONNECT_SECONDS, 'read_timeout': _READ_SECONDS,
-          'retries': {'total_max_attempts': _TRIES, 'mode': 'standard'}}
-    else:
-      import aiohttp
-      logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # errors are explained here
-      settings['session_kwargs'] = {'timeout': aiohttp.ClientTimeout(
-          total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)}
+  # Other hosts write too, so lists are not kept. Times are limited, so that nothing waits for ever.
+  settings.setdefault('use_listings_cache', False)
+  if scheme == 's3':
+    settings.setdefault('config_kwargs', {
+        'connect_timeout': _CONNECT_SECONDS, 'read_timeout': _READ_SECONDS,
+        'retries': {'total_max_attempts': _TRIES, 'mode': 'standard'}})
+  elif 'session_kwargs' not in settings:
+    import aiohttp
+    logging.getLogger(library).setLevel(logging.CRITICAL)  # errors are explained here
+    settings['session_kwargs'] = {'timeout': aiohttp.ClientTimeout(
+        total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)}
   return epath.backend.fsspec_backend.fs(f'{scheme}://')
 
 

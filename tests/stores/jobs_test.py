@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def launch(*command, **options):
   """Runs a launch script to its end, or says what it printed."""
   process = subprocess.run(command, cwd=finished.ROOT, env=finished.environment(), text=True,
-                           capture_output=True, timeout=560, **options)
+                           capture_output=True, timeout=1200, **options)
   return process.returncode, process.stdout, process.stderr
 
 
@@ -37,7 +37,7 @@ def kill_when(command, happened):
   process = subprocess.Popen(command, cwd=finished.ROOT, env=finished.environment(),
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   try:
-    end = time.monotonic() + 300
+    end = time.monotonic() + 900
     while not happened():
       assert process.poll() is None, process.stderr.read()
       assert time.monotonic() < end

@@ -67,6 +67,14 @@ class Fault:
   seen: int = 0
 
 
+class _Server(http.server.ThreadingHTTPServer):
+  """A server that says nothing of clients which were killed."""
+
+  def handle_error(self, *unused: object) -> None:
+    if not isinstance(sys.exception(), ConnectionError):
+      super().handle_error(*unused)
+
+
 class Store:
   """A server on this machine behind a proxy, with an empty bucket.
 
@@ -95,7 +103,7 @@ class Store:
       def log_message(self, *unused: object) -> None:
         """Nothing: tests print no requests."""
 
-    self._proxy = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Proxy)
+    self._proxy = _Server(('127.0.0.1', 0), Proxy)
     self._proxy.daemon_threads = True
     threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
     url = f'http://127.0.0.1:{self._proxy.server_port}'
