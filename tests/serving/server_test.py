@@ -1,0 +1,117 @@
+"""Options, the folder of experts, and the process itself: what is refused, and a clean end."""
+
+import pytest
+
+from latent_deliberation.errors import UserError
+from latent_deliberation.experts.attach import Experts
+from latent_deliberation.experts.package import write_package
+from latent_deliberation.serving import server as server_module
+from latent_deliberation.serving.expert_folder import ExpertFolder
+from latent_deliberation.serving.server import run_server
+from latent_deliberation.serving.server_options import ServerOptions
+from tests.serving import small_server
+from tests.serving.small_server import complete
+
+
+@pytest.mark.parametrize('values, message', [
+    ({'port': 70000}, 'port = 70000'), ({'rows': 0}, 'rows = 0'), ({'length': 0}, 'length = 0'),
+    ({'latent_seconds': -1.0}, 'latent_seconds = -1'), ({'name': 'a+b'}, r"name = 'a\+b'"),
+    ({'host': '0.0.0.0'}, "host = '0.0.0.0' without a key"), ({'most_queued': 0}, 'most_queued')])
+def test_bad_options(values, message):
+  """They are refused before a decoder is loaded."""
+  with pytest.raises(UserError, match=message):
+    ServerOptions('nothing', **values)
+
+
+def test_key_file(tmp_path):
+  path = tmp_path / 'key'
+  options = ServerOptions('decoder', key_file=str(path), host='0.0.0.0')
+  for content, message in ((None, 'no file'), ('short', '5 letters'), ('two words' * 3, 'letters')):
+    if content is not None:
+      path.write_text(content)
+    with pytest.raises(UserError, match=message):
+      options.read_key()
+  path.write_text('0123456789abcdef\n')
+  assert options.read_key() == '0123456789abcdef'
+  assert ServerOptions('decoder').read_key() == ''
+  assert ServerOptions('runs/a/decoder').served_name == 'decoder'
+
+
+def write(folder, name, seed):
+  expert = small_server.expert(name, seed)
+  return write_package(folder / f'{name}@{seed}', expert.card, expert.coprocessor,
+                       routing=expert.routing)
+
+
+def test_folder_is_followed(tmp_path):
+  """Experts come and go with their packages; a new version takes the place of the old one."""
+  experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
+  folder = ExpertFolder(experts, tmp_path / 'none')
+  folder.look()
+  assert experts.names == ()
+  folder = ExpertFolder(experts, tmp_path)
+  first = write(tmp_path, 'stars', 1)
+  folder.look()
+  assert experts.names == ('stars',) and experts.card('stars').address == first.address
+  write(tmp_path, 'law', 2)
+  folder.look()
+  assert experts.names == ('stars', 'law')
+  (tmp_path / 'stars@1').rename(tmp_path / '.stars')  # hidden ones are not finished
+  folder.look()
+  assert experts.names == ('law',)
+  write(tmp_path, 'stars', 3)
+  folder.look()
+  assert set(experts.names) == {'stars', 'law'}
+  assert experts.card('stars').address != first.address
+
+
+def test_damaged_package_is_left_out(tmp_path):
+  """It is tried once, and the others are served."""
+  write(tmp_path, 'stars', 1)
+  write(tmp_path, 'law', 2)
+  weights, = (tmp_path / 'law@2').rglob('coprocessor.safetensors')
+  weights.write_bytes(b'x' * weights.stat().st_size)
+  experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
+  folder = ExpertFolder(experts, tmp_path)
+  for _ in range(2):
+    folder.look()
+    assert experts.names == ('stars',)
+
+
+def test_expert_arrives_while_the_server_runs(tmp_path):
+  """A server that began without experts serves one that is added."""
+  experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
+  folder = ExpertFolder(experts, tmp_path)
+  with small_server.serving(experts) as server:
+    before = complete(server)['choices'][0]['text']
+    write(tmp_path, 'stars', 1)
+    folder.look()
+    found = complete(server, model='tiny+stars')['choices'][0]
+    assert found['latents']['experts'] == {'stars': 1.0}
+    assert complete(server)['choices'][0]['text'] == before
+
+
+def test_run_server(tmp_path, monkeypatch, capsys):
+  """Everything is loaded and warmed up, one line says where, and it ends when told to."""
+  write(tmp_path, 'stars', 1)
+  monkeypatch.setattr(server_module, 'load_decoder', lambda *unused, **more: small_server.decoder())
+  served = []
+
+  def serve(self):
+    served.append(self.service.batcher.running)
+    self.stop()
+    original(self)
+
+  original = server_module.RunningServer.serve
+  monkeypatch.setattr(server_module.RunningServer, 'serve', serve)
+  run_server(ServerOptions('tiny', port=0, experts=str(tmp_path), length=96, rows=2))
+  printed = capsys.readouterr().out
+  assert "Serving tiny with the experts ['stars'] at http://127.0.0.1:" in printed
+  assert served == [0]
+
+
+def test_port_that_is_taken():
+  with small_server.serving(small_server.experts()) as server:
+    with pytest.raises(UserError, match=f'port = {server.port}'):
+      with small_server.serving(small_server.experts(), port=server.port):
+        pass
