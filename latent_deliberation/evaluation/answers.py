@@ -51,7 +51,7 @@ SHUFFLED, ZERO, MEAN, CONSTANT = 'shuffled', 'zero', 'mean', 'constant'
 # Arms in the order of tables. 'mean' has the mean outputs over contexts of the task, 'constant'
 # soft tokens that were trained without a coprocessor.
 ARMS = (FROZEN, OWN, SHUFFLED, ZERO, MEAN, CONSTANT)
-LOGIT_ROWS = 2048  # targets of all arms whose logits exist at the same time
+LOGIT_ROWS = 1024  # targets of all arms whose logits exist at the same time
 MEAN_CONTEXTS = 256  # contexts that the mean outputs are taken over, at most
 
 
