@@ -219,17 +219,20 @@ def build_harness(directory: Path, requests: Requests, dtype: str, batch_size: i
 def score_by_harness(directory: Path, requests: Requests, dtype: str,
                      batch_size: int) -> list[tuple[float, bool]]:
   """Returns log-likelihoods, and whether continuations are greedy."""
-  return _harness_model(directory, dtype, batch_size, THREADS)(requests)
+  # Only eager attention has Gemma 2's soft-cap.
+  return _harness_model(directory, dtype, batch_size, THREADS, attn_implementation='eager')(
+      requests)
 
 
-def _harness_model(directory: Path, dtype: str, batch_size: int, threads: int,
+def _harness_model(directory: Path, dtype: str, batch_size: int, threads: int, **options: str,
                    ) -> Callable[[Requests], list[tuple[float, bool]]]:
   import torch
   import transformers
   from lm_eval.models.huggingface import HFLM
   from tokenizers import Tokenizer, models
   torch.set_num_threads(threads)
-  model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      directory, dtype=getattr(torch, dtype), **options)
   # Requests come as ids, so any tokenizer with the special tokens will do.
   vocabulary = {'<pad>': 0, '<eos>': 1, '<bos>': 2, '<unk>': 3}
   tokenizer = transformers.PreTrainedTokenizerFast(

@@ -1,7 +1,10 @@
-"""Packs answers to be scored: many contexts in a trunk row, and each answer after its context once.
+"""Packs answers to be scored: contexts in trunk rows, and traces after them in rows of their own.
 
 `group` joins the requests of one context. `plan` cuts contexts into calls of few shapes. `pack`
 writes a call as arrays. All of it is on the host, and does not depend on weights or devices.
+
+A trunk row holds many contexts, a segment each. A row of traces holds, one after the other, the
+latents of a trace and the tokens that it reads after them. It sees its context in the trunk row.
 
 A context is read once, whatever the number of its continuations. Continuations that begin alike
 share what they share: a trace that two of them need is one trace, and the token that both predict
@@ -22,9 +25,13 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.inference.tokenizer import padded_length
 
 SHARED = 64  # tokens that contexts must begin with alike, so that they are read once
-ROW_TOKENS = 1024  # tokens of a row, those of its traces included
+SMALLEST_CLUSTER = 8  # contexts that are worth reading their common prefix apart
 SMALLEST_PART = 64  # contexts that are worth a compilation of their own
-CALL_TOKENS = 8192  # tokens of a call whose contexts share a prefix, with the prefix of each
+ROW_TOKENS = 1024  # tokens of a row, those of its traces included
+CALL_TOKENS = 4096  # the same of all rows of a call
+PREFIX_TOKENS = 8192  # tokens of a call whose contexts share a prefix, with the prefix of each
+SLACK = 1.06  # room in a row, over what its contexts take on the average
+WINDOW = 64  # contexts that are tried, where one does not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +73,6 @@ class Context:
   requests: dict[int, list[int]] = dataclasses.field(default_factory=dict)
   partner: int | None = None
 
-  @property
-  def num_ahead(self) -> int:
-    """Number of ahead tokens of the longest trace, with the one that it predicts last."""
-    return max(map(len, self.traces)) + 1
-
   def add(self, number: int, continuation: tuple[int, ...]) -> None:
     """Adds the continuation of a request."""
     rest = self.ids[self.anchor + 1:]
@@ -106,11 +108,11 @@ def group(requests: Sequence[Request]) -> list[Context]:
 
 
 def find_partners(contexts: Sequence[Context]) -> None:
-  """Gives each context the one of another item that is nearest in length, before it if possible.
+  """Gives each context one of another item, which is nearest before it in the order of packing.
 
   Contexts that begin alike, such as those with the same examples, are partners of each other. So
-  another example's latents do not depend on how contexts are packed, or on their number in a call.
-  A context without any other item is its own partner.
+  another example's latents do not depend on the number of contexts in a call, or on which of them
+  are scored. A context without any other item is its own partner.
   """
   for members in _alike(contexts, range(len(contexts))).values():
     _pair(contexts, members)
@@ -121,7 +123,7 @@ def find_partners(contexts: Sequence[Context]) -> None:
 
 
 def _pair(contexts: Sequence[Context], members: Sequence[int]) -> None:
-  order = _by_length(contexts, members)
+  order = _in_order(contexts, members)
   for place, number in enumerate(order):
     others = (order[at] for at in itertools.chain(range(place - 1, -1, -1),
                                                   range(place + 1, len(order))))
@@ -137,8 +139,17 @@ def _alike(contexts: Sequence[Context], members: Iterable[int]) -> dict[tuple, l
   return alike
 
 
-def _by_length(contexts: Sequence[Context], members: Iterable[int]) -> list[int]:
-  return sorted(members, key=lambda number: (len(contexts[number].ids), number))
+def _in_order(contexts: Sequence[Context], members: Iterable[int]) -> list[int]:
+  """Returns contexts in the order of packing: by size, and else as they come.
+
+  Rows then are alike, and fill up evenly.
+  """
+  return sorted(members, key=lambda number: (_length_size(len(contexts[number].ids)), number))
+
+
+def _length_size(length: int) -> int:
+  """Rounds up to 64, 256, 1024, ..."""
+  return next(64 * 4**power for power in itertools.count() if length <= 64 * 4**power)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,16 +161,16 @@ class Shape:
     prefix: P, tokens that all contexts of the call begin with, padding included; 0 for none.
     length: T, tokens of a row after the prefix.
     contexts: C, contexts of a row; 1 with a prefix, since the row then is one document.
-    traces: M, traces of a row.
-    num_ahead: A, ahead tokens of a trace.
-    targets: N, targets of a row.
+    fresh: F, latents and ahead tokens of a row.
+    latents: Z, latents of a trace; 1 where there are none, see `pack`.
+    targets: N, targets of the call.
   """
   rows: int
   prefix: int
   length: int
   contexts: int
-  traces: int
-  num_ahead: int
+  fresh: int
+  latents: int
   targets: int
 
 
@@ -178,15 +189,15 @@ class Call:
   rows: list[list[tuple[int, bool]]]
 
 
-def plan(contexts: Sequence[Context], chosen: Sequence[int], *, num_latents: int, rows: int,
+def plan(contexts: Sequence[Context], chosen: Sequence[int], *, num_latents: int, shards: int,
          partners: bool) -> list[Call]:
   """Cuts contexts into calls.
 
   Args:
     contexts: all contexts, of which `find_partners` has set the partners.
     chosen: numbers of those to score.
-    num_latents: Z, latents of each trace.
-    rows: trunk rows of a call. It must divide over the mesh.
+    num_latents: Z, latents of each trace; 1 for none.
+    shards: number that must divide the rows of a call.
     partners: whether each scored context needs its partner in the same call.
   """
   alone, calls = [], []
@@ -195,14 +206,14 @@ def plan(contexts: Sequence[Context], chosen: Sequence[int], *, num_latents: int
     prefix = _common_prefix([contexts[number] for number in needed])
     rest = np.mean([len(contexts[number].ids) for number in members]) - len(prefix)
     # Alone in its row, a context costs padding, which a long prefix is worth.
-    if len(members) > 1 and len(prefix) >= max(SHARED, rest):
-      for part in _split_by_ahead(contexts, members):
-        shape = _prefix_shape(contexts, part, len(prefix), rows, partners)
+    if len(members) >= SMALLEST_CLUSTER and len(prefix) >= max(SHARED, rest):
+      for part in _split(contexts, members):
+        shape = _prefix_shape(contexts, part, prefix, num_latents, shards, partners)
         calls += _fill(contexts, part, shape, prefix, partners)
     else:
       alone += members
-  for part in _split_by_ahead(contexts, sorted(alone)):
-    shape = _packed_shape(contexts, part, num_latents, rows, partners)
+  for part in _split(contexts, alone):
+    shape = _packed_shape(contexts, part, num_latents, shards, partners)
     calls += _fill(contexts, part, shape, (), partners)
   return calls
 
@@ -221,64 +232,58 @@ def _common_prefix(contexts: Sequence[Context]) -> tuple[int, ...]:
   return first[:same.index(False) if False in same else len(same)]
 
 
-def _split_by_ahead(contexts: Sequence[Context], members: Sequence[int]) -> Iterator[list[int]]:
-  """Yields parts with ahead tokens of similar number, in the order of their lengths.
+def _split(contexts: Sequence[Context], members: Sequence[int]) -> Iterator[list[int]]:
+  """Yields parts of similar lengths, each in the order of packing, which are compiled once.
 
-  A part of few contexts is joined with the one of more ahead tokens.
+  A part of few contexts is joined with that of longer ones.
   """
-  by_ahead = collections.defaultdict(list)
+  by_size = collections.defaultdict(list)
   for number in members:
-    by_ahead[_ahead_size(contexts[number].num_ahead)].append(number)
+    by_size[_length_size(len(contexts[number].ids))].append(number)
   waiting: list[int] = []
-  for size in sorted(by_ahead):
-    waiting += by_ahead[size]
-    if len(waiting) >= max(len(members) / 8, SMALLEST_PART) or size == max(by_ahead):
-      yield _by_length(contexts, waiting)
+  for size in sorted(by_size):
+    waiting += by_size[size]
+    if len(waiting) >= max(len(members) / 8, SMALLEST_PART) or size == max(by_size):
+      yield _in_order(contexts, waiting)
       waiting = []
 
 
-def _ahead_size(num_ahead: int) -> int:
-  """Rounds up to 1, 2, 4, 8, 16, 24, 32, 48, 64, ..."""
-  return padded_length(num_ahead) if num_ahead > 8 else 1 << (num_ahead - 1).bit_length()
+def _packed_shape(contexts: Sequence[Context], members: Sequence[int], num_latents: int,
+                  shards: int, partners: bool) -> Shape:
+  """Returns the shape of rows of many contexts, which fill up evenly on the average."""
+  sizes = np.array([_sizes(contexts[number], num_latents) for number in members])
+  (tokens, fresh, targets), most = sizes.mean(axis=0), sizes.max(axis=0)
+  # A row has room for its longest context, and for a partner that is not scored there.
+  least = most[0] + partners * max(
+      len(contexts[number].ids) for number in _with_partners(contexts, members, partners))
+  # Contexts of a row, with their share of everything, and some room so that all of it fills up.
+  in_row = max(ROW_TOKENS / (tokens + fresh), least / tokens / 2)
+  rows = max(1, round(CALL_TOKENS / shards / (in_row * (tokens + fresh)))) * shards
+  in_row = min(in_row, len(members) / rows + 1)
+  return Shape(
+      rows, 0, _round(max(SLACK * in_row * tokens, least), 32), _round(2 * in_row + partners, 4),
+      _round(max(SLACK * in_row * fresh, most[1]), 32), num_latents,
+      _round(max(SLACK * in_row * targets * rows, most[2]), 32 * shards))
 
 
-def _packed_shape(contexts: Sequence[Context], members: Sequence[int], num_latents: int, rows: int,
-                  partners: bool) -> Shape:
-  """Returns the shape of rows of many contexts, which fills up evenly on the average."""
-  sizes = np.array([_sizes(contexts[number]) for number in members])
-  num_ahead = _ahead_size(max(contexts[number].num_ahead for number in members))
-  tokens, traces, targets = sizes.mean(axis=0)
-  # Contexts of a row, with their share of everything. Few contexts make small rows.
-  count = ROW_TOKENS / (tokens + traces * (num_latents + num_ahead - 1))
-  count = min(max(count, 1), -(-len(members) // rows) + 1)
-  length, traces, targets = (
-      max(count * mean, most) for mean, most in zip((tokens, traces, targets), sizes.max(axis=0),
-                                                    strict=True))
-  # The first row of a call also holds a partner that is not scored there.
-  longest = [max(len(contexts[number].ids) for number in numbers)
-             for numbers in (members, _with_partners(contexts, members, partners))]
-  length, traces = max(length, sum(longest) if partners else 0), _round(traces, 2)
-  return Shape(rows, 0, _round(length, 32), traces + partners, traces, num_ahead,
-               _round(targets, 16))
-
-
-def _prefix_shape(contexts: Sequence[Context], members: Sequence[int], prefix: int, rows: int,
-                  partners: bool) -> Shape:
+def _prefix_shape(contexts: Sequence[Context], members: Sequence[int], prefix: Sequence[int],
+                  num_latents: int, shards: int, partners: bool) -> Shape:
   """Returns the shape of rows of one context each, after a common prefix."""
   needed = _with_partners(contexts, members, partners)
-  length = padded_length(max(len(contexts[number].ids) for number in needed) - prefix)
-  _, traces, targets = np.max([_sizes(contexts[number]) for number in members], axis=0)
-  padded = padded_length(prefix)
+  length = padded_length(max(len(contexts[number].ids) for number in needed) - len(prefix))
+  _, fresh, most = np.max([_sizes(contexts[number], num_latents) for number in members], axis=0)
+  mean = np.mean([len(contexts[number].targets) for number in members])
+  padded = padded_length(len(prefix))
   # Two rows at least, for a context and its partner.
-  count = max(CALL_TOKENS // (padded + length) // rows, -(-2 // rows)) * rows
-  return Shape(count, padded, length, 1, int(traces),
-               _ahead_size(max(contexts[number].num_ahead for number in members)),
-               _round(targets, 4))
+  rows = max(PREFIX_TOKENS // (padded + length) // shards, -(-2 // shards)) * shards
+  return Shape(rows, padded, length, 1, padded_length(int(fresh)), num_latents,
+               _round(max(rows * mean, most), 8 * shards))
 
 
-def _sizes(context: Context) -> tuple[int, int, int]:
-  """Returns the numbers of tokens, traces and targets of a context."""
-  return len(context.ids), len(context.traces), len(context.targets)
+def _sizes(context: Context, num_latents: int) -> tuple[int, int, int]:
+  """Returns the numbers of tokens, of tokens and latents of its traces, and of targets."""
+  return (len(context.ids), sum(num_latents + len(trace) for trace in context.traces),
+          len(context.targets))
 
 
 def _round(size: float, step: int) -> int:
@@ -287,39 +292,56 @@ def _round(size: float, step: int) -> int:
 
 def _fill(contexts: Sequence[Context], members: Sequence[int], shape: Shape,
           prefix: tuple[int, ...], partners: bool) -> list[Call]:
-  """Puts contexts into rows one after the other, and each one's partner before it."""
-  room = np.array([shape.length, shape.traces, shape.targets, shape.contexts])
-  calls: list[Call] = []
-  there: set[int] = set()  # contexts of the last call
-  used = np.zeros(4, int)  # of the last row
-
-  def arrange(new: Sequence[tuple[int, bool]]) -> tuple[list[list[tuple[int, bool]]], np.ndarray]:
-    """Returns what goes to the end of the last row, then further rows; and what the last uses."""
-    rows, taken = [[]], used
-    for number, scored in new:
-      tokens, traces, targets = _sizes(contexts[number])
-      size = np.array([tokens - len(prefix), traces * scored, targets * scored, 1])
-      assert (size <= room).all(), f'context {number} of sizes {size} does not fit {shape}'
-      if (taken + size > room).any():
-        rows.append([])
-        taken = np.zeros(4, int)
-      rows[-1].append((number, scored))
-      taken = taken + size
-    return rows, taken
-
-  for number in members:
-    partner = contexts[number].partner
-    lent = [(partner, False)] if partners and partner != number else []
-    rows, taken = arrange([*(each for each in lent if partner not in there), (number, True)])
-    if not calls or len(calls[-1].rows) + len(rows) - 1 > shape.rows:
-      calls.append(Call(shape, prefix, [[]]))
-      used, there = np.zeros(4, int), set()
-      rows, taken = arrange([*lent, (number, True)])
-    calls[-1].rows[-1] += rows[0]
-    calls[-1].rows += rows[1:]
-    used = taken
-    there |= {each for row in rows for each, _ in row}
+  """Puts contexts into calls. Where one does not fit, some of those after it may."""
+  calls, left = [], list(members)
+  while left:
+    filler = _Filler(contexts, shape, len(prefix), partners)
+    later = []
+    for number in left:
+      if len(later) == WINDOW or not filler.put(number):
+        later.append(number)
+    assert len(later) < len(left), f'context {left[0]} does not fit {shape}'
+    calls.append(Call(shape, prefix, filler.rows))
+    left = later
   return calls
+
+
+class _Filler:
+  """Puts contexts into the rows of one call."""
+
+  def __init__(self, contexts: Sequence[Context], shape: Shape, prefix: int, partners: bool):
+    self.rows: list[list[tuple[int, bool]]] = [[] for _ in range(shape.rows)]
+    self._contexts, self._prefix, self._partners = contexts, prefix, partners
+    self._room = np.tile([shape.length, shape.fresh, shape.contexts], (shape.rows, 1))
+    self._latents, self._targets = shape.latents, shape.targets
+    self._there: set[int] = set()
+
+  def put(self, number: int) -> bool:
+    """Puts a context and, unless it is there, its partner. Returns whether both fit."""
+    partner, targets = self._contexts[number].partner, len(self._contexts[number].targets)
+    lent = self._partners and partner != number and partner not in self._there
+    before = self._room.copy()
+    placed = [self._find(each, scored) for each, scored in (
+        *([(partner, False)] if lent else []), (number, True))]
+    if None in placed or targets > self._targets:
+      self._room = before
+      return False
+    self._targets -= targets
+    for row, entry in placed:
+      self.rows[row].append(entry)
+      self._there.add(entry[0])
+    return True
+
+  def _find(self, number: int, scored: bool) -> tuple[int, tuple[int, bool]] | None:
+    """Returns a row with room for a context, of which it takes the room."""
+    tokens, fresh, _ = _sizes(self._contexts[number], self._latents)
+    size = np.array([tokens - self._prefix, fresh * scored, 1])
+    fits = (self._room >= size).all(axis=1)
+    if not fits.any():
+      return None
+    row = int(fits.argmax())
+    self._room[row] -= size
+    return row, (number, scored)
 
 
 @struct.dataclass
@@ -332,71 +354,84 @@ class AnswerBatch:
     anchors: index of the anchor of each context in its row, the prefix included.
     contexts: False where a row has fewer contexts.
     partners: context of another example, as row * C + context.
-    owner: context of each trace.
-    ahead: ids that a trace reads after its anchor. The last one is not read.
-    trace, place: trace and ahead position of each target.
+    tokens: ids of ahead tokens, 0 for latents and padding.
+    owner: context of each latent and ahead token; -1 for padding.
+    latent: number of each latent in its trace; -1 for ahead tokens.
+    ahead: number of ahead tokens of the trace before this one.
+    first: index of the first latent of the trace.
+    source: place of the state that predicts each target, as row * F + index.
     targets: id of each target.
-    scored: False where a row has fewer targets.
   """
   prefix: Batch
   batch: Batch
   anchors: Int[Array | np.ndarray, 'B C']
   contexts: Bool[Array | np.ndarray, 'B C']
   partners: Int[Array | np.ndarray, 'B C']
-  owner: Int[Array | np.ndarray, 'B M']
-  ahead: Int[Array | np.ndarray, 'B M A']
-  trace: Int[Array | np.ndarray, 'B N']
-  place: Int[Array | np.ndarray, 'B N']
-  targets: Int[Array | np.ndarray, 'B N']
-  scored: Bool[Array | np.ndarray, 'B N']
+  tokens: Int[Array | np.ndarray, 'B F']
+  owner: Int[Array | np.ndarray, 'B F']
+  latent: Int[Array | np.ndarray, 'B F']
+  ahead: Int[Array | np.ndarray, 'B F']
+  first: Int[Array | np.ndarray, 'B F']
+  source: Int[Array | np.ndarray, ' N']
+  targets: Int[Array | np.ndarray, ' N']
 
 
-def pack(contexts: Sequence[Context],
-         call: Call) -> tuple[AnswerBatch, dict[int, tuple[int, int]]]:
-  """Returns the arrays of a call, and the row and first target of each scored context."""
+def pack(contexts: Sequence[Context], call: Call) -> tuple[AnswerBatch, dict[int, int]]:
+  """Returns the arrays of a call, and the place of the first target of each scored context.
+
+  The last latent of a trace predicts its first ahead token. Without latents, a place is left for
+  one, where the state of the anchor will be.
+  """
   shape, skipped = call.shape, len(call.prefix)
   ints = functools.partial(np.zeros, dtype=np.int32)
-  bools = functools.partial(np.zeros, dtype=bool)
-  tokens, segments, positions = ints((3, shape.rows, shape.length))
+  of_contexts, of_fresh = (shape.rows, shape.contexts), (shape.rows, shape.fresh)
   arrays = AnswerBatch(
-      _pack_prefix(call), Batch(tokens, segments, positions),
-      anchors=ints((shape.rows, shape.contexts)), contexts=bools((shape.rows, shape.contexts)),
-      partners=ints((shape.rows, shape.contexts)), owner=ints((shape.rows, shape.traces)),
-      ahead=ints((shape.rows, shape.traces, shape.num_ahead)),
-      trace=ints((shape.rows, shape.targets)), place=ints((shape.rows, shape.targets)),
-      targets=ints((shape.rows, shape.targets)), scored=bools((shape.rows, shape.targets)))
+      _pack_prefix(call), Batch(*ints((3, shape.rows, shape.length))),
+      ints(of_contexts), np.zeros(of_contexts, bool), ints(of_contexts), tokens=ints(of_fresh),
+      owner=ints(of_fresh) - 1, latent=ints(of_fresh) - 1, ahead=ints(of_fresh),
+      first=ints(of_fresh), source=ints(shape.targets), targets=ints(shape.targets))
   where = {number: row * shape.contexts + slot
            for row, numbers in enumerate(call.rows) for slot, (number, _) in enumerate(numbers)}
-  first = {}
+  first, target = {}, 0
   for row, numbers in enumerate(call.rows):
-    start = trace = target = 0
+    start = fresh = 0
     for slot, (number, scored) in enumerate(numbers):
       # The context itself. With a prefix, it goes on with the prefix's segment and positions.
-      context = contexts[number]
+      context, at = contexts[number], (row, slot)
       ids = context.ids[skipped:]
       inside = slice(start, start + len(ids))
-      tokens[row, inside], segments[row, inside] = ids, slot + 1
-      positions[row, inside] = skipped + np.arange(len(ids))
-      arrays.anchors[row, slot] = shape.prefix + start + context.anchor - skipped
-      arrays.contexts[row, slot] = True
-      arrays.partners[row, slot] = where.get(context.partner, where[number])
+      arrays.batch.tokens[row, inside], arrays.batch.segments[row, inside] = ids, slot + 1
+      arrays.batch.positions[row, inside] = skipped + np.arange(len(ids))
+      arrays.anchors[at] = shape.prefix + start + context.anchor - skipped
+      arrays.contexts[at], arrays.partners[at] = True, where.get(context.partner, where[number])
       start += len(ids)
       if not scored:
         continue
-      # Its traces, and its targets in them.
-      first[number] = row, target
-      for offset, ahead in enumerate(context.traces):
-        arrays.ahead[row, trace + offset, :len(ahead)] = ahead
-        arrays.owner[row, trace + offset] = slot
-      for offset, (before, token) in enumerate(context.targets):
-        found = next(at for at, ahead in enumerate(context.traces)
+      # Its traces, and the states of them that predict its targets.
+      begins = []
+      for ahead in context.traces:
+        begins.append(fresh)
+        fresh += _pack_trace(arrays, row, fresh, slot, shape.latents, ahead)
+      first[number] = target
+      for before, token in context.targets:
+        trace = next(at for at, ahead in enumerate(context.traces)
                      if ahead[:len(before)] == before)
-        arrays.trace[row, target + offset] = trace + found
-        arrays.place[row, target + offset] = len(before)
-        arrays.targets[row, target + offset] = token
-        arrays.scored[row, target + offset] = True
-      trace, target = trace + len(context.traces), target + len(context.targets)
+        arrays.source[target] = (
+            row * shape.fresh + begins[trace] + shape.latents - 1 + len(before))
+        arrays.targets[target] = token
+        target += 1
   return arrays, first
+
+
+def _pack_trace(arrays: AnswerBatch, row: int, start: int, slot: int, num_latents: int,
+                ahead: Sequence[int]) -> int:
+  """Writes a trace from `start` on; returns its number of latents and ahead tokens."""
+  size = num_latents + len(ahead)
+  inside, after = slice(start, start + size), slice(start + num_latents, start + size)
+  arrays.owner[row, inside], arrays.first[row, inside] = slot, start
+  arrays.latent[row, start:start + num_latents] = np.arange(num_latents)
+  arrays.tokens[row, after], arrays.ahead[row, after] = ahead, np.arange(len(ahead))
+  return size
 
 
 def _pack_prefix(call: Call) -> Batch:

@@ -29,7 +29,7 @@ from latent_deliberation.deliberation.loss import (
   nll_at_once,
   sum_blocks,
 )
-from latent_deliberation.deliberation.traces import Placement, Traces, place, take_from_trunk
+from latent_deliberation.deliberation.traces import Placement, place, take_from_trunk
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.answer_packing import (
   AnswerBatch,
@@ -51,8 +51,7 @@ SHUFFLED, ZERO, MEAN, CONSTANT = 'shuffled', 'zero', 'mean', 'constant'
 # Arms in the order of tables. 'mean' has the mean outputs over contexts of the task, 'constant'
 # soft tokens that were trained without a coprocessor.
 ARMS = (FROZEN, OWN, SHUFFLED, ZERO, MEAN, CONSTANT)
-ROWS = 4  # trunk rows of a call, for each shard of the batch
-LOGIT_ROWS = 2048  # targets of all arms whose logits exist at the same time
+LOGIT_ROWS = 1024  # targets of all arms whose logits exist at the same time
 MEAN_CONTEXTS = 256  # contexts that the mean outputs are taken over, at most
 
 
@@ -193,9 +192,9 @@ class AnswerScorer:
 
   def _plan(self, contexts: Sequence[Context], chosen: Sequence[int],
             arms: Sequence[str]) -> list[Call]:
-    num_latents = 0 if self.config is None or tuple(arms) == (FROZEN,) else self.config.num_latents
+    num_latents = 1 if tuple(arms) == (FROZEN,) else self.config.num_latents
     return plan(contexts, chosen, num_latents=num_latents, partners=SHUFFLED in arms,
-                rows=ROWS * batch_shards(self._mesh, self._rules)) if chosen else []
+                shards=batch_shards(self._mesh, self._rules)) if chosen else []
 
   def _score_call(self, arms: tuple[str, ...], contexts: Sequence[Context], call: Call) -> Scored:
     batch, first = pack(contexts, call)
@@ -205,107 +204,100 @@ class AnswerScorer:
           params, self._decoder_params, self._place(batch), self._mean))
     # Each request is the sum of its targets.
     numbers, nats, greedy = [], [], []
-    for number, (row, start) in first.items():
+    for number, start in first.items():
       for request, targets in contexts[number].requests.items():
         at = start + np.array(targets)
         numbers.append(request)
-        nats.append(nll[:, row, at].sum(axis=-1, dtype=np.float64))
-        greedy.append(likeliest[:, row, at].all(axis=-1))
+        nats.append(nll[:, at].sum(axis=-1, dtype=np.float64))
+        greedy.append(likeliest[:, at].all(axis=-1))
     repeated = (len(numbers), len(self.arms))  # the frozen decoder alone counts for every arm
     return Scored(np.array(numbers), np.broadcast_to(np.array(nats), repeated),
                   np.broadcast_to(np.array(greedy), repeated))
 
   def _place(self, batch: AnswerBatch) -> AnswerBatch:
     """Puts a batch, which every process has whole, on the devices."""
-    rows = batch_sharding(self._mesh, self._rules)
     everywhere = NamedSharding(self._mesh, PartitionSpec())
-    placed = functools.partial(
-        jax.tree.map, lambda leaf: jax.make_array_from_callback(
-            leaf.shape, rows, lambda index: leaf[index]))
-    prefix = jax.tree.map(lambda leaf: jax.make_array_from_callback(
-        leaf.shape, everywhere, lambda index: leaf[index]), batch.prefix)
-    return placed(batch.replace(prefix=None)).replace(prefix=prefix)
+    # The prefix and the targets belong to all rows.
+    shardings = AnswerBatch(**{
+        field.name: everywhere if field.name in ('prefix', 'source', 'targets')
+        else batch_sharding(self._mesh, self._rules) for field in dataclasses.fields(batch)})
+
+    def put(sharding: NamedSharding, leaves: PyTree) -> PyTree:
+      return jax.tree.map(lambda leaf: jax.make_array_from_callback(
+          leaf.shape, sharding, lambda index: leaf[index]), leaves)
+
+    return jax.tree.map(put, shardings, batch)
 
   # --- The programs ---
 
   def _score(self, arms: tuple[str, ...], params: Mapping[str, Params], decoder_params: Params,
              batch: AnswerBatch, mean: Array | None) -> tuple[Array, Array]:
-    """Returns nats and whether it is the likeliest token, [arms, B, N] each, of every target."""
+    """Returns nats and whether it is the likeliest token, [arms, N] each, of every target."""
     with nn.logical_axis_rules(tuple(self._rules.items())):
       read = _read(self._decoder, decoder_params, batch)
-      hidden = self._arm_states(arms, params, decoder_params, batch, read, mean)
-      # The states that predict the targets, and one pass over the head for all arms.
-      order = list(dict.fromkeys(hidden))
-      chosen = jnp.stack([take_from_trunk(
-          hidden[name].reshape(len(batch.owner), -1, hidden[name].shape[-1]),
-          batch.trace * batch.ahead.shape[-1] + batch.place) for name in order])
-      flat = chosen.reshape(-1, *chosen.shape[2:])
-      targets = jnp.tile(batch.targets, (len(order), 1))
+      computed = tuple(dict.fromkeys(map(self._same_as, arms)))
+      states = self._states(computed, params, decoder_params, batch, read, mean)
+      # One pass over the head for all arms, divided over the shards.
+      flat = states.reshape(len(computed) * batch_shards(self._mesh, self._rules), -1,
+                            states.shape[-1])
+      flat = nn.with_logical_constraint(flat, ('batch', None, None))
       nll, likeliest = nll_and_likeliest(
-          flat, targets, output_head(decoder_params), self._decoder.config.final_softcap,
+          flat, jnp.tile(batch.targets, len(computed)).reshape(flat.shape[:2]),
+          output_head(decoder_params), self._decoder.config.final_softcap,
           chunk=max(1, LOGIT_ROWS // len(flat)))
-      shape = len(order), *batch.targets.shape
-      index = np.array([order.index(self._same_as(arm)) for arm in arms])
-      return nll.reshape(shape)[index], likeliest.reshape(shape)[index]
+      index = np.array([computed.index(self._same_as(arm)) for arm in arms])
+      return tuple(leaf.reshape(len(computed), -1)[index] for leaf in (nll, likeliest))
 
   def _same_as(self, arm: str) -> str:
     """Returns the arm whose states an arm has: refining latents of zero are the frozen decoder."""
-    refines = self.config is not None and self.config.latents == 'refining'
-    return FROZEN if arm == ZERO and refines else arm
+    return FROZEN if arm == ZERO and self._refines else arm
 
-  def _arm_states(self, arms: tuple[str, ...], params: Mapping[str, Params],
-                  decoder_params: Params, batch: AnswerBatch, read: '_Read',
-                  mean: Array | None) -> dict[str, Array]:
-    """Returns hidden states [B, M, A, D] that predict the ahead tokens, by arm."""
-    arms = tuple(dict.fromkeys(map(self._same_as, arms)))
-    anchors = jnp.take_along_axis(batch.anchors, batch.owner, axis=1)
-    traces = Traces(anchors, jnp.ones_like(anchors, bool), batch.ahead,
-                    jnp.ones_like(batch.ahead, bool))
-    augmented = [arm for arm in arms if arm != FROZEN]
-    states = {}
-    if not augmented or self.config.latents != 'refining':
-      states[FROZEN] = _plain_states(self._decoder, decoder_params, traces, read)
+  @property
+  def _refines(self) -> bool:
+    return self.config is not None and self.config.latents == 'refining'
+
+  def _states(self, arms: tuple[str, ...], params: Mapping[str, Params], decoder_params: Params,
+              batch: AnswerBatch, read: '_Read', mean: Array | None) -> Array:
+    """Returns hidden states [arms, N, D] that predict the targets."""
+    if arms == (FROZEN,):
+      # No latents. Their place in each trace is hidden, and its state is that of the anchor.
+      shape = (*batch.anchors.shape, 1, self._decoder.config.embed_dim)
+      latents, shown = jnp.zeros((1, *shape), self._decoder.dtype), jnp.array([False])
+      placement = None
     else:
-      augmented = list(arms)  # the frozen decoder, too: as latents of zero, so that it rounds alike
-    if augmented:
-      latents = self._latents(augmented, params, decoder_params, batch, read, mean)
-      deliberator = self._deliberator(OWN if OWN in self._sources else CONSTANT)
-      placement = place(read.trunk, anchors, self.config, batch.ahead.shape[-1])
+      placement = place(read.trunk, batch.anchors, self.config, 1)
+      latents = self._latents(arms, params, decoder_params, batch, placement, read, mean)
+      # Refining latents of zero are the frozen decoder, and round as those of the other arms do.
+      shown = jnp.array([arm != FROZEN or self._refines for arm in arms])
 
-      def second_pass(latents: Array) -> Array:
-        of_traces = take_from_trunk(latents, batch.owner)
-        return deliberator.second_pass(decoder_params, of_traces, traces, placement, read.cache)
+    def second_pass(arm: tuple[Array, Array]) -> Array:
+      return _second_pass(self._decoder, decoder_params, *arm, batch, placement, read)
 
-      # A loop over the arms is compiled once, and rounds alike for all of them.
-      states |= dict(zip(augmented, jax.lax.map(second_pass, latents), strict=True))
-    return {arm: states[arm] for arm in arms}
+    # A loop over the arms is compiled once, and rounds alike for all of them.
+    return jax.lax.map(second_pass, (latents, shown))
 
   def _latents(self, arms: Sequence[str], params: Mapping[str, Params], decoder_params: Params,
-               batch: AnswerBatch, read: '_Read', mean: Array | None) -> Array:
-    """Returns the latents of each arm, [arms, B, C, Z, D]."""
-    placement = place(read.trunk, batch.anchors, self.config, 1)
-    outputs = None
-    if set(arms) & {OWN, SHUFFLED}:
-      outputs = self._outputs(OWN, params, decoder_params, placement, read)
+               batch: AnswerBatch, placement: Placement, read: '_Read',
+               mean: Array | None) -> Array:
+    """Returns the latents of each arm, [arms, B, C, Z, D]; the base tokens for the frozen one."""
+    outputs = {name: self._outputs(name, params, decoder_params, placement, read)
+               for name in self._sources if {OWN: {OWN, SHUFFLED}, CONSTANT: {CONSTANT}}[name]
+               & set(arms)}
+    shape = (*batch.anchors.shape, self.config.num_latents, self._decoder.config.embed_dim)
     made = []
     for arm in arms:
-      name = CONSTANT if arm == CONSTANT or OWN not in self._sources else OWN
-      deliberator = self._deliberator(name)
+      name = CONSTANT if arm == CONSTANT else OWN
       if arm == FROZEN:
         made.append(self._decoder.apply({'params': decoder_params}, placement.base_tokens,
                                         method='embed'))
         continue
-      if arm == CONSTANT:
-        own = self._outputs(CONSTANT, params, decoder_params, placement, read)
-      elif arm == SHUFFLED:
-        flat = outputs.reshape(-1, *outputs.shape[2:])
-        own = flat[batch.partners]
-      elif arm == OWN:
-        own = outputs
+      if arm == SHUFFLED:
+        used = outputs[OWN].reshape(-1, *shape[2:])[batch.partners]
+      elif arm in outputs:
+        used = outputs[arm]
       else:
-        shape = (*batch.anchors.shape, self.config.num_latents, self._decoder.config.embed_dim)
-        own = jnp.broadcast_to(0.0 if arm == ZERO else mean, shape).astype(self._decoder.dtype)
-      made.append(deliberator.latents(params[name], decoder_params, placement, own))
+        used = jnp.broadcast_to(0.0 if arm == ZERO else mean, shape).astype(self._decoder.dtype)
+      made.append(self._deliberator(name).latents(params[name], decoder_params, placement, used))
     return jnp.stack(made)
 
   def _outputs(self, name: str, params: Mapping[str, Params], decoder_params: Params,
@@ -373,21 +365,41 @@ def _read(decoder: Decoder, decoder_params: Params, batch: AnswerBatch) -> _Read
                prefix.append(fresh, positions, segments))
 
 
-def _plain_states(decoder: Decoder, decoder_params: Params, traces: Traces, read: _Read) -> Array:
-  """Returns hidden states [B, M, A, D] that predict the ahead tokens, without latents."""
-  variables = {'params': decoder_params}
-  # The anchor predicts the first ahead token, and the others each the next one.
-  first = take_from_trunk(read.hidden, traces.anchors)[:, :, None]
-  if traces.ahead_tokens.shape[-1] == 1:
-    return first
-  x = decoder.apply(variables, traces.ahead_tokens[..., :-1], method='embed')
-  anchors = take_from_trunk(read.trunk.positions, traces.anchors)[..., None]
-  positions = anchors + 1 + jnp.arange(x.shape[2])
-  segments = jnp.broadcast_to(take_from_trunk(read.trunk.segments, traces.anchors)[..., None],
-                              positions.shape)
-  mask_spec = AttentionMaskSpec(segments, traces.anchors + 1)
-  hidden, _ = decoder.apply(variables, x, positions, mask_spec, read.cache, method='transform')
-  return jnp.concatenate([first, hidden], axis=2)
+def _second_pass(decoder: Decoder, decoder_params: Params, latents: Array, shown: Array,
+                 batch: AnswerBatch, placement: Placement | None, read: _Read) -> Array:
+  """Returns the hidden states [N, D] that predict the targets, after the latents of one arm.
+
+  Args:
+    latents: [B, C, Z, D] latents of each context.
+    shown: bool []; if False, the latents are hidden and the trace goes on from the anchor.
+    placement: placement of the latents; None if they are never shown.
+  """
+  owner, is_latent = jnp.maximum(batch.owner, 0), batch.latent >= 0
+  of_owner = lambda values: jnp.take_along_axis(values, owner, axis=1)  # noqa: E731
+  # Positions: ahead tokens follow the anchor, or what the placement says.
+  anchor = take_from_trunk(read.trunk.positions, batch.anchors)
+  begin, prefix_length, latent_positions = anchor + 1, batch.anchors + 1, anchor[..., None]
+  if placement is not None:
+    begin = jnp.where(shown, placement.ahead_positions[..., 0], begin)
+    prefix_length = jnp.where(shown, placement.decoder_prefix_length, prefix_length)
+    latent_positions = placement.latent_positions
+  number = jnp.maximum(batch.latent, 0)
+  at_latent = jax.vmap(lambda row, context, latent: row[context, latent])
+  positions = jnp.where(is_latent, at_latent(latent_positions, owner, number),
+                        of_owner(begin) + batch.ahead)
+  # Each token sees its own context, and of the row its own trace.
+  segments = of_owner(take_from_trunk(read.trunk.segments, batch.anchors))
+  segments = jnp.where((batch.owner >= 0) & (shown | ~is_latent), segments, 0)
+  tokens = decoder.apply({'params': decoder_params}, batch.tokens[:, None], method='embed')
+  x = jnp.where(is_latent[:, None, :, None], at_latent(latents, owner, number)[:, None], tokens)
+  mask_spec = AttentionMaskSpec(segments[:, None], of_owner(prefix_length)[:, None],
+                                batch.first[:, None])
+  hidden, _ = decoder.apply({'params': decoder_params}, x, positions[:, None], mask_spec,
+                            read.cache, method='transform')
+  # Without latents, the anchor predicts the first ahead token.
+  alone = take_from_trunk(take_from_trunk(read.hidden, batch.anchors), owner)
+  hidden = jnp.where((is_latent & ~shown)[..., None], alone, hidden[:, 0])
+  return hidden.reshape(-1, hidden.shape[-1])[batch.source]
 
 
 def _check_arms(arms: Sequence[str], own: Source | None, constant: Source | None) -> None:

@@ -10,7 +10,7 @@ from latent_deliberation.array_types import Batch
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.traces import Traces, place
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation import answer_packing, answers
+from latent_deliberation.evaluation import answer_packing
 from latent_deliberation.evaluation.answer_packing import Request
 from latent_deliberation.evaluation.answers import AnswerScorer, Source
 from latent_deliberation.model.decoder import Decoder
@@ -131,12 +131,13 @@ def test_common_prefix(decoder_params, kind, monkeypatch):
   scorer = make_scorer(decoder_params, arms, **CHOICES[kind])
   apart, _ = scores(scorer, requests)
   monkeypatch.setattr(answer_packing, 'SHARED', len(COMMON))
+  monkeypatch.setattr(answer_packing, 'SMALLEST_CLUSTER', 2)
   contexts = answer_packing.group(requests)
   answer_packing.find_partners(contexts)
-  calls = answer_packing.plan(contexts, range(len(contexts)), num_latents=3, rows=4, partners=True)
+  calls = answer_packing.plan(contexts, range(len(contexts)), num_latents=3, shards=1,
+                              partners=True)
   assert {call.prefix for call in calls} == {COMMON}
   together, _ = scores(scorer, requests)
-  # Partners are the nearest in length in both.
   np.testing.assert_allclose(together, apart, atol=1e-4)
 
 
@@ -144,8 +145,8 @@ def test_batches_do_not_matter(decoder_params, monkeypatch):
   """Scores of all arms are the same for any rows, any number of devices, and any rest of a task."""
   arms = ('frozen', 'own', 'shuffled', 'zero', 'mean', 'constant')
   together, greedy = scores(make_scorer(decoder_params, arms, constant=True), REQUESTS)
-  monkeypatch.setattr(answers, 'ROWS', 1)
   monkeypatch.setattr(answer_packing, 'ROW_TOKENS', 48)
+  monkeypatch.setattr(answer_packing, 'CALL_TOKENS', 96)
   scorer = make_scorer(decoder_params, arms, constant=True)
   apart, also_greedy = scores(scorer, REQUESTS)
   np.testing.assert_allclose(apart, together, atol=1e-4)
@@ -170,7 +171,7 @@ def test_zero_gate(decoder_params):
 
 
 def test_shuffled(decoder_params):
-  """Another example's latents are those of the context that is nearest in length."""
+  """Another example's latents are those of the item before, and the second one's for the first."""
   scorer = make_scorer(decoder_params, ('own', 'shuffled'), latents='paper')
   contexts, answer = [ids(6), ids(9), ids(7)], ids(3)
   nats, _ = scores(scorer, [Request(context, answer, item=item)
@@ -193,7 +194,7 @@ def test_shuffled(decoder_params):
     hidden = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
     return deliberator.decoder.apply({'params': decoder_params}, hidden[:, 0], method='logits')
 
-  logits = logits_with(batch, traces, np.array([2, 2, 0]))
+  logits = logits_with(batch, traces, np.array([1, 0, 1]))
   expected = [-small.chosen(each, answer).sum() for each in logits]
   np.testing.assert_allclose(nats[:, 1], expected, atol=1e-4)
 
