@@ -12,11 +12,12 @@ from tests import finished
 from tests.launch.bad_commands import BAD, Bad
 
 SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'compile',
-           'benchmark_attention', 'benchmark_plan', 'config')
+           'benchmark_attention', 'benchmark_plan', 'config', 'experts')
 # Scripts without --config, or with a config of their own.
 WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference',
                   'benchmark_step', 'study', 'render_results', 'fault_campaign', 'serve',
-                  'benchmark_retrieval', 'benchmark_serving')
+                  'benchmark_retrieval', 'benchmark_serving', 'benchmark_experts',
+                  'benchmark_lora')
 FLAGS = {
     'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
     'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
@@ -24,7 +25,8 @@ FLAGS = {
     'benchmark_weights': 'output', 'benchmark_inference': 'output', 'benchmark_step': 'output',
     'benchmark_attention': 'output', 'benchmark_plan': 'output', 'render_results': 'check',
     'fault_campaign': 'kills', 'serve': 'port', 'benchmark_retrieval': 'data',
-    'benchmark_serving': 'clients'}
+    'benchmark_serving': 'clients', 'experts': 'text', 'benchmark_experts': 'output',
+    'benchmark_lora': 'output'}
 
 
 def arguments_of(bad: Bad, files: Path) -> list[str]:
