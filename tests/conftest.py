@@ -46,6 +46,8 @@ NOT_UNIT = (
     'studies/tune', 'training/checkpointer', 'training/hosts', 'training/loop', 'training/step',
     'training/trackers', 'training/train')
 
+MOST_MAPPINGS = 20_000  # of memory, that a worker keeps from one module to the next
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,6 +86,19 @@ def compilations_kept() -> Iterator[None]:
     jax.config.update(name, value)
   compilation_cache.reset_cache()  # it reads its directory once
   yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def programs_dropped() -> Iterator[None]:
+  """A worker drops its compiled programs before it holds too many.
+
+  Each takes a few mappings of memory, of which Linux gives a process 65,530. Beyond them a
+  compilation crashes.
+  """
+  yield
+  mappings = Path('/proc/self/maps')
+  if mappings.is_file() and mappings.read_bytes().count(b'\n') > MOST_MAPPINGS:
+    jax.clear_caches()
 
 
 @pytest.fixture
