@@ -133,7 +133,8 @@ def test_segments_are_read_back(corpus_directory, tmp_path):
   """Tokens alone are written, and the segments read back are those that fill_rows gave."""
   config = local(corpus_directory)
   directory = prepare(config, tmp_path) / 'train'
-  assert sorted(path.name for path in directory.iterdir()) == ['manifest.json', 'tokens-00000.npy']
+  assert sorted(path.name for path in directory.iterdir()) == [
+      'checksums.npy', 'manifest.json', 'tokens-00000.npy']
   documents = Documents.open(config, tmp_path)
   filled = list(fill_rows(iterate(documents.stream('train', config.seed)), config.length, BOS))
   rows = PackedRows(directory)
