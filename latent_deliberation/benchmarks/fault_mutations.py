@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_deliberation.benchmarks.fault_launches import Launcher
+from latent_deliberation.benchmarks.fault_launches import Launch, Launcher
 from latent_deliberation.benchmarks.fault_subjects import Subject, subjects
 from latent_deliberation.errors import UserError
 
@@ -198,45 +198,53 @@ def run_mutations(launcher: Launcher, place: Path, seed: int, cases: Sequence[in
     worker: 'module:function' of a worker.
   """
   notes = place / 'mutations.jsonl'
-  notes.unlink(missing_ok=True)
   place.mkdir(parents=True, exist_ok=True)
-  notes.touch()
+  notes.write_bytes(b'')
+  names = [subject.name for subject in subjects()]
   next_case, last = cases[0], cases[-1] + 1
   while next_case < last:
-    position = notes.stat().st_size
     launch = launcher.start([str(notes), str(seed), str(next_case), str(last)],
                             place / 'mutations.log', call=worker)
-    base, begun, at = 0, time.monotonic(), None
-    while True:
-      is_over = launch.poll() is not None
-      with notes.open() as file:
-        file.seek(position)
-        lines = file.read()
-      whole = lines[:lines.rfind('\n') + 1]
-      position += len(whole.encode())
-      for line in map(json.loads, whole.splitlines()):
-        begun = time.monotonic()
-        if 'begun' in line:
-          at = line['case']
-          base = base or _resident_bytes(launch.pid)
-        else:
-          at, next_case = None, line['case'] + 1
-          yield line
-      outcome = (DIED if is_over else HANG if time.monotonic() - begun > MOST_SECONDS * (
-          1 if at is not None else 5) else MEMORY if base and _resident_bytes(
-              launch.pid) > base + MOST_BYTES else '')
-      if outcome:
-        break
-      time.sleep(0.02)
-    launch.kill(signal.SIGKILL)
-    if next_case >= last:
-      return
-    if at is None:
-      raise RuntimeError(f'a worker of mutations ended with {launch.wait(9)} between two cases:\n'
-                         f'{launch.said()[-4000:]}')
-    yield {'case': at, 'subject': subjects()[at % len(subjects())].name, 'file': '', 'damage': '',
-           'outcome': outcome, 'note': launch.said()[-_NOTE_BYTES:], 'seconds': 0.0}
-    next_case = at + 1
+    at = None  # the case that the worker is at
+    for note in _follow(launch, notes):
+      if 'begun' in note:
+        at = note['case']
+      elif 'case' in note:
+        at, next_case = None, note['case'] + 1
+        yield note
+      elif at is not None:
+        next_case = at + 1
+        yield {'case': at, 'subject': names[at % len(names)], 'file': '', 'damage': '',
+               'outcome': note['ended'], 'note': launch.said()[-_NOTE_BYTES:], 'seconds': 0.0}
+      elif next_case < last:
+        raise RuntimeError(f'a worker of mutations ended between two cases ({note["ended"]}):\n'
+                           f'{launch.said()[-4000:]}')
+
+
+def _follow(launch: Launch, notes: Path) -> Iterator[dict[str, Any]]:
+  """Yields what a worker notes from now on, and at last how it ended, as 'ended'.
+
+  A worker that hangs or takes too much memory is killed.
+  """
+  position, heard, memory = notes.stat().st_size, time.monotonic(), 0
+  ended = ''
+  while not ended:
+    # First whether it runs, then its notes, so that the last of them are not missed.
+    ended = DIED if launch.poll() is not None else ''
+    with notes.open('rb') as file:
+      file.seek(position)
+      whole = file.read().rpartition(b'\n')[0]
+    if whole:
+      position, heard = position + len(whole) + 1, time.monotonic()
+      memory = memory or _resident_bytes(launch.pid)  # after the first case has begun
+      yield from map(json.loads, whole.splitlines())
+    if not ended and time.monotonic() - heard > (MOST_SECONDS if memory else 5 * MOST_SECONDS):
+      ended = HANG
+    elif not ended and memory and _resident_bytes(launch.pid) > memory + MOST_BYTES:
+      ended = MEMORY
+    time.sleep(0.02)
+  launch.kill(signal.SIGKILL)
+  yield {'ended': ended}
 
 
 def _resident_bytes(pid: int) -> int:

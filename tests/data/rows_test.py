@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from latent_deliberation.data.packing import RowFiles
 from latent_deliberation.data.rows import (
   ALL_ROWS,
+  CHECKSUMS_FILE,
   MANIFEST_FILE,
   Framing,
   Manifest,
@@ -41,10 +42,11 @@ def write_rows(directory, rows=10, rows_per_file=4, recipe=RECIPE):
   files = RowFiles(directory, recipe, Framing(BOS, 1), np.ones(recipe.vocabulary_size, np.int32))
   for start in range(0, rows, rows_per_file):
     files.write(all_rows[start:start + rows_per_file])
+  files.close()
   manifest = Manifest(recipe=recipe, rows=rows, tokens=files.tokens, documents=1,
                       text_bytes=files.text_bytes, rows_per_file=rows_per_file,
                       content_hash=files.content_hash, bos_id=BOS)
-  (directory / MANIFEST_FILE).write_bytes(manifest.to_json())
+  (directory / MANIFEST_FILE).write_bytes(manifest.seal())
   return directory
 
 
@@ -143,6 +145,33 @@ def test_positions_in_segments():
       [0, 1, 0, 1, 2, 0], [0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5]]
 
 
+def test_damaged_row(directory):
+  """A row that changed is refused when it is read, and the others are not."""
+  path = directory / 'tokens-00001.npy'
+  tokens = np.load(path)
+  tokens[2, 4] += 1  # row 6
+  np.save(path, tokens)
+  rows = PackedRows(directory)
+  assert len(rows.take([5, 7]).tokens) == 2
+  with pytest.raises(UserError, match=f'{directory}: 1 rows, the first of them 6, .*checksums.npy'):
+    rows.take([5, 6, 7])
+  # Rows of earlier code have no checksums.
+  (directory / CHECKSUMS_FILE).unlink()
+  assert len(PackedRows(directory).take([5, 6, 7]).tokens) == 3
+
+
+def test_changed_manifest(directory):
+  """A number that was changed is refused; a manifest of earlier code is read as it is."""
+  path = directory / MANIFEST_FILE
+  fields = json.loads(path.read_text())
+  path.write_text(json.dumps(fields | {'text_bytes': 7}))
+  with pytest.raises(UserError, match=f'{path} has changed'):
+    PackedRows(directory)
+  del fields['checksum']
+  path.write_text(json.dumps(fields))
+  assert len(PackedRows(directory)) == 10
+
+
 def test_fingerprint_follows_contents(tmp_path):
   first = PackedRows(write_rows(tmp_path / 'a'))
   assert PackedRows(write_rows(tmp_path / 'b')).fingerprint == first.fingerprint
@@ -164,6 +193,7 @@ def test_foreign_manifest_is_named(directory, content):
 
 def test_later_format_version_is_refused(directory):
   fields = json.loads((directory / MANIFEST_FILE).read_text()) | {'format_version': 7, 'new': 1}
+  del fields['checksum']
   (directory / MANIFEST_FILE).write_text(json.dumps(fields))
   with pytest.raises(UserError, match=r'format version 7.* \(1, 2, 3\)'):
     PackedRows(directory)
