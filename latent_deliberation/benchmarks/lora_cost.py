@@ -30,7 +30,7 @@ from latent_deliberation.evaluation.plots import save_figure
 from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.experts.card import GENERAL
-from latent_deliberation.experts.measuring import experiment_of, saved_nats
+from latent_deliberation.experts.measuring import experiment_of, on_mesh, saved_nats
 from latent_deliberation.experts.package import load_package
 from latent_deliberation.experts.trial import draw_intervals
 from latent_deliberation.files import write_json, write_whole
@@ -78,7 +78,8 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
   if found != expert.card.base['fingerprint']:
     raise UserError(f'the decoder has the fingerprint {found}, and the expert was made for '
                     f'{expert.card.base["fingerprint"]}: give that decoder')
-  arms = {name: score_traces(each, (FROZEN, OWN), expert.coprocessor.params, decoder_params,
+  params = on_mesh(expert.coprocessor.params, mesh)
+  arms = {name: score_traces(each, (FROZEN, OWN), params, decoder_params,
                              held_out[name].batches, mesh)
           for name, (each, _) in texts.items()}
   del decoder_params

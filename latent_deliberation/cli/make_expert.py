@@ -44,6 +44,7 @@ from latent_deliberation.experts.measuring import (
   find_places,
   fit_routing,
   measure,
+  on_mesh,
   portable,
 )
 from latent_deliberation.experts.package import PICTURE, Routing, write_package
@@ -264,6 +265,7 @@ def _measure(experiment: Experiment, name: str, other: Experiment, runs: Mapping
   checkpoint = open_frozen(experiment.decoder, Path(experiment.decoder_from))
   trained, constant = (coprocessor_checkpoint.load(workdir / place / COPROCESSOR)
                        for place in (COPROCESSOR, CONSTANT))
+  params, soft_tokens = (on_mesh(each.params, mesh) for each in (trained, constant))
   scores, places, sample = {}, [], {}
   with announced('loading the decoder'):
     decoder_params, _ = load_frozen(experiment, checkpoint, mesh)
@@ -271,10 +273,9 @@ def _measure(experiment: Experiment, name: str, other: Experiment, runs: Mapping
                                  (GENERAL, other, workdir / GENERAL_DATA)):
     with clock.phase(f'scores on {text} text'):
       held_out = open_held_out(scored, prepared, mesh)
-      scores[text] = measure(scored, trained.params, constant.params, decoder_params, held_out,
-                             mesh)
+      scores[text] = measure(scored, params, soft_tokens, decoder_params, held_out, mesh)
     with clock.phase(f'routing on {text} text'):
-      places.append(find_places(scored, trained.params, decoder_params, held_out, mesh))
+      places.append(find_places(scored, params, decoder_params, held_out, mesh))
     sample[text] = _rows_of(held_out)
   try:
     routing = fit_routing(*places)

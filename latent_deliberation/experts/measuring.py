@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.build import build_deliberator, load_frozen, open_frozen
@@ -105,6 +106,11 @@ def measure(experiment: Experiment, params: Params, soft_tokens: Params | None,
   return {'batch_size': config.batch_size, **summarise_arms(
       {name: arm.merged(held_out.texts) for name, arm in arms.items()}, config.positions,
       experiment.deliberation.num_ahead, config.bootstrap_samples)}
+
+
+def on_mesh(params: Params, mesh: Mesh) -> Params:
+  """Puts parameters that are on one device on all devices of a mesh, whole."""
+  return jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
 
 # --- What routers need ---
@@ -236,7 +242,8 @@ def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]]
     batch_size = known.get('batch_size', experiment.evaluation.batch_size)
     check_integer(f'scores.{name}.batch_size', batch_size, 2)
     held_out = as_held_out(rows, batch_size, bos_id)
-    now = measure(experiment, expert.coprocessor.params, None, decoder_params, held_out, mesh)
+    now = measure(experiment, on_mesh(expert.coprocessor.params, mesh), None, decoder_params,
+                  held_out, mesh)
     results[name] = compare_scores(known, now)
   return results
 

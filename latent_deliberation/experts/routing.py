@@ -3,7 +3,7 @@
 A router gives each text a score for each expert. The expert with the highest score is attached, and
 none where no score is above zero. `ROUTERS` lists them, from the simplest on:
 
-  bm25      words of the prompt that the expert's card has as keywords; needs no model
+  bm25      words of the prompt that the expert's card has, too; needs no model
   centroid  the decoder's final hidden state at the end of the prompt, near the expert's mean
   gain      nats that the expert is predicted to save, by a linear head on the same state
   arrow     inputs of each layer, along the direction that the expert's adapters amplify most
@@ -32,6 +32,7 @@ from latent_deliberation.model.attention import AttentionMaskSpec
 from latent_deliberation.model.layers import RMSNorm
 from latent_deliberation.model.transformer import Block, layer_traits
 
+LEAST_SHARE = 0.03  # of a prompt's words that must be a card's: any text has one of them by chance
 _WORD = re.compile(r'[^\W\d_]{3,}')  # three letters or more
 
 
@@ -92,12 +93,13 @@ class KeywordRouter:
     self.names = list(experts)
     self._index = None
     documents = [_words_of_card(known.card) for known in experts.values()]
+    self._words = [set(document) for document in documents]
     if any(documents):
       self._index = bm25s.BM25()
       self._index.index([document or ['-'] for document in documents], show_progress=False)
 
   def scores(self, query: Query) -> np.ndarray:
-    """Returns the BM25 score of each card; 0 where the prompt has none of its words."""
+    """Returns the BM25 score of each card; 0 where too few words of the prompt are its."""
     if len(query.texts) < len(query.hidden):
       raise UserError("the router 'bm25' reads the prompts, which are not known here: choose "
                       'another router')
@@ -105,7 +107,8 @@ class KeywordRouter:
     for row, text in enumerate(query.texts):
       words = words_of(text)
       if words and self._index is not None:
-        scores[row] = self._index.get_scores(words)
+        share = np.array([sum(word in known for word in words) for known in self._words])
+        scores[row] = self._index.get_scores(words) * (share >= LEAST_SHARE * len(words))
     return scores
 
 

@@ -21,6 +21,7 @@ from latent_deliberation.experts.routing import words_of
 from latent_deliberation.inference.tokenizer import Tokenizer
 
 STDLIB = 'stdlib'  # said in the place of files: the text of Python's standard library
+_TELLING = 8  # times as frequent as in general text
 _MOST_CHARACTERS = 50_000  # of a document that is cut
 _MORE_TEXT = ('*.md', '*.markdown', '*.rst')  # of a folder, besides what DataConfig.files takes
 
@@ -85,7 +86,8 @@ def keywords_of(own: Sequence[str], general: Sequence[str], number: int = 64) ->
   """Returns the words that set a text apart from general text, the most telling ones first.
 
   A word's weight is p log(p / q), with p its share of all words in `own` and q, smoothed, in
-  `general`: its part of the divergence of the two (Kullback and Leibler 1951).
+  `general`: its part of the divergence of the two (Kullback and Leibler 1951). Words with p below
+  _TELLING q are left out, since general text of another style lacks many common words.
 
   Args:
     own, general: documents.
@@ -96,13 +98,12 @@ def keywords_of(own: Sequence[str], general: Sequence[str], number: int = 64) ->
   total, total_others = max(sum(counts.values()), 1), sum(others.values())
   vocabulary = len(counts.keys() | others.keys())
 
-  def weight(word: str) -> float:
-    share = counts[word] / total
-    return share * math.log(share * (total_others + vocabulary) / (others[word] + 1))
+  def ratio(word: str) -> float:
+    return counts[word] / total * (total_others + vocabulary) / (others[word] + 1)
 
   # A word that occurs once may be a name.
-  telling = [word for word in counts if counts[word] > 1 and weight(word) > 0]
-  return sorted(telling, key=lambda word: (-weight(word), word))[:number]
+  telling = [word for word in counts if counts[word] > 1 and ratio(word) >= _TELLING]
+  return sorted(telling, key=lambda word: (-counts[word] * math.log(ratio(word)), word))[:number]
 
 
 # --- Prompts ---

@@ -19,6 +19,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import GENERAL
 from latent_deliberation.experts.package import load_package, read_sample
 from latent_deliberation.experts.verifying import verify
+from latent_deliberation.training.train import describe_training
 from tests import finished
 
 GIVEN = frozenset({'training.loop.num_steps', 'training.batch_size'})
@@ -78,7 +79,7 @@ def test_everything_is_verified(made, place, quickstart):
   assert [check.passed for check in verify(place / 'package', None)] == [True, None]
   other = dataclasses.replace(decoder, fingerprint='d1')
   *_, last = verify(place / 'package', other)
-  assert last.passed is False and 'fingerprint d1' in last.found
+  assert last.passed is False and 'this decoder has d1' in last.found
 
 
 def test_finished_work_is_not_done_again(made, place, monkeypatch):
@@ -104,8 +105,7 @@ def test_minutes_choose_the_steps(made, place, monkeypatch, tmp_path):
   _, experiment, request = made
   shutil.copytree(place / 'work/rows', tmp_path / 'rows')
   mesh = module.make_mesh(experiment.mesh)
-  run = module.prepare_phases(experiment, place / 'work', GIVEN, mesh, module.PhaseClock(
-      tmp_path / 'phases.json'))[1]['coprocessor']
+  run = describe_training(experiment, place / 'work/coprocessor', mesh)
   rows = len(module.PackedRows(place / 'work/rows/train'))
   most = 4 * rows // experiment.training.batch_size
   for seconds, steps in ((0.75 * 60 / 2 / 25, min(25, most)), (1e-9, most), (1e9, min(20, most))):
@@ -119,8 +119,7 @@ def test_minutes_choose_the_steps(made, place, monkeypatch, tmp_path):
 def test_step_is_timed(made, place):
   _, experiment, _ = made
   mesh = module.make_mesh(experiment.mesh)
-  run = module.prepare_phases(experiment, place / 'work', GIVEN, mesh, module.PhaseClock(
-      place / 'phases.json'))[1]['coprocessor']
+  run = describe_training(experiment, place / 'work/coprocessor', mesh)
   assert 0 < module.time_step(experiment, run, place / 'work', mesh) < 60
 
 

@@ -49,6 +49,9 @@ def test_words_choose_the_card():
       'bare': Known(None, None)})
   assert chosen(router, query(['The COMET came', 'a judge said', 'so it was', ''])) == [
       'stars', 'law', None, None]
+  # One word of a long text is chance.
+  assert chosen(router, query(['comet ' + 'other ' * 30, 'comet ' + 'other ' * 40])) == [
+      'stars', None]
   with pytest.raises(UserError, match='not known here'):
     router.scores(Query([], np.zeros((2, WIDTH)), None))
 

@@ -215,4 +215,21 @@ BAD = {
         '--output={new}.cache', '--document is missing'),
     'an unknown arm': Bad(
         'study', '--config=configs/study/text.py --workdir={new} --arm=nobody', "nobody"),
-}
+    'an expert without text': Bad(
+        'experts', 'train --name=a --output={new}', 'train : give --text=FOLDER', alone=True),
+    'an expert of an empty folder': Bad(
+        'experts', 'train --name=a --text={files}/gguf --output={new} --workdir={new}_work '
+        '--decoder={run}/pretraining/decoder', '/gguf.*no file matches|no file matches .*/gguf',
+        alone=True),
+    'an expert with a bad name': Bad(
+        'experts', 'train --name=A/b --text=x --output={new}', "name = 'A/b'", alone=True),
+    'an unknown command of experts': Bad(
+        'experts', 'lists', 'lists: give one of train', alone=True),
+    'an index that is not there': Bad(
+        'experts', 'list --index={new}', 'new/index.json: there is no such file', alone=True),
+    'an expert that was not added': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --prompt=a --expert=./moon --strict',
+        './moon holds no expert.json', alone=True),
+    'an expert beside a coprocessor': Bad(
+        'generate', '--decoder={run}/pretraining/decoder --coprocessor={run}/coprocessor '
+        '--prompt=a --expert=moon', '--coprocessor=.* and --expert=moon', alone=True)}

@@ -12,17 +12,18 @@ from tests import finished
 from tests.launch.bad_commands import BAD, Bad
 
 SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'compile',
-           'benchmark_attention', 'benchmark_plan', 'config')
+           'benchmark_attention', 'benchmark_plan', 'config', 'experts')
 # Scripts without --config, or with a config of their own.
 WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference',
-                  'benchmark_step', 'study', 'render_results', 'serve', 'benchmark_retrieval',
-                  'benchmark_serving')
+                  'benchmark_step', 'study', 'render_results', 'benchmark_experts',
+                  'benchmark_lora', 'serve', 'benchmark_retrieval', 'benchmark_serving')
 FLAGS = {
     'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
     'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
     'augment': 'document', 'generate': 'prompt', 'study': 'arm', 'config': 'reference',
     'benchmark_weights': 'output', 'benchmark_inference': 'output', 'benchmark_step': 'output',
     'benchmark_attention': 'output', 'benchmark_plan': 'output', 'render_results': 'check',
+    'experts': 'text', 'benchmark_experts': 'output', 'benchmark_lora': 'output',
     'serve': 'port', 'benchmark_retrieval': 'data', 'benchmark_serving': 'clients'}
 
 
