@@ -33,11 +33,12 @@ jax.config.update('jax_num_cpu_devices', 8)
 # `unit`, unless it is slow, needs a published model or uses the finished quickstart.
 # `pytest -m unit` takes under a minute.
 NOT_UNIT = (
-    'api', 'benchmarks/', 'cli/convert', 'cli/generate', 'cli/make_expert', 'cli/quickstart',
-    'data/loading', 'data/online', 'deliberation/coprocessor', 'deliberation/flops',
-    'deliberation/forward', 'errors', 'evaluation/answers', 'evaluation/code_execution',
-    'evaluation/diagnostics', 'evaluation/evaluate', 'evaluation/gating', 'evaluation/harness',
-    'evaluation/perplexity', 'evaluation/plots', 'evaluation/task', 'experts/', 'inference/',
+    'api', 'benchmarks/', 'cli/convert', 'cli/expert_use', 'cli/generate', 'cli/make_expert',
+    'cli/quickstart', 'data/loading', 'data/online', 'deliberation/coprocessor',
+    'deliberation/flops', 'deliberation/forward', 'errors', 'evaluation/answers',
+    'evaluation/code_execution', 'evaluation/diagnostics', 'evaluation/evaluate',
+    'evaluation/gating', 'evaluation/harness', 'evaluation/perplexity', 'evaluation/plots',
+    'evaluation/task', 'experts/', 'inference/',
     'launch/bad_luck', 'launch/launch', 'launch/recipes', 'model/checkpoints/gguf',
     'model/checkpoints/google', 'model/checkpoints/hugging_face_test',
     'model/checkpoints/native', 'model/checkpoints/source', 'model/decoder', 'model/kernels/',
