@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import logging
+
 from latent_deliberation.api import load_decoder
 from latent_deliberation.cli.attached import attach_named, fitting, parse_expert
 from latent_deliberation.errors import UserError
@@ -14,6 +16,7 @@ from latent_deliberation.experts.retrieval_trial import (
   FILES,
   RetrievalTrial,
   hash_of,
+  long_enough,
   passages_of,
   read_questions,
   run_trial,
@@ -106,7 +109,7 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
   if unknown or not sets:
     raise UserError(f'--sets={",".join(sets)}: give some of {list(FILES)}')
   # Files are read before a decoder is loaded.
-  asked = {name: read_questions(data, name, questions) for name in sets}
+  asked = {name: read_questions(data, name, 0) for name in sets}
   loaded, experts, choice = open_choice(decoder, expert, length, strict=True)
   mix = experts.mix(choice)
   if not mix or mix == AUTO:
@@ -116,8 +119,13 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
       'decoder': loaded.fingerprint, 'mix': mix, 'passage': passage, 'length': length,
       'experts': [None if card is None else card.address for card in cards]}
   results = {}
-  for name, found in asked.items():
-    passages = passages_of(read_questions(data, name, 0), loaded.tokenizer, passage)
+  for name, known in asked.items():
+    usable = long_enough(known, loaded.tokenizer, experts.first_anchor + 1)
+    if len(usable) < len(known):
+      logging.info('%s: %d questions are too short for latents and are left out', name,
+                   len(known) - len(usable))
+    found = usable[:questions or None]
+    passages = passages_of(usable, loaded.tokenizer, passage)
     library = Library(passages, experts, Path(store) if store else output.with_suffix('.caches'))
     records = run_trial(
         RetrievalTrial(experts, loaded.tokenizer, library, mix), found,

@@ -6,6 +6,7 @@ anew, and nothing else is. BM25 finds the passage of a question (Robertson and Z
 library bm25s), and the question follows it in the cache.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -204,7 +205,8 @@ class Library:
     state = self._experts.engine.read([passage.ids])
     self.made += 1
     if not place.is_dir():  # a damaged one stays, since nothing on disk is removed
-      prefix_cache.save(place, self._experts.engine, state)
+      with _kept(place):
+        prefix_cache.save(place, self._experts.engine, state)
     return state
 
   def latents(self, passage: Passage, state: State, mix: Mix) -> Augmentation:
@@ -221,7 +223,8 @@ class Library:
     latents = self._experts.augment(state, [mix])
     self.made += 1
     if bool(latents.finite.all()):
-      write_whole(path, save(_flat(latents)))
+      with _kept(path):
+        write_whole(path, save(_flat(latents)))
     return latents
 
   def prepare(self, mix: Mix) -> None:
@@ -264,6 +267,15 @@ def open_library(directory: Path, experts: Experts, tokenizer: Tokenizer, *,
   """
   passages = read_passages(directory, tokenizer, size)
   return Library(passages, experts, store or directory / _STORE)
+
+
+@contextlib.contextmanager
+def _kept(path: Path) -> Iterator[None]:
+  """Turns an error of writing into a warning: what cannot be kept is made again next time."""
+  try:
+    yield
+  except UserError as error:  # the folder is read-only, or another process writes the same
+    logging.warning('%s is not kept: %s', path.name, error)
 
 
 def _words(text: str) -> list[str]:

@@ -122,6 +122,13 @@ def passages_of(questions: Sequence[Question], tokenizer: Tokenizer, size: int) 
                   tuple(tokenizer.encode(question.context)[:size])) for question in questions]
 
 
+def long_enough(questions: Sequence[Question], tokenizer: Tokenizer, fewest: int) -> list[Question]:
+  """Returns the questions that, alone and by their contexts, have `fewest` tokens for latents."""
+  return [question for question in questions if min(
+      len(tokenizer.encode(format_question(question.text, False))),
+      len(tokenizer.encode(question.context))) >= fewest]
+
+
 class RetrievalTrial:
   """Scores the answers of questions in every way."""
 

@@ -194,8 +194,9 @@ class Batcher:
         idle = not self._turn()
       except Exception:  # a bug, or no memory: the texts at hand are lost, later ones may not be
         logging.exception('The batch failed, and %d texts with it.', self.running)
-        self._abandon()
         idle = False
+        if not self._abandon():
+          return
       if idle:
         time.sleep(_POLL_SECONDS)
 
@@ -348,12 +349,24 @@ class Batcher:
   def _new_batch(self) -> DecodeBatch:
     return DecodeBatch(self.guard.experts.engine, self.rows, self._ends.eos, self._ends.num_ids)
 
-  def _abandon(self) -> None:
-    """Ends all texts that were read, and begins again, since the cache of the batch may be gone."""
+  def _abandon(self) -> bool:
+    """Ends all texts that were read, and begins again, since the cache of the batch may be gone.
+
+    Without memory for a new batch it ends all texts, takes no more, and returns False.
+    """
     for job in (*self._deliberating, *self._ready, *self._running):
       job.rows = []
       self._end(job, ERROR)
-    self._batch = self._new_batch()
+    try:
+      self._batch = self._new_batch()
+    except Exception:
+      logging.exception('There is no new batch: this server takes no more texts.')
+      with self._changed:
+        self._closed, waiting = True, list(self._queue)
+      for job in waiting:
+        self._end(job, ERROR)
+      return False
+    return True
 
 
 def _token(step: Step, job: Job) -> Token:

@@ -6,6 +6,7 @@ is checked whole before any work, and gives its texts up when its client has gon
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -221,7 +222,7 @@ class Answer:
     loop = asyncio.get_running_loop()
 
     def emit(number: int, update: Update) -> None:
-      if not loop.is_closed():
+      with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
         loop.call_soon_threadsafe(self._news.put_nowait, (number, update))
 
     try:

@@ -113,6 +113,16 @@ def test_damaged_caches_are_made_anew(documents, experts, warnings):
   assert (again.made, again.found) == (2, 0) and len(warnings) == 2
 
 
+def test_folder_that_cannot_be_written(documents, experts, warnings):
+  """Caches are then made each time, and the answer is the same."""
+  expected_text = answer(open_library(documents, experts, TOKENIZER), experts, choice='stars').text
+  (documents / 'file').write_text('')
+  library = open_library(documents, experts, TOKENIZER, store=documents / 'file')
+  for _ in range(2):
+    assert answer(library, experts, choice='stars').text == expected_text
+  assert (library.made, library.found) == (4, 0) and len(warnings) == 4
+
+
 def test_prepare_reads_everything(documents, experts):
   library = open_library(documents, experts, TOKENIZER)
   library.prepare({'law': 1.0})

@@ -13,6 +13,7 @@ from latent_deliberation.experts.retrieval_trial import (
   RetrievalTrial,
   format_summary,
   hash_of,
+  long_enough,
   passages_of,
   read_questions,
   run_trial,
@@ -152,6 +153,16 @@ def test_summary_says_what_is_shown(tmp_path):
   assert write_summary(tmp_path / 'out.json', {'sciq': result}, {}) == page
   assert (tmp_path / 'out.png').stat().st_size > 5000
   assert json.loads((tmp_path / 'out.json').read_text())['results']['sciq'] == result
+
+
+def test_short_questions_are_left_out(data):
+  """Latents replace the last tokens, so a question needs as many."""
+  questions = read_questions(data, 'sciq', 0)
+  assert long_enough(questions, TOKENIZER, 16) == questions
+  longest = max(len(question.context) for question in questions) + 1
+  assert {len(question.context) + 1 for question in long_enough(questions, TOKENIZER, longest)} == {
+      longest}
+  assert long_enough(questions, TOKENIZER, 60) == []
 
 
 def test_hash_of_questions(data):

@@ -242,6 +242,19 @@ def test_failed_batch_begins_again(experts, monkeypatch):
   assert [token.id for token in tokens] == alone(experts, request(1)).tokens
 
 
+def test_no_memory_for_another_batch(experts, monkeypatch):
+  """Then all texts end with an error, and the server says that it takes no more."""
+  with serving(experts) as batcher:
+    def fail(*unused):
+      raise RuntimeError('RESOURCE_EXHAUSTED')
+
+    monkeypatch.setattr(batcher, '_decode', fail)
+    monkeypatch.setattr(batcher, '_new_batch', fail)
+    readers = submit(batcher, *(request(number) for number in range(5)))
+    assert {reader.result()[2] for reader in readers} == {'error'}
+    until(lambda: not batcher.is_open)
+
+
 def until(condition):
   for _ in range(3000):
     if condition():
