@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from latent_deliberation.array_types import Params
 from latent_deliberation.benchmarks.fault_launches import ROOT
 from latent_deliberation.cli.config_flag import read_run
-from latent_deliberation.data.rows import MANIFEST_FILE, Manifest, PackedRows, Recipe
+from latent_deliberation.data.rows import MANIFEST_FILE, Framing, Manifest, PackedRows, Recipe
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
@@ -175,12 +175,13 @@ def _make_rows(directory: Path) -> None:
   # Imported by name, since it needs TensorFlow.
   packing = importlib.import_module('latent_deliberation.data.packing')
   random, bos, length = np.random.default_rng(3), 2, 16
+  framing = Framing(bos, eos_id=1)
   recipe = Recipe(task='t', split='train', source_fingerprint='s', vocabulary_hash='v',
                   vocabulary_size=300, length=length, seed=0, max_tokens=0)
-  files = packing.RowFiles(directory, recipe, bos, np.ones(300, np.int32))
+  files = packing.RowFiles(directory, recipe, framing, np.ones(300, np.int32))
   documents = (np.concatenate([[bos], random.integers(3, 300, random.integers(5, 40))])
                for _ in range(40))
-  rows = list(packing.fill_rows(documents, length, bos))
+  rows = list(packing.fill_rows(documents, length, framing))
   for first in range(0, len(rows), 32):
     files.write(rows[first:first + 32])
   manifest = Manifest(recipe, files.rows, files.tokens, 40, files.text_bytes, 32,

@@ -286,8 +286,9 @@ def _measure(experiment: Experiment, name: str, other: Experiment, runs: Mapping
 
 
 def _rows_of(held_out: HeldOut) -> dict[str, np.ndarray]:
-  return {'tokens': np.concatenate([batch.tokens for batch in held_out.batches]),
-          'texts': held_out.texts}
+  rows = {part: np.concatenate([getattr(batch, part) for batch in held_out.batches])
+          for part in ('tokens', 'segments')}
+  return {**rows, 'texts': held_out.texts}
 
 
 def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,

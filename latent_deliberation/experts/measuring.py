@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.build import build_deliberator, load_frozen, open_frozen
 from latent_deliberation.data.loading import validation_batches, validation_texts
-from latent_deliberation.data.rows import positions_in_segments, segments_from_bos
+from latent_deliberation.data.rows import positions_in_segments
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.evaluate import (
   HeldOut,
@@ -195,21 +195,21 @@ def experiment_of(card: Card) -> Experiment:
   return bind(with_current_names(settings), where=f'settings of {card.name}')
 
 
-def as_held_out(sample: Mapping[str, np.ndarray], batch_size: int, bos_id: int) -> HeldOut:
+def as_held_out(sample: Mapping[str, np.ndarray], batch_size: int) -> HeldOut:
   """Returns the rows of a package's sample as text to score."""
-  tokens = sample['tokens']
-  if len(tokens) != len(sample['texts']) or len(tokens) % batch_size or tokens.min() < 0:
+  tokens, segments = sample['tokens'], sample['segments']
+  if len(tokens) != len(sample['texts']) or len(tokens) % batch_size or (
+      tokens.shape != segments.shape or min(tokens.min(), segments.min()) < 0):
     raise UserError(f'the sample has rows {tokens.shape} and {len(sample["texts"])} texts, for '
                     f'batches of {batch_size}: add the expert again')
-  segments = segments_from_bos(tokens, bos_id)
   batch = Batch(tokens, segments, positions_in_segments(segments))
   return HeldOut(None, [Batch(*(part[first:first + batch_size] for part in (
       batch.tokens, batch.segments, batch.positions)))
                         for first in range(0, len(tokens), batch_size)], sample['texts'])
 
 
-def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]], decoder_dir: Path,
-                  bos_id: int) -> dict[str, dict[str, Any]]:
+def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]],
+                  decoder_dir: Path) -> dict[str, dict[str, Any]]:
   """Measures the scores of a card again, on the sample of its package.
 
   Constant soft tokens are not in the package, so this control is left out.
@@ -218,7 +218,6 @@ def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]]
     expert: the expert.
     sample: see `package.read_sample`.
     decoder_dir: its decoder.
-    bos_id: id that begins every text of the decoder's vocabulary.
 
   Returns: name of a text -> 'card' and 'now', both with nats by arm, and 'holds'.
 
@@ -241,7 +240,7 @@ def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]]
     known = expert.card.scores.get(name, {})
     batch_size = known.get('batch_size', experiment.evaluation.batch_size)
     check_integer(f'scores.{name}.batch_size', batch_size, 2)
-    held_out = as_held_out(rows, batch_size, bos_id)
+    held_out = as_held_out(rows, batch_size)
     now = measure(experiment, on_mesh(expert.coprocessor.params, mesh), None, decoder_params,
                   held_out, mesh)
     results[name] = compare_scores(known, now)

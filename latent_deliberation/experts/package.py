@@ -40,6 +40,7 @@ from latent_deliberation.progress import Progress
 
 CARD, README, PICTURE = 'expert.json', 'README.md', 'scores.png'
 ROUTING, SAMPLE = 'routing.safetensors', 'sample.safetensors'
+SAMPLE_PARTS = {'tokens': (None, None), 'segments': (None, None), 'texts': (None,)}  # with shapes
 WEIGHTS, ABOUT = f'{COPROCESSOR}/coprocessor.safetensors', f'{COPROCESSOR}/{DESCRIPTION}'
 # Every file that a package may have besides its card, with the largest size that is believed.
 MOST_BYTES = {ABOUT: 2**18, WEIGHTS: 2**36, ROUTING: 2**26, SAMPLE: 2**26, PICTURE: 2**24}
@@ -275,7 +276,9 @@ def _read_routing(directory: Path, description: Description) -> Routing | None:
 
 
 def read_sample(directory: Path) -> dict[str, dict[str, np.ndarray]] | None:
-  """Reads the held-out rows of a package: name of the text -> 'tokens' [R, T] and 'texts' [R].
+  """Reads the held-out rows of a package, by name of the text.
+
+  They are 'tokens' [R, T], 'segments' [R, T], and 'texts' [R], the number of each row's text.
 
   Returns None where the package has none. Raises UserError where it is damaged.
   """
@@ -287,8 +290,8 @@ def read_sample(directory: Path) -> dict[str, dict[str, np.ndarray]] | None:
   except (OSError, ValueError, SafetensorError) as error:
     raise UserError(f'{path} is damaged ({error}): add the expert again') from error
   arrays = read_tensors(path, {f'{name}/{part}': shape for name in names
-                               for part, shape in (('tokens', (None, None)), ('texts', (None,)))})
-  return {name: {part: arrays[f'{name}/{part}'] for part in ('tokens', 'texts')} for name in names}
+                               for part, shape in SAMPLE_PARTS.items()})
+  return {name: {part: arrays[f'{name}/{part}'] for part in SAMPLE_PARTS} for name in names}
 
 
 # --- Writing ---

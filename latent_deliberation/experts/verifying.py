@@ -135,7 +135,7 @@ def _check_scores(expert: Expert, sample: Mapping[str, Any] | None, decoder: Loa
     return
   results: dict[str, Any] = {}
   yield from _try('its scores can be measured again', lambda: results.update(measure_again(
-      expert, sample, Path(decoder_dir), decoder.tokenizer.bos)))
+      expert, sample, Path(decoder_dir))))
   for text, found in results.items():
     arms = ', '.join(f'{arm} {found["card"].get(arm, float("nan")):+.3f} in the card and '
                      f'{nats:+.3f} now' for arm, nats in found['now'].items())

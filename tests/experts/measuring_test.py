@@ -102,16 +102,18 @@ def test_names_of_decoders(decoder, name):
 
 
 def test_sample_is_text_again():
-  """Segments and positions follow from BOS and padding."""
+  """Positions follow from segments."""
   tokens = np.array([[2, 5, 6, 2, 7], [8, 9, 2, 5, 0], [2, 5, 5, 5, 5], [2, 6, 6, 6, 6]])
-  held_out = as_held_out({'tokens': tokens, 'texts': np.array([0, 0, 1, 1])}, 2, bos_id=2)
+  segments = np.array([[1, 1, 1, 2, 2], [0, 0, 1, 1, 0], [1] * 5, [1] * 5])
+  held_out = as_held_out(
+      {'tokens': tokens, 'segments': segments, 'texts': np.array([0, 0, 1, 1])}, 2)
   first, second = held_out.batches
   np.testing.assert_array_equal(first.segments, [[1, 1, 1, 2, 2], [0, 0, 1, 1, 0]])
   np.testing.assert_array_equal(first.positions, [[0, 1, 2, 0, 1], [0, 0, 0, 1, 0]])
   np.testing.assert_array_equal(second.tokens, tokens[2:])
   for rows, texts in ((tokens[:3], [0, 0, 1]), (tokens, [0, 0, 1]), (-tokens, [0, 0, 1, 1])):
     with pytest.raises(UserError, match='the sample has rows'):
-      as_held_out({'tokens': rows, 'texts': np.array(texts)}, 2, bos_id=2)
+      as_held_out({'tokens': rows, 'segments': segments, 'texts': np.array(texts)}, 2)
 
 
 def test_scores_hold_within_their_interval():

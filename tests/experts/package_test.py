@@ -29,7 +29,8 @@ from latent_deliberation.experts.package import (
 )
 from tests.experts import small
 
-ROWS = {'stars': {'tokens': np.arange(24).reshape(4, 6), 'texts': np.array([0, 0, 1, 1])}}
+ROWS = {'stars': {'tokens': np.arange(24).reshape(4, 6), 'segments': np.ones((4, 6), int),
+                  'texts': np.array([0, 0, 1, 1])}}
 
 
 @pytest.fixture(scope='module')
