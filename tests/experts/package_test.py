@@ -264,7 +264,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
 def test_damaged_sample(copy):
   save_file({'stars/tokens': np.zeros((2, 3), np.int32)}, copy / SAMPLE)
   listed_again(copy, SAMPLE)
-  with pytest.raises(UserError, match='stars/texts has shape None'):
+  with pytest.raises(UserError, match='stars/segments has shape None'):
     read_sample(copy)
 
 
