@@ -216,13 +216,13 @@ BAD = {
     'an unknown arm': Bad(
         'study', '--config=configs/study/text.py --workdir={new} --arm=nobody', "nobody"),
     'an expert without text': Bad(
-        'experts', 'train --name=a --output={new}', 'train : give --text=FOLDER', alone=True),
+        'experts', 'train --name=a --output={new}_package', 'train : give --text=FOLDER', alone=True),
     'an expert of an empty folder': Bad(
-        'experts', 'train --name=a --text={files}/gguf --output={new} --workdir={new}_work '
+        'experts', 'train --name=a --text={files}/gguf --output={new}_package --workdir={new}_work '
         '--decoder={run}/pretraining/decoder', '/gguf.*no file matches|no file matches .*/gguf',
         alone=True),
     'an expert with a bad name': Bad(
-        'experts', 'train --name=A/b --text=x --output={new}', "name = 'A/b'", alone=True),
+        'experts', 'train --name=A/b --text=x --output={new}_package', "name = 'A/b'", alone=True),
     'an unknown command of experts': Bad(
         'experts', 'lists', 'lists: give one of train', alone=True),
     'an index that is not there': Bad(

@@ -17,7 +17,7 @@ SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'co
 WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference',
                   'benchmark_step', 'study', 'render_results', 'fault_campaign', 'serve',
                   'benchmark_retrieval', 'benchmark_serving', 'benchmark_experts',
-                  'benchmark_lora')
+                  'benchmark_lora', 'benchmark_tasks', 'benchmark_harness')
 FLAGS = {
     'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
     'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
@@ -26,7 +26,7 @@ FLAGS = {
     'benchmark_attention': 'output', 'benchmark_plan': 'output', 'render_results': 'check',
     'fault_campaign': 'kills', 'serve': 'port', 'benchmark_retrieval': 'data',
     'benchmark_serving': 'clients', 'experts': 'text', 'benchmark_experts': 'output',
-    'benchmark_lora': 'output'}
+    'benchmark_lora': 'output', 'benchmark_tasks': 'tasks', 'benchmark_harness': 'data'}
 
 
 def arguments_of(bad: Bad, files: Path) -> list[str]:

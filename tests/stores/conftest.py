@@ -28,7 +28,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Store
     yield served
 
 
-@pytest.fixture(params=_SCHEMES)
+# Both have the same code above the library that speaks with them, so one is enough every day.
+@pytest.fixture(params=[_SCHEMES[0], *(
+    pytest.param(scheme, marks=pytest.mark.slow) for scheme in _SCHEMES[1:])])
 def store(request: pytest.FixtureRequest, stores: dict[str, Store]) -> Iterator[Store]:
   """A store without faults; skipped where its server is not installed."""
   if request.param not in stores:
