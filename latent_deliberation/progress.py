@@ -137,7 +137,7 @@ class PhaseClock:
     begun = time.perf_counter()
     try:
       yield
-    except SystemExit:  # a signal stopped the phase, and what it did is saved
+    except (KeyboardInterrupt, SystemExit):  # stopped by a signal; what is complete is saved
       logging.info('=== %s: stopped after %s', name, format_duration(self._add(name, begun)))
       raise
     except BaseException:

@@ -82,8 +82,11 @@ def main(words: list[str]) -> None:
         passage=_PASSAGE.value, max_tokens=_MAX_TOKENS.value, length=_LENGTH.value,
         format=_FORMAT.value))
     return
-  if rest or not (_TEXT.value and _OUTPUT.value):
-    raise UserError(f'train {" ".join(rest)}: give --text=FOLDER and --output=DIR, and no words')
+  if rest:
+    raise UserError(f'train {" ".join(rest)}: train takes flags alone, such as --text=FOLDER')
+  for flag, value in (('--text', _TEXT.value), ('--output', _OUTPUT.value)):
+    if not value:
+      raise UserError(f"{flag} = '': train needs --text=FOLDER and --output=DIR")
   request = ExpertRequest(_NAME.value, _TEXT.value, _GENERAL.value, _MINUTES.value,
                           _DESCRIPTION.value, _LICENCE.value, _SAMPLE.value)
   experiment = with_decoder(read_config(on_devices=True), _DECODER.value, given_keys())

@@ -161,8 +161,8 @@ def _main(job: Callable[..., None], prepare: Callable[[], None], argv: list[str]
     _name_process(index, count)
     # jax aborts where another process is lost. Its message must not be followed by all stacks.
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
-  logging.info('%d %s devices, process %d of %d', jax.device_count(), jax.default_backend(), index,
-               count)
+  logging.info('devices: %d of %s%s', jax.device_count(), jax.default_backend(),
+               f', process {index} of {count}' if count > 1 else '')
 
   # Every process logs. Only the first one prints.
   with contextlib.redirect_stdout(io.StringIO()) if index else contextlib.nullcontext():

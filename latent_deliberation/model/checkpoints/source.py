@@ -261,7 +261,7 @@ def assemble(source: Source, layout: Layout, config: TransformerConfig,
   axes = parameter_axes(config)
   # The table comes first: it is the largest tensor by far, and nothing else is held yet.
   paths = sorted(axes, key=lambda path: not axes[path].startswith('V'))
-  progress = Progress('reading weights', 'parameters', len(paths))
+  progress = Progress('reading weights', 'tensors', len(paths))
   flat = {}
   for path in paths:
     flat[path] = _read_parameter(source, layout[path], path, axes[path], config, shardings[path],
