@@ -85,7 +85,7 @@ def test_terminal(joined, monkeypatch):
 
 def test_tpu_hosts(joined, monkeypatch):
   """TPU hosts join by themselves, and a single one runs alone."""
-  def find_nobody(**options):
+  def find_nobody(**unused):
     joined.append(())
     raise ValueError('coordinator_address should be defined.')
 

@@ -28,7 +28,8 @@ REFUSED, UNCHANGED = 'refused', 'read unchanged'  # all is well
 CHANGED, CRASH = 'read changed', 'crash'
 HANG, MEMORY, DIED = 'hang', 'too much memory', 'process died'
 OUTCOMES = (REFUSED, UNCHANGED, CHANGED, CRASH, HANG, MEMORY, DIED)
-MOST_SECONDS = 60.0  # of a case, on a busy machine
+MOST_SECONDS = 30.0  # of work in a case
+MOST_WAIT = 900.0  # seconds until a worker says something, also on a machine that is busy
 MOST_BYTES = 2 << 30  # that a case may add to the memory of the worker
 _NOTE_BYTES = 1500  # of an error
 
@@ -226,8 +227,8 @@ def _follow(launch: Launch, notes: Path) -> Iterator[dict[str, Any]]:
 
   A worker that hangs or takes too much memory is killed.
   """
-  position, heard, memory = notes.stat().st_size, time.monotonic(), 0
-  ended = ''
+  position, ended = notes.stat().st_size, ''
+  heard, memory, worked = time.monotonic(), 0, 0.0
   while not ended:
     # First whether it runs, then its notes, so that the last of them are not missed.
     ended = DIED if launch.poll() is not None else ''
@@ -236,20 +237,29 @@ def _follow(launch: Launch, notes: Path) -> Iterator[dict[str, Any]]:
       whole = file.read().rpartition(b'\n')[0]
     if whole:
       position, heard = position + len(whole) + 1, time.monotonic()
-      memory = memory or _resident_bytes(launch.pid)  # after the first case has begun
+      used, worked = _usage(launch.pid)
+      memory = memory or used  # after the first case has begun
       yield from map(json.loads, whole.splitlines())
-    if not ended and time.monotonic() - heard > (MOST_SECONDS if memory else 5 * MOST_SECONDS):
+    used, work = _usage(launch.pid)
+    # Work counts, since a busy machine may leave a worker without any for long.
+    if not ended and (time.monotonic() - heard > MOST_WAIT
+                      or memory and work > worked + MOST_SECONDS):
       ended = HANG
-    elif not ended and memory and _resident_bytes(launch.pid) > memory + MOST_BYTES:
+    elif not ended and memory and used > memory + MOST_BYTES:
       ended = MEMORY
     time.sleep(0.02)
   launch.kill(signal.SIGKILL)
   yield {'ended': ended}
 
 
-def _resident_bytes(pid: int) -> int:
-  """Returns the memory that a process holds now; 0 where that is not known."""
+def _usage(pid: int) -> tuple[int, float]:
+  """Returns the bytes that a process holds now, and the seconds that it has worked; 0 if unknown.
+
+  They are those of Linux; other systems give none.
+  """
   with contextlib.suppress(OSError, IndexError):
     pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
-    return pages * os.sysconf('SC_PAGE_SIZE')
-  return 0
+    ticks = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[11:13]
+    return (pages * os.sysconf('SC_PAGE_SIZE'),
+            sum(map(int, ticks)) / os.sysconf('SC_CLK_TCK'))
+  return 0, 0.0
