@@ -36,7 +36,7 @@ from etils import epath  # noqa: E402
 LIBRARIES = {'gs': 'gcsfs', 's3': 's3fs'}
 UNFINISHED = '.unfinished'
 COMMITTED = 'commit_success.txt'  # in a checkpoint of orbax that is whole
-CHECK_SECONDS = 30  # for the first answer of a store
+CHECK_SECONDS = 60  # for the first answer of a store
 _CONNECT_SECONDS, _READ_SECONDS = 20, 30  # for every later one; the libraries then try again
 _TRIES = 5
 _AT_ONCE = 16  # objects that are removed at a time
