@@ -33,7 +33,7 @@ from latent_deliberation.data.sources import SPLITS
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import bytes_per_token
 from latent_deliberation.errors import MissingError, UserError, differences
-from latent_deliberation.files import write_json, write_whole
+from latent_deliberation.files import explain_failed_write, write_json, write_whole
 from latent_deliberation.paths import ROWS
 from latent_deliberation.progress import Progress
 
@@ -166,7 +166,8 @@ def pack(documents: Documents, recipe: Recipe, directory: Path,
     logging.warning('removing %s, which an earlier run did not finish', partial)
     shutil.rmtree(partial)
   # The folder gets its name when it is complete, so that no reader finds a part of it.
-  partial.mkdir(parents=True)
+  with explain_failed_write(partial):
+    partial.mkdir(parents=True)
   try:
     # The manifest comes last. A folder without one is not complete.
     manifest = _write_rows(documents, recipe, partial, tokens_per_file)
@@ -317,7 +318,8 @@ class RowFiles:
       self._save(CHECKSUMS_FILE, np.concatenate(self._checksums))
 
   def _save(self, name: str, values: np.ndarray) -> None:
-    with (self._directory / name).open('wb') as file:
+    path = self._directory / name
+    with explain_failed_write(path), path.open('wb') as file:
       np.save(file, values)
       # On disk before the manifest describes it.
       file.flush()
