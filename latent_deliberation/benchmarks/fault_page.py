@@ -89,7 +89,8 @@ def format_page(result: Mapping[str, Any]) -> str:
   scenarios_table = markdown_table(
       ['what happened', 'cases', 'faults', 'more'],
       [[name, f'{counts["cases"]:,}', f'{counts["faulty"]:,}', _tell(name, counts)]
-       for name, counts in result['scenarios'].items()])
+       for name, counts in result['scenarios'].items()]) if result['scenarios'] else (
+           'No case of these was run for this page.')
   phases = ', '.join(f'{name} {count:,}' for name, count in killed['phases'].items())
   return _PAGE.format(
       kills=kills, files=files, faults=result['num_faults'], jobs_table=jobs_table,

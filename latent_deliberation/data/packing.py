@@ -34,6 +34,7 @@ from latent_deliberation.data.vocabularies import bytes_per_token, framing_of
 from latent_deliberation.errors import MissingError, UserError, differences
 from latent_deliberation.files import (
   begin_directory,
+  explain_failed_write,
   finish_directory,
   new_file,
   partial_of,
@@ -172,7 +173,8 @@ def pack(documents: Documents, recipe: Recipe, directory: Path,
   if partial.exists():
     logging.warning('removing %s, which an earlier run did not finish', partial)
   # The folder gets its name when it is complete, so that no reader finds a part of it.
-  begin_directory(partial)
+  with explain_failed_write(partial):
+    begin_directory(partial)
   try:
     # The manifest comes last. A folder without one is not complete.
     manifest = _write_rows(documents, recipe, partial, tokens_per_file)
@@ -333,7 +335,8 @@ class RowFiles:
       self._save(CHECKSUMS_FILE, np.concatenate(self._checksums))
 
   def _save(self, name: str, values: np.ndarray) -> None:
-    with new_file(self._directory / name) as here, here.open('wb') as file:
+    path = self._directory / name
+    with explain_failed_write(path), new_file(path) as here, here.open('wb') as file:
       np.save(file, values)
       # On disk before the manifest describes it.
       file.flush()

@@ -151,7 +151,7 @@ def badly(notes, seed, first, last):
 @pytest.mark.slow
 def test_worker_that_hangs_or_dies(tmp_path, monkeypatch):
   """Its case is a fault, and the next worker goes on after it."""
-  monkeypatch.setattr(fault_mutations, 'MOST_WAIT', 20.0)
+  monkeypatch.setattr(fault_mutations, 'MOST_WAIT', 40.0)
   with launcher(finished.environment()) as opened:
     found = list(run_mutations(opened, tmp_path, 0, range(6),
                                'tests.benchmarks.fault_mutations_test:badly'))

@@ -369,3 +369,15 @@ def test_manifest_is_readable(corpus_directory, tmp_path):
   fields = json.loads(text)
   assert fields['recipe']['length'] == 32
   assert text.count('\n') > 10
+
+
+def test_full_disk(corpus_directory, tmp_path, monkeypatch):
+  """A disk that is full is named, and nothing is left of the split."""
+  def fail(file, values):
+    file.write(b'a part')
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(packing.np, 'save', fail)
+  with pytest.raises(UserError, match=r'tokens-00000.npy .*No space left.*free some space'):
+    prepare(local(corpus_directory), tmp_path)
+  assert list((tmp_path / 'rows').iterdir()) == []
