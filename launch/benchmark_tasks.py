@@ -38,7 +38,7 @@ _PLACE = flags.DEFINE_string(
     'place', 'end', "Place of the latents in a context: end, or 'before:TEXT' such as "
     'before:Answer:, for the end of the text before it.')
 _AT = flags.DEFINE_multi_integer(
-    'at', [], 'Numbers of tokens after the context where latents come. Default: --place alone.')
+    'at', [], 'Numbers of tokens after the context where latents come. Default: --place alone')
 _EVERY = flags.DEFINE_integer('every', 0, 'Tokens after which latents come again; 0 for never.')
 _PLAIN_IF_SHORT = flags.DEFINE_bool(
     'plain_if_short', False, 'Score contexts that are too short for latents without them.')

@@ -15,13 +15,15 @@ SCRIPTS = ('quickstart', 'prepare', 'pretrain', 'train', 'evaluate', 'gate', 'co
            'benchmark_attention', 'benchmark_plan', 'config')
 # Scripts without --config, or with a config of their own.
 WITHOUT_CONFIG = ('convert', 'augment', 'generate', 'benchmark_weights', 'benchmark_inference',
-                  'benchmark_step', 'study', 'render_results')
+                  'benchmark_step', 'benchmark_tasks', 'benchmark_harness', 'study',
+                  'render_results')
 FLAGS = {
     'quickstart': 'workdir', 'prepare': 'workdir', 'pretrain': 'workdir', 'train': 'decoder',
     'evaluate': 'output', 'gate': 'output', 'compile': 'topology', 'convert': 'target',
     'augment': 'document', 'generate': 'prompt', 'study': 'arm', 'config': 'reference',
     'benchmark_weights': 'output', 'benchmark_inference': 'output', 'benchmark_step': 'output',
-    'benchmark_attention': 'output', 'benchmark_plan': 'output', 'render_results': 'check'}
+    'benchmark_attention': 'output', 'benchmark_plan': 'output', 'render_results': 'check',
+    'benchmark_tasks': 'tasks', 'benchmark_harness': 'compare'}
 
 
 def arguments_of(bad: Bad, files: Path) -> list[str]:
