@@ -213,6 +213,12 @@ BAD = {
     'no document': Bad(
         'augment', '--decoder={run}/pretraining/decoder --coprocessor={run}/coprocessor '
         '--output={new}.cache', '--document is missing'),
+    'an unknown task': Bad(
+        'benchmark_tasks', '--decoder={run}/pretraining/decoder --tasks=pica,drop --data={files} '
+        '--output={new}', 'did you mean piqa.*drop/train.jsonl is missing', alone=True),
+    'no task': Bad(
+        'benchmark_tasks', '--decoder={run}/pretraining/decoder --output={new}',
+        r'--tasks.*mmlu \(5 shots\)', alone=True),
     'an unknown arm': Bad(
         'study', '--config=configs/study/text.py --workdir={new} --arm=nobody', "nobody"),
     'an expert without text': Bad(
