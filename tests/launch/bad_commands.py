@@ -218,7 +218,7 @@ BAD = {
     'an expert without text': Bad(
         'experts', 'train --name=a --output={new}', 'train : give --text=FOLDER', alone=True),
     'an expert of an empty folder': Bad(
-        'experts', 'train --name=a --text={files}/gguf --output={new} --workdir={new}_work '
+        'experts', 'train --name=a --text={files}/gguf --output={new}_expert '
         '--decoder={run}/pretraining/decoder', '/gguf.*no file matches|no file matches .*/gguf',
         alone=True),
     'an expert with a bad name': Bad(
