@@ -32,6 +32,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   locate_coprocessor,
 )
 from latent_deliberation.errors import UserError
+from latent_deliberation.experts.added import added_directory, locate
 from latent_deliberation.experts.attach import Choice, Experts, ExpertSource
 from latent_deliberation.experts.package import Expert, load_package
 from latent_deliberation.experts.routing import Router
@@ -110,16 +111,17 @@ def load_coprocessor(directory: str | Path) -> CoprocessorCheckpoint:
 
 
 @settled_jax()
-def load_expert(directory: str | Path) -> Expert:
+def load_expert(package: str | Path) -> Expert:
   """Loads an expert, after all files of its package are checked.
 
   Args:
-    directory: the package that launch/experts.py train wrote or add downloaded.
+    package: directory that launch/experts.py train wrote; or NAME, or NAME@FINGERPRINT, of an
+      expert that launch/experts.py add downloaded.
 
   Raises:
     UserError: it is absent, damaged or hostile.
   """
-  return load_package(Path(os.path.expanduser(directory)))
+  return load_package(locate(str(package), added_directory()))
 
 
 @dataclasses.dataclass

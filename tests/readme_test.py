@@ -160,7 +160,7 @@ def test_python_of_readme_runs(quickstart, capsys):
   assert [line.split()[0] for line in printed] == ['False', 'True']
 
 
-@pytest.mark.parametrize('page', ['gemma.md', 'inference.md'])
+@pytest.mark.parametrize('page', ['experts.md', 'gemma.md', 'inference.md'])
 def test_python_of_guides_runs(quickstart, page):
   """Blocks that are no config files run on a finished quickstart."""
   for code in blocks(finished.ROOT / 'docs' / page, 'python'):

@@ -153,6 +153,7 @@ def speed(directory: Path, request: dict, arrays) -> tuple[dict, dict]:
     while loaded < count:
       model = with_adapter(model, request['rank'], f'a{loaded}', seed=loaded, spread=0.01)
       loaded += 1
+    model.eval()  # an adapter that is added is in training
     same = [f'a{count - 1}'] * rows
     mixed = [f'a{row % count}' for row in range(rows)]
     result[f'{count} loaded'] = {

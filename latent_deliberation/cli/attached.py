@@ -72,13 +72,14 @@ def attach_named(decoder: LoadedDecoder, packages: Sequence[str], *, length: int
 
 
 def fitting(decoder_fingerprint: str) -> list[str]:
-  """Returns the directories of the added experts of a decoder; of several with one name, the last.
+  """Returns the directories of a decoder's added experts; of several with one name, the newest.
 
   Raises:
     UserError: there are none.
   """
   directory = added_directory()
-  found = {card.name: str(path) for card, path in list_added(directory)
+  added = sorted(list_added(directory), key=lambda each: each[1].stat().st_mtime)
+  found = {card.name: str(path) for card, path in added
            if card.base['fingerprint'] == decoder_fingerprint}
   if not found:
     raise UserError(f'--expert=auto: {directory} has no expert of this decoder: add some with '

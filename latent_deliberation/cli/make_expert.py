@@ -110,12 +110,12 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
     raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
   if output.exists():
     raise UserError(f'{output} exists already and is not overwritten: give another --output')
-  make_writable(output.absolute().parent)
-  make_writable(workdir)
   data = dataclasses.replace(experiment.data, source='text', files=files_of(request.text),
                              name='', options={}, data_dir='')
   experiment = dataclasses.replace(experiment, data=data)
   general = _general_data(experiment, request)
+  make_writable(output.absolute().parent)
+  make_writable(workdir)
   with hold_workdir(workdir):
     _keep_request(workdir, request)
     return _run_phases(experiment, request, general, workdir, output, given)

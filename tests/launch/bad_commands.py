@@ -225,7 +225,7 @@ BAD = {
         'experts', 'train --name=a --output={new}_package', "--text = ''.*--text=FOLDER",
         alone=True),
     'an expert of an empty folder': Bad(
-        'experts', 'train --name=a --text={files}/gguf --output={new}_package --workdir={new}_work '
+        'experts', 'train --name=a --text={files}/gguf --output={new}_expert '
         '--decoder={run}/pretraining/decoder', '/gguf.*no file matches|no file matches .*/gguf',
         alone=True),
     'an expert with a bad name': Bad(

@@ -13,7 +13,7 @@ import pytest
 from tests import finished
 
 RECIPES = finished.ROOT / 'launch/recipes'
-SCRIPTS = ('babysit', 'bucket', 'gke', 'host', 'tpu_vm')
+SCRIPTS = ('babysit', 'bucket', 'experts', 'gke', 'host', 'tpu_vm')
 TOOLS = ('gcloud', 'git', 'xpk', 'docker', 'kubectl', 'mkdir')
 KNOWN = {
     'RECIPE_NAME': 'pod', 'RECIPE_ZONE': 'us-west4-b', 'RECIPE_PROJECT': 'money',
@@ -307,3 +307,28 @@ def test_image_files_exist():
   assert copied == ['requirements.txt', '.']
   for name in kept:
     assert Path(finished.ROOT, name).exists()
+
+
+def test_experts_are_trained_once_and_judged(tmp_path):
+  """Each named folder gets an expert, with the others' text as general text; all are judged on."""
+  for name in ('law', 'poems', 'stars'):
+    (tmp_path / 'texts' / name).mkdir(parents=True)
+    (tmp_path / 'texts' / name / 'train.jsonl').touch()
+    (tmp_path / 'texts' / name / 'heldout.jsonl.gz').touch()
+  (tmp_path / 'out/law').mkdir(parents=True)
+  (tmp_path / 'out/law/expert.json').touch()
+  texts, out = tmp_path / 'texts', tmp_path / 'out'
+  flags = f'--decoder=d --texts={texts} --names=law,stars --output={out} -- --config=c.py'
+  trained, judged = shown('experts', f'all {flags}')
+  assert trained[:5] == ['python', 'launch/experts.py', 'train', '--config=c.py', '--decoder=d']
+  assert {f'--text={texts}/stars/train.jsonl', '--name=stars', f'--output={out}/stars',
+          f'--general={texts}/law/train.jsonl,{texts}/poems/train.jsonl'} <= set(trained)
+  assert judged[3:5] == [f'{out}/law', f'{out}/stars']
+  assert {f'--domain={name}={texts}/{name}/heldout.jsonl.gz'
+          for name in ('law', 'poems', 'stars')} <= set(judged)
+  for arguments, message in (
+      ('train --decoder=d --texts=x', '--names is missing'),
+      (f'train --decoder=d --texts={tmp_path}/no --names=a', 'is no directory'),
+      (f'train --decoder=d --texts={texts} --names=moon', 'moon has no train.jsonl')):
+    process = recipe('experts', arguments)
+    assert process.returncode == 2 and message in process.stderr
