@@ -54,7 +54,7 @@ def experts(kind: type[Experts] = Experts, **options: Any) -> Experts:
 def serving(attached: Experts, key: str = '', **changes: Any) -> Iterator[RunningServer]:
   """Yields a server in a thread of this process, which ends with the block."""
   values = dict(name='tiny', port=0, rows=2, length=LENGTH, request_seconds=400.0,
-                latent_seconds=200.0)
+                latent_seconds=200.0, drain_seconds=200.0)
   server = RunningServer(ServerOptions('tiny', **{**values, **changes}), decoder(), attached, key)
   thread = threading.Thread(target=server.serve, daemon=True)
   thread.start()
