@@ -106,16 +106,18 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _BLOCK = 1 << 24  # elements that are hashed at a time, to bound memory
 
 
-def _checksums(leaf: Array) -> Array:
+def _checksums(leaf: Array) -> np.ndarray:
   """Returns two uint32 sums over the bits of a leaf, weighted by a hash of each element's index.
 
   Integer sums wrap and are therefore exact in any order. Neither shards nor blocks change them.
+  Each sum is fetched before the next begins: processes that have several sums under way on CPUs may
+  pair one with another, and wait for ever.
   """
   # Slices of an array that is sharded along its first axis would move data: hash it whole.
   if leaf.ndim == 0 or not _is_whole_along_first_axis(leaf):
-    return _block_checksums(leaf, 0)
+    return jax.device_get(_block_checksums(leaf, 0))
   rows = max(_BLOCK * len(leaf) // max(leaf.size, 1), 1)
-  blocks = [_block_checksums(leaf[start:start + rows], start)
+  blocks = [jax.device_get(_block_checksums(leaf[start:start + rows], start))
             for start in range(0, len(leaf), rows)]
   return sum(blocks[1:], blocks[0])
 
@@ -151,9 +153,8 @@ def _mix(x: Array) -> Array:
 def fingerprint(params: Params) -> str:
   """Returns a hash of a tree of arrays: paths, shapes, dtypes and every bit; 32 hex digits."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  sums = jax.device_get([_checksums(jnp.asarray(leaf)) for _, leaf in leaves])
   hasher = hashlib.sha256()
-  for (path, leaf), checksum in zip(leaves, sums, strict=True):
+  for path, leaf in leaves:
     hasher.update(f'{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} '.encode())
-    hasher.update(np.asarray(checksum).astype('<u4').tobytes())
+    hasher.update(_checksums(jnp.asarray(leaf)).astype('<u4').tobytes())
   return hasher.hexdigest()[:32]
