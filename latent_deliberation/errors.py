@@ -25,7 +25,10 @@ class MissingError(UserError):
   """A file, directory or data set that was named does not exist."""
 
 
-def check_integer(name: str, value: Any, least: int, most: int = 2**31 - 1,
+MOST = 2**31 - 1  # a bound for numbers that have no other one
+
+
+def check_integer(name: str, value: Any, least: int, most: int = MOST,
                   otherwise: str = '') -> None:
   """Raises UserError unless a value is an integer from `least` to `most`.
 
@@ -33,11 +36,14 @@ def check_integer(name: str, value: Any, least: int, most: int = 2**31 - 1,
     otherwise: what to give for no number at all, such as ', or None for all'.
   """
   try:
-    fits = not isinstance(value, bool) and least <= operator.index(value) <= most
+    number = None if isinstance(value, bool) else operator.index(value)
   except TypeError:
-    fits = False
-  if not fits:
-    raise UserError(f'{name} = {value!r}: give an integer from {least} to {most}{otherwise}')
+    number = None
+  if number is None or not least <= number <= most:
+    # A bound that nobody meets is left out.
+    limit = f'from {least} to {most}' if most < MOST or (number or 0) > most else (
+        f'of {least} or more')
+    raise UserError(f'{name} = {value!r}: give an integer {limit}{otherwise}')
 
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf) -> None:

@@ -7,6 +7,7 @@ can override (cli/config_flag.py). `bind` makes it an Experiment again.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -282,11 +283,12 @@ def _problems_of_trunks(sections: Mapping[str, Any]) -> Iterator[str]:
   if not {'deliberation', 'data'} <= set(sections):
     return
   deliberation, length = sections['deliberation'], sections['data'].length
-  yield from problems_of(lambda: deliberation.check_trunk(length))
+  yield from (f'deliberation.{problem}'
+              for problem in problems_of(lambda: deliberation.check_trunk(length)))
   if 'evaluation' in sections:
     scored = sections['evaluation']
     traces = deliberation.with_traces(scored.num_traces, scored.num_ahead)
-    yield from (f'evaluation: {problem}'
+    yield from (f'evaluation.{problem}'
                 for problem in problems_of(lambda: traces.check_trunk(length)))
 
 
@@ -408,10 +410,17 @@ def _bind(config: Mapping[str, Any], kind: type, path: str, where: str, known: C
   # What is whole is also checked where a section is not.
   if len(problems) > before:
     if kind is Experiment:
-      problems += [f'{place}: {problem}' for problem in problems_between(values)]
+      problems += [_placed(problem, place, fields) for problem in problems_between(values)]
     return None
   try:
     return kind(**values)
   except UserError as error:
-    problems += [f'{place}: {line}' for line in str(error).splitlines()]
+    problems += [_placed(problem, place, fields) for problem in str(error).splitlines()]
     return None
+
+
+def _placed(problem: str, place: str, keys: Collection[str]) -> str:
+  """Returns a message with the place of its section, as one path where it begins with a key."""
+  problem = problem.removeprefix(f'{place.rpartition(".")[2]}.')
+  is_key = re.split('[ .]', problem, maxsplit=1)[0] in keys
+  return f'{place}{"." if is_key else ": "}{problem}'

@@ -32,13 +32,13 @@ def format_duration(seconds: float) -> str:
 
 
 @contextmanager
-def announced(task: str, after: float = 2.0, every: float = 30.0) -> Iterator[None]:
-  """Logs that a task without countable parts is at work, and at its end how long it took.
+def announced(task: str, after: float = 2.0, every: float | None = 30.0) -> Iterator[None]:
+  """Logs that a task is at work, and at its end how long it took.
 
   Args:
     task: the task, such as 'loading the decoder'.
     after: seconds until the first line; a shorter task logs nothing.
-    every: seconds between further lines.
+    every: seconds between further lines; None for a task that counts its parts by a Progress.
   """
   begun, ended = time.monotonic(), threading.Event()
 

@@ -39,6 +39,7 @@ from latent_deliberation.sharding import MeshConfig, make_mesh
 flags.disclaim_key_flags()
 
 FLAG = 'config'
+_WHERE = f'--{FLAG}'  # before the dotted path of a key, in messages
 HELP = ("Config file, or the run.json of a run. Any key can be overridden, as in "
         '--config.training.batch_size=16; launch/config.py --config=... lists all keys.')
 
@@ -123,9 +124,7 @@ def read_config(kind: type = Experiment, on_devices: bool = False) -> Any:
     UserError: keys or values are wrong; the message has a line for each.
   """
   config, given = flags.FLAGS[FLAG].value, given_keys()
-  # A study holds its experiment. Both have the same sections.
-  prefix = '' if 'experiment' not in config else 'experiment.'
-  section = config.experiment if prefix else config
+  prefix, section = _experiment_of(config)
   inside = {key.removeprefix(prefix) for key in given if key.startswith(prefix)}
   for key, value in _follow(section, inside):
     old = config
@@ -136,9 +135,9 @@ def read_config(kind: type = Experiment, on_devices: bool = False) -> Any:
       with config.unlocked():
         config.update_from_flattened_dict({f'{prefix}{key}': value})
   bound = []
-  problems = problems_of(lambda: bound.append(bind(config, kind)))
+  problems = problems_of(lambda: bound.append(bind(config, kind, _WHERE)))
   if on_devices:
-    problems += problems_of(lambda: make_mesh(bind(section.mesh, MeshConfig, 'config.mesh')))
+    problems += problems_of(lambda: make_mesh(bind(section.mesh, MeshConfig, f'{_WHERE}.mesh')))
   raise_problems(problems)
   return bound[0]
 
@@ -159,7 +158,7 @@ def _follow(config: ConfigDict, given: set[str]) -> Iterator[tuple[str, Any]]:
     steps = settings.loop.num_steps
     if (f'{name}.loop.num_steps' in given and f'{name}.optimizer.warmup_steps' not in given
         and settings.optimizer.warmup_steps > steps):
-      yield f'{name}.optimizer.warmup_steps', steps // 10
+      yield f'{name}.optimizer.warmup_steps', max(0, steps // 10)
 
 
 def read_run(path: Path) -> ConfigDict:
@@ -209,10 +208,11 @@ class _ConfigParser(ConfigFileFlagParser):
         # ml_collections puts the error of the file, with a traceback, into another one.
         raise UserError(f'{path}: {error.__context__}') from None
     if isinstance(config, ConfigDict):
-      problems = list(_problems_of_overrides(config))
+      values, problems = _read_overrides(config)
       if problems:
-        raise_problems([*problems, 'docs/config.md explains all keys, and launch/config.py prints '
-                        'those of a config.'])
+        raise_problems([*problems, *_problems_of_values(config, values),
+                        'docs/config.md explains all keys, and launch/config.py prints those of a '
+                        'config.'])
     return config
 
 
@@ -221,9 +221,12 @@ _PARSERS = {bool: ('True or False', flags.BooleanParser()),
             int: ('an integer', flags.IntegerParser()), float: ('a number', flags.FloatParser())}
 
 
-def _problems_of_overrides(config: ConfigDict) -> Iterator[str]:
-  """Yields a message for each override with a key that the config lacks, or of another type."""
-  known = list(_paths(config))
+def _read_overrides(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
+  """Returns the values of overrides by key, and a message for each that cannot be one.
+
+  An override has a fault where the config lacks its key, or has a value of another type there.
+  """
+  known, values, problems = list(_paths(config)), {}, []
   for argument in sys.argv[1:]:
     found = re.match(rf'--?(?:no)?{FLAG}\.([^=]+)(?:=(.*))?', argument, re.DOTALL)
     if not found or '[' in found[1]:  # an entry of a tuple, which ml_collections checks
@@ -231,17 +234,39 @@ def _problems_of_overrides(config: ConfigDict) -> Iterator[str]:
     key, given = found.groups()
     if key not in known:
       near = nearest_key(key, known)
-      yield f'--{FLAG} has no key {key!r}.' + (f' Did you mean {near!r}?' if near else '')
+      hint = f' Did you mean {near!r}?' if near else ''
+      problems.append(f'{_WHERE} has no key {key!r}.{hint}')
       continue
-    value = config
+    old = config
     for part in key.split('.'):
-      value = value[part]
-    if type(value) in _PARSERS and given is not None:
-      what, parser = _PARSERS[type(value)]
+      old = old[part]
+    if given is None:  # --config.key and --noconfig.key are True and False
+      continue
+    if type(old) in _PARSERS:
+      what, parser = _PARSERS[type(old)]
       try:
-        parser.parse(given)
+        values[key] = parser.parse(given)
       except (ValueError, TypeError):
-        yield f'--{FLAG}.{key}={given}: give {what}, such as {value!r}'
+        problems.append(f'{_WHERE}.{key}={given}: give {what}, such as {old!r}')
+    elif isinstance(old, str):
+      values[key] = given
+  return values, problems
+
+
+def _problems_of_values(config: ConfigDict, values: Mapping[str, Any]) -> list[str]:
+  """Returns what is wrong with a config that has these values."""
+  config = as_config(config)
+  prefix, section = _experiment_of(config)
+  with config.unlocked():
+    config.update_from_flattened_dict(dict(values))
+    section.update_from_flattened_dict(dict(_follow(section, {
+        key.removeprefix(prefix) for key in values if key.startswith(prefix)})))
+  return problems_of(lambda: bind(section, Experiment, f'{_WHERE}.{prefix}'.rstrip('.')))
+
+
+def _experiment_of(config: ConfigDict) -> tuple[str, ConfigDict]:
+  """Returns the prefix of the keys of an experiment, and its section. A study holds its own."""
+  return ('experiment.', config.experiment) if 'experiment' in config else ('', config)
 
 
 def _paths(config: Mapping[str, Any], path: str = '') -> Iterator[str]:

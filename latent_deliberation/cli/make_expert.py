@@ -48,10 +48,10 @@ from latent_deliberation.experts.measuring import (
   portable,
 )
 from latent_deliberation.experts.package import PICTURE, Routing, write_package
-from latent_deliberation.experts.texts import STDLIB, files_of, keywords_of, read_documents
+from latent_deliberation.experts.texts import STDLIB, keywords_of, read_documents
 from latent_deliberation.files import as_path, make_writable, write_json
 from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, ROWS, RUN_FILE
-from latent_deliberation.progress import PhaseClock, announced, counted, format_duration
+from latent_deliberation.progress import PhaseClock, counted, format_duration
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
@@ -86,7 +86,7 @@ class ExpertRequest:
   sample: bool = True
 
   def __post_init__(self):
-    check_name(self.name)
+    check_name(self.name, '--name')
     if self.name == GENERAL:
       raise UserError(f'name = {self.name!r}: this is the name of text of no domain; give another')
     check_number('minutes', self.minutes, 0, 1e6)
@@ -110,7 +110,7 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
     raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
   if output.exists():
     raise UserError(f'{output} exists already and is not overwritten: give another --output')
-  data = dataclasses.replace(experiment.data, source='text', files=files_of(request.text),
+  data = dataclasses.replace(experiment.data, source='text', files=request.text,
                              name='', options={}, data_dir='')
   experiment = dataclasses.replace(experiment, data=data)
   general = _general_data(experiment, request)
@@ -162,7 +162,7 @@ def _general_data(experiment: Experiment, request: ExpertRequest) -> DataConfig:
   tokens = 2 * ROUTING_ROWS * config.num_texts * experiment.data.length
   source = dict(source=STDLIB, files=())
   if request.general not in ('', STDLIB):
-    source = dict(source='text', files=files_of(request.general))
+    source = dict(source='text', files=request.general)
   return dataclasses.replace(experiment.data, **source, max_tokens=tokens, validation_percent=30)
 
 
@@ -267,8 +267,7 @@ def _measure(experiment: Experiment, name: str, other: Experiment, runs: Mapping
                        for place in (COPROCESSOR, CONSTANT))
   params, soft_tokens = (on_mesh(each.params, mesh) for each in (trained, constant))
   scores, places, sample = {}, [], {}
-  with announced('loading the decoder'):
-    decoder_params, _ = load_frozen(experiment, checkpoint, mesh)
+  decoder_params, _ = load_frozen(experiment, checkpoint, mesh)
   for text, scored, prepared in ((name, experiment, workdir),
                                  (GENERAL, other, workdir / GENERAL_DATA)):
     with clock.phase(f'scores on {text} text'):

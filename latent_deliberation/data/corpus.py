@@ -56,6 +56,11 @@ class TextCorpus:
   held_out: np.ndarray
   fingerprint: str
 
+  def describe(self) -> str:
+    """Returns a line about the documents, for the log."""
+    return (f'{len(self.size)} documents in {len(self.files)} files, {self.size.sum() / 1e6:.1f} '
+            f'MB, {self.held_out.sum()} documents held out')
+
   def numbers(self, split: str) -> np.ndarray:
     """Returns the numbers of the documents of 'train' or 'validation', int64."""
     return np.flatnonzero(self.held_out == (split == 'validation'))
@@ -96,8 +101,6 @@ def open_corpus(config: DataConfig) -> TextCorpus:
     shutil.rmtree(copies)
     raise
   weakref.finalize(corpus, shutil.rmtree, copies, ignore_errors=True)
-  logging.info('the corpus has %d documents in %d files, %.1f MB, %d documents held out',
-               len(corpus.size), len(files), corpus.size.sum() / 1e6, corpus.held_out.sum())
   return corpus
 
 

@@ -9,7 +9,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from latent_deliberation.errors import check_types, raise_problems
+from latent_deliberation.errors import (
+  MOST,
+  check_integer,
+  check_types,
+  problems_of,
+  raise_problems,
+)
 
 # sources.py says how to add a source, and checks on import that it can read each of these.
 SOURCES = ('stdlib', 'text', 'tfds', 'mixture', 'synthetic')
@@ -45,9 +51,9 @@ class DataConfig:
       TensorFlow data set. 'mixture' takes a seqio task or mixture that is already registered.
       'synthetic' draws questions of a task in studies/synthetic.
     files: for 'text': files, globs or directories; one string may hold several, with commas.
-      '~' is the home directory, as in every path. A directory stands for all .txt, .jsonl and
-      .ndjson files below it, compressed ones included. A .jsonl, .ndjson or .json file holds one
-      document a line. Any other file is one document.
+      '~' is the home directory, as in every path. A directory stands for all .txt, .md, .rst,
+      .jsonl and .ndjson files below it, compressed ones included. A .jsonl, .ndjson or .json file
+      holds one document a line. Any other file is one document.
     text_key: field that holds the text, in a line of JSON or in a TFDS example.
     name: for 'tfds', the data set with its version, such as 'c4/en:3.1.0'.
       For 'mixture', the registered name. For 'synthetic', the task: a key of TASKS in
@@ -136,19 +142,19 @@ class DataConfig:
   def _problems_of_numbers(self) -> Iterator[str]:
     bounds = {
         'documents': (2, 2**63 - 1),  # one for each split
-        'questions': (1, 2**31 - 1),
-        'vocabulary_size': (SMALLEST_SENTENCEPIECE + 1, 2**31 - 1),
-        'length': (2, 2**31 - 1),
+        'questions': (1, MOST),
+        'vocabulary_size': (SMALLEST_SENTENCEPIECE + 1, MOST),
+        'length': (2, MOST),
         'validation_percent': (1, 99),
-        'seed': (0, 2**31 - 2),  # TensorFlow takes seeds modulo 2**31 - 1
+        'seed': (0, MOST - 1),  # TensorFlow takes seeds modulo 2**31 - 1
         'max_tokens': (0, 2**63 - 1),
     }
     wrong = set()
     for key, (low, high) in bounds.items():
-      value = getattr(self, key)
-      if not low <= value <= high:
+      found = problems_of(check_integer, key, getattr(self, key), low, high)
+      if found:
         wrong.add(key)
-        yield f'{key} = {value}: it must be between {low} and {high}'
+        yield from found
     if not wrong & {'max_tokens', 'length'} and 0 < self.max_tokens < self.length:
       yield (f'max_tokens = {self.max_tokens} is less than one row of length = {self.length} '
              'tokens: raise it, or set 0 for every document')

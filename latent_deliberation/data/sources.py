@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 
 from latent_deliberation.data.data_config import SOURCES, DataConfig
 from latent_deliberation.data.host_tensorflow import seqio, tf
@@ -51,6 +52,9 @@ class Corpus(Protocol):
 
   def read(self, number: int) -> str:
     """Returns the text of one document."""
+
+  def describe(self) -> str:
+    """Returns a line about the documents, for the log."""
 
 
 class CorpusSource(seqio.DataSource):
@@ -112,7 +116,9 @@ def build_source(config: DataConfig) -> seqio.DataSource:
   if config.source == 'tfds':
     return _open_tfds(config)
   module, _, function = CORPORA[config.source].partition(':')
-  return CorpusSource(getattr(importlib.import_module(module), function)(config))
+  corpus = getattr(importlib.import_module(module), function)(config)
+  logging.info('the corpus has %s', corpus.describe())
+  return CorpusSource(corpus)
 
 
 def _open_tfds(config: DataConfig) -> seqio.TfdsDataSource:

@@ -23,6 +23,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, as_config, bind
 from latent_deliberation.files import seal, unseal, write_json
 from latent_deliberation.paths import ROWS, RUN_FILE
+from latent_deliberation.progress import announced
 
 HELD_OUT_ROWS = 32  # rows to hold out, if a larger percentage can
 PERCENTAGES = (20, 30)  # of the documents to hold out, in place of a smaller one
@@ -88,10 +89,11 @@ def _fit_vocabulary(data: DataConfig, corpus: TextCorpus) -> int:
   text_bytes = int(corpus.size[numbers].sum())
   if text_bytes >= SMALL_TEXT:
     return data.vocabulary_size
-  vocabularies = importlib.import_module('latent_deliberation.data.vocabularies')  # TensorFlow
   pieces = min(data.vocabulary_size, text_bytes // BYTES_PER_PIECE)
   # Only training shows how many pieces a text has; a repetitive one has few.
-  with tempfile.TemporaryDirectory() as directory:
+  with (announced(f'choosing a vocabulary for {text_bytes / 1e3:,.0f} kB of text'),
+        tempfile.TemporaryDirectory() as directory):
+    vocabularies = importlib.import_module('latent_deliberation.data.vocabularies')  # TensorFlow
     while pieces >= SMALLEST_VOCABULARY:
       try:
         vocabularies.train_sentencepiece(
@@ -189,7 +191,8 @@ def _changes(experiment: Experiment, choices: Choices, origin: str) -> Choices:
       changes[key] = value
       logging.info('%s = %r in place of %r, for %s', key, value, old, origin)
   if changes:
-    logging.info('give a key, such as --config.%s=..., to choose it yourself', next(iter(changes)))
+    logging.log_first_n(logging.INFO, 'give a key, such as --config.%s=..., to choose it yourself',
+                        1, next(iter(changes)))
   return changes
 
 

@@ -102,10 +102,15 @@ def gain_on(scores: Mapping[str, Any] | None,
     return None
 
 
-def check_name(name: str) -> None:
-  """Raises UserError unless a name can be that of an expert, a directory and a flag's value."""
+def check_name(name: str, key: str = 'name') -> None:
+  """Raises UserError unless a name can be that of an expert, a directory and a flag's value.
+
+  Args:
+    name: the name.
+    key: key or flag that gives it, for the message.
+  """
   if not _NAME.fullmatch(name) or name in (AUTO, NONE) or '..' in name:
-    raise UserError(f'name = {name!r:.80}: give up to 64 small letters, digits, and - . _ between '
+    raise UserError(f'{key} = {name!r:.80}: give up to 64 small letters, digits, and - . _ between '
                     f'them, and neither {AUTO} nor {NONE}')
 
 

@@ -25,12 +25,11 @@ from flax.serialization import from_state_dict, to_state_dict
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save
 
-from latent_deliberation.data.text_files import UNPACK, UNPACK_BY_HAND, list_files
+from latent_deliberation.data.text_files import OF_LINES, UNPACK, UNPACK_BY_HAND, list_files
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.experts.attach import Choice, Experts, Mix
 from latent_deliberation.experts.card import AUTO
 from latent_deliberation.experts.routing import Query
-from latent_deliberation.experts.texts import files_of
 from latent_deliberation.files import read_text, write_whole
 from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.passes import Augmentation, State
@@ -88,7 +87,7 @@ def read_passages(directory: Path, tokenizer: Tokenizer, size: int = PASSAGE) ->
   """
   check_integer('passage', size, 16)
   passages = []
-  for path in [file.path for file in list_files(files_of(str(directory)))]:
+  for path in [file.path for file in list_files([str(directory)])]:
     try:
       for name, text in _read_documents(path):
         parts = list(_cut(text, tokenizer, size))
@@ -113,7 +112,7 @@ def _read_documents(path: Path) -> Iterator[tuple[str, str]]:
     raise UserError(f'it has {path.stat().st_size:,} bytes, and at most {MOST_BYTES:,} are read: '
                     'cut it into several files')
   text = read_text(path, 'a document')
-  if path.suffix.lower() not in ('.jsonl', '.ndjson', '.jsonlines', '.ldjson'):
+  if path.suffix.lower() not in OF_LINES:
     yield path.name, text
     return
   for number, line in enumerate(text.split('\n'), 1):

@@ -6,16 +6,13 @@ an expert saves on these tokens is its gain there.
 
 import collections
 import dataclasses
-import glob
 import math
-import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from latent_deliberation.data.corpus import open_corpus
-from latent_deliberation.data.data_config import DataConfig, split_files
-from latent_deliberation.data.text_files import list_files
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.experts.routing import words_of
 from latent_deliberation.inference.tokenizer import Tokenizer
@@ -23,35 +20,6 @@ from latent_deliberation.inference.tokenizer import Tokenizer
 STDLIB = 'stdlib'  # said in the place of files: the text of Python's standard library
 _TELLING = 8  # times as frequent as in general text
 _MOST_CHARACTERS = 50_000  # of a document that is cut
-_MORE_TEXT = ('*.md', '*.markdown', '*.rst')  # of a folder, besides what DataConfig.files takes
-
-
-def files_of(text: str) -> tuple[str, ...]:
-  """Returns the files, globs and folders in `text`, with a glob for each other kind of text.
-
-  Args:
-    text: a folder, a file or a glob, or several of them with commas.
-
-  Raises:
-    UserError: there is no such file, or a folder has no text.
-  """
-  files = []
-  for part in split_files(os.path.expanduser(text)):
-    if not os.path.isdir(part):
-      files.append(part)
-      continue
-    more = [os.path.join(glob.escape(part), '**', pattern) for pattern in _MORE_TEXT
-            if glob.glob(os.path.join(glob.escape(part), '**', pattern), recursive=True)]
-    try:
-      list_files([part])
-      files.append(part)
-    except UserError:
-      if not more:
-        raise
-    files += more
-  if not files:
-    raise UserError(f"text = {text!r}: give a folder, a file or a glob, such as 'notes/*.txt'")
-  return tuple(files)
 
 
 def read_documents(data: DataConfig, split: str = '', most_bytes: int = 8 << 20) -> list[str]:
@@ -76,10 +44,13 @@ def read_documents(data: DataConfig, split: str = '', most_bytes: int = 8 << 20)
 
 
 def documents_of(text: str) -> list[str]:
-  """Returns the documents of files, globs and folders, or of 'stdlib'. Raises as `files_of`."""
-  if text == STDLIB:
-    return read_documents(DataConfig(source=STDLIB))
-  return read_documents(DataConfig(source='text', files=files_of(text)))
+  """Returns the documents of files, globs and folders, or of 'stdlib'.
+
+  Raises:
+    UserError: see `open_corpus`.
+  """
+  return read_documents(DataConfig(source=STDLIB) if text == STDLIB
+                        else DataConfig(source='text', files=text))
 
 
 def keywords_of(own: Sequence[str], general: Sequence[str], number: int = 64) -> list[str]:

@@ -111,7 +111,7 @@ class Checkpoint:
     """Raises UserError if tensors differ from those of the config; the message lists them all."""
     check_tensors(self.source, self._expected, self._padded, self._is_foreign)
 
-  @announced("loading the decoder's weights")
+  @announced("loading the decoder's weights", every=None)
   def load(self, shardings: Callable[[PyTree], PyTree] | None = None,
            dtype: DTypeLike | None = None) -> Params:
     """Returns the parameters. Logs a warning for each that has values that are not finite.

@@ -42,6 +42,18 @@ def test_all_wrong_overrides_are_named(monkeypatch):
   assert 'training.batch_size=x' in third and 'computation.scan=perhaps' in fourth
 
 
+def test_wrong_type_hides_no_wrong_value(monkeypatch):
+  """What is not allowed is said beside a value of another type, after what follows from flags."""
+  monkeypatch.setattr(sys, 'argv', [
+      'x', '--config.training.batch_size=x', '--config.data.files=a.txt',
+      '--config.evaluation.delay=99', "--config.computation.dtype='f16'"])
+  with pytest.raises(UserError) as error:
+    PARSER.parse(str(finished.ROOT / 'configs/tiny.py'))
+  lines = str(error.value).splitlines()[:-1]
+  assert [line.split(' =')[0].split('=')[0] for line in lines] == [
+      f'--config.{key}' for key in ('training.batch_size', 'evaluation.delay', 'computation.dtype')]
+
+
 def test_error_of_a_file_has_no_traceback(tmp_path):
   path = tmp_path / 'bad.py'
   text = (finished.ROOT / 'configs/tiny.py').read_text()

@@ -248,9 +248,10 @@ def test_wildcard_without_backups(tmp_path, name):
 
 def test_files_of_other_kinds_are_logged(tmp_path, caplog):
   (write_two(tmp_path) / 'c.md').write_text('c')
+  (tmp_path / 'd.html').write_text('d')
   with caplog.at_level('INFO'):
-    assert everything(open_corpus(configure(tmp_path))) == ['a', 'b']
-  assert '1 files .md' in caplog.text
+    assert everything(open_corpus(configure(tmp_path))) == ['a', 'b', 'c']
+  assert '1 files .html' in caplog.text
 
 
 def test_equal_documents_are_in_one_split(tmp_path, caplog):

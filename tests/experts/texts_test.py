@@ -10,7 +10,6 @@ from latent_deliberation.experts.texts import (
   CutSizes,
   cut_documents,
   documents_of,
-  files_of,
   keywords_of,
   mix_cuts,
 )
@@ -39,9 +38,9 @@ def test_folder_stands_for_every_kind_of_text(tmp_path):
 
 
 def test_absent_and_empty_text(tmp_path):
-  for text, message in (('', "text = ''"), (str(tmp_path), 'no file matches'), (' , ', 'text = ')):
-    with pytest.raises(UserError, match=message):
-      files_of(text)
+  for text in ('', ' , '):
+    with pytest.raises(UserError, match="source = 'text' needs files"):
+      documents_of(text)
   with pytest.raises(UserError, match='no file matches'):
     documents_of(str(tmp_path / 'nothing'))
   (tmp_path / 'one.txt').write_text('alone')

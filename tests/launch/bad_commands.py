@@ -32,8 +32,11 @@ BAD = {
         'quickstart', '--workdir={new} --config.deliberation.num_traces=63 '
         '--config.evaluation.delay=9 --config.training.accumulation=0 --config.seed=-1 '
         '--config.mesh.fsdp=3',
-        "(?s)training: accumulation = 0.*evaluation.delay = 9.*seed = -1.*num_traces = 63"
-        ".*'fsdp': 3"),
+        '(?s)--config.training.accumulation = 0.*--config.evaluation.delay = 9.*--config.seed = -1'
+        ".*--config.deliberation.num_traces = 63.*'fsdp': 3"),
+    'a value of another type beside one that is not allowed': Bad(
+        'quickstart', '--workdir={new} --config.training.batch_size=x --config.evaluation.delay=9',
+        '--config.training.batch_size=x: give an integer.*--config.evaluation.delay = 9: it must'),
     'two sources of text': Bad(
         'quickstart', '--workdir={new} --config.data.source=stdlib', "files = .*source = 'stdlib'"),
     'a pretraining of a decoder that exists': Bad(

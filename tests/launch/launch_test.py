@@ -125,7 +125,7 @@ def test_bad_input(answers, name):
   assert re.search(BAD[name].message, printed + said, re.DOTALL | re.MULTILINE), printed + said
   assert 'Traceback' not in said
   assert status == 1
-  assert 'The corpus has' not in said  # nothing long came before it
+  assert 'the corpus has' not in said  # nothing long came before it
 
 
 def test_quickstart_prints_table():

@@ -90,7 +90,7 @@ def test_names(text, names):
 
 def test_unknown_tracker():
   """An unknown one is refused with its key."""
-  with pytest.raises(UserError, match="config.training: trackers = 'mlflow'"):
+  with pytest.raises(UserError, match="config.training.trackers = 'mlflow'"):
     finished.bind({**finished.config_of('tiny'), 'training': {
         **finished.config_of('tiny').training, 'trackers': 'mlflow'}})
 

@@ -65,6 +65,11 @@ class SyntheticCorpus:
     """Returns the text of one document."""
     return self.task.document(self.random(number), self.questions, bool(self._held_out(number)))
 
+  def describe(self) -> str:
+    """Returns a line about the documents, for the log."""
+    held_out = len(self.numbers('validation'))
+    return f'{self.documents} documents, {held_out} documents held out'
+
   def random(self, number: int) -> np.random.Generator:
     """Returns the generator of one document, a function of task name, seed and number."""
     # The number is the third of the counter's four words, so that streams never overlap.
