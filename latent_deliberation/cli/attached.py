@@ -87,6 +87,28 @@ def fitting(decoder_fingerprint: str) -> list[str]:
   return list(found.values())
 
 
+def attach_choice(decoder: LoadedDecoder, expert: str, *, length: int, strict: bool,
+                  ) -> tuple[Experts, Choice]:
+  """Attaches what --expert names; returns the experts, and what a text asks of them.
+
+  Args:
+    expert: see `parse_expert`.
+    strict: whether an expert that cannot be attached is an error; else the text is plain.
+
+  Raises:
+    UserError: --expert is malformed, or 'auto' without an added expert of this decoder.
+  """
+  choice, router = parse_expert(expert)
+  packages = fitting(decoder.fingerprint) if choice == AUTO else list(choice or ())
+  experts, names = attach_named(decoder, packages, length=length, strict=strict,
+                                router=router or 'gain')
+  if choice not in (None, AUTO):
+    # Without one of several, the text is the plain decoder's.
+    choice = {names[package]: weight for package, weight in choice.items()
+              } if len(names) == len(packages) else None
+  return experts, choice
+
+
 def open_writer(request: Request, decoder: str, coprocessor: str, expert: str, strict: bool,
                 vocabulary: str, length: int, gate: FittedGate | None) -> Writer:
   """Returns a writer with experts; see `generate.open_writer`."""
@@ -95,17 +117,11 @@ def open_writer(request: Request, decoder: str, coprocessor: str, expert: str, s
   if request.cache:
     raise UserError(f'--cache={request.cache} has the latents of a coprocessor, and --expert makes '
                     'others: leave one of them out')
-  choice, router = parse_expert(expert)
+  parse_expert(expert)  # before the decoder is loaded
   loaded = load_decoder(as_path(decoder), vocabulary=vocabulary)
   if gate is not None:
     gate.check_decoder(loaded.fingerprint)
-  packages = fitting(loaded.fingerprint) if choice == AUTO else list(choice or ())
-  experts, names = attach_named(loaded, packages, length=length, strict=strict,
-                                router=router or 'gain')
-  if choice not in (None, AUTO):
-    # Without one of several, the text is the plain decoder's.
-    choice = {names[package]: weight for package, weight in choice.items() if package in names
-              } if len(names) == len(packages) else None
+  experts, choice = attach_choice(loaded, expert, length=length, strict=strict)
 
   def sources(prompts: Sequence[str]) -> LatentSource:
     return experts.source([choice] * len(prompts), prompts)

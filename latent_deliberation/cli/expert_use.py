@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import logging
 
 from latent_deliberation.api import load_decoder
-from latent_deliberation.cli.attached import attach_named, fitting, parse_expert
+from latent_deliberation.cli.attached import attach_choice, parse_expert
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Choice, Experts
 from latent_deliberation.experts.card import AUTO
@@ -40,15 +40,9 @@ def open_choice(decoder_name: str, expert: str, length: int, strict: bool,
   """
   if not decoder_name:
     raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
-  choice, router = parse_expert(expert)
+  parse_expert(expert)  # before the decoder is loaded
   decoder = load_decoder(decoder_name)
-  packages = fitting(decoder.fingerprint) if choice == AUTO else list(choice or ())
-  experts, names = attach_named(decoder, packages, length=length, strict=strict,
-                                router=router or 'gain')
-  if choice not in (None, AUTO):
-    # Without one of several, the text is the plain decoder's.
-    choice = {names[package]: weight for package, weight in choice.items()
-              } if len(names) == len(packages) else None
+  experts, choice = attach_choice(decoder, expert, length=length, strict=strict)
   return decoder, experts, choice
 
 

@@ -30,7 +30,13 @@ from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import find_trained, open_held_out, place_batches
-from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, FROZEN, OWN, arm_states
+from latent_deliberation.evaluation.perplexity import (
+  FEWEST_TEXTS,
+  FROZEN,
+  OWN,
+  arm_states,
+  draw_texts,
+)
 from latent_deliberation.evaluation.plots import plot_gates
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import make_writable, seal, whole_directory
@@ -210,8 +216,7 @@ def gain_curve(places: Places, scores: np.ndarray, fractions: Sequence[float], s
   counts = np.bincount(member)
 
   # Draw texts with replacement: places of one text are not independent.
-  drawn = np.random.default_rng(seed).multinomial(
-      len(texts), np.full(len(texts), 1 / len(texts)), samples)
+  drawn = draw_texts(len(texts), samples, seed)
   fractions = np.asarray(fractions)
   all_places = np.bincount(member, places.gain)[:, None]
 

@@ -255,14 +255,18 @@ def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
     raise UserError(
         f'ahead position {int(reached.argmin()) + 1} has targets in 1 of {texts} texts, and an '
         'interval needs 2. Evaluate on more texts, or on fewer ahead positions.')
-  # How often each draw takes each text, the same for both arms.
-  rng = np.random.default_rng(seed)
-  weights = rng.multinomial(texts, np.full(texts, 1 / texts), size=samples).astype(np.float64)
+  weights = draw_texts(texts, samples, seed)  # the same for both arms
   difference, count = weights @ (arm.total - baseline.total), weights @ arm.count
   # NaN leaves a draw without targets out of the percentiles.
   drawn = np.where(count > 0, difference, np.nan) / np.maximum(count, 1)
   low, high = _to_percent(np.nanpercentile(drawn, (2.5, 97.5), axis=0))
   return Change(_to_percent(arm.nll - baseline.nll), low, high)
+
+
+def draw_texts(texts: int, samples: int, seed: int = 0) -> np.ndarray:
+  """Returns how often each draw of a bootstrap takes each text, float64 [samples, texts]."""
+  rng = np.random.default_rng(seed)
+  return rng.multinomial(texts, np.full(texts, 1 / texts), size=samples).astype(np.float64)
 
 
 def _to_percent(difference: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ from latent_deliberation.evaluation.perplexity import (
   OWN,
   AheadNLL,
   check_paired,
+  draw_texts,
   relative_change,
 )
 from latent_deliberation.experiment import Experiment, bind
@@ -80,11 +81,10 @@ def saved_nats(arm: AheadNLL, frozen: AheadNLL, num_ahead: int, samples: int = 2
   """Returns the 'nats' that an arm saves at a place, and 'ci95', a paired bootstrap over texts."""
   check_paired({'arm': arm, FROZEN: frozen})
   saved, count = (frozen.total - arm.total)[:, :num_ahead], frozen.count[:, :num_ahead]
-  nats, texts = float((saved.sum(axis=0) / count.sum(axis=0)).sum()), len(count)
+  nats = float((saved.sum(axis=0) / count.sum(axis=0)).sum())
   if np.count_nonzero(count, axis=0).min() < FEWEST_TEXTS:
     return {'nats': nats, 'ci95': None}
-  weights = np.random.default_rng(seed).multinomial(
-      texts, np.full(texts, 1 / texts), samples).astype(np.float64)
+  weights = draw_texts(len(count), samples, seed)
   drawn = ((weights @ saved) / np.maximum(weights @ count, 1)).sum(axis=1)
   return {'nats': nats, 'ci95': np.percentile(drawn, (2.5, 97.5)).tolist()}
 

@@ -49,7 +49,6 @@ CARD_BYTES = 2**21
 _HEADER_BYTES = 2**23  # of a safetensors file
 # Dtypes of tensors, as safetensors writes them.
 _DTYPES = {WEIGHTS: ('F32', 'BF16', 'F16'), ROUTING: ('F32',), SAMPLE: ('I32',)}
-_CHUNK = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +179,8 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
 
 def sha256_of(path: Path) -> str:
   """Returns the SHA-256 of a file, in hexadecimal digits."""
-  hasher = hashlib.sha256()
   with path.open('rb') as file:
-    while chunk := file.read(_CHUNK):
-      hasher.update(chunk)
-  return hasher.hexdigest()
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _check_header(path: Path, dtypes: Sequence[str]) -> None:
