@@ -48,22 +48,35 @@ def with_adapter(model, rank: int, name: str = 'default', seed: int = 0, spread:
   return model
 
 
-def mask_of(torch, segments, device: str, dtype):
-  """Returns an additive mask [B, 1, T, T]: causal, and within one document."""
+def masks_of(torch, model, segments, device: str):
+  """Returns additive masks [B, 1, T, T], causal and within one document.
+
+  A model with a sliding window gets one for each kind of its layers, since it takes a mask that is
+  given as it is.
+  """
   segments = torch.tensor(segments, device=device)
   same = (segments[:, None, :] == segments[:, :, None]) & (segments[:, None, :] > 0)
-  causal = torch.ones(segments.shape[1], segments.shape[1], device=device).tril().bool()
-  # A row of padding sees itself, since a softmax over nothing is not a number.
-  seen = (same & causal) | torch.eye(segments.shape[1], device=device).bool()
-  return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+  index = torch.arange(segments.shape[1], device=device)
+  distance = index[:, None] - index
+  dtype = next(model.parameters()).dtype
+
+  def mask(window: float):
+    # A row of padding sees itself, since a softmax over nothing is not a number.
+    seen = (same & (distance >= 0) & (distance < window)) | (distance == 0)
+    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+  kinds = set(getattr(model.config, 'layer_types', None) or ())
+  if 'sliding_attention' not in kinds:
+    return mask(float('inf'))
+  return {'full_attention': mask(float('inf')),
+          'sliding_attention': mask(model.config.sliding_window)}
 
 
 def logprobs(torch, model, batch, device: str):
   """Returns the log-probabilities [B, T - 1] of each next token."""
   tokens, segments, positions = batch
   ids = torch.tensor(tokens.astype(np.int64), device=device)
-  dtype = next(model.parameters()).dtype
-  logits = model(input_ids=ids, attention_mask=mask_of(torch, segments, device, dtype),
+  logits = model(input_ids=ids, attention_mask=masks_of(torch, model, segments, device),
                  position_ids=torch.tensor(positions.astype(np.int64), device=device),
                  use_cache=False).logits[:, :-1].float()
   return torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
