@@ -68,6 +68,11 @@ def define_config(launch_script: str, default: str | None = None, of_run: str = 
   flags.FLAGS[FLAG].default_as_str = None  # it would be listed as 'None'
   if default is None:
     flags.mark_flag_as_required(FLAG)
+    if of_run and _given_flag(of_run):
+      # Also where something else is wrong with the directory: `_find_run` has said so by then.
+      problem = (f'--{of_run}={_given_flag(of_run)} has no {RUN_FILE} of a run: give the directory '
+                 f'of one, or --{FLAG}=...')
+      app.before_parsing(lambda: _given_flag(FLAG) is None and raise_problems([problem]))
   else:
     # Only where errors of overrides are caught: the default is read when it is set.
     app.before_parsing(lambda: flags.FLAGS.set_default(FLAG, default))

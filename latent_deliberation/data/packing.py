@@ -76,6 +76,11 @@ def prepare(config: DataConfig, prepared_dir: Path) -> Path:
     if config.mode != 'packed' or not all((directory / split).exists() for split in SPLITS):
       raise
     # Compare what the configuration alone determines.
+    changed = differences(_read_source(directory).get('given', _given(config)), _given(config),
+                          'data.')
+    if changed:
+      raise UserError('\n'.join([f'{missing}.', f'{directory} was packed from something else:',
+                                 *changed])) from missing
     for split in SPLITS:
       _check_recipe(directory / split, {key: getattr(config, key) for key in KNOWN_BY_CONFIG})
     logging.warning('%s. The rows in %s are complete and are used as they are', missing, directory)
@@ -101,7 +106,20 @@ def describe_source(config: DataConfig, documents: Documents) -> dict[str, Any]:
   files = getattr(getattr(source, 'corpus', None), 'files', ())
   keys = {key: value for key, value in dataclasses.asdict(config).items()
           if key not in (*NOT_IN_ROWS, *KNOWN_BY_CONFIG)}
-  return json.loads(json.dumps({'config': keys, 'files': [file.name for file in files]}))
+  return json.loads(json.dumps({'config': keys, 'files': [file.name for file in files],
+                                'given': _given(config)}))
+
+
+def _given(config: DataConfig) -> dict[str, Any]:
+  """Returns where a configuration looks for documents, as JSON values."""
+  return {'source': config.source, 'files': list(config.files), 'name': config.name,
+          'data_dir': config.data_dir}
+
+
+def _read_source(directory: Path) -> dict[str, Any]:
+  """Returns what rows were packed from, see `describe_source`; {} for rows of earlier code."""
+  path = directory / SOURCE_FILE
+  return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def _explain(directory: Path, described: Mapping[str, Any], new_text: bool) -> list[str]:
@@ -112,10 +130,9 @@ def _explain(directory: Path, described: Mapping[str, Any], new_text: bool) -> l
     described: what its rows should be packed from.
     new_text: whether the documents differ.
   """
-  path = directory.parent / SOURCE_FILE
-  if not path.is_file():  # packed by earlier code
+  saved = _read_source(directory.parent)
+  if not saved:
     return []
-  saved = json.loads(path.read_bytes())
   lines = differences(saved['config'], described['config'], 'data.')
   for change, one, other in (('added', described, saved), ('removed', saved, described)):
     names = sorted(set(one['files']) - set(other['files']))

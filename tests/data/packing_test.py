@@ -271,6 +271,9 @@ def test_rows_without_their_source(corpus_directory, tmp_path, caplog):
   with caplog.at_level('WARNING'):
     assert prepare(local(texts), workdir) == directory
   assert 'no file matches' in caplog.text and 'are used as they are' in caplog.text
+  # Another place that has no files is a mistake, and not the absence of the same files.
+  with pytest.raises(UserError, match=r'(?s)no file matches .*else:\n  data.files: .*absent'):
+    prepare(local(tmp_path / 'absent'), workdir)
   with pytest.raises(UserError, match='seed: 0 saved, 1 now'):
     prepare(local(texts, seed=1), workdir)
   with pytest.raises(UserError, match='no file matches'):
