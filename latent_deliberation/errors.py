@@ -62,10 +62,14 @@ def check_types(section: Any) -> None:
 
   An integer of 64 bits is a number, too, and a list is a tuple.
   """
-  values = ((field.name, getattr(section, field.name), field.type)
-            for field in dataclasses.fields(section))
-  raise_problems(f'{name} = {value!r:.80}: give {_describe(kind)}' for name, value, kind in values
-                 if not _has_type(value, kind))
+  raise_problems(filter(None, (
+      problem_of_type(field.name, getattr(section, field.name), field.type)
+      for field in dataclasses.fields(section))))
+
+
+def problem_of_type(name: str, value: Any, kind: Any) -> str:
+  """Returns what to give for a key whose value has not the type of an annotation, or ''."""
+  return '' if _has_type(value, kind) else f'{name} = {value!r:.80}: give {_describe(kind)}'
 
 
 def _has_type(value: Any, kind: Any) -> bool:

@@ -23,6 +23,7 @@ from latent_deliberation.errors import (
   check_integer,
   check_number,
   check_types,
+  problem_of_type,
   problems_of,
   raise_problems,
 )
@@ -140,12 +141,18 @@ class TrainingConfig:
   def __post_init__(self):
     object.__setattr__(self, 'row_range_percent', check_row_range(self.row_range_percent))
     check_types(self)
-    raise_problems(f'{name} = {getattr(self, name)}: it must be 1 or more'
-                   for name in ('batch_size', 'accumulation') if getattr(self, name) < 1)
-    for name, factor in self.multipliers.items():
-      check_number(f'multipliers.{name}', factor, 0)
-    raise_problems([*problems_of(lambda: parse_range(self.profile, self.loop.num_steps)),
-                    *problems_of(lambda: parse_trackers(self.trackers))])
+    raise_problems(self.problems_in(vars(self)))
+
+  @staticmethod
+  def problems_in(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with the keys of a run; one that could not be made is absent."""
+    for name in ('batch_size', 'accumulation'):
+      yield from problems_of(check_integer, name, values.get(name, 1), 1)
+    for name, factor in values.get('multipliers', {}).items():
+      yield from problems_of(check_number, f'multipliers.{name}', factor, 0)
+    if 'loop' in values:
+      yield from problems_of(parse_range, values.get('profile', ''), values['loop'].num_steps)
+    yield from problems_of(parse_trackers, values.get('trackers', AUTO))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,38 +251,33 @@ class Experiment:
   def __post_init__(self):
     check_types(self)
     object.__setattr__(self, 'rules', check_rules(self.rules))
-    raise_problems(problems_between(vars(self)))
+    raise_problems(self.problems_in(vars(self)))
 
-
-def problems_between(sections: Mapping[str, Any]) -> Iterator[str]:
-  """Yields what is wrong between the sections of an experiment.
-
-  Args:
-    sections: values by the keys of Experiment. One that could not be made is absent, and what
-      needs it is not checked.
-  """
-  yield from problems_of(lambda: check_integer('seed', sections.get('seed', 0), 0, LAST_SEED))
-  for section, parts in (('pretraining', ('embedder', 'transformer')), ('training', PARTS)):
-    if section not in sections:
-      continue
-    unknown = sorted(set(sections[section].multipliers) - set(parts))
-    if unknown:
-      yield (f'{section}.multipliers names {unknown}: the trainable parameters are among '
-             f'{parts}')
-    # A stream has no rows to take a range of.
-    percent = sections[section].row_range_percent
-    if 'data' in sections and sections['data'].mode == 'online' and percent != ALL_ROWS:
-      yield (f'{section}.row_range_percent = {percent}, but a stream has no rows to count '
-             f"(data.mode = 'online'): set it to {ALL_ROWS}, or set data.mode = 'packed'")
-  # The fused kernels keep all traces of a text in one row.
-  rules = sections.get('rules', {})
-  for axis in ('trace', 'length'):
-    if 'computation' in sections and sections['computation'].attention != 'plain' and (
-        rules.get(axis)):
-      yield (f'rule {axis!r} -> {rules[axis]} with computation.attention = '
-             f'{sections["computation"].attention!r}: the fused kernels do not divide this axis. '
-             "Leave the rule out, or set attention = 'plain'")
-  yield from _problems_of_trunks(sections)
+  @staticmethod
+  def problems_in(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong between the values; what needs one that is absent is not checked."""
+    yield from problems_of(lambda: check_integer('seed', values.get('seed', 0), 0, LAST_SEED))
+    for section, parts in (('pretraining', ('embedder', 'transformer')), ('training', PARTS)):
+      if section not in values:
+        continue
+      unknown = sorted(set(values[section].multipliers) - set(parts))
+      if unknown:
+        yield (f'{section}.multipliers names {unknown}: the trainable parameters are among '
+               f'{parts}')
+      # A stream has no rows to take a range of.
+      percent = values[section].row_range_percent
+      if 'data' in values and values['data'].mode == 'online' and percent != ALL_ROWS:
+        yield (f'{section}.row_range_percent = {percent}, but a stream has no rows to count '
+               f"(data.mode = 'online'): set it to {ALL_ROWS}, or set data.mode = 'packed'")
+    # The fused kernels keep all traces of a text in one row.
+    rules = values.get('rules', {})
+    for axis in ('trace', 'length'):
+      if 'computation' in values and values['computation'].attention != 'plain' and (
+          rules.get(axis)):
+        yield (f'rule {axis!r} -> {rules[axis]} with computation.attention = '
+               f'{values["computation"].attention!r}: the fused kernels do not divide this axis. '
+               "Leave the rule out, or set attention = 'plain'")
+    yield from _problems_of_trunks(values)
 
 
 def _problems_of_trunks(sections: Mapping[str, Any]) -> Iterator[str]:
@@ -409,8 +411,11 @@ def _bind(config: Mapping[str, Any], kind: type, path: str, where: str, known: C
     values[key] = value
   # What is whole is also checked where a section is not.
   if len(problems) > before:
-    if kind is Experiment:
-      problems += [_placed(problem, place, fields) for problem in problems_between(values)]
+    wrong = {key: problem_of_type(key, value, fields[key].type) for key, value in values.items()}
+    found = list(filter(None, wrong.values()))
+    if hasattr(kind, 'problems_in'):
+      found += kind.problems_in({key: values[key] for key in values if not wrong[key]})
+    problems += [_placed(problem, place, fields) for problem in found]
     return None
   try:
     return kind(**values)

@@ -251,8 +251,9 @@ def check_free(paths: Sequence[Path], overwrite: bool) -> None:
   """
   there = [str(path) for path in paths if path.exists()]
   if there and not overwrite:
-    raise UserError(f'{", ".join(there)} exists already and is not overwritten: name another '
-                    'place, or add --overwrite')
+    verb = 'exists already and is' if len(there) == 1 else 'exist already and are'
+    raise UserError(f'{", ".join(there)} {verb} not overwritten: name another place, or add '
+                    '--overwrite')
 
 
 def lock(path: Path, work: str, *, wait: bool = False) -> contextlib.AbstractContextManager[None]:

@@ -9,6 +9,8 @@ flags say otherwise. Next, open gate.png in --output.
 """
 
 
+from shlex import quote
+
 from latent_deliberation.cli import app
 from latent_deliberation.cli.config_flag import define_config
 from latent_deliberation.cli.trained_run import open_run
@@ -31,7 +33,10 @@ def main() -> None:
       run.experiment, decoder_dir=run.decoder_dir, coprocessor_dir=run.coprocessor_dir,
       prepared_dir=run.prepared_dir, output=as_path(_OUTPUT.value))
   print(format_gates(result))
-  print(f'Picture: {as_path(_OUTPUT.value) / PICTURE}')
+  output = as_path(_OUTPUT.value)
+  print(f'Picture: {output / PICTURE}\nNext: python launch/generate.py '
+        f'--decoder={quote(str(run.decoder_dir))} --coprocessor={quote(_COPROCESSOR.value)} '
+        f'--gate={quote(str(output))} --budget=0.25')
 
 
 if __name__ == '__main__':

@@ -39,6 +39,8 @@ def main() -> None:
   experiment = with_decoder(read_config(on_devices=True), _DECODER.value, given_keys())
   summary = quickstart(experiment, workdir, given_keys(), _OVERWRITE.value)
   print(format_table(summary))
+  if not (summary['bar'] or {}).get('passed'):
+    print('More steps on more text usually help; docs/limits.md says where latents do not.')
   decoder = experiment.decoder_from or str(workdir / PRETRAINING / DECODER)
   print(f'Report: {workdir / "report.md"}\n'
         f'Next: python launch/generate.py --decoder={quote(decoder)} '

@@ -100,6 +100,18 @@ def test_all_bad_values_of_a_section(section, values):
   assert sorted(named) == sorted(values)
 
 
+def test_bad_section_hides_no_bad_key():
+  """Keys beside a section that could not be made are checked, too, also for their type."""
+  raw = finished.config_of('tiny').to_dict()
+  raw['training']['loop']['num_steps'] = -1
+  raw['training'] |= {'batch_size': -3, 'multipliers': 3, 'trackers': 'mlflow'}
+  with pytest.raises(UserError) as raised:
+    bind(raw)
+  assert [line.split(' = ')[0] for line in str(raised.value).splitlines()] == [
+      f'config.training.{key}' for key in ('loop.num_steps', 'multipliers', 'batch_size',
+                                           'trackers')]
+
+
 def test_constant_variant():
   """The constant variant trains soft tokens and gate alone."""
   experiment = finished.experiment()

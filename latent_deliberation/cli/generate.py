@@ -384,9 +384,9 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
   """Formats a result of `Writer.compare`: two columns of text, and a table of scores."""
   columns = []
   for name, title in _NAMES.items():
-    parts = textwrap.wrap(result[name]['text'], _COLUMN, replace_whitespace=False,
-                          drop_whitespace=False)
-    lines = (line for part in parts for line in part.split('\n'))
+    # Lines of the text stay lines; only long ones are cut.
+    lines = (part for line in result[name]['text'].split('\n')
+             for part in textwrap.wrap(line, _COLUMN, drop_whitespace=False) or [''])
     columns.append([title, '-' * len(title), *lines])
   height = max(map(len, columns))
   left, right = (column + [''] * (height - len(column)) for column in columns)

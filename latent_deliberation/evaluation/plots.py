@@ -180,7 +180,12 @@ def plot_gates(result: Mapping[str, Any], path: Path) -> None:
     axes.plot(curve['fractions'], gain, color=colour, label=f'{name} gate')
     if result['texts'] >= FEWEST_TEXTS:
       axes.fill_between(curve['fractions'], low, high, color=colour, alpha=0.15, linewidth=0)
+  # As many places drawn by chance have that fraction of the gain of all places.
+  everywhere = 1e3 * curve['gain'][-1]
+  axes.plot([0, 1], [0, everywhere], color='black', linewidth=1, linestyle=':', label='chance')
   axes.axhline(0, color='black', linewidth=1, linestyle='--')
+  if result['texts'] < FEWEST_TEXTS:
+    axes.set_title(f'Too few texts for intervals: {result["texts"]}', fontsize=10)
   axes.set_xlabel('fraction of places that are augmented')
   axes.set_ylabel('mean gain of a place, millinats on the tokens ahead (above 0 is better)',
                   fontsize=9)

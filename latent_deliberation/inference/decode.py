@@ -11,7 +11,13 @@ from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, PyTree, typed
 from latent_deliberation.deliberation.loss import entropy
-from latent_deliberation.errors import UserError, check_integer, check_number
+from latent_deliberation.errors import (
+  UserError,
+  check_integer,
+  check_number,
+  problems_of,
+  raise_problems,
+)
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.passes import Model, State, Weights, embed, predict
 from latent_deliberation.inference.policy import Gate
@@ -38,11 +44,13 @@ class Sampling:
   min_p: float = 0.0
 
   def __post_init__(self):
-    check_number('temperature', self.temperature, 0)
-    if self.top_k is not None:
-      check_integer('top_k', self.top_k, 1, 2**63 - 1, ', or none to keep all tokens (--top_k=0)')
-    check_number('top_p', self.top_p, 0, 1)
-    check_number('min_p', self.min_p, 0, 1)
+    raise_problems([
+        *problems_of(check_number, 'temperature', self.temperature, 0),
+        *(() if self.top_k is None else problems_of(
+            check_integer, 'top_k', self.top_k, 1, 2**63 - 1,
+            ', or none to keep all tokens (--top_k=0)')),
+        *problems_of(check_number, 'top_p', self.top_p, 0, 1),
+        *problems_of(check_number, 'min_p', self.min_p, 0, 1)])
 
   @property
   def greedy(self) -> bool:
