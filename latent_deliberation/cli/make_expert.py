@@ -30,6 +30,7 @@ from latent_deliberation.cli.quickstart import prepare_phases, train_phases
 from latent_deliberation.data.data_config import DataConfig, split_files
 from latent_deliberation.data.loading import open_batches, prepare_data
 from latent_deliberation.data.rows import PackedRows
+from latent_deliberation.data.text_files import list_files
 from latent_deliberation.data.text_sizes import PASSES, Choices, fit_to_rows, with_choices
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
@@ -114,6 +115,9 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
                              name='', options={}, data_dir='')
   experiment = dataclasses.replace(experiment, data=data)
   general = _general_data(experiment, request)
+  for text in (data, general):
+    if text.source == 'text':
+      list_files(text.files)  # refused before anything is written
   make_writable(output.absolute().parent)
   make_writable(workdir)
   with hold_workdir(workdir):

@@ -235,12 +235,12 @@ def _legend(summary: Mapping[str, Any]) -> str:
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-  """Returns the table, its legend and the gain, for a terminal or a log."""
+  """Returns the table, its legend, the gain and the notes, for a terminal or a log."""
   header, rows = _table(summary)
   widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
   lines = ['  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
            for row in (header, *rows)]
-  return '\n'.join([*lines, _legend(summary), state_gain(summary)])
+  return '\n'.join([*lines, _legend(summary), state_gain(summary), *summary['notes']])
 
 
 def format_page(summary: Mapping[str, Any]) -> str:

@@ -71,8 +71,13 @@ BAD = {
     'a directory as config': Bad(
         'pretrain', '--workdir={new} --config configs', '--config=configs: .*no such file'),
     'no config at all': Bad(
-        'study', '--workdir={new} --config.seeds=(0,1)',
-        r'--config.seeds=\(0,1\) without --config'),
+        'compile', '--topology=cpu:2 --config.seed=1', '--config.seed=1 without --config',
+        alone=True),
+    'neither a config nor a run': Bad(
+        'study', '--workdir={new} --config.seeds=(0,1)', '--workdir=.* has no run.json of a run'),
+    'a coprocessor without its run': Bad(
+        'evaluate', '--coprocessor={new} --output={new}_report', '--coprocessor=.* has no run.json',
+        alone=True),
     'an override before its config': Bad(
         'study', '--config.seeds=(0,1) --config=configs/study/text.py --workdir={new}',
         r'--config.seeds=\(0,1\) is before --config'),
@@ -81,7 +86,7 @@ BAD = {
     'a report that exists': Bad(
         'evaluate', '--coprocessor={run}/coprocessor --data={run} '
         '--decoder={run}/pretraining/decoder --output={run}',
-        'report.json, .*exists already.*--overwrite'),
+        'report.json, .*exist already.*--overwrite'),
     'a report of other settings': Bad(
         'quickstart', '--workdir={run} --config.evaluation.bootstrap_samples=10',
         'report.json .*\n.*evaluation.bootstrap_samples: 2000 saved, 10 now\n.*--overwrite'),
