@@ -332,7 +332,16 @@ def _name_text(general: str) -> str:
   """Returns what to call general text, without the directories of this machine."""
   if general in ('', STDLIB):
     return "Python's standard library"
-  return ', '.join(Path(part).name or part for part in split_files(general))
+  return ', '.join(_without_directories(general))
+
+
+def _without_directories(files: str) -> list[str]:
+  """Returns the names of files, with the folder of each where names alone are equal."""
+  paths = [Path(part) for part in split_files(files)]
+  names = [path.name or str(path) for path in paths]
+  if len(set(names)) < len(names):
+    names = ['/'.join(path.parts[-2:]) for path in paths]
+  return names
 
 
 def _command() -> str:
@@ -340,6 +349,7 @@ def _command() -> str:
   words = []
   for word in sys.argv[1:]:
     flag, equals, value = word.partition('=')
-    words.append(flag + equals + (Path(value).name if '/' in value and '://' not in value
-                                  else value))
+    if '/' in value and '://' not in value:
+      value = ','.join(_without_directories(value))
+    words.append(flag + equals + value)
   return shlex.join(['python', 'launch/experts.py', *words])

@@ -194,6 +194,22 @@ def test_bad_requests(values, message):
     ExpertRequest(**{'name': 'a', 'text': 'b', **values})
 
 
+@pytest.mark.parametrize('given, named', [
+    ('', "Python's standard library"), ('/home/me/notes', 'notes'),
+    ('/data/law/train.jsonl,/data/poetry/train.jsonl', 'law/train.jsonl, poetry/train.jsonl'),
+    ('/data/a.txt,/data/b.txt', 'a.txt, b.txt')])
+def test_text_is_named_without_directories(given, named):
+  """A folder is named only where it tells files apart."""
+  assert module._name_text(given) == named
+
+
+def test_command_is_without_directories(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['x', 'train', '--text=/data/a/x.txt,/data/b/x.txt',
+                                    '--name=a', '--general=gs://bucket/y.txt', '--output=/tmp/e'])
+  assert module._command() == ('python launch/experts.py train --text=a/x.txt,b/x.txt --name=a '
+                               '--general=gs://bucket/y.txt --output=e')
+
+
 @pytest.mark.parametrize('written, choice, router', [
     ('none', None, ''), ('auto', 'auto', 'gain'), ('auto:bm25', 'auto', 'bm25'),
     ('law', {'law': 1.0}, ''), ('law:0.5, stars:-1e-3', {'law': 0.5, 'stars': -1e-3}, ''),
