@@ -5,8 +5,8 @@
       --output=serving.json
 
 The same requests are sent plain, with healthy experts, and with experts that fail, hang, give NaN
-or are removed. The report has latencies and tokens/s, also as a PNG. It fails if a request is lost
-or a plain text changes. Next, serve with launch/serve.py.
+or are removed. The report has latencies and tokens/s, also as a table and a PNG. It fails if a
+request is lost or a plain text changes. Next, serve with launch/serve.py.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ _ROWS = flags.DEFINE_integer('rows', 16, 'Texts that are decoded together.', low
 _LENGTH = flags.DEFINE_integer('length', 256, 'Room of a text in tokens.', lower_bound=64)
 _SHARE = flags.DEFINE_float(
     'share', 0.4, 'Share of passes of experts that have a fault.', lower_bound=0, upper_bound=1)
-_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG beside it.')
+_OUTPUT = app.define_json('output', 'JSON file to write, with .md and .png beside it.')
 
 
 def main() -> None:

@@ -29,8 +29,9 @@ from latent_deliberation.deliberation.deliberation_config import DeliberationCon
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
+from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.experts.attach import Experts, Mix
-from latent_deliberation.files import write_json
+from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.inference.engine import LoadedDecoder
 from latent_deliberation.inference.passes import Augmentation, State, unstack
 from latent_deliberation.serving.server import RunningServer
@@ -99,7 +100,7 @@ class LoadOptions:
 
 
 def measure_load(output: Path, decoder: str, options: LoadOptions) -> dict[str, Any]:
-  """Runs the three phases, and writes `output` with a PNG beside it; returns its content.
+  """Runs the three phases, and writes `output` with a table and a PNG beside it; returns it.
 
   Args:
     decoder: directory, GGUF file or name of the decoder.
@@ -131,6 +132,7 @@ def measure_load(output: Path, decoder: str, options: LoadOptions) -> dict[str, 
     thread.join(60)
   result['faults'] = dict(experts.injected)
   write_json(output, result)
+  write_whole(output.with_suffix('.md'), format_load(result).encode())
   plot_load(result, output.with_suffix('.png'))
   check_load(result)
   return result
@@ -254,6 +256,27 @@ def check_load(result: Mapping[str, Any]) -> None:
     if found['lost'] or found['changed']:
       raise UserError(f'{phase}: {found["lost"]} of {found["sent"]} requests were lost '
                       f'({found["errors"]}), and {found["changed"]} plain texts changed')
+
+
+def format_load(result: Mapping[str, Any]) -> str:
+  """Returns the phases as a page of GitHub Markdown."""
+  options, rows = result['options'], []
+  for phase, found in result['phases'].items():
+    first, whole = (['{:.2f}, {:.2f}, {:.2f}'.format(*found['plain'][key])]
+                    for key in ('first_token_seconds', 'seconds'))
+    rows.append([phase, str(found['sent']), f'{found["tokens_per_second"]:.1f}', *first, *whole,
+                 *(str(found[key]) for key in (
+                     'with_latents', 'faults', 'unknown_expert', 'lost', 'changed'))])
+  faults = ', '.join(f'{kind} {count}' for kind, count in sorted(result['faults'].items()))
+  return '\n\n'.join([
+      '# Load on a server', markdown_table(
+          ['phase', 'requests', 'tokens/s', 'first token, s', 'whole text, s', 'with latents',
+           'plain for a fault', 'unknown expert', 'lost', 'plain texts changed'], rows),
+      f'{options["clients"]} clients at once send {options["requests"]} requests each, of '
+      f'{options["max_tokens"]} tokens; up to {options["rows"]} texts are decoded together. Times '
+      'are the 50th, 90th and 99th percentile of plain texts, from the request on, so they hold '
+      f'the wait in the queue. Faults that were injected: {faults}. Device: '
+      f'{result["device"]}.']) + '\n'
 
 
 def plot_load(result: Mapping[str, Any], path: Path) -> None:

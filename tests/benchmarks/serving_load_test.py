@@ -35,6 +35,8 @@ def test_small_load(tmp_path, monkeypatch):
       clients=6, requests=4, max_tokens=6, rows=2, length=64, share=0.7, latent_seconds=5.0))
   assert result == json.loads((tmp_path / 'load.json').read_text())
   assert (tmp_path / 'load.png').stat().st_size > 5000
+  page = (tmp_path / 'load.md').read_text()
+  assert all(f'| {phase} | 24 |' in page for phase in serving_load.PHASES) and 'removed' in page
   plain, healthy, faulty = result['phases'].values()
   assert all(each['lost'] == each['changed'] == 0 for each in (plain, healthy, faulty))
   assert plain['with_latents'] == healthy['faults'] == 0 < healthy['with_latents']
