@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latent_deliberation.errors import UserError, check_integer, check_types
@@ -195,7 +195,7 @@ def render(card: Card) -> str:
     facts.append(('time', ', '.join(f'{name} {format_duration(value)}'
                                     for name, value in seconds.items()
                                     if isinstance(value, int | float) and 0 <= value < 2**53)))
-  parts = [title, summary, _tables(card), '## Facts',
+  parts = [title, summary, _tables(card), *_changes(card), '## Facts',
            markdown_table(['what', 'value'], facts, '---'), '## Use it', _usage(card)]
   if card.keywords:
     parts += ['## Words of its text', ', '.join(card.keywords[:40])]
@@ -227,6 +227,22 @@ def _tables(card: Card) -> str:
       f'Nats that latents save at a place, summed over the next {ahead} tokens, with 95% '
       'intervals (bootstrap over texts). Above zero is better. Another text\'s latents, zero '
       'latents and constant soft tokens are controls.'])
+
+
+def _changes(card: Card) -> Iterator[str]:
+  """Yields a table for each text: the change of perplexity by ahead position and arm."""
+  for name, scores in card.scores.items():
+    try:
+      arms = [arm for arm in LABELS if arm in scores['gain']]
+      rows = [[str(at), *('{:+.1f} [{:+.1f}, {:+.1f}]'.format(
+          scores['all_positions'][arm]['change_pct'][at - 1],
+          *scores['all_positions'][arm]['ci95'][at - 1]) for arm in arms)]
+              for at in scores['positions']]
+    except (KeyError, TypeError, ValueError, IndexError):  # a card may have anything there
+      continue
+    yield (f'Change of perplexity in percent on {name} text, with 95% intervals. Below zero is '
+           'better.')
+    yield markdown_table(['ahead position', *(LABELS[arm] for arm in arms)], rows)
 
 
 def format_gain(scores: Mapping[str, Any] | None, arm: str = 'own') -> str:

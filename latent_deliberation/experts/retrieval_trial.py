@@ -282,6 +282,11 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                   for part in records[0]['seconds']}}
 
 
+def format_results(results: Mapping[str, Mapping[str, Any]]) -> str:
+  """Returns the tables of all sets of questions as a page of GitHub Markdown."""
+  return '\n'.join(format_summary(data, result) for data, result in results.items())
+
+
 def format_summary(data: str, result: Mapping[str, Any]) -> str:
   """Returns the tables of one set of questions as GitHub Markdown, with what they say."""
   arms = [[ARMS[arm], format_interval(found['nats']), _percent(found['accuracy'])]
@@ -330,7 +335,7 @@ def write_summary(output: Path, results: Mapping[str, Mapping[str, Any]],
                   identity: Mapping[str, Any]) -> str:
   """Writes JSON, its tables as .md and its picture as .png; returns the tables."""
   write_json(output, {**identity, 'results': results})
-  page = '\n'.join(format_summary(data, result) for data, result in results.items())
+  page = format_results(results)
   write_whole(output.with_suffix('.md'), page.encode())
   figure = Figure(figsize=(5 + 3.5 * len(results), 3.8), layout='constrained')
   FigureCanvasAgg(figure)

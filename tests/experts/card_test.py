@@ -93,12 +93,25 @@ def test_gain_is_shown_with_its_whole_interval():
 def test_page_for_people():
   """The page has the address, every control with its interval, and a warning without a gain."""
   page = render(small.card())
+  assert 'Change of perplexity' not in page  # it was not measured by position
   for part in ('# stars', 'stars@', 'Stars and planets', 'CC0-1.0', '+0.200 [+0.100, +0.300]',
                '-0.100 [-0.200, -0.050]', '--expert=stars', 'comet, orbit'):
     assert part in page
   assert 'No gain is shown' not in page
   assert 'No gain is shown' in render(small.card(scores={}))
   assert 'Nothing was measured' in render(small.card(scores={}))
+
+
+def test_page_has_changes_by_position():
+  scores = {**small.card().scores['stars'], 'all_positions': {
+      arm: {'change_pct': [-3.0, number], 'ci95': [[-4.0, -2.0], [-0.5, 0.5]]}
+      for number, arm in enumerate(('own', 'shuffled'))}}
+  page = render(small.card(scores={'stars': scores}))
+  assert 'in percent on stars text' in page
+  assert '| 1 | -3.0 [-4.0, -2.0] | -3.0 [-4.0, -2.0] |' in page
+  assert '| 2 | +0.0 [-0.5, +0.5] | +1.0 [-0.5, +0.5] |' in page
+  scores['positions'] = [1, 3]  # the third was not measured
+  assert 'in percent on' not in render(small.card(scores={'stars': scores}))
 
 
 def test_page_of_a_strange_card():
