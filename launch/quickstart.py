@@ -5,7 +5,7 @@
 It takes 11 minutes on two cores, and 17 on one. Everything is written to --workdir. The same
 command resumes a run that was stopped. Open report.md there. For your own text:
 
-  python launch/quickstart.py --workdir=runs/mine --config.data.files='notes/*.txt'
+  python launch/quickstart.py --workdir=runs/mine --config.data.files=notes
 
 Sizes that a small text does not allow follow from the text. --decoder takes a decoder that exists,
 and pretrains none.
@@ -41,6 +41,9 @@ def main() -> None:
   print(format_table(summary))
   if not (summary['bar'] or {}).get('passed'):
     print('More steps on more text usually help; docs/limits.md says where latents do not.')
+    if not experiment.decoder_from:
+      print('A decoder that was pretrained on much text needs less: try --decoder=gemma3-270m in '
+            'another --workdir.')
   decoder = experiment.decoder_from or str(workdir / PRETRAINING / DECODER)
   print(f'Report: {workdir / "report.md"}\n'
         f'Next: python launch/generate.py --decoder={quote(decoder)} '

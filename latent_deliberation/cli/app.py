@@ -90,8 +90,9 @@ def run(job: Callable[..., None], prepare: Callable[[], None] = lambda: None,
   except KeyboardInterrupt as stop:
     logging.debug('interrupted here:', exc_info=True)
     said = 'Stopped by SIGTERM.' if isinstance(stop, Terminated) else 'Interrupted.'
-    _end_at_once(f'{said} Run the same command again to continue from what is complete.',
-                 _code_of(stop))
+    if 'workdir' in flags.FLAGS:  # what is complete is there
+      said += ' Run the same command again to continue from what is complete.'
+    _end_at_once(said, _code_of(stop))
   except BrokenPipeError:
     if _has_reader():
       raise

@@ -83,7 +83,7 @@ def run(command: str, words: Sequence[str], options: Options) -> None:
 
 def _only(words: list[str], what: str) -> str:
   if len(words) != 1:
-    raise UserError(f'{words}: give one {what}')
+    raise UserError(f'{" ".join(words) or "nothing is named"}: give one {what}')
   return words[0]
 
 

@@ -304,12 +304,12 @@ def _follow(writer: Writer, prompt: Prompt, first: int, headed: bool, typed: boo
             ) -> dict[str, Any]:
   """Decodes one prompt, and prints the text meanwhile if it is streamed; returns the result."""
   streamed, said, result = writer.request.streamed, '', {}
-  if streamed:
-    print(_heading(prompt, headed) + _shown(writer, prompt), end='', flush=True)
   try:
     results = writer.write_slowly(prompt.text, first)
     with announced('compiling and decoding the first token'):
       first_result = next(results)
+    if streamed:  # only now, since the log would run into the prompt
+      print(_heading(prompt, headed) + _shown(writer, prompt), end='', flush=True)
     for result in itertools.chain([first_result], results):
       if streamed:
         print(result['text'][len(said):], end='', flush=True)
@@ -367,7 +367,8 @@ def _log_latents(writer: Writer, results: Sequence[Mapping[str, Any]]) -> None:
   places = [result['latents_at'] for result in results]
   tokens = sum(len(result['tokens']) for result in results)
   if len(results) == 1 and places[0]:
-    said = f'latents were added at tokens {", ".join(map(str, places[0]))} of {tokens:,}'
+    plural = 's' if len(places[0]) > 1 else ''
+    said = f'latents were added at token{plural} {", ".join(map(str, places[0]))} of {tokens:,}'
   elif any(places):
     said = (f'latents were added {sum(map(len, places)):,} times in {tokens:,} tokens, to '
             f'{sum(map(bool, places)):,} of {len(places):,} texts')

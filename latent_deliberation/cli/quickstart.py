@@ -36,7 +36,7 @@ from latent_deliberation.paths import (
   REPORT,
   RUN_FILE,
 )
-from latent_deliberation.progress import PhaseClock
+from latent_deliberation.progress import PhaseClock, format_duration
 from latent_deliberation.sharding import batch_shards, make_mesh
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
 from latent_deliberation.training.run import Run, check_no_later_run
@@ -81,11 +81,13 @@ def _run_phases(experiment: Experiment, workdir: Path, given: Set[str],
                                     None if overwrite else report)
   decoder_dir = train_phases(experiment, runs, workdir, clock)
   logging.info('=== evaluation')
-  return evaluate(
+  summary = evaluate(
       experiment, decoder_dir=decoder_dir, coprocessor_dir=runs[_COPROCESSOR].workdir,
       constant_dir=runs[_CONSTANT].workdir, prepared_dir=workdir, output=workdir,
       seconds=clock.seconds, runs={name: run.workdir for name, run in runs.items()},
       overwrite=True)
+  logging.info('=== evaluation: done in %s', format_duration(summary['seconds']['evaluation']))
+  return summary
 
 
 def prepare_phases(experiment: Experiment, workdir: Path, given: Set[str], mesh: Mesh,

@@ -166,7 +166,8 @@ def _check_recipe(directory: Path, expected: Mapping[str, Any],
   if lines:
     raise UserError('\n'.join([
         f'{directory} was packed from something else:', *lines,
-        'Use another directory, or delete this folder to pack again.']))
+        f'Use another directory. Deleting {directory.parent} packs again, but what was trained on '
+        'the old rows cannot go on.']))
 
 
 def pack(documents: Documents, recipe: Recipe, directory: Path,

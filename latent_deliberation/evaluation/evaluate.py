@@ -114,7 +114,7 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
       decoder_fingerprint=decoder_fingerprint,
       parameters=counts,
       seconds={**(seconds or {}), 'evaluation': time.perf_counter() - begun},
-      peak_memory_bytes=peak_memory_bytes(), git_commit=git_commit(),
+      peak_memory_bytes=_peak_memory(runs or {}), git_commit=git_commit(),
       config=dataclasses.asdict(experiment), rows=len(held_out.texts),
       pictures=_captions(experiment, len(set(held_out.texts)), bool(curves)),
       notes=_notes(held_out)),
@@ -261,6 +261,13 @@ def place_batches(batches: list[Batch], arms: str, mesh: Mesh,
   """
   for batch in counted(batches, f'scoring {arms}'):
     yield place_batch(batch, mesh, rules)
+
+
+def _peak_memory(runs: Mapping[str, Path]) -> int:
+  """Returns the peak memory in bytes of this process, and of earlier launches of these runs."""
+  logged = (row['memory_gib'] for workdir in runs.values() if (workdir / METRICS_FILE).exists()
+            for row in read_metrics(workdir / METRICS_FILE) if 'memory_gib' in row)
+  return max(peak_memory_bytes(), int(2**30 * max(logged, default=0)))
 
 
 def _read_training(runs: Mapping[str, Path]) -> dict[str, dict[str, tuple[list, list]]]:

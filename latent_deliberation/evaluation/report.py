@@ -49,7 +49,7 @@ class Report:
     decoder_fingerprint: fingerprint of the frozen weights.
     parameters: number of parameters by name.
     seconds: wall-clock time by phase.
-    peak_memory_bytes: peak memory of this process.
+    peak_memory_bytes: peak memory of all launches that the report is about.
     git_commit: commit of the source tree.
     config: configuration of the run; values without a JSON form are written as str.
     pictures: captions by file name, in the directory of the report.

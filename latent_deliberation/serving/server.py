@@ -129,6 +129,7 @@ def run_server(options: ServerOptions, warm_up: bool = True) -> None:
     UserError: the decoder, the key or the port cannot be used.
   """
   key = options.read_key()
+  _listen(options.host, options.port).close()  # a port that is taken is told before the long part
   loaded = load_decoder(options.decoder, vocabulary=options.vocabulary)
   experts = Experts(loaded, {}, length=options.length, router=options.router)
   folder = None

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -134,7 +135,8 @@ def _run_phases(study: Study, names: Sequence[str], workdir: Path, given: Collec
   # Figures, page and plots.
   summary = summarise_study(StudyResult(
       name=study.name, arms=arms, config=dataclasses.asdict(study), git_commit=git_commit(),
-      command=' '.join(sys.argv), machine=_machine(), seconds=sum(clock.seconds.values()),
+      command=shlex.join(['python', *sys.argv]), machine=_machine(),
+      seconds=sum(clock.seconds.values()),
       difficulty=scorer.difficulty, positions=scorer.positions,
       diagnostics=_diagnostics(study, names, workdir)))
   if jax.process_index() == 0:

@@ -124,6 +124,9 @@ def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentit
   grows = steps_of(saved, identity.job) < steps_of(identity.record, identity.job)
   length = (f'{section_of(identity.job)}.loop.num_steps',) if grows else ()
   lines = _differences(saved, identity.record, identity.defaults, (*changeable, *length))
+  # Two hashes would tell nobody anything.
+  lines = ['  data: other rows than those of the run' if line.startswith('  data: ') else line
+           for line in lines]
   if lines:
     raise UserError('\n'.join([
         f'{workdir} belongs to another run:', *lines,
@@ -153,7 +156,8 @@ def check_same_settings(path: Path, settings: Any, changeable: tuple[str, ...]) 
   if lines:
     raise UserError('\n'.join([
         f'{path} is of other settings:', *lines,
-        'Use another --workdir, set the saved values again, or add --overwrite.']))
+        'Use another --workdir, or set the saved values again. --overwrite replaces the report, '
+        'and trains on where num_steps has grown.']))
   return report
 
 

@@ -56,7 +56,7 @@ def test_export(package, tmp_path, capsys):
   export_prompt('A comet is', **values)
   assert '11 embeddings, experts: stars' in capsys.readouterr().out
   assert json.loads((tmp_path / 'out/prompt_embeds.json').read_text())['experts'] == {'stars': 1.0}
-  for changes, message in (({}, 'exists already'), ({'format': 'gguf'}, '--format=gguf'),
+  for changes, message in (({}, 'exist already'), ({'format': 'gguf'}, '--format=gguf'),
                            ({'output': ''}, '--output=DIR')):
     with pytest.raises(UserError, match=message):
       export_prompt('A comet is', **{**values, **changes})

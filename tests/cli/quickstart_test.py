@@ -172,7 +172,8 @@ def test_existing_decoder_is_not_pretrained(tmp_path, quickstart, monkeypatch):
   monkeypatch.setattr(job, 'pretrain', lambda *unused: pytest.fail('pretraining began'))
   monkeypatch.setattr(job, 'train_coprocessor', lambda experiment, decoder, *unused: seen.append(
       (experiment.deliberation.trainable, decoder)))
-  monkeypatch.setattr(job, 'evaluate', lambda experiment, **directories: directories)
+  monkeypatch.setattr(job, 'evaluate', lambda experiment, **directories: {
+      **directories, 'seconds': {'evaluation': 1.0}})
   decoder = quickstart / 'pretraining/decoder'
   start = finished.experiment(
       decoder__num_layers=1, data__vocabulary='sentencepiece', evaluation__num_texts=800)

@@ -77,7 +77,7 @@ def test_claim_with_other_files(tmp_path):
 @pytest.mark.parametrize('other, line', [
     (dataclasses.replace(IDENTITY, job='pretrain'), "job: 'train'.*'pretrain'"),
     (dataclasses.replace(IDENTITY, decoder_fingerprint='d2'), "decoder: 'd1'.*'d2'"),
-    (dataclasses.replace(IDENTITY, data_fingerprint='rows2'), "data: 'rows1'.*'rows2'"),
+    (dataclasses.replace(IDENTITY, data_fingerprint='rows2'), 'data: other rows than those'),
     (changed(optimizer={'learning_rate': 0.2}), 'config.optimizer.learning_rate: 0.1.*0.2'),
     (changed(optimizer={}), 'config.optimizer.learning_rate: 0.1.*nothing'),
     (changed(traces=4), 'config.traces: .*nothing.*4'),
@@ -336,7 +336,7 @@ def test_resume_other_data(coprocessor, quickstart, tmp_path):
   """Other data are refused."""
   finished.write_texts(tmp_path / 'texts', [f'{n} other words. ' * 60 for n in range(40)])
   experiment = finished.experiment(data__files=(str(tmp_path / 'texts'),))
-  with pytest.raises(UserError, match="\n  data: '[0-9a-f]+'.*'[0-9a-f]+'"):
+  with pytest.raises(UserError, match="\n  data: other rows"):
     resume(coprocessor, quickstart, tmp_path / 'data', experiment=experiment)
   with pytest.raises(UserError, match='(?s)rows/train.*files: .*contents'):
     resume(coprocessor, quickstart, experiment=experiment)
@@ -349,7 +349,7 @@ def test_resume_other_contents(coprocessor, quickstart, tmp_path):
   manifest['content_hash'] = 'other'
   del manifest['checksum']
   (data / 'rows/train/manifest.json').write_text(json.dumps(manifest))
-  with pytest.raises(UserError, match="\n  data: '"):
+  with pytest.raises(UserError, match="\n  data: other rows"):
     resume(coprocessor, quickstart, data)
 
 
