@@ -76,8 +76,8 @@ def prepare(config: DataConfig, prepared_dir: Path) -> Path:
     if config.mode != 'packed' or not all((directory / split).exists() for split in SPLITS):
       raise
     # Compare what the configuration alone determines.
-    changed = differences(_read_source(directory).get('given', _given(config)), _given(config),
-                          'data.')
+    given = _given(config)
+    changed = differences(_read_source(directory).get('given') or given, given, 'data.')
     if changed:
       raise UserError('\n'.join([f'{missing}.', f'{directory} was packed from something else:',
                                  *changed])) from missing
@@ -117,9 +117,20 @@ def _given(config: DataConfig) -> dict[str, Any]:
 
 
 def _read_source(directory: Path) -> dict[str, Any]:
-  """Returns what rows were packed from, see `describe_source`; {} for rows of earlier code."""
+  """Returns what rows were packed from, see `describe_source`; {} for rows of earlier code.
+
+  Raises:
+    UserError: the file is damaged.
+  """
   path = directory / SOURCE_FILE
-  return json.loads(path.read_bytes()) if path.is_file() else {}
+  if not path.is_file():
+    return {}
+  try:
+    saved = json.loads(path.read_bytes())
+    return {'given': {}, **saved, 'config': dict(saved['config']), 'files': list(saved['files'])}
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path} is damaged ({error!r}): delete it, since it only explains what rows '
+                    'were packed from') from error
 
 
 def _explain(directory: Path, described: Mapping[str, Any], new_text: bool) -> list[str]:

@@ -265,6 +265,8 @@ def place_batches(batches: list[Batch], arms: str, mesh: Mesh,
 
 def _peak_memory(runs: Mapping[str, Path]) -> int:
   """Returns the peak memory in bytes of this process, and of earlier launches of these runs."""
+  if jax.default_backend() != 'cpu':  # these log the memory of their devices
+    return peak_memory_bytes()
   logged = (row['memory_gib'] for workdir in runs.values() if (workdir / METRICS_FILE).exists()
             for row in read_metrics(workdir / METRICS_FILE) if 'memory_gib' in row)
   return max(peak_memory_bytes(), int(2**30 * max(logged, default=0)))

@@ -274,6 +274,10 @@ def test_rows_without_their_source(corpus_directory, tmp_path, caplog):
   # Another place that has no files is a mistake, and not the absence of the same files.
   with pytest.raises(UserError, match=r'(?s)no file matches .*else:\n  data.files: .*absent'):
     prepare(local(tmp_path / 'absent'), workdir)
+  (directory / 'source.json').write_text('[]')
+  with pytest.raises(UserError, match=r'source.json is damaged .*delete it'):
+    prepare(local(texts), workdir)
+  (directory / 'source.json').unlink()
   with pytest.raises(UserError, match='seed: 0 saved, 1 now'):
     prepare(local(texts, seed=1), workdir)
   with pytest.raises(UserError, match='no file matches'):
