@@ -10,6 +10,7 @@ from absl import logging
 from latent_deliberation.api import load_decoder
 from latent_deliberation.cli.attached import attach_named
 from latent_deliberation.cli.expert_use import ask_documents, export_prompt
+from latent_deliberation.cli.prompts import check_unicode
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import (
   add,
@@ -206,8 +207,13 @@ def _route(words: list[str], options: Options) -> None:
   if not options.text:
     raise UserError('route: give --text, the prompt to route or a file with it')
   prompt = options.text
-  if len(prompt) < 4096 and Path(prompt).is_file():
+  try:
+    is_file = Path(prompt).is_file()
+  except OSError:  # longer than a name may be
+    is_file = False
+  if is_file:
     prompt = documents_of(prompt)[0]
+  check_unicode(prompt, '--text')
   decoder, experts = _open(words, options)
   ids = decoder.tokenizer.encode(prompt)[:options.length - 8]
   state = experts.engine.read([ids])

@@ -7,6 +7,7 @@ from absl import logging
 
 from latent_deliberation.api import load_decoder
 from latent_deliberation.cli.attached import attach_choice, parse_expert
+from latent_deliberation.cli.prompts import check_unicode
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Choice, Experts
 from latent_deliberation.experts.card import AUTO
@@ -57,12 +58,16 @@ def ask_documents(question: str, *, decoder: str, documents: str, expert: str, a
     raise UserError('ask: give --documents=DIR, a folder of text')
   if not Path(documents).is_dir():
     raise UserError(f'--documents={documents}: there is no such folder')
+  check_unicode(question, 'the question')
+  if passage + max_tokens >= length:
+    raise UserError(f'--passage={passage} and --max_tokens={max_tokens} do not fit into '
+                    f'--length={length} beside a question: raise --length, or lower one of the two')
   loaded, experts, choice = open_choice(decoder, expert, length, strict=False)
   library = open_library(Path(documents), experts, loaded.tokenizer, size=passage,
                          store=Path(store) if store else None)
   answer = ask(library, experts, loaded.tokenizer, question, choice=choice, at=at,
                max_tokens=max_tokens)
-  print(answer.text)
+  print(answer.text or '(the answer is empty)')
   print(f'\nfrom {answer.source} (BM25 {answer.score:.2f})' if answer.source else
         '\nNo document has a word of the question, so this is what the decoder says without one.')
   used = ', '.join(f'{name} {weight:g}' for name, weight in answer.experts.items()) or 'none'
@@ -83,8 +88,9 @@ def export_prompt(prompt: str, *, decoder: str, expert: str, output: str, format
     raise UserError('export: give --text=PROMPT and --output=DIR')
   directory = Path(output)
   check_free([directory / f'{EMBEDS}.{end}' for end in ('safetensors', 'json')], overwrite)
-  make_writable(directory.absolute())
+  check_unicode(prompt, '--text')
   loaded, experts, choice = open_choice(decoder, expert, length, strict=True)
+  make_writable(directory.absolute())
   found = embed_prompt(experts, loaded.tokenizer, prompt, choice)
   paths = export(directory, found, Path(decoder).name, loaded.fingerprint)
   used = ', '.join(found.experts) or 'none'

@@ -11,6 +11,7 @@ from typing import Any
 
 from latent_deliberation.errors import (
   MOST,
+  UserError,
   check_integer,
   check_types,
   problems_of,
@@ -97,6 +98,9 @@ class DataConfig:
     # Own copies, so that the caller's objects may change later.
     if isinstance(self.files, str):
       object.__setattr__(self, 'files', split_files(self.files))
+    # A folder may be called 2024, which a flag reads as a number.
+    object.__setattr__(self, 'files', tuple(
+        str(each) if type(each) is int else each for each in self.files))
     check_types(self)
     object.__setattr__(self, 'files', tuple(map(os.path.expanduser, self.files)))
     for key in ('data_dir', 'vocabulary_path'):
@@ -197,6 +201,8 @@ def with_given_source(data: Mapping[str, Any], given: Set[str]) -> dict[str, Any
   of_sources = {key: data[key] for key in KEYS_OF_SOURCES if key in given}
   if not given & {'source', *KEYS_OF_SOURCES}:
     return {}
+  if 'files' in given and 'source' not in given and not data['files']:
+    raise UserError("--config.data.files is empty: give files, or --config.data.source='stdlib'")
   source = data['source']
   if 'source' not in given and not all(source in KEYS_OF_SOURCES[key] for key in of_sources):
     source = _find_source(

@@ -23,14 +23,14 @@ from absl import logging
 from flax import traverse_util
 from flax.serialization import from_state_dict, to_state_dict
 from safetensors import SafetensorError
-from safetensors.flax import load_file, save
+from safetensors.flax import load, save
 
 from latent_deliberation.data.text_files import OF_LINES, UNPACK, UNPACK_BY_HAND, list_files
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.experts.attach import Choice, Experts, Mix
 from latent_deliberation.experts.card import AUTO
 from latent_deliberation.experts.routing import Query
-from latent_deliberation.files import read_text, write_whole
+from latent_deliberation.files import read_text, remove_tree, write_whole
 from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.passes import Augmentation, State
 from latent_deliberation.inference.session import (
@@ -87,9 +87,10 @@ def read_passages(directory: Path, tokenizer: Tokenizer, size: int = PASSAGE) ->
   """
   check_integer('passage', size, 16)
   passages = []
-  for path in [file.path for file in list_files([str(directory)])]:
+  for file in list_files([str(directory)]):
     try:
-      for name, text in _read_documents(path):
+      # All of a file before any of it is taken, since a bad line leaves the whole file out.
+      for name, text in list(_read_documents(file.path, file.name)):
         parts = list(_cut(text, tokenizer, size))
         passages += [
             Passage(part, name if len(parts) == 1 else f'{name}, passage {number}',
@@ -98,14 +99,19 @@ def read_passages(directory: Path, tokenizer: Tokenizer, size: int = PASSAGE) ->
         if not parts:
           logging.warning('%s is empty and is left out.', name)
     except (UserError, OSError) as error:
-      logging.warning('%s is left out: %s', path, error)
+      logging.warning('%s is left out: %s', file.path, error)
   if not passages:
     raise UserError(f'{directory} has no document that can be used: give a folder with text')
   return passages
 
 
-def _read_documents(path: Path) -> Iterator[tuple[str, str]]:
-  """Yields name and text of each document of a file. Raises UserError where it is no text."""
+def _read_documents(path: Path, name: str) -> Iterator[tuple[str, str]]:
+  """Yields name and text of each document of a file. Raises UserError where it is no text.
+
+  Args:
+    path: the file.
+    name: its path inside the folder of documents.
+  """
   if path.suffix.lower() in (*UNPACK, *UNPACK_BY_HAND):
     raise UserError('it is compressed: unpack it')
   if path.stat().st_size > MOST_BYTES:
@@ -113,15 +119,17 @@ def _read_documents(path: Path) -> Iterator[tuple[str, str]]:
                     'cut it into several files')
   text = read_text(path, 'a document')
   if path.suffix.lower() not in OF_LINES:
-    yield path.name, text
+    yield name, text
     return
   for number, line in enumerate(text.split('\n'), 1):
     if line.strip():
       try:
-        yield f'{path.name}, line {number}', str(json.loads(line)['text'])
-      except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f'line {number} is no object with a "text" ({type(error).__name__})'
-                        ) from error
+        text = json.loads(line)['text']
+        text.encode()  # JSON may hold half a surrogate pair
+      except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'line {number} is no object with a "text" of Unicode '
+                        f'({type(error).__name__})') from error
+      yield f'{name}, line {number}', text
 
 
 def _cut(text: str, tokenizer: Tokenizer, size: int) -> Iterator[str]:
@@ -200,21 +208,21 @@ class Library:
         self.found += 1
         return state
       except UserError as error:
-        logging.warning('%s: it is read anew.', error)
+        logging.warning('The cache of %s is made anew: %s', passage.source, error)
+        remove_tree(place)
     state = self._experts.engine.read([passage.ids])
     self.made += 1
-    if not place.is_dir():  # a damaged one stays, since nothing on disk is removed
-      with _kept(place):
-        prefix_cache.save(place, self._experts.engine, state)
+    with _kept(place):
+      prefix_cache.save(place, self._experts.engine, state)
     return state
 
   def latents(self, passage: Passage, state: State, mix: Mix) -> Augmentation:
     """Returns the latents of experts for the end of a passage, whose `state` that is."""
-    path = self._place(passage).with_suffix(f'.{self._key_of(mix)}.safetensors')
+    path = self._place(passage).with_suffix(f'.{self._key_of(mix)}.latents')
     shapes = jax.eval_shape(lambda plain: self._experts.augment(plain, [mix]), state)
     if path.is_file():
       try:
-        found = _from_flat(shapes, load_file(path))
+        found = _from_flat(shapes, _read_hashed(path))
         self.found += 1
         return self._experts.engine.place(found)
       except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -223,7 +231,8 @@ class Library:
     self.made += 1
     if bool(latents.finite.all()):
       with _kept(path):
-        write_whole(path, save(_flat(latents)))
+        content = save(_flat(latents))
+        write_whole(path, hashlib.sha256(content).digest() + content)
     return latents
 
   def prepare(self, mix: Mix) -> None:
@@ -273,7 +282,7 @@ def _kept(path: Path) -> Iterator[None]:
   """Turns an error of writing into a warning: what cannot be kept is made again next time."""
   try:
     yield
-  except UserError as error:  # the folder is read-only, or another process writes the same
+  except (UserError, OSError) as error:  # a full disk, or another process that writes the same
     logging.warning('%s is not kept: %s', path.name, error)
 
 
@@ -283,6 +292,14 @@ def _words(text: str) -> list[str]:
 
 def _hash(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_hashed(path: Path) -> dict[str, jax.Array]:
+  """Returns the tensors of a file that begins with its SHA-256. Raises ValueError if it differs."""
+  content = path.read_bytes()
+  if hashlib.sha256(content[32:]).digest() != content[:32]:
+    raise ValueError('its hash is another one')
+  return load(content[32:])
 
 
 def _flat(latents: Augmentation) -> dict[str, jax.Array]:

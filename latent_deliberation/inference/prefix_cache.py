@@ -6,6 +6,7 @@ such as a document or a system prompt, that launch/augment.py saves so that prom
 
 import dataclasses
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.files import (
   as_path,
   at_hand,
+  explain_failed_write,
   make_writable,
   new_file,
   read_text,
+  seal,
+  unseal,
   whole_directory,
 )
 from latent_deliberation.inference import passes
@@ -52,7 +56,7 @@ def save(directory: Path, engine: Engine, state: State,
   """Writes a state, and latents for its end if they are given; whole or not at all.
 
   Raises:
-    UserError: `directory` exists already; nothing is overwritten.
+    UserError: `directory` exists already; nothing is overwritten. Or it cannot be written.
   """
   written = int(state.cache.write_index)
   # Slots that no token has reached are not written.
@@ -62,11 +66,16 @@ def save(directory: Path, engine: Engine, state: State,
   description = {'format': _FORMAT, 'decoder': engine.decoder_fingerprint, 'written': written,
                  'texts': len(state.position), 'augmented': augmentation is not None,
                  **_layout(engine)}
-  with whole_directory(as_path(directory)) as partial:
+  with whole_directory(as_path(directory)) as partial, explain_failed_write(directory):
     with new_file(partial / _ARRAYS) as path:
-      save_file(arrays, path)
+      try:
+        save_file(arrays, path)
+      except SafetensorError as error:  # its own class for a full disk
+        raise OSError(error) from error
       path.chmod(0o644)  # safetensors lets only the owner read it
-    (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
+      with path.open('rb') as file:
+        description['sha256'] = hashlib.file_digest(file, 'sha256').hexdigest()
+    (partial / _DESCRIPTION).write_text(json.dumps(seal(description), indent=2) + '\n')
 
 
 def load(directory: Path, engine: Engine) -> tuple[State, Augmentation | None]:
@@ -88,7 +97,7 @@ def load(directory: Path, engine: Engine) -> tuple[State, Augmentation | None]:
       engine.model, plan=_trimmed(plan, description['written'])), engine, description)
   flat = _flatten(template)
   expected = {path: leaf for path, leaf in flat.items() if leaf is not None}
-  arrays = _read(directory / _ARRAYS)
+  arrays = _read(directory / _ARRAYS, description.get('sha256'))
   for path in sorted(arrays.keys() | expected.keys()):
     saved, described = (getattr(tree.get(path), 'shape', None) for tree in (arrays, expected))
     if saved != described:
@@ -135,9 +144,11 @@ def _describe(directory: Path) -> dict[str, Any]:
                     'or prefix_cache.save has written')
   try:
     # Saved names of keys and values may be old ones.
-    description = with_current_names(json.loads(path.read_bytes()))
+    description = with_current_names(unseal(path.read_bytes(), path))
     if description['format'] != _FORMAT:
       raise UserError(f'format {description["format"]!r}, expected {_FORMAT}')
+  except UserError:
+    raise
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is damaged or of another format ({type(error).__name__}: {error}). '
                     'Save the cache again') from error
@@ -210,10 +221,16 @@ def _template(model: Model, engine: Engine, description: dict[str, Any]) -> dict
   return {'state': state, 'augmentation': augmentation}
 
 
-def _read(path: Path) -> dict[str, jax.Array]:
+def _read(path: Path, sha256: str | None) -> dict[str, jax.Array]:
+  """Returns the arrays of a file that has this hash; None for a cache of earlier code."""
   try:
+    with path.open('rb') as file:
+      found = hashlib.file_digest(file, 'sha256').hexdigest()
+    if sha256 not in (None, found):
+      raise UserError(f'{path} is damaged: its hash is {found[:16]}..., and was {sha256[:16]}... '
+                      'when it was written. Save the cache again')
     return load_file(path)
-  except (OSError, SafetensorError, ValueError) as error:
+  except (OSError, SafetensorError) as error:
     raise UserError(f'{path} cannot be read ({error}): it is truncated or absent. Save the cache '
                     'again') from error
 

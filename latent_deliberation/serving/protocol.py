@@ -160,9 +160,11 @@ class Reader:
     unknown = sorted(values.keys() - known)
     if unknown:
       raise RequestError(400, f'{unknown[0]!r:.80} is no key of a request; known are '
-                         f'{sorted(known)}', unknown[0][:80])
+                         f'{sorted(known)}', ascii(unknown[0][:80])[1:-1])
     for key, neutral in _NEUTRAL.items():
-      if key in values and values[key] not in neutral:
+      # True equals 1, and is no number.
+      if key in values and not any(values[key] == each and type(values[key]) in (type(each), float)
+                                   for each in neutral):
         raise RequestError(400, f'{key} = {values[key]!r:.80}: this server has no {key}; leave it '
                            'out', key)
 
@@ -180,7 +182,7 @@ class Reader:
     if _are_ids(prompt):
       bad = [each for each in prompt if not 0 <= each < self.tokenizer.size]
       if bad:
-        raise RequestError(400, f'prompt has the id {bad[0]}: the tokenizer has 0 to '
+        raise RequestError(400, f'prompt has the id {_shown(bad[0])}: the tokenizer has 0 to '
                            f'{self.tokenizer.size - 1}', 'prompt')
       self._check_room(len(prompt))
       return list(prompt), self.tokenizer.decode(prompt)
@@ -215,7 +217,7 @@ class Reader:
                          'tokens', 'prompt', 'context_length_exceeded')
 
   def _stop(self, stop: Any) -> tuple[str, ...]:
-    stop = [stop] if isinstance(stop, str) else stop or []
+    stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stop, list) or len(stop) > MOST_STOPS or not all(
         isinstance(each, str) and 0 < len(each) <= MOST_STOP_LETTERS for each in stop):
       raise RequestError(400, f'stop = {stop!r:.80}: give up to {MOST_STOPS} texts of 1 to '
@@ -251,6 +253,11 @@ def _get(values: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
   return value
 
 
+def _shown(number: int) -> str:
+  """Returns a number for a message, which a client may have made very long."""
+  return str(number) if number.bit_length() <= 64 else f'a number of {number.bit_length()} bits'
+
+
 def _integer(values: Mapping[str, Any], key: str, default: int, least: int, most: int) -> int:
   return _checked(values, key, default, lambda value: check_integer(key, value, least, most))
 
@@ -262,6 +269,8 @@ def _number(values: Mapping[str, Any], key: str, default: float) -> float:
 def _checked(values: Mapping[str, Any], key: str, default: Any,
              check: Callable[[Any], None]) -> Any:
   value = default if values.get(key) is None else values[key]
+  if isinstance(value, int) and value.bit_length() > 64:
+    raise RequestError(400, f'{key} = {_shown(value)}: give a number of at most 64 bits', key)
   try:
     check(value)
   except UserError as error:

@@ -115,10 +115,10 @@ def _listen(host: str, port: int) -> socket.socket:
   try:
     listener.bind((host, port))
     listener.listen(1024)  # from here on clients wait, and are not refused
-  except OSError as error:
+  except (OSError, TypeError, UnicodeError) as error:  # the last two for a name that is none
     listener.close()
-    raise UserError(f'host = {host!r}, port = {port}: {error.strerror}. Give another one'
-                    ) from error
+    raise UserError(f'host = {host!r}, port = {port}: {getattr(error, "strerror", error)}. Give '
+                    'another one') from error
   return listener
 
 

@@ -44,6 +44,8 @@ def test_ask(package, tmp_path, capsys):
 def test_ask_refuses(package, tmp_path):
   for changes, message in (({'documents': ''}, '--documents=DIR'),
                            ({'documents': str(tmp_path / 'no')}, 'no such folder'),
+                           ({'question': 'who \udcff'}, 'the question .*not Unicode'),
+                           ({'passage': 200}, '--passage=200 .*--length=96'),
                            ({'decoder': ''}, '--decoder is missing')):
     with pytest.raises(UserError, match=message):
       ask(tmp_path, package, **changes)
@@ -56,6 +58,11 @@ def test_export(package, tmp_path, capsys):
   export_prompt('A comet is', **values)
   assert '11 embeddings, experts: stars' in capsys.readouterr().out
   assert json.loads((tmp_path / 'out/prompt_embeds.json').read_text())['experts'] == {'stars': 1.0}
+  with pytest.raises(UserError, match='--text .*not Unicode'):
+    export_prompt('\udcff', **{**values, 'output': str(tmp_path / 'none')})
+  with pytest.raises(UserError, match='absent'):
+    export_prompt('A comet', **{**values, 'output': str(tmp_path / 'none'), 'expert': 'absent'})
+  assert not (tmp_path / 'none').exists()
   for changes, message in (({}, 'exist already'), ({'format': 'gguf'}, '--format=gguf'),
                            ({'output': ''}, '--output=DIR')):
     with pytest.raises(UserError, match=message):

@@ -65,6 +65,20 @@ def test_two_sources_are_refused(given):
     DataConfig(**data)
 
 
+def test_files_that_are_given_and_empty():
+  """An empty variable in a command must not mean the standard library."""
+  data = STDLIB | {'files': ()}
+  with pytest.raises(UserError, match='data.files is empty.*data.source'):
+    with_given_source(data, {'files'})
+  assert with_given_source(data, {'files', 'source'})['source'] == 'stdlib'
+
+
+def test_folder_with_a_number_for_a_name():
+  assert DataConfig(files=(2024,)).files == ('2024',)
+  with pytest.raises(UserError, match='files = '):
+    DataConfig(files=(True,))
+
+
 @pytest.mark.parametrize(('fields', 'message'), [
     ({'source': 'web'}, r"source = 'web': choose one of \('stdlib'"),
     ({'vocabulary': 'words'}, "vocabulary = 'words'"),

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from absl import logging
+from safetensors import SafetensorError
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts import retrieval
@@ -15,6 +16,7 @@ from latent_deliberation.experts.retrieval import (
   open_library,
   read_passages,
 )
+from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.policy import NEVER, ONCE
 from latent_deliberation.inference.session import DecodingOptions, generate
 from tests.serving import small_server
@@ -103,14 +105,35 @@ def test_caches_are_kept(documents, experts):
                                 'document')
 
 
-def test_damaged_caches_are_made_anew(documents, experts, warnings):
+@pytest.mark.parametrize('damage', [
+    lambda content: content[:-9], lambda content: content[:-9] + b'A' * 9, lambda content: b''])
+def test_damaged_caches_are_made_anew(documents, experts, warnings, damage):
+  """A cut file and one with other values are noticed, and repaired."""
   library = open_library(documents, experts, TOKENIZER)
   before = answer(library, experts, choice='stars')
-  for path in (documents / '.latent_deliberation').rglob('*.safetensors'):
-    path.write_bytes(path.read_bytes()[:-9])
+  store = documents / '.latent_deliberation'
+  files = [*store.rglob('*.safetensors'), *store.rglob('*.latents')]
+  assert len(files) == 2
+  for path in files:
+    path.write_bytes(damage(path.read_bytes()))
   again = open_library(documents, experts, TOKENIZER)
   assert answer(again, experts, choice='stars').text == before.text
   assert (again.made, again.found) == (2, 0) and len(warnings) == 2
+  repaired = open_library(documents, experts, TOKENIZER)
+  assert answer(repaired, experts, choice='stars').text == before.text
+  assert (repaired.made, repaired.found) == (0, 2)
+
+
+def test_full_disk_leaves_the_answer(documents, experts, warnings, monkeypatch):
+  """What cannot be kept is a warning."""
+  def full(*unused):
+    raise SafetensorError('No space left on device (os error 28)')
+
+  expected = answer(open_library(documents, experts, TOKENIZER), experts, choice='stars').text
+  monkeypatch.setattr(prefix_cache, 'save_file', full)
+  library = open_library(documents, experts, TOKENIZER, store=documents / 'other')
+  assert answer(library, experts, choice='stars').text == expected
+  assert len(warnings) == 1 and 'No space left' in warnings[0]
 
 
 def test_folder_that_cannot_be_written(documents, experts, warnings):
@@ -159,11 +182,15 @@ def test_bad_documents_are_left_out(documents, experts, warnings, monkeypatch):
   (documents / 'packed.txt.gz').write_bytes(b'\x1f\x8b')
   (documents / 'huge.txt').write_text('x' * 3000)
   (documents / 'lines.jsonl').write_text('{"text": "One line."}\n{"words": 3}\n')
+  (documents / 'null.jsonl').write_text('{"text": null}\n')
+  (documents / 'half.jsonl').write_text('{"text": "\\ud800"}\n')
+  (documents / 'deep').mkdir()
+  (documents / 'deep/law.txt').write_text('Another one.')
   monkeypatch.setattr(retrieval, 'MOST_BYTES', 2000)
   sources = [passage.source for passage in read_passages(documents, TOKENIZER)]
-  assert sources == ['comets.txt', 'law.txt', 'lines.jsonl, line 1', 'verse.md']
-  assert len(warnings) == 6
-  for name in ('empty', 'binary', 'latin', 'packed', 'huge', 'lines'):
+  assert sources == ['comets.txt', 'deep/law.txt', 'law.txt', 'verse.md']
+  assert len(warnings) == 8
+  for name in ('empty', 'binary', 'latin', 'packed', 'huge', 'lines', 'null', 'half'):
     assert any(name in said for said in warnings)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -120,11 +122,18 @@ def test_other_coprocessor_weights_are_refused(saved, decoder_params):
     prefix_cache.load(saved[0], other)
 
 
+def plain(description: Path) -> dict[str, Any]:
+  """The content of a cache.json without its checksum, so that it may be changed."""
+  content = json.loads(description.read_text())
+  content.pop('checksum')
+  return content
+
+
 @pytest.mark.parametrize('section, key', [('', 'local_slots'), ('coprocessor.', 'weights'),
                                           ('model.', 'vocab_size')])
 def test_older_version_is_refused(engine, saved, section, key):
   description = saved[0] / 'cache.json'
-  content = json.loads(description.read_text())
+  content = plain(description)
   del (content[section[:-1]] if section else content)[key]
   description.write_text(json.dumps(content))
   with pytest.raises(UserError, match=rf"version.*'{key}'"):
@@ -134,7 +143,7 @@ def test_older_version_is_refused(engine, saved, section, key):
 def test_newer_keys_have_defaults(engine, saved):
   """A cache from before a config had some keys means their defaults."""
   description = saved[0] / 'cache.json'
-  content = json.loads(description.read_text())
+  content = plain(description)
   del content['model']['norm_offset'], content['coprocessor']['max_delay']
   description.write_text(json.dumps(content))
   loaded, _ = prefix_cache.load(saved[0], engine)
@@ -148,7 +157,7 @@ def test_old_names_still_load(engine, saved):
   assert {'state/cache/cursor', 'augmentation/anchor', 'augmentation/ahead'} <= load_file(
       directory / 'cache.safetensors').keys()
   description = directory / 'cache.json'
-  content = json.loads(description.read_text())
+  content = plain(description)
   assert content['coprocessor']['soft_tokens'] == 'additive'
   content['coprocessor']['soft_tokens'] = 'rested'
   description.write_text(json.dumps(content))
@@ -164,12 +173,22 @@ def test_damage_is_refused_and_nothing_overwritten(engine, saved):
   arrays = directory / 'cache.safetensors'
   whole = arrays.read_bytes()
   arrays.write_bytes(whole[:200])
+  with pytest.raises(UserError, match='cache.safetensors is damaged: its hash'):
+    prefix_cache.load(directory, engine)
+  # A value that is another one leaves shapes as they are.
+  arrays.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+  with pytest.raises(UserError, match='cache.safetensors is damaged: its hash'):
+    prefix_cache.load(directory, engine)
+  arrays.unlink()
   with pytest.raises(UserError, match='cache.safetensors cannot be read'):
     prefix_cache.load(directory, engine)
   arrays.write_bytes(whole)
   description = directory / 'cache.json'
   text = description.read_text()
   description.write_text(text.replace('"texts": 3', '"texts": 2'))
+  with pytest.raises(UserError, match='cache.json has changed since it was written'):
+    prefix_cache.load(directory, engine)
+  description.write_text(json.dumps({**plain(description), 'texts': 2}))
   with pytest.raises(UserError, match='has shape .*cache.json means'):
     prefix_cache.load(directory, engine)
   description.write_text(text[:50])

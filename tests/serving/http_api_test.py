@@ -183,7 +183,12 @@ REFUSED = {
     'impossible seed': ({'seed': -3}, 400, 'seed = -3'),
     'empty stop': ({'stop': ['']}, 400, 'stop'),
     'too many stops': ({'stop': ['a'] * 99}, 400, 'stop'),
+    'stop of another type': ({'stop': {}}, 400, 'stop = {}'),
+    'endless number': ({'temperature': 10**400}, 400, 'temperature = a number of 1329 bits'),
+    'endless id': ({'prompt': [4, 10**400]}, 400, 'id a number of 1329 bits'),
+    'a truth for a number': ({'best_of': True}, 400, 'best_of = True'),
     'misspelt key': ({'max_token': 3}, 400, "'max_token'"),
+    'key that is no Unicode': ({'\ud800': 3}, 400, 'is no key of a request'),
     'what this server lacks': ({'echo': True}, 400, 'echo')}
 
 
