@@ -32,12 +32,15 @@ def test_bug_keeps_its_traceback(tmp_path):
   assert 'Traceback' in process.stderr and "invalid literal for int" in process.stderr
 
 
-def test_ctrl_c_ends_at_once(tmp_path):
-  """Ctrl-C ends the process although another thread still runs."""
+@pytest.mark.parametrize('flag, advised', [('workdir', True), ('prompt', False)])
+def test_ctrl_c_ends_at_once(tmp_path, flag, advised):
+  """Ctrl-C ends the process although another thread runs; only a job with a workdir goes on."""
   script = tmp_path / 'launch/slow.py'
   script.parent.mkdir()
   script.write_text('import threading, time\n'
+                    'from absl import flags\n'
                     'from latent_deliberation.cli import app\n'
+                    f'flags.DEFINE_string("{flag}", "", "A flag.")\n'
                     'def job():\n'
                     '  threading.Thread(target=time.sleep, args=(600,)).start()\n'
                     '  raise KeyboardInterrupt\n'
@@ -45,7 +48,8 @@ def test_ctrl_c_ends_at_once(tmp_path):
   process = subprocess.run([sys.executable, str(script)], cwd=finished.ROOT, text=True,
                            capture_output=True, timeout=60, env=finished.environment())
   assert process.returncode == 130
-  assert 'Interrupted. Run the same command again' in process.stderr
+  assert 'Interrupted.' in process.stderr
+  assert ('Run the same command again' in process.stderr) == advised
   assert 'Traceback' not in process.stderr
 
 
@@ -78,7 +82,7 @@ def test_machine_of_somebody_else(tmp_path):
   printed, said = process.communicate(timeout=120)
   assert list((tmp_path / 'kept').iterdir())  # what the flag names, and not the variable
   assert (process.returncode, printed) == (143, '8\\u2020 float32 1\n'), said
-  assert 'Stopped by SIGTERM. Run the same command' in said and 'Traceback' not in said
+  assert 'Stopped by SIGTERM.' in said and 'Traceback' not in said
   for name in ('ENABLE_X64=1', 'DISABLE_JIT=1', 'NUMPY_DTYPE_PROMOTION=strict',
                'THREEFRY_PARTITIONABLE=0'):
     assert f'JAX_{name} is not used' in said
