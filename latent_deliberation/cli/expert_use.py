@@ -52,7 +52,7 @@ def ask_documents(question: str, *, decoder: str, documents: str, expert: str, a
   """Prints the answer to a question, and where it is from.
 
   Raises:
-    UserError: see `retrieval.read_passages` and `retrieval.ask`.
+    UserError: see `read_passages` and `retrieval.ask`.
   """
   if not documents:
     raise UserError('ask: give --documents=DIR, a folder of text')

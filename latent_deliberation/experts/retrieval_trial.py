@@ -25,7 +25,8 @@ from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import save_figure
 from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.experts.attach import Experts, Mix
-from latent_deliberation.experts.retrieval import Library, Passage, format_question
+from latent_deliberation.experts.passages import Passage
+from latent_deliberation.experts.retrieval import Library, format_question
 from latent_deliberation.experts.trial import draw_intervals, format_interval, interval_of
 from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.inference.passes import State

@@ -8,13 +8,13 @@ from absl import logging
 from safetensors import SafetensorError
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.experts import retrieval
+from latent_deliberation.experts import passages
+from latent_deliberation.experts.passages import read_passages
 from latent_deliberation.experts.retrieval import (
   Library,
   ask,
   format_question,
   open_library,
-  read_passages,
 )
 from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.policy import NEVER, ONCE
@@ -186,7 +186,7 @@ def test_bad_documents_are_left_out(documents, experts, warnings, monkeypatch):
   (documents / 'half.jsonl').write_text('{"text": "\\ud800"}\n')
   (documents / 'deep').mkdir()
   (documents / 'deep/law.txt').write_text('Another one.')
-  monkeypatch.setattr(retrieval, 'MOST_BYTES', 2000)
+  monkeypatch.setattr(passages, 'MOST_BYTES', 2000)
   sources = [passage.source for passage in read_passages(documents, TOKENIZER)]
   assert sources == ['comets.txt', 'deep/law.txt', 'law.txt', 'verse.md']
   assert len(warnings) == 8
