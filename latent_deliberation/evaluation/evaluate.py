@@ -117,7 +117,7 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
       peak_memory_bytes=_peak_memory(runs or {}), git_commit=git_commit(),
       config=dataclasses.asdict(experiment), rows=len(held_out.texts),
       pictures=_captions(experiment, len(set(held_out.texts)), bool(curves)),
-      notes=_notes(held_out)),
+      documents=held_out.rows.manifest.documents),
       experiment.evaluation.bootstrap_samples)
   if jax.process_index() == 0:
     plot_changes(summary, output / CHANGES)
@@ -163,15 +163,6 @@ class HeldOut:
   rows: PackedRows
   batches: list[Batch]
   texts: np.ndarray
-
-
-def _notes(held_out: HeldOut) -> tuple[str, ...]:
-  """Returns a warning where documents are too few for independent texts."""
-  texts, documents = len(set(held_out.texts)), held_out.rows.manifest.documents
-  if texts <= documents:
-    return ()
-  return (f'Held-out text is {documents} documents, and {texts} parts of them count as texts. '
-          'Parts of one document are alike, so the intervals are too narrow.',)
 
 
 def open_held_out(experiment: Experiment, prepared_dir: Path, mesh: Mesh) -> HeldOut:

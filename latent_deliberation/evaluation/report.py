@@ -55,6 +55,7 @@ class Report:
     pictures: captions by file name, in the directory of the report.
     notes: free sentences.
     rows: number of packed rows that the texts consist of; None if each row is a text.
+    documents: number of documents that are held out; None where that is not known.
   """
   arms: Mapping[str, AheadNLL]
   positions: tuple[int, ...]
@@ -68,6 +69,7 @@ class Report:
   pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
   rows: int | None = None
+  documents: int | None = None
 
   def __post_init__(self):
     if FROZEN not in self.arms or not set(self.arms) <= set(LABELS):
@@ -111,6 +113,7 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
     'bar': None if content is None else _gain(changes[OWN], content, reached),
     'texts': len(frozen.count),
     'rows': report.rows or len(frozen.count),
+    'documents': report.documents,
     'reached': reached.tolist(),
     'targets': [int(frozen.count[:, at].sum()) for at in shown],
     'all_positions': curves,
@@ -175,6 +178,11 @@ def state_gain(summary: Mapping[str, Any]) -> str:
     return (f'Too few texts for an interval: {fewest}. Whether latents gain can be told from '
             f'{FEWEST_TEXTS} texts on. Raise evaluation.num_texts, the number of rows, or lower '
             'evaluation.rows_per_text.')
+  documents = summary.get('documents')  # reports of earlier code do not have it
+  if documents is not None and documents < FEWEST_TEXTS:
+    return (f'Too few documents to tell whether latents gain: {documents} are held out, and '
+            f'{FEWEST_TEXTS} are needed. The {fewest} texts are parts of them, so intervals are '
+            'too narrow. Add documents, or raise data.validation_percent.')
   if gain['passed']:
     return (f'Gain shown. Own latents are below the frozen decoder at {_name(BELOW_FROZEN)}, with '
             "the whole interval. They are below another text's latents at "
@@ -235,12 +243,12 @@ def _legend(summary: Mapping[str, Any]) -> str:
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-  """Returns the table, its legend, the gain and the notes, for a terminal or a log."""
+  """Returns the table, its legend and the gain, for a terminal or a log."""
   header, rows = _table(summary)
   widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
   lines = ['  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
            for row in (header, *rows)]
-  return '\n'.join([*lines, _legend(summary), state_gain(summary), *summary['notes']])
+  return '\n'.join([*lines, _legend(summary), state_gain(summary)])
 
 
 def format_page(summary: Mapping[str, Any]) -> str:

@@ -3,15 +3,13 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation import evaluate as evaluate_module
-from latent_deliberation.evaluation.evaluate import HeldOut, evaluate
+from latent_deliberation.evaluation.evaluate import evaluate
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import fingerprint
 from tests import finished
@@ -39,15 +37,6 @@ def test_evaluation_repeats_the_quickstart(quickstart, tmp_path):
     assert summary['arms'][name]['nll'] == pytest.approx(arm['nll'], abs=1e-5)
   assert {path.name for path in (tmp_path / 'deep/report').iterdir()} == {
       'report.json', 'report.md', 'changes.png', 'losses.png', 'visibility.png'}
-
-
-@pytest.mark.parametrize('documents, notes', [(3, 1), (5, 0)])
-def test_parts_of_few_documents_are_noted(documents, notes):
-  """Five texts of three documents are no independent ones."""
-  rows = SimpleNamespace(manifest=SimpleNamespace(documents=documents))
-  found = evaluate_module._notes(HeldOut(rows, [], np.array([0, 0, 1, 2, 3, 4])))
-  assert len(found) == notes
-  assert not found or found[0].startswith('Held-out text is 3 documents, and 5 parts')
 
 
 def test_coprocessor_alone_is_scored(quickstart, tmp_path):

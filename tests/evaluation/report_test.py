@@ -43,7 +43,8 @@ def test_summary_is_plain_json():
   summary = summarise(make_report(EVERY_ARM))
   stored = json.loads(json.dumps(summary, allow_nan=False, default=str))
   assert list(stored) == [
-    'positions', 'num_ahead', 'arms', 'content_effect', 'bar', 'texts', 'rows', 'reached',
+    'positions', 'num_ahead', 'arms', 'content_effect', 'bar', 'texts', 'rows', 'documents',
+    'reached',
     'targets', 'all_positions', 'bootstrap', 'parameters', 'seconds', 'peak_memory_bytes',
     'decoder_fingerprint', 'git_commit', 'config', 'pictures', 'notes']
   assert list(stored['arms']) == ['frozen', 'own', 'shuffled', 'constant', 'zero']
@@ -206,8 +207,7 @@ def test_missing_arm_has_no_column():
   del arms['shuffled']
   table = format_table(written_summary(arms=arms, content_effect=None, bar=None))
   assert "another text's" not in table.splitlines()[0]
-  legend, gain = table.splitlines()[-3:-1]  # before the note
-  assert 'shuffled' not in legend and 'Gain not measured' in gain
+  assert 'shuffled' not in table.splitlines()[-2] and 'Gain not measured' in table.splitlines()[-1]
 
 
 RULE = ('To pass, own latents must be below the frozen decoder at positions 1, 2 and 4, with the '
@@ -220,6 +220,13 @@ def test_missed_bar_is_stated():
   assert state_gain(written_summary()) == (
     'Gain not shown. Against the frozen decoder, own latents fail at position 4. There is no score '
     f'at position 8. {RULE}')
+
+
+def test_parts_of_few_documents_are_no_evidence():
+  """Texts that are parts of 7 documents are not independent."""
+  assert state_gain(written_summary(documents=7)).startswith(
+      'Too few documents to tell whether latents gain: 7 are held out, and 20 are needed. The 200 ')
+  assert state_gain(written_summary(documents=20)) == state_gain(written_summary())
 
 
 def test_bar_missed_everywhere():
