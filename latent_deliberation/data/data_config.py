@@ -99,8 +99,9 @@ class DataConfig:
     if isinstance(self.files, str):
       object.__setattr__(self, 'files', split_files(self.files))
     # A folder may be called 2024, which a flag reads as a number.
-    object.__setattr__(self, 'files', tuple(
-        str(each) if type(each) is int else each for each in self.files))
+    if isinstance(self.files, tuple | list):
+      object.__setattr__(self, 'files', tuple(
+          str(each) if type(each) is int else each for each in self.files))
     check_types(self)
     object.__setattr__(self, 'files', tuple(map(os.path.expanduser, self.files)))
     for key in ('data_dir', 'vocabulary_path'):
