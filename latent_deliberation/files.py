@@ -377,6 +377,12 @@ def make_writable(directory: Path) -> None:
 CHECKSUM = 'checksum'  # the key
 
 
+def sha256_of(path: Path) -> str:
+  """Returns the SHA-256 of a file, in hexadecimal digits."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the content of a file with its checksum, in place of an earlier one."""
   plain = {key: value for key, value in content.items() if key != CHECKSUM}

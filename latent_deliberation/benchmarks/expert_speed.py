@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from absl import logging
 from flax import linen as nn
 
 from latent_deliberation.api import load_decoder
+from latent_deliberation.benchmarks.baseline import alternate, seconds_of
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
@@ -103,7 +103,7 @@ def _time_ours(experts: Experts, prompts: list[list[int]], decoded: int,
           'mixed': [{names[row % len(names)]: 1.0} for row in range(rows)]}
   # A token that no tokenizer ends a text with, so that all texts are equally long.
   options = DecodingOptions(decoded)
-  work: dict[tuple[str, str], Callable[[], Any]] = {}
+  work: dict[tuple[str, str], Callable[[], Any]] = {}  # by way and part
   for name, mixes in ways.items():
     def attached(mixes: list[Mapping[str, float]] = mixes) -> State:
       state = engine.read(prompts)
@@ -113,27 +113,17 @@ def _time_ours(experts: Experts, prompts: list[list[int]], decoded: int,
 
     work[name, 'read and make latents'] = attached
     work[name, 'decode'] = functools.partial(generate, engine, attached(), options)
-  medians = _in_turns(work, repeats)
+  taken = alternate({name: functools.partial(seconds_of, do) for name, do in work.items()}, repeats)
 
   found: dict[str, Any] = {'peak_memory_bytes': peak_memory_bytes(), 'experts_in_batch': {
       name: len({key for mix in mixes for key in mix}) for name, mixes in ways.items()}}
   for name in ways:
-    seconds = {part: medians[name, part] for part in ('read and make latents', 'decode')}
+    seconds = {part: statistics.median(taken[name, part])
+               for part in ('read and make latents', 'decode')}
     found[name] = {'tokens_per_second': rows * decoded / sum(seconds.values()),
                    'seconds': seconds, 'decoded_tokens_per_second':
                        rows * decoded / seconds['decode']}
   return found
-
-
-def _in_turns(work: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-  """Returns the median seconds of each piece of work; they take turns, and the first compiles."""
-  taken: dict[Any, list[float]] = {name: [] for name in work}
-  for _ in range(1 + repeats):
-    for name, do in work.items():
-      begun = time.perf_counter()
-      do()
-      taken[name].append(time.perf_counter() - begun)
-  return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
 
 
 def run_other(python: str, job: str, decoder: str, request: Mapping[str, Any],

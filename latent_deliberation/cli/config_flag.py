@@ -131,7 +131,9 @@ def read_config(kind: type = Experiment, on_devices: bool = False) -> Any:
   config, given = flags.FLAGS[FLAG].value, given_keys()
   prefix, section = _experiment_of(config)
   inside = {key.removeprefix(prefix) for key in given if key.startswith(prefix)}
-  for key, value in _follow(section, inside):
+  following: list[tuple[str, Any]] = []
+  problems = problems_of(lambda: following.extend(_follow(section, inside)))
+  for key, value in following:
     old = config
     for part in f'{prefix}{key}'.split('.'):
       old = old[part]
@@ -140,7 +142,7 @@ def read_config(kind: type = Experiment, on_devices: bool = False) -> Any:
       with config.unlocked():
         config.update_from_flattened_dict({f'{prefix}{key}': value})
   bound = []
-  problems = problems_of(lambda: bound.append(bind(config, kind, _WHERE)))
+  problems += problems_of(lambda: bound.append(bind(config, kind, _WHERE)))
   if on_devices:
     problems += problems_of(lambda: make_mesh(bind(section.mesh, MeshConfig, f'{_WHERE}.mesh')))
   raise_problems(problems)

@@ -181,7 +181,7 @@ class Writer:
       plain: leave latents out.
       first: number of the first prompt among all, from 0, which decides the seeds.
     """
-    ids, source = list(map(self._encode, prompts)), None if plain else self._source(prompts)
+    ids, source = list(map(self._encode, prompts)), self._source(prompts, plain)
     completions = generate(self.engine, self._texts(ids, plain), self._decoding(plain),
                            self._seeds(first, len(prompts)), source)
     more = [{}] * len(ids) if source is None else [{'experts': mix} for mix in source.mixes]
@@ -215,14 +215,14 @@ class Writer:
       tokens = [result['tokens'] for result in found]
       for name, plain in (('plain', True), ('augmented', False)):
         scored = score(self.engine, self._texts(ids, plain), tokens, self._decoding(plain),
-                       None if plain else self._source(prompts))
+                       self._source(prompts, plain))
         for result, completion in zip(found, scored, strict=True):
           result.setdefault('nats', {})[name] = sum(completion.logprobs)
     return [{'prompt': prompt, 'plain': one, 'augmented': other}
             for prompt, one, other in zip(prompts, *results.values(), strict=True)]
 
-  def _source(self, prompts: Sequence[str]) -> LatentSource | None:
-    return self.sources and self.sources(prompts)
+  def _source(self, prompts: Sequence[str], plain: bool = False) -> LatentSource | None:
+    return None if plain or self.sources is None else self.sources(prompts)
 
   def _encode(self, prompt: str) -> list[int]:
     if self.request.chat:

@@ -26,7 +26,7 @@ from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.files import JSON_LINES, find_encoding, is_stray
 
 # Endings of the files that a directory stands for. A .json there usually describes the others.
-OF_LINES = ('.jsonl', '.ndjson', '.jsonlines', '.ldjson')
+OF_LINES = tuple(ending for ending in JSON_LINES if ending != '.json')
 OF_DIRECTORIES = ('.txt', '.md', '.markdown', '.rst', *OF_LINES)
 UNPACK = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
 # Commands that unpack what Python's own library does not.

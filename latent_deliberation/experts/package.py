@@ -12,7 +12,6 @@ then their hashes, then the headers of safetensors files, and then numbers.
 """
 
 import dataclasses
-import hashlib
 import json
 import stat
 import struct
@@ -34,7 +33,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 )
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import Card, from_json, render, to_json
-from latent_deliberation.files import is_stray, whole_directory
+from latent_deliberation.files import is_stray, sha256_of, whole_directory
 from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.progress import Progress
 
@@ -175,12 +174,6 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
   if actual != entry['sha256']:
     raise UserError(f'{path} has the hash {actual[:16]}..., and its card says '
                     f'{entry["sha256"][:16]}...: it was changed or damaged; add the expert again')
-
-
-def sha256_of(path: Path) -> str:
-  """Returns the SHA-256 of a file, in hexadecimal digits."""
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _check_header(path: Path, dtypes: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ such as a document or a system prompt, that launch/augment.py saves so that prom
 
 import dataclasses
 import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from latent_deliberation.files import (
   new_file,
   read_text,
   seal,
+  sha256_of,
   unseal,
   whole_directory,
 )
@@ -73,8 +73,7 @@ def save(directory: Path, engine: Engine, state: State,
       except SafetensorError as error:  # its own class for a full disk
         raise OSError(error) from error
       path.chmod(0o644)  # safetensors lets only the owner read it
-      with path.open('rb') as file:
-        description['sha256'] = hashlib.file_digest(file, 'sha256').hexdigest()
+      description['sha256'] = sha256_of(path)
     (partial / _DESCRIPTION).write_text(json.dumps(seal(description), indent=2) + '\n')
 
 
@@ -146,7 +145,8 @@ def _describe(directory: Path) -> dict[str, Any]:
     # Saved names of keys and values may be old ones.
     description = with_current_names(unseal(path.read_bytes(), path))
     if description['format'] != _FORMAT:
-      raise UserError(f'format {description["format"]!r}, expected {_FORMAT}')
+      raise UserError(f'{path} has the format {description["format"]!r}, expected {_FORMAT}. Save '
+                      'the cache again')
   except UserError:
     raise
   except (ValueError, KeyError, TypeError) as error:
@@ -224,8 +224,7 @@ def _template(model: Model, engine: Engine, description: dict[str, Any]) -> dict
 def _read(path: Path, sha256: str | None) -> dict[str, jax.Array]:
   """Returns the arrays of a file that has this hash; None for a cache of earlier code."""
   try:
-    with path.open('rb') as file:
-      found = hashlib.file_digest(file, 'sha256').hexdigest()
+    found = sha256_of(path)
     if sha256 not in (None, found):
       raise UserError(f'{path} is damaged: its hash is {found[:16]}..., and was {sha256[:16]}... '
                       'when it was written. Save the cache again')

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from latent_deliberation.benchmarks import expert_speed
+from latent_deliberation.benchmarks.baseline import alternate
 from tests.serving import small_server
 
 
@@ -31,5 +32,5 @@ def test_benchmark(tmp_path, monkeypatch):
 def test_work_takes_turns():
   """All run once to compile, then once in each round."""
   done = []
-  medians = expert_speed._in_turns({name: lambda name=name: done.append(name) for name in 'ab'}, 2)
-  assert done == list('ababab') and set(medians) == {'a', 'b'}
+  taken = alternate({name: lambda name=name: done.append(name) for name in 'ab'}, 2)
+  assert done == list('ababab') and set(taken) == {'a', 'b'}

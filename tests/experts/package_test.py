@@ -23,10 +23,10 @@ from latent_deliberation.experts.package import (
   load_package,
   read_card,
   read_sample,
-  sha256_of,
   write_card,
   write_package,
 )
+from latent_deliberation.files import sha256_of
 from tests.experts import small
 
 ROWS = {'stars': {'tokens': np.arange(24).reshape(4, 6), 'segments': np.ones((4, 6), int),

@@ -15,7 +15,7 @@ import importlib.metadata
 from pathlib import Path
 
 from latent_deliberation.errors import MissingError, UserError
-from latent_deliberation.files import write_whole
+from latent_deliberation.files import sha256_of, write_whole
 from latent_deliberation.model.checkpoints import hub
 
 CACHE = Path('~/.cache/latent_deliberation/models')
@@ -117,8 +117,7 @@ def _find_packaged(name: str) -> Path:
   state, checked = path.stat(), model.cache / 'checked'
   note = f'{path} {state.st_size} {state.st_mtime_ns} {model.sha256}\n'.encode()
   if not checked.is_file() or checked.read_bytes() != note:
-    with path.open('rb') as file:
-      _check_sha256(name, str(path), hashlib.file_digest(file, 'sha256').hexdigest(), remedy)
+    _check_sha256(name, str(path), sha256_of(path), remedy)
     with contextlib.suppress(UserError):  # without the note, the next time takes longer
       write_whole(checked, note)
   return path
