@@ -105,8 +105,9 @@ def _nll_backward(cap: float | None, residuals: Array | tuple[Array, Array, Outp
            head: OutputHead, cotangent: Array) -> tuple[Array, OutputHead]:
     return jax.vjp(lambda hidden, head: nll(cap, hidden, targets, head), hidden, head)[1](cotangent)
 
+  by_blocks = functools.partial(_nll_by_blocks, is_constant=False)
   of_hidden, of_head = by_platform(
-      functools.partial(pull, _nll_by_blocks), functools.partial(pull, nll_at_once),
+      functools.partial(pull, by_blocks), functools.partial(pull, nll_at_once),
       cap, *residuals, cotangent)
   return of_hidden, None, of_head
 
@@ -204,17 +205,24 @@ class Sums:
 
 
 def sum_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead,
-               mixed: Array | None = None) -> Sums:
-  """Returns the sums over all tokens; `mixed` is zeros [n, D] if that sum is wanted."""
+               mixed: Array | None = None, is_constant: bool = True) -> Sums:
+  """Returns the sums over all tokens.
+
+  Args:
+    mixed: zeros [n, D] if that sum is wanted.
+    is_constant: whether the head is a constant. Otherwise it has a gradient.
+  """
   block = _block_size(_vocab_size(head))
+  if is_constant:
+    head = jax.tree.map(_to_bits, head)
   blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, block, *leaf.shape[1:]), head)
   firsts = jnp.arange(0, _vocab_size(head), block)
 
   @jax.checkpoint  # a backward pass computes the logits of a block again
   def add(sums: Sums, item: tuple[Array, OutputHead]) -> tuple[Sums, None]:
     first, part = item
-    part = part.astype(hidden.dtype)
-    logits = softcap(matmul(hidden, part.T), cap)
+    part = jax.tree.map(_from_bits, part).astype(hidden.dtype)
+    logits = softcap(matmul(hidden, part, transposed=True), cap)
     # The peak cancels out of the loss, so it needs no gradient.
     peak = jnp.maximum(sums.peak, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
     shrink, weights = jnp.exp(sums.peak - peak), jnp.exp(logits - peak[:, None])
@@ -229,13 +237,25 @@ def sum_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHea
   return jax.lax.scan(add, Sums(zeros + MASKED, zeros, zeros, mixed), (firsts, blocks))[0]
 
 
+# XLA on a CPU slices bfloat16 as float32, and keeps a float32 copy of the whole table for that.
+
+
+def _to_bits(leaf: Array) -> Array:
+  return jax.lax.bitcast_convert_type(leaf, jnp.uint16) if leaf.dtype == jnp.bfloat16 else leaf
+
+
+def _from_bits(leaf: Array) -> Array:
+  return jax.lax.bitcast_convert_type(leaf, jnp.bfloat16) if leaf.dtype == jnp.uint16 else leaf
+
+
 def _slope(cap: float | None, logits: Array) -> Array | float:
   """The derivative of a soft-capped logit by the one before the cap."""
   return 1.0 if cap is None else 1 - (logits / cap) ** 2
 
 
-def _nll_by_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead) -> Array:
-  return sum_blocks(cap, hidden, targets, head).nll
+def _nll_by_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHead,
+                   is_constant: bool = True) -> Array:
+  return sum_blocks(cap, hidden, targets, head, is_constant=is_constant).nll
 
 
 def _gradient_by_blocks(cap: float | None, hidden: Array, targets: Array,

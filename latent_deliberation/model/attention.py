@@ -206,14 +206,13 @@ def attend(
   per_query = grouped.shape[:-1]  # B K M G Q
 
   # The leading axes of `matrices` are [B, K] if cached and [B, K, M] if fresh.
-  def product(x: Array, matrices: Array) -> Array:
+  def product(x: Array, matrices: Array, transposed: bool = False) -> Array:
     lead = matrices.shape[:-2]
     rows = x.reshape(*lead, math.prod(per_query) // math.prod(lead), x.shape[-1])
-    y = matmul(rows, matrices)
-    return y.reshape(*per_query, matrices.shape[-1])
+    return matmul(rows, matrices, transposed).reshape(*per_query, -1)
 
   def scores(keys: Array, visible: Array) -> Array:
-    raw = product(grouped, jnp.swapaxes(keys, -1, -2))
+    raw = product(grouped, keys, transposed=True)
     return jnp.where(visible[:, None, :, None], softcap(raw, cap), MASKED)
 
   # Scores of both kinds of keys, each with its values. The axis of kv heads comes second.

@@ -78,35 +78,46 @@ class RMSNorm(nn.Module):
     return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-def matmul(x: Array, y: Array) -> Array:
+def matmul(x: Array, y: Array, transposed: bool = False) -> Array:
   """Returns x @ y in float32, for matrices or for stacks of as many matrices.
 
   Where one of the two is bfloat16, the other is rounded to it. XLA on a CPU multiplies bfloat16
-  fast only into float32, so the backward pass rounds the float32 cotangent as well.
+  fast only into float32, so the backward pass rounds the float32 cotangent as well. It must not see
+  a transposed factor either, or it converts both to float32; so axes are named instead.
+
+  Args:
+    transposed: whether y holds its columns as rows.
   """
   if jnp.bfloat16 not in (x.dtype, y.dtype):
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-  return _matmul_bfloat16((x.dtype.name, y.dtype.name), x, y)
+    return _contract(x, y, -1, -1 if transposed else -2)
+  return _matmul_bfloat16((x.dtype.name, y.dtype.name, transposed), x, y)
+
+
+def _contract(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+  """Sums products over one of the last two axes of each; the axes before are those of a stack."""
+  stack = tuple(range(x.ndim - 2))
+  axes = ((x.ndim + x_axis,), (y.ndim + y_axis,))
+  return jax.lax.dot_general(x, y, (axes, (stack, stack)), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul_bfloat16(dtypes: tuple[str, str], x: Array, y: Array) -> Array:
-  return _matmul_forward(dtypes, x, y)[0]
+def _matmul_bfloat16(kind: tuple[str, str, bool], x: Array, y: Array) -> Array:
+  return _matmul_forward(kind, x, y)[0]
 
 
-def _matmul_forward(dtypes: tuple[str, str], x: Array,
+def _matmul_forward(kind: tuple[str, str, bool], x: Array,
                     y: Array) -> tuple[Array, tuple[Array, Array]]:
   x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-  return jnp.matmul(x, y, preferred_element_type=jnp.float32), (x, y)
+  return _contract(x, y, -1, -1 if kind[2] else -2), (x, y)
 
 
-def _matmul_backward(dtypes: tuple[str, str], factors: tuple[Array, Array],
+def _matmul_backward(kind: tuple[str, str, bool], factors: tuple[Array, Array],
                      cotangent: Array) -> tuple[Array, Array]:
-  x, y = (jnp.swapaxes(factor, -1, -2) for factor in factors)
-  cotangent = cotangent.astype(jnp.bfloat16)
-  of_x = jnp.matmul(cotangent, y, preferred_element_type=jnp.float32)
-  of_y = jnp.matmul(x, cotangent, preferred_element_type=jnp.float32)
-  return of_x.astype(dtypes[0]), of_y.astype(dtypes[1])
+  x_dtype, y_dtype, transposed = kind
+  (x, y), cotangent = factors, cotangent.astype(jnp.bfloat16)
+  of_x = _contract(cotangent, y, -1, -2 if transposed else -1)
+  of_y = _contract(cotangent, x, -2, -2) if transposed else _contract(x, cotangent, -2, -2)
+  return of_x.astype(x_dtype), of_y.astype(y_dtype)
 
 
 _matmul_bfloat16.defvjp(_matmul_forward, _matmul_backward)

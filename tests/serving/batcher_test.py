@@ -60,6 +60,18 @@ class Reader:
     return tokens, reports, self.updates[-1].ended_by
 
 
+class Held(Reader):
+  """Holds the batch when its first news comes, until it is released."""
+
+  def __init__(self):
+    super().__init__()
+    self.released = threading.Event()
+
+  def __call__(self, update):
+    super().__call__(update)
+    assert self.released.wait(60)
+
+
 def submit(batcher, *requests):
   readers = [Reader() for _ in requests]
   batcher.submit(requests, readers)
@@ -179,15 +191,16 @@ def test_first_expert_is_attached_while_texts_run():
 def test_full_queue_and_cancelled_texts(experts):
   """A queue takes all texts of a request or none, and cancelled ones leave it and the batch."""
   with serving(experts, most_queued=2) as batcher:
-    first, long = [Reader(), Reader()], request(0, max_tokens=30, ids=[1] * 9)
+    first, long = [Reader(), Held()], request(0, max_tokens=30, ids=[1] * 9)
     running = batcher.submit([long, long], first)
-    until(lambda: all(reader.updates for reader in first))
+    until(lambda: all(reader.updates for reader in first))  # the second now holds the batch
     queued = [Reader(), Reader()]
     jobs = batcher.submit([request(1), request(2)], queued)
     with pytest.raises(QueueFull):
       batcher.submit([request(3)], [Reader()])
     for job in (*running, jobs[0]):
       job.cancel()
+    first[1].released.set()
     assert {reader.result()[2] for reader in (*first, queued[0])} == {'cancelled'}
     assert queued[1].result()[2] in ('eos', 'length')
     assert (batcher.queued, batcher.running) == (0, 0)
