@@ -1,16 +1,7 @@
-"""The origin of a result: the commit of the code, and the memory of the process."""
+"""The origin of a result: the commit of the code."""
 
-import resource
 import subprocess
-import sys
 from pathlib import Path
-
-
-def peak_memory_bytes() -> int:
-  """Returns the most memory that this process has held at once, in bytes."""
-  # macOS counts in bytes, Linux in KiB.
-  unit = 1 if sys.platform == 'darwin' else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def git_commit(source: Path = Path(__file__).parent) -> str:

@@ -30,12 +30,13 @@ from latent_deliberation.evaluation.plots import save_figure, trim_axes
 from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.experts.attach import Experts
 from latent_deliberation.files import write_json, write_whole
+from latent_deliberation.host_memory import peak_memory_bytes
 from latent_deliberation.inference.engine import LoadedDecoder
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.session import DecodingOptions, generate
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.provenance import git_commit, peak_memory_bytes
+from latent_deliberation.provenance import git_commit
 
 OTHER = Path(__file__).with_name('peft_side.py')
 

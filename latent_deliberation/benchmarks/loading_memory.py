@@ -15,13 +15,14 @@ from absl import logging
 from safetensors import safe_open
 
 from latent_deliberation.files import is_here, write_json
+from latent_deliberation.host_memory import peak_memory_bytes
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints.hugging_face import find_layout
 from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG, write_config
 from latent_deliberation.model.checkpoints.layout import stored_shapes
 from latent_deliberation.model.checkpoints.safetensors_io import weight_files, write_tensors
 from latent_deliberation.model.transformer_config import TransformerConfig, find_preset
-from latent_deliberation.provenance import git_commit, peak_memory_bytes
+from latent_deliberation.provenance import git_commit
 
 
 def benchmark(preset: str, output: Path) -> dict[str, Any]:

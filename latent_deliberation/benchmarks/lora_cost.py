@@ -34,7 +34,8 @@ from latent_deliberation.experts.measuring import experiment_of, on_mesh, saved_
 from latent_deliberation.experts.package import load_package
 from latent_deliberation.experts.trial import draw_intervals
 from latent_deliberation.files import write_json, write_whole
-from latent_deliberation.provenance import git_commit, peak_memory_bytes
+from latent_deliberation.host_memory import peak_memory_bytes
+from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.train import describe_training
 

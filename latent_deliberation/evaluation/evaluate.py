@@ -38,9 +38,10 @@ from latent_deliberation.evaluation.plots import plot_attention, plot_changes, p
 from latent_deliberation.evaluation.report import Report, summarise, write_report
 from latent_deliberation.experiment import Computation, Experiment
 from latent_deliberation.files import check_free, make_writable
+from latent_deliberation.host_memory import peak_memory_bytes
 from latent_deliberation.paths import METRICS_FILE, REPORT, RUN_FILE
 from latent_deliberation.progress import counted
-from latent_deliberation.provenance import git_commit, peak_memory_bytes
+from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import check_batch, make_mesh, place_batch
 from latent_deliberation.training.metrics import read_metrics
 

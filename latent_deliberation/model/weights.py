@@ -34,6 +34,7 @@ from latent_deliberation.files import (
   list_directory,
   whole_directory,
 )
+from latent_deliberation.host_memory import return_memory
 from latent_deliberation.model.checkpoints import hugging_face, native
 from latent_deliberation.model.checkpoints.hugging_face_config import CONFIG, read_config
 from latent_deliberation.model.checkpoints.layout import stored_shapes
@@ -140,6 +141,7 @@ class Checkpoint:
       if not _is_finite(flat[path]):
         logging.warning('%s: %s has values that are not finite (NaN or infinity) in %s',
                         self.directory, path, flat[path].dtype)
+    return_memory()
     return traverse_util.unflatten_dict(flat, sep='/')
 
   def _value_bytes(self, dtype: DTypeLike | None) -> float:

@@ -31,6 +31,7 @@ from latent_deliberation.errors import (
   problems_of,
   raise_problems,
 )
+from latent_deliberation.host_memory import return_memory
 from latent_deliberation.progress import announced
 from latent_deliberation.training.checkpointer import Checkpointer
 from latent_deliberation.training.metrics import MetricsWriter, format_metric
@@ -160,6 +161,8 @@ def train(state: TrainState,
       with (compiling or contextlib.nullcontext(),
             jax.profiler.StepTraceAnnotation('step', step_num=step + 1)):
         state, scalars = train_step(state, batch)
+      if step == start:
+        return_memory()  # what compiling has freed, before the step takes its own
       ledger.book(COMPILE if step == start else STEP)
       if unseen is not None:
         logbook.record(*unseen)

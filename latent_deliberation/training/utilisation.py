@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
+from latent_deliberation.host_memory import peak_memory_bytes
 from latent_deliberation.progress import format_duration
-from latent_deliberation.provenance import peak_memory_bytes
 
 # Dense bfloat16 operations a second of one device of jax, as published, by the beginning of its
 # `device_kind`. The first that fits counts. A TPU v2 or v3 is two devices, each half of a chip.

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import as_path, list_directory, path_for_orbax
+from latent_deliberation.host_memory import free_memory
 from latent_deliberation.model.checkpoints.layout import (
   LAYERED,
   Entry,
@@ -38,7 +39,6 @@ from latent_deliberation.progress import Progress
 READABLE = ('float32', 'bfloat16', 'float16')
 # Suffixes of pickled weights. Reading them would run code.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
-MEMINFO = Path('/proc/meminfo')
 _MARKS = ('_METADATA', 'manifest.ocdbt', 'checkpoint')  # files of an orbax checkpoint
 
 
@@ -233,15 +233,6 @@ def check_memory(directory: Path, boxed: PyTree, shardings: PyTree, value_bytes:
         f'{directory}: the weights take {needed:,} bytes of memory, and {free:,} are free: free '
         'some, use a larger machine, or another decoder. From float32, launch/convert.py with '
         '--dtype=bfloat16 writes a decoder of half the size')
-
-
-def free_memory() -> float:
-  """Returns the bytes of memory and swap that Linux can give; infinity on other systems."""
-  text = MEMINFO.read_text() if MEMINFO.is_file() else ''
-  kibibytes = {line.split(':')[0]: int(line.split()[1]) for line in text.splitlines()}
-  if 'MemAvailable' not in kibibytes:
-    return math.inf
-  return (kibibytes['MemAvailable'] + kibibytes.get('SwapFree', 0)) << 10
 
 
 def assemble(source: Source, layout: Layout, config: TransformerConfig,

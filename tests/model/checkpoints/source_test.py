@@ -71,18 +71,6 @@ def test_memory(monkeypatch, copies):
   source.check_memory('decoder', boxed, placed, 2)
 
 
-@pytest.mark.parametrize('meminfo, free', [
-    ('MemTotal: 9 kB\nMemAvailable:  3 kB\nSwapFree: 2 kB\nHugePages_Total: 7\n', 5 * 1024),
-    ('MemTotal: 9 kB\nMemAvailable:  3 kB\n', 3 * 1024), ('MemTotal: 9 kB\n', math.inf),
-    (None, math.inf)])
-def test_free_memory(monkeypatch, tmp_path, meminfo, free):
-  """Free memory is what Linux calls available, and swap; infinity where it does not say."""
-  if meminfo:
-    (tmp_path / 'meminfo').write_text(meminfo)
-  monkeypatch.setattr(source, 'MEMINFO', tmp_path / 'meminfo')
-  assert source.free_memory() == free
-
-
 def test_padded_rows():
   """A padded tensor may have more rows than expected, never fewer."""
   check({'a': np.ones((5, 3), np.float32)}, {'a': (4, 3)}, padded=['a'])
