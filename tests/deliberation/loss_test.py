@@ -138,6 +138,19 @@ def test_bfloat16_states(inputs, way):
   np.testing.assert_allclose(nll, exact, atol=1e-4)
 
 
+def test_bfloat16_gradients(inputs, way):
+  """States and a head in bfloat16 have float32's gradients, but for rounding."""
+  hidden, targets, table = inputs
+  rounded = hidden.astype(jnp.bfloat16), targets, table.astype(jnp.bfloat16)
+  exact = hidden.astype(jnp.bfloat16).astype(jnp.float32), targets, rounded[2].astype(jnp.float32)
+  ours, _ = with_gradients(functools.partial(token_nll, chunk=4), *rounded, 2.0)
+  expected, _ = with_gradients(optax_nll, *exact, 2.0)
+  for gradient, wanted in zip(ours, expected, strict=True):
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(gradient.astype(jnp.float32), wanted, rtol=0.05,
+                               atol=0.02 * float(jnp.max(jnp.abs(wanted))))
+
+
 def largest(jaxpr):
   """Elements of the largest array that a jaxpr makes, in the loops and calls inside it too."""
   sizes = [math.prod(variable.aval.shape) for equation in jaxpr.eqns
