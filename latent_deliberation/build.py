@@ -1,7 +1,8 @@
 """Builds the modules of an experiment, and loads the weights of its frozen decoder."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
-from latent_deliberation.model.layers import Quantised, quantise
+from latent_deliberation.model.quantised import INT8_DTYPES, Quantised, quantise
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.progress import announced
 from latent_deliberation.sharding import shardings_of
@@ -100,12 +101,12 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
                 mesh: Mesh) -> tuple[Params, str]:
   """Loads the frozen decoder onto its shards. Returns its weights, and their stored fingerprint."""
   dtype = experiment.computation.frozen_dtype
-  if dtype == 'int8':
+  if dtype in INT8_DTYPES:
     # Quantise on the mesh, from the weights as stored.
     stored = load_stored(checkpoint, mesh, experiment.rules)
     decoder_fingerprint = checkpoint.fingerprint or fingerprint(stored)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes(experiment, mesh))
-    return jax.jit(quantise, out_shardings=shardings)(stored), decoder_fingerprint
+    return jax.jit(_quantise(dtype), out_shardings=shardings)(stored), decoder_fingerprint
   # With a stored fingerprint, weights can be rounded while they are read.
   place = lambda boxed: _frozen_shardings(boxed, experiment, mesh)  # noqa: E731
   if checkpoint.fingerprint:
@@ -115,6 +116,10 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   with announced("hashing the decoder's weights"):
     decoder_fingerprint = fingerprint(stored)
   return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), decoder_fingerprint
+
+
+def _quantise(dtype: str) -> Callable[[Params], Params]:
+  return functools.partial(quantise, rounds_inputs=dtype == 'w8a8')
 
 
 def load_stored(checkpoint: weights.Checkpoint, mesh: Mesh,
@@ -129,8 +134,8 @@ def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Params:
   In an int8 decoder the norms count as float32, since their stored dtype is not known here.
   """
   boxed, dtype = boxed_shapes(experiment.decoder), experiment.computation.frozen_dtype
-  if dtype == 'int8':
-    boxed, dtype = jax.eval_shape(quantise, boxed), None
+  if dtype in INT8_DTYPES:
+    boxed, dtype = jax.eval_shape(_quantise(dtype), boxed), None
   return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype,
                                                   sharding=sharding),

@@ -27,6 +27,7 @@ from latent_deliberation.errors import (
   problems_of,
   raise_problems,
 )
+from latent_deliberation.model.quantised import INT8_DTYPES
 from latent_deliberation.model.transformer import ATTENTIONS, REMAT_POLICIES
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, check_rules
@@ -38,7 +39,7 @@ from latent_deliberation.training.profiling import parse_range
 DTYPES = ('float32', 'bfloat16')
 CPU_INFO = Path('/proc/cpuinfo')
 FAST_BFLOAT16 = {'amx_bf16', 'avx512_bf16'}  # instruction sets of CPUs
-FROZEN_DTYPES = (*DTYPES, 'int8')
+FROZEN_DTYPES = (*DTYPES, *INT8_DTYPES)
 LAST_SEED = 2**30 - 2  # of an experiment; the order of its rows takes twice as much
 
 
@@ -52,9 +53,11 @@ class Computation:
       that began with one of the two is resumed with the same.
     activations: dtype of the activations between products: 'float32', 'bfloat16' or 'auto'.
       'auto' is `dtype`, and float32 on CPUs, which emulate bfloat16 outside of products.
-    frozen_dtype: dtype that the frozen decoder's weights are kept in, also 'int8'.
+    frozen_dtype: dtype that the frozen decoder's weights are kept in, also 'int8' or 'w8a8'.
       'int8' has a float32 scale for each output channel, and keeps norms as stored. Trainable
-      parameters are always float32, and start from weights that were not rounded to int8.
+      parameters are always float32, and start from weights that were not rounded to int8. 'w8a8'
+      also rounds the activations that the decoder's blocks multiply these weights with, token by
+      token, and the second pass's cotangents. TPUs multiply int8 twice as fast.
     remat: activations of a block that the backward pass keeps: 'none' keeps all, 'full' nothing.
       Rematerialisation computes the others again. REMAT_POLICIES lists all values.
     scan: loop over stacked layers, which compiles fast at any depth; otherwise unroll them.

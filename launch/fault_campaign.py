@@ -5,8 +5,8 @@
   python launch/fault_campaign.py --output=runs/faults.json --page=docs/reliability.md
 
 All runs are of the smallest decoder, in processes of their own. The same command goes on where it
-was stopped. A kill takes some seconds, a damaged file a tenth of one, a case of the five scenarios
-a minute. Next, render the page with --page.
+was stopped. Another --seed adds to the counts. A kill takes some seconds, a damaged file a tenth of
+one, a case of the five scenarios a minute. Next, render the page with --page.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from latent_deliberation.cli import app
 from latent_deliberation.errors import UserError
 
 _WORKDIR = app.define_directory('workdir', 'Directory for runs and results so far.', '')
-_OUTPUT = app.define_file('output', 'JSON file of the counts; written again by each launch.')
+_OUTPUT = app.define_file('output', 'JSON file of the counts; each seed adds to it.')
 _PAGE = app.define_file('page', 'Markdown page to render from --output. Default: none.', '')
 _KILLS = flags.DEFINE_integer('kills', 0, 'Number of launches to kill.', lower_bound=0)
 _MUTATIONS = flags.DEFINE_integer('mutations', 0, 'Number of files to damage.', lower_bound=0)

@@ -21,7 +21,7 @@ from latent_deliberation.build import (
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import boxed_shapes, fingerprint
-from latent_deliberation.model.layers import quantise
+from latent_deliberation.model.quantised import quantise
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests import finished
 
@@ -43,11 +43,12 @@ def test_frozen_dtype(quickstart, mesh):
     assert jnp.array_equal(leaf.astype(jnp.bfloat16), short)
 
 
+@pytest.mark.parametrize('dtype', ['int8', 'w8a8'])
 @pytest.mark.parametrize('replicated', [False, True])
-def test_int8(quickstart, replicated):
+def test_int8(quickstart, replicated, dtype):
   """An int8 decoder has the planned shardings and the fingerprint of its stored weights."""
   experiment = finished.experiment(
-      computation__frozen_dtype='int8', computation__replicate_frozen=replicated, mesh__fsdp=2)
+      computation__frozen_dtype=dtype, computation__replicate_frozen=replicated, mesh__fsdp=2)
   mesh = make_mesh(experiment.mesh)
   checkpoint = open_frozen(experiment.decoder, quickstart / 'pretraining/decoder')
   params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)

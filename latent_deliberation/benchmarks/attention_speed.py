@@ -18,6 +18,7 @@ from latent_deliberation.build import build_decoder, build_deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json
+from latent_deliberation.model.quantised import INT8_DTYPES
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.step import LossFn
@@ -42,9 +43,10 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
   Raises:
     UserError: the frozen weights are int8, or the dense mask is not written for this experiment.
   """
-  if experiment.computation.frozen_dtype == 'int8':
-    raise UserError("computation.frozen_dtype = 'int8': this benchmark has no int8 weights. Set "
-                    '--config.computation.frozen_dtype=bfloat16.')
+  frozen_dtype = experiment.computation.frozen_dtype
+  if frozen_dtype in INT8_DTYPES:
+    raise UserError(f'computation.frozen_dtype = {frozen_dtype!r}: this benchmark has no int8 '
+                    'weights. Set --config.computation.frozen_dtype=bfloat16.')
   if with_dense:
     check_dense(experiment.decoder, experiment.deliberation)
 

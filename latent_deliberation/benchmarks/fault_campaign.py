@@ -1,7 +1,8 @@
 """The fault campaign: counts how many faults a run survives, and writes the page about it.
 
 Cases are numbered, and a seed and a number decide what happens in one. Results are kept one by one,
-so that a campaign that was stopped goes on where it was.
+so that a campaign that was stopped goes on where it was. Campaigns of other seeds, on any machine,
+are added to the same counts.
 """
 
 import collections
@@ -21,6 +22,7 @@ from latent_deliberation.benchmarks.fault_mutations import (
   run_mutations,
 )
 from latent_deliberation.benchmarks.fault_scenarios import SCENARIOS
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable, write_json
 from latent_deliberation.progress import Progress
 from latent_deliberation.provenance import git_commit
@@ -34,23 +36,25 @@ _SHOWN_FAULTS = 20
 
 def run_campaign(workdir: Path, output: Path, *, kills: int, mutations: int, scenarios: int,
                  seed: int = 0) -> dict[str, Any]:
-  """Runs what is left of a campaign, and writes its counts.
+  """Runs what is left of a campaign, and writes its counts beside those of other seeds.
 
   Args:
     workdir: directory for runs, logs and the results so far.
-    output: JSON file to write.
+    output: JSON file of all campaigns; that of this seed is written anew.
     kills: number of launches to kill.
     mutations: number of files to damage.
     scenarios: number of cases of each scenario.
     seed: seed of all cases.
 
-  Returns: the content of `output`.
+  Returns: the counts of this seed's campaign.
 
   Raises:
     UserError: the directory cannot be written to.
+    UserError: `output` has cases of this seed that are not in `workdir`.
   """
   make_writable(workdir)
   results = _Results(workdir / f'results-{seed}.jsonl')
+  others = _read_others(output, results, seed)
   variables = {'JAX_COMPILATION_CACHE_DIR': str(workdir / 'compiled'),
                'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   with launcher(variables) as opened:
@@ -62,9 +66,21 @@ def run_campaign(workdir: Path, output: Path, *, kills: int, mutations: int, sce
       _kill(opened, workdir, results, seed, kills)
     for number, name in enumerate(SCENARIOS):
       _repeat(opened, workdir, results, name, SCENARIOS[name], [seed, 2 + number], scenarios)
-  content = {**summarise(results), 'seed': seed, 'git_commit': git_commit()}
-  write_json(output, content)
-  return content
+  counts = {'seed': seed, 'git_commit': git_commit(), 'cases': results.count(),
+            **summarise(results)}
+  write_json(output, {'campaigns': [*others, counts]})
+  return counts
+
+
+def _read_others(output: Path, results: '_Results', seed: int) -> list[dict[str, Any]]:
+  """Returns the campaigns of other seeds in `output`; see `run_campaign`."""
+  campaigns = json.loads(output.read_bytes())['campaigns'] if output.is_file() else []
+  for campaign in campaigns:
+    if campaign['seed'] == seed and campaign['cases'] > results.count():
+      raise UserError(
+          f'--output={output} has {campaign["cases"]} cases of --seed={seed}, and --workdir has '
+          f'{results.count()}: go on in the directory of that campaign, or give another --seed')
+  return [campaign for campaign in campaigns if campaign['seed'] != seed]
 
 
 class _Results:
@@ -80,6 +96,10 @@ class _Results:
   def of(self, kind: str) -> list[dict[str, Any]]:
     """Returns the results of a kind of cases, in their order."""
     return self._found[kind]
+
+  def count(self) -> int:
+    """Returns the number of all cases."""
+    return sum(map(len, self._found.values()))
 
   def add(self, kind: str, result: Mapping[str, Any]) -> None:
     """Keeps a result."""

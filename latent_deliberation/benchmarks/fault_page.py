@@ -1,7 +1,8 @@
 """The page about a fault campaign, docs/reliability.md, from the campaign's JSON."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ _PAGE = """\
 `launch/fault_campaign.py` hurts small runs on purpose, and counts what they survive. This page is
 rendered from its JSON; do not edit it.
 
-{kills:,} kills and {files:,} damaged files left {faults:,} faults. Seed {seed}, commit {commit}.
-
+{kills:,} kills and {files:,} damaged files left {faults:,} faults. {origin}.
+{found}
 ```
 python launch/fault_campaign.py --workdir=runs/faults --output=runs/faults.json \\
     --kills=1000 --mutations=10000 --scenarios=50
@@ -24,6 +25,7 @@ python launch/fault_campaign.py --output=runs/faults.json --page=docs/reliabilit
 ```
 
 The first command goes on where it was stopped. A case depends on `--seed` and its number alone.
+Another seed adds to the counts.
 
 ## Kills
 
@@ -71,8 +73,9 @@ coprocessor's decoder, whose fingerprint is known from the training.
 """
 
 
-def format_page(result: Mapping[str, Any]) -> str:
-  """Returns docs/reliability.md from the content of a campaign's JSON."""
+def format_page(campaigns: Sequence[Mapping[str, Any]]) -> str:
+  """Returns docs/reliability.md from the counts of campaigns."""
+  result = functools.reduce(_add, campaigns)
   killed, damaged = result['kills'], result['mutations']
   kills = sum(counts['kills'] for counts in killed['jobs'].values())
   files = sum(sum(counts.values()) for counts in damaged['subjects'].values())
@@ -92,11 +95,31 @@ def format_page(result: Mapping[str, Any]) -> str:
        for name, counts in result['scenarios'].items()]) if result['scenarios'] else (
            'No case of these was run for this page.')
   phases = ', '.join(f'{name} {count:,}' for name, count in killed['phases'].items())
+  origin = '; '.join(f'Seed {campaign["seed"]}, commit {campaign["git_commit"][:12]}'
+                     for campaign in campaigns)
+  found = ''.join(f'\n- {fault}' for fault in result['faults'])
   return _PAGE.format(
+      origin=origin, found=found and f'\nThe faults were:\n{found}\n',
       kills=kills, files=files, faults=result['num_faults'], jobs_table=jobs_table,
       subjects_table=subjects_table, scenarios_table=scenarios_table, phases=phases,
-      slowest=damaged['slowest_seconds'], seed=result['seed'], commit=result['git_commit'][:12],
-      changed=CHANGED)
+      slowest=damaged['slowest_seconds'], changed=CHANGED)
+
+
+def _add(one: Any, other: Any) -> Any:
+  """Adds two campaigns: numbers add up, the slowest time is the larger one, lists are joined."""
+  if isinstance(one, Mapping):
+    return {key: _slowest(one.get(key), other.get(key)) if key == 'slowest_seconds'
+            else _add(one[key], other[key]) if key in one and key in other
+            else one.get(key, other.get(key)) for key in {**one, **other}}
+  return one if isinstance(one, str) else one + other
+
+
+def _slowest(one: Any, other: Any) -> Any:
+  if one is None or other is None:
+    return other if one is None else one
+  if isinstance(one, Mapping):
+    return {key: _slowest(one.get(key), other.get(key)) for key in {**one, **other}}
+  return max(one, other)
 
 
 def _tell(name: str, counts: Mapping[str, Any]) -> str:
@@ -114,5 +137,5 @@ def _tell(name: str, counts: Mapping[str, Any]) -> str:
 
 
 def write_page(output: Path, page: Path) -> None:
-  """Writes the page of a campaign's JSON, over an earlier one."""
-  write_whole(page, format_page(json.loads(output.read_bytes())).encode())
+  """Writes the page of the campaigns in a JSON file, over an earlier one."""
+  write_whole(page, format_page(json.loads(output.read_bytes())['campaigns']).encode())

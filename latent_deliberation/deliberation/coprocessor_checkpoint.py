@@ -41,6 +41,7 @@ from latent_deliberation.model.checkpoints.safetensors_io import (
 )
 from latent_deliberation.model.checkpoints.source import on_first_device, shape_differences
 from latent_deliberation.model.decoder import boxed_shapes, fingerprint
+from latent_deliberation.model.quantised import INT8_DTYPES
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import COPROCESSOR, with_current_names
 from latent_deliberation.progress import Progress
@@ -142,14 +143,16 @@ def check_decoder(description: Description, decoder_fingerprint: str) -> None:
 
 
 def compare_frozen_dtype(description: Description, dtype: str) -> None:
-  """Logs a warning where the decoder is int8 now and was not in training, or the reverse.
+  """Logs a warning where the decoder's weights are int8 now and were not in training, or reversed.
+
+  So it does where activations are rounded in one of the two alone.
 
   Args:
     description: the coprocessor.
     dtype: dtype of the decoder's weights now.
   """
   trained = description.frozen_dtype
-  if trained and (trained == 'int8') != (dtype == 'int8'):
+  if trained != dtype and trained and {trained, dtype} & set(INT8_DTYPES):
     logging.warning(
         'the coprocessor was trained on frozen weights in %s and now reads weights in %s: it '
         'works, but hidden states differ slightly; train it on weights in %s for exact results',

@@ -25,7 +25,8 @@ from latent_deliberation.deliberation.traces import Placement, place
 from latent_deliberation.inference.ring_cache import CachePlan, RingKVCache, SlotIndex
 from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues
 from latent_deliberation.model.decoder import Decoder
-from latent_deliberation.model.layers import LowRank, RMSNorm, input_axes
+from latent_deliberation.model.layers import LowRank, RMSNorm
+from latent_deliberation.model.products import input_axes
 from latent_deliberation.model.transformer import Block, layer_traits
 from latent_deliberation.model.transformer_config import TransformerConfig
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, RowTokens, typed
-from latent_deliberation.model.layers import matmul
+from latent_deliberation.model.products import matmul
 
 
 @struct.dataclass

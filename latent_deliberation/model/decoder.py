@@ -21,7 +21,8 @@ from latent_deliberation.array_types import (
   typed,
 )
 from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues, KVCache, softcap
-from latent_deliberation.model.layers import Embedder, contract
+from latent_deliberation.model.layers import Embedder
+from latent_deliberation.model.products import contract
 from latent_deliberation.model.transformer import Transformer
 from latent_deliberation.model.transformer_config import TransformerConfig
 

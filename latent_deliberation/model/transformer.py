@@ -6,6 +6,7 @@ model/attention.py and model/rotary.py, 'fused' the kernels in model/kernels.
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 
 from latent_deliberation.array_types import Array, Float, Int, Rows, RowTokens, typed
 from latent_deliberation.errors import UserError
@@ -24,11 +26,21 @@ from latent_deliberation.model.attention import (
   KVCache,
 )
 from latent_deliberation.model.layers import FeedForward, LowRank, Projection, RMSNorm
+from latent_deliberation.model.quantised import INT8_PRODUCT
 from latent_deliberation.model.transformer_config import TransformerConfig
 
 # Names of results inside a block, by which a policy may keep them.
 _NAMED = ('queries', 'keys', 'values', 'feed_forward_out')
 _policies = jax.checkpoint_policies
+
+
+
+def _keeps_product(primitive: Primitive, *values: Any, **options: Any) -> bool:
+  """The policy of 'dots'. It keeps products of int8 when they are scaled, not their int32 sums."""
+  if options.get('preferred_element_type') == jnp.int32:
+    return False
+  return _policies.dots_with_no_batch_dims_saveable(primitive, *values, **options)
+
 
 # What the backward pass keeps of a block, besides its input.
 REMAT_POLICIES = {
@@ -38,8 +50,7 @@ REMAT_POLICIES = {
     'mid': _policies.save_only_these_names(*_NAMED, *FUSED_RESULTS),
     # Every matrix product.
     'dots': _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(*FUSED_RESULTS)),
+        _keeps_product, _policies.save_only_these_names(*FUSED_RESULTS, INT8_PRODUCT)),
 }
 
 ATTENTIONS = ('plain', 'fused')  # two computations of the same functions
@@ -82,7 +93,7 @@ class Attention(nn.Module):
     config: architecture.
     lora: low-rank adapters of the projections; None for none.
     fused: whether kernels compute attention and rotary embedding. Projections then keep the axes
-      of x; see `layers.multiply`.
+      of x; see `products.multiply`.
     dtype: dtype of the products, if it is not that of x; see Transformer.
   """
   config: TransformerConfig

@@ -11,6 +11,7 @@ from typing import Any
 from latent_deliberation.errors import UserError, check_integer, check_types, raise_problems
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import LAST_SEED, Experiment, bind
+from latent_deliberation.model.quantised import INT8_DTYPES
 from latent_deliberation.studies.synthetic.documents import build
 from latent_deliberation.studies.tune import TUNINGS
 
@@ -124,10 +125,11 @@ class Study:
     if asked.chain_tokens and not build(name, self.experiment.data.options).chains:
       raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but data.options.chains = '
                       '0: the decoder reads no chain. Raise the second, or set the first to 0.')
-    if asked.chain_tokens and self.experiment.computation.frozen_dtype == 'int8':
+    frozen_dtype = self.experiment.computation.frozen_dtype
+    if asked.chain_tokens and frozen_dtype in INT8_DTYPES:
       raise UserError(f'questions.chain_tokens = {asked.chain_tokens}, but '
-                      "computation.frozen_dtype = 'int8': generation takes no int8 weights. Change "
-                      'one of them.')
+                      f'computation.frozen_dtype = {frozen_dtype!r}: generation takes no int8 '
+                      'weights. Change one of them.')
     # A name becomes a directory, and a prefix of the names of controls.
     reserved = {FROZEN, CHAIN, *CONTROLS} & set(self.arms)
     if not self.arms or reserved or any('/' in name or not name for name in self.arms):

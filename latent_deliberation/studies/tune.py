@@ -14,6 +14,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.layers import merge
+from latent_deliberation.model.quantised import INT8_DTYPES
 from latent_deliberation.training.objectives import (
   joint_training,
   language_modelling,
@@ -91,10 +92,10 @@ def describe_tuning(experiment: Experiment, method: str, workdir: Path, mesh: Me
   if method == 'lora' and experiment.deliberation.num_layers:
     raise UserError(f'deliberation.num_layers = {experiment.deliberation.num_layers}: {method!r} '
                     'tuning puts adapters on all layers of the decoder. Set 0.')
-  if experiment.computation.frozen_dtype == 'int8':
-    raise UserError(f"computation.frozen_dtype = 'int8': {method!r} tuning trains the decoder's "
-                    "weights, which int8 rounds. Set 'float32' or 'bfloat16', or leave such arms "
-                    'out.')
+  if experiment.computation.frozen_dtype in INT8_DTYPES:
+    raise UserError(f'computation.frozen_dtype = {experiment.computation.frozen_dtype!r}: '
+                    f"{method!r} tuning trains the decoder's weights, which int8 rounds. Set "
+                    "'float32' or 'bfloat16', or leave such arms out.")
   coprocessor = build_deliberator(experiment).coprocessor
 
   # The trainable parameters of each method.

@@ -15,6 +15,7 @@ from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import DATA_STATES
 from latent_deliberation.training.step import TrainState
 
+_STEP_METADATA = '_CHECKPOINT_METADATA'  # orbax's file in each step
 FINGERPRINT = 'fingerprint'  # key of a checkpoint's 'about': that of its state
 
 # What orbax raises where files cannot be written: tensorstore knows no OSError.
@@ -36,6 +37,9 @@ class Checkpointer:
       directory: directory of the checkpoints.
       keep: number of the newest checkpoints that are kept.
       keep_every: steps that are multiples of it are kept for good; 0 for none.
+
+    Raises:
+      UserError: the checkpoints cannot be listed, since a file of orbax is damaged.
     """
     if keep < 1:  # LoopConfig refuses it with the name of its key
       raise ValueError(f'keep = {keep}: it must be 1 or more')
@@ -46,12 +50,18 @@ class Checkpointer:
     renames = is_here(self.directory)
     if not renames and jax.process_index() == 0:
       directory.clear_unfinished()
-    self._manager = ocp.CheckpointManager(
-        path_for_orbax(directory),
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            # Where it does not rename, orbax takes every other directory for an unfinished step.
-            cleanup_tmp_directories=renames, **orbax_options(directory)))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        # Where it does not rename, orbax takes every other directory for an unfinished step.
+        cleanup_tmp_directories=renames, **orbax_options(directory))
+    try:
+      self._manager = ocp.CheckpointManager(path_for_orbax(directory), options=options)
+    except (ValueError, TypeError, KeyError) as error:  # orbax reads when each step was written
+      steps = sorted(path.parent.name for path in directory.glob(f'*/{_STEP_METADATA}'))
+      raise UserError(
+          f'the checkpoints in {directory} cannot be listed ({type(error).__name__}: {error}).\n'
+          f'One of the steps {", ".join(steps)} has a damaged {_STEP_METADATA}. Move that step '
+          'away. The same command then resumes from the newest checkpoint that is left.') from error
 
   def latest_step(self) -> int | None:
     """Returns the newest step, including one that is still being written; None without any."""

@@ -29,6 +29,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN, make_scorer, score_texts
 from latent_deliberation.experiment import Experiment
+from latent_deliberation.model.quantised import INT8_DTYPES
 from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.progress import announced
 from latent_deliberation.sharding import make_mesh, place_batch
@@ -94,7 +95,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
                                                  mesh)
 
     # Train. A coprocessor starts from the stored weights, not from those rounded to int8.
-    is_rounded = experiment.computation.frozen_dtype == 'int8'
+    is_rounded = experiment.computation.frozen_dtype in INT8_DTYPES
     params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
                  evaluators, frozen=frozen, decoder_fingerprint=decoder_fingerprint,
                  load_start=(lambda: load_stored(checkpoint, mesh, experiment.rules)) if is_rounded

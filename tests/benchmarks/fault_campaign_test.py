@@ -13,6 +13,7 @@ from latent_deliberation.benchmarks.fault_launches import launcher
 from latent_deliberation.benchmarks.fault_mutations import CRASH, REFUSED, UNCHANGED
 from latent_deliberation.benchmarks.fault_page import format_page, write_page
 from latent_deliberation.benchmarks.fault_scenarios import SCENARIOS
+from latent_deliberation.errors import UserError
 from tests import finished
 
 PAGE = finished.ROOT / 'docs/reliability.md'
@@ -61,7 +62,7 @@ def cases(monkeypatch):
 def test_counts(tmp_path, cases):
   """Kills by job, files by subject and outcome, scenarios by name; every fault is told."""
   result = run_campaign(tmp_path / 'work', tmp_path / 'out.json', kills=6, mutations=5, scenarios=2)
-  assert json.loads((tmp_path / 'out.json').read_text()) == result
+  assert json.loads((tmp_path / 'out.json').read_text()) == {'campaigns': [result]}
   assert result['kills']['jobs']['pretrain'] == {'runs': 1, 'kills': 2, 'faulty': 1}
   assert sum(counts['kills'] for counts in result['kills']['jobs'].values()) == 6
   assert result['mutations']['subjects']['subject 1'] == {
@@ -86,6 +87,26 @@ def test_goes_on_where_it_was(tmp_path, cases):
   assert (tmp_path / 'parts.json').read_text() == (tmp_path / 'whole.json').read_text()
 
 
+def test_seeds_add_up(tmp_path, cases):
+  """Campaigns of several seeds stand side by side, and the page has their sums."""
+  output, counts = tmp_path / 'out.json', dict(kills=6, mutations=5, scenarios=2)
+  for seed in (0, 1):
+    run_campaign(tmp_path / 'work', output, seed=seed, **counts)
+  # More cases of a seed take the place of the fewer ones.
+  result = run_campaign(tmp_path / 'work', output, seed=0, kills=6, mutations=9, scenarios=2)
+  campaigns = json.loads(output.read_text())['campaigns']
+  assert [each['seed'] for each in campaigns] == [1, 0] and campaigns[1] == result
+  page = format_page(campaigns)
+  assert '12 kills and 14 damaged files left 4 faults. Seed 1, commit' in page
+  assert '| pretrain | 2 | 4 | 2 |' in page and '| subject 1 | 6 | 4 | 0 |' in page
+  assert 'The slowest took 0.8 s' in page and '- lost' in page
+  # Another work directory cannot lose them.
+  before = output.read_bytes()
+  with pytest.raises(UserError, match='has 22 cases of --seed=0, and --workdir has 0'):
+    run_campaign(tmp_path / 'empty', output, seed=0, kills=1, mutations=0, scenarios=0)
+  assert output.read_bytes() == before
+
+
 def test_page(tmp_path, cases):
   """The page has every count, and no placeholder is left."""
   run_campaign(tmp_path / 'work', tmp_path / 'out.json', kills=6, mutations=5, scenarios=2)
@@ -98,8 +119,8 @@ def test_page(tmp_path, cases):
 
 def test_committed_page():
   """docs/reliability.md is what its JSON gives."""
-  result = json.loads(PAGE.with_suffix('.json').read_text())
-  assert PAGE.read_text() == format_page(result)
+  campaigns = json.loads(PAGE.with_suffix('.json').read_text())['campaigns']
+  assert PAGE.read_text() == format_page(campaigns)
 
 
 @pytest.mark.parametrize('said, phase', [

@@ -60,7 +60,8 @@ def test_description_without_frozen_dtype(directory):
 
 @pytest.mark.parametrize('trained, now, warned', [
     ('int8', 'float32', True), ('bfloat16', 'int8', True), ('float32', 'bfloat16', False),
-    ('int8', 'int8', False), ('', 'int8', False)])
+    ('int8', 'int8', False), ('', 'int8', False), ('int8', 'w8a8', True),
+    ('w8a8', 'float32', True), ('w8a8', 'w8a8', False)])
 def test_frozen_dtype_warning(caplog, trained, now, warned):
   """A warning names a decoder that is int8 in training or now alone."""
   compare_frozen_dtype(dataclasses.replace(WRITTEN, frozen_dtype=trained), now)

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
+from latent_deliberation.model.quantised import INT8_DTYPES
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.studies.tune import TUNINGS, describe_tuning
 from tests import finished
@@ -48,7 +49,8 @@ def test_adapters_need_all_layers(tmp_path):
     describe(tmp_path, 'lora', 'lora', deliberation__num_layers=1)
 
 
+@pytest.mark.parametrize('dtype', INT8_DTYPES)
 @pytest.mark.parametrize('method', TUNINGS)
-def test_rounded_weights_are_not_tuned(tmp_path, method):
-  with pytest.raises(UserError, match=f"frozen_dtype = 'int8'.*'{method}'"):
-    describe(tmp_path, method, NEEDED[method], computation__frozen_dtype='int8')
+def test_rounded_weights_are_not_tuned(tmp_path, method, dtype):
+  with pytest.raises(UserError, match=f"frozen_dtype = '{dtype}'.*'{method}'"):
+    describe(tmp_path, method, NEEDED[method], computation__frozen_dtype=dtype)

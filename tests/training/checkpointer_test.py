@@ -185,6 +185,19 @@ def test_damaged_checkpoint(tmp_path, pattern, kept):
   assert_same(restore(tmp_path), make_state(3))
 
 
+@pytest.mark.parametrize('damaged', [1.5, '7', [], {}])
+def test_damaged_time_of_a_step(tmp_path, damaged):
+  """Checkpoints that orbax cannot list are refused, and the rest is read without the step."""
+  save_all(tmp_path, [2, 4])
+  metadata = tmp_path / '4' / '_CHECKPOINT_METADATA'
+  content = json.loads(metadata.read_text())
+  metadata.write_text(json.dumps({**content, 'commit_timestamp_nsecs': damaged}))
+  with pytest.raises(UserError, match='(?s)cannot be listed.*steps 2, 4.*_CHECKPOINT_METADATA'):
+    restore(tmp_path)
+  shutil.rmtree(tmp_path / '4')
+  assert_same(restore(tmp_path), make_state(2))
+
+
 def test_old_step(tmp_path):
   """A step that is not new is refused, and the checkpoint stays."""
   save_all(tmp_path, [4])

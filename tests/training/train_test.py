@@ -60,10 +60,11 @@ def test_bfloat16_remat_accumulation(tmp_path, quickstart):
       rtol=0.02)
 
 
-@pytest.mark.parametrize('mesh', [
-    {}, pytest.param({'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2},
-                     marks=pytest.mark.slow)])
-def test_int8_decoder(tmp_path, quickstart, monkeypatch, mesh):
+@pytest.mark.parametrize('dtype, mesh', [
+    ('int8', {}), ('w8a8', {}),
+    *(pytest.param(dtype, {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2},
+                   marks=pytest.mark.slow) for dtype in ('int8', 'w8a8'))])
+def test_int8_decoder(tmp_path, quickstart, monkeypatch, dtype, mesh):
   """A coprocessor trains on an int8 decoder and starts from unrounded weights."""
   decoder, started = quickstart / 'pretraining/decoder', []
 
@@ -72,14 +73,16 @@ def test_int8_decoder(tmp_path, quickstart, monkeypatch, mesh):
     return fit(run, *others, frozen=frozen, load_start=load_start, **more)
 
   monkeypatch.setattr(train, 'fit', look)
-  train_coprocessor(finished.experiment(computation__frozen_dtype='int8', **mesh), decoder,
+  train_coprocessor(finished.experiment(computation__frozen_dtype=dtype, **mesh), decoder,
                     tmp_path / 'run', quickstart)
   frozen, params = started[0]
   _, stored = weights.load(decoder)
   assert frozen['embedder']['table'].values.dtype == jnp.int8
+  assert frozen['transformer']['blocks']['feed_forward']['up']['w'].rounds_inputs == (
+      dtype == 'w8a8')
   assert fingerprint(params['transformer']) == fingerprint(stored['transformer'])
   said = describe(tmp_path / 'run/coprocessor')
-  assert (said.frozen_dtype, said.decoder_fingerprint) == ('int8', fingerprint(stored))
+  assert (said.frozen_dtype, said.decoder_fingerprint) == (dtype, fingerprint(stored))
   np.testing.assert_allclose(
       losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
       rtol=0.02)
