@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
-from latent_deliberation.model.quantised import INT8_DTYPES, Quantised, quantise
+from latent_deliberation.model.quantised import INT8_DTYPES, LARGEST_INPUTS, Quantised, quantise
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.progress import announced
 from latent_deliberation.sharding import shardings_of
+
+CALIBRATION = (4, 128)  # texts and tokens that show how large activations are
 
 
 def with_decoder(experiment: Experiment, decoder: str = '',
@@ -106,7 +108,9 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
     stored = load_stored(checkpoint, mesh, experiment.rules)
     decoder_fingerprint = checkpoint.fingerprint or fingerprint(stored)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes(experiment, mesh))
-    return jax.jit(_quantise(dtype), out_shardings=shardings)(stored), decoder_fingerprint
+    rounded = jax.jit(functools.partial(_quantise, experiment.decoder, dtype),
+                      out_shardings=shardings)(stored)
+    return rounded, decoder_fingerprint
   # With a stored fingerprint, weights can be rounded while they are read.
   place = lambda boxed: _frozen_shardings(boxed, experiment, mesh)  # noqa: E731
   if checkpoint.fingerprint:
@@ -118,8 +122,15 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), decoder_fingerprint
 
 
-def _quantise(dtype: str) -> Callable[[Params], Params]:
-  return functools.partial(quantise, rounds_inputs=dtype == 'w8a8')
+def _quantise(config: TransformerConfig, dtype: str, stored: Params) -> Params:
+  """Returns the weights of a decoder in one of INT8_DTYPES."""
+  if dtype == 'int8':
+    return quantise(stored)
+  # Which channels of the activations are large hardly depends on the text, so random tokens do.
+  tokens = jax.random.randint(jax.random.key(0), CALIBRATION, 0, config.vocab_size)
+  _, found = Decoder(config).apply({'params': stored}, tokens, method='prefill',
+                                   mutable=[LARGEST_INPUTS])
+  return quantise(stored, rounds_inputs=True, largest=found[LARGEST_INPUTS])
 
 
 def load_stored(checkpoint: weights.Checkpoint, mesh: Mesh,
@@ -135,7 +146,8 @@ def frozen_shapes(experiment: Experiment, mesh: Mesh) -> Params:
   """
   boxed, dtype = boxed_shapes(experiment.decoder), experiment.computation.frozen_dtype
   if dtype in INT8_DTYPES:
-    boxed, dtype = jax.eval_shape(_quantise(dtype), boxed), None
+    boxed = jax.eval_shape(functools.partial(quantise, rounds_inputs=dtype == 'w8a8'), boxed)
+    dtype = None
   return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype,
                                                   sharding=sharding),

@@ -53,8 +53,11 @@ def test_int8(quickstart, replicated, dtype):
   checkpoint = open_frozen(experiment.decoder, quickstart / 'pretraining/decoder')
   params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
   assert decoder_fingerprint == checkpoint.fingerprint
-  expected = jax.jit(quantise)(checkpoint.load())
-  assert fingerprint(params) == fingerprint(expected)
+  if dtype == 'int8':
+    assert fingerprint(params) == fingerprint(jax.jit(quantise)(checkpoint.load()))
+  else:
+    scale = params['transformer']['blocks']['feed_forward']['down']['w'].input_scale
+    assert scale.dtype == jnp.float32 and jnp.unique(scale).size > 10
   assert count_parameters(params) == 27_040
   assert jax.tree.map(jax.typeof, params) == jax.tree.map(
       jax.typeof, frozen_shapes(experiment, mesh))

@@ -14,7 +14,7 @@ from flax import linen as nn
 from latent_deliberation.array_types import Array, Float, Params, Rows, RowTokens, typed
 from latent_deliberation.errors import UserError
 from latent_deliberation.model.products import contract, multiply
-from latent_deliberation.model.quantised import Quantised, multiply_quantised
+from latent_deliberation.model.quantised import LARGEST_INPUTS, Quantised, multiply_quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Projection(nn.Module):
     init = nn.initializers.variance_scaling(
         1.0, 'fan_in', 'truncated_normal', in_axis=contracted,
         out_axis=tuple(range(inputs, len(shape))))
+    if self.is_mutable_collection(LARGEST_INPUTS) and not self.is_initializing():
+      self.sow(LARGEST_INPUTS, 'x', jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - inputs))))
     # The product with W, in the form in which the weight is stored.
     if self.has_variable('params', 'transposed'):
       transposed = self.get_variable('params', 'transposed')

@@ -20,12 +20,13 @@ from latent_deliberation.model.products import input_axes, multiply
 
 INT8_DTYPES = ('int8', 'w8a8')  # of frozen weights; 'w8a8' rounds activations as well
 LARGEST = 127  # of an int8
+LARGEST_INPUTS = 'largest_inputs'  # collection of the largest inputs of projections, by channel
 INT8_PRODUCT = 'int8_product'  # name of a W8A8 product, by which a remat policy may keep it
 
 
 @struct.dataclass
 class Quantised:
-  """The matrix values * scale. It replaces the matrix in a tree of parameters.
+  """The matrix values * scale * input_scale. It replaces the matrix in a tree of parameters.
 
   Attributes:
     values: int8, in the shape of the matrix.
@@ -33,11 +34,14 @@ class Quantised:
     contracted: those axes, counted from the last one, which makes them the same in a stack of
       layers and in one of its layers.
     rounds_inputs: whether a product rounds what it multiplies the matrix with to int8.
+    input_scale: float32, for each entry of the axis that a product contracts; None for 1. A product
+      applies it to what it rounds.
   """
   values: Int[Array, '...']
   scale: Float[Array, '...']
   contracted: tuple[int, ...] = struct.field(pytree_node=False)
   rounds_inputs: bool = struct.field(pytree_node=False, default=False)
+  input_scale: Float[Array, '...'] | None = None
 
   @property
   def size(self) -> int:
@@ -46,11 +50,13 @@ class Quantised:
 
   def astype(self, dtype: DTypeLike) -> Array:
     """Returns the matrix itself, rounded once."""
-    scale = jnp.expand_dims(self.scale, self.contracted)
-    return (self.values.astype(jnp.float32) * scale).astype(dtype)
+    wide = self.values.astype(jnp.float32) * jnp.expand_dims(self.scale, self.contracted)
+    if self.input_scale is not None:
+      wide = wide * _along_inputs(self.input_scale, self.contracted)
+    return wide.astype(dtype)
 
 
-def quantise(params: Params, rounds_inputs: bool = False) -> Params:
+def quantise(params: Params, rounds_inputs: bool = False, largest: Params | None = None) -> Params:
   """Returns a decoder's parameters with Quantised matrices and tables.
 
   Norms and biases stay as they are.
@@ -58,43 +64,73 @@ def quantise(params: Params, rounds_inputs: bool = False) -> Params:
   A scale is the largest absolute value of its channel, over 127. The error of an entry is half a
   scale at most.
 
+  Some channels of the activations are much larger than the others, which would leave the others few
+  of the 255 values. Therefore W8A8 divides a channel of the activations by a factor, and multiplies
+  the weights that read it by the same (SmoothQuant, arXiv 2211.10438, equation 4 with alpha 0.5).
+
   Args:
     params: parameters of a decoder, boxed with logical axes or not.
     rounds_inputs: whether products with the matrices of blocks are W8A8. The tables' never are.
+    largest: largest absolute value of each channel of the activations, as `Projection` sows it in
+      the collection LARGEST_INPUTS; None for channels that are alike.
   """
-  return _quantise_tree(params, 1, rounds_inputs)
+  return _quantise_tree(params, 1, rounds_inputs, largest or {})
 
 
-def _quantise_tree(params: Params, inputs: int, rounds_inputs: bool) -> Params:
+def _quantise_tree(params: Params, inputs: int, rounds_inputs: bool, largest: Params) -> Params:
   quantised = {}
   for name, child in params.items():
     if isinstance(child, Mapping):
-      quantised[name] = _quantise_tree(child, input_axes(name), rounds_inputs)
+      quantised[name] = _quantise_tree(child, input_axes(name), rounds_inputs,
+                                       largest.get(name, {}))
     elif name in ('table', 'head'):
       quantised[name] = _quantise_matrix(child, (-1,))
     elif name == 'w':
       # Count from the last axis, because a stack of layers has one axis more.
       first = 1 - nn.unbox(child).ndim  # after the axis of layers
-      quantised[name] = _quantise_matrix(child, tuple(range(first, first + inputs)), rounds_inputs)
+      quantised[name] = _quantise_matrix(child, tuple(range(first, first + inputs)), rounds_inputs,
+                                         *largest.get('x', ()))
     else:
       quantised[name] = child
   return quantised
 
 
 def _quantise_matrix(matrix: Array | nn.Partitioned, contracted: tuple[int, ...],
-                     rounds_inputs: bool = False) -> Quantised:
-  # Both parts keep their logical axes. The scale lacks those that are contracted.
+                     rounds_inputs: bool = False, largest: Array | None = None) -> Quantised:
+  # All parts keep their logical axes. The scale lacks those that are contracted.
   if isinstance(matrix, nn.Partitioned):
-    bare = _quantise_matrix(matrix.value, contracted, rounds_inputs)
+    bare = _quantise_matrix(matrix.value, contracted, rounds_inputs, largest)
     axes = len(matrix.names)
     names = tuple(name for axis, name in enumerate(matrix.names) if axis - axes not in contracted)
+    input_scale = bare.input_scale
+    if input_scale is not None:
+      input_scale = matrix.replace(value=input_scale, names=matrix.names[:axes + contracted[0] + 1])
     return bare.replace(values=matrix.replace(value=bare.values),
-                        scale=matrix.replace(value=bare.scale, names=names))
+                        scale=matrix.replace(value=bare.scale, names=names),
+                        input_scale=input_scale)
+  wide, input_scale = matrix.astype(jnp.float32), None
+  if rounds_inputs and len(contracted) == 1:
+    input_scale = _input_scale(wide, contracted, largest)
+    wide = wide / _along_inputs(input_scale, contracted)
   # One scale for each channel. A channel of zeros gets 1, to avoid 0 / 0.
-  wide = matrix.astype(jnp.float32)
   scale = step_of(jnp.max(jnp.abs(wide), axis=contracted))
   values = jnp.round(wide / jnp.expand_dims(scale, contracted)).astype(jnp.int8)
-  return Quantised(values, scale, contracted, rounds_inputs)
+  return Quantised(values, scale, contracted, rounds_inputs, input_scale)
+
+
+def _input_scale(matrix: Array, contracted: tuple[int, ...], largest: Array | None) -> Array:
+  """Returns sqrt(largest weight that reads a channel / largest value of the channel)."""
+  of_weights = jnp.max(jnp.abs(matrix), axis=tuple(range(contracted[0] + 1, 0)))
+  if largest is None:
+    return jnp.ones_like(of_weights)
+  # What is always zero needs no scale.
+  scale = jnp.sqrt(of_weights / jnp.where(largest > 0, largest, 1))
+  return jnp.where((of_weights > 0) & (largest > 0), scale, 1)
+
+
+def _along_inputs(input_scale: Array, contracted: tuple[int, ...]) -> Array:
+  """Returns a scale of inputs with axes for the outputs of a matrix."""
+  return jnp.expand_dims(input_scale, tuple(range(contracted[0] + 1, 0)))
 
 
 def step_of(largest: Array) -> Array:
@@ -130,10 +166,10 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
 
 # --- W8A8: products of int8 activations and int8 weights ---
 #
-# x is rounded token by token: x = step * values, with one step a token. The channels of the weight
-# have a scale each, so y = step * (values of x times values of W) * scale, where the integers are
-# multiplied in int8 and summed in int32. The gradient of x is a product with the same integers:
-# cotangent * scale is rounded token by token, and multiplied with the values of W.
+# x is rounded token by token: x * input_scale = step * values, with one step a token. The channels
+# of the weight have a scale each, so y = step * (values of x times values of W) * scale, where the
+# integers are multiplied in int8 and summed in int32. The gradient of x is a product with the same
+# integers: cotangent * scale is rounded token by token, and multiplied with the values of W.
 #
 # Rounding needs one axis that holds all that a product sums over. Where that is two (heads and
 # their width), the weight is converted instead.
@@ -145,7 +181,7 @@ def _compute_rounded(options: tuple[tuple[str, ...], int, str], x: Array,
   if inputs > 1:
     y = multiply(x, weight.astype(dtype), inputs, flatten_batch=x.dtype != dtype)
   else:
-    values, step = round_tokens(x, None, axes[0])
+    values, step = round_tokens(x, weight.input_scale, axes[0])
     y = _multiply_integers(values, weight.values, ((x.ndim - 1,), (0,)))
     step = step.reshape(step.shape[:-1] + (1,) * weight.scale.ndim)
     y = (y * step * weight.scale).astype(x.dtype)
@@ -172,6 +208,8 @@ def _multiply_rounded_backward(options: tuple[tuple[str, ...], int, str], weight
     values, step = round_tokens(cotangent, weight.scale, axes[-1])
     of_x = _multiply_integers(values, weight.values, (ours, theirs))
     of_x = of_x * step.reshape(step.shape[:-1] + (1,) * inputs)
+    if weight.input_scale is not None:
+      of_x = of_x * weight.input_scale
   return of_x.astype(cotangent.dtype), None  # the weight is frozen
 
 

@@ -26,7 +26,7 @@ from latent_deliberation.model.attention import (
   KVCache,
 )
 from latent_deliberation.model.layers import FeedForward, LowRank, Projection, RMSNorm
-from latent_deliberation.model.quantised import INT8_PRODUCT
+from latent_deliberation.model.quantised import INT8_PRODUCT, LARGEST_INPUTS
 from latent_deliberation.model.transformer_config import TransformerConfig
 
 # Names of results inside a block, by which a policy may keep them.
@@ -225,7 +225,7 @@ class Transformer(nn.Module):
     # One block serves all layers. Weights, traits and the cache are sliced by layer.
     blocks = nn.scan(
         block, length=self.config.num_layers, unroll=1 if self.scan else self.config.num_layers,
-        variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
+        variable_axes={'params': 0, 'lora': 0, LARGEST_INPUTS: 0}, split_rngs={'params': True},
         in_axes=(0, nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: 'layers'},
     )(self.config, self.lora, self.attention == 'fused', x.dtype.name, name='blocks')
     length, dtype = x.shape[2], x.dtype

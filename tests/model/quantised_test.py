@@ -9,10 +9,11 @@ import pytest
 from flax import linen as nn
 
 from latent_deliberation.deliberation.traces import sample_traces
-from latent_deliberation.model.decoder import boxed_shapes
+from latent_deliberation.model.decoder import Decoder, boxed_shapes
 from latent_deliberation.model.kernels import fused_rounding
 from latent_deliberation.model.layers import FeedForward
 from latent_deliberation.model.quantised import (
+  LARGEST_INPUTS,
   Quantised,
   multiply_quantised,
   quantise,
@@ -238,6 +239,38 @@ def test_rounded_product(shape, inputs):
     left, right = cotangent, matrix
   expected = np.tensordot(left, right, (range(-outputs, 0), range(-outputs, 0)))
   np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_large_channels_are_divided():
+  """A channel that is larger than the others costs them little, and the matrix stays the same."""
+  random = np.random.default_rng(0)
+  x, w = random.normal(size=(50, 32)).astype(np.float32), random.normal(size=(1, 32, 8))
+  x[:, 3] *= 1000
+  w[:, 3] /= 100
+  params = {'up': {'w': jnp.asarray(w, jnp.float32)}}
+
+  def error(largest):
+    weight = jax.tree.map(lambda leaf: leaf[0], quantise(params, True, largest)['up']['w'])
+    np.testing.assert_allclose(weight.astype(jnp.float32), w[0], atol=0.05)
+    y = multiply_quantised(jnp.asarray(x), weight, 1, ('embed', 'mlp'), 'float32')
+    return np.sqrt(((y - x @ w[0]) ** 2).mean())
+
+  largest = {'up': {'x': (jnp.abs(x).max(0)[None],)}}
+  assert error(largest) < 0.2 * error(None)
+
+
+def test_largest_inputs(decoder_params, batch):
+  """Projections tell the largest value of each channel that they read, if they are asked."""
+  decoder = Decoder(tiny.CONFIG)
+  _, found = decoder.apply({'params': decoder_params}, batch.tokens, method='prefill',
+                           mutable=[LARGEST_INPUTS])
+  blocks = found[LARGEST_INPUTS]['transformer']['blocks']
+  query, out = (blocks['attention'][name]['x'][0] for name in ('query', 'out'))
+  assert query.shape == (3, 16) and out.shape == (3, 4, 6) and (query > 0).all()
+  np.testing.assert_array_equal(query, blocks['attention']['key']['x'][0])
+  rounded = quantise(decoder_params, True, found[LARGEST_INPUTS])['transformer']['blocks']
+  assert rounded['attention']['query']['w'].input_scale.shape == (3, 16)
+  assert rounded['attention']['out']['w'].input_scale is None
 
 
 @pytest.mark.parametrize('remat', ['none', 'mid', 'dots'])

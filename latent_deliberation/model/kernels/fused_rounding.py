@@ -4,6 +4,7 @@ XLA on a TPU reads the activations twice, once for the largest value of a token 
 and finds a largest value along registers slowly.
 """
 
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +30,21 @@ def round_tokens(x: Array, factor: Array | None, *, axis: str) -> tuple[Array, A
     factor: [W] factor of each channel; None for 1.
     axis: logical name of the last axis.
   """
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return _round(x, factor)
   rows = nn.logical_to_mesh_axes(('batch', 'trace', 'length', axis))
-  if rows[3] is not None or x.ndim != len(rows):
+  if x.ndim != len(rows) or _size(mesh, rows[3]) > 1:
     return quantised.round_plainly(x, factor)
   of_factor = None if factor is None else PartitionSpec()
   return jax.shard_map(_round, in_specs=(rows, of_factor), out_specs=(rows, rows),
                        check_vma=False)(x, factor)
+
+
+def _size(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+  """Returns the number of parts that mesh axes divide an axis into."""
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def _round(x: Array, factor: Array | None) -> tuple[Array, Array]:
