@@ -18,7 +18,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
-from latent_deliberation.model.quantised import INT8_DTYPES, LARGEST_INPUTS, Quantised, quantise
+from latent_deliberation.model.products import INT8_DTYPES, LARGEST_INPUTS, Quantised, quantise
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.progress import announced
 from latent_deliberation.sharding import shardings_of

@@ -27,7 +27,7 @@ from latent_deliberation.errors import (
   problems_of,
   raise_problems,
 )
-from latent_deliberation.model.quantised import INT8_DTYPES
+from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.model.transformer import ATTENTIONS, REMAT_POLICIES
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, check_rules

@@ -21,7 +21,7 @@ from latent_deliberation.build import (
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import boxed_shapes, fingerprint
-from latent_deliberation.model.quantised import quantise
+from latent_deliberation.model.products import quantise
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from tests import finished
 

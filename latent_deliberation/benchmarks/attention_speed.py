@@ -18,7 +18,7 @@ from latent_deliberation.build import build_decoder, build_deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json
-from latent_deliberation.model.quantised import INT8_DTYPES
+from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.step import LossFn

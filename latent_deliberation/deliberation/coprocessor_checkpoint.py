@@ -41,7 +41,7 @@ from latent_deliberation.model.checkpoints.safetensors_io import (
 )
 from latent_deliberation.model.checkpoints.source import on_first_device, shape_differences
 from latent_deliberation.model.decoder import boxed_shapes, fingerprint
-from latent_deliberation.model.quantised import INT8_DTYPES
+from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import COPROCESSOR, with_current_names
 from latent_deliberation.progress import Progress

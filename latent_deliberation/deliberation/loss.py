@@ -15,8 +15,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from latent_deliberation.array_types import Array, Float, Int, PyTree, typed
 from latent_deliberation.model.attention import MASKED, SUMMABLE, softcap
-from latent_deliberation.model.products import matmul
-from latent_deliberation.model.quantised import Quantised
+from latent_deliberation.model.products import Quantised, matmul
 
 OutputHead = Float[Array, 'V D'] | Quantised
 

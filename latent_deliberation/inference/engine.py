@@ -48,7 +48,7 @@ from latent_deliberation.inference.tokenizer import (
 )
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, fingerprint
-from latent_deliberation.model.quantised import Quantised
+from latent_deliberation.model.products import Quantised
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
 

@@ -13,8 +13,13 @@ from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Float, Params, Rows, RowTokens, typed
 from latent_deliberation.errors import UserError
-from latent_deliberation.model.products import contract, multiply
-from latent_deliberation.model.quantised import LARGEST_INPUTS, Quantised, multiply_quantised
+from latent_deliberation.model.products import (
+  LARGEST_INPUTS,
+  Quantised,
+  contract,
+  multiply,
+  multiply_quantised,
+)
 
 
 @dataclasses.dataclass(frozen=True)

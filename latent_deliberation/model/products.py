@@ -1,12 +1,29 @@
-"""Products of activations and weights, in the forms that CPUs and TPUs compute fast."""
+"""Products of activations and the weights of a block, in the forms that CPUs and TPUs compute fast.
+
+A weight is a matrix of floats, or `Quantised`: int8 with a scale for each of its channels. A
+product converts such a weight to the dtype of the computation, or rounds the activations to int8,
+too (W8A8).
+"""
 
 import functools
+import importlib
 import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
-from latent_deliberation.array_types import Array
+from latent_deliberation.array_types import Array, Float, Int, Params, typed
+
+FEW_ROWS = 64  # up to which the time of a product is that of reading the weight
+INT8_DTYPES = ('int8', 'w8a8')  # of frozen weights; 'w8a8' rounds activations as well
+LARGEST = 127  # of an int8
+LARGEST_INPUTS = 'largest_inputs'  # collection of the largest inputs of projections, by channel
+INT8_PRODUCT = 'int8_product'  # name of a W8A8 product, by which a remat policy may keep it
 
 
 def matmul(x: Array, y: Array, transposed: bool = False) -> Array:
@@ -53,8 +70,6 @@ def _matmul_backward(kind: tuple[str, str, bool], factors: tuple[Array, Array],
 
 _matmul_bfloat16.defvjp(_matmul_forward, _matmul_backward)
 
-FEW_ROWS = 64  # up to which the time of a product is that of reading the weight
-
 
 def contract(x: Array, weight: Array, inputs: int = 1,
              preferred_element_type: str | None = None) -> Array:
@@ -94,3 +109,238 @@ def multiply(x: Array, weight: Array, inputs: int = 1, flatten_batch: bool = Tru
 def input_axes(name: str) -> int:
   """Returns the number of leading axes that a projection of a block contracts, by its name."""
   return 2 if name == 'out' else 1  # N and H are contracted together
+
+
+# --- int8 weights ---
+
+
+@struct.dataclass
+class Quantised:
+  """The matrix values * scale * input_scale. It replaces the matrix in a tree of parameters.
+
+  Attributes:
+    values: int8, in the shape of the matrix.
+    scale: float32, in that shape without the axes that a product contracts.
+    contracted: those axes, counted from the last one, which makes them the same in a stack of
+      layers and in one of its layers.
+    rounds_inputs: whether a product rounds what it multiplies the matrix with to int8.
+    input_scale: float32, for each entry of the axis that a product contracts; None for 1. A product
+      applies it to what it rounds.
+  """
+  values: Int[Array, '...']
+  scale: Float[Array, '...']
+  contracted: tuple[int, ...] = struct.field(pytree_node=False)
+  rounds_inputs: bool = struct.field(pytree_node=False, default=False)
+  input_scale: Float[Array, '...'] | None = None
+
+  @property
+  def size(self) -> int:
+    """Number of entries of the matrix."""
+    return self.values.size
+
+  def astype(self, dtype: DTypeLike) -> Array:
+    """Returns the matrix itself, rounded once."""
+    wide = self.values.astype(jnp.float32) * jnp.expand_dims(self.scale, self.contracted)
+    if self.input_scale is not None:
+      wide = wide * _along_inputs(self.input_scale, self.contracted)
+    return wide.astype(dtype)
+
+
+def quantise(params: Params, rounds_inputs: bool = False, largest: Params | None = None) -> Params:
+  """Returns a decoder's parameters with Quantised matrices and tables.
+
+  Norms and biases stay as they are.
+
+  A scale is the largest absolute value of its channel, over 127. The error of an entry is half a
+  scale at most.
+
+  Some channels of the activations are much larger than the others, which would leave the others few
+  of the 255 values. Therefore W8A8 divides a channel of the activations by a factor, and multiplies
+  the weights that read it by the same (SmoothQuant, arXiv 2211.10438, equation 4 with alpha 0.5).
+
+  Args:
+    params: parameters of a decoder, boxed with logical axes or not.
+    rounds_inputs: whether products with the matrices of blocks are W8A8. The tables' never are.
+    largest: largest absolute value of each channel of the activations, as `Projection` sows it in
+      the collection LARGEST_INPUTS; None for channels that are alike.
+  """
+  return _quantise_tree(params, 1, rounds_inputs, largest or {})
+
+
+def _quantise_tree(params: Params, inputs: int, rounds_inputs: bool, largest: Params) -> Params:
+  quantised = {}
+  for name, child in params.items():
+    if isinstance(child, Mapping):
+      quantised[name] = _quantise_tree(child, input_axes(name), rounds_inputs,
+                                       largest.get(name, {}))
+    elif name in ('table', 'head'):
+      quantised[name] = _quantise_matrix(child, (-1,))
+    elif name == 'w':
+      # Count from the last axis, because a stack of layers has one axis more.
+      first = 1 - nn.unbox(child).ndim  # after the axis of layers
+      quantised[name] = _quantise_matrix(child, tuple(range(first, first + inputs)), rounds_inputs,
+                                         *largest.get('x', ()))
+    else:
+      quantised[name] = child
+  return quantised
+
+
+def _quantise_matrix(matrix: Array | nn.Partitioned, contracted: tuple[int, ...],
+                     rounds_inputs: bool = False, largest: Array | None = None) -> Quantised:
+  # All parts keep their logical axes. The scale lacks those that are contracted.
+  if isinstance(matrix, nn.Partitioned):
+    bare = _quantise_matrix(matrix.value, contracted, rounds_inputs, largest)
+    axes = len(matrix.names)
+    names = tuple(name for axis, name in enumerate(matrix.names) if axis - axes not in contracted)
+    input_scale = bare.input_scale
+    if input_scale is not None:
+      input_scale = matrix.replace(value=input_scale, names=matrix.names[:axes + contracted[0] + 1])
+    return bare.replace(values=matrix.replace(value=bare.values),
+                        scale=matrix.replace(value=bare.scale, names=names),
+                        input_scale=input_scale)
+  wide, input_scale = matrix.astype(jnp.float32), None
+  if rounds_inputs and len(contracted) == 1:
+    input_scale = _input_scale(wide, contracted, largest)
+    wide = wide / _along_inputs(input_scale, contracted)
+  # One scale for each channel. A channel of zeros gets 1, to avoid 0 / 0.
+  scale = step_of(jnp.max(jnp.abs(wide), axis=contracted))
+  values = jnp.round(wide / jnp.expand_dims(scale, contracted)).astype(jnp.int8)
+  return Quantised(values, scale, contracted, rounds_inputs, input_scale)
+
+
+def _input_scale(matrix: Array, contracted: tuple[int, ...], largest: Array | None) -> Array:
+  """Returns sqrt(largest weight that reads a channel / largest value of the channel)."""
+  of_weights = jnp.max(jnp.abs(matrix), axis=tuple(range(contracted[0] + 1, 0)))
+  if largest is None:
+    return jnp.ones_like(of_weights)
+  # What is always zero needs no scale.
+  scale = jnp.sqrt(of_weights / jnp.where(largest > 0, largest, 1))
+  return jnp.where((of_weights > 0) & (largest > 0), scale, 1)
+
+
+def _along_inputs(input_scale: Array, contracted: tuple[int, ...]) -> Array:
+  """Returns a scale of inputs with axes for the outputs of a matrix."""
+  return jnp.expand_dims(input_scale, tuple(range(contracted[0] + 1, 0)))
+
+
+def step_of(largest: Array) -> Array:
+  """Returns the distance of two int8 values, given the largest absolute value; 1 for zeros."""
+  return jnp.where(largest > 0, largest / LARGEST, 1)
+
+
+def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[str],
+                       dtype: DTypeLike) -> Array:
+  """Contracts the last `inputs` axes of x with the first ones of an int8 weight.
+
+  Args:
+    axes: logical names of the weight's axes.
+    dtype: dtype that the weight is converted to. The result has the dtype of x.
+  """
+  # Shards along 'embed' are gathered first, as int8. XLA would convert them to floats before.
+  whole = tuple('activation' if axis == 'embed' else axis for axis in axes)
+
+  def gather(weight: Quantised) -> Quantised:
+    return weight.replace(values=nn.with_logical_constraint(weight.values, whole))
+
+  if weight.rounds_inputs:
+    return _multiply_rounded((whole, inputs, jnp.dtype(dtype).name), x, gather(weight))
+
+  # The backward pass converts the int8 again; otherwise it would keep all layers as floats. A scan
+  # keeps the two conversions apart. The guard of prevent_cse would take half as long again on TPUs.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def product(x: Array, weight: Quantised) -> Array:
+    return multiply(x, gather(weight).astype(dtype), inputs, flatten_batch=x.dtype != dtype)
+
+  return product(x, weight)
+
+
+# --- W8A8: products of int8 activations and int8 weights ---
+#
+# x is rounded token by token: x * input_scale = step * values, with one step a token. The channels
+# of the weight have a scale each, so y = step * (values of x times values of W) * scale, where the
+# integers are multiplied in int8 and summed in int32. The gradient of x is a product with the same
+# integers: cotangent * scale is rounded token by token, and multiplied with the values of W.
+#
+# Rounding needs one axis that holds all that a product sums over. Where that is two (heads and
+# their width), the weight is converted instead.
+
+
+def _compute_rounded(options: tuple[tuple[str, ...], int, str], x: Array,
+                     weight: Quantised) -> Array:
+  axes, inputs, dtype = options
+  if inputs > 1:
+    y = multiply(x, weight.astype(dtype), inputs, flatten_batch=x.dtype != dtype)
+  else:
+    values, step = round_tokens(x, weight.input_scale, axes[0])
+    y = _multiply_integers(values, weight.values, ((x.ndim - 1,), (0,)))
+    step = step.reshape(step.shape[:-1] + (1,) * weight.scale.ndim)
+    y = (y * step * weight.scale).astype(x.dtype)
+  return checkpoint_name(y, INT8_PRODUCT)
+
+
+_multiply_rounded = jax.custom_vjp(_compute_rounded, nondiff_argnums=(0,))
+
+
+def _multiply_rounded_forward(options: tuple[tuple[str, ...], int, str], x: Array,
+                              weight: Quantised) -> tuple[Array, Quantised]:
+  return _compute_rounded(options, x, weight), weight
+
+
+def _multiply_rounded_backward(options: tuple[tuple[str, ...], int, str], weight: Quantised,
+                               cotangent: Array) -> tuple[Array, None]:
+  axes, inputs, dtype = options
+  outputs = weight.values.ndim - inputs
+  ours = tuple(range(cotangent.ndim - outputs, cotangent.ndim))
+  theirs = tuple(range(inputs, weight.values.ndim))
+  if outputs > 1:
+    of_x = jnp.tensordot(cotangent.astype(dtype), weight.astype(dtype), (ours, theirs))
+  else:
+    values, step = round_tokens(cotangent, weight.scale, axes[-1])
+    of_x = _multiply_integers(values, weight.values, (ours, theirs))
+    of_x = of_x * step.reshape(step.shape[:-1] + (1,) * inputs)
+    if weight.input_scale is not None:
+      of_x = of_x * weight.input_scale
+  return of_x.astype(cotangent.dtype), None  # the weight is frozen
+
+
+_multiply_rounded.defvjp(_multiply_rounded_forward, _multiply_rounded_backward)
+
+
+def _multiply_integers(x: Array, weight: Array, axes: tuple[tuple[int, ...], tuple[int, ...]],
+                       ) -> Array:
+  """Returns the sums of products of two int8 arrays over `axes`, as float32.
+
+  A CPU has no fast product of int8 in XLA, so it multiplies the same numbers as floats.
+  """
+  def of_floats(x: Array, weight: Array) -> Array:
+    return jnp.tensordot(x.astype(jnp.float32), weight.astype(jnp.float32), axes)
+
+  def of_integers(x: Array, weight: Array) -> Array:
+    sums = jax.lax.dot_general(x, weight, (axes, ((), ())), preferred_element_type=jnp.int32)
+    return sums.astype(jnp.float32)
+
+  return jax.lax.platform_dependent(x, weight, cpu=of_floats, default=of_integers)
+
+
+@typed
+def round_tokens(x: Float[Array, '... W'], factor: Float[Array, ' W'] | None,
+                 axis: str) -> tuple[Int[Array, '... W'], Float[Array, '... 1']]:
+  """Rounds x * factor to int8 values with one step a token, so that it is about values * step.
+
+  Args:
+    x: activations, or a cotangent.
+    factor: factor of each channel; None for 1.
+    axis: logical name of the last axis.
+  """
+  kernels = importlib.import_module('latent_deliberation.model.kernels.fused_rounding')
+  return jax.lax.platform_dependent(
+      x, factor, tpu=functools.partial(kernels.round_tokens, axis=axis), default=round_plainly)
+
+
+def round_plainly(x: Array, factor: Array | None) -> tuple[Array, Array]:
+  """The function of `round_tokens`, as ordinary operations."""
+  wide = x.astype(jnp.float32)
+  if factor is not None:
+    wide = wide * factor
+  step = step_of(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
+  return jnp.round(wide / step).astype(jnp.int8), step

@@ -26,7 +26,7 @@ from latent_deliberation.model.attention import (
   KVCache,
 )
 from latent_deliberation.model.layers import FeedForward, LowRank, Projection, RMSNorm
-from latent_deliberation.model.quantised import INT8_PRODUCT, LARGEST_INPUTS
+from latent_deliberation.model.products import INT8_PRODUCT, LARGEST_INPUTS
 from latent_deliberation.model.transformer_config import TransformerConfig
 
 # Names of results inside a block, by which a policy may keep them.

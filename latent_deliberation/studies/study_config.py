@@ -11,7 +11,7 @@ from typing import Any
 from latent_deliberation.errors import UserError, check_integer, check_types, raise_problems
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import LAST_SEED, Experiment, bind
-from latent_deliberation.model.quantised import INT8_DTYPES
+from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.studies.synthetic.documents import build
 from latent_deliberation.studies.tune import TUNINGS
 

@@ -14,7 +14,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.layers import merge
-from latent_deliberation.model.quantised import INT8_DTYPES
+from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.training.objectives import (
   joint_training,
   language_modelling,

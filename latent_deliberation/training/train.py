@@ -29,7 +29,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN, make_scorer, score_texts
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.model.quantised import INT8_DTYPES
+from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.progress import announced
 from latent_deliberation.sharding import make_mesh, place_batch

@@ -13,7 +13,7 @@ from latent_deliberation.deliberation import loss
 from latent_deliberation.deliberation.loss import token_nll
 from latent_deliberation.evaluation.answers import nll_and_likeliest
 from latent_deliberation.model.attention import SUMMABLE
-from latent_deliberation.model.quantised import quantise
+from latent_deliberation.model.products import quantise
 
 B, N, D, V = 2, 10, 4, 501
 

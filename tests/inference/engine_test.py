@@ -23,7 +23,7 @@ from latent_deliberation.inference.session import (
   stream,
 )
 from latent_deliberation.model import weights
-from latent_deliberation.model.quantised import quantise
+from latent_deliberation.model.products import quantise
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh, shardings_of
 from tests import tiny
 from tests.inference.small import (

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
-from latent_deliberation.model.quantised import INT8_DTYPES
+from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.studies.tune import TUNINGS, describe_tuning
 from tests import finished

@@ -1,4 +1,4 @@
-"""Rounding of tokens to int8 in one pass over memory: the function of quantised.round_plainly.
+"""Rounding of tokens to int8 in one pass over memory: the function of products.round_plainly.
 
 XLA on a TPU reads the activations twice, once for the largest value of a token and once to round,
 and finds a largest value along registers slowly.
@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from latent_deliberation.array_types import Array
-from latent_deliberation.model import quantised
+from latent_deliberation.model import products
 
 BLOCK_BYTES = 4 * 2**20  # of a block in float32, which leaves room for the next one
 LANES = 128  # of a TPU's registers, which a step fills
@@ -35,7 +35,7 @@ def round_tokens(x: Array, factor: Array | None, *, axis: str) -> tuple[Array, A
     return _round(x, factor)
   rows = nn.logical_to_mesh_axes(('batch', 'trace', 'length', axis))
   if x.ndim != len(rows) or _size(mesh, rows[3]) > 1:
-    return quantised.round_plainly(x, factor)
+    return products.round_plainly(x, factor)
   of_factor = None if factor is None else PartitionSpec()
   return jax.shard_map(_round, in_specs=(rows, of_factor), out_specs=(rows, rows),
                        check_vma=False)(x, factor)
@@ -89,7 +89,7 @@ def _scale_and_round_kernel(rows, factor, values, steps):
 
 
 def _write(wide, values, steps):
-  step = quantised.step_of(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
+  step = products.step_of(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
   steps[...] = step
   # One division a row, and a product an entry.
   values[...] = jnp.round(wide * (1 / step)).astype(jnp.int32).astype(jnp.int8)

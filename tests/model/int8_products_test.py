@@ -12,7 +12,7 @@ from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.model.decoder import Decoder, boxed_shapes
 from latent_deliberation.model.kernels import fused_rounding
 from latent_deliberation.model.layers import FeedForward
-from latent_deliberation.model.quantised import (
+from latent_deliberation.model.products import (
   LARGEST_INPUTS,
   Quantised,
   multiply_quantised,
