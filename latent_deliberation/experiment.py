@@ -56,8 +56,8 @@ class Computation:
     frozen_dtype: dtype that the frozen decoder's weights are kept in, also 'int8' or 'w8a8'.
       'int8' has a float32 scale for each output channel, and keeps norms as stored. Trainable
       parameters are always float32, and start from weights that were not rounded to int8. 'w8a8'
-      also rounds the activations that the decoder's blocks multiply these weights with, token by
-      token, and the second pass's cotangents. TPUs multiply int8 twice as fast.
+      is for TPUs (v5e, v5p, v6e), which multiply int8 up to twice as fast. It also rounds, token by
+      token, the activations that are multiplied with these weights, and their gradients.
     remat: activations of a block that the backward pass keeps: 'none' keeps all, 'full' nothing.
       Rematerialisation computes the others again. REMAT_POLICIES lists all values.
     scan: loop over stacked layers, which compiles fast at any depth; otherwise unroll them.

@@ -21,6 +21,7 @@ from latent_deliberation.benchmarks.fault_mutations import (
   UNCHANGED,
   run_mutations,
 )
+from latent_deliberation.benchmarks.fault_page import read_campaigns
 from latent_deliberation.benchmarks.fault_scenarios import SCENARIOS
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable, write_json
@@ -54,7 +55,7 @@ def run_campaign(workdir: Path, output: Path, *, kills: int, mutations: int, sce
   """
   make_writable(workdir)
   results = _Results(workdir / f'results-{seed}.jsonl')
-  others = _read_others(output, results, seed)
+  _read_others(output, results, seed)
   variables = {'JAX_COMPILATION_CACHE_DIR': str(workdir / 'compiled'),
                'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   with launcher(variables) as opened:
@@ -68,13 +69,14 @@ def run_campaign(workdir: Path, output: Path, *, kills: int, mutations: int, sce
       _repeat(opened, workdir, results, name, SCENARIOS[name], [seed, 2 + number], scenarios)
   counts = {'seed': seed, 'git_commit': git_commit(), 'cases': results.count(),
             **summarise(results)}
-  write_json(output, {'campaigns': [*others, counts]})
+  # Another seed may have ended meanwhile.
+  write_json(output, {'campaigns': [*_read_others(output, results, seed), counts]})
   return counts
 
 
 def _read_others(output: Path, results: '_Results', seed: int) -> list[dict[str, Any]]:
   """Returns the campaigns of other seeds in `output`; see `run_campaign`."""
-  campaigns = json.loads(output.read_bytes())['campaigns'] if output.is_file() else []
+  campaigns = read_campaigns(output) if output.is_file() else []
   for campaign in campaigns:
     if campaign['seed'] == seed and campaign['cases'] > results.count():
       raise UserError(

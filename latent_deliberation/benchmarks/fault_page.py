@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_deliberation.benchmarks.fault_mutations import CHANGED, OUTCOMES, REFUSED, UNCHANGED
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.files import write_whole
 
@@ -97,11 +98,12 @@ def format_page(campaigns: Sequence[Mapping[str, Any]]) -> str:
   phases = ', '.join(f'{name} {count:,}' for name, count in killed['phases'].items())
   origin = '; '.join(f'Seed {campaign["seed"]}, commit {campaign["git_commit"][:12]}'
                      for campaign in campaigns)
-  found = ''.join(f'\n- {fault}' for fault in result['faults'])
+  found = '\n'.join(f'- {fault}' for fault in result['faults'])
+  if found:
+    found = f'\nThe [log](log.md) has what became of them. The first ones:\n\n{found}\n'
   return _PAGE.format(
-      origin=origin, found=found and f'\nThe faults were:\n{found}\n',
-      kills=kills, files=files, faults=result['num_faults'], jobs_table=jobs_table,
-      subjects_table=subjects_table, scenarios_table=scenarios_table, phases=phases,
+      origin=origin, found=found, kills=kills, files=files, faults=result['num_faults'],
+      jobs_table=jobs_table, subjects_table=subjects_table, scenarios_table=scenarios_table, phases=phases,
       slowest=damaged['slowest_seconds'], changed=CHANGED)
 
 
@@ -136,6 +138,19 @@ def _tell(name: str, counts: Mapping[str, Any]) -> str:
   return ''
 
 
+def read_campaigns(output: Path) -> list[dict[str, Any]]:
+  """Returns the counts of all campaigns in a JSON file.
+
+  Raises:
+    UserError: the file is none of `launch/fault_campaign.py`.
+  """
+  try:
+    return json.loads(output.read_bytes())['campaigns']
+  except (ValueError, TypeError, KeyError) as error:
+    raise UserError(f'--output={output} is no JSON of this script: move it away, or give another '
+                    'file') from error
+
+
 def write_page(output: Path, page: Path) -> None:
   """Writes the page of the campaigns in a JSON file, over an earlier one."""
-  write_whole(page, format_page(json.loads(output.read_bytes())['campaigns']).encode())
+  write_whole(page, format_page(read_campaigns(output)).encode())

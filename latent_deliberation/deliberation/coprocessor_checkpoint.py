@@ -145,7 +145,7 @@ def check_decoder(description: Description, decoder_fingerprint: str) -> None:
 def compare_frozen_dtype(description: Description, dtype: str) -> None:
   """Logs a warning where the decoder's weights are int8 now and were not in training, or reversed.
 
-  So it does where activations are rounded in one of the two alone.
+  It also warns where only one of the two rounds activations.
 
   Args:
     description: the coprocessor.

@@ -236,22 +236,26 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
     axes: logical names of the weight's axes.
     dtype: dtype that the weight is converted to. The result has the dtype of x.
   """
-  # Shards along 'embed' are gathered first, as int8. XLA would convert them to floats before.
-  whole = tuple('activation' if axis == 'embed' else axis for axis in axes)
-
-  def gather(weight: Quantised) -> Quantised:
-    return weight.replace(values=nn.with_logical_constraint(weight.values, whole))
-
   if weight.rounds_inputs:
-    return _multiply_rounded((whole, inputs, jnp.dtype(dtype).name), x, gather(weight))
+    return _multiply_rounded((tuple(axes), inputs, jnp.dtype(dtype).name), x, weight)
 
   # The backward pass converts the int8 again; otherwise it would keep all layers as floats. A scan
   # keeps the two conversions apart. The guard of prevent_cse would take half as long again on TPUs.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def product(x: Array, weight: Quantised) -> Array:
-    return multiply(x, gather(weight).astype(dtype), inputs, flatten_batch=x.dtype != dtype)
+    return multiply(x, _gather(weight, axes).astype(dtype), inputs, flatten_batch=x.dtype != dtype)
 
   return product(x, weight)
+
+
+def _gather(weight: Quantised, axes: Sequence[str]) -> Quantised:
+  """Gathers the shards along 'embed' as int8. XLA would convert them to floats before."""
+  return weight.replace(values=nn.with_logical_constraint(weight.values, _whole(axes)))
+
+
+def _whole(axes: Sequence[str]) -> tuple[str, ...]:
+  """Returns the logical names of a weight's axes, once it is gathered."""
+  return tuple('activation' if axis == 'embed' else axis for axis in axes)
 
 
 # --- W8A8: products of int8 activations and int8 weights ---
@@ -268,10 +272,11 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
 def _compute_rounded(options: tuple[tuple[str, ...], int, str], x: Array,
                      weight: Quantised) -> Array:
   axes, inputs, dtype = options
+  weight = _gather(weight, axes)
   if inputs > 1:
     y = multiply(x, weight.astype(dtype), inputs, flatten_batch=x.dtype != dtype)
   else:
-    values, step = round_tokens(x, weight.input_scale, axes[0])
+    values, step = round_tokens(x, weight.input_scale, _whole(axes)[0])
     y = _multiply_integers(values, weight.values, ((x.ndim - 1,), (0,)))
     step = step.reshape(step.shape[:-1] + (1,) * weight.scale.ndim)
     y = (y * step * weight.scale).astype(x.dtype)
@@ -283,20 +288,21 @@ _multiply_rounded = jax.custom_vjp(_compute_rounded, nondiff_argnums=(0,))
 
 def _multiply_rounded_forward(options: tuple[tuple[str, ...], int, str], x: Array,
                               weight: Quantised) -> tuple[Array, Quantised]:
+  # The shards are kept, and gathered again by the backward pass.
   return _compute_rounded(options, x, weight), weight
 
 
 def _multiply_rounded_backward(options: tuple[tuple[str, ...], int, str], weight: Quantised,
                                cotangent: Array) -> tuple[Array, None]:
   axes, inputs, dtype = options
-  outputs = weight.values.ndim - inputs
-  ours = tuple(range(cotangent.ndim - outputs, cotangent.ndim))
-  theirs = tuple(range(inputs, weight.values.ndim))
+  weight, outputs = _gather(weight, axes), weight.values.ndim - inputs
   if outputs > 1:
-    of_x = jnp.tensordot(cotangent.astype(dtype), weight.astype(dtype), (ours, theirs))
+    like = jnp.zeros(cotangent.shape[:-outputs] + weight.values.shape[:inputs], cotangent.dtype)
+    of_x, = jax.vjp(lambda x: multiply(x, weight.astype(dtype), inputs,
+                                       flatten_batch=x.dtype != dtype), like)[1](cotangent)
   else:
-    values, step = round_tokens(cotangent, weight.scale, axes[-1])
-    of_x = _multiply_integers(values, weight.values, (ours, theirs))
+    values, step = round_tokens(cotangent, weight.scale, _whole(axes)[-1])
+    of_x = _multiply_integers(values, weight.values, ((cotangent.ndim - 1,), (inputs,)))
     of_x = of_x * step.reshape(step.shape[:-1] + (1,) * inputs)
     if weight.input_scale is not None:
       of_x = of_x * weight.input_scale

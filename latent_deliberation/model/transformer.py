@@ -34,7 +34,6 @@ _NAMED = ('queries', 'keys', 'values', 'feed_forward_out')
 _policies = jax.checkpoint_policies
 
 
-
 def _keeps_product(primitive: Primitive, *values: Any, **options: Any) -> bool:
   """The policy of 'dots'. It keeps products of int8 when they are scaled, not their int32 sums."""
   if options.get('preferred_element_type') == jnp.int32:

@@ -1,6 +1,7 @@
 """Checkpoints of the train state and the data's position, written whole and in the background."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from latent_deliberation.paths import DATA_STATES
 from latent_deliberation.training.step import TrainState
 
 _STEP_METADATA = '_CHECKPOINT_METADATA'  # orbax's file in each step
+_STEP_TIMES = ('init_timestamp_nsecs', 'commit_timestamp_nsecs')  # integers in that file
 FINGERPRINT = 'fingerprint'  # key of a checkpoint's 'about': that of its state
 
 # What orbax raises where files cannot be written: tensorstore knows no OSError.
@@ -56,12 +58,15 @@ class Checkpointer:
         cleanup_tmp_directories=renames, **orbax_options(directory))
     try:
       self._manager = ocp.CheckpointManager(path_for_orbax(directory), options=options)
-    except (ValueError, TypeError, KeyError) as error:  # orbax reads when each step was written
-      steps = sorted(path.parent.name for path in directory.glob(f'*/{_STEP_METADATA}'))
+    except (ValueError, TypeError, KeyError) as error:  # orbax reads a file of each step
+      damaged = [path.parent for path in directory.glob(f'*/{_STEP_METADATA}')
+                 if not _is_readable(path)]
+      if not damaged:
+        raise
       raise UserError(
-          f'the checkpoints in {directory} cannot be listed ({type(error).__name__}: {error}).\n'
-          f'One of the steps {", ".join(steps)} has a damaged {_STEP_METADATA}. Move that step '
-          'away. The same command then resumes from the newest checkpoint that is left.') from error
+          f'the checkpoint {damaged[0]} cannot be read: its {_STEP_METADATA} is damaged ({error}). '
+          f'Move {damaged[0]} away. The same command then resumes from the newest checkpoint that '
+          'is left.') from error
 
   def latest_step(self) -> int | None:
     """Returns the newest step, including one that is still being written; None without any."""
@@ -195,6 +200,15 @@ class Checkpointer:
   def _describe_whole_steps(self, before: float = float('inf')) -> str:
     steps = [step for step in self._manager.all_steps() if step < before]
     return f'Other checkpoints: {", ".join(map(str, sorted(steps))) or "none"}.'
+
+
+def _is_readable(metadata: Path) -> bool:
+  """Whether orbax's description of a step says when it was written."""
+  try:
+    content = json.loads(metadata.read_bytes())
+    return all(type(content[name]) is int for name in _STEP_TIMES)
+  except (ValueError, TypeError, KeyError):
+    return False
 
 
 def _describe(state: TrainState) -> dict[str, str]:

@@ -105,6 +105,10 @@ def test_seeds_add_up(tmp_path, cases):
   with pytest.raises(UserError, match='has 22 cases of --seed=0, and --workdir has 0'):
     run_campaign(tmp_path / 'empty', output, seed=0, kills=1, mutations=0, scenarios=0)
   assert output.read_bytes() == before
+  # Another script's JSON is refused.
+  output.write_text('{"kills": 1}')
+  with pytest.raises(UserError, match='no JSON of this script'):
+    run_campaign(tmp_path / 'work', output, seed=2, kills=1, mutations=0, scenarios=0)
 
 
 def test_page(tmp_path, cases):

@@ -1,5 +1,6 @@
 """int8 weights, and products with them."""
 
+import functools
 import re
 
 import jax
@@ -203,7 +204,7 @@ def test_rounding(factor):
 @pytest.mark.parametrize('has_factor', [False, True])
 def test_rounding_kernel(monkeypatch, dtype, shape, has_factor):
   """The kernel gives what ordinary operations give, also where the last block is not full."""
-  monkeypatch.setattr(fused_rounding, 'BLOCK_BYTES', 128 * 4 * shape[1])
+  monkeypatch.setattr(fused_rounding, 'BLOCK_BYTES', 128 * 4 * (shape[1] + 128))
   random = np.random.default_rng(0)
   rows = jnp.asarray(random.normal(size=shape), dtype)
   factor = jnp.asarray(random.uniform(1, 2, shape[1]), jnp.float32) if has_factor else None
@@ -215,30 +216,66 @@ def test_rounding_kernel(monkeypatch, dtype, shape, has_factor):
   assert (values != expected).mean() < 1e-3
 
 
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-4), ('bfloat16', 0.1)])
 @pytest.mark.parametrize('shape, inputs', [((6, 10), 1), ((6, 2, 5), 1), ((2, 3, 10), 2)])
-def test_rounded_product(shape, inputs):
+def test_rounded_product(shape, inputs, dtype, tolerance):
   """Value and gradient are products of what was rounded, where one axis holds a whole sum."""
   random = np.random.default_rng(0)
   axes = ('embed', 'mlp') if len(shape) == 2 else ('embed', 'heads', 'head_dim')
   x, w = (random.normal(size=size).astype(np.float32) for size in ((2, 1, 4) + shape[:inputs],
                                                                    shape))
   name = 'out' if inputs == 2 else 'up'
-  stack = quantise({name: {'w': jnp.asarray(w)[None]}}, rounds_inputs=True)[name]['w']
+  largest = {name: {'x': (jnp.asarray(random.uniform(1, 20, (1, *shape[:inputs]))),)}}
+  stack = quantise({name: {'w': jnp.asarray(w)[None]}}, True, largest)[name]['w']
   weight = jax.tree.map(lambda leaf: leaf[0], stack)
-  y, pull = jax.vjp(lambda x: multiply_quantised(x, weight, inputs, axes, 'float32'),
-                    jnp.asarray(x))
+  y, pull = jax.vjp(lambda x: multiply_quantised(x, weight, inputs, axes, dtype), jnp.asarray(x))
   matrix = np.asarray(weight.astype(jnp.float32))
-  np.testing.assert_allclose(
-      y, np.tensordot(rounded(x) if inputs == 1 else x, matrix, inputs), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(matrix, w, atol=0.05)
+  if inputs == 1:  # channels are scaled and rounded with what they hold
+    input_scale = np.asarray(weight.input_scale)
+    assert len(set(input_scale)) == 6
+    expected = np.tensordot(rounded(x * input_scale),
+                            matrix / input_scale.reshape(-1, *[1] * (matrix.ndim - 1)), 1)
+  else:
+    expected = np.tensordot(x, matrix, 2)
+  np.testing.assert_allclose(y, expected, atol=tolerance if inputs == 2 else 1e-4)
 
   cotangent = random.normal(size=y.shape).astype(np.float32)
   outputs = matrix.ndim - inputs
+  sums = (range(-outputs, 0), range(-outputs, 0))
   if outputs == 1:  # the scales of the channels are rounded with the cotangent
-    left, right = rounded(cotangent * np.asarray(weight.scale)), np.asarray(weight.values, float)
+    values = rounded(cotangent * np.asarray(weight.scale))
+    expected = np.tensordot(values, np.asarray(weight.values, float), sums)
+    if inputs == 1:
+      expected = expected * input_scale
   else:
-    left, right = cotangent, matrix
-  expected = np.tensordot(left, right, (range(-outputs, 0), range(-outputs, 0)))
-  np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], expected, rtol=1e-4, atol=1e-4)
+    expected = np.tensordot(cotangent, matrix, sums)
+  np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], expected,
+                             atol=tolerance if outputs == 2 else 1e-4)
+
+
+@pytest.mark.parametrize('axis', ['activation', 'mlp'])
+@pytest.mark.parametrize('sizes', [{'fsdp': 4, 'data': 2}, {'fsdp': 4, 'tensor': 2}])
+def test_rounding_on_mesh(monkeypatch, axis, sizes):
+  """Each device rounds its own tokens. Tokens that are divided have the step of the whole."""
+  monkeypatch.setattr(fused_rounding, 'round_rows',
+                      functools.partial(fused_rounding.round_rows, interpret=True))
+  random, mesh = np.random.default_rng(0), make_mesh(MeshConfig(**sizes))
+  x = jnp.asarray(random.normal(size=(8, 1, 6, 128)), jnp.float32)
+  factor = jnp.asarray(random.uniform(1, 2, 128), jnp.float32)
+
+  def round_tokens(x, factor):
+    with nn.logical_axis_rules(tuple(DEFAULT_RULES.items())):
+      return fused_rounding.round_tokens(x, factor, axis=axis)
+
+  with jax.set_mesh(mesh):
+    text = str(jax.make_jaxpr(round_tokens)(x, factor))
+    values, steps = jax.jit(round_tokens)(x, factor)
+  is_divided = axis == 'mlp' and 'tensor' in sizes
+  assert ('shard_map' in text) == (not is_divided)
+  expected, expected_steps = round_plainly(x, factor)
+  np.testing.assert_allclose(steps, expected_steps, rtol=1e-6)
+  assert (values != expected).mean() < 1e-3
 
 
 def test_large_channels_are_divided():

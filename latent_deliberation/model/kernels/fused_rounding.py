@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.model import products
+from latent_deliberation.model.kernels.tpu_attention import VMEM_BYTES
 
 BLOCK_BYTES = 4 * 2**20  # of a block in float32, which leaves room for the next one
+ROWS = 32  # of a register of int8
 LANES = 128  # of a TPU's registers, which a step fills
 
 
@@ -61,7 +63,8 @@ def round_rows(rows: Array, factor: Array | None, interpret: bool = False) -> tu
     interpret: whether to run as ordinary operations, on any platform.
   """
   count, width = rows.shape
-  block = min(max(BLOCK_BYTES // (4 * width) // LANES, 1) * LANES, count)
+  row_bytes = 4 * (-(-width // LANES) * LANES + LANES)  # a row and its step, in whole registers
+  block = min(max(BLOCK_BYTES // row_bytes // ROWS, 1) * ROWS, count)
   of_rows = pl.BlockSpec((block, width), lambda i: (i, 0))
   of_steps = pl.BlockSpec((block, 1), lambda i: (i, 0))
   of_factor = pl.BlockSpec((1, width), lambda i: (0, 0))
@@ -74,7 +77,8 @@ def round_rows(rows: Array, factor: Array | None, interpret: bool = False) -> tu
       out_shape=(jax.ShapeDtypeStruct(rows.shape, jnp.int8),
                  jax.ShapeDtypeStruct((count, 1), jnp.float32)),
       cost_estimate=pl.CostEstimate(flops=4 * rows.size, transcendentals=0, bytes_accessed=moved),
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=('parallel',), vmem_limit_bytes=VMEM_BYTES),
   )(*operands)
 
 
