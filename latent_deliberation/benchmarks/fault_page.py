@@ -103,8 +103,8 @@ def format_page(campaigns: Sequence[Mapping[str, Any]]) -> str:
     found = f'\nThe [log](log.md) has what became of them. The first ones:\n\n{found}\n'
   return _PAGE.format(
       origin=origin, found=found, kills=kills, files=files, faults=result['num_faults'],
-      jobs_table=jobs_table, subjects_table=subjects_table, scenarios_table=scenarios_table, phases=phases,
-      slowest=damaged['slowest_seconds'], changed=CHANGED)
+      jobs_table=jobs_table, subjects_table=subjects_table, scenarios_table=scenarios_table,
+      phases=phases, slowest=damaged['slowest_seconds'], changed=CHANGED)
 
 
 def _add(one: Any, other: Any) -> Any:
