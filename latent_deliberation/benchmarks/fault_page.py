@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +108,14 @@ def format_page(campaigns: Sequence[Mapping[str, Any]]) -> str:
       phases=phases, slowest=damaged['slowest_seconds'], changed=CHANGED)
 
 
-def _add(one: Any, other: Any) -> Any:
+def _add(one: Any, other: Any, join: Callable[[Any, Any], Any] = operator.add) -> Any:
   """Adds two campaigns: numbers add up, the slowest time is the larger one, lists are joined."""
-  if isinstance(one, Mapping):
-    return {key: _slowest(one.get(key), other.get(key)) if key == 'slowest_seconds'
-            else _add(one[key], other[key]) if key in one and key in other
-            else one.get(key, other.get(key)) for key in {**one, **other}}
-  return one if isinstance(one, str) else one + other
-
-
-def _slowest(one: Any, other: Any) -> Any:
   if one is None or other is None:
     return other if one is None else one
   if isinstance(one, Mapping):
-    return {key: _slowest(one.get(key), other.get(key)) for key in {**one, **other}}
-  return max(one, other)
+    return {key: _add(one.get(key), other.get(key), max if key == 'slowest_seconds' else join)
+            for key in {**one, **other}}
+  return join(one, other)
 
 
 def _tell(name: str, counts: Mapping[str, Any]) -> str:

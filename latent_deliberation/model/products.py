@@ -243,9 +243,13 @@ def multiply_quantised(x: Array, weight: Quantised, inputs: int, axes: Sequence[
   # keeps the two conversions apart. The guard of prevent_cse would take half as long again on TPUs.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def product(x: Array, weight: Quantised) -> Array:
-    return multiply(x, _gather(weight, axes).astype(dtype), inputs, flatten_batch=x.dtype != dtype)
+    return _multiply_converted(x, _gather(weight, axes), inputs, dtype)
 
   return product(x, weight)
+
+
+def _multiply_converted(x: Array, weight: Quantised, inputs: int, dtype: DTypeLike) -> Array:
+  return multiply(x, weight.astype(dtype), inputs, flatten_batch=x.dtype != dtype)
 
 
 def _gather(weight: Quantised, axes: Sequence[str]) -> Quantised:
@@ -274,7 +278,7 @@ def _compute_rounded(options: tuple[tuple[str, ...], int, str], x: Array,
   axes, inputs, dtype = options
   weight = _gather(weight, axes)
   if inputs > 1:
-    y = multiply(x, weight.astype(dtype), inputs, flatten_batch=x.dtype != dtype)
+    y = _multiply_converted(x, weight, inputs, dtype)
   else:
     values, step = round_tokens(x, weight.input_scale, _whole(axes)[0])
     y = _multiply_integers(values, weight.values, ((x.ndim - 1,), (0,)))
@@ -298,8 +302,8 @@ def _multiply_rounded_backward(options: tuple[tuple[str, ...], int, str], weight
   weight, outputs = _gather(weight, axes), weight.values.ndim - inputs
   if outputs > 1:
     like = jnp.zeros(cotangent.shape[:-outputs] + weight.values.shape[:inputs], cotangent.dtype)
-    of_x, = jax.vjp(lambda x: multiply(x, weight.astype(dtype), inputs,
-                                       flatten_batch=x.dtype != dtype), like)[1](cotangent)
+    _, pull = jax.vjp(lambda x: _multiply_converted(x, weight, inputs, dtype), like)
+    of_x, = pull(cotangent)
   else:
     values, step = round_tokens(cotangent, weight.scale, _whole(axes)[-1])
     of_x = _multiply_integers(values, weight.values, ((cotangent.ndim - 1,), (inputs,)))
@@ -329,13 +333,13 @@ def _multiply_integers(x: Array, weight: Array, axes: tuple[tuple[int, ...], tup
 
 
 @typed
-def round_tokens(x: Float[Array, '... W'], factor: Float[Array, ' W'] | None,
-                 axis: str) -> tuple[Int[Array, '... W'], Float[Array, '... 1']]:
+def round_tokens(x: Float[Array, '... W'], factor: Float[Array, ' W'], axis: str,
+                 ) -> tuple[Int[Array, '... W'], Float[Array, '... 1']]:
   """Rounds x * factor to int8 values with one step a token, so that it is about values * step.
 
   Args:
     x: activations, or a cotangent.
-    factor: factor of each channel; None for 1.
+    factor: factor of each channel.
     axis: logical name of the last axis.
   """
   kernels = importlib.import_module('latent_deliberation.model.kernels.fused_rounding')
@@ -343,10 +347,8 @@ def round_tokens(x: Float[Array, '... W'], factor: Float[Array, ' W'] | None,
       x, factor, tpu=functools.partial(kernels.round_tokens, axis=axis), default=round_plainly)
 
 
-def round_plainly(x: Array, factor: Array | None) -> tuple[Array, Array]:
+def round_plainly(x: Array, factor: Array) -> tuple[Array, Array]:
   """The function of `round_tokens`, as ordinary operations."""
-  wide = x.astype(jnp.float32)
-  if factor is not None:
-    wide = wide * factor
+  wide = x.astype(jnp.float32) * factor
   step = step_of(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
   return jnp.round(wide / step).astype(jnp.int8), step

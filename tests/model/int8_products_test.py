@@ -114,16 +114,22 @@ def test_quantised_equals_rounded_matrices(remat, choices, decoder_params, quant
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), ours, theirs)
 
 
-def test_backward_keeps_int8(decoder_params, quantised, batch):
-  """The backward pass keeps no matrix as floats."""
-  deliberator = tiny.deliberator()
-  params = tiny.coprocessor_params(deliberator, decoder_params)
+def kept_by_backward(deliberator, params, decoder, batch):
+  """Shapes of the arrays that the backward pass keeps."""
   traces = sample_traces(jax.random.split(jax.random.key(0), 2), batch, deliberator.config)
   _, pull = jax.eval_shape(
       lambda params, decoder: jax.vjp(
           lambda params: deliberator.forward(params, decoder, batch, traces), params),
-      params, quantised)
-  floats = {kept.shape for kept in jax.tree.leaves(pull) if kept.dtype == jnp.float32}
+      params, decoder)
+  return jax.tree.leaves(pull)
+
+
+def test_backward_keeps_int8(decoder_params, quantised, batch):
+  """The backward pass keeps no matrix as floats."""
+  deliberator = tiny.deliberator()
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  floats = {kept.shape for kept in kept_by_backward(deliberator, params, quantised, batch)
+            if kept.dtype == jnp.float32}
   matrices = {leaf.values.shape for leaf in jax.tree.leaves(quantised, is_leaf=is_quantised)
               if is_quantised(leaf)}
   trainable = {leaf.shape for leaf in jax.tree.leaves(params)}
@@ -187,14 +193,15 @@ def rounded(x):
   return np.round(x / np.where(step > 0, step, 1)) * step
 
 
-@pytest.mark.parametrize('factor', [None, np.linspace(0.5, 2, 40, dtype=np.float32)])
+@pytest.mark.parametrize('factor', [
+    np.ones(40, np.float32), np.linspace(0.5, 2, 40, dtype=np.float32)], ids=['same', 'other'])
 def test_rounding(factor):
   """A value is off by half a step at most. A token of zeros stays zero."""
   x = np.random.default_rng(0).normal(size=(3, 5, 40)).astype(np.float32)
   x[1, 2] = 0
   values, step = round_plainly(jnp.asarray(x), factor)
   assert values.dtype == jnp.int8 and step.shape == (3, 5, 1)
-  off = np.abs(values * step - x * (1 if factor is None else factor))
+  off = np.abs(values * step - x * factor)
   assert (off <= 0.5001 * step).all() and not values[1, 2].any()
   assert (np.abs(values).max(-1) == 127).sum() == 14
 
@@ -207,7 +214,8 @@ def test_rounding_kernel(monkeypatch, dtype, shape, has_factor):
   monkeypatch.setattr(fused_rounding, 'BLOCK_BYTES', 128 * 4 * (shape[1] + 128))
   random = np.random.default_rng(0)
   rows = jnp.asarray(random.normal(size=shape), dtype)
-  factor = jnp.asarray(random.uniform(1, 2, shape[1]), jnp.float32) if has_factor else None
+  factor = jnp.asarray(random.uniform(1, 2, shape[1]) if has_factor else np.ones(shape[1]),
+                       jnp.float32)
   values, steps = fused_rounding.round_rows(rows, factor, interpret=True)
   expected, expected_steps = round_plainly(rows, factor)
   np.testing.assert_allclose(steps, expected_steps, rtol=1e-6)
@@ -331,12 +339,8 @@ def test_rounded_products_are_kept_scaled(decoder_params, rounding, batch):
   def kept(remat):
     deliberator = tiny.deliberator(remat=remat)
     params = tiny.coprocessor_params(deliberator, decoder_params)
-    traces = sample_traces(jax.random.split(jax.random.key(0), 2), batch, deliberator.config)
-    _, pull = jax.eval_shape(
-        lambda params, decoder: jax.vjp(
-            lambda params: deliberator.forward(params, decoder, batch, traces), params),
-        params, rounding)
-    return [(leaf.dtype.name, leaf.shape) for leaf in jax.tree.leaves(pull)]
+    return [(leaf.dtype.name, leaf.shape)
+            for leaf in kept_by_backward(deliberator, params, rounding, batch)]
 
   # The second pass reads 4 traces of 3 latents and 3 ahead tokens; the feed-forward is 20 wide.
   of_products = [dtype for dtype, shape in kept('dots') if shape[-4:] == (2, 4, 6, 20)]

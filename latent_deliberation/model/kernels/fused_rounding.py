@@ -22,14 +22,14 @@ ROWS = 32  # of a register of int8
 LANES = 128  # of a TPU's registers, which a step fills
 
 
-def round_tokens(x: Array, factor: Array | None, *, axis: str) -> tuple[Array, Array]:
+def round_tokens(x: Array, factor: Array, *, axis: str) -> tuple[Array, Array]:
   """Rounds x * factor to int8, with one step a token. Under a mesh, each device rounds its own.
 
   A token that is divided over devices needs the largest value of all, which XLA finds.
 
   Args:
     x: [B, M, Q, W] activations, or others of any axes without a mesh.
-    factor: [W] factor of each channel; None for 1.
+    factor: [W] factor of each channel.
     axis: logical name of the last axis.
   """
   mesh = jax.sharding.get_abstract_mesh()
@@ -38,8 +38,7 @@ def round_tokens(x: Array, factor: Array | None, *, axis: str) -> tuple[Array, A
   rows = nn.logical_to_mesh_axes(('batch', 'trace', 'length', axis))
   if x.ndim != len(rows) or _size(mesh, rows[3]) > 1:
     return products.round_plainly(x, factor)
-  of_factor = None if factor is None else PartitionSpec()
-  return jax.shard_map(_round, in_specs=(rows, of_factor), out_specs=(rows, rows),
+  return jax.shard_map(_round, in_specs=(rows, PartitionSpec()), out_specs=(rows, rows),
                        check_vma=False)(x, factor)
 
 
@@ -49,17 +48,17 @@ def _size(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -
   return math.prod(mesh.shape[name] for name in names)
 
 
-def _round(x: Array, factor: Array | None) -> tuple[Array, Array]:
+def _round(x: Array, factor: Array) -> tuple[Array, Array]:
   values, step = round_rows(x.reshape(-1, x.shape[-1]), factor)
   return values.reshape(x.shape), step.reshape(*x.shape[:-1], 1)
 
 
-def round_rows(rows: Array, factor: Array | None, interpret: bool = False) -> tuple[Array, Array]:
+def round_rows(rows: Array, factor: Array, interpret: bool = False) -> tuple[Array, Array]:
   """Rounds the rows of a matrix [R, W]; see `round_tokens`.
 
   Args:
     rows: the matrix.
-    factor: [W]; None for 1.
+    factor: [W].
     interpret: whether to run as ordinary operations, on any platform.
   """
   count, width = rows.shape
@@ -68,31 +67,21 @@ def round_rows(rows: Array, factor: Array | None, interpret: bool = False) -> tu
   of_rows = pl.BlockSpec((block, width), lambda i: (i, 0))
   of_steps = pl.BlockSpec((block, 1), lambda i: (i, 0))
   of_factor = pl.BlockSpec((1, width), lambda i: (0, 0))
-  operands = [rows] if factor is None else [rows, factor[None]]
   moved = rows.size * (rows.dtype.itemsize + 1) + count * LANES * 4  # steps fill whole registers
   return pl.pallas_call(
-      _round_kernel if factor is None else _scale_and_round_kernel, name='rounding',
-      interpret=interpret, grid=(pl.cdiv(count, block),),
-      in_specs=[of_rows, of_factor][:len(operands)], out_specs=(of_rows, of_steps),
+      _round_kernel, name='rounding', interpret=interpret, grid=(pl.cdiv(count, block),),
+      in_specs=(of_rows, of_factor), out_specs=(of_rows, of_steps),
       out_shape=(jax.ShapeDtypeStruct(rows.shape, jnp.int8),
                  jax.ShapeDtypeStruct((count, 1), jnp.float32)),
       cost_estimate=pl.CostEstimate(flops=4 * rows.size, transcendentals=0, bytes_accessed=moved),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel',), vmem_limit_bytes=VMEM_BYTES),
-  )(*operands)
+  )(rows, factor[None])
 
 
-def _round_kernel(rows, values, steps):
-  """Writes one block: rows [R, W] as values * steps."""
-  _write(rows[...].astype(jnp.float32), values, steps)
-
-
-def _scale_and_round_kernel(rows, factor, values, steps):
+def _round_kernel(rows, factor, values, steps):
   """Writes one block: rows [R, W] * factor [1, W] as values * steps."""
-  _write(rows[...].astype(jnp.float32) * factor[...], values, steps)
-
-
-def _write(wide, values, steps):
+  wide = rows[...].astype(jnp.float32) * factor[...]
   step = products.step_of(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
   steps[...] = step
   # One division a row, and a product an entry.
