@@ -22,6 +22,8 @@ _PROMPT = flags.DEFINE_integer('prompt', 128, 'Tokens of a prompt.', lower_bound
 _DECODED = flags.DEFINE_integer('decoded', 64, 'Tokens to decode.', lower_bound=1)
 _RANK = flags.DEFINE_integer('rank', 16, 'Rank of the adapters.', lower_bound=1)
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Runs, of which the median counts.', lower_bound=1)
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16'], "Dtype of the computation, ours and PEFT's.")
 _PYTHON = app.define_file('python', 'Interpreter with torch, transformers and peft.', '')
 _THREADS = flags.DEFINE_integer('threads', 0, 'Threads of torch. Default: its own choice.')
 
@@ -30,7 +32,7 @@ def main() -> None:
   print(format_speed(benchmark(
       _DECODER.value, Path(_OUTPUT.value), counts=tuple(map(int, _EXPERTS.value)),
       batch=_BATCH_SIZE.value, prompt=_PROMPT.value, decoded=_DECODED.value, rank=_RANK.value,
-      repeats=_REPEATS.value, python=_PYTHON.value, threads=_THREADS.value)))
+      repeats=_REPEATS.value, dtype=_DTYPE.value, python=_PYTHON.value, threads=_THREADS.value)))
 
 
 if __name__ == '__main__':

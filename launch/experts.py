@@ -36,11 +36,11 @@ from latent_deliberation.experts.card import render
 define_config(__file__, 'configs/gemma3_270m.py')
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.', '')
 _TEXT = flags.DEFINE_string(
-    'text', '', 'Folder, file or glob of text, or several with commas. For route: the prompt.')
+    'text', '', 'Folder, file or glob, or several with commas. For route and export: the prompt.')
 _GENERAL = flags.DEFINE_string(
     'general', '', "Text of no domain, for train. Default: Python's standard library.")
 _NAME = flags.DEFINE_string('name', '', 'Name of the expert, for train.')
-_OUTPUT = app.define_file('output', 'Package to write, or the .json of compare or evaluate.', '')
+_OUTPUT = app.define_file('output', 'Package, .json of results, or folder of export.', '')
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of train, which resumes there. Default: runs/experts/NAME.', '')
 _MINUTES = flags.DEFINE_float(
@@ -51,10 +51,10 @@ _SAMPLE = flags.DEFINE_bool(
     'sample', True, 'Put held-out rows into the package, so that others can measure its scores.')
 _INDEX = flags.DEFINE_string('index', '', 'Index: a path, http(s)://, gs:// or hf:// address.')
 _DOMAIN = flags.DEFINE_multi_string('domain', [], 'NAME=TEXT, a text to judge routers on')
-_PAIR = flags.DEFINE_multi_string('pair', [], 'A+B, two experts to add up. Default: neighbours')
+_PAIR = flags.DEFINE_multi_string('pair', [], 'A+B, to add up. Default: each with the next')
 _ROUTER = flags.DEFINE_multi_string('router', [], 'Router to show or to judge. Default: all')
-_PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts to cut out of each text.')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Prompts to score together.')
+_PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts to cut out of each text.', lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Prompts to score together.', lower_bound=1)
 _SCORES = flags.DEFINE_bool('scores', False, 'Measure the scores of the card again, in verify.')
 _FORCE = flags.DEFINE_bool('force', False, 'Publish an expert that shows no gain, too.')
 _EXPERT = flags.DEFINE_string(
@@ -62,7 +62,7 @@ _EXPERT = flags.DEFINE_string(
 _DOCUMENTS = app.define_directory('documents', 'Folder of text to ask.', '')
 _STORE = app.define_directory('store', 'Caches of documents. Default: inside --documents.', '')
 _LATENTS_AT = flags.DEFINE_enum(
-    'latents_at', 'document', ['document', 'question'], 'End at which ask makes latents.')
+    'latents_at', 'document', ['document', 'question'], 'After which of the two ask makes latents.')
 _PASSAGE = flags.DEFINE_integer('passage', 256, 'Tokens of a passage of --documents.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 64, 'Largest number of tokens of an answer.')
 _LENGTH = flags.DEFINE_integer('length', 512, 'Room in the cache, in tokens, prompt included.')

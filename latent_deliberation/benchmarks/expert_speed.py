@@ -43,7 +43,7 @@ OTHER = Path(__file__).with_name('peft_side.py')
 
 def benchmark(decoder: str, output: Path, *, counts: Sequence[int] = (1, 10, 100), batch: int = 8,
               prompt: int = 128, decoded: int = 64, rank: int = 16, repeats: int = 5,
-              python: str = '', threads: int = 0) -> dict[str, Any]:
+              dtype: str = 'float32', python: str = '', threads: int = 0) -> dict[str, Any]:
   """Times everything and writes `output`, with a table and a picture beside it.
 
   Args:
@@ -54,20 +54,21 @@ def benchmark(decoder: str, output: Path, *, counts: Sequence[int] = (1, 10, 100
     prompt, decoded: tokens of a prompt and after it.
     rank: rank of the adapters.
     repeats: runs of which the median counts.
+    dtype: dtype of the computation, ours and PEFT's.
     python: interpreter with torch, transformers and peft; '' leaves PEFT out.
     threads: threads that torch uses; 0 for its own choice.
 
   Raises:
     UserError: decoder or interpreter do not work.
   """
-  loaded = load_decoder(decoder)
+  loaded = load_decoder(decoder, dtype=dtype)
   prompts = np.random.default_rng(0).integers(
       4, loaded.config.vocab_size, (batch, prompt)).tolist()
   experts = Experts(loaded, {}, length=prompt + decoded + 1, strict=True)
   result: dict[str, Any] = {
       'batch': batch, 'prompt': prompt, 'decoded': decoded, 'rank': rank, 'repeats': repeats,
-      'decoder': loaded.fingerprint, 'devices': f'{jax.device_count()} {jax.default_backend()}',
-      'git_commit': git_commit(), 'ours': {}}
+      'dtype': dtype, 'decoder': loaded.fingerprint, 'git_commit': git_commit(),
+      'devices': f'{jax.device_count()} {jax.default_backend()}', 'ours': {}}
   for count in sorted(counts):
     while len(experts.names) < count:
       number = len(experts.names)
@@ -76,7 +77,7 @@ def benchmark(decoder: str, output: Path, *, counts: Sequence[int] = (1, 10, 100
     result['ours'][f'{count} loaded'] = _time_ours(experts, prompts, decoded, repeats)
   if python:
     result['peft'] = run_other(python, 'speed', decoder, {
-        'dtype': 'bfloat16', 'threads': threads, 'decoded': decoded, 'repeats': repeats,
+        'dtype': dtype, 'threads': threads, 'decoded': decoded, 'repeats': repeats,
         'experts': list(counts), 'rank': rank}, {'prompts': np.array(prompts)})[0]
   write_json(output, result)
   write_whole(output.with_suffix('.md'), format_speed(result).encode())
@@ -102,7 +103,6 @@ def _time_ours(experts: Experts, prompts: list[list[int]], decoded: int,
   engine, names, rows = experts.engine, experts.names, len(prompts)
   ways = {'plain': [{}] * rows, 'one for all': [{names[-1]: 1.0}] * rows,
           'mixed': [{names[row % len(names)]: 1.0} for row in range(rows)]}
-  # A token that no tokenizer ends a text with, so that all texts are equally long.
   options = DecodingOptions(decoded)
   work: dict[tuple[str, str], Callable[[], Any]] = {}  # by way and part
   for name, mixes in ways.items():
@@ -176,8 +176,8 @@ def format_speed(result: Mapping[str, Any]) -> str:
           ['library', 'experts', 'in a batch', 'tokens/s', 'tokens/s of decoding alone', 'GiB'],
           rows),
       f'Batches of {result["batch"]} prompts of {result["prompt"]} tokens, {result["decoded"]} '
-      'tokens each, greedy. "Mixed" gives each row an expert of its own, as far as there are '
-      'enough. Memory is the peak of the process so far.']) + '\n'
+      f'tokens each, greedy, in {result["dtype"]}. "Mixed" gives each row an expert of its own, as '
+      'far as there are enough. Memory is the peak of the process so far.']) + '\n'
 
 
 def plot_speed_of_experts(result: Mapping[str, Any], path: Path) -> None:

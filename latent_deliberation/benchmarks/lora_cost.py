@@ -27,14 +27,15 @@ from latent_deliberation.evaluation.evaluate import HeldOut, open_held_out, scor
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN, AheadNLL
 from latent_deliberation.evaluation.plots import save_figure
-from latent_deliberation.evaluation.report import markdown_table
+from latent_deliberation.evaluation.report import format_estimate, markdown_table
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.experts.card import GENERAL
-from latent_deliberation.experts.measuring import experiment_of, on_mesh, saved_nats
+from latent_deliberation.experts.measuring import SCORED_WITH, experiment_of, on_mesh, saved_nats
 from latent_deliberation.experts.package import load_package
 from latent_deliberation.experts.trial import draw_intervals
-from latent_deliberation.files import write_json, write_whole
+from latent_deliberation.files import as_path, write_json, write_whole
 from latent_deliberation.host_memory import peak_memory_bytes
+from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.train import describe_training
@@ -66,7 +67,7 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
   if not batches.num_rows:
     raise UserError(f'{workdir} has no packed rows: give the work directory of the training')
   # Ours first, so that the peak of this process is that of training.
-  run = describe_training(experiment, workdir / 'coprocessor', mesh)
+  run = describe_training(experiment, workdir / COPROCESSOR, mesh)
   seconds = time_step(experiment, run, workdir, mesh)
   ours = {'parameters': count_parameters(expert.coprocessor.params), 'seconds_a_step': seconds,
           'seconds': seconds * expert.coprocessor.steps, 'peak_memory_bytes': peak_memory_bytes(),
@@ -74,7 +75,7 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
   texts = {expert.card.name: (experiment, workdir),
            GENERAL: (_general(experiment, expert.card.scores), workdir / GENERAL_DATA)}
   held_out = {name: open_held_out(each, place, mesh) for name, (each, place) in texts.items()}
-  checkpoint = open_frozen(experiment.decoder, Path(decoder))
+  checkpoint = open_frozen(experiment.decoder, as_path(decoder))
   decoder_params, found = load_frozen(experiment, checkpoint, mesh)
   if found != expert.card.base['fingerprint']:
     raise UserError(f'the decoder has the fingerprint {found}, and the expert was made for '
@@ -109,12 +110,13 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
 
 
 def _general(experiment: Experiment, scores: Mapping[str, Any]) -> Experiment:
-  """Returns the experiment that scored general text, whose batches may have been smaller."""
-  known = scores.get(GENERAL, {})
+  """Returns the experiment that scored general text, which may have been smaller."""
+  known = {key: value for key, value in scores.get(GENERAL, {}).items() if key in SCORED_WITH}
   config = experiment.evaluation
-  size = known.get('batch_size', config.batch_size)
-  return dataclasses.replace(experiment, evaluation=dataclasses.replace(
-      config, batch_size=size, num_texts=config.num_texts // size * size))
+  if 'num_texts' not in known:  # a card of earlier code
+    size = known.get('batch_size', config.batch_size)
+    known['num_texts'] = config.num_texts // size * size
+  return dataclasses.replace(experiment, evaluation=dataclasses.replace(config, **known))
 
 
 def _weights_of_a_rank(experiment: Experiment) -> int:
@@ -167,18 +169,13 @@ def _compare(arms: Mapping[str, AheadNLL], held_out: HeldOut, totals: Mapping[st
 def format_cost(result: Mapping[str, Any]) -> str:
   """Returns the comparison as a page of GitHub Markdown."""
   ours, lora = result['ours'], result['lora']
-
-  def cell(found: Mapping[str, Any]) -> str:
-    if found['ci95'] is None:
-      return f'{found["nats"]:+.3f}'
-    return f'{found["nats"]:+.3f} [{found["ci95"][0]:+.3f}, {found["ci95"][1]:+.3f}]'
-
   rows = [
       ['trained weights', f'{ours["parameters"]:,}', f'{lora["parameters"]:,}'],
       ['seconds a step', f'{ours["seconds_a_step"]:.2f}', f'{lora["seconds_a_step"]:.2f}'],
       ['seconds of all steps', f'{ours["seconds"]:.0f}', f'{lora["seconds"]:.0f}'],
       ['peak memory, GiB', *(f'{each["peak_memory_bytes"] / 2**30:.2f}' for each in (ours, lora))],
-      *([f'nats saved on {name} text', cell(found['expert']), cell(found['lora'])]
+      *([f'nats saved on {name} text', *(format_estimate(found[key]['nats'], found[key]['ci95'])
+                                         for key in ('expert', 'lora'))]
         for name, found in result['texts'].items()),
       ['decoder while it is not asked for', 'the same to the bit', 'merged or not, another model']]
   return '\n\n'.join([

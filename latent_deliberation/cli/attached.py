@@ -19,6 +19,13 @@ from latent_deliberation.inference.engine import LoadedDecoder
 from latent_deliberation.inference.policy import FittedGate
 
 
+def load_named(decoder: str) -> LoadedDecoder:
+  """Loads the decoder of --decoder. Raises UserError where it is missing or damaged."""
+  if not decoder:
+    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
+  return load_decoder(decoder)
+
+
 def parse_expert(written: str) -> tuple[Choice, str]:
   """Returns what --expert asks for, with packages as they were written, and the router's name.
 
@@ -82,8 +89,8 @@ def fitting(decoder_fingerprint: str) -> list[str]:
   found = {card.name: str(path) for card, path in added
            if card.base['fingerprint'] == decoder_fingerprint}
   if not found:
-    raise UserError(f'--expert=auto: {directory} has no expert of this decoder: add some with '
-                    'launch/experts.py add')
+    raise UserError(f'{directory} has no expert of this decoder: add some with launch/experts.py '
+                    'add')
   return list(found.values())
 
 

@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import logging
 
 from latent_deliberation.api import load_decoder
-from latent_deliberation.cli.attached import attach_named
+from latent_deliberation.cli.attached import attach_named, fitting, load_named
 from latent_deliberation.cli.expert_use import ask_documents, export_prompt
 from latent_deliberation.cli.prompts import check_unicode
 from latent_deliberation.errors import UserError
@@ -16,12 +17,11 @@ from latent_deliberation.experts.added import (
   add,
   added_directory,
   index_of,
-  list_added,
   locate,
   remove,
 )
 from latent_deliberation.experts.attach import Experts
-from latent_deliberation.experts.card import NONE, render
+from latent_deliberation.experts.card import GENERAL, NONE, render
 from latent_deliberation.experts.index import COLUMNS, Entry, publish, read_index, search
 from latent_deliberation.experts.package import read_card
 from latent_deliberation.experts.router_trial import (
@@ -31,7 +31,14 @@ from latent_deliberation.experts.router_trial import (
   plot_trial,
 )
 from latent_deliberation.experts.routing import ROUTERS, Query, choose, make_router
-from latent_deliberation.experts.texts import Cut, CutSizes, cut_documents, documents_of
+from latent_deliberation.experts.texts import (
+  STDLIB,
+  STDLIB_TITLE,
+  Cut,
+  CutSizes,
+  cut_documents,
+  documents_of,
+)
 from latent_deliberation.experts.trial import (
   compare_experts,
   format_comparison,
@@ -41,6 +48,7 @@ from latent_deliberation.experts.trial import (
 from latent_deliberation.experts.verifying import verify
 from latent_deliberation.files import check_free, make_writable, write_json, write_whole
 from latent_deliberation.inference.engine import LoadedDecoder
+from latent_deliberation.inference.tokenizer import check_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +136,7 @@ def _show(words: list[str], options: Options) -> None:
 def _add(words: list[str], options: Options) -> None:
   card, directory = add(_only(words, 'address of an expert'), added_directory(), options.index)
   print(f'{card.address} is in {directory}\nNext: python launch/generate.py '
-        f'--decoder={options.decoder or card.base["name"]} --expert={card.name} --compare')
+        f'--decoder={options.decoder or card.base["name"]} --expert={card.address} --compare')
 
 
 def _verify(words: list[str], options: Options) -> None:
@@ -158,19 +166,10 @@ def _publish(words: list[str], options: Options) -> None:
 
 def _open(words: Sequence[str], options: Options) -> tuple[LoadedDecoder, Experts]:
   """Loads the decoder and attaches experts: those named, or all that were added for it."""
-  decoder = _load(options)
-  packages = list(words) or [str(path) for card, path in list_added(added_directory())
-                             if card.base['fingerprint'] == decoder.fingerprint]
-  experts, _ = attach_named(decoder, packages, length=options.length, strict=True)
-  if not experts.names:
-    raise UserError('no experts: name some, or add some for this decoder')
+  decoder = load_named(options.decoder)
+  experts, _ = attach_named(decoder, list(words) or fitting(decoder.fingerprint),
+                            length=options.length, strict=True)
   return decoder, experts
-
-
-def _load(options: Options) -> LoadedDecoder:
-  if not options.decoder:
-    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
-  return load_decoder(options.decoder)
 
 
 def _check_output(options: Options) -> Path | None:
@@ -215,7 +214,8 @@ def _route(words: list[str], options: Options) -> None:
     prompt = documents_of(prompt)[0]
   check_unicode(prompt, '--text')
   decoder, experts = _open(words, options)
-  ids = decoder.tokenizer.encode(prompt)[:options.length - 8]
+  ids = decoder.tokenizer.encode(prompt)
+  check_room(np.array([len(ids)]), 1, options.length, ['--text'])
   state = experts.engine.read([ids])
   query = Query([prompt], state.hidden, state)
   for name in options.router or ROUTERS:
@@ -234,10 +234,13 @@ def _evaluate(words: list[str], options: Options) -> None:
                     'text of no domain')
   if not options.output:
     raise UserError('evaluate: give --output=FILE.json')
-  output, texts = _check_output(options), _domains(options)
+  output, texts, sizes = _check_output(options), _domains(options), CutSizes(count=options.prompts)
   decoder, experts = _open(words, options)
   pairs = _pairs(options, experts, texts)
-  sizes = CutSizes(count=options.prompts)
+  # A mixed prompt holds two passages, and a break between them.
+  if options.length < (needed := (2 if pairs else 1) * sizes.longest + sizes.ahead + 8):
+    raise UserError(f'--length={options.length}: prompts and their answers need {needed}')
+  _warn_of_seen_text(options, experts)
   cuts: dict[str, list[Cut]] = {
       name: cut_documents(name, documents, decoder.tokenizer, sizes)
       for name, documents in texts.items()}
@@ -252,6 +255,16 @@ def _evaluate(words: list[str], options: Options) -> None:
   write_whole(output.with_suffix('.md'), page.encode())
   plot_trial(result, output.with_suffix('.png'))
   logging.info('written: %s, and .md and .png beside it', output)
+
+
+def _warn_of_seen_text(options: Options, experts: Experts) -> None:
+  """Warns where a text of no expert is one that experts were taught to leave alone."""
+  seen = [name for name in experts.names if (card := experts.card(name)) is not None
+          and (card.recipe.get(GENERAL) or {}).get('name') == STDLIB_TITLE]
+  for written in options.domain:
+    if written.partition('=')[2] == STDLIB and seen:
+      logging.warning('--domain=%s is the general text of %s, on which their routing was fitted: '
+                      'results on it are too good', written, ', '.join(seen))
 
 
 def _ask(words: list[str], options: Options) -> None:

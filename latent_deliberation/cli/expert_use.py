@@ -5,8 +5,7 @@ from pathlib import Path
 
 from absl import logging
 
-from latent_deliberation.api import load_decoder
-from latent_deliberation.cli.attached import attach_choice, parse_expert
+from latent_deliberation.cli.attached import attach_choice, load_named, parse_expert
 from latent_deliberation.cli.prompts import check_unicode
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Choice, Experts
@@ -39,10 +38,8 @@ def open_choice(decoder_name: str, expert: str, length: int, strict: bool,
   Raises:
     UserError: no decoder is given, or --expert is malformed.
   """
-  if not decoder_name:
-    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
   parse_expert(expert)  # before the decoder is loaded
-  decoder = load_decoder(decoder_name)
+  decoder = load_named(decoder_name)
   experts, choice = attach_choice(decoder, expert, length=length, strict=strict)
   return decoder, experts, choice
 

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -26,6 +25,7 @@ from latent_deliberation.build import (
   load_frozen,
   open_frozen,
 )
+from latent_deliberation.cli.config_flag import config_arguments
 from latent_deliberation.cli.quickstart import prepare_phases, train_phases
 from latent_deliberation.data.data_config import DataConfig, split_files
 from latent_deliberation.data.loading import open_batches, prepare_data
@@ -49,7 +49,7 @@ from latent_deliberation.experts.measuring import (
   portable,
 )
 from latent_deliberation.experts.package import PICTURE, Routing, write_package
-from latent_deliberation.experts.texts import STDLIB, keywords_of, read_documents
+from latent_deliberation.experts.texts import STDLIB, STDLIB_TITLE, keywords_of, read_documents
 from latent_deliberation.files import as_path, make_writable, write_json
 from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, ROWS, RUN_FILE
 from latent_deliberation.progress import PhaseClock, counted, format_duration
@@ -93,6 +93,9 @@ class ExpertRequest:
     if self.name == GENERAL:
       raise UserError(f'name = {self.name!r}: this is the name of text of no domain; give another')
     check_number('minutes', self.minutes, 0, 1e6)
+    for key in ('description', 'licence'):
+      if not getattr(self, key).isprintable():
+        raise UserError(f'{key} = {getattr(self, key)!r:.80}: give one line, without tabs')
 
 
 def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, output: Path,
@@ -322,7 +325,7 @@ def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,
               'seed': experiment.seed, 'seconds': {
                   name: round(seconds, 1) for name, seconds in clock.seconds.items()},
               'machine': f'{os.cpu_count()} cores, {jax.devices()[0].device_kind}',
-              'command': _command(), 'git_commit': git_commit()},
+              'command': _command(request, experiment.decoder_from), 'git_commit': git_commit()},
       scores=scores, keywords=tuple(keywords), files={})
 
 
@@ -335,7 +338,7 @@ def _describe_text(experiment: Experiment, prepared_dir: Path) -> dict[str, Any]
 def _name_text(general: str) -> str:
   """Returns what to call general text, without the directories of this machine."""
   if general in ('', STDLIB):
-    return "Python's standard library"
+    return STDLIB_TITLE
   return ', '.join(_without_directories(general))
 
 
@@ -348,12 +351,14 @@ def _without_directories(files: str) -> list[str]:
   return names
 
 
-def _command() -> str:
-  """Returns the command of this process, with names of files and not where they are."""
-  words = []
-  for word in sys.argv[1:]:
+def _command(request: ExpertRequest, decoder: str) -> str:
+  """Returns the command that makes such an expert, with names of files and not where they are."""
+  flags = {'decoder': base_name(decoder), 'text': request.text, 'general': request.general,
+           'name': request.name, 'minutes': f'{request.minutes:g}' if request.minutes else ''}
+  words = [f'--{flag}={value}' for flag, value in flags.items() if value]
+  words += shlex.split(config_arguments())
+  for number, word in enumerate(words):
     flag, equals, value = word.partition('=')
     if '/' in value and '://' not in value:
-      value = ','.join(_without_directories(value))
-    words.append(flag + equals + value)
-  return shlex.join(['python', 'launch/experts.py', *words])
+      words[number] = flag + equals + ','.join(_without_directories(value))
+  return shlex.join(['python', 'launch/experts.py', 'train', *words])

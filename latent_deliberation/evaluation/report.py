@@ -284,6 +284,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: 
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+def format_estimate(value: float, ends: Sequence[float] | None = None) -> str:
+  """Returns a number, and its interval if it has one, as a cell of a table."""
+  return f'{value:+.3f}' + (f' [{ends[0]:+.3f}, {ends[1]:+.3f}]' if ends else '')
+
+
 def write_report(summary: Mapping[str, Any], directory: Path) -> None:
   """Writes report.json and report.md, each whole or not at all."""
   directory.mkdir(parents=True, exist_ok=True)

@@ -100,9 +100,14 @@ def add(source: str, directory: Path, index: str = '') -> tuple[Card, Path]:
   check_names(card, place.address)
   target = directory / card.address
   if target.exists():
-    check_package(target)
-    logging.info('%s is there already', target)
-    return card, target
+    try:
+      check_package(target)
+    except UserError as error:
+      logging.warning('%s: it is downloaded again', error)
+      _discard(target)
+    else:
+      logging.info('%s is there already', target)
+      return card, target
   with whole_directory(target) as partial, explain_failed_write(target):
     progress = Progress(f'adding {card.address}', 'bytes',
                         sum(entry['bytes'] for entry in card.files.values()))
@@ -159,13 +164,21 @@ def remove(written: str, directory: Path) -> Path:
   Raises:
     UserError: see `find_added`, or it cannot be removed.
   """
-  path = find_added(written, directory)
+  _, fingerprint = split_address(written)
+  # Where the card is damaged, the name of the folder still says which expert it was.
+  path = directory / written
+  if not fingerprint or not path.is_dir():
+    path = find_added(written, directory)
+  _discard(path)
+  return path
+
+
+def _discard(path: Path) -> None:
   # Out of sight first, so that a removal that is stopped leaves no half of a package.
   hidden = path.with_name(f'.{path.name}.removed-{secrets.token_hex(4)}')
   with explain_failed_write(path):
     path.rename(hidden)
     shutil.rmtree(hidden)
-  return path
 
 
 def index_of(directory: Path) -> list[Entry]:

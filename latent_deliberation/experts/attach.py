@@ -129,9 +129,9 @@ class Experts:
         raise
       self._warn(name, str(error))
       return False
-    if self._latents is None:
-      self._latents = _common(expert.coprocessor.config)
-      self.engine = self._build(self._latents)
+    latents = _common(expert.coprocessor.config)
+    if self._latents != latents:
+      self._latents, self.engine = latents, self._build(latents)
     self._attached = {**self._attached, name: self._assemble(expert)}
     self._made_router = None
     self._said.discard(name)
@@ -172,12 +172,13 @@ class Experts:
                           'of these')
         self._warn(name, f'it is none of the attached experts {list(self._attached)}')
         return _NO_EXPERT
+    # A weight of zero is no expert.
+    mix = {name: weight for name, weight in weights.items() if weight}
     form = self._latents.latents
-    if form != 'refining' and list(weights.values()) != [1.0]:
+    if form != 'refining' and list(mix.values()) not in ([], [1.0]):
       raise UserError(f'expert = {choice!r:.80}: only refining latents have weights and add up, '
                       f'and these experts have {form} latents: give one name')
-    # A weight of zero is no expert, so it leaves no bit.
-    return {name: weight for name, weight in weights.items() if weight}
+    return mix
 
   def source(self, choices: Sequence[Choice], texts: Sequence[str] = ()) -> 'ExpertSource':
     """Returns the source of latents for one batch, for `session.stream` and its callers.
@@ -302,7 +303,7 @@ class Experts:
                       f'{trained.vocabulary_hash}, and this decoder reads '
                       f'{decoder.tokenizer.hash}: give the vocabulary that it was trained with')
     config = _common(trained.config)
-    if self._latents not in (None, config):
+    if self._attached and self._latents != config:
       raise UserError(
           f'the expert {name!r} has {config.num_latents} {config.latents} latents, and those '
           f'attached before have {self._latents.num_latents} {self._latents.latents} ones: all '

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latent_deliberation.errors import UserError, check_integer, check_types
-from latent_deliberation.evaluation.report import LABELS, markdown_table
+from latent_deliberation.evaluation.report import LABELS, format_estimate, markdown_table
 from latent_deliberation.progress import format_duration
 
 FORMAT = 1
 GENERAL = 'general'  # name of the scores on text of no domain
 AUTO, NONE = 'auto', 'none'  # said in the place of an expert's name
+_WORD = re.compile(r'[^\W\d_]{3,}')  # three letters or more
 _NAME = re.compile(r'[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?')
 _HEXADECIMAL = re.compile(r'[0-9a-f]{16}')
 _SHA256 = re.compile(r'[0-9a-f]{64}')
@@ -38,8 +39,8 @@ class Card:
       of trained weights.
     recipe: how it was made: 'text' with its fingerprint, 'general', 'settings', 'steps', 'seed',
       'seconds', 'command', 'machine' and 'git_commit', as far as they are known.
-    scores: name of a text -> scores on it; see `scores.summarise_arms`. The expert's own text has
-      the name of the expert.
+    scores: name of a text -> scores on it; see `measuring.summarise_arms`. The expert's own text
+      has the name of the expert.
     keywords: words that set the expert's text apart, the most telling ones first.
     files: name -> 'bytes' and 'sha256' of every other file but README.md.
   """
@@ -94,12 +95,25 @@ class Card:
 def gain_on(scores: Mapping[str, Any] | None,
             arm: str = 'own') -> tuple[float, float, float] | None:
   """Returns nats that a place saves, and the ends of the 95% interval; None if there is none."""
+  numbers = numbers_of(scores, arm)
+  return numbers if numbers and len(numbers) == 3 else None  # else there were too few texts
+
+
+def numbers_of(scores: Mapping[str, Any] | None, arm: str = 'own') -> tuple[float, ...] | None:
+  """Returns nats that a place saves, with the ends of their interval if they have one.
+
+  Returns None where nothing was measured; a card that nobody vouches for may have anything there.
+  """
   try:
     found = scores['gain'][arm]
-    nats, (low, high) = found['nats'], found['ci95']
-    return float(nats), float(low), float(high)
-  except (KeyError, TypeError, ValueError):  # not measured, or too few texts for an interval
+    return tuple(float(value) for value in (found['nats'], *(found['ci95'] or ())))
+  except (KeyError, TypeError, ValueError):
     return None
+
+
+def words_of(text: str) -> list[str]:
+  """Returns the words of a text, in small letters."""
+  return _WORD.findall(text.lower())
 
 
 def check_name(name: str, key: str = 'name') -> None:
@@ -247,13 +261,8 @@ def _changes(card: Card) -> Iterator[str]:
 
 def format_gain(scores: Mapping[str, Any] | None, arm: str = 'own') -> str:
   """Returns nats and interval as a cell of a table."""
-  gain = gain_on(scores, arm)
-  if gain is not None:
-    return f'{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]'
-  try:
-    return f'{scores["gain"][arm]["nats"]:+.3f}'
-  except (KeyError, TypeError, ValueError):
-    return '-'
+  numbers = numbers_of(scores, arm)
+  return format_estimate(numbers[0], gain_on(scores, arm) and numbers[1:]) if numbers else '-'
 
 
 def _usage(card: Card) -> str:

@@ -16,9 +16,8 @@ from typing import Any
 from absl import logging
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.experts.card import GENERAL, Card, format_gain, split_address
+from latent_deliberation.experts.card import GENERAL, Card, format_gain, split_address, words_of
 from latent_deliberation.experts.package import check_package, parse_json, write_card
-from latent_deliberation.experts.routing import words_of
 from latent_deliberation.files import explain_failed_write, lock, whole_directory, write_json
 
 INDEX, FORMAT = 'index.json', 1
@@ -165,6 +164,17 @@ def read_index(address: str) -> list[Entry]:
   Raises:
     UserError: there is no index, it cannot be reached, or it is damaged or of another format.
   """
+  where, entries = f'{Place.at(address).address}/{INDEX}', []
+  for number, written in enumerate(_read_content(address)['experts']):
+    try:
+      entries.append(Entry.from_json(written))
+    except UserError as error:
+      logging.warning('%s: entry %d is left out: %s', where, number, error)
+  return entries
+
+
+def _read_content(address: str) -> Mapping[str, Any]:
+  """Returns all of an index.json, also what is not known here; see `read_index`."""
   place = Place.at(address)
   where = f'{place.address}/{INDEX}'
   try:
@@ -176,13 +186,7 @@ def read_index(address: str) -> list[Entry]:
     raise UserError(f'{where} is no index of experts, or of a newer version: format = '
                     f'{content.get("format") if isinstance(content, Mapping) else content!r:.40}, '
                     f'expected {FORMAT}')
-  entries = []
-  for number, written in enumerate(content['experts']):
-    try:
-      entries.append(Entry.from_json(written))
-    except UserError as error:
-      logging.warning('%s: entry %d is left out: %s', where, number, error)
-  return entries
+  return content
 
 
 def search(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
@@ -231,9 +235,11 @@ def publish(package: Path, index: Path, force: bool = False) -> Card:
     raise UserError(f'--index={index} is a URL: publish into a folder here, and copy that folder '
                     'to its place')
   with lock(index / 'index.lock', f'publishes in {index}', wait=True):
-    entries = read_index(str(index)) if (index / INDEX).exists() else []
-    if card.address in [entry.address for entry in entries]:
-      raise UserError(f'{index} has {card.address} already')
+    content: Mapping[str, Any] = {'format': FORMAT, 'experts': []}
+    if (index / INDEX).exists():
+      content = _read_content(str(index))
+      if card.address in [entry.address for entry in read_index(str(index))]:
+        raise UserError(f'{index} has {card.address} already')
     target = index / card.address
     if not target.exists():  # left by a launch that was stopped before it was listed
       with whole_directory(target) as partial, explain_failed_write(target):
@@ -242,6 +248,7 @@ def publish(package: Path, index: Path, force: bool = False) -> Card:
           shutil.copyfile(package / name, partial / name)
         write_card(partial, card)
     check_package(target)
-    write_json(index / INDEX, {'format': FORMAT, 'experts': [
-        dataclasses.asdict(entry) for entry in (*entries, Entry.of(card))]})
+    # Entries of newer versions stay as they are.
+    write_json(index / INDEX, {**content, 'experts': [
+        *content['experts'], dataclasses.asdict(Entry.of(card))]})
   return card

@@ -35,14 +35,15 @@ from latent_deliberation.evaluation.perplexity import (
   relative_change,
 )
 from latent_deliberation.experiment import Experiment, bind
-from latent_deliberation.experts.card import Card, gain_on
+from latent_deliberation.experts.card import Card, numbers_of
 from latent_deliberation.experts.package import Expert, Routing
 from latent_deliberation.experts.routing import cosines
 from latent_deliberation.paths import with_current_names
 from latent_deliberation.sharding import make_mesh
 
+SCORED_WITH = ('batch_size', 'num_texts', 'rows_per_text')  # keys of `evaluation` kept with scores
 ROUTING_ROWS = 3  # times as many rows as are scored, for centroid and gain head
-HOLDS_WITHIN = 0.02  # nats that a score may differ by, where its interval is not known or narrower
+HOLDS_WITHIN = 0.02  # nats that a score may differ by when it is measured again: rounding
 
 
 # --- Scores ---
@@ -103,7 +104,7 @@ def measure(experiment: Experiment, params: Params, soft_tokens: Params | None,
   """
   arms = score_arms(experiment, params, soft_tokens, decoder_params, held_out.batches, mesh)
   config = experiment.evaluation
-  return {'batch_size': config.batch_size, **summarise_arms(
+  return {**{key: getattr(config, key) for key in SCORED_WITH}, **summarise_arms(
       {name: arm.merged(held_out.texts) for name, arm in arms.items()}, config.positions,
       experiment.deliberation.num_ahead, config.bootstrap_samples)}
 
@@ -237,7 +238,8 @@ def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]]
       raise UserError(f'the sample of {expert.card.name} has tokens that its decoder has not: do '
                       'not use this package')
     # The places depend on the rows that were scored together.
-    known = expert.card.scores.get(name, {})
+    known = expert.card.scores.get(name)
+    known = known if isinstance(known, Mapping) else {}
     batch_size = known.get('batch_size', experiment.evaluation.batch_size)
     check_integer(f'scores.{name}.batch_size', batch_size, 2)
     held_out = as_held_out(rows, batch_size)
@@ -248,17 +250,19 @@ def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]]
 
 
 def compare_scores(card: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-  """Compares the nats of two scores. They hold if those of now are in the card's intervals."""
+  """Compares the scores of a card with those of now, on the same rows and places.
+
+  They hold if they are the same but for rounding: the nats of each arm, and the ends of its
+  interval.
+  """
   result = {'card': {}, 'now': {}, 'holds': True}
   for arm, found in now['gain'].items():
-    known = card.get('gain', {}).get(arm)
+    known, again = (numbers_of(scores, arm) for scores in (card, now))
     result['now'][arm] = found['nats']
     if known is None:
       continue
-    result['card'][arm] = known['nats']
-    interval = gain_on(card, arm)
-    within = interval is not None and interval[1] <= found['nats'] <= interval[2]
-    if not within and abs(found['nats'] - known['nats']) > HOLDS_WITHIN:
+    result['card'][arm] = known[0]
+    if len(known) != len(again) or not np.allclose(known, again, rtol=0, atol=HOLDS_WITHIN):
       result['holds'] = False
   # A text that the card has no scores of says nothing in its favour.
   result['holds'] = result['holds'] and bool(result['card'])

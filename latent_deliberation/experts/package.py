@@ -13,6 +13,7 @@ then their hashes, then the headers of safetensors files, and then numbers.
 
 import dataclasses
 import json
+import math
 import stat
 import struct
 from collections.abc import Mapping, Sequence
@@ -41,11 +42,12 @@ CARD, README, PICTURE = 'expert.json', 'README.md', 'scores.png'
 ROUTING, SAMPLE = 'routing.safetensors', 'sample.safetensors'
 SAMPLE_PARTS = {'tokens': (None, None), 'segments': (None, None), 'texts': (None,)}  # with shapes
 WEIGHTS, ABOUT = f'{COPROCESSOR}/coprocessor.safetensors', f'{COPROCESSOR}/{DESCRIPTION}'
-# Every file that a package may have besides its card, with the largest size that is believed.
+# Every file that a package may have besides its card, with the largest size that is accepted.
 MOST_BYTES = {ABOUT: 2**18, WEIGHTS: 2**36, ROUTING: 2**26, SAMPLE: 2**26, PICTURE: 2**24}
 NEEDED = (ABOUT, WEIGHTS)
 CARD_BYTES = 2**21
 _HEADER_BYTES = 2**23  # of a safetensors file
+_MOST_DEPTH = 32  # of JSON
 # Dtypes of tensors, as safetensors writes them.
 _DTYPES = {WEIGHTS: ('F32', 'BF16', 'F16'), ROUTING: ('F32',), SAMPLE: ('I32',)}
 
@@ -108,13 +110,31 @@ def parse_card(content: bytes, where: str) -> Card:
 def parse_json(content: bytes) -> Any:
   """Returns the value of bytes that nobody vouches for. Raises UserError where they are no JSON."""
   try:
-    return json.loads(content, parse_constant=_refuse)
+    value = json.loads(content, parse_constant=_refuse, parse_float=_finite, parse_int=_small)
+    _check_depth(value, _MOST_DEPTH)
+    return value
   except (ValueError, RecursionError) as error:
     raise UserError(f'damaged ({type(error).__name__}: {str(error):.120}): get it again') from error
 
 
 def _refuse(constant: str) -> None:
   raise ValueError(f'{constant} is no number of JSON')
+
+
+def _finite(written: str) -> float:
+  return float(written) if math.isfinite(float(written)) else _refuse(written)
+
+
+def _small(written: str) -> int:
+  return int(written) if abs(int(written)) < 2**63 else _refuse(written)
+
+
+def _check_depth(value: Any, most: int) -> None:
+  if most < 0:
+    raise ValueError(f'values are nested more than {_MOST_DEPTH} deep')
+  inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+  for each in inner:
+    _check_depth(each, most - 1)
 
 
 def check_package(directory: Path) -> Card:
@@ -141,6 +161,8 @@ def check_package(directory: Path) -> Card:
     check_file(directory / name, entry)
     if name in _DTYPES:
       _check_header(directory / name, _DTYPES[name])
+    elif name == ABOUT:
+      _check_json(directory / name)
     progress.update(done)
   return card
 
@@ -153,7 +175,7 @@ def check_names(card: Card, where: str) -> None:
                       f'{sorted(MOST_BYTES)}: do not use this package')
     if entry['bytes'] > MOST_BYTES[name]:
       raise UserError(f'{where}: {name} has {entry["bytes"]:,} bytes, and at most '
-                      f'{MOST_BYTES[name]:,} are believed: do not use this package')
+                      f'{MOST_BYTES[name]:,} are accepted: do not use this package')
   missing = [name for name in NEEDED if name not in card.files]
   if missing:
     raise UserError(f'{where}: its card lists no {missing[0]}: add the expert again')
@@ -174,6 +196,14 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
   if actual != entry['sha256']:
     raise UserError(f'{path} has the hash {actual[:16]}..., and its card says '
                     f'{entry["sha256"][:16]}...: it was changed or damaged; add the expert again')
+
+
+def _check_json(path: Path) -> None:
+  """Raises UserError unless a small file is JSON that all readers can take."""
+  try:
+    parse_json(_read_small(path, MOST_BYTES[ABOUT]))
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
 
 
 def _check_header(path: Path, dtypes: Sequence[str]) -> None:
@@ -248,6 +278,8 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> di
         size not in (None, found) for size, found in zip(expected, shape, strict=True)):
       raise UserError(f'{path}: {name} has shape {shape}, and {expected} is expected: add the '
                       'expert again')
+    if not arrays[name].size:
+      raise UserError(f'{path}: {name} is empty: add the expert again')
     if not np.isfinite(arrays[name]).all():
       raise UserError(f'{path}: {name} holds numbers that are not finite: do not use this package')
   return arrays

@@ -67,6 +67,8 @@ def embed_prompt(experts: Experts, tokenizer: Tokenizer | None, prompt: str | li
   if mix == AUTO:
     text = prompt if isinstance(prompt, str) else ''
     mix, = experts.route(Query([text], np.asarray(state.hidden), state))
+    if len(ids) <= experts.first_anchor:
+      mix = {}  # too short for latents, which nobody asked for by name
   embed = lambda tokens: np.asarray(  # noqa: E731
       passes.embed(engine.model, engine.weights, jnp.asarray([tokens], jnp.int32))[0], np.float32)
   values, latents = embed(ids), {}

@@ -177,6 +177,7 @@ class RetrievalTrial:
     seconds, begun = {}, time.perf_counter()
     alone = engine.read([encode.encode(format_question(question.text, False))])
     seconds['read the question alone'] = _since(begun, alone.logits)
+    self._library.state(passage)  # writes it on first use
     begun = time.perf_counter()
     plain = self._library.state(passage)
     seconds['take the passage from disk'] = _since(begun, plain.logits)

@@ -94,11 +94,14 @@ def summarise_trial(trial: Trial, names: Sequence[str],
     harmed = [domain for domain, found in by_domain.items()
               if found['ci95'] is not None and found['ci95'][1] < 0]
     regret = interval_of(oracle - way.saved, documents)
+    reaches = none > 0 and regret['mean'] <= TARGET * none and not harmed
+    if reaches and any(found['ci95'] is None for found in by_domain.values()):
+      reaches = None  # harm on a text of few documents cannot be told from noise
     result['ways'][name] = {
         'saved': interval_of(way.saved, documents), 'regret': regret, 'by_domain': by_domain,
         'confusion': _confusion(trial, way.expert, names), 'harmed': harmed,
         'share_of_none': regret['mean'] / none if none > 0 else None,
-        'reaches_target': none > 0 and regret['mean'] <= TARGET * none and not harmed}
+        'reaches_target': reaches}
   foreign = np.array([cut.domain not in names for cut in trial.cuts])
   if foreign.any():
     for name, way in ways.items():
@@ -170,7 +173,8 @@ def format_trial(result: Mapping[str, Any]) -> str:
   saved = [[name, format_interval(way['saved']), format_interval(way['regret']),
             '-' if way['share_of_none'] is None else f'{100 * way["share_of_none"]:.0f}%',
             *(format_interval(way['by_domain'][domain]) for domain in domains),
-            'yes' if way['reaches_target'] else 'no'] for name, way in result['ways'].items()]
+            {True: 'yes', False: 'no', None: 'not shown'}[way['reaches_target']]]
+           for name, way in result['ways'].items()]
   header = ['choice', 'saved', 'regret', 'of none', *domains, 'target']
   parts = [
       '# Which expert for which text', markdown_table(header, saved),
@@ -178,7 +182,7 @@ def format_trial(result: Mapping[str, Any]) -> str:
       f'95% intervals (bootstrap over documents). There are {result["prompts"]} prompts. Regret is '
       'what a choice saves less than the oracle, which takes the best expert of each prompt or '
       f'none. The target is a regret of at most {TARGET:.0%} of that of none, and no text that is '
-      'worse than with none beyond its interval.']
+      'worse than with none beyond its interval; it is not shown where a text has no interval.']
   if any('of_no_domain' in way for way in result['ways'].values()):
     parts += ['## Text of no expert', markdown_table(
         ['choice', 'saved'], [[name, format_interval(way['of_no_domain'])]

@@ -13,7 +13,6 @@ none where no score is above zero. `ROUTERS` lists them, from the simplest on:
 import dataclasses
 import functools
 import importlib.util
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -24,7 +23,7 @@ from flax import linen as nn
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError
-from latent_deliberation.experts.card import Card
+from latent_deliberation.experts.card import Card, words_of
 from latent_deliberation.experts.package import Routing
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.passes import Layers, Model, State, Weights
@@ -33,7 +32,6 @@ from latent_deliberation.model.layers import RMSNorm
 from latent_deliberation.model.transformer import Block, layer_traits
 
 LEAST_SHARE = 0.03  # of a prompt's words that must be a card's: any text has one of them by chance
-_WORD = re.compile(r'[^\W\d_]{3,}')  # three letters or more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +74,6 @@ def choose(router: Router, scores: np.ndarray) -> list[str | None]:
   best = np.argmax(np.where(np.isfinite(scores), scores, -np.inf), axis=1)
   return [router.names[expert] if row[expert] > 0 else None
           for row, expert in zip(scores, best, strict=True)]
-
-
-def words_of(text: str) -> list[str]:
-  """Returns the words of a text, in small letters."""
-  return _WORD.findall(text.lower())
 
 
 class KeywordRouter:
@@ -169,11 +162,12 @@ class ArrowRouter:
     self._prototypes = self._known = None
     if usable:
       self._known = next(iter(usable.values()))
-      self._prototypes = jnp.stack([_prototypes(known.weights.coprocessor_layers)
-                                    for known in usable.values()])
+      self._prototypes = jnp.stack([
+          _prototypes(known.weights.coprocessor_layers, len(known.weights.layers.blocks))
+          for known in usable.values()])
 
   def scores(self, query: Query) -> np.ndarray:
-    """Returns the mean cosine, without its sign, over layers and tokens; from 0 to 1."""
+    """Returns the mean cosine, without its sign, over adapted layers and tokens; from 0 to 1."""
     scores = np.full((len(query.hidden), len(self.names)), -np.inf)
     if self._known is not None:
       scores[:, self._columns] = _along(self._known.model, self._known.weights, query.state,
@@ -181,9 +175,12 @@ class ArrowRouter:
     return scores
 
 
-def _prototypes(layers: Layers) -> Array:
-  """Returns the first singular vector [L, D] of the adapters of each layer; 0 where it has none."""
-  found = []
+def _prototypes(layers: Layers, depth: int) -> Array:
+  """Returns the first singular vector of the adapters of each layer, [depth, D].
+
+  It is 0 where a layer has none. An expert of fewer layers has the decoder's last ones.
+  """
+  found = [jnp.zeros(layers.final_norm['scale'].shape[0])] * (depth - len(layers.blocks))
   for block in layers.blocks:
     adapters = [block['lora']['attention'][name] for name in ('query', 'key', 'value')
                 ] if 'lora' in block else []
@@ -212,17 +209,16 @@ def _along(model: Model, weights: Weights, state: State, prototypes: Array) -> A
                                   jnp.full((len(x), 1), np.iinfo(np.int32).max))
     traits, found = layer_traits(config), []
     norm = RMSNorm(config.norm_epsilon, config.norm_offset)
-    skipped = config.num_layers - prototypes.shape[1]
     for number, block in enumerate(weights.layers.blocks):
       inputs = norm.apply({'params': block['params']['attention_in']}, x).astype(jnp.float32)
       inputs = inputs[:, 0] / (jnp.linalg.norm(inputs[:, 0], axis=-1, keepdims=True) + 1e-12)
-      if number >= skipped:
-        found.append(jnp.abs(jnp.einsum('BZD,ED->BZE', inputs, prototypes[:, number - skipped])))
+      found.append(jnp.abs(jnp.einsum('BZD,ED->BZE', inputs, prototypes[:, number])))
       layer = jax.tree.map(lambda leaf: leaf[number], traits)  # noqa: B023
       x, _ = Block(config).apply(block, x, (layer, cache.layer(number)),
                                  newest.positions[:, None], mask_spec)
     seen = (newest.segments > 0)[None, :, :, None]
-    return jnp.mean(jnp.stack(found), axis=(0, 2), where=seen)
+    adapted = jnp.any(prototypes != 0, axis=-1).T[:, None, None]  # by layer and expert
+    return jnp.mean(jnp.stack(found), axis=(0, 2), where=seen & adapted)
 
 
 def _stack(columns: Sequence[np.ndarray], rows: int) -> np.ndarray:
@@ -234,7 +230,7 @@ ROUTERS: Mapping[str, Callable[[Mapping[str, Known]], Router]] = {
 
 
 def make_router(name: str, experts: Mapping[str, Known]) -> Router:
-  """Returns a router over experts, which are not weighed against each other in any other way.
+  """Returns the router of this name over experts.
 
   Raises:
     UserError: there is no router of this name, or it needs a library that is not installed.

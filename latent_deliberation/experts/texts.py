@@ -14,10 +14,11 @@ import numpy as np
 from latent_deliberation.data.corpus import open_corpus
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.errors import UserError, check_integer
-from latent_deliberation.experts.routing import words_of
+from latent_deliberation.experts.card import words_of
 from latent_deliberation.inference.tokenizer import Tokenizer
 
 STDLIB = 'stdlib'  # said in the place of files: the text of Python's standard library
+STDLIB_TITLE = "Python's standard library"  # its name in cards
 _TELLING = 8  # times as frequent as in general text
 _MOST_CHARACTERS = 50_000  # of a document that is cut
 
@@ -149,13 +150,15 @@ def cut_documents(domain: str, documents: Sequence[str], tokenizer: Tokenizer, s
 def mix_cuts(first: Sequence[Cut], second: Sequence[Cut], tokenizer: Tokenizer) -> list[Cut]:
   """Returns prompts with a passage of each of two texts, of which the later one goes on.
 
-  Which of the two is later alternates.
+  Which of the two is later alternates. Prompts count as of one document where they share that of
+  the text with fewer documents.
   """
   mixed = []
   between = tokenizer.encode_more('\n\n')
+  fewer = min((first, second), key=lambda cuts: len({cut.document for cut in cuts}))
   for number, pair in enumerate(zip(first, second, strict=False)):
     before, after = pair if number % 2 else pair[::-1]
     ids = [*before.ids, *between, *after.ids[1:]]
-    mixed.append(Cut(f'{first[0].domain}+{second[0].domain}', number,
+    mixed.append(Cut(f'{first[0].domain}+{second[0].domain}', fewer[number].document,
                      f'{before.prompt}\n\n{after.prompt}', ids, after.ahead))
   return mixed

@@ -17,7 +17,7 @@ from absl import logging
 from latent_deliberation.evaluation.headless import Axes, Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, draw_texts
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
-from latent_deliberation.evaluation.report import markdown_table
+from latent_deliberation.evaluation.report import format_estimate, markdown_table
 from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.experts.routing import Query, Router
 from latent_deliberation.experts.texts import Cut
@@ -153,9 +153,7 @@ def documents_of_cuts(cuts: Sequence[Cut]) -> np.ndarray:
 
 def format_interval(found: Mapping[str, Any]) -> str:
   """Returns a mean and its interval as a cell of a table."""
-  if found['ci95'] is None:
-    return f'{found["mean"]:+.3f}'
-  return f'{found["mean"]:+.3f} [{found["ci95"][0]:+.3f}, {found["ci95"][1]:+.3f}]'
+  return format_estimate(found['mean'], found['ci95'])
 
 
 # --- Comparison on one text ---

@@ -12,6 +12,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Experts
 from latent_deliberation.experts.measuring import measure_again
 from latent_deliberation.experts.package import Expert, load_package, read_sample
+from latent_deliberation.files import as_path
 from latent_deliberation.inference.engine import LoadedDecoder
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import ONCE
@@ -41,14 +42,21 @@ class Check:
 
 def verify(directory: Path, decoder: LoadedDecoder | None, decoder_dir: str = '',
            scores: bool = False) -> Iterator[Check]:
-  """Yields what was checked, one thing after the other; the first that fails ends it.
+  """Yields what was checked, one thing after the other.
+
+  A package that cannot be read, or is of another decoder, ends it.
 
   Args:
     directory: the package.
     decoder: its decoder; None leaves out what needs it.
     decoder_dir: where that decoder is; needed for `scores`.
     scores: whether to measure the scores of the card again.
+
+  Raises:
+    UserError: `scores` without a decoder.
   """
+  if scores and decoder is None:
+    raise UserError('--scores measures again, and needs --decoder')
   loaded: list[Expert] = []
   yield from _try('all files are those of the card, with sane headers and finite weights',
                   lambda: loaded.append(load_package(directory)))
@@ -135,7 +143,9 @@ def _check_scores(expert: Expert, sample: Mapping[str, Any] | None, decoder: Loa
     return
   results: dict[str, Any] = {}
   yield from _try('its scores can be measured again', lambda: results.update(measure_again(
-      expert, sample, Path(decoder_dir))))
+      expert, sample, as_path(decoder_dir))))
+  for text in expert.card.scores.keys() - sample.keys():
+    yield Check(f'its scores on {text} text hold', None, 'the package has no sample of this text')
   for text, found in results.items():
     arms = ', '.join(f'{arm} {found["card"].get(arm, float("nan")):+.3f} in the card and '
                      f'{nats:+.3f} now' for arm, nats in found['now'].items())

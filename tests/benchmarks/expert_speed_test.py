@@ -10,7 +10,7 @@ from tests.serving import small_server
 
 
 def test_benchmark(tmp_path, monkeypatch):
-  monkeypatch.setattr(expert_speed, 'load_decoder', lambda name: small_server.decoder())
+  monkeypatch.setattr(expert_speed, 'load_decoder', lambda name, dtype: small_server.decoder())
   monkeypatch.setattr(expert_speed, 'git_commit', lambda: 'abc')
   output = tmp_path / 'speed.json'
   result = expert_speed.benchmark('tiny', output, counts=(3, 1), batch=4, prompt=12, decoded=3,

@@ -16,7 +16,7 @@ pytest.importorskip('bm25s')
 @pytest.fixture
 def package(tmp_path, monkeypatch):
   """The directory of an expert; a decoder of any name is the tiny one."""
-  monkeypatch.setattr(expert_use, 'load_decoder', lambda name: small_server.decoder())
+  monkeypatch.setattr(expert_use, 'load_named', lambda name: small_server.decoder())
   expert = small_server.expert('stars', 1)
   write_package(tmp_path / 'stars', expert.card, expert.coprocessor, routing=expert.routing)
   return str(tmp_path / 'stars')

@@ -190,6 +190,7 @@ def test_bad_text(made, place, tmp_path):
 
 @pytest.mark.parametrize('values, message', [
     ({'name': 'A'}, "name = 'A'"), ({'name': GENERAL}, 'text of no domain'),
+    ({'description': 'two\nlines'}, 'give one line'), ({'licence': 'a\tb'}, 'give one line'),
     ({'minutes': -1.0}, 'minutes = -1'), ({'minutes': float('nan')}, 'minutes = nan')])
 def test_bad_requests(values, message):
   with pytest.raises(UserError, match=message):
@@ -206,10 +207,14 @@ def test_text_is_named_without_directories(given, named):
 
 
 def test_command_is_without_directories(monkeypatch):
-  monkeypatch.setattr(sys, 'argv', ['x', 'train', '--text=/data/a/x.txt,/data/b/x.txt',
-                                    '--name=a', '--general=gs://bucket/y.txt', '--output=/tmp/e'])
-  assert module._command() == ('python launch/experts.py train --text=a/x.txt,b/x.txt --name=a '
-                               '--general=gs://bucket/y.txt --output=e')
+  monkeypatch.setattr(sys, 'argv', [
+      'x', 'train', '--text', '/data/secret', '--description=Notes on TCP/IP',
+      '--config=/home/me/mine.py', '--config.deliberation.lora_rank=8', '--output=/tmp/e'])
+  request = ExpertRequest('a', '/data/a/x.txt,/data/b/x.txt', 'gs://bucket/y.txt', 7.5)
+  assert module._command(request, '/models/gemma') == (
+      'python launch/experts.py train --decoder=gemma --text=a/x.txt,b/x.txt '
+      '--general=gs://bucket/y.txt --name=a --minutes=7.5 --config=mine.py '
+      '--config.deliberation.lora_rank=8')
 
 
 @pytest.mark.parametrize('written, choice, router', [

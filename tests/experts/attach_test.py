@@ -65,6 +65,11 @@ def test_other_forms_attach_alone(latents, positions):
   for choice in ({'stars': 0.5}, {'stars': 1.0, 'law': 1.0}):
     with pytest.raises(UserError, match=f'only refining .* {latents}'):
       experts.mix(choice)
+  # A weight of zero is none of them; `verify` relies on it.
+  assert experts.mix({'stars': 0.0}) == {} and experts.mix({'stars': 0.0, 'law': 1.0}) == {'law': 1}
+  for name in ('stars', 'law'):
+    experts.detach(name)
+  assert experts.attach('poems', small.lora(3))  # of another form, now that nobody has this one
 
 
 def test_rows_have_experts_of_their_own(trio):

@@ -120,6 +120,9 @@ def test_names_of_added_experts(market, tmp_path):
   remove(addresses[1], tmp_path)
   assert locate('law', tmp_path).name == addresses[0]
   assert [path.name for path in tmp_path.iterdir()] == [addresses[0]]
+  (tmp_path / addresses[0] / 'expert.json').write_text('{')
+  remove(addresses[0], tmp_path)  # its folder still says what it was
+  assert not list(tmp_path.iterdir())
 
 
 def test_directory_of_added_experts(monkeypatch, tmp_path):
@@ -237,3 +240,16 @@ def test_damaged_added_expert_is_left_out(market, tmp_path, warnings):
   _, directory = add(str(market / 'package0'), tmp_path)
   (directory / 'expert.json').write_text('{')
   assert list_added(tmp_path) == [] and len(warnings) == 1
+  card, again = add(str(market / 'package0'), tmp_path)  # as the messages say
+  assert again == directory and list_added(tmp_path) == [(card, directory)]
+
+
+def test_publishing_keeps_entries_of_newer_versions(market, tmp_path):
+  """What this version does not know stays in the index, and in its place."""
+  newer = {'name': 'moon', 'kind': 'of tomorrow'}
+  (tmp_path / 'index.json').write_text(json.dumps(
+      {'format': 1, 'experts': [newer], 'motto': 'more light'}))
+  card = publish(market / 'package0', tmp_path)
+  content = json.loads((tmp_path / 'index.json').read_text())
+  assert content['experts'][0] == newer and content['motto'] == 'more light'
+  assert [entry.address for entry in read_index(str(tmp_path))] == [card.address]

@@ -14,6 +14,7 @@ from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts import package
 from latent_deliberation.experts.package import (
+  ABOUT,
   CARD,
   README,
   ROUTING,
@@ -213,6 +214,31 @@ def deep_card(directory):
   (directory / CARD).write_text('[' * 100_000)
 
 
+def infinite_card(directory):
+  path = directory / CARD
+  path.write_text(path.read_text().replace('"seed": 0', '"seed": 1e999', 1))
+
+
+def long_number(directory):
+  path = directory / CARD
+  path.write_text(path.read_text().replace('"seed": 0', f'"seed": {"9" * 400}', 1))
+
+
+def nested_card(directory):
+  path = directory / CARD
+  path.write_text(path.read_text().replace('"seed": 0', f'"seed": {"[" * 600}{"]" * 600}', 1))
+
+
+def deep_description(directory):
+  (directory / ABOUT).write_text('[' * 100_000)
+  listed_again(directory, ABOUT)
+
+
+def empty_routing(directory):
+  save_file({'centroid': np.zeros(0, np.float32)}, directory / ROUTING)
+  listed_again(directory, ROUTING)
+
+
 def cut_card(directory):
   path = directory / CARD
   path.write_bytes(path.read_bytes()[:-40])
@@ -235,6 +261,8 @@ FAULTS = {
     wrong_dtype: r"dtypes \['I8'\]", wrong_shape: r'centroid has shape \(3,\)',
     other_tensor: 'more has shape', no_number: 'gain_bias holds numbers that are not finite',
     other_base: "base.fingerprint = 'd1'", large_card: 'more than', deep_card: 'damaged',
+    infinite_card: '1e999', long_number: 'damaged', nested_card: 'nested more than',
+    deep_description: 'coprocessor.json: damaged', empty_routing: 'centroid has shape',
     cut_card: 'damaged', changed_card: 'it was changed', no_card: f'holds no {CARD}'}
 
 

@@ -72,3 +72,14 @@ def test_what_does_not_fit():
       (own, PROMPTS[1], 'bad', 'not finite'), (own, PROMPTS[1], 'moon', "no expert 'moon'")):
     with pytest.raises(UserError, match=message):
       embed_prompt(experts, None, prompt, choice)
+
+
+@pytest.mark.parametrize('length', [1, 2])
+def test_auto_leaves_a_short_prompt_plain(length, monkeypatch):
+  """A prompt without room for latents keeps its own embeddings, whatever the router says."""
+  experts = small.experts(stars=small.lora(1))
+  monkeypatch.setattr(experts, 'route', lambda query: [{'stars': 1.0}])
+  found = embed_prompt(experts, None, PROMPTS[1][:length], 'auto')
+  plain = embed_prompt(experts, None, PROMPTS[1][:length], None)
+  assert found.experts == {} and found.latents == {}
+  np.testing.assert_array_equal(found.values, plain.values)

@@ -86,7 +86,7 @@ def test_gain_is_a_linear_head():
 def test_prototype_is_the_first_singular_vector():
   """It is that of the products of queries, keys and values, side by side."""
   layers = passes.adapt(small.decoder().params['transformer'], small.lora(3).params['lora'])
-  found = np.asarray(routing._prototypes(layers))
+  found = np.asarray(routing._prototypes(layers, len(layers.blocks)))
   for vector, block in zip(found, layers.blocks, strict=True):
     adapters = [block['lora']['attention'][name] for name in ('query', 'key', 'value')]
     whole = np.concatenate([np.asarray(each['a']) @ np.asarray(each['b']).reshape(2, -1)
@@ -97,7 +97,7 @@ def test_prototype_is_the_first_singular_vector():
 
 
 def test_arrow_points_along_the_inputs_of_layers(monkeypatch):
-  """A prototype along the first layer's input of a text scores 1 there, and 1/3 over 3 layers."""
+  """A prototype along the first layer's input of a text scores 1 there, and 1/2 over two layers."""
   experts = small.experts(a=small.lora(1), b=small.lora(2), whole=small.coprocessor(3))
   state = experts.engine.read(PROMPTS[1:2])
   router = ArrowRouter(experts.known())
@@ -114,7 +114,23 @@ def test_arrow_points_along_the_inputs_of_layers(monkeypatch):
                                   jnp.zeros(WIDTH), jnp.zeros(WIDTH)])[None]
   state = experts.engine.read(PROMPTS[1:2])
   found = router.scores(Query(['x'], np.asarray(state.hidden), state))
-  np.testing.assert_allclose(found, [[1 / 3]], atol=1e-5)
+  np.testing.assert_allclose(found, [[1]], atol=1e-5)  # layers without a prototype do not count
+  first = router._prototypes[0, 0]
+  router._prototypes = jnp.stack([first, jnp.zeros(WIDTH).at[0].set(1e-9), jnp.zeros(WIDTH)])[None]
+  found = router.scores(Query(['x'], np.asarray(state.hidden), state))
+  np.testing.assert_allclose(found, [[1 / 2]], atol=1e-5)
+
+
+def test_arrow_compares_experts_of_different_depth():
+  """An expert of one layer is scored on the decoder's last one, whoever stands beside it."""
+  experts = small.experts(deep=small.lora(1), shallow=small.lora(2, num_layers=1))
+  state = experts.engine.read(PROMPTS[1:2])
+  query = Query(['x'], np.asarray(state.hidden), state)
+  together = ArrowRouter(experts.known()).scores(query)
+  for column, name in enumerate(('deep', 'shallow')):
+    alone = ArrowRouter({name: experts.known()[name]}).scores(query)
+    np.testing.assert_allclose(together[:, column], alone[:, 0], atol=1e-6)
+  assert 0 < together[0, 1] < 1
 
 
 @pytest.mark.parametrize('name', ROUTERS)

@@ -1,5 +1,6 @@
 """Texts by name: folders and globs, telling words, and prompts cut out of documents."""
 
+import dataclasses
 import gzip
 import json
 
@@ -88,6 +89,16 @@ def test_mixed_cuts_have_both_texts():
     assert tokenizer.decode(cut.ids) == cut.prompt and set(cut.prompt) == {'a', 'b', '\n'}
     assert cut.prompt.endswith(last) and set(tokenizer.decode(cut.ahead)) == {last}
     assert cut.ids.count(tokenizer.bos) == 1 and cut.domain == 'a+b'
+
+
+def test_mixed_cuts_of_one_document_are_not_independent():
+  """Four pairs of two documents and of four count as two."""
+  few, many = (cut_documents(name, [letter * 60 for letter in letters], ByteTokenizer(),
+                             dataclasses.replace(SIZES, count=4))
+               for name, letters in (('a', 'ab'), ('b', 'cdef')))
+  for pair in ((few, many), (many, few)):
+    mixed = mix_cuts(*pair, ByteTokenizer())
+    assert [cut.document for cut in mixed] == [0, 1, 0, 1]
 
 
 def test_bad_sizes():

@@ -122,12 +122,15 @@ def test_regret_is_against_the_best_choice_of_each_prompt():
 
 
 def test_harm_needs_its_whole_interval():
-  """A domain of few documents has no interval, and so no proven harm."""
+  """A domain of few documents has no interval, and so neither harm nor its absence is shown."""
   trial = made_trial()
   few = [number for number, each in enumerate(trial.cuts) if each.document < 5]
   smaller = Trial([trial.cuts[number] for number in few], trial.names, trial.saved[few],
                   trial.plain[few], {}, trial.seconds)
-  result = summarise_trial(smaller, ['stars', 'law'], {'stars': ['stars'] * 15})
+  hand = [each.domain if each.domain != 'code' else None for each in smaller.cuts]
+  result = summarise_trial(smaller, ['stars', 'law'], {'stars': ['stars'] * 15, 'hand': hand})
+  assert result['ways']['hand']['reaches_target'] is None
+  assert '| not shown |' in format_trial(result)
   assert result['ways']['stars']['harmed'] == []
   assert result['ways']['stars']['by_domain']['law']['ci95'] is None
 
