@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from latent_deliberation.cli import expert_use
+from latent_deliberation.cli import attached
 from latent_deliberation.cli.expert_use import ask_documents, export_prompt, measure_retrieval
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.package import write_package
@@ -16,7 +16,7 @@ pytest.importorskip('bm25s')
 @pytest.fixture
 def package(tmp_path, monkeypatch):
   """The directory of an expert; a decoder of any name is the tiny one."""
-  monkeypatch.setattr(expert_use, 'load_named', lambda name: small_server.decoder())
+  monkeypatch.setattr(attached, 'load_decoder', lambda name: small_server.decoder())
   expert = small_server.expert('stars', 1)
   write_package(tmp_path / 'stars', expert.card, expert.coprocessor, routing=expert.routing)
   return str(tmp_path / 'stars')
