@@ -301,6 +301,9 @@ def whole_directory(directory: Path) -> Iterator[Path]:
       directory.parent.mkdir(parents=True, exist_ok=True)
   with lock(locked, f'writes {directory}') if is_writer else contextlib.nullcontext():
     if is_writer:
+      if directory.exists():  # another process wrote it, and its lock was waited for
+        raise UserError(f'{directory} was just written by another process and is not overwritten: '
+                        'name another directory')
       with explain_failed_write(directory):
         begin_directory(partial)
     # No process writes before the directory exists, or continues before it has its name.

@@ -1,8 +1,8 @@
 """Locks, one holder at a time among all hosts: files on a disk, and leases on an object store.
 
 The system frees the lock of a file when its process ends in any way. A store does not. There the
-lock is a lease, an object that its holder writes again every few seconds. Who wants it watches it:
-one that is written again has a holder, and one that is not for LEASE_SECONDS has none any more.
+lock is a lease, an object that its holder writes again every few seconds. A process that wants it
+watches it. If it is written again, its holder lives; if not for LEASE_SECONDS, it is free.
 Only times of one process are compared, so clocks of hosts may differ.
 """
 
@@ -127,17 +127,25 @@ class _Lease:
       other = self._read()
       if other is None:  # given back meanwhile
         continue
+      if other['owner'] == self._owner:  # the answer to `create` was lost on its way
+        break
       if self._watch(other):
         if not wait:
           raise UserError(f'{other["holder"]} {self._work}: let it end, or end it first. Its lock '
                           f'is {self._path}')
         logging.info('%s %s: waiting for it', other['holder'], self._work)
         self._wait_for(other)
-      elif (self._read() or {}).get('owner') == other['owner']:
+        continue
+      looked = time.monotonic()
+      if (self._read() or {}).get('owner') == other['owner']:
         logging.warning('%s %s, and gives no sign of life: its lock %s is taken over',
                         other['holder'], self._work, self._path)
         self._path.unlink(missing_ok=True)
         took_over = True
+        if time.monotonic() - looked > _SETTLE_SECONDS / 2:
+          # Another process may have taken the lease over meanwhile, and lost it by this. If so, it
+          # writes it again at its next beat.
+          time.sleep(2 * BEAT_SECONDS)
     if took_over:
       time.sleep(_SETTLE_SECONDS)
       if (self._read() or {}).get('owner') != self._owner:
@@ -145,8 +153,8 @@ class _Lease:
 
   def _watch(self, other: dict[str, Any]) -> bool:
     """Whether the holder of a lease lives: whether it writes the lease again."""
-    logging.info('%s is of %s looking for %.0f seconds whether it is alive', self._path,
-                 other['holder'], LEASE_SECONDS)
+    logging.info('%s holds %s. Checking for up to %.0f seconds whether it is still alive',
+                 other['holder'].rstrip(','), self._path, LEASE_SECONDS)
     end = time.monotonic() + LEASE_SECONDS
     while time.monotonic() < end:
       time.sleep(POLL_SECONDS)
@@ -181,7 +189,7 @@ class _Lease:
         self._beats += 1
         if not ended.is_set():
           self._path.write_bytes(self._content())
-      except StoreError as error:  # the next beat may succeed
+      except (StoreError, UserError) as error:  # the next beat may succeed
         logging.warning('the lock could not be renewed: %s', error)
 
   def give_back(self) -> None:

@@ -181,7 +181,7 @@ def mirror(directory: StorePath, *names: str) -> Iterator[Path]:
       while not ended.wait(MIRROR_SECONDS):
         try:
           copy_changes()
-        except StoreError as error:  # the next time, or the last, may succeed
+        except (StoreError, OSError) as error:  # the next time, or the last, may succeed
           logging.warning('%s', error)
 
     copier = threading.Thread(target=copy_often, daemon=True)
@@ -198,7 +198,8 @@ def _states(directory: Path) -> dict[Path, tuple[int, int]]:
   """Returns size and time of each file below a directory."""
   states = {}
   for file in directory.rglob('*'):
-    if file.is_file():
-      stat = file.stat()
-      states[file] = stat.st_size, stat.st_mtime_ns
+    with contextlib.suppress(FileNotFoundError):  # some writers remove files again
+      if file.is_file():
+        stat = file.stat()
+        states[file] = stat.st_size, stat.st_mtime_ns
   return states

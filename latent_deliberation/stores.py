@@ -346,7 +346,7 @@ def describe(path: StorePath, error: BaseException) -> str:
   text = ' '.join(str(error).split())[:300]
   said = f'{type(error).__name__}: {text}' if text else type(error).__name__
   if isinstance(error, PermissionError) or kinds & {*_NO_LOGIN} or re.search(
-      r'Forbidden|\b40[13]\b|AccessDenied|Access Denied|Anonymous caller', text):
+      r'Forbidden|(?<![\w/.-])40[13](?![\w/.-])|AccessDenied|Access Denied|Anonymous caller', text):
     return f'{path}: no permission ({said}): {_LOGIN[path.scheme]}'
   network = (f'check the network, the region of the bucket and {_ENDPOINT[path.scheme]} if it is '
              'set, then run the same command again; it continues from what is complete')

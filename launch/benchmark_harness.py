@@ -9,12 +9,11 @@ Both sides have the same weights and token ids, and run in turns, torch in a pro
 --compare scores the plain decoder by both, in float32. Next, run launch/benchmark_tasks.py.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from latent_deliberation.benchmarks.harness_speed import benchmark, compare
 from latent_deliberation.cli import app
+from latent_deliberation.files import as_path
 
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.')
 _COPROCESSOR = app.define_directory(
@@ -34,7 +33,7 @@ _HF_BATCH_SIZE = flags.DEFINE_integer(
 
 
 def main() -> None:
-  output = Path(_OUTPUT.value)
+  output = as_path(_OUTPUT.value)
   if _COMPARE.value:
     result = compare(_DECODER.value, _DATA.value, _TASKS.value, output, limit=_LIMIT.value,
                      hf_batch_size=_HF_BATCH_SIZE.value)

@@ -14,6 +14,7 @@ from absl import flags
 
 from latent_deliberation.benchmarks.lora_cost import benchmark, format_cost
 from latent_deliberation.cli import app
+from latent_deliberation.files import as_path
 
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.')
 _EXPERT = app.define_directory('expert', 'Package of the expert.')
@@ -27,7 +28,7 @@ _THREADS = flags.DEFINE_integer('threads', 0, 'Threads of torch. Default: its ow
 
 def main() -> None:
   print(format_cost(benchmark(
-      _DECODER.value, Path(_EXPERT.value), Path(_WORKDIR.value), Path(_OUTPUT.value),
+      _DECODER.value, Path(_EXPERT.value), Path(_WORKDIR.value), as_path(_OUTPUT.value),
       python=_PYTHON.value, learning_rate=_LEARNING_RATE.value, steps=_STEPS.value,
       threads=_THREADS.value)))
 

@@ -15,6 +15,7 @@ from absl import flags
 
 from latent_deliberation.cli import app
 from latent_deliberation.cli.expert_use import measure_retrieval
+from latent_deliberation.files import as_path
 
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.')
 _EXPERT = flags.DEFINE_string(
@@ -31,7 +32,7 @@ _OUTPUT = app.define_json('output', 'JSON file to write, with .md and .png besid
 
 def main() -> None:
   print(measure_retrieval(
-      Path(_OUTPUT.value), decoder=_DECODER.value, expert=_EXPERT.value, data=Path(_DATA.value),
+      as_path(_OUTPUT.value), decoder=_DECODER.value, expert=_EXPERT.value, data=Path(_DATA.value),
       sets=_SETS.value, questions=_QUESTIONS.value, passage=_PASSAGE.value, length=_LENGTH.value,
       store=_STORE.value))
 

@@ -9,11 +9,10 @@ or are removed. The report has latencies and tokens/s, also as a table and a PNG
 request is lost or a plain text changes. Next, serve with launch/serve.py.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from latent_deliberation.cli import app
+from latent_deliberation.files import as_path
 from latent_deliberation.serving.server_options import check_libraries
 
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.')
@@ -30,7 +29,7 @@ _OUTPUT = app.define_json('output', 'JSON file to write, with .md and .png besid
 def main() -> None:
   check_libraries()
   from latent_deliberation.benchmarks.serving_load import LoadOptions, measure_load
-  result = measure_load(Path(_OUTPUT.value), _DECODER.value, LoadOptions(
+  result = measure_load(as_path(_OUTPUT.value), _DECODER.value, LoadOptions(
       _CLIENTS.value, _REQUESTS.value, _MAX_TOKENS.value, _ROWS.value, _LENGTH.value,
       _SHARE.value))
   for phase, found in result['phases'].items():

@@ -22,8 +22,6 @@ NAME is that of an added expert, or the directory of a package. Without NAMES al
 the decoder are taken. Next, use one: launch/generate.py --expert=NAME.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from latent_deliberation.build import with_decoder
@@ -32,6 +30,7 @@ from latent_deliberation.cli.config_flag import define_config, given_keys, read_
 from latent_deliberation.cli.make_expert import ExpertRequest, make_expert
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import render
+from latent_deliberation.files import as_path
 
 define_config(__file__, 'configs/gemma3_270m.py')
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.', '')
@@ -90,8 +89,8 @@ def main(words: list[str]) -> None:
   request = ExpertRequest(_NAME.value, _TEXT.value, _GENERAL.value, _MINUTES.value,
                           _DESCRIPTION.value, _LICENCE.value, _SAMPLE.value)
   experiment = with_decoder(read_config(on_devices=True), _DECODER.value, given_keys())
-  workdir = Path(_WORKDIR.value or f'runs/experts/{request.name}')
-  card = make_expert(experiment, request, workdir, Path(_OUTPUT.value), given_keys())
+  workdir = as_path(_WORKDIR.value or f'runs/experts/{request.name}')
+  card = make_expert(experiment, request, workdir, as_path(_OUTPUT.value), given_keys())
   print(f'{render(card)}\nPackage: {_OUTPUT.value}\nNext: python launch/generate.py '
         f'--decoder={experiment.decoder_from} --expert={_OUTPUT.value} --compare')
 

@@ -17,6 +17,7 @@ from latent_deliberation.benchmarks.fault_campaign import run_campaign
 from latent_deliberation.benchmarks.fault_page import write_page
 from latent_deliberation.cli import app
 from latent_deliberation.errors import UserError
+from latent_deliberation.files import as_path
 
 _WORKDIR = app.define_directory('workdir', 'Directory for runs and results so far.', '')
 _OUTPUT = app.define_file('output', 'JSON file of the counts; each seed adds to it.')
@@ -29,7 +30,7 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Seed of all cases.', lower_bound=0)
 
 
 def main() -> None:
-  output = Path(_OUTPUT.value)
+  output = as_path(_OUTPUT.value)
   if _KILLS.value or _MUTATIONS.value or _SCENARIOS.value:
     if not _WORKDIR.value:
       raise UserError("--workdir = '': give a directory for the runs of the campaign")

@@ -27,6 +27,8 @@ STEPS, SAVE_EVERY = 24, 3
 MINUTE = 60.0  # in which the processes that are left must end
 PATIENCE = 900.0  # seconds for a launch that is left alone, also on a busy machine
 MOST_KILLS = 6  # of one run
+# What a process says that ends since another was lost, or was stopped with it.
+ENDED_BY_OTHERS = 'another (process|task)|stopped by'
 # Keys of metrics.jsonl that depend on the clock or on the machine.
 _OF_CLOCK = re.compile(r'seconds|tokens_per_second|teraflops_per_device|mfu|memory_gib|time/.*')
 # What a launch is at, by the last of these texts in its log.
@@ -244,7 +246,7 @@ def _judge(launches: Sequence[Launch], ended: Launch | None, number: int) -> lis
         faults.append(f'ended with code {code} by signal {number}: {said[-2000:]}')
     elif ended is None and code != 0:
       faults.append(f'ended with code {code} on its own: {said[-2000:]}')
-    elif code != 0 and not re.search('process|task|stopped by', said[-8000:]):
+    elif code != 0 and not re.search(ENDED_BY_OTHERS, said[-8000:]):
       faults.append(f'ended with code {code} and without a message: {said[-2000:]}')
   return faults
 

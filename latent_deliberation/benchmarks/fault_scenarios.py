@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.benchmarks.fault_kills import (
+  ENDED_BY_OTHERS,
   MINUTE,
   PATIENCE,
   Job,
@@ -115,8 +116,7 @@ def _lose(lost: Launch, left: Launch, number: signal.Signals) -> tuple[list[str]
   code, faults = left.wait(MINUTE), []
   if code is None:
     faults.append(f'still ran a minute after the other was lost: {left.said()[-2000:]}')
-  elif not any(word in left.said()[-8000:] for word in ('another process', 'another task')) and (
-      code != 0):
+  elif code != 0 and not re.search(ENDED_BY_OTHERS, left.said()[-8000:]):
     faults.append(f'ended with code {code} and without a message: {left.said()[-2000:]}')
   took = time.monotonic() - begun
   for launch in (lost, left):

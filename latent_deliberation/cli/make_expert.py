@@ -50,7 +50,7 @@ from latent_deliberation.experts.measuring import (
 )
 from latent_deliberation.experts.package import PICTURE, Routing, write_package
 from latent_deliberation.experts.texts import STDLIB, STDLIB_TITLE, keywords_of, read_documents
-from latent_deliberation.files import as_path, make_writable, write_json
+from latent_deliberation.files import as_path, is_here, make_writable, write_json
 from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, ROWS, RUN_FILE
 from latent_deliberation.progress import PhaseClock, counted, format_duration
 from latent_deliberation.provenance import git_commit
@@ -114,6 +114,9 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
   """
   if not experiment.decoder_from:
     raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
+  if not is_here(output):
+    raise UserError(f'--output={output}: a package is written on this machine; give a path here, '
+                    'and copy the package to the bucket')
   if output.exists():
     raise UserError(f'{output} exists already and is not overwritten: give another --output')
   data = dataclasses.replace(experiment.data, source='text', files=request.text,

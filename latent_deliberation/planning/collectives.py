@@ -12,7 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.planning.program import Instruction, Program, array_bytes
+from latent_deliberation.planning.program import (
+  Instruction,
+  Program,
+  array_bytes,
+  operation_seconds,
+)
 from latent_deliberation.planning.topology import Topology
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
@@ -131,7 +136,7 @@ def _describe(parts: Sequence[_Part], meanwhile: Sequence[Instruction], times: i
   seconds = exposed = None
   if topology.chip:
     once = _seconds(first.kind, whole, groups[0], mesh, topology)
-    hidden = sum(part.cycles or 0 for part in meanwhile) / topology.chip.clock if is_async else 0.0
+    hidden = sum(operation_seconds(part, topology.chip) for part in meanwhile) if is_async else 0.0
     seconds, exposed = times * once, times * max(once - hidden, 0.0)
   return Collective(kind=first.kind, axis='+'.join(_axes_of(groups, mesh)), bytes=whole,
                     count=times, overlapped=is_async, seconds=seconds, exposed_seconds=exposed,

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Batch
 from latent_deliberation.build import build_deliberator
-from latent_deliberation.deliberation.flops import traces_flops
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json, write_whole
@@ -136,8 +135,6 @@ def plan_step(run: Run, topology: Topology,
   seconds = time.monotonic() - begun
 
   # Memory, collectives and time of that program.
-  flops = settings.batch_size / mesh.size * traces_flops(
-      experiment.decoder, experiment.deliberation, experiment.data.length)
   times, found, operations, unknown = Times(), [], [], ()
   if compiled is None:
     temporary = max(needed - sum(arguments.values()), 0)
@@ -147,7 +144,7 @@ def plan_step(run: Run, topology: Topology,
     memory = divide_memory(peak_bytes(compiled, on_cpu=chip is None), program, arguments)
     found, unknown = find_collectives(program, mesh, topology), program.loops_of_unknown_length
     if chip:
-      times = estimate_times(program, found, chip, flops)
+      times = estimate_times(program, found, chip, run.step_flops)
       operations = largest_operations(program, chip)
   estimate = NO_ESTIMATE if chip is None else DOES_NOT_FIT if compiled is None else ESTIMATE
   if times.mfu is not None and mesh.shape['replica'] > 1:
@@ -165,7 +162,7 @@ def plan_step(run: Run, topology: Topology,
       hbm_bytes_per_chip=memory.peak, hbm_capacity=capacity, memory=memory,
       remedy=advise(memory, capacity, experiment.computation.remat, settings.accumulation,
                     texts // settings.accumulation) if chip else '',
-      model_flops_per_chip=flops, **dataclasses.asdict(times),
+      model_flops_per_chip=run.step_flops, **dataclasses.asdict(times),
       estimate=estimate, collectives=found, operations=operations, unknown_loops=unknown,
       compile_seconds=seconds)
 

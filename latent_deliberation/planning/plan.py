@@ -8,7 +8,7 @@ from typing import Any
 
 from latent_deliberation.planning.collectives import Collective
 from latent_deliberation.planning.memory import Memory
-from latent_deliberation.planning.program import Instruction, Program
+from latent_deliberation.planning.program import Instruction, Program, operation_seconds
 from latent_deliberation.planning.topology import Chip
 
 ESTIMATE = (
@@ -120,19 +120,6 @@ def estimate_times(program: Program, found: Sequence[Collective], chip: Chip,
       overlapped_seconds=sum(row.seconds for row in found) - exposed,
       mfu=model_flops / (chip.flops * (compute + exposed)),
       mfu_without_collectives=model_flops / (chip.flops * compute))
-
-
-def operation_seconds(instruction: Instruction, chip: Chip) -> float:
-  """Returns the seconds of one run, by the compiler's cycles or by the cost that a kernel states.
-
-  They are 0 without either.
-  """
-  if instruction.cycles is not None:
-    return instruction.cycles / chip.clock
-  if instruction.opcode == 'custom-call' and instruction.kernel_cost:
-    flops, moved = instruction.kernel_cost
-    return max(flops / chip.flops, moved / chip.hbm_bandwidth)
-  return 0.0
 
 
 def largest_operations(program: Program, chip: Chip) -> list[Operation]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from latent_deliberation.errors import UserError
+from latent_deliberation.planning.topology import Chip
 
 # Types whose names do not contain their number of bits.
 ITEM_BYTES = {'pred': 1, 'token': 0}
@@ -61,6 +62,19 @@ class Instruction:
     """Returns the names of computations in an attribute such as 'calls' or 'body'."""
     found = re.search(rf'\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)', self.attributes)
     return tuple(_NAME.findall(found[1])) if found else ()
+
+
+def operation_seconds(instruction: Instruction, chip: Chip) -> float:
+  """Returns the seconds of one run, by the compiler's cycles or by the cost that a kernel states.
+
+  They are 0 without either.
+  """
+  if instruction.cycles is not None:
+    return instruction.cycles / chip.clock
+  if instruction.opcode == 'custom-call' and instruction.kernel_cost:
+    flops, moved = instruction.kernel_cost
+    return max(flops / chip.flops, moved / chip.hbm_bandwidth)
+  return 0.0
 
 
 @dataclasses.dataclass(frozen=True)

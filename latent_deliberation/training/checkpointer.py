@@ -28,8 +28,8 @@ class Checkpointer:
   """The checkpoints of one run.
 
   orbax writes <directory>/<step>; the data's position is in <directory>/data/<step>. A checkpoint
-  exists as a whole or not at all: the data's position is written first, and orbax renames the rest
-  into place when every process has written all its files.
+  exists as a whole or not at all: the data's position is written first. When every process has
+  written all its files, orbax renames the rest into place, or in a store marks it as committed.
   """
 
   def __init__(self, directory: Path, keep: int, keep_every: int = 0):

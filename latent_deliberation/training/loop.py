@@ -63,7 +63,7 @@ class LoopConfig:
     keep: number of checkpoints that are kept; older ones are removed.
     log_seconds: longest time without a line of the log, while steps are shorter than that.
     save_minutes: longest time without a checkpoint, whatever save_every says; 0 for no limit.
-      It is agreed on by all processes, and may be late by a part of the time if steps slow down.
+      All processes agree on it in advance, so a save may come late where steps become slower.
     keep_every: number of steps between checkpoints that are kept for good; 0 keeps none.
       Such a step is saved in any case.
   """
@@ -181,7 +181,7 @@ def train(state: TrainState,
       if saving and checkpointer is not None:
         checkpointer.save(done, state, batches)
         timed_saves.note_save(done)
-        ledger.book(SAVE)
+        logbook.note_save(done)
       if stopping:
         logbook.close(done)
         raise _preempted(stop, done, config, checkpointer)
@@ -288,6 +288,12 @@ class _Logbook:
                    '  '.join(format_metric(name, value) for name, value in values.items()))
     self._last_line = time.monotonic()
     # An evaluation must not count as time of training.
+    if self._pace is not None:
+      self._pace.start(step)
+
+  def note_save(self, step: int) -> None:
+    """Books the time of a save, which must not count as time of training."""
+    self._ledger.book(SAVE)
     if self._pace is not None:
       self._pace.start(step)
 

@@ -34,9 +34,9 @@ class OptimizerConfig:
     weight_decay: decoupled weight decay, per unit of learning rate.
       It applies to leaves of two or more axes, except for the scales of norms.
     clip_norm: largest global norm of a gradient; inf clips nothing.
-    skip_spikes: spread above its average from which a loss or a gradient is a spike; 0 for none.
-      An update with a loss, or a norm of its gradient, that is more than so many standard
-      deviations above the average of the last 50 or so is not applied. 6 is a good start.
+    skip_spikes: number of standard deviations above the average from which an update counts as a
+      spike, by its loss or the norm of its gradient; 0 for none. The average is that of the last 50
+      or so. A spike is not applied. 6 is a good start.
   """
   learning_rate: float
   warmup_steps: int = 0

@@ -79,8 +79,8 @@ class StepProfile:
     except Exception as error:  # of whatever kind the profiler has
       self._give_up(error)
     else:
-      logging.info('a profile of steps %d to %d is in %s: open it with xprof --logdir=%s',
-                   self._steps[0], self._steps[-1], self._directory, self._directory)
+      logging.info('a profile of steps up to %d is in %s: open it with xprof --logdir=%s',
+                   self._steps[-1], self._directory, self._directory)
 
   def _give_up(self, error: Exception) -> None:
     self._steps = range(0)

@@ -25,7 +25,7 @@ from latent_deliberation.deliberation.flops import training_flops
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
-from latent_deliberation.files import make_writable, seal, unseal, write_json
+from latent_deliberation.files import make_writable, remove_tree, seal, unseal, write_json
 from latent_deliberation.paths import (
   CHECKPOINTS,
   COPROCESSOR,
@@ -258,10 +258,13 @@ def lengthen(run: Run) -> None:
   name = _RESULTS.get(run.job, '')
   result, kept = run.workdir / name, run.workdir / f'{name}_{earlier}'
   if name and result.exists():
-    if kept.exists():
+    if kept.exists() and _is_copy(result, kept, f'{name}.json'):
+      remove_tree(result)  # a store copies, and this process was killed before it removed the rest
+    elif kept.exists():
       raise UserError(f'{kept} exists already, but {result} of {earlier} steps will be kept there: '
                       'move it away')
-    result.rename(kept)
+    else:
+      result.rename(kept)
     logging.info('%s of %d steps is kept as %s', result, earlier, kept)
   saved = unseal(path.read_bytes(), path)
   saved['config'][run.section]['loop']['num_steps'] = steps
@@ -271,6 +274,11 @@ def lengthen(run: Run) -> None:
   logging.info('%s: trained further, to %d steps instead of %d. The learning rate is that of a run '
                'of %d steps: %.3g at step %d, where it was %.3g', run.workdir, steps, earlier,
                steps, after, earlier, before)
+
+
+def _is_copy(one: Path, other: Path, name: str) -> bool:
+  """Whether two directories have the same description, which holds a fingerprint of weights."""
+  return (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def fit(run: Run, batches: Batches, loss_fn: LossFn,

@@ -21,11 +21,12 @@ PEAK_FLOPS = {
     'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4 lite': 138e12, 'TPU v4': 275e12,
     'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12,
     'TPU v6 lite': 918e12, 'TPU v6e': 918e12,
-    'NVIDIA A100': 312e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA H100': 989e12,
-    'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12, 'NVIDIA L4': 121e12,
+    'NVIDIA A100': 312e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA H100 NVL': 835e12,
+    'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12,
+    'NVIDIA L40S': 362e12, 'NVIDIA L40': 181e12, 'NVIDIA L4': 121e12,
 }
 
-# What a moment of a launch may be spent on. Each is on one of them.
+# What the time of a launch is spent on. Every moment counts for exactly one of these.
 START, DATA, COMPILE, STEP, SAVE, EVALUATION = SPENT = (
     'start', 'data', 'compile', 'step', 'save', 'evaluation')
 _FROM = 'time/from'
@@ -71,7 +72,7 @@ class TimeLedger:
     self._booked = now
 
   def describe(self) -> str:
-    """Returns what was booked since the last `take`: 'step 9.1s data 0.2s'."""
+    """Returns what was booked since the last `take`: 'data 0.2s step 9.1s'."""
     return ' '.join(f'{kind} {self._seconds[kind]:.1f}s' for kind in SPENT
                     if self._seconds.get(kind, 0.0) >= 0.05)
 

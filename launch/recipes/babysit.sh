@@ -53,16 +53,22 @@ create() {
   queued create "${wanted[@]}"
 }
 
-# The state of the slice: ACTIVE, SUSPENDED, WAITING_FOR_RESOURCES and so on; empty without one.
+# The state of the slice: ACTIVE, SUSPENDED, WAITING_FOR_RESOURCES and so on; empty without one, and
+# UNKNOWN where the cloud does not say.
 slice_state() {
-  queued describe --format='value(state.state)' 2>/dev/null || true
+  local errors
+  errors=$(mktemp)
+  if ! queued describe --format='value(state.state)' 2>"$errors"; then
+    grep --quiet --ignore-case 'not[_ ]found' "$errors" || echo UNKNOWN
+  fi
+  rm -f "$errors"
 }
 
 # What each host says of the run, one word or two a line: new, none, running, lost or "ended CODE".
 # Fails where a host cannot be reached.
 run_state() {
   run gcloud compute tpus tpu-vm ssh "$name" --worker=all --zone="$zone" --project="$project" \
-    --command='if [[ -d latent_deliberation ]]; then cd latent_deliberation && bash launch/recipes/host.sh state; else echo new; fi'
+    --command='if [[ -e installed ]]; then cd latent_deliberation && bash launch/recipes/host.sh state; else echo new; fi'
 }
 
 begin() {
@@ -80,7 +86,7 @@ keep() {
     case $slice in
       '')
         say 'there is no slice: asking for one'
-        create
+        create || say 'the cloud refused; trying again'
         ;;
       ACTIVE)
         # A host that cannot be reached is usually one that is about to be taken away.
@@ -99,20 +105,19 @@ keep() {
             ((failures < tries)) ||
               fail "the run failed $failures times in a row; see: tpu_vm.sh logs --name=$name"
           fi
-          if [[ $hosts == *new* ]]; then
-            say 'installing on new hosts'
-            vm install
-          fi
-          say 'starting the run'
           begun=$SECONDS
-          begin
+          if [[ $hosts != *new* ]] || { say 'installing on new hosts' && vm install; }; then
+            say 'starting the run'
+            begin || say 'it did not start; trying again'
+          else
+            say 'the installation failed; trying again'
+          fi
         fi
         ;;
       SUSPENDED | FAILED)
         say "the slice is $slice: asking for another one"
         begun=''
-        queued delete --force --quiet
-        create
+        { queued delete --force --quiet && create; } || say 'the cloud refused; trying again'
         ;;
       *) say "the slice is $slice" ;;
     esac
@@ -123,9 +128,11 @@ keep() {
 stop() {
   vm stop || true # there may be no run any more
   # The slice may go when the run has saved and ended; ten minutes are enough for that.
-  local left=120
-  while [[ -z $dry_run ]] && ((left--)) && run_state | grep --quiet running; do
-    sleep "$(awk "BEGIN {print $minutes * 2.5}")"
+  local left=120 hosts=running
+  while [[ -z $dry_run && $hosts == *running* ]] && ((left--)); do
+    # A host that cannot be reached may still be saving.
+    hosts=$(run_state) || hosts=running
+    [[ $hosts != *running* ]] || sleep "$(awk "BEGIN {print $minutes * 2.5}")"
   done
   queued delete --force --quiet
 }

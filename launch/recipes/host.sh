@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The work on each TPU host. tpu_vm.sh and gke.sh call it there, in the root of the source tree.
+# The work on each TPU host. tpu_vm.sh and babysit.sh call it there, in the root of the source tree.
 #
 #   host.sh install                       a virtual environment
 #   host.sh start -- launch/train.py ...  in the background, into ~/run.log
@@ -13,12 +13,14 @@ action=${1:-}
 read_flags '' "${@:2}"
 
 install() {
+  run rm -f "$HOME/installed"
   # The images have Python 3.10. This project needs 3.11, which uv installs.
   run bash -o pipefail -c 'curl -LsSf https://astral.sh/uv/install.sh | sh'
   run "$HOME/.local/bin/uv" venv --clear --python=3.11 "$HOME/venv"
   run "$HOME/.local/bin/uv" pip install --python="$HOME/venv" -r requirements.txt -e '.[tpu,buckets]'
   # jax recommends this for v5e and later: the runtime starts and stops faster.
   run sudo bash -c 'echo always >/sys/kernel/mm/transparent_hugepage/enabled'
+  run touch "$HOME/installed" # all of it is done; babysit.sh looks for this
 }
 
 start() {

@@ -137,7 +137,17 @@ next() {{
   sed --in-place 1d {place}/$1
 }}
 case "$*" in
-  *queued-resources\\ describe*) next slice ;;
+  *queued-resources\\ describe*)
+    line=$(next slice)
+    case $line in
+      '') echo 'ERROR: NOT_FOUND: there is no such resource' >&2; exit 1 ;;
+      offline) echo 'ERROR: the network is down' >&2; exit 1 ;;
+      *) echo "$line" ;;
+    esac
+    ;;
+  *\\ create\\ * | *\\ delete\\ * | *host.sh\\ install* | *host.sh\\ start*)
+    [[ $(next refusals) != refused ]] || exit 1
+    ;;
   *host.sh\\ state*)
     line=$(next hosts)
     [[ $line != unreachable ]] || exit 255
@@ -148,11 +158,12 @@ esac
 KEEP = 'keep --type=v5litepod-16 --version=v2 --minutes=0'
 
 
-def babysat(place: Path, slice_states: str, host_states: str,
-            arguments: str = f'{KEEP} {TRAIN}') -> tuple[list[str], subprocess.CompletedProcess]:
+def babysat(place: Path, slice_states: str, host_states: str, arguments: str = f'{KEEP} {TRAIN}',
+            refusals: str = '') -> tuple[list[str], subprocess.CompletedProcess]:
   """What a babysitter did, one word a command, while slice and hosts went through states."""
   (place / 'slice').write_text(slice_states.replace(' ', '\n').replace('absent', '') + '\n')
   (place / 'hosts').write_text(host_states.replace('; ', '\n') + '\n')
+  (place / 'refusals').write_text(refusals.replace(' ', '\n') + '\n')
   (place / 'gcloud').write_text(CLOUD.format(place=place))
   (place / 'git').write_text('#!/bin/bash\n')
   for tool in ('gcloud', 'git'):
@@ -184,6 +195,18 @@ def test_babysitter_starts_a_failed_run_again(tmp_path):
   assert 'the run has ended: ended 1, ended 134' in process.stderr
 
 
+def test_babysitter_outlasts_a_cloud_that_fails(tmp_path):
+  """Calls that fail are made again. A state that is not known is no reason to ask for a slice."""
+  done, process = babysat(
+      tmp_path, 'absent absent offline ACTIVE ACTIVE ACTIVE SUSPENDED absent ACTIVE ACTIVE',
+      'new; new; none; new; ended 0', refusals='refused ok refused ok refused ok refused ok ok ok')
+  assert process.returncode == 0, process.stderr
+  assert done == ['create', 'create', 'install', 'install', 'start', 'start', 'delete', 'create',
+                  'install', 'start', 'delete']
+  assert 'the slice is UNKNOWN' in process.stderr
+  assert 'the installation failed; trying again' in process.stderr
+
+
 def test_babysitter_gives_up(tmp_path):
   """A run that fails at once, again and again, is not started for ever, and its slice is kept."""
   done, process = babysat(tmp_path, ' '.join(['ACTIVE'] * 9),
@@ -196,6 +219,15 @@ def test_babysitter_gives_up(tmp_path):
 def test_babysitter_stops(tmp_path):
   """The slice goes when every host has saved and ended."""
   done, process = babysat(tmp_path, '', 'running,ended 143; running; ended 143',
+                          'stop --minutes=0')
+  assert process.returncode == 0 and done == ['stop', 'delete'], process.stderr
+  assert (tmp_path / 'hosts').read_text().strip() == ''
+
+
+def test_babysitter_stops_when_the_last_host_has_saved(tmp_path):
+  """Many hosts that are at work, or cannot be reached, are waited for."""
+  many = ','.join(['running'] * 400)
+  done, process = babysat(tmp_path, '', f'{many}; unreachable; {many}; ended 143',
                           'stop --minutes=0')
   assert process.returncode == 0 and done == ['stop', 'delete'], process.stderr
   assert (tmp_path / 'hosts').read_text().strip() == ''

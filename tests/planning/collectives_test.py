@@ -113,6 +113,16 @@ def test_start_and_done_are_one():
   assert found.exposed_seconds == pytest.approx(found.seconds - 1e-6)
 
 
+def test_kernels_hide_collectives():
+  """A kernel has no cycles; it hides a collective for the time of the cost that it states."""
+  kernel = ('%k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config='
+            '{"custom_call_config":{"cost_estimate": {"flops":"0","bytes_accessed":"81900"}}}')
+  found = only(step(
+      '%s = (f32[64,1024]{1,0}, f32[1024,1024]{1,0}) all-gather-start(%p), replica_groups=' + ROWS,
+      kernel, '%d = f32[1024,1024]{1,0} all-gather-done(%s)'))
+  assert found.exposed_seconds == pytest.approx(found.seconds - 1e-7)  # at 819 GB/s
+
+
 def test_wrapped_lasts_until_done():
   """A wrapped collective lasts until its done."""
   found = only(step(

@@ -38,6 +38,69 @@ def test_holder_that_was_killed(place):
   assert not path.exists()
 
 
+def test_answer_that_was_lost(place, monkeypatch):
+  """The lease was created, and the store's answer said that it was there: it is held."""
+  create = type(place).create
+  monkeypatch.setattr(type(place), 'create', lambda path, content: create(path, content) and False)
+  begun = time.monotonic()
+  with lock(place / 'run.lock', 'works'):
+    assert time.monotonic() - begun < 1  # a lease without a sign of life is watched for longer
+
+
+def test_takeover_that_was_slow(place, monkeypatch):
+  """One removes a dead lease after another took it over: the other works on, and it is told so."""
+  path, unlink, entered = place / 'run.lock', type(place).unlink, []
+  removing, works, done = threading.Event(), threading.Event(), threading.Event()
+  leave(path)
+
+  def in_turn(self, missing_ok=False):
+    if threading.current_thread().name == 'slow':
+      removing.set()
+      works.wait(20)
+    removing.wait(20)
+    unlink(self, missing_ok=missing_ok)
+
+  def work():
+    try:
+      with lock(path, 'works'):
+        entered.append(threading.current_thread().name)
+        works.set()
+        done.wait(20)
+    except UserError as error:
+      entered.append(str(error))
+
+  monkeypatch.setattr(type(place), 'unlink', in_turn)
+  monkeypatch.setattr(os, '_exit', lambda code: entered.append('ended'))
+  workers = [threading.Thread(target=work, name=name) for name in ('slow', 'fast')]
+  for worker in workers:
+    worker.start()
+  end = time.monotonic() + 20
+  while len(entered) < 2 and time.monotonic() < end:
+    time.sleep(0.05)
+  done.set()
+  for worker in workers:
+    worker.join(20)
+  assert entered[0] == 'fast' and 'works: let it end' in entered[1], entered
+
+
+def test_lease_that_cannot_be_read_for_a_while(place, monkeypatch):
+  """A short answer of the store does not end the beats."""
+  read, failures = locks._Lease._read, [UserError('no lock')]
+
+  def once(lease):
+    if failures:
+      raise failures.pop()
+    return read(lease)
+
+  with lock(place / 'run.lock', 'works'):
+    before = json.loads((place / 'run.lock').read_bytes())['beats']
+    monkeypatch.setattr(locks._Lease, '_read', once)
+    end = time.monotonic() + 20
+    while failures or json.loads((place / 'run.lock').read_bytes())['beats'] <= before + 1:
+      assert time.monotonic() < end
+      time.sleep(0.05)
+
+
 def test_lock_that_is_waited_for(place):
   """One who waits gets the lease after the other."""
   order = []

@@ -84,6 +84,20 @@ def test_seconds_of_a_run(tmp_path, caplog, monkeypatch):
              for message in caplog.messages) == 1
 
 
+def test_saves_are_no_time_of_training(tmp_path, monkeypatch):
+  """Speed begins anew after a save, as after an evaluation."""
+  begun = []
+
+  class Watched(loop.Pace):
+    def start(self, step):
+      begun.append(step)
+      super().start(step)
+
+  monkeypatch.setattr(loop, 'Pace', Watched)
+  run(tmp_path, num_steps=7, log_every=7, save_every=3, eval_every=7)
+  assert begun == [1, 3, 6, 7, 7]  # the first step compiles; the last is saved and evaluated
+
+
 def test_log_seconds(tmp_path, caplog, monkeypatch):
   """Slow steps have lines between those of the cadence, and the metrics stay at the cadence."""
   clock = itertools.count(0, 20)

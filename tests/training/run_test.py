@@ -235,6 +235,23 @@ def test_trained_further(coprocessor, quickstart, caplog):
     resume(coprocessor, quickstart)
 
 
+def test_trained_further_after_a_kill(coprocessor, quickstart):
+  """A launch was killed in a store, where the result was copied and not removed yet."""
+  shutil.copytree(coprocessor / 'coprocessor', coprocessor / 'coprocessor_2')
+  longer = finished.experiment(training__loop__num_steps=4)
+  resume(coprocessor, quickstart, experiment=longer)
+  assert coprocessor_checkpoint.describe(coprocessor / 'coprocessor_2').steps == 2
+  assert coprocessor_checkpoint.describe(coprocessor / 'coprocessor').steps == 4
+
+
+def test_trained_further_beside_another_result(coprocessor, quickstart):
+  """What has the name already is not overwritten."""
+  (coprocessor / 'coprocessor_2').mkdir()
+  (coprocessor / 'coprocessor_2/coprocessor.json').write_text('{}')
+  with pytest.raises(UserError, match='coprocessor_2 exists already.*move it away'):
+    resume(coprocessor, quickstart, experiment=finished.experiment(training__loop__num_steps=4))
+
+
 def test_second_launch(coprocessor, quickstart):
   """A second launch in the same directory is told of the first, before any work."""
   with hold_workdir(coprocessor):

@@ -74,7 +74,9 @@ def test_no_utilisation_of_an_unknown_device():
 
 @pytest.mark.parametrize('kind, teraflops', [
     ('TPU v5 lite', 197), ('TPU v5', 459), ('TPU v5p', 459), ('TPU v6 lite', 918), ('TPU v4', 275),
-    ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA A100-SXM4-80GB', 312),
+    ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756),
+    ('NVIDIA H100 NVL', 835), ('NVIDIA L4', 121), ('NVIDIA L40', 181), ('NVIDIA L40S', 362),
+    ('NVIDIA A100-SXM4-80GB', 312),
     ('cpu', None), ('NVIDIA GeForce RTX 4090', None)])
 def test_peak_of_a_device(kind, teraflops):
   """Names are those of jax's `device_kind`. A CPU has no peak."""
