@@ -212,15 +212,23 @@ def test_place_of_written(model):
   prompts = [model.tokenizer.encode(f'{shown}Document {number}: the {number}th' + ' of the' * rest)
              for number, rest in ((6, 1), (7, 0), (8, 2))]
   anchors = [len(prompt) - 1 - at for prompt, at in zip(prompts, (5, 0, 9), strict=True)]
-  engine, options = model.engine('own'), DecodingOptions(6)
+  # A large gate, so that texts tell where the latents are.
+  own = coprocessor_checkpoint.CoprocessorCheckpoint(**{**vars(model.own), 'params': {
+      **model.own.params, 'gate': 100 * model.own.params['gate']}})
+  model = ArmModel(model.config, model.params, model.fingerprint, model.tokenizer, own=own,
+                   max_length=256)
+  engine, options = model.engine('own'), DecodingOptions(16)
   written, _ = next(model.write(prompts, 'own', Writing(options), anchors=anchors))
   texts = dict(zip(written.numbers, written.texts, strict=True))
   for number, (prompt, anchor) in enumerate(zip(prompts, anchors, strict=True)):
     state = engine.read([prompt[:anchor + 1]])
     state = engine.read_on(engine.attach(state, engine.augment(state)), [prompt[anchor + 1:]])
-    ends = session.with_ends(options, model.tokenizer, ())
-    completion, = session.generate(engine, state, ends)
+    stops = session.with_ends(options, model.tokenizer, ())
+    completion, = session.generate(engine, state, stops)
     assert texts[number] == session.text_of(completion, model.tokenizer, (), prompt)
+  # Elsewhere they write something else.
+  ends, _ = next(model.write(prompts, 'own', Writing(options)))
+  assert dict(zip(ends.numbers, ends.texts, strict=True)) != texts
 
 
 def greedy_after(model, context, policy, count=5):
