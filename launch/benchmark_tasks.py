@@ -39,7 +39,7 @@ _PLACE = flags.DEFINE_string(
     'before:Answer:, for the end of the text before it.')
 _AT = flags.DEFINE_multi_integer(
     'at', [], 'Numbers of tokens after the context where latents come instead of its end; add 0 to '
-    'keep it. Default: --place.')
+    'keep it. Default: --place')
 _EVERY = flags.DEFINE_integer('every', 0, 'Tokens after which latents come again; 0 for never.')
 _PLAIN_IF_SHORT = flags.DEFINE_bool(
     'plain_if_short', False, 'Score a context that has no room for latents with the frozen '
