@@ -29,8 +29,8 @@ _DATA = flags.DEFINE_string(
     'download what lm-evaluation-harness names.')
 _OUTPUT = app.define_directory('output', 'Directory to write the results to.')
 _ARMS = flags.DEFINE_list(
-    'arms', None, 'Arms: frozen, own, shuffled, zero, mean, constant, chain. Default: all but mean '
-    'that the flags give the means for.')
+    'arms', None, 'Arms: frozen, own, shuffled, zero, mean, constant, chain. Default: every '
+    'arm that the flags allow, without mean.')
 _LIMIT = flags.DEFINE_integer('limit', None, 'Items of each task, the first ones. Default: all.')
 _NUM_FEWSHOT = flags.DEFINE_integer(
     'num_fewshot', None, "Examples in a prompt. Default: the paper's.")
@@ -38,10 +38,12 @@ _PLACE = flags.DEFINE_string(
     'place', 'end', "Place of the latents in a context: end, or 'before:TEXT' such as "
     'before:Answer:, for the end of the text before it.')
 _AT = flags.DEFINE_multi_integer(
-    'at', [], 'Numbers of tokens after the context where latents come. Default: --place alone')
+    'at', [], 'Numbers of tokens after the context where latents come instead of its end; add 0 to '
+    'keep it. Default: --place')
 _EVERY = flags.DEFINE_integer('every', 0, 'Tokens after which latents come again; 0 for never.')
 _PLAIN_IF_SHORT = flags.DEFINE_bool(
-    'plain_if_short', False, 'Score contexts that are too short for latents without them.')
+    'plain_if_short', False, 'Score a context that has no room for latents with the frozen '
+    'decoder.')
 _RUN_CODE = flags.DEFINE_bool(
     'run_code', False, 'Run the programs that the model writes for humaneval and mbpp, in a '
     'process without a network and with limits on time, memory and files.')
@@ -54,7 +56,7 @@ _MESH = flags.DEFINE_string(
     'mesh', '', 'Mesh of devices, such as data=1,fsdp=8. Default: the weights on each device.')
 _VOCABULARY = app.define_file(
     'vocabulary', "Vocabulary of the decoder. Default: the one next to it.", '')
-_OVERWRITE = app.define_overwrite('the results of another run')
+_OVERWRITE = app.define_overwrite('the results in --output')
 
 
 def main() -> None:

@@ -36,7 +36,6 @@ from latent_deliberation.evaluation import task_catalog
 from latent_deliberation.evaluation.answer_packing import Request
 from latent_deliberation.evaluation.answer_texts import AnswerEncoder
 from latent_deliberation.evaluation.arm_model import ArmModel, open_arm_model
-from latent_deliberation.evaluation.task_outcomes import find_gold
 from latent_deliberation.files import write_json
 from latent_deliberation.model import weights
 
@@ -181,17 +180,12 @@ def read_task(name: str, data: str, limit: int,
   Raises:
     UserError: the task has no choices.
   """
-  task = task_catalog.open_tasks(data, None).load([name])['tasks'][name]
-  if task.OUTPUT_TYPE != 'multiple_choice':
+  found = task_catalog.requests_of(name, data, limit)
+  if found[0][0].OUTPUT_TYPE != 'multiple_choice':
     raise UserError(f'task {name} has no choices: give a multiple-choice task')
-  task.set_fewshot_seed(0)
-  if task.config.num_fewshot is None:
-    task.set_config('num_fewshot', 0)
-  task.build_all_requests(limit=limit)
   encoder = AnswerEncoder(model.tokenizer, model.max_length)
-  requests = [encoder.encode(*instance.args[:2], instance.doc_id) for instance in task.instances]
-  return requests, {instance.doc_id: find_gold(task, instance.doc).index
-                    for instance in task.instances}
+  return ([encoder.encode(*instance.args[:2], instance.doc_id) for _, instance, _ in found],
+          {instance.doc_id: gold.index for _, instance, gold in found})
 
 
 def _scoring(model: ArmModel, arms: tuple[str, ...],

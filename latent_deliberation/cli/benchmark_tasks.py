@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_deliberation.errors import UserError, check_integer
-from latent_deliberation.evaluation.answers import CONSTANT
-from latent_deliberation.evaluation.arm_model import open_arm_model
+from latent_deliberation.evaluation.answers import CONSTANT, SHUFFLED, ZERO
+from latent_deliberation.evaluation.arm_model import check_policy, open_arm_model
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_catalog import CHAIN_OF, PAPER, expand, local_names
@@ -32,14 +32,17 @@ def benchmark(tasks: Sequence[str], output: Path, *, decoder: str, coprocessor: 
                     f'--tasks=paper: {paper}. Others: {others}')
   names = expand(tasks)
   check_integer('every', every, 0)
-  if not arms:
-    arms = [FROZEN, *([OWN, 'shuffled', 'zero'] if coprocessor else []),
-            *([CONSTANT] if constant else []), *([CHAIN] if set(names) & set(CHAIN_OF) else [])]
   # Everything that needs no weights first.
-  plan = Plan(tuple(names), tuple(arms), data, limit, num_fewshot, run_code)
-  plan.check()
   settings = Settings(place, combine(at, every, None) if at or every else ONCE, plain_if_short,
                       batch_size)
+  if not arms:
+    # By a policy, another example's latents do not come.
+    own = [OWN, SHUFFLED, ZERO] if settings.policy == ONCE else [OWN, ZERO]
+    arms = [FROZEN, *(own if coprocessor else []), *([CONSTANT] if constant else []),
+            *([CHAIN] if data and set(names) & set(CHAIN_OF) else [])]
+  check_policy(arms, settings.policy)
+  plan = Plan(tuple(names), tuple(arms), data, limit, num_fewshot, run_code)
+  plan.check()
   model = open_arm_model(decoder, coprocessor, constant, vocabulary=vocabulary, dtype=dtype,
                          max_length=max_length, mesh=mesh)
   summary = run_tasks(model, plan, settings, output, overwrite=overwrite)

@@ -24,13 +24,14 @@ from latent_deliberation.array_types import Array, Batch, Bool, Int
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference.tokenizer import padded_length
 
-SHARED = 64  # tokens that contexts must begin with alike, so that they are read once
-SMALLEST_CLUSTER = 8  # contexts that are worth reading their common prefix apart
-SMALLEST_PART = 64  # contexts that are worth a compilation of their own
-ROW_TOKENS = 1024  # tokens of a row, those of its traces included
-CALL_TOKENS = 4096  # the same of all rows of a call
+# SHARED decides partners, too. The others change scores by rounding alone.
+SHARED = 64  # tokens; contexts that begin with the same ones may be read after one common prefix
+SMALLEST_CLUSTER = 8  # contexts; fewer with a common prefix are packed as those without
+SMALLEST_PART = 64  # contexts; fewer of a size are compiled with those of the next size
+ROW_TOKENS = 1024  # tokens and latents of a row, those of its traces included
+CALL_TOKENS = 4096  # tokens and latents of all rows of a call
 PREFIX_TOKENS = 8192  # tokens of a call whose contexts share a prefix, with the prefix of each
-SLACK = 1.06  # room in a row, over what its contexts take on the average
+SLACK = 1.06  # size of a row, as a multiple of what its contexts take on the average
 WINDOW = 64  # contexts that are tried, where one does not fit
 
 
@@ -40,7 +41,7 @@ class Request:
 
   Attributes:
     context: ids, of which the first one begins every text.
-    continuation: ids, one or more.
+    continuation: ids, one or more; none of a prompt that is to be continued.
     anchor: index in the context of the last token before the latents; None for its last token.
       The tokens after it are read again, after the latents.
     item: question that the request belongs to. The latents of another example are never those of
@@ -107,17 +108,18 @@ def group(requests: Sequence[Request]) -> list[Context]:
   return list(contexts.values())
 
 
-def find_partners(contexts: Sequence[Context]) -> None:
-  """Gives each context one of another item, which is nearest before it in the order of packing.
+def find_partners(contexts: Sequence[Context], members: Sequence[int]) -> None:
+  """Sets each context's partner: the nearest earlier context of another item, else the next one.
 
-  Contexts that begin alike, such as those with the same examples, are partners of each other. So
-  another example's latents do not depend on the number of contexts in a call, or on which of them
-  are scored. A context without any other item is its own partner.
+  Nearest is in the order of packing, first among `members` that begin alike, as those with the same
+  examples do. So another example's latents do not depend on the number of contexts in a call, or on
+  which are scored. Without any other item, and outside of `members`, a context is its own partner.
   """
-  for members in _alike(contexts, range(len(contexts))).values():
-    _pair(contexts, members)
-  # Those that are alone with their beginning.
-  _pair(contexts, [number for number, context in enumerate(contexts) if context.partner is None])
+  for alike in _alike(contexts, members).values():
+    _pair(contexts, alike)
+  # Those that are alone with their beginning pair up. One that still is alone takes any.
+  _pair(contexts, [number for number in members if contexts[number].partner is None])
+  _pair(contexts, members)
   for number, context in enumerate(contexts):
     context.partner = number if context.partner is None else context.partner
 
@@ -125,10 +127,11 @@ def find_partners(contexts: Sequence[Context]) -> None:
 def _pair(contexts: Sequence[Context], members: Sequence[int]) -> None:
   order = _in_order(contexts, members)
   for place, number in enumerate(order):
-    others = (order[at] for at in itertools.chain(range(place - 1, -1, -1),
-                                                  range(place + 1, len(order))))
-    contexts[number].partner = next(
-        (other for other in others if contexts[other].item != contexts[number].item), None)
+    if contexts[number].partner is None:
+      nearest = itertools.chain(range(place)[::-1], range(place + 1, len(order)))
+      others = (order[at] for at in nearest)
+      contexts[number].partner = next(
+          (other for other in others if contexts[other].item != contexts[number].item), None)
 
 
 def _alike(contexts: Sequence[Context], members: Iterable[int]) -> dict[tuple, list[int]]:
@@ -140,10 +143,7 @@ def _alike(contexts: Sequence[Context], members: Iterable[int]) -> dict[tuple, l
 
 
 def _in_order(contexts: Sequence[Context], members: Iterable[int]) -> list[int]:
-  """Returns contexts in the order of packing: by size, and else as they come.
-
-  Rows then are alike, and fill up evenly.
-  """
+  """Returns contexts in the order of packing: by size, so that rows fill up, then as they come."""
   return sorted(members, key=lambda number: (_length_size(len(contexts[number].ids)), number))
 
 

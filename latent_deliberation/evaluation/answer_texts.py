@@ -82,19 +82,21 @@ class AnswerEncoder:
     self.counts.merged += kept < len(head)
     return self._fit(whole[:kept], whole[kept:], min(anchor, kept - 1), item)
 
-  def encode_prompt(self, prompt: str, max_tokens: int) -> list[int]:
-    """Returns the ids of a prompt, cut at the left to leave room for `max_tokens` more.
+  def encode_prompt(self, prompt: str, max_tokens: int, item: Hashable = None) -> Request:
+    """Returns a prompt without a continuation, cut at the left to leave room for `max_tokens`.
 
     Raises:
-      UserError: there is no room for any token of the prompt.
+      UserError: there is no room for any token of the prompt, or it lacks the text before which
+        the latents should come.
     """
-    ids, room = self._tokenizer.encode(prompt), self._max_length - max_tokens
+    (ids, anchor), room = self._head(prompt, item), self._max_length - max_tokens
     if room < 2:
       raise UserError(f'{max_tokens} tokens after a prompt do not fit max_length = '
                       f'{self._max_length}: request fewer (max_gen_toks), or raise max_length')
+    excess = max(len(ids) - room, 0)
     self.counts.requests += 1
-    self.counts.truncated += len(ids) > room
-    return ids if len(ids) <= room else [ids[0], *ids[len(ids) - room + 1:]]
+    self.counts.truncated += excess > 0
+    return Request((ids[0], *ids[1 + excess:]), (), max(anchor - excess, 0), item)
 
   def _head(self, context: str, item: Hashable) -> tuple[list[int], int]:
     """Returns the ids of a context, and the index of its anchor."""

@@ -166,29 +166,22 @@ class AnswerScorer:
       UserError: a request is empty; see `answer_packing.group`.
     """
     contexts = group(requests)
-    find_partners(contexts)
+    has_room = [self.config is None or context.anchor >= self.config.first_anchor
+                for context in contexts]
+    # A partner lends its latents, so it needs room for them.
+    lenders = [number for number, fits in enumerate(has_room) if fits]
+    find_partners(contexts, lenders)
     skip = set(skip)
     wanted = [number for number, context in enumerate(contexts) if not skip >= set(
         context.requests)]
-    is_short = [self.config is not None and contexts[number].anchor < self.config.first_anchor
-                for number in wanted]
-    augmented, short = ([number for number, short in zip(wanted, is_short, strict=True)
-                         if short == chosen] for chosen in (False, True))
-    # A partner lends its latents, so it needs room for them.
-    self._leave_short_alone(contexts)
+    augmented, short = ([number for number in wanted if has_room[number] == chosen]
+                        for chosen in (True, False))
     if MEAN in self.arms and augmented:
-      self._mean = self._mean_outputs(contexts)
+      self._mean = self._mean_outputs(contexts, lenders)
     calls = [*((self.arms, call) for call in self._plan(contexts, augmented, self.arms)),
              *(((FROZEN,), call) for call in self._plan(contexts, short, (FROZEN,)))]
     for done, (arms, call) in enumerate(calls, start=1):
       yield self._score_call(arms, contexts, call), len(calls) - done
-
-  def _leave_short_alone(self, contexts: Sequence[Context]) -> None:
-    if self.config is None:
-      return
-    for number, context in enumerate(contexts):
-      if contexts[context.partner].anchor < self.config.first_anchor:
-        context.partner = number
 
   def _plan(self, contexts: Sequence[Context], chosen: Sequence[int],
             arms: Sequence[str]) -> list[Call]:
@@ -308,11 +301,9 @@ class AnswerScorer:
   def _deliberator(self, name: str) -> Deliberator:
     return Deliberator(self._decoder, self._sources[name].coprocessor)
 
-  def _mean_outputs(self, contexts: Sequence[Context]) -> Array:
+  def _mean_outputs(self, contexts: Sequence[Context], lenders: Sequence[int]) -> Array:
     """Returns the coprocessor's mean outputs [Z, D], over contexts spread evenly over the task."""
-    fit = [number for number, context in enumerate(contexts)
-           if context.anchor >= self.config.first_anchor]
-    chosen = fit[::-(-len(fit) // MEAN_CONTEXTS)]
+    chosen = lenders[::-(-len(lenders) // MEAN_CONTEXTS)]
     total, count = 0.0, 0
     params = {OWN: self._sources[OWN].params}
     for call in self._plan(contexts, chosen, (OWN,)):

@@ -162,30 +162,39 @@ class ArmModel:
     if policy == ONCE:
       yield from self.scorer(arms).score(requests, skip)
       return
-    unable = set(arms) - {FROZEN, OWN, CONSTANT, ZERO}
-    if unable:
-      raise UserError(f'arms {sorted(unable)} have latents at the end of the context alone: leave '
-                      'the policy (every, at, gate) out, or the arms')
+    check_policy(arms, policy)
     yield from self._score_by_policy(requests, arms, set(skip), policy)
 
   def _score_by_policy(self, requests: Sequence[Request], arms: Sequence[str], skip: set[int],
                        policy: Policy) -> Iterator[tuple[Scored, int]]:
+    has_room = list(map(self.scorer(arms).has_room, requests))
     left = [number for number in range(len(requests)) if number not in skip]
     left.sort(key=lambda number: (len(requests[number].context), number))
     size = min(self.engine(self.same_as(arm)).batch_size for arm in arms)
-    size = min(size, max(len(left), 1))
-    calls = [left[first:first + size] for first in range(0, len(left), size)]
-    for done, numbers in enumerate(calls, start=1):
-      nats = []
-      for arm in map(self.same_as, arms):
-        options = DecodingOptions(1, policy=NEVER if arm == FROZEN else policy)
-        completions = session.score(
-            self.engine(arm), [requests[number].context for number in numbers],
-            [requests[number].continuation for number in numbers], options)
-        nats.append([-sum(completion.logprobs) for completion in completions])
-      # The engine does not tell which tokens were the likeliest.
-      scores = np.array(nats).T
-      yield Scored(np.array(numbers), scores, np.zeros(scores.shape, bool)), len(calls) - done
+    calls = [(fits, batch) for fits in (False, True) for batch in _batches(
+        requests, [number for number in left if has_room[number] == fits], size,
+        self.max_length + 1)]
+    for done, (fits, numbers) in enumerate(calls, start=1):
+      authors = [self.same_as(arm) if fits else FROZEN for arm in arms]
+      scores = {author: self._score_batch([requests[number] for number in numbers], author, policy)
+                for author in dict.fromkeys(authors)}
+      nats, greedy = (np.array(each).T for each in zip(*map(scores.get, authors), strict=True))
+      yield Scored(np.array(numbers), nats, greedy), len(calls) - done
+
+  def _score_batch(self, requests: Sequence[Request], arm: str,
+                   policy: Policy) -> tuple[list[float], list[bool]]:
+    """Returns nats of continuations that are read token by token, and whether they are greedy."""
+    engine, policy = self.engine(arm), NEVER if arm == FROZEN else policy
+    contexts = [request.context for request in requests]
+    answers = [list(request.continuation) for request in requests]
+    scored = session.score(engine, contexts, answers, DecodingOptions(1, policy=policy))
+    # The engine does not tell which tokens are the likeliest, so it writes until it departs.
+    written = session.generate(engine, contexts, DecodingOptions(
+        max(map(len, answers)), policy=policy,
+        stop=lambda tokens: all(answer[:len(tokens)] != tokens for answer in answers)))
+    return ([-sum(completion.logprobs) for completion in scored],
+            [completion.tokens[:len(answer)] == answer
+             for completion, answer in zip(written, answers, strict=True)])
 
   def same_as(self, arm: str) -> str:
     """Returns the arm whose texts an arm has: refining latents of zero are the frozen decoder."""
@@ -209,7 +218,8 @@ class ArmModel:
         self._unstacked = {**params, 'transformer': passes.unstack(params['transformer'])}
       several = self._mesh.size > 1 and jax.process_count() == 1
       engine = Engine(
-          self.config, self._unstacked, length=self.max_length, dtype=self._options['dtype'],
+          # It reads the last token of an answer, too, which the packed scorer only predicts.
+          self.config, self._unstacked, length=self.max_length + 1, dtype=self._options['dtype'],
           coprocessor=checkpoint and (checkpoint.config, self._local(checkpoint.params)),
           mesh=self._mesh if several else None, decoder_fingerprint=self.fingerprint)
       if arm in (SHUFFLED, ZERO):
@@ -230,7 +240,8 @@ class ArmModel:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
 
   def write(self, prompts: Sequence[Sequence[int]], arm: str, writing: Writing,
-            skip: Collection[int] = (), policy: Policy = ONCE) -> Iterator[tuple[Written, int]]:
+            skip: Collection[int] = (), policy: Policy = ONCE,
+            anchors: Sequence[int] = ()) -> Iterator[tuple[Written, int]]:
     """Yields the texts after some prompts, and the number of batches that are left.
 
     Prompts of similar lengths are decoded together. What all of them begin with is read once. With
@@ -242,18 +253,23 @@ class ArmModel:
       writing: options.
       skip: numbers of prompts that need no text.
       policy: places of the latents.
+      anchors: index in each prompt of the last token before the latents, where they come once and
+        before its end, whatever the policy; default is the policy alone.
 
     Raises:
       UserError: see `engine`; or a prompt is too long or too short.
     """
     engine = self.engine(arm)
+    anchors = () if arm == FROZEN else anchors
+    heads = [prompt[:anchor + 1] for prompt, anchor in zip(prompts, anchors, strict=True)
+             ] if anchors else prompts
     options = dataclasses.replace(
         session.with_ends(writing.options, self.tokenizer, writing.stop),
-        policy=NEVER if arm == FROZEN else policy)
+        policy=NEVER if arm == FROZEN or anchors else policy)
     lengths = np.array([len(prompt) for prompt in prompts])
     session.check_lengths(engine, lengths, options)
     order = sorted(range(len(prompts)), key=lambda number: (lengths[number], number))
-    shared = _read_shared(engine, prompts)
+    shared = _read_shared(engine, heads)
     skip = set(skip)
     left = [place for place in range(len(order)) if order[place] not in skip]
     # A batch has one more row for another example's latents.
@@ -266,7 +282,10 @@ class ArmModel:
       before = order[places[0] - 1] if places[0] else order[min(1, len(order) - 1)]
       numbers = [order[place] for place in places]
       rows = [*numbers, *[before] * (size - len(numbers))]
-      state = _read_rows(engine, shared, [prompts[number] for number in rows])
+      state = _read_rows(engine, shared, [heads[number] for number in rows])
+      if anchors:
+        state = engine.attach(state, engine.augment(state))
+        state = engine.read_on(state, [prompts[number][anchors[number] + 1:] for number in rows])
       *_, completions = Session(engine, state, options, numbers).run()
       texts = [session.text_of(completion, self.tokenizer, writing.stop, prompts[number])
                for completion, number in zip(completions, numbers, strict=True)]
@@ -279,6 +298,33 @@ class ArmModel:
       for numbers, texts, tokens in itertools.chain.from_iterable(written):
         yield Written(tuple(numbers), tuple(texts), tuple(tokens)), max(
             len(batches) - first - turns, 0)
+
+
+def check_policy(arms: Sequence[str], policy: Policy) -> None:
+  """Raises UserError where an arm has no latents at the places of a policy."""
+  unable = sorted({SHUFFLED, MEAN} & set(arms))
+  if policy != ONCE and unable:
+    raise UserError(f'arms {unable} have latents at the end of the context alone: leave the policy '
+                    '(every, at, gate) out, or the arms')
+
+
+def _batches(requests: Sequence[Request], numbers: Sequence[int], size: int,
+             length: int) -> Iterator[list[int]]:
+  """Yields batches of up to `size` requests, where any context and any answer fit `length`.
+
+  The numbers come in the order of the lengths of contexts.
+  """
+  batch: list[int] = []
+  longest = 0  # answer of the batch
+  for number in numbers:
+    answer = len(requests[number].continuation)
+    longest = max(longest, answer)
+    if batch and (len(batch) == size or len(requests[number].context) + longest > length):
+      yield batch
+      batch, longest = [], answer
+    batch.append(number)
+  if batch:
+    yield batch
 
 
 def _read_shared(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[int, State | None]:

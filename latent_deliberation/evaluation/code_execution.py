@@ -1,8 +1,8 @@
 """Runs programs that a model wrote, in a process with limits and without a network (Linux).
 
 confined_program.py is that process. A program can read what this user can read. It can write to an
-empty directory in memory alone, and reaches no network and no other process. Even so, it runs only
-where a flag says so.
+empty directory in memory alone, reaches no network and no other process, and begins none. Even so,
+it runs only where a flag says so.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.confined_program import PASSED
 
 TAIL = 500  # characters of an error that are kept
 _SCRIPT = Path(__file__).with_name('confined_program.py')
@@ -41,7 +42,7 @@ class Outcome:
   """The end of a program.
 
   Attributes:
-    passed: whether it ended by itself, with code 0.
+    passed: whether it reached its end. One that ends itself before, as by sys.exit, did not.
     reason: 'passed', 'timeout', or the end of what it wrote to stderr.
   """
   passed: bool
@@ -51,13 +52,16 @@ class Outcome:
 def check_isolation() -> None:
   """Raises UserError where this machine cannot keep a program from the network and from files."""
   outcome = run_program('import os, socket\n'
-                        'assert os.listdir() == [] and os.getpid() == 1\n'
-                        "assert [name for _, name in socket.if_nameindex()] == ['lo']\n"
-                        "assert not os.access('/', os.W_OK)\n")
+                        "assert os.listdir() == [] and not os.access('/', os.W_OK)\n"
+                        'assert (os.getpid(), os.getppid()) == (2, 1)\n'
+                        'for refused in (socket.socket, os.fork):\n'
+                        '  try: refused()\n'
+                        '  except PermissionError: continue\n'
+                        '  raise AssertionError(refused)\n')
   if not outcome.passed:
     raise UserError('--run_code: this machine cannot run a program in isolation '
                     f'({outcome.reason.splitlines()[-1]}): allow user namespaces (Linux 5.12 or '
-                    'later), or leave out the tasks with programs')
+                    'later, x86_64 or aarch64), or leave out the tasks with programs')
 
 
 def run_program(program: str, limits: Limits = Limits()) -> Outcome:
@@ -76,7 +80,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
       return Outcome(False, 'timeout')
     finally:
       _end(process)
-    if process.returncode == 0:
+    if process.returncode == PASSED:
       return Outcome(True, 'passed')
     errors.seek(0)
     said = errors.read().decode(errors='replace').strip()[-TAIL:]

@@ -60,10 +60,10 @@ class DeliberationLM(LM):
       arm: 'frozen', 'own', 'shuffled', 'zero', 'mean' or 'constant'; default is 'own' with a
         coprocessor, and 'frozen' without one.
       place, plain_if_short: see `task_answers.Settings`.
-      every, at, gate, gate_score, budget: policy of further latents, as in launch/generate.py;
-        `at` may be several numbers, as 0+20.
-      batch_size: texts that are decoded together. lm_eval's default of 1, and 'auto', mean as many
-        as fit 2 GiB of cache. Scores do not depend on it.
+      every, at, gate, gate_score, budget: policy of latents in place of the end of the context, as
+        in launch/generate.py; `at` may be several numbers, as 0+20.
+      batch_size: texts that are decoded together. lm_eval's default of 1, and 'auto' or 'auto:4',
+        mean as many as fit 2 GiB of cache. It changes scores by rounding alone.
       max_batch_size, device: taken for lm_eval's sake, and not used.
 
     Raises:
@@ -71,10 +71,11 @@ class DeliberationLM(LM):
     """
     del max_batch_size, device
     super().__init__()
-    places = [int(each) for each in str(at).split('+') if each] if at != '' else []
+    places = [_integer('at', each) for each in str(at).split('+') if each]
     fitted = open_gate(Path(gate), gate_score, budget) if gate else None
     is_policy = bool(places or every or gate)
-    size = 0 if str(batch_size) in ('None', 'auto', '1') else int(batch_size)
+    is_free = str(batch_size) in ('None', '1') or str(batch_size).startswith('auto')
+    size = 0 if is_free else _integer('batch_size', batch_size)
     settings = Settings(place, combine(places, every, fitted) if is_policy else ONCE,
                         plain_if_short, size)
     model = open_arm_model(decoder, coprocessor, constant, vocabulary=vocabulary, dtype=dtype,
@@ -154,6 +155,13 @@ class DeliberationLM(LM):
         answers[number] = value
         self.cache_hook.add_partial(method, requests[number].args, value)
     return answers
+
+
+def _integer(name: str, value: int | str) -> int:
+  try:
+    return int(value)
+  except ValueError as error:
+    raise UserError(f'{name} = {value!r}: give an integer') from error
 
 
 def run_command() -> None:

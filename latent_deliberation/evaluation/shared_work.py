@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-END = 'end'  # the call that ends `follow`
+STOP = 'stop'  # the call that ends `follow`
 
 
 def from_leader(value: Any) -> Any:
@@ -46,8 +46,8 @@ def lead(call: str, *arguments: Any) -> None:
 
 
 def follow(calls: Mapping[str, Callable[..., Any]]) -> None:
-  """Makes the calls of process 0, until it says END. Process 0 itself returns at once."""
+  """Makes the calls of process 0, until it says STOP. Process 0 itself returns at once."""
   if jax.process_index() == 0:
     return
-  while (message := from_leader(None))[0] != END:
+  while (message := from_leader(None))[0] != STOP:
     calls[message[0]](*message[1:])

@@ -6,7 +6,8 @@ after the other. The first time, all arms are scored in one pass. After that the
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from latent_deliberation.deliberation.flops import (
@@ -18,8 +19,8 @@ from latent_deliberation.deliberation.flops import (
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.answer_packing import Request, group
 from latent_deliberation.evaluation.answer_texts import END, AnswerEncoder, EncodedCounts
-from latent_deliberation.evaluation.answers import CONSTANT
-from latent_deliberation.evaluation.arm_model import ArmModel, Writing
+from latent_deliberation.evaluation.answers import CONSTANT, MEAN, ZERO
+from latent_deliberation.evaluation.arm_model import ArmModel, Writing, check_policy
 from latent_deliberation.evaluation.ledger import Ledger, Score, prompt_key, request_key
 from latent_deliberation.evaluation.perplexity import FROZEN
 from latent_deliberation.evaluation.shared_work import follow, lead
@@ -40,9 +41,9 @@ class Settings:
 
   Attributes:
     place: place of the latents in a context; see AnswerEncoder.
-    policy: further places; once, at `place`, by default.
-    plain_if_short: whether contexts without room for latents are scored without them, in every
-      arm; otherwise they are refused.
+    policy: when latents come; default: once, at `place`.
+    plain_if_short: whether contexts without room for latents are scored and continued by the frozen
+      decoder in every arm; otherwise they are refused.
     batch_size: texts that are decoded together; 0 for as many as fit 2 GiB of cache.
   """
   place: str = END
@@ -87,8 +88,14 @@ class TaskAnswers:
     self.counts: dict[str, EncodedCounts] = {}
     self.short: dict[str, int] = {}
     self.costs: dict[tuple[str, str], Cost] = {}
-    # An unknown arm is refused before any task is loaded.
+    # An arm that cannot be scored is refused before any task is loaded.
+    check_policy(self.arms, settings.policy)
     model.scorer(self.arms)
+
+  def frozen(self) -> 'TaskAnswers':
+    """Returns the answers of the frozen decoder alone, which needs no room or place for latents."""
+    return TaskAnswers(self.model, (FROZEN,), Settings(batch_size=self._settings.batch_size),
+                       self._ledger)
 
   def score(self, task: str, pairs: Sequence[tuple[str, str]],
             items: Sequence[Hashable]) -> dict[str, list[Score]]:
@@ -108,7 +115,6 @@ class TaskAnswers:
     for (context, continuation), item in zip(pairs, items, strict=True):
       requests.append(encoder.encode(context, continuation, item))
     self.counts[task] = encoder.counts
-    self._check_room(task, requests)
     return self.score_requests(task, requests)
 
   def score_windows(
@@ -117,12 +123,11 @@ class TaskAnswers:
     """Returns the scores of continuations after contexts, both in ids, by arm; see `score`."""
     requests = [Request(tuple(context), tuple(continuation), len(context) - 1, number)
                 for number, (context, continuation) in enumerate(windows)]
-    if self._settings.policy == ONCE:
-      self._check_room(task, requests)
     return self.score_requests(task, requests)
 
   def score_requests(self, task: str, requests: Sequence[Request]) -> dict[str, list[Score]]:
     """Returns the scores of requests in ids, by arm; see `score`."""
+    self._check_room(task, requests)
     keys = [request_key(request) for request in requests]
     skip = [number for number, key in enumerate(keys) if all(
         self._ledger.score(task, arm, key) is not None for arm in self.arms)]
@@ -157,34 +162,50 @@ class TaskAnswers:
       arm: name of an arm.
 
     Raises:
-      UserError: an option is unknown or has a value that is not allowed; see `ArmModel.write`.
+      UserError: an option is unknown or has a value that is not allowed; see `ArmModel.write`. Or
+        a prompt has no room for latents, and is not to be continued without.
     """
     writing = _writing(generation, self._settings.batch_size)
-    encoder = AnswerEncoder(self.model.tokenizer, self.model.max_length)
-    ids = [encoder.encode_prompt(prompt, writing.options.max_tokens) for prompt in prompts]
+    encoder = AnswerEncoder(self.model.tokenizer, self.model.max_length, self._settings.place)
+    requests = [encoder.encode_prompt(prompt, writing.options.max_tokens, f'{task} {number}')
+                for number, prompt in enumerate(prompts)]
     self.counts[task] = encoder.counts
+    self._check_room(task, requests)
     settings = [writing.options.max_tokens, list(writing.stop),
                 dataclasses.asdict(writing.options.sampling)]
-    keys = [prompt_key(each, settings) for each in ids]
-    author = self.model.same_as(arm)
-    skip = [number for number, key in enumerate(keys)
-            if self._ledger.text(task, author, key) is not None]
-    if len(skip) < len(ids):
-      lead('write', ids, author, dict(generation), skip)
-      progress = Progress(f'writing {task}, {author}', 'texts', len(ids) - len(skip))
-      done = 0
-      for written, _ in self._write(ids, author, generation, skip):
-        self._ledger.add_texts(task, author, [keys[number] for number in written.numbers],
-                               written.texts, written.tokens)
-        done += len(written.numbers)
-        progress.update(done)
+    keys = [prompt_key(request.context, settings) for request in requests]
+    has_room = self.model.scorer(self.arms).has_room
+    authors = [self.model.same_as(arm) if has_room(request) else FROZEN for request in requests]
+    for author in dict.fromkeys(authors):
+      chosen = [number for number, each in enumerate(authors) if each == author]
+      self._write_missing(task, author, [requests[number] for number in chosen],
+                          [keys[number] for number in chosen], generation)
     cost = self.costs[task, arm] = Cost()
     texts = []
-    for prompt, key in zip(ids, keys, strict=True):
+    for request, key, author in zip(requests, keys, authors, strict=True):
       text, tokens = self._ledger.text(task, author, key)
       texts.append(text)
-      self._add_text_cost(cost, arm, len(prompt), max(tokens, 1))
+      self._add_text_cost(cost, arm, request, max(tokens, 1))
     return texts
+
+  def _write_missing(self, task: str, author: str, requests: Sequence[Request],
+                     keys: Sequence[str], generation: Mapping[str, Any]) -> None:
+    """Writes the texts of one author that the ledger does not have."""
+    skip = [number for number, key in enumerate(keys)
+            if self._ledger.text(task, author, key) is not None]
+    if len(skip) == len(keys):
+      return
+    # Latents at the end of the prompts come by the policy.
+    anchors = [] if self._settings.place == END else [request.anchor for request in requests]
+    call = [request.context for request in requests], author, dict(generation), skip, anchors
+    lead('write', *call)
+    progress = Progress(f'writing {task}, {author}', 'texts', len(keys) - len(skip))
+    done = 0
+    for written, _ in self._write(*call):
+      self._ledger.add_texts(task, author, [keys[number] for number in written.numbers],
+                             written.texts, written.tokens)
+      done += len(written.numbers)
+      progress.update(done)
 
   def follow(self) -> None:
     """Takes part in what process 0 computes, on the other processes, until it ends."""
@@ -203,17 +224,15 @@ class TaskAnswers:
       yield scored
 
   def _write(self, ids: Sequence[Sequence[int]], arm: str, generation: Mapping[str, Any],
-             skip: Sequence[int]):
+             skip: Sequence[int], anchors: Sequence[int]):
     writing = _writing(generation, self._settings.batch_size)
-    yield from self.model.write(ids, arm, writing, skip, self._settings.policy)
+    yield from self.model.write(ids, arm, writing, skip, self._settings.policy, anchors)
 
   def _check_room(self, task: str, requests: Sequence[Request]) -> None:
     """Counts contexts that are too short for latents, and refuses them if they must be."""
     scorer = self.model.scorer(self.arms)
     short = {(request.context, request.anchor) for request in requests
              if not scorer.has_room(request)}
-    if set(self.arms) == {FROZEN}:
-      short = set()
     self.short[task] = len(short)
     if short and not self._settings.plain_if_short:
       context, anchor = min(short, key=lambda each: (each[1], len(each[0])))
@@ -224,11 +243,17 @@ class TaskAnswers:
 
   def _count_costs(self, task: str, requests: Sequence[Request]) -> None:
     """Counts what each arm alone takes for the requests of a task."""
-    decoder, contexts = self.model.config, group(requests)
+    decoder = self.model.config
     for arm in self.arms:
-      config, cost = self._config_of(arm), Cost()
-      latents = config.num_latents if config else 0
-      for context in contexts:
+      cost = self.costs[task, arm] = Cost()
+      # By a policy, the engine reads each request alone.
+      if self._settings.policy != ONCE:
+        for request in requests:
+          self._add_text_cost(cost, arm, request, len(request.continuation))
+        continue
+      for context in group(requests):
+        config = self._config_of(arm, context.anchor)
+        latents = config.num_latents if config else 0
         trunk, traces = len(context.ids), [latents + len(trace) for trace in context.traces]
         cost.tokens += trunk + sum(traces)
         cost.flops += forward_flops(decoder, trunk) + len(context.targets) * head_flops(decoder)
@@ -237,19 +262,39 @@ class TaskAnswers:
           # Every trace reads the latents, so the reading of the augmentation is counted already.
           cost.flops += latents_flops(decoder, config, context.anchor + 1)
           cost.flops -= forward_flops(decoder, latents, trunk + 1)
-      self.costs[task, arm] = cost
 
-  def _add_text_cost(self, cost: Cost, arm: str, prompt: int, tokens: int) -> None:
-    config = self._config_of(arm)
-    cost.tokens += prompt + tokens + (config.num_latents if config else 0)
-    cost.flops += answer_flops(self.model.config, prompt, tokens)
-    if config:
-      cost.flops += latents_flops(self.model.config, config, prompt)
+  def _add_text_cost(self, cost: Cost, arm: str, request: Request, tokens: int) -> None:
+    """Adds what an arm takes for a prompt and `tokens` after it; latents of a gate do not count."""
+    decoder, length = self.model.config, len(request.context)
+    cost.tokens += length + tokens
+    cost.flops += answer_flops(decoder, length, tokens)
+    config = self._config_of(arm, request.anchor)
+    places = list(_places(self._settings.policy, tokens)) if config else []
+    for place in places:
+      cost.tokens += config.num_latents
+      cost.flops += latents_flops(decoder, config, request.anchor + 1 + place)
+    # Latents are made of tokens alone, so those since the last latents are read again.
+    for before, place in itertools.pairwise(places):
+      cost.tokens += place - before
+      cost.flops += forward_flops(decoder, place - before, length + before + 1)
 
-  def _config_of(self, arm: str):
-    """Returns the config of an arm's latents; None for the frozen decoder."""
+  def _config_of(self, arm: str, anchor: int) -> Any:
+    """Returns the config of an arm's latents after an anchor; None for the frozen decoder."""
+    arm = self.model.same_as(arm)
     checkpoint = {FROZEN: None, CONSTANT: self.model.constant}.get(arm, self.model.own)
-    return checkpoint and checkpoint.config
+    if checkpoint is None or anchor < checkpoint.config.first_anchor:
+      return None
+    # An output of zero, or a mean that is known, takes no pass of the coprocessor.
+    return dataclasses.replace(checkpoint.config, trainable='constant') if arm in (
+        ZERO, MEAN) else checkpoint.config
+
+
+def _places(policy: Policy, tokens: int) -> Iterator[int]:
+  """Yields the set places of a policy in a text of some tokens, counted from its prompt."""
+  place = policy.next_stop(0)
+  while place is not None and place < tokens:
+    yield place
+    place = policy.next_stop(place + 1)
 
 
 def _writing(generation: Mapping[str, Any], batch_size: int) -> Writing:

@@ -5,6 +5,8 @@ taken, which it downloads. The library is imported where tasks are loaded, since
 """
 
 import difflib
+import functools
+import hashlib
 import logging as python_logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ import yaml
 from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.evaluation.code_execution import check_isolation
 from latent_deliberation.evaluation.task_files import TASKS, find_file
+from latent_deliberation.evaluation.task_outcomes import Gold, find_gold
 
 # The paper's benchmarks and their examples in a prompt (table 2), under our names.
 PAPER: Mapping[str, int] = {
@@ -23,9 +26,12 @@ PAPER: Mapping[str, int] = {
     'agieval': 0, 'triviaqa': 0, 'nq_open': 0, 'humaneval': 0, 'bbh': 3}
 # Names of lm-evaluation-harness where they differ. Its tasks of programs load their metric from the
 # hub and run programs without isolation, so they are left out.
-HUB: Mapping[str, str] = {
-    'math': 'minerva_math', 'agieval': 'agieval_en', 'bbh': 'bbh_cot_fewshot',
-    'lambada': 'lambada_openai'}
+HUB: Mapping[str, tuple[str, ...]] = {
+    'math': ('minerva_math',), 'bbh': ('bbh_cot_fewshot',), 'lambada': ('lambada_openai',),
+    # The English tasks with choices; the library's own group has one more, which has none.
+    'agieval': tuple(f'agieval_{part}' for part in (
+        'aqua_rat', 'gaokao_english', 'logiqa_en', 'lsat_ar', 'lsat_lr', 'lsat_rc', 'sat_en',
+        'sat_en_without_passage', 'sat_math'))}
 NO_HUB = ('mbpp', 'humaneval', 'gsm8k_chain', 'agieval_math')
 CHAIN_OF = {'gsm8k': 'gsm8k_chain'}  # task -> the same questions, with a chain of thought
 
@@ -108,6 +114,18 @@ def stay_offline() -> None:
     os.environ.setdefault(name, '1')
 
 
+def data_hashes(tasks: Sequence[str], data: str) -> dict[str, str]:
+  """Returns a hash of the data files of each task; {} for data of the hub."""
+  hashes = {}
+  for name in tasks if data else ():
+    given, found = task_file(f'{name}.yaml')['dataset_kwargs'], hashlib.sha256()
+    for file in given['files'].values():
+      found.update(hashlib.sha256(find_file(data, given['folder'], file).read_bytes()).digest())
+    hashes[name] = found.hexdigest()
+  return hashes
+
+
+@functools.cache
 def open_tasks(data: str, num_fewshot: int | None) -> Any:
   """Returns lm-evaluation-harness's manager of tasks: ours with data, otherwise its own."""
   if data:
@@ -122,9 +140,49 @@ def open_tasks(data: str, num_fewshot: int | None) -> Any:
                              metadata={'data': data, **shots})
 
 
-def hub_name(task: str) -> str:
-  """Returns the name of a task in lm-evaluation-harness."""
-  return HUB.get(task, task)
+def load_tasks(name: str, data: str, num_fewshot: int | None) -> dict[str, Any]:
+  """Returns the tasks of lm-evaluation-harness that a task consists of, by name."""
+  return open_tasks(data, num_fewshot).load(names_of(name, data))['tasks']
+
+
+def names_of(task: str, data: str) -> list[str]:
+  """Returns the names of a task in lm-evaluation-harness: ours with data, otherwise its own."""
+  return [task] if data else list(HUB.get(task, (task,)))
+
+
+def requests_of(name: str, data: str, limit: int | None,
+                num_fewshot: int | None = None) -> list[tuple[Any, Any, Gold]]:
+  """Returns the requests of a task: its task in lm-evaluation-harness, an instance, and the gold.
+
+  Args:
+    name: name of the task.
+    data: data directories; '' for the hub.
+    limit: number of items, the first ones; None for all.
+    num_fewshot: examples in a prompt; None for the task's own.
+
+  Raises:
+    UserError: a document lacks a field or a gold answer, or there are not as many examples.
+  """
+  open_tasks(data, num_fewshot)  # says so where the library is missing, with which jinja2 comes
+  import jinja2
+  requests = []
+  try:
+    for task in load_tasks(name, data, num_fewshot).values():
+      task.set_fewshot_seed(0)
+      shots = shots_of(name, data, num_fewshot)
+      # As the library does it: no examples in a task that says so itself.
+      if task.config.num_fewshot != 0:
+        task.set_config('num_fewshot', task.config.num_fewshot or 0 if shots is None else shots)
+      task.build_all_requests(limit=limit)
+      golds: dict[int, Gold] = {}
+      for instance in task.instances:
+        if instance.doc_id not in golds:
+          golds[instance.doc_id] = find_gold(task, instance.doc)
+        requests.append((task, instance, golds[instance.doc_id]))
+  except jinja2.UndefinedError as error:
+    raise UserError(f'task {name} has a document without a field that its prompt needs ({error}): '
+                    'give documents with the fields that docs/benchmarks.md names') from error
+  return requests
 
 
 def shots_of(task: str, data: str, num_fewshot: int | None) -> int | None:

@@ -5,6 +5,8 @@ the functions below it, so loading a task also registers our model; see harness.
 """
 
 import collections
+import contextlib
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +20,8 @@ __all__ = ['harness', 'load']
 
 
 def load(*, folder: str, files: Mapping[str, str], data: str = '', prepare: str = '',
-         shots: int | None = None, **metadata: Any) -> Mapping[str, Any]:
+         fields: Sequence[str] = (), shots: int | None = None,
+         **metadata: Any) -> Mapping[str, Any]:
   """Returns the splits of a task, as `custom_dataset` of a task file.
 
   Args:
@@ -26,20 +29,29 @@ def load(*, folder: str, files: Mapping[str, str], data: str = '', prepare: str 
     files: name of the file of each split, without its ending.
     data: the data directory, or several with the system's separator of paths between.
     prepare: name of a function of PREPARED, which makes the documents of the task.
+    fields: fields that the templates of the task need. A template would read a missing one as text.
     shots: number of examples in a prompt, where `prepare` puts them there.
     metadata: further values that lm-evaluation-harness passes on; not used.
 
   Raises:
     MissingError: there is no data directory, or a file is missing.
-    UserError: a file is damaged, or a document has no gold answer.
+    UserError: a file is damaged; a document lacks a field or a gold answer; or none is of this
+      task.
   """
   del metadata
   if not data:
     raise MissingError(f'task data of {folder}: no data directory is given. Give --data=DIRECTORY, '
                        'or --metadata data=DIRECTORY to lm_eval')
   raw = {split: read_documents(find_file(data, folder, name)) for split, name in files.items()}
+  for doc in itertools.chain.from_iterable(raw.values()):
+    for field in fields:
+      _ = doc[field]
   if prepare:
     raw = PREPARED[prepare](raw, shots)
+  for split, docs in raw.items():
+    if not docs:
+      raise UserError(f'{find_file(data, folder, files.get(split, next(iter(files.values()))))} '
+                      f'holds no document of the task {prepare}: give others, or leave it out')
   # An import of the harness's own library, which is slow.
   from datasets import Dataset
   return {split: Dataset.from_list(docs) for split, docs in raw.items()}
@@ -211,10 +223,12 @@ def score_math(doc: Doc, results: Sequence[str]) -> dict[str, float]:
   """Returns whether the last boxed answer, or what follows 'answer is', equals the gold one."""
   from lm_eval.tasks.hendrycks_math import utils
   text = results[0]
-  boxed = utils.last_boxed_only_string(text)
+  boxed, found = utils.last_boxed_only_string(text), None
   if boxed is not None:
-    found = utils.remove_boxed(boxed)
-  else:
+    # Other forms of a box, which a model may well write, fail the library's assertions.
+    with contextlib.suppress(AssertionError):
+      found = utils.remove_boxed(boxed)
+  if found is None:
     said = re.findall(r'answer is:?\s*(.+)', text)
     found = said[-1].strip().rstrip('.').strip('$ ') if said else text.strip()
   return {'exact_match': float(utils.is_equiv(found, doc['answer']))}

@@ -4,15 +4,30 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latent_deliberation.errors import MissingError, UserError
 
 TASKS = Path(__file__).with_name('tasks')  # the task files of lm-evaluation-harness
-Doc = dict[str, Any]
 _ENDINGS = ('.jsonl', '.jsonl.gz')
+
+
+class Doc(dict[str, Any]):
+  """A document, which says where it is from if it lacks a field.
+
+  Attributes:
+    where: its number and its file.
+  """
+
+  def __init__(self, fields: Mapping[str, Any], where: str):
+    super().__init__(fields)
+    self.where = where
+
+  def __missing__(self, field: str) -> Any:
+    raise UserError(f'{self.where} has no {field!r}: give documents with the fields that '
+                    'docs/benchmarks.md names, or leave the task out')
 
 
 def find_file(data: str, folder: str, name: str) -> Path:
@@ -51,7 +66,7 @@ def read_documents(path: Path) -> list[Doc]:
           doc = json.loads(line)
           if not isinstance(doc, dict):
             raise ValueError(f'line {number} is no JSON object')
-          docs.append(doc)
+          docs.append(Doc(doc, f'document {len(docs)} of {path}'))
   except (OSError, EOFError, ValueError) as error:
     raise UserError(f'{path} cannot be read ({error}): give a file with a JSON object a line'
                     ) from error

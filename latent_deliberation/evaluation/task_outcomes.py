@@ -5,6 +5,7 @@ They come from the samples that lm-evaluation-harness logs, and are kept as JSON
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ class TaskOutcomes:
     shots: number of examples in a prompt.
     items: names of the items.
     chance: expected accuracy of a guess.
-    majority: accuracy of always giving the most frequent gold answer, or choice.
+    majority: accuracy of always giving the most frequent gold answer, or choice; None where the
+      gold choice has the same place in every item, which says nothing of the task.
     arms: outcomes of each arm, 'frozen' first if it was scored.
     truncated, merged, short: numbers of requests that lost tokens at the left, or whose answer
       merges with its context; and of contexts without room for latents.
@@ -57,7 +59,7 @@ class TaskOutcomes:
   shots: int
   items: list[str]
   chance: float
-  majority: float
+  majority: float | None
   arms: dict[str, ArmOutcomes]
   truncated: int = 0
   merged: int = 0
@@ -81,10 +83,12 @@ class Gold:
 
   Attributes:
     text: the answer, or the context of the right choice where contexts differ.
+    judged: what a written answer must be: `text` without a solution before it, for instance.
     choices: number of choices; 0 where the answer is written.
     index: index of the gold choice; None where the answer is written.
   """
   text: str
+  judged: str = ''
   choices: int = 0
   index: int | None = None
 
@@ -107,15 +111,20 @@ def find_gold(task: Any, doc: Mapping[str, Any]) -> Gold:
     if gold is None or not 0 <= gold < len(choices):
       raise UserError(f'task {name} has a document whose gold answer is none of its choices: '
                       f'{str(doc):.200}. Give a split with answers')
-    return Gold(choices[gold], len(choices), gold)
+    return Gold(choices[gold], choices=len(choices), index=gold)
   field = (task.config.metadata or {}).get('gold')
-  target = doc[field] if field else task.doc_to_target(doc)
+  target = task.doc_to_target(doc)
   if isinstance(target, list):
     target = target[0] if target else ''
-  if not str(target).strip():
+  text = str(doc[field] if field else target)
+  if not text.strip():
     raise UserError(f'task {name} has a document without a gold answer: {str(doc):.200}. Give a '
                     'split with answers')
-  return Gold(str(target))
+  judged = str(target)
+  for metric in task.config.metric_list or ():
+    for ignored in metric.get('regexes_to_ignore') or ():
+      judged = re.sub(ignored, '', judged)
+  return Gold(text, judged.strip())
 
 
 def outcomes_of(task: Any, samples: Sequence[Mapping[str, Any]],
@@ -154,8 +163,13 @@ def outcomes_of(task: Any, samples: Sequence[Mapping[str, Any]],
   return ArmOutcomes(nats, p, correct, norm, texts=texts), metric
 
 
-def guesses(golds: Sequence[Gold]) -> tuple[float, float]:
-  """Returns the accuracy of chance, and that of always giving the most frequent answer."""
+def guesses(golds: Sequence[Gold]) -> tuple[float, float | None]:
+  """Returns the accuracy of chance, and that of always giving the most frequent answer.
+
+  The second one is None where the gold choice always has the same place.
+  """
   chance = float(np.mean([1 / gold.choices if gold.choices else 0.0 for gold in golds]))
-  counts = collections.Counter(gold.text if gold.index is None else gold.index for gold in golds)
+  counts = collections.Counter(gold.judged if gold.index is None else gold.index for gold in golds)
+  if golds[0].index is not None and len(counts) == 1:
+    return chance, None
   return chance, counts.most_common(1)[0][1] / len(golds)

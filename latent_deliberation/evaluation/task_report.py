@@ -81,8 +81,8 @@ def _arms_of(summary: Mapping[str, Any]) -> list[str]:
   return list(dict.fromkeys(name for task in summary['tasks'].values() for name in task['arms']))
 
 
-def _percent(value: float) -> str:
-  return f'{100 * value:.1f}'
+def _percent(value: float | None) -> str:
+  return '' if value is None else f'{100 * value:.1f}'
 
 
 def _change(found: Mapping[str, Any] | None, items: int, scale: float, digits: int) -> str:

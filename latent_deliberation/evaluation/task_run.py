@@ -12,6 +12,7 @@ request scores all arms; see task_answers.py.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 import time
@@ -30,7 +31,7 @@ from latent_deliberation.evaluation.answers import ARMS
 from latent_deliberation.evaluation.arm_model import ArmModel
 from latent_deliberation.evaluation.ledger import Ledger
 from latent_deliberation.evaluation.perplexity import FROZEN
-from latent_deliberation.evaluation.shared_work import END, lead
+from latent_deliberation.evaluation.shared_work import STOP, lead
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers, mean_cost
 from latent_deliberation.evaluation.task_outcomes import (
   ArmOutcomes,
@@ -43,9 +44,11 @@ from latent_deliberation.evaluation.task_report import summarise, write_results
 from latent_deliberation.files import make_writable, write_json, write_whole
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import RESULTS, RUN_FILE
+from latent_deliberation.progress import announced
 from latent_deliberation.provenance import git_commit
 
 CHAIN = 'chain'  # the arm in which the frozen decoder writes a chain of thought first
+LAST_NUMBER = 'flexible-extract'  # a filter of lm-evaluation-harness
 ANSWERS, TASKS, SAMPLES = 'answers.jsonl', 'tasks', 'samples'
 
 
@@ -69,20 +72,27 @@ class Plan:
   run_code: bool = False
 
   def check(self) -> None:
-    """Checks everything that needs no weights.
+    """Checks everything that needs no weights; on process 0, which has the tasks, all documents.
 
     Raises:
-      UserError: an arm or a task is unknown, or data are missing; see `check_tasks`.
+      UserError: an arm or a task is unknown, or has no data; or a document cannot be used. See
+        `check_tasks` and `requests_of`.
     """
     unknown = [arm for arm in self.arms if arm not in (*ARMS, CHAIN)]
     if unknown or not set(self.arms) - {CHAIN}:
       raise UserError(f'arms = {",".join(self.arms)}: give some of {", ".join(ARMS)}; and {CHAIN} '
                       'for a chain of thought beside them')
+    if CHAIN in self.arms and not self.data:
+      raise UserError(f'arm {CHAIN} needs local data: give --data=DIRECTORY, or leave it out')
     if self.limit is not None:
       check_integer('limit', self.limit, 1)
     if self.num_fewshot is not None:
       check_integer('num_fewshot', self.num_fewshot, 0)
     task_catalog.check_tasks(self.tasks, self.data, self.run_code)
+    if jax.process_index() == 0:
+      with announced('reading tasks'):
+        for name in self.tasks:
+          task_catalog.requests_of(name, self.data, self.limit, self.num_fewshot)
 
 
 def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
@@ -97,7 +107,7 @@ def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
     plan: what to run; checked already.
     settings: how latents come.
     output: directory of the results.
-    overwrite: whether the results of another run there may be removed.
+    overwrite: whether the results there are removed, those of the same run included.
 
   Returns: the content of results.json; {} on other processes than 0.
 
@@ -111,30 +121,30 @@ def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
     barrier('benchmarks done')
     return {}
   make_writable(output)
+  identity |= {'lm_eval': importlib.metadata.version('lm_eval'),
+               'data': task_catalog.data_hashes(plan.tasks, plan.data)}
   _claim(output, identity, overwrite)
   answers = TaskAnswers(model, arms, settings, Ledger(output / ANSWERS))
   outcomes = []
-  manager = None
   for name in plan.tasks:
     finished = output / TASKS / f'{name}.json'
     if finished.exists():
       logging.info('%s is finished already', name)
       outcomes.append(TaskOutcomes.from_json(json.loads(finished.read_bytes())))
       continue
-    manager = manager or task_catalog.open_tasks(plan.data, plan.num_fewshot)
     logging.info('=== %s', name)
-    done = _run_task(name, answers, plan, manager, output)
+    done = _run_task(name, answers, plan, output)
     write_json(finished, done.to_json())
     outcomes.append(done)
   summary = summarise(outcomes, {**identity, 'git_commit': git_commit()})
   write_results(summary, output)
-  lead(END)
+  lead(STOP)
   barrier('benchmarks done')
   return summary
 
 
 def _identity(model: ArmModel, plan: Plan, settings: Settings) -> dict[str, Any]:
-  """Returns everything that results depend on, as JSON gives it back. Tasks may be added later."""
+  """Returns what results depend on beside their data, as JSON gives it back."""
   sources = {name: None if checkpoint is None else {
       'fingerprint': fingerprint(checkpoint.params), 'steps': checkpoint.steps,
       **dataclasses.asdict(checkpoint.config)}
@@ -149,46 +159,47 @@ def _identity(model: ArmModel, plan: Plan, settings: Settings) -> dict[str, Any]
 
 
 def _claim(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
-  """Notes whose results these are.
+  """Notes whose results these are. Tasks may be added later, with their data.
 
   Raises:
     UserError: there are results of another run.
   """
-  path = output / RUN_FILE
-  if path.exists():
-    saved = json.loads(path.read_bytes())
-    if saved == identity:
-      return
-    if not overwrite:
-      raise UserError('\n'.join([f'{output} holds results of another run:',
-                                 *differences(saved, identity),
-                                 'Give another --output, or add --overwrite.']))
+  path, data = output / RUN_FILE, identity['data']
+  if path.exists() and overwrite:
     for name in (TASKS, SAMPLES):
       shutil.rmtree(output / name, ignore_errors=True)
     (output / ANSWERS).unlink(missing_ok=True)
+  elif path.exists():
+    saved = json.loads(path.read_bytes())
+    saved_data = saved.get('data', {})
+    found = [*differences({**saved, 'data': {}}, {**identity, 'data': {}}),
+             *differences({name: saved_data.get(name, value) for name, value in data.items()},
+                          data, 'data of ')]
+    if found:
+      raise UserError('\n'.join([f'{output} holds results of another run:', *found,
+                                 'Give another --output, or add --overwrite.']))
+    data = {**saved_data, **data}
   elif (output / f'{RESULTS}.json').exists() and not overwrite:
     raise UserError(f'{output} holds a {RESULTS}.json of something else: give another --output, or '
                     'add --overwrite')
-  write_json(path, dict(identity))
+  write_json(path, {**identity, 'data': data})
 
 
-def _run_task(name: str, answers: TaskAnswers, plan: Plan, manager: Any,
-              output: Path) -> TaskOutcomes:
+def _run_task(name: str, answers: TaskAnswers, plan: Plan, output: Path) -> TaskOutcomes:
   """Runs one task in every arm."""
   begun = time.monotonic()
   arms: dict[str, ArmOutcomes] = {}
   shared: dict[str, Any] = {}
-  tasks = _load(name, plan, manager)
+  tasks = task_catalog.load_tasks(name, plan.data, plan.num_fewshot)
   for arm in (*answers.arms, *((CHAIN,) if CHAIN in plan.arms else ())):
+    found, tasks_of_arm, answers_of_arm = name, tasks, answers
     if arm == CHAIN:
-      if name not in task_catalog.CHAIN_OF or not plan.data:
+      if name not in task_catalog.CHAIN_OF:
         continue
-      found, tasks_of_arm = task_catalog.CHAIN_OF[name], None
-    else:
-      found, tasks_of_arm = name, tasks
-    samples = _evaluate(found, answers, FROZEN if arm == CHAIN else arm, plan, manager)
+      found, answers_of_arm = task_catalog.CHAIN_OF[name], answers.frozen()
+      tasks_of_arm = task_catalog.load_tasks(found, plan.data, plan.num_fewshot)
+    samples = _evaluate(found, answers_of_arm, FROZEN if arm == CHAIN else arm, plan)
     _write_samples(output / SAMPLES / arm, samples)
-    tasks_of_arm = tasks_of_arm or _load(found, plan, manager)
     items = [f'{task} {sample["doc_id"]}' for task, rows in samples.items() for sample in rows]
     golds = [find_gold(tasks_of_arm[task], sample['doc'])
              for task, rows in samples.items() for sample in rows]
@@ -198,43 +209,44 @@ def _run_task(name: str, answers: TaskAnswers, plan: Plan, manager: Any,
       if shared and shared['prompts'] != prompts:
         raise AssertionError(f'task {name} has other prompts in arm {arm}: it draws them anew')
       shared = shared or {'items': items, 'golds': golds, 'prompts': prompts}
-    arms[arm], metric = _outcomes(name, answers, tasks_of_arm, samples, golds, arm)
+    arms[arm], metric = _outcomes(answers_of_arm, tasks_of_arm, samples, golds, arm)
     shared.setdefault('metric', metric)
   chance, majority = guesses(shared['golds'])
-  counts = [count for task, count in answers.counts.items() if task in tasks]
+  # Of written tasks, prompts and gold answers are counted apart, and their contexts are the same.
+  names = [(task, f'{task}/gold') for task in tasks]
+  counts = [answers.counts[each] for pair in names for each in pair if each in answers.counts]
+  short = sum(max(answers.short.get(each, 0) for each in pair) for pair in names)
   return TaskOutcomes(
       name, shared['metric'], task_catalog.shots_shown(name, plan.num_fewshot), shared['items'],
       chance, majority, arms, sum(count.truncated for count in counts),
-      sum(count.merged for count in counts), sum(answers.short.get(task, 0) for task in tasks),
-      round(time.monotonic() - begun, 1))
+      sum(count.merged for count in counts), short, round(time.monotonic() - begun, 1))
 
 
-def _load(name: str, plan: Plan, manager: Any) -> dict[str, Any]:
-  """Returns the tasks of lm-evaluation-harness that a task consists of, by name."""
-  return manager.load([name if plan.data else task_catalog.hub_name(name)])['tasks']
-
-
-def _evaluate(name: str, answers: TaskAnswers, arm: str, plan: Plan,
-              manager: Any) -> dict[str, list[dict[str, Any]]]:
+def _evaluate(name: str, answers: TaskAnswers, arm: str,
+              plan: Plan) -> dict[str, list[dict[str, Any]]]:
   """Returns the samples of a task in one arm, by task of lm-evaluation-harness."""
   from latent_deliberation.evaluation.harness import DeliberationLM, simple_evaluate
   results = simple_evaluate(
-      model=DeliberationLM.of(answers, arm),
-      tasks=[name if plan.data else task_catalog.hub_name(name)], task_manager=manager,
-      limit=plan.limit, num_fewshot=task_catalog.shots_of(name, plan.data, plan.num_fewshot),
+      model=DeliberationLM.of(answers, arm), tasks=task_catalog.names_of(name, plan.data),
+      task_manager=task_catalog.open_tasks(plan.data, plan.num_fewshot), limit=plan.limit,
+      num_fewshot=task_catalog.shots_of(name, plan.data, plan.num_fewshot),
       bootstrap_iters=0, log_samples=True, fewshot_as_multiturn=False,
       confirm_run_unsafe_code=plan.run_code)
-  return {task: _first_filter(samples) for task, samples in results['samples'].items()}
+  return {task: _one_filter(samples) for task, samples in results['samples'].items()}
 
 
-def _first_filter(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Returns the samples of the first filter, in the order of the documents."""
-  name = samples[0]['filter']
+def _one_filter(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Returns the samples of one filter, in the order of the documents.
+
+  It is the one that takes the last number of a text, as GSM8K's, or else the first.
+  """
+  filters = [sample['filter'] for sample in samples]
+  name = LAST_NUMBER if LAST_NUMBER in filters else filters[0]
   return sorted((sample for sample in samples if sample['filter'] == name),
                 key=lambda sample: sample['doc_id'])
 
 
-def _outcomes(name: str, answers: TaskAnswers, tasks: Mapping[str, Any],
+def _outcomes(answers: TaskAnswers, tasks: Mapping[str, Any],
               samples: Mapping[str, Sequence[dict[str, Any]]], golds: Sequence[Any],
               arm: str) -> tuple[ArmOutcomes, str]:
   """Returns the outcomes of an arm on all items, and the metric."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
@@ -21,7 +22,6 @@ from latent_deliberation.evaluation.answer_texts import AnswerEncoder
 from latent_deliberation.evaluation.answers import SHUFFLED, AnswerScorer, Source
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.shared_work import from_leader
-from latent_deliberation.evaluation.task_outcomes import find_gold
 from latent_deliberation.experiment import EvaluationConfig, Experiment
 from latent_deliberation.inference.tokenizer import BYTES, Tokenizer, open_tokenizer
 from latent_deliberation.paths import kept_vocabulary
@@ -71,7 +71,8 @@ def make_evaluator(experiment: Experiment, deliberator: Deliberator, decoder_par
   Its values are by task, as in 'piqa/gain'. 'gain' is nats that own latents take off the gold
   answer, against the frozen decoder. 'content' is the same against another example's latents.
   'accuracy' and 'frozen_accuracy' are fractions. Of tasks whose answers are written, the gold
-  answer is scored, and counts as right if greedy decoding would write it.
+  answer is scored, and counts as right if greedy decoding would write it. Items without room for
+  latents are left out.
 
   Args:
     experiment: the whole configuration.
@@ -87,7 +88,8 @@ def make_evaluator(experiment: Experiment, deliberator: Deliberator, decoder_par
   plain = None
   if jax.process_index() == 0:
     with announced('reading tasks'):
-      plain = {name: _read(name, experiment.evaluation, tokenizer)
+      first = deliberator.config.first_anchor
+      plain = {name: _read(name, experiment.evaluation, tokenizer, first)
                for name in experiment.evaluation.tasks}
   samples = {name: _sample(values) for name, values in from_leader(plain).items()}
   scorers: list[AnswerScorer] = []
@@ -104,29 +106,41 @@ def make_evaluator(experiment: Experiment, deliberator: Deliberator, decoder_par
   return evaluate
 
 
-def _read(name: str, config: EvaluationConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-  """Returns the requests of a task's first items, as JSON values."""
-  manager = task_catalog.open_tasks(config.task_data, None)
-  task = manager.load([name])['tasks'][name]
-  task.set_fewshot_seed(0)
-  if task.config.num_fewshot is None:
-    task.set_config('num_fewshot', 0)
-  task.build_all_requests(limit=config.task_items)
+def _read(name: str, config: EvaluationConfig, tokenizer: Tokenizer,
+          first_anchor: int) -> dict[str, Any]:
+  """Returns the requests of a task's first items, as JSON values.
+
+  Items without room for latents, whose gain would be zero, are left out.
+
+  Raises:
+    UserError: no item has room for latents; or see `requests_of`.
+  """
   encoder = AnswerEncoder(tokenizer, MAX_LENGTH)
-  requests, gold, items, seen = [], [], [], {}
-  for instance in task.instances:
-    item = seen.setdefault(instance.doc_id, len(seen))
-    answer = find_gold(task, instance.doc)
+  by_item: dict[int, list[tuple[Request, bool]]] = {}
+  for task, instance, answer in task_catalog.requests_of(name, config.task_data,
+                                                         config.task_items):
     context, continuation = instance.args[:2]
     if task.OUTPUT_TYPE == WRITTEN:
       continuation = f'{task.config.target_delimiter}{answer.text}'
-    if answer.index is None or instance.idx == answer.index:
-      gold.append(len(requests))
-    request = encoder.encode(context, continuation, item)
-    requests.append([request.context, request.continuation, request.anchor])
-    items.append(item)
-  return {'requests': requests, 'gold': gold, 'items': items,
-          'is_choice': task.OUTPUT_TYPE == 'multiple_choice'}
+    by_item.setdefault(instance.doc_id, []).append((
+        encoder.encode(context, continuation, instance.doc_id),
+        answer.index is None or instance.idx == answer.index))
+  fit = [requests for requests in by_item.values()
+         if all(request.anchor >= first_anchor for request, _ in requests)]
+  if not fit:
+    raise UserError(f'evaluation.tasks has {name!r}, but none of its {len(by_item)} items has room '
+                    'for the latents: leave it out, or raise evaluation.task_items')
+  if encoder.counts.truncated or len(fit) < len(by_item):
+    logging.warning('%s: %d of %d requests have more than %d tokens, and are cut at the left; %d '
+                    'of %d items have no room for latents, and are left out', name,
+                    encoder.counts.truncated, encoder.counts.requests, MAX_LENGTH,
+                    len(by_item) - len(fit), len(by_item))
+  flat = [(item, request, is_gold) for item, requests in enumerate(fit)
+          for request, is_gold in requests]
+  return {'requests': [[request.context, request.continuation, request.anchor]
+                       for _, request, _ in flat],
+          'gold': [number for number, (*_, is_gold) in enumerate(flat) if is_gold],
+          'items': [item for item, *_ in flat], 'is_choice': task.OUTPUT_TYPE == 'multiple_choice'}
 
 
 def _sample(values: Mapping[str, Any]) -> Sample:

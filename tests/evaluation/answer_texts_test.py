@@ -53,7 +53,9 @@ def test_merged():
 @pytest.mark.parametrize('place, at', [('end', 14), ('before:Answer:', 6), ('before: Answer: ', 6)])
 def test_place(place, at):
   """Latents come after the last token before the last such text."""
-  assert AnswerEncoder(BYTES, 100, place).encode('Q: why\nAnswer:', ' so').anchor == at
+  encoder = AnswerEncoder(BYTES, 100, place)
+  assert encoder.encode('Q: why\nAnswer:', ' so').anchor == at
+  assert encoder.encode_prompt('Q: why\nAnswer:', 4).anchor == at
 
 
 def test_truncation():
@@ -64,7 +66,8 @@ def test_truncation():
   assert len(request.context) + len(request.continuation) - 1 == 8
   assert encoder.encode('abcde', 'xyz').context == ids('abcde')
   assert encoder.counts.truncated == 1
-  assert encoder.encode_prompt('abcdefghij', 4) == [ids('')[0], *ids('hij')[1:]]
+  assert encoder.encode_prompt('abcdefghij', 4) == Request(
+      (ids('')[0], *ids('hij')[1:]), (), 3)
   assert encoder.counts.truncated == 2
 
 

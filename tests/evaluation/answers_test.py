@@ -133,7 +133,7 @@ def test_common_prefix(decoder_params, kind, monkeypatch):
   monkeypatch.setattr(answer_packing, 'SHARED', len(COMMON))
   monkeypatch.setattr(answer_packing, 'SMALLEST_CLUSTER', 2)
   contexts = answer_packing.group(requests)
-  answer_packing.find_partners(contexts)
+  answer_packing.find_partners(contexts, range(len(contexts)))
   calls = answer_packing.plan(contexts, range(len(contexts)), num_latents=3, shards=1,
                               partners=True)
   assert {call.prefix for call in calls} == {COMMON}
@@ -204,6 +204,31 @@ def test_no_other_item(decoder_params):
   scorer = make_scorer(decoder_params, ('own', 'shuffled'))
   nats, _ = scores(scorer, [Request(ids(size), ids(2), item='only') for size in (5, 6)])
   np.testing.assert_array_equal(nats[:, 0], nats[:, 1])
+
+
+def test_partners_have_room():
+  """A partner is looked for among contexts with room for latents, and any is better than none."""
+  contexts = answer_packing.group([Request((1, *ids(size)), (2,), item=item)
+                                   for item, size in enumerate((8, 2, 8, 2, 8))])
+  answer_packing.find_partners(contexts, [0, 2, 4])
+  assert [context.partner for context in contexts] == [2, 1, 0, 3, 2]
+
+
+def test_alone_with_its_beginning(monkeypatch):
+  """The only context that begins otherwise takes latents of the others, which do not take its."""
+  monkeypatch.setattr(answer_packing, 'SHARED', 2)
+  contexts = answer_packing.group([Request((*begin, *ids(4)), (2,), item=item)
+                                   for item, begin in enumerate(((1, 1), (1, 1), (5, 5)))])
+  answer_packing.find_partners(contexts, range(3))
+  assert [context.partner for context in contexts] == [1, 0, 1]
+
+
+def test_shuffled_past_a_short_one(decoder_params):
+  """A short context before another one does not give it its own latents for another example's."""
+  scorer = make_scorer(decoder_params, ('own', 'shuffled'))
+  requests = [Request(ids(size), ids(2), item=item) for item, size in enumerate((6, 2, 7, 2, 8))]
+  nats, _ = scores(scorer, requests)
+  assert (np.abs(nats[:, 0] - nats[:, 1]) > 1e-4).tolist() == [True, False, True, False, True]
 
 
 def test_without_room(decoder_params):

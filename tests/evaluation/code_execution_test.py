@@ -23,7 +23,9 @@ def isolation():
 
 @pytest.mark.parametrize('program, passed', [
     ('assert 1 + 1 == 2', True), ('assert 1 + 1 == 3', False), ('def broken(:', False),
-    ('raise SystemExit(3)', False)])
+    ('raise SystemExit(3)', False), ('import sys; sys.exit(0)\nassert False', False),
+    ('import sys; sys.exit(77)\nassert False', False),
+    ('import os; os._exit(0)\nassert False', False)])
 def test_outcome(program, passed):
   assert run_program(program).passed == passed
 
@@ -35,7 +37,8 @@ def test_reason():
 
 @pytest.mark.parametrize('program', [
     'while True: pass', 'import time; time.sleep(60)',
-    'import os, time\nif not os.fork(): time.sleep(60)\nos.wait()'])
+    'import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n'
+    'while True: pass'])
 def test_time(program):
   begun = time.monotonic()
   assert run_program(program, Limits(seconds=1.0)).reason == 'timeout'
@@ -63,6 +66,30 @@ def test_network():
     assert not run_program(program, SHORT).passed
 
 
+def test_socket_file(tmp_path):
+  """Sockets in files, such as those of services of this machine, are out of reach, too."""
+  with socket.socket(socket.AF_UNIX) as server:
+    server.bind(str(tmp_path / 's'))
+    server.listen()
+    outcome = run_program('import socket\nsocket.socket(socket.AF_UNIX).connect('
+                          f'{str(tmp_path / "s")!r})', SHORT)
+  assert not outcome.passed and 'PermissionError' in outcome.reason
+
+
+@pytest.mark.parametrize('attempt', [
+    'import os; os.fork()', 'import subprocess; subprocess.run(["/bin/true"])'])
+def test_processes(attempt):
+  """A program begins no process, so that its limits are those of all it does."""
+  outcome = run_program(attempt, SHORT)
+  assert not outcome.passed and 'PermissionError' in outcome.reason
+
+
+def test_threads():
+  program = 'import threading\nthread = threading.Thread(target=open, args=("x", "w"))\n' \
+            'thread.start(); thread.join(); open("x")'
+  assert run_program(program, SHORT).passed
+
+
 def test_files(tmp_path):
   """A program writes small files in its own directory, and nothing elsewhere."""
   kept = tmp_path / 'kept'
@@ -76,10 +103,11 @@ def test_files(tmp_path):
 
 
 def test_orphans():
-  """A process that leaves its group and outlives the program is ended with it."""
+  """A program that leaves its group and would outlive what began it is ended all the same."""
   seconds = 61.25 + time.time() % 1  # a sleep that is told apart from any other
-  assert run_program('import os, subprocess\nif not os.fork():\n  os.setsid()\n'
-                     f'  os.execv("/bin/sleep", ["sleep", "{seconds}"])', SHORT).passed
+  program = ('import ctypes, os\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nos.setsid()\n'
+             f'os.execv("/bin/sleep", ["sleep", "{seconds}"])')
+  assert run_program(program, Limits(seconds=1.0)).reason == 'timeout'
   time.sleep(0.2)
   running = subprocess.run(['ps', 'ax', '-o', 'args'], capture_output=True, text=True).stdout
   assert f'sleep {seconds}' not in running

@@ -100,10 +100,19 @@ def test_bad_generation(lm, generation, said):
 @pytest.mark.parametrize('options, said', [
     ({'arm': 'best'}, "'best'"), ({'coprocessor': '', 'arm': 'own'}, "'own'"),
     ({'dtype': 'float8'}, 'float8'), ({'place': 'before:x', 'every': 4}, 'place'),
-    ({'arm': 'constant'}, 'constant')])
+    ({'arm': 'constant'}, 'constant'), ({'batch_size': 'many'}, 'batch_size'),
+    ({'at': '0+x'}, "at = 'x'"), ({'arm': 'shuffled', 'every': 4}, 'shuffled')])
 def test_bad_arguments(paths, options, said, one_device):
   with pytest.raises(UserError, match=said):
     DeliberationLM(**{**paths, **options})
+
+
+@pytest.mark.parametrize('batch_size, texts', [
+    ('auto:4', 0), ('auto', 0), (1, 0), (None, 0), ('3', 3)])
+def test_batch_size(paths, batch_size, texts, one_device):
+  """Every value that lm-evaluation-harness takes is a number of texts, or as many as fit."""
+  lm = DeliberationLM(**paths, arm='frozen', batch_size=batch_size)
+  assert lm.answers._settings.batch_size == texts
 
 
 def test_wrong_kind(paths, quickstart):

@@ -10,6 +10,7 @@ from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.evaluation import code_execution, task_catalog, task_data
 from latent_deliberation.evaluation.task_data import load
 from latent_deliberation.evaluation.task_files import find_file, read_documents
+from latent_deliberation.evaluation.task_outcomes import guesses
 from tests.evaluation import task_examples
 
 
@@ -20,13 +21,8 @@ def data(tmp_path_factory):
 
 def requests_of(data, name, **values):
   """Contexts and continuations of a task, and its gold answers."""
-  manager = task_catalog.open_tasks(str(data), values.get('shots'))
-  task = manager.load([name])['tasks'][name]
-  task.set_fewshot_seed(0)
-  if task.config.num_fewshot is None:
-    task.set_config('num_fewshot', 0)
-  task.build_all_requests(limit=3)
-  return task, [request.args for request in task.instances]
+  found = task_catalog.requests_of(name, str(data), 3, values.get('shots'))
+  return found[0][0], [instance.args for _, instance, _ in found]
 
 
 @pytest.mark.parametrize('name, number, context, continuation', [
@@ -137,6 +133,75 @@ def test_hidden_labels(tmp_path, label):
     load(folder='piqa', files={'validation': 'validation'}, data=str(tmp_path), prepare='label')
 
 
+@pytest.mark.parametrize('file, name, removed', [
+    ('piqa/validation', 'piqa', 'sol2'), ('hellaswag/validation', 'hellaswag', 'query'),
+    ('mmlu/test', 'mmlu', 'choices'), ('gsm8k/test', 'gsm8k', 'question')])
+def test_missing_field(tmp_path, file, name, removed):
+  """A document without a field is refused, and is named with its file and the field."""
+  task_examples.write(tmp_path, file.split('/')[0])
+  docs = task_examples.documents().get(file) or [
+      {'query': 'x', 'choices': ['a', 'b'], 'gold': 0} for _ in range(6)]
+  del docs[4][removed]
+  (tmp_path / file).parent.mkdir(exist_ok=True)
+  (tmp_path / f'{file}.jsonl.gz').unlink(missing_ok=True)
+  (tmp_path / f'{file}.jsonl').write_text('\n'.join(map(json.dumps, docs)))
+  with pytest.raises(UserError, match=f'document 4 of .*{file}.jsonl has no {removed!r}'):
+    task_catalog.requests_of(name, str(tmp_path), None)
+
+
+def test_missing_inner_field(tmp_path):
+  """So is one whose field has not the inner field that a prompt needs."""
+  (tmp_path / 'arc_easy').mkdir()
+  for split in ('train', 'validation', 'test'):
+    (tmp_path / f'arc_easy/{split}.jsonl').write_text(json.dumps(
+        {'question': 'Why', 'choices': {'label': ['A']}, 'answerKey': 'A'}))
+  with pytest.raises(UserError, match='task arc_easy .*text'):
+    task_catalog.requests_of('arc_easy', str(tmp_path), None)
+
+
+def test_no_document_of_the_task(tmp_path):
+  """A file without questions of the kind that a task takes is refused."""
+  (tmp_path / 'agieval').mkdir()
+  docs = [doc for doc in task_examples.documents()['agieval/test'] if not doc['options']]
+  (tmp_path / 'agieval/test.jsonl').write_text('\n'.join(map(json.dumps, docs)))
+  with pytest.raises(UserError, match='test.jsonl holds no document of the task agieval'):
+    task_catalog.requests_of('agieval', str(tmp_path), None)
+  assert len(task_catalog.requests_of('agieval_math', str(tmp_path), None)) == 6
+
+
+def test_refused_shots(data):
+  with pytest.raises(UserError, match='--num_fewshot'):
+    task_catalog.requests_of('agieval', str(data), None, 2)
+
+
+def test_hub():
+  """From the hub, AGIEval has its nine English tasks with choices."""
+  names = task_catalog.names_of('agieval', '')
+  assert len(names) == 9 and 'agieval_sat_en_without_passage' in names
+  assert 'agieval_math' not in names and task_catalog.names_of('agieval', 'data') == ['agieval']
+  assert task_catalog.names_of('math', '') == ['minerva_math']
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('gsm8k', 2 / 3), ('math', 1 / 2), ('sciq', None), ('boolq', 2 / 3)])
+def test_majority(tmp_path, name, expected):
+  """Majority counts what is judged, and says nothing where the right choice never moves."""
+  docs = task_examples.documents()
+  docs['gsm8k/test'] = [{'question': f'Why {n}', 'answer': f'It is {n}.\n#### {max(n, 3)}'}
+                        for n in range(6)]
+  docs['math/test'] = [{'context': f'What is {n}?', 'answer': '7' if n > 5 else str(n),
+                        'chain_of_thought': f'{n} and $\\boxed{{7}}$.'} for n in range(8)]
+  docs['sciq/validation'] = [
+      {'support': '', 'question': 'Why', 'distractor1': 'a', 'distractor2': 'b',
+       'distractor3': 'c', 'correct_answer': 'd'} for _ in range(3)]
+  for file, each in docs.items():
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / f'{file}.jsonl').write_text('\n'.join(map(json.dumps, each)))
+  found = task_catalog.requests_of(name, str(tmp_path), None)
+  golds = {instance.doc_id: gold for _, instance, gold in found}
+  assert guesses(list(golds.values()))[1] == expected
+
+
 def test_drop(tmp_path):
   """DROP is read in the hub's form and in that of its task file, which its metric takes."""
   from lm_eval.tasks.drop.utils import process_results
@@ -153,7 +218,9 @@ def test_drop(tmp_path):
 
 @pytest.mark.parametrize('text, right', [
     ('so it is $\\boxed{\\frac{1}{2}}$', True), ('The answer is \\frac12.', True),
-    ('The final answer is $\\frac{1}{3}$.', False), ('I do not know', False)])
+    ('The final answer is $\\frac{1}{3}$.', False), ('I do not know', False),
+    ('\\fbox{3}', False), ('The answer is \\frac12. \\boxed\n{3}', False),
+    ('\\boxed(3)', False), ('\\boxed{1} or \\fbox{2}', False)])
 def test_math_results(text, right):
   found = task_data.score_math({'answer': '\\frac{1}{2}'}, [text])
   assert found == {'exact_match': float(right)}

@@ -1,6 +1,8 @@
 """Benchmarks run in every arm, go on after a stop, and are what the API says of the same texts."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,10 +13,13 @@ pytest.importorskip('lm_eval')
 import latent_deliberation as ld
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.arm_model import ArmModel, open_arm_model
-from latent_deliberation.evaluation.task_answers import Settings
-from latent_deliberation.evaluation.task_run import Plan, run_tasks
-from latent_deliberation.inference.policy import Policy
+from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.arm_model import ArmModel, Writing, open_arm_model
+from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
+from latent_deliberation.evaluation.task_run import Plan, _one_filter, run_tasks
+from latent_deliberation.inference import session
+from latent_deliberation.inference.policy import ONCE, Policy
+from latent_deliberation.inference.session import DecodingOptions
 from tests.evaluation import task_examples
 
 TASKS = ('piqa', 'winogrande', 'gsm8k')
@@ -143,6 +148,29 @@ def test_other_run(finished, model, data):
     run_tasks(model, Plan(TASKS, ARMS, str(data), limit=2), Settings(), output)
 
 
+def test_other_data(model, data, tmp_path):
+  """Other data of a task are another run; --overwrite removes even the results of the same run."""
+  changed = tmp_path / 'data'
+  shutil.copytree(data, changed)
+  plan = Plan(('piqa',), ('own',), str(changed))
+  run_tasks(model, plan, Settings(), tmp_path / 'out')
+  path, = (changed / 'piqa').iterdir()
+  docs = task_examples.documents()['piqa/validation']
+  path.unlink()
+  (changed / 'piqa/validation.jsonl').write_text('\n'.join(map(json.dumps, docs[:4])))
+  with pytest.raises(UserError, match='data of piqa: '):
+    run_tasks(model, plan, Settings(), tmp_path / 'out')
+  # Another task has data of its own.
+  run_tasks(model, Plan(('boolq',), ('own',), str(changed)), Settings(), tmp_path / 'out')
+  with pytest.raises(UserError, match='data of piqa: '):
+    run_tasks(model, plan, Settings(), tmp_path / 'out')
+  for kept in (False, True):
+    summary = run_tasks(model, plan, Settings(), tmp_path / 'out', overwrite=not kept)
+    assert len(summary['tasks']['piqa']['items']) == 4
+    assert (tmp_path / 'out/tasks/mark').exists() == kept
+    (tmp_path / 'out/tasks/mark').touch()
+
+
 def test_limit_and_overwrite(model, data, tmp_path):
   """The first items of a task alone; then others over them, when it is asked for."""
   for limit in (2, 3):
@@ -178,6 +206,81 @@ def test_place(model, data, tmp_path):
   assert np.abs(np.subtract(own[0], own[1])).max() > 1e-4
 
 
+def test_place_of_written(model):
+  """Latents before the end of a prompt are those of the engine, prompt by prompt."""
+  shown = 'Document 5: the 5th of the forty. ' * 3
+  prompts = [model.tokenizer.encode(f'{shown}Document {number}: the {number}th' + ' of the' * rest)
+             for number, rest in ((6, 1), (7, 0), (8, 2))]
+  anchors = [len(prompt) - 1 - at for prompt, at in zip(prompts, (5, 0, 9), strict=True)]
+  # A large gate, so that texts tell where the latents are.
+  own = coprocessor_checkpoint.CoprocessorCheckpoint(**{**vars(model.own), 'params': {
+      **model.own.params, 'gate': 100 * model.own.params['gate']}})
+  model = ArmModel(model.config, model.params, model.fingerprint, model.tokenizer, own=own,
+                   max_length=256)
+  engine, options = model.engine('own'), DecodingOptions(16)
+  written, _ = next(model.write(prompts, 'own', Writing(options), anchors=anchors))
+  texts = dict(zip(written.numbers, written.texts, strict=True))
+  for number, (prompt, anchor) in enumerate(zip(prompts, anchors, strict=True)):
+    state = engine.read([prompt[:anchor + 1]])
+    state = engine.read_on(engine.attach(state, engine.augment(state)), [prompt[anchor + 1:]])
+    stops = session.with_ends(options, model.tokenizer, ())
+    completion, = session.generate(engine, state, stops)
+    assert texts[number] == session.text_of(completion, model.tokenizer, (), prompt)
+  # Elsewhere they write something else.
+  ends, _ = next(model.write(prompts, 'own', Writing(options)))
+  assert dict(zip(ends.numbers, ends.texts, strict=True)) != texts
+
+
+def greedy_after(model, context, policy, count=5):
+  engine = model.engine('own')
+  return tuple(session.generate(engine, [context], DecodingOptions(count, policy=policy))[0].tokens)
+
+
+def test_greedy_by_policy(model):
+  """An answer that greedy decoding with the same latents writes is greedy, and no other."""
+  policy = Policy(every=2)
+  contexts = [tuple(model.tokenizer.encode(text)) for text in ('Document 3: the', 'Document 44')]
+  answers = [greedy_after(model, context, policy) for context in contexts]
+  answers += [(*answers[0][:-1], answers[0][-1] ^ 1), answers[0][:2]]
+  requests = [Request(context, answer, len(context) - 1, item) for item, (context, answer) in
+              enumerate(zip((*contexts, contexts[0], contexts[0]), answers, strict=True))]
+  (scored, left), = model.score(requests, ('own',), policy=policy)
+  assert left == 0
+  assert dict(zip(scored.numbers.tolist(), scored.greedy[:, 0], strict=True)) == {
+      0: True, 1: True, 2: False, 3: True}
+
+
+def test_cut_texts_by_policy(model):
+  """Texts that are cut to fit are scored by a policy, too, beside longer answers."""
+  small = ArmModel(model.config, model.params, model.fingerprint, model.tokenizer, own=model.own,
+                   max_length=64)
+  pairs = [('Document 1: the 1th of the forty. ' * 4, ' end.'),
+           ('Document 2:', ' the 2th of the forty, the 2th.')]
+  nats = [TaskAnswers(small, ('frozen', 'own'), Settings(policy=policy)).score('t', pairs, (0, 1))
+          for policy in (ONCE, Policy(at=(0, 500)))]
+  for arm in ('frozen', 'own'):
+    np.testing.assert_allclose(*([value for value, _ in found[arm]] for found in nats), atol=1e-3)
+
+
+def test_cost(model):
+  """A policy's latents count wherever they come, and controls without a coprocessor less."""
+  latents, pairs = model.own.config.num_latents, [('Document 1: the', ' 1th of')]
+  costs = {}
+  for name, policy in (('once', ONCE), ('every', Policy(every=3)), ('late', Policy(at=(50,)))):
+    arms = ('frozen', 'own', 'zero', *(['mean', 'shuffled'] if policy == ONCE else []))
+    answers = TaskAnswers(model, arms, Settings(policy=policy))
+    answers.score('t', pairs, (0,))
+    costs[name] = {arm: dataclasses.astuple(answers.costs['t', arm]) for arm in arms}
+    assert costs[name]['zero'] == costs[name]['frozen']
+  once, every, late = costs.values()
+  assert once['own'] == once['shuffled'] and once['mean'][0] == once['own'][0]
+  assert once['frozen'][1] < once['mean'][1] < once['own'][1]
+  # An answer of 7 tokens has latents after 0, 3 and 6; those before are read again each time.
+  assert every['own'][0] - every['frozen'][0] == 3 * latents + 6
+  assert every['own'][1] > once['own'][1]
+  assert late['own'] == late['frozen']
+
+
 @pytest.mark.slow
 def test_policy(model, data, tmp_path):
   """Latents after every few tokens of an answer are scored, too."""
@@ -208,11 +311,67 @@ def test_short_contexts(model, tmp_path):
   assert '1 contexts without room' in (tmp_path / 'out/results.md').read_text()
 
 
+@pytest.mark.parametrize('policy', [ONCE, Policy(every=4)])
+def test_short_prompts(model, tmp_path, policy):
+  """A short prompt is refused at once; or the frozen decoder continues it, and it is counted."""
+  docs = [{'context': context, 'answer': 'it', 'aliases': ['it']} for context in (
+      '', 'What is the 3th of the forty')]
+  (tmp_path / 'triviaqa').mkdir()
+  (tmp_path / 'triviaqa/validation.jsonl').write_text('\n'.join(map(json.dumps, docs)))
+  plan = Plan(('triviaqa',), ('frozen', 'own'), str(tmp_path))
+  with pytest.raises(UserError, match='--plain_if_short'):
+    run_tasks(model, plan, Settings(policy=policy), tmp_path / 'refused')
+  assert not (tmp_path / 'refused/answers.jsonl').exists()
+  summary = run_tasks(model, plan, Settings(policy=policy, plain_if_short=True), tmp_path / 'out')
+  task = summary['tasks']['triviaqa']
+  frozen, own = task['arms']['frozen'], task['arms']['own']
+  assert task['short'] == 1
+  assert own['texts'][0] == frozen['texts'][0] and own['nats'][0] == frozen['nats'][0]
+  assert abs(own['nats'][1] - frozen['nats'][1]) > 1e-4
+
+
+def test_gold_counts(model, data, tmp_path):
+  """Gold answers of written tasks count where they make a text too long."""
+  small = ArmModel(model.config, model.params, model.fingerprint, model.tokenizer, max_length=48)
+  docs = [{'context': 'What is the 3th of the forty', 'answer': 'it is ' * 5, 'aliases': ['it']}]
+  (tmp_path / 'triviaqa').mkdir()
+  (tmp_path / 'triviaqa/validation.jsonl').write_text(json.dumps(docs[0]))
+  summary = run_tasks(small, Plan(('triviaqa',), ('frozen',), str(tmp_path)), Settings(),
+                      tmp_path / 'out')
+  assert summary['tasks']['triviaqa']['truncated'] == 1
+
+
 @pytest.mark.parametrize('arms, said', [
     (('best',), 'best'), (('chain',), 'chain'), (('frozen', 'mean', 'none'), 'none')])
 def test_unknown_arms(data, arms, said):
   with pytest.raises(UserError, match=said):
     Plan(('piqa',), arms, str(data)).check()
+
+
+def test_chain_without_data():
+  with pytest.raises(UserError, match='--data'):
+    Plan(('gsm8k',), ('frozen', 'chain')).check()
+
+
+def test_documents_are_checked(tmp_path):
+  """A document that cannot be scored is refused before any work, unless a limit leaves it out."""
+  docs = [{'sentence': 'It was _ .', 'option1': 'a', 'option2': 'b', 'answer': answer}
+          for answer in ('1', '2', '3')]
+  (tmp_path / 'winogrande').mkdir()
+  (tmp_path / 'winogrande/validation.jsonl').write_text('\n'.join(map(json.dumps, docs)))
+  with pytest.raises(UserError, match='winogrande'):
+    Plan(('winogrande',), ('frozen',), str(tmp_path)).check()
+  Plan(('winogrande',), ('frozen',), str(tmp_path), limit=2).check()
+
+
+def test_filter():
+  """Of several filters the one that takes the last number counts, and otherwise the first."""
+  rows = [{'filter': name, 'doc_id': number} for name in ('strict-match', 'flexible-extract')
+          for number in (1, 0)]
+  assert _one_filter(rows) == [{'filter': 'flexible-extract', 'doc_id': number}
+                               for number in (0, 1)]
+  assert _one_filter(rows[:2]) == [{'filter': 'strict-match', 'doc_id': number}
+                                   for number in (0, 1)]
 
 
 def test_unable_arms(model, data, tmp_path):

@@ -1,5 +1,7 @@
 """Training scores chosen tasks at every evaluation, on the same items each time."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from latent_deliberation.evaluation import task_watch
 from latent_deliberation.evaluation.arm_model import open_arm_model
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_run import Plan, run_tasks
+from latent_deliberation.inference.tokenizer import ByteTokenizer
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.train import train_coprocessor
@@ -62,6 +65,29 @@ def test_equals_benchmarks(quickstart, data, tmp_path, one_device):
     assert values[f'piqa/{key}'] == pytest.approx(value, abs=1e-3)
   still = evaluate({**params, 'gate': 0 * params['gate']})
   assert still['piqa/gain'] == still['piqa/content'] == 0
+
+
+def test_left_out(tmp_path, monkeypatch):
+  """Items without room for latents are left out, cut texts are counted, and the log says both."""
+  docs = task_examples.documents()['triviaqa/validation_6'][:4]
+  docs[1]['context'] = ''
+  (tmp_path / 'triviaqa').mkdir()
+  (tmp_path / 'triviaqa/validation.jsonl').write_text('\n'.join(map(json.dumps, docs)))
+  said = []
+  monkeypatch.setattr(task_watch.logging, 'warning', lambda form, *values: said.append(
+      form % values))
+  monkeypatch.setattr(task_watch, 'MAX_LENGTH', 48)
+  config = finished.experiment(evaluation__tasks=('triviaqa',), evaluation__task_items=4,
+                               evaluation__task_data=str(tmp_path)).evaluation
+  values = task_watch._read('triviaqa', config, ByteTokenizer(), 1)
+  assert values['items'] == values['gold'] == [0, 1, 2]
+  cut, = said
+  assert 'triviaqa: 0 of 4' in cut and '1 of 4 items have no room' in cut
+  with pytest.raises(UserError, match='none of its 4 items'):
+    task_watch._read('triviaqa', config, ByteTokenizer(), 100)
+  monkeypatch.setattr(task_watch, 'MAX_LENGTH', 24)
+  task_watch._read('triviaqa', config, ByteTokenizer(), 1)
+  assert '3 of 4 requests have more than 24' in said[-1]
 
 
 @pytest.mark.parametrize('values, said', [

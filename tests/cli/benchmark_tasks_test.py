@@ -1,0 +1,36 @@
+"""The command of benchmarks chooses arms, and refuses what cannot be scored before it loads."""
+
+from pathlib import Path
+
+import pytest
+
+from latent_deliberation.cli import benchmark_tasks
+from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.task_run import Plan
+
+FLAGS = {'decoder': 'no-such-decoder', 'coprocessor': 'no-such-coprocessor', 'constant': '',
+         'arms': None, 'limit': None, 'num_fewshot': None, 'place': 'end', 'at': [], 'every': 0,
+         'plain_if_short': False, 'run_code': False, 'dtype': 'auto', 'max_length': 512,
+         'batch_size': 0, 'mesh': '', 'vocabulary': '', 'overwrite': False}
+
+
+@pytest.mark.parametrize('given, arms', [
+    ({}, ('frozen', 'own', 'shuffled', 'zero', 'chain')),
+    ({'every': 4}, ('frozen', 'own', 'zero', 'chain')),
+    ({'data': '', 'coprocessor': ''}, ('frozen',)),
+    ({'constant': 'x', 'coprocessor': ''}, ('frozen', 'constant', 'chain'))])
+def test_default_arms(monkeypatch, given, arms):
+  """By default an arm is scored if the flags allow it."""
+  plans = []
+  monkeypatch.setattr(Plan, 'check', lambda plan: plans.append(plan))
+  monkeypatch.setattr(benchmark_tasks, 'open_arm_model', lambda *given, **named: None)
+  monkeypatch.setattr(benchmark_tasks, 'run_tasks', lambda *given, **named: {})
+  benchmark_tasks.benchmark(['gsm8k'], Path('out'), **{**FLAGS, 'data': 'x', **given})
+  assert plans[0].arms == arms
+
+
+def test_shuffled_by_policy():
+  """Another example's latents by a policy are refused before anything is loaded."""
+  with pytest.raises(UserError, match="'shuffled'"):
+    benchmark_tasks.benchmark(['piqa'], Path('out'), **{
+        **FLAGS, 'data': 'x', 'arms': ['own', 'shuffled'], 'at': [0, 20]})
