@@ -14,7 +14,7 @@ from latent_deliberation.array_types import Params, PyTree
 from latent_deliberation.data.data_config import BYTE_VOCABULARY_HASH
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UnknownSizesError, UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
@@ -45,8 +45,7 @@ def with_decoder(experiment: Experiment, decoder: str = '',
     return experiment
   try:
     checkpoint = weights.open_checkpoint(decoder)
-  except UserError:
-    # A Google checkpoint of sizes that no preset has.
+  except UnknownSizesError:
     checkpoint = weights.open_checkpoint(decoder, experiment.decoder)
   kept = {key: getattr(experiment.decoder, key) for section, _, key in
           (path.partition('.') for path in given) if section == 'decoder'}
@@ -119,7 +118,11 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   stored = checkpoint.load(place)
   with announced("hashing the decoder's weights"):
     decoder_fingerprint = fingerprint(stored)
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), stored), decoder_fingerprint
+  leaves, tree = jax.tree.flatten(stored)
+  del stored
+  for number, leaf in enumerate(leaves):  # one at a time, to hold only one leaf in both dtypes
+    leaves[number] = leaf.astype(dtype)
+  return jax.tree.unflatten(tree, leaves), decoder_fingerprint
 
 
 def _quantise(config: TransformerConfig, dtype: str, stored: Params) -> Params:

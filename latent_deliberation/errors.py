@@ -21,6 +21,10 @@ class StoreError(OSError):
   """An object store that does not do what it is asked. The message is for people, as above."""
 
 
+class UnknownSizesError(UserError):
+  """A checkpoint of Google's has sizes that no preset has; a TransformerConfig must say the rest."""
+
+
 class MissingError(UserError):
   """A file, directory or data set that was named does not exist."""
 

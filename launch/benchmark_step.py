@@ -5,9 +5,11 @@
   python launch/benchmark_step.py --output=gemma.json --decoder=gemma3-270m
 
 All have the same random weights. They run in turns, transformers in a process of its own. The
-ratios are drawn as a PNG next to the JSON. With --decoder the weights are those of a pretrained
-decoder: its train step is timed against the same step in float32, and its loss against
-transformers. Next, train with launch/train.py.
+ratios are drawn as a PNG next to the JSON.
+
+With --decoder the weights are those of a pretrained decoder, and nothing is drawn. Forward and
+backward of its train step, without the optimizer, are timed against the same code in float32, and
+its loss against transformers. Next, train with launch/train.py.
 """
 
 

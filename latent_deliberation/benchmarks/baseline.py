@@ -179,9 +179,12 @@ def build_steps(directory: Path, tokens: Sequence[Sequence[int]], threads: int,
   import torch
   import transformers
   torch.set_num_threads(threads)
-  # Only eager attention has Gemma 2's soft-cap.
+  # Only eager attention has Gemma 2's soft-cap. The others take the library's own choice.
+  config = transformers.AutoConfig.from_pretrained(directory)
+  options = {'attn_implementation': 'eager'} if getattr(
+      config, 'attn_logit_softcapping', None) else {}
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      directory, attn_implementation='eager', dtype=getattr(torch, dtype))
+      directory, dtype=getattr(torch, dtype), **options)
   ids = torch.tensor(tokens)
 
   def forward() -> None:

@@ -14,10 +14,17 @@ from latent_deliberation.build import count_parameters
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import make_writable, refuse_backslash, write_json, write_whole
+from latent_deliberation.inference.conventions import read_conventions
 from latent_deliberation.inference.tokenizer import tokenizer_of
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import named
-from latent_deliberation.model.checkpoints.hugging_face_config import COMPANIONS, CONFIG
+from latent_deliberation.model.checkpoints.hugging_face_config import (
+  COMPANIONS,
+  CONFIG,
+  CONVENTIONS,
+  GENERATION,
+  TEMPLATE,
+)
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.model.weights import Checkpoint
@@ -106,8 +113,9 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   params = checkpoint.load(dtype=dtype)
   weights.save(target, checkpoint.config, params, checkpoint.vocabulary_hash, format,
                tokenizer)
+  _keep_companions(checkpoint, target)
   if checkpoint.format == format == 'huggingface':
-    _keep_hugging_face(checkpoint.directory, target)
+    _keep_keys(checkpoint.directory, target)
   written = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
   with_it = f', with {tokenizer}' if tokenizer else ''
   return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{with_it}'
@@ -142,11 +150,25 @@ _KEYS = ('max_position_embeddings', 'initializer_range', 'bos_token_id', 'eos_to
          'pad_token_id')
 
 
-def _keep_hugging_face(source: Path, target: Path) -> None:
-  """Copies what only transformers reads: files of the tokenizer, and some keys of config.json."""
-  for name in COMPANIONS:
-    if (source / name).is_file() and not (target / name).exists():
-      write_whole(target / name, (source / name).read_bytes())
+def _keep_companions(checkpoint: weights.Checkpoint, target: Path) -> None:
+  """Keeps the ends of a text and the chat template: as files, or as such files of a GGUF's."""
+  # Our own format has one tokenizer, which is written already.
+  names = COMPANIONS if (target / CONFIG).is_file() else CONVENTIONS
+  found = {name: (checkpoint.directory / name).read_bytes() for name in names
+           if checkpoint.format != 'gguf' and (checkpoint.directory / name).is_file()}
+  if checkpoint.format == 'gguf':
+    conventions = read_conventions(checkpoint)
+    if conventions.ends:
+      found[GENERATION] = json.dumps({'eos_token_id': list(conventions.ends)}).encode()
+    if conventions.chat_template:
+      found[TEMPLATE] = conventions.chat_template.encode()
+  for name, content in found.items():
+    if not (target / name).exists():
+      write_whole(target / name, content)
+
+
+def _keep_keys(source: Path, target: Path) -> None:
+  """Copies keys of config.json that only transformers reads."""
   stored = json.loads((source / CONFIG).read_bytes())
   # A multimodal config has those of its decoder in a part of their own.
   stored |= stored.get('text_config', {})

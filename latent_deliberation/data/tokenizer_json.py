@@ -110,7 +110,7 @@ def _open(path: Path, content: bytes) -> tuple[Any, Mapping[str, Any]]:
   try:
     described = json.loads(content)
     kind = described['model'].get('type', 'BPE')
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(f'{damaged} ({error}): download it again') from error
   if kind not in MODELS:
     raise UserError(f'{path}: model.type = {kind!r} is not one of {", ".join(MODELS)}: give the '
@@ -148,12 +148,12 @@ def _read_ends(path: Path, ids: Mapping[str, int]) -> tuple[int, int]:
   except FileNotFoundError as error:
     raise UserError(f'no file {path}, which names the tokens that begin and end a text: copy it '
                     'there from where the tokenizer.json is from') from error
-  except (ValueError, AttributeError) as error:
+  except (ValueError, AttributeError, RecursionError) as error:
     raise UserError(f'{path} is not a whole JSON object ({error}): download it again') from error
   # A token is its text, or an object with the text.
   bos, eos = (name.get('content') if isinstance(name, dict) else name for name in names)
   bos = SEPARATOR if bos is None else bos
-  if bos not in ids or eos not in ids:
+  if not (isinstance(bos, str) and isinstance(eos, str) and bos in ids and eos in ids):
     raise UserError(f'{path}: bos_token {bos!r} and eos_token {eos!r} must both be tokens of the '
                     'vocabulary: set them to the tokens that begin and end a text')
   return ids[bos], ids[eos]

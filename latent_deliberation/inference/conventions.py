@@ -141,7 +141,7 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
   try:
     content = json.loads(path.read_bytes())
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path} cannot be read ({error}): download it again') from error
   if not isinstance(content, dict):
     raise UserError(f'{path} holds {content!r:.40}, and an object is expected: download it again')

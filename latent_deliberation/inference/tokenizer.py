@@ -187,7 +187,7 @@ class JsonTokenizer:
 
   @functools.cached_property
   def _adds_space(self) -> bool:
-    return len(self._model.encode('\na')) < len(self._model.encode('\n') + self._model.encode('a'))
+    return self._model.encode('\na')[-1] != self._model.encode('a')[-1]
 
   def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
     """See Tokenizer."""

@@ -86,6 +86,17 @@ def test_hugging_face_keeps_what_transformers_reads(exported, tmp_path):
   assert (tmp_path / 'copy' / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_native_keeps_what_a_chat_needs(tmp_path):
+  source = foreign.write_hf(tmp_path / 'source', foreign.HF_CONFIGS['gemma1'],
+                            foreign.hf_tensors(foreign.params_of('gemma1')))
+  (source / 'generation_config.json').write_text('{"eos_token_id": [1, 5]}')
+  (source / 'chat_template.jinja').write_text('{{ messages }}')
+  (source / 'tokenizer.json').write_text('of transformers alone')
+  convert.convert(weights.open_checkpoint(source), tmp_path / 'native', 'native')
+  names = {path.name for path in (tmp_path / 'native').iterdir()}
+  assert {'generation_config.json', 'chat_template.jinja'} <= names
+
+
 def test_dtype_rounds(exported, tmp_path):
   """Weights are rounded only with a dtype."""
   convert.convert(weights.open_checkpoint(exported), tmp_path / 'short', 'huggingface', 'bfloat16')

@@ -81,6 +81,27 @@ def test_continuation_keeps_its_first_space(dummy_prefix):
   assert tokenizer.decode(tokenizer.encode('The')[1:], [tokenizer.bos]) == 'The'
 
 
+def test_json_vocabulary_that_adds_a_space(tmp_path):
+  """A continuation has no space of its own, as with Llama 2's tokenizer.json."""
+  tokenizers = pytest.importorskip('tokenizers')
+  pieces = ['<unk>', '<s>', '</s>', *'▁acdnlort\n', '▁a', 'ld', '▁on']
+  model = tokenizers.models.BPE(
+      {piece: number for number, piece in enumerate(pieces)},
+      [('▁', 'a'), ('l', 'd'), ('▁o', 'n')][:2], unk_token='<unk>')
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.normalizer = tokenizers.normalizers.Sequence([
+      tokenizers.normalizers.Prepend('▁'), tokenizers.normalizers.Replace(' ', '▁')])
+  tokenizer.decoder = tokenizers.decoders.Sequence([
+      tokenizers.decoders.Replace('▁', ' '), tokenizers.decoders.Fuse(),
+      tokenizers.decoders.Strip(' ', 1, 0)])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+  found = open_tokenizer(tmp_path / 'tokenizer.json')
+  assert [pieces[i] for i in found.encode('a car')] == ['<s>', '▁a', '▁', 'c', 'a', 'r']
+  assert [pieces[i] for i in found.encode_more('ld')] == ['ld']
+  assert [pieces[i] for i in found.encode_more(' ld')] == ['▁', 'ld']
+
+
 def test_stop_string_with_a_space_ends_at_the_first_token(dummy_prefix):
   ids = dummy_prefix.encode_more(' on the mat')
   before = dummy_prefix.encode('The cat sat')

@@ -95,7 +95,7 @@ def test_saves_are_no_time_of_training(tmp_path, monkeypatch):
 
   monkeypatch.setattr(loop, 'Pace', Watched)
   run(tmp_path, num_steps=7, log_every=7, save_every=3, eval_every=7)
-  assert begun == [1, 3, 6, 7, 7]  # the first step compiles; the last is saved and evaluated
+  assert begun == [1, 3, 6, 7, 7, 7]  # the first step compiles; 7 is logged, saved and evaluated
 
 
 def test_log_seconds(tmp_path, caplog, monkeypatch):

@@ -95,7 +95,7 @@ class GGUFSource:
       raise UserError(f'{file}: architecture {self.architecture!r} is not supported; give one of '
                       f'{", ".join(GEMMAS + LLAMAS)}')
     parts = self.get('split.count', 1)
-    if parts > 1:
+    if parts not in (0, 1):
       raise UserError(f'{file} is one of {parts} parts: merge them with llama-gguf-split --merge')
     # Names, shapes and dtypes of all tensors. The reader maps the file and copies nothing.
     self.tensors: dict[str, Stored] = {}
@@ -114,7 +114,10 @@ class GGUFSource:
   def get(self, key: str, default: Any = None) -> Any:
     """Returns a value of the metadata; '{}' in the key stands for the architecture."""
     field = self.metadata.get(key.format(getattr(self, 'architecture', '')))
-    return default if field is None else field.contents()
+    try:
+      return default if field is None else field.contents()
+    except (ValueError, IndexError) as error:  # a text that is no Unicode
+      raise UserError(f'{self.file}: {key} is damaged ({error}): download it again') from error
 
   @property
   def num_embeddings(self) -> int:
@@ -147,7 +150,8 @@ class GGUFSource:
       values = values - 1
     if self.architecture == 'llama' and re.search(r'\.[qk]_proj\.', name):
       values = _in_halves(values, self.get('{}.attention.head_count') if '.q_proj.' in name
-                          else self.get('{}.attention.head_count_kv'))
+                          else self.get('{}.attention.head_count_kv',
+                                        self.get('{}.attention.head_count')))
     values = values[:shape[0]].astype(self.tensors[name].dtype)
     return jax.make_array_from_callback(shape, sharding, lambda index: values[index])
 
@@ -178,7 +182,7 @@ def read_config(source: GGUFSource) -> TransformerConfig:
     raise UserError(f'{source.file} lacks {error}: download it again') from error
   except UserError as error:
     raise UserError(f'{source.file} describes a decoder that is not supported: {error}') from error
-  except (TypeError, ValueError, ZeroDivisionError) as error:
+  except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
     raise UserError(f'{source.file} has a value of a wrong type ({error}): download it '
                     'again') from error
 
@@ -193,10 +197,14 @@ def _read_sizes(source: GGUFSource) -> dict[str, Any]:
       head_dim=source.get('{}.attention.key_length', width // heads),
       hidden_dim=_need(source, 'feed_forward_length'),
       norm_epsilon=_shorten(_need(source, 'attention.layer_norm_rms_epsilon')),
-      rope_base=float(source.get('{}.rope.freq_base', 10_000.0)))
-  scaling = source.get('{}.rope.scaling.type', 'none')
+      # llama.cpp's default, which no Gemma 3 has.
+      rope_base=float(_need(source, 'rope.freq_base') if source.architecture == 'gemma3'
+                      else source.get('{}.rope.freq_base', 10_000.0)))
+  # As llama.cpp reads them: linear without a type, by a factor of the current or an older name.
+  scaling = source.get('{}.rope.scaling.type', 'linear')
   if scaling == 'linear':
-    sizes['rope_scaling'] = float(_need(source, 'rope.scaling.factor'))
+    sizes['rope_scaling'] = float(
+        source.get('{}.rope.scaling.factor') or source.get('{}.rope.scale_linear') or 1)
   elif scaling != 'none':
     raise UserError(f'rope.scaling.type = {scaling!r}, only linear and none are supported: give '
                     'another decoder')

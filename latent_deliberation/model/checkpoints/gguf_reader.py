@@ -57,6 +57,9 @@ def open_file(file: Path) -> ArrayReader:
                       'update the library, or give a file of another type') from error
     raise UserError(f'{file} ({file.stat().st_size:,} bytes) is not a whole GGUF file ({error}): '
                     'download it again') from error
+  if reader.byte_order != 'I':
+    raise UserError(f'{file} has its bytes in the order of other machines (big-endian): give a '
+                    'file for this one')
   # One block of zeros tells whether the library can dequantise a type.
   for kind, name in {tensor.tensor_type: tensor.name for tensor in reader.tensors}.items():
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -33,22 +33,29 @@ def cache_tokenizer(source: GGUFSource) -> Path | None:
   kind = source.get('tokenizer.ggml.model')
   if kind is None:
     return None
-  if kind == 'llama':
-    files = {'tokenizer.model': rebuild_sentencepiece(source)}
-  elif kind == 'gpt2':
-    # Named last, so that a tokenizer.json is never alone.
-    tokenizer, config = rebuild_byte_pairs(source)
-    files = {TOKENIZER_CONFIG: _to_json(config), TOKENIZER_JSON: _to_json(tokenizer)}
-  else:
+  if kind not in ('llama', 'gpt2'):
     raise UserError(f'{source.file}: tokenizer.ggml.model = {kind!r} is neither llama '
                     '(SentencePiece) nor gpt2 (byte-level BPE): give the tokenizer of the model, '
                     '--vocabulary=PATH')
+  try:
+    if kind == 'llama':
+      files = {'tokenizer.model': rebuild_sentencepiece(source)}
+    else:
+      # Named last, so that a tokenizer.json is never alone.
+      tokenizer, config = rebuild_byte_pairs(source)
+      files = {TOKENIZER_CONFIG: _to_json(config), TOKENIZER_JSON: _to_json(tokenizer)}
+  except UserError:
+    raise
+  except (TypeError, ValueError, IndexError, AttributeError) as error:
+    # A damaged file may have values of any type and size.
+    raise UserError(f'{source.file}: its vocabulary is damaged ({type(error).__name__}: '
+                    f'{str(error):.120}): download it again') from error
   # The directory is a hash of the content, so two files of one vocabulary share it.
   directory = CACHE.expanduser() / hashlib.sha256(b''.join(files.values())).hexdigest()[:16]
   for name, content in files.items():
     if not (directory / name).is_file():
       write_whole(directory / name, content)
-  return directory / name
+  return directory / list(files)[-1]
 
 
 def _to_json(value: Mapping[str, Any]) -> bytes:

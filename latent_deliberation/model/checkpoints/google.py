@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UnknownSizesError, UserError
 from latent_deliberation.model.checkpoints.layout import LAYERED, Entry, Layout, stored_shape
 from latent_deliberation.model.checkpoints.source import Stored
 from latent_deliberation.model.transformer_config import (
@@ -42,7 +42,7 @@ def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig
     origin: directory of the checkpoint, for messages.
 
   Raises:
-    UserError: no preset has these sizes; the message lists the presets.
+    UnknownSizesError: no preset has these sizes; the message lists the presets.
   """
   found = _sizes(tensors, origin)
   for config in PRESETS.values():
@@ -54,7 +54,7 @@ def find_config(tensors: Mapping[str, Stored], origin: str) -> TransformerConfig
   known = '\n'.join(
       f'  {name}: ' + ', '.join(f'{key} {getattr(config, key)}' for key in found)
       for name, config in PRESETS.items())
-  raise UserError(
+  raise UnknownSizesError(
       f'{origin} holds a decoder of ' + ', '.join(f'{key} {size}' for key, size in found.items())
       + f'. No preset has these sizes, and the format does not store the rest:\n{known}\n'
       'Pass your TransformerConfig to weights.load(..., config=...)')

@@ -9,16 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latent_deliberation.errors import UserError
-from latent_deliberation.model.transformer_config import TransformerConfig, unlike_gemma
+from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.model.transformer_config import (
+  MOST_LAYERS,
+  TransformerConfig,
+  unlike_gemma,
+)
 from latent_deliberation.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 CONFIG = 'config.json'
 # Files beside the weights that say how texts begin and end, and how a conversation is written.
 GENERATION, ADDED = 'generation_config.json', 'added_tokens.json'
 TEMPLATE, PROCESSOR = 'chat_template.jinja', 'chat_template.json'
-COMPANIONS = (TOKENIZER_JSON, TOKENIZER_CONFIG, 'special_tokens_map.json', ADDED, TEMPLATE,
-              PROCESSOR, GENERATION)
+CONVENTIONS = (TOKENIZER_CONFIG, ADDED, TEMPLATE, PROCESSOR, GENERATION)
+COMPANIONS = (TOKENIZER_JSON, 'special_tokens_map.json', *CONVENTIONS)
 
 # The values of transformers in our words.
 _KINDS = {'sliding_attention': 'local', 'full_attention': 'global'}
@@ -89,7 +93,7 @@ def read_config(directory: Path) -> TransformerConfig:
   try:
     stored = json.loads(path.read_bytes())
     family = stored['model_type']
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f'{path} is damaged or has no model_type ({error}): download it '
                     'again') from error
   if family not in FAMILIES:
@@ -186,6 +190,7 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 def _layer_pattern(family: str, stored: Mapping[str, Any]) -> tuple[str, ...]:
   """Returns the shortest pattern that gives the kinds of all layers."""
   layers = stored['num_hidden_layers']
+  check_integer('num_hidden_layers', layers, 1, MOST_LAYERS)  # before a list of so many is made
   if stored.get('layer_types'):
     unknown = set(stored['layer_types']) - set(_KINDS)
     if unknown:
@@ -342,6 +347,8 @@ def _write_llama(config: TransformerConfig) -> dict[str, Any]:
   content = {
       'architectures': [{'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
                          'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}[family]],
+      # Not known here; transformers would take 1 and 2. Those that end a text are beside it.
+      'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None,
       'model_type': family, 'hidden_act': names[config.activation], 'rope_scaling': scaling,
       'rope_parameters': {'rope_theta': config.rope_base, **(scaling or {'rope_type': 'default'})}}
   if family == 'mistral':

@@ -227,7 +227,53 @@ def test_missing_key(damaged, key):
     weights.open_checkpoint(damaged(stored, stored[:-1] + b'_'))
 
 
+def test_heads_without_groups(tmp_path):
+  """llama.cpp names the heads of keys only if the model's config did; else there are as many."""
+  config = dataclasses.replace(_LLAMA, num_kv_heads=_LLAMA.num_heads)
+  params = random_params(config)
+  path = write(tmp_path / 'model.gguf', 'llama', config, params)
+  key = b'llama.attention.head_count_kv'
+  path.write_bytes(path.read_bytes().replace(key, key[:-1] + b'_'))
+  found, loaded = weights.load(path)
+  assert found == config and fingerprint(loaded) == fingerprint(params)
+
+
+@pytest.mark.parametrize('keys, expected', [
+    ({'scaling.factor': 8.0, 'scaling.type': 'linear'}, 8.0), ({'scaling.factor': 8.0}, 8.0),
+    ({'scale_linear': 4.0}, 4.0), ({'scaling.factor': 8.0, 'scaling.type': 'none'}, 1.0)])
+def test_scaling_of_positions(tmp_path, keys, expected):
+  """A factor counts as llama.cpp counts it: also without a type, and by its older name."""
+  def add(writer):
+    for key, value in keys.items():
+      (writer.add_string if isinstance(value, str) else writer.add_float32)(
+          f'llama.rope.{key}', value)
+
+  path = write(tmp_path / 'model.gguf', 'llama', _LLAMA, random_params(_LLAMA), metadata=add)
+  assert weights.open_checkpoint(path).config.rope_scaling == expected
+
+
+def test_gemma3_names_its_rotary_base(tmp_path):
+  config = CONFIGS['gemma3']
+  path = write(tmp_path / 'model.gguf', 'gemma3', config, random_params(config))
+  path.write_bytes(path.read_bytes().replace(b'gemma3.rope.freq_base', b'gemma3.rope.freq_bas_'))
+  with pytest.raises(UserError, match='lacks .*gemma3.rope.freq_base'):
+    weights.open_checkpoint(path)
+
+
+def test_other_order_of_bytes(tmp_path):
+  """A big-endian file would be read as other numbers."""
+  writer = gguf.GGUFWriter(tmp_path / 'model.gguf', 'llama', endianess=gguf.GGUFEndian.BIG)
+  writer.add_block_count(2)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  with pytest.raises(UserError, match='big-endian'):
+    weights.open_checkpoint(tmp_path / 'model.gguf')
+
+
 @pytest.mark.parametrize('options, message', [
+    ({'metadata': lambda writer: writer.add_string('split.count', 'many')}, 'one of many parts'),
     ({'architecture': 'mamba'}, "architecture 'mamba'"),
     ({'leave_out': ('blk.1.attn_v.weight',)}, 'layers.1.self_attn.v_proj.weight: missing'),
     ({'more': [('blk.0.attn_qkv.weight', np.zeros((2, 2), np.float32))]}, 'blk.0.attn_qkv.weight'),

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import struct
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from latent_deliberation.cli import convert
 from latent_deliberation.data.tokenizer_json import TokenizerJson
 from latent_deliberation.errors import UserError
+from latent_deliberation.inference.conventions import read_conventions
 from latent_deliberation.inference.tokenizer import tokenizer_of
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import gguf_io, gguf_tokenizer, native
@@ -108,6 +110,26 @@ def test_vocabulary_disagrees(tmp_path, trained, missing, options, message):
     gguf_tokenizer.rebuild_sentencepiece(source)
 
 
+@pytest.mark.parametrize('old, new', [
+    (lambda size: struct.pack('<Q', 1) + b'(', lambda size: struct.pack('<Q', 1) + b'\xff'),
+    (lambda size: b'unknown_token_id' + struct.pack('<II', 4, 3),
+     lambda size: b'unknown_token_id' + struct.pack('<II', 4, 2**32 - 1)),
+    (lambda size: b'eos_token_id' + struct.pack('<II', 4, 1),
+     lambda size: b'eos_token_id' + struct.pack('<II', 4, size)),
+    (lambda size: b'token_type' + struct.pack('<IIQI', 9, 5, size, 3),
+     lambda size: b'token_type' + struct.pack('<IIQI', 9, 5, size, 7))],
+    ids=['no Unicode', 'no such piece', 'id beyond', 'no such type'])
+def test_damaged_vocabulary(tmp_path, trained, old, new):
+  """Damage ends in a message that names the file."""
+  size = trained.vocab_size()
+  path = write_vocabulary(tmp_path / 'model.gguf', trained, size).file
+  content = path.read_bytes()
+  assert content.count(old(size)) == 1
+  path.write_bytes(content.replace(old(size), new(size)))
+  with pytest.raises(UserError, match='model.gguf.*damaged.*download it again'):
+    tokenizer_of(weights.open_checkpoint(path))
+
+
 # --- Byte-level BPE ---
 
 TOKENS = [*tiny_tokenizer.SPECIAL, *tiny_tokenizer.letters(),
@@ -191,7 +213,7 @@ def test_composed(tmp_path):
     ({'tokens': [*TOKENS[:-1], 'the']}, "'the' is there twice"),
     ({'merges': [*MERGES, 'the re']}, "the merge 'the re' .*'there'"),
     ({'merges': ['the']}, "the merge 'the' needs the token ''"),
-    ({'eos': 999}, 'eos_token_id = 999'),
+    ({'eos': 999}, 'eos_token_id = 999'), ({'merges': [1, 2]}, 'vocabulary is damaged'),
 ])
 def test_bad_byte_pairs(tmp_path, caplog, metadata, message):
   """A vocabulary that would be read wrongly is refused, and its decoder is converted without it."""
@@ -204,6 +226,27 @@ def test_bad_byte_pairs(tmp_path, caplog, metadata, message):
       convert.convert(checkpoint, tmp_path / 'converted', 'native')
     assert "'bloom'" in caplog.text
     assert weights.open_checkpoint(tmp_path / 'converted').tokenizer is None
+
+
+@pytest.mark.parametrize('format', ['native', 'huggingface'])
+def test_converted_decoder_keeps_its_chat(tmp_path, format):
+  """The template of conversations, and all ends of a text, come with the weights."""
+  def add(writer):
+    add_byte_pairs(writer)
+    writer.add_chat_template('{{ messages }}')
+    writer.add_eot_token_id(3)
+
+  config = dataclasses.replace(gguf_io_test.CONFIGS['llama'], vocab_size=ROWS)
+  path = gguf_io_test.write(tmp_path / 'model.gguf', 'llama', config,
+                            gguf_io_test.random_params(config), metadata=add)
+  source = weights.open_checkpoint(path)
+  convert.convert(source, tmp_path / 'converted', format)
+  found, expected = (read_conventions(each) for each in (
+      weights.open_checkpoint(tmp_path / 'converted'), source))
+  assert found.chat_template == expected.chat_template == '{{ messages }}'
+  assert found.ends == expected.ends == (2, 3)
+  if format == 'huggingface':  # transformers would take 1 and 2
+    assert json.loads((tmp_path / 'converted/config.json').read_text())['eos_token_id'] is None
 
 
 def test_no_vocabulary(tmp_path):

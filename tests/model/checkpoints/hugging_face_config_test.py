@@ -187,7 +187,8 @@ def test_scaled_global_positions(tmp_path):
 
 @pytest.mark.parametrize('content', [
     '{"model_type": "gemma2", ', '[]', 'null', '{}', '{"model_type": ["gemma2"]}',
-    '{"model_type": "gemma3", "text_config": [1]}'])
+    '{"model_type": "gemma3", "text_config": [1]}', '[' * 100_000,
+    json.dumps({**_GEMMA3, 'num_hidden_layers': 5 * 10**9})])
 def test_damaged_config(tmp_path, content):
   """A damaged config.json is refused."""
   with pytest.raises(UserError, match=f'{tmp_path}/config.json'):

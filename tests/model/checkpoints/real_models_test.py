@@ -41,13 +41,11 @@ def test_logits(name):
 
 @pytest.mark.gemma
 def test_greedy_tokens(name):
-  """Forty greedy tokens after each prompt are equal, up to the end of a text."""
+  """Forty greedy tokens after each prompt are equal; none of them ends a text."""
   decoder, golden = ld.load_decoder(name), GOLDEN[name]
   assert [decoder.tokenizer.encode(case['prompt']) for case in golden] == [
       case['ids'] for case in golden]
   generator = ld.Generator(decoder, length=64)
   completions = generator.generate([case['prompt'] for case in golden], max_tokens=40)
   for completion, case in zip(completions, golden, strict=True):
-    tokens = [token for token in completion.tokens if token != decoder.tokenizer.eos]
-    assert tokens == case['greedy'][:len(tokens)]
-    assert len(completion.tokens) == 40 or completion.finish_reason == 'eos'
+    assert completion.tokens == case['greedy']
