@@ -14,7 +14,7 @@ from latent_deliberation.array_types import Params, PyTree
 from latent_deliberation.data.data_config import BYTE_VOCABULARY_HASH
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
-from latent_deliberation.errors import UnknownSizesError, UserError
+from latent_deliberation.errors import UnknownSizesError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint

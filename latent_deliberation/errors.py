@@ -22,7 +22,7 @@ class StoreError(OSError):
 
 
 class UnknownSizesError(UserError):
-  """A checkpoint of Google's has sizes that no preset has; a TransformerConfig must say the rest."""
+  """A Google checkpoint has sizes that no preset has: a TransformerConfig must say the rest."""
 
 
 class MissingError(UserError):
