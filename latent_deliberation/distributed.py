@@ -18,11 +18,13 @@ ADDRESS = 'JAX_COORDINATOR_ADDRESS'
 # the number: it is that of an allocation, also in a shell that is a single task of it.
 LAUNCHERS = (('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NODELIST'),
              ('OMPI_COMM_WORLD_SIZE', 'OMPI_MCA_orte_hnp_uri'))
+WAITING = 'waiting for all of them'  # logged until all processes have come
 TERMINAL = 'SLURM_PTY_PORT'  # exists in a shell that srun --pty gave a terminal
 PATIENCE_SECONDS = 24 * 3600  # for the work of one process alone, such as packing a corpus
 # After so long without a sign of life from one process, all others end. jax's own threads give the
 # sign, also while a process packs, compiles or waits.
 HEARTBEAT_SECONDS = 45
+START_SECONDS = 300  # for all processes to come; jax then ends those that did
 
 
 def initialize(address: str | None = None, count: int | None = None,
@@ -50,8 +52,9 @@ def initialize(address: str | None = None, count: int | None = None,
     _initialize_known()
   elif not (address is None and count is None and index is None):
     _check_given(address, count, index)
-    logging.info('process %d of %d: waiting for all of them at %s', index, count, address)
+    logging.info('process %d of %d: %s at %s', index, count, WAITING, address)
     jax.distributed.initialize(address, count, index, cluster_detection_method='deactivate',
+                               initialization_timeout=START_SECONDS,
                                heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
@@ -93,7 +96,8 @@ def _initialize_known() -> None:
   logging.info('waiting for the other processes that jax finds, if any; --process_count=1 runs '
                'this one alone')
   try:
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    jax.distributed.initialize(initialization_timeout=START_SECONDS,
+                               heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   except ValueError as error:
     # jax's error where no variable and no metadata server describes a pod, as in a notebook.
     if not _is_on_tpu() or 'coordinator_address should be defined' not in str(error):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.benchmarks.fault_launches import Launch, Launcher
+from latent_deliberation.distributed import START_SECONDS, WAITING
 from latent_deliberation.paths import COPROCESSOR, DECODER, METRICS_FILE
 from latent_deliberation.training.metrics import read_metrics
 
@@ -28,7 +29,7 @@ MINUTE = 60.0  # in which the processes that are left must end
 PATIENCE = 900.0  # seconds for a launch that is left alone, also on a busy machine
 MOST_KILLS = 6  # of one run
 # What a process says that ends since another was lost, or was stopped with it.
-ENDED_BY_OTHERS = 'another (process|task)|stopped by'
+ENDED_BY_OTHERS = 'another (process|task)|timed out task|stopped by'
 # Keys of metrics.jsonl that depend on the clock or on the machine.
 _OF_CLOCK = re.compile(r'seconds|tokens_per_second|teraflops_per_device|mfu|memory_gib|time/.*')
 # What a launch is at, by the last of these texts in its log.
@@ -236,6 +237,8 @@ def _judge(launches: Sequence[Launch], ended: Launch | None, number: int) -> lis
   faults, end = [], time.monotonic() + MINUTE
   for launch in launches:
     code = launch.wait(end - time.monotonic())
+    if code is None and WAITING in ''.join(launch.said().splitlines()[-1:]):
+      code = launch.wait(START_SECONDS)  # the other was ended before it came: as a late host
     said = launch.said()
     if code is None:
       faults.append(f'a process still ran a minute after the other was ended: {said[-2000:]}')

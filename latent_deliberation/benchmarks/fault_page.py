@@ -39,7 +39,7 @@ same fingerprint of the decoder, the same rows, the same number in every line of
 {jobs_table}
 
 What the launches were at: {phases}. With two processes, one of them is killed. The other must end
-by itself within a minute, with a message.
+by itself within a minute, with a message. It may wait five minutes for one that has not come yet.
 
 ## Damaged files
 
