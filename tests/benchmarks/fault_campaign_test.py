@@ -166,3 +166,38 @@ def test_killed_run(tmp_path, monkeypatch):
         seen.append(0) or -len(seen)))
     found = run_case(opened, job, tmp_path, [0, 0, 2], kills=1)
     assert any('is lost' in fault for fault in found['faults'])
+
+
+class EndedLaunch:
+  """A launch that ends when it is waited for long enough, and what it says until then and after."""
+
+  def __init__(self, code, before='', after='', seconds=1.0):
+    self.code, self._before, self._after, self._left = None, before, after, seconds
+    self._end = code
+
+  def wait(self, seconds):
+    self._left -= seconds
+    self.code = self._end if self._left <= 0 else None
+    return self.code
+
+  def said(self):
+    return self._before + (self._after if self.code is not None else '')
+
+  def kill(self, number=0):
+    self.code = -9
+
+
+WAITS = 'process 0 of 2: waiting for all of them at 127.0.0.1:1\n'
+
+
+@pytest.mark.parametrize('left, fault', [
+    (dict(code=134, before=WAITS, after='Segmentation fault'), 'ended with code 134 and without'),
+    (dict(code=134, before=WAITS, after='another task died'), ''),
+    (dict(code=134, before=f'{WAITS}step 1/9', after='another task died', seconds=90), 'still ran'),
+    (dict(code=134, before=WAITS, after='Some timed out task names: 1', seconds=300), ''),
+    (dict(code=134, before=WAITS, after='Some timed out task names: 1', seconds=900), 'still ran')])
+def test_process_that_is_left(left, fault):
+  """It ends in a minute with a message; in some more if it waits for the other to come."""
+  killed = EndedLaunch(-9)
+  faults = fault_kills._judge([EndedLaunch(**left), killed], killed, 9)
+  assert [fault in found for found in faults] == [True] * bool(fault), faults
