@@ -160,6 +160,8 @@ def _run(request: Mapping[str, Any]) -> NoReturn:
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   os.dup2(file, 1)
   os.dup2(file, 2)
+  # Those of the process that forked may be of another kind of file.
+  sys.stdout, sys.stderr = (open(number, 'w', buffering=1, closefd=False) for number in (1, 2))
   if request['clock']:
     _jump(request['clock'])
   status = 0

@@ -59,7 +59,9 @@ coprocessor's decoder, whose fingerprint is known from the training.
 
 - A full disk refuses files above a random size, between 512 bytes and 1 MB. The quickstart must
   end with a message, and with its results once there is room.
-- The clock on the wall jumps by up to ten years, at each tenth look.
+- The clock on the wall jumps by up to ten years, at each tenth look. orbax waits by that clock, so
+  a save may be given up, and the run ends with a message. Once the clock stands, the same command
+  must resume and give the undisturbed result.
 - A lost host is killed (SIGKILL) or hangs (SIGSTOP) while two processes train.
 
 ## What makes it so
@@ -122,6 +124,8 @@ def _tell(name: str, counts: Mapping[str, Any]) -> str:
   if 'signals' in counts:
     phases = ', '.join(f'{phase} {count}' for phase, count in counts['phases'].items())
     return f'{counts["signals"]} signals: {phases}'
+  if 'ended' in counts:
+    return f'{counts["ended"]} of them ended by it, with a message'
   if 'refused' in counts:
     return f'{counts["refused"]} of them too full for the run'
   if 'told' in counts:

@@ -179,11 +179,14 @@ class Checkpointer:
     except kinds as error:
       step, self._saving = self._saving, None
       self._manager.reload()  # forgets the failed step, and lists again what it was to replace
+      # orbax looks at the clock on the wall, so a jump of that looks like a slow directory.
+      remedy = ('The directory is slow, or the clock was set.' if isinstance(error, TimeoutError)
+                else 'Make the directory writable or free some space.')
       raise UserError(
           f'the checkpoint of step {step} could not be written to {self.directory}: '
           f'{str(error).partition(" [tensorstore_spec")[0]}\n'
-          f'{self._describe_whole_steps()} Make the directory writable or free some space. The '
-          'same command then resumes from the newest checkpoint.') from error
+          f'{self._describe_whole_steps()} {remedy} The same command then resumes from the newest '
+          'checkpoint.') from error
 
   @contextlib.contextmanager
   def _explain_damage(self, step: int) -> Iterator[None]:

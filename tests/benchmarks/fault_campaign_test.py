@@ -49,6 +49,7 @@ def cases(monkeypatch):
   def scenario(opened, place, seed):
     ran.append(('scenario', seed))
     return {'faults': [], 'kills': 1, 'phases': {'start': 1}, 'refused': True, 'told': True,
+            'ended': True,
             'signal': 'SIGKILL', 'seconds': 3.0}
 
   monkeypatch.setattr('latent_deliberation.benchmarks.fault_launches.Launcher', FakeLauncher)
