@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -378,13 +379,17 @@ def test_manifest_is_readable(corpus_directory, tmp_path):
   assert text.count('\n') > 10
 
 
-def test_full_disk(corpus_directory, tmp_path, monkeypatch):
-  """A disk that is full is named, and nothing is left of the split."""
-  def fail(file, values):
-    file.write(b'a part')
-    raise OSError(28, 'No space left on device')
-
-  monkeypatch.setattr(packing.np, 'save', fail)
-  with pytest.raises(UserError, match=r'tokens-00000.npy .*No space left.*free some space'):
-    prepare(local(corpus_directory), tmp_path)
+@pytest.mark.parametrize('part', [0.01, 0.3, 0.5, 0.9, 0.99])
+def test_full_disk(corpus_directory, tmp_path, part):
+  """A disk that is full anywhere in a file is named, and nothing is left of the split."""
+  config = local(corpus_directory)
+  prepare(config, tmp_path / 'whole')
+  size = (tmp_path / 'whole/rows/train/tokens-00000.npy').stat().st_size
+  before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(part * size), most))
+    with pytest.raises(UserError, match=r'tokens-00000.npy .*File too large.*free some space'):
+      prepare(config, tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
   assert list((tmp_path / 'rows').iterdir()) == []
