@@ -164,8 +164,12 @@ def read_index(address: str) -> list[Entry]:
   Raises:
     UserError: there is no index, it cannot be reached, or it is damaged or of another format.
   """
-  where, entries = f'{Place.at(address).address}/{INDEX}', []
-  for number, written in enumerate(_read_content(address)['experts']):
+  return _entries_of(_read_content(address), f'{Place.at(address).address}/{INDEX}')
+
+
+def _entries_of(content: Mapping[str, Any], where: str) -> list[Entry]:
+  entries = []
+  for number, written in enumerate(content['experts']):
     try:
       entries.append(Entry.from_json(written))
     except UserError as error:
@@ -238,7 +242,7 @@ def publish(package: Path, index: Path, force: bool = False) -> Card:
     content: Mapping[str, Any] = {'format': FORMAT, 'experts': []}
     if (index / INDEX).exists():
       content = _read_content(str(index))
-      if card.address in [entry.address for entry in read_index(str(index))]:
+      if card.address in [entry.address for entry in _entries_of(content, str(index / INDEX))]:
         raise UserError(f'{index} has {card.address} already')
     target = index / card.address
     if not target.exists():  # left by a launch that was stopped before it was listed
