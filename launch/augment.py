@@ -37,7 +37,8 @@ def main() -> None:
       as_path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value)
   tokens = save_context(text, output, engine, tokenizer)
   print(f'{output}: {tokens} tokens and {engine.model.coprocessor.config.num_latents} latents. '
-        f'Continue them: launch/generate.py --cache={quote(str(output))}')
+        f'Next: python launch/generate.py --decoder={quote(_DECODER.value)} '
+        f'--cache={quote(str(output))} --length={_LENGTH.value}')
 
 
 if __name__ == '__main__':

@@ -22,6 +22,8 @@ NAME is that of an added expert, or the directory of a package. Without NAMES al
 the decoder are taken. Next, use one: launch/generate.py --expert=NAME.
 """
 
+from shlex import quote
+
 from absl import flags
 
 from latent_deliberation.build import with_decoder
@@ -43,11 +45,10 @@ _OUTPUT = app.define_file('output', 'Package, .json of results, or folder of exp
 _WORKDIR = app.define_directory(
     'workdir', 'Work directory of train, which resumes there. Default: runs/experts/NAME.', '')
 _MINUTES = flags.DEFINE_float(
-    'minutes', 0.0, 'Time to train for. Default: as many steps as the config says.')
+    'minutes', 0.0, 'Time to spend, scores included. Default: as many steps as the config says.')
 _DESCRIPTION = flags.DEFINE_string('description', '', 'A sentence about the expert.')
 _LICENCE = flags.DEFINE_string('licence', '', 'Licence of its weights, such as CC-BY-4.0.')
-_SAMPLE = flags.DEFINE_bool(
-    'sample', True, 'Put held-out rows into the package, so that others can measure its scores.')
+_SAMPLE = flags.DEFINE_bool('sample', True, 'Put held-out rows into the package, to score again.')
 _INDEX = flags.DEFINE_string('index', '', 'Index: a path, http(s)://, gs:// or hf:// address.')
 _DOMAIN = flags.DEFINE_multi_string('domain', [], 'NAME=TEXT, a text to judge routers on')
 _PAIR = flags.DEFINE_multi_string('pair', [], 'A+B, to add up. Default: each with the next')
@@ -92,7 +93,7 @@ def main(words: list[str]) -> None:
   workdir = as_path(_WORKDIR.value or f'runs/experts/{request.name}')
   card = make_expert(experiment, request, workdir, as_path(_OUTPUT.value), given_keys())
   print(f'{render(card)}\nPackage: {_OUTPUT.value}\nNext: python launch/generate.py '
-        f'--decoder={experiment.decoder_from} --expert={_OUTPUT.value} --compare')
+        f'--decoder={quote(experiment.decoder_from)} --expert={quote(_OUTPUT.value)} --compare')
 
 
 if __name__ == '__main__':

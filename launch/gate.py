@@ -36,7 +36,7 @@ def main() -> None:
   output = as_path(_OUTPUT.value)
   print(f'Picture: {output / PICTURE}\nNext: python launch/generate.py '
         f'--decoder={quote(str(run.decoder_dir))} --coprocessor={quote(_COPROCESSOR.value)} '
-        f'--gate={quote(str(output))} --budget=0.25')
+        f'--gate={quote(str(output))} --budget=0.05')
 
 
 if __name__ == '__main__':

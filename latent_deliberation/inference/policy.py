@@ -123,6 +123,8 @@ def open_gate(directory: Path, score: str, budget: float, min_gap: int = MIN_GAP
   Raises:
     UserError: there is no gate, it is damaged, or it has no threshold for this budget.
   """
+  if score not in SCORES:
+    raise UserError(f'gate_score = {score!r}: it must be one of {SCORES}')
   check_number('budget', budget, 0)
   check_integer('min_gap', min_gap, 1, MOST_GAP)
   if budget * min_gap > 1:

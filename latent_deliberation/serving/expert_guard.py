@@ -40,6 +40,10 @@ class Report:
   fault: str = ''
 
 
+class _StillHangs(Exception):
+  """A router has chosen an expert that hangs in an earlier text."""
+
+
 class ExpertGuard:
   """Starts the deliberations of a server, and remembers experts that hang."""
 
@@ -51,6 +55,7 @@ class ExpertGuard:
     """
     self.experts, self.timeout = experts, timeout
     self._hanging: dict[str, BackgroundAugmentation] = {}
+    self._lock = threading.Lock()  # texts ask from their own threads, too
 
   def begin(self, choice: Choice, text: str, state: State) -> 'Deliberation':
     """Starts to make latents for the end of the one text of a state, which stays as it is.
@@ -63,13 +68,15 @@ class ExpertGuard:
 
   def hanging(self, names: Mix) -> str:
     """Returns the first of the names whose thread still hangs; '' for none."""
-    self._hanging = {name: thread for name, thread in self._hanging.items()
-                     if not thread.has_ended}
-    return next((name for name in names if name in self._hanging), '')
+    with self._lock:
+      self._hanging = {name: thread for name, thread in self._hanging.items()
+                       if not thread.has_ended}
+      return next((name for name in names if name in self._hanging), '')
 
   def note(self, names: Mix, thread: BackgroundAugmentation) -> None:
     """Notes that these experts hang in a thread."""
-    self._hanging |= dict.fromkeys(names, thread)
+    with self._lock:
+      self._hanging |= dict.fromkeys(names, thread)
 
 
 class Deliberation:
@@ -90,7 +97,7 @@ class Deliberation:
     self._thread: BackgroundAugmentation | None = None
     name = guard.hanging(self._mix)
     if name:
-      self._fail(BUSY, f'{_title(name)} still hangs in an earlier text')
+      self._fail_busy(name)
     elif self._mix:
       # Latents are wrapped, since a router may choose none.
       self._thread = BackgroundAugmentation(
@@ -133,6 +140,8 @@ class Deliberation:
                if np.isfinite(score)}
       with self._lock:
         self._mix, self._scores = mix, known
+      if self._guard.hanging(mix):
+        raise _StillHangs
     mix, _ = self._chosen()
     if not mix or int(state.lengths[0]) <= self._experts.first_anchor:
       return None
@@ -146,7 +155,9 @@ class Deliberation:
     """Notes why a thread has no result. Details go to the log alone, since they may name paths."""
     mix, _ = self._chosen()
     gone = [name for name in mix if name not in (AUTO, *self._experts.names)]
-    if gone:
+    if isinstance(cause, _StillHangs):
+      self._fail_busy(next(iter(mix)))
+    elif gone:
       self._fail(REMOVED, f'{_title(gone[0])} was removed')
     elif not thread.has_ended:
       self._guard.note(mix, thread)
@@ -155,6 +166,9 @@ class Deliberation:
       logging.error('No latents of %s: %s', _titles(mix), cause,
                     exc_info=cause if isinstance(cause, Exception) else None)
       self._fail(FAILED, f'{_titles(mix)} failed ({type(cause).__name__})')
+
+  def _fail_busy(self, name: str) -> None:
+    self._fail(BUSY, f'{_title(name)} still hangs in an earlier text')
 
   def _fail(self, kind: str, fault: str) -> None:
     _, scores = self._chosen()

@@ -59,10 +59,12 @@ class Limits:
     length: tokens of a text, prompt included.
     texts: texts of one request.
     body: bytes of a request.
+    rows: rows of the batch. A text takes one, and another one for `score_with`.
   """
   length: int
   texts: int
   body: int
+  rows: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,9 @@ class Reader:
     other = _get(values, 'score_with', str, None)
     if other is not None:
       choices.append(self.choice(other, 'score_with'))
+      if len(choices) > self.limits.rows:
+        raise RequestError(400, 'score_with needs a second row of the batch, and this server has '
+                           'one: leave it out, or start the server with --rows=2', 'score_with')
     count, logprobs = _integer(values, 'n', 1, 1, self.limits.texts), values.get('logprobs')
     if logprobs is not None:
       logprobs = _integer(values, 'logprobs', 0, 0, MOST_TOP)

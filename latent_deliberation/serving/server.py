@@ -52,7 +52,8 @@ class RunningServer:
     hosts = ('127.0.0.1', 'localhost', '[::1]', '::1') if options.host in LOOPBACK else ('*',)
     self.service = Service(
         options.served_name, experts, loaded.tokenizer, batcher,
-        Limits(options.length, options.most_texts, options.most_bytes), metrics, key, hosts)
+        Limits(options.length, options.most_texts, options.most_bytes, options.rows), metrics, key,
+        hosts)
     config = uvicorn.Config(
         build_app(self.service), loop='asyncio', http='h11', ws='none', lifespan='off',
         access_log=False, log_config=None, server_header=False, timeout_keep_alive=15,

@@ -102,8 +102,8 @@ def build_optimizer(config: OptimizerConfig, num_steps: int,
     multipliers: factors on learning rates, by top-level key of the parameters.
 
   Raises:
-    UserError: warm-up is longer than the run. Also raised by `init` where the parameters lack a
-      key of `multipliers`.
+    UserError: warm-up is longer than the run.
+    ValueError: raised by `init` where the parameters lack a key of `multipliers`.
   """
   chain = optax.chain(
       # Clip before Adam, whose averages should not see outliers.

@@ -96,6 +96,11 @@ def test_budget_that_cannot_be_spent_is_refused(directory, budget, min_gap, mess
     open_gate(directory, 'learned', budget, min_gap)
 
 
+def test_unknown_score_is_refused(directory):
+  with pytest.raises(UserError, match="gate_score = 'learnt': .*'learned', 'entropy'"):
+    open_gate(directory, 'learnt', 0.5, min_gap=1)
+
+
 @pytest.mark.parametrize('budget, min_gap', [
     (0.02, 8), (0.05, 8), (0.1, 8), (0.125, 8), (0.3, 2), (0.7, 1)])
 def test_budget_is_a_fraction_of_tokens(budget, min_gap):

@@ -87,3 +87,17 @@ def test_hanging_expert_is_not_asked_again():
       break
     time.sleep(0.02)
   assert report.experts == {'stars': 1.0}
+
+
+def test_router_that_chooses_a_hanging_expert():
+  """The expert is not asked again, whether its name or a router asked first."""
+  experts = FaultyExperts(Fixed(['stars', 'law'], 2.0, -1.0), stars='hangs')
+  experts.augment(experts.engine.read([PROMPTS[1]]), [{'law': 1.0}])  # compiled
+  guard = ExpertGuard(experts, 5)
+  assert ask(experts, 'auto', guard=guard)[1].kind == 'hangs'
+  begun = experts.begun
+  _, report = ask(experts, 'auto', guard=guard)
+  assert (report.kind, report.fault) == (
+      'busy', "the expert 'stars' still hangs in an earlier text")
+  assert experts.begun == begun and report.scores == {'stars': 2.0, 'law': -1.0}
+  experts.released.set()

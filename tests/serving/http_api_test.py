@@ -98,6 +98,15 @@ def test_score_with_a_second_model(server, experts):
   np.testing.assert_allclose(same['score_with'], same['token_logprobs'], atol=5e-5)
 
 
+def test_score_with_needs_two_rows(experts):
+  """A server of one row refuses it, and goes on with other texts."""
+  with small_server.serving(experts, rows=1) as server:
+    status, body, _ = send(server, 'POST', '/v1/completions',
+                           {'model': 'tiny', 'prompt': 'Once', 'score_with': 'tiny+stars'})
+    assert status == 400 and b'--rows=2' in body
+    assert complete(server)['choices'][0]['text']
+
+
 def test_several_texts(server):
   """Prompts and `n` give a choice each, in order, each with its own seed."""
   found = complete(server, n=3, temperature=1.0, seed=5)['choices']
