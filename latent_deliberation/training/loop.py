@@ -328,7 +328,8 @@ class TimedSaves:
   """Says when it is time to save, at the same step on every process.
 
   Processes that agree wait for their devices. So process 0 looks at its clock and says at which
-  step to ask again: after half of the time that is left, or less.
+  step to ask again: after half of the time that is left, or less. It waits for no more steps than
+  came since the save, because the first of these are only dispatched when the clock is read.
 
   Args:
     seconds: longest time without a save; 0 for no limit.
@@ -351,8 +352,9 @@ class TimedSaves:
       return False
     spent = self._clock() - self._saved_at
     steps_left = (self._seconds - spent) / max(spent, 1e-9) * (step - self._saved)
-    # Process 0's number counts; 0 is to save now. It must fit into 32 bits.
-    wait = from_process_zero(0 if steps_left <= 0 else min(max(1, int(steps_left / 2)), 10**6))
+    most = step - self._saved
+    # Process 0's number counts; 0 is to save now.
+    wait = from_process_zero(0 if steps_left <= 0 else max(1, int(min(steps_left / 2, most))))
     self._ask_at = step + wait
     return wait == 0
 
