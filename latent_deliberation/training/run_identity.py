@@ -19,15 +19,17 @@ from latent_deliberation.files import lock_for_all, seal, unseal, write_json
 from latent_deliberation.paths import CHECKPOINTS, RUN_FILE, RUN_LOCK, with_current_names
 
 EARLIER_STEPS = 'earlier_num_steps'  # key of run.json, not part of the identity
-# Settings that change no result but by rounding: devices, cadences, and the places of files, since
-# the fingerprint of the data covers their contents.
+# Settings that change no result but by rounding: devices, memory, cadences, and the places of
+# files, since the fingerprint of the data covers their contents. Weights are stacked by layer with
+# any `scan`, so no checkpoint depends on these.
 WITHOUT_EFFECT = (
-    'mesh', 'rules', 'computation.activations', 'computation.attention',
-    'computation.replicate_frozen',
+    'mesh', 'rules', *(f'computation.{key}' for key in (
+        'activations', 'attention', 'replicate_frozen', 'remat', 'scan', 'loss_chunk')),
     'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from') + tuple(
     f'{section}.{key}' for section in ('pretraining', 'training')
-    for key in ('loop.log_every', 'loop.log_seconds', 'loop.eval_every', 'loop.save_every',
-                'loop.save_minutes', 'loop.keep', 'loop.keep_every', 'profile', 'trackers'))
+    for key in ('accumulation', 'profile', 'trackers', *(f'loop.{name}' for name in (
+        'log_every', 'log_seconds', 'eval_every', 'save_every', 'save_minutes', 'keep',
+        'keep_every'))))
 # A run may be resumed with others of these. Every other key is part of its identity.
 CHANGEABLE = (*WITHOUT_EFFECT, 'evaluation')
 

@@ -28,6 +28,7 @@ from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
 from latent_deliberation.training.run import check_no_later_run
 from latent_deliberation.training.run_identity import (
+  CHANGEABLE,
   WITHOUT_EFFECT,
   RunIdentity,
   check_same_settings,
@@ -314,6 +315,25 @@ def test_resume_other_evaluation(coprocessor, quickstart):
                                    evaluation__bootstrap_samples=10)
   resume(coprocessor, quickstart, experiment=experiment)
   assert losses(coprocessor) == losses(quickstart / 'coprocessor')
+
+
+def test_resume_with_other_ways_to_compute(coprocessor, quickstart):
+  """Other machines may need other microbatches and less memory; results differ by rounding."""
+  shutil.rmtree(coprocessor / 'checkpoints/2')
+  shutil.rmtree(coprocessor / 'coprocessor')
+  resume(coprocessor, quickstart, experiment=finished.experiment(
+      training__accumulation=2, computation__remat='full', computation__scan=False,
+      computation__loss_chunk=3))
+  made, expected = (coprocessor_checkpoint.load(path / 'coprocessor').params
+                    for path in (coprocessor, quickstart / 'coprocessor'))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), made, expected)
+
+
+def test_keys_that_may_change_are_documented():
+  """A page lists all keys that a resumed run may change."""
+  page = (finished.ROOT / 'docs/runs.md').read_text()
+  assert not [key for key in CHANGEABLE
+              if f'`{key.removeprefix("pretraining.").removeprefix("training.")}`' not in page]
 
 
 def test_resume_without_a_key(coprocessor, quickstart):
