@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import fnmatch
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -36,6 +37,7 @@ from etils import epath  # noqa: E402
 LIBRARIES = {'gs': 'gcsfs', 's3': 's3fs'}
 UNFINISHED = '.unfinished'
 COMMITTED = 'commit_success.txt'  # in a checkpoint of orbax that is whole
+STEP_METADATA = '_CHECKPOINT_METADATA'  # in every checkpoint of orbax; JSON
 CHECK_SECONDS = 60  # for the first answer of a store
 _CONNECT_SECONDS, _READ_SECONDS = 20, 30  # for every later one; the libraries then try again
 _TRIES = 5
@@ -238,10 +240,27 @@ class StorePath(type(epath.Path())):
     (self / UNFINISHED).unlink()
 
   def clear_unfinished(self) -> None:
-    """Removes the steps of orbax below that a killed process left."""
-    for path, is_directory in self._entries():
-      if is_directory and path.name.isdecimal() and not (path / COMMITTED).is_file():
-        path.rmtree(missing_ok=True)
+    """Removes the steps of orbax below that a killed process left: those after the last whole one.
+
+    Raises:
+      UserError: no step has orbax's last file, but one is complete by its description. An older
+        orbax wrote it to a disk, without such a file, and it was copied here.
+    """
+    steps = {int(path.name): path for path, is_directory in self._entries()
+             if is_directory and path.name.isdecimal()}
+    whole = [step for step, path in steps.items() if (path / COMMITTED).is_file()]
+    unfinished = [steps[step] for step in sorted(steps) if step > max(whole, default=-1)]
+    if not whole and not all(map(_was_cut_off, unfinished)):
+      write = {'gs': 'gcloud storage cp -', 's3': 'aws s3 cp -'}[self.scheme]
+      names = ', '.join(path.name for path in unfinished)
+      raise UserError(
+          f'{self} has checkpoints of steps {names}, and none has the file {COMMITTED}, which says '
+          'that it is whole in a store. If the last was copied here completely, run '
+          f'`echo whole | {write} {unfinished[-1] / COMMITTED}`, and the same command resumes from '
+          'it. Or use another --workdir')
+    for path in unfinished:
+      logging.getLogger('absl').warning('%s is removed: its process ended while it wrote it', path)
+      path.rmtree(missing_ok=True)
 
   def rename(self, target: 'StorePath') -> 'StorePath':
     """Copies a file or directory within the store, and then removes it here.
@@ -282,6 +301,13 @@ class StorePath(type(epath.Path())):
       raise
     except Exception as error:  # the libraries of stores have dozens of classes
       raise StoreError(describe(self, error)) from error
+
+
+def _was_cut_off(step: StorePath) -> bool:
+  """Whether a step of orbax, by its own description, was never complete."""
+  with contextlib.suppress(FileNotFoundError, ValueError):
+    return json.loads((step / STEP_METADATA).read_bytes()).get('commit_timestamp_nsecs') is None
+  return False
 
 
 def check(url: str) -> None:

@@ -42,6 +42,7 @@ class Checkpointer:
 
     Raises:
       UserError: the checkpoints cannot be listed, since a file of orbax is damaged.
+      UserError: see `StorePath.clear_unfinished`.
     """
     if keep < 1:  # LoopConfig refuses it with the name of its key
       raise ValueError(f'keep = {keep}: it must be 1 or more')
@@ -50,8 +51,8 @@ class Checkpointer:
     self.directory = directory.absolute()
     self._saving: int | None = None
     renames = is_here(self.directory)
-    if not renames and jax.process_index() == 0:
-      directory.clear_unfinished()
+    if not renames:
+      run_on_process_zero(f'clear {directory}', directory.clear_unfinished)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
         # Where it does not rename, orbax takes every other directory for an unfinished step.

@@ -82,17 +82,47 @@ def test_checkpoints(place):
   assert [path.name for path in list_directory(place / 'data')] == ['3']
 
 
-def test_checkpoint_of_a_killed_process(place):
+def test_checkpoint_of_a_killed_process(place, caplog):
   """A step without orbax's last file is none, and makes room for the next of its number."""
   save(place, 1, 2)
   (place / '2/commit_success.txt').unlink()
   state, position = restore(place)
+  assert f'{place}/2 is removed' in caplog.text
   same(state, make_state(1, 64))
   assert position == (1, 1) and not (place / '2').objects()
   write_whole(place / 'notes/mine.txt', b'kept')
   save(place, 2)
   same(restore(place)[0], make_state(2, 64))
   assert (place / 'notes/mine.txt').exists()
+
+
+def test_first_checkpoint_of_a_killed_process(place):
+  """A run that was killed in its first save begins anew."""
+  save(place, 1)
+  (place / '1/commit_success.txt').unlink()
+  metadata = place / '1/_CHECKPOINT_METADATA'
+  about = json.loads(metadata.read_bytes())
+  metadata.write_text(json.dumps({**about, 'commit_timestamp_nsecs': None}))
+  assert restore(place) == (None, None)
+  assert not (place / '1').objects()
+
+
+def test_checkpoints_of_an_older_orbax(place, tmp_path):
+  """A run that was copied to a store loses nothing, and goes on once its last step is marked."""
+  save(tmp_path, 1, 2)
+  for step in (1, 2):
+    (tmp_path / f'{step}/commit_success.txt').unlink()
+  upload(tmp_path, place)
+  before = list(place.objects())
+  with pytest.raises(UserError, match=f'(?s){place} has .*steps 1, 2, .*{place}/2/commit_success'):
+    restore(place)
+  assert list(place.objects()) == before
+  write_whole(place / '2/commit_success.txt', b'whole')
+  state, position = restore(place)
+  same(state, make_state(2, 64))
+  assert position == (2, 2)
+  save(place, 3)
+  assert (place / '1/about').is_dir()
 
 
 def test_checkpoints_and_faults(store, place):
