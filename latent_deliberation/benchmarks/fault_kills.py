@@ -183,34 +183,41 @@ def run_case(launcher: Launcher, job: Job, place: Path, seed: Sequence[int],
     launches = start(launcher, job, workdir, workdir.with_suffix('.logs'))
     from_first = (kill + random.random()) / kills if (
         random.random() < 0.5 or not job.is_training) else None
-    ended = _end_somewhere(launches, random, undisturbed['seconds'], number, from_first)
-    faults += _judge(launches, ended, number)
+    ended, phase = _end_somewhere(launches, random, undisturbed['seconds'], number, from_first)
+    faults += judge(launches, ended, number)
     if newest_checkpoint(workdir) < whole:
       faults.append(f'the checkpoint of step {whole} is lost')
     if ended is None:  # it was done before its moment came
       break
-    phases[phase_of(ended.said())] += 1
-  launches = start(launcher, job, workdir, workdir.with_suffix('.logs'))
-  for launch in launches:
+    phases[phase] += 1
+  return {'job': job.name, 'kills': sum(phases.values()), 'phases': dict(phases),
+          'faults': finish(launcher, job, place, workdir, faults)}
+
+
+def finish(launcher: Launcher, job: Job, place: Path, workdir: Path,
+           faults: Sequence[str]) -> list[str]:
+  """Runs a job to its end, compares the result, and removes the work directory if all is well.
+
+  Returns: the faults so far, and what went wrong here.
+  """
+  undisturbed, found = reference(launcher, job, place)['digest'], []
+  for launch in start(launcher, job, workdir, workdir.with_suffix('.logs') / 'last'):
     if launch.wait(PATIENCE) != 0:
-      faults.append(f'the last launch ended with {launch.code}: {launch.said()[-2000:]}')
-  if not faults and (made := digest(job, workdir)) != undisturbed['digest']:
-    changed = [name for name in {**made, **undisturbed['digest']}
-               if made.get(name) != undisturbed['digest'].get(name)]
-    faults.append(f'the result differs in {changed}')
-  for launch in launches:
-    launch.kill()
-  if not faults:
+      found.append(f'the last launch ended with {launch.code}: {launch.said()[-2000:]}')
+      launch.kill()
+  if not found and (made := digest(job, workdir)) != undisturbed:
+    changed = [name for name in {**made, **undisturbed} if made.get(name) != undisturbed.get(name)]
+    found.append(f'the result differs in {changed}')
+  if not faults and not found:
     shutil.rmtree(workdir, ignore_errors=True)
     shutil.rmtree(workdir.with_suffix('.logs'), ignore_errors=True)
-  return {'job': job.name, 'kills': sum(phases.values()), 'phases': dict(phases),
-          'faults': faults}
+  return [*faults, *found]
 
 
 def _end_somewhere(launches: Sequence[Launch], random: np.random.Generator,
                    seconds: Mapping[str, float], number: int,
-                   from_first: float | None) -> Launch | None:
-  """Ends one process of a launch, and returns it; None if it was done before its moment.
+                   from_first: float | None) -> tuple[Launch | None, str]:
+  """Ends one process of a launch, unless it was done before its moment.
 
   Args:
     launches: the processes.
@@ -219,6 +226,8 @@ def _end_somewhere(launches: Sequence[Launch], random: np.random.Generator,
     number: signal to send.
     from_first: part of the launch before the moment; None for a random moment after the first step
       began, where a run trains, saves and evaluates.
+
+  Returns: the process, or None, and what it was at when the signal was sent.
   """
   chosen = launches[int(random.integers(len(launches)))]
   if from_first is not None:
@@ -227,13 +236,20 @@ def _end_somewhere(launches: Sequence[Launch], random: np.random.Generator,
     launches[0].wait_for('compiles', PATIENCE)
     chosen.wait((seconds['all'] - seconds['until steps']) * random.random())
   if chosen.poll() is not None:
-    return None
+    return None, ''
+  phase = phase_of(chosen.said())  # before the signal, which a run answers with lines of its own
   chosen.kill(number)
-  return chosen
+  return chosen, phase
 
 
-def _judge(launches: Sequence[Launch], ended: Launch | None, number: int) -> list[str]:
-  """Returns what went wrong when a process was ended: how it and the others ended."""
+def judge(launches: Sequence[Launch], ended: Launch | None, number: int) -> list[str]:
+  """Returns what went wrong when a process was ended.
+
+  Args:
+    launches: the processes to wait for.
+    ended: the process that was ended, which may be one of them; None if none was.
+    number: signal that was sent.
+  """
   faults, end = [], time.monotonic() + MINUTE
   for launch in launches:
     code = launch.wait(end - time.monotonic())

@@ -21,12 +21,11 @@ rendered from its JSON; do not edit it.
 {kills:,} kills and {files:,} damaged files left {faults:,} faults. {origin}.
 {found}
 ```
-python launch/fault_campaign.py --workdir=runs/faults --output=runs/faults.json \\
-    --kills=1000 --mutations=10000 --scenarios=50
+{commands}
 python launch/fault_campaign.py --output=runs/faults.json --page=docs/reliability.md
 ```
 
-The first command goes on where it was stopped. A case depends on `--seed` and its number alone.
+A command goes on where it was stopped. A case depends on `--seed` and its number alone.
 Another seed adds to the counts.
 
 ## Kills
@@ -70,8 +69,8 @@ coprocessor's decoder, whose fingerprint is known from the training.
   [design](design.md#runs).
 - Checkpoints, decoders and coprocessors state a fingerprint of their values, which is compared
   when they are read. Packed rows have a checksum each.
-- `run.json` and other descriptions hold a checksum of themselves. Who changes one on purpose
-  removes the line.
+- `run.json` and other descriptions hold a checksum of themselves. To change one on purpose,
+  remove its checksum line.
 - A process that is lost ends the others: jax's heartbeat has a limit of 45 seconds.
 - Files of earlier code have no checksums, and are read as they are.
 """
@@ -105,9 +104,23 @@ def format_page(campaigns: Sequence[Mapping[str, Any]]) -> str:
   if found:
     found = f'\nThe [log](log.md) has what became of them. The first ones:\n\n{found}\n'
   return _PAGE.format(
-      origin=origin, found=found, kills=kills, files=files, faults=result['num_faults'],
+      commands='\n'.join(map(_command, campaigns)), origin=origin, found=found, kills=kills,
+      files=files, faults=result['num_faults'],
       jobs_table=jobs_table, subjects_table=subjects_table, scenarios_table=scenarios_table,
       phases=phases, slowest=damaged['slowest_seconds'], changed=CHANGED)
+
+
+def _command(campaign: Mapping[str, Any]) -> str:
+  """Returns the command that runs as many cases as a campaign has."""
+  counts = {
+      'seed': campaign['seed'],
+      'kills': sum(counts['kills'] for counts in campaign['kills']['jobs'].values()),
+      'mutations': sum(sum(counts.values())
+                       for counts in campaign['mutations']['subjects'].values()),
+      'scenarios': max((counts['cases'] for counts in campaign['scenarios'].values()), default=0)}
+  flags = ' '.join(f'--{name}={count}' for name, count in counts.items() if count)
+  return ('python launch/fault_campaign.py --workdir=runs/faults --output=runs/faults.json \\\n'
+          f'    {flags}')
 
 
 def _add(one: Any, other: Any, join: Callable[[Any, Any], Any] = operator.add) -> Any:

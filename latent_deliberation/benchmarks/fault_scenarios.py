@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.benchmarks.fault_kills import (
-  ENDED_BY_OTHERS,
   MINUTE,
   PATIENCE,
-  Job,
-  digest,
+  finish,
   jobs,
+  judge,
   reference,
   run_case,
   start,
@@ -55,7 +54,7 @@ def full_disk(launcher: Launcher, place: Path, seed: Sequence[int]) -> dict[str,
   elif limited.code not in (0, 1):
     faults.append(f'ended with code {limited.code}: {limited.said()[-2000:]}')
   return {'size': size, 'refused': limited.code == 1,
-          'faults': faults + _finish(launcher, job, place, workdir)}
+          'faults': finish(launcher, job, place, workdir, faults)}
 
 
 def clock_jumps(launcher: Launcher, place: Path, seed: Sequence[int]) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def clock_jumps(launcher: Launcher, place: Path, seed: Sequence[int]) -> dict[st
     jumping.kill()
   elif jumping.code and not re.search('^Error: ', jumping.said()[-4000:], re.MULTILINE):
     faults.append(f'no message for people: {jumping.said()[-2000:]}')
-  return {'ended': jumping.code != 0, 'faults': faults + _finish(launcher, job, place, workdir)}
+  return {'ended': jumping.code != 0, 'faults': finish(launcher, job, place, workdir, faults)}
 
 
 def two_runs(launcher: Launcher, place: Path, seed: Sequence[int]) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def two_runs(launcher: Launcher, place: Path, seed: Sequence[int]) -> dict[str, 
   for launch in (first, second):
     if launch.code == 1 and 'works in' not in launch.said():
       faults.append(f'does not name the other launch: {launch.said()[-2000:]}')
-  return {'told': 1 in codes, 'faults': faults + _finish(launcher, job, place, workdir)}
+  return {'told': 1 in codes, 'faults': finish(launcher, job, place, workdir, faults)}
 
 
 def lost_host(launcher: Launcher, place: Path, seed: Sequence[int]) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def lost_host(launcher: Launcher, place: Path, seed: Sequence[int]) -> dict[str,
   lost, left = launches if random.random() < 0.5 else launches[::-1]
   faults, took = _lose(lost, left, number)
   return {'signal': number.name, 'seconds': took,
-          'faults': faults + _finish(launcher, job, place, workdir)}
+          'faults': finish(launcher, job, place, workdir, faults)}
 
 
 def _lose(lost: Launch, left: Launch, number: signal.Signals) -> tuple[list[str], float | None]:
@@ -120,11 +119,7 @@ def _lose(lost: Launch, left: Launch, number: signal.Signals) -> tuple[list[str]
     return [], None
   lost.kill(number)
   begun = time.monotonic()
-  code, faults = left.wait(MINUTE), []
-  if code is None:
-    faults.append(f'still ran a minute after the other was lost: {left.said()[-2000:]}')
-  elif code != 0 and not re.search(ENDED_BY_OTHERS, left.said()[-8000:]):
-    faults.append(f'ended with code {code} and without a message: {left.said()[-2000:]}')
+  faults = judge([left], lost, number)
   took = time.monotonic() - begun
   for launch in (lost, left):
     launch.kill(signal.SIGKILL)
@@ -136,22 +131,6 @@ def _workdir(place: Path, seed: Sequence[int]) -> Path:
   workdir = place / 'cases' / '-'.join(map(str, seed))
   shutil.rmtree(workdir, ignore_errors=True)
   return workdir
-
-
-def _finish(launcher: Launcher, job: Job, place: Path, workdir: Path) -> list[str]:
-  """Runs the job to its end. Returns what went wrong, also where the result is another one."""
-  undisturbed, faults = reference(launcher, job, place)['digest'], []
-  for launch in start(launcher, job, workdir, workdir.with_suffix('.logs') / 'last'):
-    if launch.wait(PATIENCE) != 0:
-      faults.append(f'the last launch ended with {launch.code}: {launch.said()[-2000:]}')
-      launch.kill()
-  if not faults and (made := digest(job, workdir)) != undisturbed:
-    changed = [name for name in {**made, **undisturbed} if made.get(name) != undisturbed.get(name)]
-    faults.append(f'the result differs in {changed}')
-  if not faults:
-    shutil.rmtree(workdir, ignore_errors=True)
-    shutil.rmtree(workdir.with_suffix('.logs'), ignore_errors=True)
-  return faults
 
 
 SCENARIOS: Mapping[str, Callable[[Launcher, Path, Sequence[int]], dict[str, Any]]] = {

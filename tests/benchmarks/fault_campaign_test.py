@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from latent_deliberation.benchmarks import fault_campaign, fault_kills
@@ -176,6 +177,9 @@ class EndedLaunch:
     self.code, self._before, self._after, self._left = None, before, after, seconds
     self._end = code
 
+  def poll(self):
+    return self.code
+
   def wait(self, seconds):
     self._left -= seconds
     self.code = self._end if self._left <= 0 else None
@@ -186,6 +190,14 @@ class EndedLaunch:
 
   def kill(self, number=0):
     self.code = -9
+
+
+def test_phase_before_the_signal():
+  """What a run says as it stops is not what it was at."""
+  launch = EndedLaunch(0, before='step 1/9  loss 3', after='goodput 9%', seconds=9)
+  random, seconds = np.random.default_rng(0), {'all': 2.0, 'until steps': 1.0}
+  ended, phase = fault_kills._end_somewhere([launch], random, seconds, 15, from_first=0.5)
+  assert ended is launch and phase == 'train' and phase_of(launch.said()) == 'finish'
 
 
 WAITS = 'process 0 of 2: waiting for all of them at 127.0.0.1:1\n'
@@ -200,5 +212,5 @@ WAITS = 'process 0 of 2: waiting for all of them at 127.0.0.1:1\n'
 def test_process_that_is_left(left, fault):
   """It ends in a minute with a message; in some more if it waits for the other to come."""
   killed = EndedLaunch(-9)
-  faults = fault_kills._judge([EndedLaunch(**left), killed], killed, 9)
+  faults = fault_kills.judge([EndedLaunch(**left), killed], killed, 9)
   assert [fault in found for found in faults] == [True] * bool(fault), faults
