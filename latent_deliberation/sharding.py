@@ -122,16 +122,26 @@ def _fill_sizes(sizes: Sequence[int], num_devices: int) -> list[int]:
   if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
     raise UserError(f'mesh {_named(sizes)}: sizes must be positive, or -1 on one axis for all '
                     'devices that are left')
-  # Devices that the other axes leave over.
   known = math.prod(size for size in sizes if size != -1)
-  remaining, left_over = divmod(num_devices, known)
-  sizes = [remaining if size == -1 else size for size in sizes]
-  if left_over or math.prod(sizes) != num_devices:
+  is_filled = -1 in sizes
+  if num_devices % known or not is_filled and known != num_devices:
+    needs = f'a multiple of {known}' if is_filled else str(known)
     raise UserError(
-        f'mesh {_named(sizes)} has {math.prod(sizes)} places for {num_devices} devices: the sizes '
-        'must multiply to the number of devices. Give mesh.fsdp or mesh.data = -1 for all that are '
-        'left. A run may be resumed with another mesh')
-  return sizes
+        f'mesh {_named(sizes)} needs {needs} devices, there are {num_devices}: '
+        f'{_advise(sizes, num_devices)}. A run may be resumed with another mesh')
+  return [num_devices // known if size == -1 else size for size in sizes]
+
+
+def _advise(sizes: Sequence[int], num_devices: int) -> str:
+  """Returns what to change in a mesh that does not fit the devices: its largest axis, if it can."""
+  named = _named(sizes)
+  axis = max(('data', 'fsdp', 'tensor', 'replica'), key=named.get)
+  size = named[axis]
+  others = math.prod(other for other in sizes if other != -1) // size
+  if num_devices % others:
+    return f'give sizes whose product is {num_devices}, or -1 on one axis'
+  left = num_devices // others
+  return f'give mesh.{axis}={math.gcd(size, left) if -1 in sizes else left}'
 
 
 def _named(sizes: Sequence[int]) -> dict[str, int]:
