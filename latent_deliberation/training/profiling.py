@@ -41,6 +41,7 @@ class StepProfile:
   def __init__(self, directory: Path, steps: range):
     self._directory, self._steps = directory, steps if jax.process_index() == 0 else range(0)
     self._is_tracing, self._place = False, contextlib.ExitStack()
+    self._last = 0  # the last step that has ended
 
   def begin(self, step: int, state: PyTree) -> None:
     """Starts the trace if `step`, which comes next, belongs to it.
@@ -64,6 +65,7 @@ class StepProfile:
 
   def end(self, step: int, state: PyTree) -> None:
     """Writes the trace after its last step, which has made `state`."""
+    self._last = step
     if self._is_tracing and step == self._steps[-1]:
       jax.block_until_ready(state)
       self.close()
@@ -80,8 +82,10 @@ class StepProfile:
       self._give_up(error)
     else:
       logging.info('a profile of steps up to %d is in %s: open it with xprof --logdir=%s',
-                   self._steps[-1], self._directory, self._directory)
+                   self._last, self._directory, self._directory)
 
   def _give_up(self, error: Exception) -> None:
     self._steps = range(0)
     logging.warning('no profile in %s: %s', self._directory, error)
+    with contextlib.suppress(Exception):  # the profile is lost already
+      self._place.close()

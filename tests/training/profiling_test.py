@@ -1,5 +1,6 @@
 """A profile holds the steps that were asked for, with our names in it, and never ends a run."""
 
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from latent_deliberation.build import build_deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.planning.compile import batch_shapes
 from latent_deliberation.sharding import make_mesh
+from latent_deliberation.training import profiling
 from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.profiling import StepProfile, parse_range
@@ -38,8 +40,8 @@ def test_steps_of_a_profile(tmp_path, caplog):
   assert f'xprof --logdir={tmp_path}' in caplog.text
 
 
-def test_run_that_ends_in_a_profile(tmp_path):
-  """What was traced until then is written."""
+def test_run_that_ends_in_a_profile(tmp_path, caplog):
+  """What was traced until then is written, and the log says up to which step."""
   def train_step(state, batch):
     if int(state.step) == 3:
       raise Preempted('stopped', 15)
@@ -48,8 +50,9 @@ def test_run_that_ends_in_a_profile(tmp_path):
   profile = StepProfile(tmp_path, range(2, 9))
   with pytest.raises(Preempted):
     run(tmp_path, num_steps=9, checkpoints=False, train_step=train_step, profile=profile)
-  profile.close()
-  assert traced_steps(tmp_path) == [[2, 3, 4]]
+  with caplog.at_level('INFO', logger='absl'):
+    profile.close()
+  assert traced_steps(tmp_path) == [[2, 3, 4]] and 'a profile of steps up to 3 is in' in caplog.text
 
 
 def test_profile_that_cannot_be_written(tmp_path, monkeypatch, caplog):
@@ -63,6 +66,26 @@ def test_profile_that_cannot_be_written(tmp_path, monkeypatch, caplog):
   profile = StepProfile(tmp_path, range(2, 4))
   state = run(tmp_path, checkpoints=False, profile=profile)
   assert int(state.step) == 6 and f'no profile in {tmp_path}' in caplog.text
+
+
+def test_profile_that_cannot_begin(tmp_path, monkeypatch, caplog):
+  """What was opened for it, as the copy to a bucket, is closed again."""
+  closed = []
+
+  @contextlib.contextmanager
+  def open_files(directory):
+    try:
+      yield directory
+    finally:
+      closed.append(directory)
+
+  def fail(*args, **options):
+    raise RuntimeError('no profiler')
+
+  monkeypatch.setattr(profiling, 'growing_files', open_files)
+  monkeypatch.setattr(jax.profiler, 'start_trace', fail)
+  run(tmp_path, checkpoints=False, profile=StepProfile(tmp_path, range(2, 4)))
+  assert closed == [tmp_path] and 'no profile in' in caplog.text
 
 
 def test_second_profiler(tmp_path, caplog):
