@@ -51,8 +51,8 @@ class DeliberationConfig:
       'cache' is the decoder's kv-cache, as in the paper. 'states' is a control: each layer makes
       its own keys and values from the decoder's final hidden states. Inference does not support it.
     gate: factor on the outputs, zero at the start: 'matrix' or 'channel'.
-      'matrix' is [D, D], 'channel' has one factor for each channel (measured at position 1: -0.63%
-      for 'matrix', -0.49% for 'channel').
+      'matrix' is [D, D], 'channel' has one factor for each channel. The measured change of
+      perplexity at position 1 was -0.63% for 'matrix' and -0.49% for 'channel'.
     soft_tokens: input of the coprocessor: 'additive' or 'free'.
       'free' are learned embeddings, as in the paper. 'additive' are added to the embedding of each
       latent's base token. A coprocessor that starts from the decoder's weights then begins with the

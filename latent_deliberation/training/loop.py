@@ -60,7 +60,7 @@ class LoopConfig:
     log_every: number of steps from one logged step to the next.
     eval_every: number of steps from one evaluation to the next.
     save_every: number of steps from one checkpoint to the next.
-    keep: number of checkpoints that are kept; older ones are removed.
+    keep: number of newest checkpoints that are kept, besides those of keep_every.
     log_seconds: longest time without a line of the log, while steps are shorter than that.
     save_minutes: longest time without a checkpoint, whatever save_every says; 0 for no limit.
       All processes agree on it in advance, so a save may come late where steps become slower.
