@@ -1,6 +1,6 @@
 """The data of an experiment: prepared on a machine with seqio, read on any machine.
 
-`prepare_data` makes them. `open_batches` gives training batches, `validation_batches` those of an
+`prepare_data` makes them. `open_batches` gives training batches, `open_validation` those of an
 evaluation. The checks compare the vocabulary of the data with the decoder.
 """
 
@@ -199,6 +199,25 @@ def open_batches(experiment: Experiment, prepared_dir: Path, section: str, mesh:
   return PermutedBatches(rows, settings.batch_size, seed,
                          rows_of_process(settings.batch_size, mesh, experiment.rules),
                          settings.row_range_percent)
+
+
+def open_validation(experiment: Experiment, prepared_dir: Path, mesh: Mesh,
+                    num_batches: int) -> tuple[PackedRows, list[Batch]]:
+  """Returns the validation rows, and this process's rows of their first batches.
+
+  Args:
+    experiment: the whole configuration, with `evaluation.batch_size`.
+    prepared_dir: directory of prepared data.
+    mesh: mesh that determines which rows of a batch this process reads.
+    num_batches: number of batches.
+
+  Raises:
+    UserError: see `open_rows` and `validation_batches`.
+  """
+  rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
+                   vocab_size=experiment.decoder.vocab_size)
+  return rows, validation_batches(rows, num_batches, experiment.evaluation.batch_size, mesh,
+                                  experiment.rules)
 
 
 def validation_batches(rows: PackedRows, num_batches: int, batch_size: int, mesh: Mesh,

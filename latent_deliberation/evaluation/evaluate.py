@@ -16,8 +16,7 @@ from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.build import build_deliberator, count_parameters, load_frozen, open_frozen
 from latent_deliberation.data.loading import (
   check_rows_vocabulary,
-  open_rows,
-  validation_batches,
+  open_validation,
   validation_texts,
 )
 from latent_deliberation.data.rows import PackedRows
@@ -173,10 +172,8 @@ def open_held_out(experiment: Experiment, prepared_dir: Path, mesh: Mesh) -> Hel
     UserError: there is less text.
   """
   config = experiment.evaluation
-  rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
-                   vocab_size=experiment.decoder.vocab_size)
-  batches = validation_batches(rows, config.num_texts // config.batch_size, config.batch_size,
-                               mesh, experiment.rules)
+  rows, batches = open_validation(experiment, prepared_dir, mesh,
+                                  config.num_texts // config.batch_size)
   texts = validation_texts(rows, len(batches) * config.batch_size, config.rows_per_text)
   return HeldOut(rows, batches, texts)
 

@@ -12,9 +12,8 @@ from latent_deliberation.array_types import Array, Batch, Params, PyTree
 from latent_deliberation.build import build_decoder
 from latent_deliberation.data.loading import (
   open_batches,
-  open_rows,
+  open_validation,
   prepare_data,
-  validation_batches,
 )
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
@@ -51,12 +50,9 @@ def pretrain(experiment: Experiment, workdir: Path, prepared_dir: Path) -> Path:
   with hold_workdir(workdir):
     # Prepare and open the data.
     prepare_data(experiment.data, experiment.decoder.vocab_size, prepared_dir)
-    rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
-                     vocab_size=experiment.decoder.vocab_size)
+    rows, eval_batches = open_validation(experiment, prepared_dir, mesh,
+                                         experiment.evaluation.eval_batches)
     batches = open_batches(experiment, prepared_dir, run.section, mesh)
-    evaluation = experiment.evaluation
-    eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
-                                      experiment.rules)
 
     # Train, then write the decoder unless an earlier launch did.
     loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)

@@ -18,9 +18,8 @@ from latent_deliberation.data.loading import (
   check_known_vocabulary,
   check_rows_vocabulary,
   open_batches,
-  open_rows,
+  open_validation,
   prepare_data,
-  validation_batches,
 )
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
@@ -77,15 +76,12 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
   with hold_workdir(workdir):
     # Prepare and open the data, and load the decoder onto the mesh.
     prepare_data(experiment.data, experiment.decoder.vocab_size, prepared_dir)
-    rows = open_rows(prepared_dir, 'validation', length=experiment.data.length,
-                     vocab_size=experiment.decoder.vocab_size)
+    rows, eval_batches = open_validation(experiment, prepared_dir, mesh,
+                                         experiment.evaluation.eval_batches)
     check_rows_vocabulary(rows, checkpoint)
     frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
     deliberator = build_deliberator(experiment)
     batches = open_batches(experiment, prepared_dir, run.section, mesh)
-    evaluation = experiment.evaluation
-    eval_batches = validation_batches(rows, evaluation.eval_batches, evaluation.batch_size, mesh,
-                                      experiment.rules)
 
     evaluators = {
         'validation': _validation(experiment, deliberator, frozen, eval_batches, mesh),
