@@ -89,13 +89,15 @@ def test_run_starts_on_all_hosts():
 
 
 def test_host_uses_tpu_env():
-  """A host trains with the variables of tpu.env."""
+  """A host trains with the variables of tpu.env, and a cache that its user alone writes to."""
   _, command = shown('host', f'start {TRAIN}')
   line, _, _ = command[2].partition(' >')
   words = shlex.split(line.removeprefix('('))
   variables = [line for line in (RECIPES / 'tpu.env').read_text().splitlines()
                if line and not line.startswith('#')]
-  assert words == ['env', *variables, 'nohup', '/home/user/venv/bin/python',
+  cache = 'JAX_COMPILATION_CACHE_DIR=/home/user/.cache/latent_deliberation/compiled'
+  assert not any('/tmp' in line for line in variables)
+  assert words == ['env', *variables, cache, 'nohup', '/home/user/venv/bin/python',
                    *shlex.split(TRAIN)[1:]]
 
 
