@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +102,17 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
                 mesh: Mesh) -> tuple[Params, str]:
   """Loads the frozen decoder onto its shards. Returns its weights, and their stored fingerprint."""
   dtype = experiment.computation.frozen_dtype
+  place, read_dtype = _reading(experiment, checkpoint, mesh)
+  stored = checkpoint.load(place, read_dtype)
   if dtype in INT8_DTYPES:
     # Quantise on the mesh, from the weights as stored.
-    stored = load_stored(checkpoint, mesh, experiment.rules)
     decoder_fingerprint = checkpoint.fingerprint or fingerprint(stored)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen_shapes(experiment, mesh))
     rounded = jax.jit(functools.partial(_quantise, experiment.decoder, dtype),
                       out_shardings=shardings)(stored)
     return rounded, decoder_fingerprint
-  # With a stored fingerprint, weights can be rounded while they are read.
-  place = lambda boxed: _frozen_shardings(boxed, experiment, mesh)  # noqa: E731
-  if checkpoint.fingerprint:
-    return checkpoint.load(place, dtype), checkpoint.fingerprint
-  # A foreign checkpoint has no fingerprint, which needs the weights before they are rounded.
-  stored = checkpoint.load(place)
+  if read_dtype is not None:
+    return stored, checkpoint.fingerprint
   with announced("hashing the decoder's weights"):
     decoder_fingerprint = fingerprint(stored)
   leaves, tree = jax.tree.flatten(stored)
@@ -123,6 +120,24 @@ def load_frozen(experiment: Experiment, checkpoint: weights.Checkpoint,
   for number, leaf in enumerate(leaves):  # one at a time, to hold only one leaf in both dtypes
     leaves[number] = leaf.astype(dtype)
   return jax.tree.unflatten(tree, leaves), decoder_fingerprint
+
+
+def check_frozen_memory(experiment: Experiment, checkpoint: weights.Checkpoint,
+                        mesh: Mesh) -> None:
+  """Raises UserError if free memory cannot hold the weights that `load_frozen` will read."""
+  checkpoint.check_memory(*_reading(experiment, checkpoint, mesh))
+
+
+def _reading(experiment: Experiment, checkpoint: weights.Checkpoint,
+             mesh: Mesh) -> tuple[Callable[[PyTree], PyTree], str | None]:
+  """Returns the shardings and the dtype in which the frozen weights are read; None as stored."""
+  dtype = experiment.computation.frozen_dtype
+  if dtype in INT8_DTYPES:
+    return lambda boxed: shardings_of(boxed, mesh, experiment.rules), None
+  # With a stored fingerprint, weights can be rounded while they are read. A foreign checkpoint has
+  # none, and to make one needs the weights as stored.
+  return (lambda boxed: _frozen_shardings(boxed, experiment, mesh),
+          dtype if checkpoint.fingerprint else None)
 
 
 def _quantise(config: TransformerConfig, dtype: str, stored: Params) -> Params:

@@ -6,16 +6,41 @@ import resource
 import sys
 from pathlib import Path
 
-MEMINFO = Path('/proc/meminfo')
+MEMINFO, CGROUP = Path('/proc/meminfo'), Path('/sys/fs/cgroup')
+# Files in CGROUP of the limit of a container, of what it uses, and of what that is. The keys of the
+# last begin with the prefix. Version 2, then version 1.
+_LIMITS = (('memory.max', 'memory.current', 'memory.stat', ''),
+           ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes', 'memory/memory.stat',
+            'total_'))
 
 
 def free_memory() -> float:
-  """Returns the bytes of memory and swap that Linux can give; infinity on other systems."""
+  """Returns the bytes of memory and swap that Linux can give; infinity on other systems.
+
+  In a container it is no more than what the limit of the container leaves.
+  """
   text = MEMINFO.read_text() if MEMINFO.is_file() else ''
   kibibytes = {line.split(':')[0]: int(line.split()[1]) for line in text.splitlines()}
   if 'MemAvailable' not in kibibytes:
     return math.inf
-  return (kibibytes['MemAvailable'] + kibibytes.get('SwapFree', 0)) << 10
+  free = (kibibytes['MemAvailable'] + kibibytes.get('SwapFree', 0)) << 10
+  return min(free, _free_in_container())
+
+
+def _free_in_container() -> float:
+  """Returns the bytes that the limit of a container leaves; infinity without a limit."""
+  for limit, used, kinds, prefix in _LIMITS:
+    try:
+      allowed, taken, lines = ((CGROUP / name).read_text() for name in (limit, used, kinds))
+    except OSError:  # another version, or no container
+      continue
+    if allowed.strip() == 'max':
+      return math.inf
+    # Copies of files count as used, but Linux gives them up when memory is wanted.
+    sizes = dict(line.split() for line in lines.splitlines())
+    files = sum(int(sizes.get(f'{prefix}{kind}_file', 0)) for kind in ('active', 'inactive'))
+    return max(0, int(allowed) - int(taken) + files)
+  return math.inf
 
 
 def peak_memory_bytes() -> int:

@@ -168,7 +168,9 @@ def mirror(directory: StorePath, *names: str) -> Iterator[Path]:
     local, ended = Path(place), threading.Event()
     for name in names:
       with contextlib.suppress(FileNotFoundError):
-        (local / name).write_bytes((directory / name).read_bytes())
+        content = (directory / name).read_bytes()
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_bytes(content)
     sent = _states(local)
 
     def copy_changes() -> None:

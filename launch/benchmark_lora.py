@@ -17,8 +17,8 @@ from latent_deliberation.cli import app
 from latent_deliberation.files import as_path
 
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.')
-_EXPERT = app.define_directory('expert', 'Package of the expert.')
-_WORKDIR = app.define_directory('workdir', 'Work directory of its training.')
+_EXPERT = app.define_directory('expert', 'Package of the expert.', on_disk=True)
+_WORKDIR = app.define_directory('workdir', 'Work directory of its training.', on_disk=True)
 _OUTPUT = app.define_json('output', 'JSON file to write, with a table and a PNG next to it.')
 _PYTHON = app.define_file('python', 'Interpreter with torch, transformers and peft.')
 _LEARNING_RATE = flags.DEFINE_float('learning_rate', 3e-4, 'Learning rate of the LoRA.')

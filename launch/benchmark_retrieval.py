@@ -21,12 +21,14 @@ _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the de
 _EXPERT = flags.DEFINE_string(
     'expert', None, "Expert to measure: NAME, a package, or 'a:0.5,b:0.5'.", required=True)
 _DATA = app.define_directory(
-    'data', 'Folder with pubmed_qa/labeled.jsonl and sciq/validation.jsonl, or the .gz of these.')
+    'data', 'Folder with pubmed_qa/labeled.jsonl and sciq/validation.jsonl, or the .gz of these.',
+    on_disk=True)
 _SETS = flags.DEFINE_list('sets', ['pubmed_qa', 'sciq'], 'Which of the two to ask.')
 _QUESTIONS = flags.DEFINE_integer('questions', 0, 'Questions of each; 0 for all.')
 _PASSAGE = flags.DEFINE_integer('passage', 384, 'Tokens of a passage; longer ones are cut.')
 _LENGTH = flags.DEFINE_integer('length', 640, 'Room in the cache, in tokens.')
-_STORE = app.define_directory('store', 'Caches of passages. Default: beside --output.', '')
+_STORE = app.define_directory(
+    'store', 'Caches of passages. Default: beside --output.', '', on_disk=True)
 _OUTPUT = app.define_json('output', 'JSON file to write, with .md and .png beside it.')
 
 

@@ -8,12 +8,11 @@ hub. Needs pip install -e '.[eval]'. The same command goes on after a stop, and 
 added. Next, open results.md in --output.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from latent_deliberation.cli import app
 from latent_deliberation.cli.benchmark_tasks import benchmark
+from latent_deliberation.files import as_path
 
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.')
 _COPROCESSOR = app.define_directory(
@@ -61,7 +60,7 @@ _OVERWRITE = app.define_overwrite('the results in --output')
 
 def main() -> None:
   benchmark(
-      _TASKS.value, Path(_OUTPUT.value), decoder=_DECODER.value, coprocessor=_COPROCESSOR.value,
+      _TASKS.value, as_path(_OUTPUT.value), decoder=_DECODER.value, coprocessor=_COPROCESSOR.value,
       constant=_CONSTANT.value, arms=_ARMS.value, data=_DATA.value, limit=_LIMIT.value,
       num_fewshot=_NUM_FEWSHOT.value, place=_PLACE.value, at=_AT.value, every=_EVERY.value,
       plain_if_short=_PLAIN_IF_SHORT.value, run_code=_RUN_CODE.value, dtype=_DTYPE.value,

@@ -59,8 +59,8 @@ _SCORES = flags.DEFINE_bool('scores', False, 'Measure the scores of the card aga
 _FORCE = flags.DEFINE_bool('force', False, 'Publish an expert that shows no gain, too.')
 _EXPERT = flags.DEFINE_string(
     'expert', 'none', "For ask and export: NAME, 'a:0.5,b:0.5', 'auto' or 'none'.")
-_DOCUMENTS = app.define_directory('documents', 'Folder of text to ask.', '')
-_STORE = app.define_directory('store', 'Caches of documents. Default: inside --documents.', '')
+_DOCUMENTS = app.define_directory('documents', 'Folder of text to ask.', '', on_disk=True)
+_STORE = app.define_directory('store', 'Caches. Default: inside --documents.', '', on_disk=True)
 _LATENTS_AT = flags.DEFINE_enum(
     'latents_at', 'document', ['document', 'question'], 'After which of the two ask makes latents.')
 _PASSAGE = flags.DEFINE_integer('passage', 256, 'Tokens of a passage of --documents.')

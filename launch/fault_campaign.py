@@ -19,7 +19,8 @@ from latent_deliberation.cli import app
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import as_path
 
-_WORKDIR = app.define_directory('workdir', 'Directory for runs and results so far.', '')
+_WORKDIR = app.define_directory('workdir', 'Directory for runs and results so far.', '',
+                               on_disk=True)
 _OUTPUT = app.define_file('output', 'JSON file of the counts; each seed adds to it.')
 _PAGE = app.define_file('page', 'Markdown page to render from --output. Default: none.', '')
 _KILLS = flags.DEFINE_integer('kills', 0, 'Number of launches to kill.', lower_bound=0)
@@ -40,7 +41,7 @@ def main() -> None:
   if _PAGE.value:
     if not output.is_file():
       raise UserError(f'--output={output} does not exist: run a campaign first')
-    write_page(output, Path(_PAGE.value))
+    write_page(output, as_path(_PAGE.value))
     print(f'Page: {_PAGE.value}')
 
 

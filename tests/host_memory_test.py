@@ -21,6 +21,28 @@ def test_free_memory(monkeypatch, tmp_path, meminfo, free):
   if meminfo:
     (tmp_path / 'meminfo').write_text(meminfo)
   monkeypatch.setattr(host_memory, 'MEMINFO', tmp_path / 'meminfo')
+  monkeypatch.setattr(host_memory, 'CGROUP', tmp_path, raising=False)
+  assert host_memory.free_memory() == free
+
+
+VERSION_2 = {'memory.max': '1000', 'memory.current': '700',
+             'memory.stat': 'anon 450\nactive_file 20\ninactive_file 30'}
+VERSION_1 = {'memory/memory.limit_in_bytes': '1000', 'memory/memory.usage_in_bytes': '700',
+             'memory/memory.stat': 'cache 9\ntotal_active_file 20\ntotal_inactive_file 30'}
+
+
+@pytest.mark.parametrize('files, free', [
+    (VERSION_2, 350), (VERSION_1, 350), ({**VERSION_2, 'memory.max': 'max'}, 3072),
+    ({**VERSION_2, 'memory.current': '2000'}, 0), ({'memory.max': '1000'}, 3072),
+    ({**VERSION_1, 'memory/memory.limit_in_bytes': '9223372036854771712'}, 3072), ({}, 3072)])
+def test_limit_of_a_container(monkeypatch, tmp_path, files, free):
+  """A container has what its limit leaves, with what Linux keeps of files, or less."""
+  (tmp_path / 'meminfo').write_text('MemAvailable: 3 kB\n')
+  for name, content in files.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(f'{content}\n')
+  monkeypatch.setattr(host_memory, 'MEMINFO', tmp_path / 'meminfo')
+  monkeypatch.setattr(host_memory, 'CGROUP', tmp_path, raising=False)
   assert host_memory.free_memory() == free
 
 

@@ -32,7 +32,7 @@ from absl import app, flags, logging
 
 from latent_deliberation.distributed import initialize
 from latent_deliberation.errors import StoreError, UserError, problems_of, raise_problems
-from latent_deliberation.files import as_path, check_free, check_path
+from latent_deliberation.files import as_path, check_free, check_path, make_writable
 
 # --help of a launch script lists the flags that this module defines among the script's own.
 flags.disclaim_key_flags()
@@ -359,10 +359,14 @@ def define_file(name: str, meaning: str, default: str | None = None) -> flags.Fl
   return flags.DEFINE(_PathParser(), name, default, meaning, required=default is None)
 
 
-def define_directory(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
-  """Defines a flag for a directory; it is required if it has no default."""
+def define_directory(name: str, meaning: str, default: str | None = None, *,
+                     on_disk: bool = False) -> flags.FlagHolder:
+  """Defines a flag for a directory; it is required if it has no default.
+
+  With `on_disk` it is one of this machine, and URLs of object stores are refused.
+  """
   flag = define_file(name, meaning, default)
-  flags.register_validator(name, _check_directory)
+  flags.register_validator(name, _check_on_disk if on_disk else _check_directory)
   return flag
 
 
@@ -380,7 +384,7 @@ def define_json(name: str, meaning: str, default: str | None = None) -> flags.Fl
   """Defines a flag for a JSON file to write, and --overwrite; it is required without a default.
 
   A file that exists is refused without --overwrite. So are pictures and tables next to it, which
-  have the same name with another ending.
+  have the same name with another ending. So is a place that cannot be written to.
   """
   flag = define_file(name, meaning, default)
   flags.register_validator(name, _check_json)
@@ -422,10 +426,23 @@ def _check_directory(path: str | None) -> bool:
   return True
 
 
+def _check_on_disk(path: str | None) -> bool:
+  if path and ':/' in path:
+    raise flags.ValidationError('this is a URL, and the files must be on a disk of this machine. '
+                                'Give a directory of it; launch/recipes/bucket.sh copies one.')
+  return _check_directory(path)
+
+
 def _check_json(path: str | None) -> bool:
   _check_path(path)
   if path is not None and (
       not path.endswith('.json') or as_path(path).is_dir()
       or ':/' not in path and not Path(path).absolute().parent.is_dir()):
     raise flags.ValidationError('give a path that ends in .json, in a directory that exists.')
+  # The work may take hours, and its result must not be lost at the end.
+  if path is not None:
+    try:
+      make_writable(as_path(path).absolute().parent)
+    except UserError as error:
+      raise flags.ValidationError(str(error)) from error
   return True

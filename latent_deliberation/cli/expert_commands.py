@@ -46,7 +46,7 @@ from latent_deliberation.experts.trial import (
   try_mixes,
 )
 from latent_deliberation.experts.verifying import verify
-from latent_deliberation.files import check_free, make_writable, write_json, write_whole
+from latent_deliberation.files import as_path, check_free, make_writable, write_json, write_whole
 from latent_deliberation.inference.engine import LoadedDecoder
 from latent_deliberation.inference.tokenizer import check_room
 
@@ -175,7 +175,7 @@ def _open(words: Sequence[str], options: Options) -> tuple[LoadedDecoder, Expert
 def _check_output(options: Options) -> Path | None:
   if not options.output:
     return None
-  output = Path(options.output)
+  output = as_path(options.output)
   if output.suffix != '.json':
     raise UserError(f'--output={output}: give a path that ends in .json; a table and a picture go '
                     'beside it')

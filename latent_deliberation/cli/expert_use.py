@@ -23,7 +23,7 @@ from latent_deliberation.experts.retrieval_trial import (
   summarise,
   write_summary,
 )
-from latent_deliberation.files import check_free, make_writable
+from latent_deliberation.files import as_path, check_free, is_here, make_writable
 from latent_deliberation.inference.engine import LoadedDecoder
 
 
@@ -83,7 +83,7 @@ def export_prompt(prompt: str, *, decoder: str, expert: str, output: str, format
     raise UserError(f'--format={format}: give {EMBEDS}')
   if not prompt or not output:
     raise UserError('export: give --text=PROMPT and --output=DIR')
-  directory = Path(output)
+  directory = as_path(output)
   check_free([directory / f'{EMBEDS}.{end}' for end in ('safetensors', 'json')], overwrite)
   check_unicode(prompt, '--text')
   loaded, experts, choice = open_choice(decoder, expert, length, strict=True)
@@ -100,11 +100,15 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
   """Measures an expert beside retrieval, and returns the tables; see `retrieval_trial`.
 
   Raises:
-    UserError: --sets or --expert names nothing that can be measured, or there are no questions.
+    UserError: --sets or --expert names nothing that can be measured, or there are no questions;
+      or --output is in an object store.
   """
   unknown = sorted(set(sets) - FILES.keys())
   if unknown or not sets:
     raise UserError(f'--sets={",".join(sets)}: give some of {list(FILES)}')
+  if not is_here(output):
+    raise UserError(f'--output={output}: give a file of this machine, since records and caches '
+                    'grow beside it')
   # Files are read before a decoder is loaded.
   asked = {name: read_questions(data, name, 0) for name in sets}
   loaded, experts, choice = open_choice(decoder, expert, length, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 from absl import logging
 from jax.sharding import Mesh
 
-from latent_deliberation.build import open_frozen
+from latent_deliberation.build import check_frozen_memory, open_frozen
 from latent_deliberation.data.loading import (
   check_known_vocabulary,
   check_rows_vocabulary,
@@ -112,6 +112,7 @@ def prepare_phases(experiment: Experiment, workdir: Path, given: Set[str], mesh:
   checkpoint = None
   if experiment.decoder_from:
     checkpoint = open_frozen(experiment.decoder, as_path(experiment.decoder_from))
+    check_frozen_memory(experiment, checkpoint, mesh)
     check_known_vocabulary(experiment.data, workdir, checkpoint)
   with clock.phase('data'):
     prepare_data(experiment.data, experiment.decoder.vocab_size, workdir)

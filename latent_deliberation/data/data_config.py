@@ -52,9 +52,10 @@ class DataConfig:
       TensorFlow data set. 'mixture' takes a seqio task or mixture that is already registered.
       'synthetic' draws questions of a task in studies/synthetic.
     files: for 'text': files, globs or directories; one string may hold several, with commas.
-      '~' is the home directory, as in every path. A directory stands for all .txt, .md, .rst,
-      .jsonl and .ndjson files below it, compressed ones included. A .jsonl, .ndjson or .json file
-      holds one document a line. Any other file is one document.
+      '~' is the home directory, as in every path. A directory stands for all .txt, .md,
+      .markdown, .rst, .jsonl, .ndjson, .jsonlines and .ldjson files below it, compressed ones
+      included. A file with one of the last four endings, or .json, holds one document a line.
+      Any other file is one document.
     text_key: field that holds the text, in a line of JSON or in a TFDS example.
     name: for 'tfds', the data set with its version, such as 'c4/en:3.1.0'.
       For 'mixture', the registered name. For 'synthetic', the task: a key of TASKS in

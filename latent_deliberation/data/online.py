@@ -22,6 +22,7 @@ from latent_deliberation.data.tasks import Documents
 from latent_deliberation.data.vocabularies import framing_of
 from latent_deliberation.errors import UserError, differences
 from latent_deliberation.files import (
+  as_path,
   at_hand,
   begin_directory,
   finish_directory,
@@ -58,7 +59,7 @@ class OnlineBatches:
   def __init__(self, config: DataConfig, prepared_dir: Path, batch_size: int, seed: int,
                process_index: int = 0, process_count: int = 1):
     share = _share(batch_size, process_index, process_count)
-    documents = Documents.open(config, Path(prepared_dir))
+    documents = Documents.open(config, as_path(prepared_dir))
     recipe = documents.recipe(config, 'train')
     # A restored tf.data iterator checks nothing. With another batch size it hangs or ends, and it
     # ignores another seed. So everything that determines the stream is compared first.

@@ -371,7 +371,7 @@ def open_arm_model(decoder: str | Path, coprocessor: str | Path = '', constant: 
   checkpoint = weights.open_checkpoint(decoder)
   tokenizer = tokenizer_of(checkpoint, vocabulary)
   found = {OWN: coprocessor, CONSTANT: constant}
-  found = {name: locate_coprocessor(Path(path)) for name, path in found.items() if path}
+  found = {name: locate_coprocessor(path) for name, path in found.items() if path}
   for name, path in found.items():
     description = coprocessor_checkpoint.describe(path)
     _check_kind(name, path, description.config.trainable == 'constant')

@@ -15,7 +15,6 @@ by its path, imports this module before lm_eval looks for the model.
 import collections
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from latent_deliberation.errors import UserError
@@ -23,6 +22,7 @@ from latent_deliberation.evaluation.answer_texts import END
 from latent_deliberation.evaluation.arm_model import open_arm_model
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
+from latent_deliberation.files import as_path
 from latent_deliberation.inference.policy import ONCE, combine, open_gate
 
 try:
@@ -72,7 +72,7 @@ class DeliberationLM(LM):
     del max_batch_size, device
     super().__init__()
     places = [_integer('at', each) for each in str(at).split('+') if each]
-    fitted = open_gate(Path(gate), gate_score, budget) if gate else None
+    fitted = open_gate(as_path(gate), gate_score, budget) if gate else None
     is_policy = bool(places or every or gate)
     is_free = str(batch_size) in ('None', '1') or str(batch_size).startswith('auto')
     size = 0 if is_free else _integer('batch_size', batch_size)

@@ -14,7 +14,6 @@ request scores all arms; see task_answers.py.
 import dataclasses
 import importlib.metadata
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +40,13 @@ from latent_deliberation.evaluation.task_outcomes import (
   outcomes_of,
 )
 from latent_deliberation.evaluation.task_report import summarise, write_results
-from latent_deliberation.files import make_writable, write_json, write_whole
+from latent_deliberation.files import (
+  growing_files,
+  make_writable,
+  remove_tree,
+  write_json,
+  write_whole,
+)
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import RESULTS, RUN_FILE
 from latent_deliberation.progress import announced
@@ -124,18 +129,19 @@ def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
   identity |= {'lm_eval': importlib.metadata.version('lm_eval'),
                'data': task_catalog.data_hashes(plan.tasks, plan.data)}
   _claim(output, identity, overwrite)
-  answers = TaskAnswers(model, arms, settings, Ledger(output / ANSWERS))
   outcomes = []
-  for name in plan.tasks:
-    finished = output / TASKS / f'{name}.json'
-    if finished.exists():
-      logging.info('%s is finished already', name)
-      outcomes.append(TaskOutcomes.from_json(json.loads(finished.read_bytes())))
-      continue
-    logging.info('=== %s', name)
-    done = _run_task(name, answers, plan, output)
-    write_json(finished, done.to_json())
-    outcomes.append(done)
+  with growing_files(output, ANSWERS) as here:
+    answers = TaskAnswers(model, arms, settings, Ledger(here / ANSWERS))
+    for name in plan.tasks:
+      finished = output / TASKS / f'{name}.json'
+      if finished.exists():
+        logging.info('%s is finished already', name)
+        outcomes.append(TaskOutcomes.from_json(json.loads(finished.read_bytes())))
+        continue
+      logging.info('=== %s', name)
+      done = _run_task(name, answers, plan, output)
+      write_json(finished, done.to_json())
+      outcomes.append(done)
   summary = summarise(outcomes, {**identity, 'git_commit': git_commit()})
   write_results(summary, output)
   lead(STOP)
@@ -167,7 +173,7 @@ def _claim(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
   path, data = output / RUN_FILE, identity['data']
   if path.exists() and overwrite:
     for name in (TASKS, SAMPLES):
-      shutil.rmtree(output / name, ignore_errors=True)
+      remove_tree(output / name)
     (output / ANSWERS).unlink(missing_ok=True)
   elif path.exists():
     saved = json.loads(path.read_bytes())

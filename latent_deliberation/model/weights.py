@@ -129,10 +129,8 @@ class Checkpoint:
     if dtype is not None and str(jnp.dtype(dtype)) not in READABLE:
       raise UserError(f'dtype = {dtype!r}: set one of {READABLE}')
     self.check()
-    # Refuse what cannot fit, then read every tensor straight onto its sharding.
-    boxed = boxed_shapes(self.config)
-    placed = (shardings or on_first_device)(boxed)
-    check_memory(self.directory, boxed, placed, self._value_bytes(dtype))
+    placed = self.check_memory(shardings, dtype)
+    # Read every tensor straight onto its sharding.
     flat = traverse_util.flatten_dict(
         self._read(traverse_util.flatten_dict(placed, sep='/'), dtype), sep='/')
     for path, leaf in flat.items():
@@ -143,6 +141,14 @@ class Checkpoint:
                         self.directory, path, flat[path].dtype)
     return_memory()
     return traverse_util.unflatten_dict(flat, sep='/')
+
+  def check_memory(self, shardings: Callable[[PyTree], PyTree] | None = None,
+                   dtype: DTypeLike | None = None) -> PyTree:
+    """Returns the shardings of `load`. Raises UserError if free memory cannot hold the weights."""
+    boxed = boxed_shapes(self.config)
+    placed = (shardings or on_first_device)(boxed)
+    check_memory(self.directory, boxed, placed, self._value_bytes(dtype))
+    return placed
 
   def _value_bytes(self, dtype: DTypeLike | None) -> float:
     """Returns the bytes of a value in a dtype; in None, the mean of those that are stored."""

@@ -12,6 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from latent_deliberation.errors import UserError
+from latent_deliberation.training.utilisation import PEAK_FLOPS
 
 _CPU = 'cpu'
 _FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
@@ -41,14 +42,14 @@ class Chip:
   shapes: tuple[str, ...]
 
 
-# Operations and memory bandwidth: https://cloud.google.com/tpu/docs (v5e, v5p, v6e). Bytes: what
+# Memory bandwidth: https://cloud.google.com/tpu/docs (v5e, v5p, v6e). Bytes: what
 # libtpu 0.0.42 reports as available when it refuses a program. Links, one way:
 # https://jax-ml.github.io/scaling-book/tpus, a little below the published bandwidth. Clocks: those
 # at which all multipliers of a chip reach its published peak.
 CHIPS = {
-    'v5e': Chip(197e12, 15.75 * 2**30, 819e9, 1.5e9, 45e9, 16, _FLAT),
-    'v5p': Chip(459e12, 95.74 * 2**30, 2765e9, 1.75e9, 90e9, 4, _CUBIC),
-    'v6e': Chip(918e12, 31.25 * 2**30, 1638e9, 1.75e9, 90e9, 16, _FLAT),
+    'v5e': Chip(PEAK_FLOPS['TPU v5e'], 15.75 * 2**30, 819e9, 1.5e9, 45e9, 16, _FLAT),
+    'v5p': Chip(PEAK_FLOPS['TPU v5'], 95.74 * 2**30, 2765e9, 1.75e9, 90e9, 4, _CUBIC),
+    'v6e': Chip(PEAK_FLOPS['TPU v6e'], 31.25 * 2**30, 1638e9, 1.75e9, 90e9, 16, _FLAT),
 }
 
 

@@ -13,7 +13,13 @@ import jax
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
-from latent_deliberation.build import count_parameters, load_frozen, open_frozen, with_decoder
+from latent_deliberation.build import (
+  check_frozen_memory,
+  count_parameters,
+  load_frozen,
+  open_frozen,
+  with_decoder,
+)
 from latent_deliberation.data.loading import (
   check_known_vocabulary,
   check_rows_vocabulary,
@@ -273,6 +279,7 @@ def check_arms(study: Study, names: Sequence[str], workdir: Path, mesh: Mesh) ->
   describe: dict[str, Callable[[], Run]] = {}
   if decoder_from:
     checkpoint = open_frozen(study.experiment.decoder, as_path(decoder_from))
+    check_frozen_memory(study.experiment, checkpoint, mesh)
     check_known_vocabulary(study.experiment.data, workdir, checkpoint)
   else:
     describe['decoder'] = functools.partial(

@@ -18,6 +18,8 @@ from latent_deliberation.paths import TENSORBOARD, WANDB_ID
 
 _PROJECT = 'latent_deliberation'  # where WANDB_PROJECT names no other one
 _START_SECONDS = 30  # to reach the server of wandb
+# To send what is left, before a run writes its result. `wandb sync` sends the rest later.
+_END = {'finish_timeout': 60, 'finish_timeout_raises': True}
 
 
 class Tracker(Protocol):
@@ -62,11 +64,13 @@ class WandB:
     kept = workdir / WANDB_ID
     if not kept.is_file():
       write_whole(kept, secrets.token_hex(8).encode())
+    # Older versions of wandb have no limit at the end.
+    end = {key: value for key, value in _END.items() if key in wandb.Settings.model_fields}
     self._run = _reach(lambda: wandb.init(
         project=os.environ.get('WANDB_PROJECT', _PROJECT), id=kept.read_text(), resume='allow',
         name=os.environ.get('WANDB_NAME', name),
         dir=str(workdir), config=dict(config),
-        settings=wandb.Settings(init_timeout=_START_SECONDS, console='off', quiet=True)))
+        settings=wandb.Settings(init_timeout=_START_SECONDS, console='off', quiet=True, **end)))
     # Our own step, since a resumed run goes back to its checkpoint, and steps of wandb only grow.
     self._run.define_metric('*', step_metric='step')
 
@@ -92,7 +96,8 @@ def check_trackers(names: tuple[str, ...]) -> None:
   if 'tensorboard' in names:
     _import('tensorboardX', 'tensorboard')
   if 'wandb' in names:
-    _reach(_import('wandb', 'wandb').login)
+    wandb = _import('wandb', 'wandb')
+    _reach(lambda: wandb.login(verify=True))
 
 
 def open_trackers(names: tuple[str, ...], workdir: Path, run_name: str,

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Batch, Params
 from latent_deliberation.build import (
   build_deliberator,
+  check_frozen_memory,
   frozen_shapes,
   load_frozen,
   load_stored,
@@ -60,6 +61,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
   # Check everything that needs neither data nor weights.
   mesh = make_mesh(experiment.mesh)
   checkpoint = open_frozen(experiment.decoder, decoder_dir)
+  check_frozen_memory(experiment, checkpoint, mesh)
   run = describe_training(experiment, workdir, mesh)
   run.check(checkpoint.fingerprint)
   target = workdir / COPROCESSOR

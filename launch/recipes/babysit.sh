@@ -31,6 +31,12 @@ type='' version='' spot=yes minutes=2 tries=5 delete=yes
 read_flags 'name zone project type version spot minutes tries delete' "${@:2}"
 quick=$((30 * 60)) # seconds in which a failure counts towards --tries
 
+# Every action but a dry run needs it. Without this, `keep` would wait for a cloud that answers.
+require_gcloud() {
+  [[ -n $dry_run ]] || command -v gcloud >/dev/null ||
+    fail 'gcloud is not installed, or not in PATH: see https://cloud.google.com/sdk/docs/install'
+}
+
 queued() {
   run gcloud compute tpus queued-resources "$1" "$name" "${@:2}" --zone="$zone" \
     --project="$project"
@@ -54,12 +60,14 @@ create() {
 }
 
 # The state of the slice: ACTIVE, SUSPENDED, WAITING_FOR_RESOURCES and so on; empty without one, and
-# UNKNOWN where the cloud does not say.
+# UNKNOWN, with the error, where the cloud does not say.
 slice_state() {
   local errors
   errors=$(mktemp)
   if ! queued describe --format='value(state.state)' 2>"$errors"; then
-    grep --quiet --ignore-case 'not[_ ]found' "$errors" || echo UNKNOWN
+    # Advice of many lines may follow an error.
+    grep --quiet NOT_FOUND "$errors" ||
+      echo "UNKNOWN: $(grep --max-count=1 '^ERROR' "$errors" || tail --lines=1 "$errors")"
   fi
   rm -f "$errors"
 }
@@ -103,7 +111,8 @@ keep() {
             say "the run has ended: ${hosts//$'\n'/, }"
             ((failures = SECONDS - begun < quick ? failures + 1 : 0)) || true
             ((failures < tries)) ||
-              fail "the run failed $failures times in a row; see: tpu_vm.sh logs --name=$name"
+              fail "the run failed $failures times in a row; see: tpu_vm.sh logs --name=$name." \
+                'The slice is still there and costs money: delete it with babysit.sh stop'
           fi
           begun=$SECONDS
           if [[ $hosts != *new* ]] || { say 'installing on new hosts' && vm install; }; then
@@ -128,11 +137,11 @@ keep() {
 stop() {
   vm stop || true # there may be no run any more
   # The slice may go when the run has saved and ended; ten minutes are enough for that.
-  local left=120 hosts=running
-  while [[ -z $dry_run && $hosts == *running* ]] && ((left--)); do
+  local end=$((SECONDS + 600)) hosts=running
+  while [[ -z $dry_run && $hosts == *running* ]] && ((SECONDS < end)); do
     # A host that cannot be reached may still be saving.
     hosts=$(run_state) || hosts=running
-    [[ $hosts != *running* ]] || sleep "$(awk "BEGIN {print $minutes * 2.5}")"
+    [[ $hosts != *running* ]] || sleep 5
   done
   queued delete --force --quiet
 }
@@ -147,6 +156,7 @@ case $action in
     [[ $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--minutes=$minutes: a number of minutes"
     [[ $tries =~ ^[1-9][0-9]*$ ]] || fail "--tries=$tries: a number of failures, 1 or more"
     ((${#rest[@]})) || fail 'keep needs a script and its flags after --: keep -- launch/train.py ...'
+    require_gcloud
     if [[ -n $dry_run ]]; then
       create
       queued describe --format='value(state.state)'
@@ -160,6 +170,7 @@ case $action in
     ;;
   state | stop)
     require name zone project
+    require_gcloud
     if [[ $action == state ]]; then
       queued describe --format='value(state.state)'
       run_state

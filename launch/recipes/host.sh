@@ -30,6 +30,9 @@ start() {
     fail "process $(<"$pid_file") is still running, and a chip takes one process: stop it first"
   fi
   mapfile -t variables < <(grep --extended-regexp '^[A-Z]' "$here/tpu.env")
+  # A restarted process does not compile again, which takes minutes for a 2B model. Programs in the
+  # cache are run as they are, so it is no place that others can write to.
+  variables+=("JAX_COMPILATION_CACHE_DIR=$HOME/.cache/latent_deliberation/compiled")
   # The code of the process is kept, for `state`. Nothing may hold the terminal of ssh.
   run rm -f "$HOME/run.code"
   run bash -c "($(quote env "${variables[@]}" nohup "$HOME/venv/bin/python" "${rest[@]}") \

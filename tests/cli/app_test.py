@@ -43,6 +43,15 @@ def test_other_paths_stay(flag, written):
   assert holder.value == written
 
 
+@pytest.mark.parametrize('url', ['gs://bucket/run', 's3://bucket/run', 'gs:/run'])
+def test_directories_of_a_disk(flag, url):
+  """A command whose files must be on a disk says so, and asks no store."""
+  holder = flag(lambda name, meaning: app.define_directory(
+      name.replace('<lambda>', 'disk'), meaning, '', on_disk=True))
+  with pytest.raises(flags.Error, match=f'{holder.name}={url}.*must be on a disk'):
+    flags.FLAGS(['test', f'--{holder.name}={url}'])
+
+
 @pytest.mark.parametrize('path, level, is_shown', [
     (progress.__file__, logging.INFO, True),
     (f'site-packages{os.sep}orbax{os.sep}checkpoint.py', logging.INFO, False),

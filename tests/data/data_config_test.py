@@ -1,11 +1,14 @@
 import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 
 from latent_deliberation.data.data_config import DataConfig, with_given_source
+from latent_deliberation.data.text_files import OF_DIRECTORIES
 from latent_deliberation.errors import UserError
+from tests import finished
 
 SYNTHETIC = {'source': 'synthetic', 'name': 'pointer_chasing'}
 
@@ -128,3 +131,10 @@ def test_import_without_tensorflow():
   code = ('import sys, latent_deliberation.data.data_config; '
           'sys.exit(bool({"tensorflow", "seqio"} & set(sys.modules)))')
   assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize('text', [DataConfig.__doc__, (finished.ROOT / 'docs/data.md').read_text()],
+                         ids=['docstring', 'page'])
+def test_endings_are_named(text):
+  """Whoever writes a file sees whether a directory gives it."""
+  assert not [ending for ending in OF_DIRECTORIES if not re.search(rf'{ending}\b', text)]

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import time
@@ -88,13 +89,15 @@ def test_run_starts_on_all_hosts():
 
 
 def test_host_uses_tpu_env():
-  """A host trains with the variables of tpu.env."""
+  """A host trains with the variables of tpu.env, and a cache that its user alone writes to."""
   _, command = shown('host', f'start {TRAIN}')
   line, _, _ = command[2].partition(' >')
   words = shlex.split(line.removeprefix('('))
   variables = [line for line in (RECIPES / 'tpu.env').read_text().splitlines()
                if line and not line.startswith('#')]
-  assert words == ['env', *variables, 'nohup', '/home/user/venv/bin/python',
+  cache = 'JAX_COMPILATION_CACHE_DIR=/home/user/.cache/latent_deliberation/compiled'
+  assert not any('/tmp' in line for line in variables)
+  assert words == ['env', *variables, cache, 'nohup', '/home/user/venv/bin/python',
                    *shlex.split(TRAIN)[1:]]
 
 
@@ -142,6 +145,10 @@ case "$*" in
     case $line in
       '') echo 'ERROR: NOT_FOUND: there is no such resource' >&2; exit 1 ;;
       offline) echo 'ERROR: the network is down' >&2; exit 1 ;;
+      expired)
+        printf '%s\\n' 'ERROR: log in again' 'Accounts were not found.' '  $ gcloud auth login' >&2
+        exit 1
+        ;;
       *) echo "$line" ;;
     esac
     ;;
@@ -166,7 +173,8 @@ def babysat(place: Path, slice_states: str, host_states: str, arguments: str = f
   (place / 'refusals').write_text(refusals.replace(' ', '\n') + '\n')
   (place / 'gcloud').write_text(CLOUD.format(place=place))
   (place / 'git').write_text('#!/bin/bash\n')
-  for tool in ('gcloud', 'git'):
+  (place / 'sleep').write_text('#!/bin/bash\n')
+  for tool in ('gcloud', 'git', 'sleep'):
     (place / tool).chmod(0o755)
   process = recipe('babysit', arguments, path=f'{place}:{os.environ["PATH"]}')
   kinds = {'queued-resources create': 'create', 'queued-resources delete': 'delete',
@@ -203,8 +211,25 @@ def test_babysitter_outlasts_a_cloud_that_fails(tmp_path):
   assert process.returncode == 0, process.stderr
   assert done == ['create', 'create', 'install', 'install', 'start', 'start', 'delete', 'create',
                   'install', 'start', 'delete']
-  assert 'the slice is UNKNOWN' in process.stderr
+  assert 'the slice is UNKNOWN: ERROR: the network is down\n' in process.stderr
   assert 'the installation failed; trying again' in process.stderr
+
+
+def test_babysitter_says_why_it_waits(tmp_path):
+  """A login that has expired is no missing slice, and its error is shown."""
+  done, process = babysat(tmp_path, 'expired expired ACTIVE', 'ended 0')
+  assert process.returncode == 0 and done == ['delete'], process.stderr
+  assert process.stderr.count('the slice is UNKNOWN: ERROR: log in again\n') == 2
+
+
+@pytest.mark.parametrize('arguments', [f'{KEEP} {TRAIN}', 'state', 'stop'])
+def test_babysitter_without_gcloud(tmp_path, arguments):
+  """It ends at once, and asks for nothing."""
+  for tool in ('bash', 'dirname'):
+    (tmp_path / tool).symlink_to(shutil.which(tool))
+  process = recipe('babysit', arguments, path=str(tmp_path))
+  assert process.returncode == 2 and not process.stdout
+  assert process.stderr.startswith('babysit.sh: gcloud is not installed')
 
 
 def test_babysitter_gives_up(tmp_path):
@@ -213,6 +238,7 @@ def test_babysitter_gives_up(tmp_path):
                           'none; ended 1; ended 1; ended 1; ended 1',
                           f'{KEEP} --tries=3 {TRAIN}')
   assert process.returncode == 2 and 'failed 3 times in a row' in process.stderr
+  assert 'costs money: delete it with babysit.sh stop' in process.stderr
   assert done == ['start'] * 3
 
 
@@ -227,7 +253,8 @@ def test_babysitter_stops(tmp_path):
 def test_babysitter_stops_when_the_last_host_has_saved(tmp_path):
   """Many hosts that are at work, or cannot be reached, are waited for."""
   many = ','.join(['running'] * 400)
-  done, process = babysat(tmp_path, '', f'{many}; unreachable; {many}; ended 143',
+  looks = '; '.join([many] * 125)
+  done, process = babysat(tmp_path, '', f'{looks}; unreachable; {many}; ended 143',
                           'stop --minutes=0')
   assert process.returncode == 0 and done == ['stop', 'delete'], process.stderr
   assert (tmp_path / 'hosts').read_text().strip() == ''

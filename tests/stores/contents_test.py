@@ -265,19 +265,22 @@ def test_metrics(place):
 
 @pytest.mark.skipif(importlib.util.find_spec('seqio') is None, reason='needs seqio')
 def test_stream(place, tmp_path):
-  """The position of a stream comes back."""
+  """The vocabulary is kept in the store, and the position of a stream comes back."""
   from latent_deliberation.data.data_config import DataConfig
   from latent_deliberation.data.online import OnlineBatches
   (tmp_path / 'texts').mkdir()
   for number in range(8):
     (tmp_path / f'texts/{number}.txt').write_text(f'Document {number} of eight. ' * 20)
-  config = DataConfig(source='text', files=(str(tmp_path / 'texts'),), vocabulary='byte',
-                      length=32, mode='online', validation_percent=20)
-  batches = OnlineBatches(config, tmp_path, 2, 0, 0, 1)
+  config = DataConfig(source='text', files=(str(tmp_path / 'texts'),),
+                      vocabulary='sentencepiece', vocabulary_size=290, length=32, mode='online',
+                      validation_percent=20)
+  batches = OnlineBatches(config, place, 2, 0, 0, 1)
+  kept = (place / 'vocabulary.model').read_bytes()
   batches(0)
   batches.save(place, 1)
   expected = batches(1)
-  again = OnlineBatches(config, tmp_path, 2, 0, 0, 1)
+  again = OnlineBatches(config, place, 2, 0, 0, 1)
+  assert (place / 'vocabulary.model').read_bytes() == kept
   again.restore(place, 1)
   np.testing.assert_array_equal(again(1).tokens, expected.tokens)
   shutil.rmtree(at_hand(place / 'stream-1-host-0'))

@@ -140,8 +140,10 @@ def test_growing_files(store, place, monkeypatch):
     file.close()
     (here / 'events').mkdir()
     (here / 'events/1').write_bytes(b'e')
-  with growing_files(place, 'metrics.jsonl') as here, (here / 'metrics.jsonl').open('ab') as file:
-    file.write(b'3\n')
+  with growing_files(place, 'metrics.jsonl', 'events/1', 'gone/1') as here:
+    with (here / 'metrics.jsonl').open('ab') as file:
+      file.write(b'3\n')
+    assert (here / 'events/1').read_bytes() == b'e' and not (here / 'gone').exists()
   assert (place / 'metrics.jsonl').read_bytes() == b'1\n2\n3\n'
   assert (place / 'events/1').read_bytes() == b'e'
 

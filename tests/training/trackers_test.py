@@ -108,8 +108,9 @@ def test_tracker_that_is_not_installed(tmp_path, monkeypatch, name, module):
 class FakeWandB(types.ModuleType):
   """A wandb whose server cannot be reached."""
 
-  def login(self):
-    raise ConnectionError('no route to host')
+  def login(self, verify=False):
+    if verify:
+      raise ConnectionError('no route to host')
 
 
 def test_tracker_without_network(tmp_path, monkeypatch):
@@ -119,6 +120,27 @@ def test_tracker_without_network(tmp_path, monkeypatch):
   run = describe_training(experiment, tmp_path, make_mesh(experiment.mesh))
   with pytest.raises(UserError, match="trackers names 'wandb'.*no route to host.*WANDB_MODE=offl"):
     run.check()
+
+
+def test_end_of_wandb_has_a_limit(tmp_path, monkeypatch, caplog):
+  """Numbers that cannot be sent end with a warning: the result of the run is written after it."""
+  wandb = pytest.importorskip('wandb')
+  begun = []
+
+  class Run:
+    define_metric = log = lambda *given, **named: None
+
+    def finish(self):
+      raise TimeoutError('Timed out finishing run.')
+
+  def init(**named):
+    begun.append(named['settings'])
+    return Run()
+
+  monkeypatch.setattr(wandb, 'init', init)
+  write(tmp_path, 'wandb', 1)
+  assert 0 < begun[0].finish_timeout <= 120 and begun[0].finish_timeout_raises
+  assert 'wandb failed' in caplog.text and 'Timed out finishing' in caplog.text
 
 
 # wandb keeps a process of its own, and settings that only a new process reads.

@@ -12,6 +12,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import describe
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import constant_variant
 from latent_deliberation.model import weights
+from latent_deliberation.model.checkpoints import source
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import METRICS_FILE
 from latent_deliberation.training import train
@@ -24,6 +25,18 @@ from tests import finished
 def losses(workdir):
   rows = read_metrics(workdir / METRICS_FILE)
   return np.array([[row['loss'], row['grad_norm'], row['validation/loss']] for row in rows[1:]])
+
+
+@pytest.mark.usefixtures('one_device')
+@pytest.mark.parametrize('dtype', ['float32', 'int8'])
+def test_decoder_that_is_too_large(tmp_path, quickstart, monkeypatch, dtype):
+  """A decoder that memory cannot hold is refused before the text is packed."""
+  monkeypatch.setattr(source, 'free_memory', lambda: 1)
+  experiment = finished.experiment(computation__frozen_dtype=dtype)
+  with pytest.raises(UserError, match='the weights take .* and 1 are free'):
+    train_coprocessor(experiment, quickstart / 'pretraining/decoder', tmp_path / 'run',
+                      tmp_path / 'data')
+  assert not (tmp_path / 'data').exists()
 
 
 @pytest.mark.usefixtures('one_device')

@@ -4,8 +4,8 @@
   hf://ORG/NAME/FILE.gguf    one of several GGUF files
   hf://ORG/NAME@REVISION     a branch, tag or commit; default main
 
-The library keeps downloads in its own cache, where they are found without a network. There, one
-GGUF file of several goes for the one that the repository has.
+The library keeps downloads in its own cache, where they are found without a network. Without one, a
+GGUF file that is alone in the cache goes for the only one of the repository.
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ from types import ModuleType
 from latent_deliberation.errors import UserError
 from latent_deliberation.model.checkpoints.hugging_face_config import COMPANIONS, CONFIG
 from latent_deliberation.model.checkpoints.safetensors_io import INDEX
+from latent_deliberation.model.checkpoints.source import PICKLES
 
 _ADDRESS = re.compile(
     r'hf://(?P<repo>[^/@]+/[^/@]+)(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>.+))?')
@@ -60,20 +61,26 @@ def download(address: str) -> Path:
     directory = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_PATTERNS))
     if any(directory.glob('*.safetensors')):
       return directory
-    # Without safetensors, the repository may have one GGUF file, which may be in the cache.
-    cached = list(directory.rglob('*.gguf'))
-    if len(cached) == 1:
-      return cached[0]
-    names = [name for name in hub.list_repo_files(repo, revision=revision)
-             if name.endswith('.gguf')]
-    if len(names) == 1:
-      return Path(hub.hf_hub_download(repo, names[0], revision=revision))
+    # Without safetensors, the repository may have one GGUF file. The cache may lack some of them.
+    try:
+      names = hub.list_repo_files(repo, revision=revision)
+    except Exception:
+      cached = list(directory.rglob('*.gguf'))
+      if len(cached) == 1:
+        return cached[0]
+      raise
+    files = [name for name in names if name.endswith('.gguf')]
+    if len(files) == 1:
+      return Path(hub.hf_hub_download(repo, files[0], revision=revision))
   except Exception as error:
     raise _explain(error, address, repo, hub) from error
-  if names:
-    raise UserError(f'{address} has {len(names)} GGUF files: give one of them as '
-                    f'hf://{repo}/FILE.gguf, with FILE.gguf of {", ".join(names)}')
-  raise UserError(f'{address} has neither safetensors nor a GGUF file: give another repository')
+  if files:
+    raise UserError(f'{address} has {len(files)} GGUF files: give one of them as '
+                    f'hf://{repo}/FILE.gguf, with FILE.gguf of {", ".join(files)}')
+  found = [name for name in names if Path(name).suffix in ('.safetensors', *PICKLES)]
+  raise UserError(f'{address} has neither model*.safetensors nor a GGUF file, but '
+                  f'{", ".join(found) or "no weights"}: give another repository, or a directory '
+                  'that save_pretrained of transformers wrote')
 
 
 def _import_library(address: str) -> ModuleType:

@@ -17,7 +17,7 @@ class FakeRepository:
   """Takes the place of the library's functions: files of a repository, and what was requested."""
 
   def __init__(self, directory, files):
-    self.directory, self.files, self.requests = directory, files, []
+    self.directory, self.files, self.requests, self.has_network = directory, files, [], True
 
   def write(self, name):
     (self.directory / name).write_bytes(b'GGUF')
@@ -35,6 +35,8 @@ class FakeRepository:
     return self.write(file)
 
   def list_repo_files(self, repo, revision):
+    if not self.has_network:
+      raise library.errors.OfflineModeIsEnabled('offline')
     return self.files
 
 
@@ -72,16 +74,32 @@ def test_gguf(fake, tmp_path, address, request_):
   repository = fake('README.md', 'config.json', 'one.gguf')
   assert hub.download(address) == tmp_path / 'one.gguf'
   assert repository.requests[-1] == request_
-  repository.files = ()  # as without a network, where the cache is what there is
+  repository.has_network = False  # where the cache is what there is
   assert hub.download(address) == tmp_path / 'one.gguf'
   # A Path keeps one of the two slashes. The file opens, and says that it is no decoder.
   with pytest.raises(UserError, match=f'{tmp_path}/one.gguf .*GGUF file'):
     weights.open_checkpoint(Path(address))
 
 
+def test_gguf_of_several_in_the_cache(fake, tmp_path):
+  """A file that was downloaded by its name does not stand for the repository."""
+  repository = fake('a.gguf', 'b.gguf')
+  assert hub.download('hf://org/name/a.gguf') == tmp_path / 'a.gguf'
+  with pytest.raises(UserError, match='hf://org/name has 2 GGUF files'):
+    hub.download('hf://org/name')
+  repository.has_network = False
+  hub.download('hf://org/name/b.gguf')
+  with pytest.raises(UserError, match='hf://org/name cannot be downloaded'):
+    hub.download('hf://org/name')
+
+
 @pytest.mark.parametrize('files, message', [
+    (('weights.safetensors', 'adapter.bin', 'README.md'),
+     'neither model.*safetensors nor a GGUF file, but weights.safetensors, adapter.bin: '),
+    (('README.md',), 'but no weights'),
     (('a.gguf', 'b.gguf'), 'hf://org/name has 2 GGUF files: .*hf://org/name/FILE.gguf.*a.gguf, b'),
-    (('config.json', 'pytorch_model.bin'), 'hf://org/name has neither safetensors nor')])
+    (('config.json', 'pytorch_model.bin'),
+     'neither model.*safetensors nor .* but pytorch_model.bin')])
 def test_no_weights_or_several(fake, files, message):
   """Several GGUF files are listed; a repository without weights that we read is refused."""
   fake(*files)
