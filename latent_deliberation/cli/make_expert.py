@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import shlex
-import time
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from absl import logging
 from jax.sharding import Mesh
 
 from latent_deliberation.build import (
-  build_deliberator,
   count_parameters,
   frozen_shapes,
   load_frozen,
@@ -38,7 +36,7 @@ from latent_deliberation.errors import UserError, check_number
 from latent_deliberation.evaluation.evaluate import HeldOut, open_held_out
 from latent_deliberation.evaluation.plots import plot_changes
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.experts.card import GENERAL, Card, check_name
+from latent_deliberation.experts.card import GENERAL, Card, check_name, check_printable
 from latent_deliberation.experts.measuring import (
   ROUTING_ROWS,
   base_name,
@@ -51,16 +49,22 @@ from latent_deliberation.experts.measuring import (
 from latent_deliberation.experts.package import PICTURE, Routing, write_package
 from latent_deliberation.experts.texts import STDLIB, STDLIB_TITLE, keywords_of, read_documents
 from latent_deliberation.files import as_path, is_here, make_writable, write_json
-from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, ROWS, RUN_FILE
-from latent_deliberation.progress import PhaseClock, counted, format_duration
+from latent_deliberation.paths import (
+  CONSTANT,
+  COPROCESSOR,
+  GENERAL_DATA,
+  PHASES_FILE,
+  ROWS,
+  RUN_FILE,
+)
+from latent_deliberation.progress import PhaseClock, format_duration
 from latent_deliberation.provenance import git_commit
-from latent_deliberation.sharding import make_mesh, place_batch
-from latent_deliberation.training.objectives import augmentation
+from latent_deliberation.sharding import make_mesh
 from latent_deliberation.training.run import Run
 from latent_deliberation.training.run_identity import hold_workdir
+from latent_deliberation.training.train import time_step
 
-GENERAL_DATA, REQUEST_FILE, PACE_FILE = 'general', 'expert_request.json', 'pace.json'
-_TIMED_STEPS = 4
+REQUEST_FILE, PACE_FILE = 'expert_request.json', 'pace.json'
 _FEWEST_STEPS = 20
 # Times in training steps, as measured on Gemma 3 270M and SmolLM2-135M.
 _OVERHEAD = 1.25  # of a step: compilation, validations and saves
@@ -112,13 +116,7 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
   Raises:
     UserError: text, decoder or a directory do not fit; raised before long work.
   """
-  if not experiment.decoder_from:
-    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
-  if not is_here(output):
-    raise UserError(f'--output={output}: a package is written on this machine; give a path here, '
-                    'and copy the package to the bucket')
-  if output.exists():
-    raise UserError(f'{output} exists already and is not overwritten: give another --output')
+  _check_request(experiment, request, workdir, output, given)
   data = dataclasses.replace(experiment.data, source='text', files=request.text,
                              name='', options={}, data_dir='')
   experiment = dataclasses.replace(experiment, data=data)
@@ -131,6 +129,33 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
   with hold_workdir(workdir):
     _keep_request(workdir, request)
     return _run_phases(experiment, request, general, workdir, output, given)
+
+
+def _check_request(experiment: Experiment, request: ExpertRequest, workdir: Path, output: Path,
+                   given: Set[str]) -> None:
+  """Raises UserError for what would fail only after the training, or be of no effect."""
+  if not experiment.decoder_from:
+    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
+  if not is_here(output):
+    raise UserError(f'--output={output}: a package is written on this machine; give a path here, '
+                    'and copy the package to the bucket')
+  if output.exists():
+    raise UserError(f'{output} exists already and is not overwritten: give another --output')
+  if is_here(workdir):
+    one, other = output.resolve(), workdir.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+      raise UserError(f'--output={output} and --workdir={workdir}: one holds the other; give two '
+                      'directories beside each other')
+  if experiment.data.mode != 'packed':
+    raise UserError(f'data.mode = {experiment.data.mode!r}: an expert is trained on packed rows; '
+                    "leave data.mode at 'packed'")
+  if request.minutes and 'training.loop.num_steps' in given:
+    raise UserError(f'--minutes={request.minutes:g} and training.loop.num_steps = '
+                    f'{experiment.training.loop.num_steps}: the minutes choose the steps; give one '
+                    'of the two')
+  check_printable({'--text': request.text, '--general': request.general,
+                   'command': _command(request, experiment.decoder_from),
+                   'settings': portable(experiment, request.name)}, 'the request')
 
 
 def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataConfig, workdir: Path,
@@ -219,30 +244,10 @@ def _choose_steps(experiment: Experiment, minutes: float, given: Set[str], run: 
   return {key: value for key, value in choices.items() if key not in given}
 
 
-def time_step(experiment: Experiment, run: Run, prepared_dir: Path, mesh: Mesh) -> float:
-  """Returns the seconds of a training step, without compilation. Nothing is kept."""
-  checkpoint = open_frozen(experiment.decoder, as_path(experiment.decoder_from))
-  frozen, _ = load_frozen(experiment, checkpoint, mesh)
-  batches = open_batches(experiment, prepared_dir, run.section, mesh)
-  step = run.make_step(
-      augmentation(build_deliberator(experiment), experiment.computation.loss_chunk), frozen)
-  state, taken = run.create_state(frozen), []
-  for number in counted(range(1 + _TIMED_STEPS), 'measuring the speed'):
-    batch = place_batch(batches(number), mesh, experiment.rules)
-    begun = time.perf_counter()
-    state, scalars = step(state, batch)
-    jax.block_until_ready(scalars)
-    taken.append(time.perf_counter() - begun)
-  return float(np.median(taken[1:]))
-
-
 def _read_pace(workdir: Path) -> Choices:
   """Returns the steps that an earlier launch chose; {} if none did."""
   path = workdir / PACE_FILE
-  try:
-    return json.loads(path.read_bytes()) if path.exists() else {}
-  except ValueError as error:
-    raise UserError(f'{path} is damaged ({error}): use another --workdir') from error
+  return _read_object(path) if path.exists() else {}
 
 
 def _keep_request(workdir: Path, request: ExpertRequest) -> None:
@@ -254,9 +259,9 @@ def _keep_request(workdir: Path, request: ExpertRequest) -> None:
   current = {key: value for key, value in dataclasses.asdict(request).items()
              if key in ('name', 'text', 'general', 'minutes')}
   if path.exists():
-    saved = json.loads(path.read_bytes())
+    saved = _read_object(path)
     lines = [f'  {key}: {saved.get(key)!r} saved, {value!r} now'
-             for key, value in current.items() if saved.get(key) != value]
+             for key, value in current.items() if _normal(saved.get(key)) != _normal(value)]
     if lines:
       raise UserError('\n'.join([f'{workdir} belongs to another expert:', *lines,
                                  'Use another --workdir, or give the saved values.']))
@@ -264,6 +269,23 @@ def _keep_request(workdir: Path, request: ExpertRequest) -> None:
     raise UserError(f'{workdir} belongs to another job: use another --workdir')
   else:
     write_json(path, current)
+
+
+def _normal(value: Any) -> Any:
+  """Returns a value of a request as it is compared: 'notes' and 'notes/' are the same files."""
+  return [os.path.normpath(part) for part in split_files(value)] if isinstance(value, str) else (
+      value)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+  """Returns the JSON object in a file of the work directory. Raises UserError for anything else."""
+  try:
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise UserError(f'{path} is damaged ({error}): use another --workdir') from error
+  if not isinstance(content, dict):
+    raise UserError(f'{path} is damaged (no object): use another --workdir')
+  return content
 
 
 # --- Scores and card ---

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import GENERAL
 from latent_deliberation.experts.package import load_package, read_sample
 from latent_deliberation.experts.verifying import verify
+from latent_deliberation.training import train
 from latent_deliberation.training.train import describe_training
 from tests import finished
 
@@ -118,11 +120,15 @@ def test_minutes_choose_the_steps(made, place, monkeypatch, tmp_path):
     assert found['training.loop.eval_every'] <= max(1, steps // 4)
 
 
-def test_step_is_timed(made, place):
+def test_step_is_timed(made, place, monkeypatch):
+  """One step compiles, and two are timed."""
   _, experiment, _ = made
   mesh = module.make_mesh(experiment.mesh)
   run = describe_training(experiment, place / 'work/coprocessor', mesh)
-  assert 0 < module.time_step(experiment, run, place / 'work', mesh) < 60
+  steps = []
+  monkeypatch.setattr(train, 'counted', lambda numbers, work: steps.extend(numbers) or numbers)
+  assert 0 < train.time_step(experiment, run, place / 'work', mesh) < 60
+  assert len(steps) == 3
 
 
 def test_marketplace_commands(made, place, quickstart, monkeypatch, capsys, tmp_path):
@@ -195,6 +201,40 @@ def test_bad_text(made, place, tmp_path):
 def test_bad_requests(values, message):
   with pytest.raises(UserError, match=message):
     ExpertRequest(**{'name': 'a', 'text': 'b', **values})
+
+
+@pytest.mark.parametrize('values, request_values, places, message', [
+    ({}, {}, ('runs/a', 'runs/a'), 'one holds the other'),
+    ({}, {}, ('runs/a', 'runs/a/package'), 'one holds the other'),
+    ({}, {}, ('runs/a/../b/work', 'runs/b'), 'one holds the other'),
+    ({}, {'text': 'a\nb'}, ('work', 'out'), "cannot be printed, 'a"),
+    ({}, {'general': 'a\x1b[0m'}, ('work', 'out'), 'cannot be printed'),
+    ({'decoder_from': 'models/a\x1b'}, {}, ('work', 'out'), 'cannot be printed'),
+    ({'data__mode': 'online'}, {}, ('work', 'out'), "data.mode = 'online'.*packed"),
+    ({}, {'minutes': 5.0}, ('work', 'out'), 'minutes=5 and training.loop.num_steps = 2'),
+    ({'decoder_from': ''}, {}, ('work', 'out'), '--decoder is missing')])
+def test_what_cannot_end_well_is_refused(values, request_values, places, message, tmp_path,
+                                         monkeypatch):
+  """Before anything is made."""
+  monkeypatch.chdir(tmp_path)
+  experiment = finished.experiment(**{'decoder_from': 'd', **values})
+  request = ExpertRequest(**{'name': 'a', 'text': 'notes', **request_values})
+  with pytest.raises(UserError, match=message):
+    make_expert(experiment, request, *map(Path, places), GIVEN)
+  assert not any(tmp_path.iterdir())
+
+
+def test_request_of_a_workdir(tmp_path):
+  """The same files may be written in another way, and a damaged file is named."""
+  request = ExpertRequest('a', 'notes,more/', 'stdlib')
+  module._keep_request(tmp_path, request)
+  module._keep_request(tmp_path, dataclasses.replace(request, text='./notes/, more'))
+  with pytest.raises(UserError, match="text: 'notes,more/' saved, 'notes' now"):
+    module._keep_request(tmp_path, dataclasses.replace(request, text='notes'))
+  for content in ('{"name": ', '[3]', ''):
+    (tmp_path / module.REQUEST_FILE).write_text(content)
+    with pytest.raises(UserError, match='expert_request.json is damaged'):
+      module._keep_request(tmp_path, request)
 
 
 @pytest.mark.parametrize('given, named', [
