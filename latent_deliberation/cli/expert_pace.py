@@ -83,7 +83,9 @@ def choose_pace(experiment: Experiment, texts: Sequence[Text], num_rows: int, gi
   if fewer < experiment.evaluation.num_texts and 'evaluation.num_texts' not in given:
     logging.info('evaluation.num_texts = %d in place of %d, since scores would take more than half '
                  'of the time: intervals are wider', fewer, experiment.evaluation.num_texts)
-    choices['evaluation.num_texts'] = fewer
+    # With the size of batches that it is a multiple of.
+    choices |= {'evaluation.num_texts': fewer,
+                'evaluation.batch_size': experiment.evaluation.batch_size}
     texts = [(with_most_texts(each, fewer), rows) for each, rows in texts]
   planned = with_choices(experiment, {key: value for key, value in choices.items()
                                       if key not in given})
@@ -112,13 +114,13 @@ def _fewer_texts(texts: Sequence[Text], most_cost: float) -> int:
   """Returns how many texts to score: half as often as they cost too much, while enough stay."""
   config = texts[0][0].evaluation
   number = config.num_texts
-  while number >= 2 * config.batch_size and scoring_cost(
-      [(with_most_texts(each, number), rows) for each, rows in texts]) > most_cost:
-    half = [(with_most_texts(each, number // 2), rows) for each, rows in texts
-            if each.evaluation.num_texts > number // 2]
-    if any(_count_texts(*text) < FEWEST_SCORED for text in half):
+  while scoring_cost([(with_most_texts(each, number), rows) for each, rows in texts]) > most_cost:
+    half = number // 2 // config.batch_size * config.batch_size
+    changed = [(with_most_texts(each, half), rows) for each, rows in texts
+               if each.evaluation.num_texts > half]
+    if not half or any(_count_texts(*text) < FEWEST_SCORED for text in changed):
       break
-    number //= 2
+    number = half
   return number
 
 

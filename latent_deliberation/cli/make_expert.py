@@ -177,8 +177,9 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataCon
     experiment = with_choices(experiment, pace)
     experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock)
   # General text has a number of texts of its own, which the pace only bounds.
-  fewer = with_most_texts(other, pace.get('evaluation.num_texts', num_texts)).evaluation.num_texts
-  other = with_choices(other, {**pace, 'evaluation.num_texts': fewer})
+  bounded = with_most_texts(other, pace.get('evaluation.num_texts', num_texts)).evaluation
+  other = with_choices(other, {**pace, 'evaluation.num_texts': bounded.num_texts,
+                               'evaluation.batch_size': bounded.batch_size})
 
   train_phases(experiment, runs, workdir, clock)
   texts = _open_texts(request.name, experiment, other, workdir, mesh)

@@ -76,6 +76,16 @@ def test_scores_take_half_of_the_time_at_most(experiment):
   assert 'evaluation.num_texts' not in pace(tiny, 1)
 
 
+def test_fewer_texts_are_whole_batches(experiment):
+  """Also for a config with larger batches, which the rows of a text have made smaller."""
+  fitted = with_choices(experiment, {'evaluation.num_texts': 56, 'evaluation.batch_size': 8,
+                                     'evaluation.rows_per_text': 1})
+  chosen = pace(fitted, 10)
+  assert chosen['evaluation.num_texts'] == 24
+  config = with_choices(experiment, {'evaluation.batch_size': 16})
+  assert with_choices(config, chosen).evaluation.batch_size == 8
+
+
 def test_time_that_is_too_short_is_told(experiment, monkeypatch):
   """Before the training: how long it takes, and what to lower."""
   said = []
