@@ -21,6 +21,10 @@
     run.json                  config of the last launch, and sizes that were chosen for its text
     pretraining/, coprocessor/, constant/     work directories of its runs
     phases.json               seconds of each phase
+  an expert's training        as a quickstart without its report, and also
+    general/                  prepared general text
+    scores/                   what was measured
+    expert_request.json, pace.json            what was asked for, and how many steps fit the minutes
   a study                     also holds its prepared data
     run.json                  as in a quickstart
     decoder/, arms/NAME/seedN/                work directories of its runs
@@ -57,6 +61,7 @@ ROWS = 'rows'
 ARM_DATA = 'lessons'  # in a study's directory: the arms' own text, where they have some
 
 PRETRAINING, CONSTANT = 'pretraining', 'constant'  # in a quickstart's directory
+GENERAL_DATA, EXPERT_SCORES = 'general', 'scores'  # in the directory of an expert's training
 PHASES_FILE = 'phases.json'
 REPORT, RESULTS = 'report', 'results'  # .json and .md
 GATE_FILE, GATE_WEIGHTS_FILE = 'gate.json', 'gate.safetensors'

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from latent_deliberation.array_types import Batch
 from latent_deliberation.benchmarks.expert_speed import run_other
 from latent_deliberation.build import build_deliberator, count_parameters, load_frozen, open_frozen
-from latent_deliberation.cli.make_expert import GENERAL_DATA, time_step
 from latent_deliberation.data.loading import open_batches
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.errors import UserError
@@ -35,10 +34,10 @@ from latent_deliberation.experts.package import load_package
 from latent_deliberation.experts.trial import draw_intervals
 from latent_deliberation.files import as_path, write_json, write_whole
 from latent_deliberation.host_memory import peak_memory_bytes
-from latent_deliberation.paths import COPROCESSOR
+from latent_deliberation.paths import COPROCESSOR, GENERAL_DATA
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import make_mesh
-from latent_deliberation.training.train import describe_training
+from latent_deliberation.training.train import describe_training, time_step
 
 LORA_WEIGHTS = 7  # projections of a block that PEFT adapts, as we do
 

@@ -258,7 +258,7 @@ def _evaluate(words: list[str], options: Options) -> None:
 
 
 def _warn_of_seen_text(options: Options, experts: Experts) -> None:
-  """Warns where a text of no expert is one that experts were taught to leave alone."""
+  """Warns where a text of no expert is one that routers were fitted on."""
   seen = [name for name in experts.names if (card := experts.card(name)) is not None
           and (card.recipe.get(GENERAL) or {}).get('name') == STDLIB_TITLE]
   for written in options.domain:

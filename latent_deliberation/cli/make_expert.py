@@ -4,67 +4,50 @@ The phases are those of the quickstart, followed by scores on general text and b
 Each is kept in the work directory, so that the same command continues where it was stopped.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
-import time
-from collections.abc import Mapping, Set
+import tempfile
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from latent_deliberation.build import (
-  build_deliberator,
-  count_parameters,
-  frozen_shapes,
-  load_frozen,
-  open_frozen,
-)
+from latent_deliberation.build import count_parameters, frozen_shapes
 from latent_deliberation.cli.config_flag import config_arguments
+from latent_deliberation.cli.expert_pace import COMPILATIONS, choose_pace, with_most_texts
+from latent_deliberation.cli.expert_scores import ScoredText, measure_expert, rows_of
 from latent_deliberation.cli.quickstart import prepare_phases, train_phases
 from latent_deliberation.data.data_config import DataConfig, split_files
 from latent_deliberation.data.loading import open_batches, prepare_data
 from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.data.text_files import list_files
-from latent_deliberation.data.text_sizes import PASSES, Choices, fit_to_rows, with_choices
-from latent_deliberation.deliberation import coprocessor_checkpoint
+from latent_deliberation.data.text_sizes import Choices, fit_evaluation, with_choices
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
 from latent_deliberation.errors import UserError, check_number
-from latent_deliberation.evaluation.evaluate import HeldOut, open_held_out
+from latent_deliberation.evaluation.evaluate import check_reach, open_held_out
 from latent_deliberation.evaluation.plots import plot_changes
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.experts.card import GENERAL, Card, check_name
-from latent_deliberation.experts.measuring import (
-  ROUTING_ROWS,
-  base_name,
-  find_places,
-  fit_routing,
-  measure,
-  on_mesh,
-  portable,
-)
-from latent_deliberation.experts.package import PICTURE, Routing, write_package
+from latent_deliberation.experts.card import GENERAL, Card, check_name, check_printable
+from latent_deliberation.experts.measuring import ROUTING_ROWS, base_name, portable
+from latent_deliberation.experts.package import PICTURE, write_package
 from latent_deliberation.experts.texts import STDLIB, STDLIB_TITLE, keywords_of, read_documents
-from latent_deliberation.files import as_path, is_here, make_writable, write_json
-from latent_deliberation.paths import CONSTANT, COPROCESSOR, PHASES_FILE, ROWS, RUN_FILE
-from latent_deliberation.progress import PhaseClock, counted, format_duration
+from latent_deliberation.files import is_here, make_writable, write_json
+from latent_deliberation.paths import GENERAL_DATA, PHASES_FILE, ROWS, RUN_FILE
+from latent_deliberation.progress import PhaseClock
 from latent_deliberation.provenance import git_commit
-from latent_deliberation.sharding import make_mesh, place_batch
-from latent_deliberation.training.objectives import augmentation
+from latent_deliberation.sharding import batch_shards, make_mesh
 from latent_deliberation.training.run import Run
 from latent_deliberation.training.run_identity import hold_workdir
+from latent_deliberation.training.train import TIMED_STEPS, time_step
 
-GENERAL_DATA, REQUEST_FILE, PACE_FILE = 'general', 'expert_request.json', 'pace.json'
-_TIMED_STEPS = 4
-_FEWEST_STEPS = 20
-# Times in training steps, as measured on Gemma 3 270M and SmolLM2-135M.
-_OVERHEAD = 1.25  # of a step: compilation, validations and saves
-_SCORING_STEPS = 7  # scores and routing of both texts, for each batch of rows that is scored
+REQUEST_FILE, PACE_FILE = 'expert_request.json', 'pace.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +95,7 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
   Raises:
     UserError: text, decoder or a directory do not fit; raised before long work.
   """
-  if not experiment.decoder_from:
-    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
-  if not is_here(output):
-    raise UserError(f'--output={output}: a package is written on this machine; give a path here, '
-                    'and copy the package to the bucket')
-  if output.exists():
-    raise UserError(f'{output} exists already and is not overwritten: give another --output')
+  _check_request(experiment, request, workdir, output, given)
   data = dataclasses.replace(experiment.data, source='text', files=request.text,
                              name='', options={}, data_dir='')
   experiment = dataclasses.replace(experiment, data=data)
@@ -128,37 +105,91 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
       list_files(text.files)  # refused before anything is written
   make_writable(output.absolute().parent)
   make_writable(workdir)
-  with hold_workdir(workdir):
+  with hold_workdir(workdir), _programs_kept():
     _keep_request(workdir, request)
     return _run_phases(experiment, request, general, workdir, output, given)
+
+
+@contextlib.contextmanager
+def _programs_kept() -> Iterator[None]:
+  """Compiles each program once, though phases make it anew: the block has a cache of programs.
+
+  The cache is of this launch alone: its programs are trusted, and a work directory may be of
+  somebody else. A cache that the user has set is used as it is.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    yield
+    return
+  with tempfile.TemporaryDirectory(prefix='programs-') as directory:
+    jax.config.update('jax_compilation_cache_dir', directory)
+    try:
+      yield
+    finally:
+      jax.config.update('jax_compilation_cache_dir', None)
+      compilation_cache.reset_cache()  # it reads its directory once
+
+
+def _check_request(experiment: Experiment, request: ExpertRequest, workdir: Path, output: Path,
+                   given: Set[str]) -> None:
+  """Raises UserError for what would fail only after the training, or be of no effect."""
+  if not experiment.decoder_from:
+    raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
+  if not is_here(output):
+    raise UserError(f'--output={output}: a package is written on this machine; give a path here, '
+                    'and copy the package to the bucket')
+  if output.exists():
+    raise UserError(f'{output} exists already and is not overwritten: give another --output')
+  if is_here(workdir):
+    one, other = output.resolve(), workdir.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+      raise UserError(f'--output={output} and --workdir={workdir}: one holds the other; give two '
+                      'directories beside each other')
+  if experiment.data.mode != 'packed':
+    raise UserError(f'data.mode = {experiment.data.mode!r}: an expert is trained on packed rows; '
+                    "leave data.mode at 'packed'")
+  if request.minutes and 'training.loop.num_steps' in given:
+    raise UserError(f'--minutes={request.minutes:g} and training.loop.num_steps = '
+                    f'{experiment.training.loop.num_steps}: the minutes choose the steps; give one '
+                    'of the two')
+  check_printable({'--text': request.text, '--general': request.general,
+                   'command': _command(request, experiment.decoder_from),
+                   'settings': portable(experiment, request.name)}, 'the request')
 
 
 def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataConfig, workdir: Path,
                 output: Path, given: Set[str]) -> Card:
   mesh, clock = make_mesh(experiment.mesh), PhaseClock(workdir / PHASES_FILE)
-  pace = _read_pace(workdir)
+  num_texts, pace = experiment.evaluation.num_texts, _read_pace(workdir)
   experiment = with_choices(experiment, pace)
-  given = given | pace.keys()
-  experiment, runs = prepare_phases(experiment, workdir, given, mesh, clock)
+  experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock)
   with clock.phase('general text'):
-    other = _prepare_general(experiment, general, given, workdir, mesh)
+    other = with_choices(experiment, {'evaluation.num_texts': num_texts})
+    other = _prepare_general(other, general, given, workdir, mesh)
+  texts = _open_texts(request.name, experiment, other, workdir, mesh)
+  for name, (scored, held_out) in texts.items():
+    check_reach(scored, held_out, f'{name} text')
 
   # Only now is there text to measure the speed on.
   if request.minutes and not pace:
-    with clock.phase('speed'):
-      pace = _choose_steps(experiment, request.minutes, given, runs['coprocessor'], workdir, mesh)
+    pace = _find_pace(experiment, request.minutes, texts, runs['coprocessor'], given, workdir, mesh,
+                      clock)
     write_json(workdir / PACE_FILE, pace)
     experiment = with_choices(experiment, pace)
     experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock)
+  # General text has a number of texts of its own, which the pace only bounds.
+  bounded = with_most_texts(other, pace.get('evaluation.num_texts', num_texts)).evaluation
+  other = with_choices(other, {**pace, 'evaluation.num_texts': bounded.num_texts,
+                               'evaluation.batch_size': bounded.batch_size})
 
   train_phases(experiment, runs, workdir, clock)
-  scores, routing, sample, trained = _measure(experiment, request.name, other, runs, workdir, mesh,
-                                              clock)
+  texts = _open_texts(request.name, experiment, other, workdir, mesh)
+  trained, scores, routing = measure_expert(texts, workdir, mesh, clock)
   card = _describe(experiment, request, workdir, scores, trained, clock)
   picture = workdir / PICTURE
   plot_changes(scores[request.name], picture)
   card = write_package(output, card, trained, routing=routing,
-                       sample=sample if request.sample else None, picture=picture.read_bytes())
+                       sample={name: rows_of(held_out) for name, (_, held_out) in texts.items()}
+                       if request.sample else None, picture=picture.read_bytes())
   if not card.gains:
     logging.warning('%s: no gain is shown on its own held-out text. The card says so, and publish '
                     'refuses it without --force. Train longer, or on more text.', card.name)
@@ -171,7 +202,7 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataCon
 def _general_data(experiment: Experiment, request: ExpertRequest) -> DataConfig:
   """Returns the data of general text: as many held-out rows as are scored and routed on."""
   config = experiment.evaluation
-  tokens = 2 * ROUTING_ROWS * config.num_texts * experiment.data.length
+  tokens = (1 + ROUTING_ROWS) * config.num_texts * experiment.data.length
   source = dict(source=STDLIB, files=())
   if request.general not in ('', STDLIB):
     source = dict(source='text', files=request.general)
@@ -182,67 +213,44 @@ def _prepare_general(experiment: Experiment, general: DataConfig, given: Set[str
                      mesh: Mesh) -> Experiment:
   """Packs general text in a folder of the work directory; returns the experiment that scores it."""
   place = workdir / GENERAL_DATA
-  # With the vocabulary of the expert's own text.
-  prepare_data(general, experiment.decoder.vocab_size, place)
+  # With the vocabulary of the expert's own text. Nothing is trained on general text, so only its
+  # held-out rows are packed, as for a stream.
+  prepare_data(dataclasses.replace(general, mode='online'), experiment.decoder.vocab_size, place)
   other = dataclasses.replace(experiment, data=general)
   if general.source == 'text':
-    choices = fit_to_rows(other, given, place)
-    other = with_choices(other, {key: value for key, value in choices.items()
-                                 if key.startswith('evaluation.')})
+    shards = batch_shards(mesh, experiment.rules)
+    other = with_choices(other, fit_evaluation(other, given, place, shards))
   open_held_out(other, place, mesh)  # fails now if there is too little
   return other
+
+
+def _open_texts(name: str, experiment: Experiment, other: Experiment, workdir: Path,
+                mesh: Mesh) -> dict[str, ScoredText]:
+  """Opens the held-out rows of the expert's own text and of general text."""
+  return {name: (experiment, open_held_out(experiment, workdir, mesh)),
+          GENERAL: (other, open_held_out(other, workdir / GENERAL_DATA, mesh))}
 
 
 # --- Speed ---
 
 
-def _choose_steps(experiment: Experiment, minutes: float, given: Set[str], run: Run, workdir: Path,
-                  mesh: Mesh) -> Choices:
-  """Returns the number of steps, and cadences that follow from it, that fit the minutes."""
-  seconds = time_step(experiment, run, workdir, mesh)
-  # The constant soft tokens train for as many steps, which take no longer.
-  config = experiment.evaluation
-  scoring = _SCORING_STEPS * (config.num_texts // config.batch_size)
-  steps = int((60 * minutes / seconds - scoring) / (2 * _OVERHEAD))
+def _find_pace(experiment: Experiment, minutes: float, texts: Mapping[str, ScoredText], run: Run,
+               given: Set[str], workdir: Path, mesh: Mesh, clock: PhaseClock) -> Choices:
+  """Times a few steps; returns the number of steps that fits the minutes, and what follows."""
+  with clock.phase('speed'):
+    seconds = time_step(experiment, run, workdir, mesh)
+  compiling = max(0.0, clock.seconds['speed'] - TIMED_STEPS * seconds)
+  left = 60 * minutes - sum(clock.seconds.values()) - COMPILATIONS * compiling
   batches = open_batches(experiment, workdir, run.section, mesh)
-  most = max(1, PASSES * batches.num_rows // experiment.training.batch_size)
-  chosen = max(min(_FEWEST_STEPS, most), min(steps, most))
-  logging.info('%.2f s a step: %d steps for %g minutes%s', seconds, chosen, minutes,
-               f'; more than {PASSES} passes over the text gain little' if chosen < steps else '')
-  if steps < _FEWEST_STEPS:
-    logging.warning('%d steps take about %s, and not %g minutes; fewer teach nothing', chosen,
-                    format_duration((2 * _OVERHEAD * chosen + scoring) * seconds), minutes)
-  loop, optimizer = experiment.training.loop, experiment.training.optimizer
-  choices = {'training.loop.num_steps': chosen,
-             'training.loop.eval_every': min(loop.eval_every, max(1, chosen // 4)),
-             'training.optimizer.warmup_steps': min(optimizer.warmup_steps, chosen // 10)}
-  return {key: value for key, value in choices.items() if key not in given}
-
-
-def time_step(experiment: Experiment, run: Run, prepared_dir: Path, mesh: Mesh) -> float:
-  """Returns the seconds of a training step, without compilation. Nothing is kept."""
-  checkpoint = open_frozen(experiment.decoder, as_path(experiment.decoder_from))
-  frozen, _ = load_frozen(experiment, checkpoint, mesh)
-  batches = open_batches(experiment, prepared_dir, run.section, mesh)
-  step = run.make_step(
-      augmentation(build_deliberator(experiment), experiment.computation.loss_chunk), frozen)
-  state, taken = run.create_state(frozen), []
-  for number in counted(range(1 + _TIMED_STEPS), 'measuring the speed'):
-    batch = place_batch(batches(number), mesh, experiment.rules)
-    begun = time.perf_counter()
-    state, scalars = step(state, batch)
-    jax.block_until_ready(scalars)
-    taken.append(time.perf_counter() - begun)
-  return float(np.median(taken[1:]))
+  return choose_pace(
+      experiment, [(scored, held_out.rows) for scored, held_out in texts.values()],
+      batches.num_rows, given, minutes=minutes, seconds_left=left, step_seconds=seconds)
 
 
 def _read_pace(workdir: Path) -> Choices:
   """Returns the steps that an earlier launch chose; {} if none did."""
   path = workdir / PACE_FILE
-  try:
-    return json.loads(path.read_bytes()) if path.exists() else {}
-  except ValueError as error:
-    raise UserError(f'{path} is damaged ({error}): use another --workdir') from error
+  return _read_object(path) if path.exists() else {}
 
 
 def _keep_request(workdir: Path, request: ExpertRequest) -> None:
@@ -254,9 +262,9 @@ def _keep_request(workdir: Path, request: ExpertRequest) -> None:
   current = {key: value for key, value in dataclasses.asdict(request).items()
              if key in ('name', 'text', 'general', 'minutes')}
   if path.exists():
-    saved = json.loads(path.read_bytes())
+    saved = _read_object(path)
     lines = [f'  {key}: {saved.get(key)!r} saved, {value!r} now'
-             for key, value in current.items() if saved.get(key) != value]
+             for key, value in current.items() if _normal(saved.get(key)) != _normal(value)]
     if lines:
       raise UserError('\n'.join([f'{workdir} belongs to another expert:', *lines,
                                  'Use another --workdir, or give the saved values.']))
@@ -266,42 +274,24 @@ def _keep_request(workdir: Path, request: ExpertRequest) -> None:
     write_json(path, current)
 
 
-# --- Scores and card ---
+def _normal(value: Any) -> Any:
+  """Returns a value of a request as it is compared: 'notes' and 'notes/' are the same files."""
+  return [os.path.normpath(part) for part in split_files(value)] if isinstance(value, str) else (
+      value)
 
 
-def _measure(experiment: Experiment, name: str, other: Experiment, runs: Mapping[str, Run],
-             workdir: Path, mesh: Mesh, clock: PhaseClock,
-             ) -> tuple[dict[str, Any], Routing | None, dict[str, Any], CoprocessorCheckpoint]:
-  """Scores own and general text, and fits what routers need.
-
-  Returns: the scores, the routing, the scored rows by text, and the trained coprocessor.
-  """
-  checkpoint = open_frozen(experiment.decoder, as_path(experiment.decoder_from))
-  trained, constant = (coprocessor_checkpoint.load(workdir / place / COPROCESSOR)
-                       for place in (COPROCESSOR, CONSTANT))
-  params, soft_tokens = (on_mesh(each.params, mesh) for each in (trained, constant))
-  scores, places, sample = {}, [], {}
-  decoder_params, _ = load_frozen(experiment, checkpoint, mesh)
-  for text, scored, prepared in ((name, experiment, workdir),
-                                 (GENERAL, other, workdir / GENERAL_DATA)):
-    with clock.phase(f'scores on {text} text'):
-      held_out = open_held_out(scored, prepared, mesh)
-      scores[text] = measure(scored, params, soft_tokens, decoder_params, held_out, mesh)
-    with clock.phase(f'routing on {text} text'):
-      places.append(find_places(scored, params, decoder_params, held_out, mesh))
-    sample[text] = _rows_of(held_out)
+def _read_object(path: Path) -> dict[str, Any]:
+  """Returns the JSON object in a file of the work directory. Raises UserError for anything else."""
   try:
-    routing = fit_routing(*places)
-  except UserError as error:
-    logging.warning('the expert has no centroid and no gain head: %s', error)
-    routing = None
-  return scores, routing, sample, trained
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise UserError(f'{path} is damaged ({error}): use another --workdir') from error
+  if not isinstance(content, dict):
+    raise UserError(f'{path} is damaged (no object): use another --workdir')
+  return content
 
 
-def _rows_of(held_out: HeldOut) -> dict[str, np.ndarray]:
-  rows = {part: np.concatenate([getattr(batch, part) for batch in held_out.batches])
-          for part in ('tokens', 'segments')}
-  return {**rows, 'texts': held_out.texts}
+# --- Card ---
 
 
 def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,
@@ -309,7 +299,7 @@ def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,
   """Returns the card, but for its files."""
   config, texts = trained.config, {}
   for text, place in ((request.name, workdir), (GENERAL, workdir / GENERAL_DATA)):
-    texts[text] = _describe_text(experiment, place)
+    texts[text] = _describe_text(place)
   keywords = keywords_of(read_documents(experiment.data, 'train'),
                          read_documents(_general_data(experiment, request), 'train'))
   description = request.description or f'Text about {", ".join(keywords[:6]) or request.name}.'
@@ -332,10 +322,12 @@ def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,
       scores=scores, keywords=tuple(keywords), files={})
 
 
-def _describe_text(experiment: Experiment, prepared_dir: Path) -> dict[str, Any]:
-  rows = {split: PackedRows(prepared_dir / ROWS / split) for split in ('train', 'validation')}
-  return {'fingerprint': rows['train'].fingerprint, 'rows': len(rows['train']),
-          'held_out': len(rows['validation']), 'tokens': rows['train'].manifest.tokens}
+def _describe_text(prepared_dir: Path) -> dict[str, Any]:
+  """Returns what a card says of a text; of general text, no row is trained on."""
+  rows = [PackedRows(path) for split in ('train', 'validation')
+          if (path := prepared_dir / ROWS / split).exists()]
+  return {'fingerprint': rows[0].fingerprint, 'rows': len(rows[0]) if len(rows) > 1 else 0,
+          'held_out': len(rows[-1]), 'tokens': rows[0].manifest.tokens}
 
 
 def _name_text(general: str) -> str:

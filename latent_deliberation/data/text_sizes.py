@@ -130,6 +130,14 @@ def fit_to_rows(experiment: Experiment, given: Set[str], prepared_dir: Path,
   return _changes(experiment, choices, f'{trained} rows to train on, {held_out} held out')
 
 
+def fit_evaluation(experiment: Experiment, given: Set[str], prepared_dir: Path,
+                   shards: int) -> Choices:
+  """Chooses the sizes of evaluation alone, as `fit_to_rows` does; no training row is needed."""
+  held_out = len(PackedRows(prepared_dir / ROWS / 'validation'))
+  return _changes(experiment, _fit_evaluation(experiment, given, held_out, shards),
+                  f'{held_out} rows held out')
+
+
 def _fit_evaluation(experiment: Experiment, given: Set[str], rows: int, shards: int) -> Choices:
   config = experiment.evaluation
   values = {key: getattr(config, key)

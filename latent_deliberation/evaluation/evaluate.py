@@ -25,7 +25,10 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   find_coprocessor,
   load_coprocessor,
 )
+from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import (
+  CONSTANT,
   FEWEST_TEXTS,
   FROZEN,
   OWN,
@@ -178,6 +181,34 @@ def open_held_out(experiment: Experiment, prepared_dir: Path, mesh: Mesh) -> Hel
   return HeldOut(rows, batches, texts)
 
 
+def check_reach(experiment: Experiment, held_out: HeldOut, name: str) -> None:
+  """Raises UserError where the drawn places leave an ahead position without an interval.
+
+  Scoring would find the same, but only after the training. Weights are not needed.
+
+  Args:
+    experiment: configuration with the `evaluation` to do.
+    held_out: the text.
+    name: what to call it.
+  """
+  config = experiment.deliberation.with_traces(
+      experiment.evaluation.num_traces, experiment.evaluation.num_ahead)
+  draw = jax.jit(lambda keys, batch: sample_traces(keys, batch, config).ahead_valid.any(axis=1))
+  found = []
+  for index, batch in enumerate(held_out.batches):
+    # As `make_scorer` draws them.
+    key = jax.random.fold_in(jax.random.key(experiment.seed), index)
+    found.append(draw(jax.random.split(key, len(batch.tokens)), batch))
+  reached, texts = np.concatenate(found), held_out.texts
+  by_text = [len(np.unique(texts[column])) for column in reached.T]
+  if min(by_text) < 2:
+    raise UserError(
+        f'{by_text[int(np.argmin(by_text))]} of {len(set(texts))} held-out texts of {name} reach '
+        f'ahead position {int(np.argmin(by_text)) + 1}, and an interval needs 2: its documents are '
+        'too short. Give longer ones, or lower evaluation.num_ahead, and evaluation.positions with '
+        'it')
+
+
 def find_trained(experiment: Experiment, directory: Path, rows: PackedRows) -> Path:
   """Finds the checkpoint of the coprocessor that the experiment trains, to score on these rows.
 
@@ -209,18 +240,20 @@ def _compare_dtype(experiment: Experiment, coprocessor_dir: Path) -> None:
 
 
 def score_traces(experiment: Experiment, arms: tuple[str, ...], params: Params,
-                 decoder_params: Params, batches: list[Batch], mesh: Mesh,
-                 first_anchor: int = 0) -> dict[str, AheadNLL]:
+                 decoder_params: Params, batches: list[Batch], mesh: Mesh, first_anchor: int = 0,
+                 constant: bool = False) -> dict[str, AheadNLL]:
   """Scores the arms with these parameters; any other parameters get the same traces.
 
   Two experiments get the same traces if `seed`, `first_anchor` and `anchor_tokens` are equal, and
-  `first_anchor` is at least the first anchor of each experiment: see `sample_traces`.
+  `first_anchor` is at least the first anchor of each experiment: see `sample_traces`. With
+  `constant`, constant soft tokens are an arm, and `params` is the pair that `make_scorer` says.
   """
   scorer = make_scorer(
       build_deliberator(experiment), arms, num_traces=experiment.evaluation.num_traces,
       num_ahead=experiment.evaluation.num_ahead, loss_chunk=experiment.computation.loss_chunk,
       seed=experiment.seed, mesh=mesh, rules=experiment.rules, delay=experiment.evaluation.delay,
-      first_anchor=first_anchor)
+      first_anchor=first_anchor,
+      constant=build_deliberator(constant_variant(experiment)) if constant else None)
   placed = place_batches(batches, ', '.join(arms), mesh, experiment.rules)
   return score_texts(scorer, params, decoder_params, placed)
 
@@ -233,13 +266,13 @@ def score_arms(experiment: Experiment, params: Params, soft_tokens: Params | Non
     params: parameters of the coprocessor.
     soft_tokens: parameters of constant soft tokens; None leaves them out.
   """
-  arms = score_traces(experiment, (FROZEN, OWN, 'shuffled', 'zero'), params, decoder_params,
-                      batches, mesh)
-  # Constant soft tokens have weights of their own, and so a pass of their own.
-  if soft_tokens is not None:
-    arms['constant'] = score_traces(constant_variant(experiment), (OWN,), soft_tokens,
-                                    decoder_params, batches, mesh)[OWN]
-  return arms
+  arms = (FROZEN, OWN, 'shuffled', 'zero')
+  if soft_tokens is None:
+    return score_traces(experiment, arms, params, decoder_params, batches, mesh)
+  # Constant soft tokens have parameters of their own. They are read after the same prefill.
+  scores = score_traces(experiment, (*arms, CONSTANT), (params, soft_tokens), decoder_params,
+                        batches, mesh, constant=True)
+  return {arm: scores[arm] for arm in (*arms, CONSTANT)}
 
 
 def place_batches(batches: list[Batch], arms: str, mesh: Mesh,

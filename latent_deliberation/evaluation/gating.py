@@ -55,7 +55,7 @@ class Places:
 
   Attributes:
     hidden: float32 [n, D] hidden state of the decoder.
-    entropy: float64 [n] entropy of the decoder's next token, nats.
+    entropy: float64 [n] entropy of the decoder's next token, nats; NaN where it is not measured.
     gain: float64 [n] nats that latents save on the tokens ahead, summed.
     text: int [n] number of the text that holds the place.
   """
@@ -71,7 +71,8 @@ class Places:
 
 def score_places(deliberator: Deliberator, params: Params, decoder_params: Params,
                  batches: Iterable[Batch], labels: np.ndarray, *, loss_chunk: int, seed: int,
-                 mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Places:
+                 mesh: Mesh, rules: Mapping[str, Sequence[str]],
+                 with_entropy: bool = True) -> Places:
   """Scores the plain decoder and own latents at places drawn from every text.
 
   Args:
@@ -84,6 +85,7 @@ def score_places(deliberator: Deliberator, params: Params, decoder_params: Param
     seed: seed of the draw.
     mesh: devices to compute on.
     rules: logical axis rules.
+    with_entropy: whether to measure the entropy at each place, which takes the whole output head.
   """
   def score(params: Params, decoder_params: Params, batch: Batch, index: Array) -> tuple:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index), len(batch.tokens))
@@ -95,13 +97,15 @@ def score_places(deliberator: Deliberator, params: Params, decoder_params: Param
       plain, own = (ahead_nll(states[arm], traces, decoder_params, cap, loss_chunk)
                     for arm in (FROZEN, OWN))
       hidden = states[FROZEN][:, :, 0]  # at the anchor
-      predict = functools.partial(
-          deliberator.decoder.apply, {'params': decoder_params}, method='logits')
-      # One trace at a time: all logits at once would be too many.
-      uncertainty = jax.lax.map(lambda states: entropy(predict(states)),
-                                jnp.swapaxes(hidden, 0, 1))
+      uncertainty = jnp.full(hidden.shape[:2], jnp.nan)
+      if with_entropy:
+        predict = functools.partial(
+            deliberator.decoder.apply, {'params': decoder_params}, method='logits')
+        # One trace at a time: all logits at once would be too many.
+        uncertainty = jax.lax.map(lambda states: entropy(predict(states)),
+                                  jnp.swapaxes(hidden, 0, 1)).swapaxes(0, 1)
     gain = jnp.sum((plain - own) * traces.ahead_valid, axis=-1)
-    return hidden.astype(jnp.float32), jnp.swapaxes(uncertainty, 0, 1), gain, traces.valid
+    return hidden.astype(jnp.float32), uncertainty, gain, traces.valid
 
   compiled = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
   # Fetch batch by batch. Keep valid traces, with the number of their text.

@@ -22,6 +22,7 @@ from latent_deliberation.errors import UserError
 
 FROZEN = 'frozen'  # the decoder alone; all other arms are compared with it
 OWN = 'own'
+CONSTANT = 'constant'  # soft tokens that were trained without a coprocessor
 # An interval over fewer independent texts is no evidence: a bootstrap makes it too narrow. Nothing
 # is concluded from it, and it is not shown.
 FEWEST_TEXTS = 20
@@ -111,7 +112,8 @@ Scorer = Callable[[Params, Params, Batch, int], tuple[Mapping[str, Array], Array
 
 def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: int, num_ahead: int,
                 loss_chunk: int, seed: int, mesh: Mesh, rules: Mapping[str, Sequence[str]],
-                delay: int = 0, first_anchor: int = 0) -> Scorer:
+                delay: int = 0, first_anchor: int = 0,
+                constant: Deliberator | None = None) -> Scorer:
   """Compiles the scoring of one batch under several arms, on the same traces.
 
   Traces are drawn from fold_in(seed, index of the batch). Two deliberators get the same targets if
@@ -119,7 +121,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
 
   Args:
     deliberator: decoder and coprocessor.
-    arms: 'frozen' (the decoder alone) and names of ARMS.
+    arms: 'frozen' (the decoder alone), names of ARMS, and 'constant' if `constant` is given.
     num_traces: M, traces of a text.
     num_ahead: A, ahead positions; may exceed the number of the training.
     loss_chunk: targets of a text whose logits exist at the same time.
@@ -129,19 +131,24 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
     delay: ahead tokens that are read before latents join the cache.
     first_anchor: lowest index of an anchor, see `sample_traces`. To compare deliberators, give the
       highest first anchor of them all.
+    constant: decoder and constant soft tokens, which share the prefill. The parameters of a score
+      are then a pair: those of the coprocessor, and those of the soft tokens.
   """
   # Scoring may have other numbers of traces and ahead tokens than training.
   scored = deliberator.with_traces(num_traces, num_ahead)
+  soft = constant and constant.with_traces(num_traces, num_ahead)
 
   def score(params: Params, decoder_params: Params, batch: Batch,
             index: Array) -> tuple[dict[str, Array], Array]:
+    params, soft_tokens = params if soft else (params, None)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index),
                             batch.tokens.shape[0])
     with nn.logical_axis_rules(tuple(rules.items())):
       traces = sample_traces(keys, batch, scored.config, first_anchor)
       # Every trace has the same delay, so that arms differ in latents alone.
       traces = traces.replace(delay=jnp.full_like(traces.anchors, delay) if delay else None)
-      states = arm_states(scored, arms, params, decoder_params, batch, traces)
+      states = arm_states(scored, arms, params, decoder_params, batch, traces,
+                          (soft, soft_tokens))
       nll = {arm: ahead_nll(hidden, traces, decoder_params,
                             scored.decoder.config.final_softcap, loss_chunk)
              for arm, hidden in states.items()}
@@ -158,16 +165,19 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
 
 
 def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
-               decoder_params: Params, batch: Batch, traces: Traces) -> dict[str, Array]:
+               decoder_params: Params, batch: Batch, traces: Traces,
+               constant: tuple[Deliberator | None, Params | None] = (None, None),
+               ) -> dict[str, Array]:
   """Returns hidden states [B, M, A, D] that predict the ahead tokens, by arm, after one prefill.
 
-  `params` is not read if 'frozen' is the only arm.
+  `params` is not read if 'frozen' is the only arm. `constant` has constant soft tokens, and their
+  parameters, for the arm of this name.
   """
   num_ahead = traces.ahead_tokens.shape[-1]
   trunk, cache = deliberator.prefill(decoder_params, batch)
   placement = place(batch, traces.anchors, deliberator.config, num_ahead, traces.delay)
   outputs = None
-  if set(arms) - {FROZEN}:
+  if set(arms) - {FROZEN, CONSTANT}:
     outputs = deliberator.coprocess(params, decoder_params, placement, trunk, cache)
   states = {}
   for arm in arms:
@@ -177,8 +187,12 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
       states[arm] = take_from_trunk(trunk, jnp.minimum(index, batch.tokens.shape[1] - 1))
     else:
       # Other arms replace the outputs, and go through the same second pass.
-      latents = deliberator.latents(params, decoder_params, placement,
-                                    ARMS[arm](outputs, traces.valid))
+      if arm == CONSTANT:
+        maker, weights = constant
+        replaced = maker.coprocess(weights, decoder_params, placement, trunk, cache)
+      else:
+        maker, weights, replaced = deliberator, params, ARMS[arm](outputs, traces.valid)
+      latents = maker.latents(weights, decoder_params, placement, replaced)
       hidden = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
       if traces.delay is not None:  # a delay lets the trunk predict the first token
         alone = take_from_trunk(trunk, traces.anchors)

@@ -59,7 +59,7 @@ class Card:
     check_types(self)
     object.__setattr__(self, 'keywords', tuple(self.keywords))
     check_name(self.name)
-    _check_printable(dataclasses.asdict(self), 'the card')
+    check_printable(dataclasses.asdict(self), 'the card')
     for key in ('name', 'fingerprint'):
       if not isinstance(self.base.get(key), str):
         raise UserError(f'base.{key} = {self.base.get(key)!r}: give a text')
@@ -128,15 +128,15 @@ def check_name(name: str, key: str = 'name') -> None:
                     f'them, and neither {AUTO} nor {NONE}')
 
 
-def _check_printable(value: Any, where: str) -> None:
+def check_printable(value: Any, where: str) -> None:
   """Raises UserError where a text could do more in a terminal than be read."""
   if isinstance(value, Mapping):
     for key, inner in value.items():
-      _check_printable(key, where)
-      _check_printable(inner, where)
+      check_printable(key, where)
+      check_printable(inner, where)
   elif isinstance(value, list | tuple):
     for inner in value:
-      _check_printable(inner, where)
+      check_printable(inner, where)
   elif isinstance(value, str) and not value.isprintable():
     raise UserError(f'{where} has a text with signs that cannot be printed, {value!r:.80}: leave '
                     'them out')

@@ -34,7 +34,7 @@ from latent_deliberation.evaluation.perplexity import (
   draw_texts,
   relative_change,
 )
-from latent_deliberation.experiment import Experiment, bind
+from latent_deliberation.experiment import EvaluationConfig, Experiment, bind
 from latent_deliberation.experts.card import Card, numbers_of
 from latent_deliberation.experts.package import Expert, Routing
 from latent_deliberation.experts.routing import cosines
@@ -42,7 +42,7 @@ from latent_deliberation.paths import with_current_names
 from latent_deliberation.sharding import make_mesh
 
 SCORED_WITH = ('batch_size', 'num_texts', 'rows_per_text')  # keys of `evaluation` kept with scores
-ROUTING_ROWS = 3  # times as many rows as are scored, for centroid and gain head
+ROUTING_ROWS = 2  # times as many rows as are scored, beyond those, for centroid and gain head
 HOLDS_WITHIN = 0.02  # nats that a score may differ by when it is measured again: rounding
 
 
@@ -117,20 +117,31 @@ def on_mesh(params: Params, mesh: Mesh) -> Params:
 # --- What routers need ---
 
 
+def routed_batches(config: EvaluationConfig, num_rows: int) -> range:
+  """Returns which batches of held-out rows tell routers about an expert.
+
+  They come after the scored ones. Where fewer are left than are scored, all batches are taken.
+  """
+  scored = config.num_texts // config.batch_size
+  last = min(num_rows // config.batch_size, (1 + ROUTING_ROWS) * scored)
+  return range(scored if last >= 2 * scored else 0, last)
+
+
 def find_places(experiment: Experiment, params: Params, decoder_params: Params,
                 held_out: HeldOut, mesh: Mesh) -> Places:
-  """Returns hidden states and gains at places of held-out text: more rows than are scored."""
+  """Returns hidden states and gains at places of held-out text; see `routed_batches`."""
   config, rows = experiment.evaluation, held_out.rows
-  count = min(len(rows), ROUTING_ROWS * config.num_texts) // config.batch_size
-  batches = validation_batches(rows, count, config.batch_size, mesh, experiment.rules)
+  routed = routed_batches(config, len(rows))
+  batches = validation_batches(rows, routed.stop, config.batch_size, mesh, experiment.rules)
+  labels = validation_texts(rows, routed.stop * config.batch_size, config.rows_per_text)
   deliberator = build_deliberator(experiment).with_traces(
       config.num_traces, experiment.deliberation.num_ahead)
   return score_places(
       deliberator, params, decoder_params,
-      place_batches(batches, f'{FROZEN}, {OWN}', mesh, experiment.rules),
-      validation_texts(rows, count * config.batch_size, config.rows_per_text),
+      place_batches(batches[routed.start:], f'{FROZEN}, {OWN}', mesh, experiment.rules),
+      labels[routed.start * config.batch_size:],
       loss_chunk=experiment.computation.loss_chunk, seed=experiment.seed, mesh=mesh,
-      rules=experiment.rules)
+      rules=experiment.rules, with_entropy=False)
 
 
 def fit_routing(own: Places, general: Places) -> Routing:

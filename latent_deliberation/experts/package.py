@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import (
@@ -34,7 +34,12 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 )
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import Card, from_json, render, to_json
-from latent_deliberation.files import is_stray, sha256_of, whole_directory
+from latent_deliberation.files import (
+  explain_failed_write,
+  is_stray,
+  sha256_of,
+  whole_directory,
+)
 from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.progress import Progress
 
@@ -336,7 +341,7 @@ def write_package(directory: Path, card: Card, coprocessor: CoprocessorCheckpoin
       files.
   """
   check_agreement(card, coprocessor, str(directory))
-  with whole_directory(directory) as partial:
+  with whole_directory(directory) as partial, explain_failed_write(directory):
     coprocessor_checkpoint.save(partial / COPROCESSOR, coprocessor, MOST_BYTES[WEIGHTS])
     if routing is not None:
       _save(partial / ROUTING, {
@@ -363,5 +368,4 @@ def write_card(directory: Path, card: Card) -> None:
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-  save_file(dict(arrays), path)
-  path.chmod(0o644)  # safetensors makes it readable for its owner only
+  path.write_bytes(save(dict(arrays)))

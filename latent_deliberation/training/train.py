@@ -1,9 +1,12 @@
 """Training: trains a coprocessor, or constant soft tokens, on a frozen decoder's kv-cache."""
 
 import importlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Batch, Params
@@ -29,13 +32,16 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN, make_scorer, score_texts
 from latent_deliberation.experiment import Experiment
+from latent_deliberation.files import as_path
 from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.paths import COPROCESSOR
-from latent_deliberation.progress import announced
+from latent_deliberation.progress import announced, counted
 from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.run import Run, fit
 from latent_deliberation.training.run_identity import hold_workdir
+
+TIMED_STEPS = 2  # after one that compiles
 
 
 def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
@@ -114,6 +120,23 @@ def describe_training(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:
   return Run('train', experiment, workdir, mesh,
              init=build_deliberator(experiment).coprocessor.init,
              frozen_shapes=frozen_shapes(experiment, mesh))
+
+
+def time_step(experiment: Experiment, run: Run, prepared_dir: Path, mesh: Mesh) -> float:
+  """Returns the seconds of a training step, without compilation. Nothing is kept."""
+  checkpoint = open_frozen(experiment.decoder, as_path(experiment.decoder_from))
+  frozen, _ = load_frozen(experiment, checkpoint, mesh)
+  batches = open_batches(experiment, prepared_dir, run.section, mesh)
+  step = run.make_step(
+      augmentation(build_deliberator(experiment), experiment.computation.loss_chunk), frozen)
+  state, taken = run.create_state(frozen), []
+  for number in counted(range(1 + TIMED_STEPS), 'measuring the speed'):
+    batch = place_batch(batches(number), mesh, experiment.rules)
+    begun = time.perf_counter()
+    state, scalars = step(state, batch)
+    jax.block_until_ready(scalars)
+    taken.append(time.perf_counter() - begun)
+  return float(np.median(taken[1:]))
 
 
 def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params,

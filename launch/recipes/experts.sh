@@ -37,7 +37,7 @@ train() {
       continue
     fi
     text=$(file_of "$name" train)
-    # The text of all other domains is what the expert should leave alone.
+    # Harm is measured, and routers are fitted, on the text of all other domains.
     general=''
     for other in "$texts"/*/; do
       other=$(basename "$other")

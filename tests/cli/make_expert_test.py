@@ -5,22 +5,29 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 import latent_deliberation as ld
 from latent_deliberation.build import with_decoder
+from latent_deliberation.cli import expert_scores
 from latent_deliberation.cli import make_expert as module
 from latent_deliberation.cli.attached import parse_expert
 from latent_deliberation.cli.expert_commands import Options, run
 from latent_deliberation.cli.make_expert import ExpertRequest, make_expert
+from latent_deliberation.data.data_config import BYTE_VOCABULARY_HASH
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import GENERAL
 from latent_deliberation.experts.package import load_package, read_sample
 from latent_deliberation.experts.verifying import verify
+from latent_deliberation.model import weights
+from latent_deliberation.training import train
 from latent_deliberation.training.train import describe_training
-from tests import finished
+from tests import finished, tiny
 
 GIVEN = frozenset({'training.loop.num_steps', 'training.batch_size'})
 
@@ -65,7 +72,10 @@ def test_package(made, place, quickstart):
   assert expert.routing.centroid.shape == (experiment.decoder.embed_dim,)
   np.testing.assert_allclose(np.linalg.norm(expert.routing.centroid), 1, rtol=1e-5)
   assert read_sample(place / 'package')['acts']['tokens'].shape[1] == experiment.data.length
-  assert card.recipe['text']['rows'] > 0 and card.recipe[GENERAL]['held_out'] > 0
+  assert card.recipe['text']['rows'] > 0
+  # Nothing is trained on general text, so none of its rows is packed for that.
+  assert card.recipe[GENERAL]['held_out'] > 0 and card.recipe[GENERAL]['rows'] == 0
+  assert not (place / 'work/general/rows/train').exists()
   written = (place / 'package/expert.json').read_text()
   assert str(place) not in written and str(quickstart) not in written
 
@@ -85,44 +95,85 @@ def test_everything_is_verified(made, place, quickstart):
 def test_finished_work_is_not_done_again(made, place, monkeypatch):
   """The same command packs again what is there, to the same weights; another one is refused."""
   card, experiment, request = made
+  for name in ('measure', 'find_places', 'load_frozen'):
+    monkeypatch.setattr(expert_scores, name, lambda *unused, name=name: pytest.fail(name))
   monkeypatch.setattr('latent_deliberation.training.run.train',
                       lambda state, *unused, **options: state)
   again = make_expert(experiment, request, place / 'work', place / 'again', GIVEN)
   weights = 'coprocessor/coprocessor.safetensors'
   assert again.files[weights] == card.files[weights]
   assert again.scores == card.scores
+  routing = 'routing.safetensors'
+  assert again.files[routing] == card.files[routing]
   for change, message in (({'name': 'law'}, "name: 'acts' saved, 'law' now"),
                           ({'general': ''}, 'general: '), ({'minutes': 3.0}, 'minutes: 0.0 saved')):
     with pytest.raises(UserError, match=message):
       make_expert(experiment, dataclasses.replace(request, **change), place / 'work',
-                  place / 'other', GIVEN)
+                  place / 'other')
   with pytest.raises(UserError, match='exists already'):
     make_expert(experiment, request, place / 'work', place / 'again', GIVEN)
 
 
-def test_minutes_choose_the_steps(made, place, monkeypatch, tmp_path):
-  """Two trainings and the scores fit; never more than four passes over the text."""
-  _, experiment, request = made
-  shutil.copytree(place / 'work/rows', tmp_path / 'rows')
-  mesh = module.make_mesh(experiment.mesh)
-  run = describe_training(experiment, place / 'work/coprocessor', mesh)
-  rows = len(module.PackedRows(place / 'work/rows/train'))
-  most = 4 * rows // experiment.training.batch_size
-  scored = experiment.evaluation.num_texts // experiment.evaluation.batch_size
-  fitting = 60 / (2 * 1.25 * 25.1 + 7 * scored)  # seconds of a step, of which 25 fit a minute
-  for seconds, steps in ((fitting, min(25, most)), (1e-9, most), (1e9, min(20, most))):
-    monkeypatch.setattr(module, 'time_step', lambda *unused, seconds=seconds: seconds)
-    found = module._choose_steps(experiment, 1.0, frozenset(), run, tmp_path, mesh)
-    assert found['training.loop.num_steps'] == steps
-    assert found['training.optimizer.warmup_steps'] <= steps // 10
-    assert found['training.loop.eval_every'] <= max(1, steps // 4)
+def test_minutes_are_what_is_left(monkeypatch, tmp_path):
+  """Data, timing and later compilation are part of the minutes."""
+  taken = {}
+  clock = module.PhaseClock(tmp_path / 'phases.json')
+  clock.seconds['data'] = 30.0
+
+  def time_step(*unused):
+    clock.seconds['speed'] = 5.0  # of an earlier launch, which was stopped
+    return 2.0
+
+  monkeypatch.setattr(module, 'time_step', time_step)
+  monkeypatch.setattr(module, 'open_batches', lambda *unused: SimpleNamespace(num_rows=7))
+  monkeypatch.setattr(module, 'choose_pace', lambda *unused, **options: taken.update(options))
+  module._find_pace(finished.experiment(), 5.0, {}, SimpleNamespace(section='training'),
+                    frozenset(), tmp_path, None, clock)
+  compiling = 5 - 2 * 2  # the two timed steps apart
+  assert taken['seconds_left'] == pytest.approx(
+      300 - 30 - 5 - module.COMPILATIONS * compiling, abs=1)
+  assert taken['step_seconds'] == 2.0 and taken['minutes'] == 5.0
 
 
-def test_step_is_timed(made, place):
+def test_pace_is_that_of_every_launch(monkeypatch, tmp_path):
+  """Steps and texts are chosen once, also for general text, whose rows say how many it has."""
+  config = finished.experiment().decoder
+  weights.save(tmp_path / 'decoder', config, tiny.decoder_params(config), BYTE_VOCABULARY_HASH)
+  for name in ('acts', 'others'):
+    finished.write_texts(tmp_path / name, [
+        f'Page {number} of {name}. ' + f'Clause {number} holds; ' * 40 for number in range(40)])
+  experiment = experiment_of(tmp_path / 'decoder', evaluation__num_texts=48)
+  request = ExpertRequest('acts', str(tmp_path / 'acts'), str(tmp_path / 'others'), minutes=0.1)
+  seen = []
+
+  def stop(texts, *unused):
+    seen.append({name: (scored.evaluation, scored.training, len(held_out.texts))
+                 for name, (scored, held_out) in texts.items()})
+    raise InterruptedError
+
+  monkeypatch.setattr(module, 'time_step', lambda *unused: 1.0)
+  monkeypatch.setattr(module, 'train_phases', lambda experiment, *unused: None)
+  monkeypatch.setattr(module, 'measure_expert', stop)
+  for _ in range(2):
+    with pytest.raises(InterruptedError):
+      make_expert(experiment, request, tmp_path / 'work', tmp_path / 'package',
+                  frozenset({'training.batch_size'}))
+    monkeypatch.setattr(module, 'time_step', lambda *unused: pytest.fail('timed again'))
+  assert seen[0] == seen[1]
+  for evaluation, training, rows in seen[0].values():
+    assert evaluation.num_texts == rows == 24 and evaluation.eval_batches == 1
+    assert training.loop.num_steps == training.loop.eval_every == 20
+
+
+def test_step_is_timed(made, place, monkeypatch):
+  """One step compiles, and two are timed."""
   _, experiment, _ = made
   mesh = module.make_mesh(experiment.mesh)
   run = describe_training(experiment, place / 'work/coprocessor', mesh)
-  assert 0 < module.time_step(experiment, run, place / 'work', mesh) < 60
+  steps = []
+  monkeypatch.setattr(train, 'counted', lambda numbers, work: steps.extend(numbers) or numbers)
+  assert 0 < train.time_step(experiment, run, place / 'work', mesh) < 60
+  assert len(steps) == 3
 
 
 def test_marketplace_commands(made, place, quickstart, monkeypatch, capsys, tmp_path):
@@ -180,7 +231,10 @@ def test_bad_text(made, place, tmp_path):
   _, experiment, request = made
   (tmp_path / 'empty').mkdir()
   finished.write_texts(tmp_path / 'tiny', ['one', 'two', 'three', 'four'])
-  for text, message in ((tmp_path / 'empty', 'no file matches'), (tmp_path / 'tiny', 'rows|row')):
+  # In every held-out row, but never 8 tokens after a place for latents.
+  finished.write_texts(tmp_path / 'short', [f'{number:04}567' for number in range(800)])
+  for text, message in ((tmp_path / 'empty', 'no file matches'), (tmp_path / 'tiny', 'rows|row'),
+                        (tmp_path / 'short', 'of acts text reach ahead position .*too short')):
     with pytest.raises(UserError, match=message):
       make_expert(experiment, dataclasses.replace(request, text=str(text)), tmp_path / 'work',
                   tmp_path / 'out', GIVEN)
@@ -195,6 +249,40 @@ def test_bad_text(made, place, tmp_path):
 def test_bad_requests(values, message):
   with pytest.raises(UserError, match=message):
     ExpertRequest(**{'name': 'a', 'text': 'b', **values})
+
+
+@pytest.mark.parametrize('values, request_values, places, message', [
+    ({}, {}, ('runs/a', 'runs/a'), 'one holds the other'),
+    ({}, {}, ('runs/a', 'runs/a/package'), 'one holds the other'),
+    ({}, {}, ('runs/a/../b/work', 'runs/b'), 'one holds the other'),
+    ({}, {'text': 'a\nb'}, ('work', 'out'), "cannot be printed, 'a"),
+    ({}, {'general': 'a\x1b[0m'}, ('work', 'out'), 'cannot be printed'),
+    ({'decoder_from': 'models/a\x1b'}, {}, ('work', 'out'), 'cannot be printed'),
+    ({'data__mode': 'online'}, {}, ('work', 'out'), "data.mode = 'online'.*packed"),
+    ({}, {'minutes': 5.0}, ('work', 'out'), 'minutes=5 and training.loop.num_steps = 2'),
+    ({'decoder_from': ''}, {}, ('work', 'out'), '--decoder is missing')])
+def test_what_cannot_end_well_is_refused(values, request_values, places, message, tmp_path,
+                                         monkeypatch):
+  """Before anything is made."""
+  monkeypatch.chdir(tmp_path)
+  experiment = finished.experiment(**{'decoder_from': 'd', **values})
+  request = ExpertRequest(**{'name': 'a', 'text': 'notes', **request_values})
+  with pytest.raises(UserError, match=message):
+    make_expert(experiment, request, *map(Path, places), GIVEN)
+  assert not any(tmp_path.iterdir())
+
+
+def test_request_of_a_workdir(tmp_path):
+  """The same files may be written in another way, and a damaged file is named."""
+  request = ExpertRequest('a', 'notes,more/', 'stdlib')
+  module._keep_request(tmp_path, request)
+  module._keep_request(tmp_path, dataclasses.replace(request, text='./notes/, more'))
+  with pytest.raises(UserError, match="text: 'notes,more/' saved, 'notes' now"):
+    module._keep_request(tmp_path, dataclasses.replace(request, text='notes'))
+  for content in ('{"name": ', '[3]', ''):
+    (tmp_path / module.REQUEST_FILE).write_text(content)
+    with pytest.raises(UserError, match='expert_request.json is damaged'):
+      module._keep_request(tmp_path, request)
 
 
 @pytest.mark.parametrize('given, named', [
@@ -245,3 +333,50 @@ def test_bad_commands(command, words, options, message, monkeypatch, tmp_path):
   monkeypatch.setenv('LATENT_DELIBERATION_EXPERTS', str(tmp_path))
   with pytest.raises(UserError, match=message):
     run(command, words, Options(**options))
+
+
+def test_kept_measurements(tmp_path):
+  """They are of one key, and damaged ones are made again."""
+  made = []
+
+  def keep(key):
+    found = expert_scores._keep(tmp_path / 'a/x.npz', key, lambda value: made.append(key) or {
+        'scores': json.dumps({'nats': value}), 'part': np.array([value, np.nan])}, 0.1)
+    assert json.loads(str(found['scores'])) == {'nats': 0.1}
+    np.testing.assert_array_equal(found['part'], [0.1, np.nan])
+
+  for key in ('one', 'one', 'other', 'other', 'one'):
+    keep(key)
+  assert made == ['one', 'other', 'one']
+  content = (tmp_path / 'a/x.npz').read_bytes()
+  for damaged in (b'', content[:-30], b'[]', content[:80] + b'?' + content[81:]):
+    (tmp_path / 'a/x.npz').write_bytes(damaged)
+    made.clear()
+    keep('one')
+    keep('one')
+    assert made == ['one']
+
+
+def test_programs_are_compiled_once(monkeypatch):
+  """By a cache of this launch, unless the user has set one."""
+  before = jax.config.jax_compilation_cache_dir
+  with module._programs_kept():
+    assert jax.config.jax_compilation_cache_dir == before
+  least = 'jax_persistent_cache_min_compile_time_secs'
+  settings = {'jax_compilation_cache_dir': None, least: 0.0}
+  kept = {name: getattr(jax.config, name) for name in settings}
+  try:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    module.compilation_cache.reset_cache()
+    with module._programs_kept():
+      directory = Path(jax.config.jax_compilation_cache_dir)
+      for _ in range(2):  # a program that is made anew each time
+        jax.jit(lambda x: x * 3 + 2)(np.arange(3.0))
+      programs = [path for path in directory.iterdir() if path.name.endswith('-cache')]
+      assert len(programs) == 1
+    assert jax.config.jax_compilation_cache_dir is None and not directory.exists()
+  finally:
+    for name, value in kept.items():
+      jax.config.update(name, value)
+    module.compilation_cache.reset_cache()

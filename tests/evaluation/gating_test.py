@@ -6,6 +6,7 @@ import pytest
 
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation import gating
 from latent_deliberation.evaluation.gating import FRACTIONS as FRACTIONS_OF_FILE
 from latent_deliberation.evaluation.gating import (
   Places,
@@ -74,7 +75,7 @@ def test_too_few_texts_are_refused():
     fit_linear_gate(synthetic(texts=4))
 
 
-def test_places_match_scoring(decoder_params):
+def test_places_match_scoring(decoder_params, monkeypatch):
   batch = tiny.packed_batch([(7, 4, 8), (9, 6), (19,), (3, 16)])
   deliberator = tiny.deliberator(num_traces=5)
   params = tiny.coprocessor_params(deliberator, decoder_params)
@@ -94,6 +95,13 @@ def test_places_match_scoring(decoder_params):
   np.testing.assert_allclose(places.hidden[:len(at)], hidden[0, at], atol=1e-5)
   log_p = jax.nn.log_softmax(logits[0, at])
   np.testing.assert_allclose(places.entropy[:len(at)], -(np.exp(log_p) * log_p).sum(-1), atol=1e-4)
+  # The whole output head is not computed for those who need no entropy.
+  monkeypatch.setattr(gating, 'entropy', lambda logits: pytest.fail('measured'))
+  without = score_places(deliberator, params, decoder_params, [batch], np.array([4, 4, 5, 6]),
+                         with_entropy=False, **options)
+  assert np.isnan(without.entropy).all() and without.entropy.shape == places.gain.shape
+  for part in ('hidden', 'gain', 'text'):
+    np.testing.assert_allclose(getattr(without, part), getattr(places, part), atol=1e-5)
 
 
 @pytest.mark.parametrize('texts, shown', [(20, True), (19, False)])

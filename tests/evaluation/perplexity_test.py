@@ -49,11 +49,11 @@ def test_mean_outputs():
   np.testing.assert_allclose(controlled(mean), (0 + 1 + 3 + 4 + 5) / 5, rtol=1e-6)
 
 
-def scorer(latents='refining', arms=ARMS, mesh=None, first_anchor=0, **choices):
+def scorer(latents='refining', arms=ARMS, mesh=None, first_anchor=0, constant=None, **choices):
   mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
   return make_scorer(tiny.deliberator(latents=latents, **choices), arms, num_traces=NUM_TRACES,
                      num_ahead=NUM_AHEAD, loss_chunk=7, seed=3, mesh=mesh, rules=DEFAULT_RULES,
-                     first_anchor=first_anchor)
+                     first_anchor=first_anchor, constant=constant)
 
 
 @pytest.fixture(scope='module')
@@ -104,6 +104,22 @@ def test_zero_refining_latents_are_frozen(scores):
   for arm in ('own', 'shuffled'):
     assert np.abs(sums[arm] - sums['frozen']).max() > 0.1
   assert np.abs(sums['shuffled'] - sums['own']).max() > 0.1
+
+
+@pytest.mark.parametrize('latents', ['refining', 'anchored'])
+def test_constant_soft_tokens_share_the_prefill(latents, decoder_params):
+  """Their scores, and those of the other arms, are what either has alone."""
+  makers = [tiny.deliberator(latents=latents, trainable=kind) for kind in ('full', 'constant')]
+  weights = [tiny.coprocessor_params(maker, decoder_params, seed)
+             for seed, maker in enumerate(makers)]
+  both, counts = scorer(latents, (*ARMS, 'constant'), constant=makers[1])(
+      tuple(weights), decoder_params, BATCH, 0)
+  own, same = scorer(latents)(weights[0], decoder_params, BATCH, 0)
+  alone, _ = scorer(latents, ('own',), trainable='constant')(weights[1], decoder_params, BATCH, 0)
+  np.testing.assert_array_equal(counts, same)
+  for arm, expected in {**own, 'constant': alone['own']}.items():
+    np.testing.assert_allclose(both[arm], expected, rtol=1e-5, atol=1e-4)
+  assert np.abs(both['constant'] - both['own']).max() > 0.1
 
 
 def test_zero_anchored_latents_differ(params, decoder_params):

@@ -6,9 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from latent_deliberation.data.loading import validation_texts
 from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.evaluate import HeldOut
 from latent_deliberation.evaluation.gating import Places
 from latent_deliberation.evaluation.perplexity import AheadNLL
+from latent_deliberation.experts import measuring
 from latent_deliberation.experts.measuring import (
   as_held_out,
   base_name,
@@ -16,6 +19,7 @@ from latent_deliberation.experts.measuring import (
   experiment_of,
   fit_routing,
   portable,
+  routed_batches,
   saved_nats,
   summarise_arms,
 )
@@ -74,6 +78,32 @@ def test_routing_separates_texts_and_predicts_gains():
     near = cosines(each.hidden, found.origin, found.centroid) > found.threshold
     gains = each.hidden @ found.gain_weight + found.gain_bias > 0
     assert np.mean(near == is_own) > 0.95 and np.mean(gains == is_own) > 0.95
+
+
+@pytest.mark.parametrize('rows, batches', [
+    (500, range(4, 12)), (48, range(4, 12)), (47, range(4, 11)), (32, range(4, 8)),
+    (31, range(7)), (16, range(4))])
+def test_routing_is_on_rows_that_are_not_scored(rows, batches):
+  """Where fewer are left than are scored, it is on all of them."""
+  config = dataclasses.replace(finished.experiment().evaluation, num_texts=16, batch_size=4)
+  assert routed_batches(config, rows) == batches
+
+
+def test_places_are_of_their_rows(monkeypatch):
+  """The rows after the scored ones, with the numbers of their texts; no entropy is measured."""
+  experiment = finished.experiment(evaluation__num_texts=4, evaluation__batch_size=4)
+  taken = {}
+  monkeypatch.setattr(measuring, 'validation_batches', lambda rows, count, *unused: list(
+      range(count)))
+  monkeypatch.setattr(measuring, 'place_batches', lambda batches, *unused: batches)
+  monkeypatch.setattr(measuring, 'score_places', lambda deliberator, params, decoder_params,
+                      batches, labels, **options: taken.update(
+                          options, batches=batches, labels=labels))
+  rows = range(30)
+  measuring.find_places(experiment, {}, {}, HeldOut(rows, [], np.array([])), None)
+  assert taken['batches'] == [1, 2] and taken['with_entropy'] is False
+  np.testing.assert_array_equal(taken['labels'], validation_texts(
+      rows, 12, experiment.evaluation.rows_per_text)[4:])
 
 
 def test_routing_needs_texts():

@@ -1,9 +1,11 @@
 """A package comes back to the bit, and nothing about it is believed before it is checked."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from latent_deliberation.experts import package
 from latent_deliberation.experts.package import (
   ABOUT,
   CARD,
+  PICTURE,
   README,
   ROUTING,
   SAMPLE,
@@ -100,13 +103,18 @@ def test_card_of_another_coprocessor_is_not_written(tmp_path):
   assert not (tmp_path / 'x').exists()
 
 
-def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
-  """A disk that is full while a package is written leaves no half of it."""
-  def full(*unused):
-    raise OSError(28, 'No space left on device')
-  monkeypatch.setattr(package, 'save_file', full)
-  with pytest.raises((UserError, OSError), match='No space'):
-    write_package(tmp_path / 'x', small.card(), small.lora(1), routing=small.routing())
+@pytest.mark.parametrize('name', [ROUTING, SAMPLE, PICTURE, CARD, README])
+def test_failed_write_leaves_nothing(name, tmp_path, monkeypatch):
+  """A disk that is full while a package is written leaves no half of it, and is explained."""
+  def full(self, content, write=None):
+    if self.name == name:
+      raise OSError(28, 'No space left on device')
+    return write(self, content)
+  for method in ('write_bytes', 'write_text'):
+    monkeypatch.setattr(Path, method, functools.partialmethod(full, write=getattr(Path, method)))
+  with pytest.raises(UserError, match='No space.*free some space'):
+    write_package(tmp_path / 'x', small.card(), small.lora(1), routing=small.routing(),
+                  sample=ROWS, picture=b'picture')
   assert not (tmp_path / 'x').exists()
 
 
