@@ -236,7 +236,7 @@ def publish(package: Path, index: Path, force: bool = False) -> Card:
     raise UserError(f'{card.address} shows no gain on its own held-out text: '
                     f'{format_gain(card.scores.get(card.name))} nats. Train it longer or on more '
                     'text, or publish it all the same with --force')
-  index = index.expanduser()
+  index = Path(os.path.expanduser(index))
   if '://' in str(index) or ':/' in str(index):
     raise UserError(f'--index={index} is a URL: publish into a folder here, and copy that folder '
                     'to its place')

@@ -11,6 +11,7 @@ import pytest
 
 import latent_deliberation as ld
 from latent_deliberation.build import with_decoder
+from latent_deliberation.cli import expert_commands
 from latent_deliberation.cli import make_expert as module
 from latent_deliberation.cli.attached import parse_expert
 from latent_deliberation.cli.expert_commands import Options, run
@@ -229,6 +230,17 @@ def test_what_the_flag_asks_for(written, choice, router):
 def test_bad_flags(written):
   with pytest.raises(UserError, match=f'--expert={written}'):
     parse_expert(written)
+
+
+def test_prompt_in_the_home_directory(tmp_path, monkeypatch):
+  """route reads the file that --text names, also where '~' stands for the home directory."""
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'prompt.txt').write_text('A comet is')
+  read = []
+  monkeypatch.setattr(expert_commands, 'check_unicode', lambda text, name: read.append(text))
+  with pytest.raises(UserError, match='--decoder is missing'):
+    run('route', [], Options(text='~/prompt.txt'))
+  assert read == ['A comet is']
 
 
 @pytest.mark.parametrize('command, words, options, message', [
