@@ -26,7 +26,8 @@ def test_bad_options(values, message):
 def test_key_file(tmp_path):
   path = tmp_path / 'key'
   options = ServerOptions('decoder', key_file=str(path), host='0.0.0.0')
-  for content, message in ((None, 'no file'), ('short', '5 letters'), ('two words' * 3, 'letters')):
+  for content, message in (
+      (None, 'no file'), ('short', '5 characters'), ('two words' * 3, '27 characters')):
     if content is not None:
       path.write_text(content)
     with pytest.raises(UserError, match=message):
