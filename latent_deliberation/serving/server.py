@@ -15,7 +15,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import added_directory
 from latent_deliberation.experts.attach import Experts
 from latent_deliberation.inference.engine import GREEDY, LoadedDecoder
-from latent_deliberation.inference.session import DecodingOptions, with_ends
+from latent_deliberation.inference.session import ends_of
 from latent_deliberation.progress import announced
 from latent_deliberation.serving.batcher import Batcher, TextRequest
 from latent_deliberation.serving.expert_folder import ExpertFolder
@@ -46,7 +46,7 @@ class RunningServer:
     self.port = self._socket.getsockname()[1]
     metrics = ServiceMetrics()
     batcher = Batcher(ExpertGuard(experts, options.latent_seconds), options.rows,
-                      with_ends(DecodingOptions(1), loaded.tokenizer, ()),
+                      ends_of(loaded.tokenizer), loaded.tokenizer.size,
                       most_queued=options.most_queued, seconds=options.request_seconds,
                       metrics=metrics)
     hosts = ('127.0.0.1', 'localhost', '[::1]', '::1') if options.host in LOOPBACK else ('*',)
