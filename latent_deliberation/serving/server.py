@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 from absl import logging
 
-from latent_deliberation.api import load_decoder
+from latent_deliberation.api import load_coprocessor, load_decoder
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import added_directory
 from latent_deliberation.experts.attach import Experts
@@ -24,6 +24,8 @@ from latent_deliberation.serving.http_api import Service, build_app
 from latent_deliberation.serving.protocol import Limits
 from latent_deliberation.serving.server_options import LOOPBACK, ServerOptions
 from latent_deliberation.serving.service_metrics import ServiceMetrics
+
+OWN = 'own'  # name of the expert that --coprocessor is
 
 
 class RunningServer:
@@ -127,12 +129,14 @@ def run_server(options: ServerOptions, warm_up: bool = True) -> None:
   """Loads everything and serves until the process is told to end.
 
   Raises:
-    UserError: the decoder, the key or the port cannot be used.
+    UserError: the decoder, the coprocessor, the key or the port cannot be used.
   """
   key = options.read_key()
   _listen(options.host, options.port).close()  # a port that is taken is told before the long part
+  own = {OWN: load_coprocessor(options.coprocessor)} if options.coprocessor else {}
   loaded = load_decoder(options.decoder, vocabulary=options.vocabulary)
-  experts = Experts(loaded, {}, length=options.length, router=options.router)
+  experts = Experts(loaded, own, length=options.length, router=options.router, strict=True)
+  experts.strict = False  # unlike the coprocessor, experts of the folder may be left out
   folder = None
   if options.experts != 'none':
     folder = ExpertFolder(experts, added_directory(options.experts))

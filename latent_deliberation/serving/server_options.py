@@ -19,6 +19,7 @@ class ServerOptions:
   Attributes:
     decoder: directory, GGUF file or name of the decoder.
     name: name of the decoder in requests; '' for the last part of `decoder`.
+    coprocessor: directory of a coprocessor of one's own, which is the expert 'own'; '' for none.
     experts: folder of experts to follow; '' for that of added experts, 'none' for none.
     router: what NAME+auto means; see `experts.routing`.
     vocabulary: see `api.load_decoder`.
@@ -36,6 +37,7 @@ class ServerOptions:
   """
   decoder: str
   name: str = ''
+  coprocessor: str = ''
   experts: str = ''
   router: str = 'gain'
   vocabulary: str = ''
