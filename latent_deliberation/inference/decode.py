@@ -19,7 +19,7 @@ from latent_deliberation.errors import (
   raise_problems,
 )
 from latent_deliberation.inference import passes
-from latent_deliberation.inference.passes import Model, State, Weights, embed, predict
+from latent_deliberation.inference.passes import Model, State, Weights, embed, logprobs_of, predict
 from latent_deliberation.inference.policy import Gate
 from latent_deliberation.inference.ring_cache import RingKVCache, SlotIndex
 
@@ -98,13 +98,6 @@ def sample(keys: Array, logits: Float[Array, 'B V'], sampling: Sampling,
   else:
     tokens = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
   return tokens.astype(jnp.int32)
-
-
-@typed
-def logprobs_of(tokens: Int[Array, 'B'], logits: Float[Array, 'B V']) -> Float[Array, 'B']:
-  """Returns log-probabilities of tokens under the model itself, before temperature and filters."""
-  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def check_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
