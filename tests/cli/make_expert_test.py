@@ -18,8 +18,8 @@ from latent_deliberation.cli.expert_commands import Options, run
 from latent_deliberation.cli.make_expert import ExpertRequest, make_expert
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import GENERAL
-from latent_deliberation.experts.package import load_package, read_sample, write_package
 from latent_deliberation.experts.measuring import measure_again
+from latent_deliberation.experts.package import load_package, read_sample, write_package
 from latent_deliberation.experts.verifying import _prompts, verify
 from latent_deliberation.training.train import describe_training
 from tests import finished
