@@ -7,7 +7,7 @@
   generator = ld.Generator(decoder, coprocessor)
   completion, = generator.generate(['Once upon a time'], max_tokens=32)
   print(completion.text, completion.finish_reason)
-  (nats, num_tokens), = ld.score(generator, ['2 + 2 ='], [' 4'])
+  (nats, num_tokens), = generator.score(['2 + 2 ='], [' 4'])
 
   generator = ld.Generator(decoder, experts={'astronomy': ld.load_expert('experts/astronomy')})
   generator.generate(['A comet', 'Dear'], expert=['astronomy', None])
@@ -21,7 +21,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -240,6 +240,46 @@ class Generator:
                            experts=mix if completion.latents_at else {})
             for completion, prompt, mix in zip(completions, ids, taken, strict=True)]
 
+  @settled_jax()
+  def score(self, prompts: Sequence[str], continuations: Sequence[str], *,
+            augment: bool | None = None, expert: Choice | Sequence[Choice] = None,
+            batch_size: int = 0) -> list[Score]:
+    """Scores one given continuation of each prompt (teacher forcing).
+
+    Latents are made once, at the end of the prompt. Prompt and continuation are tokenised apart.
+
+    Args:
+      augment, expert, batch_size: see `generate`.
+
+    Raises:
+      UserError: there is not one continuation for each prompt, or a text is too long or too short.
+    """
+    engine, encode_more = self.engine, self.tokenizer.encode_more
+    before = [self.tokenizer.encode(text) for text in _texts('prompts', prompts)]
+    after = [encode_more(text) for text in _texts('continuations', continuations)]
+    if len(before) != len(after):
+      raise UserError(f'{len(before)} prompts and {len(after)} continuations: give one for each')
+    if [] in after:
+      raise UserError(f'continuation {after.index([])} is empty: there is nothing to score')
+    # Check all texts before the first batch is read.
+    self._check_prompts(before)
+    lengths = np.array(list(map(len, before)))
+    check_room(lengths + list(map(len, after)), 0, engine.model.plan.global_slots)
+    sources = self._sources(augment, expert, prompts, lengths)
+    scores = []
+    for batch in batches(engine, len(before), batch_size):
+      state, source = engine.read(before[batch]), sources(batch)
+      rows = np.zeros(0, bool) if source is None else source.wants(state)
+      if rows.any():
+        # Latents that are not finite are left out by `attach`.
+        latents = source.augment(state)
+        if not np.asarray(latents.finite)[rows].all():
+          engine.warn('some are not finite')
+        state = engine.attach(state, latents, rows)
+      scores += [Score(float(logprobs.sum(dtype=np.float64)), len(logprobs))
+                 for logprobs in engine.score_on(state, after[batch])]
+    return scores
+
   def _sources(self, augment: bool | None, expert: Choice | Sequence[Choice],
                texts: Sequence[str], lengths: np.ndarray,
                ) -> Callable[[slice], LatentSource | None]:
@@ -285,46 +325,10 @@ class Generator:
     check_prompts(ids, np.zeros(len(ids)), self.engine.model.decoder.config.vocab_size)
 
 
-@settled_jax()
-def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[str], *,
-          augment: bool | None = None, expert: Choice | Sequence[Choice] = None,
-          batch_size: int = 0) -> list[Score]:
-  """Scores one given continuation of each prompt (teacher forcing).
-
-  Latents are made once, at the end of the prompt. Prompt and continuation are tokenised apart.
-
-  Args:
-    augment, expert, batch_size: see `Generator.generate`.
-
-  Raises:
-    UserError: there is not one continuation for each prompt, or a text is too long or too short.
-  """
-  engine = generator.engine
-  before = [generator.tokenizer.encode(text) for text in _texts('prompts', prompts)]
-  after = [generator.tokenizer.encode_more(text)
-           for text in _texts('continuations', continuations)]
-  if len(before) != len(after):
-    raise UserError(f'{len(before)} prompts and {len(after)} continuations: give one for each')
-  if [] in after:
-    raise UserError(f'continuation {after.index([])} is empty: there is nothing to score')
-  # Check all texts before the first batch is read.
-  generator._check_prompts(before)
-  lengths = np.array(list(map(len, before)))
-  check_room(lengths + list(map(len, after)), 0, engine.model.plan.global_slots)
-  sources = generator._sources(augment, expert, prompts, lengths)
-  scores = []
-  for batch in batches(engine, len(before), batch_size):
-    state, source = engine.read(before[batch]), sources(batch)
-    rows = np.zeros(0, bool) if source is None else source.wants(state)
-    if rows.any():
-      # Latents that are not finite are left out by `attach`.
-      latents = source.augment(state)
-      if not np.asarray(latents.finite)[rows].all():
-        engine.warn('some are not finite')
-      state = engine.attach(state, latents, rows)
-    scores += [Score(float(logprobs.sum(dtype=np.float64)), len(logprobs))
-               for logprobs in engine.score_on(state, after[batch])]
-  return scores
+def score(generator: Generator, prompts: Sequence[str], continuations: Sequence[str],
+          **options: Any) -> list[Score]:
+  """Scores one given continuation of each prompt; the same as `Generator.score`."""
+  return generator.score(prompts, continuations, **options)
 
 
 def _texts(name: str, texts: Sequence[str]) -> Sequence[str]:

@@ -132,14 +132,14 @@ def read_text(path: Path, what: str) -> str:
     text = content.decode(find_encoding(content))
   except UnicodeDecodeError as error:
     raise UserError(f'{path} is not UTF-8 ({error}): convert it') from error
-  if '\0' in text:  # UTF-16 without a mark is valid UTF-8 with one NUL a letter
+  if '\0' in text:  # UTF-16 without a mark is valid UTF-8 with a NUL a character
     raise UserError(f'{path} has a NUL at character {text.index(chr(0))}: if it is UTF-16, '
                     'convert it (iconv -f utf-16 -t utf-8); otherwise it is no text')
   return text.replace('\r\n', '\n')
 
 
 class LiteralPath(type(epath.Path())):
-  """A path for orbax whose own signs, as in 'lr[1e-2]', are no pattern.
+  """A path for orbax whose own characters, as in 'lr[1e-2]', are no pattern.
 
   orbax lists its directories with `glob` of epath, which takes the directory for a pattern, too.
   """

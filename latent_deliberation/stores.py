@@ -139,7 +139,7 @@ class StorePath(type(epath.Path())):
     return (path for path, _ in self._entries() if path.name != UNFINISHED)
 
   def glob(self, pattern: str) -> Iterator['StorePath']:
-    """Yields what matches; signs in this path itself, as in 'lr[1e-2]', are no pattern."""
+    """Yields what matches; characters of this path itself, as in 'lr[1e-2]', are no pattern."""
     first, _, rest = pattern.partition('/')
     for path, is_directory in self._entries():
       if fnmatch.fnmatchcase(path.name, first) and path.name != UNFINISHED:
@@ -223,8 +223,8 @@ class StorePath(type(epath.Path())):
 
   def _remove(self, names: Sequence[str]) -> None:
     """Removes objects below this path, several at a time."""
-    # Each by its name: the library would take signs in a list of names, as in 'lr[1e-2]', for a
-    # pattern.
+    # Each by its name: the library would take characters in a list of names, as in 'lr[1e-2]',
+    # for a pattern.
     with self.explained(), concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
       for _ in pool.map(lambda rest: (self / rest).unlink(missing_ok=True), names):
         pass

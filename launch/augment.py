@@ -22,9 +22,7 @@ _DECODER = app.define_decoder(
     'Directory, GGUF file or name of the decoder; launch/convert.py --list has the names.')
 _COPROCESSOR = app.define_directory(
     'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
-_VOCABULARY = app.define_file(
-    'vocabulary',
-    "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.", '')
+_VOCABULARY = app.define_vocabulary()
 _DOCUMENT = app.define_file('document', 'File with the text to read, in UTF-8.')
 _LENGTH = flags.DEFINE_integer('length', 2048, 'Largest number of tokens that the text may have.')
 _OUTPUT = app.define_directory('output', 'Directory to write the cache to; must not exist yet.')

@@ -9,7 +9,7 @@ launch/benchmark_lora.py.
 
 from absl import flags
 
-from latent_deliberation.benchmarks.expert_speed import benchmark, format_speed
+from latent_deliberation.benchmarks.expert_speed import benchmark, format_speed, parse_counts
 from latent_deliberation.cli import app
 from latent_deliberation.files import as_path
 
@@ -29,7 +29,7 @@ _THREADS = flags.DEFINE_integer('threads', 0, 'Threads of torch. Default: its ow
 
 def main() -> None:
   print(format_speed(benchmark(
-      _DECODER.value, as_path(_OUTPUT.value), counts=tuple(map(int, _EXPERTS.value)),
+      _DECODER.value, as_path(_OUTPUT.value), counts=parse_counts(_EXPERTS.value),
       batch=_BATCH_SIZE.value, prompt=_PROMPT.value, decoded=_DECODED.value, rank=_RANK.value,
       repeats=_REPEATS.value, dtype=_DTYPE.value, python=_PYTHON.value, threads=_THREADS.value)))
 

@@ -29,9 +29,7 @@ _EXPERT = flags.DEFINE_string(
     'expert', '', "Expert: a name or a package, several as 'a:0.5,b:0.5', 'auto' or 'none'.")
 _STRICT = flags.DEFINE_bool(
     'strict', False, 'End with an error where an expert cannot be attached.')
-_VOCABULARY = app.define_file(
-    'vocabulary',
-    "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.", '')
+_VOCABULARY = app.define_vocabulary()
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue')
 _PROMPTS_FILE = app.define_file(
     'prompts_file', "File with a prompt on each line, or JSON lines with a key 'prompt'.", '')

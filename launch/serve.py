@@ -5,7 +5,8 @@
       -d '{"model": "decoder", "prompt": "def read(", "max_tokens": 32}'
 
 A model is NAME, NAME+EXPERT, NAME+a:0.5,b:0.5 or NAME+auto. Experts are those that
-launch/experts.py add has put into --experts; they come and go while the server runs. Next, open the
+launch/experts.py add has put into --experts; they come and go while the server runs. A coprocessor
+of your own, --coprocessor, is the expert 'own'. Next, open the
 page in a browser, or read docs/serving.md.
 """
 
@@ -24,10 +25,12 @@ _NAME = flags.DEFINE_string(
 _EXPERTS = app.define_directory(
     'experts', "Folder of experts to follow, or 'none'. Default: that of launch/experts.py add.",
     '')
+_COPROCESSOR = app.define_directory(
+    'coprocessor',
+    "Work directory of a finished training, or the coprocessor/ that it wrote: the expert 'own'. "
+    'Default: none.', '')
 _ROUTER = flags.DEFINE_enum('router', _DEFAULT.router, sorted(ROUTERS), 'Router of NAME+auto.')
-_VOCABULARY = app.define_file(
-    'vocabulary',
-    "Path of a SentencePiece model or tokenizer.json, or 'byte'. Default: the decoder's own.", '')
+_VOCABULARY = app.define_vocabulary()
 _HOST = flags.DEFINE_string(
     'host', _DEFAULT.host, 'Address to listen on. Others than loopback need --key_file.')
 _PORT = flags.DEFINE_integer('port', _DEFAULT.port, 'Port to listen on; 0 for any free one.')
@@ -51,10 +54,10 @@ _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.
 
 def main() -> None:
   options = ServerOptions(
-      decoder=_DECODER.value, name=_NAME.value, experts=_EXPERTS.value, router=_ROUTER.value,
-      vocabulary=_VOCABULARY.value, host=_HOST.value, port=_PORT.value, key_file=_KEY_FILE.value,
-      rows=_ROWS.value, length=_LENGTH.value, most_queued=_MOST_QUEUED.value,
-      most_texts=_MOST_TEXTS.value, most_bytes=_MOST_BYTES.value,
+      decoder=_DECODER.value, name=_NAME.value, coprocessor=_COPROCESSOR.value,
+      experts=_EXPERTS.value, router=_ROUTER.value, vocabulary=_VOCABULARY.value, host=_HOST.value,
+      port=_PORT.value, key_file=_KEY_FILE.value, rows=_ROWS.value, length=_LENGTH.value,
+      most_queued=_MOST_QUEUED.value, most_texts=_MOST_TEXTS.value, most_bytes=_MOST_BYTES.value,
       request_seconds=_REQUEST_SECONDS.value, latent_seconds=_LATENT_SECONDS.value,
       drain_seconds=_DRAIN_SECONDS.value)
   check_libraries()

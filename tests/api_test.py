@@ -60,8 +60,9 @@ def test_batches_change_only_rounding(generator):
   together, alone = (generator.generate(PROMPTS, max_tokens=9, temperature=1.0, batch_size=size)
                      for size in (0, 1))
   assert [each.tokens for each in alone] == [each.tokens for each in together]
-  scores = ld.score(generator, PROMPTS, CONTINUATIONS)
-  for alone, other in zip(ld.score(generator, PROMPTS, CONTINUATIONS, batch_size=1), scores,
+  scores = generator.score(PROMPTS, CONTINUATIONS)
+  assert ld.score(generator, PROMPTS, CONTINUATIONS) == scores
+  for alone, other in zip(generator.score(PROMPTS, CONTINUATIONS, batch_size=1), scores,
                           strict=True):
     assert alone == pytest.approx(other, abs=1e-4)
 
@@ -70,7 +71,7 @@ def test_plain_score_is_decoder_logprob(quickstart, decoder, generator):
   """Without latents, a score is the sum of what the uncached decoder gives."""
   config, params = weights.load(quickstart / 'pretraining/decoder')
   for prompt, continuation, score in zip(
-      PROMPTS, CONTINUATIONS, ld.score(generator, PROMPTS, CONTINUATIONS, augment=False),
+      PROMPTS, CONTINUATIONS, generator.score(PROMPTS, CONTINUATIONS, augment=False),
       strict=True):
     tokens = decoder.tokenizer.encode(prompt + continuation)
     logits, _ = Decoder(config).apply({'params': params}, jnp.array([tokens]))
@@ -88,7 +89,7 @@ def test_score_is_sum_of_generated_logprobs(generator, augment):
   for completion, text in zip(completions, texts, strict=True):
     assert generator.tokenizer.encode(text)[1:] == completion.tokens
   for completion, score in zip(
-      completions, ld.score(generator, PROMPTS, texts, augment=augment), strict=True):
+      completions, generator.score(PROMPTS, texts, augment=augment), strict=True):
     assert score.num_tokens == len(completion.tokens)
     assert score.nats == pytest.approx(sum(completion.logprobs), abs=1e-4)
 
@@ -96,13 +97,13 @@ def test_score_is_sum_of_generated_logprobs(generator, augment):
 def test_detached_coprocessor_changes_no_bit(quickstart, decoder):
   """Scores after latents were attached and given up are those before, and the plain decoder's."""
   generator = ld.Generator(decoder, ld.load_coprocessor(quickstart / 'coprocessor'), length=LENGTH)
-  before = ld.score(generator, PROMPTS, CONTINUATIONS, augment=False)
-  augmented = ld.score(generator, PROMPTS, CONTINUATIONS)
-  assert ld.score(generator, PROMPTS, CONTINUATIONS, augment=False) == before
+  before = generator.score(PROMPTS, CONTINUATIONS, augment=False)
+  augmented = generator.score(PROMPTS, CONTINUATIONS)
+  assert generator.score(PROMPTS, CONTINUATIONS, augment=False) == before
   assert all(abs(one.nats - other.nats) > 1e-3
              for one, other in zip(augmented, before, strict=True))
   # A cache without room for latents has another shape, so that sums round otherwise.
-  plain = ld.score(ld.Generator(decoder, length=LENGTH), PROMPTS, CONTINUATIONS)
+  plain = ld.Generator(decoder, length=LENGTH).score(PROMPTS, CONTINUATIONS)
   np.testing.assert_allclose(plain, before, rtol=1e-6)
 
 
@@ -118,8 +119,8 @@ def test_experts_are_coprocessors(quickstart, decoder, generator):
     assert [each.tokens for each in found] == [each.tokens for each in expected]
     assert [each.experts for each in found] == mixes
     for one, other in zip(
-        ld.score(several, PROMPTS, CONTINUATIONS, expert=expert),
-        ld.score(generator, PROMPTS, CONTINUATIONS), strict=True):
+        several.score(PROMPTS, CONTINUATIONS, expert=expert),
+        generator.score(PROMPTS, CONTINUATIONS), strict=True):
       assert one == pytest.approx(other, abs=1e-4)
   plain = several.generate(PROMPTS, **options)
   mixed = several.generate(PROMPTS, expert=[None, 'own'], **options)
@@ -159,9 +160,9 @@ def test_bad_calls_are_refused(quickstart, tmp_path, decoder, generator):
       (lambda: generator.generate(PROMPTS, temperature=-1), 'temperature = -1'),
       (lambda: generator.generate(PROMPTS, seeds=[1]), '1 seeds .* 2 texts'),
       (lambda: generator.generate(['a' * LENGTH]), 'text 0 has 101 tokens'),
-      (lambda: ld.score(generator, PROMPTS, CONTINUATIONS[:1]), '2 prompts and 1 continuations'),
-      (lambda: ld.score(generator, PROMPTS, ['a', 'a' * LENGTH]), 'text 1 has 126 tokens'),
-      (lambda: ld.score(generator, PROMPTS, ['a', '']), 'continuation 1 is empty'),
+      (lambda: generator.score(PROMPTS, CONTINUATIONS[:1]), '2 prompts and 1 continuations'),
+      (lambda: generator.score(PROMPTS, ['a', 'a' * LENGTH]), 'text 1 has 126 tokens'),
+      (lambda: generator.score(PROMPTS, ['a', '']), 'continuation 1 is empty'),
       (lambda: generator.generate(PROMPTS, max_tokens=2.5), 'max_tokens = 2.5'),
       (lambda: generator.generate(PROMPTS, augment='no'), "augment = 'no'"),
       (lambda: generator.generate([3]), 'prompts holds 3'),
@@ -173,7 +174,7 @@ def test_bad_calls_are_refused(quickstart, tmp_path, decoder, generator):
       (lambda: generator.generate(PROMPTS, top_k=10**30), 'top_k = 1000'),
       (lambda: ld.Generator(decoder, length=0.5), 'length = 0.5'),
       (lambda: ld.Generator(decoder, length=2**31), 'length = 2147483648'),
-      (lambda: ld.score(generator, PROMPTS, CONTINUATIONS, batch_size=0.5), 'batch_size = 0.5'),
+      (lambda: generator.score(PROMPTS, CONTINUATIONS, batch_size=0.5), 'batch_size = 0.5'),
       (lambda: ld.Generator('a/directory'), "decoder = 'a/directory'"),
       (lambda: ld.Generator(decoder, decoder), 'coprocessor = ')):
     with pytest.raises(ld.UserError, match=message):

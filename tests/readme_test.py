@@ -171,6 +171,31 @@ def test_python_of_guides_runs(quickstart, page):
       exec(compile(code, page, 'exec'), {'tokens': np.ones((1, 4), np.int32)})
 
 
+def test_training_from_python_runs(tmp_path, capsys):
+  """The block of the quickstart's page, on a tiny config."""
+  code, = blocks(finished.ROOT / 'docs/quickstart.md', 'python')
+  config = tmp_path / 'tiny.py'
+  config.write_text('from latent_deliberation.experiment import as_config\n'
+                    'from tests import finished\n'
+                    'get_config = lambda: as_config(finished.experiment())\n')
+  for path, ours in (('configs/quickstart.py', config), ('runs/python', tmp_path / 'run')):
+    assert path in code
+    code = code.replace(path, str(ours))
+  exec(compile(code, 'quickstart.md', 'exec'), {})
+  assert capsys.readouterr().out
+
+
+def test_index_of_guides():
+  """It has every page, and every launch script with the first sentence of its docstring."""
+  index = (finished.ROOT / 'docs/README.md').read_text()
+  assert {page.name for page in GUIDES} - {'README.md'} <= set(re.findall(r'\]\((\S+)\)', index))
+  expected = {}
+  for script in (finished.ROOT / 'launch').glob('*.py'):
+    docstring = ' '.join(ast.get_docstring(ast.parse(script.read_text())).split())
+    expected[f'launch/{script.name}'] = re.match(r'.*?\.(?= |$)', docstring)[0]
+  assert dict(re.findall(r'^\| `(launch/\w+\.py)` \| (.*) \|$', index, re.MULTILINE)) == expected
+
+
 @pytest.mark.parametrize('path, kind', [
     ('configs/study/mine.py', Study),
     ('configs/study/existing.py', Study)])

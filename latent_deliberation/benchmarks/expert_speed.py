@@ -59,8 +59,10 @@ def benchmark(decoder: str, output: Path, *, counts: Sequence[int] = (1, 10, 100
     threads: threads that torch uses; 0 for its own choice.
 
   Raises:
-    UserError: decoder or interpreter do not work.
+    UserError: decoder or interpreter do not work; the interpreter is tried first.
   """
+  if python:
+    check_interpreter(python)
   loaded = load_decoder(decoder, dtype=dtype)
   prompts = np.random.default_rng(0).integers(
       4, loaded.config.vocab_size, (batch, prompt)).tolist()
@@ -127,6 +129,27 @@ def _time_ours(experts: Experts, prompts: list[list[int]], decoded: int,
   return found
 
 
+def parse_counts(written: Sequence[str]) -> tuple[int, ...]:
+  """Returns numbers of experts. Raises UserError unless all are integers of 1 or more."""
+  if not written or not all(each.strip().isdecimal() and int(each) for each in written):
+    raise UserError(f'--experts={",".join(written)}: give integers of 1 or more, with commas')
+  return tuple(map(int, written))
+
+
+def check_interpreter(python: str) -> None:
+  """Raises UserError unless an interpreter runs, and has torch, transformers and peft."""
+  try:
+    process = subprocess.run([python, '-c', 'import torch, transformers, peft'],
+                             capture_output=True, text=True, check=False)
+  except OSError as error:
+    raise UserError(f'--python={python} cannot be run ({error}): give an interpreter with torch, '
+                    'transformers and peft') from error
+  if process.returncode:
+    said = (process.stderr.strip().splitlines() or ['it says nothing'])[-1]
+    raise UserError(f'--python={python} cannot import torch, transformers and peft ({said}): '
+                    'install them there, or give another interpreter')
+
+
 def run_other(python: str, job: str, decoder: str, request: Mapping[str, Any],
               arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Runs a job of peft_side.py in another interpreter; returns its result and its arrays.
@@ -134,7 +157,7 @@ def run_other(python: str, job: str, decoder: str, request: Mapping[str, Any],
   The decoder is written for it as a Hugging Face checkpoint.
 
   Raises:
-    UserError: the interpreter does not work, or the job failed.
+    UserError: the job failed.
   """
   with tempfile.TemporaryDirectory() as place:
     directory = Path(place)
@@ -143,14 +166,10 @@ def run_other(python: str, job: str, decoder: str, request: Mapping[str, Any],
     weights.save(directory / 'decoder', checkpoint.config, checkpoint.load(), format='huggingface')
     (directory / 'request.json').write_text(json.dumps(request))
     np.savez(directory / 'arrays.npz', **arrays)
-    try:
-      process = subprocess.run([python, str(OTHER), job, place], stderr=sys.stderr, check=False)
-    except OSError as error:
-      raise UserError(f'--python={python} cannot be run ({error}): give an interpreter with torch, '
-                      'transformers and peft') from error
+    process = subprocess.run([python, str(OTHER), job, place], stderr=sys.stderr, check=False)
     if process.returncode:
       raise UserError(f'--python={python}: {OTHER.name} ended with code {process.returncode}; its '
-                      'error is above. It needs torch, transformers and peft')
+                      'error is above')
     result = json.loads((directory / 'result.json').read_text())
     with np.load(directory / 'result.npz') as found:
       return result, dict(found)

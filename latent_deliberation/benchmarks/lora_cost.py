@@ -17,7 +17,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Batch
-from latent_deliberation.benchmarks.expert_speed import run_other
+from latent_deliberation.benchmarks.expert_speed import check_interpreter, run_other
 from latent_deliberation.build import build_deliberator, count_parameters, load_frozen, open_frozen
 from latent_deliberation.data.loading import open_batches
 from latent_deliberation.deliberation.traces import sample_traces
@@ -57,8 +57,9 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
     threads: threads that torch uses; 0 for its own choice.
 
   Raises:
-    UserError: one of them is absent or does not fit.
+    UserError: one of them is absent or does not fit; the interpreter is tried first.
   """
+  check_interpreter(python)
   expert = load_package(package)
   experiment = dataclasses.replace(experiment_of(expert.card), decoder_from=decoder)
   mesh = make_mesh(experiment.mesh)

@@ -380,6 +380,12 @@ def define_decoder(name: str, meaning: str, default: str | None = None) -> flags
   return flag
 
 
+def define_vocabulary() -> flags.FlagHolder:
+  """Defines the flag --vocabulary; see `tokenizer_of` for its values."""
+  return define_file('vocabulary', "Path of a SentencePiece model or tokenizer.json, or 'byte'. "
+                     "Default: the decoder's own.", '')
+
+
 def define_json(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
   """Defines a flag for a JSON file to write, and --overwrite; it is required without a default.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,7 +47,14 @@ from latent_deliberation.experts.trial import (
   try_mixes,
 )
 from latent_deliberation.experts.verifying import verify
-from latent_deliberation.files import as_path, check_free, make_writable, write_json, write_whole
+from latent_deliberation.files import (
+  as_path,
+  check_free,
+  make_writable,
+  read_text,
+  write_json,
+  write_whole,
+)
 from latent_deliberation.inference.engine import LoadedDecoder
 from latent_deliberation.inference.tokenizer import check_room
 
@@ -205,13 +213,13 @@ def _compare(words: list[str], options: Options) -> None:
 def _route(words: list[str], options: Options) -> None:
   if not options.text:
     raise UserError('route: give --text, the prompt to route or a file with it')
-  prompt = options.text
+  prompt, file = options.text, Path(os.path.expanduser(options.text))
   try:
-    is_file = Path(prompt).is_file()
+    is_file = file.is_file()
   except OSError:  # longer than a name may be
     is_file = False
   if is_file:
-    prompt = documents_of(prompt)[0]
+    prompt = read_text(file, 'the prompt')
   check_unicode(prompt, '--text')
   decoder, experts = _open(words, options)
   ids = decoder.tokenizer.encode(prompt)

@@ -136,7 +136,7 @@ class OnlineBatches:
                 self._identity | {'process_index': 0}, step)
     final = _state_directory(directory, step, self._identity['process_index'])
     _check_state(final / 'state.json', self._identity, step)
-    # TensorFlow takes this path for a pattern, so it gets a name without signs, as in 'lr[1e-2]'.
+    # TensorFlow takes this path for a pattern, so it gets a name without brackets and the like.
     with tempfile.TemporaryDirectory() as place:
       alias = Path(place, 'state')
       alias.symlink_to(at_hand(final).absolute())

@@ -64,7 +64,7 @@ def text_suffix(path: Path) -> str:
 def list_files(patterns: Sequence[str]) -> tuple[TextFile, ...]:
   """Returns the files that paths, directories and globs mean, each once, sorted by name.
 
-  A path that exists is that path, whatever signs it holds. So is the part of a glob that exists.
+  A path that exists is that path, whatever characters it holds. So is the existing part of a glob.
 
   Raises:
     MissingError: nothing matches.

@@ -3,6 +3,8 @@
 A product of [n, a] and [a, b] counts as 2 n a b operations. Norms and activations do not count.
 """
 
+import functools
+
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.model.transformer_config import TransformerConfig
@@ -152,11 +154,16 @@ def training_flops(job: str, decoder_config: TransformerConfig, config: Delibera
 
   Args:
     job: 'pretrain' or 'finetuned' for all weights of a decoder, 'lora' for its adapters, 'joint'
-      for weights and latents together; any other for latents alone.
+      for weights and latents together, 'train' or 'latents' for latents alone.
     decoder_config: architecture of the decoder.
     config: how latents are made, and the rank of adapters.
     length: number of tokens of the text.
+
+  Raises:
+    KeyError: there is no such job.
   """
-  if job in ('pretrain', 'finetuned', 'lora'):
-    return text_flops(decoder_config, length, config.lora_rank if job == 'lora' else 0)
-  return traces_flops(decoder_config, config, length, tuned=job == 'joint')
+  weights = functools.partial(text_flops, decoder_config, length)
+  latents = functools.partial(traces_flops, decoder_config, config, length)
+  return {'pretrain': weights, 'finetuned': weights,
+          'lora': functools.partial(weights, config.lora_rank), 'train': latents,
+          'latents': latents, 'joint': functools.partial(latents, tuned=True)}[job]()

@@ -211,8 +211,10 @@ class Experts:
     """Returns the mix that the router chooses for each text. A router that fails chooses none."""
     try:
       router = self.router()
-      return [_NO_EXPERT if name is None else {name: 1.0}
-              for name in choose(router, router.scores(query))]
+      names = choose(router, router.scores(query))
+      if unknown := set(names) - {None, *self._attached}:
+        raise ValueError(f'it chose {sorted(unknown)}, which are not attached')
+      return [_NO_EXPERT if name is None else {name: 1.0} for name in names]
     except Exception as error:  # whatever it is, it must not stop the decoder
       if self.strict:
         raise

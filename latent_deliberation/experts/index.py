@@ -72,8 +72,8 @@ class Entry:
     if not all(isinstance(text, str) and text.isprintable()
                for text in (*values.values(), *keywords, *decoder.values())) or (
         not isinstance(size, int)):
-      raise UserError(f'the entry {values["name"]!r:.80} has a field of another type, or signs '
-                      'that cannot be printed')
+      raise UserError(f'the entry {values["name"]!r:.80} has a field of another type, or '
+                      'characters that cannot be printed')
     split_address(f'{values["name"]}@{values["fingerprint"]}')
     return cls(**values, keywords=keywords, base=decoder, bytes=size)
 
@@ -195,10 +195,11 @@ def _read_content(address: str) -> Mapping[str, Any]:
 
 def search(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
   """Returns the experts that have a word in name, description, keywords or decoder, best first."""
-  wanted = {word for text in words for word in (words_of(text) or [text.lower()])}
+  wanted = {word for text in words for word in (text.lower(), *words_of(text))}
 
   def score(entry: Entry) -> float:
-    telling = {*words_of(entry.name), entry.name, entry.base['name'].lower()}
+    base = entry.base['name'].lower()
+    telling = {entry.name, *words_of(entry.name), base, *words_of(base)}
     told = set(words_of(entry.description))
     found = 4 * len(wanted & telling) + 2 * len(wanted & told)
     return found + sum(1 / (1 + place / 16) for place, word in enumerate(entry.keywords)
@@ -235,6 +236,7 @@ def publish(package: Path, index: Path, force: bool = False) -> Card:
     raise UserError(f'{card.address} shows no gain on its own held-out text: '
                     f'{format_gain(card.scores.get(card.name))} nats. Train it longer or on more '
                     'text, or publish it all the same with --force')
+  index = Path(os.path.expanduser(index))
   if '://' in str(index) or ':/' in str(index):
     raise UserError(f'--index={index} is a URL: publish into a folder here, and copy that folder '
                     'to its place')

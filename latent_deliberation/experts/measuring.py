@@ -44,6 +44,8 @@ from latent_deliberation.sharding import make_mesh
 SCORED_WITH = ('batch_size', 'num_texts', 'rows_per_text')  # keys of `evaluation` kept with scores
 ROUTING_ROWS = 2  # times as many rows as are scored, beyond those, for centroid and gain head
 HOLDS_WITHIN = 0.02  # nats that a score may differ by when it is measured again: rounding
+# Largest values that a card may ask for, since anybody may have written it.
+_MOST = {'bootstrap_samples': 10_000, 'num_traces': 512, 'num_ahead': 512}
 
 
 # --- Scores ---
@@ -234,9 +236,14 @@ def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]]
   Returns: name of a text -> 'card' and 'now', both with nats by arm, and 'holds'.
 
   Raises:
-    UserError: the decoder or the sample does not fit the expert.
+    UserError: the decoder or the sample does not fit the expert, or its card asks for too much.
   """
-  experiment = experiment_of(expert.card)
+  # The coprocessor itself says how its latents are made.
+  experiment = dataclasses.replace(
+      experiment_of(expert.card), deliberation=expert.coprocessor.config)
+  for key, most in _MOST.items():
+    check_integer(f'evaluation.{key} in the card of {expert.card.name}',
+                  getattr(experiment.evaluation, key), 1, most)
   mesh = make_mesh(experiment.mesh)
   checkpoint = open_frozen(experiment.decoder, decoder_dir)
   decoder_params, found = load_frozen(experiment, checkpoint, mesh)

@@ -111,18 +111,32 @@ def _words_of_card(card: Card | None) -> list[str]:
   return [word for text in (card.name, card.description, *card.keywords) for word in words_of(text)]
 
 
-class CentroidRouter:
-  """Cosine of the hidden state and the expert's centroid, less the expert's threshold."""
+class HiddenRouter:
+  """Scores the hidden state by what the package of each expert has for it."""
 
   def __init__(self, experts: Mapping[str, Known]):
     self.names, self._routing = list(experts), [known.routing for known in experts.values()]
 
   def scores(self, query: Query) -> np.ndarray:
-    """Returns the cosines above the thresholds; an expert without a centroid is never chosen."""
-    columns = [np.full(len(query.hidden), -np.inf) if routing is None
-               else cosines(query.hidden, routing.origin, routing.centroid) - routing.threshold
-               for routing in self._routing]
-    return _stack(columns, len(query.hidden))
+    """Returns `score` by expert; one without routing is never chosen."""
+    hidden = np.asarray(query.hidden, np.float32)
+    scores = np.full((len(hidden), len(self.names)), -np.inf)
+    for column, routing in enumerate(self._routing):
+      if routing is not None:
+        scores[:, column] = self.score(hidden, routing)
+    return scores
+
+  def score(self, hidden: np.ndarray, routing: Routing) -> np.ndarray:
+    """Returns the scores [B] of an expert for hidden states [B, D]."""
+    raise NotImplementedError
+
+
+class CentroidRouter(HiddenRouter):
+  """Cosine of the hidden state and the expert's centroid, less the expert's threshold."""
+
+  def score(self, hidden: np.ndarray, routing: Routing) -> np.ndarray:
+    """Returns the cosines above the threshold."""
+    return cosines(hidden, routing.origin, routing.centroid) - routing.threshold
 
 
 def cosines(hidden: np.ndarray, origin: np.ndarray, centroid: np.ndarray) -> np.ndarray:
@@ -131,18 +145,12 @@ def cosines(hidden: np.ndarray, origin: np.ndarray, centroid: np.ndarray) -> np.
   return moved @ centroid / np.maximum(np.linalg.norm(moved, axis=-1), 1e-12)
 
 
-class GainRouter:
+class GainRouter(HiddenRouter):
   """Nats that an expert is predicted to save, by its ridge head (see `evaluation.gating`)."""
 
-  def __init__(self, experts: Mapping[str, Known]):
-    self.names, self._routing = list(experts), [known.routing for known in experts.values()]
-
-  def scores(self, query: Query) -> np.ndarray:
-    """Returns predicted nats; an expert without a head is never chosen."""
-    columns = [np.full(len(query.hidden), -np.inf) if routing is None
-               else np.asarray(query.hidden, np.float32) @ routing.gain_weight + routing.gain_bias
-               for routing in self._routing]
-    return _stack(columns, len(query.hidden))
+  def score(self, hidden: np.ndarray, routing: Routing) -> np.ndarray:
+    """Returns the predicted nats."""
+    return hidden @ routing.gain_weight + routing.gain_bias
 
 
 class ArrowRouter:
@@ -219,10 +227,6 @@ def _along(model: Model, weights: Weights, state: State, prototypes: Array) -> A
     seen = (newest.segments > 0)[None, :, :, None]
     adapted = jnp.any(prototypes != 0, axis=-1).T[:, None, None]  # by layer and expert
     return jnp.mean(jnp.stack(found), axis=(0, 2), where=seen & adapted)
-
-
-def _stack(columns: Sequence[np.ndarray], rows: int) -> np.ndarray:
-  return np.stack(columns, axis=1) if columns else np.zeros((rows, 0))
 
 
 ROUTERS: Mapping[str, Callable[[Mapping[str, Known]], Router]] = {

@@ -67,7 +67,11 @@ def try_mixes(experts: Experts, cuts: Sequence[Cut], mixes: Mapping[str, Mix],
     mixes: weights by name, for each way of attaching experts.
     routers: routers by name.
     batch_size: prompts that are read together.
+
+  Raises:
+    UserError: see `Experts.mix`, such as for several experts that do not add up.
   """
+  mixes = {name: experts.mix(mix) for name, mix in mixes.items()}
   engine, routers = experts.engine, routers or {}
   # Of similar lengths, so that little padding is read. The order is undone at the end.
   order = np.argsort([len(cut.ids) for cut in cuts], kind='stable')

@@ -88,10 +88,11 @@ def _try(what: str, check: Callable[[], Any]) -> Iterator[Check]:
 
 
 def _prompts(expert: Expert, sample: Mapping[str, Any] | None) -> list[list[int]]:
-  """Returns prompts of its own text, or of random tokens where the package has no sample."""
+  """Returns prompts of its text, its own if there is any; random tokens without a sample."""
   vocab_size = expert.coprocessor.decoder_config.vocab_size
   if sample:
-    rows = next(iter(sample.values()))['tokens'][:_TEXTS, :_PROMPT]
+    own = sample.get(expert.card.name, next(iter(sample.values())))
+    rows = own['tokens'][:_TEXTS, :_PROMPT]
     if 0 <= rows.min() and rows.max() < vocab_size:
       return rows.tolist()
   return np.random.default_rng(0).integers(4, vocab_size, (_TEXTS, _PROMPT)).tolist()
@@ -114,11 +115,11 @@ def _check_traces(experts: Experts, expert: Expert, sample: Mapping[str, Any] | 
   yield Check('its latents change what the decoder says', augmented != plain, '')
   yield Check('with a weight of zero the decoder is the same to the bit',
               bits({name: 0.0}) == plain, '')
-  yield _check_zero_gate(experts, expert, state)
   experts.detach(name)
   same = jax.tree.all(jax.tree.map(
       lambda one, other: np.array_equal(np.asarray(one), other), state, held))
   yield Check('detached, the decoder is the same to the bit', bits(None) == plain and same, '')
+  yield _check_zero_gate(experts, expert, state)
 
 
 def _check_zero_gate(experts: Experts, expert: Expert, state: State) -> Check:
@@ -129,9 +130,8 @@ def _check_zero_gate(experts: Experts, expert: Expert, state: State) -> Check:
   params = expert.coprocessor.params
   closed = dataclasses.replace(expert.coprocessor, params={
       **params, 'gate': np.zeros_like(params['gate'])})
-  experts.attach('closed', closed)
+  experts.attach('closed', closed)  # nothing else is attached now
   found = experts.augment(state, [{'closed': 1.0}] * len(state.position))
-  experts.detach('closed')
   difference = float(np.abs(np.asarray(found.logits) - np.asarray(state.logits)).max())
   return Check(what, difference <= ROUNDING, f'logits differ by {difference:.1e} at most')
 

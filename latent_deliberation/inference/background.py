@@ -77,11 +77,19 @@ def _wait() -> None:
 class BackgroundAugmentation:
   """One augmentation, which starts in a thread of its own as soon as it is made."""
 
-  def __init__(self, augment: Callable[[State], Augmentation], state: State, timeout: float):
-    """Starts to augment a state, which must not be donated before this has ended."""
+  def __init__(self, augment: Callable[[State], Augmentation | None], state: State,
+               timeout: float):
+    """Starts to augment a state, which must not be donated before this has ended.
+
+    Args:
+      augment: makes the latents; None for a text that gets none.
+      state: the texts.
+      timeout: seconds after which the latents are given up.
+    """
     self._deadline = time.monotonic() + timeout
     self._timeout = timeout
     self._result: Augmentation | None = None
+    self._is_done = False
     self._error: BaseException | None = None
     # Not Thread.join: after Ctrl-C has interrupted it, it forgets a thread that still computes.
     self._ended = threading.Event()
@@ -94,17 +102,14 @@ class BackgroundAugmentation:
       self._error = error
       self._ended.set()
 
-  def _work(self, augment: Callable[[State], Augmentation], state: State) -> None:
-    try:
-      self._run(augment, state)
-    finally:
-      self._ended.set()
-
-  def _run(self, augment: Callable[[State], Augmentation], state: State) -> None:
+  def _work(self, augment: Callable[[State], Augmentation | None], state: State) -> None:
     try:
       self._result = jax.block_until_ready(augment(state))
+      self._is_done = True
     except BaseException as error:  # whatever it is, it must not stop the decoder
       self._error = error
+    finally:
+      self._ended.set()
 
   @property
   def has_ended(self) -> bool:
@@ -120,18 +125,16 @@ class BackgroundAugmentation:
     left = self._deadline - time.monotonic()
     self._ended.wait(min(max(0.0, left), threading.TIMEOUT_MAX))
 
-  def result(self) -> Augmentation:
-    """Returns the latents, after waiting for them.
+  def result(self) -> Augmentation | None:
+    """Returns what `augment` returned, after waiting for it.
 
     Raises:
-      RuntimeError: there are none; the message says why.
+      RuntimeError: it failed, or takes too long; the message says why.
     """
     # Latents that arrive after their time are still taken, if they are there now.
     self.wait()
-    if self._result is not None:
+    if self._is_done:
       return self._result
     if self._error is not None:
       raise RuntimeError(f'it raised {type(self._error).__name__}: {self._error}') from self._error
-    if self._ended.is_set():
-      raise RuntimeError('its thread ended without a result')
     raise RuntimeError(f'it took longer than {self._timeout:g} s')

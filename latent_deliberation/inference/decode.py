@@ -19,7 +19,7 @@ from latent_deliberation.errors import (
   raise_problems,
 )
 from latent_deliberation.inference import passes
-from latent_deliberation.inference.passes import Model, State, Weights, embed, predict
+from latent_deliberation.inference.passes import Model, State, Weights, embed, logprobs_of, predict
 from latent_deliberation.inference.policy import Gate
 from latent_deliberation.inference.ring_cache import RingKVCache, SlotIndex
 
@@ -67,19 +67,41 @@ def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B
   """Returns tempered logits, with -inf for dropped tokens; the likeliest is always kept."""
   # By an infinite temperature, an impossible token would become not a number.
   logits = logits / min(sampling.temperature, HOTTEST)
-  drop = lambda least: jnp.where(logits < least, -jnp.inf, logits)  # noqa: E731
-  if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-    logits = drop(jax.lax.top_k(logits, sampling.top_k)[0][:, -1:])
-  if sampling.top_p < 1:
-    falling = -jnp.sort(-logits, axis=-1)
-    probabilities = jax.nn.softmax(falling, axis=-1)
-    # A token stays if the mass of all likelier ones has not reached top_p.
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    stays = (before < sampling.top_p).at[:, 0].set(True)
-    logits = drop(jnp.min(jnp.where(stays, falling, jnp.inf), axis=-1, keepdims=True))
-  if sampling.min_p > 0:
-    logits = drop(jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p))
-  return logits
+  if sampling.top_k is None and sampling.top_p >= 1 and sampling.min_p <= 0:
+    return logits
+  # Only top_p without top_k needs to sort a whole vocabulary.
+  candidates = logits
+  if sampling.top_k is not None:
+    candidates = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
+  elif sampling.top_p < 1:
+    candidates = falling(logits)
+  return drop_unlikely(logits, candidates, sampling.top_p, sampling.min_p)
+
+
+def falling(logits: Array) -> Array:
+  """Returns logits from the largest to the smallest, along the last axis."""
+  return -jnp.sort(-logits, axis=-1)
+
+
+def drop_unlikely(logits: Array, candidates: Array, top_p: Array | float,
+                  min_p: Array | float) -> Array:
+  """Returns tempered logits with -inf for tokens that top_k, top_p or min_p drops.
+
+  Args:
+    logits: tempered logits, [B, V].
+    candidates: those that top_k keeps, [B, K], with -inf for others. They fall where top_p is
+      below 1.
+    top_p, min_p: see Sampling; for all texts, or [B, 1] for each.
+  """
+  probabilities = jax.nn.softmax(candidates, axis=-1)
+  # A token stays if the mass of all likelier ones has not reached top_p.
+  before = jnp.cumsum(probabilities, axis=-1) - probabilities
+  stays = ((before < top_p) | (jnp.asarray(top_p) >= 1)) & (candidates > -jnp.inf)
+  largest = jnp.max(candidates, axis=-1, keepdims=True)
+  least = jnp.min(jnp.where(stays, candidates, largest), axis=-1, keepdims=True)
+  # The logarithm of 0 drops nothing.
+  least = jnp.maximum(least, largest + jnp.log(min_p))
+  return jnp.where(logits < least, -jnp.inf, logits)
 
 
 @typed
@@ -98,13 +120,6 @@ def sample(keys: Array, logits: Float[Array, 'B V'], sampling: Sampling,
   else:
     tokens = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
   return tokens.astype(jnp.int32)
-
-
-@typed
-def logprobs_of(tokens: Int[Array, 'B'], logits: Float[Array, 'B V']) -> Float[Array, 'B']:
-  """Returns log-probabilities of tokens under the model itself, before temperature and filters."""
-  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def check_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:

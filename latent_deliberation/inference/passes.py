@@ -18,11 +18,11 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from latent_deliberation.array_types import Array, Batch, Bool, Float, Int, Params
+from latent_deliberation.array_types import Array, Batch, Bool, Float, Int, Params, typed
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.traces import Placement, place
-from latent_deliberation.inference.ring_cache import CachePlan, RingKVCache, SlotIndex
+from latent_deliberation.inference.ring_cache import CachePlan, RingKVCache, SlotIndex, choose_rows
 from latent_deliberation.model.attention import AttentionMaskSpec, KeysValues
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import LowRank, RMSNorm
@@ -222,6 +222,13 @@ def predict(model: Model, weights: Weights, hidden: Array) -> Array:
   return model.decoder.apply({'params': {'embedder': weights.embedder}}, hidden, method='logits')
 
 
+@typed
+def logprobs_of(tokens: Int[Array, 'B'], logits: Float[Array, 'B V']) -> Float[Array, 'B']:
+  """Returns log-probabilities of tokens under the model itself, before temperature and filters."""
+  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
   """Reads texts from their beginning.
@@ -268,9 +275,7 @@ def score_on(model: Model, weights: Weights, state: State, tokens: Array, count:
 
     def logprob(inputs: tuple[Array, Array]) -> Array:
       states, token = inputs
-      logits = predict(model, weights, states)
-      chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-      return chosen - jax.nn.logsumexp(logits, axis=-1)
+      return logprobs_of(token, predict(model, weights, states))
 
     # One position of every text at a time: all logits at once would be [B, T, V].
     logprobs = jax.lax.map(logprob, (jnp.swapaxes(before, 0, 1), index.tokens.T)).T
@@ -390,8 +395,6 @@ def choose(rows: Array, chosen: State, other: State) -> State:
 
   Both must have written as many slots.
   """
-  def pick(new: Array, old: Array) -> Array:
-    if old.ndim == 0:  # the write_index
-      return old
-    return jnp.where(jnp.expand_dims(rows, tuple(range(1, old.ndim))), new, old)
-  return jax.tree.map(pick, chosen, other)
+  # All but the write_index has a row for each text.
+  return jax.tree.map(lambda new, old: choose_rows(rows, new, old) if old.ndim else old,
+                      chosen, other)

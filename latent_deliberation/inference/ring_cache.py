@@ -88,6 +88,11 @@ def _memory(device: jax.Device) -> int | None:
   return (device.memory_stats() or {}).get('bytes_limit')
 
 
+def choose_rows(rows: Bool[Array, 'B'], new: Array, old: Array) -> Array:
+  """Takes the texts `rows` from `new`, [B, ...], and the others from `old`."""
+  return jnp.where(jnp.expand_dims(rows, tuple(range(1, old.ndim))), new, old)
+
+
 @struct.dataclass
 class SlotIndex:
   """Contents of the slots of one kind of layer, slots + Z of them in each text.
@@ -191,20 +196,19 @@ class RingKVCache:
       hidden: [B, Z] positions of the tokens that the latents replace; -1 for none.
       rows: texts that get latents; the others stay as they are.
     """
-    def choose(new: Array, old: Array) -> Array:
-      return jnp.where(jnp.expand_dims(rows, tuple(range(1, old.ndim))), new, old)
-
     def updater(slots: int) -> SlotUpdate:
       def update(old: Array, new: Array, axis: int) -> Array:
         # Latents go after the ring. Other texts keep what they hold there.
         before = jax.lax.slice_in_dim(old, slots, old.shape[axis], axis=axis)
-        return jax.lax.dynamic_update_slice_in_dim(old, choose(new, before), slots, axis)
+        return jax.lax.dynamic_update_slice_in_dim(
+            old, choose_rows(rows, new, before), slots, axis)
       return update
 
     index = SlotIndex(jnp.zeros_like(positions), positions, jnp.ones_like(positions))
     shown = self._updated(updater, latents, index, self.write_index).hide(hidden)
     # Other texts also keep the tokens that they hide.
-    return shown.replace(index=jax.tree.map(choose, shown.index, self.index))
+    return shown.replace(index=jax.tree.map(
+        functools.partial(choose_rows, rows), shown.index, self.index))
 
   def insert(self, row: Array, other: 'RingKVCache') -> 'RingKVCache':
     """Returns the cache with the one text of `other`, a cache of the same plan, in the place `row`.

@@ -73,14 +73,18 @@ class Completion:
   latents_at: list[int] = dataclasses.field(default_factory=list)
 
 
+def ends_of(tokenizer: Tokenizer) -> tuple[int, ...]:
+  """Returns the ids that end a text of the tokenizer's decoder."""
+  return tuple(dict.fromkeys((tokenizer.eos, *tokenizer.conventions.ends)))
+
+
 def with_ends(options: DecodingOptions, tokenizer: Tokenizer,
               stop: Sequence[str]) -> DecodingOptions:
   """Returns options that end a text where its decoder does, or at one of the strings `stop`.
 
   Only ids of the tokenizer are drawn, since no other has a text.
   """
-  eos = tuple(dict.fromkeys((tokenizer.eos, *tokenizer.conventions.ends)))
-  return dataclasses.replace(options, eos=eos, num_ids=tokenizer.size,
+  return dataclasses.replace(options, eos=ends_of(tokenizer), num_ids=tokenizer.size,
                              stop=stop_at(tokenizer, stop))
 
 
@@ -222,6 +226,8 @@ class Session:
     """Attaches the latents that texts wait for, or continues without."""
     try:
       augmentation = self.augmentation.result()
+      if augmentation is None:
+        raise RuntimeError('it made no latents')
       # Texts that ended while they waited get no latents.
       rows = self.waiting & self.active & np.asarray(augmentation.finite)
       if rows.any():

@@ -16,7 +16,6 @@ from absl import logging
 from latent_deliberation.experts.attach import Choice
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.passes import State
-from latent_deliberation.inference.session import DecodingOptions
 from latent_deliberation.serving.decode_batch import STEPS, DecodeBatch, Step
 from latent_deliberation.serving.expert_guard import Deliberation, ExpertGuard, Report
 from latent_deliberation.serving.service_metrics import ServiceMetrics
@@ -109,20 +108,21 @@ class Job:
 class Batcher:
   """The thread, its queue and its batch."""
 
-  def __init__(self, guard: ExpertGuard, rows: int, ends: DecodingOptions, *, most_queued: int,
-               seconds: float, metrics: ServiceMetrics):
+  def __init__(self, guard: ExpertGuard, rows: int, eos: tuple[int, ...], num_ids: int | None, *,
+               most_queued: int, seconds: float, metrics: ServiceMetrics):
     """Starts the thread.
 
     Args:
       guard: makes latents, on the engine of its experts.
       rows: rows of the batch.
-      ends: `eos` and `num_ids` of the decoder; see `session.with_ends`.
+      eos, num_ids: see `decode.decode`.
       most_queued: number of texts that may wait.
       seconds: time that a text may take, wait included.
       metrics: counts what happens.
     """
     self.guard, self.rows, self.metrics = guard, rows, metrics
-    self._ends, self._most_queued, self._seconds = ends, most_queued, seconds
+    self._eos, self._num_ids = eos, num_ids
+    self._most_queued, self._seconds = most_queued, seconds
     self._queue: collections.deque[Job] = collections.deque()
     self._deliberating: list[Job] = []
     self._ready: collections.deque[Job] = collections.deque()
@@ -325,7 +325,7 @@ class Batcher:
       job.tell(Update(tuple(tokens)))
 
   def _ended_by(self, job: Job, token: int) -> str:
-    if token in self._ends.eos:
+    if token in self._eos:
       return 'eos'
     if job.request.stop is not None and job.request.stop(job.tokens):
       return 'stop'
@@ -347,7 +347,7 @@ class Batcher:
     job.tell(Update(tokens, ended_by=ended_by))
 
   def _new_batch(self) -> DecodeBatch:
-    return DecodeBatch(self.guard.experts.engine, self.rows, self._ends.eos, self._ends.num_ids)
+    return DecodeBatch(self.guard.experts.engine, self.rows, self._eos, self._num_ids)
 
   def _abandon(self) -> bool:
     """Ends all texts that were read, and begins again, since the cache of the batch may be gone.

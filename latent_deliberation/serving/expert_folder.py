@@ -20,14 +20,15 @@ class ExpertFolder:
   def __init__(self, experts: Experts, directory: Path):
     """Follows a folder, which need not exist yet."""
     self._experts, self._directory = experts, directory
+    self._taken = experts.names  # attached by somebody else, who detaches them
     self._known: dict[str, str] = {}  # fingerprint by name of what was attached, or refused
     self._stopped = threading.Event()
 
   def look(self) -> None:
     """Attaches and detaches what has changed since the last look.
 
-    Of several packages with one name, the first by address stays. A package of another decoder is
-    left out, with one warning.
+    Of several packages with one name, the first by address stays. A package of another decoder, or
+    with a name that is taken, is left out, with one warning.
     """
     found: dict[str, tuple[str, Path]] = {}
     for card, path in list_added(self._directory):
@@ -35,13 +36,15 @@ class ExpertFolder:
     for name, fingerprint in list(self._known.items()):
       if found.get(name, ('',))[0] != fingerprint:
         del self._known[name]
-        if name in self._experts.names:
+        if name in self._experts.names and name not in self._taken:
           self._experts.detach(name)
           logging.info('The expert %s was removed.', name)
     for name, (fingerprint, path) in found.items():
       if name not in self._known:
         self._known[name] = fingerprint
-        if self._experts.attach(name, path):
+        if name in self._taken:
+          logging.warning('%s is left out: another expert has the name %r', path, name)
+        elif self._experts.attach(name, path):
           logging.info('The expert %s@%s is attached.', name, fingerprint)
 
   def follow(self, seconds: float) -> None:

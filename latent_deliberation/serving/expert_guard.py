@@ -99,9 +99,7 @@ class Deliberation:
     if name:
       self._fail_busy(name)
     elif self._mix:
-      # Latents are wrapped, since a router may choose none.
-      self._thread = BackgroundAugmentation(
-          lambda plain: (self._work(plain),), state, guard.timeout)
+      self._thread = BackgroundAugmentation(self._work, state, guard.timeout)
 
   @property
   def is_ready(self) -> bool:
@@ -115,7 +113,7 @@ class Deliberation:
       return None
     self._thread = None
     try:
-      latents, = thread.result()
+      latents = thread.result()  # None where a router chose none
     except RuntimeError as error:
       self._explain(thread, error.__cause__)
       return None

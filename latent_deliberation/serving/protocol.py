@@ -22,7 +22,7 @@ from latent_deliberation.serving.batcher import TextRequest, Token
 from latent_deliberation.serving.decode_batch import MOST_TOP
 from latent_deliberation.serving.expert_guard import Report
 
-MOST_STOPS, MOST_STOP_LETTERS = 8, 200
+MOST_STOPS, MOST_STOP_CHARACTERS = 8, 200
 MOST_EXPERTS = 8  # in one mix
 # Keys that other servers know, and the values of them that change nothing here.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -193,7 +193,7 @@ class Reader:
       return list(prompt), self.tokenizer.decode(prompt)
     if not isinstance(prompt, str):
       raise RequestError(400, f'prompt = {prompt!r:.80}: give a text, or a list of ids', 'prompt')
-    # No token is longer than 256 letters or so; a text that cannot fit is not tokenised at all.
+    # No token is longer than 256 characters or so; a text that cannot fit is not tokenised at all.
     self._check_room(len(prompt) // 256)
     try:
       prompt.encode()
@@ -224,9 +224,9 @@ class Reader:
   def _stop(self, stop: Any) -> tuple[str, ...]:
     stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stop, list) or len(stop) > MOST_STOPS or not all(
-        isinstance(each, str) and 0 < len(each) <= MOST_STOP_LETTERS for each in stop):
+        isinstance(each, str) and 0 < len(each) <= MOST_STOP_CHARACTERS for each in stop):
       raise RequestError(400, f'stop = {stop!r:.80}: give up to {MOST_STOPS} texts of 1 to '
-                         f'{MOST_STOP_LETTERS} letters', 'stop')
+                         f'{MOST_STOP_CHARACTERS} characters', 'stop')
     return tuple(stop)
 
 
@@ -308,7 +308,7 @@ class Scored:
 
     Args:
       most: number of likely tokens to report.
-      offset: letters of the text before these tokens.
+      offset: characters of the text before these tokens.
       scored_with: whether there are log-probabilities by a second model.
     """
     offsets = []

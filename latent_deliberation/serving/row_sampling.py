@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, typed
-from latent_deliberation.inference.decode import COLDEST, HOTTEST
+from latent_deliberation.inference.decode import COLDEST, HOTTEST, drop_unlikely, falling
 
 
 @struct.dataclass
@@ -58,13 +58,6 @@ def sample_rows(keys: Array, logits: Float[Array, 'B V'], rows: RowOptions,
 
 def _filtered_rows(logits: Array, rows: RowOptions) -> Array:
   """Returns tempered logits [B, V], with -inf for tokens that the text's filters drop."""
-  falling = -jnp.sort(-logits, axis=-1)
-  last = jnp.where(rows.top_k > 0, jnp.clip(rows.top_k, 1, logits.shape[-1]), logits.shape[-1]) - 1
-  falling = jnp.where(jnp.arange(logits.shape[-1]) <= last[:, None], falling, -jnp.inf)
-  probabilities = jax.nn.softmax(falling, axis=-1)
-  before = jnp.cumsum(probabilities, axis=-1) - probabilities
-  stays = ((before < rows.top_p[:, None]) | (rows.top_p >= 1)[:, None]) & (falling > -jnp.inf)
-  least = jnp.min(jnp.where(stays.at[:, 0].set(True), falling, jnp.inf), axis=-1)
-  # The logarithm of 0 drops nothing.
-  least = jnp.maximum(least, falling[:, 0] + jnp.log(rows.min_p))
-  return jnp.where(logits < least[:, None], -jnp.inf, logits)
+  kept = jnp.where(rows.top_k > 0, rows.top_k, logits.shape[-1])
+  candidates = jnp.where(jnp.arange(logits.shape[-1]) < kept[:, None], falling(logits), -jnp.inf)
+  return drop_unlikely(logits, candidates, rows.top_p[:, None], rows.min_p[:, None])

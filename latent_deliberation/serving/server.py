@@ -10,12 +10,12 @@ from typing import Any
 import uvicorn
 from absl import logging
 
-from latent_deliberation.api import load_decoder
+from latent_deliberation.api import load_coprocessor, load_decoder
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import added_directory
 from latent_deliberation.experts.attach import Experts
 from latent_deliberation.inference.engine import GREEDY, LoadedDecoder
-from latent_deliberation.inference.session import DecodingOptions, with_ends
+from latent_deliberation.inference.session import ends_of
 from latent_deliberation.progress import announced
 from latent_deliberation.serving.batcher import Batcher, TextRequest
 from latent_deliberation.serving.expert_folder import ExpertFolder
@@ -24,6 +24,8 @@ from latent_deliberation.serving.http_api import Service, build_app
 from latent_deliberation.serving.protocol import Limits
 from latent_deliberation.serving.server_options import LOOPBACK, ServerOptions
 from latent_deliberation.serving.service_metrics import ServiceMetrics
+
+OWN = 'own'  # name of the expert that --coprocessor is
 
 
 class RunningServer:
@@ -46,7 +48,7 @@ class RunningServer:
     self.port = self._socket.getsockname()[1]
     metrics = ServiceMetrics()
     batcher = Batcher(ExpertGuard(experts, options.latent_seconds), options.rows,
-                      with_ends(DecodingOptions(1), loaded.tokenizer, ()),
+                      ends_of(loaded.tokenizer), loaded.tokenizer.size,
                       most_queued=options.most_queued, seconds=options.request_seconds,
                       metrics=metrics)
     hosts = ('127.0.0.1', 'localhost', '[::1]', '::1') if options.host in LOOPBACK else ('*',)
@@ -127,12 +129,14 @@ def run_server(options: ServerOptions, warm_up: bool = True) -> None:
   """Loads everything and serves until the process is told to end.
 
   Raises:
-    UserError: the decoder, the key or the port cannot be used.
+    UserError: the decoder, the coprocessor, the key or the port cannot be used.
   """
   key = options.read_key()
   _listen(options.host, options.port).close()  # a port that is taken is told before the long part
+  own = {OWN: load_coprocessor(options.coprocessor)} if options.coprocessor else {}
   loaded = load_decoder(options.decoder, vocabulary=options.vocabulary)
-  experts = Experts(loaded, {}, length=options.length, router=options.router)
+  experts = Experts(loaded, own, length=options.length, router=options.router, strict=True)
+  experts.strict = False  # unlike the coprocessor, experts of the folder may be left out
   folder = None
   if options.experts != 'none':
     folder = ExpertFolder(experts, added_directory(options.experts))

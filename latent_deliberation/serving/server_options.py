@@ -9,7 +9,7 @@ from latent_deliberation.errors import UserError, check_integer, check_number
 from latent_deliberation.files import read_text
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
-_FEWEST_KEY_LETTERS = 16
+_FEWEST_CHARACTERS = 16  # of a key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,7 @@ class ServerOptions:
   Attributes:
     decoder: directory, GGUF file or name of the decoder.
     name: name of the decoder in requests; '' for the last part of `decoder`.
+    coprocessor: directory of a coprocessor of one's own, which is the expert 'own'; '' for none.
     experts: folder of experts to follow; '' for that of added experts, 'none' for none.
     router: what NAME+auto means; see `experts.routing`.
     vocabulary: see `api.load_decoder`.
@@ -36,6 +37,7 @@ class ServerOptions:
   """
   decoder: str
   name: str = ''
+  coprocessor: str = ''
   experts: str = ''
   router: str = 'gain'
   vocabulary: str = ''
@@ -75,10 +77,10 @@ class ServerOptions:
     if not self.key_file:
       return ''
     key = read_text(Path(self.key_file), 'the key of the server').strip()
-    if len(key) < _FEWEST_KEY_LETTERS or not key.isascii() or not key.isprintable() or ' ' in key:
-      raise UserError(f'{self.key_file} has a key of {len(key)} letters: write one line of '
-                      f'{_FEWEST_KEY_LETTERS} or more ASCII letters without spaces, such as that '
-                      'of: openssl rand -hex 32')
+    if len(key) < _FEWEST_CHARACTERS or not key.isascii() or not key.isprintable() or ' ' in key:
+      raise UserError(f'{self.key_file} has a key of {len(key)} characters: write one line '
+                      f'of {_FEWEST_CHARACTERS} or more ASCII characters without spaces, such '
+                      'as that of: openssl rand -hex 32')
     return key
 
 

@@ -1,11 +1,13 @@
 """The speed of many experts: each way is timed, in turns, and written as JSON and pictures."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from latent_deliberation.benchmarks import expert_speed
+from latent_deliberation.benchmarks import expert_speed, lora_cost
 from latent_deliberation.benchmarks.baseline import alternate
+from latent_deliberation.errors import UserError
 from tests.serving import small_server
 
 
@@ -27,6 +29,29 @@ def test_benchmark(tmp_path, monkeypatch):
   page = output.with_suffix('.md').read_text()
   assert page.count('| ours |') == 6 and 'PEFT' not in page
   assert output.with_suffix('.png').exists()
+
+
+@pytest.mark.parametrize('works', [False, True])
+def test_interpreter_is_tried_before_anything_is_timed(tmp_path, monkeypatch, works):
+  """One that is not there, and one without peft."""
+  python = tmp_path / 'python'
+  if works:
+    python.write_text('#!/bin/sh\necho "No module named peft" >&2; exit 1\n')
+    python.chmod(0o755)
+  for module, name in ((expert_speed, 'load_decoder'), (lora_cost, 'load_package')):
+    monkeypatch.setattr(module, name, lambda *unused, **more: pytest.fail('too late'))
+  message = 'No module named peft' if works else 'cannot be run'
+  with pytest.raises(UserError, match=f'--python={python} .*{message}'):
+    expert_speed.benchmark('tiny', tmp_path / 'a.json', python=str(python))
+  with pytest.raises(UserError, match=f'--python={python} .*{message}'):
+    lora_cost.benchmark('tiny', Path('x'), Path('y'), tmp_path / 'a.json', python=str(python))
+
+
+def test_numbers_of_experts():
+  assert expert_speed.parse_counts(['1', ' 10']) == (1, 10)
+  for written in ([], ['one'], ['0'], ['1', '-3'], ['2.5']):
+    with pytest.raises(UserError, match=f'--experts={",".join(written)}: give integers'):
+      expert_speed.parse_counts(written)
 
 
 def test_work_takes_turns():

@@ -14,7 +14,7 @@ import pytest
 
 import latent_deliberation as ld
 from latent_deliberation.build import with_decoder
-from latent_deliberation.cli import expert_scores
+from latent_deliberation.cli import expert_commands, expert_scores
 from latent_deliberation.cli import make_expert as module
 from latent_deliberation.cli.attached import parse_expert
 from latent_deliberation.cli.expert_commands import Options, run
@@ -22,8 +22,9 @@ from latent_deliberation.cli.make_expert import ExpertRequest, make_expert
 from latent_deliberation.data.data_config import BYTE_VOCABULARY_HASH
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import GENERAL
-from latent_deliberation.experts.package import load_package, read_sample
-from latent_deliberation.experts.verifying import verify
+from latent_deliberation.experts.measuring import measure_again
+from latent_deliberation.experts.package import load_package, read_sample, write_package
+from latent_deliberation.experts.verifying import _prompts, verify
 from latent_deliberation.model import weights
 from latent_deliberation.training import train
 from latent_deliberation.training.train import describe_training
@@ -90,6 +91,35 @@ def test_everything_is_verified(made, place, quickstart):
   other = dataclasses.replace(decoder, fingerprint='d1')
   *_, last = verify(place / 'package', other)
   assert last.passed is False and 'this decoder has d1' in last.found
+
+
+def test_any_name_is_verified(made, place, quickstart, tmp_path):
+  """Also the one that verifying itself gives to an expert with a gate of zero."""
+  decoder = ld.load_decoder(quickstart / 'pretraining/decoder')
+  expert, sample = load_package(place / 'package'), read_sample(place / 'package')
+  card = dataclasses.replace(made[0], name='closed', scores={}, files={})
+  write_package(tmp_path / 'closed', card, expert.coprocessor)
+  assert all(check.passed for check in verify(tmp_path / 'closed', decoder))
+  assert _prompts(expert, {GENERAL: sample[GENERAL], 'acts': sample['acts']}) == (
+      sample['acts']['tokens'][:4, :48].tolist())
+
+
+def test_scores_of_a_changed_card(made, place, quickstart):
+  """The coprocessor says how latents are made, and no card takes all memory."""
+  expert, sample = load_package(place / 'package'), read_sample(place / 'package')
+  decoder_dir = quickstart / 'pretraining/decoder'
+
+  def measured(section, **changes):
+    settings = made[0].recipe['settings']
+    settings = {**settings, section: {**settings[section], **changes}}
+    card = dataclasses.replace(made[0], recipe={**made[0].recipe, 'settings': settings})
+    return measure_again(dataclasses.replace(expert, card=card), {'acts': sample['acts']},
+                         decoder_dir)
+
+  assert measured('deliberation', lora_rank=5, gate='channel')['acts']['holds']
+  for key in ('bootstrap_samples', 'num_traces', 'num_ahead'):
+    with pytest.raises(UserError, match=f'{key}'):
+      measured('evaluation', **{key: 10**9})
 
 
 def test_finished_work_is_not_done_again(made, place, monkeypatch):
@@ -317,6 +347,17 @@ def test_what_the_flag_asks_for(written, choice, router):
 def test_bad_flags(written):
   with pytest.raises(UserError, match=f'--expert={written}'):
     parse_expert(written)
+
+
+def test_prompt_in_the_home_directory(tmp_path, monkeypatch):
+  """route reads the file that --text names, also where '~' stands for the home directory."""
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'prompt.txt').write_text('A comet is')
+  read = []
+  monkeypatch.setattr(expert_commands, 'check_unicode', lambda text, name: read.append(text))
+  with pytest.raises(UserError, match='--decoder is missing'):
+    run('route', [], Options(text='~/prompt.txt'))
+  assert read == ['A comet is']
 
 
 @pytest.mark.parametrize('command, words, options, message', [

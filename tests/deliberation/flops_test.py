@@ -16,6 +16,7 @@ from latent_deliberation.deliberation.flops import (
   latents_flops,
   text_flops,
   traces_flops,
+  training_flops,
 )
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import PRESETS
@@ -114,3 +115,16 @@ def test_tuned_decoder():
   frozen, tuned = (traces_flops(MODEL, config, 512, tuned=each) for each in (False, True))
   assert frozen < tuned < 3 * frozen
   assert text_flops(MODEL, 512) > 3 * forward_flops(MODEL, 512)
+
+
+def test_jobs():
+  """Every job counts what it trains, and a misspelt one counts as none."""
+  config = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=4, trainable='lora')
+  for job, expected in (
+      ('pretrain', text_flops(MODEL, 512)), ('finetuned', text_flops(MODEL, 512)),
+      ('lora', text_flops(MODEL, 512, config.lora_rank)),
+      ('joint', traces_flops(MODEL, config, 512, tuned=True)),
+      *((job, traces_flops(MODEL, config, 512)) for job in ('train', 'latents'))):
+    assert training_flops(job, MODEL, config, 512) == expected
+  with pytest.raises(KeyError, match='pretrian'):
+    training_flops('pretrian', MODEL, config, 512)

@@ -49,7 +49,7 @@ def generator(paths):
 def test_loglikelihood(lm, generator):
   """Log-likelihoods, in the order of the requests, with latents at the end of the context."""
   answers = lm.loglikelihood(instances('loglikelihood', *PAIRS))
-  expected = ld.score(generator, *zip(*PAIRS, strict=True), augment=True)
+  expected = generator.score(*zip(*PAIRS, strict=True), augment=True)
   np.testing.assert_allclose([nats for nats, _ in answers], [each.nats for each in expected],
                              atol=1e-3)
   assert all(isinstance(greedy, bool) for _, greedy in answers)
@@ -63,9 +63,9 @@ def test_rolling(lm, generator):
   lm.arm, lm.answers.arms = 'frozen', ('frozen',)
   whole, short = lm.loglikelihood_rolling(instances('loglikelihood_rolling', (text,), ('the',)))
   windows = [('', text[:255]), (text[254], text[255:])]
-  expected = ld.score(generator, *zip(*windows, strict=True), augment=False)
+  expected = generator.score(*zip(*windows, strict=True), augment=False)
   assert whole == pytest.approx(sum(each.nats for each in expected), abs=1e-2)
-  one, = ld.score(generator, [''], ['the'], augment=False)
+  one, = generator.score([''], ['the'], augment=False)
   assert short == pytest.approx(one.nats, abs=1e-3)
 
 

@@ -121,7 +121,7 @@ def test_equals_api(finished, quickstart, data):
   prompts = [f'Question: {doc["goal"]}\nAnswer:' for doc in docs]
   answers = [f' {doc["sol2" if doc["label"] else "sol1"]}' for doc in docs]
   for arm, augment in (('frozen', False), ('own', True)):
-    nats = [-score.nats for score in ld.score(generator, prompts, answers, augment=augment)]
+    nats = [-score.nats for score in generator.score(prompts, answers, augment=augment)]
     np.testing.assert_allclose(arms[arm]['nats'], nats, atol=1e-3)
   sample = json.loads((finished[0] / 'samples/own/samples_gsm8k.jsonl').read_text().split('\n')[0])
   text, = generator.generate([sample['arguments'][0][0]], max_tokens=8,

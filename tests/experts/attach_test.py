@@ -260,6 +260,17 @@ def test_failing_router_chooses_none(warnings):
   assert source.mixes == [{}] * 3 and len(warnings) == 1 and 'the router failed' in warnings[0]
 
 
+def test_router_of_a_detached_expert_chooses_none(warnings):
+  """A router of one's own may not know that an expert has gone."""
+  experts = Experts(small.decoder(), {'law': small.lora(2)}, length=small.LENGTH,
+                    router=Fixed(['stars', 'law'], [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
+  source = experts.source(['auto'] * 3)
+  assert_same(generate(experts.engine, PROMPTS, OPTIONS, source=source),
+              generate(experts.engine, PROMPTS, decoding(NEVER)))
+  assert source.mixes == [{}] * 3
+  assert len(warnings) == 1 and "['stars'], which are not attached" in warnings[0]
+
+
 def test_short_auto_text_is_plain():
   """'auto' leaves a text alone that is too short for latents; a named expert is refused there."""
   experts = Experts(small.decoder(), {'stars': small.lora(1)}, length=small.LENGTH,

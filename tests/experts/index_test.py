@@ -1,6 +1,7 @@
 """An index anywhere lists experts; add brings them here, whole or not at all."""
 
 import contextlib
+import dataclasses
 import functools
 import http.server
 import io
@@ -80,6 +81,16 @@ def test_search(market):
   assert [entry.name for entry in search(entries, ['stars'])] == ['stars']
   assert [entry.keywords[0] for entry in search(entries, ['COURT'])] == ['court', 'judge']
   assert len(search(entries, ['tiny'])) == 3 and search(entries, ['banana']) == []
+
+
+def test_search_for_a_decoder(market):
+  """A decoder is found by its whole name, digits included, and by the words of it."""
+  first, second, third = read_index(str(market / 'index'))
+  named = dataclasses.replace(second, base={'name': 'gemma3-270m', 'fingerprint': 'd1'})
+  other = dataclasses.replace(third, base={'name': 'gemma2-2b', 'fingerprint': 'd2'})
+  entries = [first, other, named]
+  assert search(entries, ['gemma3-270m']) == [named, other]
+  assert search(entries, ['Gemma']) == [other, named]
 
 
 def test_newest_of_a_name_is_found(market):
@@ -226,6 +237,14 @@ def test_expert_without_a_gain_is_published_by_force_alone(tmp_path):
     publish(tmp_path / 'x', tmp_path / 'index', force=True)
   with pytest.raises(UserError, match='is a URL'):
     publish(tmp_path / 'x', Path('hf://a/b'), force=True)
+
+
+def test_home_directory_is_expanded(market, tmp_path, monkeypatch):
+  """publish takes '~' for the home directory, as list does."""
+  monkeypatch.setenv('HOME', str(tmp_path))
+  publish(market / 'package0', Path('~/index'))
+  assert [entry.name for entry in read_index('~/index')] == ['stars']
+  assert (tmp_path / 'index').exists() and not Path('~').exists()
 
 
 def test_publishing_goes_on_after_a_stop(market, tmp_path):

@@ -176,6 +176,14 @@ def test_comparison(experts, tmp_path):
   assert (tmp_path / 'x.png').stat().st_size > 1000
 
 
+def test_experts_that_do_not_add_up():
+  """Only refining experts may be averaged or summed, in a trial as elsewhere."""
+  anchored = small.experts(**{name: small.lora(seed, latents='anchored')
+                              for seed, name in ((1, 'stars'), (2, 'law'))})
+  with pytest.raises(UserError, match='only refining latents'):
+    judge_routers(anchored, CUTS, (), batch_size=4)
+
+
 def test_unknown_router(experts):
   with pytest.raises(UserError, match="router = 'best'"):
     judge_routers(experts, CUTS, ('best',))

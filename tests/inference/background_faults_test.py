@@ -9,7 +9,7 @@ import pytest
 from absl import logging
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.inference import background, session
+from latent_deliberation.inference import session
 from latent_deliberation.inference.background import AugmentationStats
 from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
@@ -72,11 +72,11 @@ def test_failed_coprocessor_changes_no_bit(engine, monkeypatch, warnings, fault,
     assert engine.stats == AugmentationStats(begun=4, failed=4)
 
 
-def test_silent_thread_is_a_failure(engine, monkeypatch, warnings):
+def test_no_latents_are_a_failure(engine, monkeypatch, warnings):
   plain = generate(engine, PROMPTS, decoding(NEVER))
-  monkeypatch.setattr(background.BackgroundAugmentation, '_run', lambda *unused: None)
+  monkeypatch.setattr(engine, 'augment', lambda state: None)
   assert_same(generate(engine, PROMPTS, decoding(delay=0)), plain)
-  assert 'its thread ended without a result' in warnings[0]
+  assert 'it made no latents' in warnings[0]
 
 
 @pytest.mark.parametrize('place, delay', [

@@ -26,7 +26,7 @@ EOS = (7,)
 
 @contextlib.contextmanager
 def serving(experts, rows=2, timeout=200, most_queued=100, seconds=100):
-  batcher = Batcher(ExpertGuard(experts, timeout), rows, DecodingOptions(1, eos=EOS, num_ids=30),
+  batcher = Batcher(ExpertGuard(experts, timeout), rows, EOS, 30,
                     most_queued=most_queued, seconds=seconds, metrics=ServiceMetrics())
   try:
     yield batcher

@@ -143,6 +143,14 @@ def test_rows_draw_as_one_sampling(sampling):
     np.testing.assert_array_equal(np.isinf(kept), np.isinf(filtered(logits, sampling)))
 
 
+def test_equally_likely_tokens():
+  """Tokens as likely as the last of top_k weigh the same in both ways of sampling."""
+  logits = jax.numpy.array([[2.0, 1.0, 1.0, 1.0]])
+  rows = RowOptions(*(np.array([value], np.float32) for value in (1.0, 2, 0.6, 0.0)), [0])
+  kept = _filtered_rows(logits, rows)
+  np.testing.assert_array_equal(kept, filtered(logits, Sampling(1.0, top_k=2, top_p=0.6)))
+
+
 def test_ids_without_a_text():
   """Only allowed ids are drawn, whatever the other rows ask for."""
   logits = jax.random.normal(jax.random.key(1), (4, 50))

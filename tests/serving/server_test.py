@@ -1,7 +1,10 @@
 """Options, the folder of experts, and the process itself: what is refused, and a clean end."""
 
+import dataclasses
+
 import pytest
 
+from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Experts
 from latent_deliberation.experts.package import write_package
@@ -26,7 +29,8 @@ def test_bad_options(values, message):
 def test_key_file(tmp_path):
   path = tmp_path / 'key'
   options = ServerOptions('decoder', key_file=str(path), host='0.0.0.0')
-  for content, message in ((None, 'no file'), ('short', '5 letters'), ('two words' * 3, 'letters')):
+  for content, message in (
+      (None, 'no file'), ('short', '5 characters'), ('two words' * 3, '27 characters')):
     if content is not None:
       path.write_text(content)
     with pytest.raises(UserError, match=message):
@@ -89,6 +93,46 @@ def test_expert_arrives_while_the_server_runs(tmp_path):
     found = complete(server, model='tiny+stars')['choices'][0]
     assert found['latents']['experts'] == {'stars': 1.0}
     assert complete(server)['choices'][0]['text'] == before
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+  """A trained coprocessor and its directory; a decoder of any name is the tiny one."""
+  trained = small_server.expert('stars', 1).coprocessor
+  monkeypatch.setattr(server_module, 'load_decoder', lambda *unused, **more: small_server.decoder())
+  coprocessor_checkpoint.save(tmp_path / 'coprocessor', trained)
+  return trained, tmp_path / 'coprocessor'
+
+
+def test_coprocessor_of_ones_own(own, tmp_path, monkeypatch):
+  """It is the expert 'own', whatever comes into the folder or leaves it."""
+  write(tmp_path / 'folder', 'own', 2)
+  write(tmp_path / 'folder', 'stars', 3)
+  served = []
+  monkeypatch.setattr(server_module.RunningServer, 'serve', lambda self: served.append(self))
+  run_server(ServerOptions('tiny', port=0, coprocessor=str(own[1]), length=96,
+                           experts=str(tmp_path / 'folder')), warm_up=False)
+  server, = served
+  experts, folder = server.service.experts, server._folder
+  assert experts.names == ('own', 'stars') and experts.card('own') is None
+  assert not experts.strict
+  (tmp_path / 'folder/own@2').rename(tmp_path / 'gone')
+  folder.look()
+  assert experts.names == ('own', 'stars')
+  folder.stop()
+  server.service.batcher.close(0)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'decoder_fingerprint': 'd1'}, 'd1'), ({'vocabulary_hash': 'v1'}, 'vocabulary v1')])
+def test_foreign_coprocessor_ends_the_server(own, tmp_path, change, message):
+  """It was asked for, so there is no plain server in its place."""
+  trained = dataclasses.replace(own[0], **change)
+  coprocessor_checkpoint.save(tmp_path / 'foreign', trained)
+  with pytest.raises(UserError, match=f"'own'.*{message}"):
+    run_server(ServerOptions('tiny', port=0, coprocessor=str(tmp_path / 'foreign'), experts='none'))
+  with pytest.raises(UserError, match='no trained coprocessor'):
+    run_server(ServerOptions('tiny', port=0, coprocessor=str(tmp_path / 'no'), experts='none'))
 
 
 def test_run_server(tmp_path, monkeypatch, capsys):
