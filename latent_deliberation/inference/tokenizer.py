@@ -23,6 +23,7 @@ from latent_deliberation.data.data_config import (
   EOS_ID,
   decode_bytes,
   encode_bytes,
+  open_sentencepiece,
 )
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import as_path, at_hand
@@ -40,7 +41,9 @@ IDS_BEFORE = 16  # ids before a text that decide how it begins; one of them is m
 
 
 class Tokenizer(Protocol):
-  """Attributes:
+  """Turns text into ids and back.
+
+  Attributes:
     size: number of ids.
     bos, eos: ids that begin and end a text.
     hash: hash of everything that decides how text becomes ids, as in a decoder's description.
@@ -100,12 +103,7 @@ class SentencePieceTokenizer:
     if not path.is_file():
       raise UserError(f'no vocabulary at {path}: give the path of a SentencePiece model or a '
                       f'tokenizer.json, or {BYTES!r} for the byte vocabulary')
-    model = path.read_bytes()
-    try:
-      self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as error:  # SentencePiece raises what its C++ raises
-      raise UserError(f'{path} ({len(model)} bytes) is not a SentencePiece model: {error}. Give '
-                      'another path, or delete a damaged file') from error
+    self._model, model = open_sentencepiece(path)
     self.size = self._model.vocab_size()
     self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
     self.hash = hashlib.sha256(model).hexdigest()

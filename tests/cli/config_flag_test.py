@@ -70,7 +70,8 @@ def test_home_directory(tmp_path, monkeypatch):
   assert bind(PARSER.parse('~/own.py')).training.batch_size == 8
 
 
-@pytest.mark.parametrize('argument', ['', ':gemma3_1b', ':~/gemma', ':/tmp', ':hf://google/gemma-2b'])
+@pytest.mark.parametrize('argument', [
+    '', ':gemma3_1b', ':~/gemma', ':/tmp', ':hf://google/gemma-2b'])
 def test_argument_after_a_colon(tmp_path, argument):
   """What get_config takes may be a path or a URL, and reaches it as it is."""
   path = tmp_path / 'own.py'
