@@ -21,6 +21,7 @@ from latent_deliberation.data.data_config import (
   BYTE_VOCABULARY_HASH,
   BYTE_VOCABULARY_SIZE,
   EOS_ID,
+  DataConfig,
   decode_bytes,
   encode_bytes,
   open_sentencepiece,
@@ -34,7 +35,7 @@ from latent_deliberation.inference.conventions import (
   read_conventions,
 )
 from latent_deliberation.model.weights import Checkpoint
-from latent_deliberation.paths import TOKENIZER_JSON, VOCABULARY_FILE
+from latent_deliberation.paths import TOKENIZER_JSON, VOCABULARY_FILE, kept_vocabulary
 
 BYTES = 'byte'  # name of the byte vocabulary, in the place of a path
 IDS_BEFORE = 16  # ids before a text that decide how it begins; one of them is more than a space
@@ -212,6 +213,15 @@ def open_tokenizer(vocabulary: str | Path,
   path = at_hand(as_path(os.path.expanduser(vocabulary)), 'tokenizer*.json')
   kind = JsonTokenizer if path.suffix == '.json' else SentencePieceTokenizer
   return kind(path, conventions)
+
+
+def tokenizer_of_data(data: DataConfig, prepared_dir: Path) -> Tokenizer:
+  """Opens the tokenizer of prepared data: the copy that they keep, or else the configured one."""
+  if data.vocabulary == 'byte':
+    return open_tokenizer(BYTES)
+  kept = kept_vocabulary(prepared_dir)
+  return open_tokenizer(kept if kept.is_file() or not data.vocabulary_path
+                        else data.vocabulary_path)
 
 
 def tokenizer_of(checkpoint: Checkpoint, vocabulary: str = '') -> Tokenizer:
