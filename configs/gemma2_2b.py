@@ -1,7 +1,7 @@
 """Gemma 2 2B with the paper's setting (section 3), for a v5e slice of 256 chips.
 
 The setting is 1024 texts of 2048 tokens, 128 traces, N_A = 16, and the paper's latents: appended
-outputs at free soft tokens. The paper does not give positions, optimiser, learning rate or
+outputs at free soft tokens. The paper does not give positions, optimizer, learning rate or
 precision; those below are ours. Training text is yours: set --config.data.name and .data_dir.
 
 Add these flags to --config=configs/gemma2_2b.py for your machine. docs/planner.md has an estimate

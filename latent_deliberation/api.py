@@ -63,6 +63,7 @@ from latent_deliberation.inference.tokenizer import (
   tokenizer_of,
 )
 from latent_deliberation.model import weights
+from latent_deliberation.paths import GGUF
 
 __all__ = ['Generator', 'Score', 'TextCompletion', 'UserError', 'load_coprocessor', 'load_decoder',
            'load_expert', 'score']
@@ -88,7 +89,7 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
     raise UserError(f'dtype = {dtype!r}: it must be one of {weights.READABLE}')
   path = as_path(os.path.expanduser(path))
   # A GGUF file is a whole decoder. Any other file stands for its directory.
-  in_directory = path.is_file() and path.suffix != weights.GGUF
+  in_directory = path.is_file() and path.suffix != GGUF
   checkpoint = weights.open_checkpoint(path.parent if in_directory else path)
   return read_decoder(checkpoint, tokenizer_of(checkpoint, str(vocabulary)), dtype)
 

@@ -16,6 +16,7 @@ from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.errors import UnknownSizesError
 from latent_deliberation.experiment import Experiment
+from latent_deliberation.files import as_path
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, boxed_shapes, fingerprint
 from latent_deliberation.model.products import INT8_DTYPES, LARGEST_INPUTS, Quantised, quantise
@@ -31,7 +32,8 @@ def with_decoder(experiment: Experiment, decoder: str = '',
   """Returns the experiment with the architecture and the vocabulary of a decoder that exists.
 
   Args:
-    experiment: the configuration. It keeps a vocabulary_path of its own.
+    experiment: the configuration. It keeps a vocabulary_path of its own, but for one that was saved
+      with another decoder or is not on this machine, where the decoder has a tokenizer.
     decoder: directory, GGUF file or name of the decoder; default is `experiment.decoder_from`. The
       experiment is returned as it is if both are empty.
     given: dotted paths of the keys that the user gave, which are kept. `open_frozen` compares those
@@ -50,9 +52,13 @@ def with_decoder(experiment: Experiment, decoder: str = '',
   kept = {key: getattr(experiment.decoder, key) for section, _, key in
           (path.partition('.') for path in given) if section == 'decoder'}
   data = experiment.data
-  if not (data.source == 'mixture' or data.vocabulary_path or 'data.vocabulary' in given):
+  # A run.json keeps the path that its decoder gave. It is not that of another decoder.
+  is_stale = 'data.vocabulary_path' not in given and experiment.decoder_from and (
+      decoder != experiment.decoder_from or not as_path(data.vocabulary_path).is_file())
+  is_kept = data.vocabulary_path and not is_stale
+  if not (data.source == 'mixture' or is_kept or 'data.vocabulary' in given):
     if checkpoint.vocabulary_hash == BYTE_VOCABULARY_HASH:
-      data = dataclasses.replace(data, vocabulary='byte')
+      data = dataclasses.replace(data, vocabulary='byte', vocabulary_path='')
     elif checkpoint.tokenizer:
       data = dataclasses.replace(data, vocabulary='sentencepiece',
                                  vocabulary_path=str(checkpoint.tokenizer))

@@ -163,7 +163,7 @@ class EvaluationConfig:
   """How a decoder and a coprocessor are scored on held-out text.
 
   Attributes:
-    num_texts: number of packed validation rows that the report scores.
+    num_texts: number of packed validation rows that the report scores; it counts rows, not texts.
       There are fewer texts than rows where `rows_per_text` is above 1.
     batch_size: number of rows that are scored at a time.
     num_traces: M, number of traces of a row.

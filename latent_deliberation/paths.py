@@ -57,6 +57,8 @@ RUN_LOCK, DATA_LOCK = 'run.lock', 'data.lock'
 VOCABULARY_FILE = 'vocabulary.model'
 # Hugging Face's tokenizer, and the file beside it that names the tokens which begin and end a text.
 TOKENIZER_JSON, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
+# In a decoder's directory: its SentencePiece model, and the ending of a file of llama.cpp.
+TOKENIZER, GGUF = 'tokenizer.model', '.gguf'
 ROWS = 'rows'
 ARM_DATA = 'lessons'  # in a study's directory: the arms' own text, where they have some
 

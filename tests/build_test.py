@@ -106,6 +106,30 @@ def test_with_decoder_takes_its_tokenizer(quickstart, tmp_path):
   assert with_decoder(named, str(tmp_path / 'decoder')).data == named.data
 
 
+def test_vocabulary_path_of_another_decoder(quickstart, tmp_path):
+  """A run.json keeps the path of its decoder's tokenizer, which is not that of another decoder."""
+  config, params = weights.load(quickstart / 'pretraining/decoder')
+  (tmp_path / 'model').write_bytes(b'model')
+  for name in ('one', 'two'):
+    weights.save(tmp_path / name, config, params, tokenizer=tmp_path / 'model')
+  one, two = (str(tmp_path / name) for name in ('one', 'two'))
+  saved = with_decoder(finished.experiment(data__vocabulary='sentencepiece'), one)
+  assert with_decoder(saved) == saved
+  assert with_decoder(saved, two).data.vocabulary_path == f'{two}/tokenizer.model'
+  assert with_decoder(saved, two, {'data.vocabulary_path'}).data == saved.data
+  # Without a tokenizer of its own, a decoder leaves the path, and bytes have none.
+  bare, of_bytes = str(tmp_path / 'bare'), str(quickstart / 'pretraining/decoder')
+  weights.save(bare, config, params)
+  assert with_decoder(saved, bare).data == saved.data
+  assert with_decoder(saved, of_bytes).data == dataclasses.replace(
+      saved.data, vocabulary='byte', vocabulary_path='')
+  # On another machine, the path of the same decoder may be another one.
+  elsewhere = dataclasses.replace(
+      saved, data=dataclasses.replace(saved.data, vocabulary_path='/elsewhere/tokenizer.model'))
+  assert with_decoder(elsewhere) == saved
+  assert with_decoder(elsewhere, given={'data.vocabulary_path'}) == elsewhere
+
+
 def test_no_decoder(tmp_path):
   """A directory without a decoder is refused."""
   with pytest.raises(UserError, match=f'{tmp_path}.*decoder.json'):

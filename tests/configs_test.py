@@ -93,7 +93,7 @@ def test_every_key_can_be_set(name):
 
 
 def test_gemma2_2b_matches_the_paper(tmp_path):
-  """Everything but arrays is made: 2.6 billion parameters, their optimiser and their shardings."""
+  """Everything but arrays is made: 2.6 billion parameters, their optimizer and their shardings."""
   experiment = bind(finished.config_of('gemma2_2b'))
   assert experiment.decoder == PRESETS['gemma2_2b']
   assert (experiment.deliberation.num_latents, experiment.deliberation.num_ahead,

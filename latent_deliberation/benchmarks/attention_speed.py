@@ -94,7 +94,7 @@ def _losses(experiment: Experiment, with_dense: bool) -> dict[str, LossFn]:
 
 
 def _loss_and_norm(loss: LossFn):
-  """Returns a train step without the optimiser.
+  """Returns a train step without the optimizer.
 
   It returns the norm of the gradient. Otherwise the compiler could drop a part of the gradient.
   """

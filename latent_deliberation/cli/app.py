@@ -324,10 +324,11 @@ def _check_config(arguments: Sequence[str]) -> None:
     raise UserError(f'{override} without --config: give --config=FILE before it, such as '
                     '--config=configs/quickstart.py')
   for at in places:
-    # The path is after '=', or the next argument. After a colon comes the argument of get_config.
+    # The path is after '=', or the next argument. After a colon comes the argument of get_config,
+    # which may be a path or a URL itself.
     _, equals, path = arguments[at].partition('=')
     path = path if equals else ''.join(arguments[at + 1:at + 2])
-    path = path if ':/' in path else path.partition(':')[0]
+    path = path if re.match('[a-z0-9]+://', path) else path.partition(':')[0]
     if not as_path(os.path.expanduser(path)).is_file():
       near = difflib.get_close_matches(path, map(str, Path('configs').rglob('*.py')), n=1)
       hint = f'did you mean {near[0]}?' if near else 'give a file such as configs/quickstart.py'

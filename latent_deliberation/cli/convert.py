@@ -114,8 +114,8 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   weights.save(target, checkpoint.config, params, checkpoint.vocabulary_hash, format,
                tokenizer)
   _keep_companions(checkpoint, target)
-  if checkpoint.format == format == 'huggingface':
-    _keep_keys(checkpoint.directory, target)
+  if format == 'huggingface':
+    _keep_keys(checkpoint, target)
   written = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
   with_it = f', with {tokenizer}' if tokenizer else ''
   return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{with_it}'
@@ -148,6 +148,11 @@ def convert_coprocessor(directory: Path, target: Path, dtype: str | None) -> str
 # Keys of config.json that transformers reads, and our decoder does not need.
 _KEYS = ('max_position_embeddings', 'initializer_range', 'bos_token_id', 'eos_token_id',
          'pad_token_id')
+# Those that a GGUF file has, with its own names.
+_GGUF_KEYS = {'max_position_embeddings': '{}.context_length',
+              'bos_token_id': 'tokenizer.ggml.bos_token_id',
+              'eos_token_id': 'tokenizer.ggml.eos_token_id',
+              'pad_token_id': 'tokenizer.ggml.padding_token_id'}
 
 
 def _keep_companions(checkpoint: weights.Checkpoint, target: Path) -> None:
@@ -167,11 +172,17 @@ def _keep_companions(checkpoint: weights.Checkpoint, target: Path) -> None:
       write_whole(target / name, content)
 
 
-def _keep_keys(source: Path, target: Path) -> None:
-  """Copies keys of config.json that only transformers reads."""
-  stored = json.loads((source / CONFIG).read_bytes())
-  # A multimodal config has those of its decoder in a part of their own.
-  stored |= stored.get('text_config', {})
+def _keep_keys(checkpoint: weights.Checkpoint, target: Path) -> None:
+  """Copies the keys of config.json that only transformers reads, from a config.json or a GGUF's."""
+  if checkpoint.format == 'huggingface':
+    stored = json.loads((checkpoint.directory / CONFIG).read_bytes())
+    # A multimodal config has those of its decoder in a part of their own.
+    stored |= stored.get('text_config', {})
+  elif checkpoint.format == 'gguf':
+    found = {key: checkpoint.source.get(name) for key, name in _GGUF_KEYS.items()}
+    stored = {key: int(value) for key, value in found.items() if value is not None}
+  else:
+    stored = {}
   content = json.loads((target / CONFIG).read_bytes())
   content |= {key: stored[key] for key in _KEYS if key in stored}
   write_json(target / CONFIG, content)

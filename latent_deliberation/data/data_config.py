@@ -1,13 +1,17 @@
 """DataConfig: the source of a run's text, its vocabulary and the form of its rows.
 
-The byte vocabulary is here too, since programs without TensorFlow use it.
+The byte vocabulary is here too, and `open_sentencepiece`, since programs without TensorFlow use
+them.
 """
 
 import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
+
+from sentencepiece import SentencePieceProcessor
 
 from latent_deliberation.errors import (
   MOST,
@@ -225,3 +229,18 @@ def decode_bytes(ids: Sequence[int]) -> str:
   Special ids are left out. Bytes that are not UTF-8 become U+FFFD.
   """
   return bytes(i - SPECIAL_IDS for i in ids if i >= SPECIAL_IDS).decode(errors='replace')
+
+
+def open_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, bytes]:
+  """Opens a SentencePiece model. Returns it, and the bytes of its file, which determine its hash.
+
+  Raises:
+    UserError: the file is something else, or damaged.
+  """
+  content, model = path.read_bytes(), SentencePieceProcessor()
+  try:
+    model.LoadFromSerializedProto(content)
+  except Exception as error:  # SentencePiece raises what its C++ raises
+    raise UserError(f'{path} ({len(content)} bytes) is not a SentencePiece model: {error}. Give '
+                    'another vocabulary, or delete a damaged file') from error
+  return model, content

@@ -6,17 +6,20 @@ evaluation. The checks compare the vocabulary of the data with the decoder.
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from sentencepiece import SentencePieceProcessor
 
 from latent_deliberation.array_types import Batch
-from latent_deliberation.data.data_config import BYTE_VOCABULARY_SIZE, DataConfig
+from latent_deliberation.data.data_config import (
+  BYTE_VOCABULARY_SIZE,
+  DataConfig,
+  open_sentencepiece,
+)
 from latent_deliberation.data.rows import (
   MANIFEST_FILE,
   Batches,
@@ -33,6 +36,8 @@ from latent_deliberation.paths import DATA_LOCK, ROWS, kept_vocabulary
 from latent_deliberation.sharding import rows_of_process
 
 VALIDATION_ORDER = 0  # seed of the order of validation rows, the same for every experiment
+# Text of which two vocabularies hardly give the same ids: words, digits, spaces and other scripts.
+SAMPLE = 'The brown fox wrote 1234567 lines:\n\n  def jump(over): return over  # Привет, 世界\n'
 
 
 def prepare_data(config: DataConfig, vocab_size: int, prepared_dir: Path) -> None:
@@ -100,7 +105,7 @@ def check_pieces(data: DataConfig, vocab_size: int) -> None:
   if data.vocabulary == 'byte':
     origin, pieces = 'the byte vocabulary', BYTE_VOCABULARY_SIZE
   elif data.vocabulary_path:
-    origin, pieces = str(path), _count_pieces(at_hand(path, 'tokenizer*.json'))
+    origin, pieces = str(path), _open(path)[0]
   else:
     origin, pieces = 'data.vocabulary_size', data.vocabulary_size
   if pieces > vocab_size:
@@ -113,29 +118,53 @@ def check_pieces(data: DataConfig, vocab_size: int) -> None:
                     'trained with this tokenizer', origin, pieces, vocab_size)
 
 
-def _count_pieces(path: Path) -> int:
+def _open(path: Path) -> tuple[int, Callable[[str], list[int]]]:
+  """Returns the number of pieces of a vocabulary file, and the function that encodes a text."""
+  path = at_hand(path, 'tokenizer*.json')
   if path.suffix == '.json':
     module = importlib.import_module('latent_deliberation.data.tokenizer_json')
-    return module.TokenizerJson(path).size
-  try:
-    return SentencePieceProcessor(model_file=str(path)).vocab_size()
-  except RuntimeError as error:
-    raise UserError(
-        f'{path} is not a SentencePiece model, and no .json file: give another '
-        'data.vocabulary_path') from error
+    tokenizer = module.TokenizerJson(path)
+    return tokenizer.size, tokenizer.encode
+  model, _ = open_sentencepiece(path)
+  return model.vocab_size(), model.encode
 
 
 def check_known_vocabulary(data: DataConfig, prepared_dir: Path,
                            checkpoint: Checkpoint) -> None:
-  """Raises UserError if a new vocabulary would be trained for a decoder that has one already."""
-  # Fine if the decoder names its vocabulary, or if no new one would be trained.
-  if (checkpoint.vocabulary_hash or data.source == 'mixture' or data.vocabulary == 'byte'
-      or data.vocabulary_path or kept_vocabulary(prepared_dir).exists()):
+  """Checks the vocabulary of the data of a decoder that does not name its own, before any work.
+
+  A tokenizer that the decoder has beside it must give the same ids. Two files may do so, such as
+  the tokenizer.model and the tokenizer.json of one model.
+
+  Raises:
+    UserError: a new vocabulary would be trained, or the data have that of another model.
+  """
+  # `check_rows_vocabulary` compares a vocabulary that the decoder names.
+  if checkpoint.vocabulary_hash or data.source == 'mixture' or data.vocabulary == 'byte':
+    return
+  kept = kept_vocabulary(prepared_dir)
+  if kept.exists() or data.vocabulary_path:
+    _compare_vocabularies(kept if kept.exists() else as_path(data.vocabulary_path), checkpoint)
     return
   raise UserError(
       f'{checkpoint.directory} does not name the vocabulary that it was trained with, and cannot '
       'use a new one. Give its tokenizer: set data.vocabulary_path, or give the directory as in '
       '--config=configs/gemma2_2b.py:DIRECTORY, which takes the tokenizer there')
+
+
+def _compare_vocabularies(used: Path, checkpoint: Checkpoint) -> None:
+  """Raises UserError if a vocabulary file gives other ids than the decoder's own tokenizer."""
+  try:
+    own = checkpoint.tokenizer
+    if own is None or not used.is_file():
+      return
+    is_same = _open(used)[1](SAMPLE) == _open(own)[1](SAMPLE)
+  except UserError:  # one of the two cannot be read here, and is reported where it is needed
+    return
+  if not is_same:
+    raise UserError(
+        f'{used} gives other ids than {own}, the tokenizer of the decoder: prepare the text with '
+        'that of the decoder (data.vocabulary_path), in another directory')
 
 
 def open_rows(prepared_dir: Path, split: str, *, length: int, vocab_size: int) -> PackedRows:

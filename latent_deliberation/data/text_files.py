@@ -64,7 +64,8 @@ def text_suffix(path: Path) -> str:
 def list_files(patterns: Sequence[str]) -> tuple[TextFile, ...]:
   """Returns the files that paths, directories and globs mean, each once, sorted by name.
 
-  A path that exists is that path, whatever characters it holds. So is the existing part of a glob.
+  A path that exists is taken literally, even if it holds wildcard characters. So is the part of a
+  glob that exists.
 
   Raises:
     MissingError: nothing matches.

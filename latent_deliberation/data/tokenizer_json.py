@@ -140,6 +140,11 @@ def _check_ids(path: Path, ids: Mapping[str, int], added: Sequence[Mapping[str, 
                       f'library gives it {read}: download it again')
 
 
+def piece_of(token: Any) -> str:
+  """Returns a special token, which is stored as text or as an object with its text; '' for none."""
+  return (token.get('content') if isinstance(token, dict) else token) or ''
+
+
 def _read_ends(path: Path, ids: Mapping[str, int]) -> tuple[int, int]:
   """Returns the ids that begin and end a text, which a tokenizer_config.json names."""
   try:
@@ -150,10 +155,9 @@ def _read_ends(path: Path, ids: Mapping[str, int]) -> tuple[int, int]:
                     'there from where the tokenizer.json is from') from error
   except (ValueError, AttributeError, RecursionError) as error:
     raise UserError(f'{path} is not a whole JSON object ({error}): download it again') from error
-  # A token is its text, or an object with the text.
-  bos, eos = (name.get('content') if isinstance(name, dict) else name for name in names)
-  bos = SEPARATOR if bos is None else bos
+  bos, eos = map(piece_of, names)
+  bos = bos or SEPARATOR
   if not (isinstance(bos, str) and isinstance(eos, str) and bos in ids and eos in ids):
-    raise UserError(f'{path}: bos_token {bos!r} and eos_token {eos!r} must both be tokens of the '
-                    'vocabulary: set them to the tokens that begin and end a text')
+    raise UserError(f'{path}: bos_token {bos!r} and eos_token {eos or None!r} must both be tokens '
+                    'of the vocabulary: set them to the tokens that begin and end a text')
   return ids[bos], ids[eos]

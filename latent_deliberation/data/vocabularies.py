@@ -25,6 +25,7 @@ from latent_deliberation.data.data_config import (
   DataConfig,
   decode_bytes,
   encode_bytes,
+  open_sentencepiece,
 )
 from latent_deliberation.data.host_tensorflow import seqio, tf
 from latent_deliberation.data.rows import Framing
@@ -187,12 +188,8 @@ def load_vocabulary(path: Path) -> seqio.SentencePieceVocabulary | JsonVocabular
     vocabulary = JsonVocabulary(path)
     check_vocabulary(vocabulary, str(path))
     return vocabulary
+  open_sentencepiece(path)  # says what is wrong with a file; seqio's errors do not
   vocabulary = seqio.SentencePieceVocabulary(str(path))
-  try:
-    vocabulary.load_model()
-  except Exception as error:  # protobuf and SentencePiece have no error class in common
-    raise UserError(f'{path} ({path.stat().st_size} bytes) is not a SentencePiece model: {error}. '
-                    'Give another vocabulary_path, or delete a damaged file') from error
   check_vocabulary(vocabulary, str(path))
   return vocabulary
 

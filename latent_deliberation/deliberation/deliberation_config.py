@@ -66,7 +66,8 @@ class DeliberationConfig:
     max_delay: largest number of ahead tokens that the decoder reads before latents join its cache.
       Training draws a delay for each trace, uniformly from 0 to this. The loss then covers the
       tokens that are predicted with latents in the cache. 0 is no delay, as in the paper.
-    anchor_tokens: token ids that an anchor may have in training; empty for any token.
+    anchor_tokens: token ids that an anchor may have, in training, evaluation and gates.
+      Empty for any token.
       The sign that ends a question is an example. The paper's training uses any token.
   """
   num_latents: int

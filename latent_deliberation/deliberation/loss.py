@@ -135,8 +135,9 @@ def _vocab_size(head: OutputHead) -> int:
 
 def head_logits(cap: float | None, hidden: Array, head: OutputHead) -> Array:
   """Logits [n, V] in float32."""
-  return softcap(jnp.matmul(hidden, head.astype(hidden.dtype).T, preferred_element_type='float32'),
-                 cap)
+  # Axes are named, since a CPU would write a transposed table.
+  return softcap(jax.lax.dot_general(hidden, head.astype(hidden.dtype), (((1,), (1,)), ((), ())),
+                                     preferred_element_type=jnp.float32), cap)
 
 
 def chosen_logits(logits: Array, targets: Array) -> Array:

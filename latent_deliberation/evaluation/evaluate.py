@@ -135,7 +135,8 @@ def _captions(experiment: Experiment, texts: int, is_drawn: bool) -> dict[str, s
   """Returns the captions of the pictures; `is_drawn` says whether there are curves of training."""
   bands = ' Bands are 95% intervals.' if texts >= FEWEST_TEXTS else ''
   window, config = experiment.decoder.window, experiment.deliberation
-  layers = f'{window} tokens in local layers' if window else 'none'
+  is_local = 'local' in experiment.decoder.layer_kinds
+  layers = f'{window} tokens in local layers' if is_local else 'none'
   return {
       CHANGES: 'Change of perplexity by ahead position, in percent. Below zero is better.' + bands,
       **({LOSSES: 'Training by step: the loss, or what latents gain on validation text.'}

@@ -23,8 +23,7 @@ from latent_deliberation.evaluation.answers import SHUFFLED, AnswerScorer, Sourc
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.shared_work import from_leader
 from latent_deliberation.experiment import EvaluationConfig, Experiment
-from latent_deliberation.inference.tokenizer import BYTES, Tokenizer, open_tokenizer
-from latent_deliberation.paths import kept_vocabulary
+from latent_deliberation.inference.tokenizer import Tokenizer, tokenizer_of_data
 from latent_deliberation.progress import announced
 
 MAX_LENGTH = 1024  # tokens of a context and its answer
@@ -81,9 +80,7 @@ def make_evaluator(experiment: Experiment, deliberator: Deliberator, decoder_par
     prepared_dir: directory of the prepared data, with the vocabulary.
     mesh: devices of the training.
   """
-  data = experiment.data
-  tokenizer = open_tokenizer(BYTES if data.vocabulary == 'byte' else
-                             data.vocabulary_path or kept_vocabulary(prepared_dir))
+  tokenizer = tokenizer_of_data(experiment.data, prepared_dir)
   # Process 0 has lm-evaluation-harness, whose samples may differ from host to host.
   plain = None
   if jax.process_index() == 0:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from latent_deliberation.data.tokenizer_json import piece_of
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import read_text
 from latent_deliberation.model.checkpoints.hugging_face_config import (
@@ -109,7 +110,7 @@ def read_conventions(checkpoint: Checkpoint) -> Conventions:
     special = {}
     for number, token in (tokenizer.get('added_tokens_decoder') or {}).items():
       (special if token.get('special') else added)[token['content']] = int(number)
-    bos, eos = (_piece(tokenizer.get(name)) for name in ('bos_token', 'eos_token'))
+    bos, eos = (piece_of(tokenizer.get(name)) for name in ('bos_token', 'eos_token'))
     return _known(checkpoint, Conventions(
         directory, tuple(ends), special, added, bos, eos,
         _template(directory, tokenizer, processor)))
@@ -155,11 +156,6 @@ def _ids(directory: Path, value: Any) -> list[int]:
     raise UserError(f'{directory}: eos_token_id = {value!r}, and an integer or a list of them is '
                     'expected: download it again')
   return numbers
-
-
-def _piece(token: Any) -> str:
-  """Returns a special token, which is stored as text or as an object with its text."""
-  return token.get('content', '') if isinstance(token, dict) else token or ''
 
 
 def _template(directory: Path, tokenizer: Mapping[str, Any], processor: Mapping[str, Any]) -> str:

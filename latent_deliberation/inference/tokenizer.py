@@ -21,8 +21,10 @@ from latent_deliberation.data.data_config import (
   BYTE_VOCABULARY_HASH,
   BYTE_VOCABULARY_SIZE,
   EOS_ID,
+  DataConfig,
   decode_bytes,
   encode_bytes,
+  open_sentencepiece,
 )
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import as_path, at_hand
@@ -33,14 +35,16 @@ from latent_deliberation.inference.conventions import (
   read_conventions,
 )
 from latent_deliberation.model.weights import Checkpoint
-from latent_deliberation.paths import TOKENIZER_JSON, VOCABULARY_FILE
+from latent_deliberation.paths import TOKENIZER_JSON, VOCABULARY_FILE, kept_vocabulary
 
 BYTES = 'byte'  # name of the byte vocabulary, in the place of a path
 IDS_BEFORE = 16  # ids before a text that decide how it begins; one of them is more than a space
 
 
 class Tokenizer(Protocol):
-  """Attributes:
+  """Turns text into ids and back.
+
+  Attributes:
     size: number of ids.
     bos, eos: ids that begin and end a text.
     hash: hash of everything that decides how text becomes ids, as in a decoder's description.
@@ -100,12 +104,7 @@ class SentencePieceTokenizer:
     if not path.is_file():
       raise UserError(f'no vocabulary at {path}: give the path of a SentencePiece model or a '
                       f'tokenizer.json, or {BYTES!r} for the byte vocabulary')
-    model = path.read_bytes()
-    try:
-      self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as error:  # SentencePiece raises what its C++ raises
-      raise UserError(f'{path} ({len(model)} bytes) is not a SentencePiece model: {error}. Give '
-                      'another path, or delete a damaged file') from error
+    self._model, model = open_sentencepiece(path)
     self.size = self._model.vocab_size()
     self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
     self.hash = hashlib.sha256(model).hexdigest()
@@ -214,6 +213,15 @@ def open_tokenizer(vocabulary: str | Path,
   path = at_hand(as_path(os.path.expanduser(vocabulary)), 'tokenizer*.json')
   kind = JsonTokenizer if path.suffix == '.json' else SentencePieceTokenizer
   return kind(path, conventions)
+
+
+def tokenizer_of_data(data: DataConfig, prepared_dir: Path) -> Tokenizer:
+  """Opens the tokenizer of prepared data: the copy that they keep, or else the configured one."""
+  if data.vocabulary == 'byte':
+    return open_tokenizer(BYTES)
+  kept = kept_vocabulary(prepared_dir)
+  return open_tokenizer(kept if kept.is_file() or not data.vocabulary_path
+                        else data.vocabulary_path)
 
 
 def tokenizer_of(checkpoint: Checkpoint, vocabulary: str = '') -> Tokenizer:

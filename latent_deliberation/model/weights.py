@@ -53,12 +53,10 @@ from latent_deliberation.model.checkpoints.source import (
 )
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import TransformerConfig
-from latent_deliberation.paths import COPROCESSOR, DECODER, TOKENIZER_JSON
+from latent_deliberation.paths import COPROCESSOR, DECODER, GGUF, TOKENIZER, TOKENIZER_JSON
 from latent_deliberation.progress import announced
 
 FORMATS = ('native', 'huggingface')  # of `save`; 'google' and 'gguf' can only be read
-TOKENIZER = 'tokenizer.model'
-GGUF = '.gguf'
 
 
 @dataclasses.dataclass(frozen=True)

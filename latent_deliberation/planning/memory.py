@@ -35,7 +35,7 @@ class Memory:
 
   @property
   def state(self) -> int:
-    """Bytes that do not depend on the batch: weights and the optimiser's state."""
+    """Bytes that do not depend on the batch: weights and the optimizer's state."""
     return self.frozen + self.trainable + self.optimizer
 
   @property

@@ -158,7 +158,7 @@ def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
           f'is {memory.largest} ({getattr(memory, memory.largest) / 1e9:.1f} GB).')
   if memory.state > capacity:
     factor = -(-memory.state // int(capacity))
-    return (f'{over} Weights and optimiser alone need {memory.state / 1e9:.1f} GB. Neither remat '
+    return (f'{over} Weights and optimizer alone need {memory.state / 1e9:.1f} GB. Neither remat '
             f'nor accumulation helps. Use {factor} times as many shards: more chips, or a larger '
             'mesh.fsdp or mesh.tensor.')
 

@@ -27,9 +27,8 @@ from latent_deliberation.evaluation.perplexity import FROZEN, AheadNLL, arm_stat
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.session import DecodingOptions, generate
-from latent_deliberation.inference.tokenizer import BYTES, Prompts, open_tokenizer
+from latent_deliberation.inference.tokenizer import Prompts, tokenizer_of_data
 from latent_deliberation.model.layers import output_head
-from latent_deliberation.paths import kept_vocabulary
 from latent_deliberation.progress import Progress, counted
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
 from latent_deliberation.studies.study_result import Outcomes
@@ -207,9 +206,7 @@ class QuestionScorer:
 
   def __init__(self, study: Study, prepared_dir: Path, mesh: Mesh):
     self._mesh, self._config, config = mesh, study.questions, study.experiment.data
-    byte = config.vocabulary == 'byte'
-    self._tokenizer = open_tokenizer(
-        BYTES if byte else config.vocabulary_path or kept_vocabulary(prepared_dir))
+    self._tokenizer = tokenizer_of_data(config, prepared_dir)
     # The questions, as ids in batches, and their mean lengths for the operations.
     self._task, self._questions = draw_questions(self._config, config)
     self.difficulty = np.array([question.difficulty for question in self._questions])

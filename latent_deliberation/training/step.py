@@ -96,7 +96,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
     with nn.logical_axis_rules(tuple(rules.items())):
       total, targets, gradients = _accumulate(loss_fn, state.params, frozen, batch, keys,
                                               accumulation)
-    with jax.named_scope('optimiser'):
+    with jax.named_scope('optimizer'):
       # The loss is a sum over targets. From here on, gradients are those of the mean.
       gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(targets, 1), gradients)
       loss = total / jnp.maximum(targets, 1)

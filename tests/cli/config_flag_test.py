@@ -70,6 +70,27 @@ def test_home_directory(tmp_path, monkeypatch):
   assert bind(PARSER.parse('~/own.py')).training.batch_size == 8
 
 
+@pytest.mark.parametrize('argument', [
+    '', ':gemma3_1b', ':~/gemma', ':/tmp', ':hf://google/gemma-2b'])
+def test_argument_after_a_colon(tmp_path, argument):
+  """What get_config takes may be a path or a URL, and reaches it as it is."""
+  path = tmp_path / 'own.py'
+  path.write_text('from ml_collections import ConfigDict\n\n\n'
+                  "def get_config(argument=''):\n  return ConfigDict({'argument': argument})\n")
+  app._check_config([f'--config={path}{argument}'])
+  app._check_config(['--config', f'{path}{argument}'])
+  assert PARSER.parse(f'{path}{argument}').argument == argument[1:]
+
+
+@pytest.mark.parametrize('path', ['no.py:/tmp', 'no.py', 's3://no'])
+def test_no_such_config(path, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(app, 'as_path', type(tmp_path))
+  shown = path if '://' in path else 'no.py'
+  with pytest.raises(UserError, match=f'--config={shown}: there is no such file'):
+    app._check_config([f'--config={path}'])
+
+
 def test_run_as_config(quickstart):
   """The run.json of a training, and of the quickstart around it, is its config."""
   for run in (quickstart / 'coprocessor', quickstart):

@@ -86,6 +86,29 @@ def test_hugging_face_keeps_what_transformers_reads(exported, tmp_path):
   assert (tmp_path / 'copy' / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_keys_of_a_gguf_file(tmp_path):
+  """transformers would take 2,048 positions, and ids of its own, where a file says other ones."""
+  pytest.importorskip('gguf')
+  from tests.model.checkpoints import gguf_io_test
+
+  def add_keys(writer):
+    writer.add_context_length(131_072)
+    writer.add_bos_token_id(3)
+    writer.add_eos_token_id(4)
+    writer.add_pad_token_id(5)
+
+  config = gguf_io_test.CONFIGS['llama']
+  for name, metadata in (('with', add_keys), ('without', lambda writer: None)):
+    path = gguf_io_test.write(tmp_path / f'{name}.gguf', 'llama', config,
+                              gguf_io_test.random_params(config), metadata=metadata)
+    convert.convert(weights.open_checkpoint(path), tmp_path / name, 'huggingface')
+  kept, bare = (json.loads((tmp_path / name / 'config.json').read_text())
+                for name in ('with', 'without'))
+  assert kept == bare | {'max_position_embeddings': 131_072, 'bos_token_id': 3, 'eos_token_id': 4,
+                         'pad_token_id': 5}
+  assert 'max_position_embeddings' not in bare and bare['bos_token_id'] is None
+
+
 def test_native_keeps_what_a_chat_needs(tmp_path):
   source = foreign.write_hf(tmp_path / 'source', foreign.HF_CONFIGS['gemma1'],
                             foreign.hf_tensors(foreign.params_of('gemma1')))

@@ -232,9 +232,34 @@ def test_no_second_vocabulary(tmp_path, quickstart):
   assert not (tmp_path / 'data').exists()
 
 
+@pytest.mark.parametrize('is_kept', [False, True])
+def test_vocabulary_of_another_model(tmp_path, quickstart, is_kept):
+  """A decoder that does not name its vocabulary has a tokenizer, which must give the same ids."""
+  config, params = weights.load(quickstart / 'pretraining/decoder')
+  own = tiny_tokenizer.write(tmp_path / 'own')
+  weights.save(tmp_path / 'decoder', config, params, format='huggingface', tokenizer=own)
+  checkpoint = weights.open_checkpoint(tmp_path / 'decoder')
+
+  def check(used, **data):
+    here = '' if is_kept else str(used)
+    loading.check_known_vocabulary(DataConfig(**{'vocabulary_path': here, **data}),
+                                   used.parent if is_kept else tmp_path, checkpoint)
+
+  check(own)
+  # The same tokens with another end of a text, and then other merges.
+  check(tiny_tokenizer.write(tmp_path / 'base', config={**tiny_tokenizer.ENDS,
+                                                        'eos_token': '<other>'}))
+  other = tiny_tokenizer.write(tmp_path / 'other', tiny_tokenizer.describe(merges=()))
+  with pytest.raises(UserError, match=f'{other} gives other ids than .*decoder/tokenizer.json'):
+    check(other)
+  # What has no such file is not compared.
+  check(other, vocabulary='byte', vocabulary_path='')
+  check(other, source='mixture', name='m', vocabulary_path='')
+
+
 @pytest.mark.parametrize('vocab_size, content, message', [
     (300, None, 'vocabulary.model: 320 pieces, but decoder.vocab_size.* is 300'),
-    (320, b'pieces', 'vocabulary.model is not a SentencePiece model')])
+    (320, b'pieces', r'vocabulary.model \(6 bytes\) is not a SentencePiece model')])
 def test_tokenizer_must_fit_decoder(vocab_size, content, message, tmp_path):
   """A tokenizer of other size, or a damaged one, is refused before any work."""
   import sentencepiece

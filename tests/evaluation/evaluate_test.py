@@ -103,3 +103,13 @@ def test_too_many_texts_are_refused(quickstart, tmp_path):
   experiment = finished.experiment(evaluation__num_texts=8000)
   with pytest.raises(UserError, match='8000 .*evaluation.num_texts'):
     score(quickstart, tmp_path, experiment)
+
+
+@pytest.mark.parametrize('pattern, said', [
+    (('local', 'global'), 'its window is: 8 tokens in local layers.'),
+    (('global',), 'its window is: none.')])
+def test_caption_of_the_window(pattern, said):
+  """A decoder of global layers has a number for the window too, and no layer has it."""
+  experiment = finished.experiment(decoder__layer_pattern=pattern)
+  assert experiment.decoder.window == 8
+  assert said in ' '.join(evaluate_module._captions(experiment, 1, False).values())

@@ -7,6 +7,7 @@ import pytest
 import sentencepiece
 
 from latent_deliberation.data import vocabularies
+from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference.conventions import Conventions
 from latent_deliberation.inference.session import Completion, text_of
@@ -15,6 +16,7 @@ from latent_deliberation.inference.tokenizer import (
   open_tokenizer,
   stop_at,
   tokenizer_of,
+  tokenizer_of_data,
 )
 from latent_deliberation.model import weights
 from tests import tiny_tokenizer
@@ -185,3 +187,16 @@ def test_tokenizer_of_directory(tmp_path, model):
   with pytest.raises(UserError, match='tiny.json has 265 pieces, .* 38 embeddings'):
     tiny_tokenizer.write(tmp_path / 'large').rename(tmp_path / 'large/tiny.json')
     tokenizer_of(weights.open_checkpoint(tmp_path), str(tmp_path / 'large/tiny.json'))
+
+
+def test_tokenizer_of_data(tmp_path):
+  """The copy that prepared data keep goes before the path of the config, which may have changed."""
+  kept = tiny_tokenizer.write(tmp_path / 'data')
+  other = tiny_tokenizer.write(tmp_path / 'other', tiny_tokenizer.describe(merges=()))
+  config = DataConfig(vocabulary_path=str(other))
+  expected, changed = open_tokenizer(kept).hash, open_tokenizer(other).hash
+  assert tokenizer_of_data(config, kept.parent).hash == expected != changed
+  assert tokenizer_of_data(config, tmp_path).hash == changed
+  assert tokenizer_of_data(DataConfig(vocabulary='byte'), kept.parent).hash == ByteTokenizer.hash
+  with pytest.raises(UserError, match=f'{tmp_path}/vocabulary.model'):
+    tokenizer_of_data(DataConfig(), tmp_path)

@@ -118,6 +118,6 @@ def test_scopes_of_a_step(one_device):
                              described.frozen_shapes)
   text = step.lower(described.abstract, batch_shapes(experiment, described.mesh)).as_text(
       debug_info=True)
-  for scope in ('jvp(prefill)', 'jvp(coprocess)', 'jvp(second_pass)', 'jvp(loss)', 'optimiser',
+  for scope in ('jvp(prefill)', 'jvp(coprocess)', 'jvp(second_pass)', 'jvp(loss)', 'optimizer',
                 'transpose(jvp(coprocess))', 'transpose(jvp(second_pass))'):
     assert f'/{scope}/' in text, scope

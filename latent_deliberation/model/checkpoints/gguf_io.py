@@ -7,6 +7,7 @@ the rows of queries and keys in another order, in which rotary pairs are neighbo
 is read by gguf_tokenizer.py.
 """
 
+import functools
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -20,11 +21,12 @@ from jax.sharding import Sharding
 from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import list_directory
+from latent_deliberation.model.checkpoints.hugging_face import HEAD, TABLE
 from latent_deliberation.model.checkpoints.source import Stored
 from latent_deliberation.model.rotary import rotary_frequencies
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
+from latent_deliberation.paths import GGUF
 
-SUFFIX = '.gguf'
 GEMMAS, LLAMAS = ('gemma', 'gemma2', 'gemma3'), ('llama', 'qwen2', 'qwen3')
 # Stored name -> Hugging Face's name, of the tensors of a layer and of the others.
 _LAYER = {
@@ -37,9 +39,8 @@ _POST_NORMS = {'post_attention_norm': 'post_attention_layernorm',
                'ffn_norm': 'pre_feedforward_layernorm',
                'post_ffw_norm': 'post_feedforward_layernorm'}
 _PRE_NORMS = {'ffn_norm': 'post_attention_layernorm'}
-_TABLE, _HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
-_WHOLE = {'token_embd.weight': _TABLE, 'output_norm.weight': 'model.norm.weight',
-          'output.weight': _HEAD}
+_WHOLE = {'token_embd.weight': TABLE, 'output_norm.weight': 'model.norm.weight',
+          'output.weight': HEAD}
 _ROPE_FACTORS = 'rope_freqs.weight'
 _FLOATS = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 # Low and high frequency factors and original length of every published Llama 3. A file holds only
@@ -54,8 +55,8 @@ def find_file(path: Path) -> Path | None:
     UserError: a directory holds several GGUF files.
   """
   if path.is_file():
-    return path if path.suffix == SUFFIX else None
-  files = [file for file in list_directory(path) if file.suffix == SUFFIX]
+    return path if path.suffix == GGUF else None
+  files = [file for file in list_directory(path) if file.suffix == GGUF]
   if len(files) > 1:
     raise UserError(f'{path} holds {len(files)} GGUF files, {[file.name for file in files]}: give '
                     'the path of one of them')
@@ -122,7 +123,7 @@ class GGUFSource:
   @property
   def num_embeddings(self) -> int:
     """Number of rows of the embedding table."""
-    return self.tensors[_TABLE].shape[0]
+    return self.tensors[TABLE].shape[0]
 
   def encodings(self) -> dict[str, str]:
     """Returns how the file stores each tensor, such as 'Q4_K', by Hugging Face's names."""
@@ -141,19 +142,30 @@ class GGUFSource:
     return f'model.layers.{layered[1]}.{known[layered[2]]}.{layered[3]}'
 
   def read(self, name: str, shape: tuple[int, ...], sharding: Sharding) -> Array:
-    """Returns the leading `shape` of a tensor, with Hugging Face's values; see Source."""
-    tensor = self._stored[name]
-    values = self._dequantise(tensor.data, tensor.tensor_type)
-    # Undo what llama.cpp's converter changed.
-    values = np.asarray(values).reshape(self.tensors[name].shape)
-    if self.architecture in GEMMAS and name.endswith('norm.weight'):
-      values = values - 1
+    """Returns the leading `shape` of a tensor, with Hugging Face's values; see Source.
+
+    A row is stored in whole blocks, so only the rows of this host's shards are dequantised.
+    """
+    tensor, whole = self._stored[name], self.tensors[name]
+    # Undo what llama.cpp's converter changed: the order of rows, and the offset of norms.
+    order = np.arange(whole.shape[0])
     if self.architecture == 'llama' and re.search(r'\.[qk]_proj\.', name):
-      values = _in_halves(values, self.get('{}.attention.head_count') if '.q_proj.' in name
-                          else self.get('{}.attention.head_count_kv',
-                                        self.get('{}.attention.head_count')))
-    values = values[:shape[0]].astype(self.tensors[name].dtype)
-    return jax.make_array_from_callback(shape, sharding, lambda index: values[index])
+      order = _in_halves(order, self.get('{}.attention.head_count') if '.q_proj.' in name
+                         else self.get('{}.attention.head_count_kv',
+                                       self.get('{}.attention.head_count')))
+    offset = self.architecture in GEMMAS and name.endswith('norm.weight')
+
+    @functools.cache  # shards may share rows
+    def read_rows(start: int, stop: int) -> np.ndarray:
+      if len(whole.shape) == 1:
+        values = np.asarray(self._dequantise(tensor.data, tensor.tensor_type))[order[start:stop]]
+      else:
+        values = self._dequantise(tensor.data[order[start:stop]], tensor.tensor_type)
+      values = values.reshape(stop - start, *whole.shape[1:])
+      return (values - offset if offset else values).astype(whole.dtype)
+
+    return jax.make_array_from_callback(shape, sharding, lambda index: read_rows(
+        *index[0].indices(shape[0])[:2])[:, *index[1:]])
 
 
 def _in_halves(values: np.ndarray, heads: int) -> np.ndarray:
@@ -176,7 +188,7 @@ def read_config(source: GGUFSource) -> TransformerConfig:
         **common, layer_pattern=('global',), attention_softcap=None, final_softcap=None,
         post_norms=False, norm_offset=False, activation='silu', scale_embeddings=False,
         qk_norm=source.architecture == 'qwen3', qkv_bias=source.architecture == 'qwen2',
-        tied_head=_HEAD not in source.tensors,
+        tied_head=HEAD not in source.tensors,
         rope_llama3=_read_llama3(source, common['head_dim'], common['rope_base']))
   except KeyError as error:
     raise UserError(f'{source.file} lacks {error}: download it again') from error

@@ -16,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import write_whole
 from latent_deliberation.model.checkpoints.gguf_io import GGUFSource
-from latent_deliberation.paths import TOKENIZER_CONFIG, TOKENIZER_JSON
+from latent_deliberation.paths import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_JSON
 
 CACHE = Path('~/.cache/latent_deliberation/tokenizers')
 # Types of a token in the metadata, with SentencePiece's own numbers.
@@ -39,7 +39,7 @@ def cache_tokenizer(source: GGUFSource) -> Path | None:
                     '--vocabulary=PATH')
   try:
     if kind == 'llama':
-      files = {'tokenizer.model': rebuild_sentencepiece(source)}
+      files = {TOKENIZER: rebuild_sentencepiece(source)}
     else:
       # Named last, so that a tokenizer.json is never alone.
       tokenizer, config = rebuild_byte_pairs(source)

@@ -27,7 +27,7 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 _OWN_PREFIXES = ('language_model.model.', 'model.language_model.', 'language_model.', 'model.', '')
 _OTHER_PARTS = ('vision_tower.', 'multi_modal_projector.', 'model.vision_tower.',
                 'model.multi_modal_projector.')
-_HEAD, _TABLE = 'lm_head.weight', 'model.embed_tokens.weight'
+HEAD, TABLE = 'lm_head.weight', 'model.embed_tokens.weight'
 # Every decoder here has this tensor, and no vision tower does: it tells the prefix of the decoder.
 _LANDMARK = 'layers.0.input_layernorm.weight'
 # What torch.compile, FSDP and checkpointing put into the names of the modules that they wrap.
@@ -62,8 +62,8 @@ def plain_names(names: Collection[str], directory: Path, tied_head: bool) -> dic
   outer = next(prefix.removesuffix(own) for own in _OWN_PREFIXES
                if re.fullmatch(fr'(.*\.)?{re.escape(own)}', prefix))
   plain = {name: _plain_name(there, prefix, outer) for name, there in plain.items()}
-  if tied_head and _TABLE not in plain.values():
-    plain = {name: _TABLE if there == _HEAD else there for name, there in plain.items()}
+  if tied_head and TABLE not in plain.values():
+    plain = {name: TABLE if there == HEAD else there for name, there in plain.items()}
   return plain
 
 
@@ -84,8 +84,8 @@ def _find_prefix(names: Collection[str], directory: Path) -> str:
 
 def _plain_name(name: str, prefix: str, outer: str) -> str:
   """Returns a name without the prefix of the decoder, or without what is before all parts."""
-  if name.removeprefix(outer) in (_HEAD, f'language_model.{_HEAD}'):
-    return _HEAD
+  if name.removeprefix(outer) in (HEAD, f'language_model.{HEAD}'):
+    return HEAD
   if name.startswith(prefix):
     return 'model.' + name.removeprefix(prefix)
   return name.removeprefix(outer)
@@ -93,7 +93,7 @@ def _plain_name(name: str, prefix: str, outer: str) -> str:
 
 def is_foreign(name: str) -> bool:
   """Whether a tensor is not a parameter of the decoder: vision, the tied head, rotary buffers."""
-  return (name.startswith(_OTHER_PARTS) or name == _HEAD
+  return (name.startswith(_OTHER_PARTS) or name == HEAD
           or name.endswith('rotary_emb.inv_freq'))
 
 
@@ -124,17 +124,17 @@ def find_layout(config: TransformerConfig) -> Layout:
   if config.qkv_bias:
     block |= {f'attention/{ours}/b': Entry(f'{layer}self_attn.{ours[0]}_proj.bias', axes)
               for ours, axes in (('query', '(N H)'), ('key', '(K H)'), ('value', '(K H)'))}
-  head = {} if config.tied_head else {'embedder/head': Entry(_HEAD, 'V D')}
+  head = {} if config.tied_head else {'embedder/head': Entry(HEAD, 'V D')}
   # The whole tree: the tables, the layers and the last norm.
-  return {'embedder/table': Entry(_TABLE, 'V D'), **head,
+  return {'embedder/table': Entry(TABLE, 'V D'), **head,
           **{LAYERED + path: entry for path, entry in block.items()},
           'transformer/final_norm/scale': Entry('model.norm.weight', 'D')}
 
 
 def check_own_head(source: Source) -> None:
   """Raises UserError if the checkpoint lacks the output head that its config.json names."""
-  if _HEAD not in source.tensors:
-    raise UserError(f'{source.directory}: {CONFIG} has tie_word_embeddings = false, so {_HEAD} '
+  if HEAD not in source.tensors:
+    raise UserError(f'{source.directory}: {CONFIG} has tie_word_embeddings = false, so {HEAD} '
                     'is needed, which is missing: download the whole directory again')
 
 
@@ -143,14 +143,14 @@ def check_tied_head(source: Source) -> None:
 
   Some writers store the tied head, too.
   """
-  if _HEAD not in source.tensors or _TABLE not in source.tensors:
+  if HEAD not in source.tensors or TABLE not in source.tensors:
     return
-  head, table = source.tensors[_HEAD], source.tensors[_TABLE]
+  head, table = source.tensors[HEAD], source.tensors[TABLE]
   # Shape and dtype are compared first. Values are read only if both agree.
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   if head != table or not jnp.array_equal(*(
-      source.read(name, table.shape, device) for name in (_HEAD, _TABLE)), equal_nan=True):
-    raise UserError(f'{source.directory}: {_HEAD} {list(head.shape)} is not equal to {_TABLE} '
+      source.read(name, table.shape, device) for name in (HEAD, TABLE)), equal_nan=True):
+    raise UserError(f'{source.directory}: {HEAD} {list(head.shape)} is not equal to {TABLE} '
                     f'{list(table.shape)}, but {CONFIG} describes one table for both '
                     '(tie_word_embeddings): give a decoder whose weights and config agree')
 

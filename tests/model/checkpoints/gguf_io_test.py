@@ -150,6 +150,29 @@ def test_quantised_values_and_dtype(tmp_path):
       atol=0.02)
 
 
+@pytest.mark.parametrize('kind', ['llama', 'gemma3', 'qwen2'])
+def test_a_host_dequantises_its_rows(kind, tmp_path, monkeypatch):
+  """A shard is read from its own rows, also where the file has them in another order."""
+  config = CONFIGS[kind]
+  path = write(tmp_path / 'model.gguf', kind, config, random_params(config),
+               quantise=gguf.GGMLQuantizationType.Q8_0)
+  source, read = weights.open_checkpoint(path).source, []
+  dequantise = source._dequantise
+  monkeypatch.setattr(source, '_dequantise', lambda data, type_: read.append(
+      len(data)) or dequantise(data, type_))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ('rows', 'others'))
+  for name, stored in source.tensors.items():
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    expected = source.read(name, stored.shape, one)
+    axes = ('rows', 'others')[:len(stored.shape)]
+    read.clear()
+    found = source.read(name, stored.shape, jax.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(*axes)))
+    np.testing.assert_array_equal(found, expected)
+    if len(stored.shape) == 2:  # each row once, although two devices hold parts of it
+      assert read == [stored.shape[0] // 4] * 4
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   """The bytes of a whole file, with arrays of all kinds in its metadata."""

@@ -245,8 +245,8 @@ def test_converted_decoder_keeps_its_chat(tmp_path, format):
       weights.open_checkpoint(tmp_path / 'converted'), source))
   assert found.chat_template == expected.chat_template == '{{ messages }}'
   assert found.ends == expected.ends == (2, 3)
-  if format == 'huggingface':  # transformers would take 1 and 2
-    assert json.loads((tmp_path / 'converted/config.json').read_text())['eos_token_id'] is None
+  if format == 'huggingface':  # transformers would take 2,048 positions and ids of its own
+    assert json.loads((tmp_path / 'converted/config.json').read_text())['eos_token_id'] == 2
 
 
 def test_no_vocabulary(tmp_path):
