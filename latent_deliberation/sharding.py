@@ -127,7 +127,7 @@ def _fill_sizes(sizes: Sequence[int], num_devices: int) -> list[int]:
   if num_devices % known or not is_filled and known != num_devices:
     needs = f'a multiple of {known}' if is_filled else str(known)
     raise UserError(
-        f'mesh {_named(sizes)} needs {needs} devices, there are {num_devices}: '
+        f'mesh {_named(sizes)} needs {needs} devices, and not {num_devices}: '
         f'{_advise(sizes, num_devices)}. A run may be resumed with another mesh')
   return [num_devices // known if size == -1 else size for size in sizes]
 

@@ -42,11 +42,11 @@ def test_mesh_shape(config, shape):
 
 
 @pytest.mark.parametrize('config, message', [
-    (MeshConfig(4), "'data': 4, 'fsdp': 1, 'tensor': 1} needs 4 .* are 8: give mesh.data=8"),
-    (MeshConfig(1), 'needs 1 .* are 8: give mesh.data=8'),
-    (MeshConfig(8, 2), 'needs 16 .* are 8: give mesh.data=4'),
-    (MeshConfig(8, replica=2), "'replica': 2, 'data': 8, .* 16 .* are 8: give mesh.data=4"),
-    (MeshConfig(-1, 3), "'data': -1, 'fsdp': 3, .*a multiple of 3 .* are 8: give mesh.fsdp=1"),
+    (MeshConfig(4), "'data': 4, 'fsdp': 1, 'tensor': 1} needs 4 .* not 8: give mesh.data=8"),
+    (MeshConfig(1), 'needs 1 .* not 8: give mesh.data=8'),
+    (MeshConfig(8, 2), 'needs 16 .* not 8: give mesh.data=4'),
+    (MeshConfig(8, replica=2), "'replica': 2, 'data': 8, .* 16 .* not 8: give mesh.data=4"),
+    (MeshConfig(-1, 3), "'data': -1, 'fsdp': 3, .*a multiple of 3 .* not 8: give mesh.fsdp=1"),
     (MeshConfig(-1, 16), "'data': -1, 'fsdp': 16, .*a multiple of 16 .* 8: give mesh.fsdp=8"),
     (MeshConfig(-1, 6, 3), 'a multiple of 18 .* 8: give sizes whose product is 8'),
     (MeshConfig(-1, -1), "'data': -1, 'fsdp': -1.*one axis"),

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-
 from latent_deliberation.errors import (
   MOST,
   UserError,
@@ -231,12 +229,15 @@ def decode_bytes(ids: Sequence[int]) -> str:
   return bytes(i - SPECIAL_IDS for i in ids if i >= SPECIAL_IDS).decode(errors='replace')
 
 
-def open_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, bytes]:
-  """Opens a SentencePiece model. Returns it, and the bytes of its file, which determine its hash.
+def open_sentencepiece(path: Path) -> tuple[Any, bytes]:
+  """Opens a SentencePiece model.
+
+  Returns: its SentencePieceProcessor, and the bytes of its file, which determine its hash.
 
   Raises:
     UserError: the file is something else, or damaged.
   """
+  from sentencepiece import SentencePieceProcessor  # reading rows does without
   content, model = path.read_bytes(), SentencePieceProcessor()
   try:
     model.LoadFromSerializedProto(content)

@@ -88,7 +88,7 @@ BAD = [
      'training.batch_size = 9 .* 2 '),
     ({'training__optimizer__warmup_steps': 3},
      'training: .*warmup_steps .*3.* 2 '),
-    ({'mesh__data': 2}, r"mesh \{.*'data': 2, 'fsdp': 1, 'tensor': 1\} .* 1 device"),
+    ({'mesh__data': 2}, r"mesh \{.*'data': 2, 'fsdp': 1, 'tensor': 1\} needs 2 devices, and not 1"),
 ]
 
 

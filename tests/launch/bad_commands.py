@@ -200,7 +200,7 @@ BAD = {
         'topology=v9:2x2: .*\n  v5e: 2x2, .*v5p: .*v6e: '),
     'a mesh of no devices': Bad(
         'compile', '--topology=cpu:2 --mesh=fsdp=3 --output={files}/other.json',
-        "'fsdp': 3, 'tensor': 1} .* of 3 devices, there are 2: give mesh.fsdp=1"),
+        "'fsdp': 3, 'tensor': 1} .* of 3 devices, and not 2: give mesh.fsdp=1"),
     'a misspelt mesh': Bad(
         'compile', '--topology=cpu:2 --mesh=fdsp=2 --output={files}/other.json',
         "mesh=fdsp=2: 'fdsp=2' .*AXIS=SIZE"),

@@ -141,7 +141,7 @@ def test_describe_plan(planned):
 
 
 @pytest.mark.parametrize('mesh, rules, message', [
-    (MeshConfig(fsdp=3), {}, "'fsdp': 3.* 8 devices"),
+    (MeshConfig(fsdp=3), {}, "'fsdp': 3.* 3 devices, and not 8"),
     (MeshConfig(data=1, fsdp=2, tensor=4), {}, "'kv_heads' of 2 .* 4 "),
     (MeshConfig(), {'embed': ('rows',)}, r"'embed' .*\['rows'\]"),
     (MeshConfig(data=4, tensor=2), {'head_dim': ('tensor',)}, "'tensor' for more than one")])
