@@ -1,8 +1,10 @@
 """The flags that configs/gemma2_2b.py names for each machine."""
 
 import ast
+import dataclasses
 import math
 import re
+import runpy
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ from absl import flags
 from jax.sharding import AbstractMesh
 from ml_collections import config_flags
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, bind
 from latent_deliberation.planning.topology import CHIPS
 from latent_deliberation.sharding import MESH_AXES
@@ -57,3 +60,17 @@ def test_flags_fit_machine(name, tmp_path, monkeypatch):
   sizes = (1, chips // mesh.fsdp, mesh.fsdp, 1)
   assert math.prod(sizes) == chips
   describe_training(experiment, tmp_path, AbstractMesh(sizes, MESH_AXES)).check_sizes()
+
+
+def test_one_host():
+  """Every choice of configs/one_host.py binds, fills its chips and has a row in the guide."""
+  module = runpy.run_path(str(finished.ROOT / 'configs/one_host.py'))
+  guide = (finished.ROOT / 'docs/planner.md').read_text()
+  assert set(re.findall(r'^\| (v\S+-\d+/\w+) \|', guide, re.MULTILINE)) == set(module['SETTINGS'])
+  for choice in module['SETTINGS']:
+    experiment = bind(module['get_config'](choice))
+    assert math.prod(dataclasses.astuple(experiment.mesh)) == int(choice.split('/')[0][4:])
+    assert experiment.training.batch_size % (
+        experiment.training.accumulation * experiment.mesh.fsdp) == 0
+  with pytest.raises(UserError, match='v4-8/gemma3_1b.*one of .*v5e-4/gemma3_1b'):
+    module['get_config']('v4-8/gemma3_1b')
