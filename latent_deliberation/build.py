@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def with_decoder(experiment: Experiment, decoder: str = '',
   data = experiment.data
   # A run.json keeps the path that its decoder gave. It is not that of another decoder.
   is_stale = 'data.vocabulary_path' not in given and experiment.decoder_from and (
-      decoder != experiment.decoder_from or not as_path(data.vocabulary_path).is_file())
+      os.path.abspath(decoder) != os.path.abspath(experiment.decoder_from)
+      or not as_path(data.vocabulary_path).is_file())
   is_kept = data.vocabulary_path and not is_stale
   if not (data.source == 'mixture' or is_kept or 'data.vocabulary' in given):
     if checkpoint.vocabulary_hash == BYTE_VOCABULARY_HASH:

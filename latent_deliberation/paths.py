@@ -50,6 +50,7 @@ WANDB_ID = 'wandb/id'  # in the folder that wandb makes
 PROFILE = 'profile'
 CHECKPOINTS = 'checkpoints'
 DATA_STATES = 'data'  # in `CHECKPOINTS`
+STEP_METADATA = '_CHECKPOINT_METADATA'  # orbax's description of a step, JSON, in its directory
 DECODER = 'decoder'
 COPROCESSOR = 'coprocessor'
 RUN_LOCK, DATA_LOCK = 'run.lock', 'data.lock'

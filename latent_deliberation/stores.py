@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latent_deliberation.errors import StoreError, UserError
+from latent_deliberation.paths import STEP_METADATA
 
 # epath would import TensorFlow where it is installed, which knows no s3://.
 os.environ.setdefault('EPATH_USE_TF', 'false')
@@ -37,7 +38,6 @@ from etils import epath  # noqa: E402
 LIBRARIES = {'gs': 'gcsfs', 's3': 's3fs'}
 UNFINISHED = '.unfinished'
 COMMITTED = 'commit_success.txt'  # in a checkpoint of orbax that is whole
-STEP_METADATA = '_CHECKPOINT_METADATA'  # in every checkpoint of orbax; JSON
 CHECK_SECONDS = 60  # for the first answer of a store
 _CONNECT_SECONDS, _READ_SECONDS = 20, 30  # for every later one; the libraries then try again
 _TRIES = 5
@@ -240,7 +240,9 @@ class StorePath(type(epath.Path())):
     (self / UNFINISHED).unlink()
 
   def clear_unfinished(self) -> None:
-    """Removes the steps of orbax below that a killed process left: those after the last whole one.
+    """Removes the steps of orbax below that a killed process left.
+
+    These are all after the last whole one, and older ones that by their description never were.
 
     Raises:
       UserError: no step has orbax's last file, but one is complete by its description. An older
@@ -249,7 +251,9 @@ class StorePath(type(epath.Path())):
     steps = {int(path.name): path for path, is_directory in self._entries()
              if is_directory and path.name.isdecimal()}
     whole = [step for step, path in steps.items() if (path / COMMITTED).is_file()]
-    unfinished = [steps[step] for step in sorted(steps) if step > max(whole, default=-1)]
+    last = max(whole, default=-1)
+    unfinished = [steps[step] for step in sorted(steps.keys() - whole)
+                  if step > last or _was_cut_off(steps[step])]
     if not whole and not all(map(_was_cut_off, unfinished)):
       write = {'gs': 'gcloud storage cp -', 's3': 'aws s3 cp -'}[self.scheme]
       names = ', '.join(path.name for path in unfinished)
@@ -305,9 +309,12 @@ class StorePath(type(epath.Path())):
 
 def _was_cut_off(step: StorePath) -> bool:
   """Whether a step of orbax, by its own description, was never complete."""
-  with contextlib.suppress(FileNotFoundError, ValueError):
+  try:
     return json.loads((step / STEP_METADATA).read_bytes()).get('commit_timestamp_nsecs') is None
-  return False
+  except FileNotFoundError:  # orbax writes it before the step is whole
+    return True
+  except ValueError:
+    return False
 
 
 def check(url: str) -> None:

@@ -36,7 +36,8 @@ def main() -> None:
   tokens = save_context(text, output, engine, tokenizer)
   print(f'{output}: {tokens} tokens and {engine.model.coprocessor.config.num_latents} latents. '
         f'Next: python launch/generate.py --decoder={quote(_DECODER.value)} '
-        f'--cache={quote(str(output))} --length={_LENGTH.value}')
+        f'--cache={quote(str(output))} --length={_LENGTH.value}'
+        + (f' --vocabulary={quote(_VOCABULARY.value)}' if _VOCABULARY.value else ''))
 
 
 if __name__ == '__main__':

@@ -117,6 +117,11 @@ def test_vocabulary_path_of_another_decoder(quickstart, tmp_path):
   assert with_decoder(saved) == saved
   assert with_decoder(saved, two).data.vocabulary_path == f'{two}/tokenizer.model'
   assert with_decoder(saved, two, {'data.vocabulary_path'}).data == saved.data
+  # The same decoder may be written in another way.
+  (tmp_path / 'own').write_bytes(b'model')
+  own = dataclasses.replace(
+      saved, data=dataclasses.replace(saved.data, vocabulary_path=str(tmp_path / 'own')))
+  assert with_decoder(own, one + '/').data == own.data
   # Without a tokenizer of its own, a decoder leaves the path, and bytes have none.
   bare, of_bytes = str(tmp_path / 'bare'), str(quickstart / 'pretraining/decoder')
   weights.save(bare, config, params)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_deliberation.errors import UserError, check_integer
-from latent_deliberation.evaluation.answers import CONSTANT, SHUFFLED, ZERO
+from latent_deliberation.evaluation.answers import SHUFFLED, ZERO
 from latent_deliberation.evaluation.arm_model import check_policy, open_arm_model
-from latent_deliberation.evaluation.perplexity import FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_catalog import CHAIN_OF, PAPER, expand, local_names
 from latent_deliberation.evaluation.task_report import format_table

@@ -101,7 +101,7 @@ def choose_pace(experiment: Experiment, texts: Sequence[Text], num_rows: int, gi
     logging.warning(
         'This takes about %s, and not %g minutes: %d steps are the fewest that teach something, '
         'and scores take as long as %d more. Lower evaluation.num_texts or '
-        'deliberation.num_traces for less',
+        'deliberation.num_traces for less, in another --workdir',
         format_duration(60 * minutes + (cost(steps) - left) * step_seconds), minutes, steps,
         scoring_cost(texts))
   warmup = min(experiment.training.optimizer.warmup_steps, steps // 10)

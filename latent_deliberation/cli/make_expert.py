@@ -134,6 +134,9 @@ def _check_request(experiment: Experiment, request: ExpertRequest, workdir: Path
   """Raises UserError for what would fail only after the training, or be of no effect."""
   if not experiment.decoder_from:
     raise UserError('--decoder is missing: give a directory, a GGUF file or a name')
+  if jax.process_count() > 1:
+    raise UserError(f'{jax.process_count()} processes: an expert is made by one process; start the '
+                    'command on one host')
   if not is_here(output):
     raise UserError(f'--output={output}: a package is written on this machine; give a path here, '
                     'and copy the package to the bucket')
@@ -159,7 +162,8 @@ def _check_request(experiment: Experiment, request: ExpertRequest, workdir: Path
 def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataConfig, workdir: Path,
                 output: Path, given: Set[str]) -> Card:
   mesh, clock = make_mesh(experiment.mesh), PhaseClock(workdir / PHASES_FILE)
-  num_texts, pace = experiment.evaluation.num_texts, _read_pace(workdir)
+  num_texts, kept = experiment.evaluation.num_texts, _read_pace(workdir)
+  pace = {key: value for key, value in kept.items() if key not in given}
   experiment = with_choices(experiment, pace)
   experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock)
   with clock.phase('general text'):
@@ -170,7 +174,7 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataCon
     check_reach(scored, held_out, f'{name} text')
 
   # Only now is there text to measure the speed on.
-  if request.minutes and not pace:
+  if request.minutes and not kept:
     pace = _find_pace(experiment, request.minutes, texts, runs['coprocessor'], given, workdir, mesh,
                       clock)
     write_json(workdir / PACE_FILE, pace)

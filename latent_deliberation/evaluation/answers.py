@@ -41,15 +41,14 @@ from latent_deliberation.evaluation.answer_packing import (
   pack,
   plan,
 )
-from latent_deliberation.evaluation.perplexity import FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN
 from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import output_head
 from latent_deliberation.sharding import batch_sharding, batch_shards
 
-SHUFFLED, ZERO, MEAN, CONSTANT = 'shuffled', 'zero', 'mean', 'constant'
-# Arms in the order of tables. 'mean' has the mean outputs over contexts of the task, 'constant'
-# soft tokens that were trained without a coprocessor.
+SHUFFLED, ZERO, MEAN = 'shuffled', 'zero', 'mean'
+# Arms in the order of tables. 'mean' has the mean outputs over contexts of the task.
 ARMS = (FROZEN, OWN, SHUFFLED, ZERO, MEAN, CONSTANT)
 LOGIT_ROWS = 1024  # targets of all arms whose logits exist at the same time
 MEAN_CONTEXTS = 256  # contexts that the mean outputs are taken over, at most

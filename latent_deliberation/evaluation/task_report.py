@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from latent_deliberation.evaluation.answers import CONSTANT, MEAN
+from latent_deliberation.evaluation.answers import MEAN
 from latent_deliberation.evaluation.paired import estimate, mcnemar
-from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import CONSTANT, FEWEST_TEXTS, FROZEN, OWN
 from latent_deliberation.evaluation.report import LABELS, markdown_table
 from latent_deliberation.evaluation.task_outcomes import ArmOutcomes, TaskOutcomes
 from latent_deliberation.files import write_whole

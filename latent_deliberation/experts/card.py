@@ -138,8 +138,8 @@ def check_printable(value: Any, where: str) -> None:
     for inner in value:
       check_printable(inner, where)
   elif isinstance(value, str) and not value.isprintable():
-    raise UserError(f'{where} has a text with signs that cannot be printed, {value!r:.80}: leave '
-                    'them out')
+    raise UserError(f'{where} has a text with characters that cannot be printed, {value!r:.80}: '
+                    'leave them out')
 
 
 def split_address(written: str) -> tuple[str, str]:

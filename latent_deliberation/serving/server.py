@@ -25,7 +25,7 @@ from latent_deliberation.serving.protocol import Limits
 from latent_deliberation.serving.server_options import LOOPBACK, ServerOptions
 from latent_deliberation.serving.service_metrics import ServiceMetrics
 
-OWN = 'own'  # name of the expert that --coprocessor is
+OWN_EXPERT = 'own'  # name of the expert that --coprocessor is
 
 
 class RunningServer:
@@ -133,7 +133,7 @@ def run_server(options: ServerOptions, warm_up: bool = True) -> None:
   """
   key = options.read_key()
   _listen(options.host, options.port).close()  # a port that is taken is told before the long part
-  own = {OWN: load_coprocessor(options.coprocessor)} if options.coprocessor else {}
+  own = {OWN_EXPERT: load_coprocessor(options.coprocessor)} if options.coprocessor else {}
   loaded = load_decoder(options.decoder, vocabulary=options.vocabulary)
   experts = Experts(loaded, own, length=options.length, router=options.router, strict=True)
   experts.strict = False  # unlike the coprocessor, experts of the folder may be left out

@@ -13,10 +13,9 @@ from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, differences
 from latent_deliberation.files import is_here, orbax_options, path_for_orbax, remove_tree
 from latent_deliberation.model.decoder import fingerprint
-from latent_deliberation.paths import DATA_STATES
+from latent_deliberation.paths import DATA_STATES, STEP_METADATA
 from latent_deliberation.training.step import TrainState
 
-_STEP_METADATA = '_CHECKPOINT_METADATA'  # orbax's file in each step
 _STEP_TIMES = ('init_timestamp_nsecs', 'commit_timestamp_nsecs')  # integers in that file
 FINGERPRINT = 'fingerprint'  # key of a checkpoint's 'about': that of its state
 
@@ -60,12 +59,12 @@ class Checkpointer:
     try:
       self._manager = ocp.CheckpointManager(path_for_orbax(directory), options=options)
     except (ValueError, TypeError, KeyError) as error:  # orbax reads a file of each step
-      damaged = [path.parent for path in directory.glob(f'*/{_STEP_METADATA}')
+      damaged = [path.parent for path in directory.glob(f'*/{STEP_METADATA}')
                  if not _is_readable(path)]
       if not damaged:
         raise
       raise UserError(
-          f'the checkpoint {damaged[0]} cannot be read: its {_STEP_METADATA} is damaged ({error}). '
+          f'the checkpoint {damaged[0]} cannot be read: its {STEP_METADATA} is damaged ({error}). '
           f'Move {damaged[0]} away. The same command then resumes from the newest checkpoint that '
           'is left.') from error
 

@@ -193,6 +193,12 @@ def test_pace_is_that_of_every_launch(monkeypatch, tmp_path):
   for evaluation, training, rows in seen[0].values():
     assert evaluation.num_texts == rows == 24 and evaluation.eval_batches == 1
     assert training.loop.num_steps == training.loop.eval_every == 20
+  # A key that is given later goes before what was chosen.
+  with pytest.raises(InterruptedError):
+    make_expert(experiment_of(tmp_path / 'decoder', evaluation__num_texts=48,
+                              training__loop__eval_every=10), request, tmp_path / 'work',
+                tmp_path / 'package', frozenset({'training.loop.eval_every'}))
+  assert {training.loop.eval_every for _, training, _ in seen[2].values()} == {10}
 
 
 def test_step_is_timed(made, place, monkeypatch):

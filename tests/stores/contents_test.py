@@ -96,15 +96,30 @@ def test_checkpoint_of_a_killed_process(place, caplog):
   assert (place / 'notes/mine.txt').exists()
 
 
-def test_first_checkpoint_of_a_killed_process(place):
-  """A run that was killed in its first save begins anew."""
+@pytest.mark.parametrize('has_metadata', [True, False])
+def test_first_checkpoint_of_a_killed_process(place, has_metadata):
+  """A run that was killed in its first save, or while it removed that, begins anew."""
   save(place, 1)
-  (place / '1/commit_success.txt').unlink()
-  metadata = place / '1/_CHECKPOINT_METADATA'
-  about = json.loads(metadata.read_bytes())
-  metadata.write_text(json.dumps({**about, 'commit_timestamp_nsecs': None}))
+  cut_off(place / '1', has_metadata)
   assert restore(place) == (None, None)
   assert not (place / '1').objects()
+
+
+def test_older_checkpoint_of_a_killed_process(place):
+  """What is left of a step before the last whole one is removed, too."""
+  save(place, 1, 2)
+  cut_off(place / '1', has_metadata=False)
+  assert restore(place)[1] == (2, 2)
+  assert not (place / '1').objects()
+
+
+def cut_off(step, has_metadata):
+  (step / 'commit_success.txt').unlink()
+  metadata = step / '_CHECKPOINT_METADATA'
+  about = json.loads(metadata.read_bytes())
+  metadata.unlink()
+  if has_metadata:
+    metadata.write_text(json.dumps({**about, 'commit_timestamp_nsecs': None}))
 
 
 def test_checkpoints_of_an_older_orbax(place, tmp_path):
