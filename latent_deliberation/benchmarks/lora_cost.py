@@ -20,7 +20,7 @@ from latent_deliberation.array_types import Batch
 from latent_deliberation.benchmarks.expert_speed import check_interpreter, run_other
 from latent_deliberation.build import build_deliberator, count_parameters, load_frozen, open_frozen
 from latent_deliberation.data.loading import open_batches
-from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.deliberation.traces import evaluation_keys, sample_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import HeldOut, open_held_out, score_traces
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
@@ -142,9 +142,7 @@ def _places(experiment: Experiment, held_out: HeldOut, mesh: Mesh) -> dict[str, 
   deliberator = build_deliberator(experiment).with_traces(config.num_traces, config.num_ahead)
   found = []
   for index, batch in enumerate(held_out.batches):
-    # As `make_scorer` draws them.
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), index),
-                            len(batch.tokens))
+    keys = evaluation_keys(experiment.seed, index, batch)
     with jax.set_mesh(mesh):
       traces = sample_traces(keys, Batch(*map(jax.numpy.asarray, (
           batch.tokens, batch.segments, batch.positions))), deliberator.config)

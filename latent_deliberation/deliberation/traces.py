@@ -43,6 +43,14 @@ class Traces:
     return self.ahead_valid & ((delay == 0) | (index > delay))
 
 
+def evaluation_keys(seed: int, index: Array | int, batch: Batch) -> Array:
+  """Returns the keys for `sample_traces` of batch `index` of an evaluation.
+
+  All that scores, or measures beside scores, takes them, and so has the same places.
+  """
+  return jax.random.split(jax.random.fold_in(jax.random.key(seed), index), len(batch.tokens))
+
+
 def sample_traces(keys: Array, batch: Batch, config: DeliberationConfig,
                   first_anchor: int = 0) -> Traces:
   """Draws M distinct anchors from every text, uniformly among all places that can hold a trace.

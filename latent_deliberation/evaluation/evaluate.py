@@ -25,7 +25,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   find_coprocessor,
   load_coprocessor,
 )
-from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.deliberation.traces import evaluation_keys, sample_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import (
   CONSTANT,
@@ -197,17 +197,15 @@ def check_reach(experiment: Experiment, held_out: HeldOut, name: str) -> None:
   draw = jax.jit(lambda keys, batch: sample_traces(keys, batch, config).ahead_valid.any(axis=1))
   found = []
   for index, batch in enumerate(held_out.batches):
-    # As `make_scorer` draws them.
-    key = jax.random.fold_in(jax.random.key(experiment.seed), index)
-    found.append(draw(jax.random.split(key, len(batch.tokens)), batch))
+    found.append(draw(evaluation_keys(experiment.seed, index, batch), batch))
   reached, texts = np.concatenate(found), held_out.texts
   by_text = [len(np.unique(texts[column])) for column in reached.T]
-  if min(by_text) < 2:
+  worst = int(np.argmin(by_text))
+  if by_text[worst] < 2:
     raise UserError(
-        f'{by_text[int(np.argmin(by_text))]} of {len(set(texts))} held-out texts of {name} reach '
-        f'ahead position {int(np.argmin(by_text)) + 1}, and an interval needs 2: its documents are '
-        'too short. Give longer ones, or lower evaluation.num_ahead, and evaluation.positions with '
-        'it')
+        f'{by_text[worst]} of {len(set(texts))} held-out texts of {name} reach ahead position '
+        f'{worst + 1}, and an interval needs 2: its documents are too short. Give longer ones, or '
+        'lower evaluation.num_ahead, and evaluation.positions with it')
 
 
 def find_trained(experiment: Experiment, directory: Path, rows: PackedRows) -> Path:

@@ -27,7 +27,7 @@ from latent_deliberation.data.loading import check_rows_vocabulary
 from latent_deliberation.deliberation.coprocessor_checkpoint import load_coprocessor
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import entropy
-from latent_deliberation.deliberation.traces import sample_traces
+from latent_deliberation.deliberation.traces import evaluation_keys, sample_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import find_trained, open_held_out, place_batches
 from latent_deliberation.evaluation.perplexity import (
@@ -88,7 +88,7 @@ def score_places(deliberator: Deliberator, params: Params, decoder_params: Param
     with_entropy: whether to measure the entropy at each place, which takes the whole output head.
   """
   def score(params: Params, decoder_params: Params, batch: Batch, index: Array) -> tuple:
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index), len(batch.tokens))
+    keys = evaluation_keys(seed, index, batch)
     cap = deliberator.decoder.config.final_softcap
     with nn.logical_axis_rules(tuple(rules.items())):
       traces = sample_traces(keys, batch, deliberator.config).replace(delay=None)

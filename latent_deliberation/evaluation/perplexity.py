@@ -17,7 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
-from latent_deliberation.deliberation.traces import Traces, place, sample_traces, take_from_trunk
+from latent_deliberation.deliberation.traces import (
+  Traces,
+  evaluation_keys,
+  place,
+  sample_traces,
+  take_from_trunk,
+)
 from latent_deliberation.errors import UserError
 
 FROZEN = 'frozen'  # the decoder alone; all other arms are compared with it
@@ -141,8 +147,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
   def score(params: Params, decoder_params: Params, batch: Batch,
             index: Array) -> tuple[dict[str, Array], Array]:
     params, soft_tokens = params if soft else (params, None)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index),
-                            batch.tokens.shape[0])
+    keys = evaluation_keys(seed, index, batch)
     with nn.logical_axis_rules(tuple(rules.items())):
       traces = sample_traces(keys, batch, scored.config, first_anchor)
       # Every trace has the same delay, so that arms differ in latents alone.

@@ -10,6 +10,7 @@ none where no score is above zero. `ROUTERS` lists them, from the simplest on:
             (Ostapenko et al. 2024); needs no data, and never says none
 """
 
+import abc
 import dataclasses
 import functools
 import importlib.util
@@ -111,7 +112,7 @@ def _words_of_card(card: Card | None) -> list[str]:
   return [word for text in (card.name, card.description, *card.keywords) for word in words_of(text)]
 
 
-class HiddenRouter:
+class HiddenRouter(abc.ABC):
   """Scores the hidden state by what the package of each expert has for it."""
 
   def __init__(self, experts: Mapping[str, Known]):
@@ -126,9 +127,9 @@ class HiddenRouter:
         scores[:, column] = self.score(hidden, routing)
     return scores
 
+  @abc.abstractmethod
   def score(self, hidden: np.ndarray, routing: Routing) -> np.ndarray:
     """Returns the scores [B] of an expert for hidden states [B, D]."""
-    raise NotImplementedError
 
 
 class CentroidRouter(HiddenRouter):
