@@ -237,6 +237,9 @@ class Experiment:
     seed: seed of parameters, traces and the order of training rows.
     decoder_from: decoder that exists already: a directory, a GGUF file or a name; '' pretrains one.
       Its vocabulary is used too, unless `data` has a vocabulary_path. The flag --decoder sets it.
+    coprocessor_from: trained coprocessor that a new one starts as; '' starts anew.
+      It is a checkpoint, the work directory of its run, or the package of an expert, with the
+      latents of this config. Constant soft tokens, the control, start anew.
   """
   decoder: TransformerConfig
   data: DataConfig
@@ -250,6 +253,7 @@ class Experiment:
       default_factory=lambda: dict(DEFAULT_RULES))
   seed: int = 0
   decoder_from: str = ''
+  coprocessor_from: str = ''
 
   def __post_init__(self):
     check_types(self)

@@ -61,7 +61,9 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
   """
   check_interpreter(python)
   expert = load_package(package)
-  experiment = dataclasses.replace(experiment_of(expert.card), decoder_from=decoder)
+  experiment = dataclasses.replace(
+      experiment_of(expert.card), decoder_from=decoder, coprocessor_from='')
+  num_steps = experiment.training.loop.num_steps
   mesh = make_mesh(experiment.mesh)
   batches = open_batches(experiment, workdir, 'training', mesh)
   if not batches.num_rows:
@@ -70,7 +72,7 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
   run = describe_training(experiment, workdir / COPROCESSOR, mesh)
   seconds = time_step(experiment, run, workdir, mesh)
   ours = {'parameters': count_parameters(expert.coprocessor.params), 'seconds_a_step': seconds,
-          'seconds': seconds * expert.coprocessor.steps, 'peak_memory_bytes': peak_memory_bytes(),
+          'seconds': seconds * num_steps, 'peak_memory_bytes': peak_memory_bytes(),
           'whole_command_seconds': expert.card.recipe.get('seconds')}
   texts = {expert.card.name: (experiment, workdir),
            GENERAL: (_general(experiment, expert.card.scores), workdir / GENERAL_DATA)}
@@ -87,7 +89,7 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
   del decoder_params
 
   rank = max(1, round(ours['parameters'] / _weights_of_a_rank(experiment)))
-  steps = steps or expert.coprocessor.steps
+  steps = steps or num_steps
   arrays = _training_arrays(batches, steps)
   for name, (each, _) in texts.items():
     arrays |= {f'{name}/{part}': value

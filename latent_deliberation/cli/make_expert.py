@@ -319,6 +319,7 @@ def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,
       recipe={'text': {'name': request.name, **texts[request.name]},
               GENERAL: {'name': _name_text(request.general), **texts[GENERAL]},
               'settings': portable(experiment, request.name), 'steps': trained.steps,
+              'starts_from': base_name(experiment.coprocessor_from),
               'seed': experiment.seed, 'seconds': {
                   name: round(seconds, 1) for name, seconds in clock.seconds.items()},
               'machine': f'{os.cpu_count()} cores, {jax.devices()[0].device_kind}',

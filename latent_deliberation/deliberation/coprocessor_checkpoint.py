@@ -292,7 +292,8 @@ def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
     directory: the checkpoint, or the work directory of the run that wrote it.
     decoder_config: expected architecture of its decoder.
     config: expected config of its latents.
-    vocabulary_hash: hash of the vocabulary of the text that it will read.
+    vocabulary_hash: hash of the vocabulary of the text that it will read; '' where it is not known
+      yet.
 
   Raises:
     UserError: there is no checkpoint, or a damaged one.
@@ -312,7 +313,7 @@ def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
     raise UserError('\n'.join([
         f'the coprocessor in {found} has another config:', *lines,
         'Use the config that it was trained with, or name the coprocessor of this config.']))
-  if description.vocabulary_hash != vocabulary_hash:
+  if vocabulary_hash not in ('', description.vocabulary_hash):
     raise UserError(
         f'the coprocessor in {found} was trained with vocabulary {description.vocabulary_hash}, '
         f'but these rows have vocabulary {vocabulary_hash}: prepare the text in another '

@@ -53,7 +53,7 @@ CHANGES, LOSSES, ATTENTION = 'changes.png', 'losses.png', 'visibility.png'
 def constant_variant(experiment: Experiment) -> Experiment:
   """Returns the experiment of the pause-token control: soft tokens without a coprocessor."""
   deliberation = dataclasses.replace(experiment.deliberation, trainable='constant')
-  return dataclasses.replace(experiment, deliberation=deliberation)
+  return dataclasses.replace(experiment, deliberation=deliberation, coprocessor_from='')
 
 
 def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path,

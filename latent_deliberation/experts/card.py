@@ -37,8 +37,9 @@ class Card:
     vocabulary: hash of the decoder's vocabulary.
     latents: 'number', 'form' and 'trainable' as in DeliberationConfig, and 'parameters', the number
       of trained weights.
-    recipe: how it was made: 'text' with its fingerprint, 'general', 'settings', 'steps', 'seed',
-      'seconds', 'command', 'machine' and 'git_commit', as far as they are known.
+    recipe: how it was made: 'text' with its fingerprint, 'general', 'settings', 'steps',
+      'starts_from', 'seed', 'seconds', 'command', 'machine' and 'git_commit', as far as they are
+      known. 'steps' counts those of the coprocessor that it starts from.
     scores: name of a text -> scores on it; see `measuring.summarise_arms`. The expert's own text
       has the name of the expert.
     keywords: words that set the expert's text apart, the most telling ones first.
@@ -199,7 +200,8 @@ def render(card: Card) -> str:
       ('latents', f'{latents.get("number")} {latents.get("form")}, by {latents.get("trainable")} '
                   f'with {_count(latents.get("parameters"))} trained weights'),
       ('licence', card.licence or 'not stated'),
-      *((key, str(recipe[key])) for key in ('steps', 'seed', 'machine', 'git_commit', 'command')
+      *((key, str(recipe[key])) for key in (
+          'steps', 'starts_from', 'seed', 'machine', 'git_commit', 'command')
         if recipe.get(key) not in (None, '')),
       *((label, _describe_text(recipe[key])) for key, label in (
           ('text', 'own text'), (GENERAL, 'general text'))

@@ -191,7 +191,8 @@ def portable(experiment: Experiment, name: str) -> dict[str, Any]:
     data = dataclasses.replace(data, files=(name,))
   experiment = dataclasses.replace(
       experiment, data=dataclasses.replace(data, vocabulary_path='', data_dir=''),
-      decoder_from=base_name(experiment.decoder_from))
+      decoder_from=base_name(experiment.decoder_from),
+      coprocessor_from=base_name(experiment.coprocessor_from))
   return json.loads(json.dumps(dataclasses.asdict(experiment)))
 
 

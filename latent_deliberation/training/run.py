@@ -71,6 +71,7 @@ class Run:
     mesh: devices that the run is sharded over.
     init: (key, frozen parameters) -> trainable parameters, boxed with logical axes.
     frozen_shapes: shapes of the parameters that the loss reads and no step changes; {} for none.
+    start_fingerprint: fingerprint of the coprocessor that a new run starts from; '' for none.
     begun: time.monotonic() at which this launch began to work on the run.
   """
   job: str
@@ -79,6 +80,7 @@ class Run:
   mesh: Mesh
   init: Callable[[Array, Params], PyTree]
   frozen_shapes: Params
+  start_fingerprint: str = ''
   begun: float = dataclasses.field(default_factory=time.monotonic)
 
   @property
@@ -107,7 +109,7 @@ class Run:
     for section in unread:
       del config[section]
     return RunIdentity(self.job, config, decoder_fingerprint, data_fingerprint,
-                       defaults=defaults_of(Experiment))
+                       defaults=defaults_of(Experiment), start_fingerprint=self.start_fingerprint)
 
   @property
   def changeable(self) -> tuple[str, ...]:
@@ -153,8 +155,17 @@ class Run:
     def create(key: Array, start: Params) -> TrainState:
       return TrainState.create(nn.unbox(self.init(key, start)), self.optimizer)
     # Created inside jit, so no device holds more than its shards.
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-    return jax.jit(create, out_shardings=shardings)(jax.random.key(self.experiment.seed), start)
+    return jax.jit(create, out_shardings=self._shardings)(
+        jax.random.key(self.experiment.seed), start)
+
+  def start_from(self, params: Params) -> TrainState:
+    """Returns a new train state at step 0, on its shards, with these parameters."""
+    create = functools.partial(TrainState.create, optimizer=self.optimizer)
+    return jax.jit(create, out_shardings=self._shardings)(params)
+
+  @property
+  def _shardings(self) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
   @property
   def step_flops(self) -> float:
@@ -173,8 +184,7 @@ class Run:
     settings = self.settings
     return make_train_step(
         loss_fn, self.optimizer, build_schedule(settings.optimizer, settings.loop.num_steps),
-        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract), frozen=frozen,
-        mesh=self.mesh, rules=self.experiment.rules, seed=self.experiment.seed,
+        state_shardings=self._shardings, frozen=frozen, mesh=self.mesh, rules=self.experiment.rules, seed=self.experiment.seed,
         accumulation=settings.accumulation)
 
   def check_sizes(self) -> None:
@@ -284,7 +294,7 @@ def _is_copy(one: Path, other: Path, name: str) -> bool:
 def fit(run: Run, batches: Batches, loss_fn: LossFn,
         evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]], *,
         frozen: Params, decoder_fingerprint: str = '',
-        load_start: Callable[[], Params] | None = None) -> Params:
+        create_state: Callable[[], TrainState] | None = None) -> Params:
   """Trains a run to its end, starting at the newest checkpoint of its directory if there is one.
 
   Args:
@@ -294,8 +304,7 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
     evaluators: functions of the trainable parameters by name, called every `eval_every` steps.
     frozen: parameters that the loss reads.
     decoder_fingerprint: fingerprint of the frozen decoder; '' where there is none.
-    load_start: loads the parameters that `init` of a new run copies from. It is needed where
-      `frozen` is rounded to int8; default is `frozen`.
+    create_state: creates the train state of a new run; default is `run.create_state(frozen)`.
 
   Returns: the trained parameters, float32.
 
@@ -317,7 +326,7 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
     # Resume the newest checkpoint, or create a state on its shards.
     state = saved.restore(run.abstract, batches)
     if state is None:
-      state = run.create_state(load_start() if load_start else frozen)
+      state = create_state() if create_state else run.create_state(frozen)
     log_sizes(run, batches)
     finished = int(state.step) == settings.loop.num_steps
     if profiled and profiled[-1] <= int(state.step):

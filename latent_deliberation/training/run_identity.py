@@ -20,12 +20,12 @@ from latent_deliberation.paths import CHECKPOINTS, RUN_FILE, RUN_LOCK, with_curr
 
 EARLIER_STEPS = 'earlier_num_steps'  # key of run.json, not part of the identity
 # Settings that change no result but by rounding: devices, memory, cadences, and the places of
-# files, since the fingerprint of the data covers their contents. Weights are stacked by layer with
+# files, since fingerprints cover their contents. Weights are stacked by layer with
 # any `scan`, so no checkpoint depends on these.
 WITHOUT_EFFECT = (
     'mesh', 'rules', *(f'computation.{key}' for key in (
         'activations', 'attention', 'replicate_frozen', 'remat', 'scan', 'loss_chunk')),
-    'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from') + tuple(
+    'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from', 'coprocessor_from') + tuple(
     f'{section}.{key}' for section in ('pretraining', 'training')
     for key in ('accumulation', 'profile', 'trackers', *(f'loop.{name}' for name in (
         'log_every', 'log_seconds', 'eval_every', 'save_every', 'save_minutes', 'keep',
@@ -45,12 +45,14 @@ class RunIdentity:
     data_fingerprint: fingerprint of the data.
     defaults: defaults of the config, as nested dicts. A saved run that lacks a key had its default.
       So the default of a new key must mean what the code did before the key existed.
+    start_fingerprint: fingerprint of the coprocessor that the run starts from; '' for none.
   """
   job: str
   config: Mapping[str, Any]
   decoder_fingerprint: str
   data_fingerprint: str
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  start_fingerprint: str = ''
 
   @functools.cached_property
   def record(self) -> dict[str, Any]:
@@ -59,10 +61,12 @@ class RunIdentity:
     Raises:
       UserError: the config holds something that JSON cannot.
     """
+    # Runs that start anew have no 'start', as those that were saved before the key existed.
+    start = {'start': self.start_fingerprint} if self.start_fingerprint else {}
     try:
       return json.loads(json.dumps({
           'job': self.job, 'config': self.config, 'decoder': self.decoder_fingerprint,
-          'data': self.data_fingerprint}))
+          'data': self.data_fingerprint, **start}))
     except TypeError as error:
       raise UserError(f'the config of job {self.job!r} cannot be written as JSON ({error}): '
                       'use dicts, lists, strings, numbers, booleans and None') from error
@@ -127,8 +131,9 @@ def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentit
   length = (f'{section_of(identity.job)}.loop.num_steps',) if grows else ()
   lines = _differences(saved, identity.record, identity.defaults, (*changeable, *length))
   # Two hashes would tell nobody anything.
-  lines = ['  data: other rows than those of the run' if line.startswith('  data: ') else line
-           for line in lines]
+  said = {'data': '  data: other rows than those of the run',
+          'start': '  config.coprocessor_from: another coprocessor than the run started from'}
+  lines = [said.get(line.strip().partition(':')[0], line) for line in lines]
   if lines:
     raise UserError('\n'.join([
         f'{workdir} belongs to another run:', *lines,

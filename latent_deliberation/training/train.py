@@ -26,7 +26,11 @@ from latent_deliberation.data.loading import (
   prepare_data,
 )
 from latent_deliberation.deliberation import coprocessor_checkpoint
-from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
+from latent_deliberation.deliberation.coprocessor_checkpoint import (
+  DESCRIPTION,
+  check_decoder,
+  describe,
+)
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
@@ -40,6 +44,7 @@ from latent_deliberation.sharding import make_mesh, place_batch
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.run import Run, fit
 from latent_deliberation.training.run_identity import hold_workdir
+from latent_deliberation.training.step import TrainState
 
 TIMED_STEPS = 2  # after one that compiles
 
@@ -70,6 +75,9 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
   check_frozen_memory(experiment, checkpoint, mesh)
   run = describe_training(experiment, workdir, mesh)
   run.check(checkpoint.fingerprint)
+  start = _find_start(experiment)
+  if start and checkpoint.fingerprint:
+    check_decoder(describe(start), checkpoint.fingerprint)
   target = workdir / COPROCESSOR
   if target.exists() and not (target / DESCRIPTION).exists():
     raise UserError(f'{target} holds something else, but the trained coprocessor will be written '
@@ -87,6 +95,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
     rows, eval_batches = open_validation(experiment, prepared_dir, mesh,
                                          experiment.evaluation.eval_batches)
     check_rows_vocabulary(rows, checkpoint)
+    start = _find_start(experiment, rows.manifest.recipe.vocabulary_hash)
     frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
     deliberator = build_deliberator(experiment)
     batches = open_batches(experiment, prepared_dir, run.section, mesh)
@@ -98,28 +107,59 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
       evaluators['tasks'] = watch.make_evaluator(experiment, deliberator, frozen, prepared_dir,
                                                  mesh)
 
-    # Train. A coprocessor starts from the stored weights, not from those rounded to int8.
-    is_rounded = experiment.computation.frozen_dtype in INT8_DTYPES
+    def create_state() -> TrainState:
+      if start:
+        return run.start_from(coprocessor_checkpoint.load_coprocessor(
+            start, decoder_fingerprint=decoder_fingerprint,
+            frozen_dtype=experiment.computation.frozen_dtype, mesh=mesh, rules=experiment.rules))
+      # A new coprocessor copies the stored weights, not those rounded to int8.
+      is_rounded = experiment.computation.frozen_dtype in INT8_DTYPES
+      return run.create_state(
+          load_stored(checkpoint, mesh, experiment.rules) if is_rounded else frozen)
+
     params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
                  evaluators, frozen=frozen, decoder_fingerprint=decoder_fingerprint,
-                 load_start=(lambda: load_stored(checkpoint, mesh, experiment.rules)) if is_rounded
-                 else None)
+                 create_state=create_state)
     if not target.exists():
       with announced(f'writing {target}'):
         coprocessor_checkpoint.save(target, coprocessor_checkpoint.CoprocessorCheckpoint(
             decoder_config=experiment.decoder, config=experiment.deliberation,
             decoder_fingerprint=decoder_fingerprint,
             vocabulary_hash=rows.manifest.recipe.vocabulary_hash,
-            steps=run.settings.loop.num_steps, params=params,
+            steps=run.settings.loop.num_steps + (describe(start).steps if start else 0),
+            params=params,
             frozen_dtype=experiment.computation.frozen_dtype))
     return params
 
 
 def describe_training(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:
-  """Returns the run of `train_coprocessor` in `workdir`, to train, to check or to compile."""
+  """Returns the run of `train_coprocessor` in `workdir`, to train, to check or to compile.
+
+  Raises:
+    UserError: the coprocessor that it starts from is absent, damaged, or has another config.
+  """
+  start = _find_start(experiment)
   return Run('train', experiment, workdir, mesh,
              init=build_deliberator(experiment).coprocessor.init,
-             frozen_shapes=frozen_shapes(experiment, mesh))
+             frozen_shapes=frozen_shapes(experiment, mesh),
+             start_fingerprint=coprocessor_checkpoint.read_description(start)[1] if start else '')
+
+
+def _find_start(experiment: Experiment, vocabulary_hash: str = '') -> Path | None:
+  """Returns the checkpoint that a new coprocessor starts from; None where it starts anew.
+
+  Raises:
+    UserError: see `find_coprocessor`.
+  """
+  place = experiment.coprocessor_from
+  if not place:
+    return None
+  try:
+    return coprocessor_checkpoint.find_coprocessor(
+        as_path(place), decoder_config=experiment.decoder, config=experiment.deliberation,
+        vocabulary_hash=vocabulary_hash)
+  except UserError as error:
+    raise UserError(f'coprocessor_from = {place!r}: {error}') from error
 
 
 def time_step(experiment: Experiment, run: Run, prepared_dir: Path, mesh: Mesh) -> float:

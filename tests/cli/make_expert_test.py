@@ -20,6 +20,7 @@ from latent_deliberation.cli.attached import parse_expert
 from latent_deliberation.cli.expert_commands import Options, run
 from latent_deliberation.cli.make_expert import ExpertRequest, make_expert
 from latent_deliberation.data.data_config import BYTE_VOCABULARY_HASH
+from latent_deliberation.deliberation.coprocessor_checkpoint import describe
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import GENERAL
 from latent_deliberation.experts.measuring import measure_again
@@ -79,6 +80,16 @@ def test_package(made, place, quickstart):
   assert not (place / 'work/general/rows/train').exists()
   written = (place / 'package/expert.json').read_text()
   assert str(place) not in written and str(quickstart) not in written
+
+
+def test_starts_from_another_expert(made, place, tmp_path):
+  """An expert may start as another one; the control of constant soft tokens starts anew."""
+  _, experiment, request = made
+  experiment = dataclasses.replace(experiment, coprocessor_from=str(place / 'package'))
+  card = make_expert(experiment, request, tmp_path / 'work', tmp_path / 'second', GIVEN)
+  assert (card.recipe['steps'], card.recipe['starts_from']) == (4, 'package')
+  assert '| starts_from | package |' in (tmp_path / 'second/README.md').read_text()
+  assert describe(tmp_path / 'work/constant/coprocessor').steps == 2
 
 
 def test_everything_is_verified(made, place, quickstart):

@@ -1,5 +1,6 @@
 """Kinds of coprocessors, precisions and meshes that the quickstart does not cover."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -81,9 +82,9 @@ def test_int8_decoder(tmp_path, quickstart, monkeypatch, dtype, mesh):
   """A coprocessor trains on an int8 decoder and starts from unrounded weights."""
   decoder, started = quickstart / 'pretraining/decoder', []
 
-  def look(run, *others, frozen, load_start, **more):
-    started.append((frozen, run.create_state(load_start()).params))
-    return fit(run, *others, frozen=frozen, load_start=load_start, **more)
+  def look(run, *others, frozen, create_state, **more):
+    started.append((frozen, create_state().params))
+    return fit(run, *others, frozen=frozen, create_state=create_state, **more)
 
   monkeypatch.setattr(train, 'fit', look)
   train_coprocessor(finished.experiment(computation__frozen_dtype=dtype, **mesh), decoder,
@@ -99,6 +100,46 @@ def test_int8_decoder(tmp_path, quickstart, monkeypatch, dtype, mesh):
   np.testing.assert_allclose(
       losses(tmp_path / 'run')[:, [0, 2]], losses(quickstart / 'coprocessor')[:, [0, 2]],
       rtol=0.02)
+
+
+@pytest.mark.usefixtures('one_device')
+def test_starts_from_a_coprocessor(tmp_path, quickstart):
+  """A new coprocessor starts as a trained one; its steps count, and it must stay the same."""
+  decoder, start = quickstart / 'pretraining/decoder', tmp_path / 'start'
+  shutil.copytree(quickstart / 'coprocessor/coprocessor', start)
+  experiment = finished.experiment(coprocessor_from=str(start), training__loop__num_steps=1,
+                                   training__optimizer__learning_rate=1e-30)
+
+  def train_on(experiment=experiment):
+    return train_coprocessor(experiment, decoder, tmp_path / 'run', quickstart)
+
+  # With such a learning rate nothing changes.
+  assert fingerprint(train_on()) == fingerprint(coprocessor_checkpoint.load(start).params)
+  assert describe(tmp_path / 'run/coprocessor').steps == 3
+  # The place may change, and the parameters may not.
+  moved = start.rename(tmp_path / 'moved')
+  train_on(dataclasses.replace(experiment, coprocessor_from=str(moved)))
+  with pytest.raises(UserError, match='coprocessor_from: another coprocessor than'):
+    train_on(dataclasses.replace(experiment, coprocessor_from=''))
+  with pytest.raises(UserError, match=f"coprocessor_from = '{start}': .*no trained coprocessor"):
+    train_on()
+
+
+@pytest.mark.usefixtures('one_device')
+@pytest.mark.parametrize('changes, message', [
+    ({'deliberation__num_latents': 3}, "coprocessor_from = .*num_latents: "),
+    ({'decoder_fingerprint': 'd1'}, 'trained on the decoder with fingerprint d1'),
+    ({'vocabulary_hash': 'v1'}, 'trained with vocabulary v1')])
+def test_starts_from_another_kind(tmp_path, quickstart, changes, message):
+  """A coprocessor of another config, decoder or vocabulary is refused before the first step."""
+  trained = coprocessor_checkpoint.load(quickstart / 'coprocessor/coprocessor')
+  settings = {key: value for key, value in changes.items() if '__' in key}
+  coprocessor_checkpoint.save(tmp_path / 'start', dataclasses.replace(
+      trained, **{key: value for key, value in changes.items() if key not in settings}))
+  experiment = finished.experiment(coprocessor_from=str(tmp_path / 'start'), **settings)
+  with pytest.raises(UserError, match=f'(?s){message}'):
+    train_coprocessor(experiment, quickstart / 'pretraining/decoder', tmp_path / 'run', quickstart)
+  assert not (tmp_path / 'run/checkpoints').exists()
 
 
 def test_description(quickstart):
