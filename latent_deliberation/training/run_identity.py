@@ -25,7 +25,8 @@ EARLIER_STEPS = 'earlier_num_steps'  # key of run.json, not part of the identity
 WITHOUT_EFFECT = (
     'mesh', 'rules', *(f'computation.{key}' for key in (
         'activations', 'attention', 'replicate_frozen', 'remat', 'scan', 'loss_chunk')),
-    'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from', 'coprocessor_from') + tuple(
+    'data.files', 'data.data_dir', 'data.vocabulary_path', 'decoder_from',
+    'coprocessor_from') + tuple(
     f'{section}.{key}' for section in ('pretraining', 'training')
     for key in ('accumulation', 'profile', 'trackers', *(f'loop.{name}' for name in (
         'log_every', 'log_seconds', 'eval_every', 'save_every', 'save_minutes', 'keep',
