@@ -184,8 +184,8 @@ class Run:
     settings = self.settings
     return make_train_step(
         loss_fn, self.optimizer, build_schedule(settings.optimizer, settings.loop.num_steps),
-        state_shardings=self._shardings, frozen=frozen, mesh=self.mesh, rules=self.experiment.rules, seed=self.experiment.seed,
-        accumulation=settings.accumulation)
+        state_shardings=self._shardings, frozen=frozen, mesh=self.mesh,
+        rules=self.experiment.rules, seed=self.experiment.seed, accumulation=settings.accumulation)
 
   def check_sizes(self) -> None:
     """Checks that this run fits its mesh.
