@@ -1,11 +1,13 @@
 """Judges routers on prompts of several domains: what each saves, and what the best choice would.
 
 The references are the plain decoder ('none'), the best expert of each prompt or none ('oracle'),
-the expert that is named after the prompt's domain ('by hand'), the one that saves most over all
-prompts ('best single'), and all together with equal weights ('average of all'). The first two bound
-what a router can do. The oracle sees the answer, and so gains from noise, too.
+the best expert of each text or none ('best by text'), the expert that is named after the prompt's
+domain ('by hand'), the one that saves most over all prompts ('best single'), and all together with
+equal weights ('average of all').
 
-Regret is what a choice saves less than the oracle, in nats a prompt.
+Regret is what a choice saves less than the oracle, in nats a prompt. The oracle sees the answer of
+every prompt, and so gains from noise, too: no router reaches it. 'Best by text' takes the same for
+all prompts of a text, which leaves little to noise.
 """
 
 import dataclasses
@@ -32,8 +34,9 @@ from latent_deliberation.experts.trial import (
 )
 from latent_deliberation.inference.tokenizer import Tokenizer
 
-ORACLE, BY_HAND, SINGLE, AVERAGE = 'oracle', 'by hand', 'best single', 'average of all'
-REFERENCES = (NONE, ORACLE, BY_HAND, SINGLE, AVERAGE)
+ORACLE, BY_TEXT, BY_HAND, SINGLE, AVERAGE = (
+    'oracle', 'best by text', 'by hand', 'best single', 'average of all')
+REFERENCES = (NONE, ORACLE, BY_TEXT, BY_HAND, SINGLE, AVERAGE)
 TARGET = 0.25  # of the regret of none, at most, for a router that is good enough
 
 
@@ -82,11 +85,11 @@ def summarise_trial(trial: Trial, names: Sequence[str],
     expert = np.array([-1 if pick is None else names.index(pick) for pick in picks])
     ways[router] = Choices(expert, _pick(trial.saved, expert))
   documents = documents_of_cuts(trial.cuts)
-  oracle = ways[ORACLE].saved
+  oracle, by_text = ways[ORACLE].saved, float(ways[BY_TEXT].saved.mean())
   result: dict[str, Any] = {
       'experts': list(names), 'domains': trial.domains, 'prompts': len(trial.cuts),
       'ahead': len(trial.cuts[0].ahead), 'plain_nats': float(trial.plain.mean()),
-      'seconds': dict(trial.seconds), 'ways': {}}
+      'seconds': dict(trial.seconds), 'each_prompt': _each_prompt(trial, ways, names), 'ways': {}}
   none = float(oracle.mean())
   for name, way in ways.items():
     by_domain = {domain: interval_of(way.saved[rows], documents[rows])
@@ -101,6 +104,7 @@ def summarise_trial(trial: Trial, names: Sequence[str],
         'saved': interval_of(way.saved, documents), 'regret': regret, 'by_domain': by_domain,
         'confusion': _confusion(trial, way.expert, names), 'harmed': harmed,
         'share_of_none': regret['mean'] / none if none > 0 else None,
+        'share_by_text': 1 - float(way.saved.mean()) / by_text if by_text > 0 else None,
         'reaches_target': reaches}
   foreign = np.array([cut.domain not in names for cut in trial.cuts])
   if foreign.any():
@@ -115,11 +119,26 @@ def _references(trial: Trial, names: Sequence[str]) -> dict[str, Choices]:
   best = np.where(alone.max(axis=1) > 0, alone.argmax(axis=1), -1)
   hand = np.array([names.index(cut.domain) if cut.domain in names else -1 for cut in trial.cuts])
   single = np.full(count, int(alone.mean(axis=0).argmax()))
-  none = np.full(count, -1)
-  ways = {NONE: none, ORACLE: best, BY_HAND: hand, SINGLE: single}
+  none, by_text = np.full(count, -1), np.full(count, -1)
+  for domain in trial.domains:
+    rows = trial.of(domain)
+    means = alone[rows].mean(axis=0)
+    by_text[rows] = means.argmax() if means.max() > 0 else -1
+  ways = {NONE: none, ORACLE: best, BY_TEXT: by_text, BY_HAND: hand, SINGLE: single}
   found = {name: Choices(expert, _pick(alone, expert)) for name, expert in ways.items()}
   return {**found, AVERAGE: Choices(np.full(count, -2),
                                     trial.saved[:, trial.names.index(AVERAGE)])}
+
+
+def _each_prompt(trial: Trial, ways: Mapping[str, Choices],
+                 names: Sequence[str]) -> dict[str, Any]:
+  """Returns what each expert saves on each prompt, and what each way takes there; None for none."""
+  return {
+      'document': documents_of_cuts(trial.cuts).tolist(), 'plain': trial.plain.round(4).tolist(),
+      'saved': {name: saved.round(4).tolist()
+                for name, saved in zip(trial.names, trial.saved.T, strict=True)},
+      'chosen': {name: [names[number] if number >= 0 else None for number in way.expert.tolist()]
+                 for name, way in ways.items() if name != AVERAGE}}
 
 
 def _pick(saved: np.ndarray, expert: np.ndarray) -> np.ndarray:
@@ -171,18 +190,21 @@ def format_trial(result: Mapping[str, Any]) -> str:
   """Returns the judgement as a page of GitHub Markdown."""
   domains = result['domains']
   saved = [[name, format_interval(way['saved']), format_interval(way['regret']),
-            '-' if way['share_of_none'] is None else f'{100 * way["share_of_none"]:.0f}%',
+            *('-' if way[share] is None else f'{100 * way[share]:.0f}%'
+              for share in ('share_of_none', 'share_by_text')),
             *(format_interval(way['by_domain'][domain]) for domain in domains),
             {True: 'yes', False: 'no', None: 'not shown'}[way['reaches_target']]]
            for name, way in result['ways'].items()]
-  header = ['choice', 'saved', 'regret', 'of none', *domains, 'target']
+  header = ['choice', 'saved', 'regret', 'of none', 'by text', *domains, 'target']
   parts = [
       '# Which expert for which text', markdown_table(header, saved),
       f'Nats saved on the {result["ahead"]} tokens after a prompt, against the plain decoder, with '
       f'95% intervals (bootstrap over documents). There are {result["prompts"]} prompts. Regret is '
       'what a choice saves less than the oracle, which takes the best expert of each prompt or '
-      f'none. The target is a regret of at most {TARGET:.0%} of that of none, and no text that is '
-      'worse than with none beyond its interval; it is not shown where a text has no interval.']
+      'none. It sees the answer, and so gains from noise, too. "Best by text" takes one for all '
+      'prompts of a text. "Of none" and "by text" are the regret against these two, as shares of '
+      f'that of none. The target is at most {TARGET:.0%} of none, and no text that is worse than '
+      'with none beyond its interval; it is not shown where a text has no interval.']
   if any('of_no_domain' in way for way in result['ways'].values()):
     parts += ['## Text of no expert', markdown_table(
         ['choice', 'saved'], [[name, format_interval(way['of_no_domain'])]

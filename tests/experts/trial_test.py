@@ -9,6 +9,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experts.router_trial import (
   AVERAGE,
   BY_HAND,
+  BY_TEXT,
   ORACLE,
   SINGLE,
   format_trial,
@@ -105,10 +106,15 @@ def test_regret_is_against_the_best_choice_of_each_prompt():
   ways = result['ways']
   best = (29 * 2 + 1 + 30 * 2) / 90
   for name, saved in ((ORACLE, best), ('none', 0.0), (BY_HAND, (29 * 2 - 3 + 60) / 90),
+                      (BY_TEXT, (29 * 2 - 3 + 60) / 90),
                       ('named', (29 * 2 - 3 + 60) / 90), (SINGLE, (-29 + 1 + 60 - 30) / 90),
                       ('always stars', (29 * 2 - 3 - 60) / 90)):
     assert ways[name]['saved']['mean'] == pytest.approx(saved), name
     assert ways[name]['regret']['mean'] == pytest.approx(best - saved), name
+  assert ways['none']['share_by_text'] == 1 and ways['named']['share_by_text'] == 0
+  assert result['each_prompt']['saved']['stars'][:2] == [-3.0, 2.0]
+  assert result['each_prompt']['chosen'][BY_TEXT] == hand
+  assert result['each_prompt']['document'][30] == 'law/0'
   assert ways['named']['reaches_target'] and not ways['none']['reaches_target']
   assert ways['always stars']['harmed'] == ['law', 'code']
   assert ways['named']['of_no_domain']['mean'] == 0
@@ -147,8 +153,8 @@ def test_interval_is_over_documents():
 def test_whole_judgement(experts, tmp_path):
   """Numbers, page and picture of real routers; sums of two experts on mixed text."""
   trial, result = judge_routers(experts, CUTS, ('centroid', 'gain', 'arrow'), batch_size=4)
-  assert set(result['ways']) == {'none', ORACLE, BY_HAND, SINGLE, AVERAGE, 'centroid', 'gain',
-                                 'arrow'}
+  assert set(result['ways']) == {'none', ORACLE, BY_TEXT, BY_HAND, SINGLE, AVERAGE, 'centroid',
+                                 'gain', 'arrow'}
   np.testing.assert_allclose(result['ways'][ORACLE]['saved']['mean'],
                              np.maximum(trial.saved[:, :2].max(axis=1), 0).mean())
 
