@@ -49,7 +49,7 @@ _MINUTES = flags.DEFINE_float(
 _DESCRIPTION = flags.DEFINE_string('description', '', 'A sentence about the expert.')
 _LICENCE = flags.DEFINE_string('licence', '', 'Licence of its weights, such as CC-BY-4.0.')
 _SAMPLE = flags.DEFINE_bool('sample', True, 'Put held-out rows into the package, to score again.')
-_INDEX = flags.DEFINE_string('index', '', 'Index: a path, http(s)://, gs:// or hf:// address.')
+_INDEX = flags.DEFINE_string('index', '', 'Index: a path, http(s)://, gs://, s3:// or hf://.')
 _DOMAIN = flags.DEFINE_multi_string('domain', [], 'NAME=TEXT, a text to judge routers on')
 _PAIR = flags.DEFINE_multi_string('pair', [], 'A+B, to add up. Default: each with the next')
 _ROUTER = flags.DEFINE_multi_string('router', [], 'Router to show or to judge. Default: all')

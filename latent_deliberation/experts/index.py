@@ -1,7 +1,7 @@
 """The marketplace: an index of experts, anywhere.
 
 An index is a folder with index.json and a folder NAME@FINGERPRINT for each package. It is reached
-as a path, http(s)://, gs:// or hf://, all through fsspec. It is a file format and no server:
+as a path, http(s)://, gs://, s3:// or hf://, all through fsspec. It is a file format and no server:
 `publish` writes it into a folder, which may then be copied to any of these places.
 """
 
@@ -23,7 +23,7 @@ from latent_deliberation.files import explain_failed_write, lock, whole_director
 INDEX, FORMAT = 'index.json', 1
 _INDEX_BYTES = 2**26
 _CHUNK = 2**18
-_REMOTE = ('http', 'https', 'gs', 'hf')
+_REMOTE = ('http', 'https', 'gs', 's3', 'hf')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Place:
 
   @classmethod
   def at(cls, address: str) -> 'Place':
-    """Returns the folder at a path, http(s)://, gs:// or hf:// address.
+    """Returns the folder at a path, or at an address of one of _REMOTE.
 
     Raises:
       UserError: it is an address of another kind.
