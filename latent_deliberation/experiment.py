@@ -238,8 +238,8 @@ class Experiment:
     decoder_from: decoder that exists already: a directory, a GGUF file or a name; '' pretrains one.
       Its vocabulary is used too, unless `data` has a vocabulary_path. The flag --decoder sets it.
     coprocessor_from: trained coprocessor that a new one starts as; '' starts anew.
-      It is a checkpoint, the work directory of its run, or the package of an expert, with the
-      latents of this config. Constant soft tokens, the control, start anew.
+      It is the coprocessor/ of a run, the work directory of that run, or the package of an expert,
+      with the latents of this config. Constant soft tokens, the control, start anew.
   """
   decoder: TransformerConfig
   data: DataConfig

@@ -102,7 +102,8 @@ def format_page(campaigns: Sequence[Mapping[str, Any]]) -> str:
                      for campaign in campaigns)
   found = '\n'.join(f'- {fault}' for fault in result['faults'])
   if found:
-    found = f'\nThe [log](log.md) has what became of them. The first ones:\n\n{found}\n'
+    found = (f'\nThe [log](log.md#2026-11-30-faults) says how each was mended. Campaigns of later '
+             f'commits ran on mended code. The first ones:\n\n{found}\n')
   return _PAGE.format(
       commands='\n'.join(map(_command, campaigns)), origin=origin, found=found, kills=kills,
       files=files, faults=result['num_faults'],

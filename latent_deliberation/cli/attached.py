@@ -1,12 +1,18 @@
 """--expert of the command line: which experts to attach, and which each prompt gets."""
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import logging
 
-from latent_deliberation.api import load_decoder
+from latent_deliberation.api import load_coprocessor, load_decoder
 from latent_deliberation.cli.generate import Request, Writer
+from latent_deliberation.deliberation.coprocessor_checkpoint import (
+  DESCRIPTION,
+  CoprocessorCheckpoint,
+)
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import added_directory, list_added, locate
 from latent_deliberation.experts.attach import Choice, Experts
@@ -58,6 +64,8 @@ def attach_named(decoder: LoadedDecoder, packages: Sequence[str], *, length: int
                  router: str = 'gain') -> tuple[Experts, dict[str, str]]:
   """Attaches packages by name or directory; returns the experts, and package -> name.
 
+  A directory may also hold a coprocessor without a card. It is named after its directory.
+
   Raises:
     UserError: two packages have one name; with `strict`, one cannot be attached.
   """
@@ -65,15 +73,19 @@ def attach_named(decoder: LoadedDecoder, packages: Sequence[str], *, length: int
   names: dict[str, str] = {}
   for package in packages:
     try:
-      directory = locate(package, added_directory())
-      name = read_card(directory).name
+      place: Path | CoprocessorCheckpoint = as_path(os.path.expanduser(package))
+      if (place / DESCRIPTION).is_file():
+        name, place = place.name, load_coprocessor(place)
+      else:
+        place = locate(package, added_directory())
+        name = read_card(place).name
     except UserError as error:
       if strict:
         raise
       logging.warning('No latents of the expert %r: %s. The decoder continues without them.',
                       package, error)
       continue
-    if experts.attach(name, directory):
+    if experts.attach(name, place):
       names[package] = name
   return experts, names
 

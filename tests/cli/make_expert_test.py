@@ -245,11 +245,13 @@ def test_marketplace_commands(made, place, quickstart, monkeypatch, capsys, tmp_
   assert 'ok: ' in said('verify', 'acts', decoder=decoder)
   routed = said('route', decoder=decoder, text='the clause of the act', router=('gain', 'centroid'))
   assert routed.startswith('gain: ') and 'acts' in routed
-  table = said('compare', 'acts', decoder=decoder, text=str(place / 'acts'), prompts=4,
+  bare = str(place / 'work/coprocessor/coprocessor')  # the same expert, without its card
+  table = said('compare', 'acts', bare, decoder=decoder, text=str(place / 'acts'), prompts=4,
                batch_size=2, length=200, output=str(tmp_path / 'compare.json'))
   assert '| acts |' in table and (tmp_path / 'compare.png').exists()
   compared = json.loads((tmp_path / 'compare.json').read_text())
   assert compared['saved']['text']['acts']['prompts'] == 4
+  assert compared['saved']['text']['coprocessor'] == compared['saved']['text']['acts']
   page = said('evaluate', decoder=decoder, domain=(f'acts={place}/acts', f'x={finished.TEXTS}'),
               prompts=4, batch_size=4, length=200, router=('gain',), pair=(),
               output=str(tmp_path / 'evaluate.json'))
