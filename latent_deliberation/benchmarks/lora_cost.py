@@ -103,6 +103,7 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
             'steps': steps, 'tokens': int(arrays['train/tokens'].size),
             'num_ahead': experiment.deliberation.num_ahead, 'git_commit': git_commit(),
             'decoder': found, 'expert': expert.card.address,
+            'starts_from': expert.card.recipe.get('starts_from') or {},
             'texts': {name: _compare(arms[name], held_out[name], totals, name,
                                      experiment.deliberation.num_ahead) for name in texts}}
   write_json(output, json.loads(json.dumps(result)))
@@ -184,7 +185,9 @@ def format_cost(result: Mapping[str, Any]) -> str:
       f'next {result["num_ahead"]} tokens at the same places, with 95% intervals over texts. Above '
       'zero is better. The loss of the frozen decoder, in nats a token, is by us and by torch: '
       + ', '.join(f'{name} {found["frozen_nats"]:.4f} and {found["frozen_nats_by_torch"]:.4f}'
-                  for name, found in result['texts'].items()) + '.']) + '\n'
+                  for name, found in result['texts'].items()) + '.',
+      *([f'The expert starts from {start["name"]}, whose {start["steps"]} steps are not counted. '
+         'The LoRA starts anew.'] if (start := result.get('starts_from')) else [])]) + '\n'
 
 
 def plot_cost(result: Mapping[str, Any], path: Path) -> None:

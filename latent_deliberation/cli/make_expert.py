@@ -45,7 +45,7 @@ from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import batch_shards, make_mesh
 from latent_deliberation.training.run import Run
 from latent_deliberation.training.run_identity import hold_workdir
-from latent_deliberation.training.train import TIMED_STEPS, time_step
+from latent_deliberation.training.train import TIMED_STEPS, open_start, time_step
 
 REQUEST_FILE, PACE_FILE = 'expert_request.json', 'pace.json'
 
@@ -100,6 +100,10 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
                              name='', options={}, data_dir='')
   experiment = dataclasses.replace(experiment, data=data)
   general = _general_data(experiment, request)
+  if experiment.coprocessor_from and general.source == STDLIB:
+    logging.warning("coprocessor_from = %r: if it has read Python's standard library, harm on "
+                    'general text looks smaller than it is: give other text as --general',
+                    experiment.coprocessor_from)
   for text in (data, general):
     if text.source == 'text':
       list_files(text.files)  # refused before anything is written
@@ -184,9 +188,11 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataCon
   bounded = with_most_texts(other, pace.get('evaluation.num_texts', num_texts)).evaluation
   other = with_choices(other, {**pace, 'evaluation.num_texts': bounded.num_texts,
                                'evaluation.batch_size': bounded.batch_size})
+  texts = _open_texts(request.name, experiment, other, workdir, mesh)
+  for name, (scored, held_out) in texts.items():
+    check_reach(scored, held_out, f'{name} text')  # fewer texts reach less
 
   train_phases(experiment, runs, workdir, clock)
-  texts = _open_texts(request.name, experiment, other, workdir, mesh)
   trained, scores, routing = measure_expert(texts, workdir, mesh, clock)
   card = _describe(experiment, request, workdir, scores, trained, clock)
   picture = workdir / PICTURE
@@ -319,12 +325,20 @@ def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,
       recipe={'text': {'name': request.name, **texts[request.name]},
               GENERAL: {'name': _name_text(request.general), **texts[GENERAL]},
               'settings': portable(experiment, request.name), 'steps': trained.steps,
-              'starts_from': base_name(experiment.coprocessor_from),
+              'starts_from': _describe_start(experiment),
               'seed': experiment.seed, 'seconds': {
                   name: round(seconds, 1) for name, seconds in clock.seconds.items()},
               'machine': f'{os.cpu_count()} cores, {jax.devices()[0].device_kind}',
               'command': _command(request, experiment.decoder_from), 'git_commit': git_commit()},
       scores=scores, keywords=tuple(keywords), files={})
+
+
+def _describe_start(experiment: Experiment) -> dict[str, Any]:
+  """Returns what a card says of the coprocessor that training started from; {} for none."""
+  start = open_start(experiment)
+  return {} if start is None else {
+      'name': base_name(start.place), 'fingerprint': start.fingerprint,
+      'steps': start.description.steps}
 
 
 def _describe_text(prepared_dir: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ one of its decoder's weights. A coprocessor is refused for any other decoder.
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -283,7 +283,8 @@ def locate_coprocessor(directory: Path) -> Path:
 
 
 def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
-                     config: DeliberationConfig, vocabulary_hash: str) -> Path:
+                     config: DeliberationConfig, vocabulary_hash: str = '',
+                     ignoring: Collection[str] = ()) -> Path:
   """Locates a trained coprocessor and checks that it is the expected one. Reads no parameters.
 
   Choices that only training reads are not compared.
@@ -292,8 +293,8 @@ def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
     directory: the checkpoint, or the work directory of the run that wrote it.
     decoder_config: expected architecture of its decoder.
     config: expected config of its latents.
-    vocabulary_hash: hash of the vocabulary of the text that it will read; '' where it is not known
-      yet.
+    vocabulary_hash: hash of the vocabulary of the text that it will read; '' where it is not known.
+    ignoring: more keys of `config` that are not compared.
 
   Raises:
     UserError: there is no checkpoint, or a damaged one.
@@ -306,7 +307,7 @@ def find_coprocessor(directory: Path, *, decoder_config: TransformerConfig,
   for section, saved, current in (('decoder', description.decoder_config, decoder_config),
                                   ('deliberation', description.config, config)):
     saved, current = ({key: value for key, value in dataclasses.asdict(values).items()
-                       if key not in (*config.without_effect, *ONLY_IN_TRAINING)}
+                       if key not in (*config.without_effect, *ONLY_IN_TRAINING, *ignoring)}
                       for values in (saved, current))
     lines += differences(saved, current, f'config.{section}.')
   if lines:

@@ -63,8 +63,9 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
 
 def _size(x: Array, valid: Array | None = None) -> Array:
   """Returns the root mean square in float32, over valid vectors (along the last axis) or all."""
-  where = None if valid is None else valid[..., None]
-  return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), where=where))
+  valid = jnp.ones(x.shape[:-1], bool) if valid is None else valid
+  squares = jnp.where(valid[..., None], jnp.square(x.astype(jnp.float32)), 0)
+  return jnp.sqrt(jnp.sum(squares) / (jnp.maximum(1, jnp.sum(valid)) * x.shape[-1]))
 
 
 @typed

@@ -53,7 +53,7 @@ CHANGES, LOSSES, ATTENTION = 'changes.png', 'losses.png', 'visibility.png'
 def constant_variant(experiment: Experiment) -> Experiment:
   """Returns the experiment of the pause-token control: soft tokens without a coprocessor."""
   deliberation = dataclasses.replace(experiment.deliberation, trainable='constant')
-  return dataclasses.replace(experiment, deliberation=deliberation, coprocessor_from='')
+  return dataclasses.replace(experiment, deliberation=deliberation)
 
 
 def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path,
@@ -91,13 +91,14 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   held_out = open_held_out(experiment, prepared_dir, mesh)
   check_rows_vocabulary(held_out.rows, checkpoint)
   constant_experiment = constant_variant(experiment)
-  coprocessor_dir = find_trained(experiment, coprocessor_dir, held_out.rows)
+  coprocessor_dir, notes = find_trained(experiment, coprocessor_dir, held_out.rows), []
   if constant_dir:
     constant_dir = find_trained(constant_experiment, constant_dir, held_out.rows)
     steps = [describe(directory).steps for directory in (coprocessor_dir, constant_dir)]
     if len(set(steps)) > 1:
-      logging.warning('the coprocessor was trained for %d steps, the constant soft tokens for %d: '
-                      'the comparison favours the longer training', *steps)
+      notes.append(f'The coprocessor was trained for {steps[0]:,} steps, and the constant soft '
+                   f'tokens for {steps[1]:,}: their comparison favours the longer training.')
+      logging.warning('%s', notes[-1])
   curves = _read_training(runs or {'coprocessor': coprocessor_dir.parent})
 
   decoder_params, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
@@ -120,7 +121,7 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
       peak_memory_bytes=_peak_memory(runs or {}), git_commit=git_commit(),
       config=dataclasses.asdict(experiment), rows=len(held_out.texts),
       pictures=_captions(experiment, len(set(held_out.texts)), bool(curves)),
-      documents=held_out.rows.manifest.documents),
+      documents=held_out.rows.manifest.documents, notes=tuple(notes)),
       experiment.evaluation.bootstrap_samples)
   if jax.process_index() == 0:
     plot_changes(summary, output / CHANGES)

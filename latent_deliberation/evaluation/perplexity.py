@@ -58,7 +58,9 @@ def zero(outputs: Array, valid: Array) -> Array:
 
 def mean(outputs: Array, valid: Array) -> Array:
   """Returns the batch's mean over texts and traces, for each latent: form without content."""
-  average = jnp.mean(outputs, axis=(0, 1), keepdims=True, where=valid[..., None, None])
+  where = valid[..., None, None]
+  average = jnp.sum(jnp.where(where, outputs, 0), axis=(0, 1), keepdims=True) / jnp.maximum(
+      1, jnp.sum(where))
   return jnp.broadcast_to(average, outputs.shape)
 
 
@@ -210,6 +212,13 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
 def score_texts(scorer: Scorer, params: Params, decoder_params: Params,
                 batches: Iterable[Batch]) -> dict[str, AheadNLL]:
   """Scores all batches with every arm of the scorer."""
+  totals, count = sum_scores(scorer, params, decoder_params, batches)
+  return {arm: AheadNLL(total, count) for arm, total in totals.items()}
+
+
+def sum_scores(scorer: Scorer, params: Params, decoder_params: Params, batches: Iterable[Batch],
+               ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Returns summed nats by arm, float64 [texts, A], and the number of their targets."""
   totals: dict[str, list[np.ndarray]] = {}
   counts = []
   for index, batch in enumerate(batches):
@@ -217,8 +226,7 @@ def score_texts(scorer: Scorer, params: Params, decoder_params: Params,
     for arm, total in sums.items():
       totals.setdefault(arm, []).append(total.astype(np.float64))
     counts.append(count)
-  count = np.concatenate(counts)
-  return {arm: AheadNLL(np.concatenate(total), count) for arm, total in totals.items()}
+  return {arm: np.concatenate(total) for arm, total in totals.items()}, np.concatenate(counts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,12 +200,16 @@ def render(card: Card) -> str:
       ('latents', f'{latents.get("number")} {latents.get("form")}, by {latents.get("trainable")} '
                   f'with {_count(latents.get("parameters"))} trained weights'),
       ('licence', card.licence or 'not stated'),
-      *((key, str(recipe[key])) for key in (
-          'steps', 'starts_from', 'seed', 'machine', 'git_commit', 'command')
+      *((key, str(recipe[key])) for key in ('steps', 'seed', 'machine', 'git_commit', 'command')
         if recipe.get(key) not in (None, '')),
       *((label, _describe_text(recipe[key])) for key, label in (
           ('text', 'own text'), (GENERAL, 'general text'))
         if isinstance(recipe.get(key), Mapping))]
+  if isinstance(start := recipe.get('starts_from'), Mapping) and start:
+    facts.append((
+        'starts from', f'{start.get("name")}, weights `{start.get("fingerprint")}`, whose '
+        f'{_count(start.get("steps"))} steps are counted above. Constant soft tokens started anew. '
+        'What the start has read is not known here'))
   seconds = recipe.get('seconds')
   if isinstance(seconds, Mapping):
     facts.append(('time', ', '.join(f'{name} {format_duration(value)}'

@@ -13,6 +13,7 @@ from latent_deliberation.studies.scoring import QuestionScorer, TextScorer
 from latent_deliberation.studies.study_config import LATENT_ARM, Study
 from latent_deliberation.studies.study_result import Arm, Outcomes, control_name
 from latent_deliberation.training.metrics import read_metrics
+from latent_deliberation.training.train import open_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +94,19 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
         kind=kind, trained=runs[0].trained, total=runs[0].total,
         flops_per_token=answer / scorer.answer_tokens, train_flops=training,
         seeds=study.seeds, seconds=seconds,
-        note=_describe_budget(settings, study.experiment.training),
+        note=_describe_budget(experiment, study.experiment.training),
         **_scored([run.scores[control] for run in runs]))
   return arms
 
 
-def _describe_budget(settings: TrainingConfig, common: TrainingConfig) -> str:
+def _describe_budget(experiment: Experiment, common: TrainingConfig) -> str:
   """Returns a note on whether an arm has the steps and texts of the study (`common`)."""
+  settings = experiment.training
   same = (settings.loop.num_steps, settings.batch_size) == (
       common.loop.num_steps, common.batch_size)
   budget = f'{settings.loop.num_steps:,} steps of {settings.batch_size} texts'
+  if open_start(experiment):
+    return f'not matched: {budget}, after those of the coprocessor that it starts from'
   return f'matched in tokens and steps: {budget}' if same else f'not matched: {budget}'
 
 

@@ -1,8 +1,9 @@
 """Training: trains a coprocessor, or constant soft tokens, on a frozen decoder's kv-cache."""
 
+import dataclasses
 import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -28,19 +29,19 @@ from latent_deliberation.data.loading import (
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import (
   DESCRIPTION,
-  check_decoder,
-  describe,
+  Description,
+  read_description,
 )
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
-from latent_deliberation.evaluation.perplexity import FROZEN, OWN, make_scorer, score_texts
+from latent_deliberation.evaluation.perplexity import FROZEN, OWN, make_scorer, sum_scores
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import as_path
 from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.paths import COPROCESSOR
 from latent_deliberation.progress import announced, counted
-from latent_deliberation.sharding import make_mesh, place_batch
+from latent_deliberation.sharding import make_mesh, place_batch, shardings_of
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.run import Run, fit
 from latent_deliberation.training.run_identity import hold_workdir
@@ -75,9 +76,9 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
   check_frozen_memory(experiment, checkpoint, mesh)
   run = describe_training(experiment, workdir, mesh)
   run.check(checkpoint.fingerprint)
-  start = _find_start(experiment)
-  if start and checkpoint.fingerprint:
-    check_decoder(describe(start), checkpoint.fingerprint)
+  start = open_start(experiment)
+  if start:
+    start.check(checkpoint.fingerprint)
   target = workdir / COPROCESSOR
   if target.exists() and not (target / DESCRIPTION).exists():
     raise UserError(f'{target} holds something else, but the trained coprocessor will be written '
@@ -95,8 +96,9 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
     rows, eval_batches = open_validation(experiment, prepared_dir, mesh,
                                          experiment.evaluation.eval_batches)
     check_rows_vocabulary(rows, checkpoint)
-    start = _find_start(experiment, rows.manifest.recipe.vocabulary_hash)
     frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
+    if start:  # some formats have a fingerprint only once they are loaded
+      start.check(decoder_fingerprint, rows.manifest.recipe.vocabulary_hash)
     deliberator = build_deliberator(experiment)
     batches = open_batches(experiment, prepared_dir, run.section, mesh)
 
@@ -109,9 +111,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
 
     def create_state() -> TrainState:
       if start:
-        return run.start_from(coprocessor_checkpoint.load_coprocessor(
-            start, decoder_fingerprint=decoder_fingerprint,
-            frozen_dtype=experiment.computation.frozen_dtype, mesh=mesh, rules=experiment.rules))
+        return run.start_from(start.load(mesh, experiment.rules))
       # A new coprocessor copies the stored weights, not those rounded to int8.
       is_rounded = experiment.computation.frozen_dtype in INT8_DTYPES
       return run.create_state(
@@ -126,7 +126,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
             decoder_config=experiment.decoder, config=experiment.deliberation,
             decoder_fingerprint=decoder_fingerprint,
             vocabulary_hash=rows.manifest.recipe.vocabulary_hash,
-            steps=run.settings.loop.num_steps + (describe(start).steps if start else 0),
+            steps=run.settings.loop.num_steps + (start.description.steps if start else 0),
             params=params,
             frozen_dtype=experiment.computation.frozen_dtype))
     return params
@@ -136,28 +136,66 @@ def describe_training(experiment: Experiment, workdir: Path, mesh: Mesh) -> Run:
   """Returns the run of `train_coprocessor` in `workdir`, to train, to check or to compile.
 
   Raises:
-    UserError: the coprocessor that it starts from is absent, damaged, or has another config.
+    UserError: see `open_start`.
   """
-  start = _find_start(experiment)
+  start = open_start(experiment)
   return Run('train', experiment, workdir, mesh,
              init=build_deliberator(experiment).coprocessor.init,
              frozen_shapes=frozen_shapes(experiment, mesh),
-             start_fingerprint=coprocessor_checkpoint.read_description(start)[1] if start else '')
+             start_fingerprint=start.fingerprint if start else '')
 
 
-def _find_start(experiment: Experiment, vocabulary_hash: str = '') -> Path | None:
-  """Returns the checkpoint that a new coprocessor starts from; None where it starts anew.
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """The trained coprocessor that a new one starts as.
+
+  Attributes:
+    directory: its checkpoint.
+    description: what the checkpoint says of it.
+    fingerprint: fingerprint of its parameters.
+    place: `coprocessor_from`, for messages.
+  """
+  directory: Path
+  description: Description
+  fingerprint: str
+  place: str
+
+  def check(self, decoder_fingerprint: str = '', vocabulary_hash: str = '') -> None:
+    """Raises UserError where it was trained on another decoder or vocabulary; '' is not known."""
+    for what, trained, now in (
+        ('decoder weights', self.description.decoder_fingerprint, decoder_fingerprint),
+        ('vocabulary', self.description.vocabulary_hash, vocabulary_hash)):
+      if now not in ('', trained):
+        raise UserError(f'coprocessor_from = {self.place!r}: it was trained with {what} {trained}, '
+                        f'and here are {now}: give a coprocessor of this decoder')
+
+  def load(self, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Params:
+    """Loads the parameters onto their shards. Raises UserError where they are others by now."""
+    loaded = coprocessor_checkpoint.load(
+        self.directory, lambda boxed: shardings_of(boxed, mesh, rules))
+    if read_description(self.directory)[1] != self.fingerprint:
+      raise UserError(f'coprocessor_from = {self.place!r}: it was replaced while this command '
+                      'began: run the command again, in a new --workdir')
+    return loaded.params
+
+
+def open_start(experiment: Experiment) -> Start | None:
+  """Returns the coprocessor that training starts from, without weights; None where it starts anew.
+
+  Constant soft tokens, the control, start anew.
 
   Raises:
-    UserError: see `find_coprocessor`.
+    UserError: there is none, it is damaged, or it has another config.
   """
   place = experiment.coprocessor_from
-  if not place:
+  if not place or experiment.deliberation.trainable == 'constant':
     return None
   try:
-    return coprocessor_checkpoint.find_coprocessor(
+    # Places and lengths of the ahead tokens change no latent.
+    directory = coprocessor_checkpoint.find_coprocessor(
         as_path(place), decoder_config=experiment.decoder, config=experiment.deliberation,
-        vocabulary_hash=vocabulary_hash)
+        ignoring=('num_ahead', 'anchor_tokens'))
+    return Start(directory, *read_description(directory), place)
   except UserError as error:
     raise UserError(f'coprocessor_from = {place!r}: {error}') from error
 
@@ -195,9 +233,9 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
 
   def evaluate(params: Params) -> Mapping[str, float]:
     placed = (place_batch(batch, mesh, experiment.rules) for batch in eval_batches)
-    scores = score_texts(scorer, params, frozen, placed)
-    # Means over all targets, the same ones for every arm.
-    mean = {arm: score.total.sum() / score.count.sum() for arm, score in scores.items()}
+    totals, count = sum_scores(scorer, params, frozen, placed)
+    # Means over all targets, the same ones for every arm. A few texts may reach no last position.
+    mean = {arm: total.sum() / max(1, count.sum()) for arm, total in totals.items()}
     return {'loss': mean[OWN], 'gain': mean[FROZEN] - mean[OWN],
             'content': mean['shuffled'] - mean[OWN]}
 

@@ -87,8 +87,10 @@ def test_starts_from_another_expert(made, place, tmp_path):
   _, experiment, request = made
   experiment = dataclasses.replace(experiment, coprocessor_from=str(place / 'package'))
   card = make_expert(experiment, request, tmp_path / 'work', tmp_path / 'second', GIVEN)
-  assert (card.recipe['steps'], card.recipe['starts_from']) == (4, 'package')
-  assert '| starts_from | package |' in (tmp_path / 'second/README.md').read_text()
+  assert card.recipe['steps'] == 4
+  assert (start := card.recipe['starts_from'])['name'] == 'package' and start['steps'] == 2
+  assert f'| starts from | package, weights `{start["fingerprint"]}`' in (
+      tmp_path / 'second/README.md').read_text()
   assert describe(tmp_path / 'work/constant/coprocessor').steps == 2
 
 
