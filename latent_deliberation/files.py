@@ -314,11 +314,11 @@ def whole_directory(directory: Path) -> Iterator[Path]:
       if is_writer:
         with explain_failed_write(directory):
           finish_directory(partial, directory)
-      barrier(f'{directory} named')
     except BaseException:
       if is_writer:
         remove_tree(partial)
       raise
+    barrier(f'{directory} named')  # whatever becomes of another process, the directory is whole
 
 
 def partial_of(directory: Path) -> Path:

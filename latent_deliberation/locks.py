@@ -205,8 +205,9 @@ class _Lease:
   def _read(self) -> dict[str, Any] | None:
     """Returns the content of the lease; None if there is none."""
     try:
-      return json.loads(self._path.read_bytes())
+      content = json.loads(self._path.read_bytes())
+      return {key: content[key] for key in ('holder', 'owner', 'beats')}
     except FileNotFoundError:
       return None
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
       raise UserError(f'{self._path} is no lock ({error}): remove it') from error

@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 from absl import logging
 
+from latent_deliberation.errors import UserError
 from latent_deliberation.files import write_json
 
 Item = TypeVar('Item')
@@ -116,9 +117,13 @@ class PhaseClock:
 
   def __init__(self, path: Path):
     self._path = path
-    kept = json.loads(path.read_bytes()) if path.exists() else {'seconds': {}, 'complete': []}
-    self.seconds: dict[str, float] = kept['seconds']
-    self._complete: list[str] = kept['complete']
+    try:
+      kept = json.loads(path.read_bytes()) if path.exists() else {'seconds': {}, 'complete': []}
+      self.seconds: dict[str, float] = dict(kept['seconds'])
+      self._complete: list[str] = list(kept['complete'])
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(f'{path} is damaged ({error!r}): delete it, since it only has the seconds of '
+                      'phases') from error
 
   @contextmanager
   def phase(self, name: str, further: bool = False) -> Iterator[None]:

@@ -199,7 +199,8 @@ class StorePath(type(epath.Path())):
     with self.explained(is_written=True):
       name = f'{self.url}/.probe-{secrets.token_hex(4)}'
       self.filesystem.pipe_file(name, b'probe')
-      self.filesystem.rm_file(name)
+      with contextlib.suppress(FileNotFoundError):  # the answer was lost, and the request repeated
+        self.filesystem.rm_file(name)
 
   def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
     """Does nothing: a directory begins with what is written into it."""
@@ -237,7 +238,8 @@ class StorePath(type(epath.Path())):
     return self
 
   def finish(self) -> None:
-    (self / UNFINISHED).unlink()
+    # A library repeats a request whose answer was lost, and then finds nothing to remove.
+    (self / UNFINISHED).unlink(missing_ok=True)
 
   def clear_unfinished(self) -> None:
     """Removes the steps of orbax below that a killed process left.

@@ -70,7 +70,7 @@ _COMPARE = flags.DEFINE_bool(
 
 def main() -> None:
   augments = generate.check_coprocessor(
-      _COPROCESSOR.value or _EXPERT.value, at=_AT.value, every=_EVERY.value, gate=_GATE.value,
+      _EXPERT.value or _COPROCESSOR.value, at=_AT.value, every=_EVERY.value, gate=_GATE.value,
       background=_BACKGROUND.value)
   prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
   gate = None

@@ -1,5 +1,6 @@
 """--expert of the command line: which experts to attach, and which each prompt gets."""
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def attach_named(decoder: LoadedDecoder, packages: Sequence[str], *, length: int
                  router: str = 'gain') -> tuple[Experts, dict[str, str]]:
   """Attaches packages by name or directory; returns the experts, and package -> name.
 
-  A directory may also hold a coprocessor without a card. It is named after its directory.
+  A directory may also hold a coprocessor without a card, which is named after its directory.
 
   Raises:
     UserError: two packages have one name; with `strict`, one cannot be attached.
@@ -75,7 +76,7 @@ def attach_named(decoder: LoadedDecoder, packages: Sequence[str], *, length: int
     try:
       place: Path | CoprocessorCheckpoint = as_path(os.path.expanduser(package))
       if (place / DESCRIPTION).is_file():
-        name, place = place.name, load_coprocessor(place)
+        name, place = _name_directory(place, experts.names), load_coprocessor(place)
       else:
         place = locate(package, added_directory())
         name = read_card(place).name
@@ -88,6 +89,13 @@ def attach_named(decoder: LoadedDecoder, packages: Sequence[str], *, length: int
     if experts.attach(name, place):
       names[package] = name
   return experts, names
+
+
+def _name_directory(directory: Path, taken: Sequence[str]) -> str:
+  """Returns a name for the expert in a directory, which none of those that are `taken` has."""
+  name = re.sub('[^a-z0-9]+', '-', directory.absolute().name.lower()).strip('-')[:32] or 'own'
+  return next(each for number in itertools.count(1)
+              if (each := name if number == 1 else f'{name}-{number}') not in taken)
 
 
 def fitting(decoder_fingerprint: str) -> list[str]:

@@ -110,12 +110,14 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   except UserError as error:
     logging.warning('%s. The decoder is written without a tokenizer', error)
     tokenizer = None
+  def complete(partial: Path) -> None:
+    _keep_companions(checkpoint, partial)
+    if format == 'huggingface':
+      _keep_keys(checkpoint, partial)
+
   params = checkpoint.load(dtype=dtype)
-  weights.save(target, checkpoint.config, params, checkpoint.vocabulary_hash, format,
-               tokenizer)
-  _keep_companions(checkpoint, target)
-  if format == 'huggingface':
-    _keep_keys(checkpoint, target)
+  weights.save(target, checkpoint.config, params, checkpoint.vocabulary_hash, format, tokenizer,
+               complete)
   written = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
   with_it = f', with {tokenizer}' if tokenizer else ''
   return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{with_it}'

@@ -11,7 +11,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Choice, Experts
 from latent_deliberation.experts.card import AUTO
 from latent_deliberation.experts.prompt_embeds import EMBEDS, embed_prompt, export
-from latent_deliberation.experts.retrieval import Library, ask, open_library
+from latent_deliberation.experts.retrieval import Library, address_of, ask, open_library
 from latent_deliberation.experts.retrieval_trial import (
   FILES,
   RetrievalTrial,
@@ -115,10 +115,9 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
   mix = experts.mix(choice)
   if not mix or mix == AUTO:
     raise UserError(f"--expert={expert}: give the expert to measure, or 'a:0.5,b:0.5'")
-  cards = [experts.card(name) for name in mix]
   identity = {
       'decoder': loaded.fingerprint, 'mix': mix, 'passage': passage, 'length': length,
-      'experts': [None if card is None else card.address for card in cards]}
+      'experts': [address_of(experts, name) for name in mix]}
   results = {}
   for name, known in asked.items():
     usable = long_enough(known, loaded.tokenizer, experts.first_anchor + 1)

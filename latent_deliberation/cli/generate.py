@@ -184,9 +184,11 @@ class Writer:
     ids, source = list(map(self._encode, prompts)), self._source(prompts, plain)
     completions = generate(self.engine, self._texts(ids, plain), self._decoding(plain),
                            self._seeds(first, len(prompts)), source)
-    more = [{}] * len(ids) if source is None else [{'experts': mix} for mix in source.mixes]
-    return [self._result(*each) | mix for *each, mix in zip(prompts, ids, completions, more,
-                                                            strict=True)]
+    results = [self._result(*each) for each in zip(prompts, ids, completions, strict=True)]
+    if source is None:
+      return results
+    return [result | {'experts': mix if result['latents_at'] else {}}
+            for result, mix in zip(results, source.mixes, strict=True)]
 
   def write_slowly(self, prompt: str, first: int = 0) -> Iterator[dict[str, Any]]:
     """Yields the result of one prompt while it is decoded, with the text that will not change."""

@@ -8,6 +8,7 @@ index takes about 30 bytes a document. For more than about 10^8 documents use a 
 """
 
 import array
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -196,7 +197,8 @@ def _index_file(file: TextFile, text_key: str,
   with file.plain.open('rb') as lines:
     for number, line in enumerate(lines, 1):
       file_hash.update(line)
-      text = line.strip() and _parse_line(line, start, number, file.path, text_key)
+      is_blank = not line.removeprefix(codecs.BOM_UTF8).strip()
+      text = '' if is_blank else _parse_line(line, start, number, file.path, text_key)
       if text:
         yield f'{file.name}:{number}', start, len(line), text
       start += len(line)

@@ -28,7 +28,7 @@ from latent_deliberation.data.rows import (
   read_manifest,
   smallest_dtype,
 )
-from latent_deliberation.data.sources import SPLITS
+from latent_deliberation.data.sources import SPLITS, build_source
 from latent_deliberation.data.tasks import Documents, iterate
 from latent_deliberation.data.vocabularies import bytes_per_token, framing_of
 from latent_deliberation.errors import MissingError, UserError, differences
@@ -73,11 +73,15 @@ def prepare(config: DataConfig, prepared_dir: Path) -> Path:
   try:
     documents = Documents.open(config, prepared_dir)
   except MissingError as missing:
-    if config.mode != 'packed' or not all((directory / split).exists() for split in SPLITS):
+    if config.mode != 'packed' or not all((directory / split).exists() for split in SPLITS) or (
+        _has_text(config)):  # then the vocabulary is missing
       raise
-    # Compare what the configuration alone determines.
-    given = _given(config)
-    changed = differences(_read_source(directory).get('given') or given, given, 'data.')
+    # Compare what the configuration alone determines. Earlier code kept less.
+    saved, given, keys = _read_source(directory), _given(config), _keys_of_rows(config)
+    changed = differences(saved.get('given') or given, given, 'data.')
+    kept = {key: value for key, value in saved.get('config', {}).items() if key in keys}
+    changed += [line for line in differences(kept, {key: keys[key] for key in kept}, 'data.')
+                if line not in changed]
     if changed:
       raise UserError('\n'.join([f'{missing}.', f'{directory} was packed from something else:',
                                  *changed])) from missing
@@ -104,10 +108,24 @@ def describe_source(config: DataConfig, documents: Documents) -> dict[str, Any]:
   """Returns what the hashes of a Recipe stand for, to explain a difference, as JSON values."""
   source = getattr(documents.provider, 'source', None)  # a mixture has several
   files = getattr(getattr(source, 'corpus', None), 'files', ())
-  keys = {key: value for key, value in dataclasses.asdict(config).items()
-          if key not in (*NOT_IN_ROWS, *KNOWN_BY_CONFIG)}
-  return json.loads(json.dumps({'config': keys, 'files': [file.name for file in files],
-                                'given': _given(config)}))
+  return json.loads(json.dumps({'config': _keys_of_rows(config), 'given': _given(config),
+                                'files': [file.name for file in files]}))
+
+
+def _keys_of_rows(config: DataConfig) -> dict[str, Any]:
+  """Returns the keys that decide what rows hold, and that no manifest has, as JSON values."""
+  return json.loads(json.dumps({
+      key: value for key, value in dataclasses.asdict(config).items()
+      if key not in (*NOT_IN_ROWS, *KNOWN_BY_CONFIG)}))
+
+
+def _has_text(config: DataConfig) -> bool:
+  """Whether the documents of a configuration are on this machine."""
+  try:
+    build_source(config)
+  except MissingError:
+    return False
+  return True
 
 
 def _given(config: DataConfig) -> dict[str, Any]:

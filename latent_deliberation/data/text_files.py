@@ -17,7 +17,7 @@ import shutil
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -78,9 +78,9 @@ def list_files(patterns: Sequence[str]) -> tuple[TextFile, ...]:
           f'no file matches {pattern!r} (seen from {os.getcwd()}): give existing files, a glob, or '
           f'a directory with files {", ".join(OF_DIRECTORIES)}. Hidden and backup files count only '
           'if they are named')
-    # A file that two patterns match is one file.
-    files.update((path.resolve(), TextFile(path.relative_to(root).as_posix(), path, path))
-                 for path in paths)
+    # A file that two patterns or two links mean is one file, and has its first name.
+    for path in sorted(paths):
+      files.setdefault(path.resolve(), TextFile(path.relative_to(root).as_posix(), path, path))
   return tuple(sorted(files.values(), key=lambda file: (file.name, str(file.path))))
 
 
@@ -90,7 +90,7 @@ def _match(pattern: str) -> tuple[Path, list[Path]]:
   if path.is_file():
     return path.parent, [path]
   if path.is_dir():
-    root, paths = path, [found for found in path.rglob('*') if found.is_file()]
+    root, paths = path, _files_below(path)
   else:
     # The longest beginning that exists is a directory, the rest is a pattern.
     parts = path.parts
@@ -98,9 +98,9 @@ def _match(pattern: str) -> tuple[Path, list[Path]]:
     root = Path(*parts[:fixed])
     found = glob.glob(os.path.join(*parts[fixed:]), root_dir=root, recursive=True)
     paths = [root / name for name in found if (root / name).is_file()]
-  kept, left_out = [], collections.Counter()
+  kept, left_out, matched = [], collections.Counter(), set(paths)
   for found in paths:
-    reason = _reason_to_leave_out(found, root, in_directory=root == path)
+    reason = _reason_to_leave_out(found, root, matched, in_directory=root == path)
     left_out[reason] += 1
     if not reason:
       kept.append(found)
@@ -111,7 +111,25 @@ def _match(pattern: str) -> tuple[Path, list[Path]]:
   return root, kept
 
 
-def _reason_to_leave_out(path: Path, root: Path, in_directory: bool) -> str:
+def _files_below(root: Path) -> list[Path]:
+  """Returns the files below a directory, also behind links; warns of folders it may not read."""
+  def warn(error: OSError) -> None:
+    logging.warning('%s is left out: %s', error.filename, error.strerror)
+
+  found, seen = [], set()
+  for folder, folders, names in os.walk(root, onerror=warn, followlinks=True):
+    real = os.path.realpath(folder)
+    if real in seen:  # a link to a folder above would never end
+      folders.clear()
+      continue
+    seen.add(real)
+    folders.sort()
+    found += (path for name in names if (path := Path(folder, name)).is_file())
+  return found
+
+
+def _reason_to_leave_out(path: Path, root: Path, matched: Collection[Path],
+                         in_directory: bool) -> str:
   """Returns what a file is if a directory or wildcard does not mean it, and '' if it does."""
   # A glob finds hidden names only if it asks for them.
   parts = path.relative_to(root).parts if in_directory else (path.name.lstrip('.'),)
@@ -119,7 +137,7 @@ def _reason_to_leave_out(path: Path, root: Path, in_directory: bool) -> str:
     return 'hidden, backup or unfinished files'
   if in_directory and text_suffix(path) not in OF_DIRECTORIES:
     return f'files {path.suffix or "without an ending"}'
-  if text_suffix(path) != path.suffix.lower() and path.with_suffix('').is_file():
+  if text_suffix(path) != path.suffix.lower() and path.with_suffix('') in matched:
     return 'compressed files that are there unpacked, too'
   return ''
 
@@ -204,6 +222,9 @@ def decode(content: bytes, path: Path, start: int = 0) -> str:
       encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
   try:
     return content.decode(encoding).removeprefix('\ufeff')
+  except LookupError as error:  # a codec that makes no text, such as rot13
+    raise UserError(f'{path}: its first lines declare the encoding {encoding}, and that is none of '
+                    'text: correct it, or leave the file out') from error
   except UnicodeDecodeError as error:
     raise UserError(f'{path}: not {encoding} text at byte {start + error.start} ({error.reason}): '
                     'convert it (iconv -t utf-8) or leave it out') from error

@@ -29,7 +29,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorC
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError, check_number
 from latent_deliberation.experts.card import AUTO, NONE, Card, check_name
-from latent_deliberation.experts.package import Expert, Routing, load_package
+from latent_deliberation.experts.package import Expert, Routing, load_package, read_card
 from latent_deliberation.experts.routing import Known, Query, Router, choose, make_router
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.engine import (
@@ -88,8 +88,9 @@ class Experts:
     self.strict, self._decoder, self._length = strict, decoder, length
     self._attached: dict[str, Attached] = {}
     self._latents: DeliberationConfig | None = None  # what all experts have in common
-    self._router, self._made_router = router, None
-    self._said: set[str] = set()  # names that were warned of
+    self._router = router
+    self._made_router: tuple[Mapping[str, Attached] | None, Router | None] = None, None
+    self._said: dict[str, str] = {}  # what was warned of, by name
     self.engine = self._build(None)
     for name, expert in (experts or {}).items():
       self.attach(name, expert)
@@ -133,8 +134,7 @@ class Experts:
     if self._latents != latents:
       self._latents, self.engine = latents, self._build(latents)
     self._attached = {**self._attached, name: self._assemble(expert)}
-    self._made_router = None
-    self._said.discard(name)
+    self._said.pop(name, None)
     return True
 
   def detach(self, name: str) -> None:
@@ -147,7 +147,6 @@ class Experts:
       raise UserError(f'no expert {name!r} is attached, but {list(self._attached)}: give one of '
                       'these')
     self._attached = {other: each for other, each in self._attached.items() if other != name}
-    self._made_router = None
 
   def mix(self, choice: Choice) -> Mix | str:
     """Returns weights by name for what a text asks for; 'auto' stays.
@@ -225,14 +224,16 @@ class Experts:
     """Returns the router over the experts that are attached now."""
     if not isinstance(self._router, str):
       return self._router
-    if self._made_router is None:
-      self._made_router = make_router(self._router, self.known())
-    return self._made_router
+    # A server attaches in one thread and routes in others, so a router knows for whom it was made.
+    attached, (made_for, router) = self._attached, self._made_router
+    if made_for is not attached:
+      router = make_router(self._router, _known(attached))
+      self._made_router = attached, router
+    return router
 
   def known(self) -> dict[str, Known]:
     """Returns what routers may know of the experts that are attached now."""
-    return {name: Known(each.card, each.routing, each.model, each.weights)
-            for name, each in self._attached.items()}
+    return _known(self._attached)
 
   def augment(self, state: State, mixes: Sequence[Mix]) -> Augmentation:
     """Makes latents for the end of every text; those of texts without an expert mean nothing.
@@ -288,6 +289,12 @@ class Experts:
   def _check(self, name: str, expert: Expert | CoprocessorCheckpoint | str | Path) -> Expert:
     """Returns an expert that fits the decoder and the experts attached before."""
     if isinstance(expert, str | Path):
+      # The card is small. So nothing of another decoder is loaded, however large it is.
+      card = read_card(Path(expert))
+      if card.base['fingerprint'] != self._decoder.fingerprint:
+        raise UserError(f'the expert {name!r} was made for {card.base["name"]}, weights '
+                        f'{card.base["fingerprint"]}, and this decoder has '
+                        f'{self._decoder.fingerprint}: attach it to that decoder')
       expert = load_package(Path(expert))
     if isinstance(expert, CoprocessorCheckpoint):
       expert = Expert(None, expert)
@@ -325,11 +332,16 @@ class Experts:
     return Attached(model, weights, expert.card, expert.routing)
 
   def _warn(self, name: str, reason: str) -> None:
-    """Logs once for each name why there are no latents."""
-    if name not in self._said:
+    """Logs once for each name and reason why there are no latents."""
+    if self._said.get(name) != reason:
       logging.warning('No latents of the expert %r: %s. The decoder continues without them. This '
                       'is logged once.', name, reason)
-    self._said.add(name)
+    self._said[name] = reason
+
+
+def _known(attached: Mapping[str, Attached]) -> dict[str, Known]:
+  return {name: Known(each.card, each.routing, each.model, each.weights)
+          for name, each in attached.items()}
 
 
 def _common(config: DeliberationConfig) -> DeliberationConfig:

@@ -8,6 +8,7 @@ NAME@FINGERPRINT names exactly one package.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -107,8 +108,12 @@ def numbers_of(scores: Mapping[str, Any] | None, arm: str = 'own') -> tuple[floa
   """
   try:
     found = scores['gain'][arm]
-    return tuple(float(value) for value in (found['nats'], *(found['ci95'] or ())))
-  except (KeyError, TypeError, ValueError):
+    numbers = (found['nats'], *(found['ci95'] or ()))
+    # A text such as 'nan' would become a number that JSON has not.
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+      return None
+    return tuple(map(float, numbers))
+  except (KeyError, TypeError, OverflowError):
     return None
 
 

@@ -131,8 +131,13 @@ class Place:
       raise UserError(f"{self.address} needs the library fsspec: pip install -e '.[experts]'")
     import fsspec
     path = f'{self.address}/{name}'
-    # Without a block size, http needs neither ranges nor the length of a file.
-    options = {'block_size': 0} if path.startswith('http') else {}
+    options: dict[str, Any] = {}
+    if path.startswith('http'):
+      import aiohttp
+      # Without a block size, http needs neither ranges nor the length of a file. A large file may
+      # take its time, as long as something comes.
+      options = {'block_size': 0, 'client_kwargs': {
+          'timeout': aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
     try:
       with fsspec.open(path, 'rb', **options) as file:
         while chunk := file.read(_CHUNK):

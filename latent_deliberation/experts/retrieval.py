@@ -144,13 +144,14 @@ class Library:
 
   def _key_of(self, mix: Mix) -> str:
     """Returns a hash of experts, by their addresses or weights, and of how they are mixed."""
-    known = self._experts.known()
-    parts = []
-    for name, weight in sorted(mix.items()):
-      card = known[name].card
-      parts.append([fingerprint(known[name].weights.coprocessor) if card is None else card.address,
-                    float(weight)])
-    return _hash(parts)
+    return _hash([[address_of(self._experts, name), float(weight)]
+                  for name, weight in sorted(mix.items())])
+
+
+def address_of(experts: Experts, name: str) -> str:
+  """Returns the address of an attached expert; without a card, the fingerprint of its weights."""
+  known = experts.known()[name]
+  return fingerprint(known.weights.coprocessor) if known.card is None else known.card.address
 
 
 def open_library(directory: Path, experts: Experts, tokenizer: Tokenizer, *,

@@ -3,9 +3,11 @@
 Nothing here needs TensorFlow.
 """
 
+import codecs
 import functools
 import hashlib
 import importlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -190,7 +192,27 @@ class JsonTokenizer:
 
   def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
     """See Tokenizer."""
-    return _decode_after(self._model.decode, self._known(before[-IDS_BEFORE:]), self._known(ids))
+    # A character in bytes must not be cut, since the library then gives up all bytes beside it.
+    first = max(0, len(before) - IDS_BEFORE)
+    while first and int(before[first]) in self._bytes:
+      first -= 1
+    known_before, opened = self._split_open(self._known(before[first:]))
+    whole, rest = self._split_open([*opened, *self._known(ids)])
+    return _decode_after(self._model.decode, known_before, whole) + '\ufffd' * bool(rest)
+
+  @functools.cached_property
+  def _bytes(self) -> Mapping[int, int]:
+    """The byte that each id stands for which is a byte of a character."""
+    return {number: int(piece[3:5], 16) for number, piece in self._model.pieces.items()
+            if re.fullmatch('<0x[0-9A-F]{2}>', piece)}
+
+  def _split_open(self, ids: list[int]) -> tuple[list[int], list[int]]:
+    """Returns the ids, and apart those at their end that are bytes of an incomplete character."""
+    run = list(itertools.takewhile(lambda byte: byte is not None, map(self._bytes.get, ids[::-1])))
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    decoder.decode(bytes(run[::-1]))
+    end = len(ids) - len(decoder.getstate()[0])  # it keeps the bytes that it waits with
+    return ids[:end], ids[end:]
 
   def _known(self, ids: Sequence[int]) -> list[int]:
     return [int(i) for i in ids if int(i) in self._model.pieces]
@@ -282,7 +304,7 @@ def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[
   before = tokenizer.encode('a')  # a text comes before, so a first space counts
 
   def stop(tokens: Sequence[int]) -> bool:
-    text = tokenizer.decode(tokens[-reach:], before)
+    text = tokenizer.decode(tokens[-reach:], [*before, *tokens[:-reach]])
     return any(string in text for string in strings)
 
   return stop

@@ -325,7 +325,8 @@ def _open_hugging_face(directory: Path) -> Checkpoint:
 
 
 def save(directory: str | Path, config: TransformerConfig, params: Params,
-         vocabulary_hash: str = '', format: str = 'native', tokenizer: Path | None = None) -> None:
+         vocabulary_hash: str = '', format: str = 'native', tokenizer: Path | None = None,
+         complete: Callable[[Path], None] | None = None) -> None:
   """Writes a decoder bit by bit. After an error, nothing is left of it.
 
   Args:
@@ -335,6 +336,7 @@ def save(directory: str | Path, config: TransformerConfig, params: Params,
     vocabulary_hash: hash of the vocabulary of the training text; only the native format keeps it.
     format: one of FORMATS.
     tokenizer: SentencePiece model or tokenizer.json to copy into the directory; default none.
+    complete: writes more files into the directory, which is given to it before it has its name.
 
   Raises:
     UserError: `directory` exists or cannot be written; or the format is unknown or cannot describe
@@ -357,3 +359,5 @@ def save(directory: str | Path, config: TransformerConfig, params: Params,
       native.write(partial, config, params, vocabulary_hash)
     else:
       hugging_face.write(partial, config, params)
+    if complete is not None and jax.process_index() == 0:
+      complete(partial)

@@ -231,7 +231,7 @@ class Batcher:
       # The first expert was attached, and caches have room for latents from now on.
       if self.running:
         return False
-      self._batch = self._new_batch()
+      self._renew_batch()
     job = self._take_next()
     if job is None:
       return False
@@ -239,8 +239,9 @@ class Batcher:
     try:
       job.state = self._batch.engine.read([request.ids])
       self.metrics.prompt_tokens.inc(len(request.ids))
-      job.deliberations = [self.guard.begin(choice, request.text, job.state)
-                           for choice in request.choices]
+      job.deliberations = [
+          self.guard.begin(choice, request.text, job.state, self._batch.engine)
+          for choice in request.choices]
     except Exception:  # no memory for another cache, for instance
       logging.exception('A text could not be read.')
       self._end(job, ERROR)
@@ -277,9 +278,9 @@ class Batcher:
 
   def _join(self, job: Job) -> None:
     request, states = job.request, []
+    self._running.append(job)  # first, so that it is told if the batch fails now
     for deliberation in job.deliberations:
       states.append(self._with_latents(job.state, deliberation))
-    self._running.append(job)
     for state in states:
       leader = job.rows[0] if job.rows else None
       job.rows.append(self._batch.join(state, request.sampling, request.seed, leader,
@@ -289,11 +290,16 @@ class Batcher:
 
   def _with_latents(self, state: State, deliberation: Deliberation) -> State:
     latents = deliberation.finish()
+    if latents is not None:
+      try:
+        state = self._batch.engine.attach(state, latents)
+      except Exception as error:  # no memory for another cache, for instance
+        deliberation.fail(error)
     report = deliberation.report
     if report.asked is not None:
       outcome = report.kind or ('joined' if report.experts else 'none')
       self.metrics.latents.labels(outcome).inc()
-    return state if latents is None else self._batch.engine.attach(state, latents)
+    return state
 
   def _decode(self) -> None:
     """Decodes some tokens of all running texts, and tells who waits for them."""
@@ -349,6 +355,10 @@ class Batcher:
   def _new_batch(self) -> DecodeBatch:
     return DecodeBatch(self.guard.experts.engine, self.rows, self._eos, self._num_ids)
 
+  def _renew_batch(self) -> None:
+    self._batch.release()  # else the caches of both take memory at once
+    self._batch = self._new_batch()
+
   def _abandon(self) -> bool:
     """Ends all texts that were read, and begins again, since the cache of the batch may be gone.
 
@@ -358,7 +368,7 @@ class Batcher:
       job.rows = []
       self._end(job, ERROR)
     try:
-      self._batch = self._new_batch()
+      self._renew_batch()
     except Exception:
       logging.exception('There is no new batch: this server takes no more texts.')
       with self._changed:

@@ -102,6 +102,10 @@ class DecodeBatch:
     self._options.temperature[row] = 0  # so that no filter is run for it
     self._options.leader[row] = row
 
+  def release(self) -> None:
+    """Gives the caches back. The batch cannot be used any more."""
+    self._state = None
+
   def decode(self, limit: int) -> list[Step]:
     """Decodes up to `limit` tokens, at most STEPS, of every row that has a text."""
     if self._keys is None:

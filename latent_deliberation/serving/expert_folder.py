@@ -12,6 +12,7 @@ from absl import logging
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import list_added
 from latent_deliberation.experts.attach import Experts
+from latent_deliberation.experts.package import CARD
 
 
 class ExpertFolder:
@@ -21,7 +22,8 @@ class ExpertFolder:
     """Follows a folder, which need not exist yet."""
     self._experts, self._directory = experts, directory
     self._taken = experts.names  # attached by somebody else, who detaches them
-    self._known: dict[str, str] = {}  # fingerprint by name of what was attached, or refused
+    # By name of what was attached, or refused: fingerprint, and time of the card's last change.
+    self._known: dict[str, tuple[str, float]] = {}
     self._stopped = threading.Event()
 
   def look(self) -> None:
@@ -30,22 +32,25 @@ class ExpertFolder:
     Of several packages with one name, the first by address stays. A package of another decoder, or
     with a name that is taken, is left out, with one warning.
     """
-    found: dict[str, tuple[str, Path]] = {}
+    found: dict[str, tuple[tuple[str, float], Path]] = {}
     for card, path in list_added(self._directory):
-      found.setdefault(card.name, (card.fingerprint, path))
-    for name, fingerprint in list(self._known.items()):
-      if found.get(name, ('',))[0] != fingerprint:
+      found.setdefault(card.name, ((card.fingerprint, (path / CARD).stat().st_mtime), path))
+    for name, version in list(self._known.items()):
+      if name not in found or found[name][0] != version:
         del self._known[name]
         if name in self._experts.names and name not in self._taken:
           self._experts.detach(name)
           logging.info('The expert %s was removed.', name)
-    for name, (fingerprint, path) in found.items():
+          # Others may fit now: all that are attached have the same latents.
+          self._known = {name: each for name, each in self._known.items()
+                         if name in self._experts.names}
+    for name, (version, path) in found.items():
       if name not in self._known:
-        self._known[name] = fingerprint
+        self._known[name] = version
         if name in self._taken:
           logging.warning('%s is left out: another expert has the name %r', path, name)
         elif self._experts.attach(name, path):
-          logging.info('The expert %s@%s is attached.', name, fingerprint)
+          logging.info('The expert %s@%s is attached.', name, version[0])
 
   def follow(self, seconds: float) -> None:
     """Looks again every so many seconds, in a thread, until `stop` is called."""
@@ -55,6 +60,8 @@ class ExpertFolder:
           self.look()
         except (UserError, OSError) as error:  # half a package, or a folder that has gone
           logging.warning('%s: %s', self._directory, error)
+        except Exception:  # such as no memory for an expert; the next look may find another
+          logging.exception('%s could not be followed', self._directory)
 
     threading.Thread(target=work, daemon=True, name='expert folder').start()
 

@@ -16,6 +16,7 @@ from latent_deliberation.experts.attach import Choice, Experts, Mix
 from latent_deliberation.experts.card import AUTO
 from latent_deliberation.experts.routing import Query, choose
 from latent_deliberation.inference.background import BackgroundAugmentation
+from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.passes import Augmentation, State
 
 # Kinds of faults, for counts. 'busy' stands for an expert that still hangs.
@@ -57,14 +58,16 @@ class ExpertGuard:
     self._hanging: dict[str, BackgroundAugmentation] = {}
     self._lock = threading.Lock()  # texts ask from their own threads, too
 
-  def begin(self, choice: Choice, text: str, state: State) -> 'Deliberation':
+  def begin(self, choice: Choice, text: str, state: State,
+            engine: Engine | None = None) -> 'Deliberation':
     """Starts to make latents for the end of the one text of a state, which stays as it is.
 
     Args:
       choice: what the text asks for: a mix, a name, 'auto' or None.
       text: the prompt, for routers that read it.
+      engine: what has read the text; default is that of the experts.
     """
-    return Deliberation(self, choice, text, state)
+    return Deliberation(self, choice, text, state, engine or self.experts.engine)
 
   def hanging(self, names: Mix) -> str:
     """Returns the first of the names whose thread still hangs; '' for none."""
@@ -86,8 +89,8 @@ class Deliberation:
     report: what became of them; complete once `finish` was called.
   """
 
-  def __init__(self, guard: ExpertGuard, choice: Choice, text: str, state: State):
-    self._guard, self._experts, self._text = guard, guard.experts, text
+  def __init__(self, guard: ExpertGuard, choice: Choice, text: str, state: State, engine: Engine):
+    self._guard, self._experts, self._text, self._engine = guard, guard.experts, text, engine
     self.report = Report(choice)
     # What the thread works on: what it should route, and then the experts that were chosen.
     # `Experts.mix` checked it when it was asked for. Experts may have been removed since.
@@ -121,11 +124,22 @@ class Deliberation:
     if latents is None:
       self.report = dataclasses.replace(self.report, scores=scores)
       return None
+    if self._experts.engine is not self._engine:
+      # Latents of another number have no room in the cache that has read the text.
+      self._fail(REMOVED, f'{_titles(mix)} came or changed after the text was read')
+      return None
     if not np.asarray(latents.finite).all():
       self._fail(NOT_FINITE, f'the latents of {_titles(mix)} are not finite')
       return None
     self.report = dataclasses.replace(self.report, experts=mix, scores=scores)
     return latents
+
+  def fail(self, error: Exception) -> None:
+    """Notes that the latents which `finish` returned could not join the text."""
+    mix, _ = self._chosen()
+    logging.error('The latents of %s could not join: %s', _titles(mix), error, exc_info=error)
+    self.report = dataclasses.replace(self.report, experts={})
+    self._fail(FAILED, f'the latents of {_titles(mix)} could not join ({type(error).__name__})')
 
   def _work(self, state: State) -> Augmentation | None:
     if self.report.asked == AUTO:

@@ -154,10 +154,9 @@ class Reader:
                            f'{MOST_EXPERTS} of them', key)
       mix[expert] = _weight(weight, model, key) if colon else 1.0
     try:
-      self.experts.mix(mix)
+      return self.experts.mix(mix) or None  # without weights of zero, which are no expert
     except UserError as error:
       raise RequestError(400, str(error), key) from error
-    return mix
 
   def _check_keys(self, values: Mapping[str, Any]) -> None:
     known = {'model', 'prompt', 'max_tokens', 'n', 'temperature', 'top_p', 'top_k', 'min_p', 'seed',
@@ -328,9 +327,11 @@ class Scored:
 def _likely(tokenizer: Tokenizer, token: Token, most: int) -> dict[str, float]:
   """Returns log-probabilities by text, of the likeliest tokens and of the one that was taken."""
   found: dict[str, float] = {}
+  before = tokenizer.encode('a')
   # Several tokens may have one text, such as parts of a character. The likeliest of them stays.
   for number, logprob in (*token.top[:most], (token.id, token.logprob)):
-    found.setdefault(tokenizer.decode([number]), logprob)
+    # A text comes before, so that a first space counts.
+    found.setdefault(tokenizer.decode([number], before), logprob)
   return found
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from latent_deliberation.inference.tokenizer import Tokenizer
 
-_CONTEXT = 16  # ids before a text that decide how it begins
 _LONGEST = 8  # tokens of one character at most; longer ones are no text at all
 
 
@@ -18,7 +17,7 @@ class TextStream:
   def __init__(self, tokenizer: Tokenizer, before: Sequence[int], stop: Sequence[str] = ()):
     """Begins after the prompt whose ids are `before`, for a text that one of `stop` may end."""
     self.text = ''
-    self._tokenizer, self._before, self._stop = tokenizer, list(before[-_CONTEXT:]), tuple(stop)
+    self._tokenizer, self._before, self._stop = tokenizer, list(before), tuple(stop)
     self._open: list[int] = []  # ids whose character is not complete
     self._given = 0
     self._held = max((len(string) - 1 for string in stop), default=0)
@@ -29,7 +28,8 @@ class TextStream:
     piece = self._tokenizer.decode(self._open, self._before)
     if piece.endswith('\ufffd') and len(self._open) < _LONGEST:
       return ''
-    self._before, self._open = (self._before + self._open)[-_CONTEXT:], []
+    self._before += self._open  # the tokenizer takes the last of them
+    self._open = []
     self.text += piece
     return piece
 
@@ -45,7 +45,7 @@ class TextStream:
     Args:
       ended_by: see `session.Completion.finish_reason`.
     """
-    if self._open and ended_by != 'eos':
+    if self._open:
       self.text += self._tokenizer.decode(self._open, self._before)
     self._open = []
     if ended_by == 'stop':

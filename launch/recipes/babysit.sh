@@ -13,8 +13,9 @@
 #
 # `keep` runs until training ends with code 0, and then deletes the slice; --delete=no keeps it. It
 # looks every --minutes=2. It gives up after --tries=5 failures in a row that each come within half
-# an hour, since those have another reason than a slice that was taken away. Start it on a machine
-# that stays, in tmux for instance. Started again, it goes on where things are.
+# an hour, since those have another reason than a slice that was taken away. It also gives up where
+# 15 looks in a row do not reach a host of a slice that is there. Start it on a machine that stays,
+# in tmux for instance. Started again, it goes on where things are.
 #
 # `state` prints the state of the slice and of the run on its hosts. `stop` lets the run save and
 # end, and deletes the slice; end `keep` before it, or it asks for the slice again. --spot=no takes
@@ -30,6 +31,7 @@ name=${RECIPE_NAME:-} zone=${RECIPE_ZONE:-} project=${RECIPE_PROJECT:-}
 type='' version='' spot=yes minutes=2 tries=5 delete=yes
 read_flags 'name zone project type version spot minutes tries delete' "${@:2}"
 quick=$((30 * 60)) # seconds in which a failure counts towards --tries
+most_lost=15 # looks in a row that do not reach a host
 
 # Every action but a dry run needs it. Without this, `keep` would wait for a cloud that answers.
 require_gcloud() {
@@ -88,7 +90,7 @@ say() {
 }
 
 keep() {
-  local failures=0 begun='' slice hosts
+  local failures=0 begun='' lost=0 slice hosts
   while true; do
     slice=$(slice_state)
     case $slice in
@@ -98,11 +100,21 @@ keep() {
         ;;
       ACTIVE)
         # A host that cannot be reached is usually one that is about to be taken away.
-        if ! hosts=$(run_state | sort --unique); then
+        if hosts=$(run_state | sort --unique); then
+          lost=0
+        else
+          ((lost += 1))
+        fi
+        if ((lost)); then
           say 'a host cannot be reached'
+          ((lost < most_lost)) ||
+            fail "a host could not be reached $lost times in a row; try:" \
+              "gcloud compute tpus tpu-vm ssh $name --zone=$zone." \
+              'The slice is still there and costs money: delete it with babysit.sh stop'
         elif [[ $hosts == 'ended 0' ]]; then
           say 'the run is done'
-          [[ $delete != yes ]] || queued delete --force --quiet
+          [[ $delete != yes ]] || queued delete --force --quiet ||
+            fail 'The slice could not be deleted and costs money: delete it with babysit.sh stop'
           return
         elif [[ $hosts == *running* ]]; then
           say 'the run is at work'

@@ -9,6 +9,7 @@ import pytest
 
 from latent_deliberation.data.corpus import open_corpus
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.text_files import decode, list_files
 from latent_deliberation.errors import UserError
 
 
@@ -387,3 +388,38 @@ def test_file_that_cannot_be_read(tmp_path, name, content, message):
 def test_home_directory(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(write_two(tmp_path)))
   assert everything(open_corpus(configure('~'))) == everything(open_corpus(configure('~/*.txt')))
+
+
+def test_links(tmp_path):
+  """Text behind links counts, also where a link leads up; a file with two names has the first."""
+  for name in ('notes/a.txt', 'other/b.txt'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(f'text of {name}')
+  notes = tmp_path / 'notes'
+  (notes / 'more').symlink_to(tmp_path / 'other')
+  (notes / 'up').symlink_to(notes)
+  (notes / 'z.txt').symlink_to(notes / 'a.txt')
+  assert [file.name for file in list_files([str(notes)])] == ['a.txt', 'more/b.txt']
+
+
+def test_compressed_files_that_are_asked_for(tmp_path):
+  """A pattern of compressed files alone does not lose those that are there unpacked, too."""
+  for name in ('a', 'b'):
+    (tmp_path / f'{name}.txt.gz').write_bytes(gzip.compress(name.encode()))
+  (tmp_path / 'a.txt').write_text('a')
+  found = list_files([str(tmp_path / '*.gz')])
+  assert [file.name for file in found] == ['a.txt.gz', 'b.txt.gz']
+  assert [file.name for file in list_files([str(tmp_path)])] == ['a.txt', 'b.txt.gz']
+
+
+def test_encoding_that_is_none_of_text(tmp_path):
+  (tmp_path / 'a.py').write_text('# coding: rot13\nprint(1)\n')
+  with pytest.raises(UserError, match='a.py: its first lines declare the encoding rot13'):
+    decode((tmp_path / 'a.py').read_bytes(), tmp_path / 'a.py')
+
+
+def test_blank_first_line_after_a_mark(tmp_path):
+  lines = b'\xef\xbb\xbf\n' + b''.join(b'{"text": "a%d"}\n' % number for number in range(9))
+  (tmp_path / 'a.jsonl').write_bytes(lines)
+  corpus = open_corpus(configure(tmp_path / 'a.jsonl'))
+  assert len(texts(corpus, 'train') + texts(corpus, 'validation')) == 9

@@ -275,6 +275,10 @@ def test_rows_without_their_source(corpus_directory, tmp_path, caplog):
   # Another place that has no files is a mistake, and not the absence of the same files.
   with pytest.raises(UserError, match=r'(?s)no file matches .*else:\n  data.files: .*absent'):
     prepare(local(tmp_path / 'absent'), workdir)
+  # What decides the rows is compared, too.
+  for key, value in (('validation_percent', 40), ('text_key', 'body'), ('vocabulary_size', 999)):
+    with pytest.raises(UserError, match=f'data.{key}: .* saved, {value!r} now'):
+      prepare(local(texts, **{key: value}), workdir)
   (directory / 'source.json').write_text('[]')
   with pytest.raises(UserError, match=r'source.json is damaged .*delete it'):
     prepare(local(texts), workdir)
@@ -286,6 +290,14 @@ def test_rows_without_their_source(corpus_directory, tmp_path, caplog):
   shutil.rmtree(directory / 'validation')
   with pytest.raises(UserError, match='no file matches'):
     prepare(local(texts), workdir)
+
+
+def test_missing_vocabulary_is_no_missing_text(corpus_directory, tmp_path):
+  """Rows are not used as they are where the text is there and the vocabulary is misspelt."""
+  prepare(local(corpus_directory), tmp_path)
+  with pytest.raises(UserError, match='no vocabulary at .*typo.model'):
+    prepare(local(corpus_directory, vocabulary='sentencepiece', vocabulary_path='typo.model'),
+            tmp_path)
 
 
 def test_interrupted_packing(corpus_directory, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from latent_deliberation.experts.card import (
   check_name,
   format_gain,
   from_json,
+  numbers_of,
   render,
   split_address,
   to_json,
@@ -112,6 +113,13 @@ def test_page_has_changes_by_position():
   assert '| 2 | +0.0 [-0.5, +0.5] | +1.0 [-0.5, +0.5] |' in page
   scores['positions'] = [1, 3]  # the third was not measured
   assert 'in percent on' not in render(small.card(scores={'stars': scores}))
+
+
+@pytest.mark.parametrize('nats, ends', [
+    ('nan', None), ('0.5', None), (0.5, ['0', '1']), (float('inf'), None), (10**400, None)])
+def test_scores_are_finite_numbers(nats, ends):
+  """A text such as 'nan' is no score: JSON could not tell it on."""
+  assert numbers_of({'gain': {'own': {'nats': nats, 'ci95': ends}}}) is None
 
 
 def test_page_of_a_strange_card():

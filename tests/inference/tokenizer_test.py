@@ -19,6 +19,7 @@ from latent_deliberation.inference.tokenizer import (
   tokenizer_of_data,
 )
 from latent_deliberation.model import weights
+from latent_deliberation.serving.text_stream import TextStream
 from tests import tiny_tokenizer
 from tests.model.checkpoints import foreign
 
@@ -200,3 +201,36 @@ def test_tokenizer_of_data(tmp_path):
   assert tokenizer_of_data(DataConfig(vocabulary='byte'), kept.parent).hash == ByteTokenizer.hash
   with pytest.raises(UserError, match=f'{tmp_path}/vocabulary.model'):
     tokenizer_of_data(DataConfig(), tmp_path)
+
+
+@pytest.fixture(scope='module')
+def byte_fallback(tmp_path_factory):
+  """A tokenizer.json such as Llama 2's: characters that it lacks are three or four byte pieces."""
+  library = pytest.importorskip('tokenizers')
+  pieces = ['<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)), '\u2581', 'a', 'b']
+  made = library.Tokenizer(library.models.BPE(
+      {piece: number for number, piece in enumerate(pieces)}, [], unk_token='<unk>',
+      byte_fallback=True))
+  made.decoder = library.decoders.Sequence([
+      library.decoders.Replace('\u2581', ' '), library.decoders.ByteFallback(),
+      library.decoders.Fuse()])
+  made.add_special_tokens(['<unk>', '<s>', '</s>'])
+  path = tmp_path_factory.mktemp('fallback') / 'tokenizer.json'
+  made.save(str(path))
+  path.with_name('tokenizer_config.json').write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+  return open_tokenizer(path)
+
+
+def test_characters_in_bytes(byte_fallback):
+  """A long run of characters in bytes streams, stops, and ends within one, without loss."""
+  text = 'ཀ' * 12
+  ids = byte_fallback.encode(text)[1:]
+  assert len(ids) == 36 and byte_fallback.decode(ids) == text
+  stream = TextStream(byte_fallback, byte_fallback.encode('ab'))
+  assert ''.join(stream.add(token) for token in ids) == text
+  # The last character is cut, and the ones before are kept.
+  assert byte_fallback.decode(ids[:-1]) == text[:-1] + '\ufffd'
+  # A prompt that is such a run is followed by its text.
+  assert byte_fallback.decode(ids[:6], byte_fallback.encode(text)) == text[:2]
+  stop = stop_at(byte_fallback, ['b'])
+  assert not stop(ids) and stop([*ids, *byte_fallback.encode('b')[1:]])

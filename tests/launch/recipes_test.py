@@ -242,6 +242,13 @@ def test_babysitter_gives_up(tmp_path):
   assert done == ['start'] * 3
 
 
+def test_babysitter_does_not_wait_for_ever(tmp_path):
+  """Hosts that no look reaches cost money without a run, so they are told."""
+  _, process = babysat(tmp_path, ' '.join(['ACTIVE'] * 20), '; '.join(['unreachable'] * 20))
+  assert process.returncode == 2 and 'not be reached 15 times in a row' in process.stderr
+  assert 'costs money: delete it with babysit.sh stop' in process.stderr
+
+
 def test_babysitter_stops(tmp_path):
   """The slice goes when every host has saved and ended."""
   done, process = babysat(tmp_path, '', 'running,ended 143; running; ended 143',

@@ -239,6 +239,20 @@ def test_close_in_a_hurry(experts):
     slow.released.set()
 
 
+def test_latents_that_cannot_join(experts, monkeypatch):
+  """A text whose latents find no memory goes on without them, and is told why."""
+  asked = request(2, {'stars': 1.0})
+  expected = alone(experts, request(2))
+  with serving(experts) as batcher:
+    def fail(*unused):
+      raise RuntimeError('no memory')
+    monkeypatch.setattr(type(experts.engine), 'attach', fail)
+    tokens, reports, _ = submit(batcher, asked)[0].result()
+  assert [token.id for token in tokens] == list(expected.tokens)
+  assert reports[0].kind == 'failed' and not reports[0].experts
+  assert 'could not join (RuntimeError)' in reports[0].fault
+
+
 def test_failed_batch_begins_again(experts, monkeypatch):
   """If a step fails, its texts end with an error, and the next ones are right again."""
   with serving(experts) as batcher:

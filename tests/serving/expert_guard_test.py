@@ -66,6 +66,19 @@ def test_removed_expert():
       'removed', "the expert 'stars' was removed")
 
 
+def test_expert_that_came_after_the_text_was_read():
+  """Its latents have no room in the cache that has read the text, which stays plain."""
+  experts = FaultyExperts()
+  engine = experts.engine
+  state = engine.read([PROMPTS[1]])
+  deliberation = ExpertGuard(experts, 20).begin('stars', 'a', state, engine)
+  while not deliberation.is_ready:
+    time.sleep(0.01)
+  experts.engine = experts._build(experts.latents)  # as attaching the first expert does
+  assert deliberation.finish() is None
+  assert deliberation.report.kind == 'removed' and not deliberation.report.experts
+
+
 def test_hanging_expert_is_not_asked_again():
   """Until its thread ends: then it is asked again."""
   experts = FaultyExperts(stars='hangs')
