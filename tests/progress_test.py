@@ -9,6 +9,7 @@ import pytest
 from absl import logging
 
 from latent_deliberation import progress
+from latent_deliberation.errors import UserError
 from latent_deliberation.progress import PhaseClock, Progress, announced, format_duration
 
 
@@ -113,6 +114,13 @@ def test_phase_clock(tmp_path, monkeypatch, said):
     launch(ValueError(), further=True)
   assert launch() == {'decoder': 30}
   assert launch() == {'decoder': 30}
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"seconds": 3, "complete": []}'])
+def test_damaged_phases(tmp_path, content):
+  (tmp_path / 'phases.json').write_text(content)
+  with pytest.raises(UserError, match='phases.json is damaged .*delete it'):
+    PhaseClock(tmp_path / 'phases.json')
 
 
 @pytest.mark.parametrize('error, word', [(SystemExit(143), 'stopped'), (ValueError(), 'failed')])

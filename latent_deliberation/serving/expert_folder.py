@@ -35,15 +35,16 @@ class ExpertFolder:
     found: dict[str, tuple[tuple[str, float], Path]] = {}
     for card, path in list_added(self._directory):
       found.setdefault(card.name, ((card.fingerprint, (path / CARD).stat().st_mtime), path))
-    for name, version in list(self._known.items()):
-      if name not in found or found[name][0] != version:
-        del self._known[name]
-        if name in self._experts.names and name not in self._taken:
-          self._experts.detach(name)
-          logging.info('The expert %s was removed.', name)
-          # Others may fit now: all that are attached have the same latents.
-          self._known = {name: each for name, each in self._known.items()
-                         if name in self._experts.names}
+    gone = [name for name, version in self._known.items()
+            if name not in found or found[name][0] != version]
+    for name in gone:
+      del self._known[name]
+      if name in self._experts.names and name not in self._taken:
+        self._experts.detach(name)
+        logging.info('The expert %s was removed.', name)
+    if gone:  # those that were refused may fit now, since all have the same latents
+      self._known = {name: version for name, version in self._known.items()
+                     if name in self._experts.names}
     for name, (version, path) in found.items():
       if name not in self._known:
         self._known[name] = version

@@ -120,6 +120,20 @@ def test_native_keeps_what_a_chat_needs(tmp_path):
   assert {'generation_config.json', 'chat_template.jinja'} <= names
 
 
+def test_nothing_is_left_of_a_failed_conversion(tmp_path, monkeypatch):
+  """The directory gets its name with all of its files."""
+  source = foreign.write_hf(tmp_path / 'source', foreign.HF_CONFIGS['gemma1'],
+                            foreign.hf_tensors(foreign.params_of('gemma1')))
+
+  def fail(*unused):
+    raise OSError('no space')
+
+  monkeypatch.setattr(convert, '_keep_companions', fail)
+  with pytest.raises((OSError, UserError), match='no space'):
+    convert.convert(weights.open_checkpoint(source), tmp_path / 'native', 'native')
+  assert [path.name for path in tmp_path.iterdir()] == ['source']
+
+
 def test_dtype_rounds(exported, tmp_path):
   """Weights are rounded only with a dtype."""
   convert.convert(weights.open_checkpoint(exported), tmp_path / 'short', 'huggingface', 'bfloat16')

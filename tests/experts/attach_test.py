@@ -11,6 +11,7 @@ from absl import logging
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts import attach
 from latent_deliberation.experts.attach import Experts, ExpertSource
+from latent_deliberation.experts.package import write_package
 from latent_deliberation.inference import decode, passes
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
@@ -314,6 +315,28 @@ def test_foreign_expert_leaves_the_plain_text(warnings, case, message):
   assert len(warnings) == 1 and "'bad'" in warnings[0]
   with pytest.raises(UserError, match=message):
     Experts(small.decoder(), named, length=small.LENGTH, strict=True)
+
+
+def test_package_of_another_decoder_is_not_loaded(tmp_path, monkeypatch):
+  """Its card is enough to refuse it, however large it is."""
+  base = {'name': 'large', 'fingerprint': 'd1'}
+  write_package(tmp_path / 'stars', small.card(base=base),
+                dataclasses.replace(small.lora(1), decoder_fingerprint='d1'))
+  monkeypatch.setattr(attach, 'load_package', lambda *unused: pytest.fail('it was loaded'))
+  with pytest.raises(UserError, match="'stars' was made for large, weights d1"):
+    Experts(small.decoder(), {'stars': tmp_path / 'stars'}, length=small.LENGTH, strict=True)
+
+
+def test_router_knows_the_experts_of_now():
+  """Also where an expert was attached while another thread made the router."""
+  experts = Experts(small.decoder(), {'stars': small.lora(1)}, length=small.LENGTH)
+  assert experts.router() is experts.router()
+  slow = experts.router()
+  experts.attach('law', small.lora(2))
+  assert list(experts.router().names) == ['stars', 'law']
+  experts._made_router = (experts._made_router[0], slow)
+  experts.detach('stars')
+  assert list(experts.router().names) == ['law']
 
 
 def test_unknown_name_leaves_the_plain_text(warnings):

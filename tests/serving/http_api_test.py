@@ -42,7 +42,7 @@ def alone(experts, choice=None, max_tokens=8):
 
 
 @pytest.mark.parametrize('model, choice, mix', [
-    ('tiny', None, {}), ('tiny+stars', 'stars', {'stars': 1.0}),
+    ('tiny', None, {}), ('tiny+stars:0', None, {}), ('tiny+stars', 'stars', {'stars': 1.0}),
     ('tiny+stars:0.5,law:-2', {'stars': 0.5, 'law': -2.0}, {'stars': 0.5, 'law': -2.0}),
     ('tiny+auto', 'law', {'law': 1.0})])
 def test_completion(server, experts, model, choice, mix):

@@ -1,6 +1,7 @@
 """Options, the folder of experts, and the process itself: what is refused, and a clean end."""
 
 import dataclasses
+import threading
 
 import pytest
 
@@ -12,6 +13,7 @@ from latent_deliberation.serving import server as server_module
 from latent_deliberation.serving.expert_folder import ExpertFolder
 from latent_deliberation.serving.server import run_server
 from latent_deliberation.serving.server_options import ServerOptions
+from tests.experts import small
 from tests.serving import small_server
 from tests.serving.small_server import complete
 
@@ -80,6 +82,37 @@ def test_damaged_package_is_left_out(tmp_path):
   for _ in range(2):
     folder.look()
     assert experts.names == ('stars',)
+
+
+def test_refused_expert_is_tried_again(tmp_path):
+  """Once the one is gone that has latents of another number, and once a damaged one is repaired."""
+  write(tmp_path, 'stars', 1)
+  other = small_server.expert('law', 2)
+  write_package(tmp_path / 'law@2', other.card, small.lora(2, num_latents=2))
+  experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
+  folder = ExpertFolder(experts, tmp_path)
+  folder.look()
+  assert len(experts.names) == 1
+  refused, = {'stars', 'law'} - set(experts.names)
+  first, = tmp_path.glob(f'{experts.names[0]}@*')
+  first.rename(tmp_path / '.gone')
+  folder.look()
+  assert experts.names == (refused,)
+
+
+def test_folder_is_followed_after_an_error(tmp_path, monkeypatch):
+  """No memory for one expert does not keep later ones away."""
+  experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
+  folder, looks = ExpertFolder(experts, tmp_path), threading.Semaphore(0)
+
+  def look():
+    looks.release()
+    raise RuntimeError('RESOURCE_EXHAUSTED')
+
+  monkeypatch.setattr(folder, 'look', look)
+  folder.follow(0.01)
+  assert looks.acquire(timeout=20) and looks.acquire(timeout=20)
+  folder.stop()
 
 
 def test_expert_arrives_while_the_server_runs(tmp_path):

@@ -29,6 +29,13 @@ def test_holder_that_lives(place):
   assert not path.exists()
 
 
+@pytest.mark.parametrize('content', ['3', '{"holder": "x"}', '{'])
+def test_lock_that_is_none(place, content):
+  (place / 'run.lock').write_text(content)
+  with pytest.raises(UserError, match='run.lock is no lock'), lock(place / 'run.lock', 'works'):
+    pytest.fail('the block was entered')
+
+
 def test_holder_that_was_killed(place):
   """Its lease is taken over."""
   path = place / 'run.lock'

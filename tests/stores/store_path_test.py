@@ -118,6 +118,21 @@ def test_signs_of_a_pattern(place):
   assert sorted(place.objects()) == ['l?/a?b', 'lr1/a?b']
 
 
+def test_answer_that_was_lost_at_the_end(place, monkeypatch):
+  """A library asks again to remove what is removed already; the directory is whole all the same."""
+  remove = type(place.filesystem).rm_file
+
+  def twice(self, path):
+    remove(self, path)
+    raise FileNotFoundError(path)
+
+  monkeypatch.setattr(type(place.filesystem), 'rm_file', twice)
+  place.probe()
+  with whole_directory(place / 'target') as partial:
+    (partial / 'file').write_text('content')
+  assert (place / 'target/file').read_text() == 'content'
+
+
 def test_failed_directory(place):
   """An error of the block leaves no directory, and stays as it is."""
   with pytest.raises(ZeroDivisionError), whole_directory(place / 'target') as partial:
