@@ -132,13 +132,13 @@ class Place:
     import fsspec
     path = f'{self.address}/{name}'
     options: dict[str, Any] = {}
-    if path.startswith('http'):
-      import aiohttp
-      # Without a block size, http needs neither ranges nor the length of a file. A large file may
-      # take its time, as long as something comes.
-      options = {'block_size': 0, 'client_kwargs': {
-          'timeout': aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
     try:
+      if path.startswith('http'):
+        import aiohttp
+        # Without a block size, http needs neither ranges nor the length of a file. A large file may
+        # take its time, as long as something comes.
+        options = {'block_size': 0, 'client_kwargs': {
+            'timeout': aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
       with fsspec.open(path, 'rb', **options) as file:
         while chunk := file.read(_CHUNK):
           yield chunk
