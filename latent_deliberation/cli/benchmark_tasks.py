@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_deliberation.errors import UserError, check_integer
-from latent_deliberation.evaluation.answers import SHUFFLED, ZERO
+from latent_deliberation.evaluation.answers import ARMS, SHUFFLED, ZERO, check_arms
 from latent_deliberation.evaluation.arm_model import check_policy, open_arm_model
 from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings
@@ -41,6 +41,9 @@ def benchmark(tasks: Sequence[str], output: Path, *, decoder: str, coprocessor: 
     arms = [FROZEN, *(own if coprocessor else []), *([CONSTANT] if constant else []),
             *([CHAIN] if data and set(names) & set(CHAIN_OF) else [])]
   check_policy(arms, settings.policy)
+  # The plan refuses those that are unknown.
+  if known := [arm for arm in ARMS if arm in arms]:
+    check_arms(known, bool(coprocessor), bool(constant))
   plan = Plan(tuple(names), tuple(arms), data, limit, num_fewshot, run_code)
   plan.check()
   model = open_arm_model(decoder, coprocessor, constant, vocabulary=vocabulary, dtype=dtype,

@@ -22,12 +22,12 @@ from latent_deliberation.evaluation.answer_texts import AnswerEncoder
 from latent_deliberation.evaluation.answers import SHUFFLED, AnswerScorer, Source
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.shared_work import from_leader
+from latent_deliberation.evaluation.task_outcomes import WRITTEN, gold_continuation
 from latent_deliberation.experiment import EvaluationConfig, Experiment
 from latent_deliberation.inference.tokenizer import Tokenizer, tokenizer_of_data
 from latent_deliberation.progress import announced
 
 MAX_LENGTH = 1024  # tokens of a context and its answer
-WRITTEN = 'generate_until'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _read(name: str, config: EvaluationConfig, tokenizer: Tokenizer,
                                                          config.task_items):
     context, continuation = instance.args[:2]
     if task.OUTPUT_TYPE == WRITTEN:
-      continuation = f'{task.config.target_delimiter}{answer.text}'
+      continuation = gold_continuation(task, answer)
     by_item.setdefault(instance.doc_id, []).append((
         encoder.encode(context, continuation, instance.doc_id),
         answer.index is None or instance.idx == answer.index))

@@ -34,3 +34,12 @@ def test_shuffled_by_policy():
   with pytest.raises(UserError, match="'shuffled'"):
     benchmark_tasks.benchmark(['piqa'], Path('out'), **{
         **FLAGS, 'data': 'x', 'arms': ['own', 'shuffled'], 'at': [0, 20]})
+
+
+@pytest.mark.parametrize('given, said', [
+    ({'arms': ['frozen', 'own'], 'coprocessor': ''}, "'own' needs a coprocessor"),
+    ({'arms': ['constant']}, "'constant' needs"), ({'arms': ['best', 'own']}, 'best')])
+def test_arms_without_latents(given, said):
+  """An arm without what makes its latents is refused before anything is loaded."""
+  with pytest.raises(UserError, match=said):
+    benchmark_tasks.benchmark(['piqa'], Path('out'), **{**FLAGS, 'data': 'x', **given})

@@ -14,11 +14,6 @@ from latent_deliberation.evaluation.task_outcomes import guesses
 from tests.evaluation import task_examples
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  return task_examples.write(tmp_path_factory.mktemp('data'))
-
-
 def requests_of(data, name, **values):
   """Contexts and continuations of a task, and its gold answers."""
   found = task_catalog.requests_of(name, str(data), 3, values.get('shots'))

@@ -25,11 +25,6 @@ from tests.evaluation import task_examples
 TASKS = ('piqa', 'gsm8k')
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  return task_examples.write(tmp_path_factory.mktemp('data'))
-
-
 def watched(data, **overrides):
   return finished.experiment(evaluation__tasks=TASKS, evaluation__task_data=str(data),
                              evaluation__task_items=4, **overrides)
