@@ -285,7 +285,10 @@ class ArmModel:
     # A batch has one more row for another example's latents.
     size = min(writing.batch_size or max(1, engine.batch_size - 1), len(left)) + 1
     size += -size % engine.shards
-    batches = [left[first:first + size - 1] for first in range(0, len(left), size - 1)]
+    # The latents of another example are those of the prompt before, so no batch skips that one.
+    parts = _runs(left) if arm == SHUFFLED else [left]
+    batches = [part[first:first + size - 1] for part in parts
+               for first in range(0, len(part), size - 1)]
 
     def write_batch(places: Sequence[int]) -> tuple[list[int], list[str], list[int]]:
       # The row before the first, around the end, is of the prompt before it in the order.
@@ -316,6 +319,12 @@ def check_policy(arms: Sequence[str], policy: Policy) -> None:
   if policy != ONCE and unable:
     raise UserError(f'arms {unable} have latents at the end of the context alone: leave the policy '
                     '(every, at, gate) out, or the arms')
+
+
+def _runs(places: Sequence[int]) -> list[list[int]]:
+  """Cuts ascending numbers into runs of successive ones."""
+  return [[place for _, place in run] for _, run in itertools.groupby(
+      enumerate(places), lambda each: each[1] - each[0])]
 
 
 def _batches(requests: Sequence[Request], numbers: Sequence[int], size: int,

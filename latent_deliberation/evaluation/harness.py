@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.answer_texts import END
+from latent_deliberation.evaluation.answer_texts import END, rolling_windows
 from latent_deliberation.evaluation.arm_model import open_arm_model
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
@@ -106,16 +106,15 @@ class DeliberationLM(LM):
 
   def loglikelihood_rolling(self, requests: list[Instance],
                             disable_tqdm: bool = False) -> list[float]:
-    """See LM. Each window begins with the token that begins a text, then the token before it."""
+    """See LM. Each window begins with the token that begins a text; see `rolling_windows`."""
     tokenizer, length = self.answers.model.tokenizer, self.answers.model.max_length
 
     def score(task: str, chosen: Sequence[Instance]) -> list[float]:
       windows, owners = [], []
       for number, request in enumerate(chosen):
-        bos, *ids = tokenizer.encode(request.args[0])
-        for first in range(0, len(ids), length - 1):
-          windows.append(((bos, *ids[max(first - 1, 0):first]), ids[first:first + length - 1]))
-          owners.append(number)
+        found = rolling_windows(tokenizer.encode(request.args[0]), length)
+        windows += found
+        owners += [number] * len(found)
       totals = [0.0] * len(chosen)
       scores = self.answers.score_windows(f'{task}/rolling', windows)[self.arm] if windows else []
       for owner, (nats, _) in zip(owners, scores, strict=True):

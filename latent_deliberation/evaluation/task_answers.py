@@ -4,6 +4,7 @@ The requests of a task come as text, once for each arm, since lm-evaluation-harn
 after the other. The first time, all arms are scored in one pass. After that the ledger has them.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -177,7 +178,12 @@ class TaskAnswers:
     self._check_room(task, requests)
     settings = [writing.options.max_tokens, list(writing.stop),
                 dataclasses.asdict(writing.options.sampling)]
-    keys = [prompt_key(request.context, settings) for request in requests]
+    # Greedy texts after the same prompt are the same. Drawn ones are not.
+    drawn: collections.Counter[tuple[int, ...]] = collections.Counter()
+    keys = []
+    for request in requests:
+      keys.append(prompt_key(request.context, settings, drawn[request.context]))
+      drawn[request.context] += not writing.options.sampling.greedy
     has_room = self.model.scorer(self.arms).has_room
     authors = [self.model.same_as(arm) if has_room(request) else FROZEN for request in requests]
     for author in dict.fromkeys(authors):

@@ -7,6 +7,7 @@ taken, which it downloads. The library is imported where tasks are loaded, since
 import difflib
 import functools
 import hashlib
+import importlib.util
 import logging as python_logging
 import os
 from collections.abc import Mapping, Sequence
@@ -25,14 +26,16 @@ PAPER: Mapping[str, int] = {
     'winogrande': 0, 'piqa': 0, 'social_iqa': 0, 'hellaswag': 0, 'boolq': 0, 'mbpp': 3,
     'agieval': 0, 'triviaqa': 0, 'nq_open': 0, 'humaneval': 0, 'bbh': 3}
 # Names of lm-evaluation-harness where they differ. Its tasks of programs load their metric from the
-# hub and run programs without isolation, so they are left out.
+# hub and run programs without isolation, so they are left out. So is its DROP, whose examples and
+# gold answers are names of fields.
 HUB: Mapping[str, tuple[str, ...]] = {
     'math': ('minerva_math',), 'bbh': ('bbh_cot_fewshot',), 'lambada': ('lambada_openai',),
     # The English tasks with choices; the library's own group has one more, which has none.
     'agieval': tuple(f'agieval_{part}' for part in (
         'aqua_rat', 'gaokao_english', 'logiqa_en', 'lsat_ar', 'lsat_lr', 'lsat_rc', 'sat_en',
         'sat_en_without_passage', 'sat_math'))}
-NO_HUB = ('mbpp', 'humaneval', 'gsm8k_chain', 'agieval_math')
+NO_HUB = ('drop', 'mbpp', 'humaneval', 'gsm8k_chain', 'agieval_math')
+MATH_LIBRARIES = ('sympy', 'math_verify', 'antlr4')  # that judge the hub's `math`
 CHAIN_OF = {'gsm8k': 'gsm8k_chain'}  # task -> the same questions, with a chain of thought
 
 
@@ -82,6 +85,10 @@ def check_tasks(tasks: Sequence[str], data: str, run_code: bool) -> None:
     if is_code and not run_code:
       problems.append(f'task {name} runs programs that the model writes: allow it with --run_code, '
                       'or leave the task out')
+    if not data and name == 'math' and (
+        missing := [each for each in MATH_LIBRARIES if not importlib.util.find_spec(each)]):
+      problems.append(f'task math of the hub needs {", ".join(missing)}, which are not installed: '
+                      "pip install 'lm_eval[math]==0.4.13', or give --data=DIRECTORY")
     if not data and name in NO_HUB:
       problems.append(f'task {name} needs local data: give --data=DIRECTORY')
     elif data:
@@ -173,7 +180,7 @@ def requests_of(name: str, data: str, limit: int | None,
       # As the library does it: no examples in a task that says so itself.
       if task.config.num_fewshot != 0:
         task.set_config('num_fewshot', task.config.num_fewshot or 0 if shots is None else shots)
-      task.build_all_requests(limit=limit)
+      _build_requests(task, name, limit)
       golds: dict[int, Gold] = {}
       for instance in task.instances:
         if instance.doc_id not in golds:
@@ -183,6 +190,18 @@ def requests_of(name: str, data: str, limit: int | None,
     raise UserError(f'task {name} has a document without a field that its prompt needs ({error}): '
                     'give documents with the fields that docs/benchmarks.md names') from error
   return requests
+
+
+def _build_requests(task: Any, name: str, limit: int | None) -> None:
+  """Builds a task's requests; raises UserError where it has fewer examples than are requested."""
+  try:
+    task.build_all_requests(limit=limit)
+  except UserError:
+    raise
+  except (AssertionError, ValueError) as error:  # of the library's choice of examples
+    raise UserError(f'task {name} cannot build prompts with num_fewshot = '
+                    f'{task.config.num_fewshot} ({error}): lower --num_fewshot, or give more '
+                    'documents') from error
 
 
 def shots_of(task: str, data: str, num_fewshot: int | None) -> int | None:

@@ -160,7 +160,8 @@ def _score(scorer: AnswerScorer, sample: Sample) -> dict[str, float]:
 
 
 def _right(nats: np.ndarray, sample: Sample) -> np.ndarray:
-  """Returns whether the gold answer is the likeliest of its item's, bool [items, arms]."""
-  best = np.full((len(sample.gold), nats.shape[1]), np.inf)
-  np.minimum.at(best, sample.items, nats)
-  return nats[sample.gold] <= best
+  """Returns whether the gold answer is the first likeliest of its item's, bool [items, arms]."""
+  firsts = np.flatnonzero(np.diff(sample.items, prepend=-1))
+  chosen = [first + answers.argmin(axis=0) for first, answers in zip(
+      firsts, np.split(nats, firsts[1:]), strict=True)]
+  return np.array(chosen) == sample.gold[:, None]

@@ -85,6 +85,13 @@ def test_left_out(tmp_path, monkeypatch):
   assert '3 of 4 requests have more than 24' in said[-1]
 
 
+def test_ties():
+  """Of equally likely answers the first one is chosen, as lm-evaluation-harness chooses."""
+  sample = task_watch.Sample([], np.array([0, 3, 5]), np.array([0, 0, 1, 1, 1, 2, 2]), True)
+  nats = np.array([[1, 1], [1, 2], [4, 5], [4, 4], [5, 4], [7, 8], [6, 9]])
+  assert task_watch._right(nats, sample).tolist() == [[True, True], [False, True], [False, True]]
+
+
 @pytest.mark.parametrize('values, said', [
     ({'evaluation__tasks': ('pica',)}, 'did you mean piqa'),
     ({'evaluation__tasks': ('drop',)}, 'drop/train.jsonl'),
