@@ -23,7 +23,7 @@ from latent_deliberation.evaluation.arm_model import open_arm_model
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
 from latent_deliberation.files import as_path
-from latent_deliberation.inference.policy import ONCE, combine, open_gate
+from latent_deliberation.inference.policy import combine, open_gate
 
 try:
   from lm_eval.api.instance import Instance
@@ -73,11 +73,9 @@ class DeliberationLM(LM):
     super().__init__()
     places = [_integer('at', each) for each in str(at).split('+') if each]
     fitted = open_gate(as_path(gate), gate_score, budget) if gate else None
-    is_policy = bool(places or every or gate)
     is_free = str(batch_size) in ('None', '1') or str(batch_size).startswith('auto')
     size = 0 if is_free else _integer('batch_size', batch_size)
-    settings = Settings(place, combine(places, every, fitted) if is_policy else ONCE,
-                        plain_if_short, size)
+    settings = Settings(place, combine(places, every, fitted), plain_if_short, size)
     model = open_arm_model(decoder, coprocessor, constant, vocabulary=vocabulary, dtype=dtype,
                            max_length=max_length, mesh=mesh)
     if fitted:

@@ -266,9 +266,10 @@ def test_cost(model):
 
 
 @pytest.mark.slow
-def test_policy(model, data, tmp_path):
-  """Latents after every few tokens of an answer are scored, too."""
-  settings = Settings(policy=Policy(every=4))
+@pytest.mark.parametrize('policy', [Policy(every=4), Policy(threshold=0.0, min_gap=3)])
+def test_policy(model, data, tmp_path, policy):
+  """Latents after every few tokens of an answer are scored, too, and those of a gate."""
+  settings = Settings(policy=policy)
   summary = run_tasks(model, Plan(('piqa',), ('frozen', 'own'), str(data), limit=2), settings,
                       tmp_path / 'out')
   once = run_tasks(model, Plan(('piqa',), ('frozen', 'own'), str(data), limit=2), Settings(),
