@@ -1,5 +1,7 @@
 """Texts become requests as in lm-evaluation-harness, with the first token always first."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from latent_deliberation.errors import UserError
@@ -84,6 +86,23 @@ def test_anchor_is_cut():
 def test_refused(context, continuation, options, said):
   with pytest.raises(UserError, match=said):
     AnswerEncoder(BYTES, **{'max_length': 100, **options}).encode(context, continuation, 'item 7')
+
+
+@pytest.mark.parametrize('context', ['Q: why', 'Q: why ', 'Q:\n\n', ' Q'])
+@pytest.mark.parametrize('continuation', ['so', ' so', 'x' * 9, ' \nx'])
+def test_equals_harness(context, continuation):
+  """Pairs, and what is left of long ones, are lm-evaluation-harness's but for the first token."""
+  lm_eval_model = pytest.importorskip('lm_eval.api.model')
+  theirs = lm_eval_model.TemplateLM._encode_pair(SimpleNamespace(
+      backend='causal', tok_encode=lambda text: BYTES.encode(text)), context, continuation)
+  ours = AnswerEncoder(BYTES, 100).encode(context, continuation)
+  assert (list(ours.context), list(ours.continuation)) == theirs
+  for length in (11, 12, 14):
+    cut = AnswerEncoder(BYTES, length).encode(context, continuation)
+    # Its Hugging Face model reads all of these tokens but the last one.
+    kept = (theirs[0] + theirs[1])[-(length + 1):]
+    assert [*cut.context, *cut.continuation] == [ids('')[0], *kept[1:]]
+    assert list(cut.continuation) == theirs[1]
 
 
 @pytest.mark.parametrize('size, length', [(0, 8), (3, 8), (8, 8), (9, 8), (15, 8), (40, 8), (5, 2)])
