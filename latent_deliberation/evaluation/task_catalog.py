@@ -1,7 +1,8 @@
 """The benchmarks by name: those of the paper with their shots, from local data or from the hub.
 
 Local tasks are the files in tasks/. Without local data, lm-evaluation-harness's own tasks are
-taken, which it downloads. The library is imported where tasks are loaded, since that is slow.
+taken, but for a few, and documents are downloaded. The library is imported where tasks are loaded,
+since that is slow.
 """
 
 import difflib
@@ -25,16 +26,17 @@ PAPER: Mapping[str, int] = {
     'mmlu': 5, 'gsm8k': 8, 'drop': 3, 'arc_easy': 0, 'arc_challenge': 0, 'math': 4,
     'winogrande': 0, 'piqa': 0, 'social_iqa': 0, 'hellaswag': 0, 'boolq': 0, 'mbpp': 3,
     'agieval': 0, 'triviaqa': 0, 'nq_open': 0, 'humaneval': 0, 'bbh': 3}
-# Names of lm-evaluation-harness where they differ. Its tasks of programs load their metric from the
-# hub and run programs without isolation, so they are left out. So is its DROP, whose examples and
-# gold answers are names of fields.
+# Names of lm-evaluation-harness where they differ.
 HUB: Mapping[str, tuple[str, ...]] = {
     'math': ('minerva_math',), 'bbh': ('bbh_cot_fewshot',), 'lambada': ('lambada_openai',),
     # The English tasks with choices; the library's own group has one more, which has none.
     'agieval': tuple(f'agieval_{part}' for part in (
         'aqua_rat', 'gaokao_english', 'logiqa_en', 'lsat_ar', 'lsat_lr', 'lsat_rc', 'sat_en',
         'sat_en_without_passage', 'sat_math'))}
-NO_HUB = ('drop', 'mbpp', 'humaneval', 'gsm8k_chain', 'agieval_math')
+# These are our own task files with documents of the hub. The library's tasks of programs run them
+# without isolation, and the examples of its DROP show names of fields for answers.
+OURS = ('drop', 'mbpp', 'humaneval')
+NO_HUB = ('gsm8k_chain', 'agieval_math')
 MATH_LIBRARIES = ('sympy', 'math_verify', 'antlr4')  # that judge the hub's `math`
 CHAIN_OF = {'gsm8k': 'gsm8k_chain'}  # task -> the same questions, with a chain of thought
 
@@ -132,14 +134,23 @@ def data_hashes(tasks: Sequence[str], data: str) -> dict[str, str]:
   return hashes
 
 
+def open_tasks(name: str, data: str, num_fewshot: int | None) -> Any:
+  """Returns the manager of lm-evaluation-harness that has a task: of our tasks, or of its own."""
+  return _open_manager(data, num_fewshot, _is_ours(name, data))
+
+
+def _is_ours(name: str, data: str) -> bool:
+  """Whether a task is one of our files, and not the library's own."""
+  return bool(data) or name in OURS
+
+
 @functools.cache
-def open_tasks(data: str, num_fewshot: int | None) -> Any:
-  """Returns lm-evaluation-harness's manager of tasks: ours with data, otherwise its own."""
+def _open_manager(data: str, num_fewshot: int | None, is_ours: bool) -> Any:
   if data:
     stay_offline()
   from latent_deliberation.evaluation import harness
   quieten()
-  if not data:
+  if not is_ours:
     return harness.TaskManager()
   # Task files get these values. Those with examples in their documents take the number from here.
   shots = {} if num_fewshot is None else {'shots': num_fewshot}
@@ -149,12 +160,12 @@ def open_tasks(data: str, num_fewshot: int | None) -> Any:
 
 def load_tasks(name: str, data: str, num_fewshot: int | None) -> dict[str, Any]:
   """Returns the tasks of lm-evaluation-harness that a task consists of, by name."""
-  return open_tasks(data, num_fewshot).load(names_of(name, data))['tasks']
+  return open_tasks(name, data, num_fewshot).load(names_of(name, data))['tasks']
 
 
 def names_of(task: str, data: str) -> list[str]:
-  """Returns the names of a task in lm-evaluation-harness: ours with data, otherwise its own."""
-  return [task] if data else list(HUB.get(task, (task,)))
+  """Returns the names of a task in its manager: ours with data, otherwise the library's own."""
+  return [task] if _is_ours(task, data) else list(HUB.get(task, (task,)))
 
 
 def requests_of(name: str, data: str, limit: int | None,
@@ -170,7 +181,8 @@ def requests_of(name: str, data: str, limit: int | None,
   Raises:
     UserError: a document lacks a field or a gold answer, or there are not as many examples.
   """
-  open_tasks(data, num_fewshot)  # says so where the library is missing, with which jinja2 comes
+  # Says so where the library is missing, with which jinja2 comes.
+  open_tasks(name, data, num_fewshot)
   import jinja2
   requests = []
   try:
@@ -206,7 +218,7 @@ def _build_requests(task: Any, name: str, limit: int | None) -> None:
 
 def shots_of(task: str, data: str, num_fewshot: int | None) -> int | None:
   """Returns the number of examples to ask lm-evaluation-harness for; None for the task's own."""
-  if num_fewshot is not None or data:
+  if num_fewshot is not None or _is_ours(task, data):
     return num_fewshot
   return PAPER.get(task)
 

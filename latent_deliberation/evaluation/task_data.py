@@ -21,7 +21,7 @@ __all__ = ['harness', 'load']
 
 
 def load(*, folder: str, files: Mapping[str, str], data: str = '', prepare: str = '',
-         fields: Sequence[str] = (), shots: int | None = None,
+         fields: Sequence[str] = (), shots: int | None = None, hub: Mapping[str, str] | None = None,
          **metadata: Any) -> Mapping[str, Any]:
   """Returns the splits of a task, as `custom_dataset` of a task file.
 
@@ -32,18 +32,21 @@ def load(*, folder: str, files: Mapping[str, str], data: str = '', prepare: str 
     prepare: name of a function of PREPARED, which makes the documents of the task.
     fields: fields that the templates of the task need. A template would read a missing one as text.
     shots: number of examples in a prompt, where `prepare` puts them there.
+    hub: path, and name if it has one, of the documents on the hub, for a task that has them from
+      there without a data directory.
     metadata: further values that lm-evaluation-harness passes on; not used.
 
   Raises:
-    MissingError: there is no data directory, or a file is missing.
+    MissingError: there is no data directory, or a file is missing; or nothing can be downloaded.
     UserError: a file is damaged; a document lacks a field or a gold answer; or none is of this
       task.
   """
   del metadata
-  if not data:
+  if not data and not hub:
     raise MissingError(f'task data of {folder}: no data directory is given. Give --data=DIRECTORY, '
                        'or --metadata data=DIRECTORY to lm_eval')
-  raw = {split: read_documents(find_file(data, folder, name)) for split, name in files.items()}
+  raw = {split: read_documents(find_file(data, folder, name)) if data else _download(hub, name)
+         for split, name in files.items()}
   for doc in itertools.chain.from_iterable(raw.values()):
     for field in fields:
       _ = doc[field]
@@ -51,11 +54,25 @@ def load(*, folder: str, files: Mapping[str, str], data: str = '', prepare: str 
     raw = PREPARED[prepare](raw, shots)
   for split, docs in raw.items():
     if not docs:
-      raise UserError(f'{find_file(data, folder, files.get(split, next(iter(files.values()))))} '
-                      f'holds no document of the task {prepare}: give others, or leave it out')
+      name = files.get(split, next(iter(files.values())))
+      raise UserError(f'{find_file(data, folder, name) if data else hub} holds no document of the '
+                      f'task {prepare}: give others, or leave it out')
   # An import of the harness's own library, which is slow.
   from datasets import Dataset
   return {split: Dataset.from_list(docs) for split, docs in raw.items()}
+
+
+def _download(hub: Mapping[str, str], name: str) -> list[Doc]:
+  """Returns the documents of a split on the hub, or of all of them where none has this name."""
+  import datasets
+  try:
+    splits = datasets.load_dataset(**hub)
+  except (OSError, ValueError, RuntimeError) as error:
+    raise MissingError(f'{hub["path"]} cannot be downloaded from the hub ({error}): give '
+                       '--data=DIRECTORY, or leave the task out') from error
+  return [Doc(row, f'document {number} of {hub["path"]}/{split}')
+          for split in ([name] if name in splits else splits)
+          for number, row in enumerate(splits[split])]
 
 
 # --- Documents that need more than a template ---

@@ -280,7 +280,7 @@ def _evaluate(name: str, answers: TaskAnswers, arm: str,
   from latent_deliberation.evaluation.harness import DeliberationLM, simple_evaluate
   results = simple_evaluate(
       model=DeliberationLM.of(answers, arm), tasks=task_catalog.names_of(name, plan.data),
-      task_manager=task_catalog.open_tasks(plan.data, plan.num_fewshot), limit=plan.limit,
+      task_manager=task_catalog.open_tasks(name, plan.data, plan.num_fewshot), limit=plan.limit,
       num_fewshot=task_catalog.shots_of(name, plan.data, plan.num_fewshot),
       bootstrap_iters=0, log_samples=True, fewshot_as_multiturn=False,
       confirm_run_unsafe_code=plan.run_code)

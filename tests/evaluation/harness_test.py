@@ -145,8 +145,8 @@ def test_simple_evaluate(paths, tmp_path, one_device):
   """lm-evaluation-harness makes the model from its name and arguments."""
   data = task_examples.write(tmp_path, 'boolq')
   results = simple_evaluate(NAME, ','.join(f'{name}={value}' for name, value in {
-      **paths, 'arm': 'frozen'}.items()), tasks=['boolq'], task_manager=open_tasks(str(data), None),
-                            bootstrap_iters=0, batch_size=1)
+      **paths, 'arm': 'frozen'}.items()), tasks=['boolq'], bootstrap_iters=0, batch_size=1,
+                            task_manager=open_tasks('boolq', str(data), None))
   assert 0 <= results['results']['boolq']['acc,none'] <= 1
   assert results['config']['arm'] == 'frozen' and results['n-samples']['boolq']['effective'] == 6
 

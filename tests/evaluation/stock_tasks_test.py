@@ -8,7 +8,9 @@ pytest.importorskip('lm_eval')
 
 import datasets
 
+from latent_deliberation.errors import MissingError
 from latent_deliberation.evaluation import task_catalog
+from tests.evaluation import task_examples
 
 LABELS = {'text': ['a dog', 'a cat', 'rain'], 'label': ['A', 'B', 'C']}
 QUESTION = {'question': 'What  falls?', 'choices': LABELS, 'answerKey': 'C'}
@@ -59,3 +61,41 @@ def test_equals_stock(tmp_path, monkeypatch, name):
   for file in given['files'].values():
     (tmp_path / given['folder'] / f'{file}.jsonl').write_text(json.dumps(local or hub))
   assert requests_of(name, str(tmp_path)) == stock
+
+
+DATE = {'day': '1', 'month': 'May', 'year': ''}
+DROP = [{'passage': f'{number} came.', 'question': 'How many?', 'query_id': str(number),
+         'section_id': 's', 'answer': {'number': str(number), 'date': DATE, 'spans': []},
+         'validated_answers': {'number': [''], 'date': [DATE], 'spans': [[]]}}
+        for number in range(4)]
+
+
+@pytest.mark.parametrize('name', task_catalog.OURS)
+def test_documents_of_the_hub(tmp_path, monkeypatch, name):
+  """The documents of the hub are those of the same local files, in our own form."""
+  docs = task_examples.documents()
+  files = {'drop': {'train': DROP, 'validation': DROP[2:]},
+           'humaneval': {'test': docs['humaneval/test']}, 'mbpp': {'all': docs['mbpp/all']}}[name]
+  # On the hub, MBPP's examples are a split of their own.
+  hub = {'prompt': files['all'][:9], 'test': files['all'][9:]} if name == 'mbpp' else files
+  asked = []
+  monkeypatch.setattr(datasets, 'load_dataset', lambda **given: asked.append(given['path']) or {
+      split: datasets.Dataset.from_list(rows) for split, rows in hub.items()})
+  (tmp_path / name).mkdir()
+  for split, rows in files.items():
+    (tmp_path / f'{name}/{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  found, local = ([(instance.args, gold) for _, instance, gold in task_catalog.requests_of(
+      name, data, None)] for data in ('', str(tmp_path)))
+  assert found == local and len(set(asked)) == 1
+  task_catalog.check_tasks(['drop'], '', run_code=False)
+
+
+def test_no_hub(monkeypatch):
+  """Where nothing can be downloaded, local data is the remedy."""
+
+  def refuse(**given):
+    raise ConnectionError('offline')
+
+  monkeypatch.setattr(datasets, 'load_dataset', refuse)
+  with pytest.raises(MissingError, match='EleutherAI/drop.*offline.*--data'):
+    task_catalog.requests_of('drop', '', None)

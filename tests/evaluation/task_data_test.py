@@ -76,7 +76,7 @@ def test_paper():
 @pytest.mark.parametrize('tasks, options, said', [
     (['pica'], {}, 'did you mean piqa'), (['drop'], {}, 'drop/train.jsonl is missing'),
     (['humaneval'], {}, '--run_code'), ([], {}, '--tasks'),
-    (['gsm8k_chain'], {'data': ''}, '--data'), (['drop'], {'data': ''}, '--data')])
+    (['gsm8k_chain'], {'data': ''}, '--data'), (['agieval_math'], {'data': ''}, '--data')])
 def test_refused(data, tasks, options, said):
   with pytest.raises(UserError, match=said):
     task_catalog.check_tasks(tasks, **{'data': str(data), 'run_code': False, **options})
