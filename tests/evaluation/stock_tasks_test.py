@@ -63,6 +63,22 @@ def test_equals_stock(tmp_path, monkeypatch, name):
   assert requests_of(name, str(tmp_path)) == stock
 
 
+def test_mmlu(tmp_path, monkeypatch):
+  """So have questions with letters, after examples of their subject."""
+  rows = {split: [{'question': f' {split} {number}?', 'subject': 'high_school_biology',
+                   'choices': ['w', 'x', 'y', 'z'], 'answer': number % 4} for number in range(6)]
+          for split in ('dev', 'test')}
+  splits = {split: datasets.Dataset.from_list(docs) for split, docs in rows.items()}
+  monkeypatch.setattr(datasets, 'load_dataset', lambda *given, **named: splits)
+  monkeypatch.setitem(task_catalog.HUB, 'mmlu', ('mmlu_high_school_biology',))
+  (tmp_path / 'mmlu').mkdir()
+  for split, docs in rows.items():
+    (tmp_path / f'mmlu/{split}.jsonl').write_text('\n'.join(map(json.dumps, docs)))
+  stock, ours = ([(instance.args, gold) for _, instance, gold in task_catalog.requests_of(
+      'mmlu', data, None)] for data in ('', str(tmp_path)))
+  assert ours == stock and stock[0][0][0].count('Answer: ') == 5
+
+
 DATE = {'day': '1', 'month': 'May', 'year': ''}
 DROP = [{'passage': f'{number} came.', 'question': 'How many?', 'query_id': str(number),
          'section_id': 's', 'answer': {'number': str(number), 'date': DATE, 'spans': []},

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip('lm_eval')
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation import task_run
+from latent_deliberation.evaluation import task_catalog, task_run
 from latent_deliberation.evaluation.arm_model import ArmModel
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_run import Plan, run_tasks
@@ -72,3 +72,13 @@ def test_earlier_tasks(model, data, tmp_path):
   assert set(summaries[1]['identity']['data']) == {'piqa', 'boolq'}
   assert summaries[2]['tasks'] == summaries[1]['tasks']
   assert '| boolq |' in (tmp_path / 'out/results.md').read_text()
+
+
+def test_checked_prompts(model, data, tmp_path):
+  """What is checked is what is scored, with the same drawn examples."""
+  run_tasks(model, Plan(('piqa',), ('frozen',), str(data), limit=3, num_fewshot=2), Settings(),
+            tmp_path / 'out')
+  lines = (tmp_path / 'out/samples/frozen/samples_piqa.jsonl').read_text().splitlines()
+  scored = [tuple(pair) for line in lines for pair in json.loads(line)['arguments']]
+  assert scored == [instance.args for _, instance, _ in task_catalog.requests_of(
+      'piqa', str(data), 3, 2)]
