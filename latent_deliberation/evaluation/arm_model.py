@@ -201,12 +201,12 @@ class ArmModel:
     refines = self.own is not None and self.own.config.latents == 'refining'
     return FROZEN if arm == ZERO and refines else arm
 
-  def check_writes(self, arm: str) -> None:
-    """Raises UserError where an arm has no latents in text that is written; see `engine`."""
-    self._check_writes(self.same_as(arm))
+  def check_writer(self, arm: str) -> CoprocessorCheckpoint | None:
+    """Returns what makes the latents of an arm that writes text; None for the frozen decoder.
 
-  def _check_writes(self, arm: str) -> CoprocessorCheckpoint | None:
-    """Returns what makes the latents of an arm that writes text; None for the frozen decoder."""
+    Raises:
+      UserError: the arm has no latents in text that is written, or lacks what makes them.
+    """
     checkpoint = {FROZEN: None, CONSTANT: self.constant}.get(arm, self.own)
     if arm == MEAN or arm != FROZEN and checkpoint is None:
       raise UserError(f'arm {arm!r} cannot write text: give {FROZEN!r}; {OWN!r}, {SHUFFLED!r} or '
@@ -215,13 +215,9 @@ class ArmModel:
     return checkpoint
 
   def engine(self, arm: str) -> Engine:
-    """Returns the engine that writes text in an arm.
-
-    Raises:
-      UserError: the arm has no latents in text that is written, or lacks what makes them.
-    """
+    """Returns the engine that writes text in an arm. Raises UserError; see `check_writer`."""
     if arm not in self._engines:
-      checkpoint = self._check_writes(arm)
+      checkpoint = self.check_writer(arm)
       # All engines share the decoder's unstacked weights.
       if self._unstacked is None:
         params = self._local(self.params)

@@ -121,7 +121,7 @@ class TaskAnswers:
                     generation: Mapping[str, Any]) -> None:
     """Raises the errors of `write` in any arm that need the tokenizer alone, and writes nothing."""
     for arm in self.arms:
-      self.model.check_writes(arm)
+      self.model.check_writer(arm)
     writing = _writing(generation, self._settings.batch_size)
     self._check_room(task, self._encode_prompts(task, prompts, writing))
 

@@ -212,9 +212,9 @@ def _build_requests(task: Any, name: str, limit: int | None) -> None:
   except UserError:
     raise
   except (AssertionError, ValueError) as error:  # of the library's choice of examples
-    raise UserError(f'task {name} cannot build prompts with num_fewshot = '
-                    f'{task.config.num_fewshot} ({error}): lower --num_fewshot, or give more '
-                    'documents') from error
+    raise UserError(f'task {name} cannot build prompts with {task.config.num_fewshot or 0} '
+                    f'examples ({error}): lower --num_fewshot, or give more documents, with the '
+                    'fields that docs/benchmarks.md names') from error
 
 
 def shots_of(task: str, data: str, num_fewshot: int | None) -> int | None:

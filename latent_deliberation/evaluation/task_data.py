@@ -237,15 +237,15 @@ def _drop_answers(doc: Doc, split: str) -> list[list[str]]:
   try:
     if 'answers' not in doc and 'validated_answers' in doc:
       from lm_eval.tasks.drop import utils
-      answers = [list(spans) for spans in utils.get_answers(doc)]
+      answers = utils.get_answers(doc)
     elif 'answers' not in doc and 'answers_spans' in doc:
       if split != 'train':  # where each question has one annotator
         raise UserError(f'{doc.where} has answers_spans, where it is lost which annotator gave '
                         f'which span: {remedy}')
-      answers = [list(doc['answers_spans']['spans'])]
+      answers = [doc['answers_spans']['spans']]
     else:
-      answers = [[str(span) for span in spans] if isinstance(spans, list) else [str(spans)]
-                 for spans in doc['answers']]
+      answers = [spans if isinstance(spans, list) else [spans] for spans in doc['answers']]
+    answers = [[str(span) for span in spans] for spans in answers]
   except (KeyError, TypeError, IndexError) as error:
     raise UserError(f'{doc.where} has answers in a form that is not known: {remedy}') from error
   answers = [spans for spans in answers if spans and spans[0].strip()]

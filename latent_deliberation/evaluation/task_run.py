@@ -130,12 +130,13 @@ def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
     barrier('benchmarks done')
     return {}
   # Whatever can be wrong without a computation, before the directory is this run's.
-  _check_requests(TaskAnswers(model, arms, settings), plan, [
+  answers = TaskAnswers(model, arms, settings)
+  identity = _join(output, {
+      **identity, 'lm_eval': importlib.metadata.version('lm_eval'),
+      'data': task_catalog.data_hashes(plan.tasks, plan.data)}, overwrite)
+  _check_requests(answers, plan, [
       name for name in plan.tasks if overwrite or not _finished(output, name).exists()])
-  make_writable(output)
-  identity |= {'lm_eval': importlib.metadata.version('lm_eval'),
-               'data': task_catalog.data_hashes(plan.tasks, plan.data)}
-  identity = _claim(output, identity, overwrite)
+  _claim(output, identity, overwrite)
   with growing_files(output, ANSWERS) as here:
     answers = TaskAnswers(model, arms, settings, Ledger(here / ANSWERS))
     for name in plan.tasks:
@@ -206,35 +207,39 @@ def _check_task(name: str, answers: TaskAnswers, plan: Plan, scores_gold: bool =
           for prompt, (*_, gold) in zip(prompts, requests, strict=True)], items)
 
 
-def _claim(output: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
-  """Notes whose results these are. Tasks may be added later, with their data.
-
-  Returns: the identity, with the data of earlier tasks.
+def _join(output: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+  """Returns the identity, with the data of earlier tasks. Tasks may be added later.
 
   Raises:
     UserError: there are results of another run.
   """
   path, data = output / RUN_FILE, identity['data']
-  if path.exists() and overwrite:
+  if overwrite:
+    return dict(identity)
+  if not path.exists():
+    if (output / f'{RESULTS}.json').exists():
+      raise UserError(f'{output} holds a {RESULTS}.json of something else: give another --output, '
+                      'or add --overwrite')
+    return dict(identity)
+  saved = json.loads(path.read_bytes())
+  saved_data = saved.get('data', {})
+  found = [*differences({**saved, 'data': {}}, {**identity, 'data': {}}),
+           *differences({name: saved_data.get(name, value) for name, value in data.items()},
+                        data, 'data of ')]
+  if found:
+    raise UserError('\n'.join([f'{output} holds results of another run:', *found,
+                               'Give another --output, or add --overwrite.']))
+  return {**identity, 'data': {**saved_data, **data}}
+
+
+def _claim(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+  """Notes whose results these are; removes those of before where that is asked for."""
+  make_writable(output)
+  if overwrite and (output / RUN_FILE).exists():
     for name in (TASKS, SAMPLES):
       remove_tree(output / name)
     (output / ANSWERS).unlink(missing_ok=True)
-  elif path.exists():
-    saved = json.loads(path.read_bytes())
-    saved_data = saved.get('data', {})
-    found = [*differences({**saved, 'data': {}}, {**identity, 'data': {}}),
-             *differences({name: saved_data.get(name, value) for name, value in data.items()},
-                          data, 'data of ')]
-    if found:
-      raise UserError('\n'.join([f'{output} holds results of another run:', *found,
-                                 'Give another --output, or add --overwrite.']))
-    data = {**saved_data, **data}
-  elif (output / f'{RESULTS}.json').exists() and not overwrite:
-    raise UserError(f'{output} holds a {RESULTS}.json of something else: give another --output, or '
-                    'add --overwrite')
-  identity = {**identity, 'data': data}
-  write_json(path, identity)
-  return identity
+  write_json(output / RUN_FILE, identity)
 
 
 def _run_task(name: str, answers: TaskAnswers, plan: Plan, output: Path) -> TaskOutcomes:
