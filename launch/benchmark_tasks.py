@@ -13,6 +13,7 @@ from absl import flags
 from latent_deliberation.cli import app
 from latent_deliberation.cli.benchmark_tasks import benchmark
 from latent_deliberation.files import as_path
+from latent_deliberation.inference.policy import SCORES
 
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.')
 _COPROCESSOR = app.define_directory(
@@ -40,6 +41,10 @@ _AT = flags.DEFINE_multi_integer(
     'at', [], 'Numbers of tokens after the context where latents come instead of its end; add 0 to '
     'keep it. Default: --place')
 _EVERY = flags.DEFINE_integer('every', 0, 'Tokens after which latents come again; 0 for never.')
+_GATE = app.define_directory(
+    'gate', 'Directory that launch/gate.py wrote; latents come where the gate opens.', '')
+_BUDGET = flags.DEFINE_float('budget', 0.05, 'Fraction of tokens at which the gate should open.')
+_SCORE = flags.DEFINE_enum('gate_score', SCORES[0], SCORES, 'Score that opens the gate.')
 _PLAIN_IF_SHORT = flags.DEFINE_bool(
     'plain_if_short', False, 'Score a context that has no room for latents with the frozen '
     'decoder.')
@@ -63,6 +68,7 @@ def main() -> None:
       _TASKS.value, as_path(_OUTPUT.value), decoder=_DECODER.value, coprocessor=_COPROCESSOR.value,
       constant=_CONSTANT.value, arms=_ARMS.value, data=_DATA.value, limit=_LIMIT.value,
       num_fewshot=_NUM_FEWSHOT.value, place=_PLACE.value, at=_AT.value, every=_EVERY.value,
+      gate=_GATE.value, gate_score=_SCORE.value, budget=_BUDGET.value,
       plain_if_short=_PLAIN_IF_SHORT.value, run_code=_RUN_CODE.value, dtype=_DTYPE.value,
       max_length=_MAX_LENGTH.value, batch_size=_BATCH_SIZE.value, mesh=_MESH.value,
       vocabulary=_VOCABULARY.value, overwrite=_OVERWRITE.value)

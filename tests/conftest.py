@@ -38,7 +38,7 @@ NOT_UNIT = (
     'deliberation/flops', 'deliberation/forward', 'errors', 'evaluation/answers',
     'evaluation/code_execution', 'evaluation/diagnostics', 'evaluation/evaluate',
     'evaluation/gating', 'evaluation/harness', 'evaluation/perplexity', 'evaluation/plots',
-    'evaluation/task', 'experts/', 'inference/',
+    'evaluation/stock_tasks', 'evaluation/task', 'experts/', 'inference/',
     'launch/bad_luck', 'launch/launch', 'launch/recipes', 'model/checkpoints/gguf',
     'model/checkpoints/google', 'model/checkpoints/hugging_face_test',
     'model/checkpoints/native', 'model/checkpoints/source', 'model/decoder', 'model/kernels/',

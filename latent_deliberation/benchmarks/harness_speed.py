@@ -7,6 +7,7 @@ process of its own. Needs torch, transformers, accelerate and lm_eval.
 import functools
 import importlib.util
 import multiprocessing
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -70,21 +71,26 @@ def benchmark(decoder: str, coprocessor: str, data: str, tasks: Sequence[str], o
     fast as `HF` each of ours is.
 
   Raises:
-    UserError: a library is missing, or a task has no data.
+    UserError: a library is missing, a task has no data or no choices, or JAX does not compute on
+      the CPU, as torch does.
   """
+  if jax.default_backend() != 'cpu':
+    raise UserError(f'JAX computes on {jax.default_backend()}, and torch on the CPU, so that times '
+                    'say nothing: set JAX_PLATFORMS=cpu, or give --compare')
   model = _open(decoder, coprocessor, data, tasks, limit, dtype)
+  read = {name: read_task(name, data, limit, model) for name in tasks}
+  threads = _usable_cores()
   result: dict[str, Any] = {
       'items_per_second': {}, 'times_as_fast': {}, 'seconds': {}, 'dtype': model.dtype,
       'hf_dtype': hf_dtype, 'hf_batch_size': hf_batch_size, 'limit': limit, 'decoder': decoder,
-      **describe_turns(repeats)}
-  for name in tasks:
-    requests, _ = read_task(name, data, limit, model)
+      **describe_turns(repeats), 'threads_of_torch': threads}
+  for name, (requests, _) in read.items():
     items = len({request.item for request in requests})
     with tempfile.TemporaryDirectory() as place:
       directory = Path(place) / 'decoder'
       weights.save(directory, model.config, model.params, format='huggingface')
       with Baseline(build_harness, directory, _plain(requests), hf_dtype, hf_batch_size,
-                    THREADS) as baseline:
+                    threads) as baseline:
         logging.info('%s: %d requests in turns', name, len(requests))
         programs = {HF: functools.partial(baseline.seconds, 'score'), **{
             label: functools.partial(seconds_of, _scoring(model, arms, requests))
@@ -116,13 +122,13 @@ def compare(decoder: str, data: str, tasks: Sequence[str], output: Path, *, limi
     UserError: a library is missing, or a task has no data.
   """
   model = _open(decoder, '', data, tasks, limit, 'float32')
+  read = {name: read_task(name, data, limit, model) for name in tasks}
   result: dict[str, Any] = {'tasks': {}, 'limit': limit, 'decoder': decoder,
                             'tolerance': TOLERANCE, **describe_turns(1)}
   with tempfile.TemporaryDirectory() as place:
     directory = Path(place) / 'decoder'
     weights.save(directory, model.config, model.params, format='huggingface')
-    for name in tasks:
-      requests, gold = read_task(name, data, limit, model)
+    for name, (requests, gold) in read.items():
       ours, is_greedy = np.zeros(len(requests)), np.zeros(len(requests), bool)
       for scored, _ in model.score(requests, ('frozen',)):
         ours[scored.numbers], is_greedy[scored.numbers] = (
@@ -171,6 +177,11 @@ def _open(decoder: str, coprocessor: str, data: str, tasks: Sequence[str], limit
     model.own = CoprocessorCheckpoint(model.config, config, model.fingerprint, '', 0,
                                       params=nn.unbox(start))
   return model
+
+
+def _usable_cores() -> int:
+  """Returns the number of cores of this process, all of which JAX takes."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def read_task(name: str, data: str, limit: int,

@@ -4,25 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_deliberation.errors import UserError, check_integer
-from latent_deliberation.evaluation.answers import SHUFFLED, ZERO
+from latent_deliberation.evaluation.answers import ARMS, SHUFFLED, ZERO, check_arms
 from latent_deliberation.evaluation.arm_model import check_policy, open_arm_model
 from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_catalog import CHAIN_OF, PAPER, expand, local_names
 from latent_deliberation.evaluation.task_report import format_table
 from latent_deliberation.evaluation.task_run import CHAIN, Plan, run_tasks
-from latent_deliberation.inference.policy import ONCE, combine
+from latent_deliberation.files import as_path
+from latent_deliberation.inference.policy import ONCE, combine, open_gate
 
 
 def benchmark(tasks: Sequence[str], output: Path, *, decoder: str, coprocessor: str, constant: str,
               arms: Sequence[str] | None, data: str, limit: int | None, num_fewshot: int | None,
-              place: str, at: Sequence[int], every: int, plain_if_short: bool, run_code: bool,
-              dtype: str, max_length: int, batch_size: int, mesh: str, vocabulary: str,
-              overwrite: bool) -> None:
+              place: str, at: Sequence[int], every: int, gate: str, gate_score: str, budget: float,
+              plain_if_short: bool, run_code: bool, dtype: str, max_length: int, batch_size: int,
+              mesh: str, vocabulary: str, overwrite: bool) -> None:
   """Runs tasks and prints the table of accuracies; arguments are those of the flags.
 
   Raises:
-    UserError: see `Plan.check`, `open_arm_model` and `run_tasks`.
+    UserError: see `open_gate`, `Plan.check`, `open_arm_model` and `run_tasks`.
   """
   if not tasks:
     paper = ', '.join(f'{name} ({shots} shots)' if shots else name
@@ -33,18 +34,23 @@ def benchmark(tasks: Sequence[str], output: Path, *, decoder: str, coprocessor: 
   names = expand(tasks)
   check_integer('every', every, 0)
   # Everything that needs no weights first.
-  settings = Settings(place, combine(at, every, None) if at or every else ONCE, plain_if_short,
-                      batch_size)
+  fitted = open_gate(as_path(gate), gate_score, budget) if gate else None
+  settings = Settings(place, combine(at, every, fitted), plain_if_short, batch_size)
   if not arms:
     # By a policy, another example's latents do not come.
     own = [OWN, SHUFFLED, ZERO] if settings.policy == ONCE else [OWN, ZERO]
     arms = [FROZEN, *(own if coprocessor else []), *([CONSTANT] if constant else []),
             *([CHAIN] if data and set(names) & set(CHAIN_OF) else [])]
   check_policy(arms, settings.policy)
+  # The plan refuses those that are unknown.
+  if known := [arm for arm in ARMS if arm in arms]:
+    check_arms(known, bool(coprocessor), bool(constant))
   plan = Plan(tuple(names), tuple(arms), data, limit, num_fewshot, run_code)
   plan.check()
   model = open_arm_model(decoder, coprocessor, constant, vocabulary=vocabulary, dtype=dtype,
                          max_length=max_length, mesh=mesh)
+  if fitted:
+    fitted.check_decoder(model.fingerprint)
   summary = run_tasks(model, plan, settings, output, overwrite=overwrite)
   if summary:
     print(format_table(summary))

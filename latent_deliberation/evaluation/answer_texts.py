@@ -71,7 +71,7 @@ class AnswerEncoder:
     """
     stripped = context.rstrip()
     context, continuation = stripped, context[len(stripped):] + continuation
-    if not continuation.strip('\0'):
+    if not continuation.strip('\0').strip():
       raise UserError(f'the continuation of item {item} is empty: there is nothing to score. Its '
                       f'context ends with {context[-40:]!r}')
     head, anchor = self._head(context, item)
@@ -126,6 +126,26 @@ class AnswerEncoder:
                         f'max_length = {self._max_length}: raise max_length')
       context, anchor = [context[0], *context[1 + excess:]], max(anchor - excess, 0)
     return Request(tuple(context), tuple(continuation), anchor, item)
+
+
+def rolling_windows(ids: Sequence[int],
+                    length: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+  """Cuts a whole text into contexts and continuations of which each token is scored once.
+
+  They are those of lm-evaluation-harness, with as many tokens before the last one as there is room
+  for. But each context begins with the token that begins a text.
+
+  Args:
+    ids: ids of the text, of which the first one begins every text.
+    length: largest number of tokens that the decoder reads of a window, 2 or more.
+  """
+  (bos, *rest), windows, first = ids, [], 0
+  while first < len(rest):
+    # The first window has one more, since nothing stands before it.
+    end = min(first + length - bool(first), len(rest))
+    windows.append(((bos, *rest[max(end - length, 0):first]), tuple(rest[first:end])))
+    first = end
+  return windows
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

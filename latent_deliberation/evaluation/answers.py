@@ -125,7 +125,8 @@ class AnswerScorer:
       UserError: an arm is unknown, or lacks what makes its latents; or the constant soft tokens
         are of another number or kind.
     """
-    _check_arms(arms, own, constant)
+    check_arms(arms, own is not None, constant is not None)
+    _check_kinds(own, constant)
     self.arms = tuple(arms)
     self._decoder, self._decoder_params = decoder, decoder_params
     self._sources = {name: source for name, source in ((OWN, own), (CONSTANT, constant)) if source}
@@ -392,18 +393,32 @@ def _second_pass(decoder: Decoder, decoder_params: Params, latents: Array, shown
   return hidden.reshape(-1, hidden.shape[-1])[batch.source]
 
 
-def _check_arms(arms: Sequence[str], own: Source | None, constant: Source | None) -> None:
+def check_arms(arms: Sequence[str], has_own: bool, has_constant: bool) -> None:
+  """Checks names of arms, and that there is what makes their latents.
+
+  Args:
+    arms: names of ARMS.
+    has_own: whether there is a coprocessor.
+    has_constant: whether there are trained constant soft tokens.
+
+  Raises:
+    UserError: there is no arm; or one is unknown, repeated, or lacks its latents.
+  """
   if not arms or len(set(arms)) < len(arms):
     raise UserError(f'arms = {list(arms)}: give one or more of {ARMS}, each once')
   for arm in arms:
     if arm not in ARMS:
       raise UserError(f'arm {arm!r} is unknown: give one of {ARMS}')
-    if arm == CONSTANT and constant is None:
+    if arm == CONSTANT and not has_constant:
       raise UserError(f'arm {arm!r} needs trained constant soft tokens: give their directory '
                       '(constant, or --constant)')
-    if arm not in (FROZEN, CONSTANT) and own is None:
+    if arm not in (FROZEN, CONSTANT) and not has_own:
       raise UserError(f'arm {arm!r} needs a coprocessor: give its directory (coprocessor, or '
                       f'--coprocessor), or the arm {FROZEN!r} alone')
+
+
+def _check_kinds(own: Source | None, constant: Source | None) -> None:
+  """Raises UserError where constant soft tokens come otherwise than the coprocessor's latents."""
   if own is not None and constant is not None:
     ours, theirs = own.coprocessor.config, constant.coprocessor.config
     for key in ('num_latents', 'latents', 'positions'):

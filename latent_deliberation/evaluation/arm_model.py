@@ -201,17 +201,23 @@ class ArmModel:
     refines = self.own is not None and self.own.config.latents == 'refining'
     return FROZEN if arm == ZERO and refines else arm
 
-  def engine(self, arm: str) -> Engine:
-    """Returns the engine that writes text in an arm.
+  def check_writer(self, arm: str) -> CoprocessorCheckpoint | None:
+    """Returns what makes the latents of an arm that writes text; None for the frozen decoder.
 
     Raises:
       UserError: the arm has no latents in text that is written, or lacks what makes them.
     """
+    checkpoint = {FROZEN: None, CONSTANT: self.constant}.get(arm, self.own)
+    if arm == MEAN or arm != FROZEN and checkpoint is None:
+      raise UserError(f'arm {arm!r} cannot write text: give {FROZEN!r}; {OWN!r}, {SHUFFLED!r} or '
+                      f'{ZERO!r} with a coprocessor; or {CONSTANT!r} with constant soft tokens. Or '
+                      'leave out the tasks whose answers are written')
+    return checkpoint
+
+  def engine(self, arm: str) -> Engine:
+    """Returns the engine that writes text in an arm. Raises UserError; see `check_writer`."""
     if arm not in self._engines:
-      checkpoint = {FROZEN: None, CONSTANT: self.constant}.get(arm, self.own)
-      if arm == MEAN or arm != FROZEN and checkpoint is None:
-        raise UserError(f'arm {arm!r} cannot write text: give {FROZEN!r}; {OWN!r}, {SHUFFLED!r} or '
-                        f'{ZERO!r} with a coprocessor; or {CONSTANT!r} with constant soft tokens')
+      checkpoint = self.check_writer(arm)
       # All engines share the decoder's unstacked weights.
       if self._unstacked is None:
         params = self._local(self.params)
@@ -275,7 +281,10 @@ class ArmModel:
     # A batch has one more row for another example's latents.
     size = min(writing.batch_size or max(1, engine.batch_size - 1), len(left)) + 1
     size += -size % engine.shards
-    batches = [left[first:first + size - 1] for first in range(0, len(left), size - 1)]
+    # The latents of another example are those of the prompt before, so no batch skips that one.
+    parts = _runs(left) if arm == SHUFFLED else [left]
+    batches = [part[first:first + size - 1] for part in parts
+               for first in range(0, len(part), size - 1)]
 
     def write_batch(places: Sequence[int]) -> tuple[list[int], list[str], list[int]]:
       # The row before the first, around the end, is of the prompt before it in the order.
@@ -306,6 +315,12 @@ def check_policy(arms: Sequence[str], policy: Policy) -> None:
   if policy != ONCE and unable:
     raise UserError(f'arms {unable} have latents at the end of the context alone: leave the policy '
                     '(every, at, gate) out, or the arms')
+
+
+def _runs(places: Sequence[int]) -> list[list[int]]:
+  """Cuts ascending numbers into runs of successive ones."""
+  return [[place for _, place in run] for _, run in itertools.groupby(
+      enumerate(places), lambda each: each[1] - each[0])]
 
 
 def _batches(requests: Sequence[Request], numbers: Sequence[int], size: int,

@@ -8,6 +8,7 @@ it runs only where a flag says so.
 import contextlib
 import dataclasses
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.confined_program import PASSED
 
 TAIL = 500  # characters of an error that are kept
 _SCRIPT = Path(__file__).with_name('confined_program.py')
@@ -69,18 +69,21 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
   sizes = (int(limits.seconds) + 1, limits.memory_bytes, limits.file_bytes, limits.open_files)
   # What it says goes to a file, whose size is limited, too.
   with (tempfile.TemporaryDirectory(prefix='program-') as directory,
-        tempfile.TemporaryFile() as errors):
+        tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as report):
+    token = secrets.token_hex().encode() + b'\n'
     # Isolated: no packages but the standard library, and no variables of this process.
     process = subprocess.Popen(
-        [sys.executable, '-I', '-S', str(_SCRIPT), *map(str, sizes)], cwd=directory, env={},
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+        [sys.executable, '-I', '-S', str(_SCRIPT), str(report.fileno()), *map(str, sizes)],
+        cwd=directory, env={}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors,
+        pass_fds=(report.fileno(),), start_new_session=True)
     try:
-      process.communicate(program.encode(errors='surrogatepass'), limits.seconds)
+      process.communicate(token + program.encode(errors='surrogatepass'), limits.seconds)
     except subprocess.TimeoutExpired:
       return Outcome(False, 'timeout')
     finally:
       _end(process)
-    if process.returncode == PASSED:
+    report.seek(0)
+    if report.read() == token:
       return Outcome(True, 'passed')
     errors.seek(0)
     said = errors.read().decode(errors='replace').strip()[-TAIL:]

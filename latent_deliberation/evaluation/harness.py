@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.answer_texts import END
+from latent_deliberation.evaluation.answer_texts import END, rolling_windows
 from latent_deliberation.evaluation.arm_model import open_arm_model
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
 from latent_deliberation.files import as_path
-from latent_deliberation.inference.policy import ONCE, combine, open_gate
+from latent_deliberation.inference.policy import combine, open_gate
 
 try:
   from lm_eval.api.instance import Instance
@@ -73,11 +73,9 @@ class DeliberationLM(LM):
     super().__init__()
     places = [_integer('at', each) for each in str(at).split('+') if each]
     fitted = open_gate(as_path(gate), gate_score, budget) if gate else None
-    is_policy = bool(places or every or gate)
     is_free = str(batch_size) in ('None', '1') or str(batch_size).startswith('auto')
     size = 0 if is_free else _integer('batch_size', batch_size)
-    settings = Settings(place, combine(places, every, fitted) if is_policy else ONCE,
-                        plain_if_short, size)
+    settings = Settings(place, combine(places, every, fitted), plain_if_short, size)
     model = open_arm_model(decoder, coprocessor, constant, vocabulary=vocabulary, dtype=dtype,
                            max_length=max_length, mesh=mesh)
     if fitted:
@@ -106,16 +104,15 @@ class DeliberationLM(LM):
 
   def loglikelihood_rolling(self, requests: list[Instance],
                             disable_tqdm: bool = False) -> list[float]:
-    """See LM. Each window begins with the token that begins a text, then the token before it."""
+    """See LM. Each window begins with the token that begins a text; see `rolling_windows`."""
     tokenizer, length = self.answers.model.tokenizer, self.answers.model.max_length
 
     def score(task: str, chosen: Sequence[Instance]) -> list[float]:
       windows, owners = [], []
       for number, request in enumerate(chosen):
-        bos, *ids = tokenizer.encode(request.args[0])
-        for first in range(0, len(ids), length - 1):
-          windows.append(((bos, *ids[max(first - 1, 0):first]), ids[first:first + length - 1]))
-          owners.append(number)
+        found = rolling_windows(tokenizer.encode(request.args[0]), length)
+        windows += found
+        owners += [number] * len(found)
       totals = [0.0] * len(chosen)
       scores = self.answers.score_windows(f'{task}/rolling', windows)[self.arm] if windows else []
       for owner, (nats, _) in zip(owners, scores, strict=True):

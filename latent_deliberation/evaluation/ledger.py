@@ -23,9 +23,13 @@ def request_key(request: Request) -> str:
   return _key([request.context, request.continuation, request.anchor, str(request.item)])
 
 
-def prompt_key(prompt: Sequence[int], settings: Any) -> str:
-  """Returns a short name of a prompt that is continued with some settings."""
-  return _key([list(prompt), settings])
+def prompt_key(prompt: Sequence[int], settings: Any, draw: int = 0) -> str:
+  """Returns a short name of a prompt that is continued with some settings.
+
+  Args:
+    draw: number of the text, where several are drawn after the same prompt.
+  """
+  return _key([list(prompt), settings, *([draw] if draw else [])])
 
 
 def _key(value: Any) -> str:

@@ -4,6 +4,7 @@ The requests of a task come as text, once for each arm, since lm-evaluation-harn
 after the other. The first time, all arms are scored in one pass. After that the ledger has them.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -110,12 +111,19 @@ class TaskAnswers:
       UserError: a request cannot be scored; see AnswerEncoder. Or a context has no room for
         latents, and is not to be scored without.
     """
-    encoder = AnswerEncoder(self.model.tokenizer, self.model.max_length, self._settings.place)
-    requests = []
-    for (context, continuation), item in zip(pairs, items, strict=True):
-      requests.append(encoder.encode(context, continuation, item))
-    self.counts[task] = encoder.counts
-    return self.score_requests(task, requests)
+    return self.score_requests(task, self._encode(task, pairs, items))
+
+  def check(self, task: str, pairs: Sequence[tuple[str, str]], items: Sequence[Hashable]) -> None:
+    """Raises the errors of `score` that need the tokenizer alone, and scores nothing."""
+    self._check_room(task, self._encode(task, pairs, items))
+
+  def check_prompts(self, task: str, prompts: Sequence[str],
+                    generation: Mapping[str, Any]) -> None:
+    """Raises the errors of `write` in any arm that need the tokenizer alone, and writes nothing."""
+    for arm in self.arms:
+      self.model.check_writer(arm)
+    writing = _writing(generation, self._settings.batch_size)
+    self._check_room(task, self._encode_prompts(task, prompts, writing))
 
   def score_windows(
       self, task: str,
@@ -166,14 +174,16 @@ class TaskAnswers:
         a prompt has no room for latents, and is not to be continued without.
     """
     writing = _writing(generation, self._settings.batch_size)
-    encoder = AnswerEncoder(self.model.tokenizer, self.model.max_length, self._settings.place)
-    requests = [encoder.encode_prompt(prompt, writing.options.max_tokens, f'{task} {number}')
-                for number, prompt in enumerate(prompts)]
-    self.counts[task] = encoder.counts
+    requests = self._encode_prompts(task, prompts, writing)
     self._check_room(task, requests)
     settings = [writing.options.max_tokens, list(writing.stop),
                 dataclasses.asdict(writing.options.sampling)]
-    keys = [prompt_key(request.context, settings) for request in requests]
+    # Greedy texts after the same prompt are the same. Drawn ones are not.
+    drawn: collections.Counter[tuple[int, ...]] = collections.Counter()
+    keys = []
+    for request in requests:
+      keys.append(prompt_key(request.context, settings, drawn[request.context]))
+      drawn[request.context] += not writing.options.sampling.greedy
     has_room = self.model.scorer(self.arms).has_room
     authors = [self.model.same_as(arm) if has_room(request) else FROZEN for request in requests]
     for author in dict.fromkeys(authors):
@@ -187,6 +197,23 @@ class TaskAnswers:
       texts.append(text)
       self._add_text_cost(cost, arm, request, max(tokens, 1))
     return texts
+
+  def _encode(self, task: str, pairs: Sequence[tuple[str, str]],
+              items: Sequence[Hashable]) -> list[Request]:
+    encoder = self._encoder(task)
+    return [encoder.encode(context, continuation, item)
+            for (context, continuation), item in zip(pairs, items, strict=True)]
+
+  def _encode_prompts(self, task: str, prompts: Sequence[str], writing: Writing) -> list[Request]:
+    encoder = self._encoder(task)
+    return [encoder.encode_prompt(prompt, writing.options.max_tokens, f'{task} {number}')
+            for number, prompt in enumerate(prompts)]
+
+  def _encoder(self, task: str) -> AnswerEncoder:
+    """Returns an encoder, whose counts are those of the task."""
+    encoder = AnswerEncoder(self.model.tokenizer, self.model.max_length, self._settings.place)
+    self.counts[task] = encoder.counts
+    return encoder
 
   def _write_missing(self, task: str, author: str, requests: Sequence[Request],
                      keys: Sequence[str], generation: Mapping[str, Any]) -> None:

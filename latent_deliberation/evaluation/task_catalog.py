@@ -1,12 +1,14 @@
 """The benchmarks by name: those of the paper with their shots, from local data or from the hub.
 
 Local tasks are the files in tasks/. Without local data, lm-evaluation-harness's own tasks are
-taken, which it downloads. The library is imported where tasks are loaded, since that is slow.
+taken, but for a few, and documents are downloaded. The library is imported where tasks are loaded,
+since that is slow.
 """
 
 import difflib
 import functools
 import hashlib
+import importlib.util
 import logging as python_logging
 import os
 from collections.abc import Mapping, Sequence
@@ -24,15 +26,19 @@ PAPER: Mapping[str, int] = {
     'mmlu': 5, 'gsm8k': 8, 'drop': 3, 'arc_easy': 0, 'arc_challenge': 0, 'math': 4,
     'winogrande': 0, 'piqa': 0, 'social_iqa': 0, 'hellaswag': 0, 'boolq': 0, 'mbpp': 3,
     'agieval': 0, 'triviaqa': 0, 'nq_open': 0, 'humaneval': 0, 'bbh': 3}
-# Names of lm-evaluation-harness where they differ. Its tasks of programs load their metric from the
-# hub and run programs without isolation, so they are left out.
+# Names of lm-evaluation-harness where they differ.
 HUB: Mapping[str, tuple[str, ...]] = {
     'math': ('minerva_math',), 'bbh': ('bbh_cot_fewshot',), 'lambada': ('lambada_openai',),
     # The English tasks with choices; the library's own group has one more, which has none.
     'agieval': tuple(f'agieval_{part}' for part in (
         'aqua_rat', 'gaokao_english', 'logiqa_en', 'lsat_ar', 'lsat_lr', 'lsat_rc', 'sat_en',
         'sat_en_without_passage', 'sat_math'))}
-NO_HUB = ('mbpp', 'humaneval', 'gsm8k_chain', 'agieval_math')
+# These are our own task files with documents of the hub. The library's tasks of programs run them
+# without isolation, and the examples of its DROP show names of fields for answers.
+OURS = ('drop', 'mbpp', 'humaneval')
+NO_HUB = ('gsm8k_chain', 'agieval_math')
+FEWSHOT_SEED = 1234  # the library's own, with which it draws examples
+MATH_LIBRARIES = ('sympy', 'math_verify', 'antlr4')  # that judge the hub's `math`
 CHAIN_OF = {'gsm8k': 'gsm8k_chain'}  # task -> the same questions, with a chain of thought
 
 
@@ -82,6 +88,10 @@ def check_tasks(tasks: Sequence[str], data: str, run_code: bool) -> None:
     if is_code and not run_code:
       problems.append(f'task {name} runs programs that the model writes: allow it with --run_code, '
                       'or leave the task out')
+    if not data and name == 'math' and (
+        missing := [each for each in MATH_LIBRARIES if not importlib.util.find_spec(each)]):
+      problems.append(f'task math of the hub needs {", ".join(missing)}, which are not installed: '
+                      "pip install 'lm_eval[math]==0.4.13', or give --data=DIRECTORY")
     if not data and name in NO_HUB:
       problems.append(f'task {name} needs local data: give --data=DIRECTORY')
     elif data:
@@ -125,14 +135,23 @@ def data_hashes(tasks: Sequence[str], data: str) -> dict[str, str]:
   return hashes
 
 
+def open_tasks(name: str, data: str, num_fewshot: int | None) -> Any:
+  """Returns the manager of lm-evaluation-harness that has a task: of our tasks, or of its own."""
+  return _open_manager(data, num_fewshot, _is_ours(name, data))
+
+
+def _is_ours(name: str, data: str) -> bool:
+  """Whether a task is one of our files, and not the library's own."""
+  return bool(data) or name in OURS
+
+
 @functools.cache
-def open_tasks(data: str, num_fewshot: int | None) -> Any:
-  """Returns lm-evaluation-harness's manager of tasks: ours with data, otherwise its own."""
+def _open_manager(data: str, num_fewshot: int | None, is_ours: bool) -> Any:
   if data:
     stay_offline()
   from latent_deliberation.evaluation import harness
   quieten()
-  if not data:
+  if not is_ours:
     return harness.TaskManager()
   # Task files get these values. Those with examples in their documents take the number from here.
   shots = {} if num_fewshot is None else {'shots': num_fewshot}
@@ -142,12 +161,12 @@ def open_tasks(data: str, num_fewshot: int | None) -> Any:
 
 def load_tasks(name: str, data: str, num_fewshot: int | None) -> dict[str, Any]:
   """Returns the tasks of lm-evaluation-harness that a task consists of, by name."""
-  return open_tasks(data, num_fewshot).load(names_of(name, data))['tasks']
+  return open_tasks(name, data, num_fewshot).load(names_of(name, data))['tasks']
 
 
 def names_of(task: str, data: str) -> list[str]:
-  """Returns the names of a task in lm-evaluation-harness: ours with data, otherwise its own."""
-  return [task] if data else list(HUB.get(task, (task,)))
+  """Returns the names of a task in its manager: ours with data, otherwise the library's own."""
+  return [task] if _is_ours(task, data) else list(HUB.get(task, (task,)))
 
 
 def requests_of(name: str, data: str, limit: int | None,
@@ -163,17 +182,18 @@ def requests_of(name: str, data: str, limit: int | None,
   Raises:
     UserError: a document lacks a field or a gold answer, or there are not as many examples.
   """
-  open_tasks(data, num_fewshot)  # says so where the library is missing, with which jinja2 comes
+  # Says so where the library is missing, with which jinja2 comes.
+  open_tasks(name, data, num_fewshot)
   import jinja2
   requests = []
   try:
     for task in load_tasks(name, data, num_fewshot).values():
-      task.set_fewshot_seed(0)
+      task.set_fewshot_seed(FEWSHOT_SEED)
       shots = shots_of(name, data, num_fewshot)
       # As the library does it: no examples in a task that says so itself.
       if task.config.num_fewshot != 0:
         task.set_config('num_fewshot', task.config.num_fewshot or 0 if shots is None else shots)
-      task.build_all_requests(limit=limit)
+      _build_requests(task, name, limit)
       golds: dict[int, Gold] = {}
       for instance in task.instances:
         if instance.doc_id not in golds:
@@ -185,9 +205,21 @@ def requests_of(name: str, data: str, limit: int | None,
   return requests
 
 
+def _build_requests(task: Any, name: str, limit: int | None) -> None:
+  """Builds a task's requests; raises UserError where it has fewer examples than are requested."""
+  try:
+    task.build_all_requests(limit=limit)
+  except UserError:
+    raise
+  except (AssertionError, ValueError) as error:  # of the library's choice of examples
+    raise UserError(f'task {name} cannot build prompts with {task.config.num_fewshot or 0} '
+                    f'examples ({error}): lower --num_fewshot, or give more documents, with the '
+                    'fields that docs/benchmarks.md names') from error
+
+
 def shots_of(task: str, data: str, num_fewshot: int | None) -> int | None:
   """Returns the number of examples to ask lm-evaluation-harness for; None for the task's own."""
-  if num_fewshot is not None or data:
+  if num_fewshot is not None or _is_ours(task, data):
     return num_fewshot
   return PAPER.get(task)
 

@@ -33,6 +33,8 @@ class Doc(dict[str, Any]):
 def find_file(data: str, folder: str, name: str) -> Path:
   """Returns the file of a split: NAME.jsonl or NAME.jsonl.gz, or a sample such as NAME_1000.jsonl.
 
+  Of several samples it is the largest one.
+
   Raises:
     MissingError: none of the directories has it.
   """
@@ -42,10 +44,10 @@ def find_file(data: str, folder: str, name: str) -> Path:
       if (place / f'{name}{ending}').is_file():
         return place / f'{name}{ending}'
   for place in places:
-    samples = sorted(path for path in place.glob(f'{name}_*') if re.fullmatch(
-        rf'{re.escape(name)}_\d+\.jsonl(\.gz)?', path.name))
+    samples = {path: int(found[1]) for path in sorted(place.glob(f'{name}_*')) if (
+        found := re.fullmatch(rf'{re.escape(name)}_(\d+)\.jsonl(?:\.gz)?', path.name))}
     if samples:
-      return samples[-1]
+      return max(samples, key=samples.get)
   raise MissingError(f'{places[0]}/{name}.jsonl is missing, also with .gz: put the documents of '
                      f'this task there, a JSON object a line, or leave the task out'
                      + (f'. Nor is it in {", ".join(map(str, places[1:]))}' if places[1:] else ''))

@@ -14,6 +14,7 @@ import numpy as np
 from latent_deliberation.errors import UserError
 
 METRICS = ('acc', 'exact_match', 'pass_at_1', 'f1', 'em')  # of which the first found is `correct`
+WRITTEN = 'generate_until'  # output type of lm-evaluation-harness's tasks whose answers are written
 
 
 @dataclasses.dataclass
@@ -125,6 +126,11 @@ def find_gold(task: Any, doc: Mapping[str, Any]) -> Gold:
     for ignored in metric.get('regexes_to_ignore') or ():
       judged = re.sub(ignored, '', judged)
   return Gold(text, judged.strip())
+
+
+def gold_continuation(task: Any, gold: Gold) -> str:
+  """Returns the gold answer of a written task as it continues a prompt."""
+  return f'{task.config.target_delimiter}{gold.text}'
 
 
 def outcomes_of(task: Any, samples: Sequence[Mapping[str, Any]],

@@ -11,6 +11,7 @@ lm-evaluation-harness builds the prompts and judges the answers, once for each a
 request scores all arms; see task_answers.py.
 """
 
+import collections
 import dataclasses
 import importlib.metadata
 import json
@@ -33,15 +34,18 @@ from latent_deliberation.evaluation.perplexity import FROZEN
 from latent_deliberation.evaluation.shared_work import STOP, lead
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers, mean_cost
 from latent_deliberation.evaluation.task_outcomes import (
+  WRITTEN,
   ArmOutcomes,
   TaskOutcomes,
   find_gold,
+  gold_continuation,
   guesses,
   outcomes_of,
 )
 from latent_deliberation.evaluation.task_report import summarise, write_results
 from latent_deliberation.files import (
   growing_files,
+  list_directory,
   make_writable,
   remove_tree,
   write_json,
@@ -125,23 +129,26 @@ def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
     TaskAnswers(model, arms, settings).follow()
     barrier('benchmarks done')
     return {}
-  make_writable(output)
-  identity |= {'lm_eval': importlib.metadata.version('lm_eval'),
-               'data': task_catalog.data_hashes(plan.tasks, plan.data)}
+  # Whatever can be wrong without a computation, before the directory is this run's.
+  answers = TaskAnswers(model, arms, settings)
+  identity = _join(output, {
+      **identity, 'lm_eval': importlib.metadata.version('lm_eval'),
+      'data': task_catalog.data_hashes(plan.tasks, plan.data)}, overwrite)
+  _check_requests(answers, plan, [
+      name for name in plan.tasks if overwrite or not _finished(output, name).exists()])
   _claim(output, identity, overwrite)
-  outcomes = []
   with growing_files(output, ANSWERS) as here:
     answers = TaskAnswers(model, arms, settings, Ledger(here / ANSWERS))
     for name in plan.tasks:
-      finished = output / TASKS / f'{name}.json'
-      if finished.exists():
+      if (path := _finished(output, name)).exists():
         logging.info('%s is finished already', name)
-        outcomes.append(TaskOutcomes.from_json(json.loads(finished.read_bytes())))
         continue
       logging.info('=== %s', name)
-      done = _run_task(name, answers, plan, output)
-      write_json(finished, done.to_json())
-      outcomes.append(done)
+      write_json(path, _run_task(name, answers, plan, output).to_json())
+  # Tasks of earlier commands stay in the results.
+  earlier = [path.stem for path in list_directory(output / TASKS) if path.suffix == '.json']
+  outcomes = [TaskOutcomes.from_json(json.loads(_finished(output, name).read_bytes()))
+              for name in dict.fromkeys((*plan.tasks, *earlier))]
   summary = summarise(outcomes, {**identity, 'git_commit': git_commit()})
   write_results(summary, output)
   lead(STOP)
@@ -164,31 +171,75 @@ def _identity(model: ArmModel, plan: Plan, settings: Settings) -> dict[str, Any]
       'policy': policy, 'plain_if_short': settings.plain_if_short}))
 
 
-def _claim(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
-  """Notes whose results these are. Tasks may be added later, with their data.
+def _finished(output: Path, name: str) -> Path:
+  return output / TASKS / f'{name}.json'
+
+
+def _check_requests(answers: TaskAnswers, plan: Plan, names: Sequence[str]) -> None:
+  """Checks the requests of tasks as far as the tokenizer can tell: their places and lengths.
+
+  Raises:
+    UserError: a request cannot be scored or continued; see TaskAnswers.
+  """
+  for name in names:
+    with announced(f'checking {name}'):
+      _check_task(name, answers, plan)
+      if CHAIN in plan.arms and name in task_catalog.CHAIN_OF:
+        _check_task(task_catalog.CHAIN_OF[name], answers.frozen(), plan, scores_gold=False)
+
+
+def _check_task(name: str, answers: TaskAnswers, plan: Plan, scores_gold: bool = True) -> None:
+  found = collections.defaultdict(list)
+  for task, instance, gold in task_catalog.requests_of(name, plan.data, plan.limit,
+                                                       plan.num_fewshot):
+    found[task.task_name].append((task, instance, gold))
+  for name_of_part, requests in found.items():
+    task, instance, _ = requests[0]
+    items = [f'{name_of_part} {instance.doc_id}' for _, instance, _ in requests]
+    if task.OUTPUT_TYPE != WRITTEN:
+      answers.check(name_of_part, [instance.args for _, instance, _ in requests], items)
+      continue
+    prompts = [instance.args[0] for _, instance, _ in requests]
+    answers.check_prompts(name_of_part, prompts, instance.args[1])
+    if scores_gold:
+      answers.check(f'{name_of_part}/gold', [
+          (prompt, gold_continuation(task, gold))
+          for prompt, (*_, gold) in zip(prompts, requests, strict=True)], items)
+
+
+def _join(output: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+  """Returns the identity, with the data of earlier tasks. Tasks may be added later.
 
   Raises:
     UserError: there are results of another run.
   """
   path, data = output / RUN_FILE, identity['data']
-  if path.exists() and overwrite:
+  if overwrite:
+    return dict(identity)
+  if not path.exists():
+    if (output / f'{RESULTS}.json').exists():
+      raise UserError(f'{output} holds a {RESULTS}.json of something else: give another --output, '
+                      'or add --overwrite')
+    return dict(identity)
+  saved = json.loads(path.read_bytes())
+  saved_data = saved.get('data', {})
+  found = [*differences({**saved, 'data': {}}, {**identity, 'data': {}}),
+           *differences({name: saved_data.get(name, value) for name, value in data.items()},
+                        data, 'data of ')]
+  if found:
+    raise UserError('\n'.join([f'{output} holds results of another run:', *found,
+                               'Give another --output, or add --overwrite.']))
+  return {**identity, 'data': {**saved_data, **data}}
+
+
+def _claim(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+  """Notes whose results these are; removes those of before where that is asked for."""
+  make_writable(output)
+  if overwrite and (output / RUN_FILE).exists():
     for name in (TASKS, SAMPLES):
       remove_tree(output / name)
     (output / ANSWERS).unlink(missing_ok=True)
-  elif path.exists():
-    saved = json.loads(path.read_bytes())
-    saved_data = saved.get('data', {})
-    found = [*differences({**saved, 'data': {}}, {**identity, 'data': {}}),
-             *differences({name: saved_data.get(name, value) for name, value in data.items()},
-                          data, 'data of ')]
-    if found:
-      raise UserError('\n'.join([f'{output} holds results of another run:', *found,
-                                 'Give another --output, or add --overwrite.']))
-    data = {**saved_data, **data}
-  elif (output / f'{RESULTS}.json').exists() and not overwrite:
-    raise UserError(f'{output} holds a {RESULTS}.json of something else: give another --output, or '
-                    'add --overwrite')
-  write_json(path, {**identity, 'data': data})
+  write_json(output / RUN_FILE, identity)
 
 
 def _run_task(name: str, answers: TaskAnswers, plan: Plan, output: Path) -> TaskOutcomes:
@@ -234,7 +285,7 @@ def _evaluate(name: str, answers: TaskAnswers, arm: str,
   from latent_deliberation.evaluation.harness import DeliberationLM, simple_evaluate
   results = simple_evaluate(
       model=DeliberationLM.of(answers, arm), tasks=task_catalog.names_of(name, plan.data),
-      task_manager=task_catalog.open_tasks(plan.data, plan.num_fewshot), limit=plan.limit,
+      task_manager=task_catalog.open_tasks(name, plan.data, plan.num_fewshot), limit=plan.limit,
       num_fewshot=task_catalog.shots_of(name, plan.data, plan.num_fewshot),
       bootstrap_iters=0, log_samples=True, fewshot_as_multiturn=False,
       confirm_run_unsafe_code=plan.run_code)
@@ -262,9 +313,8 @@ def _outcomes(answers: TaskAnswers, tasks: Mapping[str, Any],
     start += len(rows)
     nats = []
     # The gold answer of a written task is scored beside what was written.
-    if tasks[task].OUTPUT_TYPE == 'generate_until' and arm != CHAIN:
-      delimiter = tasks[task].config.target_delimiter
-      pairs = [(row['arguments'][0][0], f'{delimiter}{gold.text}')
+    if tasks[task].OUTPUT_TYPE == WRITTEN and arm != CHAIN:
+      pairs = [(row['arguments'][0][0], gold_continuation(tasks[task], gold))
                for row, gold in zip(rows, of_task, strict=True)]
       scores = answers.score(f'{task}/gold', pairs, [f'{task} {row["doc_id"]}' for row in rows])
       nats = [value for value, _ in scores[arm]]

@@ -22,12 +22,12 @@ from latent_deliberation.evaluation.answer_texts import AnswerEncoder
 from latent_deliberation.evaluation.answers import SHUFFLED, AnswerScorer, Source
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.shared_work import from_leader
+from latent_deliberation.evaluation.task_outcomes import WRITTEN, gold_continuation
 from latent_deliberation.experiment import EvaluationConfig, Experiment
 from latent_deliberation.inference.tokenizer import Tokenizer, tokenizer_of_data
 from latent_deliberation.progress import announced
 
 MAX_LENGTH = 1024  # tokens of a context and its answer
-WRITTEN = 'generate_until'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _read(name: str, config: EvaluationConfig, tokenizer: Tokenizer,
                                                          config.task_items):
     context, continuation = instance.args[:2]
     if task.OUTPUT_TYPE == WRITTEN:
-      continuation = f'{task.config.target_delimiter}{answer.text}'
+      continuation = gold_continuation(task, answer)
     by_item.setdefault(instance.doc_id, []).append((
         encoder.encode(context, continuation, instance.doc_id),
         answer.index is None or instance.idx == answer.index))
@@ -160,7 +160,8 @@ def _score(scorer: AnswerScorer, sample: Sample) -> dict[str, float]:
 
 
 def _right(nats: np.ndarray, sample: Sample) -> np.ndarray:
-  """Returns whether the gold answer is the likeliest of its item's, bool [items, arms]."""
-  best = np.full((len(sample.gold), nats.shape[1]), np.inf)
-  np.minimum.at(best, sample.items, nats)
-  return nats[sample.gold] <= best
+  """Returns whether the gold answer is the first likeliest of its item's, bool [items, arms]."""
+  firsts = np.flatnonzero(np.diff(sample.items, prepend=-1))
+  chosen = [first + answers.argmin(axis=0) for first, answers in zip(
+      firsts, np.split(nats, firsts[1:]), strict=True)]
+  return np.array(chosen) == sample.gold[:, None]

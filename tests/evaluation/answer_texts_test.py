@@ -1,10 +1,12 @@
 """Texts become requests as in lm-evaluation-harness, with the first token always first."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.answer_packing import Request
-from latent_deliberation.evaluation.answer_texts import AnswerEncoder
+from latent_deliberation.evaluation.answer_texts import AnswerEncoder, rolling_windows
 from latent_deliberation.inference.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -77,12 +79,48 @@ def test_anchor_is_cut():
 
 
 @pytest.mark.parametrize('context, continuation, options, said', [
-    ('Q', '', {}, 'empty'), ('Q', 'x' * 9, {'max_length': 8}, 'max_length = 8'),
+    ('Q', '', {}, 'empty'), ('Q:', ' ', {}, 'empty'), ('Q: ', '', {}, 'empty'),
+    ('Q', 'x' * 9, {'max_length': 8}, 'max_length = 8'),
     ('Q', 'x', {'place': 'before:Answer:'}, 'Answer:'), ('Q', 'x', {'place': 'middle'}, "'middle'"),
     ('Q', 'x', {'place': 'before: '}, 'before'), ('Q', 'x', {'max_length': 1}, 'max_length = 1')])
 def test_refused(context, continuation, options, said):
   with pytest.raises(UserError, match=said):
     AnswerEncoder(BYTES, **{'max_length': 100, **options}).encode(context, continuation, 'item 7')
+
+
+@pytest.mark.parametrize('context', ['Q: why', 'Q: why ', 'Q:\n\n', ' Q'])
+@pytest.mark.parametrize('continuation', ['so', ' so', 'x' * 9, ' \nx'])
+def test_equals_harness(context, continuation):
+  """Pairs, and what is left of long ones, are lm-evaluation-harness's but for the first token."""
+  lm_eval_model = pytest.importorskip('lm_eval.api.model')
+  theirs = lm_eval_model.TemplateLM._encode_pair(SimpleNamespace(
+      backend='causal', tok_encode=lambda text: BYTES.encode(text)), context, continuation)
+  ours = AnswerEncoder(BYTES, 100).encode(context, continuation)
+  assert (list(ours.context), list(ours.continuation)) == theirs
+  for length in (11, 12, 14):
+    cut = AnswerEncoder(BYTES, length).encode(context, continuation)
+    # Its Hugging Face model reads all of these tokens but the last one.
+    kept = (theirs[0] + theirs[1])[-(length + 1):]
+    assert [*cut.context, *cut.continuation] == [ids('')[0], *kept[1:]]
+    assert list(cut.continuation) == theirs[1]
+
+
+@pytest.mark.parametrize('size, length', [(0, 8), (3, 8), (8, 8), (9, 8), (15, 8), (40, 8), (5, 2)])
+def test_rolling_windows(size, length):
+  """Each token is scored once; but for the first token, windows are lm-evaluation-harness's."""
+  lm_eval_utils = pytest.importorskip('lm_eval.utils')
+  rest = list(range(10, 10 + size))
+  windows = rolling_windows([2, *rest], length)
+  assert [token for _, continuation in windows for token in continuation] == rest
+  reads = [len(context) + len(continuation) - 1 for context, continuation in windows]
+  assert all(context[0] == 2 for context, _ in windows)
+  # All but a short text, or its last window of many, have as much before them as there is room for.
+  assert reads == [length] * len(windows) if size >= length else reads in ([], [size])
+  expected = [lm_eval_utils.make_disjoint_window(window) for window in
+              lm_eval_utils.get_rolling_token_windows(rest, 2, length, 1)]
+  if size < 2 * length:
+    assert [((2, *context[1:]), tuple(continuation)) for context, continuation in expected] == [
+        ((2, *context[1:]), continuation) for context, continuation in windows]
 
 
 def test_no_room_for_a_prompt():

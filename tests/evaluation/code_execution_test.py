@@ -25,8 +25,10 @@ def isolation():
     ('assert 1 + 1 == 2', True), ('assert 1 + 1 == 3', False), ('def broken(:', False),
     ('raise SystemExit(3)', False), ('import sys; sys.exit(0)\nassert False', False),
     ('import sys; sys.exit(77)\nassert False', False),
-    ('import os; os._exit(0)\nassert False', False)])
+    *((f'import os; os._exit({code})\nassert False', False) for code in (0, 77)),
+    ('import os, sys; os.write(int(sys.argv[1]), b"passed"); os._exit(0)', False)])
 def test_outcome(program, passed):
+  """Only a program that comes to its end passes, however it ends itself before."""
   assert run_program(program).passed == passed
 
 

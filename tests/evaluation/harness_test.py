@@ -43,7 +43,7 @@ def lm(paths, one_device):
 @pytest.fixture
 def generator(paths):
   return ld.Generator(ld.load_decoder(paths['decoder']),
-                      ld.load_coprocessor(paths['coprocessor']), length=256)
+                      ld.load_coprocessor(paths['coprocessor']), length=257)
 
 
 def test_loglikelihood(lm, generator):
@@ -56,13 +56,13 @@ def test_loglikelihood(lm, generator):
 
 
 def test_rolling(lm, generator):
-  """A whole text, in windows that begin with the first token; latents have no room in them."""
+  """A whole text, in windows that begin with the first token; latents have no room in the first."""
   text = 'the 3th of the forty. ' * 20
   with pytest.raises(UserError, match='too short'):
     lm.loglikelihood_rolling(instances('loglikelihood_rolling', (text,)))
   lm.arm, lm.answers.arms = 'frozen', ('frozen',)
   whole, short = lm.loglikelihood_rolling(instances('loglikelihood_rolling', (text,), ('the',)))
-  windows = [('', text[:255]), (text[254], text[255:])]
+  windows = [('', text[:256]), (text[len(text) - 256:256], text[256:])]
   expected = generator.score(*zip(*windows, strict=True), augment=False)
   assert whole == pytest.approx(sum(each.nats for each in expected), abs=1e-2)
   one, = generator.score([''], ['the'], augment=False)
@@ -87,6 +87,13 @@ def test_common_prompt(lm, generator):
       (prompt, {'until': [], 'max_gen_toks': 6}) for prompt in prompts)))
   expected = generator.generate(prompts, max_tokens=6, augment=True)
   assert texts == [each.text for each in expected]
+
+
+def test_repeats(lm):
+  """lm-evaluation-harness repeats a request for each text that it wants drawn."""
+  options = {'until': [], 'do_sample': True, 'temperature': 2.0, 'max_gen_toks': 8}
+  instance, = instances('generate_until', ('Document 3: the', options))
+  assert len(set(lm.generate_until([instance] * 4))) > 1
 
 
 @pytest.mark.parametrize('generation, said', [
@@ -138,8 +145,8 @@ def test_simple_evaluate(paths, tmp_path, one_device):
   """lm-evaluation-harness makes the model from its name and arguments."""
   data = task_examples.write(tmp_path, 'boolq')
   results = simple_evaluate(NAME, ','.join(f'{name}={value}' for name, value in {
-      **paths, 'arm': 'frozen'}.items()), tasks=['boolq'], task_manager=open_tasks(str(data), None),
-                            bootstrap_iters=0, batch_size=1)
+      **paths, 'arm': 'frozen'}.items()), tasks=['boolq'], bootstrap_iters=0, batch_size=1,
+                            task_manager=open_tasks('boolq', str(data), None))
   assert 0 <= results['results']['boolq']['acc,none'] <= 1
   assert results['config']['arm'] == 'frozen' and results['n-samples']['boolq']['effective'] == 6
 

@@ -43,4 +43,6 @@ def test_keys():
               Request((1, 2), (3,), 0, 'a'), Request((1, 2), (3,), 1, 'b')]
   assert len(set(map(request_key, requests))) == 4
   assert request_key(requests[0]) == request_key(Request((1, 2), (3,), 1, 'a'))
-  assert prompt_key([1], [2]) != prompt_key([1], [3])
+  assert len({prompt_key([1], [2]), prompt_key([1], [3]), prompt_key([1], [2], 1),
+              prompt_key([1], [2], 2)}) == 4
+  assert prompt_key([1], [2]) == prompt_key([1], [2], 0)

@@ -14,11 +14,6 @@ from latent_deliberation.evaluation.task_outcomes import guesses
 from tests.evaluation import task_examples
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  return task_examples.write(tmp_path_factory.mktemp('data'))
-
-
 def requests_of(data, name, **values):
   """Contexts and continuations of a task, and its gold answers."""
   found = task_catalog.requests_of(name, str(data), 3, values.get('shots'))
@@ -81,10 +76,17 @@ def test_paper():
 @pytest.mark.parametrize('tasks, options, said', [
     (['pica'], {}, 'did you mean piqa'), (['drop'], {}, 'drop/train.jsonl is missing'),
     (['humaneval'], {}, '--run_code'), ([], {}, '--tasks'),
-    (['gsm8k_chain'], {'data': ''}, '--data')])
+    (['gsm8k_chain'], {'data': ''}, '--data'), (['agieval_math'], {'data': ''}, '--data')])
 def test_refused(data, tasks, options, said):
   with pytest.raises(UserError, match=said):
     task_catalog.check_tasks(tasks, **{'data': str(data), 'run_code': False, **options})
+
+
+def test_math_libraries(monkeypatch):
+  """From the hub, the judge of math needs further libraries."""
+  monkeypatch.setattr(task_catalog.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r'sympy, math_verify, antlr4.*lm_eval\[math\]'):
+    task_catalog.check_tasks(['math'], '', run_code=False)
 
 
 def test_all_at_once(data):
@@ -101,6 +103,15 @@ def test_no_isolation(data, monkeypatch):
     task_catalog.check_tasks(['humaneval'], str(data), run_code=True)
 
 
+def test_no_isolation_in_scores(monkeypatch):
+  """Nor is a program judged there, as by lm_eval's own command."""
+  monkeypatch.setattr(code_execution, '_SCRIPT', code_execution._SCRIPT.with_name('no_such.py'))
+  task_data._check_isolation.cache_clear()
+  for score in (task_data.score_humaneval, task_data.score_mbpp):
+    with pytest.raises(UserError, match='--run_code'):
+      score({'prompt': '', 'test': '', 'entry_point': 'print', 'checks': ''}, [''])
+
+
 def test_several_directories(data, tmp_path):
   """A file is looked for in each directory; a whole one goes before a sample."""
   task_examples.write(tmp_path, 'piqa')
@@ -113,6 +124,13 @@ def test_several_directories(data, tmp_path):
   assert find_file(both, 'triviaqa', 'validation') == whole
   with pytest.raises(MissingError, match='no data directory'):
     load(folder='piqa', files={'validation': 'validation'})
+
+
+def test_largest_sample(tmp_path):
+  """Of several samples, the one with the largest number is read."""
+  for name in ('validation_200.jsonl', 'validation_1000.jsonl.gz', 'validation_30.jsonl'):
+    (tmp_path / name).touch()
+  assert find_file(str(tmp_path), '', 'validation').name == 'validation_1000.jsonl.gz'
 
 
 @pytest.mark.parametrize('content, said', [
@@ -159,6 +177,53 @@ def test_missing_inner_field(tmp_path):
     task_catalog.requests_of('arc_easy', str(tmp_path), None)
 
 
+LABELS = {'text': list('wxyz'), 'label': list('ABCD')}
+
+
+@pytest.mark.parametrize('name, folder, doc, said', [
+    ('openbookqa', 'openbookqa', {'question_stem': 'Why', 'choices': LABELS, 'answerKey': 'E'},
+     "answerKey = 'E': give one of .*'D'"),
+    ('openbookqa', 'openbookqa', {'question_stem': 'Why', 'choices': ['w'], 'answerKey': 'A'},
+     "answerKey = 'A'"),
+    ('boolq', 'boolq', {'passage': 'x', 'question': 'y', 'answer': 'yes'},
+     "answer = 'yes': give one of .False, True"),
+    ('hellaswag', 'hellaswag', {'query': 'x', 'choices': ['y', 'z'], 'gold': 'B'}, "gold = 'B'"),
+    ('hellaswag', 'hellaswag', {'query': 'x', 'choices': ['y', 'z'], 'gold': 2}, 'gold = 2'),
+    ('sciq', 'sciq', {'support': '', 'question': 'x', 'distractor1': 'a', 'distractor2': 'b',
+                      'distractor3': 'c', 'correct_answer': ''}, "correct_answer = ''"),
+    ('winogrande', 'winogrande', {'sentence': 'a _ b', 'option1': 'x', 'option2': 'y',
+                                  'answer': 'x'}, 'none of its choices')])
+def test_bad_gold(tmp_path, name, folder, doc, said):
+  """A gold answer that is no choice is refused, and not read as the first one."""
+  (tmp_path / folder).mkdir()
+  (tmp_path / f'{folder}/validation.jsonl').write_text(json.dumps(doc))
+  with pytest.raises(UserError, match=said):
+    task_catalog.requests_of(name, str(tmp_path), None)
+
+
+@pytest.mark.parametrize('file, number, field, value, said', [
+    ('agieval/test', 1, 'label', 'F', "document 1 of .*label = 'F'.*3 choices"),
+    ('agieval/test', 1, 'label', 'AB', "label = 'AB'"),
+    ('mmlu/dev', 2, 'answer', None, 'dev has answer = None'),
+    ('mmlu/dev', 2, 'answer', 4, 'document 2 of .*answer = 4'),
+    ('mmlu/test', 2, 'answer', 'E', "document 2 of .*answer = 'E'"),
+    ('mmlu/dev', 2, 'answer', 'C', '')])
+def test_letters(tmp_path, file, number, field, value, said):
+  """A gold choice is a letter or a number of the choices, in examples, too."""
+  docs = task_examples.documents()
+  docs[file][number][field] = value
+  folder = file.split('/')[0]
+  (tmp_path / folder).mkdir()
+  for each in (name for name in docs if name.startswith(folder)):
+    (tmp_path / f'{each}.jsonl').write_text('\n'.join(map(json.dumps, docs[each])))
+  if said:
+    with pytest.raises(UserError, match=said):
+      task_catalog.requests_of(folder, str(tmp_path), None)
+  else:
+    assert 'high_school 2?\nA. w\nB. x\nC. y\nD. z\nAnswer: C\n\n' in task_catalog.requests_of(
+        folder, str(tmp_path), None)[0][1].args[0]
+
+
 def test_no_document_of_the_task(tmp_path):
   """A file without questions of the kind that a task takes is refused."""
   (tmp_path / 'agieval').mkdir()
@@ -169,9 +234,11 @@ def test_no_document_of_the_task(tmp_path):
   assert len(task_catalog.requests_of('agieval_math', str(tmp_path), None)) == 6
 
 
-def test_refused_shots(data):
+@pytest.mark.parametrize('name, shots', [('agieval', 2), ('gsm8k', 11), ('piqa', 6), ('mmlu', 6)])
+def test_refused_shots(data, name, shots):
+  """More examples than a task has are refused."""
   with pytest.raises(UserError, match='--num_fewshot'):
-    task_catalog.requests_of('agieval', str(data), None, 2)
+    task_catalog.requests_of(name, str(data), None, shots)
 
 
 def test_hub():
@@ -202,18 +269,47 @@ def test_majority(tmp_path, name, expected):
   assert guesses(list(golds.values()))[1] == expected
 
 
+def annotated(*numbers):
+  """Answers of annotators, as EleutherAI/drop has them."""
+  date = {'day': '', 'month': '', 'year': ''}
+  first, *others = ({'number': number, 'date': date, 'spans': [] if number else ['two', 'men']}
+                    for number in numbers)
+  return {'answer': first, 'validated_answers': {
+      key: [other[key] for other in others] for key in ('number', 'date', 'spans')}}
+
+
+def write_drop(directory, train, validation):
+  (directory / 'drop').mkdir()
+  for split, docs in (('train', train), ('validation', validation)):
+    (directory / 'drop' / f'{split}.jsonl').write_text('\n'.join(
+        json.dumps({'passage': 'Two came.', 'question': 'Who?', **doc}) for doc in docs))
+
+
 def test_drop(tmp_path):
-  """DROP is read in the hub's form and in that of its task file, which its metric takes."""
-  from lm_eval.tasks.drop.utils import process_results
-  (tmp_path / 'drop').mkdir()
-  docs = [{'passage': 'Two came.', 'question': 'Who?', 'answers_spans': {'spans': ['two', 'men']}},
-          {'passage': 'Two came.', 'question': 'Who?', 'answers': [['2'], ['two']]}]
-  for split in ('train', 'validation'):
-    (tmp_path / 'drop' / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, docs * 2)))
-  task, requests = requests_of(tmp_path, 'drop')
-  assert requests[0][0].startswith('Two came. Who? two, men\n\nTwo came. Who? 2')
-  second = task.eval_docs[1]
-  assert [process_results(second, [text])['f1'] for text in ('two', 'three')] == [1, 0]
+  """DROP is read in the form of its task file and in those of the hub; its metric judges it."""
+  shown = [{'answers_spans': {'spans': ['two', 'men']}}, annotated('2'), annotated('')]
+  write_drop(tmp_path, shown,
+             [{'answers': [['2'], ['two']]}, annotated('2', '2'), annotated('2', ''),
+              {'answers': ['two men']}])
+  found = task_catalog.requests_of('drop', str(tmp_path), None)
+  task, requests = found[0][0], [instance.args for _, instance, _ in found]
+  assert requests[0][0].startswith('Two came. Who? two, men\n\nTwo came. Who? 2\n\nTwo came. '
+                                   'Who? two, men\n\n')
+  assert [gold.text for *_, gold in found] == ['2', '2', '2', 'two men']
+  judged = lambda number, text: task.process_results(task.eval_docs[number], [text])  # noqa: E731
+  assert judged(0, ' two') == judged(1, ' 2') == judged(2, '2') == {'em': 1, 'f1': 1}
+  assert judged(2, 'two men')['f1'] == 0.33 and judged(1, 'three')['em'] == 0
+
+
+@pytest.mark.parametrize('doc, said', [
+    ({'answers_spans': {'spans': ['2', '2']}}, 'which annotator'),
+    ({'answers': []}, 'no gold answer'), ({'answers': [['']]}, 'no gold answer'), ({}, 'answers'),
+    ({'answer': '2', 'validated_answers': {}}, 'not known'), ({'answers': 2}, 'not known')])
+def test_drop_refused(tmp_path, doc, said):
+  """Answers of all annotators in one list are no right answer, and neither is none."""
+  write_drop(tmp_path, [annotated('2')] * 3, [{'answers': [['2']]}, doc])
+  with pytest.raises(UserError, match=f'document 1 of .*{said}'):
+    task_catalog.requests_of('drop', str(tmp_path), None)
 
 
 @pytest.mark.parametrize('text, right', [

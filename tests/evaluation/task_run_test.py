@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -25,21 +24,6 @@ from tests.evaluation import task_examples
 TASKS = ('piqa', 'winogrande', 'gsm8k')
 ARMS = ('frozen', 'own', 'shuffled', 'zero', 'constant', 'chain')
 QUICK = {'max_gen_toks': 8}
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  return task_examples.write(tmp_path_factory.mktemp('data'))
-
-
-@pytest.fixture(scope='module')
-def model(quickstart):
-  devices, jax.devices = jax.devices, lambda *backend: devices(*backend)[:1]
-  try:
-    yield open_arm_model(quickstart / 'pretraining/decoder', quickstart / 'coprocessor',
-                         quickstart / 'constant', max_length=512)
-  finally:
-    jax.devices = devices
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -282,9 +266,10 @@ def test_cost(model):
 
 
 @pytest.mark.slow
-def test_policy(model, data, tmp_path):
-  """Latents after every few tokens of an answer are scored, too."""
-  settings = Settings(policy=Policy(every=4))
+@pytest.mark.parametrize('policy', [Policy(every=4), Policy(threshold=0.0, min_gap=3)])
+def test_policy(model, data, tmp_path, policy):
+  """Latents after every few tokens of an answer are scored, too, and those of a gate."""
+  settings = Settings(policy=policy)
   summary = run_tasks(model, Plan(('piqa',), ('frozen', 'own'), str(data), limit=2), settings,
                       tmp_path / 'out')
   once = run_tasks(model, Plan(('piqa',), ('frozen', 'own'), str(data), limit=2), Settings(),
@@ -372,12 +357,3 @@ def test_filter():
                                for number in (0, 1)]
   assert _one_filter(rows[:2]) == [{'filter': 'strict-match', 'doc_id': number}
                                    for number in (0, 1)]
-
-
-def test_unable_arms(model, data, tmp_path):
-  """Mean latents write no text, and an arm needs what makes its latents."""
-  with pytest.raises(UserError, match="'mean'"):
-    run_tasks(model, Plan(('triviaqa',), ('mean',), str(data)), Settings(), tmp_path / 'out')
-  alone = ArmModel(model.config, model.params, model.fingerprint, model.tokenizer)
-  with pytest.raises(UserError, match='coprocessor'):
-    run_tasks(alone, Plan(('piqa',), ('own',), str(data)), Settings(), tmp_path / 'other')

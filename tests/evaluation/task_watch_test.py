@@ -25,11 +25,6 @@ from tests.evaluation import task_examples
 TASKS = ('piqa', 'gsm8k')
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  return task_examples.write(tmp_path_factory.mktemp('data'))
-
-
 def watched(data, **overrides):
   return finished.experiment(evaluation__tasks=TASKS, evaluation__task_data=str(data),
                              evaluation__task_items=4, **overrides)
@@ -88,6 +83,13 @@ def test_left_out(tmp_path, monkeypatch):
   monkeypatch.setattr(task_watch, 'MAX_LENGTH', 24)
   task_watch._read('triviaqa', config, ByteTokenizer(), 1)
   assert '3 of 4 requests have more than 24' in said[-1]
+
+
+def test_ties():
+  """Of equally likely answers the first one is chosen, as lm-evaluation-harness chooses."""
+  sample = task_watch.Sample([], np.array([0, 3, 5]), np.array([0, 0, 1, 1, 1, 2, 2]), True)
+  nats = np.array([[1, 1], [1, 2], [4, 5], [4, 4], [5, 4], [7, 8], [6, 9]])
+  assert task_watch._right(nats, sample).tolist() == [[True, True], [False, True], [False, True]]
 
 
 @pytest.mark.parametrize('values, said', [

@@ -1,0 +1,27 @@
+"""Fixtures of the tests of benchmarks: made-up documents, and a decoder with its coprocessor."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+from latent_deliberation.evaluation.arm_model import ArmModel, open_arm_model
+from tests.evaluation import task_examples
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A directory of local data."""
+  return task_examples.write(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def model(quickstart: Path) -> Iterator[ArmModel]:
+  """The quickstart's decoder, its coprocessor and its constant soft tokens, on one device."""
+  devices, jax.devices = jax.devices, lambda *backend: devices(*backend)[:1]
+  try:
+    yield open_arm_model(quickstart / 'pretraining/decoder', quickstart / 'coprocessor',
+                         quickstart / 'constant', max_length=512)
+  finally:
+    jax.devices = devices
