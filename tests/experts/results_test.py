@@ -7,11 +7,13 @@ import pytest
 from latent_deliberation.benchmarks.serving_load import check_load, format_load
 from latent_deliberation.experts.card import from_json, render
 from latent_deliberation.experts.retrieval_trial import format_results
+from latent_deliberation.experts.router_trial import format_trial
 from tests import finished
 
 DIRECTORY = finished.ROOT / 'docs/results/experts'
 FORMATS = {'biomedicine': lambda content: render(from_json(content)),
            'retrieval': lambda content: format_results(content['results']),
+           'routers': format_trial,
            'serving': format_load}
 
 
