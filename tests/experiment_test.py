@@ -138,7 +138,7 @@ def test_unknown_key():
 
 def test_unlike_any_key():
   """An unknown key that is like no other is named with all known ones."""
-  with pytest.raises(UserError, match=r"config.zzz .*\['computation', 'data'"):
+  with pytest.raises(UserError, match=r"config.zzz .*\['computation', 'coprocessor_from', 'data'"):
     bind(finished.config_of('tiny').to_dict() | {'zzz': 1})
 
 

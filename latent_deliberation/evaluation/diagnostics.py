@@ -63,8 +63,10 @@ def make_diagnosis(deliberator: Deliberator, mesh: Mesh,
 
 def _size(x: Array, valid: Array | None = None) -> Array:
   """Returns the root mean square in float32, over valid vectors (along the last axis) or all."""
-  valid = jnp.ones(x.shape[:-1], bool) if valid is None else valid
-  squares = jnp.where(valid[..., None], jnp.square(x.astype(jnp.float32)), 0)
+  squares = jnp.square(x.astype(jnp.float32))
+  if valid is None:
+    return jnp.sqrt(jnp.mean(squares))
+  squares = jnp.where(valid[..., None], squares, 0)
   return jnp.sqrt(jnp.sum(squares) / (jnp.maximum(1, jnp.sum(valid)) * x.shape[-1]))
 
 

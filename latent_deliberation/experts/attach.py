@@ -169,7 +169,8 @@ class Experts:
         if self.strict:
           raise UserError(f'no expert {name!r} is attached, but {list(self._attached)}: give one '
                           'of these')
-        self._warn(name, f'it is none of the attached experts {list(self._attached)}')
+        if name not in self._said:  # else it was told why it could not be attached
+          self._warn(name, f'it is none of the attached experts {list(self._attached)}')
         return _NO_EXPERT
     # A weight of zero is no expert.
     mix = {name: weight for name, weight in weights.items() if weight}

@@ -88,7 +88,10 @@ def test_refused_expert_is_tried_again(tmp_path):
   """Once the one is gone that has latents of another number, and once a damaged one is repaired."""
   write(tmp_path, 'stars', 1)
   other = small_server.expert('law', 2)
-  write_package(tmp_path / 'law@2', other.card, small.lora(2, num_latents=2))
+  two = small.lora(2, num_latents=2)  # latents do not depend on the size of the vocabulary
+  write_package(tmp_path / 'law@2',
+                dataclasses.replace(other.card, latents={**other.card.latents, 'number': 2}),
+                dataclasses.replace(other.coprocessor, config=two.config, params=two.params))
   experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
   folder = ExpertFolder(experts, tmp_path)
   folder.look()

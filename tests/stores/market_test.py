@@ -111,8 +111,9 @@ def test_on_the_hub(market, tmp_path):
   place = f'hf://datasets/{REPO}'
   with served_hub(folder) as url:
     def run(*words):
-      environment = os.environ | {'HF_ENDPOINT': url, 'HF_HOME': str(tmp_path / 'home'),
-                                  'LATENT_DELIBERATION_EXPERTS': str(tmp_path / 'added')}
+      environment = os.environ | {
+          'HF_ENDPOINT': url, 'HF_HUB_OFFLINE': '0', 'HF_HOME': str(tmp_path / 'home'),
+          'LATENT_DELIBERATION_EXPERTS': str(tmp_path / 'added')}
       return subprocess.run([sys.executable, 'launch/experts.py', *words], cwd=finished.ROOT,
                             env=environment, capture_output=True, text=True, timeout=300)
 
