@@ -260,6 +260,11 @@ class Experiment:
     object.__setattr__(self, 'rules', check_rules(self.rules))
     raise_problems(self.problems_in(vars(self)))
 
+  @property
+  def start(self) -> str:
+    """The coprocessor that training starts from; '' for none. Constant soft tokens start anew."""
+    return '' if self.deliberation.trainable == 'constant' else self.coprocessor_from
+
   @staticmethod
   def problems_in(values: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is wrong between the values; what needs one that is absent is not checked."""

@@ -110,6 +110,7 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   except UserError as error:
     logging.warning('%s. The decoder is written without a tokenizer', error)
     tokenizer = None
+
   def complete(partial: Path) -> None:
     _keep_companions(checkpoint, partial)
     if format == 'huggingface':

@@ -77,11 +77,10 @@ def prepare(config: DataConfig, prepared_dir: Path) -> Path:
         _has_text(config)):  # then the vocabulary is missing
       raise
     # Compare what the configuration alone determines. Earlier code kept less.
-    saved, given, keys = _read_source(directory), _given(config), _keys_of_rows(config)
-    changed = differences(saved.get('given') or given, given, 'data.')
-    kept = {key: value for key, value in saved.get('config', {}).items() if key in keys}
-    changed += [line for line in differences(kept, {key: keys[key] for key in kept}, 'data.')
-                if line not in changed]
+    saved, current = _read_source(directory), {**_keys_of_rows(config), **_given(config)}
+    kept = {key: value for key, value in {
+        **saved.get('config', {}), **saved.get('given', {})}.items() if key in current}
+    changed = differences(kept, {key: current[key] for key in kept}, 'data.')
     if changed:
       raise UserError('\n'.join([f'{missing}.', f'{directory} was packed from something else:',
                                  *changed])) from missing

@@ -13,7 +13,6 @@ from latent_deliberation.studies.scoring import QuestionScorer, TextScorer
 from latent_deliberation.studies.study_config import LATENT_ARM, Study
 from latent_deliberation.studies.study_result import Arm, Outcomes, control_name
 from latent_deliberation.training.metrics import read_metrics
-from latent_deliberation.training.train import open_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _describe_budget(experiment: Experiment, common: TrainingConfig) -> str:
   same = (settings.loop.num_steps, settings.batch_size) == (
       common.loop.num_steps, common.batch_size)
   budget = f'{settings.loop.num_steps:,} steps of {settings.batch_size} texts'
-  if open_start(experiment):
+  if experiment.start:
     return f'not matched: {budget}, after those of the coprocessor that it starts from'
   return f'matched in tokens and steps: {budget}' if same else f'not matched: {budget}'
 

@@ -182,13 +182,11 @@ class Start:
 def open_start(experiment: Experiment) -> Start | None:
   """Returns the coprocessor that training starts from, without weights; None where it starts anew.
 
-  Constant soft tokens, the control, start anew.
-
   Raises:
     UserError: there is none, it is damaged, or it has another config.
   """
-  place = experiment.coprocessor_from
-  if not place or experiment.deliberation.trainable == 'constant':
+  place = experiment.start
+  if not place:
     return None
   try:
     # Places and lengths of the ahead tokens change no latent.

@@ -1,13 +1,11 @@
 """An index anywhere lists experts; add brings them here, whole or not at all."""
 
-import contextlib
 import dataclasses
 import functools
 import http.server
 import io
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from latent_deliberation.experts.added import (
 from latent_deliberation.experts.index import Entry, Place, find_entry, publish, read_index, search
 from latent_deliberation.experts.package import WEIGHTS, check_package, read_card, write_package
 from tests.experts import small
+from tests.loopback import served
 
 
 @pytest.fixture(scope='module')
@@ -49,20 +48,12 @@ def warnings(monkeypatch):
   return said
 
 
-@contextlib.contextmanager
-def served(directory):
-  """Serves a directory over http, and yields its address."""
+def served_folder(directory):
+  """Serves a directory over http; yields its address."""
   class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *unused):
       pass
-  server = http.server.ThreadingHTTPServer(
-      ('127.0.0.1', 0), functools.partial(Quiet, directory=directory))
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  try:
-    yield f'http://127.0.0.1:{server.server_port}'
-  finally:
-    server.shutdown()
-    server.server_close()
+  return served(functools.partial(Quiet, directory=directory))
 
 
 def test_published_experts_are_listed(market):
@@ -105,7 +96,7 @@ def test_newest_of_a_name_is_found(market):
 def test_add(market, tmp_path, way):
   """From a package, an index, or an address within one; here or over http."""
   card = read_card(market / 'package0')
-  with served(market) as url:
+  with served_folder(market) as url:
     source, given = {
         'directory': (str(market / 'package0'), ''), 'index': ('stars', str(market / 'index')),
         'in index': (f'{market}/index/stars', ''),

@@ -1,12 +1,10 @@
 """Indexes of experts in buckets and on the hub of Hugging Face are read like any other."""
 
-import contextlib
 import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import urllib.parse
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from latent_deliberation.experts.index import publish, read_index
 from latent_deliberation.experts.package import check_package, write_package
 from tests import finished
 from tests.experts import small
+from tests.loopback import served
 from tests.stores.contents_test import upload
 from tests.stores.object_store import Fault
 
@@ -32,9 +31,8 @@ def market(tmp_path_factory):
   return place / 'index', publish(place / 'package', place / 'index', force=True)
 
 
-@contextlib.contextmanager
 def served_hub(folder):
-  """Serves a folder as the data set REPO of a hub, and yields the hub's address.
+  """Serves a folder as the data set REPO of a hub; yields the hub's address.
 
   It answers what a client asks to read a file: facts of paths, and contents from an offset on.
   """
@@ -83,13 +81,7 @@ def served_hub(folder):
     def log_message(self, *unused):
       pass
 
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  try:
-    yield f'http://127.0.0.1:{server.server_port}'
-  finally:
-    server.shutdown()
-    server.server_close()
+  return served(Hub)
 
 
 def test_in_a_bucket(market, store, place, tmp_path):
