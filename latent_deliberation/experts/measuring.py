@@ -24,7 +24,12 @@ from latent_deliberation.evaluation.evaluate import (
   place_batches,
   score_arms,
 )
-from latent_deliberation.evaluation.gating import Places, fit_linear_gate, score_places
+from latent_deliberation.evaluation.gating import (
+  LearnedGate,
+  Places,
+  fit_linear_gate,
+  score_places,
+)
 from latent_deliberation.evaluation.perplexity import (
   FEWEST_TEXTS,
   FROZEN,
@@ -156,14 +161,29 @@ def fit_routing(own: Places, general: Places) -> Routing:
   number = min(len(own.gain), len(general.gain))
   both = [_drawn(own, number), _drawn(general, number)]
   both[1] = dataclasses.replace(both[1], text=both[1].text + own.text.max() + 1)
-  head = fit_linear_gate(Places(*(
+  head = _fit_head(Places(*(
       np.concatenate([getattr(places, field.name) for places in both])
-      for field in dataclasses.fields(Places))))
+      for field in dataclasses.fields(Places))), np.repeat([1.0, 0.0], number))
   origin = general.hidden.mean(axis=0)
   centroid = own.hidden.mean(axis=0) - origin
   centroid = centroid / max(float(np.linalg.norm(centroid)), 1e-12)
   threshold = _separate(*(cosines(places.hidden, origin, centroid) for places in (own, general)))
   return Routing(centroid, origin, threshold, head.weight.astype(np.float32), head.bias)
+
+
+def _fit_head(places: Places, is_own: np.ndarray) -> LearnedGate:
+  """Fits the gain along the direction that tells own text from general text.
+
+  The gain of a place is mostly noise, and whose text it is in is known. So the direction is fitted
+  on the text, and only its scale in nats on the gain.
+
+  Args:
+    places: places of both texts.
+    is_own: float [n], 1 for places of own text and 0 for others.
+  """
+  text = fit_linear_gate(dataclasses.replace(places, gain=is_own))
+  slope, level = np.polyfit(text.score(places.hidden), places.gain, 1)
+  return LearnedGate(slope * text.weight, float(slope * text.bias + level))
 
 
 def _drawn(places: Places, number: int) -> Places:

@@ -147,7 +147,7 @@ def cosines(hidden: np.ndarray, origin: np.ndarray, centroid: np.ndarray) -> np.
 
 
 class GainRouter(HiddenRouter):
-  """Nats that an expert is predicted to save, by its ridge head (see `evaluation.gating`)."""
+  """Nats that an expert is predicted to save, by its linear head (see `measuring.fit_routing`)."""
 
   def score(self, hidden: np.ndarray, routing: Routing) -> np.ndarray:
     """Returns the predicted nats."""

@@ -80,6 +80,20 @@ def test_routing_separates_texts_and_predicts_gains():
     assert np.mean(near == is_own) > 0.95 and np.mean(gains == is_own) > 0.95
 
 
+def test_head_is_not_led_by_noise():
+  """Gains are a tenth of their noise; predictions still tell own text from general text."""
+  axis = np.eye(128, dtype=np.float32)
+
+  def noisy(mean):
+    return lambda hidden: mean + 3 * RANDOM.standard_normal(len(hidden))
+
+  found = fit_routing(places(axis[0], noisy(0.3), texts=20, width=128),
+                      places(axis[1], noisy(-0.3), texts=20, width=128))
+  own, general = (places(axis[number], noisy(0), texts=20, width=128).hidden @ found.gain_weight
+                  for number in (0, 1))
+  assert abs(own.mean() - general.mean()) > 5 * (own.std() + general.std()) / 2
+
+
 @pytest.mark.parametrize('rows, batches', [
     (500, range(4, 12)), (48, range(4, 12)), (47, range(4, 11)), (32, range(4, 8)),
     (31, range(7)), (16, range(4))])
