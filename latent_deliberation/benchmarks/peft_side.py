@@ -25,8 +25,12 @@ def load(directory: Path, dtype: str, threads: int):
   import transformers
   if threads:
     torch.set_num_threads(threads)
+  config = transformers.AutoConfig.from_pretrained(directory / 'decoder')
+  # Only eager attention has Gemma 2's soft-cap. The others take the library's own choice.
+  options = {'attn_implementation': 'eager'} if getattr(
+      config, 'attn_logit_softcapping', None) else {}
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      directory / 'decoder', dtype=getattr(torch, dtype), attn_implementation='eager')
+      directory / 'decoder', dtype=getattr(torch, dtype), **options)
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   return torch, model.to(device).eval(), device
 
