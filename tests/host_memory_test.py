@@ -3,6 +3,8 @@
 import ctypes
 import math
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,17 @@ def test_limit_of_a_container(monkeypatch, tmp_path, files, free):
 def test_peak_memory_is_in_bytes():
   held = np.ones(40 * 2**20, np.uint8)
   assert held.nbytes < peak_memory_bytes() < 2**40
+
+
+@pytest.mark.skipif(not host_memory.STATUS.is_file(), reason='not Linux')
+@pytest.mark.parametrize('code', [
+    'from latent_deliberation.host_memory import peak_memory_bytes; print(peak_memory_bytes())',
+    'from latent_deliberation.benchmarks import peft_side; print(peft_side.peak_memory(None, "cpu"))'])
+def test_peak_memory_is_of_this_process_alone(code):
+  """A process that a large one starts does not begin with its peak."""
+  held = np.ones(2**30, np.uint8)
+  found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert 2**20 < int(found.stdout) < held.nbytes // 2
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'malloc_trim'), reason='not glibc')
