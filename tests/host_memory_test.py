@@ -54,12 +54,12 @@ def test_peak_memory_is_in_bytes():
 
 
 @pytest.mark.skipif(not host_memory.STATUS.is_file(), reason='not Linux')
-@pytest.mark.parametrize('code', [
-    'from latent_deliberation.host_memory import peak_memory_bytes; print(peak_memory_bytes())',
-    'from latent_deliberation.benchmarks import peft_side; print(peft_side.peak_memory(None, "cpu"))'])
-def test_peak_memory_is_of_this_process_alone(code):
+@pytest.mark.parametrize('module, call', [
+    ('host_memory', 'peak_memory_bytes()'), ('benchmarks.peft_side', 'peak_memory(None, "cpu")')])
+def test_peak_memory_is_of_this_process_alone(module, call):
   """A process that a large one starts does not begin with its peak."""
   held = np.ones(2**30, np.uint8)
+  code = f'from latent_deliberation.{module} import *; print({call})'
   found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert 2**20 < int(found.stdout) < held.nbytes // 2
 
