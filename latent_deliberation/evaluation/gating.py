@@ -151,16 +151,39 @@ def fit_linear_gate(places: Places, seed: int = 0) -> LearnedGate:
   Raises:
     UserError: there are fewer than five texts.
   """
-  texts = np.unique(places.text)
-  check_texts(texts)
-  # Hold out whole texts, since places of one text are not independent.
-  held_out = np.isin(places.text, np.random.default_rng(seed).permutation(texts)[:len(texts) // 5])
+  return _ridge(places, _best_ridge(places, seed))
+
+
+def held_out_scores(places: Places, seed: int = 0) -> np.ndarray:
+  """Returns the score [n] of each place by a linear gate that was fitted on other texts.
+
+  Raises:
+    UserError: there are fewer than five texts.
+  """
+  ridge, scores = _best_ridge(places, seed), np.zeros(len(places.gain))
+  for texts in _fifths(places, seed):
+    held_out = np.isin(places.text, texts)
+    fitted = _ridge(places.where(~held_out), ridge)
+    scores[held_out] = fitted.score(places.hidden[held_out])
+  return scores
+
+
+def _best_ridge(places: Places, seed: int) -> float:
+  held_out = np.isin(places.text, _fifths(places, seed)[0])
   kept, rest = places.where(~held_out), places.where(held_out)
 
   def error(ridge: float) -> float:
     return float(np.mean((_ridge(kept, ridge).score(rest.hidden) - rest.gain) ** 2))
 
-  return _ridge(places, min(RIDGES, key=error))
+  return min(RIDGES, key=error)
+
+
+def _fifths(places: Places, seed: int) -> list[np.ndarray]:
+  """Returns five parts of the texts. Places of one text are not independent."""
+  texts = np.unique(places.text)
+  check_texts(texts)
+  texts = np.random.default_rng(seed).permutation(texts)
+  return [texts[:len(texts) // 5], *np.array_split(texts[len(texts) // 5:], 4)]
 
 
 def _ridge(places: Places, ridge: float) -> LearnedGate:

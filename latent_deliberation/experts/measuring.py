@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.optimize
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import Batch, Params
@@ -28,6 +29,7 @@ from latent_deliberation.evaluation.gating import (
   LearnedGate,
   Places,
   fit_linear_gate,
+  held_out_scores,
   score_places,
 )
 from latent_deliberation.evaluation.perplexity import (
@@ -48,6 +50,8 @@ from latent_deliberation.sharding import make_mesh
 
 SCORED_WITH = ('batch_size', 'num_texts', 'rows_per_text')  # keys of `evaluation` kept with scores
 ROUTING_ROWS = 2  # times as many rows as are scored, beyond those, for centroid and gain head
+OWN_SHARE = 0.1  # of the texts that a decoder meets: a guess, for the odds before a text is read
+LEAST_HARM = 1e-3  # nats; an expert that gains on general text, too, counts as harming by this
 HOLDS_WITHIN = 0.02  # nats that a score may differ by when it is measured again: rounding
 # Largest values that a card may ask for, since anybody may have written it.
 _MOST = {'bootstrap_samples': 10_000, 'num_traces': 512, 'num_ahead': 512}
@@ -172,18 +176,38 @@ def fit_routing(own: Places, general: Places) -> Routing:
 
 
 def _fit_head(places: Places, is_own: np.ndarray) -> LearnedGate:
-  """Fits the gain along the direction that tells own text from general text.
+  """Fits a linear score that is above zero where the expert is expected to save nats.
 
-  The gain of a place is mostly noise, and whose text it is in is known. So the direction is fitted
-  on the text, and only its scale in nats on the gain.
+  The gain of a single place is mostly noise, and whose text it is in is known. So the head gives
+  the log-odds that a place is in own text. The expert saves nats on average where the odds are
+  above harm / gain, with its mean harm on general text and its mean gain on its own. The score is
+  what the log-odds are above that.
 
   Args:
     places: places of both texts.
     is_own: float [n], 1 for places of own text and 0 for others.
   """
-  text = fit_linear_gate(dataclasses.replace(places, gain=is_own))
-  slope, level = np.polyfit(text.score(places.hidden), places.gain, 1)
-  return LearnedGate(slope * text.weight, float(slope * text.bias + level))
+  labelled = dataclasses.replace(places, gain=is_own)
+  head, found = fit_linear_gate(labelled), held_out_scores(labelled)
+  slope, level = _log_odds(found, is_own)
+  gain, harm = places.gain[is_own > 0].mean(), -places.gain[is_own == 0].mean()
+  if gain <= 0:
+    return LearnedGate(np.zeros_like(head.weight), -1.0)  # never chosen
+  balance = np.log(max(harm, LEAST_HARM) / gain) + np.log(1 / OWN_SHARE - 1)
+  return LearnedGate(slope * head.weight, float(slope * head.bias + level - balance))
+
+
+def _log_odds(scores: np.ndarray, is_own: np.ndarray) -> tuple[float, float]:
+  """Returns slope and level of the log-odds over scores [n] (Platt 1999), for even numbers."""
+  # The targets are not quite 1 and 0, so texts that are told apart without an error have odds, too.
+  target = (is_own * len(is_own) / 2 + 1) / (len(is_own) / 2 + 2)
+
+  def loss(line: np.ndarray) -> float:
+    odds = line[0] * scores + line[1]
+    return float(np.mean(np.logaddexp(0, odds) - target * odds))
+
+  slope, level = scipy.optimize.minimize(loss, (1.0, 0.0)).x
+  return (float(slope), float(level)) if slope > 0 else (0.0, 0.0)  # else nothing tells them apart
 
 
 def _drawn(places: Places, number: int) -> Places:

@@ -5,7 +5,8 @@ none where no score is above zero. `ROUTERS` lists them, from the simplest on:
 
   bm25      words of the prompt that the expert's card has, too; needs no model
   centroid  the decoder's final hidden state at the end of the prompt, near the expert's mean
-  gain      nats that the expert is predicted to save, by a linear head on the same state
+  gain      odds that the text is the expert's own, above those at which its gain and its harm
+            balance, by a linear head on the same state
   arrow     inputs of each layer, along the direction that the expert's adapters amplify most
             (Ostapenko et al. 2024); needs no data, and never says none
 """
@@ -147,10 +148,10 @@ def cosines(hidden: np.ndarray, origin: np.ndarray, centroid: np.ndarray) -> np.
 
 
 class GainRouter(HiddenRouter):
-  """Nats that an expert is predicted to save, by its linear head (see `measuring.fit_routing`)."""
+  """Log-odds of own text, above those at which an expert saves nothing (`measuring._fit_head`)."""
 
   def score(self, hidden: np.ndarray, routing: Routing) -> np.ndarray:
-    """Returns the predicted nats."""
+    """Returns the log-odds above the balance."""
     return hidden @ routing.gain_weight + routing.gain_bias
 
 

@@ -14,6 +14,7 @@ from latent_deliberation.evaluation.gating import (
   fit_linear_gate,
   format_gates,
   gain_curve,
+  held_out_scores,
   score_places,
 )
 from latent_deliberation.evaluation.perplexity import make_scorer
@@ -68,6 +69,18 @@ def test_threshold_takes_its_fraction():
   taken = [(places.entropy >= threshold).mean() for threshold in curve.thresholds]
   np.testing.assert_allclose(taken, FRACTIONS)
   assert gain_curve(places, places.gain, (0.5,), 10).gain > curve.gain[2]
+
+
+def test_held_out_scores_are_of_other_texts():
+  """A gain that is known in its own text alone is fitted there, and not found from outside."""
+  text = np.repeat(np.arange(20), 10)
+  hidden = np.eye(20, dtype=np.float32)[text]
+  places = Places(hidden, np.zeros(200), np.where(text % 2, 1.0, -1.0), text)
+  fitted = fit_linear_gate(places).score(hidden)
+  assert np.corrcoef(fitted, places.gain)[0, 1] > 0.9
+  assert np.corrcoef(held_out_scores(places), places.gain)[0, 1] < 0.1
+  found = held_out_scores(synthetic())
+  assert np.corrcoef(found, synthetic().gain)[0, 1] > 0.3
 
 
 def test_too_few_texts_are_refused():

@@ -94,6 +94,26 @@ def test_head_is_not_led_by_noise():
   assert abs(own.mean() - general.mean()) > 5 * (own.std() + general.std()) / 2
 
 
+def test_head_weighs_gain_against_harm():
+  """Between two texts that overlap, the head takes less where harm is larger, and nothing without
+  a gain on own text.
+  """
+  axis = np.eye(6, dtype=np.float32)
+
+  def share_taken(gain, harm):
+    random = np.random.default_rng(0)
+    texts = []
+    for mean, saved in ((0.15 * axis[0], gain), (-0.15 * axis[0], -harm)):
+      hidden = (random.standard_normal((1000, 6)) * 0.2 + mean).astype(np.float32)
+      texts.append(Places(hidden, np.zeros(1000), np.full(1000, saved), np.arange(1000) % 20))
+    found = fit_routing(*texts)
+    return np.mean(texts[0].hidden @ found.gain_weight + found.gain_bias > 0)
+
+  little, much = share_taken(1.0, 0.05), share_taken(1.0, 5.0)
+  assert 0.95 > little > 2 * much > 0
+  assert share_taken(-0.1, 0.1) == 0 and share_taken(0.1, -0.1) > 0.9
+
+
 @pytest.mark.parametrize('rows, batches', [
     (500, range(4, 12)), (48, range(4, 12)), (47, range(4, 11)), (32, range(4, 8)),
     (31, range(7)), (16, range(4))])

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from latent_deliberation.benchmarks.expert_speed import format_speed
+from latent_deliberation.benchmarks.lora_cost import format_cost
 from latent_deliberation.benchmarks.serving_load import check_load, format_load
 from latent_deliberation.experts.card import from_json, render
 from latent_deliberation.experts.retrieval_trial import format_results
@@ -13,7 +15,8 @@ from tests import finished
 DIRECTORY = finished.ROOT / 'docs/results/experts'
 FORMATS = {'biomedicine': lambda content: render(from_json(content)),
            'retrieval': lambda content: format_results(content['results']),
-           'routers': format_trial,
+           'routers': format_trial, 'routers_smollm2': format_trial,
+           'expert_speed': format_speed, 'lora': format_cost, 'law': lambda content: render(from_json(content)),
            'serving': format_load}
 
 
