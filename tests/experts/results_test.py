@@ -16,7 +16,8 @@ DIRECTORY = finished.ROOT / 'docs/results/experts'
 FORMATS = {'biomedicine': lambda content: render(from_json(content)),
            'retrieval': lambda content: format_results(content['results']),
            'routers': format_trial, 'routers_smollm2': format_trial,
-           'expert_speed': format_speed, 'lora': format_cost, 'law': lambda content: render(from_json(content)),
+           'expert_speed': format_speed, 'lora': format_cost,
+           'law': lambda content: render(from_json(content)),
            'serving': format_load}
 
 
