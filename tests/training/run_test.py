@@ -326,7 +326,7 @@ def test_resume_with_other_ways_to_compute(coprocessor, quickstart):
       computation__loss_chunk=3))
   made, expected = (coprocessor_checkpoint.load(path / 'coprocessor').params
                     for path in (coprocessor, quickstart / 'coprocessor'))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), made, expected)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-5), made, expected)
 
 
 def test_keys_that_may_change_are_documented():
