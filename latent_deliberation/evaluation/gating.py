@@ -154,8 +154,8 @@ def fit_linear_gate(places: Places, seed: int = 0) -> LearnedGate:
   return _ridge(places, _best_ridge(places, seed))
 
 
-def held_out_scores(places: Places, seed: int = 0) -> np.ndarray:
-  """Returns the score [n] of each place by a linear gate that was fitted on other texts.
+def fit_and_hold_out(places: Places, seed: int = 0) -> tuple[LearnedGate, np.ndarray]:
+  """Fits as `fit_linear_gate`; returns the gate, and scores [n] by gates of other texts alone.
 
   Raises:
     UserError: there are fewer than five texts.
@@ -163,9 +163,8 @@ def held_out_scores(places: Places, seed: int = 0) -> np.ndarray:
   ridge, scores = _best_ridge(places, seed), np.zeros(len(places.gain))
   for texts in _fifths(places, seed):
     held_out = np.isin(places.text, texts)
-    fitted = _ridge(places.where(~held_out), ridge)
-    scores[held_out] = fitted.score(places.hidden[held_out])
-  return scores
+    scores[held_out] = _ridge(places.where(~held_out), ridge).score(places.hidden[held_out])
+  return _ridge(places, ridge), scores
 
 
 def _best_ridge(places: Places, seed: int) -> float:

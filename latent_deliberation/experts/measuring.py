@@ -28,8 +28,7 @@ from latent_deliberation.evaluation.evaluate import (
 from latent_deliberation.evaluation.gating import (
   LearnedGate,
   Places,
-  fit_linear_gate,
-  held_out_scores,
+  fit_and_hold_out,
   score_places,
 )
 from latent_deliberation.evaluation.perplexity import (
@@ -187,9 +186,8 @@ def _fit_head(places: Places, is_own: np.ndarray) -> LearnedGate:
     places: places of both texts.
     is_own: float [n], 1 for places of own text and 0 for others.
   """
-  labelled = dataclasses.replace(places, gain=is_own)
-  head, found = fit_linear_gate(labelled), held_out_scores(labelled)
-  slope, level = _log_odds(found, is_own)
+  head, held_out = fit_and_hold_out(dataclasses.replace(places, gain=is_own))
+  slope, level = _log_odds(held_out, is_own)
   gain, harm = places.gain[is_own > 0].mean(), -places.gain[is_own == 0].mean()
   if gain <= 0:
     return LearnedGate(np.zeros_like(head.weight), -1.0)  # never chosen

@@ -148,7 +148,7 @@ def cosines(hidden: np.ndarray, origin: np.ndarray, centroid: np.ndarray) -> np.
 
 
 class GainRouter(HiddenRouter):
-  """Log-odds of own text, above those at which an expert saves nothing (`measuring._fit_head`)."""
+  """Log-odds of own text, above those at which an expert saves nothing; see `fit_routing`."""
 
   def score(self, hidden: np.ndarray, routing: Routing) -> np.ndarray:
     """Returns the log-odds above the balance."""

@@ -11,10 +11,10 @@ from latent_deliberation.evaluation.gating import FRACTIONS as FRACTIONS_OF_FILE
 from latent_deliberation.evaluation.gating import (
   Places,
   compare_gates,
+  fit_and_hold_out,
   fit_linear_gate,
   format_gates,
   gain_curve,
-  held_out_scores,
   score_places,
 )
 from latent_deliberation.evaluation.perplexity import make_scorer
@@ -76,10 +76,10 @@ def test_held_out_scores_are_of_other_texts():
   text = np.repeat(np.arange(20), 10)
   hidden = np.eye(20, dtype=np.float32)[text]
   places = Places(hidden, np.zeros(200), np.where(text % 2, 1.0, -1.0), text)
-  fitted = fit_linear_gate(places).score(hidden)
-  assert np.corrcoef(fitted, places.gain)[0, 1] > 0.9
-  assert np.corrcoef(held_out_scores(places), places.gain)[0, 1] < 0.1
-  found = held_out_scores(synthetic())
+  fitted, held_out = fit_and_hold_out(places)
+  assert np.corrcoef(fitted.score(hidden), places.gain)[0, 1] > 0.9
+  assert np.corrcoef(held_out, places.gain)[0, 1] < 0.1
+  _, found = fit_and_hold_out(synthetic())
   assert np.corrcoef(found, synthetic().gain)[0, 1] > 0.3
 
 
