@@ -24,7 +24,7 @@ from latent_deliberation.cli.config_flag import config_arguments
 from latent_deliberation.cli.expert_pace import COMPILATIONS, choose_pace, with_most_texts
 from latent_deliberation.cli.expert_scores import ScoredText, measure_expert, rows_of
 from latent_deliberation.cli.quickstart import prepare_phases, train_phases
-from latent_deliberation.data.data_config import DataConfig, split_files
+from latent_deliberation.data.data_config import split_files
 from latent_deliberation.data.loading import open_batches, prepare_data
 from latent_deliberation.data.rows import PackedRows
 from latent_deliberation.data.text_files import list_files
@@ -37,8 +37,15 @@ from latent_deliberation.experiment import Experiment
 from latent_deliberation.experts.card import GENERAL, Card, check_name, check_printable
 from latent_deliberation.experts.measuring import ROUTING_ROWS, base_name, portable
 from latent_deliberation.experts.package import PICTURE, write_package
-from latent_deliberation.experts.texts import STDLIB, STDLIB_TITLE, keywords_of, read_documents
-from latent_deliberation.files import is_here, make_writable, write_json
+from latent_deliberation.experts.texts import (
+  STDLIB,
+  STDLIB_TITLE,
+  documents_of,
+  keywords_of,
+  read_documents,
+  sample_passages,
+)
+from latent_deliberation.files import is_here, make_writable, write_json, write_whole
 from latent_deliberation.paths import GENERAL_DATA, PHASES_FILE, ROWS, RUN_FILE
 from latent_deliberation.progress import PhaseClock
 from latent_deliberation.provenance import git_commit
@@ -48,6 +55,8 @@ from latent_deliberation.training.run_identity import hold_workdir
 from latent_deliberation.training.train import TIMED_STEPS, open_start, time_step
 
 REQUEST_FILE, PACE_FILE = 'expert_request.json', 'pace.json'
+PASSAGES_FILE = 'passages.jsonl'  # of general text
+CHARACTERS, MOST_CHARACTERS = 4, 6  # a token: about, and at most for a text as a whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +108,18 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
   data = dataclasses.replace(experiment.data, source='text', files=request.text,
                              name='', options={}, data_dir='')
   experiment = dataclasses.replace(experiment, data=data)
-  general = _general_data(experiment, request)
-  if experiment.coprocessor_from and general.source == STDLIB:
+  general = () if request.general == STDLIB else split_files(request.general)
+  if experiment.coprocessor_from and not general:
     logging.warning("coprocessor_from = %r: if it has read Python's standard library, harm on "
                     'general text looks smaller than it is: give other text as --general',
                     experiment.coprocessor_from)
-  for text in (data, general):
-    if text.source == 'text':
-      list_files(text.files)  # refused before anything is written
+  for files in filter(None, (data.files, general)):
+    list_files(files)  # refused before anything is written
   make_writable(output.absolute().parent)
   make_writable(workdir)
   with hold_workdir(workdir), _programs_kept():
     _keep_request(workdir, request)
-    return _run_phases(experiment, request, general, workdir, output, given)
+    return _run_phases(experiment, request, workdir, output, given)
 
 
 @contextlib.contextmanager
@@ -163,8 +171,8 @@ def _check_request(experiment: Experiment, request: ExpertRequest, workdir: Path
                    'settings': portable(experiment, request.name)}, 'the request')
 
 
-def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataConfig, workdir: Path,
-                output: Path, given: Set[str]) -> Card:
+def _run_phases(experiment: Experiment, request: ExpertRequest, workdir: Path, output: Path,
+                given: Set[str]) -> Card:
   mesh, clock = make_mesh(experiment.mesh), PhaseClock(workdir / PHASES_FILE)
   num_texts, kept = experiment.evaluation.num_texts, _read_pace(workdir)
   pace = {key: value for key, value in kept.items() if key not in given}
@@ -172,7 +180,7 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataCon
   experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock)
   with clock.phase('general text'):
     other = with_choices(experiment, {'evaluation.num_texts': num_texts})
-    other = _prepare_general(other, general, given, workdir, mesh)
+    other = _prepare_general(other, request, given, workdir, mesh)
   texts = _open_texts(request.name, experiment, other, workdir, mesh)
   for name, (scored, held_out) in texts.items():
     check_reach(scored, held_out, f'{name} text')
@@ -209,27 +217,26 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, general: DataCon
 # --- Text ---
 
 
-def _general_data(experiment: Experiment, request: ExpertRequest) -> DataConfig:
-  """Returns the data of general text: as many held-out rows as are scored and routed on."""
-  config = experiment.evaluation
-  tokens = (1 + ROUTING_ROWS) * config.num_texts * experiment.data.length
-  source = dict(source=STDLIB, files=())
-  if request.general not in ('', STDLIB):
-    source = dict(source='text', files=request.general)
-  return dataclasses.replace(experiment.data, **source, max_tokens=tokens, validation_percent=30)
-
-
-def _prepare_general(experiment: Experiment, general: DataConfig, given: Set[str], workdir: Path,
-                     mesh: Mesh) -> Experiment:
+def _prepare_general(experiment: Experiment, request: ExpertRequest, given: Set[str],
+                     workdir: Path, mesh: Mesh) -> Experiment:
   """Packs general text in a folder of the work directory; returns the experiment that scores it."""
   place = workdir / GENERAL_DATA
-  # With the vocabulary of the expert's own text. Nothing is trained on general text, so only its
-  # held-out rows are packed, as for a stream.
-  prepare_data(dataclasses.replace(general, mode='online'), experiment.decoder.vocab_size, place)
-  other = dataclasses.replace(experiment, data=general)
-  if general.source == 'text':
-    shards = batch_shards(mesh, experiment.rules)
-    other = with_choices(other, fit_evaluation(other, given, place, shards))
+  length = experiment.data.length
+  tokens = (1 + ROUTING_ROWS) * experiment.evaluation.num_texts * length
+  # A passage is about as long as a row, so that rows show many documents.
+  passages = sample_passages(request.general or STDLIB, MOST_CHARACTERS * tokens,
+                             CHARACTERS * length, experiment.data.text_key)
+  path = place / PASSAGES_FILE
+  place.mkdir(exist_ok=True)
+  write_whole(path, ''.join(json.dumps({'text': each}) + '\n' for each in passages).encode())
+  # Only held-out rows are packed, as for a stream, since no training reads general text. They have
+  # the vocabulary of the expert's own text.
+  data = dataclasses.replace(experiment.data, files=(str(path),), text_key='text', mode='online',
+                             max_tokens=tokens, validation_percent=99)
+  prepare_data(data, experiment.decoder.vocab_size, place)
+  other = dataclasses.replace(experiment, data=data)
+  other = with_choices(other, fit_evaluation(
+      other, given, place, batch_shards(mesh, experiment.rules)))
   open_held_out(other, place, mesh)  # fails now if there is too little
   return other
 
@@ -266,18 +273,25 @@ def _read_pace(workdir: Path) -> Choices:
 def _keep_request(workdir: Path, request: ExpertRequest) -> None:
   """Keeps the request in the work directory, or compares it with the one that is there.
 
-  Words about the expert may change, and what it is made from may not.
+  Words about the expert may change, and what it is made from may not. It is measured on other
+  general text where the prepared one was deleted.
   """
   path = workdir / REQUEST_FILE
   current = {key: value for key, value in dataclasses.asdict(request).items()
              if key in ('name', 'text', 'general', 'minutes')}
   if path.exists():
     saved = _read_object(path)
-    lines = [f'  {key}: {saved.get(key)!r} saved, {value!r} now'
-             for key, value in current.items() if _normal(saved.get(key)) != _normal(value)]
-    if lines:
-      raise UserError('\n'.join([f'{workdir} belongs to another expert:', *lines,
-                                 'Use another --workdir, or give the saved values.']))
+    changed = [key for key, value in current.items() if _normal(saved.get(key)) != _normal(value)]
+    general = workdir / GENERAL_DATA
+    if changed == ['general'] and not general.exists():
+      write_json(path, current)
+    elif changed:
+      raise UserError('\n'.join([
+          f'{workdir} belongs to another expert:',
+          *(f'  {key}: {saved.get(key)!r} saved, {current[key]!r} now' for key in changed),
+          'Use another --workdir, or give the saved values.',
+          *([f'Or delete {general}: the training has not read it, and is kept.']
+            if changed == ['general'] else [])]))
   elif (workdir / RUN_FILE).exists():
     raise UserError(f'{workdir} belongs to another job: use another --workdir')
   else:
@@ -311,7 +325,7 @@ def _describe(experiment: Experiment, request: ExpertRequest, workdir: Path,
   for text, place in ((request.name, workdir), (GENERAL, workdir / GENERAL_DATA)):
     texts[text] = _describe_text(place)
   keywords = keywords_of(read_documents(experiment.data, 'train'),
-                         read_documents(_general_data(experiment, request), 'train'))
+                         documents_of(request.general or STDLIB, experiment.data.text_key))
   description = request.description or f'Text about {", ".join(keywords[:6]) or request.name}.'
   return Card(
       name=request.name, description=description, licence=request.licence,

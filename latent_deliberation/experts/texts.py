@@ -6,13 +6,15 @@ an expert saves on these tokens is its gain there.
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from latent_deliberation.data.corpus import open_corpus
+from latent_deliberation.data.corpus import TextCorpus, open_corpus
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.text_files import list_files
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.experts.card import words_of
 from latent_deliberation.inference.tokenizer import Tokenizer
@@ -20,38 +22,87 @@ from latent_deliberation.inference.tokenizer import Tokenizer
 STDLIB = 'stdlib'  # said in the place of files: the text of Python's standard library
 STDLIB_TITLE = "Python's standard library"  # its name in cards
 _TELLING = 8  # times as frequent as in general text
+_MOST_BYTES = 8 << 20  # of a text whose documents are read
 _MOST_CHARACTERS = 50_000  # of a document that is cut
 
 
-def read_documents(data: DataConfig, split: str = '', most_bytes: int = 8 << 20) -> list[str]:
-  """Returns documents in a fixed random order, up to a number of bytes.
+def read_documents(data: DataConfig, split: str = '') -> list[str]:
+  """Returns documents in a fixed random order, up to _MOST_BYTES.
 
   Args:
     data: where the text is.
     split: 'train' or 'validation'; '' for both.
-    most_bytes: bytes after which reading stops.
 
   Raises:
     UserError: see `open_corpus`.
   """
-  corpus, documents, size = open_corpus(data), [], 0
-  numbers = corpus.numbers(split) if split else np.arange(len(corpus.size))
+  corpus = open_corpus(data)
+  return _read(corpus, corpus.numbers(split) if split else np.arange(len(corpus.size)))
+
+
+def _read(corpus: TextCorpus, numbers: np.ndarray) -> list[str]:
+  documents, size = [], 0
   for number in np.random.default_rng(0).permutation(numbers):
-    if size >= most_bytes:
+    if size >= _MOST_BYTES:
       break
     documents.append(corpus.read(number))
     size += int(corpus.size[number])
   return documents
 
 
-def documents_of(text: str) -> list[str]:
-  """Returns the documents of files, globs and folders, or of 'stdlib'.
+def data_of(text: str, text_key: str = 'text') -> DataConfig:
+  """Returns where the text of files, globs and folders is, or that of 'stdlib'.
+
+  Args:
+    text: what to read, with commas between parts.
+    text_key: field of a JSON line that holds its text.
+
+  Raises:
+    UserError: there is no part.
+  """
+  return (DataConfig(source=STDLIB) if text == STDLIB
+          else DataConfig(source='text', files=text, text_key=text_key))
+
+
+def documents_of(text: str, text_key: str = 'text') -> list[str]:
+  """Returns the documents of a text; see `data_of` and `read_documents`."""
+  return read_documents(data_of(text, text_key))
+
+
+def sample_passages(text: str, characters: int, longest: int, text_key: str = 'text') -> list[str]:
+  """Returns passages of many documents, evenly from each part of a text.
+
+  Whole documents would not do: a few long ones fill all rows, and a large folder most of them.
+
+  Args:
+    text, text_key: see `data_of`.
+    characters: of all passages together; fewer where the text has no more.
+    longest: characters of a passage.
 
   Raises:
     UserError: see `open_corpus`.
   """
-  return read_documents(DataConfig(source=STDLIB) if text == STDLIB
-                        else DataConfig(source='text', files=text))
+  data, random = data_of(text, text_key), np.random.default_rng(0)
+  corpus = open_corpus(data)
+  paths = [file.path.resolve() for file in corpus.files]
+  piles = []
+  for part in data.files or ('',):
+    mine = {file.path.resolve() for file in list_files((part,))} if part else set(paths)
+    numbers = np.flatnonzero(np.isin(corpus.file_of, [i for i, p in enumerate(paths) if p in mine]))
+    # One passage of every document, then a second one of every document, and so on.
+    turns = []
+    for document in _read(corpus, numbers):
+      cut = [document[first:first + longest] for first in range(0, len(document), longest)]
+      turns += [(turn, cut[chosen]) for turn, chosen in enumerate(random.permutation(len(cut)))]
+    piles.append([passage for _, passage in sorted(turns, key=lambda each: each[0])])
+  passages, size = [], 0
+  for passage in itertools.chain.from_iterable(itertools.zip_longest(*piles)):
+    if size >= characters:
+      break
+    if passage is not None:
+      passages.append(passage)
+      size += len(passage)
+  return passages
 
 
 def keywords_of(own: Sequence[str], general: Sequence[str], number: int = 64) -> list[str]:

@@ -157,6 +157,26 @@ def test_finished_work_is_not_done_again(made, place, monkeypatch):
     make_expert(experiment, request, place / 'work', place / 'again', GIVEN)
 
 
+def test_other_general_text(made, place, tmp_path, monkeypatch):
+  """A trained expert is measured on other general text where the prepared one was deleted."""
+  card, experiment, request = made
+  monkeypatch.setattr('latent_deliberation.training.run.train',
+                      lambda state, *unused, **options: state)
+  work = tmp_path / 'work'
+  shutil.copytree(place / 'work', work)
+  finished.write_texts(tmp_path / 'pages', [f'Once, in {year}, a ship sailed east. ' * 40
+                                            for year in range(1700, 1740)])
+  other = dataclasses.replace(request, general=str(tmp_path / 'pages'))
+  with pytest.raises(UserError, match=f'Or delete {work}/general: the training has not read it'):
+    make_expert(experiment, other, work, tmp_path / 'package', GIVEN)
+  shutil.rmtree(work / 'general')
+  again = make_expert(experiment, other, work, tmp_path / 'package', GIVEN)
+  weights = 'coprocessor/coprocessor.safetensors'
+  assert again.files[weights] == card.files[weights] and again.scores['acts'] == card.scores['acts']
+  assert again.scores[GENERAL] != card.scores[GENERAL]
+  assert again.recipe[GENERAL]['name'] == 'pages'
+
+
 def test_minutes_are_what_is_left(monkeypatch, tmp_path):
   """Data, timing and later compilation are part of the minutes."""
   taken = {}
