@@ -217,9 +217,12 @@ def test_rows_without_cache():
 def test_kernels_lower_for_gpu(length, cap, width):
   """The kernels lower for a GPU at sizes that fill no block."""
   inputs = shapes(3, length, 100, width)
-  lowered = evaluate.trace(functools.partial(
-      fused_attention.attend_visible, kernels=fused_attention.GPU), cap, *inputs).lower(
-          lowering_platforms=('cuda',))
+  # Newer versions of JAX ask which GPU it is.
+  gpu = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
+    lowered = evaluate.trace(functools.partial(
+        fused_attention.attend_visible, kernels=fused_attention.GPU), cap, *inputs).lower(
+            lowering_platforms=('cuda',))
   assert lowered.as_text().count('@__gpu$xla.gpu.triton') == 3
 
 
