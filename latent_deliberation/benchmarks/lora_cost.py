@@ -68,15 +68,19 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
   batches = open_batches(experiment, workdir, 'training', mesh)
   if not batches.num_rows:
     raise UserError(f'{workdir} has no packed rows: give the work directory of the training')
+  texts = {expert.card.name: (experiment, workdir),
+           GENERAL: (_general(experiment, expert.card.scores), workdir / GENERAL_DATA)}
+  held_out = {name: open_held_out(each, place, mesh) for name, (each, place) in texts.items()}
+  known = expert.card.recipe.get(GENERAL, {}).get('fingerprint')
+  if held_out[GENERAL].rows.fingerprint != known:
+    raise UserError(f'{workdir / GENERAL_DATA} is not the general text of {package}: give the work '
+                    'directory and the package of one training')
   # Ours first, so that the peak of this process is that of training.
   run = describe_training(experiment, workdir / COPROCESSOR, mesh)
   seconds = time_step(experiment, run, workdir, mesh)
   ours = {'parameters': count_parameters(expert.coprocessor.params), 'seconds_a_step': seconds,
           'seconds': seconds * num_steps, 'peak_memory_bytes': peak_memory_bytes(),
           'whole_command_seconds': expert.card.recipe.get('seconds')}
-  texts = {expert.card.name: (experiment, workdir),
-           GENERAL: (_general(experiment, expert.card.scores), workdir / GENERAL_DATA)}
-  held_out = {name: open_held_out(each, place, mesh) for name, (each, place) in texts.items()}
   checkpoint = open_frozen(experiment.decoder, as_path(decoder))
   decoder_params, found = load_frozen(experiment, checkpoint, mesh)
   if found != expert.card.base['fingerprint']:

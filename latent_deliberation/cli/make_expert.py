@@ -40,6 +40,7 @@ from latent_deliberation.experts.package import PICTURE, write_package
 from latent_deliberation.experts.texts import (
   STDLIB,
   STDLIB_TITLE,
+  data_of,
   documents_of,
   keywords_of,
   read_documents,
@@ -55,8 +56,7 @@ from latent_deliberation.training.run_identity import hold_workdir
 from latent_deliberation.training.train import TIMED_STEPS, open_start, time_step
 
 REQUEST_FILE, PACE_FILE = 'expert_request.json', 'pace.json'
-PASSAGES_FILE = 'passages.jsonl'  # of general text
-CHARACTERS, MOST_CHARACTERS = 4, 6  # a token: about, and at most for a text as a whole
+USUAL_TOKEN, WIDEST_TOKEN = 4, 6  # characters of a token on average, for most and for any text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +108,14 @@ def make_expert(experiment: Experiment, request: ExpertRequest, workdir: Path, o
   data = dataclasses.replace(experiment.data, source='text', files=request.text,
                              name='', options={}, data_dir='')
   experiment = dataclasses.replace(experiment, data=data)
-  general = () if request.general == STDLIB else split_files(request.general)
-  if experiment.coprocessor_from and not general:
+  general = data_of(request.general or STDLIB)
+  if experiment.coprocessor_from and general.source == STDLIB:
     logging.warning("coprocessor_from = %r: if it has read Python's standard library, harm on "
                     'general text looks smaller than it is: give other text as --general',
                     experiment.coprocessor_from)
-  for files in filter(None, (data.files, general)):
-    list_files(files)  # refused before anything is written
+  for text in (data, general):
+    if text.source == 'text':
+      list_files(text.files)  # refused before anything is written
   make_writable(output.absolute().parent)
   make_writable(workdir)
   with hold_workdir(workdir), _programs_kept():
@@ -220,24 +221,29 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, workdir: Path, o
 def _prepare_general(experiment: Experiment, request: ExpertRequest, given: Set[str],
                      workdir: Path, mesh: Mesh) -> Experiment:
   """Packs general text in a folder of the work directory; returns the experiment that scores it."""
-  place = workdir / GENERAL_DATA
-  length = experiment.data.length
+  place, length = workdir / GENERAL_DATA, experiment.data.length
   tokens = (1 + ROUTING_ROWS) * experiment.evaluation.num_texts * length
-  # A passage is about as long as a row, so that rows show many documents.
-  passages = sample_passages(request.general or STDLIB, MOST_CHARACTERS * tokens,
-                             CHARACTERS * length, experiment.data.text_key)
-  path = place / PASSAGES_FILE
-  place.mkdir(exist_ok=True)
-  write_whole(path, ''.join(json.dumps({'text': each}) + '\n' for each in passages).encode())
-  # Only held-out rows are packed, as for a stream, since no training reads general text. They have
-  # the vocabulary of the expert's own text.
-  data = dataclasses.replace(experiment.data, files=(str(path),), text_key='text', mode='online',
-                             max_tokens=tokens, validation_percent=99)
-  prepare_data(data, experiment.decoder.vocab_size, place)
-  other = dataclasses.replace(experiment, data=data)
-  other = with_choices(other, fit_evaluation(
-      other, given, place, batch_shards(mesh, experiment.rules)))
-  open_held_out(other, place, mesh)  # fails now if there is too little
+  # A passage of words is about as long as a row, so that rows show many documents.
+  passages = sample_passages(request.general or STDLIB, WIDEST_TOKEN * tokens,
+                             USUAL_TOKEN * length, experiment.data.text_key)
+  with tempfile.TemporaryDirectory(prefix='passages-') as directory:
+    path = Path(directory) / 'passages.jsonl'
+    write_whole(path, ''.join(json.dumps({'text': each}) + '\n' for each in passages).encode())
+    # With the vocabulary of the expert's own text.
+    data = dataclasses.replace(experiment.data, files=(str(path),), text_key='text',
+                               max_tokens=tokens, validation_percent=99)
+    other = dataclasses.replace(experiment, data=data)
+    try:
+      # Only held-out rows are packed, as for a stream, since no training reads general text.
+      prepare_data(dataclasses.replace(data, mode='online'), experiment.decoder.vocab_size, place)
+      other = with_choices(other, fit_evaluation(
+          other, given, place, batch_shards(mesh, experiment.rules)))
+      open_held_out(other, place, mesh)  # fails now if there is too little
+    except UserError as error:
+      raise UserError(
+          f'{error}\nThis is about general text: {len(passages)} passages of --general. To prepare '
+          f'it again, delete {place} and repeat the command; the training has not read it, and is '
+          'kept. If it is too short, give more text as --general.') from error
   return other
 
 
@@ -273,12 +279,14 @@ def _read_pace(workdir: Path) -> Choices:
 def _keep_request(workdir: Path, request: ExpertRequest) -> None:
   """Keeps the request in the work directory, or compares it with the one that is there.
 
-  Words about the expert may change, and what it is made from may not. It is measured on other
-  general text where the prepared one was deleted.
+  Words about the expert may change, and what it is made from may not. General text may change when
+  its folder was deleted.
   """
   path = workdir / REQUEST_FILE
   current = {key: value for key, value in dataclasses.asdict(request).items()
              if key in ('name', 'text', 'general', 'minutes')}
+  if current['general'] == STDLIB:
+    current['general'] = ''  # the default, in other words
   if path.exists():
     saved = _read_object(path)
     changed = [key for key, value in current.items() if _normal(saved.get(key)) != _normal(value)]

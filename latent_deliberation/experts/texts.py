@@ -8,11 +8,12 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from absl import logging
 
-from latent_deliberation.data.corpus import TextCorpus, open_corpus
+from latent_deliberation.data.corpus import open_corpus
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.text_files import list_files
 from latent_deliberation.errors import UserError, check_integer
@@ -36,13 +37,8 @@ def read_documents(data: DataConfig, split: str = '') -> list[str]:
   Raises:
     UserError: see `open_corpus`.
   """
-  corpus = open_corpus(data)
-  return _read(corpus, corpus.numbers(split) if split else np.arange(len(corpus.size)))
-
-
-def _read(corpus: TextCorpus, numbers: np.ndarray) -> list[str]:
-  documents, size = [], 0
-  for number in np.random.default_rng(0).permutation(numbers):
+  corpus, documents, size = open_corpus(data), [], 0
+  for number in _shuffled(corpus.numbers(split) if split else np.arange(len(corpus.size))):
     if size >= _MOST_BYTES:
       break
     documents.append(corpus.read(number))
@@ -50,8 +46,12 @@ def _read(corpus: TextCorpus, numbers: np.ndarray) -> list[str]:
   return documents
 
 
+def _shuffled(numbers: np.ndarray) -> np.ndarray:
+  return np.random.default_rng(0).permutation(numbers)
+
+
 def data_of(text: str, text_key: str = 'text') -> DataConfig:
-  """Returns where the text of files, globs and folders is, or that of 'stdlib'.
+  """Returns the data config that reads files, globs and folders, or 'stdlib'.
 
   Args:
     text: what to read, with commas between parts.
@@ -70,39 +70,47 @@ def documents_of(text: str, text_key: str = 'text') -> list[str]:
 
 
 def sample_passages(text: str, characters: int, longest: int, text_key: str = 'text') -> list[str]:
-  """Returns passages of many documents, evenly from each part of a text.
+  """Returns passages of many documents, as much of each part of a text.
 
   Whole documents would not do: a few long ones fill all rows, and a large folder most of them.
 
   Args:
-    text, text_key: see `data_of`.
+    text, text_key: see `data_of`. A file that two parts name is of the first.
     characters: of all passages together; fewer where the text has no more.
     longest: characters of a passage.
 
   Raises:
     UserError: see `open_corpus`.
   """
-  data, random = data_of(text, text_key), np.random.default_rng(0)
+  data = data_of(text, text_key)
   corpus = open_corpus(data)
-  paths = [file.path.resolve() for file in corpus.files]
-  piles = []
+  paths, piles = [file.path.resolve() for file in corpus.files], []
   for part in data.files or ('',):
     mine = {file.path.resolve() for file in list_files((part,))} if part else set(paths)
-    numbers = np.flatnonzero(np.isin(corpus.file_of, [i for i, p in enumerate(paths) if p in mine]))
-    # One passage of every document, then a second one of every document, and so on.
-    turns = []
-    for document in _read(corpus, numbers):
-      cut = [document[first:first + longest] for first in range(0, len(document), longest)]
-      turns += [(turn, cut[chosen]) for turn, chosen in enumerate(random.permutation(len(cut)))]
-    piles.append([passage for _, passage in sorted(turns, key=lambda each: each[0])])
-  passages, size = [], 0
-  for passage in itertools.chain.from_iterable(itertools.zip_longest(*piles)):
-    if size >= characters:
-      break
-    if passage is not None:
-      passages.append(passage)
-      size += len(passage)
+    files = [index for index, path in enumerate(paths) if path in mine]
+    paths = [None if path in mine else path for path in paths]
+    numbers = _shuffled(np.flatnonzero(np.isin(corpus.file_of, files)))
+    # More documents than this are never needed.
+    piles.append(_pile(map(corpus.read, numbers[:-(-characters // longest)]), longest))
+  passages, sizes = [], [0] * len(piles)
+  while any(piles) and sum(sizes) < characters:
+    least = min((number for number, pile in enumerate(piles) if pile), key=sizes.__getitem__)
+    passages.append(piles[least].popleft())
+    sizes[least] += len(passages[-1])
+  for part, size in zip(data.files, sizes, strict=False):
+    logging.info('%d characters are of %s', size, part)
   return passages
+
+
+def _pile(documents: Iterable[str], longest: int) -> collections.deque[str]:
+  """Returns one passage of every document, then a second one of every document, and so on."""
+  random, turns = np.random.default_rng(0), collections.defaultdict(list)
+  for document in documents:
+    pieces = -(-len(document) // longest)
+    ends = [len(document) * piece // pieces for piece in range(pieces + 1)]
+    for turn, piece in enumerate(random.permutation(pieces)):
+      turns[turn].append(document[ends[piece]:ends[piece + 1]])
+  return collections.deque(itertools.chain.from_iterable(turns[turn] for turn in sorted(turns)))
 
 
 def keywords_of(own: Sequence[str], general: Sequence[str], number: int = 64) -> list[str]:

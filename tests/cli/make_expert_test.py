@@ -175,6 +175,11 @@ def test_other_general_text(made, place, tmp_path, monkeypatch):
   assert again.files[weights] == card.files[weights] and again.scores['acts'] == card.scores['acts']
   assert again.scores[GENERAL] != card.scores[GENERAL]
   assert again.recipe[GENERAL]['name'] == 'pages'
+  # Rows of the same files with other contents.
+  for path in (tmp_path / 'pages').iterdir():
+    path.write_text(path.read_text().replace('east', 'west'))
+  with pytest.raises(UserError, match=f'about general text.*delete {work}/general'):
+    make_expert(experiment, other, work, tmp_path / 'second', GIVEN)
 
 
 def test_minutes_are_what_is_left(monkeypatch, tmp_path):
@@ -347,7 +352,7 @@ def test_request_of_a_workdir(tmp_path):
   """The same files may be written in another way, and a damaged file is named."""
   request = ExpertRequest('a', 'notes,more/', 'stdlib')
   module._keep_request(tmp_path, request)
-  module._keep_request(tmp_path, dataclasses.replace(request, text='./notes/, more'))
+  module._keep_request(tmp_path, dataclasses.replace(request, text='./notes/, more', general=''))
   with pytest.raises(UserError, match="text: 'notes,more/' saved, 'notes' now"):
     module._keep_request(tmp_path, dataclasses.replace(request, text='notes'))
   for content in ('{"name": ', '[3]', ''):

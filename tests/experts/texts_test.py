@@ -53,21 +53,21 @@ def test_absent_and_empty_text(tmp_path):
 def test_passages_are_of_all_parts_and_documents(tmp_path):
   """A large folder and a long document get no more than a small one, while that lasts."""
   lines = {'large': [f'{number:03}' * 10 for number in range(300)],
-           'small': ['a' * 1000, 'b' * 35, 'c' * 8]}
+           'small': ['a' * 1000, 'b' * 35, 'c' * 3]}
   for name, texts in lines.items():
     (tmp_path / f'{name}.jsonl').write_text(
         ''.join(json.dumps({'body': text}) + '\n' for text in texts))
-  parts = ','.join(str(tmp_path / f'{name}.jsonl') for name in lines)
-  found = sample_passages(parts, 30 * 60, 10, text_key='body')
-  assert sum(map(len, found)) == pytest.approx(30 * 60, abs=10) and max(map(len, found)) == 10
-  small = [passage for passage in found if passage[0] in 'abc']
-  assert [passage[0] for passage in small][:4].count('a') == 2  # one of each, and then another turn
-  assert sorted(passage[0] for passage in small[:3]) == ['a', 'b', 'c']
-  assert abs(2 * len(small) - len(found)) <= 1
-  assert found == sample_passages(parts, 30 * 60, 10, text_key='body')
-  # All there is, each once.
-  everything = sample_passages(str(tmp_path / 'small.jsonl'), 10**6, 10, text_key='body')
-  assert ''.join(sorted(''.join(everything))) == 'a' * 1000 + 'b' * 35 + 'c' * 8
+  large, small = (str(tmp_path / f'{name}.jsonl') for name in lines)
+  found = sample_passages(f'{large},{small}', 1800, 10, text_key='body')
+  assert 1800 <= sum(map(len, found)) < 1810 and max(map(len, found)) == 10
+  mine = [passage for passage in found if passage[0] in 'abc']
+  assert abs(2 * sum(map(len, mine)) - 1800) <= 20
+  assert sorted(passage[0] for passage in mine[:3]) == ['a', 'b', 'c']  # one of each document
+  assert found == sample_passages(f'{large},{small}', 1800, 10, text_key='body')
+  assert min(len(passage) for passage in mine if passage[0] == 'b') == 8  # and none of 5
+  # All there is, each once, though a file is named twice.
+  everything = sample_passages(f'{small},{tmp_path}/sm*.jsonl', 10**6, 10, text_key='body')
+  assert ''.join(sorted(''.join(everything))) == 'a' * 1000 + 'b' * 35 + 'c' * 3
 
 
 def test_keywords_tell_a_text_apart():
