@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import latent_deliberation as ld
+from latent_deliberation.benchmarks import lora_cost
 from latent_deliberation.build import with_decoder
 from latent_deliberation.cli import expert_commands, expert_scores
 from latent_deliberation.cli import make_expert as module
@@ -175,6 +176,11 @@ def test_other_general_text(made, place, tmp_path, monkeypatch):
   assert again.files[weights] == card.files[weights] and again.scores['acts'] == card.scores['acts']
   assert again.scores[GENERAL] != card.scores[GENERAL]
   assert again.recipe[GENERAL]['name'] == 'pages'
+  # A LoRA is compared on the text that the expert was measured on.
+  monkeypatch.setattr(lora_cost, 'check_interpreter', lambda python: None)
+  with pytest.raises(UserError, match=f'{work}/general is not the general text of'):
+    lora_cost.benchmark(experiment.decoder_from, place / 'package', work, tmp_path / 'lora.json',
+                        python='python')
   # Rows of the same files with other contents.
   for path in (tmp_path / 'pages').iterdir():
     path.write_text(path.read_text().replace('east', 'west'))
