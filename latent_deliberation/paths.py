@@ -22,7 +22,7 @@
     pretraining/, coprocessor/, constant/     work directories of its runs
     phases.json               seconds of each phase
   an expert's training        as a quickstart without its report, and also
-    general/                  passages of general text, and prepared data of them
+    general/                  prepared general text
     scores/                   what was measured
     expert_request.json, pace.json            what was asked for, and how many steps fit the minutes
   a study                     also holds its prepared data

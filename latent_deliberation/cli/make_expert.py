@@ -285,8 +285,6 @@ def _keep_request(workdir: Path, request: ExpertRequest) -> None:
   path = workdir / REQUEST_FILE
   current = {key: value for key, value in dataclasses.asdict(request).items()
              if key in ('name', 'text', 'general', 'minutes')}
-  if current['general'] == STDLIB:
-    current['general'] = ''  # the default, in other words
   if path.exists():
     saved = _read_object(path)
     changed = [key for key, value in current.items() if _normal(saved.get(key)) != _normal(value)]
@@ -307,9 +305,13 @@ def _keep_request(workdir: Path, request: ExpertRequest) -> None:
 
 
 def _normal(value: Any) -> Any:
-  """Returns a value of a request as it is compared: 'notes' and 'notes/' are the same files."""
-  return [os.path.normpath(part) for part in split_files(value)] if isinstance(value, str) else (
-      value)
+  """Returns a value of a request as it is compared.
+
+  'notes' and 'notes/' are the same files, and 'stdlib' is the general text without a flag.
+  """
+  if not isinstance(value, str):
+    return value
+  return [os.path.normpath(part) for part in split_files(value) if part != STDLIB]
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -85,13 +85,13 @@ def sample_passages(text: str, characters: int, longest: int, text_key: str = 't
   data = data_of(text, text_key)
   corpus = open_corpus(data)
   paths, piles = [file.path.resolve() for file in corpus.files], []
+  most = math.ceil(characters / longest)  # documents of a part, and pieces of a document
   for part in data.files or ('',):
     mine = {file.path.resolve() for file in list_files((part,))} if part else set(paths)
     files = [index for index, path in enumerate(paths) if path in mine]
     paths = [None if path in mine else path for path in paths]
     numbers = _shuffled(np.flatnonzero(np.isin(corpus.file_of, files)))
-    # More documents than this are never needed.
-    piles.append(_pile(map(corpus.read, numbers[:-(-characters // longest)]), longest))
+    piles.append(_pile(map(corpus.read, numbers[:most]), longest, most))
   passages, sizes = [], [0] * len(piles)
   while any(piles) and sum(sizes) < characters:
     least = min((number for number, pile in enumerate(piles) if pile), key=sizes.__getitem__)
@@ -102,13 +102,13 @@ def sample_passages(text: str, characters: int, longest: int, text_key: str = 't
   return passages
 
 
-def _pile(documents: Iterable[str], longest: int) -> collections.deque[str]:
+def _pile(documents: Iterable[str], longest: int, most: int) -> collections.deque[str]:
   """Returns one passage of every document, then a second one of every document, and so on."""
   random, turns = np.random.default_rng(0), collections.defaultdict(list)
   for document in documents:
-    pieces = -(-len(document) // longest)
+    pieces = math.ceil(len(document) / longest)
     ends = [len(document) * piece // pieces for piece in range(pieces + 1)]
-    for turn, piece in enumerate(random.permutation(pieces)):
+    for turn, piece in enumerate(random.permutation(pieces)[:most]):
       turns[turn].append(document[ends[piece]:ends[piece + 1]])
   return collections.deque(itertools.chain.from_iterable(turns[turn] for turn in sorted(turns)))
 
