@@ -31,7 +31,7 @@ SMALLEST_PART = 64  # contexts; fewer of a size are compiled with those of the n
 ROW_TOKENS = 1024  # tokens and latents of a row, those of its traces included
 CALL_TOKENS = 4096  # tokens and latents of all rows of a call
 PREFIX_TOKENS = 8192  # tokens of a call whose contexts share a prefix, with the prefix of each
-SLACK = 1.06  # size of a row, as a multiple of what its contexts take on the average
+SLACKS = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5)  # see _fill_evenly
 WINDOW = 64  # contexts that are tried, where one does not fit
 
 
@@ -213,8 +213,7 @@ def plan(contexts: Sequence[Context], chosen: Sequence[int], *, num_latents: int
     else:
       alone += members
   for part in _split(contexts, alone):
-    shape = _packed_shape(contexts, part, num_latents, shards, partners)
-    calls += _fill(contexts, part, shape, (), partners)
+    calls += _fill_evenly(contexts, part, num_latents, shards, partners)
   return calls
 
 
@@ -248,22 +247,43 @@ def _split(contexts: Sequence[Context], members: Sequence[int]) -> Iterator[list
       waiting = []
 
 
+def _fill_evenly(contexts: Sequence[Context], members: Sequence[int], num_latents: int,
+                 shards: int, partners: bool) -> list[Call]:
+  """Returns calls of many contexts a row, of the shape that computes the least padding.
+
+  Rows with no room to spare leave contexts for one more call. So several sizes are tried, each a
+  multiple of what the contexts of a row take on the average.
+  """
+
+  def computed(calls: list[Call]) -> int:
+    shape = calls[0].shape
+    in_row = shape.length + shape.fresh + shape.contexts * shape.latents
+    return len(calls) * (shape.rows * in_row + shape.targets)
+
+  return min((_fill(contexts, members, _packed_shape(
+      contexts, members, num_latents, shards, partners, slack), (), partners)
+              for slack in SLACKS), key=computed)
+
+
 def _packed_shape(contexts: Sequence[Context], members: Sequence[int], num_latents: int,
-                  shards: int, partners: bool) -> Shape:
-  """Returns the shape of rows of many contexts, which fill up evenly on the average."""
+                  shards: int, partners: bool, slack: float) -> Shape:
+  """Returns the shape of rows of many contexts, where each call has the same share of them."""
   sizes = np.array([_sizes(contexts[number], num_latents) for number in members])
   (tokens, fresh, targets), most = sizes.mean(axis=0), sizes.max(axis=0)
   # A row has room for its longest context, and for a partner that is not scored there.
   least = most[0] + partners * max(
       len(contexts[number].ids) for number in _with_partners(contexts, members, partners))
-  # Contexts of a row, with their share of everything, and some room so that all of it fills up.
+  # Contexts that a row holds at most, then those that it has when calls are equal.
   in_row = max(ROW_TOKENS / (tokens + fresh), least / tokens / 2)
   rows = max(1, round(CALL_TOKENS / shards / (in_row * (tokens + fresh)))) * shards
-  in_row = min(in_row, len(members) / rows + 1)
+  in_call = len(members) / np.ceil(len(members) / (in_row * rows))
+  rows = max(1, round(in_call / in_row / shards)) * shards
+  in_row = in_call / rows
   return Shape(
-      rows, 0, _round(max(SLACK * in_row * tokens, least), 32), _round(2 * in_row + partners, 4),
-      _round(max(SLACK * in_row * fresh, most[1]), 32), num_latents,
-      _round(max(SLACK * in_row * targets * rows, most[2]), 32 * shards))
+      rows, 0, _round(max(slack * in_row * tokens, least), 32),
+      _round(slack * in_row + 2 + partners, 4),
+      _round(max(slack * in_row * fresh, most[1]), 32), num_latents,
+      _round(max(slack * in_call * targets, most[2]), 32 * shards))
 
 
 def _prefix_shape(contexts: Sequence[Context], members: Sequence[int], prefix: Sequence[int],
@@ -274,8 +294,10 @@ def _prefix_shape(contexts: Sequence[Context], members: Sequence[int], prefix: S
   _, fresh, most = np.max([_sizes(contexts[number], num_latents) for number in members], axis=0)
   mean = np.mean([len(contexts[number].targets) for number in members])
   padded = padded_length(len(prefix))
-  # Two rows at least, for a context and its partner.
+  # Two rows at least, for a context and its partner. Each call has the same share of the contexts.
   rows = max(PREFIX_TOKENS // (padded + length) // shards, -(-2 // shards)) * shards
+  calls = -(-len(needed) // rows)
+  rows = min(rows, max(_round(len(needed) / calls + partners, shards), 2))
   return Shape(rows, padded, length, 1, padded_length(int(fresh)), num_latents,
                _round(max(rows * mean, most), 8 * shards))
 

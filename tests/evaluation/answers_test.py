@@ -159,6 +159,36 @@ def test_batches_do_not_matter(decoder_params, monkeypatch):
   np.testing.assert_allclose(meshed, together, atol=1e-4)
 
 
+@pytest.mark.parametrize('partners', [False, True])
+@pytest.mark.parametrize('count', [15, 33, 100])
+def test_calls_share_evenly(count, partners, monkeypatch):
+  """Every context is scored once, and a last call of few contexts is not mostly padding."""
+  monkeypatch.setattr(answer_packing, 'ROW_TOKENS', 512)
+  monkeypatch.setattr(answer_packing, 'CALL_TOKENS', 2048)
+  random = np.random.default_rng(count)
+  contexts = answer_packing.group([
+      Request((1, *ids(int(random.integers(20, 60)))), ids(int(random.integers(20, 100))), item=item)
+      for item in range(count)])
+  answer_packing.find_partners(contexts, range(count))
+  calls = answer_packing.plan(contexts, range(count), num_latents=4, shards=1, partners=partners)
+  scored = [number for call in calls for row in call.rows for number, own in row if own]
+  assert sorted(scored) == list(range(count))
+  needed = sum(len(context.ids) + 4 + len(context.traces[0]) for context in contexts)
+  computed = sum(call.shape.rows * (call.shape.length + call.shape.fresh) for call in calls)
+  assert needed < computed < 1.3 * needed
+
+
+def test_prefix_calls_share_evenly(monkeypatch):
+  """After a common prefix, too, calls are of the same size."""
+  monkeypatch.setattr(answer_packing, 'SHARED', len(COMMON))
+  monkeypatch.setattr(answer_packing, 'PREFIX_TOKENS', 10 * 128)
+  contexts = answer_packing.group([Request((*COMMON, *ids(6)), ids(3), item=item)
+                                   for item in range(12)])
+  calls = answer_packing.plan(contexts, range(12), num_latents=1, shards=1, partners=False)
+  assert len({call.shape for call in calls}) == 1
+  assert sum(call.shape.rows for call in calls) == 12
+
+
 def test_zero_gate(decoder_params):
   """With the gate at zero, latents of every kind score as the frozen decoder, to the bit."""
   arms = ('frozen', 'own', 'shuffled', 'zero', 'mean')
