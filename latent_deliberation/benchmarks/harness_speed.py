@@ -34,7 +34,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorC
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation import task_catalog
-from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.answer_texts import AnswerEncoder
 from latent_deliberation.evaluation.arm_model import ArmModel, open_arm_model
 from latent_deliberation.files import write_json

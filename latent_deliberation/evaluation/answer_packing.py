@@ -1,31 +1,31 @@
 """Packs answers to be scored: contexts in trunk rows, and traces after them in rows of their own.
 
-`group` joins the requests of one context. `plan` cuts contexts into calls of few shapes. `pack`
-writes a call as arrays. All of it is on the host, and does not depend on weights or devices.
+`plan` cuts contexts into calls of few shapes. `pack` writes a call as arrays. All of it is on the
+host, and does not depend on weights or devices. answer_contexts.py says what a context is.
 
 A trunk row holds many contexts, a segment each. A row of traces holds, one after the other, the
 latents of a trace and the tokens that it reads after them. It sees its context in the trunk row.
-
-A context is read once, whatever the number of its continuations. Continuations that begin alike
-share what they share: a trace that two of them need is one trace, and the token that both predict
-after the same tokens is one target. So ' A', ' B', ' C' and ' D' are one trace and four targets.
 """
 
 import collections
 import dataclasses
 import functools
-import itertools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from flax import struct
 
 from latent_deliberation.array_types import Array, Batch, Bool, Int
-from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.answer_contexts import (
+  SHARED,
+  Context,
+  by_beginning,
+  in_packing_order,
+  length_size,
+)
 from latent_deliberation.inference.tokenizer import padded_length
 
-# SHARED decides partners, too. The others change scores by rounding alone.
-SHARED = 64  # tokens; contexts that begin with the same ones may be read after one common prefix
+# These change scores by rounding alone.
 SMALLEST_CLUSTER = 8  # contexts; fewer with a common prefix are packed as those without
 SMALLEST_PART = 64  # contexts; fewer of a size are compiled with those of the next size
 ROW_TOKENS = 1024  # tokens and latents of a row, those of its traces included
@@ -33,123 +33,6 @@ CALL_TOKENS = 4096  # tokens and latents of all rows of a call
 PREFIX_TOKENS = 8192  # tokens of a call whose contexts share a prefix, with the prefix of each
 SLACKS = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5)  # see _fill_evenly
 WINDOW = 64  # contexts that are tried, where one does not fit
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """A continuation to be scored after a context.
-
-  Attributes:
-    context: ids, of which the first one begins every text.
-    continuation: ids, one or more; none of a prompt that is to be continued.
-    anchor: index in the context of the last token before the latents; None for its last token.
-      The tokens after it are read again, after the latents.
-    item: question that the request belongs to. The latents of another example are never those of
-      the same item.
-  """
-  context: tuple[int, ...]
-  continuation: tuple[int, ...]
-  anchor: int | None = None
-  item: Hashable = None
-
-
-@dataclasses.dataclass
-class Context:
-  """A context with all of its continuations.
-
-  Attributes:
-    ids: ids of the context.
-    anchor: see Request.
-    item: see Request.
-    traces: ids that are read after the anchor, a trace each. None of them begins another one.
-    targets: (ids after the anchor, the id that is predicted after them) -> number of the target.
-    requests: number of each request -> numbers of its targets.
-    partner: number of the context whose latents are another example's; see `find_partners`.
-  """
-  ids: tuple[int, ...]
-  anchor: int
-  item: Hashable
-  traces: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
-  targets: dict[tuple[tuple[int, ...], int], int] = dataclasses.field(default_factory=dict)
-  requests: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-  partner: int | None = None
-
-  def add(self, number: int, continuation: tuple[int, ...]) -> None:
-    """Adds the continuation of a request."""
-    rest = self.ids[self.anchor + 1:]
-    ahead = (*rest, *continuation)
-    self.requests[number] = [
-        self.targets.setdefault((ahead[:place], ahead[place]), len(self.targets))
-        for place in range(len(rest), len(ahead))]
-    # Keep only the traces that no other one continues.
-    read = ahead[:-1]
-    if not any(trace[:len(read)] == read for trace in self.traces):
-      self.traces = [trace for trace in self.traces if read[:len(trace)] != trace] + [read]
-
-
-def group(requests: Sequence[Request]) -> list[Context]:
-  """Joins the requests that have the same context, anchor and item, in their order.
-
-  Raises:
-    UserError: a context or a continuation is empty, or an anchor is not in its context.
-  """
-  contexts: dict[tuple, Context] = {}
-  for number, request in enumerate(requests):
-    if not request.context or not request.continuation:
-      part = 'continuation' if request.context else 'context'
-      raise UserError(f'the {part} of request {number} (item {request.item}) is empty: there is '
-                      'nothing to score. Give it at least one token')
-    anchor = len(request.context) - 1 if request.anchor is None else request.anchor
-    if not 0 <= anchor < len(request.context):
-      raise UserError(f'request {number} has anchor {anchor}, but its context has '
-                      f'{len(request.context)} tokens: give the index of one of them')
-    key = request.context, anchor, request.item
-    contexts.setdefault(key, Context(*key)).add(number, tuple(request.continuation))
-  return list(contexts.values())
-
-
-def find_partners(contexts: Sequence[Context], members: Sequence[int]) -> None:
-  """Sets each context's partner: the nearest earlier context of another item, else the next one.
-
-  Nearest is in the order of packing, first among `members` that begin alike, as those with the same
-  examples do. So another example's latents do not depend on the number of contexts in a call, or on
-  which are scored. Without any other item, and outside of `members`, a context is its own partner.
-  """
-  for alike in _alike(contexts, members).values():
-    _pair(contexts, alike)
-  # Those that are alone with their beginning pair up. One that still is alone takes any.
-  _pair(contexts, [number for number in members if contexts[number].partner is None])
-  _pair(contexts, members)
-  for number, context in enumerate(contexts):
-    context.partner = number if context.partner is None else context.partner
-
-
-def _pair(contexts: Sequence[Context], members: Sequence[int]) -> None:
-  order = _in_order(contexts, members)
-  for place, number in enumerate(order):
-    if contexts[number].partner is None:
-      nearest = itertools.chain(range(place)[::-1], range(place + 1, len(order)))
-      others = (order[at] for at in nearest)
-      contexts[number].partner = next(
-          (other for other in others if contexts[other].item != contexts[number].item), None)
-
-
-def _alike(contexts: Sequence[Context], members: Iterable[int]) -> dict[tuple, list[int]]:
-  """Returns contexts by the tokens that they begin with."""
-  alike = collections.defaultdict(list)
-  for number in members:
-    alike[contexts[number].ids[:SHARED]].append(number)
-  return alike
-
-
-def _in_order(contexts: Sequence[Context], members: Iterable[int]) -> list[int]:
-  """Returns contexts in the order of packing: by size, so that rows fill up, then as they come."""
-  return sorted(members, key=lambda number: (_length_size(len(contexts[number].ids)), number))
-
-
-def _length_size(length: int) -> int:
-  """Rounds up to 64, 256, 1024, ..."""
-  return next(64 * 4**power for power in itertools.count() if length <= 64 * 4**power)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +84,7 @@ def plan(contexts: Sequence[Context], chosen: Sequence[int], *, num_latents: int
     partners: whether each scored context needs its partner in the same call.
   """
   alone, calls = [], []
-  for members in _alike(contexts, chosen).values():
+  for members in by_beginning(contexts, chosen).values():
     needed = _with_partners(contexts, members, partners)
     prefix = _common_prefix([contexts[number] for number in needed])
     rest = np.mean([len(contexts[number].ids) for number in members]) - len(prefix)
@@ -238,12 +121,12 @@ def _split(contexts: Sequence[Context], members: Sequence[int]) -> Iterator[list
   """
   by_size = collections.defaultdict(list)
   for number in members:
-    by_size[_length_size(len(contexts[number].ids))].append(number)
+    by_size[length_size(len(contexts[number].ids))].append(number)
   waiting: list[int] = []
   for size in sorted(by_size):
     waiting += by_size[size]
     if len(waiting) >= max(len(members) / 8, SMALLEST_PART) or size == max(by_size):
-      yield _in_order(contexts, waiting)
+      yield in_packing_order(contexts, waiting)
       waiting = []
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.inference.tokenizer import Tokenizer
 
 END, BEFORE = 'end', 'before:'

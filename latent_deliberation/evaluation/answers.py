@@ -31,16 +31,13 @@ from latent_deliberation.deliberation.loss import (
 )
 from latent_deliberation.deliberation.traces import Placement, place, take_from_trunk
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.answer_packing import (
-  AnswerBatch,
-  Call,
+from latent_deliberation.evaluation.answer_contexts import (
   Context,
   Request,
   find_partners,
   group,
-  pack,
-  plan,
 )
+from latent_deliberation.evaluation.answer_packing import AnswerBatch, Call, pack, plan
 from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN
 from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.decoder import Decoder
@@ -163,7 +160,7 @@ class AnswerScorer:
       skip: numbers of requests that need no score, since they have one already.
 
     Raises:
-      UserError: a request is empty; see `answer_packing.group`.
+      UserError: a request is empty; see `answer_contexts.group`.
     """
     contexts = group(requests)
     has_room = [self.config is None or context.anchor >= self.config.first_anchor

@@ -22,7 +22,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   locate_coprocessor,
 )
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.answer_packing import SHARED, Request
+from latent_deliberation.evaluation.answer_contexts import SHARED, Request
 from latent_deliberation.evaluation.answers import (
   CONSTANT,
   MEAN,

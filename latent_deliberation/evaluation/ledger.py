@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.files import explain_failed_write
 
 Score = tuple[float, bool]  # nats of a continuation, and whether it is greedy

@@ -18,7 +18,7 @@ from latent_deliberation.deliberation.flops import (
   latents_flops,
 )
 from latent_deliberation.errors import UserError, check_integer
-from latent_deliberation.evaluation.answer_packing import Request, group
+from latent_deliberation.evaluation.answer_contexts import Request, group
 from latent_deliberation.evaluation.answer_texts import END, AnswerEncoder, EncodedCounts
 from latent_deliberation.evaluation.answers import MEAN, ZERO
 from latent_deliberation.evaluation.arm_model import ArmModel, Writing, check_policy

@@ -17,7 +17,7 @@ from latent_deliberation.array_types import Params
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.errors import UserError, raise_problems
 from latent_deliberation.evaluation import task_catalog
-from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.answer_texts import AnswerEncoder
 from latent_deliberation.evaluation.answers import SHUFFLED, AnswerScorer, Source
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.answer_texts import AnswerEncoder, rolling_windows
 from latent_deliberation.inference.tokenizer import ByteTokenizer
 

@@ -10,8 +10,8 @@ from latent_deliberation.array_types import Batch
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.traces import Traces, place
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation import answer_packing
-from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation import answer_contexts, answer_packing
+from latent_deliberation.evaluation.answer_contexts import Request, find_partners, group
 from latent_deliberation.evaluation.answers import AnswerScorer, Source
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
@@ -131,9 +131,10 @@ def test_common_prefix(decoder_params, kind, monkeypatch):
   scorer = make_scorer(decoder_params, arms, **CHOICES[kind])
   apart, _ = scores(scorer, requests)
   monkeypatch.setattr(answer_packing, 'SHARED', len(COMMON))
+  monkeypatch.setattr(answer_contexts, 'SHARED', len(COMMON))
   monkeypatch.setattr(answer_packing, 'SMALLEST_CLUSTER', 2)
-  contexts = answer_packing.group(requests)
-  answer_packing.find_partners(contexts, range(len(contexts)))
+  contexts = group(requests)
+  find_partners(contexts, range(len(contexts)))
   calls = answer_packing.plan(contexts, range(len(contexts)), num_latents=3, shards=1,
                               partners=True)
   assert {call.prefix for call in calls} == {COMMON}
@@ -157,36 +158,6 @@ def test_batches_do_not_matter(decoder_params, monkeypatch):
   meshed, _ = scores(make_scorer(decoder_params, arms, constant=True, mesh=make_mesh(
       MeshConfig(data=2, fsdp=2), jax.devices()[:4])), REQUESTS)
   np.testing.assert_allclose(meshed, together, atol=1e-4)
-
-
-@pytest.mark.parametrize('partners', [False, True])
-@pytest.mark.parametrize('count', [15, 33, 100])
-def test_calls_share_evenly(count, partners, monkeypatch):
-  """Every context is scored once, and a last call of few contexts is not mostly padding."""
-  monkeypatch.setattr(answer_packing, 'ROW_TOKENS', 512)
-  monkeypatch.setattr(answer_packing, 'CALL_TOKENS', 2048)
-  random = np.random.default_rng(count)
-  contexts = answer_packing.group([
-      Request((1, *ids(int(random.integers(20, 60)))), ids(int(random.integers(20, 100))), item=item)
-      for item in range(count)])
-  answer_packing.find_partners(contexts, range(count))
-  calls = answer_packing.plan(contexts, range(count), num_latents=4, shards=1, partners=partners)
-  scored = [number for call in calls for row in call.rows for number, own in row if own]
-  assert sorted(scored) == list(range(count))
-  needed = sum(len(context.ids) + 4 + len(context.traces[0]) for context in contexts)
-  computed = sum(call.shape.rows * (call.shape.length + call.shape.fresh) for call in calls)
-  assert needed < computed < 1.3 * needed
-
-
-def test_prefix_calls_share_evenly(monkeypatch):
-  """After a common prefix, too, calls are of the same size."""
-  monkeypatch.setattr(answer_packing, 'SHARED', len(COMMON))
-  monkeypatch.setattr(answer_packing, 'PREFIX_TOKENS', 10 * 128)
-  contexts = answer_packing.group([Request((*COMMON, *ids(6)), ids(3), item=item)
-                                   for item in range(12)])
-  calls = answer_packing.plan(contexts, range(12), num_latents=1, shards=1, partners=False)
-  assert len({call.shape for call in calls}) == 1
-  assert sum(call.shape.rows for call in calls) == 12
 
 
 def test_zero_gate(decoder_params):
@@ -236,23 +207,6 @@ def test_no_other_item(decoder_params):
   np.testing.assert_array_equal(nats[:, 0], nats[:, 1])
 
 
-def test_partners_have_room():
-  """A partner is looked for among contexts with room for latents, and any is better than none."""
-  contexts = answer_packing.group([Request((1, *ids(size)), (2,), item=item)
-                                   for item, size in enumerate((8, 2, 8, 2, 8))])
-  answer_packing.find_partners(contexts, [0, 2, 4])
-  assert [context.partner for context in contexts] == [2, 1, 0, 3, 2]
-
-
-def test_alone_with_its_beginning(monkeypatch):
-  """The only context that begins otherwise takes latents of the others, which do not take its."""
-  monkeypatch.setattr(answer_packing, 'SHARED', 2)
-  contexts = answer_packing.group([Request((*begin, *ids(4)), (2,), item=item)
-                                   for item, begin in enumerate(((1, 1), (1, 1), (5, 5)))])
-  answer_packing.find_partners(contexts, range(3))
-  assert [context.partner for context in contexts] == [1, 0, 1]
-
-
 def test_shuffled_past_a_short_one(decoder_params):
   """A short context before another one does not give it its own latents for another example's."""
   scorer = make_scorer(decoder_params, ('own', 'shuffled'))
@@ -272,14 +226,6 @@ def test_without_room(decoder_params):
   assert np.abs(nats[1:, 1] - nats[1:, 0]).max() > 0.1
 
 
-@pytest.mark.parametrize('request_, said', [
-    (Request((1, 2), ()), 'continuation of request 0'), (Request((), (1,)), 'context of request 0'),
-    (Request((1, 2), (3,), anchor=2), 'anchor 2')])
-def test_bad_requests(request_, said):
-  with pytest.raises(UserError, match=said):
-    answer_packing.group([request_])
-
-
 @pytest.mark.parametrize('arms, options, said', [
     ((), {}, 'arms'), (('own', 'own'), {}, 'each once'), (('best',), {}, "'best'"),
     (('constant',), {}, 'constant soft tokens'), (('zero',), {'own': False}, "'zero'"),
@@ -287,12 +233,3 @@ def test_bad_requests(request_, said):
 def test_bad_arms(decoder_params, arms, options, said):
   with pytest.raises(UserError, match=said):
     make_scorer(decoder_params, arms, **options)
-
-
-def test_alike_continuations():
-  """Continuations that begin alike share traces and targets."""
-  context = answer_packing.group(
-      [Request((1, 2, 3), continuation) for continuation in ((4,), (5,), (4, 6), (4, 6, 7))])[0]
-  assert context.traces == [(4, 6)]
-  assert list(context.targets) == [((), 4), ((), 5), ((4,), 6), ((4, 6), 7)]
-  assert context.requests == {0: [0], 1: [1], 2: [0, 2], 3: [0, 2, 3]}

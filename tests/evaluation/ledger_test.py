@@ -3,7 +3,7 @@
 import pytest
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.ledger import Ledger, prompt_key, request_key
 
 

@@ -12,7 +12,7 @@ pytest.importorskip('lm_eval')
 import latent_deliberation as ld
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.answer_packing import Request
+from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.arm_model import ArmModel, Writing, open_arm_model
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
 from latent_deliberation.evaluation.task_run import Plan, _one_filter, run_tasks

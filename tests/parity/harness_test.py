@@ -13,7 +13,7 @@ for library in ('transformers', 'accelerate', 'lm_eval'):
 import jax  # noqa: E402
 
 from latent_deliberation.benchmarks import harness_speed  # noqa: E402
-from latent_deliberation.evaluation.answer_packing import Request  # noqa: E402
+from latent_deliberation.evaluation.answer_contexts import Request  # noqa: E402
 from latent_deliberation.evaluation.answers import AnswerScorer  # noqa: E402
 from latent_deliberation.model import weights  # noqa: E402
 from latent_deliberation.model.decoder import Decoder  # noqa: E402
