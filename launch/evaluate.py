@@ -4,8 +4,7 @@
 
 Config, decoder and data are those of the run, from its run.json, unless flags say otherwise. Keys
 such as --config.evaluation.num_texts=128 change what is scored. --constant adds an arm: a run of
-launch/train.py with deliberation.trainable=constant (pause tokens). Next, open report.md in
---output.
+launch/train.py with deliberation.trainable=constant. Next, open report.md in --output.
 """
 
 
