@@ -8,7 +8,7 @@ from latent_deliberation.evaluation.answers import ARMS, SHUFFLED, ZERO, check_a
 from latent_deliberation.evaluation.arm_model import check_policy, open_arm_model
 from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings
-from latent_deliberation.evaluation.task_catalog import CHAIN_OF, PAPER, expand, local_names
+from latent_deliberation.evaluation.task_catalog import PAPER, expand, local_names
 from latent_deliberation.evaluation.task_report import format_table
 from latent_deliberation.evaluation.task_run import CHAIN, Plan, run_tasks
 from latent_deliberation.files import as_path
@@ -40,7 +40,7 @@ def benchmark(tasks: Sequence[str], output: Path, *, decoder: str, coprocessor: 
     # By a policy, another example's latents do not come.
     own = [OWN, SHUFFLED, ZERO] if settings.policy == ONCE else [OWN, ZERO]
     arms = [FROZEN, *(own if coprocessor else []), *([CONSTANT] if constant else []),
-            *([CHAIN] if data and set(names) & set(CHAIN_OF) else [])]
+            *([CHAIN] if data else [])]  # of tasks that have one
   check_policy(arms, settings.policy)
   # The plan refuses those that are unknown.
   if known := [arm for arm in ARMS if arm in arms]:

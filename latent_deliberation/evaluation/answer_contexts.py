@@ -43,7 +43,9 @@ class Context:
     anchor: see Request.
     item: see Request.
     traces: ids that are read after the anchor, a trace each. None of them begins another one.
-    targets: (ids after the anchor, the id that is predicted after them) -> number of the target.
+    targets: (beginning, the id that is predicted after it) -> number of the target. A beginning is
+      what is read after the anchor; `beginnings` has the number of each.
+    beginnings: (beginning without its last id, that id) -> beginning; 0 is the empty one.
     requests: number of each request -> numbers of its targets.
     partner: number of the context whose latents are another example's; see `find_partners`.
   """
@@ -51,21 +53,28 @@ class Context:
   anchor: int
   item: Hashable
   traces: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
-  targets: dict[tuple[tuple[int, ...], int], int] = dataclasses.field(default_factory=dict)
+  targets: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+  beginnings: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
   requests: dict[int, list[int]] = dataclasses.field(default_factory=dict)
   partner: int | None = None
 
   def add(self, number: int, continuation: tuple[int, ...]) -> None:
     """Adds the continuation of a request."""
     rest = self.ids[self.anchor + 1:]
-    ahead = (*rest, *continuation)
+    read = (*rest, *continuation)[:-1]
     self.requests[number] = [
-        self.targets.setdefault((ahead[:place], ahead[place]), len(self.targets))
-        for place in range(len(rest), len(ahead))]
+        self.targets.setdefault((beginning, token), len(self.targets))
+        for beginning, token in zip(self.follow(read)[len(rest):], continuation, strict=True)]
     # Keep only the traces that no other one continues.
-    read = ahead[:-1]
     if not any(trace[:len(read)] == read for trace in self.traces):
       self.traces = [trace for trace in self.traces if read[:len(trace)] != trace] + [read]
+
+  def follow(self, read: Sequence[int]) -> list[int]:
+    """Returns the beginnings of ids that are read after the anchor, from the empty one on."""
+    found = [0]
+    for token in read:
+      found.append(self.beginnings.setdefault((found[-1], token), len(self.beginnings) + 1))
+    return found
 
 
 def group(requests: Sequence[Request]) -> list[Context]:

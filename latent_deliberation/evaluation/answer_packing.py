@@ -30,6 +30,7 @@ SMALLEST_CLUSTER = 8  # contexts; fewer with a common prefix are packed as those
 SMALLEST_PART = 64  # contexts; fewer of a size are compiled with those of the next size
 ROW_TOKENS = 1024  # tokens and latents of a row, those of its traces included
 CALL_TOKENS = 4096  # tokens and latents of all rows of a call
+FEW_CALLS = 3  # that share their contexts evenly; of more, the last one hardly counts
 PREFIX_TOKENS = 8192  # tokens of a call whose contexts share a prefix, with the prefix of each
 SLACKS = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5)  # see _fill_evenly
 WINDOW = 64  # contexts that are tried, where one does not fit
@@ -143,14 +144,13 @@ def _fill_evenly(contexts: Sequence[Context], members: Sequence[int], num_latent
     in_row = shape.length + shape.fresh + shape.contexts * shape.latents
     return len(calls) * (shape.rows * in_row + shape.targets)
 
-  return min((_fill(contexts, members, _packed_shape(
-      contexts, members, num_latents, shards, partners, slack), (), partners)
-              for slack in SLACKS), key=computed)
+  shapes = _packed_shapes(contexts, members, num_latents, shards, partners)
+  return min((_fill(contexts, members, shape, (), partners) for shape in shapes), key=computed)
 
 
-def _packed_shape(contexts: Sequence[Context], members: Sequence[int], num_latents: int,
-                  shards: int, partners: bool, slack: float) -> Shape:
-  """Returns the shape of rows of many contexts, where each call has the same share of them."""
+def _packed_shapes(contexts: Sequence[Context], members: Sequence[int], num_latents: int,
+                   shards: int, partners: bool) -> list[Shape]:
+  """Returns shapes of rows of many contexts, where each call has the same share of them."""
   sizes = np.array([_sizes(contexts[number], num_latents) for number in members])
   (tokens, fresh, targets), most = sizes.mean(axis=0), sizes.max(axis=0)
   # A row has room for its longest context, and for a partner that is not scored there.
@@ -162,11 +162,11 @@ def _packed_shape(contexts: Sequence[Context], members: Sequence[int], num_laten
   in_call = len(members) / np.ceil(len(members) / (in_row * rows))
   rows = max(1, round(in_call / in_row / shards)) * shards
   in_row = in_call / rows
-  return Shape(
+  return list(dict.fromkeys(Shape(
       rows, 0, _round(max(slack * in_row * tokens, least), 32),
       _round(slack * in_row + 2 + partners, 4),
       _round(max(slack * in_row * fresh, most[1]), 32), num_latents,
-      _round(max(slack * in_call * targets, most[2]), 32 * shards))
+      _round(max(slack * in_call * targets, most[2]), 32 * shards)) for slack in SLACKS))
 
 
 def _prefix_shape(contexts: Sequence[Context], members: Sequence[int], prefix: Sequence[int],
@@ -177,10 +177,11 @@ def _prefix_shape(contexts: Sequence[Context], members: Sequence[int], prefix: S
   _, fresh, most = np.max([_sizes(contexts[number], num_latents) for number in members], axis=0)
   mean = np.mean([len(contexts[number].targets) for number in members])
   padded = padded_length(len(prefix))
-  # Two rows at least, for a context and its partner. Each call has the same share of the contexts.
+  # Two rows at least, for a context and its partner.
   rows = max(PREFIX_TOKENS // (padded + length) // shards, -(-2 // shards)) * shards
-  calls = -(-len(needed) // rows)
-  rows = min(rows, max(_round(len(needed) / calls + partners, shards), 2))
+  calls = -(-len(members) // (rows - partners))
+  if calls <= FEW_CALLS:
+    rows = min(rows, max(_round(len(members) / calls + partners, shards), 2))
   return Shape(rows, padded, length, 1, padded_length(int(fresh)), num_latents,
                _round(max(rows * mean, most), 8 * shards))
 
@@ -203,7 +204,7 @@ def _fill(contexts: Sequence[Context], members: Sequence[int], shape: Shape,
     filler = _Filler(contexts, shape, len(prefix), partners)
     later = []
     for number in left:
-      if len(later) == WINDOW or not filler.put(number):
+      if len(later) >= WINDOW or not filler.put(number):
         later.append(number)
     assert len(later) < len(left), f'context {left[0]} does not fit {shape}'
     calls.append(Call(shape, prefix, filler.rows))
@@ -313,17 +314,15 @@ def pack(contexts: Sequence[Context], call: Call) -> tuple[AnswerBatch, dict[int
       if not scored:
         continue
       # Its traces, and the states of them that predict its targets.
-      begins = []
+      source: dict[int, int] = {}  # beginning -> place of the state after it
       for ahead in context.traces:
-        begins.append(fresh)
+        at_latent = row * shape.fresh + fresh + shape.latents - 1
+        for read, beginning in enumerate(context.follow(ahead)):
+          source.setdefault(beginning, at_latent + read)
         fresh += _pack_trace(arrays, row, fresh, slot, shape.latents, ahead)
       first[number] = target
-      for before, token in context.targets:
-        trace = next(at for at, ahead in enumerate(context.traces)
-                     if ahead[:len(before)] == before)
-        arrays.source[target] = (
-            row * shape.fresh + begins[trace] + shape.latents - 1 + len(before))
-        arrays.targets[target] = token
+      for beginning, token in context.targets:
+        arrays.source[target], arrays.targets[target] = source[beginning], token
         target += 1
   return arrays, first
 

@@ -46,15 +46,12 @@ class AnswerEncoder:
         the last TEXT in it. 'before:Answer:' is the end of the question in many tasks.
 
     Raises:
-      UserError: the place is neither of the two, or max_length is below 2.
+      UserError: the place is neither of the two.
     """
     if place != END and not place.removeprefix(BEFORE).strip() or not (
         place == END or place.startswith(BEFORE)):
       raise UserError(f"place = {place!r}: give {END!r}, or '{BEFORE}TEXT' such as "
                       f"'{BEFORE}Answer:' for the end of the text before it")
-    if max_length < 2:
-      raise UserError(f'max_length = {max_length}: give 2 or more, for a token that begins a text '
-                      'and an answer')
     self.counts = EncodedCounts()
     self._tokenizer, self._max_length = tokenizer, max_length
     self._mark = place.removeprefix(BEFORE).strip() if place != END else None
@@ -93,10 +90,8 @@ class AnswerEncoder:
     if room < 2:
       raise UserError(f'{max_tokens} tokens after a prompt do not fit max_length = '
                       f'{self._max_length}: request fewer (max_gen_toks), or raise max_length')
-    excess = max(len(ids) - room, 0)
     self.counts.requests += 1
-    self.counts.truncated += excess > 0
-    return Request((ids[0], *ids[1 + excess:]), (), max(anchor - excess, 0), item)
+    return self._cut(ids, (), anchor, len(ids) - room, item)
 
   def _head(self, context: str, item: Hashable) -> tuple[list[int], int]:
     """Returns the ids of a context, and the index of its anchor."""
@@ -118,12 +113,17 @@ class AnswerEncoder:
   def _fit(self, context: Sequence[int], continuation: Sequence[int], anchor: int,
            item: Hashable) -> Request:
     # The last token of an answer is predicted, and never read.
+    if len(continuation) > self._max_length:
+      raise UserError(f'the continuation of item {item} has {len(continuation)} tokens, and '
+                      f'max_length = {self._max_length}: raise max_length')
     excess = len(context) + len(continuation) - 1 - self._max_length
+    return self._cut(context, continuation, anchor, excess, item)
+
+  def _cut(self, context: Sequence[int], continuation: Sequence[int], anchor: int, excess: int,
+           item: Hashable) -> Request:
+    """Returns a request without the first `excess` tokens after the one that begins a text."""
     if excess > 0:
       self.counts.truncated += 1
-      if len(continuation) > self._max_length:
-        raise UserError(f'the continuation of item {item} has {len(continuation)} tokens, and '
-                        f'max_length = {self._max_length}: raise max_length')
       context, anchor = [context[0], *context[1 + excess:]], max(anchor - excess, 0)
     return Request(tuple(context), tuple(continuation), anchor, item)
 

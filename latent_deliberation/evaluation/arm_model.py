@@ -21,7 +21,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
   CoprocessorCheckpoint,
   locate_coprocessor,
 )
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.answer_contexts import SHARED, Request
 from latent_deliberation.evaluation.answers import (
   CONSTANT,
@@ -383,6 +383,8 @@ def open_arm_model(decoder: str | Path, coprocessor: str | Path = '', constant: 
   """
   if dtype not in (*DTYPES, 'auto'):
     raise UserError(f"dtype = {dtype!r}: give one of {(*DTYPES, 'auto')}")
+  # A token that begins a text, and an answer.
+  check_integer('max_length', max_length, 2)
   checkpoint = weights.open_checkpoint(decoder)
   tokenizer = tokenizer_of(checkpoint, vocabulary)
   found = {OWN: coprocessor, CONSTANT: constant}

@@ -281,7 +281,10 @@ class TaskAnswers:
       for context in group(requests):
         config = self._config_of(arm, context.anchor)
         latents = config.num_latents if config else 0
-        trunk, traces = len(context.ids), [latents + len(trace) for trace in context.traces]
+        # Without latents, tokens between the anchor and the answer are read once.
+        again = 0 if config else len(context.ids) - 1 - context.anchor
+        trunk = len(context.ids)
+        traces = [latents + len(trace) - again for trace in context.traces]
         cost.tokens += trunk + sum(traces)
         cost.flops += forward_flops(decoder, trunk) + len(context.targets) * head_flops(decoder)
         cost.flops += sum(forward_flops(decoder, size, trunk + 1) for size in traces if size)

@@ -53,7 +53,7 @@ class TaskOutcomes:
     arms: outcomes of each arm, 'frozen' first if it was scored.
     truncated, merged, short: numbers of requests that lost tokens at the left, or whose answer
       merges with its context; and of contexts without room for latents.
-    seconds: wall-clock time.
+    seconds: wall-clock time of the command that finished the task.
   """
   task: str
   metric: str
@@ -149,7 +149,7 @@ def outcomes_of(task: Any, samples: Sequence[Mapping[str, Any]],
       raise UserError(f'task {task.task_name} has none of the metrics {METRICS}: its accuracy is '
                       'not known here')
     correct.append(float(sample[metric]))
-    if task.OUTPUT_TYPE == 'generate_until':
+    if task.OUTPUT_TYPE == WRITTEN:
       texts.append(str(sample['resps'][0][0]))
       if len(gold_nats):
         nats.append(float(gold_nats[number]))

@@ -183,7 +183,7 @@ def format_page(summary: Mapping[str, Any]) -> str:
       *(['Out of the ordinary:\n\n' + '\n'.join(f'- {line}' for line in odd)] if odd else []),
       '## The run',
       '\n'.join(f'- {key}: {json.dumps(value)}' for key, value in summary['identity'].items()),
-      'Wall-clock seconds: ' + ', '.join(
+      'Seconds of the command that finished each task: ' + ', '.join(
           f'{name} {task["seconds"]:,.0f}' for name, task in summary['tasks'].items())]
   return '\n\n'.join(parts) + '\n'
 

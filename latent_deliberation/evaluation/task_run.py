@@ -165,10 +165,10 @@ def _identity(model: ArmModel, plan: Plan, settings: Settings) -> dict[str, Any]
   policy = {key: str(value) if key == 'gate' else value
             for key, value in vars(settings.policy).items()}
   return json.loads(json.dumps({
-      'decoder': model.fingerprint, **sources, 'dtype': model.dtype,
-      'max_length': model.max_length, 'arms': sorted(plan.arms), 'limit': plan.limit,
-      'num_fewshot': plan.num_fewshot, 'from_hub': not plan.data, 'place': settings.place,
-      'policy': policy, 'plain_if_short': settings.plain_if_short}))
+      'decoder': model.fingerprint, 'vocabulary': model.tokenizer.hash, **sources,
+      'dtype': model.dtype, 'max_length': model.max_length, 'arms': sorted(plan.arms),
+      'limit': plan.limit, 'num_fewshot': plan.num_fewshot, 'from_hub': not plan.data,
+      'place': settings.place, 'policy': policy, 'plain_if_short': settings.plain_if_short}))
 
 
 def _finished(output: Path, name: str) -> Path:

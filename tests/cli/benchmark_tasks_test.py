@@ -45,7 +45,7 @@ def test_gate(monkeypatch, at, expected):
   benchmark_tasks.benchmark(['piqa'], Path('out'), **flags)
   (_, plan, settings, _), = runs
   assert settings.policy == Policy(at=expected, threshold=0.5)
-  assert plan.arms == ('frozen', 'own', 'zero')
+  assert plan.arms == ('frozen', 'own', 'zero', 'chain')
   opened.append(SimpleNamespace(fingerprint='y'))
   with pytest.raises(UserError, match='fitted on a decoder'):
     benchmark_tasks.benchmark(['piqa'], Path('out'), **flags)

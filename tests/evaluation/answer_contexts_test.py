@@ -44,5 +44,6 @@ def test_alike_continuations():
   context = group(
       [Request((1, 2, 3), continuation) for continuation in ((4,), (5,), (4, 6), (4, 6, 7))])[0]
   assert context.traces == [(4, 6)]
-  assert list(context.targets) == [((), 4), ((), 5), ((4,), 6), ((4, 6), 7)]
+  after_4, after_46 = context.follow((4, 6))[1:]
+  assert list(context.targets) == [(0, 4), (0, 5), (after_4, 6), (after_46, 7)]
   assert context.requests == {0: [0], 1: [1], 2: [0, 2], 3: [0, 2, 3]}

@@ -33,14 +33,29 @@ def test_calls_share_evenly(count, partners, monkeypatch):
   assert needed < computed < 1.3 * needed
 
 
-def test_prefix_calls_share_evenly(monkeypatch):
+@pytest.mark.parametrize('partners', [False, True])
+def test_prefix_calls_share_evenly(partners, monkeypatch):
   """After a common prefix, too, calls are of the same size."""
   monkeypatch.setattr(answer_packing, 'SHARED', len(COMMON))
   monkeypatch.setattr(answer_contexts, 'SHARED', len(COMMON))
-  monkeypatch.setattr(answer_packing, 'PREFIX_TOKENS', 10 * 128)
+  monkeypatch.setattr(answer_packing, 'PREFIX_TOKENS', 10 * 32)
   random = np.random.default_rng(0)
   contexts = group([Request((*COMMON, *ids(random, 6)), ids(random, 3), item=item)
-                    for item in range(12)])
-  calls = plan(contexts, range(12), num_latents=1, shards=1, partners=False)
-  assert len({call.shape for call in calls}) == 1
-  assert sum(call.shape.rows for call in calls) == 12
+                    for item in range(11)])
+  find_partners(contexts, range(11))
+  calls = plan(contexts, range(11), num_latents=1, shards=1, partners=partners)
+  scored = [sum(own for row in call.rows for _, own in row) for call in calls]
+  assert scored == [6, 5] and calls[0].shape.rows == 6 + partners
+
+
+def test_planning_is_linear(monkeypatch):
+  """Of contexts that do not fit a call, a few are tried and not all that are left."""
+  random, tried = np.random.default_rng(0), []
+  put = answer_packing._Filler.put
+  monkeypatch.setattr(answer_packing._Filler, 'put',
+                      lambda filler, number: tried.append(number) or put(filler, number))
+  monkeypatch.setattr(answer_packing, 'SLACKS', (1.1,))
+  contexts = group([Request((1, *ids(random, 30)), ids(random, 60), item=item)
+                    for item in range(800)])
+  calls = plan(contexts, range(800), num_latents=1, shards=1, partners=False)
+  assert len(tried) <= 800 + answer_packing.WINDOW * len(calls)
