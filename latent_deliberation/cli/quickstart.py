@@ -25,7 +25,12 @@ from latent_deliberation.data.text_sizes import (
   write_choices,
 )
 from latent_deliberation.errors import problems_of, raise_problems
-from latent_deliberation.evaluation.evaluate import constant_variant, evaluate, open_held_out
+from latent_deliberation.evaluation.evaluate import (
+  check_reach,
+  constant_variant,
+  evaluate,
+  open_held_out,
+)
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import as_path, make_writable
 from latent_deliberation.paths import (
@@ -123,6 +128,7 @@ def prepare_phases(experiment: Experiment, workdir: Path, given: Set[str], mesh:
       runs = check_phases(experiment, workdir, mesh)
     # Fails now, not hours later, if there is too little held-out text for the report.
     held_out = open_held_out(experiment, workdir, mesh)
+    check_reach(experiment, held_out, 'the report')
     if checkpoint:
       check_rows_vocabulary(held_out.rows, checkpoint)
   write_choices(workdir, 'quickstart', dataclasses.asdict(experiment), choices)

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from latent_deliberation.files import as_path, at_hand, seal, unseal
 FORMAT_VERSIONS = (1, 2, 3)
 MANIFEST_FILE = 'manifest.json'
 CHECKSUMS_FILE = 'checksums.npy'
+MAPPED_FILES = 256  # of a kind, at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,11 +251,19 @@ class PackedRows:
       segments = self._framing.segments(tokens)
     return Batch(tokens=tokens, segments=segments, positions=positions_in_segments(segments))
 
-  def _open_files(self, kind: str, largest: int) -> list[np.ndarray]:
+  def _open_files(self, kind: str, largest: int) -> Callable[[int], np.ndarray]:
+    """Checks all files of a kind, and returns what maps the one of a number."""
     step, dtype = self.manifest.rows_per_file, smallest_dtype(largest)
-    return [_open_file(self.directory / f'{kind}-{first // step:05d}.npy',
-                       (min(step, len(self) - first), self.length), dtype)
-            for first in range(0, len(self), step)]
+
+    # The system allows a process few open files, and C4 has thousands.
+    @functools.lru_cache(MAPPED_FILES)
+    def mapped(number: int) -> np.ndarray:
+      shape = min(step, len(self) - number * step), self.length
+      return _open_file(self.directory / f'{kind}-{number:05d}.npy', shape, dtype)
+
+    for number in range(-(-len(self) // step)):
+      mapped(number)
+    return mapped
 
   def _open_checksums(self) -> np.ndarray | None:
     """Returns the CRC-32 of each row, uint32 [N]; None where none were written."""
@@ -275,13 +284,13 @@ class PackedRows:
           f'were packed: their file, or {CHECKSUMS_FILE}, is damaged. Copy the folder again, or '
           'delete it and pack again')
 
-  def _gather(self, files: Sequence[np.ndarray], indices: np.ndarray) -> np.ndarray:
+  def _gather(self, mapped: Callable[[int], np.ndarray], indices: np.ndarray) -> np.ndarray:
     gathered = np.empty((len(indices), self.length), np.int32)
     # One read for each file that holds some of the rows.
     numbers, places = np.divmod(indices, self.manifest.rows_per_file)
     for number in np.unique(numbers):
       chosen = numbers == number
-      gathered[chosen] = files[number][places[chosen]]
+      gathered[chosen] = mapped(int(number))[places[chosen]]
     return gathered
 
 

@@ -183,19 +183,25 @@ def open_held_out(experiment: Experiment, prepared_dir: Path, mesh: Mesh) -> Hel
   return HeldOut(rows, batches, texts)
 
 
-def check_reach(experiment: Experiment, held_out: HeldOut, name: str) -> None:
+def check_reach(experiment: Experiment, held_out: HeldOut, name: str,
+                first_anchor: int = 0) -> None:
   """Raises UserError where the drawn places leave an ahead position without an interval.
 
-  Scoring would find the same, but only after the training. Weights are not needed.
+  Scoring would find the same, but only after the training. Weights are not needed. Of several
+  processes each has a share of the text, so there it is left to the scoring.
 
   Args:
     experiment: configuration with the `evaluation` to do.
     held_out: the text.
     name: what to call it.
+    first_anchor: see `sample_traces`.
   """
+  if jax.process_count() > 1:
+    return
   config = experiment.deliberation.with_traces(
       experiment.evaluation.num_traces, experiment.evaluation.num_ahead)
-  draw = jax.jit(lambda keys, batch: sample_traces(keys, batch, config).ahead_valid.any(axis=1))
+  draw = jax.jit(lambda keys, batch: sample_traces(
+      keys, batch, config, first_anchor).ahead_valid.any(axis=1))
   found = []
   for index, batch in enumerate(held_out.batches):
     found.append(draw(evaluation_keys(experiment.seed, index, batch), batch))

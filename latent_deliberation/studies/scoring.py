@@ -22,7 +22,7 @@ from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import gather_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.answers import nll_and_likeliest
-from latent_deliberation.evaluation.evaluate import open_held_out, score_traces
+from latent_deliberation.evaluation.evaluate import check_reach, open_held_out, score_traces
 from latent_deliberation.evaluation.perplexity import FROZEN, AheadNLL, arm_states
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.inference.engine import Engine
@@ -324,6 +324,7 @@ class TextScorer:
     choices = {name: study.variant(name, study.seeds[0]).deliberation for name in study.arms}
     check_same_anchor_tokens(choices)
     self._first_anchor = max(choice.first_anchor for choice in choices.values())
+    check_reach(experiment, self._held_out, study.name, self._first_anchor)
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
                decoder_params: Params) -> Mapping[str, AheadNLL]:

@@ -7,6 +7,7 @@ was stopped from one that is done.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -171,7 +172,7 @@ def train(state: TrainState,
         profile.end(done, state)
 
       # Save and evaluate. Both need the scalars of this step first, since they may be NaN.
-      stopping = stop.requested(done)
+      stopping = stop.requested()
       saving = (timed_saves.is_due(done) or stopping or _is_due(done, config.save_every, config)
                 or config.keep_every and done % config.keep_every == 0)
       evaluating = _is_due(done, config.eval_every, config)
@@ -190,7 +191,7 @@ def train(state: TrainState,
     with announced('writing the last checkpoint'):
       logbook.close(config.num_steps)
     # A signal during the last evaluation must not be lost.
-    if stop.requested(config.num_steps):
+    if stop.requested():
       raise _preempted(stop, config.num_steps, config, checkpointer)
   return state
 
@@ -359,6 +360,11 @@ class TimedSaves:
     return wait == 0
 
 
+# The runtime chooses the number after the highest that it was asked so far. Steps would not do: a
+# signal before the first step of a resumed run would choose step 1, which never comes again.
+_questions = itertools.count(1)  # over the life of the process
+
+
 class _StopRequests:
   """Turns SIGTERM and SIGINT into a request that the loop reads between steps.
 
@@ -389,10 +395,10 @@ class _StopRequests:
     """The signal that this process received; 'preemption' if only another one did."""
     return signal.Signals(self.number).name if self._received else 'preemption'
 
-  def requested(self, step: int) -> bool:
-    """Whether the run should stop after `step` updates."""
+  def requested(self) -> bool:
+    """Whether the run should stop now. All processes ask equally often."""
     if jax.process_count() > 1:
-      return orbax_utils.reached_preemption(step)
+      return orbax_utils.reached_preemption(next(_questions))
     return self._received
 
   def _receive(self, number: int, frame: FrameType | None) -> None:

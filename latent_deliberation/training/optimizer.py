@@ -33,7 +33,7 @@ class OptimizerConfig:
     eps: Adam's term in the denominator.
     weight_decay: decoupled weight decay, per unit of learning rate.
       It applies to leaves of two or more axes, except for the scales of norms.
-    clip_norm: largest global norm of a gradient; inf clips nothing.
+    clip_norm: largest global norm of a gradient; 0 clips nothing.
     skip_spikes: number of standard deviations above the average from which an update counts as a
       spike, by its loss or the norm of its gradient; 0 for none. The average is that of the last 50
       or so. A spike is not applied. 6 is a good start.
@@ -60,7 +60,7 @@ class OptimizerConfig:
         'b2': ('within [0, 1)', 0 <= self.b2 < 1),
         'eps': ('a finite number above 0', 0 < self.eps < math.inf),
         'weight_decay': ('a finite number, 0 or more', 0 <= self.weight_decay < math.inf),
-        'clip_norm': ('above 0 (inf clips nothing)', self.clip_norm > 0),
+        'clip_norm': ('a finite number, 0 or more', 0 <= self.clip_norm < math.inf),
         'skip_spikes': ('a finite number, 0 or more', 0 <= self.skip_spikes < math.inf),
     }
     raise_problems(f'optimizer.{name} = {getattr(self, name)!r}: it must be {demand}'
@@ -107,7 +107,7 @@ def build_optimizer(config: OptimizerConfig, num_steps: int,
   """
   chain = optax.chain(
       # Clip before Adam, whose averages should not see outliers.
-      optax.clip_by_global_norm(config.clip_norm),
+      optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
       optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
       optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
       optax.scale_by_learning_rate(build_schedule(config, num_steps)),

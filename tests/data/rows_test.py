@@ -1,7 +1,9 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from latent_deliberation.data import rows as rows_module
 from latent_deliberation.data.packing import RowFiles
 from latent_deliberation.data.rows import (
   ALL_ROWS,
@@ -103,6 +106,19 @@ def test_format_version_1_is_read(old_directory):
   assert batch.positions[0].tolist() == [0, 1, 2, 0, 1, 0]
   manifest = (old_directory / MANIFEST_FILE).read_bytes()
   assert rows.fingerprint == hashlib.sha256(manifest).hexdigest()
+
+
+def test_more_files_than_may_be_open(tmp_path, monkeypatch):
+  """A split may have more files than a process may have open."""
+  monkeypatch.setattr(rows_module, 'MAPPED_FILES', 4)
+  directory = write_rows(tmp_path / 'train', rows=60, rows_per_file=1)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/dev/fd')) + 20, limits[1]))
+  try:
+    batch = PackedRows(directory).take(np.arange(60)[::-1])
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+  assert numbers(batch) == list(range(60))[::-1]
 
 
 @pytest.mark.parametrize('indices', [[-1], [10], [0, 10]])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from latent_deliberation.paths import METRICS_FILE
+from latent_deliberation.training import loop
 from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import read_metrics
 from tests.training.toy_run import ToyBatches, run, saved_steps
@@ -49,6 +50,21 @@ def test_signal_in_last_evaluation(tmp_path):
   with pytest.raises(Preempted, match='SIGTERM.*2/2'):
     run(tmp_path, num_steps=2, evaluators={'held_out': interrupt})
   assert read_metrics(tmp_path / METRICS_FILE)[-1]['held_out/one'] == 1.0
+
+
+def test_processes_ask_by_a_growing_number(tmp_path, monkeypatch):
+  """The runtime chooses a number after the highest one so far, which must come in every run.
+
+  Steps would not do: those of a resumed run are far ahead, and a second run begins at 1 again.
+  """
+  asked = []
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(loop.orbax_utils, 'reached_preemption', lambda number: asked.append(number))
+  for _ in range(2):
+    with loop._StopRequests() as stop:
+      stop.requested()
+      stop.requested()
+  assert asked == list(range(asked[0], asked[0] + 4))
 
 
 def test_second_interrupt(tmp_path):

@@ -17,7 +17,7 @@ from latent_deliberation.training.optimizer import (
   spike_metrics,
 )
 
-CONFIG = OptimizerConfig(learning_rate=0.1, schedule='constant', clip_norm=float('inf'))
+CONFIG = OptimizerConfig(learning_rate=0.1, schedule='constant', clip_norm=0.0)
 
 
 def parameters():
@@ -102,7 +102,7 @@ def test_moments_keep_axes():
 @pytest.mark.parametrize('field, value', [
     ('learning_rate', -0.1), ('learning_rate', float('nan')), ('warmup_steps', -1),
     ('schedule', 'cosin'), ('final_fraction', 1.5), ('b1', 1.0), ('b2', -0.1), ('eps', 0.0),
-    ('weight_decay', -1.0), ('clip_norm', 0.0),
+    ('weight_decay', -1.0), ('clip_norm', -1.0), ('clip_norm', float('inf')),
 ])
 def test_bad_setting(field, value):
   """A bad setting is refused by name."""
