@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import logging
 
 from latent_deliberation.api import load_coprocessor, load_decoder
@@ -23,7 +24,7 @@ from latent_deliberation.experts.routing import ROUTERS
 from latent_deliberation.files import as_path
 from latent_deliberation.inference.background import LatentSource
 from latent_deliberation.inference.engine import LoadedDecoder
-from latent_deliberation.inference.policy import FittedGate
+from latent_deliberation.inference.policy import NEVER, FittedGate
 
 
 def load_named(decoder: str) -> LoadedDecoder:
@@ -153,5 +154,9 @@ def open_writer(request: Request, decoder: str, coprocessor: str, expert: str, s
   def sources(prompts: Sequence[str]) -> LatentSource:
     return experts.source([choice] * len(prompts), prompts)
 
+  def check_experts(lengths: np.ndarray, names: Sequence[str]) -> None:
+    experts.check_lengths([experts.mix(choice)] * len(lengths), lengths, names)
+
   sources(['x'])  # a mix that does not add up is noticed now
-  return Writer(experts.engine, loaded.tokenizer, request, sources=sources)
+  return Writer(experts.engine, loaded.tokenizer, request, sources=sources,
+                check_experts=check_experts if request.options.policy != NEVER else None)

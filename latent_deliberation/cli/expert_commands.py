@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -144,7 +145,8 @@ def _show(words: list[str], options: Options) -> None:
 def _add(words: list[str], options: Options) -> None:
   card, directory = add(_only(words, 'address of an expert'), added_directory(), options.index)
   print(f'{card.address} is in {directory}\nNext: python launch/generate.py '
-        f'--decoder={options.decoder or card.base["name"]} --expert={card.address} --compare')
+        f'--decoder={shlex.quote(options.decoder or card.base["name"])} '
+        f'--expert={card.address} --compare')
 
 
 def _verify(words: list[str], options: Options) -> None:
@@ -174,6 +176,8 @@ def _publish(words: list[str], options: Options) -> None:
 
 def _open(words: Sequence[str], options: Options) -> tuple[LoadedDecoder, Experts]:
   """Loads the decoder and attaches experts: those named, or all that were added for it."""
+  if options.expert != NONE:
+    raise UserError(f'--expert={options.expert}: give experts as words after the command')
   decoder = load_named(options.decoder)
   experts, _ = attach_named(decoder, list(words) or fitting(decoder.fingerprint),
                             length=options.length, strict=True)
@@ -192,13 +196,25 @@ def _check_output(options: Options) -> Path | None:
   return output
 
 
+def _check_length(options: Options, sizes: CutSizes, passages: int = 1) -> None:
+  if options.length < (needed := passages * sizes.longest + sizes.ahead + 8):
+    raise UserError(f'--length={options.length}: prompts and their answers need {needed}')
+
+
+def _fit_cuts(sizes: CutSizes, experts: Experts) -> CutSizes:
+  """Returns sizes of prompts that have room for the latents of the experts."""
+  shortest = max(sizes.shortest, experts.first_anchor + 1)
+  return dataclasses.replace(sizes, shortest=shortest, longest=max(sizes.longest, shortest))
+
+
 def _compare(words: list[str], options: Options) -> None:
   if not options.text:
     raise UserError('compare: give --text, the text to compare experts on')
-  output = _check_output(options)
+  output, sizes = _check_output(options), CutSizes(count=options.prompts)
+  _check_length(options, sizes)
   documents = documents_of(options.text)
   decoder, experts = _open(words, options)
-  cuts = cut_documents('text', documents, decoder.tokenizer, CutSizes(count=options.prompts))
+  cuts = cut_documents('text', documents, decoder.tokenizer, _fit_cuts(sizes, experts))
   trial = try_mixes(experts, cuts, {name: {name: 1.0} for name in experts.names},
                     batch_size=options.batch_size)
   result = compare_experts(trial)
@@ -246,8 +262,8 @@ def _evaluate(words: list[str], options: Options) -> None:
   decoder, experts = _open(words, options)
   pairs = _pairs(options, experts, texts)
   # A mixed prompt holds two passages, and a break between them.
-  if options.length < (needed := (2 if pairs else 1) * sizes.longest + sizes.ahead + 8):
-    raise UserError(f'--length={options.length}: prompts and their answers need {needed}')
+  _check_length(options, sizes, 2 if pairs else 1)
+  sizes = _fit_cuts(sizes, experts)
   _warn_of_seen_text(options, experts)
   cuts: dict[str, list[Cut]] = {
       name: cut_documents(name, documents, decoder.tokenizer, sizes)
@@ -305,6 +321,8 @@ def _pairs(options: Options, experts: Experts, texts: Mapping[str, list[str]],
   """Returns pairs of experts to add up: those of --pair, or each expert with the next one."""
   known = [name for name in experts.names if name in texts]
   if not options.pair:
+    if not experts.add_up:
+      return []
     return list(zip(known, known[1:], strict=False))
   pairs = []
   for written in options.pair:

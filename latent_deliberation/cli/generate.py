@@ -147,6 +147,8 @@ class Writer:
     context: the cache that the request names, opened.
     history: turns of a conversation before the prompt.
     sources: gives prompts, as text, their experts; None where there are no experts.
+    check_experts: raises UserError where a text, by its number of tokens and name, is too short for
+      the latents of its expert; None where there are no experts.
   """
   engine: Engine
   tokenizer: Tokenizer
@@ -154,6 +156,7 @@ class Writer:
   context: Context | None = None
   history: list[Message] = dataclasses.field(default_factory=list)
   sources: Callable[[Sequence[str]], LatentSource] | None = None
+  check_experts: Callable[[np.ndarray, Sequence[str]], None] | None = None
 
   def check(self, prompts: Sequence[Prompt]) -> None:
     """Checks all prompts before the first one is decoded, and warns of typed control pieces.
@@ -164,7 +167,10 @@ class Writer:
     """
     before = 0 if self.context is None else int(self.context.plain.lengths[0])
     lengths = np.array([before + len(self._encode(prompt.text)) for prompt in prompts])
-    check_lengths(self.engine, lengths, self._decoding(), [prompt.name for prompt in prompts])
+    names = [prompt.name for prompt in prompts]
+    check_lengths(self.engine, lengths, self._decoding(), names)
+    if self.check_experts is not None:
+      self.check_experts(lengths, names)
     for prompt in () if self.request.chat else prompts:
       typed = typed_control(self.tokenizer, prompt.text)
       if typed:

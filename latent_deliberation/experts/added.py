@@ -4,6 +4,7 @@
 card has the hash of every file, and the address that of the card.
 """
 
+import functools
 import hashlib
 import os
 import secrets
@@ -15,7 +16,7 @@ from typing import Any
 from absl import logging
 
 from latent_deliberation.errors import UserError
-from latent_deliberation.experts.card import Card, check_name, split_address
+from latent_deliberation.experts.card import Card, is_address, split_address
 from latent_deliberation.experts.index import Entry, Place, find_entry, read_index
 from latent_deliberation.experts.package import (
   CARD,
@@ -46,9 +47,16 @@ def list_added(directory: Path) -> list[tuple[Card, Path]]:
       continue
     try:
       found.append((read_card(path), path))
+    except FileNotFoundError:  # removed meanwhile
+      continue
     except UserError as error:
-      logging.warning('%s is left out: %s', path.name, error)
+      _warn_once(f'{path} is left out: {error}')
   return found
+
+
+@functools.lru_cache(1024)  # a server looks again and again
+def _warn_once(message: str) -> None:
+  logging.warning('%s', message)
 
 
 def find_added(written: str, directory: Path) -> Path:
@@ -125,12 +133,12 @@ def _find_source(source: str, index: str) -> tuple[Place, str]:
     entry = find_entry(read_index(index), source, index)
     return Place.at(index) / entry.address, entry.fingerprint
   folder, _, last = source.rstrip('/').rpartition('/')
-  name, at, fingerprint = last.partition('@')
   local = Path(os.path.expanduser(source))
-  if at or '://' not in source and (local / CARD).is_file():
-    if at:
-      check_name(name)
-    return Place.at(source), fingerprint
+  if '://' not in source and (local / CARD).is_file():
+    # A folder may have any name. That of an address promises a fingerprint.
+    return Place.at(source), split_address(last)[1] if is_address(last) else ''
+  if '@' in last:
+    return Place.at(source), split_address(last)[1]
   if not folder:
     raise UserError(f'{source}: give --index=INDEX for the name of an expert, or the address of '
                     'its package')

@@ -147,6 +147,7 @@ class Experts:
       raise UserError(f'no expert {name!r} is attached, but {list(self._attached)}: give one of '
                       'these')
     self._attached = {other: each for other, each in self._attached.items() if other != name}
+    self._made_router = None, None  # it holds what it knows of the expert
 
   def mix(self, choice: Choice) -> Mix | str:
     """Returns weights by name for what a text asks for; 'auto' stays.
@@ -174,11 +175,15 @@ class Experts:
         return _NO_EXPERT
     # A weight of zero is no expert.
     mix = {name: weight for name, weight in weights.items() if weight}
-    form = self._latents.latents
-    if form != 'refining' and list(mix.values()) not in ([], [1.0]):
+    if not self.add_up and list(mix.values()) not in ([], [1.0]):
       raise UserError(f'expert = {choice!r:.80}: only refining latents have weights and add up, '
-                      f'and these experts have {form} latents: give one name')
+                      f'and these experts have {self._latents.latents} latents: give one name')
     return mix
+
+  @property
+  def add_up(self) -> bool:
+    """Whether several of these experts may be attached to a text, or one by a weight."""
+    return self._latents is None or self._latents.latents == 'refining'
 
   def source(self, choices: Sequence[Choice], texts: Sequence[str] = ()) -> 'ExpertSource':
     """Returns the source of latents for one batch, for `session.stream` and its callers.

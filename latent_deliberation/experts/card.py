@@ -6,10 +6,12 @@ NAME@FINGERPRINT names exactly one package.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,7 +73,7 @@ class Card:
         raise UserError(f'files.{name} = {entry!r:.80}: give its bytes and sha256')
       check_integer(f'files.{name}.bytes', entry.get('bytes'), 0, 2**53)
 
-  @property
+  @functools.cached_property  # a card may be long
   def fingerprint(self) -> str:
     """Hash of everything that the card says, 16 hexadecimal digits."""
     text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(',', ':'))
@@ -146,6 +148,11 @@ def check_printable(value: Any, where: str) -> None:
   elif isinstance(value, str) and not value.isprintable():
     raise UserError(f'{where} has a text with characters that cannot be printed, {value!r:.80}: '
                     'leave them out')
+
+
+def is_address(written: str) -> bool:
+  """Returns whether a text is NAME@FINGERPRINT, by its form."""
+  return _HEXADECIMAL.fullmatch(written.partition('@')[2]) is not None
 
 
 def split_address(written: str) -> tuple[str, str]:
@@ -279,5 +286,6 @@ def format_gain(scores: Mapping[str, Any] | None, arm: str = 'own') -> str:
 def _usage(card: Card) -> str:
   return '\n'.join([
       '```bash', f'python launch/experts.py add SOURCE/{card.address}',
-      f'python launch/generate.py --decoder={card.base["name"]} --expert={card.name} --compare',
+      f'python launch/generate.py --decoder={shlex.quote(card.base["name"])} --expert={card.name} '
+      '--compare',
       '```'])

@@ -64,7 +64,8 @@ def judge_routers(experts: Experts, cuts: Sequence[Cut], routers: Sequence[str] 
   """
   names = experts.names
   mixes: dict[str, Mix] = {name: {name: 1.0} for name in names}
-  mixes[AVERAGE] = {name: 1 / len(names) for name in names}
+  if experts.add_up:
+    mixes[AVERAGE] = {name: 1 / len(names) for name in names}
   made = {name: make_router(name, experts.known()) for name in routers}
   trial = try_mixes(experts, cuts, mixes, made, batch_size)
   return trial, summarise_trial(trial, names, {
@@ -76,7 +77,7 @@ def summarise_trial(trial: Trial, names: Sequence[str],
   """Returns the judgement as JSON values.
 
   Args:
-    trial: scores of each expert alone, and of AVERAGE.
+    trial: scores of each expert alone, and of AVERAGE where experts add up.
     names: names of the experts.
     chosen: router -> expert that it chooses for each prompt, or None.
   """
@@ -126,8 +127,9 @@ def _references(trial: Trial, names: Sequence[str]) -> dict[str, Choices]:
     by_text[rows] = means.argmax() if means.max() > 0 else -1
   ways = {NONE: none, ORACLE: best, BY_TEXT: by_text, BY_HAND: hand, SINGLE: single}
   found = {name: Choices(expert, _pick(alone, expert)) for name, expert in ways.items()}
-  return {**found, AVERAGE: Choices(np.full(count, -2),
-                                    trial.saved[:, trial.names.index(AVERAGE)])}
+  if AVERAGE in trial.names:
+    found[AVERAGE] = Choices(np.full(count, -2), trial.saved[:, trial.names.index(AVERAGE)])
+  return found
 
 
 def _each_prompt(trial: Trial, ways: Mapping[str, Choices],

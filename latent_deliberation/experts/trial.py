@@ -22,9 +22,11 @@ from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.experts.routing import Query, Router
 from latent_deliberation.experts.texts import Cut
 from latent_deliberation.inference.passes import State
+from latent_deliberation.inference.session import DecodingOptions, generate
 from latent_deliberation.progress import counted
 
 SAMPLES = 2000  # draws of a bootstrap
+TIMED = 8  # decoded tokens that are timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +71,12 @@ def try_mixes(experts: Experts, cuts: Sequence[Cut], mixes: Mapping[str, Mix],
     batch_size: prompts that are read together.
 
   Raises:
-    UserError: see `Experts.mix`, such as for several experts that do not add up.
+    UserError: a prompt is too short for latents; or see `Experts.mix`, such as for several experts
+      that do not add up.
   """
   mixes = {name: experts.mix(mix) for name, mix in mixes.items()}
+  for mix in mixes.values():
+    experts.check_lengths([mix] * len(cuts), np.array([len(cut.ids) for cut in cuts]))
   engine, routers = experts.engine, routers or {}
   # Of similar lengths, so that little padding is read. The order is undone at the end.
   order = np.argsort([len(cut.ids) for cut in cuts], kind='stable')
@@ -114,7 +119,6 @@ def _time_passes(experts: Experts, state: State, mixes: Mapping[str, Mix],
   """Returns the seconds of a pass of one expert and of a decoded token, for a batch."""
   engine, batch = experts.engine, len(state.position)
   one = next((mix for mix in mixes.values() if len(mix) == 1), None)
-  token = [[int(engine.model.decoder.config.vocab_size) - 1]] * batch
 
   def timed(work: Any) -> float:
     taken = []
@@ -124,7 +128,11 @@ def _time_passes(experts: Experts, state: State, mixes: Mapping[str, Mix],
       taken.append(time.perf_counter() - begun)
     return float(np.median(taken[1:]))
 
-  found = {'decoded token': timed(lambda: engine.read_on(state, token).logits)}
+  def decode(tokens: int) -> Any:
+    return [each.tokens for each in generate(engine, state, DecodingOptions(tokens))]
+
+  # The first token needs no pass, and copying the state is in both.
+  found = {'decoded token': (timed(lambda: decode(TIMED + 1)) - timed(lambda: decode(1))) / TIMED}
   if one:
     found['expert pass'] = timed(lambda: experts.augment(state, [one] * batch).logits)
   return found

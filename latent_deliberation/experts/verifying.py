@@ -90,12 +90,13 @@ def _try(what: str, check: Callable[[], Any]) -> Iterator[Check]:
 def _prompts(expert: Expert, sample: Mapping[str, Any] | None) -> list[list[int]]:
   """Returns prompts of its text, its own if there is any; random tokens without a sample."""
   vocab_size = expert.coprocessor.decoder_config.vocab_size
+  size = max(_PROMPT, expert.coprocessor.config.first_anchor + 2)  # room for its latents
   if sample:
     own = sample.get(expert.card.name, next(iter(sample.values())))
-    rows = own['tokens'][:_TEXTS, :_PROMPT]
-    if 0 <= rows.min() and rows.max() < vocab_size:
+    rows = own['tokens'][:_TEXTS, :size]
+    if rows.shape[1] == size and 0 <= rows.min() and rows.max() < vocab_size:
       return rows.tolist()
-  return np.random.default_rng(0).integers(4, vocab_size, (_TEXTS, _PROMPT)).tolist()
+  return np.random.default_rng(0).integers(4, vocab_size, (_TEXTS, size)).tolist()
 
 
 def _check_traces(experts: Experts, expert: Expert, sample: Mapping[str, Any] | None,

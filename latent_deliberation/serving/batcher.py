@@ -125,6 +125,7 @@ class Batcher:
     self._most_queued, self._seconds = most_queued, seconds
     self._queue: collections.deque[Job] = collections.deque()
     self._deliberating: list[Job] = []
+    self._left_alone: list[Deliberation] = []  # of texts that have ended; their threads work on
     self._ready: collections.deque[Job] = collections.deque()
     self._running: list[Job] = []
     self._changed = threading.Condition()
@@ -187,7 +188,8 @@ class Batcher:
   def _run(self) -> None:
     while True:
       with self._changed:
-        self._changed.wait_for(lambda: self._queue or self.running or self._closed)
+        self._changed.wait_for(
+            lambda: self._queue or self.running or self._closed or self._left_alone)
         if self._closed and not self._queue and not self.running:
           return
       try:
@@ -253,7 +255,7 @@ class Batcher:
     """Takes the next text that can be read now from the queue."""
     free = self._batch.free - sum(len(job.request.choices) for job in self._ready)
     # Each text that deliberates has a cache of its own. Plain texts pass by where these are many.
-    only_plain = len(self._deliberating) >= self.rows
+    only_plain = len(self._deliberating) + len(self._left_alone) >= self.rows
     with self._changed:
       for job in self._queue:
         choices = job.request.choices
@@ -270,6 +272,9 @@ class Batcher:
       if all(deliberation.is_ready for deliberation in job.deliberations):
         self._deliberating.remove(job)
         self._ready.append(job)
+    for deliberation in [each for each in self._left_alone if each.is_ready]:
+      deliberation.finish()  # notes an expert that hangs
+      self._left_alone.remove(deliberation)
     did = False
     while self._ready and len(self._ready[0].request.choices) <= self._batch.free:
       self._join(self._ready.popleft())
@@ -303,7 +308,8 @@ class Batcher:
 
   def _decode(self) -> None:
     """Decodes some tokens of all running texts, and tells who waits for them."""
-    waits = self._queue or self._deliberating or self._ready
+    # Texts that wait for a row have nothing from shorter turns.
+    waits = self._deliberating or self._batch.free and (self._queue or self._ready)
     left = min(job.request.max_tokens - len(job.tokens) for job in self._running)
     begun = time.perf_counter()
     steps = self._batch.decode(1 if waits else min(STEPS, left))
@@ -347,6 +353,7 @@ class Batcher:
         self._queue.remove(job)
     for row in job.rows:
       self._batch.leave(row)
+    self._left_alone += [each for each in job.deliberations if not each.is_ready]
     job.rows, job.state, job.deliberations = [], None, []
     self.metrics.texts.labels(ended_by).inc()
     self.metrics.whole_text.observe(time.monotonic() - job.begun)

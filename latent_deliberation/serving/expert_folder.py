@@ -12,7 +12,6 @@ from absl import logging
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import list_added
 from latent_deliberation.experts.attach import Experts
-from latent_deliberation.experts.package import CARD
 
 
 class ExpertFolder:
@@ -22,8 +21,8 @@ class ExpertFolder:
     """Follows a folder, which need not exist yet."""
     self._experts, self._directory = experts, directory
     self._taken = experts.names  # attached by somebody else, who detaches them
-    # By name of what was attached, or refused: fingerprint, and time of the card's last change.
-    self._known: dict[str, tuple[str, float]] = {}
+    # By name of what was attached, or refused: fingerprint, and a mark of its files.
+    self._known: dict[str, tuple[str, int]] = {}
     self._stopped = threading.Event()
 
   def look(self) -> None:
@@ -32,9 +31,9 @@ class ExpertFolder:
     Of several packages with one name, the first by address stays. A package of another decoder, or
     with a name that is taken, is left out, with one warning.
     """
-    found: dict[str, tuple[tuple[str, float], Path]] = {}
+    found: dict[str, tuple[tuple[str, int], Path]] = {}
     for card, path in list_added(self._directory):
-      found.setdefault(card.name, ((card.fingerprint, (path / CARD).stat().st_mtime), path))
+      found.setdefault(card.name, ((card.fingerprint, _mark_of(path)), path))
     gone = [name for name, version in self._known.items()
             if name not in found or found[name][0] != version]
     for name in gone:
@@ -69,3 +68,9 @@ class ExpertFolder:
   def stop(self) -> None:
     """Ends the thread after its look."""
     self._stopped.set()
+
+
+def _mark_of(package: Path) -> int:
+  """Returns a number that changes with any file of a package, such as one that is still copied."""
+  stats = [(path.name, path.stat()) for path in sorted(package.rglob('*'))]
+  return hash(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))

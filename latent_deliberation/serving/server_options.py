@@ -61,6 +61,10 @@ class ServerOptions:
       check_integer(name, getattr(self, name), 1)
     for name in ('request_seconds', 'latent_seconds', 'drain_seconds', 'look_seconds'):
       check_number(name, getattr(self, name), 0)
+    if self.latent_seconds >= self.request_seconds:
+      raise UserError(f'latent_seconds = {self.latent_seconds:g}: a text whose expert hangs needs '
+                      'time to go on without it, so give less than request_seconds = '
+                      f'{self.request_seconds:g}')
     if not re.fullmatch(r'[\w.-]{1,80}', self.served_name):
       raise UserError(f'name = {self.served_name!r:.80}: give up to 80 letters, digits and . _ -')
     if not self.key_file and self.host not in LOOPBACK:

@@ -4,6 +4,7 @@ import pytest
 
 from latent_deliberation.cli import attached
 from latent_deliberation.cli.generate import Request
+from latent_deliberation.cli.prompts import Prompt
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.package import write_package
 from latent_deliberation.inference.policy import ONCE
@@ -43,6 +44,13 @@ def test_a_missing_expert_leaves_plain_text(stars, tmp_path):
   assert result['augmented']['text'] == result['plain']['text']
   with pytest.raises(UserError, match='absent'):
     open_writer(mix, strict=True)
+
+
+def test_a_short_prompt_is_refused(stars):
+  """A text that names an expert and has no room for its latents is no plain text in silence."""
+  with pytest.raises(UserError, match='the prompt'):
+    open_writer(stars).check([Prompt('A', 'the prompt')])
+  open_writer(stars).check([Prompt('A comet is', 'the prompt')])
 
 
 @pytest.mark.parametrize('written, message', [

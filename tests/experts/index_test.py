@@ -108,6 +108,16 @@ def test_add(market, tmp_path, way):
   assert add(str(market / 'package0'), tmp_path) == (card, directory)  # once more
 
 
+def test_sources_with_an_at_sign(market, tmp_path):
+  """A folder may have any name; an address that was cut off is no address without a promise."""
+  card = read_card(market / 'package0')
+  shutil.copytree(market / 'package0', tmp_path / 'notes@home')
+  assert add(str(tmp_path / 'notes@home'), tmp_path / 'added')[0] == card
+  for cut_off in (f'{card.name}@', card.address[:-3]):
+    with pytest.raises(UserError, match='16 hexadecimal digits'):
+      add(f'{market}/index/{cut_off}', tmp_path / 'added')
+
+
 def test_names_of_added_experts(market, tmp_path):
   """Two experts of one name need their fingerprints; a directory is a name, too."""
   addresses = [add(str(market / f'package{number}'), tmp_path)[0].address for number in (1, 2)]

@@ -183,11 +183,20 @@ def test_comparison(experts, tmp_path):
 
 
 def test_experts_that_do_not_add_up():
-  """Only refining experts may be averaged or summed, in a trial as elsewhere."""
+  """Only refining experts may be averaged or summed; the others are judged without an average."""
   anchored = small.experts(**{name: small.lora(seed, latents='anchored')
                               for seed, name in ((1, 'stars'), (2, 'law'))})
   with pytest.raises(UserError, match='only refining latents'):
-    judge_routers(anchored, CUTS, (), batch_size=4)
+    try_mixes(anchored, CUTS, {'both': {'stars': 0.5, 'law': 0.5}})
+  _, result = judge_routers(anchored, CUTS, (), batch_size=4)
+  assert set(result['ways']) == {'none', ORACLE, BY_TEXT, BY_HAND, SINGLE}
+  assert 'nan' not in format_trial(result | {'pairs': {}})
+
+
+def test_short_prompts_are_refused(experts):
+  """A prompt without room for latents would be scored with latents that mean nothing."""
+  with pytest.raises(UserError, match='2 tokens'):
+    try_mixes(experts, [*CUTS, cut('stars', 9, 2)], {'stars': {'stars': 1.0}})
 
 
 def test_unknown_router(experts):

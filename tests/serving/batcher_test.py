@@ -175,6 +175,22 @@ def test_plain_texts_overtake_a_hanging_expert():
       assert reader.result()[1][0].experts == {'stars': 1.0}
 
 
+def test_a_cancelled_text_leaves_its_expert_noticed():
+  """The thread of a text that has ended counts until it ends, and an expert that hangs is known."""
+  experts = FaultyExperts(stars='hangs')
+  with serving(experts, rows=1, timeout=0.5) as batcher:
+    reader = Reader()
+    job, = batcher.submit([request(1, 'stars')], [reader])
+    until(lambda: experts.begun)
+    job.cancel()
+    assert reader.result()[2] == 'cancelled'
+    until(lambda: not batcher._left_alone)
+    assert batcher.guard.hanging({'stars': 1.0}) == 'stars'
+    (_, (report,), _), = (each.result() for each in submit(batcher, request(2, 'stars')))
+    assert report.kind == 'busy' and experts.begun == 1
+    experts.released.set()
+
+
 def test_first_expert_is_attached_while_texts_run():
   """The batch gets room for latents once the texts before have ended."""
   experts = small.experts()

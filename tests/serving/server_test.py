@@ -84,8 +84,23 @@ def test_damaged_package_is_left_out(tmp_path):
     assert experts.names == ('stars',)
 
 
+def test_repaired_package_is_tried_again(tmp_path):
+  """Such as one that was looked at while it was copied."""
+  write(tmp_path, 'stars', 1)
+  weights, = (tmp_path / 'stars@1').rglob('coprocessor.safetensors')
+  whole = weights.read_bytes()
+  weights.write_bytes(whole[:-8])
+  experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
+  folder = ExpertFolder(experts, tmp_path)
+  folder.look()
+  assert experts.names == ()
+  weights.write_bytes(whole)
+  folder.look()
+  assert experts.names == ('stars',)
+
+
 def test_refused_expert_is_tried_again(tmp_path):
-  """Once the one is gone that has latents of another number, and once a damaged one is repaired."""
+  """Once the one is gone that has latents of another number."""
   write(tmp_path, 'stars', 1)
   other = small_server.expert('law', 2)
   two = small.lora(2, num_latents=2)  # latents do not depend on the size of the vocabulary
