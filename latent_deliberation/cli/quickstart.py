@@ -106,7 +106,7 @@ def prepare_phases(experiment: Experiment, workdir: Path, given: Set[str], mesh:
 
   Returns: the experiment with sizes for its text, and the runs by the names of their phases.
   """
-  chosen = read_choices(workdir, given)
+  chosen = read_choices(workdir, experiment, given)
   if chosen is None and any((workdir / place / RUN_FILE).exists() for place in _PLACES.values()):
     chosen = {}  # trained before sizes followed from the text
   choices = fit_to_text(experiment, given) if chosen is None else chosen

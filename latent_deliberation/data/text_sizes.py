@@ -7,6 +7,7 @@ run.json, so that the same command chooses the same again.
 """
 
 import dataclasses
+import functools
 import importlib
 import tempfile
 from collections.abc import Mapping, Set
@@ -192,9 +193,7 @@ def _changes(experiment: Experiment, choices: Choices, origin: str) -> Choices:
   """Returns the choices that differ from the experiment, and logs them."""
   changes = {}
   for key, value in choices.items():
-    old = experiment
-    for part in key.split('.'):
-      old = getattr(old, part)
+    old = _value_of(experiment, key)
     if value != old:
       changes[key] = value
       logging.info('%s = %r in place of %r, for %s', key, value, old, origin)
@@ -202,6 +201,10 @@ def _changes(experiment: Experiment, choices: Choices, origin: str) -> Choices:
     logging.log_first_n(logging.INFO, 'give a key, such as --config.%s=..., to choose it yourself',
                         1, next(iter(changes)))
   return changes
+
+
+def _value_of(experiment: Experiment, key: str) -> Any:
+  return functools.reduce(getattr, key.split('.'), experiment)
 
 
 def with_choices(experiment: Experiment, choices: Mapping[str, Any]) -> Experiment:
@@ -217,8 +220,11 @@ def write_choices(workdir: Path, job: str, config: Mapping[str, Any], choices: C
       workdir / RUN_FILE, seal({'job': job, 'config': config, 'chosen': choices})))
 
 
-def read_choices(workdir: Path, given: Set[str]) -> Choices | None:
-  """Returns what an earlier launch chose in `workdir`, but for given keys; None if there was none.
+def read_choices(workdir: Path, experiment: Experiment, given: Set[str]) -> Choices | None:
+  """Returns what an earlier launch chose in `workdir`; None if there was none.
+
+  Those of these keys that are given now have the experiment's value. So a value that was given once
+  stays, also when the next launch does not repeat it.
 
   Raises:
     UserError: run.json is damaged.
@@ -233,4 +239,5 @@ def read_choices(workdir: Path, given: Set[str]) -> Choices | None:
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is damaged or of another job ({error!r}): restore the file, or use '
                     'another --workdir') from error
-  return {key: value for key, value in chosen.items() if key not in given}
+  return {key: _value_of(experiment, key) if key in given else value
+          for key, value in chosen.items()}

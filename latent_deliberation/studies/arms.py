@@ -44,7 +44,7 @@ def describe_frozen(experiment: Experiment, run: ScoredRun, scorer: QuestionScor
 
 
 def describe_chain(decoder_config: TransformerConfig, frozen: Arm, scorer: QuestionScorer,
-                   outcomes: Outcomes, tokens: float) -> Arm:
+                   outcomes: Outcomes, tokens: float, seconds: float) -> Arm:
   """Returns the arm of the frozen decoder that answers after its own chain.
 
   Args:
@@ -53,13 +53,14 @@ def describe_chain(decoder_config: TransformerConfig, frozen: Arm, scorer: Quest
     scorer: scorer of the study.
     outcomes: answers after the chains.
     tokens: mean number of tokens of a chain.
+    seconds: time of writing and answering.
   """
   # A chain makes the prompt longer, and each of its tokens needs logits.
   answer = flops.answer_flops(decoder_config, scorer.prompt_tokens + tokens, scorer.answer_tokens)
   chain = tokens * flops.head_flops(decoder_config)
   return dataclasses.replace(
       frozen, kind=f'decoder with its own chain, {tokens:.0f} tokens', outcomes=(outcomes,),
-      flops_per_token=(answer + chain) / scorer.answer_tokens)
+      flops_per_token=(answer + chain) / scorer.answer_tokens, seconds=(seconds,))
 
 
 def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],

@@ -125,7 +125,7 @@ def _run_phases(study: Study, names: Sequence[str], workdir: Path, given: Collec
     with clock.phase(CHAIN):
       outcomes, tokens = scorer.score_chains(study.experiment, decoder_params)
     arms[CHAIN] = describe_chain(study.experiment.decoder, arms[FROZEN], scorer, outcomes,
-                                 tokens)
+                                 tokens, clock.seconds[CHAIN])
 
   # Every arm with every seed.
   progress = Progress(study.name, 'runs', len(names) * len(study.seeds))
@@ -164,7 +164,7 @@ def _prepare(
   def with_sizes(choices: Choices) -> Study:
     return dataclasses.replace(study, experiment=with_choices(study.experiment, choices))
 
-  chosen = read_choices(workdir, keys)
+  chosen = read_choices(workdir, study.experiment, keys)
   if chosen is None and any(workdir.glob(f'arms/*/*/{RUN_FILE}')):
     chosen = {}  # trained before sizes followed from the text
   choices = fit_to_text(study.experiment, keys) if chosen is None else chosen
@@ -330,7 +330,12 @@ def _run_arm(study: Study, name: str, seed: int, frozen: FrozenDecoder, workdir:
   experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
   learns = study.arms[name].learns
   if learns == LATENT_ARM:
-    params = train_coprocessor(experiment, frozen.directory, run_dir, arm_prepared_dir)
+    # The study's weights, unless this arm reads them in another form.
+    is_same = (experiment.computation.frozen_dtype == study.experiment.computation.frozen_dtype
+               and (experiment.mesh, experiment.rules) == (study.experiment.mesh,
+                                                           study.experiment.rules))
+    params = train_coprocessor(experiment, frozen.directory, run_dir, arm_prepared_dir,
+                               (frozen.params, frozen.fingerprint) if is_same else None)
     constant = experiment.deliberation.trainable == 'constant'
     count = count_parameters(params)
     # Constant soft tokens are the same for every question, so they have no controls.

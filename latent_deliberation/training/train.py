@@ -51,7 +51,7 @@ TIMED_STEPS = 2  # after one that compiles
 
 
 def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
-                      prepared_dir: Path) -> Params:
+                      prepared_dir: Path, loaded: tuple[Params, str] | None = None) -> Params:
   """Trains the coprocessor of an experiment, or resumes the run in `workdir`.
 
   At the end it writes <workdir>/coprocessor, for `coprocessor_checkpoint.load`. An existing one is
@@ -62,6 +62,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
     decoder_dir: directory of the frozen decoder.
     workdir: work directory of the run.
     prepared_dir: directory of prepared data; missing data are prepared now.
+    loaded: what `load_frozen` returned for this decoder and configuration; None loads it.
 
   Returns: the trained parameters, float32.
 
@@ -73,7 +74,8 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
   # Check everything that needs neither data nor weights.
   mesh = make_mesh(experiment.mesh)
   checkpoint = open_frozen(experiment.decoder, decoder_dir)
-  check_frozen_memory(experiment, checkpoint, mesh)
+  if loaded is None:
+    check_frozen_memory(experiment, checkpoint, mesh)
   run = describe_training(experiment, workdir, mesh)
   run.check(checkpoint.fingerprint)
   start = open_start(experiment)
@@ -96,7 +98,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
     rows, eval_batches = open_validation(experiment, prepared_dir, mesh,
                                          experiment.evaluation.eval_batches)
     check_rows_vocabulary(rows, checkpoint)
-    frozen, decoder_fingerprint = load_frozen(experiment, checkpoint, mesh)
+    frozen, decoder_fingerprint = loaded or load_frozen(experiment, checkpoint, mesh)
     if start:  # some formats have a fingerprint only once they are loaded
       start.check(decoder_fingerprint, rows.manifest.recipe.vocabulary_hash)
     deliberator = build_deliberator(experiment)

@@ -130,12 +130,14 @@ def test_batches_divide_over_shards(rows, notes):
 
 
 def test_choices_come_back(tmp_path):
-  """A relaunch reads them, but for keys that it gives itself."""
-  assert read_choices(tmp_path, set()) is None
+  """A relaunch reads them; a key that it gives itself has its own value, also in later launches."""
+  given = with_choices(experiment(tmp_path), {'evaluation.num_texts': 16})
+  assert read_choices(tmp_path, given, set()) is None
   choices = {'evaluation.num_texts': 32, 'training.loop.num_steps': 40}
   write_choices(tmp_path, 'quickstart', {'data': dataclasses.asdict(DataConfig())}, choices)
-  assert read_choices(tmp_path, set()) == choices
-  assert read_choices(tmp_path, {'evaluation.num_texts'}) == {'training.loop.num_steps': 40}
+  assert read_choices(tmp_path, given, set()) == choices
+  assert read_choices(tmp_path, given, {'evaluation.num_texts'}) == {
+      **choices, 'evaluation.num_texts': 16}
   (tmp_path / 'run.json').write_text('{"job": "pretrain"}')
   with pytest.raises(UserError, match='run.json .*chosen'):
-    read_choices(tmp_path, set())
+    read_choices(tmp_path, given, set())
