@@ -56,7 +56,8 @@ def test_costs_of_latents_and_chains():
   config = asked.experiment.deliberation
   assert own['own'].flops_per_token - frozen.flops_per_token == pytest.approx(
       flops.latents_flops(asked.experiment.decoder, config, 20.0) / 2)
-  short, long = (describe_chain(asked.experiment.decoder, frozen, SCORER, outcomes(0.2), tokens, 5.0)
+  decoder = asked.experiment.decoder
+  short, long = (describe_chain(decoder, frozen, SCORER, outcomes(0.2), tokens, 5.0)
                  for tokens in (4.0, 8.0))
   assert long.flops_per_token > short.flops_per_token > frozen.flops_per_token
   assert (long.kind, long.trained, long.seconds) == (
