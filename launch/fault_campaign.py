@@ -32,6 +32,8 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Seed of all cases.', lower_bound=0)
 
 def main() -> None:
   output = as_path(_OUTPUT.value)
+  if not (_KILLS.value or _MUTATIONS.value or _SCENARIOS.value or _PAGE.value):
+    raise UserError('nothing is asked: give --kills, --mutations, --scenarios or --page')
   if _KILLS.value or _MUTATIONS.value or _SCENARIOS.value:
     if not _WORKDIR.value:
       raise UserError("--workdir = '': give a directory for the runs of the campaign")

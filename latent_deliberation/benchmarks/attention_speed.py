@@ -33,8 +33,7 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
   Args:
     experiment: sizes, latents and computation (dtypes, remat, loss_chunk); its mesh is not used.
     num_texts: number of texts in the batch.
-    with_dense: whether to time the dense mask, too; it keeps the results of all layers, whatever
-      remat says, so give it few layers.
+    with_dense: whether to time the dense mask, too; its scores are large, so give it few layers.
     output: JSON file to write.
     repeats: number of turns.
 

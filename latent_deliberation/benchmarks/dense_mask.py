@@ -45,7 +45,10 @@ def check_dense(decoder_config: TransformerConfig, config: DeliberationConfig) -
       ('deliberation.num_layers', config.num_layers, 0),
       ('deliberation.max_delay', config.max_delay, 0),
       ('decoder.post_norms', decoder_config.post_norms, True),
-      ('decoder.qk_norm', decoder_config.qk_norm, False)):
+      ('decoder.qk_norm', decoder_config.qk_norm, False),
+      ('decoder.norm_offset', decoder_config.norm_offset, True),
+      ('decoder.activation', decoder_config.activation, 'gelu'),
+      ('decoder.qkv_bias', decoder_config.qkv_bias, False)):
     if value != needed:
       raise UserError(f'{name} = {value!r}, but the dense mask needs {needed!r}. Set that, or '
                       'leave the dense mask out.')

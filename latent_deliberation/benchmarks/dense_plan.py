@@ -7,11 +7,14 @@ from typing import Any
 from absl import logging
 
 from latent_deliberation.benchmarks.dense_mask import check_dense, dense_mask
+from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json
+from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.planning.compile import describe_run, plan_step
 from latent_deliberation.planning.cost_plots import plot_plans
 from latent_deliberation.planning.topology import Topology
+from latent_deliberation.sharding import batch_shards, make_mesh
 from latent_deliberation.training.objectives import augmentation
 
 WAYS = {'ours': augmentation, 'dense mask': dense_mask}
@@ -34,10 +37,13 @@ def benchmark(experiment: Experiment, topology: Topology, output: Path) -> dict[
     UserError: the dense mask is not written for this experiment; see `check_dense`.
   """
   check_dense(experiment.decoder, experiment.deliberation)
+  if (frozen_dtype := experiment.computation.frozen_dtype) in INT8_DTYPES:
+    raise UserError(f'computation.frozen_dtype = {frozen_dtype!r}: the dense mask has no int8 '
+                    'weights. Set --config.computation.frozen_dtype=bfloat16.')
   ours = dataclasses.replace(
       experiment, computation=experiment.computation.on('tpu' if topology.chip else 'cpu'))
   runs = {'ours': describe_run(ours, topology),
-          'dense mask': describe_run(as_dense(ours, len(topology.devices)), topology)}
+          'dense mask': describe_run(as_dense(ours, topology), topology)}
   plans = {}
   for way, run in runs.items():
     logging.info('compiling %s for %s; a pod takes minutes', way, topology.name)
@@ -52,15 +58,16 @@ def benchmark(experiment: Experiment, topology: Topology, output: Path) -> dict[
   return result
 
 
-def as_dense(experiment: Experiment, num_devices: int) -> Experiment:
+def as_dense(experiment: Experiment, topology: Topology) -> Experiment:
   """Returns the experiment with which a dense mask needs the least memory.
 
-  Nothing is kept of a block, and each device has one text at a time if the batch has enough texts.
+  Nothing is kept of a block, and each shard of a batch has one text at a time if there are enough.
   Attention is plain, since the fused kernels have no such mask.
   """
   training, computation = experiment.training, experiment.computation
+  shards = batch_shards(make_mesh(experiment.mesh, topology.devices), experiment.rules)
   return dataclasses.replace(
       experiment,
       computation=dataclasses.replace(computation, attention='plain', remat='full'),
       training=dataclasses.replace(
-          training, accumulation=max(training.batch_size // num_devices, 1)))
+          training, accumulation=max(training.batch_size // shards, 1)))

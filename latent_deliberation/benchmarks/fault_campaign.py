@@ -67,7 +67,7 @@ def run_campaign(workdir: Path, output: Path, *, kills: int, mutations: int, sce
       _kill(opened, workdir, results, seed, kills)
     for number, name in enumerate(SCENARIOS):
       _repeat(opened, workdir, results, name, SCENARIOS[name], [seed, 2 + number], scenarios)
-  counts = {'seed': seed, 'git_commit': git_commit(), 'cases': results.count(),
+  counts = {'seed': seed, 'git_commit': ', '.join(results.commits()), 'cases': results.count(),
             **summarise(results)}
   # Another seed may have ended meanwhile.
   write_json(output, {'campaigns': [*_read_others(output, results, seed), counts]})
@@ -103,9 +103,14 @@ class _Results:
     """Returns the number of all cases."""
     return sum(map(len, self._found.values()))
 
+  def commits(self) -> list[str]:
+    """Returns the commits that cases ran on, in their order; those of earlier code name none."""
+    named = [result.get('git_commit', '') for found in self._found.values() for result in found]
+    return list(dict.fromkeys(filter(None, named))) or [git_commit()]
+
   def add(self, kind: str, result: Mapping[str, Any]) -> None:
     """Keeps a result."""
-    result = {'kind': kind, **result}
+    result = {'kind': kind, 'git_commit': git_commit(), **result}
     self._found[kind].append(result)
     with self._path.open('a') as file:
       file.write(json.dumps(result) + '\n')

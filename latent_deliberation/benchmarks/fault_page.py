@@ -98,8 +98,10 @@ def format_page(campaigns: Sequence[Mapping[str, Any]]) -> str:
        for name, counts in result['scenarios'].items()]) if result['scenarios'] else (
            'No case of these was run for this page.')
   phases = ', '.join(f'{name} {count:,}' for name, count in killed['phases'].items())
-  origin = '; '.join(f'Seed {campaign["seed"]}, commit {campaign["git_commit"][:12]}'
-                     for campaign in campaigns)
+  origin = '; '.join(
+      f'Seed {campaign["seed"]}, commit '
+      + ', '.join(commit[:12] for commit in campaign['git_commit'].split(', '))
+      for campaign in campaigns)
   found = '\n'.join(f'- {fault}' for fault in result['faults'])
   if found:
     found = (f'\nThe [log](log.md#2026-11-30-faults) says how each was mended. Campaigns of later '

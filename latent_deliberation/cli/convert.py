@@ -24,6 +24,7 @@ from latent_deliberation.model.checkpoints.hugging_face_config import (
   CONVENTIONS,
   GENERATION,
   TEMPLATE,
+  write_config,
 )
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
@@ -105,6 +106,8 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
     raise UserError(f'{target} exists already. Give another directory, or remove it.')
   refuse_backslash(target)
   make_writable(target.parent)
+  if format == 'huggingface':
+    write_config(checkpoint.config, 'float32')  # refuses an architecture that has no name there
   try:
     tokenizer = checkpoint.tokenizer
   except UserError as error:
@@ -140,6 +143,8 @@ def convert_coprocessor(directory: Path, target: Path, dtype: str | None) -> str
   """
   if dtype is None:
     raise UserError('--dtype: give the dtype to round the coprocessor to, such as bfloat16')
+  if target.exists():
+    raise UserError(f'{target} exists already. Give another directory, or remove it.')
   trained = coprocessor_checkpoint.load(
       coprocessor_checkpoint.locate_coprocessor(directory), dtype=dtype)
   make_writable(target.parent)

@@ -88,7 +88,9 @@ class Coprocessor:
     # Parameters do not depend on the number of tokens, so one is enough.
     rows = jnp.zeros((1, 1, 1, self.decoder_config.embed_dim))
     index = jnp.zeros((1, 1, 1), jnp.int32)
-    variables = self.transformer.init(key, rows, index, AttentionMaskSpec(index, index[0]))
+    # With plain attention, which takes any dtype; kernels have no parameters.
+    plain = self.transformer.clone(attention='plain')
+    variables = plain.init(key, rows, index, AttentionMaskSpec(index, index[0]))
     if self.config.trainable == 'lora':
       return {'lora': variables['lora']}
     boxed = variables['params']

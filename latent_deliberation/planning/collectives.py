@@ -203,7 +203,9 @@ def _seconds(kind: str, whole: int, group: np.ndarray, mesh: Mesh, topology: Top
   spanned = [axis for axis, length in enumerate(lengths) if length > 1]
   if not spanned:
     return 0.0
-  closed = [lengths[axis] == topology.shape[axis] and lengths[axis] % chip.ring == 0
+  # A slice in three dimensions closes along all axes or none: https://cloud.google.com/tpu/docs/v5p.
+  lone = len(topology.shape) == 3 and any(length % chip.ring for length in topology.shape)
+  closed = [not lone and lengths[axis] == topology.shape[axis] and lengths[axis] % chip.ring == 0
             for axis in spanned]
   if kind == 'collective-permute':
     return max(HOP_SECONDS, whole / chip.link_bandwidth)

@@ -141,8 +141,8 @@ def _name_part(instruction: Instruction) -> str:
   return '/'.join(parts) or instruction.op_name or instruction.opcode
 
 
-def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
-           texts_per_chip: int) -> str:
+def advise(memory: Memory, capacity: float, remat: str, accumulation: int, texts_per_chip: int,
+           replicates: bool = False) -> str:
   """Returns the largest part of a step that does not fit, and settings that would help, or ''.
 
   Args:
@@ -151,11 +151,16 @@ def advise(memory: Memory, capacity: float, remat: str, accumulation: int,
     remat: `computation.remat` of the plan.
     accumulation: `training.accumulation` of the plan.
     texts_per_chip: texts of a microbatch on a chip.
+    replicates: `computation.replicate_frozen` of the plan.
   """
   if memory.peak <= capacity:
     return ''
   over = (f'{memory.peak / 1e9:.1f} GB do not fit into {capacity / 1e9:.1f} GB; the largest part '
           f'is {memory.largest} ({getattr(memory, memory.largest) / 1e9:.1f} GB).')
+  # More shards divide no weights that each chip has whole.
+  if replicates:
+    return (f'{over} Every chip has all frozen weights ({memory.frozen / 1e9:.1f} GB): set '
+            'computation.replicate_frozen=False and plan again.')
   if memory.state > capacity:
     factor = -(-memory.state // int(capacity))
     return (f'{over} Weights and optimizer alone need {memory.state / 1e9:.1f} GB. Neither remat '

@@ -30,7 +30,8 @@ class Chip:
     hbm_bandwidth: bytes a second from its memory.
     clock: cycles a second; the compiler's estimates are in cycles.
     link_bandwidth: bytes a second over one link to a neighbour, one way.
-    ring: an axis of a slice closes to a ring if its number of chips is a multiple of this.
+    ring: an axis of a slice closes to a ring if its number of chips is a multiple of this; in three
+      dimensions if all of its axes are.
     shapes: shapes of the slices that are offered.
   """
   flops: float

@@ -7,7 +7,9 @@ import pytest
 
 from latent_deliberation.benchmarks import dense_plan
 from latent_deliberation.benchmarks.dense_mask import dense_mask
+from latent_deliberation.errors import UserError
 from latent_deliberation.planning.topology import find_topology
+from latent_deliberation.sharding import MeshConfig
 from tests import finished
 
 
@@ -46,8 +48,19 @@ def test_mask_without_seconds(planned):
 
 
 def test_as_dense():
-  """The mask keeps nothing of a block and has one text a device at a time."""
+  """The mask keeps nothing of a block and has one text a shard at a time."""
   experiment = finished.experiment(training__batch_size=32, computation__remat='dots')
-  dense = dense_plan.as_dense(experiment, 8)
+  topology = find_topology('cpu:8')
+  dense = dense_plan.as_dense(experiment, topology)
   assert (dense.computation.remat, dense.computation.attention) == ('full', 'plain')
   assert dense.training.accumulation == 4
+  # Devices of a tensor axis share their texts.
+  tensor = dataclasses.replace(experiment, mesh=MeshConfig(tensor=2))
+  assert dense_plan.as_dense(tensor, topology).training.accumulation == 8
+
+
+def test_int8_is_refused(tmp_path):
+  """Before anything is compiled."""
+  experiment = finished.experiment(computation__frozen_dtype='w8a8')
+  with pytest.raises(UserError, match='no int8 weights'):
+    dense_plan.benchmark(experiment, find_topology('cpu:8'), tmp_path / 'x.json')

@@ -1,11 +1,14 @@
 """Collectives: axis, bytes, seconds, and how many of them are hidden."""
 
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.planning.collectives import HOP_SECONDS, find_collectives, read_groups
 from latent_deliberation.planning.program import parse
-from tests.planning.machines import slice_of
+from latent_deliberation.planning.topology import CHIPS, Topology
+from tests.planning.machines import AbstractDevice, slice_of
 
 PAIRS = [[0, 1], [2, 3]]
 CROSSED = [[0, 2], [1, 3]]
@@ -71,6 +74,20 @@ def test_synchronous_is_exposed(kind, groups, axis, bytes_, seconds):
   assert (found.kind, found.axis, found.bytes, found.count) == (kind, axis, bytes_, 1)
   assert not found.overlapped
   assert found.seconds == found.exposed_seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize('shape, ways', [((2, 2, 4), 1), ((4, 4, 4), 2)])
+def test_small_cubes_have_no_rings(shape, ways):
+  """A v5p slice closes along all of its axes or none."""
+  devices = np.empty(shape, object)
+  for number, place in enumerate(np.ndindex(shape)):
+    devices[place] = AbstractDevice(number, place)
+  chip, rows = CHIPS['v5p'], devices.size // 4
+  topology = Topology('v5p:' + 'x'.join(map(str, shape)), list(devices.flat), chip)
+  mesh = Mesh(devices.reshape(rows, 4), ('data', 'fsdp'))
+  found, = find_collectives(parse(sync('all-gather', f'[{rows},4]<=[{devices.size}]')), mesh,
+                            topology)
+  assert found.seconds == pytest.approx(SIZE * 3 / 4 / (ways * chip.link_bandwidth))
 
 
 def test_small_message_takes_hops():

@@ -11,11 +11,15 @@ import pytest
 from flax import linen as nn
 from jax.experimental import topologies
 
+from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError
 from latent_deliberation.model import attention
 from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
+from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.kernels import fused_attention
 from latent_deliberation.model.kernels.tiling import Blocks
+from latent_deliberation.model.transformer_config import PRESETS
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
 GLOBAL = np.iinfo(np.int32).max
@@ -266,6 +270,19 @@ def test_unknown_platform(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'metal')
   with pytest.raises(UserError, match="'metal'.*'plain'"):
     fused_attention.choose_kernels(queries_of(256, 'bfloat16'))
+
+
+@pytest.mark.parametrize('trainable', ['full', 'lora'])
+def test_coprocessor_of_wide_heads_begins_on_a_gpu(monkeypatch, trainable):
+  """Parameters of a Gemma's coprocessor, with heads of 256 x bfloat16, are made there."""
+  decoder_config = dataclasses.replace(PRESETS['gemma2_2b'], num_layers=2)
+  frozen = jax.eval_shape(Decoder(decoder_config).init, jax.random.key(0), jnp.zeros((1, 1), int))
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  coprocessor = Coprocessor(
+      decoder_config, DeliberationConfig(num_latents=4, num_ahead=4, num_traces=2,
+                                         trainable=trainable), 'bfloat16', attention='fused')
+  made = jax.eval_shape(coprocessor.init, jax.random.key(0), nn.unbox(frozen)['params'])
+  assert {'full': 'transformer', 'lora': 'lora'}[trainable] in made
 
 
 @pytest.mark.parametrize('width, dtype, words', [
