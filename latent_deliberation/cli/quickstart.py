@@ -128,7 +128,7 @@ def prepare_phases(experiment: Experiment, workdir: Path, given: Set[str], mesh:
       runs = check_phases(experiment, workdir, mesh)
     # Fails now, not hours later, if there is too little held-out text for the report.
     held_out = open_held_out(experiment, workdir, mesh)
-    check_reach(experiment, held_out, 'the report')
+    check_reach(experiment, held_out, 'the data')
     if checkpoint:
       check_rows_vocabulary(held_out.rows, checkpoint)
   write_choices(workdir, 'quickstart', dataclasses.asdict(experiment), choices)

@@ -315,7 +315,7 @@ def test_bad_text(made, place, tmp_path):
   # In every held-out row, but never 8 tokens after a place for latents.
   finished.write_texts(tmp_path / 'short', [f'{number:04}567' for number in range(800)])
   for text, message in ((tmp_path / 'empty', 'no file matches'), (tmp_path / 'tiny', 'rows|row'),
-                        (tmp_path / 'short', 'of acts text reach ahead position .*too short')):
+                        (tmp_path / 'short', 'of the data reach ahead position .*too short')):
     with pytest.raises(UserError, match=message):
       make_expert(experiment, dataclasses.replace(request, text=str(text)), tmp_path / 'work',
                   tmp_path / 'out', GIVEN)
