@@ -221,9 +221,10 @@ def format_trial(result: Mapping[str, Any]) -> str:
   if result.get('pairs'):
     parts += ['## Two experts on mixed text', *(_format_pair(pair, found)
                                                 for pair, found in result['pairs'].items())]
+  token = result['seconds'].get('decoded token')  # an older trial did not time it
   parts += ['## Cost', markdown_table(
       ['what', 'milliseconds for a batch', 'in decoded tokens'],
-      [[name, f'{1e3 * seconds:.2f}', f'{seconds / result["seconds"]["decoded token"]:.2f}']
+      [[name, f'{1e3 * seconds:.2f}', f'{seconds / token:.2f}' if token else '-']
        for name, seconds in result['seconds'].items()])]
   return '\n\n'.join(parts) + '\n'
 
