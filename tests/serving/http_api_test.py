@@ -294,7 +294,7 @@ def test_client_that_leaves(experts, streamed):
 
 def test_time_is_limited():
   """A text that cannot begin in time gets a status that says so."""
-  with small_server.serving(FaultyServer(), request_seconds=1e-3, latent_seconds=5e-4) as server:
+  with small_server.serving(FaultyServer(), request_seconds=1e-6, latent_seconds=1e-7) as server:
     status, error = refused(server, {'model': 'tiny'})
     assert status == 503 and 'time' in error['message']
 
