@@ -12,13 +12,11 @@ from flax import linen as nn
 
 from latent_deliberation.array_types import Array, Batch, Params, PyTree
 from latent_deliberation.benchmarks.baseline import seconds_of
-from latent_deliberation.benchmarks.dense_mask import check_dense, dense_mask
+from latent_deliberation.benchmarks.dense_mask import check_dense, check_weights, dense_mask
 from latent_deliberation.benchmarks.step_speed import random_batch, ratios_of_turns
 from latent_deliberation.build import build_decoder, build_deliberator
-from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json
-from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.training.objectives import augmentation
 from latent_deliberation.training.step import LossFn
@@ -42,10 +40,7 @@ def benchmark(experiment: Experiment, num_texts: int, with_dense: bool, output: 
   Raises:
     UserError: the frozen weights are int8, or the dense mask is not written for this experiment.
   """
-  frozen_dtype = experiment.computation.frozen_dtype
-  if frozen_dtype in INT8_DTYPES:
-    raise UserError(f'computation.frozen_dtype = {frozen_dtype!r}: this benchmark has no int8 '
-                    'weights. Set --config.computation.frozen_dtype=bfloat16.')
+  check_weights(experiment.computation.frozen_dtype, 'this benchmark')
   if with_dense:
     check_dense(experiment.decoder, experiment.deliberation)
 

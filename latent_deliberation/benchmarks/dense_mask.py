@@ -16,6 +16,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.model.attention import AttentionMaskSpec, KVCache, attend
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import FeedForward, RMSNorm
+from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.model.rotary import rotate
 from latent_deliberation.model.transformer import REMAT_POLICIES, LayerTraits, layer_traits
 from latent_deliberation.model.transformer_config import TransformerConfig
@@ -52,6 +53,13 @@ def check_dense(decoder_config: TransformerConfig, config: DeliberationConfig) -
     if value != needed:
       raise UserError(f'{name} = {value!r}, but the dense mask needs {needed!r}. Set that, or '
                       'leave the dense mask out.')
+
+
+def check_weights(frozen_dtype: str, what: str) -> None:
+  """Raises UserError for int8 weights, which `what` does not multiply."""
+  if frozen_dtype in INT8_DTYPES:
+    raise UserError(f'computation.frozen_dtype = {frozen_dtype!r}: {what} has no int8 weights. Set '
+                    '--config.computation.frozen_dtype=bfloat16.')
 
 
 def dense_mask(deliberator: Deliberator, loss_chunk: int) -> LossFn:

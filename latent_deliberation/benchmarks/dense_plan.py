@@ -6,11 +6,9 @@ from typing import Any
 
 from absl import logging
 
-from latent_deliberation.benchmarks.dense_mask import check_dense, dense_mask
-from latent_deliberation.errors import UserError
+from latent_deliberation.benchmarks.dense_mask import check_dense, check_weights, dense_mask
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import write_json
-from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.planning.compile import describe_run, plan_step
 from latent_deliberation.planning.cost_plots import plot_plans
 from latent_deliberation.planning.topology import Topology
@@ -37,9 +35,7 @@ def benchmark(experiment: Experiment, topology: Topology, output: Path) -> dict[
     UserError: the dense mask is not written for this experiment; see `check_dense`.
   """
   check_dense(experiment.decoder, experiment.deliberation)
-  if (frozen_dtype := experiment.computation.frozen_dtype) in INT8_DTYPES:
-    raise UserError(f'computation.frozen_dtype = {frozen_dtype!r}: the dense mask has no int8 '
-                    'weights. Set --config.computation.frozen_dtype=bfloat16.')
+  check_weights(experiment.computation.frozen_dtype, 'the dense mask')
   ours = dataclasses.replace(
       experiment, computation=experiment.computation.on('tpu' if topology.chip else 'cpu'))
   runs = {'ours': describe_run(ours, topology),

@@ -90,6 +90,7 @@ class _Results:
 
   def __init__(self, path: Path):
     self._path, self._found = path, collections.defaultdict(list)
+    self._commit = git_commit()  # once, since it asks git several times
     if path.exists():
       for line in path.read_text().splitlines():
         result = json.loads(line)
@@ -106,11 +107,11 @@ class _Results:
   def commits(self) -> list[str]:
     """Returns the commits that cases ran on, in their order; those of earlier code name none."""
     named = [result.get('git_commit', '') for found in self._found.values() for result in found]
-    return list(dict.fromkeys(filter(None, named))) or [git_commit()]
+    return list(dict.fromkeys(filter(None, named))) or [self._commit]
 
   def add(self, kind: str, result: Mapping[str, Any]) -> None:
     """Keeps a result."""
-    result = {'kind': kind, 'git_commit': git_commit(), **result}
+    result = {'kind': kind, 'git_commit': self._commit, **result}
     self._found[kind].append(result)
     with self._path.open('a') as file:
       file.write(json.dumps(result) + '\n')

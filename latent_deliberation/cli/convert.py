@@ -102,10 +102,7 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   Raises:
     UserError: `target` exists already, or cannot be written.
   """
-  if target.exists():
-    raise UserError(f'{target} exists already. Give another directory, or remove it.')
-  refuse_backslash(target)
-  make_writable(target.parent)
+  _check_target(target)
   if format == 'huggingface':
     write_config(checkpoint.config, 'float32')  # refuses an architecture that has no name there
   try:
@@ -127,6 +124,14 @@ def convert(checkpoint: Checkpoint, target: Path, format: str, dtype: str | None
   return f'{target}: {format}, {count_parameters(params):,} weights, {written:,} bytes{with_it}'
 
 
+def _check_target(target: Path) -> None:
+  """Raises UserError where a directory exists or cannot be written, before anything is loaded."""
+  if target.exists():
+    raise UserError(f'{target} exists already. Give another directory, or remove it.')
+  refuse_backslash(target)
+  make_writable(target.parent)
+
+
 def convert_coprocessor(directory: Path, target: Path, dtype: str | None) -> str:
   """Writes a trained coprocessor with its parameters rounded to `dtype`.
 
@@ -143,11 +148,9 @@ def convert_coprocessor(directory: Path, target: Path, dtype: str | None) -> str
   """
   if dtype is None:
     raise UserError('--dtype: give the dtype to round the coprocessor to, such as bfloat16')
-  if target.exists():
-    raise UserError(f'{target} exists already. Give another directory, or remove it.')
+  _check_target(target)
   trained = coprocessor_checkpoint.load(
       coprocessor_checkpoint.locate_coprocessor(directory), dtype=dtype)
-  make_writable(target.parent)
   coprocessor_checkpoint.save(target, trained)
   written = sum(path.stat().st_size for path in target.iterdir())
   return f'{target}: {count_parameters(trained.params):,} weights in {dtype}, {written:,} bytes'

@@ -7,6 +7,7 @@ import pytest
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.answer_texts import AnswerEncoder, rolling_windows
+from latent_deliberation.evaluation.arm_model import open_arm_model
 from latent_deliberation.inference.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -86,6 +87,12 @@ def test_anchor_is_cut():
 def test_refused(context, continuation, options, said):
   with pytest.raises(UserError, match=said):
     AnswerEncoder(BYTES, **{'max_length': 100, **options}).encode(context, continuation, 'item 7')
+
+
+def test_no_room_for_a_text():
+  """A text needs the token that begins it and an answer, which is said before a decoder is opened."""
+  with pytest.raises(UserError, match='max_length = 1'):
+    open_arm_model('nowhere', max_length=1)
 
 
 @pytest.mark.parametrize('context', ['Q: why', 'Q: why ', 'Q:\n\n', ' Q'])
