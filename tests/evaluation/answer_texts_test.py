@@ -90,7 +90,7 @@ def test_refused(context, continuation, options, said):
 
 
 def test_no_room_for_a_text():
-  """A text needs the token that begins it and an answer, which is said before a decoder is opened."""
+  """A text needs the token that begins it and an answer; no decoder is opened without both."""
   with pytest.raises(UserError, match='max_length = 1'):
     open_arm_model('nowhere', max_length=1)
 
