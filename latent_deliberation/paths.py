@@ -67,6 +67,7 @@ PRETRAINING, CONSTANT = 'pretraining', 'constant'  # in a quickstart's directory
 GENERAL_DATA, EXPERT_SCORES = 'general', 'scores'  # in the directory of an expert's training
 PHASES_FILE = 'phases.json'
 REPORT, RESULTS = 'report', 'results'  # .json and .md
+SCORES_FILE = 'scores.json'  # of a run of a study, in its directory
 GATE_FILE, GATE_WEIGHTS_FILE = 'gate.json', 'gate.safetensors'
 
 

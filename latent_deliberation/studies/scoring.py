@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.build import build_deliberator
 from latent_deliberation.data.data_config import DataConfig
+from latent_deliberation.data.rows import fingerprint_of
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import gather_traces
@@ -28,6 +29,7 @@ from latent_deliberation.experiment import Experiment
 from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.session import DecodingOptions, generate
 from latent_deliberation.inference.tokenizer import Prompts, tokenizer_of_data
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.layers import output_head
 from latent_deliberation.progress import Progress, counted
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
@@ -198,6 +200,7 @@ class QuestionScorer:
   """Scores arms on the same questions.
 
   Attributes:
+    identity: fingerprint of the questions.
     difficulty: int [items] difficulty of each question.
     positions: None; only text has ahead positions.
     prompt_tokens, answer_tokens: mean number of tokens of a prompt and of an answer.
@@ -216,6 +219,8 @@ class QuestionScorer:
     self.answer_tokens = float(np.mean([len(answer) for *_, answer in parts]))
     self._batches = batch_questions(parts, self._config.batch_size, self._config.offline)
     _check_room(study, min(int(batch.anchors.min()) for batch in self._batches))
+    self.identity = fingerprint([
+        (each.batch.tokens, each.anchors, each.start, each.end) for each in self._batches])
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
                decoder_params: Params) -> Mapping[str, Outcomes]:
@@ -305,6 +310,7 @@ class TextScorer:
   """Scores arms on the same held-out text, by ahead position.
 
   Attributes:
+    identity: fingerprint of the text and of the places in it.
     difficulty: None; text has no difficulty.
     positions: ahead positions of the report.
     prompt_tokens: mean number of tokens before an anchor.
@@ -325,6 +331,9 @@ class TextScorer:
     check_same_anchor_tokens(choices)
     self._first_anchor = max(choice.first_anchor for choice in choices.values())
     check_reach(experiment, self._held_out, study.name, self._first_anchor)
+    self.identity = fingerprint_of({
+        'rows': self._held_out.rows.fingerprint, 'seed': self._seed,
+        'first_anchor': self._first_anchor})
 
   def __call__(self, experiment: Experiment, arms: tuple[str, ...], params: Params,
                decoder_params: Params) -> Mapping[str, AheadNLL]:

@@ -39,12 +39,14 @@ from latent_deliberation.errors import UserError, raise_problems
 from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import as_path, copy_vocabulary, make_writable
+from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import (
   ARM_DATA,
   DECODER,
   PHASES_FILE,
   RESULTS,
   RUN_FILE,
+  SCORES_FILE,
   VOCABULARY_FILE,
   arm_directory,
   kept_vocabulary,
@@ -59,6 +61,7 @@ from latent_deliberation.studies.arms import (
   describe_frozen,
   read_diagnostics,
 )
+from latent_deliberation.studies.kept_scores import Scores, keep_scores, scores_identity
 from latent_deliberation.studies.scoring import (
   QuestionScorer,
   TextScorer,
@@ -119,7 +122,7 @@ def _run_phases(study: Study, names: Sequence[str], workdir: Path, given: Collec
     frozen = _open_decoder(study.experiment, workdir, mesh)
   decoder_params = frozen.params
   arms = {FROZEN: describe_frozen(
-      study.experiment, _score_frozen(study.experiment, decoder_params, scorer), scorer,
+      study.experiment, _score_frozen(study.experiment, frozen, workdir, scorer), scorer,
       clock.seconds['decoder'])}
   if study.questions.chain_tokens:
     with clock.phase(CHAIN):
@@ -318,10 +321,24 @@ def _phase_of(arm: str, seed: int) -> str:
   return f'{arm}, seed {seed}'
 
 
-def _score_frozen(experiment: Experiment, decoder_params: Params,
+def _score_frozen(experiment: Experiment, frozen: FrozenDecoder, workdir: Path,
                   scorer: QuestionScorer | TextScorer) -> ScoredRun:
-  count = count_parameters(decoder_params)
-  return ScoredRun(count, count, scorer(experiment, (FROZEN,), {}, decoder_params))
+  count = count_parameters(frozen.params)
+  return ScoredRun(count, count, _score(
+      experiment, (FROZEN,), {}, frozen.params, frozen.fingerprint, workdir, scorer))
+
+
+def _score(experiment: Experiment, controls: tuple[str, ...], params: Params,
+           decoder_params: Params, decoder: str, run_dir: Path,
+           scorer: QuestionScorer | TextScorer) -> Scores:
+  """Scores one run, unless its directory has these scores.
+
+  Args:
+    decoder: fingerprint of the decoder's weights.
+  """
+  identity = scores_identity(experiment, controls, params, decoder, scorer.identity)
+  return keep_scores(run_dir / SCORES_FILE, identity,
+                     lambda: scorer(experiment, controls, params, decoder_params))
 
 
 def _run_arm(study: Study, name: str, seed: int, frozen: FrozenDecoder, workdir: Path,
@@ -339,13 +356,14 @@ def _run_arm(study: Study, name: str, seed: int, frozen: FrozenDecoder, workdir:
     constant = experiment.deliberation.trainable == 'constant'
     count = count_parameters(params)
     # Constant soft tokens are the same for every question, so they have no controls.
-    scores = scorer(experiment, (OWN,) if constant else (OWN, *CONTROLS), params, frozen.params)
+    scores = _score(experiment, (OWN,) if constant else (OWN, *CONTROLS), params, frozen.params,
+                    frozen.fingerprint, run_dir, scorer)
     return ScoredRun(count, count_parameters(frozen.params) + count, scores)
   tuned = tune_decoder(experiment, learns, frozen.params, frozen.fingerprint, run_dir,
                        arm_prepared_dir, mesh)
   # Only 'joint' training gives the tuned decoder latents to read.
-  scores = scorer(experiment, (OWN if tuned.soft_tokens else FROZEN,), tuned.soft_tokens,
-                  tuned.decoder_params)
+  scores = _score(experiment, (OWN if tuned.soft_tokens else FROZEN,), tuned.soft_tokens,
+                  tuned.decoder_params, fingerprint(tuned.decoder_params), run_dir, scorer)
   total = count_parameters(tuned.decoder_params) + count_parameters(tuned.soft_tokens)
   return ScoredRun(tuned.trained, total, scores)
 

@@ -1,0 +1,85 @@
+"""Scores of an arm, kept beside its run: a study that was stopped goes on after them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from latent_deliberation.array_types import Params
+from latent_deliberation.data.rows import fingerprint_of
+from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.perplexity import AheadNLL
+from latent_deliberation.experiment import Experiment
+from latent_deliberation.files import seal, unseal, write_whole
+from latent_deliberation.model.decoder import fingerprint
+from latent_deliberation.studies.study_result import Outcomes
+
+Scores = Mapping[str, Outcomes | AheadNLL]  # by control
+KINDS = {'questions': Outcomes, 'text': AheadNLL}
+
+
+def scores_identity(experiment: Experiment, arms: Sequence[str], params: Params, decoder: str,
+                    asked: str) -> str:
+  """Returns a name of all that scores depend on, but for the program.
+
+  Args:
+    experiment: the experiment of the arm.
+    arms: what is scored, 'frozen' and names of controls.
+    params: parameters of the coprocessor.
+    decoder: fingerprint of the decoder's weights.
+    asked: identity of the questions or the text.
+  """
+  return fingerprint_of({
+      'arms': list(arms), 'params': fingerprint(params), 'weights': decoder, 'asked': asked,
+      'computation': dataclasses.asdict(experiment.computation.on(jax.default_backend())),
+      **{part: dataclasses.asdict(getattr(experiment, part))
+         for part in ('decoder', 'deliberation', 'evaluation')}})
+
+
+def keep_scores(path: Path, identity: str, score: Callable[[], Scores]) -> Scores:
+  """Returns the scores in a file, if they have this identity. Else it computes and writes them.
+
+  Args:
+    path: the file, which need not exist.
+    identity: see `scores_identity`.
+    score: computes the scores; all processes call it.
+
+  Raises:
+    UserError: the file is damaged, or cannot be written.
+  """
+  if path.exists():
+    kept = _read(path)
+    if kept['identity'] == identity:
+      return {arm: _from_json(fields) for arm, fields in kept['scores'].items()}
+  scores = score()
+  if jax.process_index() == 0:
+    content = {'identity': identity,
+               'scores': {arm: _to_json(each) for arm, each in scores.items()}}
+    write_whole(path, json.dumps(seal(content)).encode())
+  return scores
+
+
+def _read(path: Path) -> dict[str, Any]:
+  remedy = f'{path} is damaged: remove it, and the arm is scored again'
+  try:
+    kept = unseal(path.read_bytes(), path)
+  except (ValueError, UserError) as error:
+    raise UserError(remedy) from error
+  if not isinstance(kept, dict) or not {'identity', 'scores'} <= set(kept):
+    raise UserError(remedy)
+  return kept
+
+
+def _to_json(scores: Outcomes | AheadNLL) -> dict[str, Any]:
+  kind = next(name for name, each in KINDS.items() if isinstance(scores, each))
+  return {'kind': kind, **{field.name: getattr(scores, field.name).tolist()
+                           for field in dataclasses.fields(scores)}}
+
+
+def _from_json(fields: Mapping[str, Any]) -> Outcomes | AheadNLL:
+  return KINDS[fields['kind']](**{
+      name: np.array(values) for name, values in fields.items() if name != 'kind'})
