@@ -79,7 +79,7 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
       file, or the directory that holds one; a name such as 'gemma3-270m'; or hf://ORG/NAME.
     vocabulary: path of a SentencePiece model or tokenizer.json, or 'byte'; '' for the one next to
       the decoder.
-    dtype: dtype of the computation and the kv-cache. Weights stay as they are stored.
+    dtype: dtype of the computation and the kv-cache, to which wider matrices are rounded.
 
   Raises:
     UserError: decoder or vocabulary is absent or damaged, they do not belong together, or dtype is

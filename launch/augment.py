@@ -13,6 +13,7 @@ from shlex import quote
 from absl import flags
 
 from latent_deliberation.cli import app
+from latent_deliberation.experiment import DTYPES
 from latent_deliberation.files import as_path
 from latent_deliberation.inference.engine import open_engine
 from latent_deliberation.inference.prefix_cache import check_context, save_context
@@ -23,6 +24,8 @@ _DECODER = app.define_decoder(
 _COPROCESSOR = app.define_directory(
     'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
 _VOCABULARY = app.define_vocabulary()
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', DTYPES, 'Dtype of the computation and of the kv-cache.')
 _DOCUMENT = app.define_file('document', 'File with the text to read, in UTF-8.')
 _LENGTH = flags.DEFINE_integer('length', 2048, 'Largest number of tokens that the text may have.')
 _OUTPUT = app.define_directory('output', 'Directory to write the cache to; must not exist yet.')
@@ -32,12 +35,14 @@ def main() -> None:
   output = as_path(_OUTPUT.value)
   text = check_context(output, as_path(_DOCUMENT.value), _COPROCESSOR.value)
   engine, tokenizer = open_engine(
-      as_path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value)
+      as_path(_DECODER.value), _COPROCESSOR.value, _VOCABULARY.value, _LENGTH.value,
+      dtype=_DTYPE.value)
   tokens = save_context(text, output, engine, tokenizer)
   print(f'{output}: {tokens} tokens and {engine.model.coprocessor.config.num_latents} latents. '
         f'Next: python launch/generate.py --decoder={quote(_DECODER.value)} '
         f'--cache={quote(str(output))} --length={_LENGTH.value}'
-        + (f' --vocabulary={quote(_VOCABULARY.value)}' if _VOCABULARY.value else ''))
+        + (f' --vocabulary={quote(_VOCABULARY.value)}' if _VOCABULARY.value else '')
+        + (f' --dtype={_DTYPE.value}' if _DTYPE.value != _DTYPE.default else ''))
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ page in a browser, or read docs/serving.md.
 from absl import flags
 
 from latent_deliberation.cli import app
+from latent_deliberation.experiment import DTYPES
 from latent_deliberation.experts.routing import ROUTERS
 from latent_deliberation.serving.server_options import ServerOptions, check_libraries
 
@@ -31,6 +32,8 @@ _COPROCESSOR = app.define_directory(
     'Default: none.', '')
 _ROUTER = flags.DEFINE_enum('router', _DEFAULT.router, sorted(ROUTERS), 'Router of NAME+auto.')
 _VOCABULARY = app.define_vocabulary()
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', DTYPES, 'Dtype of the computation and of the kv-cache.')
 _HOST = flags.DEFINE_string(
     'host', _DEFAULT.host, 'Address to listen on. Others than loopback need --key_file.')
 _PORT = flags.DEFINE_integer('port', _DEFAULT.port, 'Port to listen on; 0 for any free one.')
@@ -55,7 +58,8 @@ _WARM_UP = flags.DEFINE_bool('warm_up', True, 'Compile before the first request.
 def main() -> None:
   options = ServerOptions(
       decoder=_DECODER.value, name=_NAME.value, coprocessor=_COPROCESSOR.value,
-      experts=_EXPERTS.value, router=_ROUTER.value, vocabulary=_VOCABULARY.value, host=_HOST.value,
+      experts=_EXPERTS.value, router=_ROUTER.value, vocabulary=_VOCABULARY.value,
+      dtype=_DTYPE.value, host=_HOST.value,
       port=_PORT.value, key_file=_KEY_FILE.value, rows=_ROWS.value, length=_LENGTH.value,
       most_queued=_MOST_QUEUED.value, most_texts=_MOST_TEXTS.value, most_bytes=_MOST_BYTES.value,
       request_seconds=_REQUEST_SECONDS.value, latent_seconds=_LATENT_SECONDS.value,

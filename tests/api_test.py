@@ -186,6 +186,11 @@ def test_file_names_the_decoder(quickstart, decoder):
   path = next(filter(Path.is_file, directory.iterdir()))
   loaded = ld.load_decoder(path, vocabulary='byte', dtype='bfloat16')
   assert loaded.fingerprint == decoder.fingerprint
+  # Matrices are rounded when they are loaded. Norms are computed in float32, from float32.
+  dtypes = {path[-1].key: leaf.dtype.name
+            for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.params['embedder'])
+            + jax.tree_util.tree_leaves_with_path(loaded.params['transformer'].blocks[0]['params'])}
+  assert dtypes == {'table': 'bfloat16', 'w': 'bfloat16', 'scale': 'float32'}
   completion, = ld.Generator(loaded, length=LENGTH).generate(PROMPTS[:1], max_tokens=2)
   assert isinstance(completion, ld.TextCompletion) and len(completion.tokens) == 2
 

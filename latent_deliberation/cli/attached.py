@@ -138,7 +138,8 @@ def attach_choice(decoder: LoadedDecoder, expert: str, *, length: int, strict: b
 
 
 def open_writer(request: Request, decoder: str, coprocessor: str, expert: str, strict: bool,
-                vocabulary: str, length: int, gate: FittedGate | None) -> Writer:
+                vocabulary: str, length: int, gate: FittedGate | None,
+                dtype: str = 'float32') -> Writer:
   """Returns a writer with experts; see `generate.open_writer`."""
   if coprocessor not in ('', NONE):
     raise UserError(f'--coprocessor={coprocessor} and --expert={expert}: give one of the two')
@@ -146,7 +147,7 @@ def open_writer(request: Request, decoder: str, coprocessor: str, expert: str, s
     raise UserError(f'--cache={request.cache} has the latents of a coprocessor, and --expert makes '
                     'others: leave one of them out')
   parse_expert(expert)  # before the decoder is loaded
-  loaded = load_decoder(as_path(decoder), vocabulary=vocabulary)
+  loaded = load_decoder(as_path(decoder), vocabulary=vocabulary, dtype=dtype)
   if gate is not None:
     gate.check_decoder(loaded.fingerprint)
   experts, choice = attach_choice(loaded, expert, length=length, strict=strict)

@@ -64,7 +64,8 @@ def check_coprocessor(coprocessor: str, **flags: object) -> bool:
 
 
 def open_writer(request: 'Request', decoder: str, coprocessor: str, expert: str, strict: bool,
-                vocabulary: str, length: int, gate: FittedGate | None) -> 'Writer':
+                vocabulary: str, length: int, gate: FittedGate | None,
+                dtype: str = 'float32') -> 'Writer':
   """Opens decoder, coprocessor or experts, and the cache that a request names; see `open_engine`.
 
   Args:
@@ -75,8 +76,8 @@ def open_writer(request: 'Request', decoder: str, coprocessor: str, expert: str,
     # Imported by name, since most prompts have no experts.
     attached = importlib.import_module('latent_deliberation.cli.attached')
     return attached.open_writer(request, decoder, coprocessor, expert, strict, vocabulary, length,
-                                gate)
-  engine, tokenizer = open_engine(as_path(decoder), coprocessor, vocabulary, length, gate)
+                                gate, dtype)
+  engine, tokenizer = open_engine(as_path(decoder), coprocessor, vocabulary, length, gate, dtype)
   context = open_context(as_path(request.cache), engine) if request.cache else None
   return Writer(engine, tokenizer, request, context)
 

@@ -53,6 +53,7 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
 
 GREEDY = Sampling()
+MATRICES = ('w', 'table', 'head')  # names of the weights of products
 CACHE_BUDGET = 2 * 2**30  # bytes of kv-cache that texts decoded together may take by default
 
 
@@ -100,10 +101,14 @@ class Engine:
     room, num_latents, refining = config or room, 0, False
     if room is not None:
       num_latents, refining = room.num_latents, room.latents == 'refining'
+    # As in training, a CPU does all but products in float32.
+    platform = decoder_params['embedder']['table'].devices()
+    activations = 'float32' if next(iter(platform)).platform == 'cpu' else dtype
     # jit compiles for the values of the static part, so all of them must be hashable.
     self.model = Model(
-        decoder=Decoder(decoder_config, dtype=dtype),
-        coprocessor=None if config is None else Coprocessor(decoder_config, config, dtype=dtype),
+        decoder=Decoder(decoder_config, dtype=dtype, activations=activations),
+        coprocessor=None if config is None else Coprocessor(
+            decoder_config, config, dtype=dtype, activations=activations),
         plan=plan_cache(decoder_config, length, num_latents, refining),
         rules=() if mesh is None else tuple((name, tuple(axes)) for name, axes in rules.items()))
     self.weights = passes.assemble(decoder_params, config, params)
@@ -307,8 +312,8 @@ class LoadedDecoder:
 
   Attributes:
     config: its sizes.
-    params: its weights as stored, with the transformer unstacked.
-    fingerprint: fingerprint of the weights.
+    params: its weights, with the transformer unstacked; matrices are in `dtype` or narrower.
+    fingerprint: fingerprint of the weights as stored.
     tokenizer: tokenizer that it was trained with.
     dtype: dtype of the computation and the cache.
   """
@@ -320,7 +325,8 @@ class LoadedDecoder:
 
 
 def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', length: int = 2048,
-                gate: FittedGate | None = None) -> tuple[Engine, Tokenizer]:
+                gate: FittedGate | None = None,
+                dtype: str = 'float32') -> tuple[Engine, Tokenizer]:
   """Opens a decoder and its coprocessor from disk, after all checks that need no weights.
 
   Args:
@@ -331,12 +337,13 @@ def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', 
       own.
     length: largest number of tokens of a text.
     gate: gate to check against the decoder.
+    dtype: see `read_decoder`.
 
   Raises:
     UserError: one of them is absent or damaged, or they do not belong together.
   """
   checkpoint = weights.open_checkpoint(decoder_dir)
-  check_length(checkpoint.config, length, LoadedDecoder.dtype)
+  check_length(checkpoint.config, length, dtype)
   tokenizer = tokenizer_of(checkpoint, vocabulary)
   # Everything that descriptions can tell, before any weights are read.
   place = None
@@ -344,16 +351,24 @@ def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', 
     place = coprocessor_checkpoint.locate_coprocessor(as_path(coprocessor))
   description = None if place is None else coprocessor_checkpoint.describe(place)
   check_match(checkpoint.config, checkpoint.fingerprint, description, gate)
-  decoder = read_decoder(checkpoint, tokenizer)
+  decoder = read_decoder(checkpoint, tokenizer, dtype)
   trained = None if place is None else coprocessor_checkpoint.load(place)
   return build_engine(decoder, trained, length, gate), tokenizer
 
 
 def read_decoder(checkpoint: weights.Checkpoint, tokenizer: Tokenizer,
                  dtype: str = 'float32') -> LoadedDecoder:
-  """Reads the weights of a decoder; `dtype` is that of the computation."""
+  """Reads the weights of a decoder; `dtype` is that of the computation.
+
+  Wider matrices are rounded to it now. Otherwise each call of `decode` would do so again.
+  """
+  def rounded(path: tuple, leaf: Array) -> Array:
+    is_wider = leaf.dtype.itemsize > jnp.dtype(dtype).itemsize
+    return leaf.astype(dtype) if is_wider and path[-1].key in MATRICES else leaf
+
   params = checkpoint.load()
   decoder_fingerprint = checkpoint.fingerprint or fingerprint(params)
+  params = jax.tree_util.tree_map_with_path(rounded, params)
   params = {**params, 'transformer': passes.unstack(params['transformer'])}
   return LoadedDecoder(checkpoint.config, params, decoder_fingerprint, tokenizer, dtype)
 

@@ -87,7 +87,7 @@ def _transpose_large(params: Params, inputs: int = 1) -> Params:
 
 def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, segments: Array,
         cache: RingKVCache | None = None, lora: LowRank | None = None,
-        ) -> tuple[Array, Sequence[KeysValues]]:
+        activations: str | None = None) -> tuple[Array, Sequence[KeysValues]]:
   """Runs the blocks; returns hidden states [B, Q, D] after the final norm, and keys and values.
 
   Args:
@@ -96,13 +96,14 @@ def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, s
     cache: all tokens that it shows are seen, within a layer's window. If it has more layers than
       `layers`, its last ones are read.
     lora: rank and scale of the adapters in `layers`.
+    activations: see Transformer.
   """
   # One row of fresh tokens for each text, which sees the whole prefix.
-  rows, positions = x[:, None], positions[:, None]
+  rows, positions = x[:, None].astype(activations or x.dtype), positions[:, None]
   everything = jnp.full((len(x), 1), np.iinfo(np.int32).max)
   mask_spec = AttentionMaskSpec(segments[:, None], everything)
   traits = layer_traits(config)
-  block, fresh = Block(config, lora), []
+  block, fresh = Block(config, lora, dtype=x.dtype.name), []
   # A shallower coprocessor reads the last layers of the cache.
   skipped = len(cache.keys) - len(layers.blocks) if cache is not None else 0
   for number, variables in enumerate(layers.blocks):
@@ -112,7 +113,7 @@ def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, s
     fresh.append(keys_values)
   final_norm = RMSNorm(config.norm_epsilon, config.norm_offset)
   hidden = final_norm.apply({'params': layers.final_norm}, rows)
-  return hidden[:, 0], fresh
+  return hidden[:, 0].astype(x.dtype), fresh
 
 
 # --- Values that the programs take and give ---
@@ -241,7 +242,7 @@ def read(model: Model, weights: Weights, tokens: Array, count: Array) -> State:
     config = model.decoder.config
     index = _index(tokens, count, jnp.zeros_like(count))
     hidden, fresh = run(config, weights.layers, embed(model, weights, tokens), index.positions,
-                        index.segments)
+                        index.segments, activations=model.decoder.activations)
     cache = RingKVCache.empty(model.plan, config, len(tokens), hidden.dtype).fill(fresh, index)
     # Texts are aligned at their ends, so the last column predicts for all of them.
     last = hidden[:, -1]
@@ -287,7 +288,8 @@ def _continue(model: Model, weights: Weights, state: State, tokens: Array, count
   """Runs more tokens of the texts of a state; returns hidden states, keys and values, and index."""
   index = _index(tokens, count, state.position)
   hidden, fresh = run(model.decoder.config, weights.layers, embed(model, weights, tokens),
-                      index.positions, index.segments, state.cache)
+                      index.positions, index.segments, state.cache,
+                      activations=model.decoder.activations)
   return hidden, fresh, index
 
 
@@ -325,7 +327,7 @@ def coprocess(model: Model, weights: Weights, state: State) -> Array:
       positions = placement.latent_positions[:, 0]
       hidden, _ = run(coprocessor.transformer_config, weights.coprocessor_layers, outputs[:, 0],
                       positions, jnp.ones_like(positions), state.cache,
-                      coprocessor.transformer.lora)
+                      coprocessor.transformer.lora, coprocessor.activations)
       outputs = hidden[:, None]
     return coprocessor.compose(weights.coprocessor, outputs, jnp.zeros_like(base))[:, 0]
 
@@ -347,7 +349,8 @@ def read_latents(model: Model, weights: Weights, state: State, added: Array) -> 
     replaces = (placement.coprocessor_prefix_length - placement.decoder_prefix_length > 0)  # [B, 1]
     replaced = jnp.where(replaces, newest.positions, -1)
     hidden, fresh = run(model.decoder.config, weights.layers, latents, positions,
-                        jnp.ones_like(positions), state.cache.hide(replaced))
+                        jnp.ones_like(positions), state.cache.hide(replaced),
+                        activations=model.decoder.activations)
     logits = predict(model, weights, hidden[:, -1])
 
     # A text fails if any of its new keys, values or logits is not finite.

@@ -19,16 +19,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from latent_deliberation.array_types import Array, Bool, Float, Int
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.model.attention import KeysValues, KVCache
+from latent_deliberation.model.products import on_bits
 from latent_deliberation.model.transformer_config import TransformerConfig
 
 SlotUpdate = Callable[[Array, Array, int], Array]  # (old, new, axis of the slots) -> array
-_KEYS, _VALUES = 3, 2  # axes of the slots
-_AXES = {_KEYS: ('batch', 'kv_heads', 'head_dim', 'slot'),
-         _VALUES: ('batch', 'kv_heads', 'slot', 'head_dim')}
+_LAST, _THIRD = 3, 2  # axes of the slots
+_AXES = {_LAST: ('batch', 'kv_heads', 'head_dim', 'slot'),
+         _THIRD: ('batch', 'kv_heads', 'slot', 'head_dim')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,17 +115,23 @@ class RingKVCache:
 
   Attributes:
     keys, values: arrays of each of the L layers, with S = slots + Z. The axes are in the order in
-      which matrix products read them, so a decode step copies neither.
+      which a CPU's matrix products read them, so a decode step copies neither. Keys of bfloat16
+      have that of values.
     index: kind of layer -> contents of its slots.
     write_index: number of slots written so far. The newest token of every text is in the slot
       before it.
     plan: numbers of slots.
   """
-  keys: tuple[Float[Array, 'B K H S'], ...]
+  keys: tuple[Float[Array, 'B K H S'], ...] | tuple[Float[Array, 'B K S H'], ...]
   values: tuple[Float[Array, 'B K S H'], ...]
   index: dict[str, SlotIndex]
   write_index: Int[Array, '']
   plan: CachePlan = struct.field(pytree_node=False)
+
+  @property
+  def keys_axis(self) -> int:
+    """Axis of the slots in keys."""
+    return _keys_axis(self.keys[0].dtype)
 
   @classmethod
   def empty(cls, plan: CachePlan, config: TransformerConfig, batch: int,
@@ -133,7 +141,7 @@ class RingKVCache:
     widths = {kind: plan.slots(kind) + plan.latent_slots for kind in plan.kinds}
     values = tuple(jnp.zeros((batch, config.num_kv_heads, widths[kind], config.head_dim), dtype)
                    for kind in plan.kinds)
-    keys = tuple(jnp.swapaxes(each, 2, 3) for each in values)
+    keys = tuple(jnp.moveaxis(each, _THIRD, _keys_axis(each.dtype)) for each in values)
     nothing = {kind: jnp.zeros((batch, width), jnp.int32) for kind, width in widths.items()}
     index = {kind: SlotIndex(padding, padding, padding) for kind, padding in nothing.items()}
     return cls(keys, values, index, jnp.zeros((), jnp.int32), plan)
@@ -218,13 +226,13 @@ class RingKVCache:
     def place(kind: str, old: Array, new: Array, axis: int) -> Array:
       tokens, latents = jnp.split(new, [self.plan.slots(kind)], axis)
       turned = jnp.roll(tokens, self.write_index - other.write_index, axis)
-      return jax.lax.dynamic_update_slice_in_dim(
-          old, jnp.concatenate([turned, latents], axis), row, 0)
+      return on_bits(lambda row_of, new: jax.lax.dynamic_update_slice_in_dim(row_of, new, row, 0),
+                     old, jnp.concatenate([turned, latents], axis))
 
     layers = [tuple(place(kind, *each, axis)
                     for kind, *each in zip(self.plan.kinds, *arrays, strict=True))
-              for arrays, axis in (((self.keys, other.keys), _KEYS),
-                                   ((self.values, other.values), _VALUES))]
+              for arrays, axis in (((self.keys, other.keys), self.keys_axis),
+                                   ((self.values, other.values), _THIRD))]
     index = {kind: jax.tree.map(functools.partial(place, kind, axis=1), where, other.index[kind])
              for kind, where in self.index.items()}
     return RingKVCache(*layers, index, self.write_index, self.plan)
@@ -256,7 +264,7 @@ class RingKVCache:
 
     layers = [tuple(resize(kind, array, axis)
                     for kind, array in zip(plan.kinds, arrays, strict=True))
-              for arrays, axis in ((self.keys, _KEYS), (self.values, _VALUES))]
+              for arrays, axis in ((self.keys, self.keys_axis), (self.values, _THIRD))]
     index = {kind: jax.tree.map(functools.partial(resize, kind, axis=1), where)
              for kind, where in self.index.items()}
     return RingKVCache(*layers, index, self.write_index, plan)
@@ -264,8 +272,8 @@ class RingKVCache:
   def layer(self, number: int) -> KVCache:
     """Returns one layer as a block reads it."""
     index = self.index[self.plan.kinds[number]]
-    return KVCache(_to_block(self.keys[number], _KEYS), _to_block(self.values[number], _VALUES),
-                   index.positions, index.segments)
+    return KVCache(_to_block(self.keys[number], self.keys_axis),
+                   _to_block(self.values[number], _THIRD), index.positions, index.segments)
 
   def pop(self) -> tuple['RingKVCache', list[KeysValues], SlotIndex]:
     """Takes off the newest token; returns the cache without it, and what `append` needs for it.
@@ -279,8 +287,8 @@ class RingKVCache:
       return jax.lax.dynamic_slice_in_dim(array, write_index % self.plan.slots(kind), 1, axis)
 
     fresh = [
-        KeysValues(_to_block(newest(kind, keys, _KEYS), _KEYS)[:, None],
-                   _to_block(newest(kind, values, _VALUES), _VALUES)[:, None])
+        KeysValues(_to_block(newest(kind, keys, self.keys_axis), self.keys_axis)[:, None],
+                   _to_block(newest(kind, values, _THIRD), _THIRD)[:, None])
         for kind, keys, values in zip(self.plan.kinds, self.keys, self.values, strict=True)]
     # Every kind holds the newest token, and any index would do.
     kind = max(self.index, key=self.plan.slots)
@@ -305,15 +313,21 @@ class RingKVCache:
       for kind, before, after in zip(self.plan.kinds, old, new, strict=True):
         # The constraint keeps texts and kv heads on the devices that work on them.
         after = _to_slots(after[:, 0].astype(before.dtype), axis)
-        written.append(nn.with_logical_constraint(updates[kind](before, after, axis), _AXES[axis]))
+        update = functools.partial(updates[kind], axis=axis)
+        written.append(nn.with_logical_constraint(on_bits(update, before, after), _AXES[axis]))
       return tuple(written)
 
     return self.replace(
-        keys=layers(self.keys, [each.keys for each in fresh], _KEYS),
-        values=layers(self.values, [each.values for each in fresh], _VALUES),
+        keys=layers(self.keys, [each.keys for each in fresh], self.keys_axis),
+        values=layers(self.values, [each.values for each in fresh], _THIRD),
         index={kind: jax.tree.map(functools.partial(update, axis=1), self.index[kind], index)
                for kind, update in updates.items()},
         write_index=write_index)
+
+
+def _keys_axis(dtype: DTypeLike) -> int:
+  # A product of bfloat16 takes no transposed matrix: XLA on a CPU would copy it, as float32.
+  return _THIRD if dtype == jnp.bfloat16 else _LAST
 
 
 def _to_slots(fresh: Array, axis: int) -> Array:

@@ -92,8 +92,7 @@ class Decoder(nn.Module):
 
   def logits(self, hidden: Float[Array, '... D']) -> Float[Array, '... V']:
     """Returns soft-capped next-token logits, float32."""
-    raw = contract(hidden, self.embedder.output_head.astype(hidden.dtype),
-                   preferred_element_type='float32')
+    raw = contract(hidden, self.embedder.output_head.astype(hidden.dtype))
     return softcap(raw, self.config.final_softcap)
 
 

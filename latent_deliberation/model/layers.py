@@ -19,6 +19,7 @@ from latent_deliberation.model.products import (
   contract,
   multiply,
   multiply_quantised,
+  on_bits,
 )
 
 
@@ -93,7 +94,7 @@ class Projection(nn.Module):
     # The product with W, in the form in which the weight is stored.
     if self.has_variable('params', 'transposed'):
       transposed = self.get_variable('params', 'transposed')
-      y = contract(x.astype(dtype), transposed.astype(dtype), inputs, x.dtype.name).astype(x.dtype)
+      y = contract(x.astype(dtype), transposed.astype(dtype), inputs).astype(x.dtype)
     else:
       weight = self.param('w', nn.with_logical_partitioning(init, axes), shape)
       if isinstance(weight, Quantised):
@@ -172,7 +173,8 @@ class Embedder(nn.Module):
   @typed
   def encode(self, tokens: RowTokens, dtype: str) -> Rows:
     """Returns the input embeddings of tokens in `dtype`."""
-    rows = jax.tree.map(lambda leaf: leaf[tokens], self.table).astype(dtype)
+    rows = jax.tree.map(
+        lambda leaf: on_bits(lambda table: table[tokens], leaf), self.table).astype(dtype)
     if not self.scaled:
       return rows
     # Gemma rounds the factor to the dtype of the computation.

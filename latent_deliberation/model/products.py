@@ -8,7 +8,7 @@ too (W8A8).
 import functools
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,10 @@ def _matmul_bfloat16(kind: tuple[str, str, bool], x: Array, y: Array) -> Array:
 def _matmul_forward(kind: tuple[str, str, bool], x: Array,
                     y: Array) -> tuple[Array, tuple[Array, Array]]:
   x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-  return _contract(x, y, -1, -1 if kind[2] else -2), (x, y)
+  # XLA on a CPU multiplies one row three times as slowly as two.
+  rows = x.shape[-2]
+  padded = x if rows > 1 else jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)])
+  return _contract(padded, y, -1, -1 if kind[2] else -2)[..., :rows, :], (x, y)
 
 
 def _matmul_backward(kind: tuple[str, str, bool], factors: tuple[Array, Array],
@@ -71,20 +74,43 @@ def _matmul_backward(kind: tuple[str, str, bool], factors: tuple[Array, Array],
 _matmul_bfloat16.defvjp(_matmul_forward, _matmul_backward)
 
 
-def contract(x: Array, weight: Array, inputs: int = 1,
-             preferred_element_type: str | None = None) -> Array:
+def on_bits(move: Callable[..., Array], *arrays: Array) -> Array:
+  """Returns move(*arrays), for a function that puts elements elsewhere and computes nothing.
+
+  XLA on a CPU has no such operations for bfloat16. It converts whole arrays to float32 and back: an
+  embedding table for a few of its rows, a cache for one token. Their bits move as they are.
+  """
+  if arrays[0].dtype != jnp.bfloat16:
+    return move(*arrays)
+  return _on_bits(move, *arrays)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _on_bits(move: Callable[..., Array], *arrays: Array) -> Array:
+  moved = move(*(jax.lax.bitcast_convert_type(each, jnp.uint16) for each in arrays))
+  return jax.lax.bitcast_convert_type(moved, jnp.bfloat16)
+
+
+@_on_bits.defjvp
+def _on_bits_jvp(move: Callable[..., Array], arrays: Sequence[Array],
+                 tangents: Sequence[Array]) -> tuple[Array, Array]:
+  return _on_bits(move, *arrays), move(*tangents)  # a move is linear
+
+
+def contract(x: Array, weight: Array, inputs: int = 1) -> Array:
   """Contracts the last `inputs` axes of x with those of a weight, whose other axes come first.
 
-  XLA on a CPU reads the left operand of a matrix product up to twice as fast as the right one. With
-  few rows, the weight is therefore the left operand. With many, transposing the result costs more.
+  The result is float32. XLA on a CPU reads the left operand of a float32 product up to twice as
+  fast as the right one. With few rows, the weight is therefore the left operand. With many,
+  transposing the result costs more, and in bfloat16 nothing is gained.
   """
-  ours = tuple(range(x.ndim - inputs, x.ndim))
-  theirs = tuple(range(weight.ndim - inputs, weight.ndim))
-  if math.prod(x.shape[:-inputs]) > FEW_ROWS:
-    return jnp.tensordot(x, weight, (ours, theirs), preferred_element_type=preferred_element_type)
-  y = jnp.tensordot(weight, x, (theirs, ours), preferred_element_type=preferred_element_type)
-  outputs = weight.ndim - inputs
-  return jnp.moveaxis(y, range(outputs), range(-outputs, 0))
+  width = math.prod(weight.shape[weight.ndim - inputs:])
+  rows, columns = x.reshape(-1, width), weight.reshape(-1, width)
+  if len(rows) > FEW_ROWS or jnp.bfloat16 in (x.dtype, weight.dtype):
+    y = matmul(rows, columns, transposed=True)
+  else:
+    y = matmul(columns, rows, transposed=True).T
+  return y.reshape(*x.shape[:-inputs], *weight.shape[:weight.ndim - inputs])
 
 
 def multiply(x: Array, weight: Array, inputs: int = 1, flatten_batch: bool = True) -> Array:
@@ -101,8 +127,7 @@ def multiply(x: Array, weight: Array, inputs: int = 1, flatten_batch: bool = Tru
   if not flatten_batch:
     return jnp.tensordot(x, weight, axes=inputs)
   width = math.prod(weight.shape[:inputs])
-  product = jnp.matmul if x.dtype == weight.dtype else matmul
-  y = product(x.reshape(-1, width), weight.reshape(width, -1)).astype(x.dtype)
+  y = matmul(x.reshape(-1, width), weight.reshape(width, -1)).astype(x.dtype)
   return y.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
 
 

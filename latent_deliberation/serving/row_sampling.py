@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from latent_deliberation.array_types import Array, Bool, Float, Int, typed
-from latent_deliberation.inference.decode import COLDEST, HOTTEST, drop_unlikely, falling
+from latent_deliberation.inference.decode import (
+  COLDEST,
+  HOTTEST,
+  drop_unlikely,
+  falling,
+  likeliest,
+)
 
 
 @struct.dataclass
@@ -42,7 +48,7 @@ def sample_rows(keys: Array, logits: Float[Array, 'B V'], rows: RowOptions,
   """Draws a token for each text as `decode.sample` does, each by options of its own."""
   if allowed is not None:
     logits = jnp.where(allowed, logits, -jnp.inf)
-  likeliest = jnp.argmax(logits, axis=-1)
+  first = likeliest(logits)
   drawn = rows.temperature >= COLDEST
   filters = drawn & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
 
@@ -50,9 +56,9 @@ def sample_rows(keys: Array, logits: Float[Array, 'B V'], rows: RowOptions,
     tempered = logits / jnp.clip(rows.temperature, COLDEST, HOTTEST)[:, None]
     # A whole vocabulary is sorted only where some text has a filter.
     kept = jax.lax.cond(filters.any(), lambda: _filtered_rows(tempered, rows), lambda: tempered)
-    return jnp.where(drawn, jax.vmap(jax.random.categorical)(keys, kept), likeliest)
+    return jnp.where(drawn, jax.vmap(jax.random.categorical)(keys, kept), first)
 
-  tokens = jax.lax.cond(drawn.any(), draw, lambda: likeliest)
+  tokens = jax.lax.cond(drawn.any(), draw, lambda: first)
   return tokens.astype(jnp.int32)[rows.leader]
 
 

@@ -134,7 +134,7 @@ def run_server(options: ServerOptions, warm_up: bool = True) -> None:
   key = options.read_key()
   _listen(options.host, options.port).close()  # a port that is taken is told before the long part
   own = {OWN_EXPERT: load_coprocessor(options.coprocessor)} if options.coprocessor else {}
-  loaded = load_decoder(options.decoder, vocabulary=options.vocabulary)
+  loaded = load_decoder(options.decoder, vocabulary=options.vocabulary, dtype=options.dtype)
   experts = Experts(loaded, own, length=options.length, router=options.router, strict=True)
   experts.strict = False  # unlike the coprocessor, experts of the folder may be left out
   folder = None

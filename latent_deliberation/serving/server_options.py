@@ -22,7 +22,7 @@ class ServerOptions:
     coprocessor: directory of a coprocessor of one's own, which is the expert 'own'; '' for none.
     experts: folder of experts to follow; '' for that of added experts, 'none' for none.
     router: what NAME+auto means; see `experts.routing`.
-    vocabulary: see `api.load_decoder`.
+    vocabulary, dtype: see `api.load_decoder`.
     host, port: where to listen.
     key_file: file with the key that requests must have; '' for none, on loopback alone.
     rows: texts that are decoded together.
@@ -41,6 +41,7 @@ class ServerOptions:
   experts: str = ''
   router: str = 'gain'
   vocabulary: str = ''
+  dtype: str = 'float32'
   host: str = '127.0.0.1'
   port: int = 8000
   key_file: str = ''

@@ -7,7 +7,13 @@ import pytest
 
 from latent_deliberation.deliberation.loss import entropy
 from latent_deliberation.errors import UserError
-from latent_deliberation.inference.decode import Sampling, filtered, logprobs_of, sample
+from latent_deliberation.inference.decode import (
+  Sampling,
+  filtered,
+  likeliest,
+  logprobs_of,
+  sample,
+)
 
 P = np.array([0.05, 0.4, 0.2, 0.3, 0.04, 0.01])
 LOGITS = jnp.log(jnp.asarray(P, jnp.float32))[None] + 3
@@ -88,3 +94,12 @@ def test_entropy_with_impossible_tokens():
 def test_bad_sampling_is_refused(values, message):
   with pytest.raises(UserError, match=message):
     Sampling(**values)
+
+
+def test_likeliest_is_the_first_largest():
+  random = np.random.default_rng(0)
+  logits = random.integers(-3, 3, (64, 9)).astype(np.float32)  # most rows have several largest
+  logits[0], logits[1, :8], logits[2] = 1.5, -np.inf, -np.inf
+  found = likeliest(jnp.asarray(logits))
+  assert found.dtype == jnp.int32
+  np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))

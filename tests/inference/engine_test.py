@@ -60,6 +60,35 @@ def test_greedy_decoding_needs_no_cache(plain, decoder_params):
     np.testing.assert_allclose(completion.logprobs, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize('prompts', [PROMPTS, PROMPTS[1:2]])
+def test_bfloat16_rounds_alone(decoder_params, prompts):
+  """The cache is half as large, and tokens are about as likely as in float32."""
+  held = jax.tree.map(lambda leaf: leaf.astype('bfloat16'), decoder_params)
+  exact = jax.tree.map(lambda leaf: leaf.astype('float32'), held)
+  engines = [Engine(tiny.CONFIG, params, length=LENGTH, dtype=dtype)
+             for params, dtype in ((held, 'bfloat16'), (exact, 'float32'))]
+  sizes = [sum(each.nbytes for each in (*state.cache.keys, *state.cache.values))
+           for state in (engine.read(prompts) for engine in engines)]
+  assert 2 * sizes[0] == sizes[1]
+  completions = generate(engines[0], prompts, DecodingOptions(24))
+  for prompt, completion in zip(prompts, completions, strict=True):
+    expected = plain_logprobs(exact, prompt, completion.tokens)
+    np.testing.assert_allclose(completion.logprobs, expected, atol=0.1)
+    assert not np.array_equal(completion.logprobs, expected)
+
+
+def test_bfloat16_latents_round_alone(decoder_params):
+  held = jax.tree.map(lambda leaf: leaf.astype('bfloat16'), decoder_params)
+  exact = jax.tree.map(lambda leaf: leaf.astype('float32'), held)
+  _, *trained = augmented(exact)
+  engine = Engine(tiny.CONFIG, held, length=LENGTH, dtype='bfloat16',
+                  coprocessor=(trained[0].config, trained[1]))
+  options = DecodingOptions(9, policy=ONCE)
+  for prompt, completion in zip(PROMPTS, generate(engine, PROMPTS, options), strict=True):
+    expected = trained_logprobs(*trained, exact, prompt, completion.tokens)
+    np.testing.assert_allclose(completion.logprobs, expected, atol=0.1)
+
+
 @pytest.mark.parametrize('latents, positions', SCHEMES)
 def test_tokens_after_latents_match_training(decoder_params, latents, positions):
   engine, *trained = augmented(decoder_params, latents=latents, positions=positions)

@@ -57,13 +57,14 @@ def check(cache, texts):
       found = {int(layer.positions[row, slot]): int(index.tokens[row, slot]) for slot in slots}
       assert found == expected and len(slots) == len(expected)
       own = np.array([100 * found[at] + at for at in np.asarray(layer.positions[row, slots])])
-      np.testing.assert_array_equal(layer.keys[row, slots, 1, 3], own + number / 8)
-      np.testing.assert_array_equal(layer.values[row, slots, 0, 2], -own - number / 8)
+      own = (own + number / 8).astype(layer.keys.dtype)
+      np.testing.assert_array_equal(layer.keys[row, slots, 1, 3], own)
+      np.testing.assert_array_equal(layer.values[row, slots, 0, 2], -own)
 
 
-def filled(counts, width):
+def filled(counts, width, dtype='float32'):
   texts = [[] for _ in range(BATCH)]
-  empty = RingKVCache.empty(PLAN, tiny.CONFIG, BATCH, 'float32')
+  empty = RingKVCache.empty(PLAN, tiny.CONFIG, BATCH, dtype)
   return FILL(empty, *chunk(texts, counts, width)), texts
 
 
@@ -73,9 +74,10 @@ def test_local_layers_keep_a_window():
   assert [values.shape[2] - LATENTS for values in cache.values] == [5, LENGTH, 5]
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('counts, width', [((4, 2, 1), 4), ((7, 8, 3), 8), ((20, 6, 5), 32)])
-def test_newest_tokens_are_there(counts, width):
-  cache, texts = filled(counts, width)
+def test_newest_tokens_are_there(counts, width, dtype):
+  cache, texts = filled(counts, width, dtype)
   check(cache, texts)
   step = ((1, 1, 1), 1)
   for more, width in (step, ((0, 3, 2), 4), step, step, ((1, 0, 0), 2)):
@@ -99,8 +101,9 @@ def test_any_writes_keep_newest_tokens(first, more):
   check(cache, texts)
 
 
-def test_pop_and_append_change_no_bit():
-  cache, _ = filled((7, 8, 3), 8)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_pop_and_append_change_no_bit(dtype):
+  cache, _ = filled((7, 8, 3), 8, dtype)
   without, *newest = jax.jit(RingKVCache.pop)(cache)
   jax.tree.map(np.testing.assert_array_equal, APPEND(without, *newest), cache)
 

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.model.products import matmul
+from latent_deliberation.model.products import contract, matmul, on_bits
 
 
 @pytest.mark.parametrize('dtypes', [('float32', 'bfloat16'), ('bfloat16', 'bfloat16'),
                                     ('float32', 'float32')])
-@pytest.mark.parametrize('lead', [(), (3, 2)])
+@pytest.mark.parametrize('lead, rows', [((), 5), ((3, 2), 5), ((3, 2), 1), ((), 1)])
 @pytest.mark.parametrize('transposed', [False, True])
-def test_matmul(dtypes, lead, transposed):
+def test_matmul(dtypes, lead, rows, transposed):
   """Products have float32 results near the exact ones, and every factor a gradient in its dtype."""
   random = np.random.default_rng(0)
   x, y, weight = (jnp.asarray(random.normal(size=lead + shape), jnp.float32)
-                  for shape in ((5, 8), (7, 8) if transposed else (8, 7), (5, 7)))
+                  for shape in ((rows, 8), (7, 8) if transposed else (8, 7), (rows, 7)))
   factors = x.astype(dtypes[0]), y.astype(dtypes[1])
   turned = jnp.swapaxes(y, -1, -2)
   value, gradients = jax.value_and_grad(
@@ -58,3 +58,56 @@ def test_compiled_products_keep_their_dtype(transposed):
   backward = used(jax.grad(lambda x, y: jnp.sum(jnp.tanh(matmul(x, y, transposed)))))
   assert len(forward) == 1 and len(backward) == 2
   assert set(backward) == set(forward)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('rows', [(1,), (2, 3), (13, 7)])
+@pytest.mark.parametrize('inputs, shape', [(1, (4, 3, 8)), (2, (6, 2, 8))])
+def test_contract(dtype, rows, inputs, shape):
+  random = np.random.default_rng(1)
+  x = jnp.asarray(random.normal(size=rows + shape[-inputs:]), dtype)
+  weight = jnp.asarray(random.normal(size=shape), dtype)
+  y = contract(x, weight, inputs)
+  axes = tuple(range(-inputs, 0))
+  expected = np.tensordot(x.astype('float32'), weight.astype('float32'), (axes, axes))
+  assert y.dtype == jnp.float32
+  np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_moves_keep_values_and_gradients(dtype):
+  """Rows that are taken and a slice that is written: each entry has its gradient, in its dtype."""
+  random = np.random.default_rng(2)
+  table, new, weight = (jnp.asarray(random.normal(size=shape), dtype)
+                        for shape in ((6, 3), (2, 3), (6, 3)))
+  ids = jnp.array([5, 0, 5, 1, 4, 2])
+
+  def moved(table, new):
+    taken = on_bits(lambda table: table[ids], table)
+    return on_bits(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, 1, 0), taken, new)
+
+  expected = np.asarray(table, 'float32')[np.asarray(ids)]
+  expected[1:3] = new
+  value = jax.jit(moved)(table, new)
+  assert value.dtype == dtype
+  np.testing.assert_array_equal(value.astype('float32'), expected)
+
+  of_table, of_new = jax.grad(lambda *arrays: jnp.sum(moved(*arrays) * weight), (0, 1))(table, new)
+  written = np.asarray(weight, 'float32')
+  np.testing.assert_array_equal(of_new.astype('float32'), written[1:3])
+  sums = np.zeros((6, 3), np.float32)
+  np.add.at(sums, np.asarray(ids)[[0, 3, 4, 5]], written[[0, 3, 4, 5]])
+  np.testing.assert_array_equal(of_table.astype('float32'), sums)
+  assert of_table.dtype == of_new.dtype == dtype
+
+
+def test_bits_are_moved_without_float32():
+  """XLA on a CPU would otherwise convert all of a table for a few of its rows."""
+  table = jnp.ones((4096, 64), jnp.bfloat16)
+
+  def rows(table, ids):
+    return jax.lax.fori_loop(0, 3, lambda at, total: total + on_bits(
+        lambda table: table[ids + at], table).astype('float32'), jnp.zeros((2, 64)))
+
+  text = jax.jit(rows).lower(table, jnp.array([3, 5])).compile().as_text()
+  assert 'f32[4096,64]' not in text
