@@ -27,7 +27,7 @@ from latent_deliberation.errors import (
   problems_of,
   raise_problems,
 )
-from latent_deliberation.model.products import INT8_DTYPES
+from latent_deliberation.model.products import DTYPES, INT8_DTYPES
 from latent_deliberation.model.transformer import ATTENTIONS, REMAT_POLICIES
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, check_rules
@@ -36,7 +36,6 @@ from latent_deliberation.training.metrics import AUTO, parse_trackers
 from latent_deliberation.training.optimizer import OptimizerConfig
 from latent_deliberation.training.profiling import parse_range
 
-DTYPES = ('float32', 'bfloat16')
 CPU_INFO = Path('/proc/cpuinfo')
 FAST_BFLOAT16 = {'amx_bf16', 'avx512_bf16'}  # instruction sets of CPUs
 FROZEN_DTYPES = (*DTYPES, *INT8_DTYPES)

@@ -28,6 +28,7 @@
   a study                     also holds its prepared data
     run.json                  as in a quickstart
     decoder/, arms/NAME/seedN/                work directories of its runs
+    scores.json               scores of the frozen decoder; those of other runs are in theirs
     lessons/                  prepared data of the arms, where they read other text
     phases.json
     results.json, results.md, results.png, diagnostics.png
@@ -67,7 +68,7 @@ PRETRAINING, CONSTANT = 'pretraining', 'constant'  # in a quickstart's directory
 GENERAL_DATA, EXPERT_SCORES = 'general', 'scores'  # in the directory of an expert's training
 PHASES_FILE = 'phases.json'
 REPORT, RESULTS = 'report', 'results'  # .json and .md
-SCORES_FILE = 'scores.json'  # of a run of a study, in its directory
+SCORES_FILE = 'scores.json'  # in the directory of a run of a study
 GATE_FILE, GATE_WEIGHTS_FILE = 'gate.json', 'gate.safetensors'
 
 

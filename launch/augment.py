@@ -13,7 +13,6 @@ from shlex import quote
 from absl import flags
 
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import DTYPES
 from latent_deliberation.files import as_path
 from latent_deliberation.inference.engine import open_engine
 from latent_deliberation.inference.prefix_cache import check_context, save_context
@@ -24,8 +23,7 @@ _DECODER = app.define_decoder(
 _COPROCESSOR = app.define_directory(
     'coprocessor', 'Work directory of a finished training, or the coprocessor/ that it wrote.')
 _VOCABULARY = app.define_vocabulary()
-_DTYPE = flags.DEFINE_enum(
-    'dtype', 'float32', DTYPES, 'Dtype of the computation and of the kv-cache.')
+_DTYPE = app.define_dtype()
 _DOCUMENT = app.define_file('document', 'File with the text to read, in UTF-8.')
 _LENGTH = flags.DEFINE_integer('length', 2048, 'Largest number of tokens that the text may have.')
 _OUTPUT = app.define_directory('output', 'Directory to write the cache to; must not exist yet.')

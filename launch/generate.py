@@ -12,7 +12,6 @@ from absl import flags
 
 from latent_deliberation.cli import app, generate
 from latent_deliberation.cli.prompts import read_prompts, read_stop
-from latent_deliberation.experiment import DTYPES
 from latent_deliberation.files import as_path
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
@@ -31,8 +30,7 @@ _EXPERT = flags.DEFINE_string(
 _STRICT = flags.DEFINE_bool(
     'strict', False, 'End with an error where an expert cannot be attached.')
 _VOCABULARY = app.define_vocabulary()
-_DTYPE = flags.DEFINE_enum(
-    'dtype', 'float32', DTYPES, 'Dtype of the computation and of the kv-cache.')
+_DTYPE = app.define_dtype()
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue')
 _PROMPTS_FILE = app.define_file(
     'prompts_file', "File with a prompt on each line, or JSON lines with a key 'prompt'.", '')

@@ -13,7 +13,6 @@ page in a browser, or read docs/serving.md.
 from absl import flags
 
 from latent_deliberation.cli import app
-from latent_deliberation.experiment import DTYPES
 from latent_deliberation.experts.routing import ROUTERS
 from latent_deliberation.serving.server_options import ServerOptions, check_libraries
 
@@ -32,8 +31,7 @@ _COPROCESSOR = app.define_directory(
     'Default: none.', '')
 _ROUTER = flags.DEFINE_enum('router', _DEFAULT.router, sorted(ROUTERS), 'Router of NAME+auto.')
 _VOCABULARY = app.define_vocabulary()
-_DTYPE = flags.DEFINE_enum(
-    'dtype', 'float32', DTYPES, 'Dtype of the computation and of the kv-cache.')
+_DTYPE = app.define_dtype()
 _HOST = flags.DEFINE_string(
     'host', _DEFAULT.host, 'Address to listen on. Others than loopback need --key_file.')
 _PORT = flags.DEFINE_integer('port', _DEFAULT.port, 'Port to listen on; 0 for any free one.')

@@ -33,6 +33,7 @@ from absl import app, flags, logging
 from latent_deliberation.distributed import initialize
 from latent_deliberation.errors import StoreError, UserError, problems_of, raise_problems
 from latent_deliberation.files import as_path, check_free, check_path, make_writable
+from latent_deliberation.model.products import DTYPES
 
 # --help of a launch script lists the flags that this module defines among the script's own.
 flags.disclaim_key_flags()
@@ -385,6 +386,12 @@ def define_vocabulary() -> flags.FlagHolder:
   """Defines the flag --vocabulary; see `tokenizer_of` for its values."""
   return define_file('vocabulary', "Path of a SentencePiece model or tokenizer.json, or 'byte'. "
                      "Default: the decoder's own.", '')
+
+
+def define_dtype() -> flags.FlagHolder:
+  """Defines the flag --dtype; see `api.load_decoder`."""
+  return flags.DEFINE_enum(
+      'dtype', DTYPES[0], DTYPES, 'Dtype of the computation and of the kv-cache.')
 
 
 def define_json(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:

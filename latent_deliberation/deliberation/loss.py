@@ -15,7 +15,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from latent_deliberation.array_types import Array, Float, Int, PyTree, typed
 from latent_deliberation.model.attention import MASKED, SUMMABLE, softcap
-from latent_deliberation.model.products import Quantised, matmul
+from latent_deliberation.model.products import Quantised, from_bits, matmul, to_bits
 
 OutputHead = Float[Array, 'V D'] | Quantised
 
@@ -215,14 +215,15 @@ def sum_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHea
   """
   block = _block_size(_vocab_size(head))
   if is_constant:
-    head = jax.tree.map(_to_bits, head)
+    # Otherwise XLA on a CPU keeps a float32 copy of the whole table; see `on_bits`.
+    head = jax.tree.map(to_bits, head)
   blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, block, *leaf.shape[1:]), head)
   firsts = jnp.arange(0, _vocab_size(head), block)
 
   @jax.checkpoint  # a backward pass computes the logits of a block again
   def add(sums: Sums, item: tuple[Array, OutputHead]) -> tuple[Sums, None]:
     first, part = item
-    part = jax.tree.map(_from_bits, part).astype(hidden.dtype)
+    part = jax.tree.map(from_bits, part).astype(hidden.dtype)
     logits = softcap(matmul(hidden, part, transposed=True), cap)
     # The peak cancels out of the loss, so it needs no gradient.
     peak = jnp.maximum(sums.peak, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
@@ -236,17 +237,6 @@ def sum_blocks(cap: float | None, hidden: Array, targets: Array, head: OutputHea
 
   zeros = jnp.zeros(targets.shape, jnp.float32)
   return jax.lax.scan(add, Sums(zeros + MASKED, zeros, zeros, mixed), (firsts, blocks))[0]
-
-
-# XLA on a CPU slices bfloat16 as float32, and keeps a float32 copy of the whole table for that.
-
-
-def _to_bits(leaf: Array) -> Array:
-  return jax.lax.bitcast_convert_type(leaf, jnp.uint16) if leaf.dtype == jnp.bfloat16 else leaf
-
-
-def _from_bits(leaf: Array) -> Array:
-  return jax.lax.bitcast_convert_type(leaf, jnp.bfloat16) if leaf.dtype == jnp.uint16 else leaf
 
 
 def _slope(cap: float | None, logits: Array) -> Array | float:

@@ -285,7 +285,8 @@ class Experts:
   def reader(self) -> Model:
     """The static part of programs that read latents of these experts."""
     return dataclasses.replace(self.engine.model, coprocessor=Coprocessor(
-        self._decoder.config, self._latents, dtype=self._decoder.dtype))
+        self._decoder.config, self._latents, dtype=self._decoder.dtype,
+        activations=self.engine.model.decoder.activations))
 
   def _build(self, room: DeliberationConfig | None) -> Engine:
     decoder = self._decoder
@@ -332,8 +333,9 @@ class Experts:
     config = dataclasses.replace(self._latents, **{
         key: getattr(trained.config, key) for key in (
             'trainable', 'num_layers', 'gate', 'soft_tokens', 'lora_rank', 'lora_alpha')})
-    model = dataclasses.replace(
-        engine.model, coprocessor=Coprocessor(decoder.config, config, dtype=decoder.dtype))
+    model = dataclasses.replace(engine.model, coprocessor=Coprocessor(
+        decoder.config, config, dtype=decoder.dtype,
+        activations=engine.model.decoder.activations))
     weights = passes.assemble(decoder.params, trained.config, trained.params)
     return Attached(model, weights, expert.card, expert.routing)
 

@@ -214,7 +214,8 @@ def _along(model: Model, weights: Weights, state: State, prototypes: Array) -> A
     newest = state.cache.newest(count)
     cache = state.cache.hide(jnp.where(newest.segments > 0, newest.positions, -1))
     # As in `passes.run`, but for the inputs of each layer.
-    x = passes.embed(model, weights, newest.tokens)[:, None]
+    x = passes.embed(model, weights, newest.tokens)[:, None].astype(
+        model.decoder.activations or model.decoder.dtype)
     mask_spec = AttentionMaskSpec(newest.segments[:, None],
                                   jnp.full((len(x), 1), np.iinfo(np.int32).max))
     traits, found = layer_traits(config), []
@@ -224,7 +225,7 @@ def _along(model: Model, weights: Weights, state: State, prototypes: Array) -> A
       inputs = inputs[:, 0] / (jnp.linalg.norm(inputs[:, 0], axis=-1, keepdims=True) + 1e-12)
       found.append(jnp.abs(jnp.einsum('BZD,ED->BZE', inputs, prototypes[:, number])))
       layer = jax.tree.map(lambda leaf: leaf[number], traits)  # noqa: B023
-      x, _ = Block(config).apply(block, x, (layer, cache.layer(number)),
+      x, _ = Block(config, dtype=model.decoder.dtype).apply(block, x, (layer, cache.layer(number)),
                                  newest.positions[:, None], mask_spec)
     seen = (newest.segments > 0)[None, :, :, None]
     adapted = jnp.any(prototypes != 0, axis=-1).T[:, None, None]  # by layer and expert

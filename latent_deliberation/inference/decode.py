@@ -22,6 +22,7 @@ from latent_deliberation.inference import passes
 from latent_deliberation.inference.passes import Model, State, Weights, embed, logprobs_of, predict
 from latent_deliberation.inference.policy import Gate
 from latent_deliberation.inference.ring_cache import RingKVCache, SlotIndex
+from latent_deliberation.model.products import from_bits, to_bits
 
 # Temperatures below and above which float32 logits leave only the likeliest token, or all alike.
 COLDEST, HOTTEST = 1e-8, 1e30
@@ -123,13 +124,13 @@ def sample(keys: Array, logits: Float[Array, 'B V'], sampling: Sampling,
 
 
 def likeliest(logits: Array) -> Array:
-  """Returns the likeliest token of each text, the first of several.
+  """Returns the likeliest token of each text, the first of several, and 0 where any is NaN.
 
   XLA on a CPU runs these two reductions faster than that of argmax, which has two results.
   """
   largest = jnp.max(logits, axis=-1, keepdims=True)
   ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-  return jnp.min(jnp.where(logits == largest, ids, len(ids) - 1), axis=-1)
+  return jnp.min(jnp.where(logits < largest, len(ids) - 1, ids), axis=-1)
 
 
 def check_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
@@ -221,8 +222,8 @@ def decode(model: Model, weights: Weights, keys_values: tuple[tuple[Array, ...],
       token = forced[step]
     logprob = logprobs_of(token, logits)
     if num_top:
-      likeliest, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), num_top)
-      top = (top[0].at[step].set(ids.astype(jnp.int32)), top[1].at[step].set(likeliest))
+      values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), num_top)
+      top = (top[0].at[step].set(ids.astype(jnp.int32)), top[1].at[step].set(values))
     token = jnp.where(active, token, 0)
     index = jax.tree.map(lambda leaf: leaf[:, None], SlotIndex(
         token, position, active.astype(jnp.int32)))
@@ -268,8 +269,7 @@ def _carried(cache: RingKVCache) -> RingKVCache:
   the loop. It writes bfloat16 by way of float32, so the loop has the bits.
   """
   def carried(array: Array) -> Array:
-    array = array[0] if len(array) == 1 else array
-    return jax.lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array
+    return to_bits(array[0] if len(array) == 1 else array)
 
   return cache.replace(keys=tuple(map(carried, cache.keys)),
                        values=tuple(map(carried, cache.values)))
@@ -278,8 +278,7 @@ def _carried(cache: RingKVCache) -> RingKVCache:
 def _as_cache(carried: RingKVCache) -> RingKVCache:
   """Undoes `_carried`."""
   def restored(array: Array) -> Array:
-    array = array[None] if array.ndim == 3 else array
-    return jax.lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == jnp.uint16 else array
+    return from_bits(array[None] if array.ndim == 3 else array)
 
   return carried.replace(keys=tuple(map(restored, carried.keys)),
                          values=tuple(map(restored, carried.values)))

@@ -102,8 +102,8 @@ class Engine:
     if room is not None:
       num_latents, refining = room.num_latents, room.latents == 'refining'
     # As in training, a CPU does all but products in float32.
-    platform = decoder_params['embedder']['table'].devices()
-    activations = 'float32' if next(iter(platform)).platform == 'cpu' else dtype
+    device = next(iter(decoder_params['embedder']['table'].devices()))
+    activations = 'float32' if device.platform == 'cpu' else dtype
     # jit compiles for the values of the static part, so all of them must be hashable.
     self.model = Model(
         decoder=Decoder(decoder_config, dtype=dtype, activations=activations),

@@ -42,7 +42,8 @@ from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import with_current_names
 
-_DESCRIPTION, _ARRAYS, _FORMAT = 'cache.json', 'cache.safetensors', 1
+_DESCRIPTION, _ARRAYS = 'cache.json', 'cache.safetensors'
+_FORMATS = {'bfloat16': 2}  # by dtype, else 1; in format 1, its keys had other axes
 _KEYS = ('decoder', 'written', 'texts', 'augmented', 'model', 'dtype', 'coprocessor',
          'global_slots', 'local_slots')
 _STORED_NAMES = {  # of some leaves; the others are stored under their paths in the tree
@@ -63,7 +64,8 @@ def save(directory: Path, engine: Engine, state: State,
   trimmed = state.replace(cache=state.cache.resized(_trimmed(engine.model.plan, written)))
   arrays = {path: leaf for path, leaf in _flatten(
       {'state': trimmed, 'augmentation': augmentation}).items() if leaf is not None}
-  description = {'format': _FORMAT, 'decoder': engine.decoder_fingerprint, 'written': written,
+  description = {'format': _FORMATS.get(engine.model.decoder.dtype, 1),
+                 'decoder': engine.decoder_fingerprint, 'written': written,
                  'texts': len(state.position), 'augmented': augmentation is not None,
                  **_layout(engine)}
   with whole_directory(as_path(directory)) as partial, explain_failed_write(directory):
@@ -144,8 +146,9 @@ def _describe(directory: Path) -> dict[str, Any]:
   try:
     # Saved names of keys and values may be old ones.
     description = with_current_names(unseal(path.read_bytes(), path))
-    if description['format'] != _FORMAT:
-      raise UserError(f'{path} has the format {description["format"]!r}, expected {_FORMAT}. Save '
+    expected = _FORMATS.get(description.get('dtype'), 1)
+    if description['format'] != expected:
+      raise UserError(f'{path} has the format {description["format"]!r}, expected {expected}. Save '
                       'the cache again')
   except UserError:
     raise

@@ -226,10 +226,10 @@ class RingKVCache:
     def place(kind: str, old: Array, new: Array, axis: int) -> Array:
       tokens, latents = jnp.split(new, [self.plan.slots(kind)], axis)
       turned = jnp.roll(tokens, self.write_index - other.write_index, axis)
-      return on_bits(lambda row_of, new: jax.lax.dynamic_update_slice_in_dim(row_of, new, row, 0),
-                     old, jnp.concatenate([turned, latents], axis))
+      return jax.lax.dynamic_update_slice_in_dim(
+          old, jnp.concatenate([turned, latents], axis), row, 0)
 
-    layers = [tuple(place(kind, *each, axis)
+    layers = [tuple(on_bits(functools.partial(place, kind, axis=axis), *each)
                     for kind, *each in zip(self.plan.kinds, *arrays, strict=True))
               for arrays, axis in (((self.keys, other.keys), self.keys_axis),
                                    ((self.values, other.values), _THIRD))]
@@ -284,7 +284,8 @@ class RingKVCache:
     write_index = self.write_index - 1
 
     def newest(kind: str, array: Array, axis: int) -> Array:
-      return jax.lax.dynamic_slice_in_dim(array, write_index % self.plan.slots(kind), 1, axis)
+      at = write_index % self.plan.slots(kind)
+      return on_bits(lambda array: jax.lax.dynamic_slice_in_dim(array, at, 1, axis), array)
 
     fresh = [
         KeysValues(_to_block(newest(kind, keys, self.keys_axis), self.keys_axis)[:, None],

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from latent_deliberation.array_types import Array, Float, Int, Params, typed
 
 FEW_ROWS = 64  # up to which the time of a product is that of reading the weight
+DTYPES = ('float32', 'bfloat16')  # of the computation
 INT8_DTYPES = ('int8', 'w8a8')  # of frozen weights; 'w8a8' rounds activations as well
 LARGEST = 127  # of an int8
 LARGEST_INPUTS = 'largest_inputs'  # collection of the largest inputs of projections, by channel
@@ -74,11 +75,22 @@ def _matmul_backward(kind: tuple[str, str, bool], factors: tuple[Array, Array],
 _matmul_bfloat16.defvjp(_matmul_forward, _matmul_backward)
 
 
+def to_bits(array: Array) -> Array:
+  """Returns the bits of an array of bfloat16, uint16; other arrays as they are."""
+  return jax.lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def from_bits(array: Array) -> Array:
+  """Undoes `to_bits`."""
+  return jax.lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == jnp.uint16 else array
+
+
 def on_bits(move: Callable[..., Array], *arrays: Array) -> Array:
   """Returns move(*arrays), for a function that puts elements elsewhere and computes nothing.
 
   XLA on a CPU has no such operations for bfloat16. It converts whole arrays to float32 and back: an
-  embedding table for a few of its rows, a cache for one token. Their bits move as they are.
+  embedding table for a few of its rows, a cache for one token. Their bits move as they are. Where
+  the result is differentiated, `move` may hold no traced value of a jitted function inside.
   """
   if arrays[0].dtype != jnp.bfloat16:
     return move(*arrays)
@@ -87,8 +99,7 @@ def on_bits(move: Callable[..., Array], *arrays: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _on_bits(move: Callable[..., Array], *arrays: Array) -> Array:
-  moved = move(*(jax.lax.bitcast_convert_type(each, jnp.uint16) for each in arrays))
-  return jax.lax.bitcast_convert_type(moved, jnp.bfloat16)
+  return from_bits(move(*map(to_bits, arrays)))
 
 
 @_on_bits.defjvp
@@ -127,7 +138,8 @@ def multiply(x: Array, weight: Array, inputs: int = 1, flatten_batch: bool = Tru
   if not flatten_batch:
     return jnp.tensordot(x, weight, axes=inputs)
   width = math.prod(weight.shape[:inputs])
-  y = matmul(x.reshape(-1, width), weight.reshape(width, -1)).astype(x.dtype)
+  product = jnp.matmul if x.dtype == weight.dtype else matmul
+  y = product(x.reshape(-1, width), weight.reshape(width, -1)).astype(x.dtype)
   return y.reshape(*x.shape[:-inputs], *weight.shape[inputs:])
 
 

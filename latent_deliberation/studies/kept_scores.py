@@ -1,4 +1,4 @@
-"""Scores of an arm, kept beside its run: a study that was stopped goes on after them."""
+"""The scores of a run on disk, so that a study that was stopped does not score it again."""
 
 import dataclasses
 import json
@@ -8,36 +8,43 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from latent_deliberation.array_types import Params
 from latent_deliberation.data.rows import fingerprint_of
+from latent_deliberation.distributed import from_process_zero, run_on_process_zero
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import AheadNLL
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import seal, unseal, write_whole
 from latent_deliberation.model.decoder import fingerprint
+from latent_deliberation.provenance import git_commit
 from latent_deliberation.studies.study_result import Outcomes
 
 Scores = Mapping[str, Outcomes | AheadNLL]  # by control
 KINDS = {'questions': Outcomes, 'text': AheadNLL}
+# Keys of `evaluation` that change the scores of a run.
+SCORED = ('num_texts', 'batch_size', 'num_traces', 'num_ahead', 'delay', 'rows_per_text')
 
 
-def scores_identity(experiment: Experiment, arms: Sequence[str], params: Params, decoder: str,
-                    asked: str) -> str:
-  """Returns a name of all that scores depend on, but for the program.
+def scores_identity(experiment: Experiment, arms: Sequence[str], params: Params,
+                    decoder_fingerprint: str, data_identity: str) -> str:
+  """Returns a hash of everything that scores depend on, except the program.
 
   Args:
     experiment: the experiment of the arm.
     arms: what is scored, 'frozen' and names of controls.
     params: parameters of the coprocessor.
-    decoder: fingerprint of the decoder's weights.
-    asked: identity of the questions or the text.
+    decoder_fingerprint: fingerprint of the decoder's weights.
+    data_identity: `identity` of the scorer.
   """
+  evaluation = dataclasses.asdict(experiment.evaluation)
   return fingerprint_of({
-      'arms': list(arms), 'params': fingerprint(params), 'weights': decoder, 'asked': asked,
+      'arms': list(arms), 'params': fingerprint(params), 'weights': decoder_fingerprint,
+      'data': data_identity, 'evaluation': {key: evaluation[key] for key in SCORED},
       'computation': dataclasses.asdict(experiment.computation.on(jax.default_backend())),
       **{part: dataclasses.asdict(getattr(experiment, part))
-         for part in ('decoder', 'deliberation', 'evaluation')}})
+         for part in ('decoder', 'deliberation')}})
 
 
 def keep_scores(path: Path, identity: str, score: Callable[[], Scores]) -> Scores:
@@ -51,15 +58,16 @@ def keep_scores(path: Path, identity: str, score: Callable[[], Scores]) -> Score
   Raises:
     UserError: the file is damaged, or cannot be written.
   """
-  if path.exists():
-    kept = _read(path)
-    if kept['identity'] == identity:
-      return {arm: _from_json(fields) for arm, fields in kept['scores'].items()}
+  kept = _read(path) if path.exists() else {}
+  # One process decides for all, since all of them have to score together.
+  if from_process_zero(kept.get('identity') == identity):
+    logging.info('%s has the scores, of git commit %s', path, kept['git_commit'])
+    return {arm: _from_json(fields) for arm, fields in kept['scores'].items()}
   scores = score()
-  if jax.process_index() == 0:
-    content = {'identity': identity,
-               'scores': {arm: _to_json(each) for arm, each in scores.items()}}
-    write_whole(path, json.dumps(seal(content)).encode())
+  content = seal({'identity': identity, 'git_commit': git_commit(),
+                  'scores': {arm: _to_json(each) for arm, each in scores.items()}})
+  run_on_process_zero(
+      f'write {path}', lambda: write_whole(path, json.dumps(content).encode()))
   return scores
 
 
@@ -69,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
     kept = unseal(path.read_bytes(), path)
   except (ValueError, UserError) as error:
     raise UserError(remedy) from error
-  if not isinstance(kept, dict) or not {'identity', 'scores'} <= set(kept):
+  if not isinstance(kept, dict) or not {'identity', 'git_commit', 'scores'} <= set(kept):
     raise UserError(remedy)
   return kept
 

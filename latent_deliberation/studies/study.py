@@ -329,14 +329,10 @@ def _score_frozen(experiment: Experiment, frozen: FrozenDecoder, workdir: Path,
 
 
 def _score(experiment: Experiment, controls: tuple[str, ...], params: Params,
-           decoder_params: Params, decoder: str, run_dir: Path,
+           decoder_params: Params, decoder_fingerprint: str, run_dir: Path,
            scorer: QuestionScorer | TextScorer) -> Scores:
-  """Scores one run, unless its directory has these scores.
-
-  Args:
-    decoder: fingerprint of the decoder's weights.
-  """
-  identity = scores_identity(experiment, controls, params, decoder, scorer.identity)
+  """Scores one run, unless its directory has these scores."""
+  identity = scores_identity(experiment, controls, params, decoder_fingerprint, scorer.identity)
   return keep_scores(run_dir / SCORES_FILE, identity,
                      lambda: scorer(experiment, controls, params, decoder_params))
 

@@ -14,6 +14,7 @@ from latent_deliberation.experts.attach import Experts, ExpertSource
 from latent_deliberation.experts.package import write_package
 from latent_deliberation.inference import decode, passes
 from latent_deliberation.inference.background import LatentTiming
+from latent_deliberation.inference.engine import build_engine
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
 from latent_deliberation.inference.session import generate, score
 from tests import tiny
@@ -52,6 +53,19 @@ def assert_close(found, expected):
 def test_expert_is_its_coprocessor(trio, name, trained):
   """An expert that all texts name gives what an engine with its coprocessor gives."""
   assert_close(decoded(trio, [name] * 3), generate(small.engine_of(trained), PROMPTS, OPTIONS))
+
+
+def test_bfloat16_expert_is_its_coprocessor():
+  """An expert computes as a coprocessor does, in the dtypes of its engine."""
+  decoder, trained = dataclasses.replace(small.decoder(), dtype='bfloat16'), small.lora(1)
+  experts = Experts(decoder, {'stars': trained}, length=small.LENGTH, strict=True)
+  engine = build_engine(decoder, trained, small.LENGTH)
+  for one, other in zip(decoded(experts, ['stars'] * 3), generate(engine, PROMPTS, OPTIONS),
+                        strict=True):
+    assert one.tokens == other.tokens
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3)
+  found = experts.reader.coprocessor
+  assert found.activations == engine.model.coprocessor.activations == 'float32'
 
 
 @pytest.mark.parametrize('positions', ['share', 'shift'])

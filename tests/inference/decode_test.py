@@ -103,3 +103,4 @@ def test_likeliest_is_the_first_largest():
   found = likeliest(jnp.asarray(logits))
   assert found.dtype == jnp.int32
   np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))
+  assert likeliest(jnp.array([[1.0, jnp.nan, 2.0]])).tolist() == [0]

@@ -1,6 +1,7 @@
 """Scores are computed once, and again when anything that they depend on has changed."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +42,15 @@ def test_another_identity_is_scored_again(tmp_path):
   assert list(keep_scores(path, 'b', never)) == ['own']
 
 
+def test_log_names_the_commit(tmp_path, caplog):
+  path = tmp_path / 'scores.json'
+  keep_scores(path, 'a', lambda: TEXT)
+  commit = json.loads(path.read_text())['git_commit']
+  with caplog.at_level('INFO'):
+    keep_scores(path, 'a', never)
+  assert f'of git commit {commit}' in caplog.text
+
+
 @pytest.mark.parametrize('damage', [
     lambda text: text[:-20], lambda text: text.replace('2.5', '2.4'), lambda text: '[]'])
 def test_damaged_scores_are_told(tmp_path, damage):
@@ -55,9 +65,10 @@ def test_identity_has_all_that_scores_depend_on():
   experiment, params = study().experiment, {'gate': jnp.ones(2)}
   first = scores_identity(experiment, ('own',), params, 'decoder', 'text')
   assert first == scores_identity(experiment, ('own',), {'gate': jnp.ones(2)}, 'decoder', 'text')
-  # The seed of a training has no effect but on the weights.
-  other_seed = dataclasses.replace(experiment, seed=7)
-  assert first == scores_identity(other_seed, ('own',), params, 'decoder', 'text')
+  # A seed and what is reported of the scores change none of them.
+  same = dataclasses.replace(experiment, seed=7, evaluation=dataclasses.replace(
+      experiment.evaluation, bootstrap_samples=5, positions=(1,)))
+  assert first == scores_identity(same, ('own',), params, 'decoder', 'text')
 
   longer = dataclasses.replace(experiment, evaluation=dataclasses.replace(
       experiment.evaluation, num_texts=32))
