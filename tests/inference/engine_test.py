@@ -309,6 +309,20 @@ def test_mesh_decodes_as_one_device(refining, decoder_params):
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
+def test_bfloat16_on_a_mesh(decoder_params):
+  """Bits of tables and caches are divided over devices like their numbers."""
+  held = jax.tree.map(lambda leaf: leaf.astype('bfloat16'), decoder_params)
+  mesh = make_mesh(MeshConfig(2, 2, 2))
+  place = shardings_of(weights.boxed_shapes(tiny.CONFIG), mesh, DEFAULT_RULES)
+  sharded = Engine(tiny.CONFIG, jax.device_put(held, place), length=LENGTH, dtype='bfloat16',
+                   mesh=mesh)
+  exact = jax.tree.map(lambda leaf: leaf.astype('float32'), held)
+  for prompt, completion in zip(PROMPTS, generate(sharded, PROMPTS, DecodingOptions(8)),
+                                strict=True):
+    expected = plain_logprobs(exact, prompt, completion.tokens)
+    np.testing.assert_allclose(completion.logprobs, expected, atol=0.1)
+
+
 @pytest.mark.parametrize('prompts, more, message', [
     ([], {}, 'there is no prompt'), ([[1], []], {}, 'prompt 1 is empty'),
     ([[1, 38]], {}, 'prompt 0 has the token 38.* 0 to 37'),
