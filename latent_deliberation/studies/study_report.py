@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.evaluation.perplexity import (
+  CONSTANT,
   FEWEST_TEXTS,
   FROZEN,
   AheadNLL,
@@ -43,6 +44,7 @@ def summarise_study(result: StudyResult, samples: int = 2000, seed: int = 0) -> 
 
   A study of questions has `overall` and `by_difficulty`. Its `content_effect` and `mcnemar` are by
   difficulty, with 'overall' as one more. A study of text has `by_position` and `content_effect`.
+  With the arm 'constant' it has `against_constant`: the change from its soft tokens to own latents.
 
   Accuracies are fractions, `nll` is nats of an answer, and a `ci95` is [low, high]. A change is an
   arm minus 'frozen'; a change of perplexity is relative, in percent.
@@ -108,7 +110,7 @@ def _summarise_questions(result: StudyResult, draws: Mapping[str, int]) -> dict[
     tests[group] = {
       f'{name} vs {other}': _test_seeds(result, name, other, runs)
       for name, control in shuffled.items()
-      for other in (FROZEN, control, 'constant') if other in runs}
+      for other in (FROZEN, control, CONSTANT) if other in runs}
   return {'items': items,
           'items_by_difficulty': {group: int(chosen.sum()) for group, chosen in groups.items()},
           'overall': scores.pop('overall'),
@@ -158,8 +160,11 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
                            arm.text_scores[0].count)
             for name, arm in result.arms.items()}
   changes = {name: relative_change(arm, pooled[FROZEN], **draws) for name, arm in pooled.items()}
+  shuffled = _shuffled_by_arm(pooled)
   contents = {name: relative_change(pooled[name], pooled[control], **draws)
-              for name, control in _shuffled_by_arm(pooled).items()}
+              for name, control in shuffled.items()}
+  against = {name: relative_change(pooled[name], pooled[CONSTANT], **draws)
+             for name in shuffled} if CONSTANT in pooled else {}
   # Rows of the tables, by position.
   scores, effects = {}, {}
   for position in result.positions:
@@ -177,7 +182,11 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
           'reached': {str(position): int(np.count_nonzero(count[:, position - 1]))
                       for position in result.positions},
           'by_position': scores,
-          'content_effect': effects}
+          'content_effect': effects,
+          **({'against_constant': {
+              str(position): {name: _change_at(change, position - 1)
+                              for name, change in against.items()}
+              for position in result.positions}} if against else {})}
 
 
 def _change_at(change: Change, at: int) -> dict[str, Any]:
@@ -259,10 +268,12 @@ def _format_text(summary: Mapping[str, Any]) -> list[str]:
                else _relative(arm, count_examples(summary, position) >= FEWEST_TEXTS)
                for name, arm in arms.items()}
     for position, arms in summary['by_position'].items()}
-  effects = {
-    position: {name: _relative(effect, count_examples(summary, position) >= FEWEST_TEXTS)
-               for name, effect in arms.items()}
-    for position, arms in summary['content_effect'].items()}
+
+  def cells(key: str) -> Cells:
+    return {position: {name: _relative(effect, count_examples(summary, position) >= FEWEST_TEXTS)
+                       for name, effect in arms.items()}
+            for position, arms in summary.get(key, {}).items()}
+
   position, targets = next(iter(summary['targets'].items()))
   return [
     f'Every arm reads the same {summary["texts"]:,} texts, with {targets:,} targets at ahead '
@@ -272,7 +283,10 @@ def _format_text(summary: Mapping[str, Any]) -> list[str]:
     f'mean over seeds {_state_interval(summary, "texts")}:',
     _table('ahead', changes),
     *_titled('### Content effect\n\nRelative change of perplexity, in percent, from shuffled '
-             'latents to own ones. Below zero, content helps:', effects, 'ahead'),
+             'latents to own ones. Below zero, content helps:', cells('content_effect'), 'ahead'),
+    *_titled('### Against constant soft tokens\n\nRelative change of perplexity, in percent, from '
+             "the arm 'constant' to own latents. Below zero, own latents are better:",
+             cells('against_constant'), 'ahead'),
   ]
 
 

@@ -179,6 +179,22 @@ def test_page_of_text():
   assert content[2][1] == '-18.13 [-18.13, -18.13]'
 
 
+def test_own_latents_against_constant():
+  """Paired on the same texts, for each arm that has content; only where there are soft tokens."""
+  arms = {**texts().arms, 'constant': make_arm(read(1.95), read(2.05), kind='soft tokens')}
+  summary = summarise_study(texts(arms=arms), samples=50)
+  percent = 100 * np.expm1(-0.1)
+  for position in ('1', '4'):
+    assert list(summary['against_constant'][position]) == ['own']
+    change = summary['against_constant'][position]['own']
+    assert [change['change_pct'], *change['ci95']] == pytest.approx([percent] * 3, abs=1e-9)
+  page = format_study(summary)
+  assert rows_of(page, 'ahead')[2][1:] == [['1', '-9.52 [-9.52, -9.52]'],
+                                           ['4', '-9.52 [-9.52, -9.52]']]
+  assert 'against_constant' not in summarise_study(texts(), samples=50)
+  assert 'Against constant' not in format_study(summarise_study(texts(), samples=50))
+
+
 def test_few_questions_have_no_interval():
   """A difficulty with 19 questions has means alone, and the page says so."""
   page = format_study(summarise_study(
