@@ -128,9 +128,7 @@ def _describe(parts: Sequence[_Part], meanwhile: Sequence[Instruction], times: i
   first, is_async = parts[0], any(part.is_async for part in parts)
   collective = first.collective
   groups = read_groups(collective.attributes, mesh.size)
-  sizes = array_bytes(collective.shape)
-  # The result of a start contains its operands, too.
-  whole = max(sizes) if collective.opcode.endswith('-start') else sum(sizes)
+  whole = _whole_bytes(collective)
   if collective.opcode == 'reduce-scatter':
     whole *= len(groups[0])
   seconds = exposed = None
@@ -141,6 +139,16 @@ def _describe(parts: Sequence[_Part], meanwhile: Sequence[Instruction], times: i
   return Collective(kind=first.kind, axis='+'.join(_axes_of(groups, mesh)), bytes=whole,
                     count=times, overlapped=is_async, seconds=seconds, exposed_seconds=exposed,
                     op_name=collective.op_name)
+
+
+def _whole_bytes(collective: Instruction) -> int:
+  """Returns the bytes of all arrays that a collective makes, where XLA has combined several."""
+  sizes = array_bytes(collective.shape)
+  if collective.opcode == 'all-gather-start':  # its operands come first, as many as its results
+    return sum(sizes[len(sizes) // 2:])
+  if collective.opcode in ('all-reduce-start', *KINDS):
+    return sum(sizes)
+  return max(sizes)  # any other start: its operand, its result and perhaps a context
 
 
 def read_groups(attributes: str, num_devices: int) -> np.ndarray:

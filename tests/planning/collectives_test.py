@@ -130,6 +130,18 @@ def test_start_and_done_are_one():
   assert found.exposed_seconds == pytest.approx(found.seconds - 1e-6)
 
 
+@pytest.mark.parametrize('start, kind, size', [
+    ('((f32[64,1024]{1,0}, f32[32,1024]{1,0}), (f32[1024,1024]{1,0}, f32[512,1024]{1,0})) '
+     'all-gather-start', 'all-gather', SIZE * 3 // 2),
+    ('(f32[1024,1024]{1,0}, f32[512,1024]{1,0}) all-reduce-start', 'all-reduce', SIZE * 3 // 2),
+    ('f32[1024,1024]{1,0} all-reduce-start', 'all-reduce', SIZE)])
+def test_combined_arrays_all_count(start, kind, size):
+  """XLA may gather or reduce several arrays at once."""
+  found = only(step(f'%s = {start}(%p), replica_groups={ROWS}',
+                    f'%d = f32[1024,1024]{{1,0}} {kind}-done(%s)'))
+  assert (found.kind, found.bytes) == (kind, size)
+
+
 def test_kernels_hide_collectives():
   """A kernel has no cycles; it hides a collective for the time of the cost that it states."""
   kernel = ('%k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config='
