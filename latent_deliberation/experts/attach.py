@@ -40,6 +40,7 @@ from latent_deliberation.inference.engine import (
 )
 from latent_deliberation.inference.passes import Augmentation, Model, State, Weights
 from latent_deliberation.inference.tokenizer import check_anchors
+from latent_deliberation.model.weights import round_matrices
 
 Choice = str | Mapping[str, float] | None  # what a text asks for
 Mix = Mapping[str, float]  # weight by name of an attached expert; empty for none
@@ -336,7 +337,8 @@ class Experts:
     model = dataclasses.replace(engine.model, coprocessor=Coprocessor(
         decoder.config, config, dtype=decoder.dtype,
         activations=engine.model.decoder.activations))
-    weights = passes.assemble(decoder.params, trained.config, trained.params)
+    weights = passes.assemble(
+        decoder.params, trained.config, round_matrices(trained.params, decoder.dtype))
     return Attached(model, weights, expert.card, expert.routing)
 
   def _warn(self, name: str, reason: str) -> None:

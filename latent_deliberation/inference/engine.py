@@ -53,7 +53,6 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
 
 GREEDY = Sampling()
-MATRICES = ('w', 'table', 'head')  # names of the weights of products
 CACHE_BUDGET = 2 * 2**30  # bytes of kv-cache that texts decoded together may take by default
 
 
@@ -358,17 +357,10 @@ def open_engine(decoder_dir: Path, coprocessor: str = '', vocabulary: str = '', 
 
 def read_decoder(checkpoint: weights.Checkpoint, tokenizer: Tokenizer,
                  dtype: str = 'float32') -> LoadedDecoder:
-  """Reads the weights of a decoder; `dtype` is that of the computation.
-
-  Wider matrices are rounded to it now. Otherwise each call of `decode` would do so again.
-  """
-  def rounded(path: tuple, leaf: Array) -> Array:
-    is_wider = leaf.dtype.itemsize > jnp.dtype(dtype).itemsize
-    return leaf.astype(dtype) if is_wider and path[-1].key in MATRICES else leaf
-
+  """Reads the weights of a decoder; `dtype` is that of the computation."""
   params = checkpoint.load()
   decoder_fingerprint = checkpoint.fingerprint or fingerprint(params)
-  params = jax.tree_util.tree_map_with_path(rounded, params)
+  params = weights.round_matrices(params, dtype)
   params = {**params, 'transformer': passes.unstack(params['transformer'])}
   return LoadedDecoder(checkpoint.config, params, decoder_fingerprint, tokenizer, dtype)
 
@@ -386,7 +378,7 @@ def build_engine(decoder: LoadedDecoder, coprocessor: CoprocessorCheckpoint | No
     # It may have been trained on int8 weights, which inference does not read.
     coprocessor_checkpoint.compare_frozen_dtype(
         coprocessor, decoder.params['embedder']['table'].dtype.name)
-    pair = coprocessor.config, coprocessor.params
+    pair = coprocessor.config, weights.round_matrices(coprocessor.params, decoder.dtype)
   return Engine(decoder.config, decoder.params, length=length, coprocessor=pair,
                 dtype=decoder.dtype, decoder_fingerprint=decoder.fingerprint)
 

@@ -57,6 +57,7 @@ from latent_deliberation.paths import COPROCESSOR, DECODER, GGUF, TOKENIZER, TOK
 from latent_deliberation.progress import announced
 
 FORMATS = ('native', 'huggingface')  # of `save`; 'google' and 'gguf' can only be read
+MATRICES = ('w', 'transposed', 'table', 'head')  # names of the weights of products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +172,18 @@ def load(directory: str | Path, dtype: DTypeLike | None = None,
   """
   checkpoint = open_checkpoint(directory, config)
   return checkpoint.config, checkpoint.load(shardings, dtype)
+
+
+def round_matrices(params: Params, dtype: str) -> Params:
+  """Returns the parameters, with matrices that are wider than `dtype` rounded to it.
+
+  Otherwise products would round them, at every call of a program.
+  """
+  def rounded(path: tuple, leaf: Array) -> Array:
+    is_wider = leaf.dtype.itemsize > jnp.dtype(dtype).itemsize
+    return leaf.astype(dtype) if is_wider and getattr(path[-1], 'key', '') in MATRICES else leaf
+
+  return jax.tree_util.tree_map_with_path(rounded, params)
 
 
 def open_checkpoint(directory: str | Path, config: TransformerConfig | None = None) -> Checkpoint:

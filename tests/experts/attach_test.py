@@ -55,9 +55,10 @@ def test_expert_is_its_coprocessor(trio, name, trained):
   assert_close(decoded(trio, [name] * 3), generate(small.engine_of(trained), PROMPTS, OPTIONS))
 
 
-def test_bfloat16_expert_is_its_coprocessor():
+@pytest.mark.parametrize('trained', [small.lora(1), small.coprocessor(3)], ids=['lora', 'full'])
+def test_bfloat16_expert_is_its_coprocessor(trained):
   """An expert computes as a coprocessor does, in the dtypes of its engine."""
-  decoder, trained = dataclasses.replace(small.decoder(), dtype='bfloat16'), small.lora(1)
+  decoder = dataclasses.replace(small.decoder(), dtype='bfloat16')
   experts = Experts(decoder, {'stars': trained}, length=small.LENGTH, strict=True)
   engine = build_engine(decoder, trained, small.LENGTH)
   for one, other in zip(decoded(experts, ['stars'] * 3), generate(engine, PROMPTS, OPTIONS),
