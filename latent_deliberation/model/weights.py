@@ -177,7 +177,7 @@ def load(directory: str | Path, dtype: DTypeLike | None = None,
 def round_matrices(params: Params, dtype: str) -> Params:
   """Returns the parameters, with matrices that are wider than `dtype` rounded to it.
 
-  Otherwise products would round them, at every call of a program.
+  Otherwise products would round them, at every call of a program. Adapters are small and stay.
   """
   def rounded(path: tuple, leaf: Array) -> Array:
     is_wider = leaf.dtype.itemsize > jnp.dtype(dtype).itemsize

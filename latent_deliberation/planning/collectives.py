@@ -28,6 +28,7 @@ _LISTED = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}')
 _IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]"
                     r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}')
+_SCALAR = re.compile(r'\b[us]\d+\[\](?:\{[^}]*\})?')
 _CHANNEL = re.compile(r'channel_id=(\d+)')
 
 
@@ -143,12 +144,13 @@ def _describe(parts: Sequence[_Part], meanwhile: Sequence[Instruction], times: i
 
 def _whole_bytes(collective: Instruction) -> int:
   """Returns the bytes of all arrays that a collective makes, where XLA has combined several."""
-  sizes = array_bytes(collective.shape)
-  if collective.opcode == 'all-gather-start':  # its operands come first, as many as its results
-    return sum(sizes[len(sizes) // 2:])
   if collective.opcode in ('all-reduce-start', *KINDS):
-    return sum(sizes)
-  return max(sizes)  # any other start: its operand, its result and perhaps a context
+    return sum(array_bytes(collective.shape))
+  # Any other start has operands, then results, and perhaps contexts, which are scalars.
+  sizes = array_bytes(_SCALAR.sub('', collective.shape))
+  if collective.opcode == 'all-gather-start':
+    return sum(sizes[len(sizes) // 2:])
+  return max(sizes)
 
 
 def read_groups(attributes: str, num_devices: int) -> np.ndarray:

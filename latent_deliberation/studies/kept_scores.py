@@ -59,9 +59,14 @@ def keep_scores(path: Path, identity: str, score: Callable[[], Scores]) -> Score
     UserError: the file is damaged, or cannot be written.
   """
   kept = _read(path) if path.exists() else {}
-  # One process decides for all, since all of them have to score together.
-  if from_process_zero(kept.get('identity') == identity):
-    logging.info('%s has the scores, of git commit %s', path, kept['git_commit'])
+  # All processes score together, or none: they may see the file at different times.
+  if not from_process_zero(kept.get('identity') != identity):
+    if kept.get('identity') != identity:
+      raise UserError(f'{path}: process 0 reads scores that this process does not see. Put the '
+                      'work directory on a disk that all processes share')
+    commit, now = kept.get('git_commit'), git_commit()
+    say = logging.info if commit == now else logging.warning
+    say('%s has the scores of git commit %s, and this is %s', path, commit, now)
     return {arm: _from_json(fields) for arm, fields in kept['scores'].items()}
   scores = score()
   content = seal({'identity': identity, 'git_commit': git_commit(),
@@ -77,7 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
     kept = unseal(path.read_bytes(), path)
   except (ValueError, UserError) as error:
     raise UserError(remedy) from error
-  if not isinstance(kept, dict) or not {'identity', 'git_commit', 'scores'} <= set(kept):
+  if not isinstance(kept, dict) or not {'identity', 'scores'} <= set(kept):
     raise UserError(remedy)
   return kept
 

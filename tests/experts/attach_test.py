@@ -65,6 +65,12 @@ def test_bfloat16_expert_is_its_coprocessor(trained):
                         strict=True):
     assert one.tokens == other.tokens
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3)
+  # Matrices of its own are rounded once. This decoder was not loaded, and keeps its float32.
+  expected = 'bfloat16' if trained.config.trainable == 'full' else 'float32'
+  for weights in (experts._attached['stars'].weights, engine.weights):
+    matrices = [leaf.dtype.name for path, leaf in jax.tree_util.tree_leaves_with_path(
+        weights.coprocessor_layers) if path[-1].key in ('w', 'transposed')]
+    assert set(matrices) == {expected}
   found = experts.reader.coprocessor
   assert found.activations == engine.model.coprocessor.activations == 'float32'
 

@@ -133,6 +133,8 @@ def test_start_and_done_are_one():
 @pytest.mark.parametrize('start, kind, size', [
     ('((f32[64,1024]{1,0}, f32[32,1024]{1,0}), (f32[1024,1024]{1,0}, f32[512,1024]{1,0})) '
      'all-gather-start', 'all-gather', SIZE * 3 // 2),
+    ('(f32[64,1024]{1,0}, f32[1024,1024]{1,0}, u32[], u32[]{:S(2)}) all-gather-start',
+     'all-gather', SIZE),
     ('(f32[1024,1024]{1,0}, f32[512,1024]{1,0}) all-reduce-start', 'all-reduce', SIZE * 3 // 2),
     ('f32[1024,1024]{1,0} all-reduce-start', 'all-reduce', SIZE)])
 def test_combined_arrays_all_count(start, kind, size):

@@ -9,6 +9,8 @@ import pytest
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.perplexity import AheadNLL
+from latent_deliberation.files import seal
+from latent_deliberation.provenance import git_commit
 from latent_deliberation.studies.kept_scores import keep_scores, scores_identity
 from latent_deliberation.studies.study_result import Outcomes
 from tests.studies.tiny_study import study
@@ -45,10 +47,18 @@ def test_another_identity_is_scored_again(tmp_path):
 def test_log_names_the_commit(tmp_path, caplog):
   path = tmp_path / 'scores.json'
   keep_scores(path, 'a', lambda: TEXT)
-  commit = json.loads(path.read_text())['git_commit']
   with caplog.at_level('INFO'):
     keep_scores(path, 'a', never)
-  assert f'of git commit {commit}' in caplog.text
+  assert f'of git commit {git_commit()},' in caplog.text
+  assert not [record for record in caplog.records if record.levelname == 'WARNING']
+
+
+def test_scores_of_another_commit_are_warned_of(tmp_path, caplog):
+  path = tmp_path / 'scores.json'
+  keep_scores(path, 'a', lambda: TEXT)
+  path.write_text(json.dumps(seal({**json.loads(path.read_text()), 'git_commit': 'abc'})))
+  keep_scores(path, 'a', never)
+  assert 'scores of git commit abc' in caplog.text
 
 
 @pytest.mark.parametrize('damage', [
