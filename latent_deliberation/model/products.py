@@ -89,8 +89,9 @@ def on_bits(move: Callable[..., Array], *arrays: Array) -> Array:
   """Returns move(*arrays), for a function that puts elements elsewhere and computes nothing.
 
   XLA on a CPU has no such operations for bfloat16. It converts whole arrays to float32 and back: an
-  embedding table for a few of its rows, a cache for one token. Their bits move as they are. A
-  gradient may be taken inside of a jitted function, and not of one in which `move` is traced.
+  embedding table for a few of its rows, a cache for one token. Their bits move as they are.
+
+  Where `move` holds a traced array, jit the gradient: the gradient of the jitted function fails.
   """
   if arrays[0].dtype != jnp.bfloat16:
     return move(*arrays)
