@@ -24,7 +24,6 @@ import numpy as np
 from absl import logging
 
 from latent_deliberation.array_types import Array
-from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError, check_number
@@ -285,9 +284,7 @@ class Experts:
   @property
   def reader(self) -> Model:
     """The static part of programs that read latents of these experts."""
-    return dataclasses.replace(self.engine.model, coprocessor=Coprocessor(
-        self._decoder.config, self._latents, dtype=self._decoder.dtype,
-        activations=self.engine.model.decoder.activations))
+    return self.engine.model.with_coprocessor(self._latents)
 
   def _build(self, room: DeliberationConfig | None) -> Engine:
     decoder = self._decoder
@@ -334,9 +331,7 @@ class Experts:
     config = dataclasses.replace(self._latents, **{
         key: getattr(trained.config, key) for key in (
             'trainable', 'num_layers', 'gate', 'soft_tokens', 'lora_rank', 'lora_alpha')})
-    model = dataclasses.replace(engine.model, coprocessor=Coprocessor(
-        decoder.config, config, dtype=decoder.dtype,
-        activations=engine.model.decoder.activations))
+    model = engine.model.with_coprocessor(config)
     weights = passes.assemble(
         decoder.params, trained.config, round_matrices(trained.params, decoder.dtype))
     return Attached(model, weights, expert.card, expert.routing)

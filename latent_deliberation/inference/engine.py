@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_deliberation.array_types import Array, Params, PyTree
 from latent_deliberation.deliberation import coprocessor_checkpoint
-from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.coprocessor_checkpoint import (
   CoprocessorCheckpoint,
   Description,
@@ -106,10 +105,11 @@ class Engine:
     # jit compiles for the values of the static part, so all of them must be hashable.
     self.model = Model(
         decoder=Decoder(decoder_config, dtype=dtype, activations=activations),
-        coprocessor=None if config is None else Coprocessor(
-            decoder_config, config, dtype=dtype, activations=activations),
+        coprocessor=None,
         plan=plan_cache(decoder_config, length, num_latents, refining),
         rules=() if mesh is None else tuple((name, tuple(axes)) for name, axes in rules.items()))
+    if config is not None:
+      self.model = self.model.with_coprocessor(config)
     self.weights = passes.assemble(decoder_params, config, params)
     self.worker = worker or self
     self.decoder_fingerprint = decoder_fingerprint or fingerprint(decoder_params)

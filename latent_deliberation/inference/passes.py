@@ -134,6 +134,12 @@ class Model:
   plan: CachePlan
   rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
+  def with_coprocessor(self, config: DeliberationConfig) -> 'Model':
+    """Returns the model with a coprocessor, which computes in the dtypes of the decoder."""
+    decoder = self.decoder
+    return dataclasses.replace(self, coprocessor=Coprocessor(
+        decoder.config, config, dtype=decoder.dtype, activations=decoder.activations))
+
 
 @struct.dataclass
 class Weights:

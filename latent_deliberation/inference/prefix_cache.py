@@ -146,10 +146,9 @@ def _describe(directory: Path) -> dict[str, Any]:
   try:
     # Saved names of keys and values may be old ones.
     description = with_current_names(unseal(path.read_bytes(), path))
-    expected = _FORMATS.get(description.get('dtype'), 1)
-    if description['format'] != expected:
-      raise UserError(f'{path} has the format {description["format"]!r}, expected {expected}. Save '
-                      'the cache again')
+    found, expected = description['format'], _FORMATS.get(description.get('dtype'), 1)
+    if found != expected:
+      raise UserError(f'{path} has the format {found!r}, expected {expected}. Save the cache again')
   except UserError:
     raise
   except (ValueError, KeyError, TypeError) as error:

@@ -194,6 +194,9 @@ def test_damage_is_refused_and_nothing_overwritten(engine, saved):
   description.write_text(text[:50])
   with pytest.raises(UserError, match='cache.json is damaged'):
     prefix_cache.load(directory, engine)
+  description.write_text('[]')
+  with pytest.raises(UserError, match='cache.json is damaged'):
+    prefix_cache.load(directory, engine)
   description.unlink()
   with pytest.raises(UserError, match='no cache.json'):
     prefix_cache.load(directory, engine)
