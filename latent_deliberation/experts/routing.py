@@ -224,9 +224,9 @@ def _along(model: Model, weights: Weights, state: State, prototypes: Array) -> A
       inputs = norm.apply({'params': block['params']['attention_in']}, x).astype(jnp.float32)
       inputs = inputs[:, 0] / (jnp.linalg.norm(inputs[:, 0], axis=-1, keepdims=True) + 1e-12)
       found.append(jnp.abs(jnp.einsum('BZD,ED->BZE', inputs, prototypes[:, number])))
-      layer = jax.tree.map(lambda leaf: leaf[number], traits)  # noqa: B023
       x, _ = Block(config, dtype=model.decoder.dtype).apply(
-          block, x, (layer, cache.layer(number)), newest.positions[:, None], mask_spec)
+          block, x, (traits.layer(number), cache.layer(number)), newest.positions[:, None],
+          mask_spec)
     seen = (newest.segments > 0)[None, :, :, None]
     adapted = jnp.any(prototypes != 0, axis=-1).T[:, None, None]  # by layer and expert
     return jnp.mean(jnp.stack(found), axis=(0, 2), where=seen & adapted)

@@ -107,9 +107,9 @@ def run(config: TransformerConfig, layers: Layers, x: Array, positions: Array, s
   # A shallower coprocessor reads the last layers of the cache.
   skipped = len(cache.keys) - len(layers.blocks) if cache is not None else 0
   for number, variables in enumerate(layers.blocks):
-    layer = jax.tree.map(lambda leaf: leaf[number], traits)  # noqa: B023
     seen = None if cache is None else cache.layer(skipped + number)
-    rows, keys_values = block.apply(variables, rows, (layer, seen), positions, mask_spec)
+    rows, keys_values = block.apply(variables, rows, (traits.layer(number), seen), positions,
+                                    mask_spec)
     fresh.append(keys_values)
   final_norm = RMSNorm(config.norm_epsilon, config.norm_offset)
   hidden = final_norm.apply({'params': layers.final_norm}, rows)

@@ -71,9 +71,16 @@ class LayerTraits:
   window: Int[Array, '...']
   frequencies: Float[Array, '... half']
 
+  def layer(self, number: int) -> 'LayerTraits':
+    """Returns the traits of one layer, as constants: XLA computes the sines of a kind once."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[number]), self)
+
 
 def layer_traits(config: TransformerConfig) -> LayerTraits:
-  """Returns the traits of the L layers, stacked. A global layer's window exceeds any position."""
+  """Returns the traits of the L layers, stacked, as NumPy arrays.
+
+  A global layer's window exceeds any position.
+  """
   c = config
   local_base = c.rope_base if c.rope_local_base is None else c.rope_local_base
   # Kinds differ in window and frequencies. Only global layers have scaled positions.
@@ -82,7 +89,7 @@ def layer_traits(config: TransformerConfig) -> LayerTraits:
       'global': (np.iinfo(np.int32).max,
                  rotary.rotary_frequencies(c.head_dim, c.rope_base, c.rope_scaling, c.rope_llama3))}
   windows, frequencies = zip(*(traits[kind] for kind in c.layer_kinds), strict=True)
-  return LayerTraits(jnp.array(windows, jnp.int32), jnp.array(frequencies))
+  return LayerTraits(np.array(windows, np.int32), np.stack(frequencies))
 
 
 class Attention(nn.Module):
