@@ -6,9 +6,10 @@
     experiment = read_config()
 
 What a flag gives, such as --config.data.files, goes before what the config file says. Some values
-follow from what is given: the source of text, the number of embeddings, the warm-up.
+follow from what is given: the source of text, the number of embeddings, microbatches, the warm-up.
 """
 
+import math
 import os
 import re
 import shlex
@@ -159,10 +160,14 @@ def _follow(config: ConfigDict, given: set[str]) -> Iterator[tuple[str, Any]]:
       and not config.decoder_from and not config.data.vocabulary_path):
     yield 'decoder.vocab_size', (BYTE_VOCABULARY_SIZE if config.data.vocabulary == 'byte'
                                  else config.data.vocabulary_size)
-  # A warm-up that was meant for a longer run becomes a tenth of this one.
   for name in ('pretraining', 'training'):
     settings = config[name]
     steps = settings.loop.num_steps
+    # A batch that does not divide into as many microbatches has fewer.
+    if f'{name}.batch_size' in given and f'{name}.accumulation' not in given and min(
+        settings.batch_size, settings.accumulation) > 0:
+      yield f'{name}.accumulation', math.gcd(settings.batch_size, settings.accumulation)
+    # A warm-up that was meant for a longer run becomes a tenth of this one.
     if (f'{name}.loop.num_steps' in given and f'{name}.optimizer.warmup_steps' not in given
         and settings.optimizer.warmup_steps > steps):
       yield f'{name}.optimizer.warmup_steps', max(0, steps // 10)

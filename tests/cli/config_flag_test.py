@@ -134,6 +134,15 @@ def test_bad_tuple():
     config_flag._TupleParser().parse("('a', b c)")
 
 
+def test_microbatches_follow():
+  """A batch that is given has as many of the config's microbatches as divide it."""
+  config = finished.config_of('quickstart')
+  config.training.accumulation, config.training.batch_size = 4, 6
+  given = {'training.batch_size', 'training.accumulation'}
+  assert dict(config_flag._follow(config, {'training.batch_size'}))['training.accumulation'] == 2
+  assert 'training.accumulation' not in dict(config_flag._follow(config, given))
+
+
 @pytest.mark.parametrize('given, expected', [
     ({'data.vocabulary_size': 900}, {'decoder.vocab_size': 900}),
     ({'data.vocabulary': 'byte'}, {'decoder.vocab_size': 260}),
