@@ -33,11 +33,13 @@ from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.training.objectives import augmentation, language_modelling
+from latent_deliberation.training.step import sum_gradients
 
 # The sizes of configs/gemma3_270m.py.
 CHOICES = DeliberationConfig(
     num_latents=4, num_ahead=8, num_traces=32, trainable='lora', lora_rank=16)
 TEXTS, LENGTH, CHUNK = 4, 256, 256
+ACCUMULATION = 4  # microbatches, of a text each
 DECODER_TEXTS = 2  # when the decoder alone is timed
 DTYPES = ('float32', 'bfloat16')  # of transformers; the better one counts
 
@@ -50,7 +52,7 @@ def benchmark_decoder(name: str, output: Path, repeats: int) -> dict[str, Any]:
     output: JSON file to write.
     repeats: turns of each comparison.
 
-  Returns: the content of `output`. 'step' compares our products with those in float32, 'decoder'
+  Returns: the content of `output`. 'step' compares our train step with other ways of it, 'decoder'
     compares the decoder alone with transformers in each dtype.
 
   Raises:
@@ -76,17 +78,22 @@ def _build(config: TransformerConfig, computation: Computation) -> Decoder:
 
 def _compare_products(config: TransformerConfig, params: Params, computation: Computation,
                       repeats: int) -> dict[str, Any]:
-  """Times forward and backward of a train step in the chosen dtype, and in float32."""
+  """Times forward and backward of a train step, and the same with all texts at once, or float32."""
   batch = random_batch(TEXTS, LENGTH, config.vocab_size)
   keys, programs = jax.random.split(jax.random.key(2), TEXTS), {}
-  for way, choice in (('ours', computation), ('float32', Computation(scan=False))):
+  float32 = Computation(scan=False)
+  ways = {'ours': (computation, ACCUMULATION), 'all texts at once': (computation, 1),
+          'float32': (float32, ACCUMULATION), 'float32, all texts at once': (float32, 1)}
+  for way, (choice, accumulation) in ways.items():
     choice = choice.on(jax.default_backend())
     coprocessor = Coprocessor(config, CHOICES, dtype=choice.dtype, activations=choice.activations,
                               scan=False)
     adapters = nn.unbox(jax.jit(coprocessor.init)(jax.random.key(1), params))
     frozen = jax.tree.map(lambda leaf, dtype=choice.dtype: leaf.astype(dtype), params)
     loss = augmentation(Deliberator(_build(config, choice), coprocessor), CHUNK)
-    programs[way] = compiled(jax.value_and_grad(loss, has_aux=True), adapters, frozen, batch, keys)
+    programs[way] = compiled(
+        functools.partial(sum_gradients, loss, accumulation=accumulation), adapters, frozen, batch,
+        keys)
   logging.info('train step: %s against float32', computation.dtype)
   return ratios_of_turns(programs, repeats)
 

@@ -282,6 +282,7 @@ class _Logbook:
     with announced(f'evaluating at step {step}'):
       values = {f'{name}/{key}': float(value) for name, evaluator in evaluators.items()
                 for key, value in evaluator(params).items()}
+    return_memory()
     self._ledger.book(EVALUATION)
     if values:
       self._metrics.write(step, values)

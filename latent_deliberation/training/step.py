@@ -94,8 +94,8 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step),
                             batch.tokens.shape[0])
     with nn.logical_axis_rules(tuple(rules.items())):
-      total, targets, gradients = _accumulate(loss_fn, state.params, frozen, batch, keys,
-                                              accumulation)
+      total, targets, gradients = sum_gradients(loss_fn, state.params, frozen, batch, keys,
+                                                accumulation)
     with jax.named_scope('optimizer'):
       # The loss is a sum over targets. From here on, gradients are those of the mean.
       gradients = jax.tree.map(lambda leaf: leaf / jnp.maximum(targets, 1), gradients)
@@ -121,9 +121,12 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation,
   return TrainStep(jitted, frozen, mesh)
 
 
-def _accumulate(loss_fn: LossFn, params: Params, frozen: Params, batch: Batch, keys: Array,
-                accumulation: int) -> tuple[Array, Array, Params]:
-  """Returns summed loss, number of targets and summed gradients of all microbatches."""
+def sum_gradients(loss_fn: LossFn, params: Params, frozen: Params, batch: Batch, keys: Array,
+                  accumulation: int) -> tuple[Array, Array, Params]:
+  """Returns summed loss, number of targets and summed gradients of all microbatches.
+
+  Arguments are those of `make_train_step`, and a key for each text.
+  """
   gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
   def of_microbatch(micro: tuple[Batch, Array]) -> tuple[Array, Array, Params]:
