@@ -290,8 +290,6 @@ def _parse_known(argv: list[str]) -> list[str]:
   try:
     for action in _before_parsing:
       action()
-    if 'config' in flags.FLAGS:
-      _check_config(argv[1:])
     others = flags.FLAGS(argv, known_only=True)
     # For a file that cannot be read, ml_collections raises when its config is first used.
     if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
@@ -306,34 +304,6 @@ def _parse_known(argv: list[str]) -> list[str]:
     if isinstance(error.__context__, UserError):
       raise error.__context__ from None
     raise UserError(f'{_describe(error)}\n--help lists all flags.') from error
-
-
-def _check_config(arguments: Sequence[str]) -> None:
-  """Checks that --config is a file, and comes before its overrides.
-
-  Raises:
-    UserError: it is not, or does not.
-  """
-  places = [at for at, argument in enumerate(arguments)
-            if re.fullmatch('--?config(=.*)?', argument)]
-  override = next((argument for argument in arguments[:places[0] if places else None]
-                   if re.match(r'--?(no)?config\.', argument)), None)
-  if override and places:
-    raise UserError(f'{override} is before --config: give --config=FILE first, and then the keys '
-                    'that differ')
-  if override and flags.FLAGS['config'].default is None:
-    raise UserError(f'{override} without --config: give --config=FILE before it, such as '
-                    '--config=configs/quickstart.py')
-  for at in places:
-    # The path is after '=', or the next argument. After a colon comes the argument of get_config,
-    # which may be a path or a URL itself.
-    _, equals, path = arguments[at].partition('=')
-    path = path if equals else ''.join(arguments[at + 1:at + 2])
-    path = path if re.match('[a-z0-9]+://', path) else path.partition(':')[0]
-    if not as_path(os.path.expanduser(path)).is_file():
-      near = difflib.get_close_matches(path, map(str, Path('configs').rglob('*.py')), n=1)
-      hint = f'did you mean {near[0]}?' if near else 'give a file such as configs/quickstart.py'
-      raise UserError(f'--config={path}: there is no such file; {hint}')
 
 
 def _describe(error: flags.Error) -> str:

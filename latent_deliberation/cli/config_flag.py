@@ -9,12 +9,13 @@ What a flag gives, such as --config.data.files, goes before what the config file
 follow from what is given: the source of text, the number of embeddings, microbatches, the warm-up.
 """
 
+import difflib
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,35 @@ def define_config(launch_script: str, default: str | None = None, of_run: str = 
   else:
     # Only where errors of overrides are caught: the default is read when it is set.
     app.before_parsing(lambda: flags.FLAGS.set_default(FLAG, default))
+  app.before_parsing(lambda: _check_place(sys.argv[1:]))
+
+
+def _check_place(arguments: Sequence[str]) -> None:
+  """Checks that --config is a file, and comes before its overrides.
+
+  Raises:
+    UserError: it is not, or does not.
+  """
+  places = [at for at, argument in enumerate(arguments)
+            if re.fullmatch('--?config(=.*)?', argument)]
+  override = next((argument for argument in arguments[:places[0] if places else None]
+                   if re.match(r'--?(no)?config\.', argument)), None)
+  if override and places:
+    raise UserError(f'{override} is before --config: give --config=FILE first, and then the keys '
+                    'that differ')
+  if override and flags.FLAGS['config'].default is None:
+    raise UserError(f'{override} without --config: give --config=FILE before it, such as '
+                    '--config=configs/quickstart.py')
+  for at in places:
+    # The path is after '=', or the next argument. After a colon comes the argument of get_config,
+    # which may be a path or a URL itself.
+    _, equals, path = arguments[at].partition('=')
+    path = path if equals else ''.join(arguments[at + 1:at + 2])
+    path = path if re.match('[a-z0-9]+://', path) else path.partition(':')[0]
+    if not as_path(os.path.expanduser(path)).is_file():
+      near = difflib.get_close_matches(path, map(str, Path('configs').rglob('*.py')), n=1)
+      hint = f'did you mean {near[0]}?' if near else 'give a file such as configs/quickstart.py'
+      raise UserError(f'--config={path}: there is no such file; {hint}')
 
 
 def _given_flag(name: str) -> str | None:

@@ -66,7 +66,7 @@ def test_error_of_a_file_has_no_traceback(tmp_path):
 def test_home_directory(tmp_path, monkeypatch):
   (tmp_path / 'own.py').write_text((finished.ROOT / 'configs/tiny.py').read_text())
   monkeypatch.setenv('HOME', str(tmp_path))
-  app._check_config(['--config=~/own.py:argument'])
+  config_flag._check_place(['--config=~/own.py:argument'])
   assert bind(PARSER.parse('~/own.py')).training.batch_size == 8
 
 
@@ -77,8 +77,8 @@ def test_argument_after_a_colon(tmp_path, argument):
   path = tmp_path / 'own.py'
   path.write_text('from ml_collections import ConfigDict\n\n\n'
                   "def get_config(argument=''):\n  return ConfigDict({'argument': argument})\n")
-  app._check_config([f'--config={path}{argument}'])
-  app._check_config(['--config', f'{path}{argument}'])
+  config_flag._check_place([f'--config={path}{argument}'])
+  config_flag._check_place(['--config', f'{path}{argument}'])
   assert PARSER.parse(f'{path}{argument}').argument == argument[1:]
 
 
@@ -88,7 +88,7 @@ def test_no_such_config(path, tmp_path, monkeypatch):
   monkeypatch.setattr(app, 'as_path', type(tmp_path))
   shown = path if '://' in path else 'no.py'
   with pytest.raises(UserError, match=f'--config={shown}: there is no such file'):
-    app._check_config([f'--config={path}'])
+    config_flag._check_place([f'--config={path}'])
 
 
 def test_run_as_config(quickstart):
