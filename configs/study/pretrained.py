@@ -6,8 +6,8 @@
   python launch/study.py --config=configs/study/pretrained.py --workdir=runs/gemma_study --arm=own
 
 The decoder is Gemma 3 270M, or SmolLM2-135M. Every arm has the text, steps, batch and rate of
-configs/gemma3_270m.py, so its 4 latents are the arm 'own'. An arm of 400 steps takes about an hour
-on two CPU cores, so choose some with --arm; a later command adds others.
+configs/gemma3_270m.py, so its 4 latents are the arm 'own'. An arm of 400 steps takes about 40
+minutes on two CPU cores, so choose some with --arm; a later command adds others.
 
 - 'constant' has soft tokens without a coprocessor. What it gains is no content.
 - 'lora' puts the same adapters on the decoder itself, and trains them by next-token loss.
