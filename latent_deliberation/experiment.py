@@ -58,8 +58,8 @@ class Computation:
       is for TPUs (v5e, v5p, v6e), which multiply int8 up to twice as fast. It also rounds, token by
       token, the activations that are multiplied with these weights, and their gradients.
     remat: activations of a block that the backward pass keeps: 'none' keeps all, 'full' nothing.
-      Rematerialisation computes the others again. REMAT_POLICIES lists all values. It saves nothing
-      for unrolled layers on a CPU, where XLA computes the others too early.
+      Rematerialisation computes the others again. REMAT_POLICIES lists all values. For unrolled
+      layers on a CPU 'full' saves nothing, since XLA computes the others too early.
     scan: loop over stacked layers, which compiles fast at any depth; otherwise unroll them.
       Unrolled layers run faster on a CPU.
     loss_chunk: number of targets of a text whose logits exist at the same time.

@@ -59,8 +59,8 @@ def peak_memory_bytes() -> int:
 def return_memory() -> None:
   """Gives memory that was freed back to the system, where the C library is glibc.
 
-  Loading weights and compiling free gigabytes in small pieces. glibc keeps them for this process,
-  and large arrays get new memory all the same.
+  Loading weights, compiling and scoring free gigabytes in small pieces. glibc keeps them for this
+  process, and large arrays get new memory all the same.
   """
   if sys.platform == 'linux' and hasattr(library := ctypes.CDLL(None), 'malloc_trim'):
     library.malloc_trim(0)

@@ -241,10 +241,11 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh,
   shards = batch_shards(mesh, rules)
   if batch_size % (shards * accumulation):
     key = f'{section}.batch_size' if section else 'batch_size'
+    fewer = f', or lower {section}.accumulation' if section and accumulation > 1 else ''
     raise UserError(
         f'{key} = {batch_size} does not divide into {accumulation} microbatches over '
-        f'{shards} shards of mesh {dict(mesh.shape)}: it must be a multiple of '
-        f'{shards * accumulation}')
+        f'{shards} shards of mesh {dict(mesh.shape)}: make it a multiple of '
+        f'{shards * accumulation}{fewer}')
 
 
 def rows_of_process(batch_size: int, mesh: Mesh, rules: Mapping[str, Sequence[str]],

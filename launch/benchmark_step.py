@@ -8,8 +8,8 @@ All have the same random weights. They run in turns, transformers in a process o
 ratios are drawn as a PNG next to the JSON.
 
 With --decoder the weights are those of a pretrained decoder, and nothing is drawn. Forward and
-backward of its train step, without the optimizer, are timed against the same in float32 and with
-all texts at once, and its loss against transformers. Next, train with launch/train.py.
+backward of a train step, without the optimizer, are timed against the same in float32 and with all
+texts at once. The decoder's loss is timed against transformers. Next, train with launch/train.py.
 """
 
 

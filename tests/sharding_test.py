@@ -141,6 +141,8 @@ def test_check_batch():
   check_batch(16, accumulation=4, mesh=mesh, rules=DEFAULT_RULES)
   with pytest.raises(UserError, match='batch_size = 8 .* 4 .* 4 .* 16'):
     check_batch(8, accumulation=4, mesh=mesh, rules=DEFAULT_RULES)
+  with pytest.raises(UserError, match='multiple of 16, or lower training.accumulation'):
+    check_batch(8, accumulation=4, mesh=mesh, rules=DEFAULT_RULES, section='training')
 
 
 @pytest.mark.parametrize('config', [MeshConfig(2, 2, 2), MeshConfig(1, 2, 2, replica=2)])

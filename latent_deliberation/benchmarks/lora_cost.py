@@ -20,6 +20,7 @@ from latent_deliberation.array_types import Batch
 from latent_deliberation.benchmarks.expert_speed import check_interpreter, run_other
 from latent_deliberation.build import build_deliberator, count_parameters, load_frozen, open_frozen
 from latent_deliberation.data.loading import open_batches
+from latent_deliberation.data.text_sizes import with_choices
 from latent_deliberation.deliberation.traces import evaluation_keys, sample_traces
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.evaluate import HeldOut, open_held_out, score_traces
@@ -63,6 +64,8 @@ def benchmark(decoder: str, package: Path, workdir: Path, output: Path, *, pytho
   expert = load_package(package)
   experiment = dataclasses.replace(
       experiment_of(expert.card), decoder_from=decoder, coprocessor_from='')
+  # All texts of a batch at once, as the LoRA takes them.
+  experiment = with_choices(experiment, {'training.accumulation': 1})
   num_steps = experiment.training.loop.num_steps
   mesh = make_mesh(experiment.mesh)
   batches = open_batches(experiment, workdir, 'training', mesh)

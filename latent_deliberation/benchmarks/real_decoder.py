@@ -63,9 +63,10 @@ def benchmark_decoder(name: str, output: Path, repeats: int) -> dict[str, Any]:
   params = checkpoint.load(dtype='float32')
   computation = Computation(dtype='auto', scan=False).on(jax.default_backend())
   result = {
-      'step': {'train step': _compare_products(checkpoint.config, params, computation, repeats)},
+      'step': {'train step': _compare_steps(checkpoint.config, params, computation, repeats)},
       'decoder': _compare_decoders(checkpoint.config, params, computation, repeats),
-      'sizes': {'texts': TEXTS, 'decoder_texts': DECODER_TEXTS, 'length': LENGTH,
+      'sizes': {'texts': TEXTS, 'accumulation': ACCUMULATION, 'decoder_texts': DECODER_TEXTS,
+                'length': LENGTH,
                 'deliberation': dataclasses.asdict(CHOICES)},
       'decoder_name': name, 'dtype': computation.dtype, **describe_turns(repeats)}
   write_json(output, result)
@@ -76,25 +77,27 @@ def _build(config: TransformerConfig, computation: Computation) -> Decoder:
   return Decoder(config, dtype=computation.dtype, activations=computation.activations, scan=False)
 
 
-def _compare_products(config: TransformerConfig, params: Params, computation: Computation,
+def _compare_steps(config: TransformerConfig, params: Params, computation: Computation,
                       repeats: int) -> dict[str, Any]:
-  """Times forward and backward of a train step, and the same with all texts at once, or float32."""
+  """Times a step's forward and backward in the chosen dtype and in float32.
+
+  Each is timed with one text at a time, and with all texts at once.
+  """
   batch = random_batch(TEXTS, LENGTH, config.vocab_size)
   keys, programs = jax.random.split(jax.random.key(2), TEXTS), {}
-  float32 = Computation(scan=False)
-  ways = {'ours': (computation, ACCUMULATION), 'all texts at once': (computation, 1),
-          'float32': (float32, ACCUMULATION), 'float32, all texts at once': (float32, 1)}
-  for way, (choice, accumulation) in ways.items():
-    choice = choice.on(jax.default_backend())
+  float32 = Computation(scan=False).on(jax.default_backend())
+  for choice, one_by_one, at_once in ((computation, 'ours', 'all texts at once'),
+                                      (float32, 'float32', 'float32, all texts at once')):
     coprocessor = Coprocessor(config, CHOICES, dtype=choice.dtype, activations=choice.activations,
                               scan=False)
     adapters = nn.unbox(jax.jit(coprocessor.init)(jax.random.key(1), params))
     frozen = jax.tree.map(lambda leaf, dtype=choice.dtype: leaf.astype(dtype), params)
     loss = augmentation(Deliberator(_build(config, choice), coprocessor), CHUNK)
-    programs[way] = compiled(
-        functools.partial(sum_gradients, loss, accumulation=accumulation), adapters, frozen, batch,
-        keys)
-  logging.info('train step: %s against float32', computation.dtype)
+    for way, accumulation in ((one_by_one, ACCUMULATION), (at_once, 1)):
+      programs[way] = compiled(
+          functools.partial(sum_gradients, loss, accumulation=accumulation), adapters, frozen,
+          batch, keys)
+  logging.info('train step in %s against other ways', computation.dtype)
   return ratios_of_turns(programs, repeats)
 
 

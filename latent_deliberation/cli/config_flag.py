@@ -6,11 +6,11 @@
     experiment = read_config()
 
 What a flag gives, such as --config.data.files, goes before what the config file says. Some values
-follow from what is given: the source of text, the number of embeddings, microbatches, the warm-up.
+follow from what is given: the source of text, the numbers of embeddings and of microbatches, the
+warm-up.
 """
 
 import difflib
-import math
 import os
 import re
 import shlex
@@ -78,23 +78,23 @@ def define_config(launch_script: str, default: str | None = None, of_run: str = 
   else:
     # Only where errors of overrides are caught: the default is read when it is set.
     app.before_parsing(lambda: flags.FLAGS.set_default(FLAG, default))
-  app.before_parsing(lambda: _check_place(sys.argv[1:]))
+  app.before_parsing(lambda: _check_flag(sys.argv[1:]))
 
 
-def _check_place(arguments: Sequence[str]) -> None:
+def _check_flag(arguments: Sequence[str]) -> None:
   """Checks that --config is a file, and comes before its overrides.
 
   Raises:
     UserError: it is not, or does not.
   """
   places = [at for at, argument in enumerate(arguments)
-            if re.fullmatch('--?config(=.*)?', argument)]
+            if re.fullmatch(f'--?{FLAG}(=.*)?', argument)]
   override = next((argument for argument in arguments[:places[0] if places else None]
-                   if re.match(r'--?(no)?config\.', argument)), None)
+                   if re.match(rf'--?(no)?{FLAG}\.', argument)), None)
   if override and places:
     raise UserError(f'{override} is before --config: give --config=FILE first, and then the keys '
                     'that differ')
-  if override and flags.FLAGS['config'].default is None:
+  if override and flags.FLAGS[FLAG].default is None:
     raise UserError(f'{override} without --config: give --config=FILE before it, such as '
                     '--config=configs/quickstart.py')
   for at in places:
@@ -193,10 +193,11 @@ def _follow(config: ConfigDict, given: set[str]) -> Iterator[tuple[str, Any]]:
   for name in ('pretraining', 'training'):
     settings = config[name]
     steps = settings.loop.num_steps
-    # A batch that does not divide into as many microbatches has fewer.
-    if f'{name}.batch_size' in given and f'{name}.accumulation' not in given and min(
-        settings.batch_size, settings.accumulation) > 0:
-      yield f'{name}.accumulation', math.gcd(settings.batch_size, settings.accumulation)
+    # The number of microbatches must divide the batch.
+    batch_size, most = settings.batch_size, settings.get('accumulation', 1)
+    if f'{name}.batch_size' in given and f'{name}.accumulation' not in given and most > 1:
+      fitting = [number for number in range(1, most + 1) if batch_size % number == 0]
+      yield f'{name}.accumulation', max(fitting)
     # A warm-up that was meant for a longer run becomes a tenth of this one.
     if (f'{name}.loop.num_steps' in given and f'{name}.optimizer.warmup_steps' not in given
         and settings.optimizer.warmup_steps > steps):

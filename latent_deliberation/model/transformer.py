@@ -68,11 +68,11 @@ class LayerTraits:
     window: number of keys that a query sees, with its own; one number, or one for each layer.
     frequencies: [H / 2] or [L, H / 2], of the rotary embedding.
   """
-  window: Int[Array, '...']
-  frequencies: Float[Array, '... half']
+  window: Int[Array | np.ndarray, '...']
+  frequencies: Float[Array | np.ndarray, '... half']
 
   def layer(self, number: int) -> 'LayerTraits':
-    """Returns the traits of one layer, as constants: XLA computes the sines of a kind once."""
+    """Returns the traits of one layer, as constants of the program."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[number]), self)
 
 

@@ -282,9 +282,9 @@ class _Logbook:
     with announced(f'evaluating at step {step}'):
       values = {f'{name}/{key}': float(value) for name, evaluator in evaluators.items()
                 for key, value in evaluator(params).items()}
-    return_memory()
     self._ledger.book(EVALUATION)
     if values:
+      return_memory()  # what compiling and scoring have freed
       self._metrics.write(step, values)
       logging.info('step %d/%d  %s', step, self._config.num_steps,
                    '  '.join(format_metric(name, value) for name, value in values.items()))

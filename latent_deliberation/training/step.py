@@ -125,7 +125,11 @@ def sum_gradients(loss_fn: LossFn, params: Params, frozen: Params, batch: Batch,
                   accumulation: int) -> tuple[Array, Array, Params]:
   """Returns summed loss, number of targets and summed gradients of all microbatches.
 
-  Arguments are those of `make_train_step`, and a key for each text.
+  Args:
+    loss_fn: see `make_train_step`.
+    params, frozen: trainable and frozen parameters.
+    batch, keys: texts, and a key for each.
+    accumulation: number of microbatches.
   """
   gradient = jax.value_and_grad(loss_fn, has_aux=True)
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from latent_deliberation.cli import app, config_flag
+from latent_deliberation.cli import config_flag
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, bind, keys_of, nearest_key
 from latent_deliberation.studies.study_config import Study
@@ -66,7 +66,7 @@ def test_error_of_a_file_has_no_traceback(tmp_path):
 def test_home_directory(tmp_path, monkeypatch):
   (tmp_path / 'own.py').write_text((finished.ROOT / 'configs/tiny.py').read_text())
   monkeypatch.setenv('HOME', str(tmp_path))
-  config_flag._check_place(['--config=~/own.py:argument'])
+  config_flag._check_flag(['--config=~/own.py:argument'])
   assert bind(PARSER.parse('~/own.py')).training.batch_size == 8
 
 
@@ -77,18 +77,18 @@ def test_argument_after_a_colon(tmp_path, argument):
   path = tmp_path / 'own.py'
   path.write_text('from ml_collections import ConfigDict\n\n\n'
                   "def get_config(argument=''):\n  return ConfigDict({'argument': argument})\n")
-  config_flag._check_place([f'--config={path}{argument}'])
-  config_flag._check_place(['--config', f'{path}{argument}'])
+  config_flag._check_flag([f'--config={path}{argument}'])
+  config_flag._check_flag(['--config', f'{path}{argument}'])
   assert PARSER.parse(f'{path}{argument}').argument == argument[1:]
 
 
 @pytest.mark.parametrize('path', ['no.py:/tmp', 'no.py', 's3://no'])
 def test_no_such_config(path, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(app, 'as_path', type(tmp_path))
+  monkeypatch.setattr(config_flag, 'as_path', type(tmp_path))
   shown = path if '://' in path else 'no.py'
   with pytest.raises(UserError, match=f'--config={shown}: there is no such file'):
-    config_flag._check_place([f'--config={path}'])
+    config_flag._check_flag([f'--config={path}'])
 
 
 def test_run_as_config(quickstart):
@@ -135,11 +135,11 @@ def test_bad_tuple():
 
 
 def test_microbatches_follow():
-  """A batch that is given has as many of the config's microbatches as divide it."""
+  """A batch that is given has the most microbatches that divide it, up to those of the config."""
   config = finished.config_of('quickstart')
   config.training.accumulation, config.training.batch_size = 4, 6
   given = {'training.batch_size', 'training.accumulation'}
-  assert dict(config_flag._follow(config, {'training.batch_size'}))['training.accumulation'] == 2
+  assert dict(config_flag._follow(config, {'training.batch_size'}))['training.accumulation'] == 3
   assert 'training.accumulation' not in dict(config_flag._follow(config, given))
 
 
