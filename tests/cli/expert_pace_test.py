@@ -33,9 +33,9 @@ def pace(experiment, left, rows=2800, given=frozenset(), general=None):
 def test_costs_are_those_of_the_analysis(experiment):
   """In training steps: 16 batches of either text are scored and 32 routed; two validations."""
   assert scoring_cost([(experiment, OWN), (experiment, GENERAL)]) == pytest.approx(
-      2 * (16 * 1.9 + 32 * 0.46) / 0.78)
+      2 * (16 * 1.9 + 32 * 0.46) / 0.91)
   shown = with_choices(experiment, {'training.loop.eval_every': 10, 'evaluation.eval_batches': 1})
-  assert training_cost(shown, 20) == pytest.approx(20 * 1.85 + 2 * 2 * 1.15 / 0.78)
+  assert training_cost(shown, 20) == pytest.approx(20 * 1.85 + 2 * 2 * 1.15 / 0.91)
   # Rows are what costs: batches of twice the rows cost twice as much.
   larger = with_choices(experiment, {'evaluation.batch_size': 8})
   assert scoring_cost([(larger, OWN)]) == pytest.approx(scoring_cost([(experiment, OWN)]))
@@ -62,7 +62,7 @@ def test_small_text_is_read_four_times(experiment):
 
 def test_scores_take_half_of_the_time_at_most(experiment):
   """Unless few texts would be left, or the user said how many to score."""
-  for left, number in ((232, None), (230, 32), (10, 32)):
+  for left, number in ((199, None), (197, 32), (10, 32)):
     assert pace(experiment, left).get('evaluation.num_texts') == number
   assert 'evaluation.num_texts' not in pace(experiment, 10, given={'evaluation.num_texts'})
   # General text that is short already is left as it is.
@@ -94,7 +94,7 @@ def test_time_that_is_too_short_is_told(experiment, monkeypatch):
   for left in (60, -30):
     assert pace(experiment, left)['training.loop.num_steps'] == 20
   # 20 steps, two validations, and half of the scores.
-  seconds = round(20 * 1.85 + (2 * 1.15 + 16 * 1.9 + 2 * 16 * 0.46) / 0.78)
+  seconds = round(20 * 1.85 + (2 * 1.15 + 16 * 1.9 + 2 * 16 * 0.46) / 0.91)
   assert said[0].startswith(f'This takes about 1m{seconds - 60}s, and not 1 minutes: 20 steps')
   assert 'evaluation.num_texts or deliberation.num_traces' in said[0]
 
