@@ -5,7 +5,8 @@
       --length=8192
 
 Writes the decoder's kv-cache and the latents as safetensors, with a JSON file that names the
-decoder. No other decoder can use them. Next, launch/generate.py --cache=runs/cache continues them.
+decoder. No other decoder can use them. Next, launch/generate.py continues them, with the same
+--decoder and --coprocessor and --cache=runs/cache.
 """
 
 from shlex import quote
@@ -38,7 +39,8 @@ def main() -> None:
   tokens = save_context(text, output, engine, tokenizer)
   print(f'{output}: {tokens} tokens and {engine.model.coprocessor.config.num_latents} latents. '
         f'Next: python launch/generate.py --decoder={quote(_DECODER.value)} '
-        f'--cache={quote(str(output))} --length={_LENGTH.value}'
+        f'--coprocessor={quote(_COPROCESSOR.value)} --cache={quote(str(output))} '
+        f'--length={_LENGTH.value}'
         + (f' --vocabulary={quote(_VOCABULARY.value)}' if _VOCABULARY.value else '')
         + (f' --dtype={_DTYPE.value}' if _DTYPE.value != _DTYPE.default else ''))
 

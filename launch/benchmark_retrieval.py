@@ -24,7 +24,8 @@ _DATA = app.define_directory(
     'data', 'Folder with pubmed_qa/labeled.jsonl and sciq/validation.jsonl, or the .gz of these.',
     on_disk=True)
 _SETS = flags.DEFINE_list('sets', ['pubmed_qa', 'sciq'], 'Which of the two to ask.')
-_QUESTIONS = flags.DEFINE_integer('questions', 0, 'Questions of each; 0 for all.')
+_QUESTIONS = flags.DEFINE_integer(
+    'questions', 0, 'Questions of each; 0 for all.', lower_bound=0)
 _PASSAGE = flags.DEFINE_integer('passage', 384, 'Tokens of a passage; longer ones are cut.')
 _LENGTH = flags.DEFINE_integer('length', 640, 'Room in the cache, in tokens.')
 _STORE = app.define_directory(

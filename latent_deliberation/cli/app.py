@@ -367,8 +367,8 @@ def define_dtype() -> flags.FlagHolder:
 def define_json(name: str, meaning: str, default: str | None = None) -> flags.FlagHolder:
   """Defines a flag for a JSON file to write, and --overwrite; it is required without a default.
 
-  A file that exists is refused without --overwrite. So are pictures and tables next to it, which
-  have the same name with another ending. So is a place that cannot be written to.
+  A file that exists is refused without --overwrite. So are a page, picture and table of the same
+  name with another ending. So is a place that cannot be written to.
   """
   flag = define_file(name, meaning, default)
   flags.register_validator(name, _check_json)
@@ -384,8 +384,8 @@ def define_overwrite(what: str) -> flags.FlagHolder:
 
 def _check_free(path: str | None, overwrite: bool) -> bool:
   try:
-    files = [as_path(path).with_suffix(end) for end in ('.json', '.png', '.csv')] if path else []
-    check_free(files, overwrite)
+    endings = ('.json', '.md', '.png', '.csv')
+    check_free([as_path(path).with_suffix(end) for end in endings] if path else [], overwrite)
   except UserError as error:
     raise flags.ValidationError(str(error)) from error
   return True

@@ -94,7 +94,8 @@ def attach_named(decoder: LoadedDecoder, packages: Sequence[str], *, length: int
 
 def _name_directory(directory: Path, taken: Sequence[str]) -> str:
   """Returns a name for the expert in a directory, which none of those that are `taken` has."""
-  name = re.sub('[^a-z0-9]+', '-', directory.absolute().name.lower()).strip('-')[:32] or 'own'
+  name = re.sub('[^a-z0-9]+', '-', directory.absolute().name.lower())[:32].strip('-')
+  name = 'own' if name in ('', AUTO, NONE) else name
   return next(each for number in itertools.count(1)
               if (each := name if number == 1 else f'{name}-{number}') not in taken)
 

@@ -11,6 +11,7 @@ warm-up.
 """
 
 import difflib
+import itertools
 import os
 import re
 import shlex
@@ -140,8 +141,13 @@ def _find_run(flag: str) -> Path | None:
 
 def config_arguments() -> str:
   """Returns --config and its overrides as they were given, for a command that follows."""
-  return shlex.join(argument for argument in sys.argv[1:]
-                    if re.match(rf'--?(no)?{FLAG}[.=]', argument))
+  given = []
+  for argument, following in itertools.pairwise([*sys.argv[1:], '--']):
+    if re.match(rf'--?(no)?{FLAG}([.=]|$)', argument):
+      # The value may be the next word. A switch has none, so another flag follows it.
+      is_whole = '=' in argument or re.match('--?[a-z]|--$', following)
+      given.append(argument if is_whole else f'{argument}={following}')
+  return shlex.join(given)
 
 
 def given_keys() -> frozenset[str]:

@@ -13,7 +13,7 @@ from latent_deliberation.experts.card import AUTO
 from latent_deliberation.experts.prompt_embeds import EMBEDS, embed_prompt, export
 from latent_deliberation.experts.retrieval import Library, address_of, ask, open_library
 from latent_deliberation.experts.retrieval_trial import (
-  FILES,
+  SPLITS,
   RetrievalTrial,
   hash_of,
   long_enough,
@@ -103,9 +103,9 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
     UserError: --sets or --expert names nothing that can be measured, or there are no questions;
       or --output is in an object store.
   """
-  unknown = sorted(set(sets) - FILES.keys())
+  unknown = sorted(set(sets) - SPLITS.keys())
   if unknown or not sets:
-    raise UserError(f'--sets={",".join(sets)}: give some of {list(FILES)}')
+    raise UserError(f'--sets={",".join(sets)}: give some of {list(SPLITS)}')
   if not is_here(output):
     raise UserError(f'--output={output}: give a file of this machine, since records and caches '
                     'grow beside it')

@@ -6,6 +6,7 @@ come by a policy, as after every 16 tokens, answers and texts go through the eng
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -278,8 +279,12 @@ class ArmModel:
     shared = _read_shared(engine, heads)
     skip = set(skip)
     left = [place for place in range(len(order)) if order[place] not in skip]
+    # Batches of equal size, as many for each process. A row without a text costs as much.
+    turns = jax.process_count()
+    most = writing.batch_size or max(1, engine.batch_size - 1)
+    rounds = math.ceil(len(left) / (most * turns)) or 1
     # A batch has one more row for another example's latents.
-    size = min(writing.batch_size or max(1, engine.batch_size - 1), len(left)) + 1
+    size = math.ceil(len(left) / (rounds * turns)) + 1
     size += -size % engine.shards
     # The latents of another example are those of the prompt before, so no batch skips that one.
     parts = _runs(left) if arm == SHUFFLED else [left]
@@ -300,7 +305,6 @@ class ArmModel:
                for completion, number in zip(completions, numbers, strict=True)]
       return numbers, texts, [len(completion.tokens) for completion in completions]
 
-    turns = jax.process_count()
     for first in range(0, len(batches), turns):
       own = batches[first + jax.process_index():][:1]
       written = of_all([write_batch(places) for places in own])

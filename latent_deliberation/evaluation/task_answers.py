@@ -226,9 +226,13 @@ class TaskAnswers:
     anchors = [] if self._settings.place == END else [request.anchor for request in requests]
     call = [request.context for request in requests], author, dict(generation), skip, anchors
     lead('write', *call)
-    progress = Progress(f'writing {task}, {author}', 'texts', len(keys) - len(skip))
-    done = 0
-    for written, _ in self._write(*call):
+    work, total = f'writing {task}, {author}', len(keys) - len(skip)
+    progress = Progress(work, 'texts', total)
+    batches, done = self._write(*call), 0
+    while done < total:
+      # A batch is written at once, which may take minutes.
+      with announced(f'{work}: a batch after {done} of {total} texts'):
+        written, _ = next(batches)
       self._ledger.add_texts(task, author, [keys[number] for number in written.numbers],
                              written.texts, written.tokens)
       done += len(written.numbers)

@@ -45,7 +45,7 @@ from latent_deliberation.experts.card import Card, numbers_of
 from latent_deliberation.experts.package import Expert, Routing
 from latent_deliberation.experts.routing import cosines
 from latent_deliberation.paths import with_current_names
-from latent_deliberation.sharding import make_mesh
+from latent_deliberation.sharding import MeshConfig, make_mesh
 
 SCORED_WITH = ('batch_size', 'num_texts', 'rows_per_text')  # keys of `evaluation` kept with scores
 ROUTING_ROWS = 2  # times as many rows as are scored, beyond those, for centroid and gain head
@@ -227,12 +227,17 @@ def _separate(own: np.ndarray, other: np.ndarray) -> float:
 
 
 def portable(experiment: Experiment, name: str) -> dict[str, Any]:
-  """Returns an experiment for a card: JSON values, without the paths of this machine."""
-  data = experiment.data
+  """Returns an experiment for a card: JSON values, without paths and devices of this machine.
+
+  A dtype 'auto' becomes the dtype that it stands for here, since scores differ between dtypes.
+  """
+  data, computation = experiment.data, experiment.computation
   if data.source == 'text':
     data = dataclasses.replace(data, files=(name,))
   experiment = dataclasses.replace(
       experiment, data=dataclasses.replace(data, vocabulary_path='', data_dir=''),
+      mesh=MeshConfig(), computation=dataclasses.replace(
+          computation, dtype=computation.on(jax.default_backend()).dtype),
       decoder_from=base_name(experiment.decoder_from),
       coprocessor_from=base_name(experiment.coprocessor_from))
   return json.loads(json.dumps(dataclasses.asdict(experiment)))
@@ -267,7 +272,7 @@ def as_held_out(sample: Mapping[str, np.ndarray], batch_size: int) -> HeldOut:
 
 def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]],
                   decoder_dir: Path) -> dict[str, dict[str, Any]]:
-  """Measures the scores of a card again, on the sample of its package.
+  """Measures the scores of a card again, on the sample of its package and one device.
 
   Constant soft tokens are not in the package, so this control is left out.
 
@@ -287,7 +292,7 @@ def measure_again(expert: Expert, sample: Mapping[str, Mapping[str, np.ndarray]]
   for key, most in _MOST.items():
     check_integer(f'evaluation.{key} in the card of {expert.card.name}',
                   getattr(experiment.evaluation, key), 1, most)
-  mesh = make_mesh(experiment.mesh)
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])  # a sample need not divide over more
   checkpoint = open_frozen(experiment.decoder, decoder_dir)
   decoder_params, found = load_frozen(experiment, checkpoint, mesh)
   if found != expert.card.base['fingerprint']:

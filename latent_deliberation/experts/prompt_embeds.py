@@ -17,8 +17,6 @@ from safetensors.numpy import save
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Choice, Experts, Mix
-from latent_deliberation.experts.card import AUTO
-from latent_deliberation.experts.routing import Query
 from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.session import DecodingOptions, generate
@@ -60,15 +58,10 @@ def embed_prompt(experts: Experts, tokenizer: Tokenizer | None, prompt: str | li
   ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
   engine = experts.engine
   check_room(np.array([len(ids)]), CHECKED, engine.model.plan.global_slots, ['the prompt'])
-  mix = experts.mix(choice)
-  if mix and mix != AUTO:
-    experts.check_lengths([mix], np.array([len(ids)]), ['the prompt'])
+  source = experts.source([choice], [prompt if isinstance(prompt, str) else ''])
+  experts.check_lengths(source.mixes, np.array([len(ids)]), ['the prompt'])
   state = engine.read([ids])
-  if mix == AUTO:
-    text = prompt if isinstance(prompt, str) else ''
-    mix, = experts.route(Query([text], np.asarray(state.hidden), state))
-    if len(ids) <= experts.first_anchor:
-      mix = {}  # too short for latents, which nobody asked for by name
+  mix = source.mixes[0] if source.wants(state)[0] else {}
   embed = lambda tokens: np.asarray(  # noqa: E731
       passes.embed(engine.model, engine.weights, jnp.asarray([tokens], jnp.int32))[0], np.float32)
   values, latents = embed(ids), {}

@@ -29,7 +29,6 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Choice, Experts, Mix
 from latent_deliberation.experts.card import AUTO
 from latent_deliberation.experts.passages import PASSAGE, Passage, read_passages
-from latent_deliberation.experts.routing import Query
 from latent_deliberation.files import remove_tree, write_whole
 from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.passes import Augmentation, State
@@ -281,14 +280,13 @@ def _augmented(experts: Experts, state: State, choice: Choice, text: str,
 
   Whatever an expert does, the plain state is there.
   """
-  mix = experts.mix(choice)
-  if mix == AUTO:
-    mix, = experts.route(Query([text], np.asarray(state.hidden), state))
+  source = experts.source([choice], [text])
+  (has_room,), (mix,) = source.wants(state), source.mixes
   if not mix:
     # An unknown name was warned of.
     return state, {}, '' if choice in (None, 'none', AUTO) else f'there is no expert {choice!r}'
-  if int(state.lengths[0]) <= experts.first_anchor:
-    return state, {}, 'the text is too short for latents'
+  if not has_room:
+    return state, {}, '' if choice == AUTO else 'the text is too short for latents'
   try:
     if stored is None:
       latents = experts.augment(state, [mix])

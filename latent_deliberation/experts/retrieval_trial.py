@@ -6,7 +6,6 @@ question. Every way scores the same answers, so differences are paired.
 """
 
 import dataclasses
-import gzip
 import hashlib
 import json
 import time
@@ -24,6 +23,7 @@ from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import save_figure
 from latent_deliberation.evaluation.report import markdown_table
+from latent_deliberation.evaluation.task_files import Doc, find_file, read_documents
 from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.experts.passages import Passage
 from latent_deliberation.experts.retrieval import Library, format_question
@@ -33,8 +33,7 @@ from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.progress import Progress
 
-FILES = {'pubmed_qa': ('labeled.jsonl', 'labeled.jsonl.gz'),
-         'sciq': ('validation.jsonl', 'validation.jsonl.gz')}
+SPLITS = {'pubmed_qa': 'labeled', 'sciq': 'validation'}  # the file of each data set
 ARMS = {  # name -> retrieval, expert, and where latents are made
     'none': 'no retrieval, no expert',
     'expert': 'no retrieval, expert',
@@ -85,34 +84,28 @@ def read_questions(directory: Path, data: str, count: int) -> list[Question]:
       asked.
 
   Raises:
-    UserError: there is no such file, or a line of it is of another form.
+    UserError: there is no such file, or a document of it is of another form.
   """
-  paths = [directory / data / name for name in FILES[data]]
-  path = next((each for each in paths if each.is_file()), None)
-  if path is None:
-    raise UserError(f'no {paths[0]} and no {paths[1].name} beside it: give --data, a folder with '
-                    f'{data}/{paths[0].name}')
-  read: Callable[[Mapping[str, Any]], tuple] = _read_pubmed if data == 'pubmed_qa' else _read_sciq
+  read: Callable[[Doc], tuple] = _read_pubmed if data == 'pubmed_qa' else _read_sciq
   found = []
-  with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as lines:
-    for number, line in enumerate(lines, 1):
-      try:
-        found.append(Question(f'{data}/{number}', *read(json.loads(line))))
-      except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}, line {number}: {type(error).__name__}: {error}: it is no '
-                        f'question of {data}') from error
+  for number, doc in enumerate(read_documents(find_file(str(directory), data, SPLITS[data])), 1):
+    try:
+      found.append(Question(f'{data}/{number}', *read(doc)))
+    except (ValueError, TypeError, AttributeError) as error:
+      raise UserError(f'{doc.where} is no question of {data} ({error}): give documents as '
+                      'docs/retrieval.md has them, or leave the set out (--sets)') from error
   found = [question for question in found if question.context]
   order = np.random.default_rng(0).permutation(len(found))
   return [found[number] for number in order][:count or None]
 
 
-def _read_pubmed(values: Mapping[str, Any]) -> tuple:
+def _read_pubmed(values: Doc) -> tuple:
   answers = ('yes', 'no', 'maybe')
   return (values['QUESTION'], answers, answers.index(values['final_decision']),
           ' '.join(values['CONTEXTS']))
 
 
-def _read_sciq(values: Mapping[str, Any]) -> tuple:
+def _read_sciq(values: Doc) -> tuple:
   answers = [values['correct_answer'], *(values[f'distractor{number}'] for number in (1, 2, 3))]
   return values['question'], tuple(answers), 0, values['support'].strip()
 

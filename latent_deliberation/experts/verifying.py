@@ -69,13 +69,13 @@ def verify(directory: Path, decoder: LoadedDecoder | None, decoder_dir: str = ''
   attached: list[Experts] = []
   yield from _try(f'the decoder and its vocabulary are those it was made for, {card.base["name"]}',
                   lambda: attached.append(Experts(decoder, {card.name: expert}, strict=True,
-                                                  length=_PROMPT + _DECODED + 8)))
+                                                  length=_prompt_size(expert) + _DECODED + 8)))
   if not attached:
     return
   sample = read_sample(directory)
   yield from _check_traces(attached[0], expert, sample)
   if scores:
-    yield from _check_scores(expert, sample, decoder, decoder_dir)
+    yield from _check_scores(expert, sample, decoder_dir)
 
 
 def _try(what: str, check: Callable[[], Any]) -> Iterator[Check]:
@@ -87,10 +87,14 @@ def _try(what: str, check: Callable[[], Any]) -> Iterator[Check]:
     yield Check(what, True, '')
 
 
+def _prompt_size(expert: Expert) -> int:
+  return max(_PROMPT, expert.coprocessor.config.first_anchor + 2)  # room for its latents
+
+
 def _prompts(expert: Expert, sample: Mapping[str, Any] | None) -> list[list[int]]:
   """Returns prompts of its text, its own if there is any; random tokens without a sample."""
   vocab_size = expert.coprocessor.decoder_config.vocab_size
-  size = max(_PROMPT, expert.coprocessor.config.first_anchor + 2)  # room for its latents
+  size = _prompt_size(expert)
   if sample:
     own = sample.get(expert.card.name, next(iter(sample.values())))
     rows = own['tokens'][:_TEXTS, :size]
@@ -137,8 +141,8 @@ def _check_zero_gate(experts: Experts, expert: Expert, state: State) -> Check:
   return Check(what, difference <= ROUNDING, f'logits differ by {difference:.1e} at most')
 
 
-def _check_scores(expert: Expert, sample: Mapping[str, Any] | None, decoder: LoadedDecoder,
-                  decoder_dir: str) -> Iterator[Check]:
+def _check_scores(expert: Expert, sample: Mapping[str, Any] | None, decoder_dir: str,
+                  ) -> Iterator[Check]:
   if not sample:
     yield Check('its scores hold', None, 'the package has no sample of its text')
     return

@@ -353,7 +353,11 @@ class Batcher:
         self._queue.remove(job)
     for row in job.rows:
       self._batch.leave(row)
-    self._left_alone += [each for each in job.deliberations if not each.is_ready]
+    for deliberation in job.deliberations:
+      if deliberation.is_ready:
+        deliberation.finish()  # notes an expert that hangs
+      else:
+        self._left_alone.append(deliberation)
     job.rows, job.state, job.deliberations = [], None, []
     self.metrics.texts.labels(ended_by).inc()
     self.metrics.whole_text.observe(time.monotonic() - job.begun)

@@ -343,12 +343,8 @@ def _run_arm(study: Study, name: str, seed: int, frozen: FrozenDecoder, workdir:
   experiment, run_dir = study.variant(name, seed), arm_directory(workdir, name, seed)
   learns = study.arms[name].learns
   if learns == LATENT_ARM:
-    # The study's weights, unless this arm reads them in another form.
-    is_same = (experiment.computation.frozen_dtype == study.experiment.computation.frozen_dtype
-               and (experiment.mesh, experiment.rules) == (study.experiment.mesh,
-                                                           study.experiment.rules))
     params = train_coprocessor(experiment, frozen.directory, run_dir, arm_prepared_dir,
-                               (frozen.params, frozen.fingerprint) if is_same else None)
+                               (frozen.params, frozen.fingerprint))
     constant = experiment.deliberation.trainable == 'constant'
     count = count_parameters(params)
     # Constant soft tokens are the same for every question, so they have no controls.

@@ -52,6 +52,16 @@ def test_directories_of_a_disk(flag, url):
     flags.FLAGS(['test', f'--{holder.name}={url}'])
 
 
+@pytest.mark.parametrize('there', ['plan.json', 'plan.md', 'plan.png', 'plan.csv'])
+def test_nothing_is_overwritten(flag, tmp_path, there):
+  """Neither the JSON nor what commands write beside it."""
+  (tmp_path / there).write_text('mine')
+  holder = flag(app.define_json)
+  with pytest.raises(flags.Error, match=there):
+    flags.FLAGS(['test', f'--{holder.name}={tmp_path}/plan.json'])
+  flags.FLAGS(['test', f'--{holder.name}={tmp_path}/plan.json', '--overwrite'])
+
+
 @pytest.mark.parametrize('path, level, is_shown', [
     (progress.__file__, logging.INFO, True),
     (f'site-packages{os.sep}orbax{os.sep}checkpoint.py', logging.INFO, False),

@@ -1,11 +1,14 @@
 """--expert of the command line: what it attaches, and what a comparison says of it."""
 
+from pathlib import Path
+
 import pytest
 
 from latent_deliberation.cli import attached
 from latent_deliberation.cli.generate import Request
 from latent_deliberation.cli.prompts import Prompt
 from latent_deliberation.errors import UserError
+from latent_deliberation.experts.card import check_name
 from latent_deliberation.experts.package import write_package
 from latent_deliberation.inference.policy import ONCE
 from latent_deliberation.inference.session import DecodingOptions
@@ -34,6 +37,15 @@ def test_compared_text_names_its_experts(stars):
   for way in ('plain', 'augmented'):
     assert result[way]['nats'][way] == pytest.approx(sum(result[way]['logprobs']), abs=1e-3)
   assert result['plain']['nats']['augmented'] != result['plain']['nats']['plain']
+
+
+@pytest.mark.parametrize('directory, name', [
+    ('runs/gemma3-270m-latents-16-refining-lora', 'gemma3-270m-latents-16-refining'),
+    ('auto', 'own'), ('none', 'own'), ('__', 'own'), ('law', 'law-2')])
+def test_name_of_a_directory(directory, name):
+  """It is one that an expert may have, and no other expert's."""
+  check_name(name)
+  assert attached._name_directory(Path(directory), ['law']) == name
 
 
 def test_a_missing_expert_leaves_plain_text(stars, tmp_path):

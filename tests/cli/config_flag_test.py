@@ -82,6 +82,16 @@ def test_argument_after_a_colon(tmp_path, argument):
   assert PARSER.parse(f'{path}{argument}').argument == argument[1:]
 
 
+def test_config_is_repeated_for_the_next_command(monkeypatch):
+  """A value may be a word of its own, and a switch has none."""
+  monkeypatch.setattr(sys, 'argv', [
+      'x', '--config', 'a.py', '--config.seed', '-1', '--noconfig.computation.scan', '--data=d',
+      '--config.data.files=two words', '--config.computation.scan'])
+  assert config_flag.config_arguments() == (
+      "--config=a.py --config.seed=-1 --noconfig.computation.scan '--config.data.files=two words' "
+      '--config.computation.scan')
+
+
 @pytest.mark.parametrize('path', ['no.py:/tmp', 'no.py', 's3://no'])
 def test_no_such_config(path, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)

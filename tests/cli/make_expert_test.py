@@ -118,7 +118,7 @@ def test_any_name_is_verified(made, place, quickstart, tmp_path):
 
 
 def test_scores_of_a_changed_card(made, place, quickstart):
-  """The coprocessor says how latents are made, and no card takes all memory."""
+  """The coprocessor says how latents are made, any machine scores, and no card takes all memory."""
   expert, sample = load_package(place / 'package'), read_sample(place / 'package')
   decoder_dir = quickstart / 'pretraining/decoder'
 
@@ -130,6 +130,7 @@ def test_scores_of_a_changed_card(made, place, quickstart):
                          decoder_dir)
 
   assert measured('deliberation', lora_rank=5, gate='channel')['acts']['holds']
+  assert measured('mesh', data=3)['acts']['holds']  # of a machine with other devices
   for key in ('bootstrap_samples', 'num_traces', 'num_ahead'):
     with pytest.raises(UserError, match=f'{key}'):
       measured('evaluation', **{key: 10**9})

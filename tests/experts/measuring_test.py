@@ -24,6 +24,7 @@ from latent_deliberation.experts.measuring import (
   summarise_arms,
 )
 from latent_deliberation.experts.routing import cosines
+from latent_deliberation.sharding import MeshConfig
 from tests import finished
 from tests.experts import small
 
@@ -147,12 +148,15 @@ def test_routing_needs_texts():
 
 
 def test_settings_of_a_card():
-  """They come back as an experiment, without paths of this machine."""
-  experiment = dataclasses.replace(finished.experiment(), decoder_from='/home/me/decoder')
+  """They come back as an experiment, without paths, devices and 'auto' of this machine."""
+  experiment = dataclasses.replace(
+      finished.experiment(computation__dtype='auto'), decoder_from='/home/me/decoder',
+      mesh=MeshConfig(fsdp=8))
   settings = portable(experiment, 'stars')
   assert '/home' not in json.dumps(settings) and str(finished.TEXTS) not in json.dumps(settings)
   found = experiment_of(small.card(recipe={'settings': settings}))
   assert found.data.files == ('stars',) and found.decoder_from == 'decoder'
+  assert found.mesh == MeshConfig() and found.computation.dtype in ('float32', 'bfloat16')
   assert found.evaluation == experiment.evaluation and found.training == experiment.training
   for recipe in ({}, {'settings': 3}, {'settings': {**settings, 'colour': 'red'}}):
     with pytest.raises(UserError, match='settings|colour'):

@@ -61,11 +61,19 @@ def test_questions(data):
       ('aice', 'b', 'cc', 'd'), 0, 'It is ice here.')
   question, = read_questions(data, 'pubmed_qa', 0)
   assert (question.answers[question.right], question.context) == ('maybe', 'One. Two.')
-  for folder, message in ((data / 'sciq', 'no .*validation.jsonl'), (data, 'line 1')):
-    if folder == data:
-      (data / 'sciq/validation.jsonl').write_text('{"question": 3}')
-    with pytest.raises(UserError, match=message):
-      read_questions(folder, 'sciq', 0)
+  with pytest.raises(UserError, match='sciq/sciq/validation.jsonl is missing'):
+    read_questions(data / 'sciq', 'sciq', 0)
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'{"question": 3}', "document 0 of .* has no 'correct_answer'"),
+    (b'{"QUESTION": "a', 'cannot be read'), (b'\xff', 'cannot be read'), (b'\n', 'no document'),
+    (b'{"question": "a", "correct_answer": "b", "distractor1": "c", "distractor2": "d", '
+     b'"distractor3": "e", "support": 3}', 'document 0 of .* is no question of sciq')])
+def test_strange_questions(data, content, message):
+  (data / 'sciq/validation.jsonl').write_bytes(content)
+  with pytest.raises(UserError, match=message):
+    read_questions(data, 'sciq', 0)
 
 
 def test_cells_are_scores_of_whole_texts(experts, data, tmp_path):

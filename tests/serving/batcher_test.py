@@ -191,6 +191,23 @@ def test_a_cancelled_text_leaves_its_expert_noticed():
     experts.released.set()
 
 
+def test_an_expert_is_noticed_whose_time_ended_while_nothing_moved():
+  """A text may end after the time of its expert is over, and before it is looked at again."""
+  experts = FaultyExperts(stars='hangs')
+  with serving(experts, timeout=3) as batcher:
+    submit(batcher, request(0))[0].result()  # compiles
+    held, reader = Held(), Reader()
+    job, = batcher.submit([request(1, 'stars')], [reader])
+    batcher.submit([request(0)], [held])
+    until(lambda: held.updates)  # it holds the batch
+    until(lambda: all(each.is_ready for each in job.deliberations))
+    job.cancel()
+    held.released.set()
+    assert reader.result()[2] == 'cancelled'
+    assert batcher.guard.hanging({'stars': 1.0}) == 'stars'
+    experts.released.set()
+
+
 def test_first_expert_is_attached_while_texts_run():
   """The batch gets room for latents once the texts before have ended."""
   experts = small.experts()
