@@ -27,7 +27,6 @@ from latent_deliberation.deliberation.deliberation_config import DeliberationCon
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
-from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.experts.attach import Experts
 from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.host_memory import peak_memory_bytes
@@ -37,6 +36,7 @@ from latent_deliberation.inference.session import DecodingOptions, generate
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.provenance import git_commit
+from latent_deliberation.tables import markdown_table
 
 OTHER = Path(__file__).with_name('peft_side.py')
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from latent_deliberation.benchmarks.fault_mutations import CHANGED, OUTCOMES, REFUSED, UNCHANGED
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.files import write_whole
+from latent_deliberation.tables import markdown_table
 
 _PAGE = """\
 # Reliability

@@ -27,7 +27,6 @@ from latent_deliberation.evaluation.evaluate import HeldOut, open_held_out, scor
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN, AheadNLL
 from latent_deliberation.evaluation.plots import save_figure
-from latent_deliberation.evaluation.report import format_estimate, markdown_table
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.experts.card import GENERAL
 from latent_deliberation.experts.measuring import SCORED_WITH, experiment_of, on_mesh, saved_nats
@@ -38,6 +37,7 @@ from latent_deliberation.host_memory import peak_memory_bytes
 from latent_deliberation.paths import COPROCESSOR, GENERAL_DATA
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import make_mesh
+from latent_deliberation.tables import format_estimate, markdown_table
 from latent_deliberation.training.train import describe_training, time_step
 
 LORA_WEIGHTS = 7  # projections of a block that PEFT adapts, as we do

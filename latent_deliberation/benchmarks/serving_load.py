@@ -29,13 +29,13 @@ from latent_deliberation.deliberation.deliberation_config import DeliberationCon
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
-from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.inference.engine import LoadedDecoder
 from latent_deliberation.inference.passes import Augmentation, State, unstack
 from latent_deliberation.serving.server import RunningServer
 from latent_deliberation.serving.server_options import ServerOptions
+from latent_deliberation.tables import markdown_table
 
 PHASES = ('plain', 'healthy', 'faulty')
 WORDS = ('The river', 'A comet', 'In the morning', 'Water is', 'The court held that', 'Once upon',

@@ -58,6 +58,7 @@ from latent_deliberation.files import (
 )
 from latent_deliberation.inference.engine import LoadedDecoder
 from latent_deliberation.inference.tokenizer import check_room
+from latent_deliberation.tables import text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +129,7 @@ def _print_entries(entries: Sequence[Entry], options: Options) -> None:
   if not entries:
     print(f'No expert in {options.index or added_directory()}.')
     return
-  rows = [COLUMNS, *(entry.row for entry in entries)]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  for row in rows:
-    print('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+  print(text_table(COLUMNS, [entry.row for entry in entries], '<'))
 
 
 def _show(words: list[str], options: Options) -> None:

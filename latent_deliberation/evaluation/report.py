@@ -24,6 +24,7 @@ from latent_deliberation.evaluation.perplexity import (
 )
 from latent_deliberation.files import write_whole
 from latent_deliberation.paths import REPORT
+from latent_deliberation.tables import markdown_table, text_table
 
 LABELS = {
   FROZEN: 'frozen decoder',
@@ -244,11 +245,7 @@ def _legend(summary: Mapping[str, Any]) -> str:
 
 def format_table(summary: Mapping[str, Any]) -> str:
   """Returns the table, its legend and the gain, for a terminal or a log."""
-  header, rows = _table(summary)
-  widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-  lines = ['  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-           for row in (header, *rows)]
-  return '\n'.join([*lines, _legend(summary), state_gain(summary)])
+  return '\n'.join([text_table(*_table(summary)), _legend(summary), state_gain(summary)])
 
 
 def format_page(summary: Mapping[str, Any]) -> str:
@@ -276,17 +273,6 @@ def format_parts(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> lis
       f'- git commit: {summary["git_commit"]}',
     ]),
   ]
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = '--:') -> str:
-  """Returns a table of GitHub Markdown. `align` is '--:' for right, '---' for left."""
-  lines = [header, [align] * len(header), *rows]
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
-def format_estimate(value: float, ends: Sequence[float] | None = None) -> str:
-  """Returns a number, and its interval if it has one, as a cell of a table."""
-  return f'{value:+.3f}' + (f' [{ends[0]:+.3f}, {ends[1]:+.3f}]' if ends else '')
 
 
 def write_report(summary: Mapping[str, Any], directory: Path) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 from latent_deliberation.evaluation.answers import MEAN
 from latent_deliberation.evaluation.paired import estimate, mcnemar
 from latent_deliberation.evaluation.perplexity import CONSTANT, FEWEST_TEXTS, FROZEN, OWN
-from latent_deliberation.evaluation.report import LABELS, markdown_table
+from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.evaluation.task_outcomes import ArmOutcomes, TaskOutcomes
 from latent_deliberation.files import write_whole
 from latent_deliberation.paths import RESULTS
+from latent_deliberation.tables import markdown_table, text_table
 
 NAMES = {**LABELS, 'shuffled': "another example's latents", MEAN: 'mean latents',
          CONSTANT: 'constant soft tokens', 'chain': 'chain of thought, no latents'}
@@ -156,10 +157,7 @@ def cost_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def format_table(summary: Mapping[str, Any]) -> str:
   """Returns the table of accuracies, for a terminal."""
-  header, rows = accuracy_table(summary)
-  widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-  return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-                   for row in (header, *rows))
+  return text_table(*accuracy_table(summary))
 
 
 def format_page(summary: Mapping[str, Any]) -> str:

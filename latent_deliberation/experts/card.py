@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latent_deliberation.errors import UserError, check_integer, check_types
-from latent_deliberation.evaluation.report import LABELS, format_estimate, markdown_table
+from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.progress import format_duration
+from latent_deliberation.tables import format_estimate, markdown_table
 
 FORMAT = 1
 GENERAL = 'general'  # name of the scores on text of no domain

@@ -22,7 +22,6 @@ from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import save_figure
-from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.evaluation.task_files import Doc, find_file, read_documents
 from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.experts.passages import Passage
@@ -32,6 +31,7 @@ from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.progress import Progress
+from latent_deliberation.tables import markdown_table
 
 SPLITS = {'pubmed_qa': 'labeled', 'sciq': 'validation'}  # the file of each data set
 ARMS = {  # name -> retrieval, expert, and where latents are made

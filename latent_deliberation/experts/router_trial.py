@@ -19,7 +19,6 @@ import numpy as np
 
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import save_figure
-from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.experts.card import NONE
 from latent_deliberation.experts.routing import ROUTERS, choose, make_router
@@ -33,6 +32,7 @@ from latent_deliberation.experts.trial import (
   try_mixes,
 )
 from latent_deliberation.inference.tokenizer import Tokenizer
+from latent_deliberation.tables import markdown_table
 
 ORACLE, BY_TEXT, BY_HAND, SINGLE, AVERAGE = (
     'oracle', 'best by text', 'by hand', 'best single', 'average of all')

@@ -17,13 +17,13 @@ from absl import logging
 from latent_deliberation.evaluation.headless import Axes, Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, draw_texts
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
-from latent_deliberation.evaluation.report import format_estimate, markdown_table
 from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.experts.routing import Query, Router
 from latent_deliberation.experts.texts import Cut
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.session import DecodingOptions, generate
 from latent_deliberation.progress import counted
+from latent_deliberation.tables import format_estimate, markdown_table
 
 SAMPLES = 2000  # draws of a bootstrap
 TIMED = 8  # decoded tokens that are timed

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from latent_deliberation.planning.plan import Plan
+from latent_deliberation.tables import text_table
 
 _ROWS = 12  # of collectives that are printed
 
@@ -117,6 +118,4 @@ def compare(plans: Sequence[Plan]) -> str:
         {True: 'yes', False: 'no', None: '?'}[plan.fits], f'{plan.hbm_bytes_per_chip / 1e9:.3g}',
         *('-' if each is None else f'{each:.3g}' for each in seconds),
         '-' if plan.mfu is None else f'{plan.mfu:.1%}'])
-  widths = [max(len(line[column]) for line in [heads, *lines]) for column in range(len(heads))]
-  return '\n'.join('  '.join(f'{cell:>{width}}' for cell, width in zip(line, widths, strict=True))
-                   for line in [heads, *lines])
+  return text_table(heads, lines)

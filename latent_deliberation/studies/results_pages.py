@@ -17,12 +17,12 @@ from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.evaluation import report
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.plots import plot_changes
-from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.files import check_free, list_directory, write_whole
 from latent_deliberation.paths import OLD_VALUES, REPORT, RESULTS, with_current_names
 from latent_deliberation.studies import study_report
 from latent_deliberation.studies.study_plots import plot_study
 from latent_deliberation.studies.tune import TUNINGS
+from latent_deliberation.tables import markdown_table
 
 FAILS_BELOW = 0.8  # the frozen decoder begins to fail at the first difficulty below this accuracy
 POSITION = 4  # ahead position of the index, for text

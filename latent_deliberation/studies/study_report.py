@@ -20,7 +20,6 @@ from latent_deliberation.evaluation.perplexity import (
   Change,
   relative_change,
 )
-from latent_deliberation.evaluation.report import markdown_table
 from latent_deliberation.files import write_whole
 from latent_deliberation.paths import RESULTS
 from latent_deliberation.studies.study_plots import plot_diagnostics, plot_study
@@ -37,6 +36,7 @@ from latent_deliberation.studies.study_result import (
   nll,
   nll_difference,
 )
+from latent_deliberation.tables import format_estimate, markdown_table
 
 
 def summarise_study(result: StudyResult, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -238,11 +238,13 @@ def _format_questions(summary: Mapping[str, Any]) -> list[str]:
       accuracies[group][name] = _points(arm['accuracy'], arm['ci95'], is_judged, sign='')
       if name != FROZEN:
         changes[group][name] = _points(arm['change'], arm['change_ci95'], is_judged)
-        losses[group][name] = _nats(arm['nll_change'], arm['nll_change_ci95'], is_judged)
+        losses[group][name] = format_estimate(
+            arm['nll_change'], arm['nll_change_ci95'] if is_judged else None)
     for name, effect in summary['content_effect'][group].items():
       effects[group][name] = (
           f'{_points(effect["accuracy"], effect["ci95"], is_judged)}; '
-          f'{_nats(effect["nll_saved"], effect["nll_saved_ci95"], is_judged)} nats')
+          + format_estimate(effect['nll_saved'], effect['nll_saved_ci95'] if is_judged else None)
+          + ' nats')
     for pair, seeds in summary['mcnemar'][group].items():
       tests[group][pair] = '<br>'.join(map(_format_test, seeds))
   # The page. A table without columns is left out with its title.
@@ -344,10 +346,6 @@ def _format_test(row: Mapping[str, Any]) -> str:
 def _points(fraction: float, ends: list[float], is_judged: bool, sign: str = '+') -> str:
   interval = f' [{100 * ends[0]:{sign}.1f}, {100 * ends[1]:{sign}.1f}]' if is_judged else ''
   return f'{100 * fraction:{sign}.1f}{interval}'
-
-
-def _nats(value: float, ends: list[float], is_judged: bool) -> str:
-  return f'{value:+.3f}' + (f' [{ends[0]:+.3f}, {ends[1]:+.3f}]' if is_judged else '')
 
 
 def _relative(change: Mapping[str, Any], is_judged: bool) -> str:
