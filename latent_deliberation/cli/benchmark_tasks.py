@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_deliberation.errors import UserError, check_integer
-from latent_deliberation.evaluation.answers import ARMS, SHUFFLED, ZERO, check_arms
+from latent_deliberation.evaluation.answers import ARMS, check_arms
 from latent_deliberation.evaluation.arm_model import check_policy, open_arm_model
-from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN, SHUFFLED, ZERO
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_catalog import PAPER, expand, local_names
 from latent_deliberation.evaluation.task_report import format_table

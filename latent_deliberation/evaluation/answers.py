@@ -38,13 +38,12 @@ from latent_deliberation.evaluation.answer_contexts import (
   group,
 )
 from latent_deliberation.evaluation.answer_packing import AnswerBatch, Call, pack, plan
-from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, MEAN, OWN, SHUFFLED, ZERO
 from latent_deliberation.model.attention import AttentionMaskSpec, KVCache
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.layers import output_head
 from latent_deliberation.sharding import batch_sharding, batch_shards
 
-SHUFFLED, ZERO, MEAN = 'shuffled', 'zero', 'mean'
 # Arms in the order of tables. 'mean' has the mean outputs over contexts of the task.
 ARMS = (FROZEN, OWN, SHUFFLED, ZERO, MEAN, CONSTANT)
 LOGIT_ROWS = 1024  # targets of all arms whose logits exist at the same time

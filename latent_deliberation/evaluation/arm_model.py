@@ -24,16 +24,8 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 )
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.answer_contexts import SHARED, Request
-from latent_deliberation.evaluation.answers import (
-  CONSTANT,
-  MEAN,
-  SHUFFLED,
-  ZERO,
-  AnswerScorer,
-  Scored,
-  Source,
-)
-from latent_deliberation.evaluation.perplexity import FROZEN, OWN
+from latent_deliberation.evaluation.answers import CONSTANT, AnswerScorer, Scored, Source
+from latent_deliberation.evaluation.perplexity import FROZEN, MEAN, OWN, SHUFFLED, ZERO
 from latent_deliberation.evaluation.shared_work import of_all
 from latent_deliberation.experiment import DTYPES, Computation
 from latent_deliberation.inference import passes, session

@@ -32,6 +32,8 @@ from latent_deliberation.evaluation.perplexity import (
   FEWEST_TEXTS,
   FROZEN,
   OWN,
+  SHUFFLED,
+  ZERO,
   AheadNLL,
   make_scorer,
   score_texts,
@@ -272,7 +274,7 @@ def score_arms(experiment: Experiment, params: Params, soft_tokens: Params | Non
     params: parameters of the coprocessor.
     soft_tokens: parameters of constant soft tokens; None leaves them out.
   """
-  arms = (FROZEN, OWN, 'shuffled', 'zero')
+  arms = (FROZEN, OWN, SHUFFLED, ZERO)
   if soft_tokens is None:
     return score_traces(experiment, arms, params, decoder_params, batches, mesh)
   # Constant soft tokens have parameters of their own. They are read after the same prefill.

@@ -26,8 +26,10 @@ from latent_deliberation.deliberation.traces import (
 )
 from latent_deliberation.errors import UserError
 
+# Names of arms.
 FROZEN = 'frozen'  # the decoder alone; all other arms are compared with it
 OWN = 'own'
+SHUFFLED, ZERO, MEAN = 'shuffled', 'zero', 'mean'  # controls, which replace own outputs
 CONSTANT = 'constant'  # soft tokens that were trained without a coprocessor
 # An interval over fewer independent texts is no evidence: a bootstrap makes it too narrow. Nothing
 # is concluded from it, and it is not shown.
@@ -64,9 +66,9 @@ def mean(outputs: Array, valid: Array) -> Array:
   return jnp.broadcast_to(average, outputs.shape)
 
 
-ARMS: Mapping[str, Control] = {OWN: own, 'shuffled': shuffled, 'zero': zero, 'mean': mean}
+OUTPUTS: Mapping[str, Control] = {OWN: own, SHUFFLED: shuffled, ZERO: zero, MEAN: mean}
 # Arms in which something else replaces an arm's own latents.
-CONTROLS = tuple(name for name in ARMS if name != OWN)
+CONTROLS = tuple(name for name in OUTPUTS if name != OWN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +131,7 @@ def make_scorer(deliberator: Deliberator, arms: Sequence[str], *, num_traces: in
 
   Args:
     deliberator: decoder and coprocessor.
-    arms: 'frozen' (the decoder alone), names of ARMS, and 'constant' if `constant` is given.
+    arms: 'frozen' (the decoder alone), names of OUTPUTS, and 'constant' if `constant` is given.
     num_traces: M, traces of a text.
     num_ahead: A, ahead positions; may exceed the number of the training.
     loss_chunk: targets of a text whose logits exist at the same time.
@@ -198,7 +200,7 @@ def arm_states(deliberator: Deliberator, arms: Sequence[str], params: Params,
         maker, weights = constant
         replaced = maker.coprocess(weights, decoder_params, placement, trunk, cache)
       else:
-        maker, weights, replaced = deliberator, params, ARMS[arm](outputs, traces.valid)
+        maker, weights, replaced = deliberator, params, OUTPUTS[arm](outputs, traces.valid)
       latents = maker.latents(weights, decoder_params, placement, replaced)
       hidden = deliberator.second_pass(decoder_params, latents, traces, placement, cache)
       if traces.delay is not None:  # a delay lets the trunk predict the first token

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.evaluation.perplexity import (
+  CONSTANT,
   FEWEST_TEXTS,
   FROZEN,
   OWN,
+  SHUFFLED,
+  ZERO,
   AheadNLL,
   Change,
   check_paired,
@@ -29,9 +32,9 @@ from latent_deliberation.tables import markdown_table, text_table
 LABELS = {
   FROZEN: 'frozen decoder',
   OWN: 'own latents',
-  'shuffled': "another text's latents",
-  'constant': 'constant soft tokens',
-  'zero': 'zero latents',
+  SHUFFLED: "another text's latents",
+  CONSTANT: 'constant soft tokens',
+  ZERO: 'zero latents',
 }
 # A gain counts as shown if own latents have a lower perplexity than the other arm at all of these
 # ahead positions: than the frozen decoder with the whole interval, than shuffled ones by the mean.
@@ -101,8 +104,8 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
   shown = [position - 1 for position in report.positions]
   # The content effect: own latents against those of another text.
   content = None
-  if {OWN, 'shuffled'} <= set(names):
-    content = relative_change(report.arms[OWN], report.arms['shuffled'], samples, seed)
+  if {OWN, SHUFFLED} <= set(names):
+    content = relative_change(report.arms[OWN], report.arms[SHUFFLED], samples, seed)
   reached = np.count_nonzero(frozen.count, axis=0)
   # 'arms' has the positions of the table, 'all_positions' and 'reached' all of them. 'reached' is
   # the number of texts with targets.
@@ -236,7 +239,7 @@ def _legend(summary: Mapping[str, Any]) -> str:
   text = (f'Perplexity of the frozen decoder, and its relative change in percent {interval}. '
           f'Below zero is better. There are {summary["targets"][0]:,} targets at ahead position '
           f'{summary["positions"][0]}.')
-  if 'shuffled' in summary['arms']:
+  if SHUFFLED in summary['arms']:
     text += " Another text's latents are also called 'shuffled'."
   if summary['positions'][-1] > summary['num_ahead']:
     text += f' † beyond the {summary["num_ahead"]} ahead tokens of training.'

@@ -20,10 +20,9 @@ from latent_deliberation.deliberation.flops import (
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.answer_contexts import Request, group
 from latent_deliberation.evaluation.answer_texts import END, AnswerEncoder, EncodedCounts
-from latent_deliberation.evaluation.answers import MEAN, ZERO
 from latent_deliberation.evaluation.arm_model import ArmModel, Writing, check_policy
 from latent_deliberation.evaluation.ledger import Ledger, Score, prompt_key, request_key
-from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN
+from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, MEAN, ZERO
 from latent_deliberation.evaluation.shared_work import follow, lead
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.policy import ONCE, Policy

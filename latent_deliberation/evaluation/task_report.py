@@ -11,16 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from latent_deliberation.evaluation.answers import MEAN
 from latent_deliberation.evaluation.paired import estimate, mcnemar
-from latent_deliberation.evaluation.perplexity import CONSTANT, FEWEST_TEXTS, FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import (
+  CONSTANT,
+  FEWEST_TEXTS,
+  FROZEN,
+  MEAN,
+  OWN,
+  SHUFFLED,
+)
 from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.evaluation.task_outcomes import ArmOutcomes, TaskOutcomes
 from latent_deliberation.files import write_whole
 from latent_deliberation.paths import RESULTS
 from latent_deliberation.tables import markdown_table, text_table
 
-NAMES = {**LABELS, 'shuffled': "another example's latents", MEAN: 'mean latents',
+NAMES = {**LABELS, SHUFFLED: "another example's latents", MEAN: 'mean latents',
          CONSTANT: 'constant soft tokens', 'chain': 'chain of thought, no latents'}
 # Figures of an arm, and whether more is better.
 FIGURES = {'correct': True, 'nats': False, 'p': True, 'norm': True}
@@ -50,8 +56,8 @@ def _summarise_task(outcomes: TaskOutcomes, samples: int) -> dict[str, Any]:
                                      for key in FIGURES if getattr(arm, key)}
     if frozen is not None and name != FROZEN:
       values['arms'][name]['difference'] = _difference(arm, frozen, samples)
-  if {OWN, 'shuffled'} <= set(outcomes.arms):
-    values['against_shuffled'] = _difference(outcomes.arms[OWN], outcomes.arms['shuffled'],
+  if {OWN, SHUFFLED} <= set(outcomes.arms):
+    values['against_shuffled'] = _difference(outcomes.arms[OWN], outcomes.arms[SHUFFLED],
                                              samples)
   return values
 

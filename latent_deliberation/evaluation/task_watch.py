@@ -19,8 +19,8 @@ from latent_deliberation.errors import UserError, raise_problems
 from latent_deliberation.evaluation import task_catalog
 from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.answer_texts import AnswerEncoder
-from latent_deliberation.evaluation.answers import SHUFFLED, AnswerScorer, Source
-from latent_deliberation.evaluation.perplexity import FROZEN, OWN
+from latent_deliberation.evaluation.answers import AnswerScorer, Source
+from latent_deliberation.evaluation.perplexity import FROZEN, OWN, SHUFFLED
 from latent_deliberation.evaluation.shared_work import from_leader
 from latent_deliberation.evaluation.task_outcomes import WRITTEN, gold_continuation
 from latent_deliberation.experiment import EvaluationConfig, Experiment

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latent_deliberation.errors import UserError, check_integer, check_types
+from latent_deliberation.evaluation.perplexity import SHUFFLED
 from latent_deliberation.evaluation.report import LABELS
 from latent_deliberation.progress import format_duration
 from latent_deliberation.tables import format_estimate, markdown_table
@@ -93,7 +94,7 @@ class Card:
   @property
   def gains(self) -> bool:
     """Whether a gain is shown: the interval is above zero, and above another text's latents."""
-    gain, other = self.gain, gain_on(self.scores.get(self.name), 'shuffled')
+    gain, other = self.gain, gain_on(self.scores.get(self.name), SHUFFLED)
     return gain is not None and gain[1] > 0 and (other is None or gain[0] > other[0])
 
 

@@ -28,6 +28,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from latent_deliberation.evaluation.perplexity import SHUFFLED
 from latent_deliberation.experts.attach import Experts
 from latent_deliberation.experts.card import AUTO, GENERAL, gain_on
 from latent_deliberation.inference.tokenizer import Tokenizer
@@ -196,7 +197,7 @@ def _describe(experts: Experts, name: str) -> dict[str, Any]:
   return {
       'name': name, 'address': card.address, 'description': card.description,
       'licence': card.licence, 'gains': card.gains, 'gain': card.gain,
-      'shuffled': gain_on(card.scores.get(card.name), 'shuffled'),
+      'shuffled': gain_on(card.scores.get(card.name), SHUFFLED),
       'general': gain_on(card.scores.get(GENERAL)), 'keywords': list(card.keywords[:20]),
       'latents': dict(card.latents)}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.evaluation import report
-from latent_deliberation.evaluation.perplexity import FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN, SHUFFLED
 from latent_deliberation.evaluation.plots import plot_changes
 from latent_deliberation.files import check_free, list_directory, write_whole
 from latent_deliberation.paths import OLD_VALUES, REPORT, RESULTS, with_current_names
@@ -242,8 +242,8 @@ def _index_row(name: str, result: Result) -> list[str]:
   # A study may have no arm 'own'. The row then has its last arm with a shuffled control.
   own = OWN if OWN in arms else next(
       (arm for arm in reversed(arms) if f'{arm}/shuffled' in arms), None)
-  shuffled = 'shuffled' if own == OWN else f'{own}/shuffled'
-  constant = next((arm for arm in arms if arm.split()[-1] == 'constant'), None)
+  shuffled = SHUFFLED if own == OWN else f'{own}/{SHUFFLED}'
+  constant = next((arm for arm in arms if arm.split()[-1] == CONSTANT), None)
   tuned = [f'{cells[arm]} {arm}' for arm in arms if kinds.get(arm, {}).get('kind') in TUNINGS]
   seeds = max(len(seeds) for seeds in result['seeds'].values()) if 'seeds' in result else 1
   label = '' if own in (OWN, None) else f' ({own})'

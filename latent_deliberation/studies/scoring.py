@@ -113,7 +113,7 @@ def make_question_scorer(deliberator: Deliberator, arms: Sequence[str], *, loss_
 
   Args:
     deliberator: decoder and coprocessor.
-    arms: 'frozen' (the decoder alone) and names of perplexity.ARMS.
+    arms: 'frozen' (the decoder alone) and names of perplexity.OUTPUTS.
     loss_chunk: targets of a question whose logits exist at the same time.
     mesh: devices to compute on.
     rules: logical axis rules.

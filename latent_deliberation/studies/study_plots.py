@@ -8,13 +8,20 @@ from typing import Any
 import numpy as np
 
 from latent_deliberation.evaluation.headless import Axes, Figure, FigureCanvasAgg, MaxNLocator
-from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import (
+  FEWEST_TEXTS,
+  FROZEN,
+  MEAN,
+  OWN,
+  SHUFFLED,
+  ZERO,
+)
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
 from latent_deliberation.studies.study_result import controlled_arm, count_examples
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; black is the frozen decoder.
 COLOURS = ('#0072B2', '#009E73', '#D55E00', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442')
-DASHES = {'shuffled': '--', 'zero': ':', 'mean': '-.'}
+DASHES = {SHUFFLED: '--', ZERO: ':', MEAN: '-.'}
 MAX_LINES = 6  # of a panel; 'own' with its controls has 5, the frozen decoder included
 MAX_COLUMNS = 3
 # Titles of diagnostics, with units. docs/evaluation.md explains them.

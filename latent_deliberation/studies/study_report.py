@@ -16,6 +16,9 @@ from latent_deliberation.evaluation.perplexity import (
   CONSTANT,
   FEWEST_TEXTS,
   FROZEN,
+  MEAN,
+  SHUFFLED,
+  ZERO,
   AheadNLL,
   Change,
   relative_change,
@@ -90,7 +93,7 @@ def _describe_row(row: Mapping[str, float]) -> dict[str, float | None]:
 
 def _shuffled_by_arm(names: Mapping[str, Any]) -> dict[str, str]:
   """Returns {arm: its control with another example's latents}, for arms that have one."""
-  return {controlled_arm(name): name for name in names if name.rpartition('/')[2] == 'shuffled'}
+  return {controlled_arm(name): name for name in names if name.rpartition('/')[2] == SHUFFLED}
 
 
 def _summarise_questions(result: StudyResult, draws: Mapping[str, int]) -> dict[str, Any]:
@@ -302,7 +305,7 @@ def _name_few(summary: Mapping[str, Any], rows: Iterable[str], examples: str) ->
 def _explain_controls(summary: Mapping[str, Any]) -> str:
   """Returns a sentence about the controls that the study has, or nothing."""
   example = 'text' if 'by_position' in summary else 'question'
-  meanings = {'shuffled': f"those of another {example}", 'zero': 'none', 'mean': 'their average'}
+  meanings = {SHUFFLED: f"those of another {example}", ZERO: 'none', MEAN: 'their average'}
   used = {name.rpartition('/')[2] for name in summary['arms'] if controlled_arm(name)}
   told = [f"'{name}' is {meaning}" for name, meaning in meanings.items() if name in used]
   return f" In the controls something replaces own latents: {', '.join(told)}." if told else ''

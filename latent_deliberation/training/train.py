@@ -35,7 +35,7 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
-from latent_deliberation.evaluation.perplexity import FROZEN, OWN, make_scorer, sum_scores
+from latent_deliberation.evaluation.perplexity import FROZEN, OWN, SHUFFLED, make_scorer, sum_scores
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import as_path
 from latent_deliberation.model.products import INT8_DTYPES
@@ -227,7 +227,7 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
   config = deliberator.config
   # A fixed seed, so that every evaluation scores the same traces.
   scorer = make_scorer(
-      deliberator, (FROZEN, OWN, 'shuffled'), num_traces=config.num_traces,
+      deliberator, (FROZEN, OWN, SHUFFLED), num_traces=config.num_traces,
       num_ahead=config.num_ahead, loss_chunk=experiment.computation.loss_chunk, seed=0, mesh=mesh,
       rules=experiment.rules)
 
@@ -237,7 +237,7 @@ def _validation(experiment: Experiment, deliberator: Deliberator, frozen: Params
     # Means over all targets, the same ones for every arm. A few texts may reach no last position.
     mean = {arm: total.sum() / max(1, count.sum()) for arm, total in totals.items()}
     return {'loss': mean[OWN], 'gain': mean[FROZEN] - mean[OWN],
-            'content': mean['shuffled'] - mean[OWN]}
+            'content': mean[SHUFFLED] - mean[OWN]}
 
   return evaluate
 
