@@ -26,6 +26,9 @@ from latent_deliberation.experts.attach import Experts
 from latent_deliberation.experts.card import GENERAL, NONE, render
 from latent_deliberation.experts.index import COLUMNS, Entry, publish, read_index, search
 from latent_deliberation.experts.package import read_card
+from latent_deliberation.experts.passages import PASSAGE
+from latent_deliberation.experts.prompt_embeds import EMBEDS
+from latent_deliberation.experts.retrieval import DOCUMENT
 from latent_deliberation.experts.router_trial import (
   format_trial,
   judge_pairs,
@@ -80,10 +83,10 @@ class Options:
   expert: str = NONE
   documents: str = ''
   store: str = ''
-  latents_at: str = 'document'
-  passage: int = 256
+  latents_at: str = DOCUMENT
+  passage: int = PASSAGE
   max_tokens: int = 64
-  format: str = 'prompt_embeds'
+  format: str = EMBEDS
   scores: bool = False
   force: bool = False
   overwrite: bool = False

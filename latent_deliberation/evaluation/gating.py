@@ -145,30 +145,30 @@ def check_texts(texts: np.ndarray) -> None:
                     'lower evaluation.rows_per_text.')
 
 
-def fit_linear_gate(places: Places, seed: int = 0) -> LearnedGate:
+def fit_linear_gate(places: Places) -> LearnedGate:
   """Fits the gain by ridge regression. A held-out fifth of the texts chooses the ridge.
 
   Raises:
     UserError: there are fewer than five texts.
   """
-  return _ridge(places, _best_ridge(places, seed))
+  return _ridge(places, _best_ridge(places))
 
 
-def fit_and_hold_out(places: Places, seed: int = 0) -> tuple[LearnedGate, np.ndarray]:
+def fit_and_hold_out(places: Places) -> tuple[LearnedGate, np.ndarray]:
   """Fits as `fit_linear_gate`; returns the gate, and scores [n] by gates of other texts alone.
 
   Raises:
     UserError: there are fewer than five texts.
   """
-  ridge, scores = _best_ridge(places, seed), np.zeros(len(places.gain))
-  for texts in _fifths(places, seed):
+  ridge, scores = _best_ridge(places), np.zeros(len(places.gain))
+  for texts in _fifths(places):
     held_out = np.isin(places.text, texts)
     scores[held_out] = _ridge(places.where(~held_out), ridge).score(places.hidden[held_out])
   return _ridge(places, ridge), scores
 
 
-def _best_ridge(places: Places, seed: int) -> float:
-  held_out = np.isin(places.text, _fifths(places, seed)[0])
+def _best_ridge(places: Places) -> float:
+  held_out = np.isin(places.text, _fifths(places)[0])
   kept, rest = places.where(~held_out), places.where(held_out)
 
   def error(ridge: float) -> float:
@@ -177,11 +177,11 @@ def _best_ridge(places: Places, seed: int) -> float:
   return min(RIDGES, key=error)
 
 
-def _fifths(places: Places, seed: int) -> list[np.ndarray]:
+def _fifths(places: Places) -> list[np.ndarray]:
   """Returns five parts of the texts. Places of one text are not independent."""
   texts = np.unique(places.text)
   check_texts(texts)
-  texts = np.random.default_rng(seed).permutation(texts)
+  texts = np.random.default_rng(0).permutation(texts)
   return [texts[:len(texts) // 5], *np.array_split(texts[len(texts) // 5:], 4)]
 
 
