@@ -55,7 +55,7 @@ _MAX_LENGTH = flags.DEFINE_integer(
     'max_length', 2048, 'Largest number of tokens of a text; longer ones are cut at the left.')
 _DTYPE = flags.DEFINE_string('dtype', 'auto', 'Dtype of the computation: float32, bfloat16, auto.')
 _BATCH_SIZE = flags.DEFINE_integer(
-    'batch_size', 0, 'Texts that are written together; 0 for as many as fit 2 GiB of cache.')
+    'batch_size', 0, 'Most texts that are written together; 0 for as many as fit 2 GiB of cache.')
 _MESH = flags.DEFINE_string(
     'mesh', '', 'Mesh of devices, such as data=1,fsdp=8. Default: the weights on each device.')
 _VOCABULARY = app.define_file(

@@ -24,8 +24,8 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import (
 )
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.answer_contexts import SHARED, Request
-from latent_deliberation.evaluation.answers import CONSTANT, AnswerScorer, Scored, Source
-from latent_deliberation.evaluation.perplexity import FROZEN, MEAN, OWN, SHUFFLED, ZERO
+from latent_deliberation.evaluation.answers import AnswerScorer, Scored, Source
+from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, MEAN, OWN, SHUFFLED, ZERO
 from latent_deliberation.evaluation.shared_work import of_all
 from latent_deliberation.experiment import DTYPES, Computation
 from latent_deliberation.inference import passes, session
@@ -44,6 +44,8 @@ from latent_deliberation.sharding import (
   parse_mesh,
   shardings_of,
 )
+
+_SIZE_STEP = 8  # batches of written texts have multiples of it, and a row more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Writing:
   Attributes:
     options: options of decoding, without the policy.
     stop: strings that end a text and are not part of it.
-    batch_size: texts that are decoded together; 0 for as many as fit 2 GiB of cache.
+    batch_size: largest number of texts that are decoded together; 0 for as many as fit 2 GiB of
+      cache.
   """
   options: DecodingOptions
   stop: tuple[str, ...] = ()
@@ -271,12 +274,16 @@ class ArmModel:
     shared = _read_shared(engine, heads)
     skip = set(skip)
     left = [place for place in range(len(order)) if order[place] not in skip]
-    # Batches of equal size, as many for each process. A row without a text costs as much.
+    if not left:
+      return
+    # Batches of about equal size, shared by the processes: a row without a text costs as much as
+    # one with a text. Each size is compiled, so there are few.
     turns = jax.process_count()
     most = writing.batch_size or max(1, engine.batch_size - 1)
-    rounds = math.ceil(len(left) / (most * turns)) or 1
+    rounds = math.ceil(len(left) / (most * turns))
+    even = math.ceil(len(left) / (rounds * turns))
     # A batch has one more row for another example's latents.
-    size = math.ceil(len(left) / (rounds * turns)) + 1
+    size = min(most, even + -even % _SIZE_STEP) + 1
     size += -size % engine.shards
     # The latents of another example are those of the prompt before, so no batch skips that one.
     parts = _runs(left) if arm == SHUFFLED else [left]

@@ -62,8 +62,8 @@ class DeliberationLM(LM):
       place, plain_if_short: see `task_answers.Settings`.
       every, at, gate, gate_score, budget: policy of latents in place of the end of the context, as
         in launch/generate.py; `at` may be several numbers, as 0+20.
-      batch_size: texts that are decoded together. lm_eval's default of 1, and 'auto' or 'auto:4',
-        mean as many as fit 2 GiB of cache. It changes scores by rounding alone.
+      batch_size: largest number of texts that are decoded together. lm_eval's default of 1, and
+        'auto' or 'auto:4', mean as many as fit 2 GiB of cache. It changes scores by rounding alone.
       max_batch_size, device: taken for lm_eval's sake, and not used.
 
     Raises:

@@ -23,15 +23,22 @@ from latent_deliberation.evaluation.headless import (
   MaxNLocator,
   Patch,
 )
-from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, FROZEN
+from latent_deliberation.evaluation.perplexity import (
+  CONSTANT,
+  FEWEST_TEXTS,
+  FROZEN,
+  OWN,
+  SHUFFLED,
+  ZERO,
+)
 from latent_deliberation.evaluation.report import LABELS, texts_at
 from latent_deliberation.files import write_whole
 from latent_deliberation.model.attention import AttentionMaskSpec, cached_mask, fresh_mask
 
 DPI = 130
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {'own': '#0072B2', 'shuffled': '#D55E00', 'constant': '#009E73', 'zero': '#CC79A7'}
-MARKERS = {'own': 'o', 'shuffled': 's', 'constant': '^', 'zero': 'D'}
+COLOURS = {OWN: '#0072B2', SHUFFLED: '#D55E00', CONSTANT: '#009E73', ZERO: '#CC79A7'}
+MARKERS = {OWN: 'o', SHUFFLED: 's', CONSTANT: '^', ZERO: 'D'}
 
 
 def plot_changes(summary: Mapping[str, Any], path: Path) -> None:

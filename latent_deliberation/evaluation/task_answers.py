@@ -44,7 +44,8 @@ class Settings:
     policy: when latents come; default: once, at `place`.
     plain_if_short: whether contexts without room for latents are scored and continued by the frozen
       decoder in every arm; otherwise they are refused.
-    batch_size: texts that are decoded together; 0 for as many as fit 2 GiB of cache.
+    batch_size: largest number of texts that are decoded together; 0 for as many as fit 2 GiB of
+      cache.
   """
   place: str = END
   policy: Policy = ONCE

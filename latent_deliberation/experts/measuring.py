@@ -229,15 +229,16 @@ def _separate(own: np.ndarray, other: np.ndarray) -> float:
 def portable(experiment: Experiment, name: str) -> dict[str, Any]:
   """Returns an experiment for a card: JSON values, without paths and devices of this machine.
 
-  A dtype 'auto' becomes the dtype that it stands for here, since scores differ between dtypes.
+  An 'auto' of dtype or activations becomes what it stands for here: scores differ by dtype.
   """
   data, computation = experiment.data, experiment.computation
+  resolved = computation.on(jax.default_backend())
   if data.source == 'text':
     data = dataclasses.replace(data, files=(name,))
   experiment = dataclasses.replace(
       experiment, data=dataclasses.replace(data, vocabulary_path='', data_dir=''),
       mesh=MeshConfig(), computation=dataclasses.replace(
-          computation, dtype=computation.on(jax.default_backend()).dtype),
+          computation, dtype=resolved.dtype, activations=resolved.activations),
       decoder_from=base_name(experiment.decoder_from),
       coprocessor_from=base_name(experiment.coprocessor_from))
   return json.loads(json.dumps(dataclasses.asdict(experiment)))

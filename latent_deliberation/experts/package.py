@@ -65,7 +65,8 @@ class Routing:
     centroid: float32 [D], mean of h on the expert's own text, less `origin`, of length 1.
     origin: float32 [D], mean of h on general text.
     threshold: cosine of (h - origin) and centroid above which a place counts as its own.
-    gain_weight, gain_bias: nats that the expert is predicted to save: h @ gain_weight + gain_bias.
+    gain_weight, gain_bias: score of the router 'gain', h @ gain_weight + gain_bias: by how much the
+      log-odds that a text is its own exceed those from which on it saves nats.
   """
   centroid: np.ndarray
   origin: np.ndarray

@@ -22,7 +22,7 @@ from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import save_figure
-from latent_deliberation.evaluation.task_files import Doc, find_file, read_documents
+from latent_deliberation.evaluation.task_files import find_file, read_documents
 from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.experts.passages import Passage
 from latent_deliberation.experts.retrieval import Library, format_question
@@ -86,26 +86,27 @@ def read_questions(directory: Path, data: str, count: int) -> list[Question]:
   Raises:
     UserError: there is no such file, or a document of it is of another form.
   """
-  read: Callable[[Doc], tuple] = _read_pubmed if data == 'pubmed_qa' else _read_sciq
+  read: Callable[[Mapping[str, Any]], tuple] = _read_pubmed if data == 'pubmed_qa' else _read_sciq
   found = []
   for number, doc in enumerate(read_documents(find_file(str(directory), data, SPLITS[data])), 1):
     try:
-      found.append(Question(f'{data}/{number}', *read(doc)))
-    except (ValueError, TypeError, AttributeError) as error:
-      raise UserError(f'{doc.where} is no question of {data} ({error}): give documents as '
-                      'docs/retrieval.md has them, or leave the set out (--sets)') from error
+      found.append(Question(f'{data}/{number}', *read(dict(doc))))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise UserError(f'{doc.where} is no question of {data} ({type(error).__name__}: {error}): '
+                      'give documents as docs/retrieval.md has them, or leave the set out '
+                      '(--sets)') from error
   found = [question for question in found if question.context]
   order = np.random.default_rng(0).permutation(len(found))
   return [found[number] for number in order][:count or None]
 
 
-def _read_pubmed(values: Doc) -> tuple:
+def _read_pubmed(values: Mapping[str, Any]) -> tuple:
   answers = ('yes', 'no', 'maybe')
   return (values['QUESTION'], answers, answers.index(values['final_decision']),
           ' '.join(values['CONTEXTS']))
 
 
-def _read_sciq(values: Doc) -> tuple:
+def _read_sciq(values: Mapping[str, Any]) -> tuple:
   answers = [values['correct_answer'], *(values[f'distractor{number}'] for number in (1, 2, 3))]
   return values['question'], tuple(answers), 0, values['support'].strip()
 

@@ -241,7 +241,7 @@ def _index_row(name: str, result: Result) -> list[str]:
   arms, kinds = list(cells), {} if _is_report(result) else result['arms']
   # A study may have no arm 'own'. The row then has its last arm with a shuffled control.
   own = OWN if OWN in arms else next(
-      (arm for arm in reversed(arms) if f'{arm}/shuffled' in arms), None)
+      (arm for arm in reversed(arms) if f'{arm}/{SHUFFLED}' in arms), None)
   shuffled = SHUFFLED if own == OWN else f'{own}/{SHUFFLED}'
   constant = next((arm for arm in arms if arm.split()[-1] == CONSTANT), None)
   tuned = [f'{cells[arm]} {arm}' for arm in arms if kinds.get(arm, {}).get('kind') in TUNINGS]

@@ -66,7 +66,7 @@ def test_questions(data):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'{"question": 3}', "document 0 of .* has no 'correct_answer'"),
+    (b'{"question": 3}', "document 0 of .* is no question of sciq .*correct_answer"),
     (b'{"QUESTION": "a', 'cannot be read'), (b'\xff', 'cannot be read'), (b'\n', 'no document'),
     (b'{"question": "a", "correct_answer": "b", "distractor1": "c", "distractor2": "d", '
      b'"distractor3": "e", "support": 3}', 'document 0 of .* is no question of sciq')])
