@@ -32,12 +32,9 @@ from latent_deliberation.cli.config_flag import define_config, given_keys, read_
 from latent_deliberation.cli.make_expert import ExpertRequest, make_expert
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import render
-from latent_deliberation.experts.prompt_embeds import EMBEDS
-from latent_deliberation.experts.retrieval import DOCUMENT, QUESTION
 from latent_deliberation.files import as_path
 
 define_config(__file__, 'configs/gemma3_270m.py')
-_DEFAULT = expert_commands.Options()
 _DECODER = app.define_decoder('decoder', 'Directory, GGUF file or name of the decoder.', '')
 _TEXT = flags.DEFINE_string(
     'text', '', 'Folder, file or glob, or several with commas. For route and export: the prompt.')
@@ -56,26 +53,20 @@ _INDEX = flags.DEFINE_string('index', '', 'Index: a path, http(s)://, gs://, s3:
 _DOMAIN = flags.DEFINE_multi_string('domain', [], 'NAME=TEXT, a text to judge routers on')
 _PAIR = flags.DEFINE_multi_string('pair', [], 'A+B, to add up. Default: each with the next')
 _ROUTER = flags.DEFINE_multi_string('router', [], 'Router to show or to judge. Default: all')
-_PROMPTS = flags.DEFINE_integer(
-    'prompts', _DEFAULT.prompts, 'Prompts to cut out of each text.', lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer(
-    'batch_size', _DEFAULT.batch_size, 'Prompts to score together.', lower_bound=1)
+_PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts to cut out of each text.', lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Prompts to score together.', lower_bound=1)
 _SCORES = flags.DEFINE_bool('scores', False, 'Measure the scores of the card again, in verify.')
 _FORCE = flags.DEFINE_bool('force', False, 'Publish an expert that shows no gain, too.')
 _EXPERT = flags.DEFINE_string(
-    'expert', _DEFAULT.expert, "For ask and export: NAME, 'a:0.5,b:0.5', 'auto' or 'none'.")
+    'expert', 'none', "For ask and export: NAME, 'a:0.5,b:0.5', 'auto' or 'none'.")
 _DOCUMENTS = app.define_directory('documents', 'Folder of text to ask.', '', on_disk=True)
 _STORE = app.define_directory('store', 'Caches. Default: inside --documents.', '', on_disk=True)
 _LATENTS_AT = flags.DEFINE_enum(
-    'latents_at', _DEFAULT.latents_at, [DOCUMENT, QUESTION],
-    'After which of the two ask makes latents.')
-_PASSAGE = flags.DEFINE_integer(
-    'passage', _DEFAULT.passage, 'Tokens of a passage of --documents.')
-_MAX_TOKENS = flags.DEFINE_integer(
-    'max_tokens', _DEFAULT.max_tokens, 'Largest number of tokens of an answer.')
-_LENGTH = flags.DEFINE_integer(
-    'length', _DEFAULT.length, 'Room in the cache, in tokens, prompt included.')
-_FORMAT = flags.DEFINE_enum('format', EMBEDS, [EMBEDS], 'What export writes.')
+    'latents_at', 'document', ['document', 'question'], 'After which of the two ask makes latents.')
+_PASSAGE = flags.DEFINE_integer('passage', 256, 'Tokens of a passage of --documents.')
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 64, 'Largest number of tokens of an answer.')
+_LENGTH = flags.DEFINE_integer('length', 512, 'Room in the cache, in tokens, prompt included.')
+_FORMAT = flags.DEFINE_enum('format', 'prompt_embeds', ['prompt_embeds'], 'What export writes.')
 _OVERWRITE = app.define_overwrite('the results of compare, evaluate or export')
 
 

@@ -89,6 +89,6 @@ def test_measure_retrieval(package, tmp_path):
   assert measure_retrieval(output, **values) == page
   assert output.with_suffix('.sciq.jsonl').read_text() == records
   for changes, message in (({'sets': ['squad']}, '--sets=squad'), ({'expert': 'none'}, 'none'),
-                           ({'data': tmp_path}, 'no .*sciq')):
+                           ({'data': tmp_path}, 'sciq/validation.jsonl is missing')):
     with pytest.raises(UserError, match=message):
       measure_retrieval(output, **{**values, **changes})
