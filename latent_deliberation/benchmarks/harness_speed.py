@@ -38,14 +38,15 @@ from latent_deliberation.evaluation import task_catalog
 from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.answer_texts import AnswerEncoder
 from latent_deliberation.evaluation.arm_model import ArmModel, open_arm_model
+from latent_deliberation.evaluation.perplexity import FROZEN, MEAN, OWN, SHUFFLED, ZERO
 from latent_deliberation.files import write_json
 from latent_deliberation.model import weights
 
 # Our programs, and the arms that each scores. Zero latents of the refining kind are the frozen
 # decoder, which is computed once, so the last one has four arms that are all computed.
 ARMS: Mapping[str, tuple[str, ...]] = {
-    '1 arm': ('frozen',), '4 arms': ('frozen', 'own', 'shuffled', 'zero'),
-    '4 arms, all computed': ('frozen', 'own', 'shuffled', 'mean')}
+    '1 arm': (FROZEN,), '4 arms': (FROZEN, OWN, SHUFFLED, ZERO),
+    '4 arms, all computed': (FROZEN, OWN, SHUFFLED, MEAN)}
 HF = 'lm_eval hf'
 NUM_LATENTS = 4
 TOLERANCE = 1e-2  # nats of an answer
@@ -131,7 +132,7 @@ def compare(decoder: str, data: str, tasks: Sequence[str], output: Path, *, limi
     weights.save(directory, model.config, model.params, format='huggingface')
     for name, (requests, gold) in read.items():
       ours, is_greedy = np.zeros(len(requests)), np.zeros(len(requests), bool)
-      for scored, _ in model.score(requests, ('frozen',)):
+      for scored, _ in model.score(requests, (FROZEN,)):
         ours[scored.numbers], is_greedy[scored.numbers] = (
             -scored.nats[:, 0], scored.greedy[:, 0])
       theirs, theirs_greedy = map(np.array, zip(*in_other_process(

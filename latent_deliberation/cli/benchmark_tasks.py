@@ -6,11 +6,11 @@ from pathlib import Path
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation.answers import ARMS, check_arms
 from latent_deliberation.evaluation.arm_model import check_policy, open_arm_model
-from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, OWN, SHUFFLED, ZERO
+from latent_deliberation.evaluation.perplexity import CHAIN, CONSTANT, FROZEN, OWN, SHUFFLED, ZERO
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_catalog import PAPER, expand, local_names
 from latent_deliberation.evaluation.task_report import format_table
-from latent_deliberation.evaluation.task_run import CHAIN, Plan, run_tasks
+from latent_deliberation.evaluation.task_run import Plan, run_tasks
 from latent_deliberation.files import as_path
 from latent_deliberation.inference.policy import ONCE, combine, open_gate
 

@@ -11,7 +11,6 @@ warm-up.
 """
 
 import difflib
-import itertools
 import os
 import re
 import shlex
@@ -99,10 +98,8 @@ def _check_flag(arguments: Sequence[str]) -> None:
     raise UserError(f'{override} without --config: give --config=FILE before it, such as '
                     '--config=configs/quickstart.py')
   for at in places:
-    # The path is after '=', or the next argument. After a colon comes the argument of get_config,
-    # which may be a path or a URL itself.
-    _, equals, path = arguments[at].partition('=')
-    path = path if equals else ''.join(arguments[at + 1:at + 2])
+    # After a colon comes the argument of get_config, which may be a path or a URL itself.
+    path = _value(arguments, at)
     path = path if re.match('[a-z0-9]+://', path) else path.partition(':')[0]
     if not as_path(os.path.expanduser(path)).is_file():
       near = difflib.get_close_matches(path, map(str, Path('configs').rglob('*.py')), n=1)
@@ -110,13 +107,17 @@ def _check_flag(arguments: Sequence[str]) -> None:
       raise UserError(f'--config={path}: there is no such file; {hint}')
 
 
+def _value(arguments: Sequence[str], at: int) -> str:
+  """Returns the value of the flag at an index: what is after '=', or the next argument."""
+  _, equals, value = arguments[at].partition('=')
+  return value if equals else ''.join(arguments[at + 1:at + 2])
+
+
 def _given_flag(name: str) -> str | None:
   """Returns the value of a flag on the command line, before flags are parsed; None if absent."""
-  for number, argument in enumerate(sys.argv[1:], 1):
-    found = re.fullmatch(rf'--?{name}(?:=(.*))?', argument, re.DOTALL)
-    if found:
-      return found[1] if found[1] is not None else ' '.join(sys.argv[number + 1:number + 2])
-  return None
+  arguments = sys.argv[1:]
+  return next((_value(arguments, at) for at, argument in enumerate(arguments)
+               if re.fullmatch(rf'--?{name}(=.*)?', argument, re.DOTALL)), None)
 
 
 def _find_run(flag: str) -> Path | None:
@@ -141,12 +142,13 @@ def _find_run(flag: str) -> Path | None:
 
 def config_arguments() -> str:
   """Returns --config and its overrides as they were given, for a command that follows."""
-  given = []
-  for argument, following in itertools.pairwise([*sys.argv[1:], '--']):
+  arguments, given = sys.argv[1:], []
+  for at, argument in enumerate(arguments):
     if re.match(rf'--?(no)?{FLAG}([.=]|$)', argument):
-      # The value may be the next word. A switch has none, so another flag follows it.
-      is_whole = '=' in argument or re.match('--?[a-z]|--$', following)
-      given.append(argument if is_whole else f'{argument}={following}')
+      value = _value(arguments, at)
+      # A switch has no value, so another flag follows it, or nothing.
+      is_whole = '=' in argument or not value or re.match('--?[a-z]', value)
+      given.append(argument if is_whole else f'{argument}={value}')
   return shlex.join(given)
 
 

@@ -22,13 +22,13 @@ FEWEST_STEPS = 20  # fewer teach nothing
 FEWEST_SCORED = 24  # texts; an interval needs 20
 # In training steps, as measured with Gemma 3 270M and SmolLM2-135M on two cores: 4 rows of 256
 # tokens in every batch, 32 traces of a row in training and 16 in scores. A step took all rows at
-# once then; one at a time it takes 0.91 of that (docs/log.md), so the last three are divided by it.
-# Scores and routing were measured before they shared a prefill and left out the entropy, and take a
-# little less now.
+# once then. Scores and routing were measured before they shared a prefill and left out the entropy,
+# and take a little less now.
+ONE_BY_ONE = 0.91  # a step that takes one row at a time, in steps that take all (docs/log.md)
 CONTROL_STEP = 0.85  # a step of the constant soft tokens
-VALIDATION = 1.15 / 0.91  # a batch that a training validates on
-SCORES = 1.9 / 0.91  # a batch of rows, scored by the expert and all its controls
-ROUTING = 0.46 / 0.91  # a batch of rows, for centroid and gain head
+VALIDATION = 1.15 / ONE_BY_ONE  # a batch that a training validates on
+SCORES = 1.9 / ONE_BY_ONE  # a batch of rows, scored by the expert and all its controls
+ROUTING = 0.46 / ONE_BY_ONE  # a batch of rows, for centroid and gain head
 # Later loading and compiling, in times of what came before the first timed step. An estimate: the
 # decoder is loaded three times more, and eight smaller programs are compiled.
 COMPILATIONS = 2.5

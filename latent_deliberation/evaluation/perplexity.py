@@ -31,6 +31,7 @@ FROZEN = 'frozen'  # the decoder alone; all other arms are compared with it
 OWN = 'own'
 SHUFFLED, ZERO, MEAN = 'shuffled', 'zero', 'mean'  # controls, which replace own outputs
 CONSTANT = 'constant'  # soft tokens that were trained without a coprocessor
+CHAIN = 'chain'  # the frozen decoder, which answers after a chain of thought that it wrote
 # An interval over fewer independent texts is no evidence: a bootstrap makes it too narrow. Nothing
 # is concluded from it, and it is not shown.
 FEWEST_TEXTS = 20

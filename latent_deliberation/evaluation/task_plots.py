@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from latent_deliberation.evaluation.headless import Axes, Figure, FigureCanvasAgg
-from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, FROZEN, MEAN
+from latent_deliberation.evaluation.perplexity import CHAIN, FEWEST_TEXTS, FROZEN, MEAN
 from latent_deliberation.evaluation.plots import COLOURS, MARKERS, save_figure, trim_axes
 from latent_deliberation.evaluation.task_report import NAMES
 
-_COLOURS = {**COLOURS, MEAN: '#56B4E9', 'chain': '#000000'}
-_MARKERS = {**MARKERS, MEAN: 'v', 'chain': 'x'}
+_COLOURS = {**COLOURS, MEAN: '#56B4E9', CHAIN: '#000000'}
+_MARKERS = {**MARKERS, MEAN: 'v', CHAIN: 'x'}
 # Panels: figure, factor, and what the axis shows.
 _PANELS = (('nats', -1.0, 'nats saved on the gold answer (right is better)'),
            ('correct', 100.0, 'points of accuracy (right is better)'))

@@ -13,6 +13,7 @@ import numpy as np
 
 from latent_deliberation.evaluation.paired import estimate, mcnemar
 from latent_deliberation.evaluation.perplexity import (
+  CHAIN,
   CONSTANT,
   FEWEST_TEXTS,
   FROZEN,
@@ -27,7 +28,7 @@ from latent_deliberation.paths import RESULTS
 from latent_deliberation.tables import markdown_table, text_table
 
 NAMES = {**LABELS, SHUFFLED: "another example's latents", MEAN: 'mean latents',
-         CONSTANT: 'constant soft tokens', 'chain': 'chain of thought, no latents'}
+         CONSTANT: 'constant soft tokens', CHAIN: 'chain of thought, no latents'}
 # Figures of an arm, and whether more is better.
 FIGURES = {'correct': True, 'nats': False, 'p': True, 'norm': True}
 

@@ -30,7 +30,7 @@ from latent_deliberation.evaluation import task_catalog
 from latent_deliberation.evaluation.answers import ARMS
 from latent_deliberation.evaluation.arm_model import ArmModel
 from latent_deliberation.evaluation.ledger import Ledger
-from latent_deliberation.evaluation.perplexity import FROZEN
+from latent_deliberation.evaluation.perplexity import CHAIN, FROZEN
 from latent_deliberation.evaluation.shared_work import STOP, lead
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers, mean_cost
 from latent_deliberation.evaluation.task_outcomes import (
@@ -56,7 +56,6 @@ from latent_deliberation.paths import RESULTS, RUN_FILE
 from latent_deliberation.progress import announced
 from latent_deliberation.provenance import git_commit
 
-CHAIN = 'chain'  # the arm in which the frozen decoder writes a chain of thought first
 LAST_NUMBER = 'flexible-extract'  # a filter of lm-evaluation-harness
 ANSWERS, TASKS, SAMPLES = 'answers.jsonl', 'tasks', 'samples'
 

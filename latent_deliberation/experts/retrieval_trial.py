@@ -90,6 +90,7 @@ def read_questions(directory: Path, data: str, count: int) -> list[Question]:
   found = []
   for number, doc in enumerate(read_documents(find_file(str(directory), data, SPLITS[data])), 1):
     try:
+      # A plain dict, since a Doc would name the page of another command for a missing field.
       found.append(Question(f'{data}/{number}', *read(dict(doc))))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(f'{doc.where} is no question of {data} ({type(error).__name__}: {error}): '

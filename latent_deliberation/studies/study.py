@@ -36,7 +36,7 @@ from latent_deliberation.data.text_sizes import (
 )
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, raise_problems
-from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import CHAIN, CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import as_path, copy_vocabulary, make_writable
 from latent_deliberation.model.decoder import fingerprint
@@ -68,7 +68,7 @@ from latent_deliberation.studies.scoring import (
   draw_questions,
   open_scorer,
 )
-from latent_deliberation.studies.study_config import CHAIN, LATENT_ARM, Study
+from latent_deliberation.studies.study_config import LATENT_ARM, Study
 from latent_deliberation.studies.study_report import summarise_study, write_study
 from latent_deliberation.studies.study_result import StudyResult
 from latent_deliberation.studies.tune import describe_tuning, tune_decoder

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from latent_deliberation.errors import UserError, check_integer, check_types, raise_problems
-from latent_deliberation.evaluation.perplexity import CONTROLS, FROZEN, OWN
+from latent_deliberation.evaluation.perplexity import CHAIN, CONTROLS, FROZEN, OWN
 from latent_deliberation.experiment import LAST_SEED, Experiment, bind
 from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.studies.synthetic.documents import build
 from latent_deliberation.studies.tune import TUNINGS
 
 LATENT_ARM = 'latents'  # ArmConfig.learns of an arm that trains latents for the frozen decoder
-CHAIN = 'chain'  # the frozen decoder, which answers after a chain that it wrote itself
 # Sections of the experiment that no arm may change.
 SHARED = ('decoder', 'data', 'computation', 'pretraining', 'evaluation', 'mesh', 'rules', 'seed',
           'decoder_from')

@@ -49,6 +49,20 @@ def test_halves_are_paired():
   np.testing.assert_allclose(query, key / 2, atol=1e-6)
 
 
+def test_sines_are_exact():
+  """Sines and cosines of short and of long texts are those of float64."""
+  frequencies = rotary_frequencies(WIDTH, 1e4)
+  positions = np.concatenate([np.arange(-300, 300), 16_000 + np.arange(300),
+                              131_072 + np.arange(300), 199_700 + np.arange(300)])
+  # An angle is rounded to float32 before, as by every rotary embedding.
+  angles = (positions.astype(np.float32)[:, None] * frequencies).astype(np.float64)
+  # Compiled, products and differences may be fused, and are more exact then.
+  for compute in (rotary.sines, jax.jit(rotary.sines)):
+    sine, cosine = compute(positions[None, None].astype(np.int32), frequencies)
+    np.testing.assert_allclose(sine[0, 0], np.sin(angles), rtol=0, atol=1.2e-7)
+    np.testing.assert_allclose(cosine[0, 0], np.cos(angles), rtol=0, atol=1.2e-7)
+
+
 def inputs(traces=3, length=7, dtype='float32', width=WIDTH):
   """Arguments of `rotate` for two texts, 4 heads and 2 kv heads."""
   random = np.random.default_rng(0)
