@@ -1,7 +1,7 @@
 """The layers besides attention: norms, projections, feed-forward and embeddings.
 
-The weight W of a projection can be adapted. `LowRank` adds an adapter A B, and `merge` folds it
-into W.
+The weight W of a projection can have an adapter A B: one of the module's own by `LowRank`, or one
+that `adapt` puts into the tree of parameters.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
 from latent_deliberation.array_types import Array, Float, Params, Rows, RowTokens, typed
 from latent_deliberation.errors import UserError
@@ -41,6 +42,25 @@ class LowRank:
   def scale(self) -> float:
     """The factor on the product of A and B."""
     return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@struct.dataclass
+class Adapted:
+  """A matrix W with an adapter. It replaces W in a tree of parameters; see `adapt`.
+
+  W and the adapter are not summed. In bfloat16 a sum would lose each entry of scale A B that is
+  less than half a step of W's entry.
+
+  Attributes:
+    weight: W.
+    down: A, [inputs.., rank].
+    up: B, [rank, outputs..].
+    scale: factor on the product of A and B.
+  """
+  weight: Array | Quantised
+  down: Array
+  up: Array
+  scale: float = struct.field(pytree_node=False)
 
 
 class RMSNorm(nn.Module):
@@ -91,12 +111,15 @@ class Projection(nn.Module):
         out_axis=tuple(range(inputs, len(shape))))
     if self.is_mutable_collection(LARGEST_INPUTS) and not self.is_initializing():
       self.sow(LARGEST_INPUTS, 'x', jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - inputs))))
+    adapter = None
     # The product with W, in the form in which the weight is stored.
     if self.has_variable('params', 'transposed'):
       transposed = self.get_variable('params', 'transposed')
       y = contract(x.astype(dtype), transposed.astype(dtype), inputs).astype(x.dtype)
     else:
       weight = self.param('w', nn.with_logical_partitioning(init, axes), shape)
+      if isinstance(weight, Adapted):
+        adapter, weight = (weight.down, weight.up, weight.scale), weight.weight
       if isinstance(weight, Quantised):
         y = multiply_quantised(x, weight, inputs, axes, dtype)
       else:
@@ -105,19 +128,24 @@ class Projection(nn.Module):
       bias = self.param('b', nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:]),
                         shape[inputs:])
       y = y + bias.astype(x.dtype)
-    if self.lora is None:
+    if self.lora is not None:
+      # B is zero at first, so nothing changes yet.
+      rank = self.lora.rank
+      down = self.variable('lora', 'a', lambda: nn.with_logical_partitioning(
+          nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', in_axis=contracted,
+                                           out_axis=-1),
+          axes[:inputs] + ('rank',))(self.make_rng('params'), shape[:inputs] + (rank,)))
+      up = self.variable('lora', 'b', lambda: nn.with_logical_partitioning(
+          nn.initializers.zeros, ('rank',) + axes[inputs:])(
+              self.make_rng('params'), (rank,) + shape[inputs:]))
+      adapter = down.value, up.value, self.lora.scale
+    if adapter is None:
       return y
-    # The adapter: down to the rank and up again. B is zero at first, so nothing changes yet.
-    rank = self.lora.rank
-    down = self.variable('lora', 'a', lambda: nn.with_logical_partitioning(
-        nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', in_axis=contracted, out_axis=-1),
-        axes[:inputs] + ('rank',))(self.make_rng('params'), shape[:inputs] + (rank,)))
-    up = self.variable('lora', 'b', lambda: nn.with_logical_partitioning(
-        nn.initializers.zeros, ('rank',) + axes[inputs:])(
-            self.make_rng('params'), (rank,) + shape[inputs:]))
-    low = multiply(x, down.value.astype(dtype), inputs, self.flatten_batch)
-    low = multiply(low, up.value.astype(dtype), flatten_batch=self.flatten_batch)
-    return y + low * self.lora.scale
+    # The adapter: down to the rank and up again.
+    down_weight, up_weight, scale = adapter
+    low = multiply(x, down_weight.astype(dtype), inputs, self.flatten_batch)
+    low = multiply(low, up_weight.astype(dtype), flatten_batch=self.flatten_batch)
+    return y + low * scale
 
 
 class FeedForward(nn.Module):
@@ -187,21 +215,19 @@ def output_head(decoder_params: Params) -> Array | Quantised:
   return embedder.get('head', embedder['table'])
 
 
-def merge(params: Params, adapters: Params, low_rank: LowRank) -> Params:
-  """Returns the parameters of a transformer with W + (alpha / rank) A B in the place of every W.
+def adapt(params: Params, adapters: Params, low_rank: LowRank) -> Params:
+  """Returns the parameters of a transformer with an Adapted matrix in the place of every W.
 
-  The merged weights compute the same function as weights with adapters (see LowRank). The result is
-  differentiable by the adapters.
+  They compute what `Transformer(lora=low_rank)` computes with both collections, to the bit.
 
   Args:
     params: parameters of a Transformer, without boxes.
     adapters: its collection 'lora'; A is [L, inputs.., rank], B is [L, rank, outputs..].
     low_rank: rank and alpha of the adapters.
   """
-  # At a projection, multiply A and B layer by layer. Elsewhere go down the tree.
+  # At a projection, put the adapter beside W. Elsewhere go down the tree.
   if set(adapters) == {'a', 'b'}:
-    update = jax.vmap(lambda down, up: jnp.tensordot(down, up, axes=1))(
-        adapters['a'], adapters['b']) * low_rank.scale
-    return {**params, 'w': params['w'] + update.astype(params['w'].dtype)}
-  return {**params, **{name: merge(params[name], child, low_rank)
+    return {**params,
+            'w': Adapted(params['w'], adapters['a'], adapters['b'], low_rank.scale)}
+  return {**params, **{name: adapt(params[name], child, low_rank)
                        for name, child in adapters.items()}}

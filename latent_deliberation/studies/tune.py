@@ -13,7 +13,7 @@ from latent_deliberation.data.loading import open_batches
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.model.decoder import boxed_shapes
-from latent_deliberation.model.layers import merge
+from latent_deliberation.model.layers import adapt
 from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.training.objectives import (
   joint_training,
@@ -72,10 +72,10 @@ def tune_decoder(experiment: Experiment, method: str, decoder_params: Params,
   if method == 'joint':
     return Tuned(params['decoder'], params['latents'], trained)
   if method == 'lora':
-    # Adapters are merged, so the result is scored like any decoder.
+    # Adapters are in the tree of weights, so the result is scored like any decoder.
     low_rank = build_deliberator(experiment).coprocessor.transformer.lora
-    merged = merge(decoder_params['transformer'], params, low_rank)
-    params = {**decoder_params, 'transformer': merged}
+    adapted = adapt(decoder_params['transformer'], params, low_rank)
+    params = {**decoder_params, 'transformer': adapted}
   return Tuned(params, {}, trained)
 
 

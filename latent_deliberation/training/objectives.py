@@ -10,7 +10,7 @@ from latent_deliberation.deliberation.forward import Deliberator, ahead_nll
 from latent_deliberation.deliberation.loss import token_nll
 from latent_deliberation.deliberation.traces import sample_traces
 from latent_deliberation.model.decoder import Decoder
-from latent_deliberation.model.layers import LowRank, merge, output_head
+from latent_deliberation.model.layers import LowRank, adapt, output_head
 from latent_deliberation.training.step import LossFn
 
 
@@ -71,7 +71,7 @@ def lora_training(decoder: Decoder, low_rank: LowRank, loss_chunk: int) -> LossF
   next_token = language_modelling(decoder, loss_chunk)
 
   def loss(params: Params, frozen: Params, batch: Batch, keys: Array) -> tuple[Array, Array]:
-    adapted = {**frozen, 'transformer': merge(frozen['transformer'], params, low_rank)}
+    adapted = {**frozen, 'transformer': adapt(frozen['transformer'], params, low_rank)}
     return next_token(adapted, {}, batch, keys)
 
   return loss

@@ -13,7 +13,7 @@ from latent_deliberation.model.layers import (
   LowRank,
   Projection,
   RMSNorm,
-  merge,
+  adapt,
 )
 from latent_deliberation.model.transformer import Transformer
 from tests import tiny
@@ -92,8 +92,8 @@ def test_embeddings_are_scaled():
 
 
 @pytest.mark.parametrize('config', [tiny.CONFIG, tiny.LLAMA], ids=['gemma', 'llama'])
-def test_merge_equals_adapters(config):
-  """Merged weights compute the same as weights with adapters; biases stay."""
+def test_adapted_weights_equal_adapters(config):
+  """Adapted weights compute the same as a transformer with adapters; biases stay."""
   low_rank, decoder_params = LowRank(rank=2, alpha=3.0), tiny.decoder_params(config)
   deliberator = tiny.deliberator(config, trainable='lora')
   adapters = tiny.coprocessor_params(deliberator, decoder_params)['lora']
@@ -105,7 +105,20 @@ def test_merge_equals_adapters(config):
   adapted, _ = Transformer(config, lora=low_rank).apply(
       {'params': weights, 'lora': adapters}, x, positions, mask_spec)
   plain = Transformer(config)
-  folded, _ = plain.apply({'params': merge(weights, adapters, low_rank)}, x, positions, mask_spec)
+  in_tree, _ = plain.apply({'params': adapt(weights, adapters, low_rank)}, x, positions, mask_spec)
   without, _ = plain.apply({'params': weights}, x, positions, mask_spec)
-  np.testing.assert_allclose(folded, adapted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(in_tree, adapted)
   assert np.abs(without - adapted).max() > 0.1
+
+
+def test_small_adapters_count_in_bfloat16():
+  """An adapter changes the product by x A B, also where bfloat16 holds no sum of W and A B."""
+  rng = np.random.default_rng(0)
+  x, weight, down, up = (jnp.asarray(rng.normal(size=size) * scale, jnp.float32) for size, scale in
+                         (((1, 1, 5, 32), 1), ((32, 16), 1), ((32, 2), 1), ((2, 16), 1e-4)))
+  weight = weight.astype(jnp.bfloat16)
+  tree = adapt({'w': weight}, {'a': down, 'b': up}, LowRank(rank=2))
+  projection = Projection((32, 16), ('embed', 'mlp'), dtype='bfloat16')
+  change = projection.apply({'params': tree}, x) - projection.apply({'params': {'w': weight}}, x)
+  np.testing.assert_allclose(change, x @ down @ up, atol=2e-5)
+  assert np.abs(change).max() > 1e-3
