@@ -47,6 +47,12 @@ from latent_deliberation.inference.engine import (
   read_decoder,
 )
 from latent_deliberation.inference.policy import NEVER, ONCE
+from latent_deliberation.inference.prompt_arrays import (
+  Prompts,
+  check_anchors,
+  check_prompts,
+  check_room,
+)
 from latent_deliberation.inference.session import (
   Completion,
   DecodingOptions,
@@ -54,15 +60,9 @@ from latent_deliberation.inference.session import (
   text_of,
   with_ends,
 )
-from latent_deliberation.inference.tokenizer import (
-  Prompts,
-  check_anchors,
-  check_prompts,
-  check_room,
-  encode_chat,
-  tokenizer_of,
-)
+from latent_deliberation.inference.tokenizer import check_unicode, encode_chat, tokenizer_of
 from latent_deliberation.model import weights
+from latent_deliberation.model.products import DTYPES
 from latent_deliberation.paths import GGUF
 
 __all__ = ['Generator', 'Score', 'TextCompletion', 'UserError', 'load_coprocessor', 'load_decoder',
@@ -85,8 +85,8 @@ def load_decoder(path: str | Path, *, vocabulary: str | Path = '',
     UserError: decoder or vocabulary is absent or damaged, they do not belong together, or dtype is
       unknown.
   """
-  if dtype not in weights.READABLE:
-    raise UserError(f'dtype = {dtype!r}: it must be one of {weights.READABLE}')
+  if dtype not in DTYPES:
+    raise UserError(f'dtype = {dtype!r}: set one of {DTYPES}')
   path = as_path(os.path.expanduser(path))
   # A GGUF file is a whole decoder. Any other file stands for its directory.
   in_directory = path.is_file() and path.suffix != GGUF
@@ -197,7 +197,7 @@ class Generator:
     """Continues each prompt.
 
     Args:
-      prompts: texts, none of them empty.
+      prompts: texts. An empty one is continued from the beginning of a text.
       max_tokens: largest number of tokens to decode for a prompt.
       augment: whether latents are made at the end of each prompt; None if there is a coprocessor.
       expert: expert of all prompts, or a list with one for each prompt: a name, a mapping from
@@ -207,7 +207,7 @@ class Generator:
       seeds: one for each prompt; default 0, 1, 2, ...
       chat: whether each prompt is the first turn of a conversation, which the chat template of the
         decoder's model frames.
-      batch_size: prompts that are decoded together; 0 for as many as fit 2 GiB of cache. Only
+      batch_size: prompts that are decoded together; 0 for as many as fit 2 GiB. Only
         rounding depends on it.
 
     Raises:
@@ -338,4 +338,5 @@ def _texts(name: str, texts: Sequence[str]) -> Sequence[str]:
   for text in texts:
     if not isinstance(text, str):
       raise UserError(f'{name} holds {text!r}: give texts')
+    check_unicode(text, f'one of {name}')
   return texts

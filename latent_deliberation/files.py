@@ -217,6 +217,24 @@ def write_json(path: Path, value: Any) -> None:
   write_whole(path, json.dumps(value, indent=2).encode() + b'\n')
 
 
+def read_lines(path: Path) -> list[Any]:
+  """Returns the values of a file of this machine that grows by lines of JSON.
+
+  A process that was killed may have written a part of the last line. That part is cut off, so that
+  the next line begins anew.
+
+  Raises:
+    UserError: the part cannot be cut off.
+    ValueError: a whole line is no JSON; then nothing is cut off.
+  """
+  whole, _, rest = path.read_bytes().rpartition(b'\n')
+  values = [json.loads(line) for line in whole.split(b'\n')] if whole else []
+  if rest:
+    with explain_failed_write(path), path.open('r+b') as file:
+      file.truncate(len(whole) + 1 if whole else 0)
+  return values
+
+
 def copy_vocabulary(path: Path, directory: Path, name: str) -> Path:
   """Copies a vocabulary into a directory, and returns the path of the copy.
 

@@ -1,7 +1,7 @@
 """Names on disk: the files that the commands write, and the old names that they may contain.
 
   a run (--workdir)
-    run.json                  identity of the run, which a resumed run must have
+    run.json                  identity of the run, which a resumed run must have; place of its data
     metrics.jsonl             logged numbers, one line for each logged step
     tensorboard/, wandb/      the same numbers for trackers
     profile/                  profiles of steps, for xprof
@@ -29,6 +29,7 @@
     run.json                  as in a quickstart
     decoder/, arms/NAME/seedN/                work directories of its runs
     scores.json               scores of the frozen decoder; those of other runs are in theirs
+    chain_scores.json         scores of the frozen decoder after chains of its own
     lessons/                  prepared data of the arms, where they read other text
     phases.json
     results.json, results.md, results.png, diagnostics.png
@@ -69,6 +70,7 @@ GENERAL_DATA, EXPERT_SCORES = 'general', 'scores'  # in the directory of an expe
 PHASES_FILE = 'phases.json'
 REPORT, RESULTS = 'report', 'results'  # .json and .md
 SCORES_FILE = 'scores.json'  # in the directory of a run of a study
+CHAIN_SCORES_FILE = 'chain_scores.json'  # in a study's directory
 GATE_FILE, GATE_WEIGHTS_FILE = 'gate.json', 'gate.safetensors'
 
 

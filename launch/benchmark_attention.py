@@ -13,7 +13,7 @@ from absl import flags
 
 from latent_deliberation.benchmarks.attention_speed import benchmark
 from latent_deliberation.cli import app
-from latent_deliberation.cli.config_flag import define_config, read_config
+from latent_deliberation.cli.config_flag import define_config, read_sizes
 from latent_deliberation.files import as_path
 
 define_config(__file__)
@@ -25,7 +25,7 @@ _REPEATS = flags.DEFINE_integer(
 
 
 def main() -> None:
-  result = benchmark(read_config(), _TEXTS.value, _DENSE.value,
+  result = benchmark(read_sizes(), _TEXTS.value, _DENSE.value,
                      as_path(_OUTPUT.value), _REPEATS.value)
   for way, measured in result['measured'].items():
     print(f'{way:<11} {result["seconds"][way]:8.3f} s  loss {measured["loss"]:.4f}  gradient norm '

@@ -24,7 +24,8 @@ _REPEATS = flags.DEFINE_integer('repeats', 5, 'Runs, of which the median counts.
 _DTYPE = flags.DEFINE_enum(
     'dtype', 'float32', ['float32', 'bfloat16'], "Dtype of the computation, ours and PEFT's.")
 _PYTHON = app.define_file('python', 'Interpreter with torch, transformers and peft.', '')
-_THREADS = flags.DEFINE_integer('threads', 0, 'Threads of torch. Default: its own choice.')
+_THREADS = flags.DEFINE_integer(
+    'threads', 0, 'Threads of torch; 0 for its own choice.', lower_bound=0)
 
 
 def main() -> None:

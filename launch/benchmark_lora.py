@@ -22,8 +22,10 @@ _WORKDIR = app.define_directory('workdir', 'Work directory of its training.', on
 _OUTPUT = app.define_json('output', 'JSON file to write, with a table and a PNG next to it.')
 _PYTHON = app.define_file('python', 'Interpreter with torch, transformers and peft.')
 _LEARNING_RATE = flags.DEFINE_float('learning_rate', 3e-4, 'Learning rate of the LoRA.')
-_STEPS = flags.DEFINE_integer('steps', 0, 'Steps of the LoRA. Default: those of the expert.')
-_THREADS = flags.DEFINE_integer('threads', 0, 'Threads of torch. Default: its own choice.')
+_STEPS = flags.DEFINE_integer(
+    'steps', 0, 'Steps of the LoRA; 0 for those of the expert.', lower_bound=0)
+_THREADS = flags.DEFINE_integer(
+    'threads', 0, 'Threads of torch; 0 for its own choice.', lower_bound=0)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from absl import flags
 
 from latent_deliberation.benchmarks.dense_plan import benchmark
 from latent_deliberation.cli import app
-from latent_deliberation.cli.config_flag import define_config, read_config
+from latent_deliberation.cli.config_flag import define_config, read_sizes
 from latent_deliberation.files import as_path
 from latent_deliberation.planning import topology
 
@@ -26,7 +26,7 @@ _OUTPUT = app.define_json('output', 'JSON file to write, with a PNG next to it.'
 
 
 def main() -> None:
-  result = benchmark(read_config(),
+  result = benchmark(read_sizes(),
                      topology.find_topology(_TOPOLOGY.value), as_path(_OUTPUT.value))
   for way, plan in result['plans'].items():
     seconds = plan['estimated_step_seconds']

@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app
-from latent_deliberation.cli.config_flag import define_config, read_config
+from latent_deliberation.cli.config_flag import define_config, read_sizes
 from latent_deliberation.files import as_path
 from latent_deliberation.planning import table, topology
 from latent_deliberation.planning.compile import plan_training
@@ -37,7 +37,7 @@ _OUTPUT = app.define_json('output', 'JSON file to write the plan to.', 'plan.jso
 
 
 def main() -> None:
-  experiment = read_config()
+  experiment = read_sizes()
   meshes = [parse_mesh(text) for text in _MESHES.value]
   rules = [parse_rules(text) for text in _RULES.value]
   plans = plan_training(experiment, topology.find_topology(_TOPOLOGY.value), meshes, rules,

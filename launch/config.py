@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from latent_deliberation.cli import app
-from latent_deliberation.cli.config_flag import define_config, read_config
+from latent_deliberation.cli.config_flag import define_config, read_sizes
 from latent_deliberation.cli.config_reference import format_values, write_reference
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.studies.study_config import Study
@@ -29,7 +29,7 @@ def main() -> None:
     print(f'Reference: {_REFERENCE.value}')
     return
   kind = Study if 'experiment' in flags.FLAGS.config else Experiment
-  print(format_values(read_config(kind)))
+  print(format_values(read_sizes(kind)))
 
 
 if __name__ == '__main__':

@@ -37,7 +37,7 @@ _PROMPTS_FILE = app.define_file(
 _CHAT = flags.DEFINE_bool(
     'chat', False, "Put prompts into the chat template of the decoder's model.")
 _BATCH_SIZE = flags.DEFINE_integer(
-    'batch_size', 0, 'Prompts to decode together. Default: as many as fit 2 GiB of kv-cache.')
+    'batch_size', 0, 'Prompts to decode together. Default: as many as fit 2 GiB.')
 _STOP = flags.DEFINE_multi_string(
     'stop', [], r'String that ends a text; \n is a new line and \\ a backslash')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 64, 'Largest number of tokens to decode.')

@@ -20,7 +20,7 @@ from latent_deliberation.studies.results_pages import add_result, check_pages, w
 
 _DIRECTORY = app.define_directory(
     'directory', 'Directory of the JSON files and their pages.',
-    str(Path(__file__).resolve().parents[1] / 'docs' / 'results'))
+    str(Path(__file__).resolve().parents[1] / 'docs' / 'results'), on_disk=True)
 _CHECK = flags.DEFINE_bool('check', False, 'Compare the pages with their JSON; write nothing.')
 _ADD = app.define_directory(
     'add', 'Work directory of a finished study or quickstart to add. Default: none.', '')

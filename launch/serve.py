@@ -24,7 +24,7 @@ _NAME = flags.DEFINE_string(
     'name', '', 'Name of the decoder in requests. Default: the last part of --decoder.')
 _EXPERTS = app.define_directory(
     'experts', "Folder of experts to follow, or 'none'. Default: that of launch/experts.py add.",
-    '')
+    '', on_disk=True)
 _COPROCESSOR = app.define_directory(
     'coprocessor',
     "Work directory of a finished training, or the coprocessor/ that it wrote: the expert 'own'. "

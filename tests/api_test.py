@@ -153,6 +153,7 @@ def test_bad_calls_are_refused(quickstart, tmp_path, decoder, generator):
   for call, message in (
       (lambda: ld.load_decoder(tmp_path / 'nothing'), 'nothing'),
       (lambda: ld.load_decoder(quickstart / 'pretraining/decoder', dtype='int8'), 'int8'),
+      (lambda: ld.load_decoder(quickstart / 'pretraining/decoder', dtype='float16'), 'float16'),
       (lambda: ld.load_coprocessor(tmp_path), 'no trained coprocessor'),
       (lambda: plain.generate(PROMPTS, augment=True), 'augment = True'),
       (lambda: generator.generate('one text'), "prompts = 'one text'"),
@@ -166,6 +167,7 @@ def test_bad_calls_are_refused(quickstart, tmp_path, decoder, generator):
       (lambda: generator.generate(PROMPTS, max_tokens=2.5), 'max_tokens = 2.5'),
       (lambda: generator.generate(PROMPTS, augment='no'), "augment = 'no'"),
       (lambda: generator.generate([3]), 'prompts holds 3'),
+      (lambda: generator.generate(['\ud800']), 'one of prompts is .* not Unicode'),
       (lambda: generator.generate(PROMPTS, chat=True), 'no chat template'),
       (lambda: generator.generate(PROMPTS, batch_size=-1), 'batch_size = -1'),
       (lambda: generator.generate(PROMPTS, seeds=[0, 2**32]), 'seed = 4294967296'),

@@ -1,6 +1,11 @@
 """Every file in configs/ gives a whole experiment, whose keys can be set and are the only ones."""
 
+import ast
+import contextlib
 import dataclasses
+import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,11 +17,16 @@ from jax.sharding import AbstractMesh
 from latent_deliberation.build import count_parameters
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment, as_config, bind
+from latent_deliberation.files import write_json
 from latent_deliberation.model.decoder import boxed_shapes
 from latent_deliberation.model.transformer_config import PRESETS
-from latent_deliberation.sharding import MESH_AXES
-from latent_deliberation.studies.study_config import Study
+from latent_deliberation.paths import arm_directory
+from latent_deliberation.sharding import MESH_AXES, MeshConfig, make_mesh
+from latent_deliberation.studies.study import check_results, choose_arms
+from latent_deliberation.studies.study_config import LATENT_ARM, Study
 from latent_deliberation.training.pretrain import describe_pretraining
+from latent_deliberation.training.run import Run
+from latent_deliberation.training.run_identity import claim_workdir
 from latent_deliberation.training.train import describe_training
 from tests import finished
 
@@ -59,6 +69,48 @@ def test_study_config_binds_and_comes_back(name):
 def test_study_of_files_needs_a_directory():
   with pytest.raises(UserError, match='word_problems.py:DIRECTORY.*train_no_aug.txt'):
     finished.config_of('study/word_problems')
+
+
+def commands_of(name: str) -> Iterator[tuple[dict[str, str], Study]]:
+  """The flags of each command in the docstring of a study, and the study that it runs."""
+  tree = ast.parse((finished.ROOT / f'configs/study/{name}.py').read_text())
+  whole = ast.get_docstring(tree).replace('\\\n', ' ')
+  for line in re.findall(r'^ *python launch/study.py (.*)$', whole, re.MULTILINE):
+    flags = dict(word.removeprefix('--').partition('=')[::2] for word in shlex.split(line))
+    path, _, argument = flags.pop('config').partition(':')
+    assert path == f'configs/study/{name}.py'
+    config = finished.config_of(f'study/{name}', *filter(None, [argument]))
+    known = dict(leaves(config))
+    config.update_from_flattened_dict({
+        key: type(known[key])(flags[f'config.{key}']) for key in known if f'config.{key}' in flags})
+    yield flags, bind(config, Study)
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_commands_of_a_study_follow_each_other(name, tmp_path):
+  """Commands with one work directory keep its trained arms, and results go by --overwrite alone."""
+  mesh = make_mesh(MeshConfig())
+  found = list(commands_of(name))
+  assert found
+  for flags, study in found:
+    workdir = tmp_path / flags['workdir']
+    names = choose_arms(study, [flags['arm']] if 'arm' in flags else [])
+    results = workdir / 'results.json'
+    if results.exists():
+      with pytest.raises(UserError) if 'overwrite' in flags else contextlib.nullcontext():
+        check_results(study, names, results)
+    # As a study does it, but for weights.
+    for arm in names:
+      learns, experiment = study.arms[arm].learns, study.variant(arm, study.seeds[0])
+      run = Run('train' if learns == LATENT_ARM else learns, experiment,
+                arm_directory(workdir, arm, study.seeds[0]), mesh, init=None, frozen_shapes={})
+      claim_workdir(run.workdir, run.identity('decoder', 'data'), run.changeable)
+    decoder = Run('pretrain', study.experiment, workdir / 'decoder', mesh, init=None,
+                  frozen_shapes={})
+    claim_workdir(decoder.workdir, decoder.identity('', 'data'), decoder.changeable)
+    write_json(results, json.loads(json.dumps({
+        'config': dataclasses.asdict(study), 'arms': dict.fromkeys(('frozen', *names))},
+        default=str)))
 
 
 def test_configs_import_their_neighbours():

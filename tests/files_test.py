@@ -22,6 +22,7 @@ from latent_deliberation.files import (
   lock,
   make_writable,
   path_for_orbax,
+  read_lines,
   read_text,
   whole_directory,
   write_whole,
@@ -33,6 +34,25 @@ def test_write_whole(tmp_path):
   write_whole(tmp_path / 'deep' / 'file', b'old')
   write_whole(tmp_path / 'deep' / 'file', b'new')
   assert (tmp_path / 'deep' / 'file').read_bytes() == b'new'
+
+
+@pytest.mark.parametrize('content, values, kept', [
+    (b'', [], b''), (b'{"a": 1}\n[2]\n', [{'a': 1}, [2]], b'{"a": 1}\n[2]\n'),
+    (b'{"a": 1}\n[2', [{'a': 1}], b'{"a": 1}\n'), (b'{"a', [], b''),
+    ('"é"\n'.encode() + b'"\xc3', ['é'], '"é"\n'.encode())])
+def test_read_lines(tmp_path, content, values, kept):
+  """A last line that was cut off is dropped, also from the file."""
+  (tmp_path / 'a.jsonl').write_bytes(content)
+  assert read_lines(tmp_path / 'a.jsonl') == values
+  assert (tmp_path / 'a.jsonl').read_bytes() == kept
+
+
+def test_read_lines_of_something_else(tmp_path):
+  """It stays as it is."""
+  (tmp_path / 'a.txt').write_bytes(b'no JSON\nmore')
+  with pytest.raises(ValueError, match='Expecting value'):
+    read_lines(tmp_path / 'a.txt')
+  assert (tmp_path / 'a.txt').read_bytes() == b'no JSON\nmore'
 
 
 def test_write_whole_on_full_disk(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """Addition: how far down does a decoder look for a carry, and how far with latents?
 
   python launch/study.py --config=configs/study/addition.py --workdir=runs/addition
-  python launch/study.py --config=configs/study/addition.py:full --workdir=runs/addition
+  python launch/study.py --config=configs/study/addition.py:full --workdir=runs/addition \\
+      --overwrite
 
 A question asks for one digit of a sum. The digit depends on a carry that is decided some columns
-below. Decoder and arms are those of pointer_chasing.py:quick, or of another size of it. The arms
-train for fewer steps, on text with far carries as often as near ones. A decoder that ignores
-carries is right half of the time.
+below. Decoder and arms are those of pointer_chasing.py:quick, or of another size of it. The second
+command keeps what the first has trained, and replaces its report. The arms train for fewer steps,
+on text with far carries as often as near ones. A decoder that ignores carries is right half of the
+time.
 """
 
 from dataclasses import replace

@@ -2,11 +2,11 @@
 
   python launch/study.py --config=configs/study/delay.py --workdir=runs/delay
   python launch/study.py --config=configs/study/delay.py --workdir=runs/delay \\
-      --config.experiment.evaluation.delay=1
+      --config.experiment.evaluation.delay=1 --overwrite
 
-The second command scores the same arms with latents that come one token late; results.json is then
-about that delay. One arm trains for delays of up to three tokens. Text and decoder are those of
-the quickstart.
+The second command scores the same trained arms with latents that come one token late; results.json
+is then about that delay. One arm trains for delays of up to three tokens. Text and decoder are
+those of the quickstart.
 """
 
 import dataclasses

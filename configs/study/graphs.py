@@ -1,21 +1,22 @@
 """Reachability: which of two nodes do the arrows lead to, and over how many arrows?
 
   python launch/study.py --config=configs/study/graphs.py --workdir=runs/graphs
-  python launch/study.py --config=configs/study/graphs.py:full --workdir=runs/graphs
+  python launch/study.py --config=configs/study/graphs.py:full --workdir=runs/graphs --overwrite
   python launch/study.py --config=configs/study/graphs.py:prosqa --workdir=runs/prosqa
   python launch/study.py --config=configs/study/graphs.py:prosqa --workdir=runs/prosqa \\
-      --config.questions.options.asked=prosqa_test.json
+      --config.questions.options.asked=prosqa_test.json --overwrite
 
 Decoder and arms are those of pointer_chasing.py:quick, or of another size of it as in the second
-command. The arms train on long paths as often as on short ones; the decoder reads mostly short
-ones. An answer is one of two nodes, and guessing is right half of the time.
+command, which keeps what the first has trained and replaces its report. The arms train on long
+paths as often as on short ones; the decoder reads mostly short ones. An answer is one of two nodes,
+and guessing is right half of the time.
 
 Every document also has links among its questions, each of one arrow. Without them the decoder
 guesses even where one arrow leads to the answer.
 
 The third command has graphs of 26 nodes and 42 arrows. They are as large as those of ProsQA, whose
-questions the fourth command asks of the same arms; results.json is then about these. After as many
-steps its decoder still guesses: a null result.
+questions the fourth command asks of the same trained arms; results.json is then about these. After
+as many steps its decoder still guesses: a null result.
 """
 
 from dataclasses import asdict, replace

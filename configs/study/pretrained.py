@@ -1,13 +1,14 @@
 """A published decoder: what latents gain by content, and what by fitting the text.
 
+  python launch/study.py --config=configs/study/pretrained.py --workdir=runs/gemma_study --arm=own
   python launch/study.py --config=configs/study/pretrained.py --workdir=runs/gemma_study
   python launch/study.py --config=configs/study/pretrained.py:smollm2-135m \\
       --workdir=runs/smollm2_study
-  python launch/study.py --config=configs/study/pretrained.py --workdir=runs/gemma_study --arm=own
 
 The decoder is Gemma 3 270M, or SmolLM2-135M. Every arm has the text, steps, batch and rate of
 configs/gemma3_270m.py, so its 4 latents are the arm 'own'. An arm of 400 steps takes about 40
-minutes on two CPU cores, so choose some with --arm; a later command adds others.
+minutes on two CPU cores, so choose some with --arm, as in the first command. A later command adds
+others: it names the earlier ones too, or has all of them as the second command.
 
 - 'constant' has soft tokens without a coprocessor. What it gains is no content.
 - 'lora' puts the same adapters on the decoder itself, and trains them by next-token loss.
@@ -15,8 +16,8 @@ minutes on two CPU cores, so choose some with --arm; a later command adds others
 - 'paper' arms have latents after the anchor, as the paper has, for 2 and 4 times the steps.
 - 'rank 4', 'rank 64' and 'whole' have other numbers of weights.
 - 'states' reads the decoder's last layer in place of its cache.
-- 'delay' trains latents that come up to 3 tokens late. With
-  --config.experiment.evaluation.delay=1 (2, 3) and another --workdir, all arms are scored so.
+- 'delay' trains latents that come up to 3 tokens late. With --overwrite and
+  --config.experiment.evaluation.delay=1 (2, 3), all trained arms are scored so.
 """
 
 import dataclasses

@@ -2,13 +2,15 @@
 
   python launch/study.py --config=configs/study/state_tracking.py:s5 --workdir=runs/s5
   python launch/study.py --config=configs/study/state_tracking.py:cyclic --workdir=runs/cyclic
-  python launch/study.py --config=configs/study/state_tracking.py:s5_ablations --workdir=runs/s5
+  python launch/study.py --config=configs/study/state_tracking.py:s5_ablations --workdir=runs/s5 \\
+      --overwrite
 
 The same questions are asked in two groups. In S5 a solver has to follow the operations one by one.
 In the cyclic group Z_5 it may add them up in any order. Decoder and arms are those of
 pointer_chasing.py:quick, or of another size of it as in the last command. The arms train on long
 questions as often as on short ones; the decoder reads mostly short ones. Sizes may share a work
-directory, and with it the decoder.
+directory, and with it the decoder and the arms that they have in common. The report is then that of
+the last command.
 """
 
 from dataclasses import replace

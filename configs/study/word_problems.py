@@ -2,16 +2,17 @@
 
   python launch/study.py --config=configs/study/word_problems.py:DIRECTORY --workdir=runs/words
   python launch/study.py --config=configs/study/word_problems.py:DIRECTORY --workdir=runs/words \\
-      --config.questions.options.asked= --config.questions.per_difficulty=600
+      --config.questions.options.asked= --config.questions.per_difficulty=600 --overwrite
   python launch/study.py --config=configs/study/word_problems.py:full:DIRECTORY \\
-      --workdir=runs/words \\
+      --workdir=runs/words --overwrite \\
       --config.questions.options.asked= --config.questions.per_difficulty=600
 
 DIRECTORY holds train_no_aug.txt and test.txt: GSM8K in the form 'question||chain #### answer' of
 https://github.com/da03/implicit_chain_of_thought. Its seven thousand questions teach a small
 decoder no arithmetic, so nine of ten documents are generated stories of the same form. The second
-command asks the same arms such stories, 600 for each number of equations; results.json is then
-about these. The third command has all arms of pointer_chasing.py.
+command asks the same trained arms such stories, 600 for each number of equations; results.json is
+then about these. The third command has all arms of pointer_chasing.py, and trains those that are
+new.
 """
 
 from pathlib import Path

@@ -59,7 +59,8 @@ def benchmark(decoder: str, output: Path, *, counts: Sequence[int] = (1, 10, 100
     threads: threads that torch uses; 0 for its own choice.
 
   Raises:
-    UserError: decoder or interpreter do not work; the interpreter is tried first.
+    UserError: decoder or interpreter do not work; the interpreter is tried first. `output` has our
+      measurements where PEFT fails later.
   """
   if python:
     check_interpreter(python)
@@ -77,11 +78,12 @@ def benchmark(decoder: str, output: Path, *, counts: Sequence[int] = (1, 10, 100
       experts.attach(f'e{number}', random_expert(loaded, rank, seed=number))
     logging.info('%d experts', count)
     result['ours'][f'{count} loaded'] = _time_ours(experts, prompts, decoded, repeats)
+  write_json(output, result)  # first ours alone, since PEFT may fail
   if python:
     result['peft'] = run_other(python, 'speed', decoder, {
         'dtype': dtype, 'threads': threads, 'decoded': decoded, 'repeats': repeats,
         'experts': list(counts), 'rank': rank}, {'prompts': np.array(prompts)})[0]
-  write_json(output, result)
+    write_json(output, result)
   write_whole(output.with_suffix('.md'), format_speed(result).encode())
   plot_speed_of_experts(result, output.with_suffix('.png'))
   return result

@@ -24,7 +24,7 @@ from latent_deliberation.benchmarks.fault_mutations import (
 from latent_deliberation.benchmarks.fault_page import read_campaigns
 from latent_deliberation.benchmarks.fault_scenarios import SCENARIOS
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import make_writable, write_json
+from latent_deliberation.files import make_writable, read_lines, write_json
 from latent_deliberation.progress import Progress
 from latent_deliberation.provenance import git_commit
 
@@ -92,8 +92,7 @@ class _Results:
     self._path, self._found = path, collections.defaultdict(list)
     self._commit = git_commit()  # once, since it asks git several times
     if path.exists():
-      for line in path.read_text().splitlines():
-        result = json.loads(line)
+      for result in read_lines(path):
         self._found[result['kind']].append(result)
 
   def of(self, kind: str) -> list[dict[str, Any]]:

@@ -20,19 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import linen as nn
 
 from latent_deliberation.api import load_decoder
-from latent_deliberation.deliberation.coprocessor import Coprocessor
+from latent_deliberation.benchmarks.expert_speed import random_expert
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
-from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.headless import Figure, FigureCanvasAgg
 from latent_deliberation.evaluation.plots import COLOURS, save_figure, trim_axes
 from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.inference.engine import LoadedDecoder
-from latent_deliberation.inference.passes import Augmentation, State, unstack
+from latent_deliberation.inference.passes import Augmentation, State
 from latent_deliberation.serving.server import RunningServer
 from latent_deliberation.serving.server_options import ServerOptions
 from latent_deliberation.tables import markdown_table
@@ -40,7 +38,7 @@ from latent_deliberation.tables import markdown_table
 PHASES = ('plain', 'healthy', 'faulty')
 WORDS = ('The river', 'A comet', 'In the morning', 'Water is', 'The court held that', 'Once upon',
          'def read(', 'Yesterday the old')
-_NAMES = ('one', 'two')
+_NAMES, _RANK = ('one', 'two'), 128  # of the experts
 _FAULTS = ('fails', 'hangs', 'nan')
 
 
@@ -98,6 +96,11 @@ class LoadOptions:
   share: float = 0.4
   latent_seconds: float = 2.0
 
+  def __post_init__(self):
+    if self.max_tokens >= self.length:
+      raise UserError(f'max_tokens = {self.max_tokens}: a text has room for length = {self.length} '
+                      'tokens, prompt included: lower max_tokens, or raise length')
+
 
 def measure_load(output: Path, decoder: str, options: LoadOptions) -> dict[str, Any]:
   """Runs the three phases, and writes `output` with a table and a PNG beside it; returns it.
@@ -109,7 +112,8 @@ def measure_load(output: Path, decoder: str, options: LoadOptions) -> dict[str, 
     UserError: a request was lost, or a plain text changed.
   """
   loaded = load_decoder(decoder)
-  experts = UnreliableExperts(loaded, make_experts(loaded), options.length)
+  made = {name: random_expert(loaded, _RANK, seed) for seed, name in enumerate(_NAMES)}
+  experts = UnreliableExperts(loaded, made, options.length)
   server = RunningServer(
       ServerOptions(decoder, name='load', port=0, rows=options.rows, length=options.length,
                     most_queued=options.clients * options.requests, request_seconds=600.0,
@@ -132,29 +136,10 @@ def measure_load(output: Path, decoder: str, options: LoadOptions) -> dict[str, 
     thread.join(60)
   result['faults'] = dict(experts.injected)
   write_json(output, result)
+  check_load(result)  # before the page, which has no place for a phase that lost everything
   write_whole(output.with_suffix('.md'), format_load(result).encode())
   plot_load(result, output.with_suffix('.png'))
-  check_load(result)
   return result
-
-
-def make_experts(decoder: LoadedDecoder) -> dict[str, CoprocessorCheckpoint]:
-  """Returns adapters with random weights, which cost what trained ones do."""
-  config = DeliberationConfig(num_latents=4, num_ahead=4, num_traces=1, trainable='lora')
-  module = Coprocessor(decoder.config, config)
-  made = {}
-  for seed, name in enumerate(_NAMES):
-    shapes = jax.eval_shape(module.init, jax.random.key(0), decoder.params)
-    leaves, structure = jax.tree.flatten(nn.unbox(shapes))
-    random = np.random.default_rng(seed)
-    params = jax.tree.unflatten(structure, [
-        jnp.asarray(0.02 * random.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves])
-    if 'transformer' in params:
-      params = {**params, 'transformer': unstack(params['transformer'])}
-    made[name] = CoprocessorCheckpoint(
-        decoder.config, config, decoder.fingerprint, decoder.tokenizer.hash, steps=0,
-        params=params)
-  return made
 
 
 def _bodies(options: LoadOptions, phase: str) -> list[list[dict[str, Any]]]:

@@ -400,7 +400,8 @@ def _check_path(path: str | None) -> bool:
 
 
 def _check_decoder(path: str | None) -> bool:
-  return path is not None and path.startswith('hf://') or _check_path(path)
+  # pathlib writes hf://ORG/NAME with one slash.
+  return path is not None and path.startswith('hf:/') or _check_path(path)
 
 
 def _check_directory(path: str | None) -> bool:

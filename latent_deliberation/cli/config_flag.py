@@ -10,6 +10,7 @@ follow from what is given: the source of text, the numbers of embeddings and of 
 warm-up.
 """
 
+import dataclasses
 import difflib
 import os
 import re
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from ml_collections.config_flags.tuple_parser import TupleParser
 
+from latent_deliberation.build import with_decoder
 from latent_deliberation.cli import app
 from latent_deliberation.data.data_config import (
   BYTE_VOCABULARY_SIZE,
@@ -186,6 +188,24 @@ def read_config(kind: type = Experiment, on_devices: bool = False) -> Any:
     problems += problems_of(lambda: make_mesh(bind(section.mesh, MeshConfig, f'{_WHERE}.mesh')))
   raise_problems(problems)
   return bound[0]
+
+
+def read_sizes(kind: type = Experiment) -> Any:
+  """Returns `read_config`, for commands that need the sizes of a decoder and not its weights.
+
+  A decoder_from that was given is opened for its sizes. That of a config file need not be on this
+  machine, since the file has the sizes too.
+
+  Raises:
+    UserError: see `read_config` and `with_decoder`.
+  """
+  config, given = read_config(kind), given_keys()
+  prefix, _ = _experiment_of(flags.FLAGS[FLAG].value)
+  if f'{prefix}decoder_from' not in given:
+    return config
+  experiment = with_decoder(config.experiment if prefix else config,
+                            given={key.removeprefix(prefix) for key in given})
+  return dataclasses.replace(config, experiment=experiment) if prefix else experiment
 
 
 def _follow(config: ConfigDict, given: set[str]) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,6 @@ from absl import logging
 from latent_deliberation.api import load_decoder
 from latent_deliberation.cli.attached import attach_named, fitting, load_named
 from latent_deliberation.cli.expert_use import ask_documents, export_prompt
-from latent_deliberation.cli.prompts import check_unicode
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import (
   add,
@@ -60,7 +59,8 @@ from latent_deliberation.files import (
   write_whole,
 )
 from latent_deliberation.inference.engine import LoadedDecoder
-from latent_deliberation.inference.tokenizer import check_room
+from latent_deliberation.inference.prompt_arrays import check_room
+from latent_deliberation.inference.tokenizer import check_unicode
 from latent_deliberation.tables import text_table
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from absl import logging
 
 from latent_deliberation.cli.attached import attach_choice, load_named, parse_expert
-from latent_deliberation.cli.prompts import check_unicode
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.experts.attach import Choice, Experts
 from latent_deliberation.experts.card import AUTO
 from latent_deliberation.experts.prompt_embeds import EMBEDS, embed_prompt, export
@@ -25,6 +24,7 @@ from latent_deliberation.experts.retrieval_trial import (
 )
 from latent_deliberation.files import as_path, check_free, is_here, make_writable
 from latent_deliberation.inference.engine import LoadedDecoder
+from latent_deliberation.inference.tokenizer import check_unicode
 
 
 def open_choice(decoder_name: str, expert: str, length: int, strict: bool,
@@ -101,11 +101,12 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
 
   Raises:
     UserError: --sets or --expert names nothing that can be measured, or there are no questions;
-      or --output is in an object store.
+      or --passage is too small, or --output is in an object store.
   """
   unknown = sorted(set(sets) - SPLITS.keys())
   if unknown or not sets:
     raise UserError(f'--sets={",".join(sets)}: give some of {list(SPLITS)}')
+  check_integer('passage', passage, 16)
   if not is_here(output):
     raise UserError(f'--output={output}: give a file of this machine, since records and caches '
                     'grow beside it')
@@ -120,7 +121,7 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
       'experts': [address_of(experts, name) for name in mix]}
   results = {}
   for name, known in asked.items():
-    usable = long_enough(known, loaded.tokenizer, experts.first_anchor + 1)
+    usable = long_enough(known, loaded.tokenizer, experts.first_anchor + 1, passage)
     if len(usable) < len(known):
       logging.info('%s: %d questions are too short for latents and are left out', name,
                    len(known) - len(usable))

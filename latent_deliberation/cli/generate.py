@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from latent_deliberation.cli.prompts import WELCOME, Prompt, ask, check_unicode
+from latent_deliberation.cli.prompts import WELCOME, Prompt, ask
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.files import as_path
 from latent_deliberation.inference.background import LatentSource
@@ -22,6 +22,7 @@ from latent_deliberation.inference.engine import NONE, Engine, open_engine
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import NEVER, FittedGate
 from latent_deliberation.inference.prefix_cache import Context, open_context, read_after
+from latent_deliberation.inference.prompt_arrays import Prompts
 from latent_deliberation.inference.session import (
   Completion,
   DecodingOptions,
@@ -34,9 +35,9 @@ from latent_deliberation.inference.session import (
   with_ends,
 )
 from latent_deliberation.inference.tokenizer import (
-  Prompts,
   Tokenizer,
   check_stops,
+  check_unicode,
   encode_chat,
   typed_control,
 )
@@ -346,12 +347,12 @@ def _converse(writer: Writer) -> None:
   terminal = sys.stdin.isatty()
   if terminal:
     print(WELCOME, file=sys.stderr)
-  for text in ask(terminal):
+  for number, text in enumerate(ask(terminal)):
     prompt = Prompt(text, 'the prompt')
     try:
       check_unicode(text, prompt.name)
       writer.check([prompt])
-      result, = _show(writer, [prompt], 0, headed=False, typed=terminal)
+      result, = _show(writer, [prompt], number, headed=False, typed=terminal)
       _log_latents(writer, [result])
     except UserError as error:  # this prompt is bad; the next one may be better
       print(error, file=sys.stderr)

@@ -178,7 +178,8 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, workdir: Path, o
   num_texts, kept = experiment.evaluation.num_texts, _read_pace(workdir)
   pace = {key: value for key, value in kept.items() if key not in given}
   experiment = with_choices(experiment, pace)
-  experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock)
+  experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock,
+                                    job='expert')
   with clock.phase('general text'):
     other = with_choices(experiment, {'evaluation.num_texts': num_texts})
     other = _prepare_general(other, request, given, workdir, mesh)
@@ -191,7 +192,8 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, workdir: Path, o
                       clock)
     write_json(workdir / PACE_FILE, pace)
     experiment = with_choices(experiment, pace)
-    experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock)
+    experiment, runs = prepare_phases(experiment, workdir, given | pace.keys(), mesh, clock,
+                                      job='expert')
   # General text has a number of texts of its own, which the pace only bounds.
   bounded = with_most_texts(other, pace.get('evaluation.num_texts', num_texts)).evaluation
   other = with_choices(other, {**pace, 'evaluation.num_texts': bounded.num_texts,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import JSON_LINES, read_text
+from latent_deliberation.inference.tokenizer import check_unicode
 
 WELCOME = 'Type a prompt, then Enter. Ctrl-C ends a text, and Ctrl-D leaves.'
 
@@ -74,15 +75,6 @@ def read_stop(written: str) -> str:
   r"""Returns a stop string as it was meant in a shell: \n, \t and \\ stand for one character."""
   meanings = {'n': '\n', 't': '\t', '\\': '\\'}
   return re.sub(r'\\([nt\\])', lambda found: meanings[found[1]], written)
-
-
-def check_unicode(text: str, name: str) -> None:
-  """Raises UserError where a text cannot be written as UTF-8."""
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise UserError(f'{name} is {text!r}, which is not Unicode ({error.reason}): give UTF-8'
-                    ) from error
 
 
 def ask(terminal: bool) -> Iterator[str]:

@@ -96,17 +96,18 @@ def _run_phases(experiment: Experiment, workdir: Path, given: Set[str],
 
 
 def prepare_phases(experiment: Experiment, workdir: Path, given: Set[str], mesh: Mesh,
-                   clock: PhaseClock, report: Path | None = None,
+                   clock: PhaseClock, report: Path | None = None, job: str = 'quickstart',
                    ) -> tuple[Experiment, dict[str, Run]]:
   """Prepares the data and checks all phases, before the first one begins.
 
   Args:
     experiment, workdir, given: see `quickstart`.
     report: report that must be of the same settings if it is there; None for none.
+    job: name of the job that `workdir` belongs to.
 
   Returns: the experiment with sizes for its text, and the runs by the names of their phases.
   """
-  chosen = read_choices(workdir, experiment, given)
+  chosen = read_choices(workdir, job, experiment, given)
   if chosen is None and any((workdir / place / RUN_FILE).exists() for place in _PLACES.values()):
     chosen = {}  # trained before sizes followed from the text
   choices = fit_to_text(experiment, given) if chosen is None else chosen
@@ -131,7 +132,7 @@ def prepare_phases(experiment: Experiment, workdir: Path, given: Set[str], mesh:
     check_reach(experiment, held_out, 'the data')
     if checkpoint:
       check_rows_vocabulary(held_out.rows, checkpoint)
-  write_choices(workdir, 'quickstart', dataclasses.asdict(experiment), choices)
+  write_choices(workdir, job, dataclasses.asdict(experiment), choices)
   return experiment, runs
 
 

@@ -38,6 +38,8 @@ SMALLEST_BATCH = 4
 VALIDATIONS = 4  # during a shortened training, at least; one is no curve
 
 Choices = dict[str, Any]  # value by dotted path of the key
+# Names that earlier code gave a job of several runs, by its name now.
+OLD_JOBS = {'expert': ('quickstart',)}
 
 
 def fit_to_text(experiment: Experiment, given: Set[str]) -> Choices:
@@ -220,18 +222,20 @@ def write_choices(workdir: Path, job: str, config: Mapping[str, Any], choices: C
       workdir / RUN_FILE, seal({'job': job, 'config': config, 'chosen': choices})))
 
 
-def read_choices(workdir: Path, experiment: Experiment, given: Set[str]) -> Choices | None:
-  """Returns what an earlier launch chose in `workdir`; None if there was none.
+def read_choices(workdir: Path, job: str, experiment: Experiment,
+                 given: Set[str]) -> Choices | None:
+  """Returns what an earlier launch of the job chose in `workdir`; None if there was none.
 
   Those of these keys that are given now have the experiment's value. So a value that was given once
   stays, also when the next launch does not repeat it.
 
   Raises:
-    UserError: run.json is damaged.
+    UserError: run.json is damaged, or of another job.
   """
   path = workdir / RUN_FILE
   try:
-    chosen = unseal(path.read_bytes(), path)['chosen']
+    content = unseal(path.read_bytes(), path)
+    chosen, saved_job = content['chosen'], content['job']
   except FileNotFoundError:
     return None
   except UserError:
@@ -239,5 +243,8 @@ def read_choices(workdir: Path, experiment: Experiment, given: Set[str]) -> Choi
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} is damaged or of another job ({error!r}): restore the file, or use '
                     'another --workdir') from error
+  if saved_job not in (job, *OLD_JOBS.get(job, ())):
+    raise UserError(f'{workdir} belongs to the job {saved_job!r}, and this is {job!r}: use another '
+                    '--workdir')
   return {key: _value_of(experiment, key) if key in given else value
           for key, value in chosen.items()}

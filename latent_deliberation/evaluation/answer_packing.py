@@ -23,7 +23,7 @@ from latent_deliberation.evaluation.answer_contexts import (
   in_packing_order,
   length_size,
 )
-from latent_deliberation.inference.tokenizer import padded_length
+from latent_deliberation.inference.prompt_arrays import padded_length
 
 # These change scores by rounding alone.
 SMALLEST_CLUSTER = 8  # contexts; fewer with a common prefix are packed as those without

@@ -1,7 +1,6 @@
 """Scores a trained coprocessor against its controls, and writes the report."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,11 +42,12 @@ from latent_deliberation.evaluation.report import Report, summarise, write_repor
 from latent_deliberation.experiment import Computation, Experiment
 from latent_deliberation.files import check_free, make_writable
 from latent_deliberation.host_memory import peak_memory_bytes
-from latent_deliberation.paths import METRICS_FILE, REPORT, RUN_FILE
+from latent_deliberation.paths import METRICS_FILE, REPORT
 from latent_deliberation.progress import counted
 from latent_deliberation.provenance import git_commit
 from latent_deliberation.sharding import check_batch, make_mesh, place_batch
 from latent_deliberation.training.metrics import read_metrics
+from latent_deliberation.training.run_identity import read_record
 
 CHANGES, LOSSES, ATTENTION = 'changes.png', 'losses.png', 'visibility.png'
 
@@ -234,10 +234,10 @@ def find_trained(experiment: Experiment, directory: Path, rows: PackedRows) -> P
 
 def _compare_dtype(experiment: Experiment, coprocessor_dir: Path) -> None:
   """Logs a warning where the run of a coprocessor computed in another dtype."""
-  path = coprocessor_dir.parent / RUN_FILE
-  if not path.is_file():  # the checkpoint was moved out of its run
+  try:
+    computed = read_record(coprocessor_dir.parent)['config'].get('computation', {})
+  except (FileNotFoundError, UserError):  # the checkpoint was moved out of its run
     return
-  computed = json.loads(path.read_bytes())['config'].get('computation', {})
   trained = computed.get('dtype', Computation.dtype)
   scored = experiment.computation.on(jax.default_backend()).dtype  # a run keeps what 'auto' was
   if trained != scored:
@@ -280,6 +280,7 @@ def score_arms(experiment: Experiment, params: Params, soft_tokens: Params | Non
   # Constant soft tokens have parameters of their own. They are read after the same prefill.
   scores = score_traces(experiment, (*arms, CONSTANT), (params, soft_tokens), decoder_params,
                         batches, mesh, constant=True)
+  # jit sorts keys. The pictures of experts have their arms in this order.
   return {arm: scores[arm] for arm in (*arms, CONSTANT)}
 
 

@@ -4,7 +4,6 @@ A batch is a line of a file, which is written as soon as the batch is done. A ru
 reads them again, and goes on after them.
 """
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.answer_contexts import Request
-from latent_deliberation.files import explain_failed_write
+from latent_deliberation.files import explain_failed_write, read_lines
 
 Score = tuple[float, bool]  # nats of a continuation, and whether it is greedy
 
@@ -93,14 +92,11 @@ class Ledger:
         self._scores[task, arm, key] = value, bool(is_greedy)
 
   def _read(self, path: Path) -> None:
-    whole, _, rest = path.read_bytes().rpartition(b'\n')
     try:
-      for line in whole.split(b'\n') if whole else ():
-        self._take(json.loads(line))
+      for line in read_lines(path):
+        self._take(line)
+    except UserError:
+      raise
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(f'{path} is damaged ({type(error).__name__}: {error}): remove it, and the '
                       'answers are scored again') from error
-    # A process that was killed may have written a part of a line.
-    if rest:
-      with explain_failed_write(path), contextlib.closing(path.open('r+b')) as file:
-        file.truncate(len(whole) + 1 if whole else 0)

@@ -24,7 +24,7 @@ def estimate(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Estimate
 
   Args:
     values: one for each item.
-    samples: draws of the bootstrap (Efron 1979); memory is 8 bytes for each draw and item. Each
+    samples: draws of the bootstrap (Efron 1979); memory is 16 bytes for each draw and item. Each
       draw takes as many items as there are, with replacement.
     seed: seed of the bootstrap.
 

@@ -257,6 +257,13 @@ def check_paired(arms: Mapping[str, AheadNLL]) -> None:
           'traces.')
 
 
+def check_positions(positions: Sequence[int] | None, length: int) -> None:
+  """Raises ValueError unless the positions of a table increase, and are of the `length` scored."""
+  if not positions or list(positions) != sorted(set(positions) & set(range(1, length + 1))):
+    raise ValueError(f'positions = {positions}: must increase, from 1 to the {length} scored ahead '
+                     'positions')
+
+
 def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
                     seed: int = 0) -> Change:
   """Returns the relative change of perplexity from `baseline` to `arm`, with its 95% interval.

@@ -23,6 +23,7 @@ from latent_deliberation.evaluation.perplexity import (
   AheadNLL,
   Change,
   check_paired,
+  check_positions,
   relative_change,
 )
 from latent_deliberation.files import write_whole
@@ -80,11 +81,7 @@ class Report:
       raise ValueError(f'arms = {sorted(self.arms)}: give {FROZEN!r}, and others only from '
                        f'{list(LABELS)}')
     check_paired(self.arms)
-    length = self.arms[FROZEN].count.shape[1]
-    if not self.positions or list(self.positions) != sorted(
-        set(self.positions) & set(range(1, length + 1))):
-      raise ValueError(f'positions = {self.positions}: must increase, from 1 to the {length} '
-                       'scored ahead positions')
+    check_positions(self.positions, self.arms[FROZEN].count.shape[1])
 
 
 def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, Any]:

@@ -51,8 +51,9 @@ class TaskOutcomes:
     majority: accuracy of always giving the most frequent gold answer, or choice; None where the
       gold choice has the same place in every item, which says nothing of the task.
     arms: outcomes of each arm, 'frozen' first if it was scored.
-    truncated, merged, short: numbers of requests that lost tokens at the left, or whose answer
-      merges with its context; and of contexts without room for latents.
+    truncated, merged, short: numbers of requests that lost tokens at the left, those of a chain
+      of thought included, or whose answer merges with its context; and of contexts without room
+      for latents.
     seconds: wall-clock time of the command that finished the task.
   """
   task: str

@@ -27,6 +27,7 @@ from absl import logging
 from latent_deliberation.distributed import barrier
 from latent_deliberation.errors import UserError, check_integer, differences
 from latent_deliberation.evaluation import task_catalog
+from latent_deliberation.evaluation.answer_texts import EncodedCounts
 from latent_deliberation.evaluation.answers import ARMS
 from latent_deliberation.evaluation.arm_model import ArmModel
 from latent_deliberation.evaluation.ledger import Ledger
@@ -210,17 +211,16 @@ def _join(output: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[st
   """Returns the identity, with the data of earlier tasks. Tasks may be added later.
 
   Raises:
-    UserError: there are results of another run.
+    UserError: there are results of another run, or the directory is of another kind of job.
   """
-  path, data = output / RUN_FILE, identity['data']
+  saved, data = _read_identity(output), identity['data']
   if overwrite:
     return dict(identity)
-  if not path.exists():
+  if saved is None:
     if (output / f'{RESULTS}.json').exists():
       raise UserError(f'{output} holds a {RESULTS}.json of something else: give another --output, '
                       'or add --overwrite')
     return dict(identity)
-  saved = json.loads(path.read_bytes())
   saved_data = saved.get('data', {})
   found = [*differences({**saved, 'data': {}}, {**identity, 'data': {}}),
            *differences({name: saved_data.get(name, value) for name, value in data.items()},
@@ -229,6 +229,26 @@ def _join(output: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[st
     raise UserError('\n'.join([f'{output} holds results of another run:', *found,
                                'Give another --output, or add --overwrite.']))
   return {**identity, 'data': {**saved_data, **data}}
+
+
+def _read_identity(output: Path) -> dict[str, Any] | None:
+  """Returns the identity of the benchmarks in a directory; None where there are none.
+
+  Raises:
+    UserError: run.json is damaged, or of a training, a study or a quickstart.
+  """
+  path = output / RUN_FILE
+  if not path.exists():
+    return None
+  try:
+    saved = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise UserError(
+        f'{path} is not JSON ({error}): restore it, or give another --output') from error
+  # Never overwritten: other jobs need their run.json to be resumed.
+  if not isinstance(saved, dict) or 'lm_eval' not in saved:
+    raise UserError(f'{path} is not of benchmarks: give another --output')
+  return saved
 
 
 def _claim(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
@@ -247,6 +267,7 @@ def _run_task(name: str, answers: TaskAnswers, plan: Plan, output: Path) -> Task
   arms: dict[str, ArmOutcomes] = {}
   shared: dict[str, Any] = {}
   tasks = task_catalog.load_tasks(name, plan.data, plan.num_fewshot)
+  counts: list[EncodedCounts] = []
   for arm in (*answers.arms, *((CHAIN,) if CHAIN in plan.arms else ())):
     found, tasks_of_arm, answers_of_arm = name, tasks, answers
     if arm == CHAIN:
@@ -267,10 +288,12 @@ def _run_task(name: str, answers: TaskAnswers, plan: Plan, output: Path) -> Task
       shared = shared or {'items': items, 'golds': golds, 'prompts': prompts}
     arms[arm], metric = _outcomes(answers_of_arm, tasks_of_arm, samples, golds, arm)
     shared.setdefault('metric', metric)
+    if arm == CHAIN:
+      counts += answers_of_arm.counts.values()  # its prompts are its own
   chance, majority = guesses(shared['golds'])
   # Of written tasks, prompts and gold answers are counted apart, and their contexts are the same.
   names = [(task, f'{task}/gold') for task in tasks]
-  counts = [answers.counts[each] for pair in names for each in pair if each in answers.counts]
+  counts += [answers.counts[each] for pair in names for each in pair if each in answers.counts]
   short = sum(max(answers.short.get(each, 0) for each in pair) for pair in names)
   return TaskOutcomes(
       name, shared['metric'], task_catalog.shots_shown(name, plan.num_fewshot), shared['items'],

@@ -63,32 +63,46 @@ def check(config: EvaluationConfig) -> None:
   task_catalog.check_tasks(config.tasks, config.task_data, run_code=False)
 
 
-def make_evaluator(experiment: Experiment, deliberator: Deliberator, decoder_params: Params,
-                   prepared_dir: Path, mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
-  """Returns an evaluator of the coprocessor's parameters.
+def read_samples(experiment: Experiment, prepared_dir: Path) -> dict[str, Sample]:
+  """Reads the items to score of each task, without any weights.
 
-  Its values are by task, as in 'piqa/gain'. 'gain' is nats that own latents take off the gold
-  answer, against the frozen decoder. 'content' is the same against another example's latents.
-  'accuracy' and 'frozen_accuracy' are fractions. Of tasks whose answers are written, the gold
-  answer is scored, and counts as right if greedy decoding would write it. Items without room for
-  latents are left out.
+  Items without room for latents are left out.
 
   Args:
     experiment: the whole configuration.
-    deliberator: decoder and coprocessor.
-    decoder_params: weights of the frozen decoder.
     prepared_dir: directory of the prepared data, with the vocabulary.
-    mesh: devices of the training.
+
+  Raises:
+    UserError: no item of a task has room for latents; or see `requests_of`.
   """
   tokenizer = tokenizer_of_data(experiment.data, prepared_dir)
   # Process 0 has lm-evaluation-harness, whose samples may differ from host to host.
   plain = None
   if jax.process_index() == 0:
     with announced('reading tasks'):
-      first = deliberator.config.first_anchor
+      first = experiment.deliberation.first_anchor
       plain = {name: _read(name, experiment.evaluation, tokenizer, first)
                for name in experiment.evaluation.tasks}
-  samples = {name: _sample(values) for name, values in from_leader(plain).items()}
+  return {name: _sample(values) for name, values in from_leader(plain).items()}
+
+
+def make_evaluator(experiment: Experiment, deliberator: Deliberator, decoder_params: Params,
+                   samples: Mapping[str, Sample],
+                   mesh: Mesh) -> Callable[[Params], Mapping[str, float]]:
+  """Returns an evaluator of the coprocessor's parameters.
+
+  Its values are by task, as in 'piqa/gain'. 'gain' is nats that own latents take off the gold
+  answer, against the frozen decoder. 'content' is the same against another example's latents.
+  'accuracy' and 'frozen_accuracy' are fractions. Of tasks whose answers are written, the gold
+  answer is scored, and counts as right if greedy decoding would write it.
+
+  Args:
+    experiment: the whole configuration.
+    deliberator: decoder and coprocessor.
+    decoder_params: weights of the frozen decoder.
+    samples: items of each task; see `read_samples`.
+    mesh: devices of the training.
+  """
   scorers: list[AnswerScorer] = []
 
   def evaluate(params: Params) -> Mapping[str, float]:

@@ -34,9 +34,16 @@ _VARIABLE = 'LATENT_DELIBERATION_EXPERTS'  # directory of added experts
 
 
 def added_directory(given: str = '') -> Path:
-  """Returns the directory of added experts: a given one, that of the environment, or a default."""
-  return Path(os.path.expanduser(
-      given or os.environ.get(_VARIABLE) or '~/.cache/latent_deliberation/experts'))
+  """Returns the directory of added experts: a given one, that of the environment, or a default.
+
+  Raises:
+    UserError: it is a URL.
+  """
+  place = given or os.environ.get(_VARIABLE) or '~/.cache/latent_deliberation/experts'
+  if ':/' in place:
+    raise UserError(f'{place} is a URL, and added experts must be on a disk of this machine: give '
+                    f'a directory of it, by --experts or {_VARIABLE}')
+  return Path(os.path.expanduser(place))
 
 
 def list_added(directory: Path) -> list[tuple[Card, Path]]:

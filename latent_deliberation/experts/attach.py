@@ -38,7 +38,7 @@ from latent_deliberation.inference.engine import (
   check_match,
 )
 from latent_deliberation.inference.passes import Augmentation, Model, State, Weights
-from latent_deliberation.inference.tokenizer import check_anchors
+from latent_deliberation.inference.prompt_arrays import check_anchors
 from latent_deliberation.model.weights import round_matrices
 
 Choice = str | Mapping[str, float] | None  # what a text asks for

@@ -19,8 +19,9 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Choice, Experts, Mix
 from latent_deliberation.files import write_json, write_whole
 from latent_deliberation.inference import passes
+from latent_deliberation.inference.prompt_arrays import check_room
 from latent_deliberation.inference.session import DecodingOptions, generate
-from latent_deliberation.inference.tokenizer import Tokenizer, check_room
+from latent_deliberation.inference.tokenizer import Tokenizer
 
 EMBEDS = 'prompt_embeds'  # name of the tensor, and of vLLM's argument
 CHECKED = 16  # greedy tokens that an export says an engine should give

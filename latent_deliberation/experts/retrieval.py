@@ -32,13 +32,14 @@ from latent_deliberation.experts.passages import PASSAGE, Passage, read_passages
 from latent_deliberation.files import remove_tree, write_whole
 from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.passes import Augmentation, State
+from latent_deliberation.inference.prompt_arrays import check_room
 from latent_deliberation.inference.session import (
   DecodingOptions,
   generate,
   text_of,
   with_ends,
 )
-from latent_deliberation.inference.tokenizer import Tokenizer, check_room
+from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.progress import Progress
 

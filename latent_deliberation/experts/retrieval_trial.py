@@ -27,7 +27,7 @@ from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.experts.passages import Passage
 from latent_deliberation.experts.retrieval import Library, format_question
 from latent_deliberation.experts.trial import draw_intervals, format_interval, interval_of
-from latent_deliberation.files import write_json, write_whole
+from latent_deliberation.files import read_lines, write_json, write_whole
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.progress import Progress
@@ -118,10 +118,15 @@ def passages_of(questions: Sequence[Question], tokenizer: Tokenizer, size: int) 
                   tuple(tokenizer.encode(question.context)[:size])) for question in questions]
 
 
-def long_enough(questions: Sequence[Question], tokenizer: Tokenizer, fewest: int) -> list[Question]:
-  """Returns the questions that, alone and by their contexts, have `fewest` tokens for latents."""
+def long_enough(questions: Sequence[Question], tokenizer: Tokenizer, fewest: int,
+                size: int) -> list[Question]:
+  """Returns the questions that have `fewest` tokens for latents, alone and in their passages.
+
+  Args:
+    size: largest number of tokens of a passage; see `passages_of`.
+  """
   return [question for question in questions if min(
-      len(tokenizer.encode(format_question(question.text, False))),
+      size, len(tokenizer.encode(format_question(question.text, False))),
       len(tokenizer.encode(question.context))) >= fewest]
 
 
@@ -238,16 +243,11 @@ def run_trial(trial: RetrievalTrial, questions: Sequence[Question], path: Path,
 
 
 def _read_records(path: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
-  if not path.is_file() or not path.stat().st_size:
-    return []
-  lines = path.read_text().split('\n')
-  if json.loads(lines[0]) != json.loads(json.dumps(identity)):
-    raise UserError(f'{path} holds the questions of another trial: {lines[0]:.300}. Remove it, or '
-                    'give another --output')
-  whole = lines[1:-1]  # a line without its end was cut off
-  if lines[-1]:
-    write_whole(path, '\n'.join([*lines[:-1], '']).encode())
-  return [json.loads(line) for line in whole]
+  lines = read_lines(path) if path.is_file() else []
+  if lines and lines[0] != json.loads(json.dumps(identity)):
+    raise UserError(f'{path} holds the questions of another trial: {json.dumps(lines[0]):.300}. '
+                    'Remove it, or give another --output')
+  return lines[1:]
 
 
 # --- The table ---

@@ -37,7 +37,7 @@ class AugmentationStats:
     begun: requested.
     joined: joined the cache.
     failed: raised, took too long, ended without a result, or were not finite.
-    late: not ready when the last token was decoded.
+    late: not ready before their texts ended.
   """
   begun: int = 0
   joined: int = 0

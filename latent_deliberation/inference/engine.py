@@ -30,21 +30,20 @@ from latent_deliberation.inference.background import AugmentationStats
 from latent_deliberation.inference.decode import Decoded, Sampling, decode
 from latent_deliberation.inference.passes import Augmentation, Model, State
 from latent_deliberation.inference.policy import FittedGate, Gate
+from latent_deliberation.inference.prompt_arrays import (
+  Prompts,
+  align,
+  check_anchors,
+  check_prompts,
+  check_room,
+)
 from latent_deliberation.inference.ring_cache import (
   RingKVCache,
   cache_bytes,
   check_length,
   plan_cache,
 )
-from latent_deliberation.inference.tokenizer import (
-  Prompts,
-  Tokenizer,
-  align,
-  check_anchors,
-  check_prompts,
-  check_room,
-  tokenizer_of,
-)
+from latent_deliberation.inference.tokenizer import Tokenizer, tokenizer_of
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import Decoder, fingerprint
 from latent_deliberation.model.products import Quantised
@@ -52,7 +51,7 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, batch_sharding, batch_shards
 
 GREEDY = Sampling()
-CACHE_BUDGET = 2 * 2**30  # bytes of kv-cache that texts decoded together may take by default
+BATCH_BUDGET = 2 * 2**30  # bytes that texts decoded together may take by default
 
 
 class Engine:
@@ -131,10 +130,12 @@ class Engine:
 
   @property
   def batch_size(self) -> int:
-    """Number of texts whose caches fit CACHE_BUDGET, 1 or more."""
-    model = self.model
-    return max(1, CACHE_BUDGET // cache_bytes(
-        model.plan, model.decoder.config, model.decoder.dtype))
+    """Number of texts whose caches and logits fit BATCH_BUDGET, 1 or more."""
+    config = self.model.decoder.config
+    # Logits are float32, and a step holds those before it and those after it.
+    logits = 2 * 4 * config.vocab_size
+    return max(1, BATCH_BUDGET // (
+        cache_bytes(self.model.plan, config, self.model.decoder.dtype) + logits))
 
   def read(self, prompts: Prompts) -> State:
     """Reads texts of any lengths from their beginnings.

@@ -36,8 +36,9 @@ from latent_deliberation.files import (
 from latent_deliberation.inference import passes
 from latent_deliberation.inference.engine import NONE, Engine
 from latent_deliberation.inference.passes import Augmentation, Model, State
+from latent_deliberation.inference.prompt_arrays import Prompts
 from latent_deliberation.inference.ring_cache import CachePlan
-from latent_deliberation.inference.tokenizer import IDS_BEFORE, Prompts, Tokenizer
+from latent_deliberation.inference.tokenizer import IDS_BEFORE, Tokenizer
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import with_current_names

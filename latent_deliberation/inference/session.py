@@ -21,14 +21,13 @@ from latent_deliberation.inference.decode import Sampling, check_seeds
 from latent_deliberation.inference.engine import Engine, copied
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import NEVER, Policy
-from latent_deliberation.inference.tokenizer import (
+from latent_deliberation.inference.prompt_arrays import (
   Prompts,
-  Tokenizer,
   check_anchors,
   check_prompts,
   check_room,
-  stop_at,
 )
+from latent_deliberation.inference.tokenizer import Tokenizer, stop_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +237,10 @@ class Session:
       # One bad text counts as a failure, but the others still join.
       if (self.waiting & self.active & ~rows).any():
         self._fail('some are not finite')
-      else:
+      elif rows.any():
         self.engine.stats.joined += 1
+      else:
+        self.engine.stats.late += 1
       self.attached = self.attached | rows
       for completion, joins in zip(self.completions, rows, strict=False):
         completion.latents_at += [self.count] * bool(joins)

@@ -137,7 +137,8 @@ def multiply(x: Array, weight: Array, inputs: int = 1, flatten_batch: bool = Tru
       fuses less and transposes more.
   """
   if not flatten_batch:
-    return jnp.tensordot(x, weight, axes=inputs)
+    return jnp.tensordot(x.astype(weight.dtype), weight, axes=inputs,
+                         preferred_element_type=x.dtype)
   width = math.prod(weight.shape[:inputs])
   product = jnp.matmul if x.dtype == weight.dtype else matmul
   y = product(x.reshape(-1, width), weight.reshape(width, -1)).astype(x.dtype)

@@ -151,16 +151,21 @@ def unlike_gemma(config: TransformerConfig) -> dict[str, Any]:
           if getattr(config, name) != defaults[name]}
 
 
+# What all models of a family have. The defaults of TransformerConfig are those of Gemma 2.
+_NO_SOFTCAPS = {'attention_softcap': None, 'final_softcap': None}
+GEMMA1 = {'layer_pattern': ('global',), 'post_norms': False, **_NO_SOFTCAPS}
+GEMMA3 = {'layer_pattern': ('local',) * 5 + ('global',), 'qk_norm': True, 'rope_local_base': 1e4,
+          **_NO_SOFTCAPS}
+LLAMA = {'layer_pattern': ('global',), 'post_norms': False, 'norm_offset': False,
+         'scale_embeddings': False, **_NO_SOFTCAPS}
+
+
 def _gemma1(**sizes: int) -> TransformerConfig:
-  return TransformerConfig(
-      vocab_size=256_000, head_dim=256, layer_pattern=('global',), attention_softcap=None,
-      final_softcap=None, post_norms=False, **sizes)
+  return TransformerConfig(vocab_size=256_000, head_dim=256, **sizes, **GEMMA1)
 
 
 def _gemma3(**sizes: float) -> TransformerConfig:
-  return TransformerConfig(
-      **{'head_dim': 256, **sizes}, layer_pattern=('local',) * 5 + ('global',),
-      attention_softcap=None, final_softcap=None, qk_norm=True, rope_base=1e6, rope_local_base=1e4)
+  return TransformerConfig(**{'head_dim': 256, **sizes}, rope_base=1e6, **GEMMA3)
 
 
 PRESETS = {

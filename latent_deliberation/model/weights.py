@@ -125,8 +125,8 @@ class Checkpoint:
       UserError: see `check`; or tensors are damaged, the dtype is not one of READABLE, or the CPU's
         free memory cannot hold the parameters.
     """
-    if dtype is not None and str(jnp.dtype(dtype)) not in READABLE:
-      raise UserError(f'dtype = {dtype!r}: set one of {READABLE}')
+    if dtype is not None:
+      _check_dtype(dtype)
     self.check()
     placed = self.check_memory(shardings, dtype)
     # Read every tensor straight onto its sharding.
@@ -150,12 +150,24 @@ class Checkpoint:
     return placed
 
   def _value_bytes(self, dtype: DTypeLike | None) -> float:
-    """Returns the bytes of a value in a dtype; in None, the mean of those that are stored."""
-    if dtype is not None:
+    """Returns the most bytes that a value takes while it is loaded, as a mean over the tensors."""
+    if dtype is not None and self.format != 'native':
       return jnp.dtype(dtype).itemsize
-    stored = [self.source.tensors[name] for name in self._expected]
-    return (sum(tensor.nbytes for tensor in stored)
-            / sum(math.prod(tensor.shape) for tensor in stored))
+    tensors = [self.source.tensors[name] for name in self._expected]
+    stored = (sum(tensor.nbytes for tensor in tensors)
+              / sum(math.prod(tensor.shape) for tensor in tensors))
+    # Our format is held as stored until its fingerprint is known.
+    return stored if dtype is None else max(stored, jnp.dtype(dtype).itemsize)
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+  """Raises UserError if weights cannot be read into this dtype."""
+  try:
+    known = str(jnp.dtype(dtype)) in READABLE
+  except TypeError:  # no dtype has this name
+    known = False
+  if not known:
+    raise UserError(f'dtype = {dtype!r}: set one of {READABLE}')
 
 
 @jax.jit

@@ -91,6 +91,7 @@ class ServerOptions:
 
 def check_libraries() -> None:
   """Raises UserError where the libraries of the server are not installed."""
-  missing = [name for name in ('starlette', 'uvicorn') if importlib.util.find_spec(name) is None]
+  missing = [name for name in ('starlette', 'uvicorn', 'prometheus_client')
+             if importlib.util.find_spec(name) is None]
   if missing:
     raise UserError(f"the server needs {' and '.join(missing)}: pip install -e '.[serve]'")

@@ -94,18 +94,18 @@ def describe_arm(study: Study, name: str, runs: Sequence[ScoredRun],
         kind=kind, trained=runs[0].trained, total=runs[0].total,
         flops_per_token=answer / scorer.answer_tokens, train_flops=training,
         seeds=study.seeds, seconds=seconds,
-        note=_describe_budget(experiment, study.experiment.training),
+        note=_describe_budget(experiment, learns, study.experiment.training),
         **_scored([run.scores[control] for run in runs]))
   return arms
 
 
-def _describe_budget(experiment: Experiment, common: TrainingConfig) -> str:
+def _describe_budget(experiment: Experiment, learns: str, common: TrainingConfig) -> str:
   """Returns a note on whether an arm has the steps and texts of the study (`common`)."""
   settings = experiment.training
   same = (settings.loop.num_steps, settings.batch_size) == (
       common.loop.num_steps, common.batch_size)
   budget = f'{settings.loop.num_steps:,} steps of {settings.batch_size} texts'
-  if experiment.start:
+  if learns == LATENT_ARM and experiment.start:  # tuned decoders start from the decoder alone
     return f'not matched: {budget}, after those of the coprocessor that it starts from'
   return f'matched in tokens and steps: {budget}' if same else f'not matched: {budget}'
 

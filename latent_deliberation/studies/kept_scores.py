@@ -19,10 +19,10 @@ from latent_deliberation.experiment import Experiment
 from latent_deliberation.files import seal, unseal, write_whole
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.provenance import git_commit
-from latent_deliberation.studies.study_result import Outcomes
+from latent_deliberation.studies.study_result import ChainOutcomes, Outcomes
 
 Scores = Mapping[str, Outcomes | AheadNLL]  # by control
-KINDS = {'questions': Outcomes, 'text': AheadNLL}
+KINDS = {'questions': Outcomes, 'chains': ChainOutcomes, 'text': AheadNLL}
 # Keys of `evaluation` that change the scores of a run.
 SCORED = ('num_texts', 'batch_size', 'num_traces', 'num_ahead', 'delay', 'rows_per_text')
 
@@ -88,7 +88,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _to_json(scores: Outcomes | AheadNLL) -> dict[str, Any]:
-  kind = next(name for name, each in KINDS.items() if isinstance(scores, each))
+  kind = next(name for name, each in KINDS.items() if type(scores) is each)
   return {'kind': kind, **{field.name: getattr(scores, field.name).tolist()
                            for field in dataclasses.fields(scores)}}
 

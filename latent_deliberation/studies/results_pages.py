@@ -131,9 +131,15 @@ def check_pages(directory: Path) -> None:
 
 def _read(path: Path) -> Result:
   try:
-    return json.loads(path.read_bytes())
+    result = json.loads(path.read_bytes())
   except ValueError as error:
     raise UserError(f'{path} is not JSON ({error}): restore it, or remove it') from error
+  # Benchmarks write a results.json, too.
+  if not isinstance(result, dict) or not result.keys() & {
+      'all_positions', 'by_position', 'by_difficulty'}:
+    raise UserError(f'{path} has no result of a study or a quickstart: name the work directory of '
+                    'one, or remove the file')
+  return result
 
 
 def _is_report(result: Result) -> bool:

@@ -27,13 +27,14 @@ from latent_deliberation.evaluation.evaluate import check_reach, open_held_out, 
 from latent_deliberation.evaluation.perplexity import FROZEN, AheadNLL, arm_states
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.inference.engine import Engine
+from latent_deliberation.inference.prompt_arrays import Prompts
 from latent_deliberation.inference.session import DecodingOptions, generate
-from latent_deliberation.inference.tokenizer import Prompts, tokenizer_of_data
+from latent_deliberation.inference.tokenizer import tokenizer_of_data
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.layers import output_head
 from latent_deliberation.progress import Progress, counted
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
-from latent_deliberation.studies.study_result import Outcomes
+from latent_deliberation.studies.study_result import ChainOutcomes, Outcomes
 from latent_deliberation.studies.synthetic.documents import build
 from latent_deliberation.studies.synthetic.question import Question, Task
 from latent_deliberation.studies.synthetic.word_problems import ANSWER
@@ -63,8 +64,9 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
 
   Args:
     parts: ids of context, question and answer, for each question.
-    batch_size: B. The last batch is filled up with the first questions, so that its controls are
-      like those of the others. `score_questions` drops these again.
+    batch_size: largest B; there are no more rows than questions. The last batch is filled up with
+      the first questions, so that its controls are like those of the others. `score_questions`
+      drops these again.
     offline: put latents after the context and not after the question.
 
   Raises:
@@ -86,7 +88,8 @@ def batch_questions(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence
     row[:len(ids)] = ids
   # One span and one shape for all batches, so the scorer is compiled once.
   span = int((end - 1 - anchors).max())
-  batches = []
+  # No question is twice in a batch: it could become its own control.
+  batches, batch_size = [], min(batch_size, len(parts))
   for first in range(0, len(parts), batch_size):
     # Past the last question, the first ones fill up the batch.
     rows = np.arange(first, first + batch_size) % len(parts)
@@ -227,14 +230,11 @@ class QuestionScorer:
     """Returns outcomes by arm, 'frozen' and names of controls; see `make_question_scorer`."""
     return self._score(experiment, arms, params, decoder_params, self._batches)
 
-  def score_chains(self, experiment: Experiment,
-                   decoder_params: Params) -> tuple[Outcomes, float]:
+  def score_chains(self, experiment: Experiment, decoder_params: Params) -> ChainOutcomes:
     """Lets the plain decoder write a chain for each question, and scores the answers after them.
 
     An answer is right if greedy decoding would write it next. A chain has at most
     `questions.chain_tokens` tokens; see `write_chains`.
-
-    Returns: the outcomes, and the mean number of tokens of a chain.
     """
     parts = [self._encode(self._task.ask_for_chain(question)) for question in self._questions]
     prompts = [[*context, *question] for context, question, _ in parts]
@@ -250,8 +250,8 @@ class QuestionScorer:
     batches = batch_questions(
         [(prompt, chain, answer) for prompt, chain, (*_, answer)
          in zip(prompts, chains, parts, strict=True)], self._config.batch_size)
-    scores = self._score(experiment, (FROZEN,), {}, decoder_params, batches)
-    return scores[FROZEN], float(np.mean([len(chain) for chain in chains]))
+    found = self._score(experiment, (FROZEN,), {}, decoder_params, batches)[FROZEN]
+    return ChainOutcomes(found.nll, found.correct, np.array([len(chain) for chain in chains]))
 
   def _encode(self, question: Question) -> tuple[list[int], list[int], list[int]]:
     """Returns the ids of context, question and answer."""

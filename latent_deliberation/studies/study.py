@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Params
@@ -26,6 +27,7 @@ from latent_deliberation.data.loading import (
   open_rows,
   prepare_data,
 )
+from latent_deliberation.data.rows import fingerprint_of
 from latent_deliberation.data.text_sizes import (
   Choices,
   fit_to_rows,
@@ -42,6 +44,7 @@ from latent_deliberation.files import as_path, copy_vocabulary, make_writable
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import (
   ARM_DATA,
+  CHAIN_SCORES_FILE,
   DECODER,
   PHASES_FILE,
   RESULTS,
@@ -70,7 +73,7 @@ from latent_deliberation.studies.scoring import (
 )
 from latent_deliberation.studies.study_config import LATENT_ARM, Study
 from latent_deliberation.studies.study_report import summarise_study, write_study
-from latent_deliberation.studies.study_result import StudyResult
+from latent_deliberation.studies.study_result import ChainOutcomes, StudyResult
 from latent_deliberation.studies.tune import describe_tuning, tune_decoder
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
 from latent_deliberation.training.run import Run, check_no_later_run
@@ -120,15 +123,14 @@ def _run_phases(study: Study, names: Sequence[str], workdir: Path, given: Collec
   further = {phase for phase, run in runs.items() if run.goes_further}
   with clock.phase('decoder', 'decoder' in further):
     frozen = _open_decoder(study.experiment, workdir, mesh)
-  decoder_params = frozen.params
   arms = {FROZEN: describe_frozen(
       study.experiment, _score_frozen(study.experiment, frozen, workdir, scorer), scorer,
       clock.seconds['decoder'])}
   if study.questions.chain_tokens:
     with clock.phase(CHAIN):
-      outcomes, tokens = scorer.score_chains(study.experiment, decoder_params)
+      outcomes = _score_chains(study, frozen, workdir, scorer)
     arms[CHAIN] = describe_chain(study.experiment.decoder, arms[FROZEN], scorer, outcomes,
-                                 tokens, clock.seconds[CHAIN])
+                                 float(np.mean(outcomes.tokens)), clock.seconds[CHAIN])
 
   # Every arm with every seed.
   progress = Progress(study.name, 'runs', len(names) * len(study.seeds))
@@ -147,7 +149,8 @@ def _run_phases(study: Study, names: Sequence[str], workdir: Path, given: Collec
       command=shlex.join(['python', *sys.argv]), machine=_machine(),
       seconds=sum(clock.seconds.values()),
       difficulty=scorer.difficulty, positions=scorer.positions,
-      diagnostics=_diagnostics(study, names, workdir)))
+      diagnostics=_diagnostics(study, names, workdir)),
+      study.experiment.evaluation.bootstrap_samples)
   if jax.process_index() == 0:
     write_study(summary, workdir)
   return summary
@@ -167,7 +170,7 @@ def _prepare(
   def with_sizes(choices: Choices) -> Study:
     return dataclasses.replace(study, experiment=with_choices(study.experiment, choices))
 
-  chosen = read_choices(workdir, study.experiment, keys)
+  chosen = read_choices(workdir, 'study', study.experiment, keys)
   if chosen is None and any(workdir.glob(f'arms/*/*/{RUN_FILE}')):
     chosen = {}  # trained before sizes followed from the text
   choices = fit_to_text(study.experiment, keys) if chosen is None else chosen
@@ -326,6 +329,16 @@ def _score_frozen(experiment: Experiment, frozen: FrozenDecoder, workdir: Path,
   count = count_parameters(frozen.params)
   return ScoredRun(count, count, _score(
       experiment, (FROZEN,), {}, frozen.params, frozen.fingerprint, workdir, scorer))
+
+
+def _score_chains(study: Study, frozen: FrozenDecoder, workdir: Path,
+                  scorer: QuestionScorer) -> ChainOutcomes:
+  """Scores the frozen decoder after chains of its own, unless `workdir` has these scores."""
+  limit = study.questions.chain_tokens
+  identity = scores_identity(study.experiment, (CHAIN,), {}, frozen.fingerprint,
+                             fingerprint_of({'questions': scorer.identity, 'chain_tokens': limit}))
+  return keep_scores(workdir / CHAIN_SCORES_FILE, identity, lambda: {
+      CHAIN: scorer.score_chains(study.experiment, frozen.params)})[CHAIN]
 
 
 def _score(experiment: Experiment, controls: tuple[str, ...], params: Params,

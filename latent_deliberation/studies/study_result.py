@@ -21,6 +21,7 @@ from latent_deliberation.evaluation.perplexity import (
   OWN,
   AheadNLL,
   check_paired,
+  check_positions,
 )
 
 
@@ -54,6 +55,16 @@ class Outcomes:
   def select(self, chosen: np.ndarray) -> 'Outcomes':
     """Returns the outcomes on the questions where `chosen`, bool [items], is true."""
     return Outcomes(self.nll[chosen], self.correct[chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainOutcomes(Outcomes):
+  """Outcomes after chains of thought.
+
+  Attributes:
+    tokens: int [items] number of tokens of each chain.
+  """
+  tokens: np.ndarray
 
 
 def accuracy(runs: Sequence[Outcomes], samples: int = 2000, seed: int = 0) -> Estimate:
@@ -251,11 +262,7 @@ class StudyResult:
                   for seed, run in zip(arm.seeds, arm.text_scores, strict=True)})
     if self.difficulty is not None:
       raise ValueError('difficulty is given, but the arms were scored on text. Give None.')
-    length = self.arms[FROZEN].text_scores[0].count.shape[1]
-    if not self.positions or list(self.positions) != sorted(
-        set(self.positions) & set(range(1, length + 1))):
-      raise ValueError(f'positions = {self.positions}: must increase, from 1 to the {length} '
-                       'scored ahead positions')
+    check_positions(self.positions, self.arms[FROZEN].text_scores[0].count.shape[1])
 
 
 def controlled_arm(name: str) -> str | None:

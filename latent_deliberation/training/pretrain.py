@@ -57,7 +57,8 @@ def pretrain(experiment: Experiment, workdir: Path, prepared_dir: Path) -> Path:
     # Train, then write the decoder unless an earlier launch did.
     loss_fn = language_modelling(build_decoder(experiment), experiment.computation.loss_chunk)
     params = fit(run, batches, loss_fn,
-                 {'validation': _validation(experiment, loss_fn, eval_batches, mesh)}, frozen={})
+                 {'validation': _validation(experiment, loss_fn, eval_batches, mesh)}, frozen={},
+                 prepared_dir=prepared_dir)
     target = workdir / DECODER
     if not target.exists():
       tokenizer = kept_vocabulary(prepared_dir)

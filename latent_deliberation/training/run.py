@@ -7,7 +7,6 @@ num_steps. run_identity.py says what must stay the same.
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from latent_deliberation.deliberation.flops import training_flops
 from latent_deliberation.distributed import run_on_process_zero
 from latent_deliberation.errors import UserError, problems_of, raise_problems
 from latent_deliberation.experiment import Experiment, TrainingConfig, defaults_of
-from latent_deliberation.files import make_writable, remove_tree, seal, unseal, write_json
+from latent_deliberation.files import make_writable, remove_tree, seal, write_json
 from latent_deliberation.paths import (
   CHECKPOINTS,
   COPROCESSOR,
@@ -44,7 +43,9 @@ from latent_deliberation.training.run_identity import (
   EARLIER_STEPS,
   RunIdentity,
   check_same_run,
+  check_unclaimed,
   claim_workdir,
+  read_record,
   section_of,
   steps_of,
 )
@@ -58,6 +59,8 @@ from latent_deliberation.training.step import (
 
 # Jobs that write a result into their work directory, with its name.
 _RESULTS = {'pretrain': DECODER, 'train': COPROCESSOR}
+# Jobs that train all weights of a decoder, as a copy; see studies/tune.py.
+_ALL_WEIGHTS = ('joint', 'finetuned')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Run:
     workdir: work directory of the run, with run.json, checkpoints/ and metrics.jsonl.
     mesh: devices that the run is sharded over.
     init: (key, frozen parameters) -> trainable parameters, boxed with logical axes.
-    frozen_shapes: shapes of the parameters that the loss reads and no step changes; {} for none.
+    frozen_shapes: shapes of the parameters that `init` gets and no step changes; {} for none. The
+      loss reads them, except in the jobs of `_ALL_WEIGHTS`, which train a copy.
     start_fingerprint: fingerprint of the coprocessor that a new run starts from; '' for none.
     begun: time.monotonic() at which this launch began to work on the run.
   """
@@ -120,9 +124,9 @@ class Run:
   def saved_steps(self) -> int:
     """Returns the num_steps of the run in `workdir`; 0 where there is none yet."""
     try:
-      return steps_of(json.loads((self.workdir / RUN_FILE).read_bytes()), self.job)
-    except (FileNotFoundError, ValueError, KeyError):
-      return 0  # a new run, or a damaged file that `claim_workdir` reports
+      return steps_of(read_record(self.workdir), self.job)
+    except FileNotFoundError:
+      return 0
 
   @property
   def goes_further(self) -> bool:
@@ -215,7 +219,8 @@ class Run:
 
     Raises:
       UserError: see `check_sizes`.
-      UserError: the work directory holds another run or a finished model, or cannot be written to.
+      UserError: the work directory holds another run, a finished model or a result of an unknown
+        run, or cannot be written to.
       UserError: see `check_trackers`.
     """
     self.check_sizes()
@@ -226,12 +231,19 @@ class Run:
     make_writable(self.workdir)
     run_on_process_zero('begin its trackers', lambda: check_trackers(self.settings.trackers))
     # Data and decoder may not exist yet. `claim_workdir` compares their fingerprints.
+    name = _RESULTS.get(self.job, '')
     try:
-      saved = unseal((self.workdir / RUN_FILE).read_bytes(), self.workdir / RUN_FILE)
-      identity = self.identity(decoder_fingerprint or saved['decoder'], saved['data'])
-    except (FileNotFoundError, ValueError, KeyError):
-      return  # a new run, or a damaged file that `claim_workdir` reports
+      saved = read_record(self.workdir)
+    except FileNotFoundError:
+      check_unclaimed(self.workdir, name)
+      return
+    identity = self.identity(decoder_fingerprint or saved['decoder'], saved['data'])
     check_same_run(self.workdir, saved, identity, self.changeable)
+    # A result that is there is not written again, so it must be one.
+    result = self.workdir / name
+    if name and result.exists() and not (result / f'{name}.json').exists():
+      raise UserError(f'{result} holds something else, but the trained {name} will be written '
+                      'there: use another --workdir, or move it away')
 
 
 def check_no_later_run(pretraining: Run, others: Iterable[Path]) -> None:
@@ -276,7 +288,7 @@ def lengthen(run: Run) -> None:
     else:
       result.rename(kept)
     logging.info('%s of %d steps is kept as %s', result, earlier, kept)
-  saved = unseal(path.read_bytes(), path)
+  saved = read_record(run.workdir)
   saved['config'][run.section]['loop']['num_steps'] = steps
   write_json(path, seal(saved | {EARLIER_STEPS: [*saved.get(EARLIER_STEPS, []), earlier]}))
   before, after = (build_schedule(run.settings.optimizer, length)(earlier)
@@ -294,7 +306,8 @@ def _is_copy(one: Path, other: Path, name: str) -> bool:
 def fit(run: Run, batches: Batches, loss_fn: LossFn,
         evaluators: Mapping[str, Callable[[Params], Mapping[str, float]]], *,
         frozen: Params, decoder_fingerprint: str = '',
-        create_state: Callable[[], TrainState] | None = None) -> Params:
+        create_state: Callable[[], TrainState] | None = None,
+        prepared_dir: Path | None = None) -> Params:
   """Trains a run to its end, starting at the newest checkpoint of its directory if there is one.
 
   Args:
@@ -305,6 +318,7 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
     frozen: parameters that the loss reads.
     decoder_fingerprint: fingerprint of the frozen decoder; '' where there is none.
     create_state: creates the train state of a new run; default is `run.create_state(frozen)`.
+    prepared_dir: directory of prepared data, to note in run.json; None notes nothing.
 
   Returns: the trained parameters, float32.
 
@@ -314,7 +328,7 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
   settings = run.settings
   # The directory must be this run's before its checkpoints are read.
   claim_workdir(run.workdir, run.identity(decoder_fingerprint, batches.fingerprint),
-                run.changeable)
+                run.changeable, prepared_dir)
   run_on_process_zero(f'lengthen the run in {run.workdir}', lambda: lengthen(run))
   train_step = run.make_step(loss_fn, frozen)
   profiled = parse_range(settings.profile, settings.loop.num_steps)
@@ -344,7 +358,8 @@ def fit(run: Run, batches: Batches, loss_fn: LossFn,
 
 def log_sizes(run: Run, batches: Batches) -> None:
   """Logs how many parameters a run trains, and on how much text."""
-  trained, frozen = count_parameters(run.boxed), count_parameters(run.frozen_shapes)
+  trained = count_parameters(run.boxed)
+  frozen = 0 if run.job in _ALL_WEIGHTS else count_parameters(run.frozen_shapes)
   share = (f'{100 * trained / (trained + frozen):.3g}% of {trained + frozen:,}; the others are '
            'frozen' if frozen else 'all there are')
   logging.info('%s: %s parameters train, %s', run.workdir, f'{trained:,}', share)

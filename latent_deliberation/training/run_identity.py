@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ from typing import Any
 from latent_deliberation.distributed import barrier, run_on_process_zero
 from latent_deliberation.errors import UserError, differences
 from latent_deliberation.experiment import defaults_of
-from latent_deliberation.files import lock_for_all, seal, unseal, write_json
-from latent_deliberation.paths import CHECKPOINTS, RUN_FILE, RUN_LOCK, with_current_names
+from latent_deliberation.files import (
+  STORES,
+  as_path,
+  is_here,
+  lock_for_all,
+  seal,
+  unseal,
+  write_json,
+)
+from latent_deliberation.paths import CHECKPOINTS, ROWS, RUN_FILE, RUN_LOCK, with_current_names
 
-EARLIER_STEPS = 'earlier_num_steps'  # key of run.json, not part of the identity
+# Keys of run.json that are not part of the identity.
+EARLIER_STEPS = 'earlier_num_steps'
+PREPARED_DATA = 'prepared_data'  # directory of prepared data, relative to the run where it can be
 # Settings that change no result but by rounding: devices, memory, cadences, and the places of
 # files, since fingerprints cover their contents. Weights are stacked by layer with
 # any `scan`, so no checkpoint depends on these.
@@ -81,8 +92,8 @@ def hold_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
   return lock_for_all(workdir / RUN_LOCK, f'works in {workdir}')
 
 
-def claim_workdir(workdir: Path, identity: RunIdentity,
-                  changeable: tuple[str, ...] = ()) -> None:
+def claim_workdir(workdir: Path, identity: RunIdentity, changeable: tuple[str, ...] = (),
+                  prepared_dir: Path | None = None) -> None:
   """Makes `workdir` the directory of this run, or checks that it already is.
 
   Process 0 writes run.json, and every process compares it. The directory may hold other files,
@@ -92,14 +103,14 @@ def claim_workdir(workdir: Path, identity: RunIdentity,
     workdir: directory that all processes see; created if missing.
     identity: identity of the run.
     changeable: dotted paths of config keys or sections that a resumed run may change.
+    prepared_dir: directory of prepared data, which run.json notes for `find_data`.
 
   Raises:
     UserError: the directory holds another run, or checkpoints without a run.json.
   """
   path, record = workdir / RUN_FILE, identity.record
-  if not path.exists() and (workdir / CHECKPOINTS).exists():
-    raise UserError(f'{workdir / CHECKPOINTS} exists, but {path} does not: the checkpoints are of '
-                    'an unknown run. Restore the file, or use another --workdir')
+  if not path.exists():
+    check_unclaimed(workdir)
   barrier(f'{path} looked at')  # every process looks before process 0 makes the directory
 
   def write_once() -> None:
@@ -107,14 +118,88 @@ def claim_workdir(workdir: Path, identity: RunIdentity,
       write_json(path, seal(record))
 
   run_on_process_zero(f'write {path}', write_once)
+  # A new run is compared too: processes must agree.
+  saved = read_record(workdir)
+  check_same_run(workdir, saved, identity, changeable)
+  if prepared_dir is not None:
+    # Relative, so that both may be moved together.
+    note = {PREPARED_DATA: (os.path.relpath(prepared_dir, workdir)
+                            if is_here(workdir) and is_here(prepared_dir)
+                            else str(prepared_dir.absolute()))}
+    if saved != saved | note:
+      run_on_process_zero(f'note the data in {path}', lambda: write_json(path, seal(saved | note)))
+
+
+def noted_data(workdir: Path) -> Path | None:
+  """Returns the directory of prepared data that a run read last; None in a run of earlier code.
+
+  Raises: as `read_record` does.
+  """
+  noted = read_record(workdir).get(PREPARED_DATA)
+  if noted is None:
+    return None
+  is_url = noted.startswith(STORES)
+  return as_path(noted if is_url else os.path.normpath(os.path.join(workdir, noted)))
+
+
+def find_data(workdir: Path, given: str = '') -> Path:
+  """Returns the directory of prepared data for a training in `workdir`.
+
+  It is the given one, or that of the run which is resumed, or `workdir` itself.
+
+  Raises:
+    UserError: the run is resumed, and its data are not where they were.
+  """
+  if given:
+    return as_path(given)
   try:
-    saved = unseal(path.read_bytes(), path)
+    prepared_dir = noted_data(workdir) or workdir
+  except FileNotFoundError:
+    return workdir
+  if not (prepared_dir / ROWS).is_dir():
+    raise UserError(f"--data = '': {workdir} holds a run, and there are no {ROWS}/ of it in "
+                    f'{prepared_dir}: give the directory of its prepared data')
+  return prepared_dir
+
+
+def check_unclaimed(workdir: Path, result: str = '') -> None:
+  """Checks that a work directory without a run.json holds nothing that a run writes.
+
+  Args:
+    workdir: the work directory.
+    result: name of the result of the run that may come, such as 'decoder'; '' for none.
+
+  Raises:
+    UserError: it holds checkpoints, or such a result.
+  """
+  for place in (workdir / CHECKPOINTS, *([workdir / result] if result else [])):
+    if place.exists():
+      raise UserError(f'{place} exists, but {workdir / RUN_FILE} does not: it is of an unknown '
+                      'run. Restore the file, move the directory away, or use another --workdir')
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+  """Returns the content of the run.json in a work directory, in the form of `RunIdentity.record`.
+
+  Raises:
+    FileNotFoundError: there is none.
+    UserError: it is damaged, or of a job that is no single training, such as a study.
+  """
+  path = workdir / RUN_FILE
+  try:
+    record = unseal(path.read_bytes(), path)
   except UserError:
     raise
   except ValueError as error:
     raise UserError(f'{path} is not JSON ({error}), so the run in {workdir} is unknown: restore '
                     'the file, or use another --workdir') from error
-  check_same_run(workdir, saved, identity, changeable)  # a new run too: processes must agree
+  named = record if isinstance(record, dict) else {}
+  if not {'job', 'config', 'decoder', 'data'} <= named.keys() or not isinstance(
+      named['config'], dict):
+    job = f'of the job {named["job"]!r}' if 'job' in named else 'of something else'
+    raise UserError(f'{path} is {job} and no record of a single training: use another '
+                    '--workdir')
+  return record
 
 
 def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentity,
@@ -126,7 +211,7 @@ def check_same_run(workdir: Path, saved: Mapping[str, Any], identity: RunIdentit
   Raises:
     UserError: a key differs; lists each such key with its two values.
   """
-  saved = {key: value for key, value in saved.items() if key != EARLIER_STEPS}
+  saved = {key: value for key, value in saved.items() if key not in (EARLIER_STEPS, PREPARED_DATA)}
   # The run may have been shorter.
   grows = steps_of(saved, identity.job) < steps_of(identity.record, identity.job)
   length = (f'{section_of(identity.job)}.loop.num_steps',) if grows else ()

@@ -27,11 +27,7 @@ from latent_deliberation.data.loading import (
   prepare_data,
 )
 from latent_deliberation.deliberation import coprocessor_checkpoint
-from latent_deliberation.deliberation.coprocessor_checkpoint import (
-  DESCRIPTION,
-  Description,
-  read_description,
-)
+from latent_deliberation.deliberation.coprocessor_checkpoint import Description, read_description
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.diagnostics import make_diagnosis
@@ -67,7 +63,6 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
   Returns: the trained parameters, float32.
 
   Raises:
-    UserError: <workdir>/coprocessor is something else.
     UserError: config, decoder, data or directory do not fit; see `open_frozen`, `Run.check`,
       `prepare_data` and `fit`.
   """
@@ -81,10 +76,6 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
   start = open_start(experiment)
   if start:
     start.check(checkpoint.fingerprint)
-  target = workdir / COPROCESSOR
-  if target.exists() and not (target / DESCRIPTION).exists():
-    raise UserError(f'{target} holds something else, but the trained coprocessor will be written '
-                    'there: use another --workdir, or move it away')
   check_known_vocabulary(experiment.data, prepared_dir, checkpoint)
   # Few runs score benchmarks, so what that needs is imported only for those.
   watch = None
@@ -98,6 +89,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
     rows, eval_batches = open_validation(experiment, prepared_dir, mesh,
                                          experiment.evaluation.eval_batches)
     check_rows_vocabulary(rows, checkpoint)
+    samples = watch.read_samples(experiment, prepared_dir) if watch else {}
     frozen, decoder_fingerprint = loaded or load_frozen(experiment, checkpoint, mesh)
     if start:  # some formats have a fingerprint only once they are loaded
       start.check(decoder_fingerprint, rows.manifest.recipe.vocabulary_hash)
@@ -108,8 +100,7 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
         'validation': _validation(experiment, deliberator, frozen, eval_batches, mesh),
         'latents': _diagnosis(experiment, deliberator, frozen, eval_batches[0], mesh)}
     if watch is not None:
-      evaluators['tasks'] = watch.make_evaluator(experiment, deliberator, frozen, prepared_dir,
-                                                 mesh)
+      evaluators['tasks'] = watch.make_evaluator(experiment, deliberator, frozen, samples, mesh)
 
     def create_state() -> TrainState:
       if start:
@@ -121,7 +112,8 @@ def train_coprocessor(experiment: Experiment, decoder_dir: Path, workdir: Path,
 
     params = fit(run, batches, augmentation(deliberator, experiment.computation.loss_chunk),
                  evaluators, frozen=frozen, decoder_fingerprint=decoder_fingerprint,
-                 create_state=create_state)
+                 create_state=create_state, prepared_dir=prepared_dir)
+    target = workdir / COPROCESSOR
     if not target.exists():
       with announced(f'writing {target}'):
         coprocessor_checkpoint.save(target, coprocessor_checkpoint.CoprocessorCheckpoint(

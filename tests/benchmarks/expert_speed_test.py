@@ -31,6 +31,21 @@ def test_benchmark(tmp_path, monkeypatch):
   assert output.with_suffix('.png').exists()
 
 
+def test_our_side_is_kept_when_the_other_fails(tmp_path, monkeypatch):
+  """PEFT runs last, and its failure loses nothing of ours."""
+  def fail(*unused):
+    raise UserError('peft_side.py ended with code 1')
+
+  monkeypatch.setattr(expert_speed, 'load_decoder', lambda name, dtype: small_server.decoder())
+  monkeypatch.setattr(expert_speed, 'check_interpreter', lambda python: None)
+  monkeypatch.setattr(expert_speed, 'run_other', fail)
+  output = tmp_path / 'speed.json'
+  with pytest.raises(UserError, match='code 1'):
+    expert_speed.benchmark('tiny', output, counts=(1,), batch=2, prompt=12, decoded=2, rank=2,
+                           repeats=1, python='python')
+  assert list(json.loads(output.read_text())['ours']) == ['1 loaded']
+
+
 @pytest.mark.parametrize('works', [False, True])
 def test_interpreter_is_tried_before_anything_is_timed(tmp_path, monkeypatch, works):
   """One that is not there, and one without peft."""

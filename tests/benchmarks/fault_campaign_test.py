@@ -89,6 +89,20 @@ def test_goes_on_where_it_was(tmp_path, cases):
   assert (tmp_path / 'parts.json').read_text() == (tmp_path / 'whole.json').read_text()
 
 
+def test_goes_on_after_a_cut_line(tmp_path, cases):
+  """A case whose result was being written when the campaign was killed runs again."""
+  counts = dict(kills=2, mutations=3, scenarios=1)
+  run_campaign(tmp_path / 'whole', tmp_path / 'whole.json', **counts)
+  run_campaign(tmp_path / 'work', tmp_path / 'out.json', **counts)
+  last, path = cases[-1], tmp_path / 'work/results-0.jsonl'
+  path.write_bytes(path.read_bytes()[:-9])
+  (tmp_path / 'out.json').unlink()
+  cases.clear()
+  run_campaign(tmp_path / 'work', tmp_path / 'out.json', **counts)
+  assert cases == [last]
+  assert (tmp_path / 'out.json').read_text() == (tmp_path / 'whole.json').read_text()
+
+
 def test_seeds_add_up(tmp_path, cases):
   """Campaigns of several seeds stand side by side, and the page has their sums."""
   output, counts = tmp_path / 'out.json', dict(kills=6, mutations=5, scenarios=2)

@@ -28,6 +28,18 @@ def test_losses_and_changes_are_counted():
     check_load({'phases': {'plain': found}})
 
 
+def test_texts_without_room(tmp_path, monkeypatch):
+  """They are refused before a decoder is loaded, or else with what the server said of them."""
+  monkeypatch.setattr(serving_load, 'load_decoder', lambda name: small_server.decoder())
+  with pytest.raises(UserError, match='max_tokens = 64: .*length = 64 '):
+    LoadOptions(max_tokens=64, length=64)
+  output = tmp_path / 'load.json'
+  with pytest.raises(UserError, match='plain: 2 of 2 requests were lost .*room for 64'):
+    measure_load(output, 'tiny', LoadOptions(
+        clients=2, requests=1, max_tokens=63, rows=2, length=64, latent_seconds=5.0))
+  assert json.loads(output.read_text())['phases']['plain']['lost'] == 2
+
+
 def test_small_load(tmp_path, monkeypatch):
   """Six clients on tiny weights: faults are injected, nothing is lost, plain texts stay."""
   monkeypatch.setattr(serving_load, 'load_decoder', lambda name: small_server.decoder())

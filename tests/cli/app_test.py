@@ -43,6 +43,14 @@ def test_other_paths_stay(flag, written):
   assert holder.value == written
 
 
+@pytest.mark.parametrize('address', ['hf://org/name', 'hf:/org/name'])
+def test_decoders_of_a_hub(flag, address):
+  """The next command of launch/gate.py has the address as a Path prints it, with one slash."""
+  holder = flag(app.define_decoder)
+  flags.FLAGS(['test', f'--{holder.name}={address}'])
+  assert holder.value == address
+
+
 @pytest.mark.parametrize('url', ['gs://bucket/run', 's3://bucket/run', 'gs:/run'])
 def test_directories_of_a_disk(flag, url):
   """A command whose files must be on a disk says so, and asks no store."""

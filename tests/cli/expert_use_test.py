@@ -89,6 +89,7 @@ def test_measure_retrieval(package, tmp_path):
   assert measure_retrieval(output, **values) == page
   assert output.with_suffix('.sciq.jsonl').read_text() == records
   for changes, message in (({'sets': ['squad']}, '--sets=squad'), ({'expert': 'none'}, 'none'),
+                           ({'passage': -1}, 'passage = -1'), ({'passage': 15}, 'passage = 15'),
                            ({'data': tmp_path}, 'sciq/validation.jsonl is missing')):
     with pytest.raises(UserError, match=message):
       measure_retrieval(output, **{**values, **changes})

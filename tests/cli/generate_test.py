@@ -249,6 +249,17 @@ def test_asks_for_prompts(writer, capsys, monkeypatch):
   assert 'the prompt has 1501 tokens' in found.err and "'caf\\udce9'" in found.err
 
 
+def test_typed_prompts_have_seeds_of_their_own(opened, capsys, monkeypatch):
+  """The same prompt twice gives the two texts of two prompts in flags."""
+  writer = asked(opened, options=DecodingOptions(9, Sampling(1.0), policy=ONCE), seed=3)
+  monkeypatch.setattr('sys.stdin', io.StringIO(f'{PROMPTS[0]}\n{PROMPTS[0]}\n'))
+  answer(writer, [])
+  typed = capsys.readouterr().out
+  texts = [PROMPTS[0] + writer.write([PROMPTS[0]], first=number)[0]['text'] + '\n'
+           for number in range(2)]
+  assert typed == ''.join(texts) and texts[0] != texts[1]
+
+
 def test_prompts_come_from_flags_and_files(tmp_path):
   path, objects = tmp_path / 'lines.txt', tmp_path / 'lines.jsonl'
   path.write_bytes('\r\none\r\n  \ntwo\u2028and\x85more\r\n'.encode())

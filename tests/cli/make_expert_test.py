@@ -19,6 +19,7 @@ from latent_deliberation.cli import expert_scores
 from latent_deliberation.cli import make_expert as module
 from latent_deliberation.cli.expert_commands import Options, run
 from latent_deliberation.cli.make_expert import ExpertRequest, make_expert
+from latent_deliberation.cli.quickstart import quickstart as run_quickstart
 from latent_deliberation.data.data_config import BYTE_VOCABULARY_HASH
 from latent_deliberation.deliberation.coprocessor_checkpoint import describe
 from latent_deliberation.errors import UserError
@@ -80,6 +81,12 @@ def test_package(made, place, quickstart):
   assert not (place / 'work/general/rows/train').exists()
   written = (place / 'package/expert.json').read_text()
   assert str(place) not in written and str(quickstart) not in written
+
+
+def test_quickstart_in_its_directory(made, place):
+  """A quickstart does not take what was chosen for an expert."""
+  with pytest.raises(UserError, match=f"{place}/work .*'expert'.*'quickstart'.*--workdir"):
+    run_quickstart(made[1], place / 'work')
 
 
 def test_starts_from_another_expert(made, place, tmp_path):

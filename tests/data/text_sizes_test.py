@@ -132,12 +132,24 @@ def test_batches_divide_over_shards(rows, notes):
 def test_choices_come_back(tmp_path):
   """A relaunch reads them; a key that it gives itself has its own value, also in later launches."""
   given = with_choices(experiment(tmp_path), {'evaluation.num_texts': 16})
-  assert read_choices(tmp_path, given, set()) is None
+  assert read_choices(tmp_path, 'quickstart', given, set()) is None
   choices = {'evaluation.num_texts': 32, 'training.loop.num_steps': 40}
   write_choices(tmp_path, 'quickstart', {'data': dataclasses.asdict(DataConfig())}, choices)
-  assert read_choices(tmp_path, given, set()) == choices
-  assert read_choices(tmp_path, given, {'evaluation.num_texts'}) == {
+  assert read_choices(tmp_path, 'quickstart', given, set()) == choices
+  assert read_choices(tmp_path, 'quickstart', given, {'evaluation.num_texts'}) == {
       **choices, 'evaluation.num_texts': 16}
   (tmp_path / 'run.json').write_text('{"job": "pretrain"}')
   with pytest.raises(UserError, match='run.json .*chosen'):
-    read_choices(tmp_path, given, set())
+    read_choices(tmp_path, 'quickstart', given, set())
+
+
+def test_choices_of_another_job(tmp_path):
+  """They are not taken. An expert of earlier code has the name of a quickstart."""
+  given = experiment(tmp_path)
+  write_choices(tmp_path, 'quickstart', {}, {})
+  assert read_choices(tmp_path, 'expert', given, set()) == {}
+  with pytest.raises(UserError, match=f"{tmp_path} .*'quickstart'.*'study'.*--workdir"):
+    read_choices(tmp_path, 'study', given, set())
+  write_choices(tmp_path, 'expert', {}, {})
+  with pytest.raises(UserError, match=f"{tmp_path} .*'expert'.*'quickstart'.*--workdir"):
+    read_choices(tmp_path, 'quickstart', given, set())

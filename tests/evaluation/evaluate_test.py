@@ -43,6 +43,7 @@ def test_coprocessor_alone_is_scored(quickstart, tmp_path):
   """Its run and its training data are gone; constant soft tokens and losses are left out."""
   checkpoint = shutil.copytree(quickstart / 'coprocessor/coprocessor', tmp_path / 'mine/package')
   shutil.copytree(quickstart / 'rows/validation', tmp_path / 'data/rows/validation')
+  (tmp_path / 'mine/run.json').write_text('{"lm_eval": "0.4.9"}')  # of benchmarks, beside it
   experiment = finished.experiment(
       evaluation__positions=(1, 3), data__mode='online', data__files=('gone.txt',))
   summary = score(quickstart, tmp_path / 'report', experiment, coprocessor_dir=checkpoint,

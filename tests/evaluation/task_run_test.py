@@ -155,6 +155,20 @@ def test_other_data(model, data, tmp_path):
     (tmp_path / 'out/tasks/mark').touch()
 
 
+@pytest.mark.parametrize('overwrite', [False, True])
+@pytest.mark.parametrize('content', [
+    '{"job": "train", "config": {}, "decoder": "d1", "data": "rows1"}',
+    '{"job": "study", "config": {}, "chosen": {}}', '[]', '{"job": '])
+def test_directory_of_another_job(model, data, tmp_path, content, overwrite):
+  """The run.json of another job is never replaced, since its resume needs the file."""
+  path = tmp_path / 'run.json'
+  path.write_text(content)
+  with pytest.raises(UserError, match=f'{path} is not .*give another --output$'):
+    run_tasks(model, Plan(('piqa',), ('own',), str(data)), Settings(), tmp_path,
+              overwrite=overwrite)
+  assert path.read_text() == content and list(tmp_path.iterdir()) == [path]
+
+
 def test_limit_and_overwrite(model, data, tmp_path):
   """The first items of a task alone; then others over them, when it is asked for."""
   for limit in (2, 3):
@@ -324,6 +338,15 @@ def test_gold_counts(model, data, tmp_path):
   summary = run_tasks(small, Plan(('triviaqa',), ('frozen',), str(tmp_path)), Settings(),
                       tmp_path / 'out')
   assert summary['tasks']['triviaqa']['truncated'] == 1
+
+
+def test_chain_counts(model, data, tmp_path):
+  """Prompts of a chain of thought count where they are cut."""
+  small = ArmModel(model.config, model.params, model.fingerprint, model.tokenizer, max_length=48)
+  summary = run_tasks(small, Plan(('gsm8k',), ('frozen', 'chain'), str(data), limit=1), Settings(),
+                      tmp_path / 'out')
+  # The prompt with its examples, the gold answer after it, and the prompt of the chain.
+  assert summary['tasks']['gsm8k']['truncated'] == 3
 
 
 @pytest.mark.parametrize('arms, said', [

@@ -17,6 +17,7 @@ from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_run import Plan, run_tasks
 from latent_deliberation.inference.tokenizer import ByteTokenizer
 from latent_deliberation.sharding import MeshConfig, make_mesh
+from latent_deliberation.training import train
 from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
@@ -45,7 +46,7 @@ def test_equals_benchmarks(quickstart, data, tmp_path, one_device):
   decoder_dir, mesh = quickstart / 'pretraining/decoder', make_mesh(MeshConfig(), jax.devices())
   frozen, _ = load_frozen(experiment, open_frozen(experiment.decoder, decoder_dir), mesh)
   evaluate = task_watch.make_evaluator(experiment, build_deliberator(experiment), frozen,
-                                       quickstart, mesh)
+                                       task_watch.read_samples(experiment, quickstart), mesh)
   params = coprocessor_checkpoint.load(quickstart / 'coprocessor/coprocessor').params
   values = evaluate(params)
   model = open_arm_model(decoder_dir, quickstart / 'coprocessor', max_length=1024)
@@ -83,6 +84,18 @@ def test_left_out(tmp_path, monkeypatch):
   monkeypatch.setattr(task_watch, 'MAX_LENGTH', 24)
   task_watch._read('triviaqa', config, ByteTokenizer(), 1)
   assert '3 of 4 requests have more than 24' in said[-1]
+
+
+def test_documents_before_weights(quickstart, tmp_path, monkeypatch, one_device):
+  """A document that cannot be scored is found before the decoder's weights are loaded."""
+  monkeypatch.setattr(train, 'load_frozen', lambda *unused: pytest.fail('weights were loaded'))
+  doc = {'sentence': 'It was _ .', 'option1': 'a', 'option2': 'b', 'answer': '3'}
+  (tmp_path / 'winogrande').mkdir()
+  (tmp_path / 'winogrande/validation.jsonl').write_text(json.dumps(doc))
+  experiment = finished.experiment(evaluation__tasks=('winogrande',), evaluation__task_items=4,
+                                   evaluation__task_data=str(tmp_path))
+  with pytest.raises(UserError, match='winogrande'):
+    train_coprocessor(experiment, quickstart / 'pretraining/decoder', tmp_path / 'run', quickstart)
 
 
 def test_ties():

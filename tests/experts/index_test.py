@@ -141,6 +141,9 @@ def test_directory_of_added_experts(monkeypatch, tmp_path):
   monkeypatch.setenv('LATENT_DELIBERATION_EXPERTS', str(tmp_path))
   assert added_directory() == tmp_path and added_directory('/x').as_posix() == '/x'
   assert list_added(tmp_path / 'nothing') == []
+  monkeypatch.setenv('LATENT_DELIBERATION_EXPERTS', 'gs://bucket/experts')
+  with pytest.raises(UserError, match='gs://bucket/experts is a URL.*LATENT_DELIBERATION_EXPERTS'):
+    added_directory()
 
 
 def tampered(market, tmp_path, change):

@@ -166,11 +166,14 @@ def test_summary_says_what_is_shown(tmp_path):
 def test_short_questions_are_left_out(data):
   """Latents replace the last tokens, so a question needs as many."""
   questions = read_questions(data, 'sciq', 0)
-  assert long_enough(questions, TOKENIZER, 16) == questions
+  assert long_enough(questions, TOKENIZER, 16, 64) == questions
   longest = max(len(question.context) for question in questions) + 1
-  assert {len(question.context) + 1 for question in long_enough(questions, TOKENIZER, longest)} == {
-      longest}
-  assert long_enough(questions, TOKENIZER, 60) == []
+  assert {len(question.context) + 1
+          for question in long_enough(questions, TOKENIZER, longest, 64)} == {longest}
+  assert long_enough(questions, TOKENIZER, 60, 64) == []
+  # A passage is cut, and what is left has to be long enough.
+  assert long_enough(questions, TOKENIZER, 16, 16) == questions
+  assert long_enough(questions, TOKENIZER, 16, 15) == []
 
 
 def test_hash_of_questions(data):

@@ -1,5 +1,6 @@
 """Latents join where they should, or when they are ready, and no token waits for them unasked."""
 
+import dataclasses
 import signal
 import threading
 import time
@@ -46,6 +47,18 @@ def test_no_delay_is_synchronous(engine):
   synchronous = generate(engine, engine.attach(state, engine.augment(state)),
                          decoding(NEVER))
   assert_same(generate(engine, PROMPTS, decoding(delay=0)), synchronous)
+
+
+def test_latents_of_ended_texts_are_late(engine, monkeypatch):
+  """If every text that waits ends first, nothing joins, though other texts go on."""
+  plain = generate(engine, PROMPTS, decoding(NEVER))
+  end = plain[0].tokens[1]
+  assert end not in (*plain[1].tokens, *plain[2].tokens)
+  engine.stats = AugmentationStats()
+  monkeypatch.setattr(engine, 'wants', lambda state: np.array([True, False, False]))
+  found = generate(engine, PROMPTS, dataclasses.replace(decoding(delay=4), eos=(end,)))
+  assert [len(each.tokens) for each in found] == [2, 12, 12]
+  assert engine.stats == AugmentationStats(begun=1, late=1)
 
 
 @pytest.mark.parametrize('delay', [1, 4])

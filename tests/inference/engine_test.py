@@ -13,7 +13,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.inference import decode, passes, ring_cache
 from latent_deliberation.inference.background import LatentTiming
 from latent_deliberation.inference.decode import Sampling
-from latent_deliberation.inference.engine import CACHE_BUDGET, Engine, check_match
+from latent_deliberation.inference.engine import BATCH_BUDGET, Engine, check_match
 from latent_deliberation.inference.policy import ONCE, Gate, Policy
 from latent_deliberation.inference.session import (
   DecodingOptions,
@@ -253,10 +253,11 @@ def test_score_without_latents_is_the_decoders(refining, decoder_params):
 
 
 def test_batches_fit_the_budget(refining):
-  """The default number of texts is the budget over the bytes of one cache."""
+  """The default number of texts is the budget over the bytes of a cache and two rows of logits."""
   cache = refining.read(PROMPTS).cache
   one = sum(each.nbytes for each in (*cache.keys, *cache.values)) // len(PROMPTS)
-  assert refining.batch_size == CACHE_BUDGET // one
+  one += 2 * 4 * tiny.CONFIG.vocab_size
+  assert refining.batch_size == BATCH_BUDGET // one
   assert list(batches(refining, 5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
   assert list(batches(refining, 5)) == [slice(0, 5)]
 

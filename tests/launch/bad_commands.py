@@ -135,6 +135,12 @@ BAD = {
     'no repository as decoder': Bad(
         'generate', '--decoder=hf://gemma-3-270m --prompt=a',
         '^Error: hf://gemma-3-270m: .*hf://ORG/NAME'),
+    **{f'a decoder that is not there, for the sizes of {script}': Bad(
+        script, '--config.decoder_from={new}/decoder' + more, 'new/decoder does not exist')
+       for script, more in (
+           ('compile', ' --topology=cpu:2 --output={files}/other.json'),
+           ('benchmark_plan', ' --topology=cpu:2 --output={files}/other.json'),
+           ('benchmark_attention', ' --output={files}/other.json'), ('config', ''))},
     'no source': Bad('convert', '--target={new}', '^Error: --source: .*--list'),
     'a damaged GGUF file as decoder': Bad(
         'generate', '--decoder={files}/gguf/cut.gguf --prompt=a', 'gguf/cut.gguf .*GGUF file'),
@@ -153,6 +159,9 @@ BAD = {
     'another config': Bad(
         'train', '--workdir={run}/coprocessor --data={run} --decoder={run}/pretraining/decoder '
         '--config.seed=1', 'coprocessor .*another run.*\n  config.seed: 0 .*, 1 now'),
+    'a run that was moved away from its data': Bad(
+        'train', '--workdir={files}/moved --decoder={run}/pretraining/decoder',
+        "--data = '': .*/moved holds a run, .*no rows/ .*: give the directory"),
     'another job': Bad(
         'pretrain', '--workdir={run}/coprocessor --data={run}',
         "job: 'train' .*, 'pretrain' now"),
@@ -229,6 +238,21 @@ BAD = {
         r'--tasks.*mmlu \(5 shots\)', alone=True),
     'an unknown arm': Bad(
         'study', '--config=configs/study/text.py --workdir={new} --arm=nobody', "nobody"),
+    'experts of a server in a store': Bad(
+        'serve', '--decoder={run}/pretraining/decoder --experts=gs://bucket/experts',
+        '--experts=gs://bucket/experts: .*is a URL'),
+    'results in a store': Bad(
+        'render_results', '--directory=gs://bucket/results',
+        '--directory=gs://bucket/results: .*is a URL'),
+    'fewer than no steps of a LoRA': Bad(
+        'benchmark_lora', '--decoder=a --expert={run} --workdir={run} --python=python '
+        '--output={files}/other.json --steps=-1', '--steps=-1: .*non-negative'),
+    **{f'fewer than no threads of {script}': Bad(
+        script, f'--decoder=a --output={{files}}/other.json --threads=-1{more}',
+        '--threads=-1: .*non-negative')
+       for script, more in (
+           ('benchmark_lora', ' --expert={run} --workdir={run} --python=python'),
+           ('benchmark_experts', ''))},
     'an expert without text': Bad(
         'experts', 'train --name=a --output={new}_package', "--text = ''.*--text=FOLDER",
         alone=True),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,9 +56,12 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
   (files / 'cut.json').write_bytes(b'{"model":')
   commands = {script: command(script, '--help') for script in SCRIPTS + WITHOUT_CONFIG}
   run, _ = finished.quickstart()
+  shutil.copytree(run / 'coprocessor', files / 'moved')
   commands['a list'] = command('convert', f'--source={run}/pretraining/decoder', '--list')
   commands['a plan'] = command('compile', '--topology=cpu:2', f'--output={files}/plan.json',
                                '--config.decoder.num_layers=1')
+  commands['values'] = [sys.executable, 'launch/config.py', '--config=configs/smollm2_135m.py',
+                        f'--config.decoder_from={run}/pretraining/decoder']
   commands |= {name: arguments_of(bad, files) for name, bad in BAD.items()}
   process = subprocess.run(
       [sys.executable, str(Path(__file__).with_name('forks.py'))], cwd=finished.ROOT, text=True,
@@ -116,6 +120,13 @@ def test_plan_for_cpu(answers):
   plan = json.loads(Path(path).read_text())
   assert plan['settings']['libtpu_init_args'] == ''
   assert plan['memory']['temporary'] > plan['memory']['trainable']
+
+
+def test_values_of_a_decoder(answers):
+  """The sizes are those of a decoder that was given, and not those of the config."""
+  status, printed, said = answers['values']
+  assert status == 0, said
+  assert re.search(r'decoder.embed_dim +32\b', printed), printed
 
 
 @pytest.mark.parametrize('name', BAD)

@@ -46,12 +46,27 @@ def test_load_returns_what_save_wrote(saved, decoder_params):
   jax.tree.map(np.testing.assert_array_equal, params, decoder_params)
 
 
-@pytest.mark.parametrize('dtype, factor', [(None, 1), ('bfloat16', 0.5)])
-def test_too_little_memory(saved, decoder_params, monkeypatch, dtype, factor):
-  """A decoder that free memory cannot hold is refused before a weight is read."""
+@pytest.mark.parametrize('format, dtype, factor', [
+    ('native', None, 1), ('native', 'bfloat16', 1), ('huggingface', None, 1),
+    ('huggingface', 'bfloat16', 0.5)])
+def test_too_little_memory(tmp_path, decoder_params, monkeypatch, format, dtype, factor):
+  """A decoder that free memory cannot hold is refused before a weight is read.
+
+  Our format is held as it is stored until its fingerprint is known. Of others, each tensor is
+  rounded as it is read.
+  """
+  path = tmp_path / 'decoder'
+  weights.save(path, dataclasses.replace(tiny.CONFIG, query_scale=None), decoder_params,
+               format=format)
   needed = int(factor * sum(leaf.nbytes for leaf in jax.tree.leaves(decoder_params)))
   monkeypatch.setattr(source, 'free_memory', lambda: needed - 1)
-  with pytest.raises(UserError, match=f'{saved}: .* {needed:,} bytes .* {needed - 1:,} are free'):
+  with pytest.raises(UserError, match=f'{path}: .* {needed:,} bytes .* {needed - 1:,} are free'):
+    weights.load(path, dtype)
+
+
+@pytest.mark.parametrize('dtype', ['bf16', 'int8'])
+def test_unreadable_dtype_is_named(saved, dtype):
+  with pytest.raises(UserError, match=f"dtype = '{dtype}': set one of"):
     weights.load(saved, dtype)
 
 

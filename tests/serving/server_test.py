@@ -1,6 +1,7 @@
 """Options, the folder of experts, and the process itself: what is refused, and a clean end."""
 
 import dataclasses
+import importlib.util
 import threading
 
 import pytest
@@ -12,7 +13,7 @@ from latent_deliberation.experts.package import write_package
 from latent_deliberation.serving import server as server_module
 from latent_deliberation.serving.expert_folder import ExpertFolder
 from latent_deliberation.serving.server import run_server
-from latent_deliberation.serving.server_options import ServerOptions
+from latent_deliberation.serving.server_options import ServerOptions, check_libraries
 from tests.experts import small
 from tests.serving import small_server
 from tests.serving.small_server import complete
@@ -41,6 +42,15 @@ def test_key_file(tmp_path):
   assert options.read_key() == '0123456789abcdef'
   assert ServerOptions('decoder').read_key() == ''
   assert ServerOptions('runs/a/decoder').served_name == 'decoder'
+
+
+@pytest.mark.parametrize('missing', ['starlette', 'uvicorn', 'prometheus_client'])
+def test_missing_libraries_are_named(monkeypatch, missing):
+  """All that the server imports, and what installs them."""
+  check_libraries()
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == missing else name)
+  with pytest.raises(UserError, match=rf"needs {missing}: pip install -e '\.\[serve\]'"):
+    check_libraries()
 
 
 def write(folder, name, seed):

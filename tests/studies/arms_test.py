@@ -1,5 +1,6 @@
 """An arm of the report has the names, the costs and the scores of its runs."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,6 +45,17 @@ def test_other_steps_are_not_matched():
   notes = [describe_arm(asked, name, runs, SCORER, (3.0,))[name].note for name in asked.arms]
   assert notes == ['matched in tokens and steps: 2 steps of 8 texts',
                    'not matched: 3 steps of 8 texts']
+
+
+def test_start_of_latents_alone():
+  """Only a coprocessor starts from a trained one; tuned decoders have the budget of the study."""
+  asked = study({name: ARMS[name] for name in ('own', 'finetuned', 'lora')})
+  asked = dataclasses.replace(asked, experiment=dataclasses.replace(
+      asked.experiment, coprocessor_from='somewhere'))
+  runs = [ScoredRun(5, 12, {'own': outcomes(0.5)})]
+  notes = [describe_arm(asked, name, runs, SCORER, (3.0,))[name].note for name in asked.arms]
+  assert 'not matched' in notes[0] and 'starts from' in notes[0]
+  assert notes[1:] == ['matched in tokens and steps: 2 steps of 8 texts'] * 2
 
 
 def test_costs_of_latents_and_chains():

@@ -147,6 +147,9 @@ def test_summary_is_needed_once(tmp_path):
 def test_bad_additions_are_refused(tmp_path):
   with pytest.raises(MissingError, match='nothing has no results.json'):
     add_result(tmp_path, 'mine', tmp_path / 'nothing', SUMMARY)
+  (tmp_path / 'results.json').write_text('{"identity": {}, "bootstrap": {}, "tasks": {}}')
+  with pytest.raises(UserError, match=f'{tmp_path}/results.json .*study or a quickstart'):
+    add_result(tmp_path / 'pages', 'mine', tmp_path, SUMMARY)
   with pytest.raises(UserError, match=r"--set=sumary=.*'summary'"):
     add(tmp_path, tmp_path, questions(), values={'sumary': ''})
 

@@ -105,6 +105,17 @@ def test_last_batch_is_filled():
     assert row[row > 0].tolist() == ids
 
 
+def test_no_question_is_its_own_control(decoder_params):
+  """Fewer questions than rows of a batch are not repeated in it."""
+  batch, = batch_questions(PARTS[:3], 4)
+  assert batch.batch.tokens.shape[0] == 3
+  deliberator = tiny.deliberator(num_latents=2)
+  params = tiny.coprocessor_params(deliberator, decoder_params)
+  outcomes = scored(deliberator, params, decoder_params, ('own', 'shuffled'), parts=PARTS[:3],
+                    batch_size=4)
+  assert np.abs(outcomes['shuffled'].nll - outcomes['own'].nll).min() > 1e-4
+
+
 def test_bad_questions_are_refused():
   with pytest.raises(UserError, match='no questions'):
     batch_questions([], 2)

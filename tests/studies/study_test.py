@@ -4,12 +4,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.data.loading import prepare_data
+from latent_deliberation.data.text_sizes import write_choices
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import as_config, bind
 from latent_deliberation.model import weights
@@ -18,6 +20,7 @@ from latent_deliberation.paths import ARM_DATA
 from latent_deliberation.sharding import MeshConfig, make_mesh
 from latent_deliberation.studies import study as study_module
 from latent_deliberation.studies.study_config import QuestionsConfig, Study
+from latent_deliberation.studies.study_result import ChainOutcomes
 from tests import finished
 from tests.studies.tiny_study import ARMS, study, word_problems
 
@@ -48,7 +51,7 @@ def test_report_has_every_arm_and_control(finished_study):
     assert sorted(scores) == sorted(names)
     for arm in scores.values():
       assert 0 <= arm['accuracy'] <= 1 and len(arm['ci95']) == 2
-  assert summary['items'] == 9
+  assert summary['items'] == 9 and summary['bootstrap'] == {'samples': 100, 'seed': 0}
   assert (workdir / 'results.md').read_text().count('joint') >= 2
   assert summary['diagnostics']['own, seed 0'][0]['effective_rank'] >= 1
 
@@ -163,6 +166,41 @@ def test_chain_arm_of_word_problems(tmp_path):
   assert np.isfinite(summary['overall']['chain']['nll'])
   vocabularies = [tmp_path / place / 'vocabulary.model' for place in ('', ARM_DATA)]
   assert vocabularies[0].read_bytes() == vocabularies[1].read_bytes()
+
+
+def test_chains_are_written_once(tmp_path):
+  """A relaunch takes them from a file; another limit or decoder writes them again."""
+  written = []
+
+  def write(experiment, params):
+    written.append(params)
+    return ChainOutcomes(np.array([0.5, 1.5]), np.array([True, False]), np.array([4, 7]))
+
+  scorer = SimpleNamespace(identity='questions', score_chains=write)
+
+  def score(limit, decoder='d1'):
+    start = word_problems()
+    asked = dataclasses.replace(start, questions=dataclasses.replace(
+        start.questions, chain_tokens=limit))
+    frozen = study_module.FrozenDecoder(tmp_path, decoder, decoder)
+    return study_module._score_chains(asked, frozen, tmp_path, scorer)
+
+  first, again = score(12), score(12)
+  assert written == ['d1']
+  for field in dataclasses.fields(ChainOutcomes):
+    np.testing.assert_array_equal(getattr(again, field.name), getattr(first, field.name))
+  score(12, 'd2')
+  score(9, 'd2')
+  assert written == ['d1', 'd2', 'd2']
+
+
+def test_directory_of_a_quickstart(tmp_path):
+  """A study takes no choices of a quickstart, and does not replace its run.json."""
+  write_choices(tmp_path, 'quickstart', {}, {})
+  before = (tmp_path / 'run.json').read_text()
+  with pytest.raises(UserError, match=f"{tmp_path} .*'quickstart'.*'study'.*--workdir"):
+    study_module.run_study(study(), tmp_path)
+  assert (tmp_path / 'run.json').read_text() == before
 
 
 def test_chains_need_their_task():

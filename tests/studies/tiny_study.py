@@ -25,7 +25,8 @@ def study(arms=ARMS, seeds=(0,), per_difficulty=3, data=DATA,
   config.update_from_flattened_dict({
       'training.loop.num_steps': 2, 'pretraining.loop.num_steps': 2, 'evaluation.num_texts': 16,
       'evaluation.num_ahead': 2, 'evaluation.positions': (1, 2), 'deliberation.num_latents': 1,
-      'deliberation.num_ahead': 2, 'deliberation.num_traces': 6})
+      'evaluation.bootstrap_samples': 100, 'deliberation.num_ahead': 2,
+      'deliberation.num_traces': 6})
   experiment = dataclasses.replace(bind(config), data=data)
   anchors = dataclasses.replace(
       experiment.deliberation, anchor_tokens=tuple(encode_bytes('ABCD')))

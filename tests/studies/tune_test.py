@@ -1,6 +1,7 @@
 """A decoder is tuned by the weights that its control is about, and by no others."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -11,6 +12,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.model.products import INT8_DTYPES
 from latent_deliberation.sharding import make_mesh
 from latent_deliberation.studies.tune import TUNINGS, describe_tuning
+from latent_deliberation.training.run import log_sizes
 from tests import finished
 
 NEEDED = {'joint': 'constant', 'lora': 'lora', 'finetuned': 'full'}
@@ -36,6 +38,15 @@ def test_trained_weights_of_each_method(tmp_path, method):
     assert set(run.boxed) == {'decoder', 'latents'} and trained > decoder
   else:
     assert trained == decoder
+
+
+@pytest.mark.parametrize('method, said', [
+    ('joint', 'all there are'), ('finetuned', 'all there are'), ('lora', 'the others are frozen')])
+def test_log_of_sizes(tmp_path, caplog, method, said):
+  """Weights that train, from a copy of the decoder, are not frozen ones."""
+  with caplog.at_level('INFO', logger='absl'):
+    log_sizes(describe(tmp_path, method, NEEDED[method]), SimpleNamespace(num_rows=None))
+  assert said in caplog.text
 
 
 @pytest.mark.parametrize('method, trainable', [('joint', 'full'), ('lora', 'constant')])

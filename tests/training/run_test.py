@@ -29,11 +29,14 @@ from latent_deliberation.training.pretrain import describe_pretraining, pretrain
 from latent_deliberation.training.run import check_no_later_run
 from latent_deliberation.training.run_identity import (
   CHANGEABLE,
+  PREPARED_DATA,
   WITHOUT_EFFECT,
   RunIdentity,
   check_same_settings,
   claim_workdir,
+  find_data,
   hold_workdir,
+  noted_data,
 )
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
@@ -66,6 +69,45 @@ def test_claim_and_resume(tmp_path):
   assert [path.name for path in workdir.iterdir()] == [RUN_FILE]
   (workdir / CHECKPOINTS).mkdir()
   claim_workdir(workdir, IDENTITY)
+
+
+def test_data_of_a_run(tmp_path):
+  """A run notes where its data are, also when they have moved, and is the same run."""
+  run, data = tmp_path / 'runs/a', tmp_path / 'runs/data'
+  assert find_data(run) == run and find_data(run, 'x/y') == Path('x/y')
+  claim_workdir(run, IDENTITY)
+  with pytest.raises(UserError,
+                     match=f"--data = '': {run} holds a run, .* no rows/ .* {run}: give"):
+    find_data(run)
+  (run / 'rows').mkdir()
+  assert noted_data(run) is None and find_data(run) == run  # as runs of earlier code
+  claim_workdir(run, IDENTITY, prepared_dir=data)
+  with pytest.raises(UserError, match=f"--data = '': .* {data}: give"):
+    find_data(run)
+  (data / 'rows').mkdir(parents=True)
+  assert find_data(run) == data and find_data(run, 'x/y') == Path('x/y')
+  (tmp_path / 'runs').rename(tmp_path / 'moved')  # both together
+  run, data = tmp_path / 'moved/a', tmp_path / 'moved/data'
+  assert find_data(run) == data
+  data = data.rename(tmp_path / 'alone')
+  claim_workdir(run, IDENTITY, prepared_dir=data)
+  assert find_data(run) == data
+  with pytest.raises(UserError, match="decoder: 'd1'"):
+    claim_workdir(run, dataclasses.replace(IDENTITY, decoder_fingerprint='d2'), prepared_dir=run)
+  assert find_data(run) == data
+
+
+def test_data_of_a_run_in_a_bucket(tmp_path):
+  """An address is kept as it is."""
+  claim_workdir(tmp_path, IDENTITY)
+  record = saved_record(tmp_path) | {PREPARED_DATA: 'gs://bucket/data'}
+  (tmp_path / RUN_FILE).write_text(json.dumps(record))
+  assert str(noted_data(tmp_path)) == 'gs://bucket/data'
+
+
+def test_trainings_note_their_data(quickstart):
+  for run in ('pretraining', 'coprocessor'):
+    assert find_data(quickstart / run) == quickstart
 
 
 def test_claim_with_other_files(tmp_path):
@@ -406,6 +448,40 @@ def test_resume_unknown_run(coprocessor, quickstart):
   (coprocessor / 'run.json').unlink()
   with pytest.raises(UserError, match='checkpoints.*run.json'):
     resume(coprocessor, quickstart)
+
+
+@pytest.mark.parametrize('content, said', [
+    ('{"decoder": "d1", "data": {}, "lm_eval": "0.4.9"}', 'something else'),
+    ('{"job": "study", "config": {}, "chosen": {}}', "'study'"),
+    ('{"job": "train", "config": 1, "decoder": "d1", "data": "rows1"}', "'train'"),
+    ('[]', 'something else'), ('{"job": ', 'JSON')])
+def test_file_of_another_kind(tmp_path, content, said):
+  """The run.json of benchmarks or of a study is refused before any text is packed."""
+  (tmp_path / RUN_FILE).write_text(content)
+  experiment = finished.experiment()
+  run = describe_pretraining(experiment, tmp_path, make_mesh(experiment.mesh))
+  with pytest.raises(UserError, match=f'{tmp_path / RUN_FILE} is .*{said}.*--workdir'):
+    run.check()
+
+
+@pytest.mark.parametrize('result', ['decoder', 'coprocessor'])
+def test_result_of_an_unknown_run(tmp_path, quickstart, result):
+  """An old result would be kept in place of that of a new run, so it is refused at once."""
+  (tmp_path / result).mkdir()
+  with pytest.raises(UserError, match=f'{tmp_path / result} exists.*{RUN_FILE}.*--workdir'):
+    if result == 'decoder':
+      pretrain(finished.experiment(), tmp_path, quickstart)
+    else:
+      resume(tmp_path, quickstart)
+  assert [path.name for path in tmp_path.iterdir()] == [result]
+
+
+def test_something_else_as_result(tmp_path, quickstart):
+  """A folder without a decoder is no result of a finished pretraining."""
+  workdir = shutil.copytree(quickstart / 'pretraining', tmp_path / 'pretraining')
+  (workdir / 'decoder/decoder.json').unlink()
+  with pytest.raises(UserError, match=f'{workdir}/decoder holds something else.*--workdir'):
+    pretrain(finished.experiment(), workdir, quickstart)
 
 
 @pytest.mark.parametrize('name', ['decoder', 'coprocessor'])

@@ -24,7 +24,13 @@ from latent_deliberation.files import list_directory
 from latent_deliberation.model.checkpoints.hugging_face import HEAD, TABLE
 from latent_deliberation.model.checkpoints.source import Stored
 from latent_deliberation.model.rotary import rotary_frequencies
-from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
+from latent_deliberation.model.transformer_config import (
+  GEMMA1,
+  GEMMA3,
+  LLAMA,
+  PRESETS,
+  TransformerConfig,
+)
 from latent_deliberation.paths import GGUF
 
 GEMMAS, LLAMAS = ('gemma', 'gemma2', 'gemma3'), ('llama', 'qwen2', 'qwen3')
@@ -185,10 +191,8 @@ def read_config(source: GGUFSource) -> TransformerConfig:
     if source.architecture in GEMMAS:
       return _read_gemma(source, common)
     return TransformerConfig(
-        **common, layer_pattern=('global',), attention_softcap=None, final_softcap=None,
-        post_norms=False, norm_offset=False, activation='silu', scale_embeddings=False,
-        qk_norm=source.architecture == 'qwen3', qkv_bias=source.architecture == 'qwen2',
-        tied_head=HEAD not in source.tensors,
+        **common, **LLAMA, activation='silu', qk_norm=source.architecture == 'qwen3',
+        qkv_bias=source.architecture == 'qwen2', tied_head=HEAD not in source.tensors,
         rope_llama3=_read_llama3(source, common['head_dim'], common['rope_base']))
   except KeyError as error:
     raise UserError(f'{source.file} lacks {error}: download it again') from error
@@ -244,8 +248,7 @@ def _read_gemma(source: GGUFSource, common: Mapping[str, Any]) -> TransformerCon
   """
   family = source.architecture
   if family == 'gemma':
-    return TransformerConfig(**common, layer_pattern=('global',), attention_softcap=None,
-                             final_softcap=None, post_norms=False)
+    return TransformerConfig(**common, **GEMMA1)
   scale = {config.num_layers: config.query_scale
            for config in (PRESETS['gemma2_27b'], PRESETS['gemma3_27b'])}
   common = {**common, 'query_scale': scale.get(common['num_layers']),
@@ -254,9 +257,7 @@ def _read_gemma(source: GGUFSource, common: Mapping[str, Any]) -> TransformerCon
     return TransformerConfig(
         **common, attention_softcap=_shorten(_need(source, 'attn_logit_softcapping')),
         final_softcap=_shorten(_need(source, 'final_logit_softcapping')))
-  return TransformerConfig(
-      **common, layer_pattern=('local',) * 5 + ('global',), attention_softcap=None,
-      final_softcap=None, qk_norm=True, rope_local_base=1e4)
+  return TransformerConfig(**common, **GEMMA3)
 
 
 def _read_llama3(source: GGUFSource, head_dim: int, base: float) -> tuple[float, ...]:

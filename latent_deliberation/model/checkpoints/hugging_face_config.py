@@ -11,6 +11,8 @@ from typing import Any
 
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.model.transformer_config import (
+  GEMMA1,
+  LLAMA,
   MOST_LAYERS,
   TransformerConfig,
   unlike_gemma,
@@ -141,8 +143,7 @@ def _read_gemma(family: str, stored: Mapping[str, Any]) -> TransformerConfig:
       hidden_dim=stored['intermediate_size'], norm_epsilon=stored['rms_norm_eps'],
       **_gemma_rotary(family, stored))
   if family == 'gemma':
-    return TransformerConfig(**common, layer_pattern=('global',), attention_softcap=None,
-                             final_softcap=None, post_norms=False)
+    return TransformerConfig(**common, **GEMMA1)
   # Gemma 2 and 3. A scale of 1 / sqrt(H) is our default, written as None.
   scalar = stored['query_pre_attn_scalar']
   return TransformerConfig(
@@ -239,12 +240,10 @@ def _read_llama(family: str, stored: Mapping[str, Any]) -> TransformerConfig:
       num_kv_heads=stored.get('num_key_value_heads') or heads,
       head_dim=stored.get('head_dim') or stored['hidden_size'] // heads,
       hidden_dim=stored['intermediate_size'], norm_epsilon=stored['rms_norm_eps'],
-      layer_pattern=('local',) if window else ('global',), window=window or 4096,
-      attention_softcap=None, final_softcap=None, post_norms=False, norm_offset=False,
-      activation=_ACTIVATIONS[stored['hidden_act']], scale_embeddings=False,
-      qk_norm=family == 'qwen3', qkv_bias=family == 'qwen2',
-      tied_head=stored['tie_word_embeddings'], rope_base=rope['rope_theta'],
-      rope_scaling=scaling,
+      **LLAMA | {'layer_pattern': ('local',) if window else ('global',)}, window=window or 4096,
+      activation=_ACTIVATIONS[stored['hidden_act']], qk_norm=family == 'qwen3',
+      qkv_bias=family == 'qwen2', tied_head=stored['tie_word_embeddings'],
+      rope_base=rope['rope_theta'], rope_scaling=scaling,
       rope_llama3=tuple(rope[key] for key in _LLAMA3_KEYS) if is_llama3 else ())
 
 
