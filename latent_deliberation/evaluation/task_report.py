@@ -29,6 +29,7 @@ from latent_deliberation.tables import markdown_table, text_table
 
 NAMES = {**LABELS, SHUFFLED: "another example's latents", MEAN: 'mean latents',
          CONSTANT: 'constant soft tokens', CHAIN: 'chain of thought, no latents'}
+_AGAINST = (SHUFFLED, CONSTANT)  # controls that own latents are compared with
 # Figures of an arm, and whether more is better.
 FIGURES = {'correct': True, 'nats': False, 'p': True, 'norm': True}
 
@@ -38,7 +39,8 @@ def summarise(outcomes: Sequence[TaskOutcomes], identity: Mapping[str, Any],
   """Returns all figures as plain JSON values, with the values of every item.
 
   A `difference` is an arm minus 'frozen', paired by item; without that arm there is none. A `ci95`
-  is [low, high]. `against_shuffled` is own latents minus another example's.
+  is [low, high]. `against_shuffled` is own latents minus another example's, and `against_constant`
+  is own latents minus constant soft tokens.
 
   Args:
     outcomes: outcomes of each task.
@@ -57,9 +59,10 @@ def _summarise_task(outcomes: TaskOutcomes, samples: int) -> dict[str, Any]:
                                      for key in FIGURES if getattr(arm, key)}
     if frozen is not None and name != FROZEN:
       values['arms'][name]['difference'] = _difference(arm, frozen, samples)
-  if {OWN, SHUFFLED} <= set(outcomes.arms):
-    values['against_shuffled'] = _difference(outcomes.arms[OWN], outcomes.arms[SHUFFLED],
-                                             samples)
+  for control in _AGAINST:
+    if {OWN, control} <= set(outcomes.arms):
+      values[f'against_{control}'] = _difference(outcomes.arms[OWN], outcomes.arms[control],
+                                                 samples)
   return values
 
 
@@ -133,9 +136,10 @@ def accuracy_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str
 def nats_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
   """Returns header and rows: nats of the gold answer, and differences; below zero is better."""
   arms = [name for name in _arms_of(summary) if name != FROZEN]
+  against = [control for control in _AGAINST if control in arms]
   header = ['task', 'items', f'{NAMES[FROZEN]}, nats', 'p(gold)',
-            *(f'{NAMES[name]}, nats' for name in arms), 'own vs shuffled, nats',
-            'own, p(gold) in points']
+            *(f'{NAMES[name]}, nats' for name in arms),
+            *(f'own vs {control}, nats' for control in against), 'own, p(gold) in points']
   rows = []
   for name, task in summary['tasks'].items():
     items, base = len(task['items']), task['arms'].get(FROZEN, {}).get('means', {})
@@ -144,7 +148,8 @@ def nats_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows.append([
         name, f'{items:,}', f'{base["nats"]["value"]:.3f}' if 'nats' in base else '',
         f'{base["p"]["value"]:.3f}' if 'p' in base else '', *cells,
-        _change(task.get('against_shuffled', {}).get('nats'), items, 1, 4),
+        *(_change(task.get(f'against_{control}', {}).get('nats'), items, 1, 4)
+          for control in against),
         _change(changes[OWN].get('p'), items, 100, 2)])
   return header, rows
 

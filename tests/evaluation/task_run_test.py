@@ -79,8 +79,11 @@ def test_differences(finished):
   assert low <= found['nats']['value'] <= high
   right = [np.array(task['arms'][arm]['correct']) for arm in ('own', 'frozen')]
   assert found['mcnemar']['only_this'] == ((right[0] == 1) & (right[1] == 0)).sum()
-  assert task['against_shuffled']['nats']['value'] == pytest.approx(
-      np.mean(own - np.array(task['arms']['shuffled']['nats'])))
+  for control in ('shuffled', 'constant'):
+    assert task[f'against_{control}']['nats']['value'] == pytest.approx(
+        np.mean(own - np.array(task['arms'][control]['nats'])))
+  assert '| own vs shuffled, nats | own vs constant, nats |' in (
+      finished[0] / 'results.md').read_text()
 
 
 def test_written(finished):
