@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_deliberation.model.products import contract, matmul, on_bits
+from latent_deliberation.model.products import contract, matmul, multiply, on_bits
 
 
 @pytest.mark.parametrize('dtypes', [('float32', 'bfloat16'), ('bfloat16', 'bfloat16'),
@@ -58,6 +58,20 @@ def test_compiled_products_keep_their_dtype(transposed):
   backward = used(jax.grad(lambda x, y: jnp.sum(jnp.tanh(matmul(x, y, transposed)))))
   assert len(forward) == 1 and len(backward) == 2
   assert set(backward) == set(forward)
+
+
+@pytest.mark.parametrize('flatten_batch', [True, False])
+def test_multiply_in_the_dtype_of_the_weight(flatten_batch):
+  """x is rounded to the weight's dtype, and the result has the dtype of x."""
+  random = np.random.default_rng(3)
+  x = jnp.asarray(random.normal(size=(2, 1, 5, 64)), jnp.float32)
+  weight = jnp.asarray(random.normal(size=(64, 3)), jnp.bfloat16)
+  y, pull = jax.vjp(lambda x: multiply(x, weight, flatten_batch=flatten_batch), x)
+  assert y.dtype == jnp.float32 and pull(y)[0].dtype == jnp.float32
+  exact, rounded = (np.asarray(each, np.float64) @ np.asarray(weight, np.float64)
+                    for each in (x, x.astype(jnp.bfloat16)))
+  np.testing.assert_allclose(y, rounded, atol=2e-4)
+  assert np.abs(y - exact).max() > 1e-3
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
