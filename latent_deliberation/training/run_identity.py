@@ -121,13 +121,32 @@ def claim_workdir(workdir: Path, identity: RunIdentity, changeable: tuple[str, .
   # A new run is compared too: processes must agree.
   saved = read_record(workdir)
   check_same_run(workdir, saved, identity, changeable)
-  if prepared_dir is not None:
-    # Relative, so that both may be moved together.
-    note = {PREPARED_DATA: (os.path.relpath(prepared_dir, workdir)
-                            if is_here(workdir) and is_here(prepared_dir)
-                            else str(prepared_dir.absolute()))}
-    if saved != saved | note:
-      run_on_process_zero(f'note the data in {path}', lambda: write_json(path, seal(saved | note)))
+  if prepared_dir is None:
+    return
+
+  def note_data() -> None:
+    noted = saved | {PREPARED_DATA: note_of(prepared_dir, workdir)}
+    if noted != saved:
+      write_json(path, seal(noted))
+
+  # Every process comes here, also one that has read the note of process 0 already.
+  run_on_process_zero(f'note the data in {path}', note_data)
+
+
+def note_of(prepared_dir: Path, workdir: Path) -> str:
+  """Returns the prepared data's directory relative to a work directory, so that both may move.
+
+  It is absolute where one is on this machine and the other is not, or they are in two buckets.
+  """
+  prepared_dir, workdir = prepared_dir.absolute(), workdir.absolute()
+  if _bucket(prepared_dir) != _bucket(workdir):
+    return str(prepared_dir)
+  return os.path.relpath(str(prepared_dir), str(workdir))
+
+
+def _bucket(path: Path) -> str:
+  """Returns the address of a path's bucket, such as gs://bucket; '' on this machine."""
+  return '' if is_here(path) else '/'.join(str(path).split('/')[:3])
 
 
 def noted_data(workdir: Path) -> Path | None:
@@ -138,8 +157,16 @@ def noted_data(workdir: Path) -> Path | None:
   noted = read_record(workdir).get(PREPARED_DATA)
   if noted is None:
     return None
-  is_url = noted.startswith(STORES)
-  return as_path(noted if is_url else os.path.normpath(os.path.join(workdir, noted)))
+  return place_of(noted, workdir)
+
+
+def place_of(noted: str, workdir: Path) -> Path:
+  """Returns the directory that a note of `note_of` means."""
+  if noted.startswith(STORES):
+    return as_path(noted)
+  place = os.path.normpath(os.path.join(str(workdir), noted))
+  # The two slashes of an address are one after normpath.
+  return as_path(place if is_here(workdir) else place.replace(':/', '://', 1))
 
 
 def find_data(workdir: Path, given: str = '') -> Path:
@@ -148,7 +175,7 @@ def find_data(workdir: Path, given: str = '') -> Path:
   It is the given one, or that of the run which is resumed, or `workdir` itself.
 
   Raises:
-    UserError: the run is resumed, and its data are not where they were.
+    UserError: the run is resumed, and its data are not where they were; or see `read_record`.
   """
   if given:
     return as_path(given)
@@ -174,8 +201,9 @@ def check_unclaimed(workdir: Path, result: str = '') -> None:
   """
   for place in (workdir / CHECKPOINTS, *([workdir / result] if result else [])):
     if place.exists():
-      raise UserError(f'{place} exists, but {workdir / RUN_FILE} does not: it is of an unknown '
-                      'run. Restore the file, move the directory away, or use another --workdir')
+      raise UserError(f'{place} exists, but {workdir / RUN_FILE} does not, so {place} is of an '
+                      f'unknown run: restore {RUN_FILE}, move {place} away, or use another '
+                      '--workdir')
 
 
 def read_record(workdir: Path) -> dict[str, Any]:

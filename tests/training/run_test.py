@@ -18,11 +18,12 @@ from latent_deliberation.data.rows import PermutedBatches
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.experiment import Experiment
-from latent_deliberation.files import unseal
+from latent_deliberation.files import as_path, unseal
 from latent_deliberation.model import weights
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.paths import CHECKPOINTS, METRICS_FILE, RUN_FILE
 from latent_deliberation.sharding import make_mesh
+from latent_deliberation.training import run_identity
 from latent_deliberation.training.loop import Preempted
 from latent_deliberation.training.metrics import read_metrics
 from latent_deliberation.training.pretrain import describe_pretraining, pretrain
@@ -36,7 +37,9 @@ from latent_deliberation.training.run_identity import (
   claim_workdir,
   find_data,
   hold_workdir,
+  note_of,
   noted_data,
+  place_of,
 )
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished
@@ -103,6 +106,33 @@ def test_data_of_a_run_in_a_bucket(tmp_path):
   record = saved_record(tmp_path) | {PREPARED_DATA: 'gs://bucket/data'}
   (tmp_path / RUN_FILE).write_text(json.dumps(record))
   assert str(noted_data(tmp_path)) == 'gs://bucket/data'
+
+
+@pytest.mark.parametrize('data, run, note', [
+    ('gs://bucket/q', 'gs://bucket/q/coprocessor', '..'),
+    ('gs://bucket/data', 'gs://bucket/runs/a', '../../data'),
+    ('gs://one/data', 'gs://two/run', 'gs://one/data'),
+    ('/disk/data', 's3://two/run', '/disk/data'), ('s3://two/data', '/disk/run', 's3://two/data')])
+def test_notes_of_data(data, run, note):
+  """A note is relative within a bucket, and leads back to the data."""
+  data, run = as_path(data), as_path(run)
+  assert note_of(data, run) == note
+  assert str(place_of(note, run)) == str(data)
+
+
+def test_every_process_comes_to_the_note(tmp_path, monkeypatch):
+  """A slow process reads run.json after process 0 has noted the data, and must not go on alone."""
+  called = []
+
+  def record(what, work):
+    called.append(what)
+    work()
+
+  monkeypatch.setattr(run_identity, 'run_on_process_zero', record)
+  claim_workdir(tmp_path / 'run', IDENTITY, prepared_dir=tmp_path)
+  first = list(called)
+  claim_workdir(tmp_path / 'run', IDENTITY, prepared_dir=tmp_path)
+  assert called == 2 * first and 'note the data' in first[-1]
 
 
 def test_trainings_note_their_data(quickstart):
