@@ -10,7 +10,7 @@
   (nats, num_tokens), = generator.score(['2 + 2 ='], [' 4'])
 
   generator = ld.Generator(decoder, experts={'astronomy': ld.load_expert('experts/astronomy')})
-  generator.generate(['A comet', 'Dear'], expert=['astronomy', None])
+  generator.generate(['The orbit of a comet', 'Dear'], expert=['astronomy', None])
 
 A call runs on the first device, in batches whose caches fit 2 GiB, with jax set as launch scripts
 set it. `inference.engine` and `inference.session` have more: meshes, latents at other places,

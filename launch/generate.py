@@ -13,7 +13,7 @@ from absl import flags
 from latent_deliberation.cli import app, generate
 from latent_deliberation.cli.prompts import read_prompts, read_stop
 from latent_deliberation.files import as_path
-from latent_deliberation.inference.background import LatentTiming
+from latent_deliberation.inference.background import BACKGROUND_SECONDS, LatentTiming
 from latent_deliberation.inference.decode import Sampling
 from latent_deliberation.inference.policy import MIN_GAP, NEVER, SCORES, combine, open_gate
 from latent_deliberation.inference.session import DecodingOptions
@@ -79,7 +79,7 @@ def main() -> None:
     gate = open_gate(as_path(_GATE.value), _SCORE.value, _BUDGET.value, _MIN_GAP.value)
   policy = combine(_AT.value, _EVERY.value, gate, () if _CACHE.value else (0,))
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value or None, _TOP_P.value, _MIN_P.value)
-  timing = LatentTiming(None if _BACKGROUND.value else 0)
+  timing = LatentTiming(None, BACKGROUND_SECONDS) if _BACKGROUND.value else LatentTiming()
   options = DecodingOptions(_MAX_TOKENS.value, sampling, policy=policy if augments else NEVER,
                             timing=timing)
   stop = tuple(map(read_stop, _STOP.value))

@@ -188,6 +188,7 @@ class ArmModel:
     written = session.generate(engine, contexts, DecodingOptions(
         max(map(len, answers)), policy=policy,
         stop=lambda tokens: all(answer[:len(tokens)] != tokens for answer in answers)))
+    _check_made(arm, not engine.stats.failed)
     return ([-sum(completion.logprobs) for completion in scored],
             [completion.tokens[:len(answer)] == answer
              for completion, answer in zip(written, answers, strict=True)])
@@ -297,9 +298,12 @@ class ArmModel:
       rows = [*numbers, *[before] * (size - len(numbers))]
       state = _read_rows(engine, shared, [heads[number] for number in rows])
       if anchors:
-        state = engine.attach(state, engine.augment(state))
+        latents = engine.augment(state)
+        _check_made(arm, bool(np.asarray(latents.finite).all()))
+        state = engine.attach(state, latents)
         state = engine.read_on(state, [prompts[number][anchors[number] + 1:] for number in rows])
       *_, completions = Session(engine, state, options, numbers).run()
+      _check_made(arm, not engine.stats.failed)
       texts = [session.text_of(completion, self.tokenizer, writing.stop, prompts[number])
                for completion, number in zip(completions, numbers, strict=True)]
       return numbers, texts, [len(completion.tokens) for completion in completions]
@@ -310,6 +314,14 @@ class ArmModel:
       for numbers, texts, tokens in itertools.chain.from_iterable(written):
         yield Written(tuple(numbers), tuple(texts), tuple(tokens)), max(
             len(batches) - first - turns, 0)
+
+
+def _check_made(arm: str, made: bool) -> None:
+  """Raises UserError where latents were not made: an arm's text would be the frozen decoder's."""
+  if not made:
+    raise UserError(f'arm {arm!r}: the coprocessor failed, or its latents are not finite. Lower '
+                    '--batch_size if memory ran out, train the coprocessor again, or leave the arm '
+                    'out')
 
 
 def check_policy(arms: Sequence[str], policy: Policy) -> None:

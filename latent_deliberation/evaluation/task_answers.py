@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from latent_deliberation.deliberation.flops import (
   answer_flops,
   forward_flops,
@@ -151,6 +153,7 @@ class TaskAnswers:
         batches = self._compute(plain, skip)
         scored = next(batches)
       while scored is not None:
+        _check_finite(task, self.arms, scored.nats)
         self._ledger.add_scores(task, self.arms, [keys[number] for number in scored.numbers],
                                 scored.nats, scored.greedy)
         done += len(scored.numbers)
@@ -329,6 +332,15 @@ def _places(policy: Policy, tokens: int) -> Iterator[int]:
   while place is not None and place < tokens:
     yield place
     place = policy.next_stop(place + 1)
+
+
+def _check_finite(task: str, arms: Sequence[str], nats: np.ndarray) -> None:
+  """Raises UserError where an arm scores an answer of [answers, arms] by no number."""
+  if not (finite := np.isfinite(nats)).all():
+    answer, arm = np.argwhere(~finite)[0]
+    raise UserError(f'task {task}: the arm {arms[arm]!r} gives an answer {nats[answer, arm]} nats, '
+                    'so its latents, or the states of the decoder, are no numbers: leave the arm '
+                    'out, or train its coprocessor again')
 
 
 def _writing(generation: Mapping[str, Any], batch_size: int) -> Writing:

@@ -6,6 +6,7 @@ warning is logged, and the failure is counted.
 
 import atexit
 import dataclasses
+import math
 import threading
 import time
 import weakref
@@ -17,6 +18,9 @@ import numpy as np
 
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.inference.passes import Augmentation, State
+
+BACKGROUND_SECONDS = 60.0  # for latents beside which a command decodes
+EXIT_SECONDS = 60.0  # for threads that still compute when Python ends
 
 
 class LatentSource(Protocol):
@@ -52,10 +56,10 @@ class LatentTiming:
   Attributes:
     delay: number of decoded tokens after which they join. The decoder waits for them there, so 0
       is synchronous. None: in the background, at the first token before which they are ready.
-    timeout: seconds after which they are given up.
+    timeout: seconds after which they are given up, compiling included; infinite for no limit.
   """
   delay: int | None = 0
-  timeout: float = 60.0
+  timeout: float = math.inf
 
   def __post_init__(self):
     if self.delay is not None:
@@ -69,9 +73,10 @@ _running: 'weakref.WeakSet[BackgroundAugmentation]' = weakref.WeakSet()
 
 @atexit.register
 def _wait() -> None:
-  """Waits for threads that still compute, within their time; else Python would abort at exit."""
+  """Waits a while for threads that still compute; else Python would abort at exit."""
+  latest = time.monotonic() + EXIT_SECONDS
   for background in list(_running):
-    background.wait()
+    background.wait(latest)
 
 
 class BackgroundAugmentation:
@@ -120,9 +125,9 @@ class BackgroundAugmentation:
     """Whether `result` returns, or raises, without waiting."""
     return self._ended.is_set() or time.monotonic() >= self._deadline
 
-  def wait(self) -> None:
-    """Waits until the augmentation has ended or its time is over."""
-    left = self._deadline - time.monotonic()
+  def wait(self, latest: float = math.inf) -> None:
+    """Waits until the augmentation has ended, its time is over, or the clock shows `latest`."""
+    left = min(self._deadline, latest) - time.monotonic()
     self._ended.wait(min(max(0.0, left), threading.TIMEOUT_MAX))
 
   def result(self) -> Augmentation | None:

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip('lm_eval')
 
 from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.arm_model import ArmModel, Writing
 from latent_deliberation.evaluation.ledger import Ledger
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
@@ -69,6 +70,21 @@ def test_drawn_texts(model, tmp_path):
   lines = (tmp_path / 'a').read_text()
   assert write(DRAWN, tmp_path / 'a') == drawn and (tmp_path / 'a').read_text() == lines
   assert len(set(write({'max_gen_toks': 8}, tmp_path / 'a')[:4])) == 1
+
+
+@pytest.mark.parametrize('place', ['end', 'before:Answer:'])
+def test_latents_that_are_not_finite(model, place):
+  """They end a benchmark: its texts and scores would be the frozen decoder's, or no numbers."""
+  own = CoprocessorCheckpoint(**{**vars(model.own), 'params': {
+      **model.own.params, 'gate': np.nan * model.own.params['gate']}})
+  broken = ArmModel(model.config, model.params, model.fingerprint, model.tokenizer, own=own,
+                    max_length=256)
+  answers = TaskAnswers(broken, ('frozen', 'own'), Settings(place), Ledger(None))
+  prompt = 'Document 5: the 5th of the forty. Answer:'
+  with pytest.raises(UserError, match="task t: the arm 'own' gives an answer nan nats"):
+    answers.score('t', [(prompt, ' the')], ['t 0'])
+  with pytest.raises(UserError, match="arm 'own': the coprocessor failed"):
+    answers.write('t', [prompt], {'max_gen_toks': 8}, 'own')
 
 
 def test_stopped_in_a_task(model, data, tmp_path):
