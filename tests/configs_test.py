@@ -97,7 +97,8 @@ def test_commands_of_a_study_follow_each_other(name, tmp_path):
     names = choose_arms(study, [flags['arm']] if 'arm' in flags else [])
     results = workdir / 'results.json'
     if results.exists():
-      with pytest.raises(UserError) if 'overwrite' in flags else contextlib.nullcontext():
+      with (pytest.raises(UserError, match='--overwrite') if 'overwrite' in flags
+            else contextlib.nullcontext()):
         check_results(study, names, results)
     # As a study does it, but for weights.
     for arm in names:

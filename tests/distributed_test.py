@@ -69,6 +69,7 @@ def test_launchers(joined, monkeypatch, environment, calls):
   """Processes of a launcher join by themselves."""
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
+  monkeypatch.setattr('sys.stdin', SimpleNamespace(isatty=lambda: False))
   distributed.initialize()
   assert joined == [()] * calls
 

@@ -182,7 +182,8 @@ def test_lock_that_is_waited_for(tmp_path, monkeypatch):
   with lock(tmp_path / 'lock', 'packs'):
     second = threading.Thread(target=wait)
     second.start()
-    time.sleep(0.1)
+    while not said:
+      time.sleep(0.01)
     order.append('first')
   second.join(10)
   assert order == ['first', 'second']

@@ -12,6 +12,7 @@ import pytest
 
 from latent_deliberation import host_memory
 from latent_deliberation.host_memory import peak_memory_bytes, return_memory
+from tests import finished
 
 
 @pytest.mark.parametrize('meminfo, free', [
@@ -60,7 +61,8 @@ def test_peak_memory_is_of_this_process_alone(module, call):
   """A process that a large one starts does not begin with its peak."""
   held = np.ones(2**30, np.uint8)
   code = f'from latent_deliberation.{module} import *; print({call})'
-  found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                         env=finished.environment())
   assert 2**20 < int(found.stdout) < held.nbytes // 2
 
 

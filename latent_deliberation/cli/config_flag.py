@@ -118,8 +118,9 @@ def _value(arguments: Sequence[str], at: int) -> str:
 def _given_flag(name: str) -> str | None:
   """Returns the value of a flag on the command line, before flags are parsed; None if absent."""
   arguments = sys.argv[1:]
-  return next((_value(arguments, at) for at, argument in enumerate(arguments)
-               if re.fullmatch(rf'--?{name}(=.*)?', argument, re.DOTALL)), None)
+  values = [_value(arguments, at) for at, argument in enumerate(arguments)
+            if re.fullmatch(rf'--?{name}(=.*)?', argument, re.DOTALL)]
+  return values[-1] if values else None  # of a flag that is repeated, absl takes the last value
 
 
 def _find_run(flag: str) -> Path | None:

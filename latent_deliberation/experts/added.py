@@ -50,13 +50,12 @@ def list_added(directory: Path) -> list[tuple[Card, Path]]:
   """Returns the cards of added experts with their directories; damaged ones with a warning."""
   found = []
   for path in list_directory(directory):
-    if not (path / CARD).is_file():
-      continue
     try:
-      found.append((read_card(path), path))
+      if (path / CARD).is_file():
+        found.append((read_card(path), path))
     except FileNotFoundError:  # removed meanwhile
       continue
-    except UserError as error:
+    except (UserError, OSError) as error:
       _warn_once(f'{path} is left out: {error}')
   return found
 

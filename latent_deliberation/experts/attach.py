@@ -15,6 +15,7 @@ What a text asks for:
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -295,12 +296,13 @@ class Experts:
     """Returns an expert that fits the decoder and the experts attached before."""
     if isinstance(expert, str | Path):
       # The card is small. So nothing of another decoder is loaded, however large it is.
-      card = read_card(Path(expert))
+      directory = Path(os.path.expanduser(expert))
+      card = read_card(directory)
       if card.base['fingerprint'] != self._decoder.fingerprint:
         raise UserError(f'the expert {name!r} was made for {card.base["name"]}, weights '
                         f'{card.base["fingerprint"]}, and this decoder has '
                         f'{self._decoder.fingerprint}: attach it to that decoder')
-      expert = load_package(Path(expert))
+      expert = load_package(directory)
     if isinstance(expert, CoprocessorCheckpoint):
       expert = Expert(None, expert)
     if not isinstance(expert, Expert):

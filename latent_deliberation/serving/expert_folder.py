@@ -33,7 +33,10 @@ class ExpertFolder:
     """
     found: dict[str, tuple[tuple[str, int], Path]] = {}
     for card, path in list_added(self._directory):
-      found.setdefault(card.name, ((card.fingerprint, _mark_of(path)), path))
+      try:
+        found.setdefault(card.name, ((card.fingerprint, _mark_of(path)), path))
+      except FileNotFoundError:  # removed meanwhile
+        continue
     gone = [name for name, version in self._known.items()
             if name not in found or found[name][0] != version]
     for name in gone:
@@ -72,5 +75,6 @@ class ExpertFolder:
 
 def _mark_of(package: Path) -> int:
   """Returns a number that changes with any file of a package, such as one that is still copied."""
-  stats = [(path.name, path.stat()) for path in sorted(package.rglob('*'))]
+  # Of a link, its own: an editor's lock is a link to nowhere.
+  stats = [(path.name, path.lstat()) for path in sorted(package.rglob('*'))]
   return hash(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from latent_deliberation.benchmarks import expert_speed, lora_cost
-from latent_deliberation.benchmarks.baseline import alternate
 from latent_deliberation.errors import UserError
 from tests.serving import small_server
 
@@ -67,10 +66,3 @@ def test_numbers_of_experts():
   for written in ([], ['one'], ['0'], ['1', '-3'], ['2.5']):
     with pytest.raises(UserError, match=f'--experts={",".join(written)}: give integers'):
       expert_speed.parse_counts(written)
-
-
-def test_work_takes_turns():
-  """All run once to compile, then once in each round."""
-  done = []
-  taken = alternate({name: lambda name=name: done.append(name) for name in 'ab'}, 2)
-  assert done == list('ababab') and set(taken) == {'a', 'b'}

@@ -44,7 +44,7 @@ def test_small_load(tmp_path, monkeypatch):
   """Six clients on tiny weights: faults are injected, nothing is lost, plain texts stay."""
   monkeypatch.setattr(serving_load, 'load_decoder', lambda name: small_server.decoder())
   result = measure_load(tmp_path / 'load.json', 'tiny', LoadOptions(
-      clients=6, requests=4, max_tokens=6, rows=2, length=64, share=0.7, latent_seconds=5.0))
+      clients=6, requests=4, max_tokens=6, rows=2, length=64, share=0.7, latent_seconds=50.0))
   assert result == json.loads((tmp_path / 'load.json').read_text())
   assert (tmp_path / 'load.png').stat().st_size > 5000
   page = (tmp_path / 'load.md').read_text()

@@ -121,13 +121,14 @@ def test_other_file_as_config(tmp_path, content, message):
 
 
 def test_run_of_a_flag(monkeypatch, quickstart):
-  """A flag may name the run, or the coprocessor/ in it."""
+  """A flag may name the run, or the coprocessor/ in it; of several, the last one counts."""
   for place in ('coprocessor', 'coprocessor/coprocessor'):
     monkeypatch.setattr(sys, 'argv', ['x', f'--coprocessor={quickstart / place}'])
     assert config_flag._find_run('coprocessor') == quickstart / 'coprocessor/run.json'
     assert bind(PARSER.parse(str(config_flag._find_run('coprocessor')))).data == (
         finished.experiment().data)
-  monkeypatch.setattr(sys, 'argv', ['x', '--coprocessor', str(quickstart / 'rows/train')])
+  monkeypatch.setattr(sys, 'argv', ['x', f'--coprocessor={quickstart / "coprocessor"}',
+                                    '--coprocessor', str(quickstart / 'rows/train')])
   assert config_flag._find_run('coprocessor') is None
   assert config_flag._find_run('workdir') is None
 

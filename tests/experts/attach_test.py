@@ -338,6 +338,14 @@ def test_foreign_expert_leaves_the_plain_text(warnings, case, message):
     Experts(small.decoder(), named, length=small.LENGTH, strict=True)
 
 
+def test_package_in_the_home(tmp_path, monkeypatch):
+  """A ~ stands for the home directory."""
+  monkeypatch.setenv('HOME', str(tmp_path))
+  write_package(tmp_path / 'stars', small.card(), small.lora(1))
+  experts = Experts(small.decoder(), {'stars': '~/stars'}, length=small.LENGTH, strict=True)
+  assert experts.names == ('stars',)
+
+
 def test_package_of_another_decoder_is_not_loaded(tmp_path, monkeypatch):
   """Its card is enough to refuse it, however large it is."""
   base = {'name': 'large', 'fingerprint': 'd1'}

@@ -10,7 +10,7 @@ from absl import logging
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.inference import session
-from latent_deliberation.inference.background import AugmentationStats
+from latent_deliberation.inference.background import AugmentationStats, BackgroundAugmentation
 from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
 from latent_deliberation.inference.session import generate
@@ -57,19 +57,16 @@ def test_failed_coprocessor_changes_no_bit(engine, monkeypatch, warnings, fault,
           latents=jax.tree.map(lambda leaf: leaf * jnp.nan, spoilt.latents),
           logits=spoilt.logits * jnp.nan, finite=jnp.zeros_like(spoilt.finite))
   monkeypatch.setattr(engine, 'augment', replacement)
-  # Without a delay, the decoder may end before a coprocessor that hangs is given up.
+  if delay is None:  # otherwise the texts may end before the failure
+    monkeypatch.setattr(BackgroundAugmentation, 'is_ready', lambda self: self.wait() or True)
   patient = decoding(Policy(at=(0, 6)), timeout=0.2 if fault == 'hangs' else 60, delay=delay)
   for _ in range(2):
     found = generate(engine, PROMPTS, patient)
     assert_same(found, plain)
     assert not any(completion.latents_at for completion in found)
-  assert engine.stats.joined == 0
-  assert engine.stats.begun == engine.stats.failed + engine.stats.late >= 2
-  if engine.stats.failed:
-    said, = warnings
-    assert message in said and 'The decoder continues without them' in said
-  if delay is not None:
-    assert engine.stats == AugmentationStats(begun=4, failed=4)
+  assert engine.stats == AugmentationStats(begun=4, failed=4)
+  said, = warnings
+  assert message in said and 'The decoder continues without them' in said
 
 
 def test_no_latents_are_a_failure(engine, monkeypatch, warnings):

@@ -86,17 +86,20 @@ def test_late_latents_match_training_with_delay(decoder_params, latents, positio
 
 def test_ready_latents_join_as_with_delay(engine, monkeypatch):
   """Latents without a delay join where they are ready, as they would with that delay."""
-  own, gate = engine.augment, threading.Event()
+  own, gate, made = engine.augment, threading.Event(), threading.Event()
 
   def waiting(state):
     gate.wait(60)
-    return own(state)
+    latents = jax.block_until_ready(own(state))
+    made.set()
+    return latents
 
   monkeypatch.setattr(engine, 'augment', waiting)
   for completions in stream(engine, PROMPTS, decoding(delay=None, max_tokens=28)):
     if len(completions[0].tokens) == 5:
       gate.set()
-      time.sleep(0.05)
+      made.wait(60)
+      time.sleep(0.05)  # for the thread to hand them over
   monkeypatch.setattr(engine, 'augment', own)
   joined, = completions[0].latents_at
   assert joined >= 5 and engine.stats.joined == 1

@@ -20,18 +20,6 @@ from latent_deliberation.training.pretrain import pretrain
 from tests import finished
 
 
-def test_bug_keeps_its_traceback(tmp_path):
-  """An error that is no UserError keeps its traceback, also one that Python raises in our frame."""
-  script = tmp_path / 'launch/broken.py'
-  script.parent.mkdir()
-  script.write_text('from latent_deliberation.cli import app\n'
-                    "app.run(lambda: int('one'))\n")
-  process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
-                           env=finished.environment(), timeout=60)
-  assert process.returncode == 1
-  assert 'Traceback' in process.stderr and "invalid literal for int" in process.stderr
-
-
 @pytest.mark.parametrize('flag, advised', [('workdir', True), ('prompt', False)])
 def test_ctrl_c_ends_at_once(tmp_path, flag, advised):
   """Ctrl-C ends the process although another thread runs; only a job with a workdir goes on."""

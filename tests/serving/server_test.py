@@ -81,17 +81,30 @@ def test_folder_is_followed(tmp_path):
   assert experts.card('stars').address != first.address
 
 
-def test_damaged_package_is_left_out(tmp_path):
+def test_damaged_package_is_left_out(tmp_path, monkeypatch):
   """It is tried once, and the others are served."""
   write(tmp_path, 'stars', 1)
   write(tmp_path, 'law', 2)
   weights, = (tmp_path / 'law@2').rglob('coprocessor.safetensors')
   weights.write_bytes(b'x' * weights.stat().st_size)
   experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
+  tried, attach = [], experts.attach
+  monkeypatch.setattr(experts, 'attach',
+                      lambda name, path: tried.append(name) or attach(name, path))
   folder = ExpertFolder(experts, tmp_path)
   for _ in range(2):
     folder.look()
-    assert experts.names == ('stars',)
+    assert experts.names == ('stars',) and sorted(tried) == ['law', 'stars']
+
+
+def test_link_to_nowhere_in_a_package(tmp_path):
+  """Such as the lock of an editor: the others are served."""
+  write(tmp_path, 'stars', 1)
+  write(tmp_path, 'law', 2)
+  (tmp_path / 'law@2/.#README.md').symlink_to('nowhere')
+  experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
+  ExpertFolder(experts, tmp_path).look()
+  assert 'stars' in experts.names
 
 
 def test_repaired_package_is_tried_again(tmp_path):

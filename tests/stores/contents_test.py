@@ -145,10 +145,12 @@ def test_checkpoints_and_faults(store, place):
   store.faults = {'fail': Fault(status=503, times=2),
                   'slow': Fault(is_written, times=1, seconds=1)}
   save(place, 1)
+  assert all(fault.seen for fault in store.faults.values())
   store.faults = {'fail': Fault(status=500, times=2),
                   'cut': Fault(lambda method, path: '/d/' in path or '%2Fd%2F' in path, times=1,
                                cut_after=100)}
   state, _ = restore(place)
+  assert all(fault.seen for fault in store.faults.values())
   same(state, make_state(1, 64))
 
 

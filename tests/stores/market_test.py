@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import subprocess
 import sys
 import urllib.parse
@@ -103,7 +102,7 @@ def test_on_the_hub(market, tmp_path):
   place = f'hf://datasets/{REPO}'
   with served_hub(folder) as url:
     def run(*words):
-      environment = os.environ | {
+      environment = finished.environment() | {
           'HF_ENDPOINT': url, 'HF_HUB_OFFLINE': '0', 'HF_HOME': str(tmp_path / 'home'),
           'LATENT_DELIBERATION_EXPERTS': str(tmp_path / 'added')}
       return subprocess.run([sys.executable, 'launch/experts.py', *words], cwd=finished.ROOT,

@@ -74,6 +74,17 @@ def test_frozen_decoder_stays(finished_study):
       arms['frozen']['flops_per_token'])
 
 
+def test_results_are_kept(finished_study):
+  """Results of other settings, or of fewer arms, do not replace those that are there."""
+  path = finished_study[0] / 'results.json'
+  one = bind(as_config(study()), Study)
+  study_module.check_results(one, tuple(one.arms), path)
+  with pytest.raises(UserError, match=f"{path} has the arm 'constant'.*--overwrite"):
+    study_module.check_results(one, ('own', 'joint', 'finetuned', 'lora'), path)
+  with pytest.raises(UserError, match=r'config.seeds: \[0\] saved, \[0, 1\] now(?s:.)*--overwrite'):
+    study_module.check_results(dataclasses.replace(one, seeds=(0, 1)), tuple(one.arms), path)
+
+
 @pytest.mark.slow
 def test_more_seeds_keep_complete_runs(finished_study):
   workdir, summary = finished_study
@@ -93,17 +104,6 @@ def test_some_arms_are_reported_alike(finished_study):
   assert list(some['overall']) == ['frozen', 'own', 'shuffled', 'zero', 'mean', 'finetuned']
   for name in some['overall']:
     assert some['overall'][name] == summary['overall'][name]
-
-
-def test_results_are_kept(finished_study):
-  """Results of other settings, or of fewer arms, do not replace those that are there."""
-  path = finished_study[0] / 'results.json'
-  one = bind(as_config(study()), Study)
-  study_module.check_results(one, tuple(one.arms), path)
-  with pytest.raises(UserError, match=f"{path} has the arm 'constant'.*--overwrite"):
-    study_module.check_results(one, ('own', 'joint', 'finetuned', 'lora'), path)
-  with pytest.raises(UserError, match=r'config.seeds: \[0\] saved, \[0, 1\] now(?s:.)*--overwrite'):
-    study_module.check_results(dataclasses.replace(one, seeds=(0, 1)), tuple(one.arms), path)
 
 
 def test_decoder_that_exists(quickstart, tmp_path, monkeypatch):

@@ -270,7 +270,7 @@ def test_export_never_overwrites(tmp_path):
 def test_save_checks_shapes(tmp_path, change, format):
   """Parameters of another config are refused."""
   config = dataclasses.replace(foreign.FAMILIES['gemma2'], **change)
-  with pytest.raises(UserError):
+  with pytest.raises(UserError, match='shape'):
     weights.save(tmp_path / 'target', config, foreign.params_of('gemma2'), format=format)
   assert not list(tmp_path.iterdir())
 
