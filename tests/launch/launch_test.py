@@ -1,10 +1,12 @@
 """The launch scripts as users see them: help, results, and messages for bad input."""
 
+import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,15 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
                                '--config.decoder.num_layers=1')
   commands['values'] = [sys.executable, 'launch/config.py', '--config=configs/smollm2_135m.py',
                         f'--config.decoder_from={run}/pretraining/decoder']
+  commands['rows'] = command('prepare', f'--workdir={files}/data')
+  commands['a report'] = [sys.executable, 'launch/evaluate.py', f'--coprocessor={run}/coprocessor',
+                          f'--constant={run}/constant', f'--output={files}/report']
+  commands['a cache'] = command(
+      'augment', f'--decoder={run}/pretraining/decoder', f'--coprocessor={run}/coprocessor',
+      f'--document={finished.TEXTS}/0.txt', '--length=1024', f'--output={files}/cache')
+  commands['a text'] = command(
+      'generate', f'--decoder={run}/pretraining/decoder', f'--coprocessor={run}/coprocessor',
+      f'--cache={files}/cache', '--length=1024', '--prompt=Document', '--max_tokens=3', '--json')
   commands |= {name: arguments_of(bad, files) for name, bad in BAD.items()}
   process = subprocess.run(
       [sys.executable, str(Path(__file__).with_name('forks.py'))], cwd=finished.ROOT, text=True,
@@ -114,6 +125,31 @@ def test_compile_on_virtual_devices(answers):
   assert plan['hbm_bytes_per_chip'] > plan['memory']['frozen'] > 0
 
 
+def test_prepare(answers):
+  """prepare makes the rows of the quickstart."""
+  status, printed, said = answers['rows']
+  assert status == 0, said
+  rows = Path(re.findall(r'--data=(\S+)', printed)[0]) / 'rows/train/manifest.json'
+  assert rows.read_bytes() == (finished.quickstart()[0] / 'rows/train/manifest.json').read_bytes()
+
+
+def test_evaluate(answers):
+  """evaluate prints the table of the quickstart, in a report of its own."""
+  status, printed, said = answers['a report']
+  assert status == 0, said
+  table = printed[printed.index('ahead  perplexity'):printed.index('Report: ')]
+  assert table in finished.quickstart()[1]
+
+
+def test_augment_and_continue(answers):
+  """augment writes a cache with latents, and generate continues it."""
+  status, printed, said = answers['a cache']
+  assert status == 0 and 'tokens and' in printed, said
+  status, printed, said = answers['a text']
+  assert status == 0, said
+  assert len(json.loads(printed)['tokens']) == 3, printed
+
+
 def test_plan_for_cpu(answers):
   """A plan for virtual devices has memory of the computation, and no flags of TPU's compiler."""
   path, = re.findall('^Plan: (.*)$', answers['a plan'][1], re.MULTILINE)
@@ -127,6 +163,32 @@ def test_values_of_a_decoder(answers):
   status, printed, said = answers['values']
   assert status == 0, said
   assert re.search(r'decoder.embed_dim +32\b', printed), printed
+
+
+@pytest.mark.parametrize('script', SCRIPTS + WITHOUT_CONFIG)
+def test_flags_are_used(script):
+  """Every flag is read, and none is given as an argument that has the name of another one."""
+  tree = ast.parse((finished.ROOT / f'launch/{script}.py').read_text())
+  names = dict(flags_of(tree))
+  read = {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+          and node.attr in ('value', 'present') and isinstance(node.value, ast.Name)}
+  assert names.keys() <= read
+  for node in ast.walk(tree):
+    match node:
+      case ast.keyword(arg, ast.Attribute(ast.Name(variable), 'value')) if arg in names.values():
+        assert names[variable] == arg
+
+
+def flags_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
+  """Yields the variables that hold flags, with the names of these."""
+  for node in tree.body:
+    match node:
+      case ast.Assign([ast.Name(variable)],
+                      ast.Call(ast.Attribute(attr='define_overwrite' | 'define_dtype' |
+                                             'define_vocabulary' as function))):
+        yield variable, function.removeprefix('define_')
+      case ast.Assign([ast.Name(variable)], ast.Call(ast.Attribute(), [ast.Constant(name), *_])):
+        yield variable, name
 
 
 @pytest.mark.parametrize('name', BAD)
