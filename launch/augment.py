@@ -5,8 +5,8 @@
       --length=8192
 
 Writes the decoder's kv-cache and the latents as safetensors, with a JSON file that names the
-decoder. No other decoder can use them. Next, launch/generate.py continues them, with the same
---decoder and --coprocessor and --cache=runs/cache.
+decoder. No other decoder can use them. Next, launch/generate.py continues them, with the
+flags that this command prints.
 """
 
 from shlex import quote

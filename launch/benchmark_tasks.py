@@ -59,7 +59,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _MESH = flags.DEFINE_string(
     'mesh', '', 'Mesh of devices, such as data=1,fsdp=8. Default: the weights on each device.')
 _VOCABULARY = app.define_file(
-    'vocabulary', "Vocabulary of the decoder. Default: the one next to it.", '')
+    'vocabulary', "Path of a vocabulary, or 'byte'. Default: the decoder's own.", '')
 _OVERWRITE = app.define_overwrite('the results in --output')
 
 

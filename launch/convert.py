@@ -4,7 +4,7 @@
   python launch/convert.py --source=gemma3-270m
   python launch/convert.py --source=gemma-2-2b --list
   python launch/convert.py --source=gemma-2-2b --target=decoder
-  python launch/convert.py --source=gemma-2-2b-Q4_K_M.gguf --target=decoder
+  python launch/convert.py --source=gemma-2-2b-Q4_K_M.gguf --target=decoder_q4
   python launch/convert.py --source=runs/decoder/decoder --target=exported --format=huggingface
   python launch/convert.py --coprocessor=runs/coprocessor --target=small --dtype=bfloat16
 
@@ -35,7 +35,7 @@ _FORMAT = flags.DEFINE_enum(
     'format', weights.FORMATS[0], weights.FORMATS, 'Format to write the decoder in.')
 _DTYPE = flags.DEFINE_enum(
     'dtype', None, weights.READABLE,
-    'Dtype to round the weights to. Default: every bit is kept.')
+    'Dtype to round the weights to; needed with --coprocessor. Default: every bit is kept.')
 _LIST = flags.DEFINE_bool(
     'list', False, 'Also list every tensor of the source; without --source, the known names.')
 

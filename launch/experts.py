@@ -9,7 +9,7 @@ The commands, each with its words:
   search WORDS         the same, by words of name, description and text
   show NAME            the card of an expert
   add SOURCE           download an expert: INDEX/NAME, or NAME with --index
-  verify NAME          check files, with --decoder also its traces, with --scores also its scores
+  verify NAME          check files; with --decoder its traces, and with --scores too its scores
   remove NAME          remove an added expert
   publish DIR          list a package in --index, a folder
   compare NAMES        what experts save on --text, as a table; with --output also a picture

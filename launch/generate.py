@@ -50,7 +50,8 @@ _MIN_P = flags.DEFINE_float(
     'min_p', 0.0, 'Keep tokens with at least this share of the largest probability.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the first prompt; each next prompt adds 1.')
 _AT = flags.DEFINE_multi_integer(
-    'at', [], 'Number of decoded tokens after which to make latents. Default: 0')
+    'at', [], 'Number of decoded tokens after which to make latents. Default: 0; none with '
+    '--gate or --cache')
 _EVERY = flags.DEFINE_integer('every', 0, 'Make latents after every so many tokens; 0 for never.')
 _GATE = app.define_directory(
     'gate', 'Directory that launch/gate.py wrote; latents are made where the gate opens.', '')

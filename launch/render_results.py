@@ -2,7 +2,7 @@
 
   python launch/render_results.py
   python launch/render_results.py --check
-  python launch/render_results.py --add=runs/chasing --name=pointer_chasing \\
+  python launch/render_results.py --add=runs/chasing --name=my_chasing \\
       --set="summary=What it shows, in two sentences."
 
 --check compares the pages and writes nothing. --add copies the figures of a finished study or
