@@ -26,9 +26,9 @@ With several slices add --config.mesh.replica, the number of slices. The batch m
 accumulation times the number of chips.
 
 Another decoder goes after a colon. --config=configs/gemma2_2b.py:gemma3_1b is a preset.
---config=configs/gemma2_2b.py:DIRECTORY takes architecture and tokenizer from a directory, in
-any format that launch/convert.py reads; a name such as gemma3-270m does, too. Without either, give
-the path of Gemma's tokenizer: --config.data.vocabulary_path.
+--config=configs/gemma2_2b.py:DIRECTORY takes architecture and tokenizer from a directory, in any
+format that launch/convert.py reads; a name such as gemma3-270m does, too. Without either, give the
+path of Gemma's tokenizer: --config.data.vocabulary_path.
 """
 
 from pathlib import Path

@@ -6,8 +6,8 @@
 
 The job is that of configs/gemma2_2b.py with 64 texts a step. After the colon comes a host and the
 architecture of the decoder, which SETTINGS lists. docs/planner.md has an estimate of each. The
-weights are those of --decoder. A v5e-4 is --topology=v5e:2x2. The
-first command needs pip install -e '.[tpu]'. Text is yours, as in configs/gemma2_2b.py.
+weights are those of --decoder. A v5e-4 is --topology=v5e:2x2. The first command needs
+pip install -e '.[tpu]'. Text is yours, as in configs/gemma2_2b.py.
 """
 
 from configs import gemma2_2b

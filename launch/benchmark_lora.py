@@ -1,6 +1,6 @@
 """Compares an expert with a LoRA on the decoder: seconds, memory, nats gained and lost.
 
-  python launch/benchmark_lora.py --decoder=gemma3-270m --expert=experts/notes \
+  python launch/benchmark_lora.py --decoder=gemma3-270m --expert=experts/notes \\
       --workdir=runs/experts/notes --python=PYTHON --output=lora.json
 
 The LoRA is PEFT's, in bfloat16, on the rows of the expert's training. PYTHON is an interpreter with

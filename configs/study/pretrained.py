@@ -5,11 +5,11 @@
   python launch/study.py --config=configs/study/pretrained.py:smollm2-135m \\
       --workdir=runs/smollm2_study
 
-The decoder is Gemma 3 270M, or SmolLM2-135M. Every arm has the text, batch and rates of
-the decoder's own config, and but for 'paper' its steps. So its 4 latents are the arm 'own'. An arm
+The decoder is Gemma 3 270M, or SmolLM2-135M. Every arm has the text, batch and rates of the
+decoder's own config, and all but 'paper' have its steps. So its 4 latents are the arm 'own'. An arm
 of 400 steps takes about 40 minutes of one CPU core for each of three seeds: choose some with --arm,
-as in the first command. A later command adds
-others: it names the earlier ones too, or has all of them as the second command.
+as in the first command. A later command adds others: it names the earlier ones too, or has all of
+them as the second command.
 
 - 'constant' has soft tokens without a coprocessor. What it gains is no content.
 - 'lora' puts the same adapters on the decoder itself, and trains them by next-token loss.

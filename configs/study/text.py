@@ -9,8 +9,8 @@ Every arm trains for the same number of steps on the same number of traces. The 
 coprocessor's own latents and those of another text.
 
 - The first command has 4 to 32 latents, constant soft tokens, and the decoder finetuned on the same
-  text. Text and decoder are those of the quickstart. text.py:full adds
-  the arms '16, lora coprocessor', 'joint' and 'lora'.
+  text. Text and decoder are those of the quickstart. text.py:full adds the arms
+  '16, lora coprocessor', 'joint' and 'lora'.
 - The second has 8 latents and 4 to 32 ahead tokens.
 - The third has the first command's arms on a decoder of 2 M parameters, which has read the text one
   and a half times.
