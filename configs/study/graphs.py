@@ -14,9 +14,10 @@ and guessing is right half of the time.
 Every document also has links among its questions, each of one arrow. Without them the decoder
 guesses even where one arrow leads to the answer.
 
-The third command has graphs of 26 nodes and 42 arrows. They are as large as those of ProsQA, whose
-questions the fourth command asks of the same trained arms; results.json is then about these. After
-as many steps its decoder still guesses: a null result.
+The third command has graphs of 26 nodes and 42 arrows, as large as those of ProsQA. After as many
+steps its decoder still guesses: a null result. The fourth command asks ProsQA's own questions of
+the same trained arms; results.json is then about these. prosqa_test.json is a file of the ProsQA
+release (github.com/facebookresearch/coconut, data/), which you download.
 """
 
 from dataclasses import asdict, replace

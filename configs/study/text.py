@@ -14,9 +14,9 @@ coprocessor's own latents and those of another text.
 - The second has 8 latents and 4 to 32 ahead tokens.
 - The third has the first command's arms on a decoder of 2 M parameters, which has read the text one
   and a half times.
-- The fourth has them on the quickstart's decoder after 15 tokens a weight, each read once. The arms
-  train on text that the decoder has not read. The text is three times as long: sources of packages
-  that requirements.txt installs.
+- The fourth has them on the quickstart's decoder after 15 tokens a weight, each read once. It also
+  finetunes the decoder at two lower rates. The arms train on text that the decoder has not read.
+  The text is three times as long: sources of packages that requirements.txt installs.
 """
 
 import dataclasses

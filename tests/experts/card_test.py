@@ -53,9 +53,11 @@ def test_damaged_cards_are_refused(change, message):
 
 
 def test_no_card():
-  for content in ([], None, 3, {}, {'format': 1}):
-    with pytest.raises(UserError):
+  for content in ([], None, 3, {}):
+    with pytest.raises(UserError, match='no card of an expert'):
       from_json(content)
+  with pytest.raises(UserError, match=r"lacks \['name'"):
+    from_json({'format': 1})
 
 
 @pytest.mark.parametrize('name', ['astronomy', 'a', 'law-de_1.2', '9'])
@@ -74,7 +76,7 @@ def test_bad_names(name):
 
 def test_bad_addresses():
   for written in ('a@', 'a@xyz', 'a@0123456789ABCDEF', 'a@0123456789abcdef0'):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match='16 hexadecimal digits'):
       split_address(written)
 
 

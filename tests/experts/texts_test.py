@@ -123,6 +123,8 @@ def test_mixed_cuts_of_one_document_are_not_independent():
 
 
 def test_bad_sizes():
-  for sizes in (dict(shortest=0), dict(longest=1, shortest=2), dict(ahead=0), dict(count=-1)):
-    with pytest.raises(UserError):
+  for sizes, message in (
+      (dict(shortest=0), 'shortest = 0'), (dict(longest=1, shortest=2), 'longest = 1'),
+      (dict(ahead=0), 'ahead = 0'), (dict(count=-1), 'count = -1')):
+    with pytest.raises(UserError, match=message):
       CutSizes(**sizes)
