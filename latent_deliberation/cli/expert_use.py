@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -9,11 +10,14 @@ from latent_deliberation.cli.attached import attach_choice, load_named, parse_ex
 from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.experts.attach import Choice, Experts
 from latent_deliberation.experts.card import AUTO
+from latent_deliberation.experts.passages import Passage
 from latent_deliberation.experts.prompt_embeds import EMBEDS, embed_prompt, export
 from latent_deliberation.experts.retrieval import Library, address_of, ask, open_library
 from latent_deliberation.experts.retrieval_trial import (
   SPLITS,
+  Question,
   RetrievalTrial,
+  check_fits,
   hash_of,
   long_enough,
   passages_of,
@@ -22,7 +26,7 @@ from latent_deliberation.experts.retrieval_trial import (
   summarise,
   write_summary,
 )
-from latent_deliberation.files import as_path, check_free, is_here, make_writable
+from latent_deliberation.files import as_path, check_free, is_here, lock, make_writable
 from latent_deliberation.inference.engine import LoadedDecoder
 from latent_deliberation.inference.tokenizer import check_unicode
 
@@ -101,7 +105,8 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
 
   Raises:
     UserError: --sets or --expert names nothing that can be measured, or there are no questions;
-      or --passage is too small, or --output is in an object store.
+      or --passage is too small, or too large for --length, or --output is in an object store;
+      or another process writes it.
   """
   unknown = sorted(set(sets) - SPLITS.keys())
   if unknown or not sets:
@@ -119,7 +124,15 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
   identity = {
       'decoder': loaded.fingerprint, 'mix': mix, 'passage': passage, 'length': length,
       'experts': [address_of(experts, name) for name in mix]}
-  results = {}
+
+  def ask_all(name: str, found: list[Question], passages: list[Passage]) -> dict[str, Any]:
+    library = Library(passages, experts, Path(store) if store else output.with_suffix('.caches'))
+    return summarise(run_trial(
+        RetrievalTrial(experts, loaded.tokenizer, library, mix), found,
+        output.with_suffix(f'.{name}.jsonl'), {**identity, 'questions': hash_of(found)}))
+
+  # Whatever can be wrong with a set, before the first question of the first one.
+  ready = {}
   for name, known in asked.items():
     usable = long_enough(known, loaded.tokenizer, experts.first_anchor + 1, passage)
     if len(usable) < len(known):
@@ -127,9 +140,9 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
                    len(known) - len(usable))
     found = usable[:questions or None]
     passages = passages_of(usable, loaded.tokenizer, passage)
-    library = Library(passages, experts, Path(store) if store else output.with_suffix('.caches'))
-    records = run_trial(
-        RetrievalTrial(experts, loaded.tokenizer, library, mix), found,
-        output.with_suffix(f'.{name}.jsonl'), {**identity, 'questions': hash_of(found)})
-    results[name] = summarise(records)
-  return write_summary(output, results, identity)
+    if found:
+      check_fits(found, passages, loaded.tokenizer, length)
+    ready[name] = found, passages
+  with lock(output.with_suffix('.lock'), f'writes {output}'):
+    results = {name: ask_all(name, *parts) for name, parts in ready.items()}
+    return write_summary(output, results, identity)

@@ -6,6 +6,7 @@
   <output>/samples/ARM/        samples of lm-evaluation-harness, a file a task
   <output>/results.json        everything, for tables and pictures
   <output>/results.md, results.png
+  <output>/run.lock            while a command works there
 
 lm-evaluation-harness builds the prompts and judges the answers, once for each arm. Its first
 request scores all arms; see task_answers.py.
@@ -47,13 +48,14 @@ from latent_deliberation.evaluation.task_report import summarise, write_results
 from latent_deliberation.files import (
   growing_files,
   list_directory,
+  lock,
   make_writable,
   remove_tree,
   write_json,
   write_whole,
 )
 from latent_deliberation.model.decoder import fingerprint
-from latent_deliberation.paths import RESULTS, RUN_FILE
+from latent_deliberation.paths import RESULTS, RUN_FILE, RUN_LOCK
 from latent_deliberation.progress import announced
 from latent_deliberation.provenance import git_commit
 
@@ -121,7 +123,8 @@ def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
   Returns: the content of results.json; {} on other processes than 0.
 
   Raises:
-    UserError: the directory holds another run, or an answer cannot be scored.
+    UserError: the directory holds another run, or another process works there, or an answer cannot
+      be scored.
   """
   arms = tuple(arm for arm in ARMS if arm in plan.arms)
   identity = _identity(model, plan, settings)
@@ -136,21 +139,22 @@ def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
       'data': task_catalog.data_hashes(plan.tasks, plan.data)}, overwrite)
   _check_requests(answers, plan, [
       name for name in plan.tasks if overwrite or not _finished(output, name).exists()])
-  _claim(output, identity, overwrite)
-  with growing_files(output, ANSWERS) as here:
-    answers = TaskAnswers(model, arms, settings, Ledger(here / ANSWERS))
-    for name in plan.tasks:
-      if (path := _finished(output, name)).exists():
-        logging.info('%s is finished already', name)
-        continue
-      logging.info('=== %s', name)
-      write_json(path, _run_task(name, answers, plan, output).to_json())
-  # Tasks of earlier commands stay in the results.
-  earlier = [path.stem for path in list_directory(output / TASKS) if path.suffix == '.json']
-  outcomes = [TaskOutcomes.from_json(json.loads(_finished(output, name).read_bytes()))
-              for name in dict.fromkeys((*plan.tasks, *earlier))]
-  summary = summarise(outcomes, {**identity, 'git_commit': git_commit()})
-  write_results(summary, output)
+  with lock(output / RUN_LOCK, f'works in {output}'):
+    _claim(output, identity, overwrite)
+    finished = _read_finished(output)
+    with growing_files(output, ANSWERS) as here:
+      answers = TaskAnswers(model, arms, settings, Ledger(here / ANSWERS))
+      for name in plan.tasks:
+        if name in finished:
+          logging.info('%s is finished already', name)
+          continue
+        logging.info('=== %s', name)
+        finished[name] = _run_task(name, answers, plan, output)
+        write_json(_finished(output, name), finished[name].to_json())
+    # Tasks of earlier commands stay in the results.
+    outcomes = [finished[name] for name in dict.fromkeys((*plan.tasks, *finished))]
+    summary = summarise(outcomes, {**identity, 'git_commit': git_commit()})
+    write_results(summary, output)
   lead(STOP)
   barrier('benchmarks done')
   return summary
@@ -173,6 +177,24 @@ def _identity(model: ArmModel, plan: Plan, settings: Settings) -> dict[str, Any]
 
 def _finished(output: Path, name: str) -> Path:
   return output / TASKS / f'{name}.json'
+
+
+def _read_finished(output: Path) -> dict[str, TaskOutcomes]:
+  """Returns the outcomes of finished tasks by name.
+
+  Raises:
+    UserError: a file is damaged, or of something else.
+  """
+  found = {}
+  for path in list_directory(output / TASKS):
+    if path.suffix != '.json':
+      continue
+    try:
+      found[path.stem] = TaskOutcomes.from_json(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise UserError(f'{path} holds no outcomes of a task ({type(error).__name__}: {error}): '
+                      'remove it, and the task is scored again from answers.jsonl') from error
+  return found
 
 
 def _check_requests(answers: TaskAnswers, plan: Plan, names: Sequence[str]) -> None:
@@ -214,6 +236,12 @@ def _join(output: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[st
     UserError: there are results of another run, or the directory is of another kind of job.
   """
   saved, data = _read_identity(output), identity['data']
+  if saved is None:
+    # Without run.json these may be scores of any decoder, or files of somebody else.
+    unknown = [name for name in (ANSWERS, TASKS, SAMPLES) if (output / name).exists()]
+    if unknown:
+      raise UserError(f'{output} holds {", ".join(unknown)} and no {RUN_FILE}, which says what they '
+                      'are of: restore it, or give another --output')
   if overwrite:
     return dict(identity)
   if saved is None:
@@ -254,7 +282,7 @@ def _read_identity(output: Path) -> dict[str, Any] | None:
 def _claim(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
   """Notes whose results these are; removes those of before where that is asked for."""
   make_writable(output)
-  if overwrite and (output / RUN_FILE).exists():
+  if overwrite:
     for name in (TASKS, SAMPLES):
       remove_tree(output / name)
     (output / ANSWERS).unlink(missing_ok=True)

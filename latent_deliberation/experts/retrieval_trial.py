@@ -130,6 +130,26 @@ def long_enough(questions: Sequence[Question], tokenizer: Tokenizer, fewest: int
       len(tokenizer.encode(question.context))) >= fewest]
 
 
+def check_fits(questions: Sequence[Question], passages: Sequence[Passage], tokenizer: Tokenizer,
+               length: int) -> None:
+  """Checks that any passage, question and answer fit a cache together.
+
+  Args:
+    length: room in the cache, in tokens.
+
+  Raises:
+    UserError: they do not.
+  """
+  asked = max(len(tokenizer.encode_more(format_question(question.text, True)))
+              + max(len(tokenizer.encode_more(f' {answer}')) for answer in question.answers)
+              for question in questions)
+  passage = max(len(passage.ids) for passage in passages)
+  if passage + asked > length:
+    raise UserError(
+        f'a passage of {passage} tokens and a question with its answer, {asked}, do not fit into '
+        f'--length={length}: give --length={passage + asked}, or a smaller --passage')
+
+
 class RetrievalTrial:
   """Scores the answers of questions in every way."""
 

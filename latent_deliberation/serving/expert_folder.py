@@ -49,11 +49,18 @@ class ExpertFolder:
                      if name in self._experts.names}
     for name, (version, path) in found.items():
       if name not in self._known:
-        self._known[name] = version
-        if name in self._taken:
-          logging.warning('%s is left out: another expert has the name %r', path, name)
-        elif self._experts.attach(name, path):
-          logging.info('The expert %s@%s is attached.', name, version[0])
+        try:
+          self._add(name, version[0], path)
+        except Exception:  # such as no memory; other experts may fit, and the next look tries again
+          logging.exception('%s could not be attached', path)
+        else:
+          self._known[name] = version
+
+  def _add(self, name: str, fingerprint: str, path: Path) -> None:
+    if name in self._taken:
+      logging.warning('%s is left out: another expert has the name %r', path, name)
+    elif self._experts.attach(name, path):
+      logging.info('The expert %s@%s is attached.', name, fingerprint)
 
   def follow(self, seconds: float) -> None:
     """Looks again every so many seconds, in a thread, until `stop` is called."""
@@ -63,7 +70,7 @@ class ExpertFolder:
           self.look()
         except (UserError, OSError) as error:  # half a package, or a folder that has gone
           logging.warning('%s: %s', self._directory, error)
-        except Exception:  # such as no memory for an expert; the next look may find another
+        except Exception:
           logging.exception('%s could not be followed', self._directory)
 
     threading.Thread(target=work, daemon=True, name='expert folder').start()

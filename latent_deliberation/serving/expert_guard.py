@@ -128,7 +128,12 @@ class Deliberation:
       # Latents of another number have no room in the cache that has read the text.
       self._fail(REMOVED, f'{_titles(mix)} came or changed after the text was read')
       return None
-    if not np.asarray(latents.finite).all():
+    try:
+      is_finite = np.asarray(latents.finite).all()
+    except Exception as error:  # the device that computed them failed
+      self.fail(error)
+      return None
+    if not is_finite:
       self._fail(NOT_FINITE, f'the latents of {_titles(mix)} are not finite')
       return None
     self.report = dataclasses.replace(self.report, experts=mix, scores=scores)

@@ -8,6 +8,7 @@ from latent_deliberation.cli import attached
 from latent_deliberation.cli.expert_use import ask_documents, export_prompt, measure_retrieval
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.package import write_package
+from latent_deliberation.files import lock
 from tests.serving import small_server
 
 pytest.importorskip('bm25s')
@@ -89,7 +90,11 @@ def test_measure_retrieval(package, tmp_path):
   assert measure_retrieval(output, **values) == page
   assert output.with_suffix('.sciq.jsonl').read_text() == records
   for changes, message in (({'sets': ['squad']}, '--sets=squad'), ({'expert': 'none'}, 'none'),
+                           ({'length': 32}, 'do not fit into --length=32: give --length='),
                            ({'passage': -1}, 'passage = -1'), ({'passage': 15}, 'passage = 15'),
                            ({'data': tmp_path}, 'sciq/validation.jsonl is missing')):
     with pytest.raises(UserError, match=message):
       measure_retrieval(output, **{**values, **changes})
+  with lock(output.with_suffix('.lock'), f'writes {output}'):
+    with pytest.raises(UserError, match=f'writes {output}: let it end'):
+      measure_retrieval(output, **values)

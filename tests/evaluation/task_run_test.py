@@ -16,6 +16,7 @@ from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.arm_model import ArmModel, Writing, open_arm_model
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
 from latent_deliberation.evaluation.task_run import Plan, _one_filter, run_tasks
+from latent_deliberation.files import lock
 from latent_deliberation.inference import session
 from latent_deliberation.inference.policy import ONCE, Policy
 from latent_deliberation.inference.session import DecodingOptions
@@ -170,6 +171,40 @@ def test_directory_of_another_job(model, data, tmp_path, content, overwrite):
     run_tasks(model, Plan(('piqa',), ('own',), str(data)), Settings(), tmp_path,
               overwrite=overwrite)
   assert path.read_text() == content and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+@pytest.mark.parametrize('left', ['answers.jsonl', 'tasks/piqa.json', 'samples/own/a.jsonl'])
+def test_files_without_run_json(model, data, tmp_path, left, overwrite):
+  """They may be scores of another decoder, or somebody's own: neither taken over nor removed."""
+  path = tmp_path / left
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text('{}')
+  with pytest.raises(UserError, match=f'holds {left.split("/")[0]} and no run.json'):
+    run_tasks(model, Plan(('piqa',), ('own',), str(data)), Settings(), tmp_path,
+              overwrite=overwrite)
+  assert path.read_text() == '{}' and not (tmp_path / 'run.json').exists()
+
+
+def test_damaged_outcomes(finished, model, data, tmp_path):
+  """A task's file that cannot be read is named before anything is scored."""
+  output = tmp_path / 'out'
+  shutil.copytree(finished[0], output)
+  for content in ('{"name": ', '[]', '{"name": "x"}'):
+    (output / 'tasks/other.json').write_text(content)
+    with pytest.raises(UserError, match='other.json holds no outcomes of a task .*remove it'):
+      run_tasks(model, Plan(TASKS, ARMS, str(data)), Settings(), output)
+  (output / 'tasks/other.json').unlink()
+  assert run_tasks(model, Plan(TASKS, ARMS, str(data)), Settings(), output) == finished[1]
+
+
+def test_second_process(finished, model, data):
+  """Another command on the same directory is refused, also one that would remove its results."""
+  output, _ = finished
+  with lock(output / 'run.lock', f'works in {output}'):
+    with pytest.raises(UserError, match=f'works in {output}: let it end'):
+      run_tasks(model, Plan(TASKS, ARMS, str(data)), Settings(), output, overwrite=True)
+  assert (output / 'answers.jsonl').stat().st_size and (output / 'tasks/piqa.json').exists()
 
 
 def test_limit_and_overwrite(model, data, tmp_path):

@@ -40,6 +40,7 @@ def test_router_chooses():
 
 @pytest.mark.parametrize('choice, faults, kind, fault', [
     ('stars', {'stars': 'fails'}, 'failed', r"the expert 'stars' failed \(RuntimeError\)$"),
+    ('stars', {'stars': 'lost'}, 'failed', r"'stars' could not join \(RuntimeError\)"),
     ('stars', {'stars': 'nan'}, 'not_finite', "'stars' are not finite"),
     ('stars', {'stars': 'hangs'}, 'hangs', "'stars' took longer than 2 s"),
     ({'law': 0.5, 'stars': 0.5}, {'stars': 'fails'}, 'failed', "'law', the expert 'stars' failed"),

@@ -14,7 +14,7 @@ class FaultyExperts(Experts):
   """The experts 'stars' and 'law', of which each may fail, hang or give NaN.
 
   Attributes:
-    faults: fault by name: 'fails', 'hangs' or 'nan'.
+    faults: fault by name: 'fails', 'hangs', 'nan' or 'lost', of a device that fails later.
     released: set to let the threads go that hang.
   """
 
@@ -31,10 +31,19 @@ class FaultyExperts(Experts):
         raise RuntimeError('RESOURCE_EXHAUSTED in /a/path')
       if fault == 'hangs':
         self.released.wait(30)
+      if fault == 'lost':
+        return found.replace(finite=Lost())
       if fault == 'nan':
         return found.replace(finite=jnp.zeros_like(found.finite), latents=jax.tree.map(
             lambda leaf: leaf * np.nan, found.latents))
     return found
+
+
+class Lost:
+  """An array of a device that has failed."""
+
+  def __array__(self, *_, **__):
+    raise RuntimeError('the device is lost')
 
 
 class Fixed:

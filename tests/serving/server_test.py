@@ -97,6 +97,27 @@ def test_damaged_package_is_left_out(tmp_path, monkeypatch):
     assert experts.names == ('stars',) and sorted(tried) == ['law', 'stars']
 
 
+def test_expert_without_memory(tmp_path, monkeypatch, caplog):
+  """It is tried again, and the others are served."""
+  write(tmp_path, 'law', 2)
+  write(tmp_path, 'stars', 1)
+  experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
+  attach, room = experts.attach, []
+
+  def attach_if_room(name, path):
+    if name == 'law' and not room:
+      raise MemoryError
+    return attach(name, path)
+
+  monkeypatch.setattr(experts, 'attach', attach_if_room)
+  folder = ExpertFolder(experts, tmp_path)
+  folder.look()
+  assert experts.names == ('stars',) and 'law@2 could not be attached' in caplog.text
+  room.append(True)
+  folder.look()
+  assert set(experts.names) == {'stars', 'law'}
+
+
 def test_link_to_nowhere_in_a_package(tmp_path):
   """Such as the lock of an editor: the others are served."""
   write(tmp_path, 'stars', 1)
