@@ -4,7 +4,6 @@
   python launch/experts.py train --decoder=gemma3-270m --text=notes/ --name=notes --output=expert
 
 The commands, each with its words:
-
   train                make an expert from --text, and write its package to --output
   list                 added experts, or those of --index
   search WORDS         the same, by words of name, description and text

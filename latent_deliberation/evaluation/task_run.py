@@ -240,8 +240,8 @@ def _join(output: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[st
     # Without run.json these may be scores of any decoder, or files of somebody else.
     unknown = [name for name in (ANSWERS, TASKS, SAMPLES) if (output / name).exists()]
     if unknown:
-      raise UserError(f'{output} holds {", ".join(unknown)} and no {RUN_FILE}, which says what they '
-                      'are of: restore it, or give another --output')
+      raise UserError(f'{output} holds {", ".join(unknown)} and no {RUN_FILE}, which says what '
+                      'they are of: restore it, or give another --output')
   if overwrite:
     return dict(identity)
   if saved is None:
