@@ -73,7 +73,8 @@ def run(job: Callable[..., None], prepare: Callable[[], None] = lambda: None,
   """Parses the flags and runs the job.
 
   A UserError ends the process with code 1 and "Error: " and its message. Its traceback is logged
-  with --verbosity=1. Any other exception is a bug, or bad luck, and keeps its traceback.
+  with --verbosity=1. So does a file without permission. Any other exception is a bug, or bad luck,
+  and keeps its traceback.
 
   Args:
     job: the work of the script.
@@ -81,9 +82,11 @@ def run(job: Callable[..., None], prepare: Callable[[], None] = lambda: None,
     takes_words: whether the job is given the arguments that are no flags; else there may be none.
   """
   # A sign that a terminal's encoding lacks must not end a run.
-  for stream in (sys.stdout, sys.stderr):
+  # A typed line of another encoding is refused where it is used; the next one may be right.
+  for stream, errors in ((sys.stdout, 'backslashreplace'), (sys.stderr, 'backslashreplace'),
+                         (sys.stdin, 'surrogateescape')):
     if isinstance(stream, io.TextIOWrapper):  # not one of a notebook, or None where it is closed
-      stream.reconfigure(errors='backslashreplace')
+      stream.reconfigure(errors=errors)
   _define_common()
   signal.signal(signal.SIGTERM, _terminate)
   try:
@@ -103,6 +106,12 @@ def run(job: Callable[..., None], prepare: Callable[[], None] = lambda: None,
   except (UserError, StoreError) as error:
     logging.debug('the error below, with its traceback:', exc_info=True)
     raise SystemExit(f'Error: {error}') from None  # printed to stderr, with code 1
+  except PermissionError as error:
+    if error.filename is None:  # of something else than a file
+      raise
+    logging.debug('the error below, with its traceback:', exc_info=True)
+    raise SystemExit(f'Error: {error.filename}: {error.strerror}. Change its permissions, or give '
+                     'another path') from None
 
 
 def _has_reader() -> bool:

@@ -60,6 +60,10 @@ def ask_documents(question: str, *, decoder: str, documents: str, expert: str, a
   if not Path(documents).is_dir():
     raise UserError(f'--documents={documents}: there is no such folder')
   check_unicode(question, 'the question')
+  if not question.strip():
+    raise UserError('ask: the question is empty: give one')
+  check_integer('passage', passage, 16)
+  check_integer('max_tokens', max_tokens, 1)
   if passage + max_tokens >= length:
     raise UserError(f'--passage={passage} and --max_tokens={max_tokens} do not fit into '
                     f'--length={length} beside a question: raise --length, or lower one of the two')

@@ -104,11 +104,17 @@ def read_conventions(checkpoint: Checkpoint) -> Conventions:
   generation, config, tokenizer, added, processor = (
       _read(directory / name) for name in (GENERATION, CONFIG, TOKENIZER_CONFIG, ADDED, PROCESSOR))
   # Gemma 3 has the part of its config that is about text in a part of its own.
-  ends = [found for each in (generation, config, config.get('text_config') or {})
+  of_text = config.get('text_config') or {}
+  if not isinstance(of_text, dict):
+    raise UserError(f'{directory / CONFIG}: text_config = {of_text!r:.40}, and an object is '
+                    'expected: download it again')
+  ends = [found for each in (generation, config, of_text)
           for found in _ids(directory, each.get('eos_token_id'))]
   try:
     special = {}
     for number, token in (tokenizer.get('added_tokens_decoder') or {}).items():
+      if not isinstance(token['content'], str):
+        _refuse(f'content = {token["content"]!r:.40}')
       (special if token.get('special') else added)[token['content']] = int(number)
     bos, eos = (piece_of(tokenizer.get(name)) for name in ('bos_token', 'eos_token'))
     return _known(checkpoint, Conventions(
@@ -128,9 +134,10 @@ def _read_gguf(checkpoint: Checkpoint) -> Conventions:
 
 
 def _known(checkpoint: Checkpoint, found: Conventions) -> Conventions:
-  """Returns the conventions without ids that the decoder has no embedding for."""
+  """Returns the conventions without empty pieces, and ids that the decoder has no embedding for."""
   size = checkpoint.config.vocab_size
-  special, added = ({piece: number for piece, number in pieces.items() if 0 <= number < size}
+  special, added = ({piece: number for piece, number in pieces.items()
+                     if piece and 0 <= number < size}
                     for pieces in (found.special, found.added))
   ends = tuple(dict.fromkeys(number for number in found.ends if 0 <= number < size))
   return dataclasses.replace(found, ends=ends, special=special, added=added)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 from flax.serialization import from_state_dict, to_state_dict
 from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors.flax import load_file
 
 from latent_deliberation.array_types import PyTree
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
@@ -39,6 +39,7 @@ from latent_deliberation.inference.passes import Augmentation, Model, State
 from latent_deliberation.inference.prompt_arrays import Prompts
 from latent_deliberation.inference.ring_cache import CachePlan
 from latent_deliberation.inference.tokenizer import IDS_BEFORE, Tokenizer
+from latent_deliberation.model.checkpoints.safetensors_io import save_tensors
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.paths import with_current_names
@@ -71,11 +72,7 @@ def save(directory: Path, engine: Engine, state: State,
                  **_layout(engine)}
   with whole_directory(as_path(directory)) as partial, explain_failed_write(directory):
     with new_file(partial / _ARRAYS) as path:
-      try:
-        save_file(arrays, path)
-      except SafetensorError as error:  # its own class for a full disk
-        raise OSError(error) from error
-      path.chmod(0o644)  # safetensors lets only the owner read it
+      save_tensors(path, arrays)
       description['sha256'] = sha256_of(path)
     (partial / _DESCRIPTION).write_text(json.dumps(seal(description), indent=2) + '\n')
 

@@ -70,17 +70,18 @@ def cache_bytes(plan: CachePlan, config: TransformerConfig, dtype: str) -> int:
   return 2 * slots * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
-def check_length(config: TransformerConfig, length: int, dtype: str,
-                 mesh: Mesh | None = None) -> None:
-  """Raises UserError where the cache of one text of `length` tokens would not fit the memory."""
+def check_length(config: TransformerConfig, length: int, dtype: str, mesh: Mesh | None = None,
+                 texts: int = 1) -> None:
+  """Raises UserError where the cache of texts of `length` tokens would not fit the memory."""
   check_integer('length', length, 1)
-  needed = cache_bytes(plan_cache(config, length), config, dtype)
+  needed = texts * cache_bytes(plan_cache(config, length), config, dtype)
   # A mesh divides the cache, and tells itself where it does not fit.
   available = None if mesh is not None else _memory(jax.local_devices()[0])
   if available is not None and needed > available:
-    raise UserError(f'length = {length}: the kv-cache of one text would take '
+    whose, fewer = ('one text', '') if texts == 1 else (f'{texts} texts', ' or fewer rows (--rows)')
+    raise UserError(f'length = {length}: the kv-cache of {whose} would take '
                     f'{needed / 2**30:,.1f} GiB, and the device has {available / 2**30:,.1f} GiB: '
-                    'give a smaller length (--length)')
+                    f'give a smaller length (--length){fewer}')
 
 
 def _memory(device: jax.Device) -> int | None:

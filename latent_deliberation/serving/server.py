@@ -15,6 +15,7 @@ from latent_deliberation.errors import UserError
 from latent_deliberation.experts.added import added_directory
 from latent_deliberation.experts.attach import Experts
 from latent_deliberation.inference.engine import GREEDY, LoadedDecoder
+from latent_deliberation.inference.ring_cache import check_length
 from latent_deliberation.inference.session import ends_of
 from latent_deliberation.progress import announced
 from latent_deliberation.serving.batcher import Batcher, TextRequest
@@ -135,6 +136,7 @@ def run_server(options: ServerOptions, warm_up: bool = True) -> None:
   _listen(options.host, options.port).close()  # a port that is taken is told before the long part
   own = {OWN_EXPERT: load_coprocessor(options.coprocessor)} if options.coprocessor else {}
   loaded = load_decoder(options.decoder, vocabulary=options.vocabulary, dtype=options.dtype)
+  check_length(loaded.config, options.length, loaded.dtype, texts=options.rows)
   experts = Experts(loaded, own, length=options.length, router=options.router, strict=True)
   experts.strict = False  # unlike the coprocessor, experts of the folder may be left out
   folder = None

@@ -297,13 +297,13 @@ def _check_room(study: Study, first: int) -> None:
 
 
 def check_same_anchor_tokens(choices: Mapping[str, DeliberationConfig]) -> None:
-  """Raises UserError if arms on text would be scored at different anchors."""
+  """Raises UserError if text would be scored at different anchors."""
   (first, expected), *others = ((name, each.anchor_tokens) for name, each in choices.items())
   for name, anchor_tokens in others:
     if anchor_tokens != expected:
       raise UserError(
-          f'arms.{name} has anchor_tokens = {anchor_tokens}, arms.{first} has {expected}. Arms are '
-          "scored on text at the same anchors. Set anchor_tokens in the study's experiment.")
+          f'{name} has anchor_tokens = {anchor_tokens}, {first} has {expected}. All are scored on '
+          "text at the same anchors. Set anchor_tokens in the study's experiment.")
 
 
 class TextScorer:
@@ -326,8 +326,10 @@ class TextScorer:
     self._held_out = open_held_out(experiment, prepared_dir, mesh)
     # The same traces for all arms and seeds, so that each text's targets are the same.
     self._seed = experiment.seed
-    # Anchors that every arm can use, so that all arms get the same ones.
-    choices = {name: study.variant(name, study.seeds[0]).deliberation for name in study.arms}
+    # Anchors that every arm can use, so that all arms get the same ones. The frozen decoder's are
+    # those of the experiment.
+    choices = {'experiment': experiment.deliberation, **{
+        f'arms.{name}': study.variant(name, study.seeds[0]).deliberation for name in study.arms}}
     check_same_anchor_tokens(choices)
     self._first_anchor = max(choice.first_anchor for choice in choices.values())
     check_reach(experiment, self._held_out, study.name, self._first_anchor)

@@ -47,6 +47,8 @@ def test_ask_refuses(package, tmp_path):
                            ({'documents': str(tmp_path / 'no')}, 'no such folder'),
                            ({'question': 'who \udcff'}, 'the question .*not Unicode'),
                            ({'passage': 200}, '--passage=200 .*--length=96'),
+                           ({'passage': 15}, 'passage = 15'), ({'max_tokens': 0}, 'max_tokens = 0'),
+                           ({'question': ' '}, 'the question is empty'),
                            ({'decoder': ''}, '--decoder is missing')):
     with pytest.raises(UserError, match=message):
       ask(tmp_path, package, **changes)

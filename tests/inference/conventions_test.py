@@ -64,6 +64,8 @@ def test_tokenizer_knows_the_conventions_of_its_decoder(tmp_path):
     ('config', [1], r'config.json holds \[1\]'),
     ('generation_config', {'eos_token_id': 'end'}, "eos_token_id = 'end'"),
     ('tokenizer_config', {'added_tokens_decoder': {'5': '<turn>'}}, 'tokenizer_config.json'),
+    ('tokenizer_config', {'added_tokens_decoder': {'5': {'content': 5}}}, 'content = 5'),
+    ('config', {'text_config': [1]}, r'text_config = \[1\]'),
     ('tokenizer_config', {'chat_template': [{'name': 'default'}]}, 'tokenizer_config.json'),
     ('added_tokens', {'<turn>': 'five'}, 'added_tokens.json'),
     ('generation_config', {'eos_token_id': [1, 1.5]}, r'eos_token_id = \[1, 1.5\]')])
@@ -87,7 +89,7 @@ def test_gguf_metadata_say_the_same(tmp_path):
 def test_templates_and_pieces_are_found(tmp_path):
   """A file of its own comes first, and one of several templates is for plain conversations."""
   tokens = {'5': {'content': '<turn>', 'special': True}, '6': {'content': 'word', 'special': False},
-            '900': {'content': '<image>', 'special': True}}
+            '900': {'content': '<image>', 'special': True}, '7': {'content': '', 'special': True}}
   several = [{'name': 'tools', 'template': 'a'}, {'name': 'default', 'template': 'b'}]
   found = read(tmp_path, tokenizer_config={
       'added_tokens_decoder': tokens, 'bos_token': {'content': '<s>'}, 'eos_token': '</s>',

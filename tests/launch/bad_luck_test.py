@@ -86,6 +86,20 @@ def test_reader_that_has_gone(tmp_path):
   assert process.returncode == 141 and 'Traceback' not in said and 'Exception' not in said, said
 
 
+def test_file_without_permission(tmp_path):
+  """It is named without a traceback. A typed line of another encoding can be read and refused."""
+  typed = tmp_path / 'typed'
+  typed.write_bytes(b'caf\xe9\n')
+  with typed.open('rb') as lines:
+    process = begin_script(
+        tmp_path, 'print(ascii(sys.stdin.readline()))',
+        "raise PermissionError(13, 'Permission denied', '/secret')", stdin=lines,
+        stdout=subprocess.PIPE)
+    printed, said = process.communicate(timeout=120)
+  assert (process.returncode, printed) == (1, r"'caf\udce9\n'" + '\n'), said
+  assert 'Error: /secret: Permission denied. Change' in said and 'Traceback' not in said
+
+
 def begin(said: Path | None, *arguments: str,
           largest_file: str = 'unlimited') -> subprocess.Popen:
   """Starts a pretraining of some seconds.

@@ -247,6 +247,8 @@ def test_run_server(tmp_path, monkeypatch, capsys):
   printed = capsys.readouterr().out
   assert "Serving tiny with the experts ['stars'] at http://127.0.0.1:" in printed
   assert served == [0]
+  with pytest.raises(UserError, match='kv-cache of 1024 texts .* or fewer rows'):
+    run_server(ServerOptions('tiny', port=0, experts='none', length=10**9, rows=1024))
 
 
 def test_port_that_is_taken():

@@ -146,10 +146,10 @@ def test_too_many_refining_latents(tmp_path):
 
 def test_text_arms_share_anchor_tokens():
   choices = {name: tiny.deliberator(anchor_tokens=anchor_tokens).config
-             for name, anchor_tokens in (('one', (3,)), ('other', (3, 4)))}
+             for name, anchor_tokens in (('arms.one', (3,)), ('arms.other', (3, 4)))}
   with pytest.raises(UserError, match=r'arms.other .*\(3, 4\), arms.one .*\(3,\)'):
     check_same_anchor_tokens(choices)
-  check_same_anchor_tokens({'one': choices['one']})
+  check_same_anchor_tokens({'arms.one': choices['arms.one']})
 
 
 CHAIN_CONFIG = TransformerConfig(

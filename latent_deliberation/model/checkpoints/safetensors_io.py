@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import list_directory, new_file
+from latent_deliberation.files import explain_failed_write, list_directory, new_file
 from latent_deliberation.model.checkpoints.source import Stored, refuse_pickles
 from latent_deliberation.progress import Progress
 
@@ -137,6 +137,22 @@ def _header(path: Path) -> dict[str, Stored]:
                     'again') from error
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Array],
+                 metadata: Mapping[str, str] | None = None) -> None:
+  """Writes one safetensors file.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  held = {name: np.asarray(value, order='C') for name, value in tensors.items()}
+  with explain_failed_write(path):
+    try:
+      save_file(held, path, metadata=metadata)
+    except SafetensorError as error:  # its own class for a full disk
+      raise OSError(error) from error
+    path.chmod(0o644)  # safetensors makes it readable for its owner only
+
+
 def write_tensors(directory: Path, stem: str, sizes: Mapping[str, int],
                   tensors: Iterable[tuple[str, np.ndarray]], file_bytes: int = FILE_BYTES) -> None:
   """Writes <stem>.safetensors, or files <stem>-00001-of-... and an index if one would be too large.
@@ -157,12 +173,11 @@ def write_tensors(directory: Path, stem: str, sizes: Mapping[str, int],
   for number, names in enumerate(files, start=1):
     part = '' if len(files) == 1 else f'-{number:05d}-of-{len(files):05d}'
     # Make the tensors of this file on every process. Process 0 writes them.
-    held = {name: np.asarray(value, order='C') for name, value in islice(tensors, len(names))}
+    held = dict(islice(tensors, len(names)))
     if jax.process_index() == 0:
       with new_file(directory / f'{stem}{part}.safetensors') as path:
         # transformers refuses a file without the name of a format.
-        save_file(held, path, metadata={'format': 'pt'})
-        path.chmod(0o644)  # safetensors makes it readable for its owner only
+        save_tensors(path, held, {'format': 'pt'})
     weight_map |= dict.fromkeys(held, f'{stem}{part}.safetensors')
     del held  # before the tensors of the next file are made
     progress.update(len(weight_map))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from latent_deliberation.errors import UserError
@@ -41,6 +41,15 @@ def test_read_names_and_values(directory):
       'A': ((8, 4), 'float32'), 'B': ((3,), 'float16'), 'C': ((2, 3, 4), 'bfloat16')}
   foreign.assert_same(foreign.read_all(source, 'ABC'),
                       {name.upper(): array for name, array in ARRAYS.items()})
+
+
+def test_full_disk(tmp_path, monkeypatch):
+  """safetensors has a class of its own for it."""
+  def save(*_, **__):
+    raise SafetensorError('No space left on device')
+  monkeypatch.setattr(safetensors_io, 'save_file', save)
+  with pytest.raises(UserError, match='model.safetensors cannot be written to .*No space left'):
+    write_tensors(tmp_path, 'model', {'a': 128}, [('a', ARRAYS['a'])])
 
 
 def test_read_leading_part(directory):
