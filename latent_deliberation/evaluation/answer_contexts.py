@@ -58,6 +58,11 @@ class Context:
   requests: dict[int, list[int]] = dataclasses.field(default_factory=dict)
   partner: int | None = None
 
+  @property
+  def before_latents(self) -> tuple[int, ...]:
+    """The ids that the latents are made from."""
+    return self.ids[:self.anchor + 1]
+
   def add(self, number: int, continuation: tuple[int, ...]) -> None:
     """Adds the continuation of a request."""
     rest = self.ids[self.anchor + 1:]
@@ -103,7 +108,8 @@ def find_partners(contexts: Sequence[Context], members: Sequence[int]) -> None:
 
   Nearest is in the order of packing, first among `members` that begin alike, as those with the same
   examples do. So another example's latents do not depend on the number of contexts in a call, or on
-  which are scored. Without any other item, and outside of `members`, a context is its own partner.
+  which are scored. An item with an equal text up to the anchor, which has the same latents, counts
+  as the same. Without any other item, and outside of `members`, a context is its own partner.
   """
   for alike in by_beginning(contexts, members).values():
     _pair(contexts, alike)
@@ -121,7 +127,8 @@ def _pair(contexts: Sequence[Context], members: Sequence[int]) -> None:
       nearest = itertools.chain(range(place)[::-1], range(place + 1, len(order)))
       others = (order[at] for at in nearest)
       contexts[number].partner = next(
-          (other for other in others if contexts[other].item != contexts[number].item), None)
+          (other for other in others if contexts[other].item != contexts[number].item
+           and contexts[other].before_latents != contexts[number].before_latents), None)
 
 
 def by_beginning(contexts: Sequence[Context], members: Iterable[int]) -> dict[tuple, list[int]]:

@@ -4,6 +4,7 @@
 come by a policy, as after every 16 tokens, answers and texts go through the engine of inference.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -271,7 +272,12 @@ class ArmModel:
         policy=NEVER if arm == FROZEN or anchors else policy)
     lengths = np.array([len(prompt) for prompt in prompts])
     session.check_lengths(engine, lengths, options)
-    order = sorted(range(len(prompts)), key=lambda number: (lengths[number], number))
+    # Texts that repeat an earlier one come last, since neighbours lend each other their latents.
+    times, seen = [], collections.Counter()
+    for head in map(tuple, heads):
+      times.append(seen[head])
+      seen[head] += 1
+    order = sorted(range(len(prompts)), key=lambda number: (times[number], lengths[number], number))
     shared = _read_shared(engine, heads)
     skip = set(skip)
     left = [place for place in range(len(order)) if order[place] not in skip]

@@ -92,6 +92,7 @@ def evaluate(experiment: Experiment, *, decoder_dir: Path, coprocessor_dir: Path
   checkpoint = open_frozen(experiment.decoder, decoder_dir)
   held_out = open_held_out(experiment, prepared_dir, mesh)
   check_rows_vocabulary(held_out.rows, checkpoint)
+  check_reach(experiment, held_out, str(prepared_dir))
   constant_experiment = constant_variant(experiment)
   coprocessor_dir, notes = find_trained(experiment, coprocessor_dir, held_out.rows), []
   if constant_dir:

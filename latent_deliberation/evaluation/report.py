@@ -111,7 +111,7 @@ def summarise(report: Report, samples: int = 2000, seed: int = 0) -> dict[str, A
     'num_ahead': report.num_ahead,
     'arms': {name: _pick(curve, shown) for name, curve in curves.items()},
     'content_effect': None if content is None else _pick(_change(content), shown),
-    'bar': None if content is None else _gain(changes[OWN], content, reached),
+    'bar': None if content is None else _gain(changes[OWN], content, reached, report.documents),
     'texts': len(frozen.count),
     'rows': report.rows or len(frozen.count),
     'documents': report.documents,
@@ -143,12 +143,14 @@ def _pick(curve: Mapping[str, list], indices: Iterable[int]) -> dict[str, list]:
   return {name: [values[at] for at in indices] for name, values in curve.items()}
 
 
-def _gain(own: Change, content: Change, reached: np.ndarray) -> dict[str, Any]:
+def _gain(own: Change, content: Change, reached: np.ndarray,
+          documents: int | None) -> dict[str, Any]:
   """Returns whether own latents are below the frozen decoder and below shuffled latents.
 
   Against the frozen decoder the whole interval must be below zero. Against shuffled latents the
   point estimate is enough; the interval is stated too. No gain is shown if a position was not
-  scored, and is then absent, or if fewer than FEWEST_TEXTS texts reach it.
+  scored, and is then absent, or if fewer than FEWEST_TEXTS texts reach it, or documents are held
+  out.
   """
   scored = len(own.percent)
   frozen = {str(at): bool(own.high[at - 1] < 0) for at in BELOW_FROZEN if at <= scored}
@@ -158,7 +160,8 @@ def _gain(own: Change, content: Change, reached: np.ndarray) -> dict[str, Any]:
     for at in BELOW_SHUFFLED if at <= scored}
   passed = (len(frozen) == len(BELOW_FROZEN) and len(shuffled) == len(BELOW_SHUFFLED)
             and all(frozen.values()) and all(below['point'] for below in shuffled.values())
-            and bool(reached[:max(BELOW_SHUFFLED)].min() >= FEWEST_TEXTS))
+            and bool(reached[:max(BELOW_SHUFFLED)].min() >= FEWEST_TEXTS)
+            and (documents is None or documents >= FEWEST_TEXTS))
   return {'passed': passed, 'own_below_frozen': frozen, 'own_below_shuffled': shuffled}
 
 

@@ -31,6 +31,20 @@ def test_alone_with_its_beginning(monkeypatch):
   assert [context.partner for context in contexts] == [1, 0, 1]
 
 
+def test_equal_texts_are_no_partners():
+  """Their latents are those of the item itself."""
+  same, other = ids(6), ids(6)
+  contexts = group([Request(context, (2,), item=item)
+                    for item, context in enumerate((same, same, other, same))])
+  find_partners(contexts, range(4))
+  assert [context.partner for context in contexts] == [2, 2, 1, 2]
+  # Texts that part after the anchor have the same latents, too.
+  contexts = group([Request((*same, *ids(2)), (2,), anchor=5, item=item) for item in range(2)]
+                   + [Request((*other, *ids(2)), (2,), anchor=5, item=2)])
+  find_partners(contexts, range(3))
+  assert [context.partner for context in contexts] == [2, 2, 1]
+
+
 @pytest.mark.parametrize('request_, said', [
     (Request((1, 2), ()), 'continuation of request 0'), (Request((), (1,)), 'context of request 0'),
     (Request((1, 2), (3,), anchor=2), 'anchor 2')])

@@ -227,6 +227,9 @@ def test_parts_of_few_documents_are_no_evidence():
   assert state_gain(written_summary(documents=7)).startswith(
       'Too few documents to tell whether latents gain: 7 are held out, and 20 are needed. The 200 ')
   assert state_gain(written_summary(documents=20)) == state_gain(written_summary())
+  for documents, passed in ((7, False), (20, True), (None, True)):
+    summary = summarise(make_report(EVERY_ARM, documents=documents))
+    assert summary['bar']['passed'] == passed
 
 
 def test_bar_missed_everywhere():

@@ -37,6 +37,14 @@ def texts_of(model, prompts, arm, batch_size=0, skip=()):
           for number, text in zip(written.numbers, written.texts, strict=True)}
 
 
+def test_repeated_texts_lend_no_latents(loud):
+  """The latents of an equal prompt would be the prompt's own."""
+  same, other = (loud.tokenizer.encode(text) for text in (
+      'Document 5: the 5th of the forty. Document 1:', 'Document 7: of the forty. Document 2:' * 2))
+  own, shuffled = (texts_of(loud, [same, same, other], arm) for arm in ('own', 'shuffled'))
+  assert shuffled[0] == shuffled[1] != own[1] == own[0]
+
+
 def test_shuffled_texts(loud):
   """A text has the latents of the next shorter prompt, whatever is written beside it."""
   prompts = [loud.tokenizer.encode('Document 5: ' + 'the 5th of the forty. ' * (1 + number % 3)
