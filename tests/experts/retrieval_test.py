@@ -16,9 +16,9 @@ from latent_deliberation.experts.retrieval import (
   format_question,
   open_library,
 )
-from latent_deliberation.inference import prefix_cache
 from latent_deliberation.inference.policy import NEVER, ONCE
 from latent_deliberation.inference.session import DecodingOptions, generate
+from latent_deliberation.model.checkpoints import safetensors_io
 from tests.serving import small_server
 
 pytest.importorskip('bm25s')
@@ -126,11 +126,11 @@ def test_damaged_caches_are_made_anew(documents, experts, warnings, damage):
 
 def test_full_disk_leaves_the_answer(documents, experts, warnings, monkeypatch):
   """What cannot be kept is a warning."""
-  def full(*unused):
+  def full(*unused, **options):
     raise SafetensorError('No space left on device (os error 28)')
 
   expected = answer(open_library(documents, experts, TOKENIZER), experts, choice='stars').text
-  monkeypatch.setattr(prefix_cache, 'save_file', full)
+  monkeypatch.setattr(safetensors_io, 'save_file', full)
   library = open_library(documents, experts, TOKENIZER, store=documents / 'other')
   assert answer(library, experts, choice='stars').text == expected
   assert len(warnings) == 1 and 'No space left' in warnings[0]

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from latent_deliberation.array_types import Array
 from latent_deliberation.errors import UserError
-from latent_deliberation.files import explain_failed_write, list_directory, new_file
+from latent_deliberation.files import list_directory, new_file
 from latent_deliberation.model.checkpoints.source import Stored, refuse_pickles
 from latent_deliberation.progress import Progress
 
@@ -142,15 +142,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Array],
   """Writes one safetensors file.
 
   Raises:
-    UserError: the file cannot be written.
+    OSError: the file cannot be written.
   """
   held = {name: np.asarray(value, order='C') for name, value in tensors.items()}
-  with explain_failed_write(path):
-    try:
-      save_file(held, path, metadata=metadata)
-    except SafetensorError as error:  # its own class for a full disk
-      raise OSError(error) from error
-    path.chmod(0o644)  # safetensors makes it readable for its owner only
+  try:
+    save_file(held, path, metadata=metadata)
+  except SafetensorError as error:  # its own class for a full disk
+    raise OSError(error) from error
+  path.chmod(0o644)  # safetensors makes it readable for its owner only
 
 
 def write_tensors(directory: Path, stem: str, sizes: Mapping[str, int],
