@@ -190,12 +190,13 @@ def test_damaged_outcomes(finished, model, data, tmp_path):
   """A task's file that cannot be read is named before anything is scored."""
   output = tmp_path / 'out'
   shutil.copytree(finished[0], output)
+  before = json.loads((output / 'results.json').read_bytes())
   for content in ('{"name": ', '[]', '{"name": "x"}'):
     (output / 'tasks/other.json').write_text(content)
     with pytest.raises(UserError, match='other.json holds no outcomes of a task .*remove it'):
       run_tasks(model, Plan(TASKS, ARMS, str(data)), Settings(), output)
   (output / 'tasks/other.json').unlink()
-  assert run_tasks(model, Plan(TASKS, ARMS, str(data)), Settings(), output) == finished[1]
+  assert run_tasks(model, Plan(TASKS, ARMS, str(data)), Settings(), output) == before
 
 
 def test_second_process(finished, model, data):
