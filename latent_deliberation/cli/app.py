@@ -72,8 +72,8 @@ def run(job: Callable[..., None], prepare: Callable[[], None] = lambda: None,
         takes_words: bool = False) -> None:
   """Parses the flags and runs the job.
 
-  A UserError ends the process with code 1 and "Error: " and its message. Its traceback is logged
-  with --verbosity=1. So does a file without permission. Any other exception is a bug, or bad luck,
+  A UserError ends the process with code 1 and "Error: " and its message, and so does a file without
+  permission. The traceback is logged with --verbosity=1. Any other exception is a bug, or bad luck,
   and keeps its traceback.
 
   Args:
@@ -81,8 +81,8 @@ def run(job: Callable[..., None], prepare: Callable[[], None] = lambda: None,
     prepare: called after the flags are parsed and before jax has devices.
     takes_words: whether the job is given the arguments that are no flags; else there may be none.
   """
-  # A sign that a terminal's encoding lacks must not end a run.
-  # A typed line of another encoding is refused where it is used; the next one may be right.
+  # A sign that a terminal's encoding lacks must not end a run. Nor must a typed line of another
+  # encoding: it is refused where it is used, and the next one may be right.
   for stream, errors in ((sys.stdout, 'backslashreplace'), (sys.stderr, 'backslashreplace'),
                          (sys.stdin, 'surrogateescape')):
     if isinstance(stream, io.TextIOWrapper):  # not one of a notebook, or None where it is closed

@@ -7,17 +7,23 @@ from typing import Any
 from absl import logging
 
 from latent_deliberation.cli.attached import attach_choice, load_named, parse_expert
-from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.errors import UserError
 from latent_deliberation.experts.attach import Choice, Experts
 from latent_deliberation.experts.card import AUTO
-from latent_deliberation.experts.passages import Passage
+from latent_deliberation.experts.passages import Passage, check_passage_size
 from latent_deliberation.experts.prompt_embeds import EMBEDS, embed_prompt, export
-from latent_deliberation.experts.retrieval import Library, address_of, ask, open_library
+from latent_deliberation.experts.retrieval import (
+  Library,
+  address_of,
+  ask,
+  check_question,
+  open_library,
+)
 from latent_deliberation.experts.retrieval_trial import (
   SPLITS,
   Question,
   RetrievalTrial,
-  check_fits,
+  check_askable,
   hash_of,
   long_enough,
   passages_of,
@@ -60,10 +66,8 @@ def ask_documents(question: str, *, decoder: str, documents: str, expert: str, a
   if not Path(documents).is_dir():
     raise UserError(f'--documents={documents}: there is no such folder')
   check_unicode(question, 'the question')
-  if not question.strip():
-    raise UserError('ask: the question is empty: give one')
-  check_integer('passage', passage, 16)
-  check_integer('max_tokens', max_tokens, 1)
+  check_question(question, at, max_tokens)
+  check_passage_size(passage)
   if passage + max_tokens >= length:
     raise UserError(f'--passage={passage} and --max_tokens={max_tokens} do not fit into '
                     f'--length={length} beside a question: raise --length, or lower one of the two')
@@ -115,7 +119,7 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
   unknown = sorted(set(sets) - SPLITS.keys())
   if unknown or not sets:
     raise UserError(f'--sets={",".join(sets)}: give some of {list(SPLITS)}')
-  check_integer('passage', passage, 16)
+  check_passage_size(passage)
   if not is_here(output):
     raise UserError(f'--output={output}: give a file of this machine, since records and caches '
                     'grow beside it')
@@ -144,8 +148,7 @@ def measure_retrieval(output: Path, *, decoder: str, expert: str, data: Path, se
                    len(known) - len(usable))
     found = usable[:questions or None]
     passages = passages_of(usable, loaded.tokenizer, passage)
-    if found:
-      check_fits(found, passages, loaded.tokenizer, length)
+    check_askable(found, passages, loaded.tokenizer, length)
     ready[name] = found, passages
   with lock(output.with_suffix('.lock'), f'writes {output}'):
     results = {name: ask_all(name, *parts) for name, parts in ready.items()}

@@ -137,11 +137,10 @@ def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
   identity = _join(output, {
       **identity, 'lm_eval': importlib.metadata.version('lm_eval'),
       'data': task_catalog.data_hashes(plan.tasks, plan.data)}, overwrite)
-  _check_requests(answers, plan, [
-      name for name in plan.tasks if overwrite or not _finished(output, name).exists()])
+  finished = {} if overwrite else _read_finished(output)
+  _check_requests(answers, plan, [name for name in plan.tasks if name not in finished])
   with lock(output / RUN_LOCK, f'works in {output}'):
     _claim(output, identity, overwrite)
-    finished = _read_finished(output)
     with growing_files(output, ANSWERS) as here:
       answers = TaskAnswers(model, arms, settings, Ledger(here / ANSWERS))
       for name in plan.tasks:
@@ -242,12 +241,10 @@ def _join(output: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[st
     if unknown:
       raise UserError(f'{output} holds {", ".join(unknown)} and no {RUN_FILE}, which says what '
                       'they are of: restore it, or give another --output')
-  if overwrite:
-    return dict(identity)
-  if saved is None:
-    if (output / f'{RESULTS}.json').exists():
+    if not overwrite and (output / f'{RESULTS}.json').exists():
       raise UserError(f'{output} holds a {RESULTS}.json of something else: give another --output, '
                       'or add --overwrite')
+  if saved is None or overwrite:
     return dict(identity)
   saved_data = saved.get('data', {})
   found = [*differences({**saved, 'data': {}}, {**identity, 'data': {}}),

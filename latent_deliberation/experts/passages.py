@@ -42,6 +42,11 @@ class Passage:
     return hashlib.sha256(np.array(self.ids, np.int32).tobytes()).hexdigest()[:16]
 
 
+def check_passage_size(size: int) -> None:
+  """Raises UserError unless passages can have up to `size` tokens."""
+  check_integer('passage', size, 16)
+
+
 def read_passages(directory: Path, tokenizer: Tokenizer, size: int = PASSAGE) -> list[Passage]:
   """Returns the passages of all documents in a folder, in order.
 
@@ -53,9 +58,9 @@ def read_passages(directory: Path, tokenizer: Tokenizer, size: int = PASSAGE) ->
     size: largest number of tokens of a passage.
 
   Raises:
-    UserError: there is no such folder, or no document in it can be used.
+    UserError: there is no such folder, or no document in it can be used, or `size` is too small.
   """
-  check_integer('passage', size, 16)
+  check_passage_size(size)
   passages = []
   for file in list_files([str(directory)]):
     try:

@@ -25,7 +25,7 @@ from flax.serialization import from_state_dict, to_state_dict
 from safetensors import SafetensorError
 from safetensors.flax import load, save
 
-from latent_deliberation.errors import UserError
+from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.experts.attach import Choice, Experts, Mix
 from latent_deliberation.experts.card import AUTO
 from latent_deliberation.experts.passages import PASSAGE, Passage, read_passages
@@ -230,6 +230,15 @@ def format_question(question: str, follows: bool) -> str:
   return f'{chr(10) * 2 if follows else ""}Question: {question}\nAnswer:'
 
 
+def check_question(question: str, at: str, max_tokens: int) -> None:
+  """Raises UserError for what `ask` can answer from no library."""
+  if not question.strip():
+    raise UserError('the question is empty: write one')
+  if at not in (DOCUMENT, QUESTION):
+    raise UserError(f'at = {at!r}: give {DOCUMENT!r} or {QUESTION!r}')
+  check_integer('max_tokens', max_tokens, 1)
+
+
 def ask(library: Library, experts: Experts, tokenizer: Tokenizer, question: str, *,
         choice: Choice = None, at: str = DOCUMENT, max_tokens: int = 64) -> Answer:
   """Answers a question after the passage that has its words, or without one if there is none.
@@ -241,12 +250,9 @@ def ask(library: Library, experts: Experts, tokenizer: Tokenizer, question: str,
     max_tokens: largest number of tokens of the answer.
 
   Raises:
-    UserError: the question is empty, or does not fit the cache after its passage.
+    UserError: see `check_question`; or the question does not fit the cache after its passage.
   """
-  if not question.strip():
-    raise UserError('the question is empty: write one')
-  if at not in (DOCUMENT, QUESTION):
-    raise UserError(f'at = {at!r}: give {DOCUMENT!r} or {QUESTION!r}')
+  check_question(question, at, max_tokens)
   begun = time.perf_counter()
   (passage, score), = library.search(question) or [(None, 0.0)]
   searched = time.perf_counter()

@@ -130,16 +130,17 @@ def long_enough(questions: Sequence[Question], tokenizer: Tokenizer, fewest: int
       len(tokenizer.encode(question.context))) >= fewest]
 
 
-def check_fits(questions: Sequence[Question], passages: Sequence[Passage], tokenizer: Tokenizer,
-               length: int) -> None:
-  """Checks that any passage, question and answer fit a cache together.
+def check_askable(questions: Sequence[Question], passages: Sequence[Passage], tokenizer: Tokenizer,
+                  length: int) -> None:
+  """Checks that there are questions, and that any passage, question and answer fit a cache.
 
   Args:
     length: room in the cache, in tokens.
 
   Raises:
-    UserError: they do not.
+    UserError: there are fewer than 2, since each is another's control; or they do not fit.
   """
+  check_integer('questions', len(questions), 2)
   asked = max(len(tokenizer.encode_more(format_question(question.text, True)))
               + max(len(tokenizer.encode_more(f' {answer}')) for answer in question.answers)
               for question in questions)
@@ -245,7 +246,6 @@ def run_trial(trial: RetrievalTrial, questions: Sequence[Question], path: Path,
   Raises:
     UserError: the file belongs to another trial.
   """
-  check_integer('questions', len(questions), 2)
   records = _read_records(path, identity)
   known = {record['name'] for record in records}
   waiting = [number for number, question in enumerate(questions) if question.name not in known]

@@ -93,6 +93,7 @@ def test_measure_retrieval(package, tmp_path):
   assert output.with_suffix('.sciq.jsonl').read_text() == records
   for changes, message in (({'sets': ['squad']}, '--sets=squad'), ({'expert': 'none'}, 'none'),
                            ({'length': 32}, 'do not fit into --length=32: give --length='),
+                           ({'questions': 1}, 'questions = 1'),
                            ({'passage': -1}, 'passage = -1'), ({'passage': 15}, 'passage = 15'),
                            ({'data': tmp_path}, 'sciq/validation.jsonl is missing')):
     with pytest.raises(UserError, match=message):

@@ -163,7 +163,7 @@ def test_refused_expert_is_tried_again(tmp_path):
 
 
 def test_folder_is_followed_after_an_error(tmp_path, monkeypatch):
-  """No memory for one expert does not keep later ones away."""
+  """A look that fails does not end the looks."""
   experts = Experts(small_server.decoder(), {}, length=small_server.LENGTH)
   folder, looks = ExpertFolder(experts, tmp_path), threading.Semaphore(0)
 
