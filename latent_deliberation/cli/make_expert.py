@@ -36,7 +36,7 @@ from latent_deliberation.evaluation.plots import plot_changes
 from latent_deliberation.experiment import Experiment
 from latent_deliberation.experts.card import GENERAL, Card, check_name, check_printable
 from latent_deliberation.experts.measuring import ROUTING_ROWS, base_name, portable
-from latent_deliberation.experts.package import PICTURE, write_package
+from latent_deliberation.experts.package import PICTURE, check_sample, write_package
 from latent_deliberation.experts.texts import (
   STDLIB,
   STDLIB_TITLE,
@@ -200,6 +200,10 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, workdir: Path, o
                                'evaluation.batch_size': bounded.batch_size})
   texts = _open_texts(request.name, experiment, other, workdir, mesh)
   check_reach(*texts[GENERAL], f'{GENERAL} text')  # fewer texts reach less
+  sample = {}
+  if request.sample:
+    sample = {name: rows_of(held_out) for name, (_, held_out) in texts.items()}
+    check_sample(sample)
 
   train_phases(experiment, runs, workdir, clock)
   trained, scores, routing = measure_expert(texts, workdir, mesh, clock)
@@ -207,8 +211,7 @@ def _run_phases(experiment: Experiment, request: ExpertRequest, workdir: Path, o
   picture = workdir / PICTURE
   plot_changes(scores[request.name], picture)
   card = write_package(output, card, trained, routing=routing,
-                       sample={name: rows_of(held_out) for name, (_, held_out) in texts.items()}
-                       if request.sample else None, picture=picture.read_bytes())
+                       sample=sample, picture=picture.read_bytes())
   if not card.gains:
     logging.warning('%s: no gain is shown on its own held-out text. The card says so, and publish '
                     'refuses it without --force. Train longer, or on more text.', card.name)

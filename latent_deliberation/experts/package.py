@@ -324,6 +324,14 @@ def read_sample(directory: Path) -> dict[str, dict[str, np.ndarray]] | None:
 # --- Writing ---
 
 
+def check_sample(sample: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+  """Raises UserError if held-out rows are more than a package may hold; see `read_sample`."""
+  size, most = len(_sample_file(sample)), MOST_BYTES[SAMPLE]
+  if size > most:
+    raise UserError(f'the held-out rows take {size:,} bytes, and a package holds at most {most:,}: '
+                    'give --nosample, or fewer evaluation.num_texts')
+
+
 def write_package(directory: Path, card: Card, coprocessor: CoprocessorCheckpoint, *,
                   routing: Routing | None = None,
                   sample: Mapping[str, Mapping[str, np.ndarray]] | None = None,
@@ -345,12 +353,11 @@ def write_package(directory: Path, card: Card, coprocessor: CoprocessorCheckpoin
   with whole_directory(directory) as partial, explain_failed_write(directory):
     coprocessor_checkpoint.save(partial / COPROCESSOR, coprocessor, MOST_BYTES[WEIGHTS])
     if routing is not None:
-      _save(partial / ROUTING, {
+      (partial / ROUTING).write_bytes(save({
           name: np.atleast_1d(np.asarray(value, np.float32))
-          for name, value in vars(routing).items()})
+          for name, value in vars(routing).items()}))
     if sample:
-      _save(partial / SAMPLE, {f'{name}/{part}': np.asarray(array, np.int32)
-                               for name, parts in sample.items() for part, array in parts.items()})
+      (partial / SAMPLE).write_bytes(_sample_file(sample))
     if picture is not None:
       (partial / PICTURE).write_bytes(picture)
     files = {path.relative_to(partial).as_posix(): {
@@ -368,5 +375,6 @@ def write_card(directory: Path, card: Card) -> None:
   (directory / README).write_text(render(card))
 
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-  path.write_bytes(save(dict(arrays)))
+def _sample_file(sample: Mapping[str, Mapping[str, np.ndarray]]) -> bytes:
+  return save({f'{name}/{part}': np.asarray(array, np.int32)
+               for name, parts in sample.items() for part, array in parts.items()})

@@ -17,6 +17,7 @@ from latent_deliberation.evaluation.perplexity import (
   FEWEST_TEXTS,
   FROZEN,
   MEAN,
+  OWN,
   SHUFFLED,
   ZERO,
   AheadNLL,
@@ -48,6 +49,8 @@ def summarise_study(result: StudyResult, samples: int = 2000, seed: int = 0) -> 
   A study of questions has `overall` and `by_difficulty`. Its `content_effect` and `mcnemar` are by
   difficulty, with 'overall' as one more. A study of text has `by_position` and `content_effect`.
   With the arm 'constant' it has `against_constant`: the change from its soft tokens to own latents.
+  Where other arms have latents beside 'own', `against_own` is the change from the latents of 'own'
+  to theirs, and `content_against_own` the change from its content effect to theirs.
 
   Accuracies are fractions, `nll` is nats of an answer, and a `ci95` is [low, high]. A change is an
   arm minus 'frozen'; a change of perplexity is relative, in percent.
@@ -163,13 +166,8 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
                            arm.text_scores[0].count)
             for name, arm in result.arms.items()}
   changes = {name: relative_change(arm, pooled[FROZEN], **draws) for name, arm in pooled.items()}
-  shuffled = _shuffled_by_arm(pooled)
-  contents = {name: relative_change(pooled[name], pooled[control], **draws)
-              for name, control in shuffled.items()}
-  against = {name: relative_change(pooled[name], pooled[CONSTANT], **draws)
-             for name in shuffled} if CONSTANT in pooled else {}
   # Rows of the tables, by position.
-  scores, effects = {}, {}
+  scores = {}
   for position in result.positions:
     at = position - 1
     scores[str(position)] = {name: {
@@ -177,7 +175,10 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
       **_change_at(changes[name], at),
       'by_seed': [float(np.exp(run.nll[at])) for run in arm.text_scores],
     } for name, arm in result.arms.items()}
-    effects[str(position)] = {name: _change_at(content, at) for name, content in contents.items()}
+  compared = {
+    table: {str(position): {name: _change_at(change, position - 1) for name, change in arms.items()}
+            for position in result.positions}
+    for table, arms in _compare_latents(pooled, draws).items()}
   count = pooled[FROZEN].count
   return {'texts': len(count),
           'targets': {str(position): int(count[:, position - 1].sum())
@@ -185,11 +186,31 @@ def _summarise_text(result: StudyResult, draws: Mapping[str, int]) -> dict[str, 
           'reached': {str(position): int(np.count_nonzero(count[:, position - 1]))
                       for position in result.positions},
           'by_position': scores,
-          'content_effect': effects,
-          **({'against_constant': {
-              str(position): {name: _change_at(change, position - 1)
-                              for name, change in against.items()}
-              for position in result.positions}} if against else {})}
+          **compared}
+
+
+def _compare_latents(pooled: Mapping[str, AheadNLL],
+                     draws: Mapping[str, int]) -> dict[str, dict[str, Change]]:
+  """Compares own latents with other latents: {table: {arm: change}}, the first table always."""
+  shuffled = _shuffled_by_arm(pooled)
+
+  def changes(arms: Mapping[str, AheadNLL], baseline: str) -> dict[str, Change]:
+    return {name: relative_change(arm, pooled[baseline], **draws) for name, arm in arms.items()}
+
+  latents = {name: pooled[name] for name in shuffled}
+  tables = {'content_effect': {name: relative_change(arm, pooled[shuffled[name]], **draws)
+                               for name, arm in latents.items()}}
+  if CONSTANT in pooled and latents:
+    tables['against_constant'] = changes(latents, CONSTANT)
+  others = {name: arm for name, arm in latents.items() if name != OWN}
+  if OWN in latents and others:
+    tables['against_own'] = changes(others, OWN)
+    # own + (arm - its shuffled) - (own - its shuffled) differs from own by the two content effects.
+    tables['content_against_own'] = changes({
+      name: AheadNLL(arm.total - pooled[shuffled[name]].total + pooled[shuffled[OWN]].total,
+                     arm.count)
+      for name, arm in others.items()}, OWN)
+  return tables
 
 
 def _change_at(change: Change, at: int) -> dict[str, Any]:
@@ -292,6 +313,11 @@ def _format_text(summary: Mapping[str, Any]) -> list[str]:
     *_titled('### Against constant soft tokens\n\nRelative change of perplexity, in percent, from '
              "the arm 'constant' to own latents. Below zero, own latents are better:",
              cells('against_constant'), 'ahead'),
+    *_titled("### Against the arm 'own'\n\nRelative change of perplexity, in percent, from the "
+             "latents of the arm 'own' to those of another arm. Below zero, the other arm's are "
+             'better:', cells('against_own'), 'ahead'),
+    *_titled("The same of the content effect. Below zero, content helps more than in 'own':",
+             cells('content_against_own'), 'ahead'),
   ]
 
 

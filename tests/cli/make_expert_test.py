@@ -25,7 +25,13 @@ from latent_deliberation.deliberation.coprocessor_checkpoint import describe
 from latent_deliberation.errors import UserError
 from latent_deliberation.experts.card import GENERAL
 from latent_deliberation.experts.measuring import measure_again
-from latent_deliberation.experts.package import load_package, read_sample, write_package
+from latent_deliberation.experts.package import (
+  MOST_BYTES,
+  SAMPLE,
+  load_package,
+  read_sample,
+  write_package,
+)
 from latent_deliberation.experts.verifying import _prompts, verify
 from latent_deliberation.model import weights
 from latent_deliberation.training import train
@@ -163,6 +169,18 @@ def test_finished_work_is_not_done_again(made, place, monkeypatch):
                   place / 'other')
   with pytest.raises(UserError, match='exists already'):
     make_expert(experiment, request, place / 'work', place / 'again', GIVEN)
+
+
+def test_sample_that_is_too_large(made, place, tmp_path, monkeypatch):
+  """Rows that no package takes are refused before the training, and not with --nosample."""
+  _, experiment, request = made
+  monkeypatch.setitem(MOST_BYTES, SAMPLE, 999)
+  monkeypatch.setattr(module, 'train_phases', lambda *unused: pytest.fail('it was trained'))
+  with pytest.raises(UserError, match='at most 999: give --nosample'):
+    make_expert(experiment, request, place / 'work', tmp_path / 'package', GIVEN)
+  with pytest.raises(pytest.fail.Exception, match='it was trained'):
+    make_expert(experiment, dataclasses.replace(request, sample=False), place / 'work',
+                tmp_path / 'package', GIVEN)
 
 
 def test_other_general_text(made, place, tmp_path, monkeypatch):

@@ -195,6 +195,24 @@ def test_own_latents_against_constant():
   assert 'Against constant' not in format_study(summarise_study(texts(), samples=50))
 
 
+def test_latents_of_two_arms():
+  """Those of another arm against those of 'own', and the content of the two."""
+  arms = {**texts().arms, '8 latents': make_arm(read(1.85)),
+          '8 latents/shuffled': make_arm(read(2.15))}
+  summary = summarise_study(texts(arms=arms), samples=50)
+  # 'own' has 1.9 nats, and 2.1 with another text's latents.
+  for table, difference in (('against_own', -0.05), ('content_against_own', -0.1)):
+    for position in ('1', '4'):
+      assert list(summary[table][position]) == ['8 latents']
+      change = summary[table][position]['8 latents']
+      expected = 100 * np.expm1(difference)
+      assert [change['change_pct'], *change['ci95']] == pytest.approx([expected] * 3, abs=1e-9)
+  against, content = rows_of(format_study(summary), 'ahead')[2:]
+  assert against[1] == ['1', '-4.88 [-4.88, -4.88]']
+  assert content[1] == ['1', '-9.52 [-9.52, -9.52]']
+  assert 'against_own' not in summarise_study(texts(), samples=50)
+
+
 def test_few_questions_have_no_interval():
   """A difficulty with 19 questions has means alone, and the page says so."""
   page = format_study(summarise_study(
