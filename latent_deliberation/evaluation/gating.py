@@ -35,7 +35,7 @@ from latent_deliberation.evaluation.perplexity import (
   FROZEN,
   OWN,
   arm_states,
-  draw_texts,
+  bootstrap_weights,
 )
 from latent_deliberation.evaluation.plots import plot_gates
 from latent_deliberation.experiment import Experiment
@@ -242,7 +242,7 @@ def gain_curve(places: Places, scores: np.ndarray, fractions: Sequence[float], s
   counts = np.bincount(member)
 
   # Draw texts with replacement: places of one text are not independent.
-  drawn = draw_texts(len(texts), samples, seed)
+  drawn = bootstrap_weights(len(texts), samples, seed)
   fractions = np.asarray(fractions)
   all_places = np.bincount(member, places.gain)[:, None]
 

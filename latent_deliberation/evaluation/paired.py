@@ -1,12 +1,12 @@
 """Paired statistics over items: means with bootstrap intervals, and McNemar's test."""
 
 import dataclasses
-import functools
 
 import numpy as np
 from scipy.stats import binomtest
 
 from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation.perplexity import bootstrap_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,7 @@ def estimate(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Estimate
 
   Args:
     values: one for each item.
-    samples: draws of the bootstrap (Efron 1979); memory is 16 bytes for each draw and item. Each
-      draw takes as many items as there are, with replacement.
+    samples: draws of the bootstrap; memory is 16 bytes for each draw and item.
     seed: seed of the bootstrap.
 
   Raises:
@@ -35,16 +34,8 @@ def estimate(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Estimate
   if items < 2:
     raise UserError(f'{items} item, and an interval needs 2: score more items')
   # A draw weighs each item by how often it holds it.
-  low, high = np.percentile(_draw(items, samples, seed) @ values / items, (2.5, 97.5))
+  low, high = np.percentile(bootstrap_weights(items, samples, seed) @ values / items, (2.5, 97.5))
   return Estimate(float(values.mean()), float(low), float(high))
-
-
-@functools.lru_cache(maxsize=1)  # a report uses the same draws for every arm
-def _draw(items: int, samples: int, seed: int) -> np.ndarray:
-  """Returns how often each item is drawn, float64 [samples, items]."""
-  rng = np.random.default_rng(seed)
-  return np.stack([np.bincount(rng.integers(items, size=items), minlength=items)
-                   for _ in range(samples)]).astype(np.float64)
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -292,7 +293,7 @@ def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
     raise UserError(
         f'ahead position {int(reached.argmin()) + 1} has targets in 1 of {texts} texts, and an '
         'interval needs 2. Evaluate on more texts, or on fewer ahead positions.')
-  weights = draw_texts(texts, samples, seed)  # the same for both arms
+  weights = bootstrap_weights(texts, samples, seed)  # the same for both arms
   difference, count = weights @ (arm.total - baseline.total), weights @ arm.count
   # NaN leaves a draw without targets out of the percentiles.
   drawn = np.where(count > 0, difference, np.nan) / np.maximum(count, 1)
@@ -300,10 +301,16 @@ def relative_change(arm: AheadNLL, baseline: AheadNLL, samples: int = 2000,
   return Change(_to_percent(arm.nll - baseline.nll), low, high)
 
 
-def draw_texts(texts: int, samples: int, seed: int = 0) -> np.ndarray:
-  """Returns how often each draw of a bootstrap takes each text, float64 [samples, texts]."""
+@functools.lru_cache(maxsize=1)  # a report uses the same draws for every arm
+def bootstrap_weights(items: int, samples: int, seed: int = 0) -> np.ndarray:
+  """Returns how often each draw of a bootstrap takes each item, float64 [samples, items].
+
+  A draw takes as many items as there are, with replacement (Efron 1979).
+  """
   rng = np.random.default_rng(seed)
-  return rng.multinomial(texts, np.full(texts, 1 / texts), size=samples).astype(np.float64)
+  weights = rng.multinomial(items, np.full(items, 1 / items), size=samples).astype(np.float64)
+  weights.flags.writeable = False  # it is shared
+  return weights
 
 
 def _to_percent(difference: np.ndarray) -> np.ndarray:

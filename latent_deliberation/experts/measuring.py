@@ -36,8 +36,8 @@ from latent_deliberation.evaluation.perplexity import (
   FROZEN,
   OWN,
   AheadNLL,
+  bootstrap_weights,
   check_paired,
-  draw_texts,
   relative_change,
 )
 from latent_deliberation.experiment import EvaluationConfig, Experiment, bind
@@ -95,7 +95,7 @@ def saved_nats(arm: AheadNLL, frozen: AheadNLL, num_ahead: int, samples: int = 2
   nats = float((saved.sum(axis=0) / count.sum(axis=0)).sum())
   if np.count_nonzero(count, axis=0).min() < FEWEST_TEXTS:
     return {'nats': nats, 'ci95': None}
-  weights = draw_texts(len(count), samples, seed)
+  weights = bootstrap_weights(len(count), samples, seed)
   drawn = ((weights @ saved) / np.maximum(weights @ count, 1)).sum(axis=1)
   return {'nats': nats, 'ci95': np.percentile(drawn, (2.5, 97.5)).tolist()}
 

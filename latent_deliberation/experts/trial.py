@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from latent_deliberation.evaluation.headless import Axes, Figure, FigureCanvasAgg
-from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, draw_texts
+from latent_deliberation.evaluation.perplexity import FEWEST_TEXTS, bootstrap_weights
 from latent_deliberation.evaluation.plots import save_figure, trim_axes
 from latent_deliberation.experts.attach import Experts, Mix
 from latent_deliberation.experts.routing import Query, Router
@@ -153,7 +153,7 @@ def interval_of(values: np.ndarray, documents: np.ndarray, samples: int = SAMPLE
   result = {'mean': float(values.mean()), 'prompts': len(values), 'ci95': None}
   if len(counts) < FEWEST_TEXTS:
     return result
-  drawn = draw_texts(len(counts), samples, seed)
+  drawn = bootstrap_weights(len(counts), samples, seed)
   means = (drawn @ sums) / (drawn @ counts)
   return {**result, 'ci95': np.percentile(means, (2.5, 97.5)).tolist()}
 
