@@ -20,8 +20,9 @@ from latent_deliberation.experiment import Experiment  # noqa: E402
 from latent_deliberation.model.decoder import Decoder  # noqa: E402
 from tests import finished, tiny  # noqa: E402, F401  (finished, so that workers inherit its place)
 
-# Slower code that compiles five times as fast. XLA refuses to start on an unknown flag, so these
-# are set only for versions on which they were tried.
+# Slower code that compiles ten times as fast: 0.75 s against 8.1 for one forward pass with
+# gradients. XLA refuses to start on an unknown flag, so these are set only for versions on which
+# they were tried.
 if jax.__version__.startswith('0.10.'):
   os.environ.setdefault(
       'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
