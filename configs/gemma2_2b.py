@@ -26,12 +26,12 @@ With several slices add --config.mesh.replica, the number of slices. The batch m
 accumulation times the number of chips.
 
 Another decoder goes after a colon. --config=configs/gemma2_2b.py:gemma3_1b is a preset.
---config=configs/gemma2_2b.py:DIRECTORY takes architecture and tokenizer from a directory, in any
-format that launch/convert.py reads; a name such as gemma3-270m does, too. Without either, give the
-path of Gemma's tokenizer: --config.data.vocabulary_path.
+--config=configs/gemma2_2b.py:DIRECTORY takes architecture and tokenizer from a directory, here or
+in a bucket, in any format that launch/convert.py reads; a name such as gemma3-270m does, too.
+Without either, give the path of Gemma's tokenizer: --config.data.vocabulary_path.
 """
 
-from pathlib import Path
+import os
 
 from latent_deliberation.data.data_config import DataConfig
 from latent_deliberation.deliberation.deliberation_config import DeliberationConfig
@@ -42,6 +42,7 @@ from latent_deliberation.experiment import (
   TrainingConfig,
   as_config,
 )
+from latent_deliberation.files import as_path
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import named
 from latent_deliberation.model.transformer_config import find_preset
@@ -57,7 +58,7 @@ def get_config(preset_or_dir: str = 'gemma2_2b'):
     preset_or_dir: name of a preset; or directory, GGUF file or name of a decoder.
   """
   tokenizer = None
-  path = Path(preset_or_dir).expanduser()
+  path = as_path(os.path.expanduser(preset_or_dir))
   if path.exists() or named.is_name(preset_or_dir):
     checkpoint = weights.open_checkpoint(path if path.exists() else preset_or_dir)
     architecture, tokenizer = checkpoint.config, checkpoint.tokenizer

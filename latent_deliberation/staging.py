@@ -54,16 +54,17 @@ def fetch(path: StorePath, beside: str = '') -> Path:
   version = _version(objects)
   copy = cache_directory().joinpath(*root.parts[1:], version)
   found = copy if root is path else copy / path.name
-  if copy.is_dir():
+  if _is_whole(copy, objects):
     return found
   with explain_failed_write(copy):
     copy.parent.mkdir(parents=True, exist_ok=True)
   partial = copy.with_name(f'.{version}.partial')
   # Processes of this machine wait for the one that copies.
   with lock(copy.with_name(f'.{version}.lock'), f'copies {path}', wait=True):
-    if copy.is_dir():
+    if _is_whole(copy, objects):
       return found
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+    for left in (partial, copy):  # by a killed process, or by a machine that lost its power
+      shutil.rmtree(left, ignore_errors=True)
     _check_space(path, copy.parent, objects)
     with explain_failed_write(copy):
       _copy(root, objects, partial)
@@ -90,6 +91,13 @@ def _version(objects: Mapping[str, Mapping[str, Any]]) -> str:
   """Returns a hash of names, sizes and versions of objects."""
   states = {name: [str(about.get(key)) for key in _VERSION] for name, about in objects.items()}
   return hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_whole(copy: Path, objects: Mapping[str, Mapping[str, Any]]) -> bool:
+  """Whether a copy has all objects, in their sizes."""
+  return copy.is_dir() and all(
+      (copy / name).is_file() and (copy / name).stat().st_size == about['size']
+      for name, about in objects.items())
 
 
 def _check_space(path: StorePath, place: Path, objects: Mapping[str, Mapping[str, Any]]) -> None:

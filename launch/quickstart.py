@@ -42,8 +42,9 @@ def main() -> None:
   if not (summary['bar'] or {}).get('passed'):
     print('More steps on more text usually help; docs/limits.md says where latents do not.')
     if not experiment.decoder_from:
-      print('A decoder that was pretrained on much text needs less: try --decoder=gemma3-270m in '
-            'another --workdir.')
+      print('A decoder that was pretrained on much text needs less: try '
+            '--config=configs/gemma3_270m.py in another --workdir. docs/gemma.md says how to '
+            'install it.')
   decoder = experiment.decoder_from or str(workdir / PRETRAINING / DECODER)
   print(f'Report: {workdir / "report.md"}\n'
         f'Next: python launch/generate.py --decoder={quote(decoder)} '

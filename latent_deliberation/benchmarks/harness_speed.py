@@ -37,7 +37,8 @@ from latent_deliberation.errors import UserError, check_integer
 from latent_deliberation.evaluation import task_catalog
 from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.answer_texts import AnswerEncoder
-from latent_deliberation.evaluation.arm_model import ArmModel, open_arm_model
+from latent_deliberation.evaluation.arm_model import ArmModel
+from latent_deliberation.evaluation.found_arm_model import open_arm_model
 from latent_deliberation.evaluation.perplexity import FROZEN, MEAN, OWN, SHUFFLED, ZERO
 from latent_deliberation.files import write_json
 from latent_deliberation.model import weights

@@ -55,7 +55,8 @@ def describe(checkpoint: Checkpoint, name: str = '') -> str:
   lines += [f'parameters     {count_parameters(boxed_shapes(config)):,}',
             f'tokenizer      {_find_tokenizer(checkpoint)}',
             'tensors        ' + ', '.join(f'{count} {dtype}' for dtype, count in dtypes.items()),
-            f'bytes          {sum(stored.nbytes for stored in tensors.values()):,}']
+            f'bytes          {sum(stored.nbytes for stored in tensors.values()):,}'
+            + (' in float32' if checkpoint.format == 'gguf' else '')]
   left_out = checkpoint.left_out
   if left_out:
     lines.append(f'not used       {len(left_out)} tensors that are not part of the decoder, such '

@@ -24,7 +24,7 @@ OutputHead = Float[Array, 'V D'] | Quantised
 def token_nll(hidden: Float[Array, 'B N D'], targets: Int[Array, 'B N'],
               unembedding: OutputHead, cap: float | None,
               chunk: int) -> Float[Array, 'B N']:
-  """Returns -log p(target) in nats, float32, from hidden states and the (tied) output head.
+  """Returns -log p(target) in nats, float32, from hidden states and the output head.
 
   Only [B, chunk, V] logits exist at a time. All of them at once would take 16.8 GB in float32 for
   V = 256,000, B = 8 and 2048 targets per text. A CPU keeps only the logits of a block of tokens.

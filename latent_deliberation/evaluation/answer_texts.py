@@ -69,8 +69,8 @@ class AnswerEncoder:
     stripped = context.rstrip()
     context, continuation = stripped, context[len(stripped):] + continuation
     if not continuation.strip('\0').strip():
-      raise UserError(f'the continuation of item {item} is empty: there is nothing to score. Its '
-                      f'context ends with {context[-40:]!r}')
+      raise UserError(f'the continuation of item {item} is empty, or white space: there is nothing '
+                      f'to score. Its context ends with {context[-40:]!r}')
     head, anchor = self._head(context, item)
     whole = self._tokenizer.encode(context + continuation)
     # Tokens of the context that the answer does not change.
@@ -132,8 +132,8 @@ def rolling_windows(ids: Sequence[int],
                     length: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
   """Cuts a whole text into contexts and continuations of which each token is scored once.
 
-  They are those of lm-evaluation-harness, with as many tokens before the last one as there is room
-  for. But each context begins with the token that begins a text.
+  As in lm-evaluation-harness, a context is as long as there is room for. But each one begins with
+  the token that begins a text. It takes the place of a scored token in all windows but the first.
 
   Args:
     ids: ids of the text, of which the first one begins every text.

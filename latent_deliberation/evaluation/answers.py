@@ -414,7 +414,7 @@ def check_arms(arms: Sequence[str], has_own: bool, has_constant: bool) -> None:
 
 
 def _check_kinds(own: Source | None, constant: Source | None) -> None:
-  """Raises UserError where constant soft tokens come otherwise than the coprocessor's latents."""
+  """Raises UserError where constant soft tokens are of another kind or number than own latents."""
   if own is not None and constant is not None:
     ours, theirs = own.coprocessor.config, constant.coprocessor.config
     for key in ('num_latents', 'latents', 'positions'):

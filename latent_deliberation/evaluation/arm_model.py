@@ -1,6 +1,6 @@
 """A decoder with its coprocessor and controls, which scores answers and writes text in every arm.
 
-`open_arm_model` loads it. `ArmModel.score` takes answers through the packed scorer. Where latents
+`ArmModel.score` takes answers through the packed scorer. Where latents
 come by a policy, as after every 16 tokens, answers and texts go through the engine of inference.
 """
 
@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +16,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params
-from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor import Coprocessor
 from latent_deliberation.deliberation.coprocessor_checkpoint import (
   CoprocessorCheckpoint,
-  locate_coprocessor,
 )
-from latent_deliberation.errors import UserError, check_integer
+from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.answer_contexts import SHARED, Request
 from latent_deliberation.evaluation.answers import AnswerScorer, Scored, Source
 from latent_deliberation.evaluation.perplexity import CONSTANT, FROZEN, MEAN, OWN, SHUFFLED, ZERO
 from latent_deliberation.evaluation.shared_work import of_all
-from latent_deliberation.experiment import DTYPES, Computation
+from latent_deliberation.experiment import Computation
 from latent_deliberation.inference import passes, session
-from latent_deliberation.inference.engine import Engine, check_match
+from latent_deliberation.inference.engine import Engine
 from latent_deliberation.inference.passes import State
 from latent_deliberation.inference.policy import NEVER, ONCE, Policy
 from latent_deliberation.inference.session import DecodingOptions, Session
-from latent_deliberation.inference.tokenizer import Tokenizer, tokenizer_of
-from latent_deliberation.model import weights
-from latent_deliberation.model.decoder import Decoder, fingerprint
+from latent_deliberation.inference.tokenizer import Tokenizer
+from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import (
   DEFAULT_RULES,
   MeshConfig,
   make_mesh,
-  parse_mesh,
-  shardings_of,
 )
 
 _SIZE_STEP = 8  # batches of written texts have multiples of it, and a row more
@@ -334,8 +328,8 @@ def check_policy(arms: Sequence[str], policy: Policy) -> None:
   """Raises UserError where an arm has no latents at the places of a policy."""
   unable = sorted({SHUFFLED, MEAN} & set(arms))
   if policy != ONCE and unable:
-    raise UserError(f'arms {unable} have latents at the end of the context alone: leave the policy '
-                    '(every, at, gate) out, or the arms')
+    raise UserError(f'arms {unable} have latents once in a context, and by no policy: leave the '
+                    'policy (every, at, gate) out, or the arms')
 
 
 def _runs(places: Sequence[int]) -> list[list[int]]:
@@ -382,52 +376,3 @@ def _read_rows(engine: Engine, shared: tuple[int, State | None],
   repeated = jax.tree.map(
       lambda leaf: jnp.repeat(leaf, copies, axis=0) if leaf.ndim else leaf, state)
   return engine.read_on(repeated, [prompt[count:] for prompt in prompts])
-
-
-def open_arm_model(decoder: str | Path, coprocessor: str | Path = '', constant: str | Path = '', *,
-                   vocabulary: str = '', dtype: str = 'float32', max_length: int = 2048,
-                   mesh: str = '') -> ArmModel:
-  """Loads a decoder and what makes latents for it, after all checks that need no weights.
-
-  Args:
-    decoder: directory, GGUF file, name or hf:// address of the decoder.
-    coprocessor: trained coprocessor, or the work directory of its run; '' for none.
-    constant: the same for trained constant soft tokens.
-    vocabulary: path of a vocabulary, or 'byte'; '' for the decoder's own.
-    dtype: dtype of the computation: 'float32', 'bfloat16', or 'auto' for what the devices are fast
-      at.
-    max_length: largest number of tokens that the decoder reads of a text.
-    mesh: sizes of the mesh, such as 'fsdp=8,data=1'; '' for a copy of the weights on each device.
-
-  Raises:
-    UserError: one of them is absent, damaged, or of another decoder; or a value is not allowed.
-  """
-  if dtype not in (*DTYPES, 'auto'):
-    raise UserError(f"dtype = {dtype!r}: give one of {(*DTYPES, 'auto')}")
-  # A token that begins a text, and an answer.
-  check_integer('max_length', max_length, 2)
-  checkpoint = weights.open_checkpoint(decoder)
-  tokenizer = tokenizer_of(checkpoint, vocabulary)
-  found = {OWN: coprocessor, CONSTANT: constant}
-  found = {name: locate_coprocessor(path) for name, path in found.items() if path}
-  for name, path in found.items():
-    description = coprocessor_checkpoint.describe(path)
-    _check_kind(name, path, description.config.trainable == 'constant')
-    check_match(checkpoint.config, checkpoint.fingerprint, description, None)
-  placed = make_mesh(parse_mesh(mesh) if mesh else MeshConfig())
-  shardings = lambda boxed: shardings_of(boxed, placed, DEFAULT_RULES)  # noqa: E731
-  params = checkpoint.load(shardings)
-  decoder_fingerprint = checkpoint.fingerprint or fingerprint(params)
-  loaded = {}
-  for name, path in found.items():
-    loaded[name] = coprocessor_checkpoint.load(path, shardings)
-    coprocessor_checkpoint.check_decoder(loaded[name], decoder_fingerprint)
-  return ArmModel(checkpoint.config, params, decoder_fingerprint, tokenizer, own=loaded.get(OWN),
-                  constant=loaded.get(CONSTANT), dtype=dtype, max_length=max_length, mesh=placed)
-
-
-def _check_kind(name: str, path: Path, is_constant: bool) -> None:
-  if is_constant != (name == CONSTANT):
-    kinds = {True: 'constant soft tokens', False: 'a coprocessor'}
-    raise UserError(f'{path} holds {kinds[is_constant]}, but {kinds[not is_constant]} is expected '
-                    f'as --{"constant" if name == CONSTANT else "coprocessor"}: give the other one')

@@ -19,7 +19,7 @@ from typing import Any
 
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.answer_texts import END, rolling_windows
-from latent_deliberation.evaluation.arm_model import open_arm_model
+from latent_deliberation.evaluation.found_arm_model import open_arm_model
 from latent_deliberation.evaluation.perplexity import FROZEN, OWN
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
 from latent_deliberation.files import as_path

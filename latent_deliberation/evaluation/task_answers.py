@@ -221,8 +221,10 @@ class TaskAnswers:
   def _write_missing(self, task: str, author: str, requests: Sequence[Request],
                      keys: Sequence[str], generation: Mapping[str, Any]) -> None:
     """Writes the texts of one author that the ledger does not have."""
+    # A text that has the key of an earlier one is the same text.
+    first = {key: number for number, key in reversed(list(enumerate(keys)))}
     skip = [number for number, key in enumerate(keys)
-            if self._ledger.text(task, author, key) is not None]
+            if first[key] != number or self._ledger.text(task, author, key) is not None]
     if len(skip) == len(keys):
       return
     # Latents at the end of the prompts come by the policy.
@@ -335,7 +337,7 @@ def _places(policy: Policy, tokens: int) -> Iterator[int]:
 
 
 def _check_finite(task: str, arms: Sequence[str], nats: np.ndarray) -> None:
-  """Raises UserError where an arm scores an answer of [answers, arms] by no number."""
+  """Raises UserError where a score is not finite; nats: [answers, arms]."""
   if not (finite := np.isfinite(nats)).all():
     answer, arm = np.argwhere(~finite)[0]
     raise UserError(f'task {task}: the arm {arms[arm]!r} gives an answer {nats[answer, arm]} nats, '

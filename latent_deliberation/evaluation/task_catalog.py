@@ -224,8 +224,9 @@ def shots_of(task: str, data: str, num_fewshot: int | None) -> int | None:
   return PAPER.get(task)
 
 
-def shots_shown(task: str, num_fewshot: int | None) -> int:
+def shots_shown(task: str, data: str, num_fewshot: int | None) -> int:
   """Returns the number of examples in the prompts of a task, for tables."""
-  if task in CHAIN_OF.values() or task in ('agieval', 'agieval_math', 'humaneval'):
+  # Our own files of these have none.
+  if _is_ours(task, data) and task in (*CHAIN_OF.values(), 'agieval', 'agieval_math', 'humaneval'):
     return 0
   return PAPER.get(task, 0) if num_fewshot is None else num_fewshot

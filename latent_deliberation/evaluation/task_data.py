@@ -220,7 +220,7 @@ def _bbh(splits: dict[str, list[Doc]], shots: int | None) -> dict[str, list[Doc]
       raise UserError(f'bbh: cot_prompts has no examples for {doc["task"]}: add them')
     docs.append({'task': doc['task'], 'target': doc['target'],
                  'query': f'{examples[doc["task"]]}\n\nQ: {doc["input"]}\n'
-                          "A: Let's think step by step."})
+                          "A: Let's think step by step.\n"})
   return {'test': docs}
 
 

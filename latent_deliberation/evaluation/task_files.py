@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def read_documents(path: Path) -> list[Doc]:
           if not isinstance(doc, dict):
             raise ValueError(f'line {number} is no JSON object')
           docs.append(Doc(doc, f'document {len(docs)} of {path}'))
-  except (OSError, EOFError, ValueError) as error:
+  except (OSError, EOFError, ValueError, zlib.error) as error:
     raise UserError(f'{path} cannot be read ({error}): give a file with a JSON object a line'
                     ) from error
   if not docs:

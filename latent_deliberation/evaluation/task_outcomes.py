@@ -55,6 +55,7 @@ class TaskOutcomes:
       of thought included, or whose answer merges with its context; and of contexts without room
       for latents.
     seconds: wall-clock time of the command that finished the task.
+    commit: commit of the source tree of that command; '' where it is not known.
   """
   task: str
   metric: str
@@ -67,6 +68,7 @@ class TaskOutcomes:
   merged: int = 0
   short: int = 0
   seconds: float = 0.0
+  commit: str = ''
 
   def to_json(self) -> dict[str, Any]:
     """Returns the outcomes as JSON values."""

@@ -193,9 +193,17 @@ def format_page(summary: Mapping[str, Any]) -> str:
       *(['Out of the ordinary:\n\n' + '\n'.join(f'- {line}' for line in odd)] if odd else []),
       '## The run',
       '\n'.join(f'- {key}: {json.dumps(value)}' for key, value in summary['identity'].items()),
-      'Seconds of the command that finished each task: ' + ', '.join(
-          f'{name} {task["seconds"]:,.0f}' for name, task in summary['tasks'].items())]
+      _commands(summary['tasks'])]
   return '\n\n'.join(parts) + '\n'
+
+
+def _commands(tasks: Mapping[str, Any]) -> str:
+  """Says how long each task took, and which commit scored it; results of old code have none."""
+  known = [task.get('commit') for task in tasks.values()]
+  each = (f'{name} {task["seconds"]:,.0f}' + (f' ({commit[:7]})' if commit else '')
+          for (name, task), commit in zip(tasks.items(), known, strict=True))
+  return (f'Seconds{" and commit" if any(known) else ""} of the command that finished each task: '
+          + ', '.join(each))
 
 
 def write_results(summary: Mapping[str, Any], directory: Path) -> None:

@@ -83,11 +83,10 @@ class Plan:
   run_code: bool = False
 
   def check(self) -> None:
-    """Checks everything that needs no weights; on process 0, which has the tasks, all documents.
+    """Checks what is quick: names, numbers, and that there are data.
 
     Raises:
-      UserError: an arm or a task is unknown, or has no data; or a document cannot be used. See
-        `check_tasks` and `requests_of`.
+      UserError: an arm or a task is unknown, or has no data; see `check_tasks`.
     """
     unknown = [arm for arm in self.arms if arm not in (*ARMS, CHAIN)]
     if unknown or not set(self.arms) - {CHAIN}:
@@ -100,6 +99,13 @@ class Plan:
     if self.num_fewshot is not None:
       check_integer('num_fewshot', self.num_fewshot, 0)
     task_catalog.check_tasks(self.tasks, self.data, self.run_code)
+
+  def check_documents(self) -> None:
+    """Reads all documents, on process 0, which has the tasks.
+
+    Raises:
+      UserError: a document cannot be used; see `requests_of`.
+    """
     if jax.process_index() == 0:
       with announced('reading tasks'):
         for name in self.tasks:
@@ -140,6 +146,9 @@ def run_tasks(model: ArmModel, plan: Plan, settings: Settings, output: Path, *,
   finished = {} if overwrite else _read_finished(output)
   _check_requests(answers, plan, [name for name in plan.tasks if name not in finished])
   with lock(output / RUN_LOCK, f'works in {output}'):
+    # Another command may have worked here since it was looked at.
+    identity = _join(output, identity, overwrite)
+    finished = {} if overwrite else _read_finished(output)
     _claim(output, identity, overwrite)
     with growing_files(output, ANSWERS) as here:
       answers = TaskAnswers(model, arms, settings, Ledger(here / ANSWERS))
@@ -256,6 +265,12 @@ def _join(output: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[st
   return {**identity, 'data': {**saved_data, **data}}
 
 
+def check_output(output: Path) -> None:
+  """Raises UserError where a directory is of another kind of job, or its run.json is damaged."""
+  if jax.process_index() == 0:
+    _read_identity(output)
+
+
 def _read_identity(output: Path) -> dict[str, Any] | None:
   """Returns the identity of the benchmarks in a directory; None where there are none.
 
@@ -282,7 +297,10 @@ def _claim(output: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
   if overwrite:
     for name in (TASKS, SAMPLES):
       remove_tree(output / name)
-    (output / ANSWERS).unlink(missing_ok=True)
+      if (output / name).exists():
+        raise UserError(f'{output / name} cannot be removed: remove it, or give another --output')
+    for name in (ANSWERS, *(f'{RESULTS}.{ending}' for ending in ('json', 'md', 'png'))):
+      (output / name).unlink(missing_ok=True)
   write_json(output / RUN_FILE, identity)
 
 
@@ -321,9 +339,11 @@ def _run_task(name: str, answers: TaskAnswers, plan: Plan, output: Path) -> Task
   counts += [answers.counts[each] for pair in names for each in pair if each in answers.counts]
   short = sum(max(answers.short.get(each, 0) for each in pair) for pair in names)
   return TaskOutcomes(
-      name, shared['metric'], task_catalog.shots_shown(name, plan.num_fewshot), shared['items'],
+      name, shared['metric'], task_catalog.shots_shown(name, plan.data, plan.num_fewshot),
+      shared['items'],
       chance, majority, arms, sum(count.truncated for count in counts),
-      sum(count.merged for count in counts), short, round(time.monotonic() - begun, 1))
+      sum(count.merged for count in counts), short, round(time.monotonic() - begun, 1),
+      git_commit())
 
 
 def _evaluate(name: str, answers: TaskAnswers, arm: str,

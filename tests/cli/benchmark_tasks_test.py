@@ -26,7 +26,9 @@ def test_default_arms(monkeypatch, given, arms):
   """By default an arm is scored if the flags allow it."""
   plans = []
   monkeypatch.setattr(Plan, 'check', lambda plan: plans.append(plan))
-  monkeypatch.setattr(benchmark_tasks, 'open_arm_model', lambda *given, **named: None)
+  monkeypatch.setattr(Plan, 'check_documents', lambda plan: None)
+  monkeypatch.setattr(benchmark_tasks, 'find_arm_model', lambda *given, **named: SimpleNamespace(
+      load=lambda: None))
   monkeypatch.setattr(benchmark_tasks, 'run_tasks', lambda *given, **named: {})
   benchmark_tasks.benchmark(['gsm8k'], Path('out'), **{**FLAGS, 'data': 'x', **given})
   assert plans[0].arms == arms
@@ -37,8 +39,10 @@ def test_gate(monkeypatch, at, expected):
   """Latents come where a gate opens, and at set places; the gate is of this decoder."""
   gate, runs, opened = FittedGate(Path('gate'), 'x', Policy(threshold=0.5)), [], []
   monkeypatch.setattr(Plan, 'check', lambda plan: None)
+  monkeypatch.setattr(Plan, 'check_documents', lambda plan: None)
   monkeypatch.setattr(benchmark_tasks, 'open_gate', lambda *given: gate)
-  monkeypatch.setattr(benchmark_tasks, 'open_arm_model', lambda *given, **named: opened[-1])
+  monkeypatch.setattr(benchmark_tasks, 'find_arm_model', lambda *given, **named: SimpleNamespace(
+      load=lambda: opened[-1]))
   monkeypatch.setattr(benchmark_tasks, 'run_tasks', lambda *given, **named: runs.append(given))
   flags = {**FLAGS, 'data': 'x', 'at': at, 'gate': 'gate'}
   opened.append(SimpleNamespace(fingerprint='x'))
@@ -49,6 +53,18 @@ def test_gate(monkeypatch, at, expected):
   opened.append(SimpleNamespace(fingerprint='y'))
   with pytest.raises(UserError, match='fitted on a decoder'):
     benchmark_tasks.benchmark(['piqa'], Path('out'), **flags)
+
+
+def test_checks_without_documents_come_first(monkeypatch, tmp_path):
+  """A wrong --decoder or --output is refused before any document is read."""
+  monkeypatch.setattr(Plan, 'check', lambda plan: None)
+  monkeypatch.setattr(Plan, 'check_documents', lambda plan: pytest.fail('documents were read'))
+  with pytest.raises(UserError, match='no-such-decoder'):
+    benchmark_tasks.benchmark(['piqa'], tmp_path, **{**FLAGS, 'data': 'x'})
+  monkeypatch.setattr(benchmark_tasks, 'find_arm_model', lambda *given, **named: None)
+  (tmp_path / 'run.json').write_text('{"job": "train"}')
+  with pytest.raises(UserError, match='run.json is not of benchmarks'):
+    benchmark_tasks.benchmark(['piqa'], tmp_path, **{**FLAGS, 'data': 'x'})
 
 
 def test_no_gate(tmp_path):

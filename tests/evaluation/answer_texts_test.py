@@ -7,7 +7,7 @@ import pytest
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.answer_contexts import Request
 from latent_deliberation.evaluation.answer_texts import AnswerEncoder, rolling_windows
-from latent_deliberation.evaluation.arm_model import open_arm_model
+from latent_deliberation.evaluation.found_arm_model import open_arm_model
 from latent_deliberation.inference.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()

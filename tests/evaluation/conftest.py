@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from latent_deliberation.evaluation.arm_model import ArmModel, open_arm_model
+from latent_deliberation.evaluation.arm_model import ArmModel
+from latent_deliberation.evaluation.found_arm_model import open_arm_model
 from tests.evaluation import task_examples
 
 

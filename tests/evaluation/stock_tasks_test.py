@@ -79,6 +79,37 @@ def test_mmlu(tmp_path, monkeypatch):
   assert ours == stock and stock[0][0][0].count('Answer: ') == 5
 
 
+def test_bbh(tmp_path, monkeypatch):
+  """So have questions of BBH, after examples with their reasoning."""
+  name = 'bbh_cot_fewshot_boolean_expressions'
+  rows = [{'input': f'not ( {value} ) is', 'target': str(not value)} for value in (True, False)]
+  monkeypatch.setattr(datasets, 'load_dataset', lambda *given, **named: {
+      'test': datasets.Dataset.from_list(rows)})
+  monkeypatch.setitem(task_catalog.HUB, 'bbh', (name,))
+  task, *_ = task_catalog.load_tasks('bbh', '', None).values()
+  given = task.config.fewshot_config.samples
+  (tmp_path / 'bbh').mkdir()
+  examples = ''.join(f"\n\nQ: {each['input']}\nA: Let's think step by step.\n{each['target']}"
+                     for each in given)
+  for file, docs in (
+      ('cot_prompts', [{'prompt': f'x\n-----\n{task.config.description.strip()}{examples}'}]),
+      ('test', rows)):
+    (tmp_path / f'bbh/{file}.jsonl').write_text('\n'.join(
+        json.dumps({'task': 'boolean_expressions', **doc}) for doc in docs))
+  (stock, ours) = (task_catalog.requests_of('bbh', data, None) for data in ('', str(tmp_path)))
+  assert [(instance.args[0], gold) for _, instance, gold in ours] == [
+      (instance.args[0], gold) for _, instance, gold in stock]
+  (theirs, *_), (our_task, *_) = stock[0], ours[0]
+  assert our_task.config.target_delimiter == theirs.config.target_delimiter
+  assert our_task.config.generation_kwargs['until'] == theirs.config.generation_kwargs['until']
+
+
+@pytest.mark.parametrize('data, shots', [('', 3), ('local', 0)])
+def test_shots_of_agieval(data, shots):
+  """Only our own file of AGIEval has no examples."""
+  assert task_catalog.shots_shown('agieval', data, 3) == shots
+
+
 DATE = {'day': '1', 'month': 'May', 'year': ''}
 DROP = [{'passage': f'{number} came.', 'question': 'How many?', 'query_id': str(number),
          'section_id': 's', 'answer': {'number': str(number), 'date': DATE, 'spans': []},

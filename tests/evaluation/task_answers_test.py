@@ -78,6 +78,8 @@ def test_drawn_texts(model, tmp_path):
   lines = (tmp_path / 'a').read_text()
   assert write(DRAWN, tmp_path / 'a') == drawn and (tmp_path / 'a').read_text() == lines
   assert len(set(write({'max_gen_toks': 8}, tmp_path / 'a')[:4])) == 1
+  # Greedy texts after one prompt are written once.
+  assert len(json.loads((tmp_path / 'a').read_text().splitlines()[-1])['keys']) == 2
 
 
 @pytest.mark.parametrize('place', ['end', 'before:Answer:'])

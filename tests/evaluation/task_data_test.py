@@ -1,6 +1,8 @@
 """Task files read local data, and refuse what cannot be scored."""
 
+import gzip
 import json
+import zlib
 
 import pytest
 
@@ -50,7 +52,7 @@ def test_shots(data):
     ('gsm8k_chain', 'Question: How many are 0', "Let's think step by step."),
     ('math', 'Problem:\nWhat is 0 + 1?\n\nSolution: It is', 'What is 4 + 1?\n\nSolution:'),
     ('bbh', "Add up.\n\nQ: 0 + 1 is\nA: Let's think step by step.\nSo the answer is 1.\n\nQ: 1",
-     "Q: 0 + 2 is\nA: Let's think step by step."),
+     "Q: 0 + 2 is\nA: Let's think step by step.\n"),
     ('mbpp', 'You are an expert Python programmer, and here is your task: Add 2.',
      'assert add(3) == 14\n[BEGIN]\n'),
     ('humaneval', 'def plus_0(x):\n', 'def plus_0(x):\n'),
@@ -165,6 +167,18 @@ def test_missing_field(tmp_path, file, name, removed):
   (tmp_path / f'{file}.jsonl').write_text('\n'.join(map(json.dumps, docs)))
   with pytest.raises(UserError, match=f'document 4 of .*{file}.jsonl has no {removed!r}'):
     task_catalog.requests_of(name, str(tmp_path), None)
+
+
+def test_damaged_compression(tmp_path):
+  """A damaged file is named, whatever part of it is damaged."""
+  whole, refused = gzip.compress(b'{"a": 1}\n' * 40 + bytes(range(65, 91))), set()
+  for place in range(12, len(whole) - 8):
+    path = tmp_path / 'test.jsonl.gz'
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
+    with pytest.raises(UserError, match='test.jsonl.gz cannot be read') as caught:
+      read_documents(path)
+    refused.add(type(caught.value.__cause__))
+  assert zlib.error in refused
 
 
 def test_missing_inner_field(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip('lm_eval')
 
 from latent_deliberation import distributed
-from latent_deliberation.evaluation.arm_model import open_arm_model
+from latent_deliberation.evaluation.found_arm_model import open_arm_model
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_run import Plan, run_tasks
 from tests import finished

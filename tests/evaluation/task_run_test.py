@@ -12,9 +12,12 @@ pytest.importorskip('lm_eval')
 import latent_deliberation as ld
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
+from latent_deliberation.evaluation import task_run
 from latent_deliberation.evaluation.answer_contexts import Request
-from latent_deliberation.evaluation.arm_model import ArmModel, Writing, open_arm_model
+from latent_deliberation.evaluation.arm_model import ArmModel, Writing
+from latent_deliberation.evaluation.found_arm_model import open_arm_model
 from latent_deliberation.evaluation.task_answers import Settings, TaskAnswers
+from latent_deliberation.evaluation.task_report import format_page
 from latent_deliberation.evaluation.task_run import Plan, _one_filter, run_tasks
 from latent_deliberation.files import lock
 from latent_deliberation.inference import session
@@ -47,6 +50,7 @@ def finished(model, data, tmp_path_factory):
   output = tmp_path_factory.mktemp('run') / 'out'
   plan = Plan(TASKS, ARMS, str(data))
   plan.check()
+  plan.check_documents()
   return output, run_tasks(model, plan, Settings(), output)
 
 
@@ -206,6 +210,46 @@ def test_second_process(finished, model, data):
     with pytest.raises(UserError, match=f'works in {output}: let it end'):
       run_tasks(model, Plan(TASKS, ARMS, str(data)), Settings(), output, overwrite=True)
   assert (output / 'answers.jsonl').stat().st_size and (output / 'tasks/piqa.json').exists()
+
+
+def test_directory_changes_meanwhile(model, data, tmp_path, monkeypatch):
+  """What another command writes while this one checks its tasks is looked at once more."""
+  output, plan = tmp_path / 'out', Plan(('piqa',), ('own',), str(data), limit=2)
+
+  def meanwhile(limit):
+    """Runs another command on another task during the check."""
+    monkeypatch.setattr(task_run, '_check_requests', lambda *given: monkeypatch.undo() or run_tasks(
+        model, Plan(('boolq',), ('own',), str(data), limit=limit), Settings(), output))
+
+  meanwhile(limit=3)
+  with pytest.raises(UserError, match='limit: 3 saved, 2 now'):
+    run_tasks(model, plan, Settings(), output)
+  shutil.rmtree(output)
+  meanwhile(limit=2)
+  assert set(run_tasks(model, plan, Settings(), output)['tasks']) == {'piqa', 'boolq'}
+  assert set(json.loads((output / 'run.json').read_bytes())['data']) == {'piqa', 'boolq'}
+
+
+def test_overwrite_removes_results(model, data, tmp_path, monkeypatch):
+  """A run that overwrites and is stopped leaves no page of the run before."""
+  plan = Plan(('piqa',), ('own',), str(data), limit=2)
+  run_tasks(model, plan, Settings(), tmp_path / 'out')
+  monkeypatch.setattr(task_run, '_run_task', lambda *given: pytest.fail('stopped'))
+  with pytest.raises(pytest.fail.Exception, match='stopped'):
+    run_tasks(model, plan, Settings(), tmp_path / 'out', overwrite=True)
+  assert not list((tmp_path / 'out').glob('results.*'))
+
+
+def test_task_names_its_commit(finished):
+  """A task keeps the commit that scored it, whatever commit adds others later."""
+  _, summary = finished
+  later = json.loads(json.dumps(summary))
+  for name, task in later['tasks'].items():
+    task['commit'] = f'{name}_0123456'
+  assert 'piqa' in format_page(later) and '(piqa_01)' in format_page(later)
+  for task in later['tasks'].values():
+    del task['commit']  # as older code wrote it
+  assert 'Seconds of the command that finished each task: piqa' in format_page(later)
 
 
 def test_limit_and_overwrite(model, data, tmp_path):
@@ -407,8 +451,8 @@ def test_documents_are_checked(tmp_path):
   (tmp_path / 'winogrande').mkdir()
   (tmp_path / 'winogrande/validation.jsonl').write_text('\n'.join(map(json.dumps, docs)))
   with pytest.raises(UserError, match='winogrande'):
-    Plan(('winogrande',), ('frozen',), str(tmp_path)).check()
-  Plan(('winogrande',), ('frozen',), str(tmp_path), limit=2).check()
+    Plan(('winogrande',), ('frozen',), str(tmp_path)).check_documents()
+  Plan(('winogrande',), ('frozen',), str(tmp_path), limit=2).check_documents()
 
 
 def test_filter():

@@ -12,7 +12,7 @@ from latent_deliberation.build import build_deliberator, load_frozen, open_froze
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation import task_watch
-from latent_deliberation.evaluation.arm_model import open_arm_model
+from latent_deliberation.evaluation.found_arm_model import open_arm_model
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_run import Plan, run_tasks
 from latent_deliberation.inference.tokenizer import ByteTokenizer

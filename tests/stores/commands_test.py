@@ -7,7 +7,7 @@ from absl import flags
 
 from latent_deliberation.cli import app
 from latent_deliberation.errors import UserError
-from latent_deliberation.evaluation.arm_model import open_arm_model
+from latent_deliberation.evaluation.found_arm_model import open_arm_model
 from latent_deliberation.evaluation.task_answers import Settings
 from latent_deliberation.evaluation.task_run import Plan, run_tasks
 from latent_deliberation.files import list_directory

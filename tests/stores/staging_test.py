@@ -40,6 +40,18 @@ def test_directory(store, place):
   assert (copy / 'a').read_bytes() == b'a' * 1000
 
 
+def test_damaged_copy(place):
+  """A copy that lost a part, as when a machine loses its power, is made again."""
+  for name in ('a', 'deep/b'):
+    write_whole(place / name, name.encode() * 1000)
+  copy = at_hand(place)
+  (copy / 'a').write_bytes(b'a')
+  (copy / 'deep/b').unlink()
+  assert at_hand(place) == copy
+  assert (copy / 'a').read_bytes() == b'a' * 1000
+  assert (copy / 'deep/b').read_bytes() == b'deep/b' * 1000
+
+
 def test_file(place):
   """A file is copied with those beside it that belong to it, and no others."""
   for name in ('tokenizer.json', 'tokenizer_config.json', 'model.safetensors', 'tokenizer.d/x'):

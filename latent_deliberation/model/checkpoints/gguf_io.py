@@ -251,13 +251,34 @@ def _read_gemma(source: GGUFSource, common: Mapping[str, Any]) -> TransformerCon
     return TransformerConfig(**common, **GEMMA1)
   scale = {config.num_layers: config.query_scale
            for config in (PRESETS['gemma2_27b'], PRESETS['gemma3_27b'])}
-  common = {**common, 'query_scale': scale.get(common['num_layers']),
-            'window': _need(source, 'attention.sliding_window')}
+  common = {**common, 'query_scale': scale.get(common['num_layers'])}
   if family == 'gemma2':
     return TransformerConfig(
-        **common, attention_softcap=_shorten(_need(source, 'attn_logit_softcapping')),
+        **common, window=_need(source, 'attention.sliding_window'),
+        attention_softcap=_shorten(_need(source, 'attn_logit_softcapping')),
         final_softcap=_shorten(_need(source, 'final_logit_softcapping')))
-  return TransformerConfig(**common, **GEMMA3)
+  # A Gemma 3 has Google's values of these unless the file has others.
+  own = dict(GEMMA3)
+  if (cap := source.get('{}.final_logit_softcapping')) is not None:
+    own['final_softcap'] = _shorten(cap)
+  if (base := source.get('{}.rope.freq_base_swa')) is not None:
+    own['rope_local_base'] = float(base)
+  if (pattern := source.get('{}.attention.sliding_window_pattern')) is not None:
+    own['layer_pattern'] = _read_pattern(source, pattern, common['num_layers'])
+  if 'local' in own['layer_pattern']:
+    own['window'] = _need(source, 'attention.sliding_window')
+  return TransformerConfig(**common, **own)
+
+
+def _read_pattern(source: GGUFSource, pattern: int | list[bool], num_layers: int,
+                  ) -> tuple[str, ...]:
+  """Returns the kinds of layers; `pattern` says how often one is global, or which are local."""
+  if isinstance(pattern, list):
+    if len(pattern) != num_layers:
+      raise UserError(f'{source.file}: attention.sliding_window_pattern has {len(pattern)} values '
+                      f'for {num_layers} layers: download it again')
+    return tuple('local' if is_local else 'global' for is_local in pattern)
+  return ('local',) * (pattern - 1) + ('global',) if pattern else ('local',)
 
 
 def _read_llama3(source: GGUFSource, head_dim: int, base: float) -> tuple[float, ...]:

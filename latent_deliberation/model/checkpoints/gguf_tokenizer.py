@@ -36,7 +36,7 @@ def cache_tokenizer(source: GGUFSource) -> Path | None:
   if kind not in ('llama', 'gpt2'):
     raise UserError(f'{source.file}: tokenizer.ggml.model = {kind!r} is neither llama '
                     '(SentencePiece) nor gpt2 (byte-level BPE): give the tokenizer of the model, '
-                    '--vocabulary=PATH')
+                    '--vocabulary=PATH, or for training --config.data.vocabulary_path=PATH')
   try:
     if kind == 'llama':
       files = {TOKENIZER: rebuild_sentencepiece(source)}
@@ -161,7 +161,7 @@ def rebuild_byte_pairs(source: GGUFSource) -> tuple[dict[str, Any], dict[str, An
   if rule not in PRE_TOKENIZERS:
     raise UserError(f'{source.file}: tokenizer.ggml.pre = {rule!r} is not one of '
                     f'{", ".join(PRE_TOKENIZERS)}: give the tokenizer of the model, '
-                    '--vocabulary=PATH')
+                    '--vocabulary=PATH, or for training --config.data.vocabulary_path=PATH')
   tokens, types = _read_tokens(source)
   vocabulary = {token: number for number, token in enumerate(tokens)}
   if len(vocabulary) != len(tokens):

@@ -4,8 +4,8 @@
   hf://ORG/NAME/FILE.gguf    one of several GGUF files
   hf://ORG/NAME@REVISION     a branch, tag or commit; default main
 
-The library keeps downloads in its own cache, where they are found without a network. Without one, a
-GGUF file that is alone in the cache goes for the only one of the repository.
+The library keeps downloads in its own cache, where they are found without a network. Without one,
+the only GGUF file of a repository in the cache is taken to be its only one.
 """
 
 import importlib.util

@@ -15,7 +15,7 @@ import importlib.metadata
 from pathlib import Path
 
 from latent_deliberation.errors import MissingError, UserError
-from latent_deliberation.files import sha256_of, write_whole
+from latent_deliberation.files import as_path, sha256_of, write_whole
 from latent_deliberation.model.checkpoints import hub
 
 CACHE = Path('~/.cache/latent_deliberation/models')
@@ -91,7 +91,7 @@ def find(name: str) -> Path:
   nearest = difflib.get_close_matches(name, MODELS, n=1)
   hint = f' (did you mean {nearest[0]}?)' if nearest else ''
   raise MissingError(
-      f'{Path(name).absolute()} does not exist{hint}: give the directory of a decoder, a GGUF '
+      f'{as_path(name).absolute()} does not exist{hint}: give the directory of a decoder, a GGUF '
       f'file, hf://ORG/NAME, or one of the names {", ".join(MODELS)}')
 
 

@@ -275,6 +275,34 @@ def test_scaling_of_positions(tmp_path, keys, expected):
   assert weights.open_checkpoint(path).config.rope_scaling == expected
 
 
+@pytest.mark.parametrize('pattern, expected', [
+    (3, ('local', 'local', 'global')), (1, ('global',)), ([True, False], ('local', 'global'))])
+def test_gemma3_of_other_settings(tmp_path, pattern, expected):
+  """What a file says goes before Google's values; without local layers there is no window."""
+  config = dataclasses.replace(
+      CONFIGS['gemma3'], layer_pattern=expected, final_softcap=30.0, rope_local_base=2e4,
+      window=CONFIGS['gemma3' if 'local' in expected else 'gemma'].window)
+
+  def add(writer):
+    writer.add_sliding_window_pattern(pattern)
+    writer.add_rope_freq_base_swa(config.rope_local_base)
+    writer.add_final_logit_softcapping(config.final_softcap)
+
+  path = write(tmp_path / 'model.gguf', 'gemma3', config, random_params(config), metadata=add)
+  assert weights.open_checkpoint(path).config == config
+  if expected == ('global',):
+    path.write_bytes(path.read_bytes().replace(b'sliding_window\x04', b'sliding_windoW\x04'))
+    assert weights.open_checkpoint(path).config.layer_pattern == expected
+
+
+def test_gemma3_pattern_of_other_length(tmp_path):
+  config = CONFIGS['gemma3']
+  path = write(tmp_path / 'model.gguf', 'gemma3', config, random_params(config),
+               metadata=lambda writer: writer.add_sliding_window_pattern([True] * 3))
+  with pytest.raises(UserError, match='sliding_window_pattern has 3 values for 2 layers'):
+    weights.open_checkpoint(path)
+
+
 def test_gemma3_names_its_rotary_base(tmp_path):
   config = CONFIGS['gemma3']
   path = write(tmp_path / 'model.gguf', 'gemma3', config, random_params(config))
