@@ -86,11 +86,13 @@ train() {
   for arm in "${names[@]}"; do
     chosen+=("--arm=$arm")
     left=$((end - SECONDS)) code=124
-    # A study that is told to end saves its state first. 124 is the code of `timeout`.
+    # A study that is told to end saves its state first. `timeout` gives 124, or 137 if the study
+    # had to be killed.
     ((left <= 0)) || code=0
     ((code)) || run timeout --signal=TERM --kill-after=60 "$left" python3 launch/study.py \
       --config="$config" --workdir="$from/work" "${chosen[@]}" "${rest[@]}" || code=$?
-    ((code != 124)) || fail "the $minutes minutes are over before the arm '$arm'; $to has the others"
+    ((code != 124 && code != 137)) ||
+      fail "the $minutes minutes are over before the arm '$arm' ended; $to has those before it"
     ((code == 0)) || fail "the arm '$arm' failed; $to has those before it"
     cp "$from"/work/results.* "$to"
     for finished in "$from/work/arms/$arm"/seed*/coprocessor; do
