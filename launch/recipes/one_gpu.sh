@@ -17,7 +17,7 @@
 #
 # `train` runs there too. It trains and scores arms of --config one after the other, until the
 # minutes are over. After each arm --to gets the report of all so far, and the arm's coprocessor as
-# a tar file. Flags after -- are passed to launch/study.py, such as -- '--config.seeds=(0,)'.
+# a .tar.gz file. Flags after -- are passed to launch/study.py, such as -- '--config.seeds=(0,)'.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/launch/recipes/common.sh"
@@ -96,8 +96,8 @@ train() {
     ((code == 0)) || fail "the arm '$arm' failed; $to has those before it"
     cp "$from"/work/results.* "$to"
     for finished in "$from/work/arms/$arm"/seed*/coprocessor; do
-      tar --create --file="$to/${arm// /_}_$(basename "$(dirname "$finished")").tar" \
-        --directory="$finished" .
+      tar --create --gzip --directory="$finished" . \
+        --file="$to/${arm// /_}_$(basename "$(dirname "$finished")").tar.gz"
     done
   done
 }

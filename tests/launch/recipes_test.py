@@ -402,8 +402,8 @@ touch "$work/arms/$arm/seed0/coprocessor/coprocessor.json"
 
 
 @pytest.mark.parametrize('last, code, said', [
-    ('slow', 2, "the 1 minutes are over before the arm 'slow' ended"), ('bad', 2, "the arm 'bad' failed"),
-    ('', 0, '')])
+    ('slow', 2, "the 1 minutes are over before the arm 'slow' ended"),
+    ('bad', 2, "the arm 'bad' failed"), ('', 0, '')])
 def test_training_goes_to_a_gpu_in_pieces(tmp_path, last, code, said):
   """Pieces come one by one; what arms have finished is kept when the time is over."""
   tools, data, away = tmp_path / 'bin', tmp_path / 'data', tmp_path / 'away'
@@ -441,7 +441,7 @@ def test_training_goes_to_a_gpu_in_pieces(tmp_path, last, code, said):
   written = (tmp_path / 'out/results.json').read_text()
   assert '--arm=own --arm=32 latents' in written and written.endswith('--config.x=1\n')
   assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
-      '32_latents_seed0.tar', 'own_seed0.tar', 'results.json']
+      '32_latents_seed0.tar.gz', 'own_seed0.tar.gz', 'results.json']
 
 
 def test_damaged_piece(tmp_path):
