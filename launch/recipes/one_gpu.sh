@@ -38,9 +38,10 @@ needs() {
 }
 
 pack() {
-  local archive=$to/archive file
+  local partial=$to.partial archive=$to.partial/archive file
   [[ -d $data/rows ]] || fail "--data=$data has no rows: make them with launch/prepare.py"
   [[ ! -e $to ]] || fail "--to=$to is there already: give another one"
+  rm -rf "$partial" # left by a command that was stopped
   mkdir -p "$archive/work"
   for file in rows vocabulary.model tokenizer.json tokenizer_config.json; do
     [[ ! -e $data/$file ]] || cp -r "$data/$file" "$archive/work"
@@ -49,9 +50,10 @@ pack() {
   run python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version="$python" \
     --dest="$archive/wheels" $packages
   tar --create --directory="$archive" work wheels |
-    split --bytes="${megabytes}M" --numeric-suffixes --suffix-length=3 - "$to/piece."
+    split --bytes="${megabytes}M" --numeric-suffixes --suffix-length=3 - "$partial/piece."
   rm -r "$archive"
-  (cd "$to" && sha256sum piece.* >pieces.sha256)
+  (cd "$partial" && sha256sum piece.* >pieces.sha256)
+  mv "$partial" "$to"
   ls -l "$to"
 }
 

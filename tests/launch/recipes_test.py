@@ -420,6 +420,7 @@ def test_training_goes_to_a_gpu_in_pieces(tmp_path, last, code, said):
   def one_gpu(arguments):
     return recipe('one_gpu', arguments, path=f'{tools}:{os.environ["PATH"]}')
 
+  (tmp_path / 'payload.partial/archive').mkdir(parents=True)  # of a command that was stopped
   packed = one_gpu(f'pack --data={data} --to={tmp_path}/payload --megabytes=1')
   assert packed.returncode == 0, packed.stderr
   assert "is there already" in one_gpu(f'pack --data={data} --to={tmp_path}/payload').stderr
