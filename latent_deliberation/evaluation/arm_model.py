@@ -1,7 +1,7 @@
 """A decoder with its coprocessor and controls, which scores answers and writes text in every arm.
 
-`ArmModel.score` takes answers through the packed scorer. Where latents
-come by a policy, as after every 16 tokens, answers and texts go through the engine of inference.
+`ArmModel.score` takes answers through the packed scorer. Where latents come by a policy, as after
+every 16 tokens, answers and texts go through the engine of inference.
 """
 
 import collections
@@ -17,9 +17,7 @@ from jax.sharding import Mesh
 
 from latent_deliberation.array_types import Array, Params
 from latent_deliberation.deliberation.coprocessor import Coprocessor
-from latent_deliberation.deliberation.coprocessor_checkpoint import (
-  CoprocessorCheckpoint,
-)
+from latent_deliberation.deliberation.coprocessor_checkpoint import CoprocessorCheckpoint
 from latent_deliberation.errors import UserError
 from latent_deliberation.evaluation.answer_contexts import SHARED, Request
 from latent_deliberation.evaluation.answers import AnswerScorer, Scored, Source
@@ -34,11 +32,7 @@ from latent_deliberation.inference.session import DecodingOptions, Session
 from latent_deliberation.inference.tokenizer import Tokenizer
 from latent_deliberation.model.decoder import Decoder
 from latent_deliberation.model.transformer_config import TransformerConfig
-from latent_deliberation.sharding import (
-  DEFAULT_RULES,
-  MeshConfig,
-  make_mesh,
-)
+from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
 _SIZE_STEP = 8  # batches of written texts have multiples of it, and a row more
 

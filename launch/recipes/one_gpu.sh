@@ -38,10 +38,14 @@ needs() {
 }
 
 pack() {
-  local partial=$to.partial archive=$to.partial/archive file
+  local archive file
   [[ -d $data/rows ]] || fail "--data=$data has no rows: make them with launch/prepare.py"
   [[ ! -e $to ]] || fail "--to=$to is there already: give another one"
-  rm -rf "$partial" # left by a command that was stopped
+  # A directory of its own, so that what is there stays, and --to is whole or not there.
+  mkdir -p "$(dirname "$to")"
+  partial=$(mktemp --directory "$to.XXXXXX")
+  trap 'rm -rf "$partial"' EXIT
+  archive=$partial/archive
   mkdir -p "$archive/work"
   for file in rows vocabulary.model tokenizer.json tokenizer_config.json; do
     [[ ! -e $data/$file ]] || cp -r "$data/$file" "$archive/work"
@@ -87,15 +91,18 @@ train() {
   IFS=/ read -ra names <<<"$arms"
   for arm in "${names[@]}"; do
     chosen+=("--arm=$arm")
-    left=$((end - SECONDS)) code=124
+    left=$((end - SECONDS)) code=0
     # A study that is told to end saves its state first. `timeout` gives 124, or 137 if the study
-    # had to be killed.
-    ((left <= 0)) || code=0
-    ((code)) || run timeout --signal=TERM --kill-after=60 "$left" python3 launch/study.py \
+    # had to be killed. Without a second left it would wait for ever.
+    run timeout --signal=TERM --kill-after=60 "$((left > 0 ? left : 1))" python3 launch/study.py \
       --config="$config" --workdir="$from/work" "${chosen[@]}" "${rest[@]}" || code=$?
-    ((code != 124 && code != 137)) ||
-      fail "the $minutes minutes are over before the arm '$arm' ended; $to has those before it"
-    ((code == 0)) || fail "the arm '$arm' failed; $to has those before it"
+    case $code in
+      0) ;;
+      124 | 137)
+        fail "the $minutes minutes are over before the arm '$arm' ended; $to has those before it"
+        ;;
+      *) fail "the arm '$arm' failed; $to has those before it" ;;
+    esac
     cp "$from"/work/results.* "$to"
     for finished in "$from/work/arms/$arm"/seed*/coprocessor; do
       tar --create --gzip --directory="$finished" . \

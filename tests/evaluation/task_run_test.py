@@ -23,6 +23,7 @@ from latent_deliberation.files import lock
 from latent_deliberation.inference import session
 from latent_deliberation.inference.policy import ONCE, Policy
 from latent_deliberation.inference.session import DecodingOptions
+from latent_deliberation.provenance import git_commit
 from tests.evaluation import task_examples
 
 TASKS = ('piqa', 'winogrande', 'gsm8k')
@@ -243,6 +244,7 @@ def test_overwrite_removes_results(model, data, tmp_path, monkeypatch):
 def test_task_names_its_commit(finished):
   """A task keeps the commit that scored it, whatever commit adds others later."""
   _, summary = finished
+  assert {task['commit'] for task in summary['tasks'].values()} == {git_commit()}
   later = json.loads(json.dumps(summary))
   for name, task in later['tasks'].items():
     task['commit'] = f'{name}_0123456'
