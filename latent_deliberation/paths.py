@@ -39,11 +39,18 @@
     run.json, answers.jsonl, tasks/, samples/, results.json, results.md, results.png
   a gate (--output)
     gate.json, gate.safetensors, gate.png
+  the user's cache (CACHE_VARIABLE, or ~/.cache/latent_deliberation)
+    models/, tokenizers/      what was made of installed packages and GGUF files
+    stores/                   copies from object stores
+    experts/                  added experts
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from latent_deliberation.errors import UserError
 
 RUN_FILE = 'run.json'
 METRICS_FILE = 'metrics.jsonl'
@@ -72,6 +79,19 @@ REPORT, RESULTS = 'report', 'results'  # .json and .md
 SCORES_FILE = 'scores.json'  # in the directory of a run of a study
 CHAIN_SCORES_FILE = 'chain_scores.json'  # in a study's directory
 GATE_FILE, GATE_WEIGHTS_FILE = 'gate.json', 'gate.safetensors'
+CACHE_VARIABLE = 'LATENT_DELIBERATION_CACHE'
+
+
+def cache_directory(kind: str) -> Path:
+  """Returns the directory of the user's cache for one kind of files, such as 'models'.
+
+  Raises:
+    UserError: the variable has a URL.
+  """
+  root = os.environ.get(CACHE_VARIABLE) or '~/.cache/latent_deliberation'
+  if ':/' in root:
+    raise UserError(f'{CACHE_VARIABLE} is {root}, a URL: set it to a directory of this machine')
+  return Path(os.path.expanduser(root)) / kind
 
 
 def arm_directory(workdir: Path, arm: str, seed: int) -> Path:

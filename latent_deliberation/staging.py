@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -21,19 +20,14 @@ from fsspec.callbacks import Callback
 
 from latent_deliberation.errors import MissingError, StoreError, UserError
 from latent_deliberation.files import explain_failed_write, lock
+from latent_deliberation.paths import CACHE_VARIABLE, cache_directory
 from latent_deliberation.progress import Progress
 from latent_deliberation.stores import StorePath
 
-VARIABLE = 'LATENT_DELIBERATION_CACHE'
 MIRROR_SECONDS = 15.0  # between two copies of files that grow
 _AT_ONCE = 8  # files that are copied at a time
 # What tells one version of an object from another, as gcsfs and s3fs call it.
 _VERSION = ('size', 'ETag', 'etag', 'generation', 'md5Hash')
-
-
-def cache_directory() -> Path:
-  """Directory for copies: that of the variable, or else in the user's own cache."""
-  return Path(os.environ.get(VARIABLE) or '~/.cache/latent_deliberation/stores').expanduser()
 
 
 def fetch(path: StorePath, beside: str = '') -> Path:
@@ -52,7 +46,7 @@ def fetch(path: StorePath, beside: str = '') -> Path:
   """
   root, objects = _list(path, beside)
   version = _version(objects)
-  copy = cache_directory().joinpath(*root.parts[1:], version)
+  copy = cache_directory('stores').joinpath(*root.parts[1:], version)
   found = copy if root is path else copy / path.name
   if _is_whole(copy, objects):
     return found
@@ -104,7 +98,8 @@ def _check_space(path: StorePath, place: Path, objects: Mapping[str, Mapping[str
   needed, free = sum(about['size'] for about in objects.values()), shutil.disk_usage(place).free
   if needed > free:
     raise UserError(f'{path} has {needed:,} bytes, and {place} has room for {free:,}: set '
-                    f'{VARIABLE} to a directory on a larger disk, or remove older copies there')
+                    f'{CACHE_VARIABLE} to a directory on a larger disk, or remove older copies '
+                    'there')
 
 
 def _copy(root: StorePath, objects: Mapping[str, Mapping[str, Any]], target: Path) -> None:

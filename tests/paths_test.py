@@ -1,10 +1,12 @@
-"""Files that were written under old names resume and load."""
+"""Files that were written under old names resume and load, and the user's cache can move."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from latent_deliberation import paths
 from latent_deliberation.deliberation import coprocessor_checkpoint
 from latent_deliberation.deliberation.coprocessor_checkpoint import DESCRIPTION
 from latent_deliberation.errors import UserError
@@ -80,3 +82,14 @@ def test_old_coprocessor_loads(old_run):
   assert '"rested"' in (old_run / 'coprocessor' / DESCRIPTION).read_text()
   loaded = coprocessor_checkpoint.load(old_run / 'coprocessor')
   assert loaded.config == finished.experiment().deliberation
+
+
+def test_user_cache(monkeypatch):
+  """One variable moves all of the user's cache, and must name a directory of this machine."""
+  monkeypatch.delenv(paths.CACHE_VARIABLE, raising=False)
+  assert paths.cache_directory('models') == Path.home() / '.cache/latent_deliberation/models'
+  monkeypatch.setenv(paths.CACHE_VARIABLE, '~/large')
+  assert paths.cache_directory('stores') == Path.home() / 'large/stores'
+  monkeypatch.setenv(paths.CACHE_VARIABLE, 'gs://bucket/cache')
+  with pytest.raises(UserError, match='LATENT_DELIBERATION_CACHE is gs://bucket/cache, a URL'):
+    paths.cache_directory('models')

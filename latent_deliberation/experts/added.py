@@ -28,6 +28,7 @@ from latent_deliberation.experts.package import (
   write_card,
 )
 from latent_deliberation.files import explain_failed_write, list_directory, whole_directory
+from latent_deliberation.paths import cache_directory
 from latent_deliberation.progress import Progress
 
 _VARIABLE = 'LATENT_DELIBERATION_EXPERTS'  # directory of added experts
@@ -39,7 +40,7 @@ def added_directory(given: str = '') -> Path:
   Raises:
     UserError: it is a URL.
   """
-  place = given or os.environ.get(_VARIABLE) or '~/.cache/latent_deliberation/experts'
+  place = given or os.environ.get(_VARIABLE) or str(cache_directory('experts'))
   if ':/' in place:
     raise UserError(f'{place} is a URL, and added experts must be on a disk of this machine: give '
                     f'a directory of it, by --experts or {_VARIABLE}')

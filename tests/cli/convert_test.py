@@ -17,6 +17,7 @@ from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import named
 from latent_deliberation.model.decoder import fingerprint
 from latent_deliberation.model.transformer_config import PRESETS
+from latent_deliberation.paths import CACHE_VARIABLE
 from latent_deliberation.training.train import train_coprocessor
 from tests import finished, tiny_tokenizer
 from tests.model.checkpoints import foreign
@@ -165,7 +166,7 @@ def test_names(tmp_path, exported, monkeypatch):
   """Known names are listed with licence and command, and a decoder by its name has its licence."""
   model = dataclasses.replace(named.MODELS['gemma3-270m'], parts=(('no-such-package', 'file'),))
   monkeypatch.setitem(named.MODELS, 'gemma3-270m', model)
-  monkeypatch.setattr(named, 'CACHE', tmp_path)
+  monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
   listed = convert.list_names()
   assert 'gemma3-270m    Gemma 3 270M, pretrained, Q4_K_M: not installed\n' in listed
   assert '  licence      Gemma Terms of Use' in listed

@@ -10,6 +10,7 @@ import pytest
 from latent_deliberation import staging
 from latent_deliberation.errors import MissingError, StoreError, UserError
 from latent_deliberation.files import at_hand, growing_files, new_file, write_whole
+from latent_deliberation.paths import CACHE_VARIABLE
 from tests.stores.object_store import Fault
 
 
@@ -106,7 +107,7 @@ def test_small_disk(place, monkeypatch):
   """Too little space is an error before anything is copied; it names the variable."""
   write_whole(place / 'a', b'x' * 1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(100, 100, 10))
-  with pytest.raises(UserError, match=f'{place} has 1,000 bytes.* 10: .*{staging.VARIABLE}'):
+  with pytest.raises(UserError, match=f'{place} has 1,000 bytes.* 10: .*{CACHE_VARIABLE}'):
     at_hand(place)
 
 

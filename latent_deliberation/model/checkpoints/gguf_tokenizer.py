@@ -16,9 +16,13 @@ from sentencepiece import sentencepiece_model_pb2
 from latent_deliberation.errors import UserError
 from latent_deliberation.files import write_whole
 from latent_deliberation.model.checkpoints.gguf_io import GGUFSource
-from latent_deliberation.paths import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_JSON
+from latent_deliberation.paths import (
+  TOKENIZER,
+  TOKENIZER_CONFIG,
+  TOKENIZER_JSON,
+  cache_directory,
+)
 
-CACHE = Path('~/.cache/latent_deliberation/tokenizers')
 # Types of a token in the metadata, with SentencePiece's own numbers.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 _SPACE = '\u2581'  # SentencePiece's sign for a space
@@ -51,7 +55,8 @@ def cache_tokenizer(source: GGUFSource) -> Path | None:
     raise UserError(f'{source.file}: its vocabulary is damaged ({type(error).__name__}: '
                     f'{str(error):.120}): download it again') from error
   # The directory is a hash of the content, so two files of one vocabulary share it.
-  directory = CACHE.expanduser() / hashlib.sha256(b''.join(files.values())).hexdigest()[:16]
+  content_hash = hashlib.sha256(b''.join(files.values())).hexdigest()[:16]
+  directory = cache_directory('tokenizers') / content_hash
   for name, content in files.items():
     if not (directory / name).is_file():
       write_whole(directory / name, content)

@@ -17,8 +17,7 @@ from pathlib import Path
 from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.files import as_path, sha256_of, write_whole
 from latent_deliberation.model.checkpoints import hub
-
-CACHE = Path('~/.cache/latent_deliberation/models')
+from latent_deliberation.paths import cache_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class PackagedModel:
   @property
   def cache(self) -> Path:
     """Directory for the file, if it is put together, and for the note that it was checked."""
-    return CACHE.expanduser() / self.sha256[:16]
+    return cache_directory('models') / self.sha256[:16]
 
 
 MODELS = {

@@ -17,6 +17,7 @@ from latent_deliberation.model.checkpoints import gguf_io, hugging_face, named
 from latent_deliberation.model.decoder import Decoder, fingerprint
 from latent_deliberation.model.rotary import rotary_frequencies
 from latent_deliberation.model.transformer_config import PRESETS, TransformerConfig
+from latent_deliberation.paths import CACHE_VARIABLE
 
 gguf = pytest.importorskip('gguf')
 
@@ -203,7 +204,7 @@ def test_name(damaged, tmp_path, monkeypatch):
   sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
   model = named.PackagedModel('Tiny', 'none', 'tiny', (('tiny', 'model.gguf'),), path.name, sha256)
   monkeypatch.setitem(named.MODELS, 'tiny', model)
-  monkeypatch.setattr(named, 'CACHE', tmp_path / 'cache')
+  monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / 'cache'))
   monkeypatch.setattr(named, '_find_parts', lambda name: [path])
   checkpoint = weights.open_checkpoint(Path('tiny'), weights.open_checkpoint(path).config)
   assert checkpoint.directory == path

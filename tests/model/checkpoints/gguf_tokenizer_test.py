@@ -20,6 +20,7 @@ from latent_deliberation.inference.conventions import read_conventions
 from latent_deliberation.inference.tokenizer import tokenizer_of
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import gguf_io, gguf_tokenizer, native
+from latent_deliberation.paths import CACHE_VARIABLE
 from tests import tiny_tokenizer
 from tests.model.checkpoints import gguf_io_test
 
@@ -32,9 +33,9 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-  """The user's cache."""
-  monkeypatch.setattr(gguf_tokenizer, 'CACHE', tmp_path / 'cache')
-  return tmp_path / 'cache'
+  """The user's cache of tokenizers."""
+  monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / 'cache'))
+  return tmp_path / 'cache/tokenizers'
 
 
 def write(path, rows, metadata):

@@ -11,6 +11,7 @@ import pytest
 from latent_deliberation.errors import MissingError, UserError
 from latent_deliberation.model import weights
 from latent_deliberation.model.checkpoints import named
+from latent_deliberation.paths import CACHE_VARIABLE, cache_directory
 
 PARTS = {'tiny-part1': b'first ', 'tiny-part2': b'second'}
 WHOLE = b'first second'
@@ -40,7 +41,7 @@ def site(tmp_path, monkeypatch):
   install(site, 'single', path_of('single'), WHOLE)
   sha256 = hashlib.sha256(WHOLE).hexdigest()
   monkeypatch.syspath_prepend(str(site))
-  monkeypatch.setattr(named, 'CACHE', tmp_path / 'cache')
+  monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / 'cache'))
   monkeypatch.setitem(named.MODELS, 'tiny', named.PackagedModel(
       'Tiny', 'Tiny Terms', 'tiny==1.0', tuple((package, path_of(package)) for package in PARTS),
       'model.gguf', sha256))
@@ -120,7 +121,7 @@ def test_wrong_checksum(site, name, package, options):
   expected = hashlib.sha256(WHOLE).hexdigest()
   with pytest.raises(UserError, match=f'{found}, expected {expected}.*pip install {options}'):
     named.find(name)
-  assert not named.CACHE.exists()
+  assert not cache_directory('models').exists()
 
 
 def test_changed_afterwards(site):
@@ -142,7 +143,7 @@ def test_no_room(site, monkeypatch):
     patched.setattr(os, 'fsync', full)
     with pytest.raises(UserError, match='cache/.*/model.gguf .*No space left'):
       named.find('tiny')
-  assert not [path for path in named.CACHE.rglob('*') if path.is_file()]
+  assert not [path for path in cache_directory('models').rglob('*') if path.is_file()]
   assert named.find('tiny').read_bytes() == WHOLE
 
 
@@ -169,7 +170,7 @@ def test_path_goes_before_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name, size', [('gemma3-270m', 253_113_024), ('smollm2-135m', 98_362_432)])
 def test_real_file(tmp_path, monkeypatch, name, size):
   """The file of an installed package is whole and has the checksum of the table."""
-  monkeypatch.setattr(named, 'CACHE', tmp_path)
+  monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
   if not named.is_installed(name):
     pytest.skip(named.MODELS[name].command())
   path = named.find(name)
