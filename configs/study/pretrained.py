@@ -16,8 +16,8 @@ them as the second command.
 - 'lora' puts the same adapters on the decoder itself, and trains them by next-token loss.
 - '8 latents' to '32 latents' are the shape of the paper's Table 1.
 - 'paper' arms have latents after the anchor, as the paper has, for 2 and 4 times the steps.
-- 'rank 4', 'rank 64' and 'whole' have other numbers of weights. A whole coprocessor trains its
-  transformer at a twentieth of the adapters' rate, at which its weights would be lost.
+- 'rank 4', 'rank 64' and 'whole' have other numbers of weights. A whole coprocessor starts
+  as a copy of the decoder, which the rate of adapters would damage. It trains at a twentieth of it.
 - 'states' reads the decoder's last layer in place of its cache.
 - 'delay' trains latents that come up to 3 tokens late. With --overwrite and
   --config.experiment.evaluation.delay=1 (2, 3), all trained arms are scored so.
@@ -42,7 +42,8 @@ def get_config(decoder='gemma3-270m'):
   experiment = dataclasses.replace(experiment, evaluation=dataclasses.replace(
       experiment.evaluation, num_ahead=32, positions=(1, 2, 4, 8, 16, 32)))
   return as_config(Study(
-      name=f'a published decoder, {decoder}', experiment=experiment, arms=_arms(experiment.training.optimizer.learning_rate)))
+      name=f'a published decoder, {decoder}', experiment=experiment,
+      arms=_arms(experiment.training.optimizer.learning_rate)))
 
 
 def _arms(rate):
