@@ -82,9 +82,9 @@ def batch() -> Batch:
 
 @pytest.fixture(scope='session', autouse=True)
 def compilations_kept() -> Iterator[None]:
-  """All workers share compiled programs on disk."""
+  """All workers share compiled programs on disk; the next run of the tests has them too."""
   settings = {'jax_compilation_cache_dir': str(finished.COMPILED),
-              'jax_persistent_cache_min_compile_time_secs': 0.2}
+              'jax_persistent_cache_min_compile_time_secs': 0.0}
   for name, value in settings.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()  # it reads its directory once
@@ -108,7 +108,16 @@ def programs_dropped() -> Iterator[None]:
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
   """Meshes over one device, which compile in a quarter of the time that eight take."""
   devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, 'devices', lambda: devices)
+  monkeypatch.setattr(jax, 'devices', lambda *backend: devices)
+
+
+@pytest.fixture(scope='module')
+def module_on_one_device() -> Iterator[None]:
+  """The same for all tests of a module."""
+  with pytest.MonkeyPatch.context() as patch:
+    devices = jax.devices()[:1]
+    patch.setattr(jax, 'devices', lambda *backend: devices)
+    yield
 
 
 @pytest.fixture(scope='session')

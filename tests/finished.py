@@ -19,13 +19,18 @@ from typing import Any
 from latent_deliberation.experiment import Experiment, bind
 
 ROOT = Path(__file__).parents[1]
+# Compiled programs, which all processes share and the next run finds. `pytest --cache-clear`
+# removes them, and so does a run that finds more than 4 GB.
+_KEPT, _MOST_BYTES = ROOT / '.pytest_cache/d/compiled', 4e9
 _VARIABLE = 'LATENT_DELIBERATION_TESTS'
 if _VARIABLE not in os.environ:  # otherwise inherited from pytest's first process, or from a test
   _OWN = tempfile.TemporaryDirectory(prefix='finished-')  # removed when the tests end
   os.environ[_VARIABLE] = _OWN.name
+  if _KEPT.is_dir() and sum(file.stat().st_size for file in _KEPT.iterdir()) > _MOST_BYTES:
+    shutil.rmtree(_KEPT)
 _PLACE = Path(os.environ[_VARIABLE])
 TEXTS, QUICKSTART, _PRINTED = _PLACE / 'texts', _PLACE / 'run', _PLACE / 'printed'
-COMPILED = _PLACE / 'compiled'  # shared by all processes
+COMPILED = _KEPT if os.access(ROOT, os.W_OK) else _PLACE / 'compiled'
 
 # Keys by which the runs of these tests differ from configs/tiny.py.
 OVERRIDES = {

@@ -172,6 +172,7 @@ def test_python_of_guides_runs(quickstart, page):
       exec(compile(code, page, 'exec'), {'tokens': np.ones((1, 4), np.int32)})
 
 
+@pytest.mark.usefixtures('one_device')
 def test_training_from_python_runs(tmp_path, capsys):
   """The block of the quickstart's page, on a tiny config."""
   code, = blocks(finished.ROOT / 'docs/quickstart.md', 'python')

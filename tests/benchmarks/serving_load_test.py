@@ -41,7 +41,11 @@ def test_texts_without_room(tmp_path, monkeypatch):
 
 
 def test_small_load(tmp_path, monkeypatch):
-  """Six clients on tiny weights: faults are injected, nothing is lost, plain texts stay."""
+  """Six clients on tiny weights: faults are injected, nothing is lost, plain texts stay.
+
+  None hangs here, which would last longer than all else: tests of the server have hangs.
+  """
+  monkeypatch.setattr(serving_load, '_FAULTS', ('fails', 'nan'))
   monkeypatch.setattr(serving_load, 'load_decoder', lambda name: small_server.decoder())
   result = measure_load(tmp_path / 'load.json', 'tiny', LoadOptions(
       clients=6, requests=4, max_tokens=6, rows=2, length=64, share=0.7, latent_seconds=50.0))

@@ -48,7 +48,7 @@ def experiment_of(decoder, **overrides):
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory, quickstart):
+def place(tmp_path_factory, quickstart, module_on_one_device):
   """A folder with the text of a domain, and of none."""
   place = tmp_path_factory.mktemp('expert')
   finished.write_texts(place / 'acts', [

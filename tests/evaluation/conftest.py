@@ -1,9 +1,7 @@
 """Fixtures of the tests of benchmarks: made-up documents, and a decoder with its coprocessor."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from latent_deliberation.evaluation.arm_model import ArmModel
@@ -18,11 +16,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def model(quickstart: Path) -> Iterator[ArmModel]:
+def model(quickstart: Path, module_on_one_device: None) -> ArmModel:
   """The quickstart's decoder, its coprocessor and its constant soft tokens, on one device."""
-  devices, jax.devices = jax.devices, lambda *backend: devices(*backend)[:1]
-  try:
-    yield open_arm_model(quickstart / 'pretraining/decoder', quickstart / 'coprocessor',
-                         quickstart / 'constant', max_length=512)
-  finally:
-    jax.devices = devices
+  return open_arm_model(quickstart / 'pretraining/decoder', quickstart / 'coprocessor',
+                        quickstart / 'constant', max_length=512)

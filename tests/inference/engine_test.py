@@ -32,6 +32,7 @@ from tests.inference.small import (
   assert_same,
   augmented,
   plain_logprobs,
+  read_without_cache,
   trained_logprobs,
 )
 
@@ -53,9 +54,8 @@ def test_greedy_decoding_needs_no_cache(plain, decoder_params):
   completions = generate(plain, PROMPTS, DecodingOptions(24))
   for prompt, completion in zip(PROMPTS, completions, strict=True):
     assert len(completion.tokens) == 24 and completion.finish_reason == 'length'
-    _, logits, _ = tiny.read(decoder_params, np.array([[*prompt, *completion.tokens]]))
-    np.testing.assert_array_equal(np.argmax(logits[0, len(prompt) - 1:-1], axis=-1),
-                                  completion.tokens)
+    _, logits = read_without_cache(decoder_params, prompt, completion.tokens)
+    np.testing.assert_array_equal(np.argmax(logits, axis=-1), completion.tokens)
     expected = plain_logprobs(decoder_params, prompt, completion.tokens)
     np.testing.assert_allclose(completion.logprobs, expected, atol=2e-5)
 

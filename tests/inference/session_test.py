@@ -17,6 +17,7 @@ from tests.inference.small import (
   PROMPTS,
   augmented,
   plain_logprobs,
+  read_without_cache,
   trained_logprobs,
 )
 
@@ -32,9 +33,8 @@ GATE = Gate(np.random.default_rng(3).standard_normal(16).astype(np.float32), np.
 def test_latents_at_several_places_match_training(
     decoder_params, latents, policy, stops):
   engine, *trained = augmented(decoder_params, latents=latents, positions='shift')
-  # Two prompts, since the forward pass of training compiles every length of text by itself.
-  completions = generate(engine, PROMPTS[1:], DecodingOptions(14, policy=policy))
-  for prompt, completion in zip(PROMPTS[1:], completions, strict=True):
+  completions = generate(engine, PROMPTS, DecodingOptions(14, policy=policy))
+  for prompt, completion in zip(PROMPTS, completions, strict=True):
     assert completion.latents_at == list(stops)
     tokens, found = completion.tokens, completion.logprobs
     np.testing.assert_allclose(found[:stops[0]], plain_logprobs(
@@ -83,11 +83,11 @@ def test_gate_score_needs_no_cache(decoder_params):
 
 
 def predictions_of(decoder_params, prompt, tokens):
-  hidden, *_ = tiny.read(decoder_params, np.array([[*prompt, *tokens]]))
-  return np.asarray(hidden[0, len(prompt) - 1:-1]) @ GATE.weight + GATE.bias
+  hidden, _ = read_without_cache(decoder_params, prompt, tokens)
+  return hidden @ GATE.weight + GATE.bias
 
 
 def entropies_of(decoder_params, prompt, tokens):
-  _, logits, _ = tiny.read(decoder_params, np.array([[*prompt, *tokens]]))
-  log_p = np.asarray(jax.nn.log_softmax(logits[0, len(prompt) - 1:-1], axis=-1), np.float64)
+  _, logits = read_without_cache(decoder_params, prompt, tokens)
+  log_p = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
   return -(np.exp(log_p) * log_p).sum(axis=-1)

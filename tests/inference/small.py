@@ -1,5 +1,6 @@
 """Engines around the tiny decoder, and what the forward pass of training says of their tokens."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_deliberation.array_types import Batch, Params
+from latent_deliberation.array_types import Array, Batch, Params
 from latent_deliberation.deliberation.forward import Deliberator
 from latent_deliberation.deliberation.traces import gather_traces
 from latent_deliberation.inference.background import LatentTiming
@@ -18,6 +19,7 @@ from latent_deliberation.inference.session import Completion, DecodingOptions
 from tests import tiny
 
 LENGTH = 48
+AHEAD = 16  # most tokens whose log-probabilities `trained_logprobs` compares
 # Shorter than a window and the latents, longer than both, and the shortest that can hold latents.
 PROMPTS = [np.random.default_rng(size).integers(1, tiny.CONFIG.vocab_size, size).tolist()
            for size in (5, 19, 3)]
@@ -39,32 +41,53 @@ def decoding(policy: Policy = ONCE, max_tokens: int = 12, **timing: Any) -> Deco
                          timing=LatentTiming(**timing))
 
 
+def read_without_cache(decoder_params: Params, prompt: Sequence[int], tokens: Sequence[int],
+                       ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the hidden states [A, D] and logits [A, V] that predict A tokens after a prompt."""
+  hidden, logits, _ = tiny.read(decoder_params, _padded(prompt, tokens))
+  predicting = slice(len(prompt) - 1, len(prompt) + len(tokens) - 1)
+  return np.asarray(hidden[0, predicting]), np.asarray(logits[0, predicting])
+
+
 def plain_logprobs(decoder_params: Params, prompt: Sequence[int],
-                            tokens: Sequence[int]) -> np.ndarray:
+                   tokens: Sequence[int]) -> np.ndarray:
   """Scores tokens after a prompt, read all at once without a cache."""
-  _, logits, _ = tiny.read(decoder_params, jnp.asarray([[*prompt, *tokens]]))
-  return chosen(logits[0, len(prompt) - 1:-1], tokens)
+  return chosen(read_without_cache(decoder_params, prompt, tokens)[1], tokens)
 
 
 def trained_logprobs(deliberator: Deliberator, params: Params, decoder_params: Params,
-                              prompt: Sequence[int], tokens: Sequence[int],
-                              delay: int | None = None) -> np.ndarray:
+                     prompt: Sequence[int], tokens: Sequence[int],
+                     delay: int | None = None) -> np.ndarray:
   """Scores tokens after a prompt with latents at its end, by the forward pass of training.
 
   Args:
     delay: number of tokens that have been read when the latents join.
   """
-  text = jnp.asarray([[*prompt, *tokens]])
-  batch = Batch(text, jnp.ones_like(text), jnp.arange(text.shape[1])[None])
-  traces = gather_traces(batch, jnp.array([[len(prompt) - 1]]), jnp.array([[True]]), len(tokens))
-  if delay is not None:
-    traces = traces.replace(delay=jnp.array([[delay]]))
-  hidden = tiny.forward(deliberator, params, decoder_params, batch, traces)[0, 0]
-  logits = deliberator.decoder.apply({'params': decoder_params}, hidden, method='logits')
+  logits = _trained_logits(deliberator, params, decoder_params, _padded(prompt, tokens),
+                           len(prompt), len(prompt) + len(tokens), delay)
   return chosen(logits, tokens)
 
 
-def chosen(logits: jax.Array, tokens: Sequence[int]) -> np.ndarray:
+@functools.partial(jax.jit, static_argnums=0)
+def _trained_logits(deliberator: Deliberator, params: Params, decoder_params: Params,
+                    text: Array, anchor: int, end: int, delay: int | None) -> Array:
+  """Returns logits [AHEAD, V] after the first `anchor` tokens of a text of `end` tokens."""
+  places = jnp.arange(LENGTH)[None]
+  batch = Batch(text, (places < end).astype(jnp.int32), places)
+  traces = gather_traces(batch, jnp.full((1, 1), anchor - 1), jnp.ones((1, 1), bool), AHEAD)
+  if delay is not None:
+    traces = traces.replace(delay=jnp.full((1, 1), delay))
+  hidden = deliberator.forward(params, decoder_params, batch, traces)[0, 0]
+  return deliberator.decoder.apply({'params': decoder_params}, hidden, method='logits')
+
+
+def _padded(prompt: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+  """Returns a text as int32 [1, LENGTH], so that texts of all lengths share one program."""
+  text = [*prompt, *tokens]
+  return np.array([text + [0] * (LENGTH - len(text))], np.int32)
+
+
+def chosen(logits: np.ndarray | Array, tokens: Sequence[int]) -> np.ndarray:
   return np.asarray(jax.nn.log_softmax(logits, axis=-1))[np.arange(len(tokens)), list(tokens)]
 
 

@@ -78,8 +78,10 @@ def test_bfloat16_remat_accumulation(tmp_path, quickstart):
     ('int8', {}), ('w8a8', {}),
     *(pytest.param(dtype, {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2},
                    marks=pytest.mark.slow) for dtype in ('int8', 'w8a8'))])
-def test_int8_decoder(tmp_path, quickstart, monkeypatch, dtype, mesh):
+def test_int8_decoder(tmp_path, quickstart, monkeypatch, request, dtype, mesh):
   """A coprocessor trains on an int8 decoder and starts from unrounded weights."""
+  if not mesh:
+    request.getfixturevalue('one_device')
   decoder, started = quickstart / 'pretraining/decoder', []
 
   def look(run, *others, frozen, create_state, **more):
