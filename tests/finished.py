@@ -60,6 +60,20 @@ def launch(script: str, *arguments: str, **options: Any) -> subprocess.Completed
                         capture_output=True, timeout=300, **options)
 
 
+def launch_in_forks(commands: Sequence[Sequence[str]]) -> list[tuple[int, str, str]]:
+  """Runs commands of launch scripts one after the other, in forks of one process.
+
+  Returns:
+    exit status, standard output and standard error of each.
+  """
+  process = subprocess.run(
+      [sys.executable, 'tests/forks.py'], cwd=ROOT, env=environment(), text=True, timeout=300,
+      input=json.dumps([command[1:] for command in commands]), capture_output=True)
+  if process.returncode:
+    raise RuntimeError(f'tests/forks.py failed:\n{process.stderr}')
+  return json.loads(process.stdout)
+
+
 def config_of(name: str, *arguments: str) -> Any:
   """Returns get_config(...) of configs/<name>.py."""
   return runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config'](*arguments)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,18 +318,15 @@ def test_marketplace_commands(made, place, quickstart, monkeypatch, capsys, tmp_
 
 def test_generate_with_an_expert(made, place, quickstart):
   """launch/generate.py attaches a package; an unknown one leaves the plain text and a warning."""
-  def launch(*arguments):
-    return subprocess.run(
-        [sys.executable, 'launch/generate.py', f'--decoder={quickstart}/pretraining/decoder',
-         '--prompt=the clause of', '--json', '--max_tokens=4', *arguments], cwd=finished.ROOT,
-        env=finished.environment(), text=True, capture_output=True, timeout=300)
-
-  plain, own, unknown = (json.loads(launch(*arguments).stdout) for arguments in (
-      [], [f'--expert={place}/package'], ['--expert=moon']))
+  *launched, (status, _, refused) = finished.launch_in_forks([
+      [sys.executable, 'launch/generate.py', f'--decoder={quickstart}/pretraining/decoder',
+       '--prompt=the clause of', '--json', '--max_tokens=4', *arguments]
+      for arguments in ([], [f'--expert={place}/package'], ['--expert=moon'],
+                        ['--expert=moon', '--strict'])])
+  plain, own, unknown = (json.loads(printed) for _, printed, _ in launched)
   assert own['experts'] == {'acts': 1.0} and own['latents_at'] == [0]
   assert unknown['experts'] == {} and unknown['logprobs'] == plain['logprobs']
-  process = launch('--expert=moon', '--strict')
-  assert process.returncode == 1 and 'no expert moon' in process.stderr
+  assert status == 1 and 'no expert moon' in refused
 
 
 def test_bad_text(made, place, tmp_path):

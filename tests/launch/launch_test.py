@@ -4,7 +4,6 @@ import ast
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,12 +73,7 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
       'generate', f'--decoder={run}/pretraining/decoder', f'--coprocessor={run}/coprocessor',
       f'--cache={files}/cache', '--length=1024', '--prompt=Document', '--max_tokens=3', '--json')
   commands |= {name: arguments_of(bad, files) for name, bad in BAD.items()}
-  process = subprocess.run(
-      [sys.executable, str(Path(__file__).with_name('forks.py'))], cwd=finished.ROOT, text=True,
-      input=json.dumps([command[1:] for command in commands.values()]), capture_output=True,
-      timeout=300, env=finished.environment())
-  assert process.returncode == 0, process.stderr
-  return dict(zip(commands, json.loads(process.stdout), strict=True))
+  return dict(zip(commands, finished.launch_in_forks(list(commands.values())), strict=True))
 
 
 def test_every_script_is_here():

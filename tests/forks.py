@@ -14,7 +14,7 @@ import tempfile
 import traceback
 from typing import NoReturn
 
-from latent_deliberation.cli import quickstart  # noqa: F401  (imported once, for all forks)
+from latent_deliberation.cli import generate, quickstart  # noqa: F401  (once, for all forks)
 
 
 def run(arguments: list[str]) -> tuple[int, str, str]:
