@@ -1,6 +1,5 @@
 """A UserError is printed without a traceback. Every other error keeps its traceback."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -15,37 +14,44 @@ from latent_deliberation.errors import (
 )
 from tests import finished
 
-
-def launch(tmp_path, job, **variables):
-  """Runs a launch script that consists of one function with the lines of `job`."""
-  script = tmp_path / 'launch/script.py'
-  script.parent.mkdir()
-  script.write_text('from latent_deliberation.cli import app\n'
-                    'from latent_deliberation.errors import MissingError, UserError\n'
-                    f'def job():\n  {job}\napp.run(job)\n')
-  return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120,
-                        env={**finished.environment(), **variables})
-
-
-@pytest.mark.parametrize('job, variables, message', [
-    ("int('one')", {}, "ValueError: invalid literal for int() with base 10: 'one'"),
-    ('first, second = [1]', {}, 'ValueError: not enough values to unpack (expected 2, got 1)'),
+# Lines before the library is imported, the line of the job, and the end of what is said.
+SCRIPTS = {
+    'int': ('', "int('one')", "ValueError: invalid literal for int() with base 10: 'one'"),
+    'unpack': ('', 'first, second = [1]',
+               'ValueError: not enough values to unpack (expected 2, got 1)'),
     # An int('one') inside the library, which reads this variable.
-    ('pass', {'SLURM_STEP_NUM_TASKS': 'one', 'SLURM_STEP_NODELIST': 'node'}, "'one'")],
-    ids=['int', 'unpack', 'library'])
-def test_bug_keeps_traceback(tmp_path, job, variables, message):
+    'library': ("import os; os.environ.update(SLURM_STEP_NUM_TASKS='one', "
+                "SLURM_STEP_NODELIST='node')", 'pass', "'one'"),
+    'refusal': ('', "raise MissingError('size = 3: it must be 4')", 'size = 3: it must be 4')}
+
+
+@pytest.fixture(scope='module')
+def endings(tmp_path_factory):
+  """Exit status, stdout and stderr of launch scripts that consist of one function with a line."""
+  place, commands = tmp_path_factory.mktemp('launch'), []
+  for name, (before, job, _) in SCRIPTS.items():
+    script = place / f'{name}.py'
+    script.write_text(f'{before}\nfrom latent_deliberation.cli import app\n'
+                      'from latent_deliberation.errors import MissingError, UserError\n'
+                      f'def job():\n  {job}\napp.run(job)\n')
+    commands.append([sys.executable, str(script)])
+  return dict(zip(SCRIPTS, finished.launch_in_forks(commands), strict=True))
+
+
+@pytest.mark.parametrize('name', ['int', 'unpack', 'library'])
+def test_bug_keeps_traceback(endings, name):
   """An error that Python raises in a frame of ours is a bug: traceback, and code 1."""
-  process = launch(tmp_path, job, **variables)
-  assert process.returncode == 1
-  assert 'Traceback' in process.stderr and message in process.stderr.splitlines()[-1]
+  status, _, said = endings[name]
+  assert status == 1
+  assert 'Traceback' in said and SCRIPTS[name][-1] in said.splitlines()[-1]
 
 
-def test_user_error_is_one_line(tmp_path):
+def test_user_error_is_one_line(endings):
   """A UserError, here a subclass, is its message on one line, and code 1."""
-  process = launch(tmp_path, "raise MissingError('size = 3: it must be 4')")
-  assert process.returncode == 1
-  assert process.stderr.splitlines()[-1].endswith('size = 3: it must be 4')
-  assert 'Traceback' not in process.stderr and 'MissingError' not in process.stderr
+  status, _, said = endings['refusal']
+  assert status == 1
+  assert said.splitlines()[-1].endswith(SCRIPTS['refusal'][-1])
+  assert 'Traceback' not in said and 'MissingError' not in said
 
 
 def test_classes():

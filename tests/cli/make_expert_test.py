@@ -94,6 +94,7 @@ def test_quickstart_in_its_directory(made, place):
     run_quickstart(made[1], place / 'work')
 
 
+@pytest.mark.slow
 def test_starts_from_another_expert(made, place, tmp_path):
   """An expert may start as another one; the control of constant soft tokens starts anew."""
   _, experiment, request = made
@@ -303,14 +304,14 @@ def test_marketplace_commands(made, place, quickstart, monkeypatch, capsys, tmp_
   routed = said('route', decoder=decoder, text='the clause of the act', router=('gain', 'centroid'))
   assert routed.startswith('gain: ') and 'acts' in routed
   bare = str(place / 'work/coprocessor/coprocessor')  # the same expert, without its card
-  table = said('compare', 'acts', bare, decoder=decoder, text=str(place / 'acts'), prompts=4,
+  table = said('compare', 'acts', bare, decoder=decoder, text=str(place / 'acts'), prompts=2,
                batch_size=2, length=200, output=str(tmp_path / 'compare.json'))
   assert '| acts |' in table and (tmp_path / 'compare.png').exists()
   compared = json.loads((tmp_path / 'compare.json').read_text())
-  assert compared['saved']['text']['acts']['prompts'] == 4
+  assert compared['saved']['text']['acts']['prompts'] == 2
   assert compared['saved']['text']['coprocessor'] == compared['saved']['text']['acts']
   page = said('evaluate', decoder=decoder, domain=(f'acts={place}/acts', f'x={finished.TEXTS}'),
-              prompts=4, batch_size=4, length=200, router=('gain',), pair=(),
+              prompts=2, batch_size=2, length=200, router=('gain',), pair=(),
               output=str(tmp_path / 'evaluate.json'))
   assert '## Chosen by gain' in page and (tmp_path / 'evaluate.png').exists()
   assert 'is removed' in said('remove', 'acts') and 'No expert' in said('list')

@@ -6,6 +6,7 @@ any two of them whether one may attend to the other.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,17 @@ def transformer(config: TransformerConfig, weights: Params, x: Array, positions:
                 layer_masks: list[np.ndarray], cached: list[tuple[Array, Array]] | None = None,
                 ) -> tuple[Array, list[tuple[Array, Array]]]:
   """Gemma 2 over one sequence x [Q, D]; keys of `cached` come before its own."""
+  half = config.head_dim // 2
+  angle = positions[:, None, None] * config.rope_base ** (-np.arange(half) / half)
+  turn = np.exp(1j * angle).astype(np.complex64)
+  return layers(config, weights, x, turn, layer_masks, cached)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layers(config: TransformerConfig, weights: Params, x: Array, turn: Array,
+           layer_masks: list[Array], cached: list[tuple[Array, Array]] | None,
+           ) -> tuple[Array, list[tuple[Array, Array]]]:
+  """The same, with the factors [Q, 1, H / 2] that rotate queries and keys."""
   kept = []
   for layer, mask in enumerate(layer_masks):
     w = jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights['blocks'])
@@ -147,12 +159,12 @@ def transformer(config: TransformerConfig, weights: Params, x: Array, positions:
     read = norm('attention_in', x)
     project = {name: jnp.einsum('QD,DNH->QNH', read, w['attention'][name]['w'])
                for name in ('query', 'key', 'value')}
-    keys, values = rotate(project['key'], positions, config.rope_base), project['value']
+    keys, values = rotate(project['key'], turn), project['value']
     kept.append((keys, values))
     if cached is not None:
       keys = jnp.concatenate([cached[layer][0], keys])
       values = jnp.concatenate([cached[layer][1], values])
-    queries = rotate(project['query'], positions, config.rope_base) * config.query_scale
+    queries = rotate(project['query'], turn) * config.query_scale
     mixed = attention(queries, keys, values, mask, config.attention_softcap)
     x = x + norm('attention_out', jnp.einsum('QNH,NHD->QD', mixed, w['attention']['out']['w']))
     read = norm('feed_forward_in', x)
@@ -162,7 +174,7 @@ def transformer(config: TransformerConfig, weights: Params, x: Array, positions:
   return rms_norm(x, weights['final_norm']['scale'], config.norm_epsilon), kept
 
 
-def attention(queries: Array, keys: Array, values: Array, mask: np.ndarray, cap: float) -> Array:
+def attention(queries: Array, keys: Array, values: Array, mask: Array, cap: float) -> Array:
   """One softmax over every key of the sequence; each key head is repeated for its query heads."""
   keys, values = (jnp.repeat(x, queries.shape[1] // x.shape[1], axis=1) for x in (keys, values))
   scores = cap * jnp.tanh(jnp.einsum('QNH,KNH->NQK', queries, keys) / cap)
@@ -174,11 +186,10 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
   return x / jnp.sqrt(jnp.mean(x ** 2, axis=-1, keepdims=True) + epsilon) * (1 + scale)
 
 
-def rotate(x: Array, positions: np.ndarray, base: float) -> Array:
+def rotate(x: Array, turn: Array) -> Array:
   """x [Q, N, H] with (x_i, x_{i + H/2}) taken as complex numbers and rotated."""
   half = x.shape[-1] // 2
-  angle = np.exp(1j * positions[:, None, None] * base ** (-np.arange(half) / half))
-  rotated = (x[..., :half] + 1j * x[..., half:]) * angle.astype(np.complex64)
+  rotated = (x[..., :half] + 1j * x[..., half:]) * turn
   return jnp.concatenate([rotated.real, rotated.imag], axis=-1)
 
 

@@ -40,10 +40,11 @@ def test_logits_equal_dense_reference(batch, decoder_params, logits):
 
 
 @pytest.mark.parametrize('change', [
-    {'window': 1000}, {'window': 3}, {'layer_pattern': ('global', 'local')},
-    {'attention_softcap': None}, {'final_softcap': None}, {'query_scale': None},
-    {'rope_base': 1e4}, {'rope_local_base': 1e4}, {'rope_scaling': 8.0}, {'post_norms': False},
-    {'norm_epsilon': 1e-1}])
+    {'window': 1000}, {'attention_softcap': None}, *(pytest.param(change, marks=pytest.mark.slow)
+    for change in (
+        {'window': 3}, {'layer_pattern': ('global', 'local')}, {'final_softcap': None},
+        {'query_scale': None}, {'rope_base': 1e4}, {'rope_local_base': 1e4}, {'rope_scaling': 8.0},
+        {'post_norms': False}, {'norm_epsilon': 1e-1}))])
 def test_every_setting_matters(batch, decoder_params, logits, change):
   """Every setting of the architecture moves the logits."""
   # A setting without effect here would have none in the other tests, too.

@@ -85,6 +85,7 @@ def test_greedy_equals_transformers(case):
   assert all(len(set(text)) > 4 for text in chosen.tolist())  # else they would show little
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, change', CHANGES)
 def test_every_feature_matters(name, change):
   """Each feature, switched off, moves the logits."""
@@ -96,6 +97,7 @@ def test_every_feature_matters(name, change):
   assert np.abs(logits - case.golden.logits).max() > 0.05
 
 
+@pytest.mark.slow
 def test_every_norm_matters(case):
   """Each norm scales by one plus its weight, or by its weight: a change by 1 shows."""
   leaves, structure = jax.tree.flatten_with_path(case.params)

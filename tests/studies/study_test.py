@@ -37,11 +37,34 @@ def run(workdir, which, *overrides):
 
 
 @pytest.fixture(scope='module')
+def two_arms(tmp_path_factory):
+  """A study of own latents, and of constant soft tokens with a tuned decoder."""
+  workdir = tmp_path_factory.mktemp('two')
+  return workdir, run(workdir, 'all', '--arm=own', '--arm=joint')
+
+
+@pytest.fixture(scope='module')
 def finished_study(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('study')
   return workdir, run(workdir, 'all')
 
 
+def test_two_arms(two_arms):
+  """Both arms and all controls are scored; the tuned decoder differs from the frozen one."""
+  workdir, summary = two_arms
+  overall, names = summary['overall'], ['frozen', 'own', 'shuffled', 'zero', 'mean', 'joint']
+  assert list(overall) == names
+  assert all(sorted(scores) == sorted(names) for scores in summary['by_difficulty'].values())
+  assert summary['items'] == 9 and sorted(summary['by_difficulty']) == ['1', '2', '3']
+  _, params = weights.load(workdir / 'decoder' / 'decoder')
+  described = json.loads((workdir / 'arms/own/seed0/coprocessor/coprocessor.json').read_text())
+  assert described['decoder'] == fingerprint(params)
+  assert overall['zero']['nll'] == pytest.approx(overall['frozen']['nll'], rel=1e-5)
+  assert overall['joint']['nll'] != pytest.approx(overall['frozen']['nll'], rel=1e-5)
+  assert summary['arms']['joint']['trained'] > summary['arms']['frozen']['total']
+
+
+@pytest.mark.slow
 def test_report_has_every_arm_and_control(finished_study):
   workdir, summary = finished_study
   names = ['frozen', 'own', 'shuffled', 'zero', 'mean', 'lora', 'constant', 'finetuned',
@@ -56,6 +79,7 @@ def test_report_has_every_arm_and_control(finished_study):
   assert summary['diagnostics']['own, seed 0'][0]['effective_rank'] >= 1
 
 
+@pytest.mark.slow
 def test_frozen_decoder_stays(finished_study):
   """Tuned decoders differ from it."""
   workdir, summary = finished_study
@@ -74,13 +98,13 @@ def test_frozen_decoder_stays(finished_study):
       arms['frozen']['flops_per_token'])
 
 
-def test_results_are_kept(finished_study):
+def test_results_are_kept(two_arms):
   """Results of other settings, or of fewer arms, do not replace those that are there."""
-  path = finished_study[0] / 'results.json'
+  path = two_arms[0] / 'results.json'
   one = bind(as_config(study()), Study)
   study_module.check_results(one, tuple(one.arms), path)
-  with pytest.raises(UserError, match=f"{path} has the arm 'constant'.*--overwrite"):
-    study_module.check_results(one, ('own', 'joint', 'finetuned', 'lora'), path)
+  with pytest.raises(UserError, match=f"{path} has the arm 'joint'.*--overwrite"):
+    study_module.check_results(one, ('own', 'constant'), path)
   with pytest.raises(UserError, match=r'config.seeds: \[0\] saved, \[0, 1\] now(?s:.)*--overwrite'):
     study_module.check_results(dataclasses.replace(one, seeds=(0, 1)), tuple(one.arms), path)
 

@@ -72,8 +72,8 @@ def check_equal(trained, expected):
 
 
 @pytest.mark.parametrize('sizes', [
-    (8, 1, 1), (2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow),
-    pytest.param((1, 1, 2), marks=pytest.mark.slow)], ids=lambda sizes: '-'.join(map(str, sizes)))
+    (2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow)
+                 for sizes in ((8, 1, 1), (1, 4, 2), (1, 1, 2)))])
 def test_any_mesh(sizes):
   """Any mesh gives the loss, gradient and parameters of one device."""
   check_equal(Trainer(sizes).train(2), Trainer().train(2))
@@ -93,12 +93,14 @@ def test_adapters_on_mesh():
   check_equal(Trainer((2, 2, 2), trainable='lora').train(2), Trainer(trainable='lora').train(2))
 
 
+@pytest.mark.slow  # tests of the kernels have a mesh, too
 def test_fused_on_mesh():
   """Fused attention on a mesh gives the results of plain attention on one device."""
   check_equal(Trainer((2, 2, 2), attention='fused').train(2), Trainer().train(2))
 
 
-@pytest.mark.parametrize('sizes, accumulation', [((1, 1, 1), 4), ((2, 2, 1), 2)])
+@pytest.mark.parametrize('sizes, accumulation', [
+    ((1, 1, 1), 4), pytest.param((2, 2, 1), 2, marks=pytest.mark.slow)])
 def test_microbatches(sizes, accumulation):
   """Microbatches add up to the whole batch."""
   check_equal(Trainer(sizes, accumulation).train(2), Trainer().train(2))
@@ -106,14 +108,14 @@ def test_microbatches(sizes, accumulation):
 
 def test_state_is_sharded():
   """Trainable parameters and their momentum are sharded."""
-  trainer = Trainer((1, 4, 2))
+  trainer = Trainer((2, 2, 2))
   before = trainer.start()
   after, _ = trainer.step(before, place_batch(
       jax.tree.map(np.asarray, BATCH), trainer.mesh, DEFAULT_RULES))
   for tree in (after.params, after.opt_state[0].trace):
     shard = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.shape, tree)
-    assert shard['gate'] == (4, 16) and shard['soft_tokens'] == (3, 4)
-    assert shard['transformer']['blocks']['attention']['query']['w'] == (3, 4, 2, 6)
+    assert shard['gate'] == (8, 16) and shard['soft_tokens'] == (3, 8)
+    assert shard['transformer']['blocks']['attention']['query']['w'] == (3, 8, 2, 6)
 
 
 def test_loss_under_mesh_and_rules():
