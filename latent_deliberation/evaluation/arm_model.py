@@ -35,6 +35,7 @@ from latent_deliberation.model.transformer_config import TransformerConfig
 from latent_deliberation.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
 _SIZE_STEP = 8  # batches of written texts have multiples of it, and a row more
+_LENGTH_STEP = 128  # their caches have multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class ArmModel:
         'activations': None if computation.activations == computation.dtype
                        else computation.activations}
     self._scorers: dict[tuple[str, ...], AnswerScorer] = {}
-    self._engines: dict[str, Engine] = {}
+    self._engines: dict[str, Engine] = {}  # the newest of each arm
     self._unstacked: Params | None = None
 
   def scorer(self, arms: Sequence[str]) -> AnswerScorer:
@@ -155,32 +156,22 @@ class ArmModel:
     has_room = list(map(self.scorer(arms).has_room, requests))
     left = [number for number in range(len(requests)) if number not in skip]
     left.sort(key=lambda number: (len(requests[number].context), number))
-    size = min(self.engine(self.same_as(arm)).batch_size for arm in arms)
+    # A batch may hold the longest context and the longest answer.
+    longest = (max((len(request.context) for request in requests), default=1)
+               + max((len(request.continuation) for request in requests), default=1))
+    engines = {author: self.engine(author, longest)
+               for author in {FROZEN, *map(self.same_as, arms)}}
+    size = min(engine.batch_size for engine in engines.values())
     calls = [(fits, batch) for fits in (False, True) for batch in _batches(
         requests, [number for number in left if has_room[number] == fits], size,
         self.max_length + 1)]
     for done, (fits, numbers) in enumerate(calls, start=1):
       authors = [self.same_as(arm) if fits else FROZEN for arm in arms]
-      scores = {author: self._score_batch([requests[number] for number in numbers], author, policy)
+      batch = [requests[number] for number in numbers]
+      scores = {author: _score_batch(engines[author], author, batch, policy)
                 for author in dict.fromkeys(authors)}
       nats, greedy = (np.array(each).T for each in zip(*map(scores.get, authors), strict=True))
       yield Scored(np.array(numbers), nats, greedy), len(calls) - done
-
-  def _score_batch(self, requests: Sequence[Request], arm: str,
-                   policy: Policy) -> tuple[list[float], list[bool]]:
-    """Returns nats of continuations that are read token by token, and whether they are greedy."""
-    engine, policy = self.engine(arm), NEVER if arm == FROZEN else policy
-    contexts = [request.context for request in requests]
-    answers = [list(request.continuation) for request in requests]
-    scored = session.score(engine, contexts, answers, DecodingOptions(1, policy=policy))
-    # The engine does not tell which tokens are the likeliest, so it writes until it departs.
-    written = session.generate(engine, contexts, DecodingOptions(
-        max(map(len, answers)), policy=policy,
-        stop=lambda tokens: all(answer[:len(tokens)] != tokens for answer in answers)))
-    _check_made(arm, not engine.stats.failed)
-    return ([-sum(completion.logprobs) for completion in scored],
-            [completion.tokens[:len(answer)] == answer
-             for completion, answer in zip(written, answers, strict=True)])
 
   def same_as(self, arm: str) -> str:
     """Returns the arm whose texts an arm has: refining latents of zero are the frozen decoder."""
@@ -200,18 +191,31 @@ class ArmModel:
                       'leave out the tasks whose answers are written')
     return checkpoint
 
-  def engine(self, arm: str) -> Engine:
-    """Returns the engine that writes text in an arm. Raises UserError; see `check_writer`."""
-    if arm not in self._engines:
+  def engine(self, arm: str, longest: int | None = None) -> Engine:
+    """Returns the engine that writes text in an arm.
+
+    Args:
+      longest: number of tokens of the longest text, prompt included; default is all that the
+        decoder reads. The cache has slots for few more, since a step reads every slot, and more
+        texts of a small cache are decoded together.
+
+    Raises:
+      UserError: see `check_writer`.
+    """
+    # It reads the last token of an answer, too, which the packed scorer only predicts.
+    length = self.max_length + 1
+    if longest is not None:
+      length = min(length, longest + -longest % _LENGTH_STEP)
+    if arm not in self._engines or self._engines[arm].model.plan.global_slots != length:
       checkpoint = self.check_writer(arm)
+      self._engines.pop(arm, None)  # its memory is free before the next one is made
       # All engines share the decoder's unstacked weights.
       if self._unstacked is None:
         params = self._local(self.params)
         self._unstacked = {**params, 'transformer': passes.unstack(params['transformer'])}
       several = self._mesh.size > 1 and jax.process_count() == 1
       engine = Engine(
-          # It reads the last token of an answer, too, which the packed scorer only predicts.
-          self.config, self._unstacked, length=self.max_length + 1, dtype=self._options['dtype'],
+          self.config, self._unstacked, length=length, dtype=self._options['dtype'],
           coprocessor=checkpoint and (checkpoint.config, self._local(checkpoint.params)),
           mesh=self._mesh if several else None, decoder_fingerprint=self.fingerprint)
       if arm in (SHUFFLED, ZERO):
@@ -251,14 +255,14 @@ class ArmModel:
     Raises:
       UserError: see `engine`; or a prompt is too long or too short.
     """
-    engine = self.engine(arm)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    engine = self.engine(arm, int(lengths.max(initial=0)) + writing.options.max_tokens)
     anchors = () if arm == FROZEN else anchors
     heads = [prompt[:anchor + 1] for prompt, anchor in zip(prompts, anchors, strict=True)
              ] if anchors else prompts
     options = dataclasses.replace(
         session.with_ends(writing.options, self.tokenizer, writing.stop),
         policy=NEVER if arm == FROZEN or anchors else policy)
-    lengths = np.array([len(prompt) for prompt in prompts])
     session.check_lengths(engine, lengths, options)
     # Texts that repeat an earlier one come last, since neighbours lend each other their latents.
     times, seen = [], collections.Counter()
@@ -308,6 +312,23 @@ class ArmModel:
       for numbers, texts, tokens in itertools.chain.from_iterable(written):
         yield Written(tuple(numbers), tuple(texts), tuple(tokens)), max(
             len(batches) - first - turns, 0)
+
+
+def _score_batch(engine: Engine, arm: str, requests: Sequence[Request],
+                 policy: Policy) -> tuple[list[float], list[bool]]:
+  """Returns nats of continuations that are read token by token, and whether they are greedy."""
+  policy = NEVER if arm == FROZEN else policy
+  contexts = [request.context for request in requests]
+  answers = [list(request.continuation) for request in requests]
+  scored = session.score(engine, contexts, answers, DecodingOptions(1, policy=policy))
+  # The engine does not tell which tokens are the likeliest, so it writes until it departs.
+  written = session.generate(engine, contexts, DecodingOptions(
+      max(map(len, answers)), policy=policy,
+      stop=lambda tokens: all(answer[:len(tokens)] != tokens for answer in answers)))
+  _check_made(arm, not engine.stats.failed)
+  return ([-sum(completion.logprobs) for completion in scored],
+          [completion.tokens[:len(answer)] == answer
+           for completion, answer in zip(written, answers, strict=True)])
 
 
 def _check_made(arm: str, made: bool) -> None:

@@ -68,6 +68,16 @@ def test_shuffled_texts(loud):
         number: text for number, text in expected.items() if number not in skip}
 
 
+def test_length_of_caches(model):
+  """A cache has room for the longest text of a task, and never for more than the decoder reads."""
+  lengths = [model.engine('own', longest).model.plan.global_slots
+             for longest in (1, 128, 129, model.max_length + 99, None)]
+  assert lengths == [128, 128, 256, *[model.max_length + 1] * 2]
+  assert model.engine('own', 40) is model.engine('own', 100)
+  with pytest.raises(UserError, match=str(model.max_length + 1)):
+    next(model.write([[5] * model.max_length], 'own', Writing(DecodingOptions(2))))
+
+
 def test_drawn_texts(model, tmp_path):
   """Texts that are drawn after the same prompt differ, and are kept; greedy ones are the same."""
   prompts = ['Document 1: the'] * 4 + ['Document 2']
